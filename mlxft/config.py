@@ -1,0 +1,256 @@
+"""Every setting, declared once: its type, default, bounds and help.
+
+A recipe is YAML. Overrides (`tune.rank=16`) beat the recipe, the recipe beats the defaults, and the run folder's
+config.yaml shows what won (recipe.py reads and writes them). An objective's own sections are declared in its own
+file (`objective: reward` is objectives/reward.py, which lists them in SETTINGS); this file asks it and knows none
+by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from mlxft.errors import ConfigError, nearest
+
+S = TypeVar("S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A section of a recipe: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Settings):
+    """The weights to start from."""
+
+    path: str = Field(description="Hub id, local folder, .gguf of the llama family, or smollm2-135m.", min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights; auto: float32 on a CPU, the checkpoint's own on a GPU."
+    )
+    quantize: Literal[2, 3, 4, 5, 6, 8] | None = Field(
+        None, description="Quantise the frozen base at load to so many bits (4: QLoRA)."
+    )
+    group_size: Literal[32, 64, 128] = Field(64, description="Weights that share one scale when quantising.")
+    adapter: str | None = Field(None, description="Adapter folder or run to start from.")
+    chat_template: Path | None = Field(None, description="Jinja file to use in place of the tokenizer's chat template.")
+    trust_remote_code: bool = Field(False, description="Allow code that a model repository brings along to run.")
+
+
+class Tune(Settings):
+    """What is trained."""
+
+    method: Literal["lora", "dora", "full"] = Field("lora", description="Low-rank update, DoRA, or the weights.")
+    rank: int = Field(8, ge=1, description="Rank of the update; 8 to 64 is usual.")
+    scale: float | None = Field(None, gt=0, description="Multiplier of the update; default alpha / rank.")
+    alpha: float | None = Field(
+        None, gt=0, description="The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank)); default 16."
+    )
+    rslora: bool = Field(False, description="Rank-stabilised scaling: alpha / sqrt(rank) (Kalajdzievski 2023).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update.")
+    targets: str | list[str] = Field(
+        "all-linear",
+        description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list.",
+    )
+    layers: Literal["all"] | int | list[int] = Field(
+        "all", description="Layers with adapters (full: trained layers): all, the last N, or a list of indices."
+    )
+    train: list[str] = Field(
+        default_factory=list,
+        description="Name patterns of what is trained in full: beside the adapters, or (full) in place of everything.",
+    )
+    freeze: list[str] = Field(default_factory=list, description="Full: name patterns of what is not trained.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Tune:
+        given = self.model_fields_set
+        if self.method == "full":
+            low_rank = sorted({"rank", "scale", "alpha", "rslora", "dropout", "targets"} & given)
+            if low_rank:
+                raise ValueError(f"method full has no {', '.join(low_rank)}; leave out or use lora or dora")
+        elif self.freeze:
+            raise ValueError(
+                f"freeze is for method full; with {self.method} the base is frozen (choose by targets and layers)"
+            )
+        if self.scale is not None and (self.alpha is not None or self.rslora):
+            other = "alpha" if self.alpha is not None else "rslora"
+            raise ValueError(f"give scale or {other}, not both (scale={self.scale:g})")
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise ValueError(f"layers must be all, a number of at least 1 (the last N), or a list; seen {self.layers}")
+        return self
+
+    @property
+    def multiplier(self) -> float:
+        """What the low-rank product is multiplied by."""
+        if self.scale is not None:
+            return self.scale
+        alpha = 16.0 if self.alpha is None else self.alpha
+        return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+class Data(Settings):
+    """Rows, and which of their tokens are trained."""
+
+    train: str = Field(description="File (jsonl, json, csv, parquet), folder, or hf:org/name[:config][:split].")
+    valid: str | float | None = Field(
+        None, description="The same for validation, or a share such as 0.05 split off; a folder's own is found."
+    )
+    format: Literal["messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "prompts"] = Field(
+        description="How a row is read; named, never guessed (mlxft check suggests one)."
+    )
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="Other names of the format's fields, e.g. {messages: dialog}."
+    )
+    max_length: int = Field(2048, ge=2, description="Longest row in tokens.")
+    overflow: Literal["error", "drop", "truncate", "split"] = Field(
+        "error", description="What becomes of a longer row; split is for text."
+    )
+    train_on: Literal["assistant", "last", "completion", "all"] = Field(
+        "assistant", description="Every assistant turn, the last one, the completion, or every token."
+    )
+    template: Literal["auto", "none"] = Field(
+        "auto", description="auto: prompts and completions go through the chat template if there is one; none: as text."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Data:
+        if isinstance(self.valid, float) and not 0 < self.valid < 1:
+            raise ValueError(f"valid as a share must lie between 0 and 1, seen {self.valid:g}")
+        return self
+
+
+class Batch(Settings):
+    """How rows become steps."""
+
+    tokens: int | None = Field(
+        None, ge=1, description="Tokens a micro-batch, padding included; rows of like length share one. Default 2048."
+    )
+    rows: int | None = Field(None, ge=1, description="Rows a micro-batch, in place of tokens.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches a step.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Batch:
+        if self.tokens is not None and self.rows is not None:
+            raise ValueError(f"give tokens or rows, not both (tokens={self.tokens}, rows={self.rows})")
+        return self
+
+
+class Optim(Settings):
+    """The optimiser and its learning rate."""
+
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field("adamw", description="Optimiser.")
+    lr: float = Field(2e-4, gt=0, description="Highest learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course of the rate after warm-up.")
+    warmup: int | float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: share of all steps.")
+    min_lr: float = Field(0.0, ge=0, description="Rate at the end of a linear or cosine schedule.")
+    weight_decay: float | None = Field(None, ge=0, description="Decoupled decay; default 0.01 for adamw, else 0.")
+    betas: tuple[float, float] | None = Field(None, description="adam, adamw: (0.9, 0.999); lion: (0.9, 0.99).")
+    eps: float | None = Field(None, gt=0, description="adam, adamw: added to the denominator; default 1e-8.")
+    momentum: float | None = Field(None, ge=0, lt=1, description="sgd: default 0; muon: default 0.95.")
+    clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null: no clipping.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Optim:
+        takes = {
+            "weight_decay": ("adamw", "sgd", "lion", "adafactor", "muon"),
+            "betas": ("adamw", "adam", "lion"),
+            "eps": ("adamw", "adam"),
+            "momentum": ("sgd", "muon"),
+        }
+        wrong = [k for k, names in takes.items() if getattr(self, k) is not None and self.name not in names]
+        if wrong:
+            raise ValueError(f"{self.name} has no {', '.join(wrong)} (has: {', '.join(takes[wrong[0]])})")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+        if self.min_lr and self.schedule == "constant":
+            raise ValueError("min_lr is for the linear and cosine schedules; constant keeps lr")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup is a number of steps or a share below 1, seen {self.warmup:g}")
+        return self
+
+
+class Run(Settings):
+    """The run folder, its length and what is done on the way."""
+
+    name: str | None = Field(None, pattern=r"^[^/\\]+$", description="Folder name; default: the recipe's file name.")
+    dir: Path = Field(Path("runs"), description="Where run folders stand.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    steps: int | None = Field(None, ge=1, description="Optimiser updates.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows, in place of steps; default 1.")
+    report_every: int = Field(10, ge=1, description="Steps between reports.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between validations; default: once an epoch.")
+    save_every: int = Field(100, ge=1, description="Steps between checkpoints.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many validations without a better loss; default: never."
+    )
+    sample_prompts: list[str] = Field(default_factory=list, description="Prompts answered at each validation.")
+    sample_tokens: int = Field(64, ge=1, description="Longest answer to a sample prompt, in tokens.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs:g})")
+        return self
+
+
+class Config(Settings):
+    """A whole recipe. `section` gives an objective's own settings."""
+
+    objective: str = Field("sft", description="What is optimised: the name of a file in mlxft/objectives.")
+    model: Model
+    tune: Tune = Field(default_factory=Tune)
+    data: Data
+    batch: Batch = Field(default_factory=Batch)
+    optim: Optim = Field(default_factory=Optim)
+    run: Run = Field(default_factory=Run)
+    versions: dict[str, str] | None = Field(None, description="Written into config.yaml; not read.")
+
+    def section(self, name: str, kind: type[S]) -> S:
+        """The objective's own section `name`."""
+        found = getattr(self, name)
+        assert isinstance(found, kind), f"{name} is a {type(found).__name__}"
+        return found
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        assert self.run.name is not None, "load_config names the run"
+        return self.run.dir / self.run.name
+
+
+def objectives() -> list[str]:
+    """Names of the objectives there are."""
+    import mlxft.objectives as package
+
+    found = (m.name for m in pkgutil.iter_modules(package.__path__))
+    return [name for name in found if name not in ("base", "functional")]
+
+
+def objective_sections(objective: str) -> dict[str, type[Settings]]:
+    """The sections that an objective's file declares."""
+    sections: dict[str, type[Settings]] = importlib.import_module(f"mlxft.objectives.{objective}").SETTINGS
+    return sections
+
+
+def config_class(objective: str) -> type[Config]:
+    """Config with the sections that `objective` declares.
+
+    Raises:
+        ConfigError: there is no such objective.
+    """
+    if objective not in objectives():
+        raise ConfigError(
+            f"objective: no such objective {objective!r}{nearest(objective, objectives())}; "
+            f"there are {', '.join(objectives())}"
+        )
+    sections = objective_sections(objective)
+    if not sections:
+        return Config
+    fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in sections.items()}
+    return create_model("Config", __base__=Config, **fields)

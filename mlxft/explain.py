@@ -1,0 +1,84 @@
+"""What is wrong with a recipe, in words: one line a problem, with the value seen and the nearest right name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mlxft.config import Config, objective_sections, objectives
+from mlxft.errors import nearest
+
+
+def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of every setting below `kind`."""
+    names: list[str] = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def explain(error: ValidationError, kind: type[Config]) -> list[str]:
+    """One line a problem; the branches of a union become one problem."""
+    problems: dict[str, list[tuple[str, Any]]] = {}
+    for e in error.errors():
+        location = _location(e["loc"], kind)
+        if e["type"] == "extra_forbidden":
+            text = "no such setting" + _nearest_key(location, kind)
+            problems.setdefault(location, []).append((text, None))
+        elif e["type"] == "missing":
+            problems.setdefault(location, []).append(("is needed" + _help(location, kind), None))
+        elif e["type"] == "value_error":
+            problems.setdefault(location, []).append((str(e["ctx"]["error"]), None))
+        elif e["type"] == "literal_error" and isinstance(e["input"], str):
+            text = f"expected {e['ctx']['expected']}" + nearest(e["input"], e["ctx"]["expected"].split("'"))
+            problems.setdefault(location, []).append((text, (e["input"],)))
+        else:
+            problems.setdefault(location, []).append((e["msg"][0].lower() + e["msg"][1:], (e["input"],)))
+    lines = []
+    for location, found in problems.items():
+        texts = list(dict.fromkeys(text for text, _ in found))
+        seen = f"; seen {found[0][1][0]!r}" if found[0][1] is not None else ""
+        lines.append(f"{location}: {' or '.join(texts)}{seen}" if location else " or ".join(texts))
+    return lines
+
+
+def _location(loc: tuple[int | str, ...], kind: type[BaseModel]) -> str:
+    """The dotted setting of a pydantic location, without the names of union branches."""
+    parts: list[str] = []
+    at: type[BaseModel] | None = kind
+    for part in loc:
+        if at is None:
+            break
+        parts.append(str(part))
+        field = at.model_fields.get(str(part))
+        below = field.annotation if field else None
+        at = below if isinstance(below, type) and issubclass(below, BaseModel) else None
+    return ".".join(parts)
+
+
+def _nearest_key(location: str, kind: type[Config]) -> str:
+    """The nearest right name: within the section, then the same leaf in another section, then anywhere."""
+    keys = all_keys(kind)
+    section, _, leaf = location.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == section] + [k for k in kind.model_fields if not section]
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == leaf]
+    owners = [] if section else [name for name in objectives() if leaf in objective_sections(name)]
+    if owners:
+        return f" for this objective; it belongs to {' and '.join(owners)}"
+    if hint := nearest(location, siblings):
+        return hint
+    return f" (did you mean {elsewhere[0]}?)" if elsewhere else nearest(location, keys)
+
+
+def _help(location: str, kind: type[BaseModel]) -> str:
+    at: Any = kind
+    for part in location.split("."):
+        field = at.model_fields.get(part)
+        if field is None:
+            return ""
+        description, at = field.description, field.annotation
+    return f": {description}" if description else ""
