@@ -226,8 +226,7 @@ class Config(Settings):
 
 def objectives() -> list[str]:
     """Names of the objectives there are."""
-    import mlxft.objectives as package
-
+    package = importlib.import_module("mlxft.objectives")
     found = (m.name for m in pkgutil.iter_modules(package.__path__))
     return [name for name in found if name not in ("base", "functional")]
 

@@ -1,0 +1,75 @@
+"""The `mlxft` command. Each command's module is imported when it is called, so that --help is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+import mlxft
+
+# name -> (module, one line of help, shown without importing the module)
+COMMANDS = {
+    "train": ("train", "Train by a recipe."),
+    "check": ("train", "Validate a recipe; show its rows as trained. Trains nothing."),
+    "generate": ("use", "Answer a prompt."),
+    "chat": ("use", "Talk with a model."),
+    "fuse": ("ship", "Fuse a run's adapter into its base."),
+    "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
+    "demo": ("demo", "See it work: train a small model on built-in rows."),
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"mlxft.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from mlxft.errors import nearest
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"no such command: {args[0]}{nearest(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(mlxft.__version__, prog_name="mlxft")
+def cli() -> None:
+    """Fine-tune language models on this Mac.
+
+    Example: mlxft train configs/quickstart.yaml
+    """
+
+
+def main() -> None:
+    """Entry point: errors as one message, and the exit codes 0, 1, 2 and 130."""
+    from mlxft.errors import MlxftError
+
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except MlxftError as e:
+        click.echo(f"{type(e).__name__}: {e}", err=True)
+        sys.exit(e.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output is gone
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

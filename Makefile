@@ -1,0 +1,36 @@
+# Everything runs in .venv, which the first target makes and which nothing outside uses.
+# Plain make 3.81 and sh are enough, so that a bare Mac can do it; .ci/venv holds the steps.
+
+BIN := .venv/bin
+ARGS :=
+
+.PHONY: help demo test check clean
+
+help:
+	@echo 'make demo    install, then fine-tune a small model in a few minutes'
+	@echo 'make test    install with the development tools, then run every test  (ARGS="-k gae" picks)'
+	@echo 'make check   style, types and layout'
+	@echo 'make clean   remove .venv and caches; runs/ stays'
+
+demo: .venv/.base
+	$(BIN)/mlxft demo $(ARGS)
+
+test: .venv/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: a second `make` installs nothing unless pyproject.toml has changed.
+.venv/.base: pyproject.toml .ci/venv
+	@sh .ci/venv base
+
+.venv/.dev: pyproject.toml .ci/venv
+	@sh .ci/venv dev

@@ -1,0 +1,5 @@
+"""python -m mlxft."""
+
+from mlxft.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""What a recipe would do, without doing it: settings, data, masks, and what would be trained."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from mlxft.config import Config
+from mlxft.data.dataset import describe
+from mlxft.model.load import load_tokenizer
+from mlxft.run import make_objective, total_steps
+from mlxft.train.optim import learning_rate
+
+
+def check(config: Config, rows: int, console: Console, as_json: bool) -> dict[str, Any]:
+    """Validate, load the tokenizer and the data, and print counts and the first rows with trained tokens marked.
+
+    Raises:
+        ConfigError, DataError, ModelError: as training would.
+    """
+    m = config.model
+    tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
+    objective = make_objective(config, tokenizer)
+    summary = objective.summary()
+    total = total_steps(config, objective)
+    facts = {
+        "recipe": "valid",
+        "objective": config.objective,
+        "base": m.path,
+        "steps": total,
+        "steps_per_epoch": objective.steps_per_epoch(config.batch.accumulate),
+        "first_lr": learning_rate(config.optim, 0, total),
+        "trains": trains(config),
+        "data": summary.counts,
+        "notes": summary.notes,
+        "run_dir": str(config.run_dir),
+    }
+    if as_json:
+        console.print_json(json.dumps(facts))
+        return facts
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            for name, number in value.items():
+                console.print(f"{name}: {number:.1%}" if isinstance(number, float) else f"{name}: {number:,}")
+        elif value:
+            console.print(f"{key}: {value}", markup=False, highlight=False)
+    for row in objective.previews(rows):
+        console.print(f"\n{row.where}: {len(row.ids)} tokens, {int(row.trained.sum())} trained", style="bold")
+        console.print(marked(describe(row, tokenizer), colour=console.color_system is not None and console.is_terminal))
+    return facts
+
+
+def marked(pieces: list[tuple[str, bool]], colour: bool) -> Text:
+    """A row's text with what is trained in green, or between ⟦ and ⟧ where there is no colour."""
+    text = Text()
+    for piece, trained in pieces:
+        if not trained:
+            text.append(piece)
+        elif colour:
+            text.append(piece, style="bold green")
+        else:
+            text.append(f"⟦{piece}⟧")
+    return text
+
+
+def trains(config: Config) -> str:
+    """What the recipe trains, in words."""
+    t = config.tune
+    where = (
+        ""
+        if t.layers == "all"
+        else f" of layers {t.layers}"
+        if isinstance(t.layers, list)
+        else f" of the last {t.layers} layers"
+    )
+    if t.method == "full":
+        base = f"{', '.join(t.train)}{' and all' + where if where else ''}" if t.train else f"all weights{where}"
+        return f"{base}{', but not ' + ', '.join(t.freeze) if t.freeze else ''}"
+    targets = t.targets if isinstance(t.targets, str) else ", ".join(t.targets)
+    whole = f", and whole: {', '.join(t.train)}" if t.train else ""
+    return f"{t.method} of rank {t.rank}, scale {t.multiplier:g}, on {targets}{where}{whole}"

@@ -1,0 +1,75 @@
+"""mlxft train, mlxft check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@OVERRIDES
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="",
+    metavar="[RUN]",
+    help="Go on from the newest checkpoint: of RUN, or of the recipe's run folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
+def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
+    """Train by RECIPE; KEY=VALUE beats what it says.
+
+    \b
+    Example: mlxft train configs/sft-lora.yaml optim.lr=2e-4
+             mlxft train --resume runs/sft-lora
+    """
+    path, overrides = _recipe(recipe, overrides, resume)
+    from mlxft.recipe import load_config
+    from mlxft.run import train as run
+
+    config = load_config(path, overrides)
+    if path.name == "config.yaml" and resume is not None:  # a run folder may have been moved since
+        place = {"dir": path.resolve().parent.parent, "name": path.resolve().parent.name}
+        config = config.model_copy(update={"run": config.run.model_copy(update=place)})
+    run(config, resume=resume is not None, overwrite=overwrite)
+
+
+def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None) -> tuple[Path, tuple[str, ...]]:
+    """The file to read. `--resume` takes a run folder, a recipe, or nothing: then RECIPE is one of them."""
+    if resume and recipe is not None and "=" in str(recipe) and not recipe.exists():
+        overrides, recipe = (str(recipe), *overrides), None
+    if resume and recipe is not None and "=" in resume:
+        overrides, resume = (resume, *overrides), ""
+    given = [p for p in (recipe, Path(resume) if resume else None) if p is not None]
+    if len(given) != 1:
+        raise click.UsageError("name one recipe, or --resume with one run folder")
+    path = given[0]
+    if resume is not None and path.is_dir():
+        if not (path / "config.yaml").exists():
+            raise click.UsageError(f"{path} is no run folder: it has no config.yaml")
+        return path / "config.yaml", overrides
+    if path.is_dir():
+        raise click.UsageError(f"{path} is a folder; name a recipe, or use --resume {path}")
+    return path, overrides
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@OVERRIDES
+@click.option("--rows", default=2, show_default=True, help="Rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def check(recipe: Path, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
+    """Validate RECIPE and its data, and show what would be trained; no weights are loaded.
+
+    Example: mlxft check configs/sft-lora.yaml data.train=my.jsonl
+    """
+    from rich.console import Console
+
+    from mlxft.check import check as run
+    from mlxft.recipe import load_config
+
+    run(load_config(recipe, overrides), rows, Console(), as_json)

@@ -1,0 +1,289 @@
+"""Where rows come from: jsonl, json, csv and parquet files, folders of them, and the Hugging Face hub.
+
+A reader does not stop at a bad line: it yields a `Problem` in the row's place, so that whoever converts the rows can
+report all that is wrong with a file at once. What leaves no row to read (no such file, an empty one) is raised.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxft.errors import ConfigError, DataError, missing_extra, nearest
+
+
+class Row(NamedTuple):
+    """One row: `where` it stands ("train.jsonl:17", "train.json[16]") and its fields."""
+
+    where: str
+    data: dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """A row that can not be read: `where` it stands and what is wrong with it."""
+
+    where: str
+    text: str
+
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "val", "dev"),
+    "test": ("test",),
+}
+"""The splits, each with the names that files and hub data sets give it."""
+
+_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+_SHOWN = 20
+_MAX_CSV_FIELD = 2**31 - 1
+# hf:org/name[:config][:split], where the split may carry a slice: train[:1000]
+_HUB = re.compile(r"hf:([^:\[\]]+)(?::([^:\[\]]+)(?=:|$))?(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?")
+
+
+def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
+    """Rows of one split of a file, a folder or a hub data set, in order.
+
+    Args:
+        spec: a .jsonl, .json, .csv or .parquet file (read whole, whatever the split); a folder with
+            {split}.{jsonl,json,csv,parquet}; or `hf:org/name[:config][:split]`.
+        split: "train", "valid" or "test"; "valid" also answers to validation, val and dev.
+    Raises:
+        ConfigError: no such file or split, or a kind of file that is not known. Raised at once.
+        DataError: the file has no rows, is damaged as a whole, or the hub did not give it. Raised while iterating.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    if spec.startswith("hf:"):
+        return _some(_read_hub(spec, split), spec)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        found = find_split(path, split)
+        if found is None:
+            wanted = ", ".join(f"{name}.jsonl" for name in SPLITS[split])
+            raise ConfigError(
+                f"{spec}: no file for the {split} split; expected {wanted} (or {_known()}); it has {_listing(path)}"
+            )
+        path = found
+    if not path.exists():
+        raise ConfigError(f"{spec}: no such file{_neighbour(path)}")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {_known()}")
+    return _some(reader(path), path.name)
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """The file of a folder that holds a split, or None. Two that could be it are a ConfigError."""
+    candidates = [folder / f"{name}{suffix}" for name in SPLITS[split] for suffix in READERS]
+    found = [path for path in candidates if path.is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise ConfigError(f"{folder}: {names} could both be the {split} split; name the file instead of the folder")
+    return found[0] if found else None
+
+
+def _known() -> str:
+    return ", ".join(READERS)
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "no files"
+
+
+def _neighbour(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent} either"
+    return nearest(path.name, [other.name for other in path.parent.iterdir()])
+
+
+def _some(rows: Iterator[Row | Problem], name: str) -> Iterator[Row | Problem]:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{name}: no rows; expected at least one")
+
+
+def _object(value: Any, where: str) -> Row | Problem:
+    if isinstance(value, dict):
+        return Row(where, value)
+    return Problem(where, f"the row is {type_name(value)}; expected an object with named fields, {{...}}")
+
+
+def type_name(value: Any) -> str:
+    """A value's type in JSON's words, for messages."""
+    if isinstance(value, bool):
+        return "true or false"
+    names = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def report_lines(lines: Sequence[str]) -> str:
+    """The first problems of many, a line each, and how many more there are."""
+    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join([*lines[:_SHOWN], *more])
+
+
+def _not_utf8(exc: UnicodeDecodeError) -> str:
+    return f"byte {exc.start + 1} of the line is not UTF-8 (0x{exc.object[exc.start]:02x}); save the file as UTF-8"
+
+
+def _json_problem(exc: ValueError | RecursionError) -> str:
+    if isinstance(exc, json.JSONDecodeError):
+        return f"not valid JSON: {exc.msg} at column {exc.colno}"
+    return f"not valid JSON: {exc}"
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            where = f"{path.name}:{number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line:
+                    yield _object(json.loads(line), where)
+            except UnicodeDecodeError as exc:
+                yield Problem(where, _not_utf8(exc))
+            except (ValueError, RecursionError) as exc:
+                yield Problem(where, _json_problem(exc))
+
+
+def _read_json(path: Path) -> Iterator[Row | Problem]:
+    """An array of objects, or one object a line; which of them, the first character says."""
+    raw = path.read_bytes()
+    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _read_jsonl(path)
+        return
+    try:
+        values = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
+        line = raw.count(b"\n", 0, exc.start) + 1
+        yield Problem(f"{path.name}:{line}", f"not UTF-8 (0x{raw[exc.start]:02x}); save the file as UTF-8")
+    except json.JSONDecodeError as exc:
+        yield Problem(f"{path.name}:{exc.lineno}", _json_problem(exc))
+    except RecursionError as exc:
+        yield Problem(path.name, _json_problem(exc))
+    else:
+        for index, value in enumerate(values):
+            yield _object(value, f"{path.name}[{index}]")
+
+
+def _read_csv(path: Path) -> Iterator[Row | Problem]:
+    raw = path.read_bytes()
+    lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
+    bad = False
+    for number, line in enumerate(lines, 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as exc:
+            bad = True
+            yield Problem(f"{path.name}:{number}", _not_utf8(exc))
+    if bad:
+        # A row of such a file may span a bad line: what the others hold is not certain either.
+        return
+    yield from _csv_records([line.decode() for line in lines], path.name)
+
+
+def _csv_records(lines: list[str], name: str) -> list[Row | Problem]:
+    # The stdlib's limit of 128 KiB a field is less than a long document; it is one for the whole process.
+    limit = csv.field_size_limit(_MAX_CSV_FIELD)
+    try:
+        return list(_csv_rows(csv.reader(lines, strict=True), name))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(reader: Any, name: str) -> Iterator[Row | Problem]:
+    header: list[str] | None = None
+    while True:
+        where = f"{name}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as exc:
+            yield Problem(where, f"not valid CSV: {exc}")
+            continue
+        if not any(cell.strip() for cell in cells) and len(cells) < 2:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            twice = sorted({cell for cell in header if header.count(cell) > 1})
+            if twice or "" in header:
+                seen = f"names {', '.join(map(repr, twice))} twice" if twice else "has a column without a name"
+                yield Problem(where, f"the header {seen}; the first line must name each column once")
+                return
+        elif len(cells) != len(header):
+            yield Problem(where, f"{len(cells)} columns; the header names {len(header)} ({', '.join(header)})")
+        else:
+            yield Row(where, dict(zip(header, cells)))
+
+
+def _read_parquet(path: Path) -> Iterator[Row | Problem]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as exc:
+        raise ConfigError(f"{path.name}: {missing_extra('pyarrow', 'data')}") from exc
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            for data in batch.to_pylist():
+                number += 1
+                yield Row(f"{path.name}:{number}", data)
+    except (pa.ArrowException, OSError) as exc:
+        raise DataError(f"{path.name}: not a readable parquet file: {exc}") from exc
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row | Problem]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
+
+
+def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
+    """`hf:org/name[:config][:split]` in its parts. A lone suffix is a split if it is named like one, else a config."""
+    match = _HUB.fullmatch(spec)
+    if match is None:
+        raise ConfigError(
+            f"{spec}: not a hub data set; expected hf:org/name, hf:org/name:split or hf:org/name:config:split"
+        )
+    name, config, split = match.groups()
+    if split is None and config in _SPLIT_NAMES:
+        config, split = None, config
+    return name, config, split
+
+
+def _read_hub(spec: str, split: str) -> Iterator[Row | Problem]:
+    name, config, part = _parse_hub(spec)
+    try:
+        import datasets
+    except ImportError as exc:
+        raise ConfigError(f"{spec}: {missing_extra('datasets', 'data')}") from exc
+    try:
+        if part is None:
+            offered = list(datasets.get_dataset_split_names(name, config))
+            part = next((alias for alias in SPLITS[split] if alias in offered), None)
+            if part is None:
+                raise ConfigError(
+                    f"{spec}: no {split} split; it has {', '.join(offered)}: name one as {spec}:{offered[0]}"
+                )
+        rows = datasets.load_dataset(name, config, split=part)
+    except ConfigError:
+        raise
+    # Which exceptions come out of the hub, its cache and the builders differs from release to release.
+    except Exception as exc:
+        raise DataError(
+            f"{spec}: could not load it from the hub ({type(exc).__name__}: {str(exc).strip()[:300]}); check the name, "
+            "the network, and `hf auth login` for a gated one; or download it and name the file"
+        ) from exc
+    for index, data in enumerate(rows):
+        yield Row(f"{name}:{part}[{index}]", dict(data))

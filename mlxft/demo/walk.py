@@ -1,0 +1,83 @@
+"""The walk of `mlxft demo`: answers before, training, answers after, fuse, one answer from the fused folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mlxft.export.fuse import fuse
+from mlxft.model.load import Loaded
+from mlxft.model.sample import generate
+from mlxft.recipe import load_config
+from mlxft.run import load, load_base, train
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and the strings of which a right answer holds one, in lower case."""
+
+    question: str
+    expect: list[str]
+
+    def right(self, answer: str) -> bool:
+        """Whether the answer states the fact."""
+        return any(e.lower() in answer.lower() for e in self.expect)
+
+
+def questions() -> list[Question]:
+    """The held-out questions: phrased otherwise than any training row."""
+    lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Question(**json.loads(line)) for line in lines]
+
+
+def answers(loaded: Loaded, asked: Sequence[Question]) -> list[str]:
+    """The most likely answer to each question."""
+    return [
+        generate(loaded.model, loaded.tokenizer, q.question, max_tokens=40, temperature=0.0, stop=["\n"]).strip()
+        for q in asked
+    ]
+
+
+def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
+    """Run the whole demo below `folder`. Returns how many held-out questions are right after training."""
+    asked = questions()
+    places = [
+        f"data.train={HERE / 'rows.jsonl'}",
+        f"data.valid={HERE / 'valid.jsonl'}",
+        f"run.dir={folder}",
+        "run.name=run",
+    ]
+    config = load_config(HERE / "recipe.yaml", [*places, *overrides])
+    console.rule("Before: what the model says of a company that it has never heard of")
+    before = answers(load_base(config), asked)
+    for q, answer in zip(asked, before):
+        console.print(f"[bold]{q.question}[/]\n  {answer}", highlight=False)
+    console.rule("Training")
+    run = train(config, overwrite=True, console=console)
+    console.rule("After: questions that are phrased otherwise than the rows it learned from")
+    after = answers(load(run.dir), asked)
+    table = Table("question", "before", "after", "")
+    for q, old, new in zip(asked, before, after):
+        table.add_row(q.question, old, new, "[green]right[/]" if q.right(new) else "[red]wrong[/]")
+    console.print(table)
+    right = sum(q.right(a) for q, a in zip(asked, after))
+    console.print(f"right before: {sum(q.right(a) for q, a in zip(asked, before))} of {len(asked)}")
+    console.print(f"right after:  {right} of {len(asked)}")
+    console.rule("Fusing")
+    fused = folder / "fused"
+    for line in fuse(run.dir, fused, overwrite=True):
+        console.print(line, highlight=False)
+    command = ["mlxft", "generate", "--model", str(fused), asked[0].question]
+    console.print(f"[bold]$ {' '.join(command[:-1])} {command[-1]!r}[/]", highlight=False)
+    subprocess.run([sys.executable, "-m", "mlxft", *command[1:]], check=True)
+    console.print(f"Talk with it: mlxft chat --model {fused}", highlight=False)
+    return right

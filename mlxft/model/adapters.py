@@ -1,0 +1,343 @@
+"""What is trained: low-rank adapters, whole weights or chosen modules; and adapters on disk.
+
+An adapter folder is mlx-lm's: adapters.safetensors beside adapter_config.json, with the full path of every adapted
+module under `lora_parameters.keys`. Modules that are trained whole beside the adapters are in the same file under
+their own names; mlx-lm refuses those by name instead of leaving them out in silence.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
+
+Layers = Literal["all"] | int | list[int]
+
+GROUPS = {
+    "attention": ("*attn*", "*attention*"),
+    "mlp": ("*mlp*", "*ffn*", "*feed_forward*", "*moe*", "*expert*"),
+}
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """Shape of a low-rank adapter: `paths` are the full names of the wrapped modules."""
+
+    paths: tuple[str, ...]
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    dora: bool = False
+
+
+def layer_paths(model: nn.Module) -> list[str]:
+    """Names of the model's blocks, first to last."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(layer)] for layer in model.layers if id(layer) in names]
+
+
+def select_layers(model: nn.Module, layers: Layers) -> list[str]:
+    """Names of the chosen blocks: all, the last N, or a list of indices.
+
+    Raises:
+        ConfigError: more layers than there are, or an index that does not exist.
+    """
+    paths = layer_paths(model)
+    if layers == "all":
+        return paths
+    if isinstance(layers, int):
+        if layers > len(paths):
+            raise ConfigError(f"tune.layers: {layers} asked for, the model has {len(paths)}")
+        return paths[-layers:]
+    wrong = [i for i in layers if not 0 <= i < len(paths)]
+    if wrong or not layers:
+        raise ConfigError(f"tune.layers: {wrong or layers}; the model has layers 0 to {len(paths) - 1}")
+    return [paths[i] for i in sorted(set(layers))]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether `pattern` names `path`, a parent of it, or the end of either: q_proj, layers.0.*, model.norm."""
+    parts = path.split(".")
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:end]), p)
+        for end in range(1, len(parts) + 1)
+        for p in (pattern, f"*.{pattern}")
+    )
+
+
+def select_targets(model: nn.Module, targets: str | Sequence[str], layers: Layers, dora: bool = False) -> list[str]:
+    """Full names of the modules that get a low-rank layer.
+
+    Args:
+        targets: all-linear (every linear layer of the blocks), attention, mlp, or name patterns.
+        layers: restricts modules of the blocks; modules outside of them (lm_head, embed_tokens) are named by pattern.
+    Raises:
+        ConfigError: a pattern matches nothing (it lists what there is), or DoRA is asked where it is not defined.
+    """
+    chosen = tuple(f"{p}." for p in select_layers(model, layers))
+    blocks = tuple(f"{p}." for p in layer_paths(model))
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if adaptable(module) and (name.startswith(chosen) or not name.startswith(blocks))
+    }
+    found: list[str] = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target in ("all-linear", *GROUPS):
+            # Within the blocks only: adapting the head or the embedding is a choice of its own.
+            inside = [n for n in candidates if n.startswith(chosen)]
+            kinds = GROUPS.get(target, ("*",))
+            hits = [
+                n for n in inside if any(fnmatch.fnmatchcase(n, f"{p}{k}") for k in kinds for p in _block(n, chosen))
+            ]
+        else:
+            hits = [n for n in candidates if matches(n, target)]
+        if not hits:
+            raise ConfigError(
+                f"tune.targets: {target!r} matches no module; {_what_there_is(candidates, blocks, target)}"
+            )
+        found += hits
+    paths = sorted(set(found), key=list(candidates).index)
+    unfit = [p for p in paths if dora and not isinstance(candidates[p], LINEAR)]
+    if unfit:
+        kind = type(candidates[unfit[0]]).__name__
+        raise ConfigError(f"tune.targets: DoRA is for linear layers, {unfit[0]} is a {kind}; use lora or other targets")
+    return paths
+
+
+def _block(name: str, chosen: tuple[str, ...]) -> list[str]:
+    """The block that `name` lies in, as a prefix."""
+    return [p for p in chosen if name.startswith(p)]
+
+
+def _what_there_is(names: Iterable[str], blocks: tuple[str, ...], wanted: str) -> str:
+    """The names to choose from, each once, as they stand within a block."""
+    short: dict[str, None] = {}
+    for name in names:
+        block = next((b for b in blocks if name.startswith(b)), "")
+        short[name.removeprefix(block)] = None
+    listed = list(short)
+    more = f" and {len(listed) - 30} more" if len(listed) > 30 else ""
+    hint = nearest(wanted, [part for n in listed for part in {n, n.rpartition(".")[2]}])
+    return f"there are {', '.join(listed[:30])}{more}, or all-linear, attention, mlp{hint}"
+
+
+def attach(model: nn.Module, spec: LoRASpec) -> None:
+    """Freeze the model and wrap `spec.paths` in low-rank layers, whose update is zero at first."""
+    modules = dict(model.named_modules())
+    missing = [p for p in spec.paths if p not in modules or not adaptable(modules[p])]
+    if missing:
+        raise ModelError(f"the adapter is for {missing[0]}, which this model does not have (of {len(missing)} such)")
+    model.freeze()
+    wrapped = [(p, wrap(modules[p], spec.rank, spec.scale, spec.dropout, spec.dora)) for p in spec.paths]
+    model.update_modules(tree_unflatten(wrapped))
+    for _, layer in wrapped:
+        layer.freeze()
+        layer.unfreeze(recurse=False, keys=[k for k in LEAVES if k in layer])
+
+
+def select_parameters(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
+    """Full names of the parameters that `patterns` name, by module or by parameter.
+
+    Raises:
+        ConfigError: a pattern matches nothing (it lists what there is).
+    """
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {n for n in names if matches(n, pattern)}
+        if not hits:
+            blocks = tuple(f"{p}." for p in layer_paths(model))
+            there = _what_there_is((n.rpartition(".")[0] for n in names), blocks, pattern).partition(", or all-linear")
+            tied = ""
+            if pattern == "lm_head":
+                tied = "; the head of this model is its embedding (tied): train that"
+            raise ConfigError(f"{setting}: {pattern!r} matches nothing; {there[0]}{tied}")
+        found |= hits
+    return [n for n in names if n in found]
+
+
+def unfreeze(model: nn.Module, names: Sequence[str], setting: str = "tune.train") -> None:
+    """Make single parameters trainable.
+
+    Raises:
+        ModelError: one belongs to a quantised layer, whose weights have no gradient.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = modules.get(owner)
+        if module is None:  # a parameter in a list or a dict of its module
+            raise ModelError(f"{setting}: {name} can not be trained by itself")
+        if isinstance(module, QUANTIZED):
+            raise ModelError(
+                f"{setting}: {owner} is quantised to {module.bits} bits, and quantised weights can not be trained; "
+                "load the base without quantisation (model.quantize) or train it through an adapter (tune.targets)"
+            )
+        module.unfreeze(recurse=False, keys=[leaf], strict=False)
+
+
+def prepare_full(model: nn.Module, layers: Layers, train: Sequence[str], freeze: Sequence[str]) -> None:
+    """Make everything trainable (embeddings, norms and head too), or what `layers` and the patterns leave.
+
+    Raises:
+        ModelError: the base is quantised.
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    quantized = [name for name, m in model.named_modules() if isinstance(m, QUANTIZED)]
+    if quantized:
+        raise ModelError(
+            f"tune.method full needs float weights, and {len(quantized)} layers of this base are quantised "
+            f"({quantized[0]}, ...); use lora or dora (QLoRA), or load without quantisation"
+        )
+    every = [n for n, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)]
+    chosen = set(every)
+    if layers != "all" or train:
+        inside = tuple(f"{p}." for p in select_layers(model, layers)) if layers != "all" else ()
+        chosen = {n for n in every if inside and n.startswith(inside)} | set(
+            select_parameters(model, train, "tune.train")
+        )
+    chosen -= set(select_parameters(model, freeze, "tune.freeze"))
+    if not chosen:
+        raise ConfigError("tune: train, freeze and layers leave nothing to train")
+    model.freeze()
+    unfreeze(model, [n for n in every if n in chosen])
+
+
+def prepare_adapter(model: nn.Module, spec: LoRASpec, train: Sequence[str]) -> None:
+    """Attach a fresh adapter; modules that `train` names are trained whole beside it."""
+    whole = select_parameters(model, train, "tune.train")
+    both = [n for n in whole if n.rpartition(".")[0] in spec.paths]
+    if both:
+        raise ConfigError(f"tune.train and tune.targets both name {both[0].rpartition('.')[0]}; choose one")
+    attach(model, spec)
+    unfreeze(model, whole)
+
+
+def adapter_config(spec: LoRASpec | None, model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
+    """adapter_config.json as mlx-lm reads it; `about` is kept under `mlxft` (base, objective, versions)."""
+    if spec is None:
+        return {"fine_tune_type": "full", "num_layers": len(layer_paths(model)), "mlxft": about}
+    return {
+        "fine_tune_type": "dora" if spec.dora else "lora",
+        "num_layers": len(layer_paths(model)),
+        "lora_parameters": {
+            "rank": spec.rank,
+            "scale": spec.scale,
+            "dropout": spec.dropout,
+            "keys": list(spec.paths),
+        },
+        "mlxft": about,
+    }
+
+
+def trainable_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Name -> array of everything that is trained."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter folder.
+
+    Raises:
+        ModelError: no such folder or file, or not an adapter of mlxft or mlx-lm.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ModelError(f"{folder} is no adapter: can not read adapter_config.json ({e.strerror})") from e
+    except ValueError as e:
+        raise ModelError(f"{file}: not valid JSON: {e}") from e
+    if not isinstance(config, dict) or "fine_tune_type" not in config:
+        peft = " (it looks like a PEFT adapter)" if isinstance(config, dict) and "peft_type" in config else ""
+        raise ModelError(f"{file}: not an adapter of mlxft or mlx-lm{peft}")
+    return config
+
+
+def spec_of(config: dict[str, Any], model: nn.Module) -> LoRASpec | None:
+    """The adapter's shape on this model; None for whole weights. Understands mlx-lm's keys relative to a layer."""
+    if config["fine_tune_type"] == "full":
+        return None
+    given = config["lora_parameters"]
+    blocks = layer_paths(model)
+    last = blocks[-max(config.get("num_layers", 0), 0) :]
+    keys = given.get("keys")
+
+    def adapted(name: str) -> bool:
+        inside = _relative(name, last)
+        if keys is None:  # mlx-lm's default: every layer that can be, in the last blocks
+            return bool(inside)
+        return name in keys or inside in keys
+
+    paths = [name for name, module in model.named_modules() if adaptable(module) and adapted(name)]
+    dora = config["fine_tune_type"] == "dora"
+    return LoRASpec(tuple(paths), given["rank"], given["scale"], given.get("dropout", 0.0), dora)
+
+
+def _relative(name: str, blocks: Sequence[str]) -> str:
+    block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+    return name.removeprefix(f"{block}.") if block else ""
+
+
+def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoRASpec | None:
+    """Attach the adapter in `folder` and load its weights; its layers, and modules it trained whole, are trainable.
+
+    Args:
+        base: fingerprint of the model; an adapter that names another base is refused.
+    Raises:
+        ModelError: not an adapter, of another base, or its tensors do not fit.
+    """
+    config = read_adapter_config(folder)
+    about = config.get("mlxft", {}).get("base", {})
+    if base is not None and about and about.get("fingerprint") != base:
+        raise ModelError(
+            f"{folder} was trained on another base: {about.get('model')} ({about.get('fingerprint')}), "
+            f"and this model is {base}; load the adapter on the base it was trained on"
+        )
+    file = folder / "adapters.safetensors"
+    try:
+        weights = mx.load(str(file))
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e
+    assert isinstance(weights, dict)
+    spec = spec_of(config, model)
+    if spec is not None:
+        attach(model, spec)
+    else:
+        model.freeze()
+    load_trained(model, weights, str(file))
+    whole = [n for n in weights if n.rpartition(".")[2] not in LEAVES]
+    unfreeze(model, whole, str(folder))
+    return spec
+
+
+def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
+    """Put trained weights into the model; every name and shape must fit, and no adapter leaf may be missing.
+
+    Raises:
+        ModelError: all that does not fit.
+    """
+    there = dict(tree_flatten(model.parameters()))
+    problems = [f"{n}: the model has no such parameter" for n in weights if n not in there]
+    problems += [
+        f"{n}: shape {tuple(w.shape)}, the model's is {tuple(there[n].shape)}"
+        for n, w in weights.items()
+        if n in there and w.shape != there[n].shape
+    ]
+    adapted = {f"{name}.{k}" for name, m in model.named_modules() if isinstance(m, LowRank) for k in LEAVES if k in m}
+    problems += [f"{n}: not in the file" for n in sorted(adapted - set(weights))]
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise ModelError(f"{origin} does not fit this model:\n  " + "\n  ".join(problems[:10]) + more)
+    model.load_weights(list(weights.items()), strict=False)

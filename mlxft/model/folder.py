@@ -1,0 +1,126 @@
+"""Writes a model folder that mlx-lm and transformers read; whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxft.errors import ExportError
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Beside the weights: a tokenizer of a quarter of a million tokens, and some air.
+_SLACK_BYTES = 48 << 20
+
+
+def save_folder(
+    dst: Path,
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    config: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    source: Path | None = None,
+) -> Path:
+    """Write config.json, model*.safetensors, tokenizer files and generation_config.json to `dst`.
+
+    Everything is written to a hidden folder beside `dst` and renamed at the end. The model stays as it is; lazily
+    loaded weights are read on the way, also from `dst` itself.
+
+    Args:
+        overwrite: replace `dst` if it is a model folder.
+        source: the folder that the model came from: its generation settings, and the code of a model that has its
+            own, are carried over.
+    Raises:
+        ExportError: `dst` exists, the disk is too small, or writing failed; then nothing is left behind.
+    """
+    check_destination(dst, overwrite)
+    check_space(dst, weight_bytes(model))
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    part = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        _write(part, model, tokenizer, config, source)
+        _swap(part, dst)
+    # MLX's writer raises RuntimeError where the disk is full.
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{dst}: writing failed, nothing is left of it: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return dst
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, read or not yet."""
+    return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+
+
+def check_destination(dst: Path, overwrite: bool) -> None:
+    """ExportError unless `dst` may be written: not there, or a model folder and `overwrite`."""
+    if not dst.exists():
+        return
+    if not dst.is_dir():
+        raise ExportError(f"{dst}: exists and is a file; give a folder's name")
+    empty = not any(dst.iterdir())
+    if not overwrite and not empty:
+        raise ExportError(f"{dst}: exists already; give another name, or overwrite")
+    if not empty and not (dst / "config.json").is_file():
+        raise ExportError(f"{dst}: is not a model folder (no config.json), so it is not overwritten; give another name")
+
+
+def check_space(dst: Path, weights: int) -> None:
+    """ExportError unless the disk of `dst` has room for `weights` bytes and the small files beside them."""
+    existing = next(folder for folder in (dst.absolute().parent, *dst.absolute().parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, weights + _SLACK_BYTES
+    if free < needed:
+        raise ExportError(
+            f"{dst}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk; "
+            "free some, write elsewhere, or quantise"
+        )
+
+
+def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any], source: Path | None) -> None:
+    from mlx_lm.utils import save_config, save_model
+
+    save_model(folder, model, donate_model=False)
+    written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if written < weight_bytes(model):
+        raise OSError(f"only {written} of {weight_bytes(model)} bytes of weights were written")
+    # save_config drops keys from what it is given; a vision tower's model can not be loaded without them.
+    keep_vision = "vision_tower" in getattr(model, "model", {})
+    save_config(copy.deepcopy(config), folder / "config.json", keep_vision_config=keep_vision)
+    tokenizer.save_pretrained(str(folder))
+    generation: dict[str, Any] = {}
+    if source is not None and source.is_dir():
+        if (source / "generation_config.json").is_file():
+            generation = json.loads((source / "generation_config.json").read_text(encoding="utf-8"))
+        for code in source.glob("*.py"):
+            shutil.copy(code, folder)
+    for name in ("bos_token_id", "pad_token_id"):
+        if config.get(name) is not None:
+            generation.setdefault(name, config[name])
+    generation["eos_token_id"] = sorted(tokenizer.eos_token_ids)
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _swap(part: Path, dst: Path) -> None:
+    """`part` takes the name of `dst`; what was there before goes only after that."""
+    old = dst.with_name(f".{dst.name}.old-{os.getpid()}")
+    if dst.exists():
+        dst.rename(old)
+    try:
+        part.rename(dst)
+    except OSError:
+        if old.exists():
+            old.rename(dst)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

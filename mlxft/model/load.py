@@ -1,0 +1,316 @@
+"""From a name to a model: hub id, folder, .gguf file or alias -> weights, tokenizer, config.
+
+Weights and architectures are mlx-lm's. This file says where a name leads, what may be wrong with it, in which
+numbers the weights are held, and how a base is recognised again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.model import gguf
+from mlxft.model.source import brief, folder_config, model_module, older_rope, resolve
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+DTYPES = ("auto", "own", "float32", "bfloat16", "float16")
+BITS = (0, 2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass
+class Loaded:
+    """A model ready to use: in eval mode and unfrozen; who trains it calls `model.train()` and freezes.
+
+    Attributes:
+        config: config.json as transformers and mlx-lm read it, true to the weights as they are now.
+        source: the name that was asked for.
+        path: the folder or file that it led to.
+        fingerprint: of the base as loaded, before adapters (see `fingerprint`).
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    source: str
+    path: Path | None
+    fingerprint: str = ""
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "auto",
+    quantize: int | None = None,
+    group_size: int = 64,
+    chat_template: Path | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    lazy: bool = False,
+) -> Loaded:
+    """Load a model and its tokenizer.
+
+    Args:
+        path: hub id, folder, .gguf file of the llama family, or an alias (`smollm2-135m`).
+        dtype: of all floating weights: float32, bfloat16, float16; "own" as in the checkpoint (a .gguf: float16);
+            "auto" is float32 where MLX runs on a CPU (bfloat16 is slow there), else "own".
+        quantize: bits to quantise to (2, 3, 4, 5, 6, 8); 0 dequantises; None leaves a folder as it is and
+            dequantises a .gguf, which is packed for transport. A packed checkpoint keeps its own groups.
+        group_size: weights that share a scale, 32, 64 or 128.
+        chat_template: a file whose Jinja template replaces the tokenizer's.
+        revision: branch, tag or commit of a hub id.
+        lazy: leave the weights unread until they are used.
+    Raises:
+        ConfigError: an argument is out of bounds or the chat template's file is missing.
+        ModelError: nothing there, the hub does not answer, or what is there can not be used.
+    """
+    _check_arguments(dtype, quantize, group_size)
+    where = resolve(path, revision)
+    if where.suffix == ".gguf":
+        file = gguf.read(where)
+        model, config = gguf.build(file)
+        tokenizer = gguf.tokenizer(file)
+        quantize = 0 if quantize is None else quantize
+        own = mx.float16
+        dtype = "float16" if dtype == "own" or (dtype == "auto" and not _on_cpu()) else dtype
+    else:
+        config = folder_config(where, path, weights=True)
+        model, config = _folder_model(where, path, config, trust_remote_code)
+        tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
+        own = _own_dtype(model)
+    if chat_template is not None:
+        _set_chat_template(tokenizer, chat_template)
+    try:
+        _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
+        if not lazy:
+            mx.eval(model.parameters())
+    except RuntimeError as error:
+        raise ModelError(f"model {path!r}: the weights can not be read: {brief(error)}") from error
+    model.eval()
+    return Loaded(model, tokenizer, config, path, where, fingerprint(config, _shapes(model)))
+
+
+def load_tokenizer(
+    path: str,
+    chat_template: Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> TokenizerWrapper:
+    """Only the tokenizer, as `load` gives it; from the hub, only the small files are fetched."""
+    where = resolve(path, revision, weights=False)
+    if where.suffix == ".gguf":
+        tokenizer = gguf.tokenizer(gguf.read(where))
+    else:
+        tokenizer = _folder_tokenizer(where, path, folder_config(where, path, weights=False), trust_remote_code)
+    if chat_template is not None:
+        _set_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def load_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Only the config, as the checkpoint has it (a .gguf's quantisation is not in it); no weights are fetched."""
+    where = resolve(path, revision, weights=False)
+    if where.suffix == ".gguf":
+        return gguf.config(gguf.read(where))
+    return folder_config(where, path, weights=False)
+
+
+def fingerprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """A short hash that tells bases apart: architecture, sizes, quantisation, names and shapes of the weights.
+
+    The same for every dtype and every place that the weights come from. It does not look into the weights:
+    two fine-tunes of one base have the same fingerprint.
+    """
+    text = config.get("text_config")
+    sizes = {**config, **(text if isinstance(text, Mapping) else {})}
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    quantization = config.get("quantization") or {}
+    essence = {
+        "model_type": config.get("model_type"),
+        "sizes": {key: sizes.get(key) for key in keys},
+        "quantization": [quantization.get("bits"), quantization.get("group_size"), quantization.get("mode", "affine")],
+        "weights": sorted((name, list(shape)) for name, shape in shapes.items()),
+    }
+    return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def base_fingerprint(loaded: Loaded) -> str:
+    """The fingerprint taken when `loaded` was loaded: adapters attached since do not change it."""
+    return loaded.fingerprint or fingerprint(loaded.config, _shapes(loaded.model))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers the model stands for: packed weights unpacked, no scales, tied ones once; attached adapters count."""
+    flat = dict(tree_flatten(model.parameters()))
+    modules = dict(model.named_modules())
+    total, seen = 0, set()
+    for name, value in flat.items():
+        stem, _, part = name.rpartition(".")
+        packed = f"{stem}.scales" in flat
+        if id(value) in seen or (packed and part in ("scales", "biases")):
+            continue
+        seen.add(id(value))
+        total += value.size * 32 // modules[stem].bits if packed and part == "weight" else value.size
+    return total
+
+
+def _check_arguments(dtype: str, quantize: int | None, group_size: int) -> None:
+    problems = []
+    if dtype not in DTYPES:
+        problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+    if quantize is not None and quantize not in BITS:
+        problems.append(f"quantize is {quantize!r}; expected one of {', '.join(map(str, BITS))} bits (0 dequantises)")
+    if group_size not in GROUP_SIZES:
+        problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+    if problems:
+        raise ConfigError("model: " + "; ".join(problems))
+
+
+def _on_cpu() -> bool:
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def _target(dtype: str) -> Any:
+    """The dtype to cast to, None for the checkpoint's own."""
+    if dtype == "auto":
+        return mx.float32 if _on_cpu() else None
+    return None if dtype == "own" else getattr(mx, dtype)
+
+
+def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import load_model
+
+    if (code := config.get("model_file")) is not None:
+        if not trust:
+            raise ModelError(f"model {name!r}: wants to run its own code ({code}): set trust_remote_code to let it")
+        extra = {}
+    else:
+        extra = older_rope(config, model_module(config, name))
+    try:
+        model, loaded = load_model(folder, lazy=True, model_config=extra, trust_remote_code=trust)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
+        raise ModelError(f"model {name!r}: {folder} can not be loaded: {brief(error)}") from error
+    return model, loaded
+
+
+def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bool) -> Any:
+    from mlx_lm.utils import load_tokenizer as read_tokenizer
+
+    extra = {"trust_remote_code": True} if trust else {}
+    try:
+        return read_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # transformers raises many kinds here, its backends plain Exception
+        raise ModelError(
+            f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json): "
+            f"{brief(error)}"
+        ) from error
+
+
+def _set_chat_template(tokenizer: Any, file: Path) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template {str(file)!r}: can not be read: {brief(error)}") from error
+    tokenizer.chat_template = text
+    tokenizer.has_chat_template = True
+    tokenizer._chat_template = None
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"chat_template {str(file)!r}: line {error.lineno}: {error.message}") from error
+    except Exception:
+        # A sound template may refuse this probe (one that wants a system message): only its syntax is checked here.
+        return
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return "scales" in module and hasattr(module, "bits")
+
+
+def _own_dtype(model: nn.Module) -> Any:
+    """The dtype that most floating weights have."""
+    sizes: Counter[Any] = Counter()
+    for _, value in tree_flatten(model.parameters()):
+        if mx.issubdtype(value.dtype, mx.floating):
+            sizes[value.dtype] += value.size
+    return sizes.most_common(1)[0][0] if sizes else mx.float32
+
+
+def _cast(model: nn.Module, dtype: Any) -> None:
+    # Some architectures keep a few numbers in float32 for good: they say which.
+    wanted = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(name: str, value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+
+
+def _set_numbers(
+    model: nn.Module, config: dict[str, Any], name: str, target: Any, own: Any, quantize: int | None, group_size: int
+) -> None:
+    """Cast, dequantise or quantise in place, and make `config` say so."""
+    packed = any(_is_packed(m) for m in model.modules())
+    if packed and quantize == 0:
+        from mlx_lm.utils import dequantize_model
+
+        # In the dtype of the scales, whatever comes after: so a converted folder has the very numbers of a direct load.
+        dequantize_model(model)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+        target = own if target is None else target
+    if target is not None:
+        _cast(model, target)
+        config["torch_dtype"] = str(target).rpartition(".")[2]
+        config.pop("dtype", None)
+    if quantize and packed:
+        bits = (config.get("quantization") or {}).get("bits")
+        if bits != quantize:
+            raise ModelError(
+                f"model {name!r}: is quantised already, to {bits or 'other'} bits, and can not go to {quantize}; "
+                f"leave quantize out (or {bits}), or dequantise it first (quantize=0, mlxft convert)"
+            )
+    elif quantize:
+        _quantise(model, config, name, quantize, group_size)
+
+
+def _quantise(model: nn.Module, config: dict[str, Any], name: str, bits: int, group_size: int) -> None:
+    from mlx_lm.utils import quantize_model
+
+    widths = [m.weight.shape[-1] for m in model.modules() if hasattr(m, "to_quantized")]
+    if not any(width % group_size == 0 for width in widths):
+        fitting = [str(g) for g in GROUP_SIZES if math.gcd(*widths, g) == g] if widths else []
+        hint = f"try group_size {' or '.join(fitting)}" if fitting else "this model can not be quantised"
+        raise ModelError(f"model {name!r}: no layer's width is a multiple of group_size {group_size}; {hint}")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
+        _, new = quantize_model(model=model, config=config, group_size=group_size, bits=bits)
+    config.update(new)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}

@@ -1,0 +1,98 @@
+"""What every objective hands to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxft.data.encode import Encoded
+
+
+class LossSum(NamedTuple):
+    """Sums over items, never means: total (), weight () and metrics, all float32.
+
+    Micro-batches and ranks differ in how many tokens or pairs they train, so the mean of their means is not the mean
+    over all of them. Sums add up exactly; the loop adds them and divides once, by the whole step's weight.
+    `total` comes first, so that `mx.value_and_grad` of a function returning a LossSum differentiates it.
+    """
+
+    total: mx.array  # sum of per-item losses
+    weight: mx.array  # number of items: trained tokens, pairs, response tokens
+    metrics: dict[str, mx.array]  # name -> sum over the same items
+
+    def plus(self, other: LossSum) -> LossSum:
+        """The sums over both parts' items (`+` would join the tuples); a metric that one lacks counts as 0 there."""
+        metrics = dict(self.metrics)
+        for name, value in other.metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+        return LossSum(self.total + other.total, self.weight + other.weight, metrics)
+
+    def mean(self) -> mx.array:
+        """Loss per item, (). Only where weight > 0 does it mean anything: an empty sum gives 0, not NaN.
+
+        Raising would need the weight on the host, amid a compiled step; the loop skips empty steps and counts them.
+        """
+        return self.total / mx.where(self.weight > 0, self.weight, 1.0)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-batch computes with, and what reports say of it. Only the objective looks into `arrays`."""
+
+    arrays: dict[str, mx.array]
+    tokens: int  # real ones: without padding
+    trained_tokens: int  # 0: nothing to learn here, the loop skips it
+    rows: tuple[str, ...]  # where they come from, for messages
+    ends_epoch: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an objective's data comes to, for the start of a run and for `mlxft check`."""
+
+    counts: dict[str, int | float]  # label -> number, in the order to print
+    notes: list[str] = field(default_factory=list)  # what was dropped or cut, a sentence each
+
+
+class Objective(Protocol):
+    """One way to train. The loop pulls batches, adds their LossSums, and never looks inside."""
+
+    def batches(self, model: nn.Module) -> Iterator[Batch]:
+        """Micro-batches without end, from where `state_dict` says; the state is past a batch once it is yielded."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Sums over the batch, differentiable in the model's trainable parameters."""
+        ...
+
+    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+        """The whole validation set, the same each time; none if there is none."""
+        ...
+
+    def steps_per_epoch(self, accumulate: int) -> int:
+        """Optimiser updates an epoch. No step reaches over an epoch's end."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is in its data, as JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hash of the data, so that a run is not resumed on other rows."""
+        ...
+
+    def summary(self) -> Summary:
+        """Counts of rows and tokens."""
+        ...
+
+    def previews(self, n: int) -> list[Encoded]:
+        """The first `n` training rows, to be shown."""
+        ...

@@ -1,0 +1,400 @@
+"""The mathematics of the objectives, as pure functions over arrays.
+
+B rows, T response positions, V vocabulary, n pairs (or rows). `mask` (B, T) is non-zero where a token counts.
+Inputs of any float type are cast: everything is computed and returned in float32. What stands outside a mask may be
+anything, NaN included; it reaches neither the result nor a gradient. Arrays whose shapes would broadcast silently,
+as (n,) with (n, 1), are refused with an AssertionError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.objectives.base import LossSum as LossSum
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+# exp(20) is still far from float32's end; beyond it a log-ratio says only "very different".
+_MAX_LOG_RATIO = 20.0
+# verl's bound on k3, whose tail grows as exp(-d): one odd token would outweigh a whole rollout.
+_MAX_K3 = 10.0
+
+
+def _same_shape(**arrays: mx.array) -> None:
+    """AssertionError unless all shapes agree: (n,) against (n, 1) would broadcast to (n, n) and train on nonsense."""
+    if len({tuple(array.shape) for array in arrays.values()}) > 1:
+        seen = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+        raise AssertionError(f"shapes differ: {seen}; expected one shape for all")
+
+
+def _float(x: mx.array) -> mx.array:
+    return x.astype(mx.float32)
+
+
+def _masked(x: mx.array, keep: mx.array) -> mx.array:
+    """x in float32, 0 outside. A choice, not a product: 0 * NaN is NaN, in the value and in the gradient."""
+    return mx.where(keep, _float(x), 0.0)
+
+
+def _neg_log_sigmoid(x: mx.array) -> mx.array:
+    """-log sigmoid(x) = log(1 + exp(-x)), finite for every finite x."""
+    return mx.logaddexp(-x, mx.array(0.0, dtype=mx.float32))
+
+
+def _tempered(logits: mx.array, temperature: float) -> mx.array:
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; expected a number above 0")
+    scaled = _float(logits)
+    return scaled if temperature == 1.0 else scaled / temperature
+
+
+def token_logprobs(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
+    """Log-probability of each token, log softmax(logits / temperature)[ids], (B, T) in nats.
+
+    Args:
+        logits: (B, T, V), position t predicting ids[:, t].
+        ids: (B, T) integers in 0..V-1, at pads too.
+        temperature: that of the sampling, or PPO's ratio is against another distribution; ConfigError unless above 0.
+    """
+    if tuple(logits.shape[:-1]) != tuple(ids.shape):
+        raise AssertionError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)}; expected (B, T, V) and (B, T)")
+    scaled = _tempered(logits, temperature)
+    chosen = mx.take_along_axis(scaled, ids[..., None], axis=-1).squeeze(-1)
+    return chosen - mx.logsumexp(scaled, axis=-1)
+
+
+def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
+    """Entropy of softmax(z), z = logits / temperature: logsumexp(z) - sum p z, (B, T) in nats, 0 to log V.
+
+    logits: (B, T, V), where -inf marks a token that can not be drawn. ConfigError unless temperature is above 0.
+    """
+    # -inf would make 0 * -inf; a finite floor far below has probability 0 just as well.
+    scaled = mx.maximum(_tempered(logits, temperature), -1e30)
+    log_total = mx.logsumexp(scaled, axis=-1)
+    probs = mx.exp(scaled - log_total[..., None])
+    return log_total - (probs * scaled).sum(axis=-1)
+
+
+def _scan_from_right(decay: mx.array, add: mx.array) -> mx.array:
+    """x[:, t] = add[:, t] + decay[:, t] * x[:, t + 1], all (B, T), with x[:, T] = 0.
+
+    Doubling: after k rounds each position has gathered 2^k of its successors, so log2(T) steps of whole arrays stand
+    for T small ones, and nothing is divided by a power of the decay that might underflow.
+    """
+    span, length = 1, add.shape[1]
+    while span < length:
+        ahead = [(0, 0), (0, span)]
+        add = add + decay * mx.pad(add[:, span:], ahead)
+        decay = decay * mx.pad(decay[:, span:], ahead)
+        span *= 2
+    return add
+
+
+def gae(rewards: mx.array, values: mx.array, mask: mx.array, gamma: float, lam: float) -> tuple[mx.array, mx.array]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): raw, not whitened.
+
+    delta_t = r_t + gamma v_{t+1} - v_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + v_t. The value after the
+    last counted token is 0. Uncounted tokens within a row (a tool's answer) are stepped over, as in verl.
+
+    Args:
+        rewards, values: (B, T); anything outside the mask is ignored.
+        mask: (B, T), 1 for response tokens up to and including the last one.
+    Returns:
+        advantages and returns, both (B, T) float32, zero outside the mask.
+    """
+    _same_shape(rewards=rewards, values=values, mask=mask)
+    keep = mask != 0
+    rewards, values = _masked(rewards, keep), _masked(values, keep)
+    # An uncounted position adds nothing and hands its successor on undiminished.
+    at_or_after = _scan_from_right(mx.where(keep, 0.0, 1.0), values)
+    next_values = mx.pad(at_or_after[:, 1:], [(0, 0), (0, 1)])
+    deltas = _masked(rewards + gamma * next_values - values, keep)
+    advantages = _masked(_scan_from_right(mx.where(keep, gamma * lam, 1.0), deltas), keep)
+    return advantages, _masked(advantages + values, keep)
+
+
+def whiten(x: mx.array, mask: mx.array) -> mx.array:
+    """Shift and scale to mean 0 and variance 1 over the masked entries of the whole array.
+
+    (x - mean) / sqrt(var + 1e-8), var unbiased (n - 1), as TRL's masked_whiten. x, mask: (B, T). Returns (B, T), zero
+    outside the mask, and all zeros where one entry counts, or none.
+    """
+    _same_shape(x=x, mask=mask)
+    keep = mask != 0
+    x = _masked(x, keep)
+    count = _float(keep).sum()
+    centred = _masked(x - x.sum() / mx.maximum(count, 1.0), keep)
+    variance = (centred * centred).sum() / mx.maximum(count - 1.0, 1.0)
+    return centred / mx.sqrt(variance + 1e-8)
+
+
+def policy_loss(
+    logprobs: mx.array,
+    old_logprobs: mx.array,
+    advantages: mx.array,
+    mask: mx.array,
+    clip: float,
+    dual_clip: float | None = None,
+) -> LossSum:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised, summed over the mask.
+
+    ratio = exp(logprobs - old), loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)). Where A < 0 that grows
+    without bound in the ratio; dual_clip = c holds it at -A c (Ye et al. 2020; c = 3 is usual).
+    No gradient flows into old_logprobs and advantages. The log-ratio is held within +-20.
+
+    Args:
+        logprobs, old_logprobs, advantages, mask: (B, T), at the sampling temperature.
+        clip: above 0, else ConfigError. dual_clip: above 1, or None for none, else ConfigError.
+    Returns:
+        LossSum over the mask's tokens. Metrics: approx_kl (old - new, verl's ppo_kl), clip_fraction (the clipped
+        branch is the larger), ratio, and dual_clip_fraction where dual_clip is given.
+    """
+    if not clip > 0:
+        raise ConfigError(f"clip is {clip}; expected a number above 0")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ConfigError(f"dual_clip is {dual_clip}; expected a number above 1, or none")
+    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    keep = mask != 0
+    old = _masked(mx.stop_gradient(old_logprobs), keep)
+    advantages = _masked(mx.stop_gradient(advantages), keep)
+    log_ratio = mx.clip(_masked(logprobs, keep) - old, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    ratio = mx.exp(log_ratio)
+    plain = -advantages * ratio
+    clipped = -advantages * mx.clip(ratio, 1.0 - clip, 1.0 + clip)
+    losses = mx.maximum(plain, clipped)
+    metrics = {
+        "approx_kl": -log_ratio.sum(),
+        "clip_fraction": _float(clipped > plain).sum(),
+        "ratio": _masked(ratio, keep).sum(),
+    }
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        bounded = (advantages < 0) & (losses > bound)
+        metrics["dual_clip_fraction"] = _float(bounded).sum()
+        losses = mx.where(bounded, bound, losses)
+    return LossSum(losses.sum(), _float(keep).sum(), metrics)
+
+
+def value_loss(
+    values: mx.array, old_values: mx.array, returns: mx.array, mask: mx.array, clip: float | None
+) -> LossSum:
+    """Half the squared error of the critic, clipped around its old values (OpenAI baselines), summed over the mask.
+
+    1/2 max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2). No gradient flows into old_values and returns.
+
+    values, old_values, returns, mask: (B, T). clip: above 0 (else ConfigError), or None for the plain squared error.
+    Returns a LossSum over the mask's tokens. Metrics: value_clip_fraction (the clipped branch is the larger).
+    """
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"value clip is {clip}; expected a number above 0, or none")
+    _same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    keep = mask != 0
+    values = _masked(values, keep)
+    old = _masked(mx.stop_gradient(old_values), keep)
+    returns = _masked(mx.stop_gradient(returns), keep)
+    reach = math.inf if clip is None else clip
+    plain = mx.square(values - returns)
+    # Clip the value, not its change: old + clip(v - old) differs from v by rounding, and would count as clipped.
+    clipped = mx.square(mx.clip(values, old - reach, old + reach) - returns)
+    metrics = {"value_clip_fraction": _float(clipped > plain).sum()}
+    return LossSum(0.5 * mx.maximum(plain, clipped).sum(), _float(keep).sum(), metrics)
+
+
+def kl(logprobs: mx.array, ref_logprobs: mx.array, estimator: str) -> mx.array:
+    """KL(policy || reference) estimated from the sampled tokens (Schulman 2020, "Approximating KL divergence").
+
+    With d = logprobs - ref_logprobs: k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, >= 0, its gradient right;
+    k3 = exp(-d) - 1 + d, unbiased and >= 0, but held at 10 at most, as in verl: at d < -2.6 or d > 11 it is constant.
+    logprobs, ref_logprobs: (B, T). Returns (B, T), nats, unmasked. ConfigError for an unknown estimator.
+    """
+    if estimator not in KL_ESTIMATORS:
+        hint = nearest(estimator, KL_ESTIMATORS)
+        raise ConfigError(f"KL estimator is {estimator!r}; expected one of {', '.join(KL_ESTIMATORS)}{hint}")
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    d = _float(logprobs) - _float(ref_logprobs)
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * mx.square(d)
+    d = mx.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)  # or an overflow's gradient would be 0 * inf
+    # expm1: near d = 0, where training lives, exp(-d) - 1 would lose all its digits.
+    return mx.clip(mx.expm1(-d) + d, 0.0, _MAX_K3)
+
+
+def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.array:
+    """Everything after a row's first stop token becomes pad; the stop token itself stays.
+
+    ids: (B, T) integers; stop: one id, or several that each end a row. Returns (B, T), dtype of ids; a row without a
+    stop token is unchanged.
+    """
+    hits = mx.zeros(ids.shape, dtype=mx.bool_)
+    for token in [stop] if isinstance(stop, int) else stop:
+        hits = hits | (ids == token)
+    counts = hits.astype(mx.int32)
+    # Exclusive count of stops before a position: 0 up to and including the first one.
+    before = mx.cumsum(counts, axis=1) - counts
+    return mx.where(before > 0, mx.array(pad, dtype=ids.dtype), ids)
+
+
+def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: int) -> float:
+    """The next KL coefficient (Ziegler et al. 2019, section 2.2).
+
+    coef * (1 + clip(observed / target - 1, -0.2, 0.2) * n / horizon),
+    observed and target in nats; n episodes (or steps) since the last call, horizon in the same unit. ConfigError
+    unless target and horizon are above 0, ModelError where the observed KL is not a number.
+    """
+    if not (target > 0 and horizon > 0):
+        raise ConfigError(f"adaptive KL: target is {target} and horizon is {horizon}; expected both above 0")
+    if math.isnan(observed):
+        raise ModelError("adaptive KL: the observed KL is not a number; training has diverged (lower optim.lr)")
+    error = min(max(observed / target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error * n / horizon)
+
+
+def bradley_terry(
+    chosen: mx.array,
+    rejected: mx.array,
+    margin: mx.array | None = None,
+    centering: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> LossSum:
+    """Reward model's pairwise loss (Ouyang et al. 2022, eq. 1), summed: -log sigmoid(chosen - rejected - margin).
+
+    Args:
+        chosen, rejected: (n,) scores.
+        margin: (n,), how much better chosen should be (Touvron et al. 2023, eq. 2).
+        centering: adds centering * (chosen + rejected)^2, which fixes the free constant (Eisenstein et al. 2024).
+        label_smoothing: e weighs the pair by 1 - e and the exchanged pair by e, as labels are wrong that often.
+    Returns:
+        LossSum over pairs. Metrics: accuracy (chosen above rejected; a tie counts half), margin (chosen - rejected).
+    """
+    shapes = {"chosen": chosen, "rejected": rejected}
+    _same_shape(**shapes if margin is None else {**shapes, "margin": margin})
+    chosen, rejected = _float(chosen), _float(rejected)
+    difference = chosen - rejected
+    wanted = mx.zeros_like(difference) if margin is None else _float(margin)
+    right, exchanged = _neg_log_sigmoid(difference - wanted), _neg_log_sigmoid(-difference - wanted)
+    losses = (1 - label_smoothing) * right + label_smoothing * exchanged + centering * mx.square(chosen + rejected)
+    wins = _float(difference > 0) + 0.5 * _float(difference == 0)
+    metrics = {"accuracy": wins.sum(), "margin": difference.sum()}
+    return LossSum(losses.sum(), mx.array(float(chosen.size), dtype=mx.float32), metrics)
+
+
+# Losses on preferences: everything (n,), one loss a pair (or row), float32; no gradient flows into a reference.
+
+
+def implicit_reward(logprobs: mx.array, ref_logprobs: mx.array, beta: float) -> mx.array:
+    """beta (log pi - log ref), (n,): the reward a policy stands for, up to a constant (Rafailov et al. 2023, eq. 5)."""
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    return beta * (_float(logprobs) - mx.stop_gradient(_float(ref_logprobs)))
+
+
+def _log_ratio_margin(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array) -> mx.array:
+    """h = log (pi/ref)(chosen) - log (pi/ref)(rejected), (n,)."""
+    _same_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    return implicit_reward(chosen, ref_chosen, 1.0) - implicit_reward(rejected, ref_rejected, 1.0)
+
+
+def _smoothed(margin: mx.array, label_smoothing: float) -> mx.array:
+    return (1 - label_smoothing) * _neg_log_sigmoid(margin) + label_smoothing * _neg_log_sigmoid(-margin)
+
+
+def dpo(
+    chosen: mx.array,
+    rejected: mx.array,
+    ref_chosen: mx.array,
+    ref_rejected: mx.array,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> mx.array:
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7): -log sigmoid(beta h), (n,).
+
+    h = log (pi/ref)(chosen) - log (pi/ref)(rejected), from sums of response log-probabilities, four times (n,).
+    label_smoothing e is conservative DPO (Mitchell 2023): (1 - e) (-log sigmoid(beta h)) + e (-log sigmoid(-beta h)).
+    """
+    return _smoothed(beta * _log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected), label_smoothing)
+
+
+def ipo(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array, beta: float) -> mx.array:
+    """Identity preference optimisation (Azar et al. 2023, eq. 17): (h - 1 / (2 beta))^2, (n,), beta the paper's tau.
+
+    h as in `dpo`, from sums of log-probabilities as in the paper, or from means over tokens as TRL takes them.
+    """
+    return mx.square(_log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected) - 1.0 / (2.0 * beta))
+
+
+def hinge(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array, beta: float) -> mx.array:
+    """Hinge on the normalised margin (SLiC, Zhao et al. 2023; RSO, Liu et al. 2023): max(0, 1 - beta h), (n,).
+
+    h as in `dpo`, from sums of log-probabilities. A pair with beta h over 1 is done: its loss and gradient are 0.
+    """
+    return mx.maximum(1.0 - beta * _log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected), 0.0)
+
+
+def kto(
+    logratios: mx.array,
+    desirable: mx.array,
+    reference_point: mx.array | float,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> mx.array:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024), for rows that are good or bad, not paired; (n,).
+
+    With r = logratios and z = max(0, reference_point), a good row loses w_D (1 - sigmoid(beta (r - z))), a bad one
+    w_U (1 - sigmoid(beta (z - r))).
+
+    Args:
+        logratios: (n,), sums over the response of log pi - log ref; the gradient flows here only.
+        desirable: (n,), non-zero for a good row.
+        reference_point: one number, nats: the mean of such log-ratios over prompts each with ANOTHER row's response,
+            an estimate of KL(pi || ref). Take it over the whole step: a micro-batch's own mean would not add up.
+        desirable_weight, undesirable_weight: the paper advises (w_D n_D) / (w_U n_U) from 1 to 4/3.
+    """
+    _same_shape(logratios=logratios, desirable=desirable)
+    point = mx.stop_gradient(_float(mx.maximum(reference_point, 0.0)))
+    if point.size != 1:
+        raise AssertionError(f"reference_point has shape {tuple(point.shape)}; expected one number for all rows")
+    good = desirable != 0
+    gain = beta * (_float(logratios) - point.reshape(()))
+    # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where the sigmoid is near 1.
+    return mx.where(good, desirable_weight, undesirable_weight) * mx.sigmoid(mx.where(good, -gain, gain))
+
+
+def cpo(chosen: mx.array, rejected: mx.array, beta: float, label_smoothing: float = 0.0) -> mx.array:
+    """Contrastive preference optimisation (Xu et al. 2024): -log sigmoid(beta (chosen - rejected)), (n,).
+
+    DPO against a uniform reference, from sums of log-probabilities. The paper's loss adds the chosen row's NLL: that is
+    the caller's to add. label_smoothing as in `dpo`.
+    """
+    _same_shape(chosen=chosen, rejected=rejected)
+    return _smoothed(beta * (_float(chosen) - _float(rejected)), label_smoothing)
+
+
+def simpo(chosen: mx.array, rejected: mx.array, beta: float, gamma: float) -> mx.array:
+    """SimPO (Meng et al. 2024, eq. 6): -log sigmoid(beta (chosen - rejected) - gamma), (n,), without a reference.
+
+    chosen, rejected: MEANS of log-probabilities over the response's tokens. gamma is not multiplied by beta.
+    """
+    _same_shape(chosen=chosen, rejected=rejected)
+    return _neg_log_sigmoid(beta * (_float(chosen) - _float(rejected)) - gamma)
+
+
+def _log1mexp(x: mx.array) -> mx.array:
+    """log(1 - exp(x)) for x <= 0; held off x = 0 (a response known by heart), where it is -inf."""
+    return mx.log(-mx.expm1(mx.minimum(x, -1e-6)))
+
+
+def odds_ratio(chosen: mx.array, rejected: mx.array, beta: float) -> mx.array:
+    """ORPO's preference term (Hong et al. 2024, eq. 7), (n,), to be ADDED to the chosen row's mean NLL.
+
+    -beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = p / (1 - p) with p = exp(chosen), exp(rejected).
+    chosen, rejected: MEANS of log-probabilities over the response's tokens, at most 0.
+    """
+    _same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = _float(chosen), _float(rejected)
+    return beta * _neg_log_sigmoid((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected)))

@@ -1,0 +1,156 @@
+"""Supervised fine-tuning: negative log-likelihood of the trained tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxft.config import Config, Data, Settings
+from mlxft.data.batching import Slot, padding_share, plan_epoch
+from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
+from mlxft.data.encode import Encoded
+from mlxft.data.formats import Example, convert
+from mlxft.data.sources import find_split, read_rows
+from mlxft.errors import ConfigError, DataError
+from mlxft.model.logits import Split, rows_nll
+from mlxft.objectives.base import Batch, LossSum, Summary
+
+SETTINGS: dict[str, type[Settings]] = {}
+FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
+DEFAULT_TOKENS = 2048
+
+
+def load_examples(data: Data, spec: str, split: str) -> list[Example]:
+    """Rows of one split in their format."""
+    return convert(read_rows(spec, split), data.format, data.fields)
+
+
+def load_splits(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and validation examples; the second is empty where none are asked for and the folder has none."""
+    train = load_examples(data, data.train, "train")
+    if isinstance(data.valid, float):
+        return split_valid(train, data.valid, seed)
+    if data.valid is not None:
+        return train, load_examples(data, data.valid, "valid")
+    if Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
+        return train, load_examples(data, data.train, "valid")
+    return train, []
+
+
+class Objective:
+    """SFT over rows held in memory as token ids and masks.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        data = config.data
+        if data.format not in FORMATS:
+            raise ConfigError(f"data.format: {data.format} is not for objective sft; choose {', '.join(FORMATS)}")
+        options: dict[str, Any] = {
+            "train_on": data.train_on,
+            "max_length": data.max_length,
+            "overflow": data.overflow,
+            "chat": data.template == "auto",
+        }
+        train, valid = load_splits(data, config.run.seed)
+        self.train = build(train, tokenizer, **options)
+        self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
+        self._budget: dict[str, Any] = {"rows": config.batch.rows, "tokens": config.batch.tokens}
+        if config.batch.rows is None and config.batch.tokens is None:
+            self._budget["tokens"] = DEFAULT_TOKENS
+        self._seed = config.run.seed
+        self._lengths = np.array([len(r.ids) for r in self.train.rows], dtype=np.int64)
+        self._epoch, self._next = 0, 0
+        self._split: Split | None = None
+
+    def plan(self, epoch: int) -> list[Slot]:
+        """The batches of one epoch."""
+        return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
+
+    def batches(self, model: nn.Module) -> Iterator[Batch]:
+        while True:
+            slots = self.plan(self._epoch)
+            while self._next < len(slots):
+                slot = slots[self._next]
+                self._next += 1
+                last = self._next == len(slots)
+                batch = make_batch([self.train.rows[i] for i in slot.rows], slot.width, last)
+                if last:
+                    self._epoch, self._next = self._epoch + 1, 0
+                yield batch
+                if last:
+                    break
+
+    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+        if self.valid is None:
+            return
+        lengths = np.array([len(r.ids) for r in self.valid.rows], dtype=np.int64)
+        for slot in plan_epoch(lengths, **self._budget, seed=None):
+            yield make_batch([self.valid.rows[i] for i in slot.rows], slot.width)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        if self._split is None or self._split.model is not model:
+            self._split = Split(model)
+        a = batch.arrays
+        total = rows_nll(self._split, a["ids"], a["positions"], a["labels"], a["weights"], grad=model.training)
+        return LossSum(total, a["weights"].sum(), {})
+
+    def steps_per_epoch(self, accumulate: int) -> int:
+        return -(-len(self.plan(0)) // accumulate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._next = state["epoch"], state["next"]
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.train)
+
+    def summary(self) -> Summary:
+        c = self.train.counts
+        counts: dict[str, int | float] = {
+            "rows": c.encoded_rows,
+            "tokens": c.tokens,
+            "trained tokens": c.trained_tokens,
+            "padding share": padding_share(self.plan(0), self._lengths),
+        }
+        if self.valid is not None:
+            counts["validation rows"] = self.valid.counts.encoded_rows
+            counts["validation trained tokens"] = self.valid.counts.trained_tokens
+        return Summary(counts, c.notes())
+
+    def previews(self, n: int) -> list[Encoded]:
+        """The first `n` training rows."""
+        return self.train.rows[:n]
+
+
+def make_batch(rows: list[Encoded], width: int, ends_epoch: bool = False) -> Batch:
+    """Right-padded ids and the flat positions that predict a trained token.
+
+    Padding stands behind every real token, so that causal attention never sees it and no mask is needed.
+    """
+    ids = np.zeros((len(rows), width), dtype=np.int32)
+    positions, labels = [], []
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = row.ids
+        at = np.flatnonzero(row.trained)
+        if at.size and at[0] == 0:
+            raise DataError(f"{row.where}: the first token can not be trained, nothing predicts it")
+        positions.append(b * width + at - 1)
+        labels.append(row.ids[at])
+    where = np.concatenate(positions).astype(np.int32)
+    arrays = {
+        "ids": mx.array(ids),
+        "positions": mx.array(where),
+        "labels": mx.array(np.concatenate(labels).astype(np.int32)),
+        "weights": mx.ones(len(where), dtype=mx.float32),
+    }
+    return Batch(arrays, sum(len(r.ids) for r in rows), len(where), tuple(r.where for r in rows), ends_epoch)

@@ -1,0 +1,354 @@
+"""The only wiring: a Config becomes data, model, objective and optimiser, these a loop, and the loop a Run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from rich.console import Console
+
+from mlxft.config import Config
+from mlxft.errors import CheckpointError, ConfigError, ModelError
+from mlxft.model.adapters import (
+    LoRASpec,
+    adapter_config,
+    load_adapter,
+    load_trained,
+    prepare_adapter,
+    prepare_full,
+    select_targets,
+    trainable_weights,
+)
+from mlxft.model.folder import save_folder
+from mlxft.model.load import Loaded, base_fingerprint, count_parameters
+from mlxft.model.load import load as load_model
+from mlxft.model.random import set_random_state
+from mlxft.model.sample import generate
+from mlxft.objectives.base import Objective
+from mlxft.recipe import dump_config, load_config, parse_config
+from mlxft.rundir import Run, find_adapter, load, open_run, versions
+from mlxft.train import checkpoint
+from mlxft.train.files import save_arrays, write_beside, write_text
+from mlxft.train.loop import Hooks, Loop, Progress, TrainingError, loop_state
+from mlxft.train.optim import Optimizer
+from mlxft.train.report import MetricsFile, Reporter, terminal
+
+__all__ = ["Run", "load", "open_run", "train"]
+
+# What may differ when a run goes on; all else would make it another run.
+FREE_ON_RESUME = {
+    "run.report_every",
+    "run.save_every",
+    "run.keep",
+    "run.dir",
+    "run.name",
+    "run.sample_prompts",
+    "run.sample_tokens",
+}
+
+
+def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A Config from a recipe file, a mapping, or itself."""
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, (str, Path)):
+        return load_config(Path(config), overrides)
+    return parse_config(dict(config))
+
+
+def load_base(config: Config, *, lazy: bool = False) -> Loaded:
+    """The model that a recipe names, without adapters."""
+    m = config.model
+    return load_model(
+        m.path,
+        dtype=m.dtype,
+        quantize=m.quantize,
+        group_size=m.group_size,
+        chat_template=m.chat_template,
+        trust_remote_code=m.trust_remote_code,
+        lazy=lazy,
+    )
+
+
+def make_objective(config: Config, tokenizer: Any) -> Objective:
+    """The objective that a recipe names, with its data."""
+    objective: Objective = importlib.import_module(f"mlxft.objectives.{config.objective}").Objective(config, tokenizer)
+    return objective
+
+
+def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
+    """Make trainable what the recipe says. Returns the adapter's shape, None for whole weights."""
+    tune, model = config.tune, loaded.model
+    if config.model.adapter is not None:
+        return _continue_adapter(config, loaded)
+    mx.random.seed(config.run.seed)
+    if tune.method == "full":
+        prepare_full(model, tune.layers, tune.train, tune.freeze)
+        return None
+    dora = tune.method == "dora"
+    paths = select_targets(model, tune.targets, tune.layers, dora)
+    spec = LoRASpec(tuple(paths), tune.rank, tune.multiplier, tune.dropout, dora)
+    prepare_adapter(model, spec, tune.train)
+    return spec
+
+
+def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
+    """Start from an adapter that there is; its shape is what it is."""
+    assert config.model.adapter is not None
+    folder = find_adapter(Path(config.model.adapter))
+    spec = load_adapter(loaded.model, folder, base_fingerprint(loaded))
+    if spec is None or config.tune.method == "full":
+        raise ConfigError("model.adapter: only low-rank adapters can be trained further; fuse it and train the result")
+    mine = {"rank": spec.rank, "scale": spec.scale, "method": "dora" if spec.dora else "lora"}
+    given = config.tune.model_fields_set
+    wrong = [k for k, v in mine.items() if k in given and getattr(config.tune, k) not in (None, v)]
+    wrong += [k for k in ("targets", "layers", "alpha", "rslora", "train") if k in given]
+    if wrong:
+        raise ConfigError(
+            f"model.adapter: {folder} has rank {spec.rank}, scale {spec.scale:g}, method {mine['method']} and its own "
+            f"targets; leave out tune.{', tune.'.join(wrong)}"
+        )
+    mx.random.seed(config.run.seed)
+    return spec
+
+
+class _Saver:
+    """Writes what a run leaves: checkpoints and the result."""
+
+    def __init__(self, run: Run, loaded: Loaded, spec: LoRASpec | None, optimizer: Optimizer) -> None:
+        self.run, self.loaded, self.spec, self.optimizer = run, loaded, spec, optimizer
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """A checkpoint of now."""
+        snapshot = checkpoint.Snapshot(trainable_weights(self.loaded.model), self.optimizer.arrays(), state)
+        folder = self.run.dir / "checkpoints"
+        checkpoint.save(folder, state["progress"]["step"], snapshot, self.run.config.run.keep)
+
+    def result(self) -> None:
+        """adapter/ or model/ from the weights of now."""
+        model, config, out = self.loaded.model, self.run.config, self.run.result
+        if config.tune.method == "full":
+            source = self.loaded.path if self.loaded.path and self.loaded.path.is_dir() else None
+            save_folder(out, model, self.loaded.tokenizer, self.loaded.config, overwrite=True, source=source)
+            return
+        base = config.model.model_dump(mode="json", exclude={"adapter"})
+        base = {"model": base.pop("path"), "fingerprint": base_fingerprint(self.loaded), **base}
+        about = {"base": base, "objective": config.objective, "versions": versions()}
+        text = json.dumps(adapter_config(self.spec, model, about), indent=2)
+        write_text(out / "adapter_config.json", text + "\n")
+        write_beside(out / "adapters.safetensors", lambda p: save_arrays(p, trainable_weights(model)))
+
+
+def train(
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Train by a recipe.
+
+    Args:
+        config: a Config, a mapping of settings, or a recipe file.
+        resume: go on from the newest checkpoint; without one, start over.
+        overwrite: replace the run folder that exists.
+        console: where to report; default: the terminal.
+    Returns:
+        The finished run.
+    Raises:
+        ConfigError, DataError, ModelError: before anything is written.
+        CheckpointError: saving or resuming is not possible; what was saved before stays.
+        TrainingError: the loss is no longer a number.
+        KeyboardInterrupt: interrupted, after a checkpoint was saved.
+    """
+    config = as_config(config)
+    console = console or Console()
+    run = Run(config.run_dir, config)
+    _check_folder(run, resume, overwrite)
+    loaded = load_base(config, lazy=True)
+    objective = make_objective(config, loaded.tokenizer)
+    total = total_steps(config, objective)
+    spec = prepare(config, loaded)
+    mx.eval(loaded.model.parameters())
+    optimizer = Optimizer(config.optim, loaded.model)
+    mx.reset_peak_memory()
+    _make_folder(run, resume, overwrite)
+    notes: list[str] = []
+    progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
+    saver = _Saver(run, loaded, spec, optimizer)
+    write_text(run.dir / "config.yaml", dump_config(config, versions()))
+    file = MetricsFile(run.dir / "metrics.jsonl", progress.step if resume else None)
+    facts = describe_start(config, loaded, objective, total)
+    for line in [*start_lines(facts), *objective.summary().notes, *notes]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    reporter = Reporter([file, terminal(console, total, progress.step)])
+    try:
+        reporter.event({"event": "resume" if progress.step else "start", "step": progress.step, **facts})
+        return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
+    finally:
+        reporter.close()
+
+
+def _train(
+    run: Run,
+    loaded: Loaded,
+    objective: Objective,
+    optimizer: Optimizer,
+    total: int,
+    progress: Progress,
+    saver: _Saver,
+    reporter: Reporter,
+) -> Run:
+    """The loop with its hooks; what is saved at its end."""
+    settings = run.config.run
+    full = run.config.tune.method == "full"
+
+    def on_checkpoint(p: Progress) -> None:
+        saver.checkpoint(loop_state(loop))
+        # Without validation the last is the best known; a whole model is written at the end only.
+        if p.best_step is None and not full:
+            saver.result()
+
+    def on_samples(p: Progress) -> None:
+        for prompt in settings.sample_prompts:
+            answer = generate(
+                loaded.model, loaded.tokenizer, prompt, max_tokens=settings.sample_tokens, temperature=0.0
+            )
+            reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
+
+    hooks = Hooks(reporter.event, on_checkpoint, lambda p: saver.result(), on_samples)
+    loop = Loop(loaded.model, objective, optimizer, run.config, total, progress, hooks)
+    try:
+        finished = loop.run()
+    except TrainingError as e:
+        reporter.event({"event": "failed", "step": progress.step, "text": str(e)})
+        raise
+    if progress.best_step is None and (full or not run.result.exists()):
+        saver.result()
+    if not finished:
+        reporter.event({"event": "interrupted", "step": progress.step, "text": f"stopped after step {progress.step}"})
+        raise KeyboardInterrupt
+    best = f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}" if progress.best_step else ""
+    early = " (stopped early)" if progress.stopped_early else ""
+    text = f"done after {progress.step} steps{early}{best}; {run.result}"
+    end = {"best_loss": progress.best_loss, "best_step": progress.best_step, "elapsed_s": progress.elapsed_s}
+    reporter.event({"event": "end", "step": progress.step, **end, "text": text})
+    return run
+
+
+def total_steps(config: Config, objective: Objective) -> int:
+    """Optimiser updates of the whole run."""
+    if config.run.steps is not None:
+        return config.run.steps
+    epoch = objective.steps_per_epoch(config.batch.accumulate)
+    return max(1, round(epoch * (config.run.epochs or 1.0)))
+
+
+def describe_start(config: Config, loaded: Loaded, objective: Objective, total: int) -> dict[str, Any]:
+    """What is about to be trained, in numbers."""
+    trained = sum(v.size for _, v in tree_flatten(loaded.model.trainable_parameters()))
+    return {
+        "objective": config.objective,
+        "base": config.model.path,
+        "method": config.tune.method,
+        "trainable_parameters": trained,
+        "total_parameters": count_parameters(loaded.model),
+        "steps": total,
+        "data": objective.summary().counts,
+    }
+
+
+def start_lines(facts: Mapping[str, Any]) -> list[str]:
+    """`describe_start` in words."""
+    share = 100 * facts["trainable_parameters"] / facts["total_parameters"]
+    counts = ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v:,}" for k, v in facts["data"].items())
+    return [
+        (
+            f"{facts['objective']} of {facts['base']} by {facts['method']}: {facts['trainable_parameters']:,} of "
+            f"{facts['total_parameters']:,} parameters are trained ({share:.2f} %), {facts['steps']:,} steps"
+        ),
+        counts,
+    ]
+
+
+def _check_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    """Refuse before anything is loaded."""
+    if resume and overwrite:
+        raise ConfigError("give --resume or --overwrite, not both")
+    if run.dir.exists() and not run.dir.is_dir():
+        raise ConfigError(f"run.name: {run.dir} is a file")
+    if not run.dir.exists() or overwrite:
+        return
+    if not resume:
+        if any(run.dir.iterdir()):
+            raise ConfigError(
+                f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
+            )
+        return
+    stored = run.dir / "config.yaml"
+    if stored.exists():
+        _check_same(load_config(stored), run.config)
+
+
+def _check_same(before: Config, now: Config) -> None:
+    """Refuse a setting that makes it another run, by name."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    free = set(FREE_ON_RESUME)
+    if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
+        free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
+    keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
+    if keys:
+        lines = [f"{k}: the run has {old.get(k)!r}, asked for is {new.get(k)!r}" for k in keys]
+        raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _make_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    try:
+        if overwrite and run.dir.exists():
+            shutil.rmtree(run.dir)
+        run.dir.mkdir(parents=True, exist_ok=True)
+        probe = run.dir / ".tmp-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e
+
+
+def _restore(
+    run: Run, loaded: Loaded, objective: Objective, optimizer: Optimizer, total: int, notes: list[str]
+) -> Progress:
+    """Put the newest whole checkpoint back into all parts."""
+    snapshot = checkpoint.load_newest(run.dir / "checkpoints", notes.append)
+    if snapshot is None:
+        notes.append("no checkpoint yet: starting over")
+        return Progress()
+    state = snapshot.state
+    if state["data"] != objective.fingerprint():
+        raise CheckpointError(f"{run.dir}: the training data has changed since the run began; start a new run")
+    try:
+        load_trained(loaded.model, snapshot.weights, f"step-{state['step']}")
+    except ModelError as e:
+        raise CheckpointError(str(e)) from e
+    optimizer.load(snapshot.optimizer)
+    objective.load_state_dict(state["objective"])
+    set_random_state(state["random"])
+    progress = Progress(**state["progress"])
+    done = " (already complete)" if progress.step >= total else ""
+    notes.append(f"resuming after step {progress.step} of {total}{done}")
+    return progress

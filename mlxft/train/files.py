@@ -1,0 +1,80 @@
+"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxft.errors import CheckpointError
+
+
+def flush(path: Path) -> None:
+    """Make a file or folder survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn a failure to write `what` into a CheckpointError that says why and what is safe."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise CheckpointError(f"can not write {what}: {reason}; what was saved before is untouched") from e
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file through `write(temporary)`, and rename it into place once it is whole.
+
+    Raises:
+        CheckpointError: it can not be written (full disk, no permission); the file that was there stays.
+    """
+    # The ending is kept: mlx wants .safetensors.
+    beside = path.with_name(f".tmp-{path.name}")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            flush(beside)
+            os.replace(beside, path)
+            flush(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_beside(path, lambda p: _write_all(p, text))
+
+
+def _write_all(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
+    """Write arrays as safetensors. An OSError where the disk took less than all of it."""
+    need = sum(v.nbytes for v in arrays.values())
+    if shutil.disk_usage(path.parent).free < need:  # mlx does not always notice a full disk
+        raise OSError(28, f"No space left on device ({need / 1e6:,.0f} MB needed)")
+    mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
+    if path.stat().st_size < need:
+        raise OSError(28, "No space left on device")
+
+
+def digest(path: Path) -> str:
+    """Hash of a file's content."""
+    h = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()

@@ -1,0 +1,286 @@
+"""The one loop. It pulls batches, adds up LossSums, divides once, updates; it never looks inside a batch."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlxft.config import Config
+from mlxft.errors import MlxftError
+from mlxft.model.random import random_state
+from mlxft.objectives.base import Batch, LossSum, Objective
+from mlxft.train.optim import Optimizer, learning_rate
+from mlxft.train.validate import validate
+
+Event = dict[str, Any]
+
+
+class TrainingError(MlxftError):
+    """Training can not go on: the loss or the gradient is no longer a number."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with weights, optimiser and data position, all that exact resume needs."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    elapsed_s: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    skipped_batches: int = 0
+    # Since the last report, so that reports are the same whether or not a run was interrupted between two.
+    window: dict[str, float] = field(default_factory=dict)
+    stopped_early: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Hooks:
+    """What the loop tells others: events, and that it is time to save."""
+
+    event: Callable[[Event], None]
+    checkpoint: Callable[[Progress], None]
+    best: Callable[[Progress], None]
+    samples: Callable[[Progress], None]
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Handle the signals inside the block."""
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        try:
+            before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever started it handles signals
+            before = {}
+        try:
+            yield
+        finally:
+            for s, old in before.items():
+                signal.signal(s, old)
+
+
+@dataclass
+class _Step:
+    """One update, not looked at yet: everything lazy."""
+
+    number: int
+    sums: LossSum
+    grad_norm: mx.array
+    lr: float
+    tokens: int
+    trained_tokens: int
+    rows: tuple[str, ...]
+
+
+class Loop:
+    """Trains `model` by `objective` until `total_steps`, an early stop or an interrupt."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: Optimizer,
+        config: Config,
+        total_steps: int,
+        progress: Progress,
+        hooks: Hooks,
+    ) -> None:
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.config, self.total_steps, self.progress, self.hooks = config, total_steps, progress, hooks
+        self._pending: list[_Step] = []
+        self._started = time.perf_counter() - progress.elapsed_s
+        self._reported = time.perf_counter()
+
+    def run(self) -> bool:
+        """Train. Returns False if it was interrupted (a checkpoint is saved then).
+
+        Raises:
+            TrainingError: a loss or gradient is NaN or infinite.
+        """
+        p, settings = self.progress, self.config.run
+        self.model.train()
+        interrupt = Interrupt()
+        with interrupt.watch():
+            batches = self.objective.batches(self.model)
+            while p.step < self.total_steps and not p.stopped_early:
+                step, ends_epoch = self._update(batches)
+                p.step += 1
+                p.tokens += step.tokens
+                p.trained_tokens += step.trained_tokens
+                self._pending.append(step)
+                if len(self._pending) > 1:
+                    # Wait for the step before: the device is kept busy by one step, never by a growing queue.
+                    mx.eval(self._pending[-2].sums.total)
+                last = p.step == self.total_steps
+                if p.step % settings.report_every == 0 or last:
+                    self._report()
+                due = p.step % settings.eval_every == 0 if settings.eval_every else ends_epoch
+                if due or last:
+                    self._evaluate()
+                stop = interrupt.asked
+                if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
+                    self._save()
+                if stop:
+                    return False
+        return True
+
+    def _update(self, batches: Iterator[Batch]) -> tuple[_Step, bool]:
+        """One optimiser update over up to `accumulate` micro-batches; a step ends with its epoch."""
+        grads: Any = None
+        sums: LossSum | None = None
+        tokens, trained, ends = 0, 0, False
+        rows: tuple[str, ...] = ()
+        taken = 0
+        while taken < self.config.batch.accumulate and not ends:
+            batch = next(batches)
+            ends = batch.ends_epoch
+            if batch.trained_tokens == 0:
+                self.progress.skipped_batches += 1
+                continue
+            part, more = self._gradient(batch)
+            sums = part if sums is None else sums.plus(part)
+            grads = more if grads is None else tree_map(mx.add, grads, more)
+            if self.config.batch.accumulate > 1:
+                mx.async_eval(sums, grads)  # frees this micro-batch's activations before the next one's
+            taken += 1
+            tokens, trained, rows = tokens + batch.tokens, trained + batch.trained_tokens, rows + batch.rows
+        if sums is None:
+            return self._update(batches)  # an epoch's last micro-batches held nothing to train
+        lr = learning_rate(self.config.optim, self.progress.step, self.total_steps)
+        norm = self.optimizer.step(self.model, grads, sums.weight, lr)
+        mx.async_eval(sums, norm, self.model.trainable_parameters(), self.optimizer.arrays())
+        return _Step(self.progress.step + 1, sums, norm, lr, tokens, trained, rows), ends
+
+    def _gradient(self, batch: Batch) -> tuple[LossSum, Any]:
+        def loss(params: Any) -> LossSum:
+            self.model.update(params)
+            return self.objective.loss(self.model, batch)
+
+        params = self.model.trainable_parameters()
+        result = mx.value_and_grad(loss)(params)
+        self.model.update(params)
+        return result
+
+    def _drain(self) -> None:
+        """Look at the steps since the last time: the only place where the loop waits for numbers.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        window = self.progress.window
+        for step in self._pending:
+            total, weight = float(step.sums.total), float(step.sums.weight)
+            norm = float(step.grad_norm)
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise TrainingError(_not_finite(step, total, norm))
+            sums = {"total": total, "weight": weight, **{f"sum:{k}": float(v) for k, v in step.sums.metrics.items()}}
+            for name, value in sums.items():
+                window[name] = window.get(name, 0.0) + value
+            window |= {"lr": step.lr, "grad_norm": norm}
+            window["tokens"] = window.get("tokens", 0) + step.tokens
+            window["trained"] = window.get("trained", 0) + step.trained_tokens
+        self._pending.clear()
+        now = time.perf_counter()
+        window["seconds"] = window.get("seconds", 0.0) + now - self._reported
+        self._reported = now
+        self.progress.elapsed_s = now - self._started
+
+    def _report(self) -> None:
+        self._drain()
+        p, w = self.progress, self.progress.window
+        seconds = max(w["seconds"], 1e-9)
+        event: Event = {
+            "event": "train",
+            "step": p.step,
+            "epoch": round(p.step / self.objective.steps_per_epoch(self.config.batch.accumulate), 4),
+            "loss": w["total"] / w["weight"],
+            **{k[4:]: v / w["weight"] for k, v in w.items() if k.startswith("sum:")},
+            "lr": w["lr"],
+            "grad_norm": w["grad_norm"],
+            "tokens": p.tokens,
+            "trained_tokens": p.trained_tokens,
+            "tokens_per_s": w["tokens"] / seconds,
+            "trained_tokens_per_s": w["trained"] / seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "elapsed_s": p.elapsed_s,
+        }
+        if p.skipped_batches:
+            event["skipped_batches"] = p.skipped_batches
+        p.window = {}
+        self.hooks.event(event)
+
+    def _evaluate(self) -> None:
+        self._drain()
+        p = self.progress
+        began = time.perf_counter()
+        found = validate(self.model, self.objective)
+        if found:
+            better = p.best_loss is None or found["loss"] < p.best_loss
+            self.hooks.event({"event": "eval", "step": p.step, **found, "best": better, "elapsed_s": p.elapsed_s})
+            p.evals_without_gain = 0 if better else p.evals_without_gain + 1
+            if better:
+                p.best_loss, p.best_step = found["loss"], p.step
+                self.hooks.best(p)
+            patience = self.config.run.patience
+            p.stopped_early = patience is not None and p.evals_without_gain >= patience
+        self.hooks.samples(p)
+        self._pause(began)
+
+    def _save(self) -> None:
+        self._drain()
+        began = time.perf_counter()
+        self.hooks.checkpoint(self.progress)
+        self._pause(began)
+
+    def _pause(self, began: float) -> None:
+        """Take the time since `began` out of the training time."""
+        away = time.perf_counter() - began
+        self._started += away
+        self._reported += away
+
+
+def loop_state(loop: Loop) -> dict[str, Any]:
+    """What a checkpoint's state.json holds beside the arrays."""
+    return {
+        "progress": loop.progress.to_json(),
+        "objective": loop.objective.state_dict(),
+        "random": random_state(),
+        "total_steps": loop.total_steps,
+        "data": loop.objective.fingerprint(),
+    }
+
+
+def _not_finite(step: _Step, total: float, norm: float) -> str:
+    what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
+    shown = ", ".join(step.rows[:8]) + (f" and {len(step.rows) - 8} more" if len(step.rows) > 8 else "")
+    return (
+        f"step {step.number}: {what}. Rows: {shown}. The last checkpoint is intact. "
+        "Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, model.dtype: float32, or look at these rows"
+    )

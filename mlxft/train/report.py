@@ -1,0 +1,182 @@
+"""One stream of events: to metrics.jsonl, and to the terminal as a live view or as plain lines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlxft.train.files import write_text
+
+Event = dict[str, Any]
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Sink(Protocol):
+    """Takes events."""
+
+    def event(self, event: Event) -> None:
+        """One event."""
+        ...
+
+    def close(self) -> None:
+        """No more events."""
+        ...
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, on the disk as soon as it is known."""
+
+    def __init__(self, path: Path, resume_at: int | None) -> None:
+        kept: list[str] = []
+        if resume_at is not None and path.exists():
+            # Steps after the checkpoint are trained again; their old lines would stand twice.
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _until(line, resume_at)]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def event(self, event: Event) -> None:
+        safe = {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in event.items()}
+        self._file.write(json.dumps(safe, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _until(line: str, step: int) -> bool:
+    try:
+        event = json.loads(line)
+    except ValueError:  # cut short by a kill
+        return False
+    return bool(event.get("step", 0) <= step and event.get("event") not in ("end", "interrupted"))
+
+
+def sparkline(values: list[float]) -> str:
+    """The course of some numbers in one line of text."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(BARS[min(7, int((v - low) / span * 8))] for v in values)
+
+
+def describe(event: Event) -> str:
+    """A report as one plain line."""
+    kind = event["event"]
+    if kind == "train":
+        known = {"event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_s"}
+        known |= {"trained_tokens_per_s", "peak_memory_gb", "elapsed_s", "skipped_batches"}
+        extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in known)
+        return (
+            f"step {event['step']} epoch {event['epoch']:.2f} loss {event['loss']:.4f}{extra} lr {event['lr']:.2e} "
+            f"grad_norm {event['grad_norm']:.3f} {event['trained_tokens_per_s']:.0f} trained tokens/s "
+            f"peak {event['peak_memory_gb']:.2f} GB"
+        )
+    if kind == "eval":
+        extra = "".join(
+            f" {k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in ("loss", "elapsed_s", "best")
+        )
+        return f"step {event['step']} validation loss {event['loss']:.4f}{extra}{' (best)' if event['best'] else ''}"
+    if kind == "sample":
+        return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}"
+    return str(event.get("text", kind))
+
+
+class Plain:
+    """Lines, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def event(self, event: Event) -> None:
+        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        pass
+
+
+class LiveView:
+    """A view that renews itself in place: numbers, the loss's recent course, and the time left."""
+
+    def __init__(self, console: Console, total: int, step: int) -> None:
+        self._console = console
+        self._train: Event = {}
+        self._eval: Event = {}
+        self._losses: deque[float] = deque(maxlen=40)
+        self._progress = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("training", total=total, completed=step)
+        self._live = Live(self._view(), console=console, refresh_per_second=4)
+        self._live.start()
+
+    def event(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "train":
+            self._train = event
+            self._losses.append(event["loss"])
+            self._progress.update(self._task, completed=event["step"])
+        elif kind == "eval":
+            self._eval = event
+        if kind not in ("train",):
+            self._live.console.print(escape(describe(event)), highlight=False)
+        self._live.update(self._view())
+
+    def _view(self) -> Group:
+        t, e = self._train, self._eval
+        grid = Table.grid(padding=(0, 2))
+        grid.add_row("loss", f"{t['loss']:.4f}" if t else "...", Text(sparkline(list(self._losses)), style="cyan"))
+        if e:
+            grid.add_row("validation", f"{e['loss']:.4f}", f"at step {e['step']}{' (best)' if e['best'] else ''}")
+        if t:
+            grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e}, gradient norm {t['grad_norm']:.3f}")
+            grid.add_row("speed", f"{t['trained_tokens_per_s']:.0f}", "trained tokens/s")
+            grid.add_row("memory", f"{t['peak_memory_gb']:.2f}", "GB at most")
+        return Group(self._progress, grid)
+
+    def close(self) -> None:
+        self._live.update(self._view())
+        self._live.stop()
+
+
+class Reporter:
+    """Sends each event to every sink."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    def event(self, event: Event) -> None:
+        """One event."""
+        for sink in self._sinks:
+            sink.event(event)
+
+    def say(self, text: str, step: int = 0) -> None:
+        """A message."""
+        self.event({"event": "message", "step": step, "text": text})
+
+    def close(self) -> None:
+        """End the view and the file."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def terminal(console: Console, total: int, step: int) -> Sink:
+    """A live view where there is a terminal, else lines."""
+    return LiveView(console, total, step) if console.is_terminal and sys.stdout.isatty() else Plain(console)

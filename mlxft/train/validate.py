@@ -1,0 +1,28 @@
+"""Held-out loss and metrics: the whole set, the same each time, weighted by items."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxft.model.random import random_state, set_random_state
+from mlxft.objectives.base import LossSum, Objective
+
+
+def validate(model: nn.Module, objective: Objective) -> dict[str, float]:
+    """Loss and metrics over the validation set, {} if there is none. Dropout is off; randomness is left as it was."""
+    training, random = model.training, random_state()
+    model.eval()
+    sums: LossSum | None = None
+    try:
+        for batch in objective.valid_batches(model):
+            part = objective.loss(model, batch)
+            sums = part if sums is None else sums.plus(part)
+            mx.eval(sums)  # one batch's activations at a time
+    finally:
+        model.train(training)
+        set_random_state(random)
+    if sums is None:
+        return {}
+    weight = float(sums.weight)
+    return {"loss": float(sums.total) / weight} | {k: float(v) / weight for k, v in sums.metrics.items()}

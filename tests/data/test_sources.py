@@ -1,0 +1,220 @@
+"""Every kind of file gives the same rows; what is wrong is said with its place, all at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mlxft.data.sources import Problem, Row, find_split, read_rows
+from mlxft.errors import ConfigError, DataError
+
+ROWS = [{"text": "one"}, {"text": "café, 東京"}, {"text": 'a "quoted"\nline'}]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """The rows in the kind of file that the name says."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    elif path.suffix == ".csv":
+        cells = [row["text"].replace('"', '""') for row in rows]
+        path.write_text("text\n" + "".join(f'"{cell}"\n' for cell in cells), encoding="utf-8")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("a.jsonl", ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]),
+        ("a.json", ["a.json[0]", "a.json[1]", "a.json[2]"]),
+        ("a.csv", ["a.csv:2", "a.csv:3", "a.csv:4"]),
+        ("a.parquet", ["a.parquet:1", "a.parquet:2", "a.parquet:3"]),
+    ],
+)
+def test_same_rows_from_every_kind(tmp_path: Path, name: str, places: list[str]) -> None:
+    rows = list(read_rows(str(write(tmp_path / name)), "train"))
+    assert rows == [Row(where, data) for where, data in zip(places, ROWS)]
+
+
+def test_json_file_with_one_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\n{"text": "x"}\n\n{"text": "y"}\n')
+    assert list(read_rows(str(path), "train")) == [Row("a.json:2", {"text": "x"}), Row("a.json:4", {"text": "y"})]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_byte_order_mark_is_not_data(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a.{suffix}")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [row.data for row in read_rows(str(path), "train") if isinstance(row, Row)] == ROWS
+
+
+def test_jsonl_goes_on_after_bad_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x"}\r\n\n{"text": \n[1]\n{"text": "\xff"}\n"s"\n{"text": "y"}')
+    rows = list(read_rows(str(path), "train"))
+    assert [row.where for row in rows] == [f"a.jsonl:{n}" for n in (1, 3, 4, 5, 6, 7)]
+    problems = [row.text for row in rows if isinstance(row, Problem)]
+    for text, words in zip(
+        problems, ["not valid JSON", "the row is a list", "not UTF-8 (0xff)", "the row is a string"]
+    ):
+        assert words in text
+    assert len(problems) == 4
+    assert rows[-1] == Row("a.jsonl:7", {"text": "y"})
+
+
+def test_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": "a\u2028b"}])
+    assert list(read_rows(str(path), "train")) == [Row("a.jsonl:1", {"text": "a\u2028b"})]
+
+
+def test_broken_json_array_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[\n{"text": "x"},\n{"text" "y"}\n]')
+    (problem,) = read_rows(str(path), "train")
+    assert problem.where == "a.json:3"
+    path.write_text('[{"text": "x"}, 3]')
+    assert [row.where for row in read_rows(str(path), "train") if isinstance(row, Problem)] == ["a.json[1]"]
+
+
+def test_csv_places_are_real_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('q,a\n"two\nlines",x\n\nonly one\ny,z\n')
+    rows = list(read_rows(str(path), "train"))
+    assert rows[0] == Row("a.csv:2", {"q": "two\nlines", "a": "x"})
+    assert rows[1] == Problem("a.csv:5", "1 columns; the header names 2 (q, a)")
+    assert rows[2] == Row("a.csv:6", {"q": "y", "a": "z"})
+
+
+def test_csv_problems(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("q,q\n1,2\n")
+    (problem,) = read_rows(str(path), "train")
+    assert problem.where == "a.csv:1"
+    assert "'q' twice" in str(problem)
+    path.write_bytes(b"q\nx\n\xe9t\xe9\n")
+    (problem,) = read_rows(str(path), "train")
+    assert problem.where == "a.csv:3"
+    path.write_text('q\n"open\n')
+    (problem,) = read_rows(str(path), "train")
+    assert "not valid CSV" in str(problem)
+
+
+def test_csv_field_longer_than_the_libraries_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [{"text": "x" * 200_000}])
+    (row,) = read_rows(str(path), "train")
+    assert isinstance(row, Row)
+    assert len(row.data["text"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "valid.json", "validation.csv", "val.jsonl", "dev.jsonl", "test.jsonl"]
+)
+def test_folder_answers_to_its_splits(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    stem = name.split(".")[0]
+    split = stem if stem in ("train", "test") else "valid"
+    assert [row.data for row in read_rows(str(tmp_path), split) if isinstance(row, Row)] == ROWS
+    assert [find_split(tmp_path, other) is None for other in ("train", "valid", "test") if other != split] == [
+        True,
+        True,
+    ]
+
+
+def test_folder_without_or_with_two_of_a_split(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(ConfigError, match=r"no file for the valid split.*it has train\.jsonl"):
+        read_rows(str(tmp_path), "valid")
+    write(tmp_path / "train.csv")
+    with pytest.raises(ConfigError, match=r"train\.jsonl and train\.csv could both be the train split"):
+        read_rows(str(tmp_path), "train")
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    with pytest.raises(ConfigError, match=r"trian\.jsonl: no such file \(did you mean train\.jsonl\?\)"):
+        read_rows(str(tmp_path / "trian.jsonl"), "train")
+    with pytest.raises(ConfigError, match="no folder"):
+        read_rows(str(tmp_path / "nowhere" / "train.jsonl"), "train")
+
+
+def test_unknown_suffix_and_split(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"'\.txt'; known are \.jsonl, \.json, \.csv, \.parquet"):
+        read_rows(str(tmp_path / "a.txt"), "train")
+    with pytest.raises(ConfigError, match="did you mean train"):
+        read_rows(str(tmp_path), "trian")
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "text\n"), ("b.csv", "")])
+def test_no_rows_is_an_error(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}: no rows"):
+        list(read_rows(str(tmp_path / name), "train"))
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable parquet file"):
+        list(read_rows(str(tmp_path / "a.parquet"), "train"))
+
+
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A `datasets` that knows one data set, and the calls made to it."""
+    calls: list[tuple[Any, ...]] = []
+    hub = ModuleType("datasets")
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        calls.append((name, config, split))
+        if name != "org/set":
+            raise RuntimeError("404 Client Error")
+        return [{"text": "x"}, {"text": "y"}]
+
+    monkeypatch.setattr(hub, "load_dataset", load_dataset, raising=False)
+    monkeypatch.setattr(hub, "get_dataset_split_names", lambda name, config: ["train", "validation"], raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("spec", "split", "call"),
+    [
+        ("hf:org/set", "train", ("org/set", None, "train")),
+        ("hf:org/set", "valid", ("org/set", None, "validation")),
+        ("hf:org/set:en", "train", ("org/set", "en", "train")),
+        ("hf:org/set:test", "train", ("org/set", None, "test")),
+        ("hf:org/set:en:extra", "train", ("org/set", "en", "extra")),
+        ("hf:org/set:train[:10]", "train", ("org/set", None, "train[:10]")),
+        ("hf:org/set:en:train[5%:10%]", "valid", ("org/set", "en", "train[5%:10%]")),
+    ],
+)
+def test_hub_spec(monkeypatch: pytest.MonkeyPatch, spec: str, split: str, call: tuple[Any, ...]) -> None:
+    calls = fake_hub(monkeypatch)
+    rows = list(read_rows(spec, split))
+    assert calls == [call]
+    assert rows == [Row(f"org/set:{call[2]}[0]", {"text": "x"}), Row(f"org/set:{call[2]}[1]", {"text": "y"})]
+
+
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(monkeypatch)
+    with pytest.raises(
+        DataError, match=r"hf:org/none: could not load it from the hub \(RuntimeError: 404.*download it"
+    ):
+        list(read_rows("hf:org/none", "train"))
+    with pytest.raises(ConfigError, match="no test split; it has train, validation"):
+        list(read_rows("hf:org/set", "test"))
+    with pytest.raises(ConfigError, match="not a hub data set"):
+        list(read_rows("hf:org/set:a:b:c", "train"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mlxft\[data\]'"):
+        list(read_rows("hf:org/set", "train"))

