@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,8 +78,19 @@ def load_base(config: Config, *, lazy: bool = False) -> Loaded:
 
 
 def make_objective(config: Config, tokenizer: Any) -> Objective:
-    """The objective that a recipe names, with its data."""
+    """The objective that a recipe names, with its data.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
     objective: Objective = importlib.import_module(f"mlxft.objectives.{config.objective}").Objective(config, tokenizer)
+    run = config.run
+    needing = {"patience": run.patience is not None}
+    if not run.sample_prompts:  # these are answered at each validation, with or without held-out rows
+        needing |= {"eval_every": run.eval_every is not None, "eval_at_start": run.eval_at_start}
+    idle = [f"run.{name}" for name, given in needing.items() if given]
+    if idle and not objective.summary().validates:
+        raise ConfigError(f"{', '.join(idle)}: there is no validation data to use; give data.valid (0.05: a share)")
     return objective
 
 
@@ -183,13 +195,15 @@ def train(
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     saver = _Saver(run, loaded, spec, optimizer)
     write_text(run.dir / "config.yaml", dump_config(config, versions()))
-    file = MetricsFile(run.dir / "metrics.jsonl", progress.step if resume else None)
+    file = MetricsFile(run.dir / "metrics.jsonl", progress.step or None)  # None: start over, nothing is kept
     facts = describe_start(config, loaded, objective, total)
     for line in [*start_lines(facts), *objective.summary().notes, *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     reporter = Reporter([file, terminal(console, total, progress.step)])
     try:
-        reporter.event({"event": "resume" if progress.step else "start", "step": progress.step, **facts})
+        kind, since = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
+        text = f"training{since}; everything is written to {run.dir}"
+        reporter.event({"event": kind, "step": progress.step, **facts, "text": text})
         return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
     finally:
         reporter.close()
@@ -229,11 +243,15 @@ def _train(
     except TrainingError as e:
         reporter.event({"event": "failed", "step": progress.step, "text": str(e)})
         raise
-    if progress.best_step is None and (full or not run.result.exists()):
-        saver.result()
     if not finished:
-        reporter.event({"event": "interrupted", "step": progress.step, "text": f"stopped after step {progress.step}"})
+        text = (
+            f"stopped after step {progress.step} of {total}; a checkpoint is saved, go on with: "
+            f"mlxft train --resume {run.dir}"
+        )
+        reporter.event({"event": "interrupted", "step": progress.step, "text": text})
         raise KeyboardInterrupt
+    if progress.best_step is None:
+        saver.result()  # again even if there is one: a kill may have come between the last checkpoint and it
     best = f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}" if progress.best_step else ""
     early = " (stopped early)" if progress.stopped_early else ""
     text = f"done after {progress.step} steps{early}{best}; {run.result}"
@@ -246,8 +264,10 @@ def total_steps(config: Config, objective: Objective) -> int:
     """Optimiser updates of the whole run."""
     if config.run.steps is not None:
         return config.run.steps
-    epoch = objective.steps_per_epoch(config.batch.accumulate)
-    return max(1, round(epoch * (config.run.epochs or 1.0)))
+    # Epochs are added up one by one: rows of other lengths meet in each, so their numbers of batches differ.
+    part, whole = math.modf(config.run.epochs or 1.0)
+    steps = [objective.steps_per_epoch(config.batch.accumulate, e) for e in range(int(whole) + (part > 0))]
+    return max(1, sum(steps[: int(whole)]) + (round(part * steps[-1]) if part else 0))
 
 
 def describe_start(config: Config, loaded: Loaded, objective: Objective, total: int) -> dict[str, Any]:
@@ -323,6 +343,8 @@ def _make_folder(run: Run, resume: bool, overwrite: bool) -> None:
         if overwrite and run.dir.exists():
             shutil.rmtree(run.dir)
         run.dir.mkdir(parents=True, exist_ok=True)
+        for leftover in run.dir.glob(".model.*"):  # a kill while a whole model was written
+            shutil.rmtree(leftover, ignore_errors=True)
         probe = run.dir / ".tmp-probe"
         probe.touch()
         probe.unlink()
@@ -349,6 +371,6 @@ def _restore(
     objective.load_state_dict(state["objective"])
     set_random_state(state["random"])
     progress = Progress(**state["progress"])
-    done = " (already complete)" if progress.step >= total else ""
-    notes.append(f"resuming after step {progress.step} of {total}{done}")
+    if progress.step >= total or progress.stopped_early:
+        notes.append("the run is complete already: nothing is left to train")
     return progress

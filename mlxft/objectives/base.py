@@ -56,6 +56,7 @@ class Summary:
 
     counts: dict[str, int | float]  # label -> number, in the order to print
     notes: list[str] = field(default_factory=list)  # what was dropped or cut, a sentence each
+    validates: bool = False  # whether there is held-out data
 
 
 class Objective(Protocol):
@@ -73,8 +74,8 @@ class Objective(Protocol):
         """The whole validation set, the same each time; none if there is none."""
         ...
 
-    def steps_per_epoch(self, accumulate: int) -> int:
-        """Optimiser updates an epoch. No step reaches over an epoch's end."""
+    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+        """Optimiser updates of epoch `epoch`, from 0. No step reaches over an epoch's end."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

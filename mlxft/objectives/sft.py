@@ -67,6 +67,7 @@ class Objective:
             self._budget["tokens"] = DEFAULT_TOKENS
         self._seed = config.run.seed
         self._lengths = np.array([len(r.ids) for r in self.train.rows], dtype=np.int64)
+        self._sizes: dict[int, int] = {}  # batches of an epoch
         self._epoch, self._next = 0, 0
         self._split: Split | None = None
 
@@ -102,8 +103,10 @@ class Objective:
         total = rows_nll(self._split, a["ids"], a["positions"], a["labels"], a["weights"], grad=model.training)
         return LossSum(total, a["weights"].sum(), {})
 
-    def steps_per_epoch(self, accumulate: int) -> int:
-        return -(-len(self.plan(0)) // accumulate)
+    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+        if epoch not in self._sizes:
+            self._sizes[epoch] = len(self.plan(epoch))
+        return -(-self._sizes[epoch] // accumulate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "next": self._next}
@@ -112,7 +115,7 @@ class Objective:
         self._epoch, self._next = state["epoch"], state["next"]
 
     def fingerprint(self) -> str:
-        return fingerprint(self.train)
+        return fingerprint(self.train) + (fingerprint(self.valid) if self.valid is not None else "")
 
     def summary(self) -> Summary:
         c = self.train.counts
@@ -125,7 +128,7 @@ class Objective:
         if self.valid is not None:
             counts["validation rows"] = self.valid.counts.encoded_rows
             counts["validation trained tokens"] = self.valid.counts.trained_tokens
-        return Summary(counts, c.notes())
+        return Summary(counts, c.notes(), self.valid is not None)
 
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows."""

@@ -55,8 +55,11 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
             flush(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = checkpoints(folder)
+    now = found.index(final)
+    # Those of later steps are damaged ones that a resume has passed over: they must not count as the newest.
+    for unwanted in found[: max(0, now + 1 - keep)] + found[now + 1 :]:
+        shutil.rmtree(unwanted, ignore_errors=True)
     return final
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from mlxft.config import Config
 from mlxft.errors import MlxftError
@@ -23,6 +23,10 @@ from mlxft.train.optim import Optimizer, learning_rate
 from mlxft.train.validate import validate
 
 Event = dict[str, Any]
+ADVICE = (
+    "What was saved before is intact. Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
+    "model.dtype: float32, or look at the rows"
+)
 
 
 class TrainingError(MlxftError):
@@ -128,6 +132,8 @@ class Loop:
         self.model.train()
         interrupt = Interrupt()
         with interrupt.watch():
+            if settings.eval_at_start and p.step == 0:
+                self._evaluate(candidate=False)
             batches = self.objective.batches(self.model)
             while p.step < self.total_steps and not p.stopped_early:
                 step, ends_epoch = self._update(batches)
@@ -144,6 +150,8 @@ class Loop:
                 due = p.step % settings.eval_every == 0 if settings.eval_every else ends_epoch
                 if due or last:
                     self._evaluate()
+                if p.stopped_early and p.window.get("weight"):
+                    self._report()  # the steps since the last one would go unreported
                 stop = interrupt.asked
                 if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
                     self._save()
@@ -151,7 +159,7 @@ class Loop:
                     return False
         return True
 
-    def _update(self, batches: Iterator[Batch]) -> tuple[_Step, bool]:
+    def _update(self, batches: Iterator[Batch], barren: bool = False) -> tuple[_Step, bool]:
         """One optimiser update over up to `accumulate` micro-batches; a step ends with its epoch."""
         grads: Any = None
         sums: LossSum | None = None
@@ -172,7 +180,9 @@ class Loop:
             taken += 1
             tokens, trained, rows = tokens + batch.tokens, trained + batch.trained_tokens, rows + batch.rows
         if sums is None:
-            return self._update(batches)  # an epoch's last micro-batches held nothing to train
+            if barren:
+                raise TrainingError("no batch of a whole epoch has anything to train: see the rows with mlxft check")
+            return self._update(batches, barren=True)  # an epoch's last micro-batches held nothing to train
         lr = learning_rate(self.config.optim, self.progress.step, self.total_steps)
         norm = self.optimizer.step(self.model, grads, sums.weight, lr)
         mx.async_eval(sums, norm, self.model.trainable_parameters(), self.optimizer.arrays())
@@ -219,7 +229,7 @@ class Loop:
         event: Event = {
             "event": "train",
             "step": p.step,
-            "epoch": round(p.step / self.objective.steps_per_epoch(self.config.batch.accumulate), 4),
+            "epoch": round(self._epochs(), 4),
             "loss": w["total"] / w["weight"],
             **{k[4:]: v / w["weight"] for k, v in w.items() if k.startswith("sum:")},
             "lr": w["lr"],
@@ -236,15 +246,27 @@ class Loop:
         p.window = {}
         self.hooks.event(event)
 
-    def _evaluate(self) -> None:
+    def _epochs(self) -> float:
+        """Passes over the data so far."""
+        epoch, left = 0, self.progress.step
+        while left >= (size := self.objective.steps_per_epoch(self.config.batch.accumulate, epoch)):
+            epoch, left = epoch + 1, left - size
+        return epoch + left / size
+
+    def _evaluate(self, candidate: bool = True) -> None:
+        """Validate and answer the sample prompts; the untrained model is no `candidate` for the best."""
         self._drain()
         p = self.progress
         began = time.perf_counter()
         found = validate(self.model, self.objective)
         if found:
-            better = p.best_loss is None or found["loss"] < p.best_loss
+            better = (
+                candidate
+                and math.isfinite(found["loss"])
+                and found["loss"] < (math.inf if p.best_loss is None else p.best_loss)
+            )
             self.hooks.event({"event": "eval", "step": p.step, **found, "best": better, "elapsed_s": p.elapsed_s})
-            p.evals_without_gain = 0 if better else p.evals_without_gain + 1
+            p.evals_without_gain = 0 if better or not candidate else p.evals_without_gain + 1
             if better:
                 p.best_loss, p.best_step = found["loss"], p.step
                 self.hooks.best(p)
@@ -256,6 +278,10 @@ class Loop:
     def _save(self) -> None:
         self._drain()
         began = time.perf_counter()
+        weights = tree_flatten(self.model.trainable_parameters())
+        if not mx.stack([mx.isfinite(v).all() for _, v in weights]).all().item():
+            # The loss would show it one step later, when the only good checkpoint might be gone.
+            raise TrainingError(f"step {self.progress.step}: the update made weights infinite or NaN. {ADVICE}")
         self.hooks.checkpoint(self.progress)
         self._pause(began)
 
@@ -280,7 +306,4 @@ def loop_state(loop: Loop) -> dict[str, Any]:
 def _not_finite(step: _Step, total: float, norm: float) -> str:
     what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
     shown = ", ".join(step.rows[:8]) + (f" and {len(step.rows) - 8} more" if len(step.rows) > 8 else "")
-    return (
-        f"step {step.number}: {what}. Rows: {shown}. The last checkpoint is intact. "
-        "Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, model.dtype: float32, or look at these rows"
-    )
+    return f"step {step.number}: {what}. Rows: {shown}. {ADVICE}"

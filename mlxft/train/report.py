@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mlxft.train.files import write_text
+from mlxft.train.files import write_text, writing
 
 Event = dict[str, Any]
 BARS = "▁▂▃▄▅▆▇█"
@@ -43,15 +44,18 @@ class MetricsFile:
             # Steps after the checkpoint are trained again; their old lines would stand twice.
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _until(line, resume_at)]
         write_text(path, "".join(f"{line}\n" for line in kept))
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def event(self, event: Event) -> None:
         safe = {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in event.items()}
-        self._file.write(json.dumps(safe, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(safe, ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # a full disk was reported when the line was written
+            self._file.close()
 
 
 def _until(line: str, step: int) -> bool:
@@ -71,6 +75,12 @@ def sparkline(values: list[float]) -> str:
     return "".join(BARS[min(7, int((v - low) / span * 8))] for v in values)
 
 
+def skipped(event: Event) -> str:
+    """A warning that counts the batches that had nothing to train."""
+    count = event.get("skipped_batches", 0)
+    return f"; skipped {count} batch{'es' if count != 1 else ''} without a trained token" if count else ""
+
+
 def describe(event: Event) -> str:
     """A report as one plain line."""
     kind = event["event"]
@@ -81,7 +91,7 @@ def describe(event: Event) -> str:
         return (
             f"step {event['step']} epoch {event['epoch']:.2f} loss {event['loss']:.4f}{extra} lr {event['lr']:.2e} "
             f"grad_norm {event['grad_norm']:.3f} {event['trained_tokens_per_s']:.0f} trained tokens/s "
-            f"peak {event['peak_memory_gb']:.2f} GB"
+            f"peak {event['peak_memory_gb']:.2f} GB{skipped(event)}"
         )
     if kind == "eval":
         extra = "".join(
@@ -90,6 +100,8 @@ def describe(event: Event) -> str:
         return f"step {event['step']} validation loss {event['loss']:.4f}{extra}{' (best)' if event['best'] else ''}"
     if kind == "sample":
         return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}"
+    if kind == "failed":
+        return f"training failed after step {event['step']}"  # the error itself says why
     return str(event.get("text", kind))
 
 
