@@ -198,7 +198,7 @@ def train(
     file = MetricsFile(run.dir / "metrics.jsonl", progress.step or None)  # None: start over, nothing is kept
     facts = describe_start(config, loaded, objective, total)
     for line in [*start_lines(facts), *objective.summary().notes, *notes]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     reporter = Reporter([file, terminal(console, total, progress.step)])
     try:
         kind, since = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")

@@ -150,8 +150,6 @@ class Loop:
                 due = p.step % settings.eval_every == 0 if settings.eval_every else ends_epoch
                 if due or last:
                     self._evaluate()
-                if p.stopped_early and p.window.get("weight"):
-                    self._report()  # the steps since the last one would go unreported
                 stop = interrupt.asked
                 if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
                     self._save()
@@ -274,6 +272,8 @@ class Loop:
             p.stopped_early = patience is not None and p.evals_without_gain >= patience
         self.hooks.samples(p)
         self._pause(began)
+        if p.stopped_early and p.window.get("weight"):
+            self._report()  # the steps since the last one would go unreported
 
     def _save(self) -> None:
         self._drain()

@@ -128,7 +128,7 @@ class LiveView:
         self._losses: deque[float] = deque(maxlen=40)
         self._progress = Progress(
             TextColumn("[bold]training"),
-            BarColumn(),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -161,6 +161,8 @@ class LiveView:
             grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e}, gradient norm {t['grad_norm']:.3f}")
             grid.add_row("speed", f"{t['trained_tokens_per_s']:.0f}", "trained tokens/s")
             grid.add_row("memory", f"{t['peak_memory_gb']:.2f}", "GB at most")
+            if skipped(t):
+                grid.add_row("skipped", str(t["skipped_batches"]), "batches without a trained token")
         return Group(self._progress, grid)
 
     def close(self) -> None:
