@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,45 @@ def tiny_model(tiny_model_dir: Path) -> Loaded:
 def smollm2() -> Loaded:
     """SmolLM2-135M-Instruct dequantised to float32. Read only: it is shared by all tests."""
     return load("smollm2-135m", dtype="float32")
+
+
+def write_chat(path: Path, rows: int, seed: int = 0) -> Path:
+    """A jsonl file of short chats of unequal length, the same each time for one seed."""
+    rng = random.Random(seed)
+    words = "the in on and or a is of to at".split()
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            question, answer = (" ".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(2))
+            turns = [{"role": "user", "content": f"{i} {question}"}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`recipe(rows=12, **{"tune.method": "full"})`: settings of a short LoRA run of the tiny model under tmp_path.
+
+    Dotted keys replace or add settings; None takes one out. The run is runs/a.
+    """
+
+    def make(rows: int = 10, **changes: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "model": {"path": str(tiny_model_dir), "dtype": "float32"},
+            "tune": {"rank": 4},
+            "data": {"train": str(tmp_path / f"rows-{rows}.jsonl"), "format": "messages"},
+            "batch": {"rows": 2},
+            "optim": {"lr": 1e-2},
+            "run": {"dir": str(tmp_path / "runs"), "name": "a", "steps": 4, "report_every": 1},
+        }
+        write_chat(tmp_path / f"rows-{rows}.jsonl", rows)
+        for key, value in changes.items():
+            section, _, leaf = key.partition(".")
+            if value is None:
+                settings.get(section, {}).pop(leaf, None)
+            elif leaf:
+                settings.setdefault(section, {})[leaf] = value
+            else:
+                settings[section] = value
+        return settings
+
+    return make
