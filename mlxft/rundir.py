@@ -48,14 +48,16 @@ def find_adapter(path: Path) -> Path:
     return inside if (inside / "adapter_config.json").exists() else path
 
 
-def load(path: str | Path, adapter: str | Path | None = None, **options: Any) -> Loaded:
+def load(path: str | Path | Run, adapter: str | Path | None = None, **options: Any) -> Loaded:
     """Load for use: a run, an adapter folder, a fused or any other model, with an adapter if one is named.
 
     Args:
+        path: also a Run, as `train` and `open_run` return it.
         options: as for mlxft.model.load.load; they override what the run or adapter says of its base.
     Raises:
         ModelError: nothing there, or the adapter belongs to another base.
     """
+    path = path.dir if isinstance(path, Run) else path
     folder = Path(path).expanduser()
     if adapter is None and (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         run = open_run(folder)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +68,7 @@ def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     after = answers(load(run.dir), asked)
     table = Table("question", "before", "after", "")
     for q, old, new in zip(asked, before, after):
+        old = shorten(old, 100, placeholder=" ...")  # an untrained answer rambles, and 80 columns are narrow
         table.add_row(q.question, old, new, "[green]right[/]" if q.right(new) else "[red]wrong[/]")
     console.print(table)
     right = sum(q.right(a) for q, a in zip(asked, after))

@@ -1,0 +1,148 @@
+"""The Python API: train, load, Run, and validation before the first step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mlxft
+from mlxft.errors import ConfigError
+from mlxft.model.sample import generate
+from mlxft.train.loop import Loop
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {w}?"}, {"role": "assistant", "content": f"It is the {w}."}]}
+    for w in ("house", "sea", "road", "tower", "wind", "stone")
+]
+
+
+@pytest.fixture
+def settings(tiny_model_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in ROWS), "utf-8")
+    return {
+        "model": {"path": str(tiny_model_dir)},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "valid": 0.34, "format": "messages"},
+        "batch": {"rows": 2},
+        "run": {"dir": str(tmp_path / "runs"), "name": "a", "steps": 4, "eval_every": 2, "save_every": 2},
+    }
+
+
+def weights(run: mlxft.Run) -> dict[str, mx.array]:
+    found = mx.load(str(run.result / "adapters.safetensors"))
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_name_train_is_the_function_whatever_was_imported_before() -> None:
+    """The package mlxft.train must not stand in the function's way, before it is imported or after."""
+    code = """if True:
+        import mlxft, mlxft.errors
+        {first}
+        for _ in range(2):  # the first call imports the package mlxft.train
+            try:
+                mlxft.train({{}})
+            except mlxft.errors.ConfigError as e:
+                print("model: is needed" in str(e))
+        from mlxft import train
+        print(callable(train))
+    """
+    for first in ("pass", "import mlxft.train.loop"):
+        ran = subprocess.run([sys.executable, "-c", code.format(first=first)], capture_output=True, text=True)
+        assert (ran.stdout.split(), ran.stderr) == (["True"] * 3, "")
+
+
+def test_train_then_load(settings: dict[str, Any]) -> None:
+    run = mlxft.train(settings)
+    assert run.dir == Path(settings["run"]["dir"]) / "a"
+    assert [e["step"] for e in run.metrics("eval")] == [2, 4]
+    ids = mx.array([[5, 6, 7]])
+    by_run, by_dir = mlxft.load(run), mlxft.load(run.dir)
+    assert mx.array_equal(by_run.model(ids), by_dir.model(ids)).item()
+    bare = mlxft.load(settings["model"]["path"])
+    assert not mx.array_equal(by_run.model(ids), bare.model(ids)).item(), "the adapter is on it"
+    assert isinstance(generate(by_run.model, by_run.tokenizer, "What is the sea?", max_tokens=4, temperature=0.0), str)
+
+
+def test_load_takes_the_run_of_a_full_fine_tune(settings: dict[str, Any]) -> None:
+    run = mlxft.train(settings | {"tune": {"method": "full"}})
+    assert mlxft.load(run).path == run.dir / "model"
+
+
+def test_validation_at_the_start_is_reported_and_changes_nothing_else(settings: dict[str, Any]) -> None:
+    plain = mlxft.train(settings)
+    settings["run"] |= {"name": "b", "eval_at_start": True}
+    run = mlxft.train(settings)
+    start, *rest = run.metrics("eval")
+    assert (start["step"], start["best"]) == (0, False)
+    keep = ("step", "loss", "best")
+    assert [[e[k] for k in keep] for e in rest] == [[e[k] for k in keep] for e in plain.metrics("eval")]
+    ours, theirs = weights(run), weights(plain)
+    assert all(mx.array_equal(ours[n], theirs[n]).item() for n in theirs)
+
+
+def test_the_untrained_model_is_never_the_best(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([1.0, 3.0, 2.0])  # it was better before training
+    monkeypatch.setattr("mlxft.train.loop.validate", lambda *_: {"loss": next(losses)})
+    settings["run"] |= {"eval_at_start": True, "patience": 1}
+    run = mlxft.train(settings)
+    assert [(e["step"], e["loss"], e["best"]) for e in run.metrics("eval")] == [
+        (0, 1.0, False),
+        (2, 3.0, True),
+        (4, 2.0, True),
+    ]
+    assert run.metrics("end")[0]["best_step"] == 4
+
+
+def test_resume_does_not_validate_the_start_again(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings["run"] |= {"eval_at_start": True}
+    save = Loop._save
+
+    def stop(loop: Loop) -> None:
+        save(loop)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            mlxft.train(settings)
+    run = mlxft.train(settings, resume=True)
+    assert [e["step"] for e in run.metrics("eval")] == [0, 2, 4]
+
+
+def test_starting_over_keeps_no_old_lines(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    settings["run"] |= {"eval_at_start": True}
+
+    def die(loop: Loop, batches: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_update", die)
+        with pytest.raises(KeyboardInterrupt):
+            mlxft.train(settings)
+    run = mlxft.train(settings, resume=True)  # killed before its first checkpoint
+    assert [e["step"] for e in run.metrics("eval")] == [0, 2, 4]
+    assert len(run.metrics("start")) == 1
+
+
+@pytest.mark.parametrize("setting", [{"eval_at_start": True}, {"eval_every": 2}, {"patience": 1}])
+def test_validation_settings_without_validation_data_are_refused(
+    settings: dict[str, Any], setting: dict[str, Any]
+) -> None:
+    del settings["data"]["valid"]
+    settings["run"] = {"dir": settings["run"]["dir"], "name": "a", "steps": 1, **setting}
+    with pytest.raises(ConfigError, match=rf"run\.{next(iter(setting))}: there is no validation data"):
+        mlxft.train(settings)
+    assert not Path(settings["run"]["dir"]).exists()
+
+
+def test_sample_prompts_need_no_validation_data(settings: dict[str, Any]) -> None:
+    del settings["data"]["valid"]
+    settings["run"] |= {"eval_at_start": True, "sample_prompts": ["What is a road?"], "sample_tokens": 3}
+    run = mlxft.train(settings)
+    assert [e["step"] for e in run.metrics("sample")] == [0, 2, 4]

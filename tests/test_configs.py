@@ -1,0 +1,161 @@
+"""Every recipe in configs/: it reads, says only what differs from the defaults, and trains what its name says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import yaml
+from mlx.utils import tree_flatten
+
+from mlxft.config import Config
+from mlxft.errors import ConfigError
+from mlxft.model.load import load as load_model
+from mlxft.model.lora import LowRank
+from mlxft.recipe import load_config
+from mlxft.run import load, make_objective, train
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+NAMES = [r.stem for r in RECIPES]
+CHATS = ROOT / "mlxft/demo/rows.jsonl"
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from leaves(value, f"{prefix}.{key}".lstrip("."))
+    else:
+        yield prefix, tree
+
+
+@pytest.fixture(scope="module")
+def base(make_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, for recipes that train the last four; width 64, for groups of 64."""
+    sizes = {"num_hidden_layers": 6, "hidden_size": 64, "head_dim": 16}
+    return make_model_dir(tmp_path_factory.mktemp("base") / "base", "llama", **sizes)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    rows = [{"text": f"The {n} of them are in the house. " * 5} for n in ("first", "second", "third", "last")]
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def trained(
+    base: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Config, nn.Module]]:
+    """Trains a recipe for two steps on the tiny model, once; gives its settings and the model it left."""
+    done: dict[str, tuple[Config, nn.Module]] = {}
+    runs = tmp_path_factory.mktemp("runs")
+
+    def get(name: str) -> tuple[Config, nn.Module]:
+        if name not in done:
+            rows = texts if name == "continued-pretraining" else CHATS
+            overrides = [f"model.path={base}", f"data.train={rows}", f"run.dir={runs}", "run.steps=2"]
+            # So that ten validation rows are not more than the whole of a tiny run.
+            overrides += ["run.eval_every=2"] if name != "sft-lora" else []
+            config = load_config(ROOT / f"configs/{name}.yaml", overrides)
+            run = train(config)
+            assert [e["step"] for e in run.metrics("end")] == [2]
+            done[name] = config, load(run).model
+        return done[name]
+
+    return get
+
+
+def adapted(model: nn.Module) -> list[LowRank]:
+    return [m for _, m in model.named_modules() if isinstance(m, LowRank)]
+
+
+def changed(model: nn.Module, base: Path) -> set[str]:
+    """Names of the parameters that training has changed."""
+    before = dict(tree_flatten(load_model(str(base)).model.parameters()))
+    after = dict(tree_flatten(model.parameters()))
+    assert before.keys() == after.keys()
+    return {n for n in before if not mx.array_equal(before[n], after[n]).item()}
+
+
+def test_there_are_the_recipes_that_the_readme_names() -> None:
+    named = ("quickstart", "sft-lora", "sft-qlora", "sft-dora", "sft-full", "transfer-last-layers")
+    assert {*named, "continued-pretraining"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_recipe_is_short_and_says_only_what_differs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = recipe.read_text("utf-8")
+    assert len(text.splitlines()) <= 40
+    assert text.startswith("# "), "the first line says what the recipe is for"
+    config = load_config(recipe)
+    assert config.run.name == recipe.stem
+    bare = {"model": {"path": "x"}, "data": {"train": "x", "format": "messages"}, "objective": config.objective}
+    default = dict(leaves(Config.model_validate(bare).model_dump(mode="json")))
+    same = [key for key, value in leaves(yaml.safe_load(text)) if key != "data.format" and default.get(key) == value]
+    assert not same, f"these are the defaults: {same}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+def test_recipe_runs_as_it_is_from_a_clone_or_says_what_is_yours(
+    recipe: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(recipe)
+    if "YOURS" in recipe.read_text("utf-8"):
+        with pytest.raises(ConfigError, match=r"texts\.jsonl"):
+            make_objective(config, tiny_tokenizer)
+    else:
+        summary = make_objective(config, tiny_tokenizer).summary()
+        assert summary.validates
+        assert summary.counts["rows"] > 100
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sft-lora", "sft-dora", "continued-pretraining"])
+def test_low_rank_recipes_train_an_adapter_on_a_float_base(name: str, trained: Any) -> None:
+    config, model = trained(name)
+    layers = adapted(model)
+    assert len(layers) == (24 if name == "sft-dora" else 42)  # six layers, of 4 attention and 3 mlp matrices
+    assert all(type(m.base) is nn.Linear for m in layers)
+    assert {m.lora_a.shape[-1] for m in layers} == {config.tune.rank}
+    assert all(mx.any(m.lora_b != 0).item() for m in layers), "every layer has learnt something"
+    assert all(("m" in m) == (name == "sft-dora") for m in layers)
+
+
+def test_qlora_trains_an_adapter_on_a_four_bit_base(trained: Any) -> None:
+    _, model = trained("sft-qlora")
+    layers = adapted(model)
+    assert len(layers) == 42
+    assert {(type(m.base).__name__, m.base.bits) for m in layers} == {("QuantizedLinear", 4)}
+    assert all(mx.any(m.lora_b != 0).item() for m in layers)
+
+
+def test_full_changes_every_weight(trained: Any, base: Path) -> None:
+    _, model = trained("sft-full")
+    assert changed(model, base) == {n for n, _ in tree_flatten(model.parameters())}
+
+
+def test_transfer_changes_the_last_layers_and_the_norm_only(trained: Any, base: Path) -> None:
+    _, model = trained("transfer-last-layers")
+    inside = tuple(f"model.layers.{i}." for i in (2, 3, 4, 5))
+    every = {n for n, _ in tree_flatten(model.parameters())}
+    assert changed(model, base) == {n for n in every if n.startswith((*inside, "model.norm."))}
+
+
+def test_pretraining_trains_every_token_once(texts: Path, tiny_tokenizer: Any) -> None:
+    recipe = ROOT / "configs/continued-pretraining.yaml"
+    rows = f"data.train={texts}"
+    whole = load_config(recipe, [rows, "data.valid=null", "run.eval_every=null", "run.eval_at_start=false"])
+    cut = load_config(recipe, [rows, "data.max_length=32"])
+    counts = make_objective(whole, tiny_tokenizer).summary().counts
+    assert counts["trained tokens"] == counts["tokens"] - 4  # nothing predicts the first token of each text
+    pieces = make_objective(cut, tiny_tokenizer).summary().counts
+    assert pieces["rows"] > 3
+    assert pieces["trained tokens"] + pieces["validation trained tokens"] == counts["trained tokens"]
