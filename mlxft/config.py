@@ -184,6 +184,7 @@ class Run(Settings):
     epochs: float | None = Field(None, gt=0, description="Passes over the rows, in place of steps; default 1.")
     report_every: int = Field(10, ge=1, description="Steps between reports.")
     eval_every: int | None = Field(None, ge=1, description="Steps between validations; default: once an epoch.")
+    eval_at_start: bool = Field(False, description="Validate once before the first step: the loss to compare with.")
     save_every: int = Field(100, ge=1, description="Steps between checkpoints.")
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
     patience: int | None = Field(
