@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -49,7 +49,8 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(beside, path)
             flush(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be no folder
+            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

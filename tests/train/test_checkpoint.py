@@ -1,0 +1,137 @@
+"""Checkpoints: whole or not there, the newest whole one is found, damage is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxft.errors import CheckpointError
+from mlxft.train import checkpoint
+from mlxft.train.checkpoint import Snapshot, checkpoints, load_newest, save
+
+
+def snapshot(value: float) -> Snapshot:
+    return Snapshot({"w": mx.full((4,), value)}, {"state.m": mx.full((4,), -value)}, {"progress": {"step": int(value)}})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "weights cut": lambda p: cut(p / "weights.safetensors"),
+    "weights changed by one bit": lambda p: flip(p / "weights.safetensors"),
+    "weights empty": lambda p: (p / "weights.safetensors").write_bytes(b"") and None,
+    "optimizer missing": lambda p: (p / "optimizer.safetensors").unlink(),
+    "state missing": lambda p: (p / "state.json").unlink(),
+    "state cut": lambda p: cut(p / "state.json"),
+    "state is a list": lambda p: (p / "state.json").write_text("[]") and None,
+}
+
+
+def test_it_comes_back(tmp_path: Path):
+    save(tmp_path, 3, snapshot(3), keep=2)
+    back = load_newest(tmp_path, pytest.fail)
+    assert back is not None
+    assert back.weights["w"].tolist() == [3.0] * 4
+    assert back.optimizer["state.m"].tolist() == [-3.0] * 4
+    assert (back.state["step"], back.state["progress"]) == (3, {"step": 3})
+
+
+def test_the_newest_by_number_is_taken_and_the_newest_are_kept(tmp_path: Path):
+    for step in (2, 9, 10, 11):
+        save(tmp_path, step, snapshot(step), keep=2)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-10", "step-11"]
+    back = load_newest(tmp_path, pytest.fail)
+    assert back is not None
+    assert back.state["step"] == 11
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_newest_is_said_and_the_one_before_used(tmp_path: Path, damage: Callable[[Path], None]):
+    said: list[str] = []
+    save(tmp_path, 5, snapshot(5), keep=2)
+    save(tmp_path, 10, snapshot(10), keep=2)
+    damage(tmp_path / "step-10")
+    back = load_newest(tmp_path, said.append)
+    assert back is not None
+    assert back.weights["w"].tolist() == [5.0] * 4
+    assert len(said) == 1
+    assert "step-10 is damaged" in said[0]
+    assert "using the one before it" in said[0]
+
+
+def test_all_damaged_is_refused(tmp_path: Path):
+    said: list[str] = []
+    for step in (5, 10):
+        save(tmp_path, step, snapshot(step), keep=2)
+        cut(tmp_path / f"step-{step}" / "weights.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint is whole; start again with --overwrite"):
+        load_newest(tmp_path, said.append)
+    assert len(said) == 2
+
+
+def test_a_damaged_later_one_never_pushes_out_a_whole_one(tmp_path: Path):
+    """step-20 is damaged, so the run goes on from 10 and saves 15: with keep 1, 15 is what must stay."""
+    save(tmp_path, 10, snapshot(10), keep=2)
+    save(tmp_path, 20, snapshot(20), keep=2)
+    cut(tmp_path / "step-20" / "weights.safetensors")
+    save(tmp_path, 15, snapshot(15), keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-15"]
+    assert load_newest(tmp_path, pytest.fail) is not None
+
+
+def test_a_damaged_one_is_replaced_by_a_whole_one_of_the_same_step(tmp_path: Path):
+    save(tmp_path, 5, snapshot(5), keep=2)
+    cut(tmp_path / "step-5" / "weights.safetensors")
+    save(tmp_path, 5, snapshot(5), keep=2)
+    assert load_newest(tmp_path, pytest.fail) is not None
+
+
+def test_a_half_written_one_is_no_checkpoint_and_is_cleared_away(tmp_path: Path):
+    save(tmp_path, 5, snapshot(5), keep=2)
+    half = tmp_path / ".tmp-step-10"
+    half.mkdir()
+    (half / "weights.safetensors").write_bytes(b"half")
+    back = load_newest(tmp_path, pytest.fail)
+    assert back is not None
+    assert back.state["step"] == 5
+    assert not half.exists()
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path, 5, snapshot(5), keep=1)
+
+    def full(path: Path, arrays: dict[str, mx.array]) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_arrays", full)
+    with pytest.raises(CheckpointError, match="step-10: No space left on device; what was saved before is untouched"):
+        save(tmp_path, 10, snapshot(10), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+    assert load_newest(tmp_path, pytest.fail) is not None
+
+
+def test_another_format_is_refused_by_number(tmp_path: Path):
+    said: list[str] = []
+    save(tmp_path, 5, snapshot(5), keep=1)
+    file = tmp_path / "step-5" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError):
+        load_newest(tmp_path, said.append)
+    assert "format 99" in said[0]
+
+
+def test_no_folder_is_no_checkpoint(tmp_path: Path):
+    assert load_newest(tmp_path / "none", pytest.fail) is None

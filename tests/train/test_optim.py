@@ -1,0 +1,159 @@
+"""Schedules and optimisers against hand computations and an independent AdamW."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxft.config import Optim
+from mlxft.train.optim import Optimizer, learning_rate
+
+NAMES = ["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
+
+
+class Weights(nn.Module):
+    """A matrix and a vector."""
+
+    def __init__(self, matrix: Any, vector: Any, dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__()
+        self.matrix, self.vector = mx.array(matrix, dtype=dtype), mx.array(vector, dtype=dtype)
+
+
+def grads_of(matrix: Any, vector: Any) -> dict[str, mx.array]:
+    return {"matrix": mx.array(matrix, dtype=mx.float32), "vector": mx.array(vector, dtype=mx.float32)}
+
+
+def test_warmup_then_linear():
+    """2 of 10 steps warm up: lr/2, lr; then 8 steps fall: 1 - k/8."""
+    s = Optim(lr=1.0, schedule="linear", warmup=2)
+    expected = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert [learning_rate(s, k, 10) for k in range(10)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_cosine_with_least_rate():
+    """From 1 to 0.2: 0.2 + 0.8 (1 + cos(pi k / 4)) / 2 with cos = 1, 1/sqrt 2, 0, -1/sqrt 2."""
+    s = Optim(lr=1.0, schedule="cosine", warmup=0, min_lr=0.2)
+    expected = [1.0, 0.6 + 0.4 / math.sqrt(2), 0.6, 0.6 - 0.4 / math.sqrt(2)]
+    assert [learning_rate(s, k, 4) for k in range(4)] == pytest.approx(expected, abs=1e-12)
+
+
+def test_warmup_as_a_share_is_rounded_up():
+    """A quarter of 10 steps is 3: thirds of lr, then lr stays."""
+    s = Optim(lr=3.0, schedule="constant", warmup=0.25)
+    assert [learning_rate(s, k, 10) for k in range(10)] == pytest.approx([1.0, 2.0, 3.0] + [3.0] * 7)
+
+
+def test_linear_ends_at_least_rate():
+    """The rate after the last step is min_lr; halfway between lr and it is the mean of both."""
+    s = Optim(lr=1.0, schedule="linear", warmup=0, min_lr=0.5)
+    assert learning_rate(s, 4, 8) == pytest.approx(0.75)
+    assert learning_rate(s, 8, 8) == pytest.approx(0.5)
+
+
+def test_warmup_longer_than_the_run():
+    """12 warm-up steps, 4 steps: k/12, and nothing is divided by zero."""
+    s = Optim(lr=12.0, schedule="cosine", warmup=12)
+    assert [learning_rate(s, k, 4) for k in range(4)] == pytest.approx([1, 2, 3, 4])
+
+
+def test_adamw_first_step_by_hand():
+    """Bias correction makes the first update lr * g/|g|; decay comes off the weight: 1 (1 - 0.1 * 0.5) - 0.1 = 0.85.
+
+    The gradient is a sum over 4 items: 2 / 4 = 0.5 is what the optimiser must see, and the norm it reports.
+    """
+    model = Weights([[0.0]], [1.0])
+    opt = Optimizer(Optim(lr=0.1, weight_decay=0.5, clip=None), model)
+    norm = opt.step(model, grads_of([[0.0]], [2.0]), mx.array(4.0), 0.1)
+    assert model.vector.item() == pytest.approx(0.85, abs=1e-6)
+    assert norm.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_adamw_equals_numpy_over_five_steps(clip: float | None):
+    """Loshchilov & Hutter 2019, algorithm 2, in float64, with the whole gradient's norm clipped."""
+    rng = np.random.default_rng(0)
+    theta = {"matrix": rng.normal(size=(3, 4)), "vector": rng.normal(size=5)}
+    model = Weights(theta["matrix"], theta["vector"])
+    opt = Optimizer(Optim(lr=1.0, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6, clip=clip), model)
+    m = {n: np.zeros_like(p) for n, p in theta.items()}
+    v = {n: np.zeros_like(p) for n, p in theta.items()}
+    for t in range(1, 6):
+        lr, weight = 0.03 / t, float(t + 1)
+        total = {n: rng.normal(size=p.shape) * weight for n, p in theta.items()}
+        norm = opt.step(model, grads_of(**total), mx.array(weight), lr)
+        g = {n: x / weight for n, x in total.items()}
+        length = math.sqrt(sum((x**2).sum() for x in g.values()))
+        assert norm.item() == pytest.approx(length, rel=1e-5)
+        if clip is not None and length > clip:
+            g = {n: x * clip / length for n, x in g.items()}
+        for n in theta:
+            m[n] = 0.8 * m[n] + 0.2 * g[n]
+            v[n] = 0.95 * v[n] + 0.05 * g[n] ** 2
+            step = (m[n] / (1 - 0.8**t)) / (np.sqrt(v[n] / (1 - 0.95**t)) + 1e-6)
+            theta[n] = theta[n] * (1 - lr * 0.1) - lr * step
+    np.testing.assert_allclose(np.array(model.matrix), theta["matrix"], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(np.array(model.vector), theta["vector"], rtol=2e-5, atol=2e-6)
+
+
+def test_sgd_with_clipping_by_hand():
+    """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8): -0.5 of it."""
+    model = Weights([[0.0]], [0.0, 0.0])
+    opt = Optimizer(Optim(name="sgd", lr=0.5, clip=1.0), model)
+    assert opt.step(model, grads_of([[0.0]], [3.0, 4.0]), mx.array(1.0), 0.5).item() == pytest.approx(5.0)
+    assert model.vector.tolist() == pytest.approx([-0.3, -0.4], abs=1e-6)
+
+
+def descend(opt: Optimizer, model: Weights, steps: int, begin: int = 0) -> float:
+    """Gradient steps on |matrix|^2 + |vector|^2; returns what it is then."""
+    for k in range(begin, begin + steps):
+        opt.step(model, {"matrix": 2 * model.matrix, "vector": 2 * model.vector}, mx.array(1.0), 0.02 / (1 + k))
+        mx.eval(model.parameters(), opt.arrays())
+    return float(model.matrix.square().sum() + model.vector.square().sum())
+
+
+def fresh() -> Weights:
+    return Weights([[1.0, -2.0], [0.5, 3.0]], [1.0, -1.0, 2.0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimiser_descends_and_goes_on_from_its_arrays(name: str):
+    """8 steps, and 3 + 5 with the state put into a new optimiser, give the same bits."""
+    settings = Optim(name=name, lr=0.02, clip=None)
+    whole = fresh()
+    opt = Optimizer(settings, whole)
+    before = float(whole.matrix.square().sum() + whole.vector.square().sum())
+    assert descend(opt, whole, 8) < before
+
+    first = fresh()
+    begun = Optimizer(settings, first)
+    descend(begun, first, 3)
+    kept, second = begun.arrays(), Weights(first.matrix, first.vector)
+    again = Optimizer(settings, second)
+    again.load(kept)
+    descend(again, second, 5, begin=3)
+    assert second.matrix.tolist() == whole.matrix.tolist()
+    assert second.vector.tolist() == whole.vector.tolist()
+
+
+def test_master_weights_keep_small_updates():
+    """1 - 100 * 0.0001 = 0.99. A bfloat16 next to 1 is 0.996: each single update would round to nothing."""
+    assert (mx.array(1.0, mx.bfloat16) - mx.array(1e-4, mx.bfloat16)).item() == 1.0
+    model = Weights([[1.0]], [1.0], mx.bfloat16)
+    opt = Optimizer(Optim(name="sgd", lr=1e-4, clip=None), model)
+    for _ in range(100):
+        opt.step(
+            model, {"matrix": mx.ones((1, 1), mx.bfloat16), "vector": mx.ones(1, mx.bfloat16)}, mx.array(1.0), 1e-4
+        )
+    assert opt.arrays()["master.vector"].item() == pytest.approx(0.99, abs=1e-5)
+    assert model.vector.dtype == mx.bfloat16
+    assert model.vector.item() == pytest.approx(0.99, abs=0.004)
+
+
+def test_float32_weights_have_no_second_copy():
+    """Adapters are float32: a master copy of them would be waste."""
+    assert not [n for n in Optimizer(Optim(), fresh()).arrays() if n.startswith("master")]
