@@ -7,12 +7,14 @@ and logit scaling come along by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 CHUNK = 128  # trained positions whose logits exist at one time
 
@@ -30,6 +32,21 @@ class _Given:
         return getattr(self._body, name)
 
 
+class _Watched:
+    """Stands in for the body: runs it as the model calls it, and keeps what it returns."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self._body = body
+        self.returned: list[mx.array] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        self.returned.append(self._body(*args, **kwargs))
+        return self.returned[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
 class Split:
     """The body and the head of a model.
 
@@ -41,6 +58,8 @@ class Split:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._width, self._dtype = 0, mx.float32  # of hidden states
+        self._read: dict[frozenset[str], tuple[str, ...]] = {}
         self._owner, self._name = self._find_body(model)
         self.separable = self._owner is not None and self._agrees()
 
@@ -66,8 +85,10 @@ class Split:
         try:
             whole = self.model(ids)
             hidden = self.hidden(ids)
-            if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+            # A body that is as wide as the vocabulary has its head inside: nothing is gained by taking it apart.
+            if hidden.ndim != 3 or hidden.shape[:2] != ids.shape or hidden.shape[-1] == whole.shape[-1]:
                 return False
+            self._width, self._dtype = hidden.shape[-1], hidden.dtype
             apart = self.logits(hidden.reshape(-1, hidden.shape[-1]))
             return bool(mx.allclose(whole.reshape(apart.shape), apart, rtol=1e-3, atol=1e-3).item())
         except (TypeError, ValueError, AttributeError, IndexError):
@@ -77,25 +98,65 @@ class Split:
 
     def hidden(self, ids: mx.array) -> mx.array:
         """(B, T) ids -> (B, T, D), what the head takes."""
-        assert self._owner is not None
-        return self._owner[self._name](ids)
+        watched = _Watched(self._body)
+        with self._in_place(watched):
+            # The logits that this makes are never evaluated: MLX computes only what is asked for.
+            self.model(ids)
+        (hidden,) = watched.returned
+        return hidden
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """(N, D) hidden states -> (N, V) logits."""
-        owner, name = self._owner, self._name
-        assert owner is not None
-        body = owner[name]
-        dict.__setitem__(owner, name, _Given(body, hidden[:, None]))
+    def logits(self, hidden: mx.array, parameters: Mapping[str, mx.array] | None = None) -> mx.array:
+        """(N, D) hidden states -> (N, V) logits; `parameters`, by full name, stand in for the model's own."""
+        own = self._values(parameters or ())
+        self.model.update(tree_unflatten(list((parameters or {}).items())))
         try:
-            out = self.model(mx.zeros((hidden.shape[0], 1), dtype=mx.int32))
+            with self._in_place(_Given(self._body, hidden[:, None])):
+                out = self.model(mx.zeros((hidden.shape[0], 1), dtype=mx.int32))
         finally:
-            dict.__setitem__(owner, name, body)
+            self.model.update(tree_unflatten(list(own.items())))
         return out[:, 0]
 
-    def head_is_trained(self) -> bool:
-        """Whether a parameter that the head reads is trainable (a tied, trained embedding counts)."""
-        trained = [n for n, _ in tree_flatten(self.model.trainable_parameters())]
-        return any(part in n for n in trained for part in ("lm_head", "embed", "wte", "output", "score"))
+    @property
+    def _body(self) -> nn.Module:
+        assert self._owner is not None
+        return self._owner[self._name]
+
+    @contextmanager
+    def _in_place(self, other: Any) -> Iterator[None]:
+        """`other` stands where the body is, which comes back at the end."""
+        owner: Any = self._owner
+        body = self._body
+        # Past nn.Module's own setter, which would count `other` in or the body out of its parameters.
+        dict.__setitem__(owner, self._name, other)
+        try:
+            yield
+        finally:
+            dict.__setitem__(owner, self._name, body)
+
+    def trained_head(self) -> dict[str, mx.array]:
+        """Full name -> value of the trainable parameters that the head reads; a tied embedding is one of them."""
+        trained = frozenset(n for n, _ in tree_flatten(self.model.trainable_parameters()))
+        if trained not in self._read:
+            self._read[trained] = tuple(self._readers(sorted(trained)))
+        return self._values(self._read[trained])
+
+    def _values(self, names: Iterable[str]) -> dict[str, mx.array]:
+        wanted = set(names)
+        return {n: v for n, v in tree_flatten(self.model.parameters()) if n in wanted} if wanted else {}
+
+    def _readers(self, names: list[str]) -> list[str]:
+        """Those of `names` that the head's output depends on.
+
+        A parameter of NaNs makes the output NaN exactly if it is read, whatever the values (an adapter's are zero at
+        first). Halving finds the few that are without trying each.
+        """
+        poison = {n: mx.broadcast_to(mx.array(math.nan, v.dtype), v.shape) for n, v in self._values(names).items()}
+        if not poison or mx.isfinite(self.logits(mx.ones((1, self._width), self._dtype), poison)).all().item():
+            return []
+        if len(names) == 1:
+            return names
+        middle = len(names) // 2
+        return self._readers(names[:middle]) + self._readers(names[middle:])
 
 
 def _nll(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
@@ -122,17 +183,26 @@ def rows_nll(
     hidden = split.hidden(ids)
     hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
 
-    def chunk_loss(h: mx.array, y: mx.array, w: mx.array) -> mx.array:
-        return _nll(split.logits(h), y, w)
-
-    chunk: Callable[..., mx.array] = chunk_loss
-    if grad:
-        chunk = mx.checkpoint(chunk_loss) if split.head_is_trained() else _with_known_gradient(chunk_loss)
+    head = split.trained_head() if grad else {}
     total = mx.array(0.0)
     for start in range(0, hidden.shape[0], CHUNK):
         part = slice(start, start + CHUNK)
-        total = total + chunk(hidden[part], labels[part], weights[part])
+        total = total + _chunk(split, head, labels[part], weights[part], grad)(hidden[part], head)
     return total
+
+
+def _chunk(
+    split: Split, head: dict[str, mx.array], labels: mx.array, weights: mx.array, grad: bool
+) -> Callable[[mx.array, dict[str, mx.array]], mx.array]:
+    """The loss as a function of hidden states and of the head's trained parameters; no logits are kept for backward."""
+
+    def loss(h: mx.array, parameters: dict[str, mx.array]) -> mx.array:
+        return _nll(split.logits(h, parameters), labels, weights)
+
+    if not grad:
+        return loss
+    # Only what is handed in gets a gradient through mx.checkpoint, what a function closes over gets none.
+    return mx.checkpoint(loss) if head else _with_known_gradient(loss)
 
 
 def _with_known_gradient(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
