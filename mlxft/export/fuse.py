@@ -86,11 +86,18 @@ def fuse(
     check_destination(out, overwrite)
     if not run.exists():
         raise ModelError(f"{run}: no such run or adapter")
+    if not (find_adapter(run) / "adapter_config.json").exists():
+        whole = f"; it was trained whole: its model is {run / 'model'}" if (run / "model").is_dir() else ""
+        raise ModelError(f"{run}: there is no adapter to fuse (no adapter_config.json){whole}")
     loaded = load(model, find_adapter(run)) if model else load(run)
     quantized = [m for _, m in loaded.model.named_modules() if isinstance(m, QUANTIZED)]
     if (dequantize or bits) and not quantized:
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
     adapted = sum(isinstance(m, LowRank) for _, m in loaded.model.named_modules())
+    if not adapted and not (run / "config.yaml").exists() and not (run / "adapter_config.json").exists():
+        raise ModelError(
+            f"{run}: is neither a run nor an adapter: there is nothing to fuse (mlxft convert copies a model)"
+        )
     requantized = fuse_layers(loaded.model, dequantize=dequantize, bits=bits)
     config = fused_config(loaded, requantized, dequantize)
     mx.eval(loaded.model.parameters())

@@ -57,7 +57,7 @@ def load(
     *,
     dtype: str = "auto",
     quantize: int | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
     chat_template: Path | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -71,7 +71,7 @@ def load(
             "auto" is float32 where MLX runs on a CPU (bfloat16 is slow there), else "own".
         quantize: bits to quantise to (2, 3, 4, 5, 6, 8); 0 dequantises; None leaves a folder as it is and
             dequantises a .gguf, which is packed for transport. A packed checkpoint keeps its own groups.
-        group_size: weights that share a scale, 32, 64 or 128.
+        group_size: weights that share a scale, 32, 64 or 128; None: 64, or what a packed checkpoint has.
         chat_template: a file whose Jinja template replaces the tokenizer's.
         revision: branch, tag or commit of a hub id.
         lazy: leave the weights unread until they are used.
@@ -102,7 +102,7 @@ def load(
     except RuntimeError as error:
         raise ModelError(f"model {path!r}: the weights can not be read: {brief(error)}") from error
     model.eval()
-    return Loaded(model, tokenizer, config, path, where, fingerprint(config, _shapes(model)))
+    return Loaded(model, tokenizer, config, path, where, fingerprint(config, logical_shapes(model)))
 
 
 def load_tokenizer(
@@ -132,10 +132,11 @@ def load_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
 
 
 def fingerprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A short hash that tells bases apart: architecture, sizes, quantisation, names and shapes of the weights.
+    """A short hash that tells bases apart: architecture, sizes, names and shapes (`logical_shapes`) of the weights.
 
-    The same for every dtype and every place that the weights come from. It does not look into the weights:
-    two fine-tunes of one base have the same fingerprint.
+    The same for every dtype, every quantisation and every place that the weights come from: an adapter trained on a
+    4-bit base fits the float one too. It does not look into the weights: two fine-tunes of one base have the same
+    fingerprint.
     """
     text = config.get("text_config")
     sizes = {**config, **(text if isinstance(text, Mapping) else {})}
@@ -147,11 +148,9 @@ def fingerprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         "num_key_value_heads",
         "vocab_size",
     )
-    quantization = config.get("quantization") or {}
     essence = {
         "model_type": config.get("model_type"),
         "sizes": {key: sizes.get(key) for key in keys},
-        "quantization": [quantization.get("bits"), quantization.get("group_size"), quantization.get("mode", "affine")],
         "weights": sorted((name, list(shape)) for name, shape in shapes.items()),
     }
     return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -159,7 +158,22 @@ def fingerprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 def base_fingerprint(loaded: Loaded) -> str:
     """The fingerprint taken when `loaded` was loaded: adapters attached since do not change it."""
-    return loaded.fingerprint or fingerprint(loaded.config, _shapes(loaded.model))
+    return loaded.fingerprint or fingerprint(loaded.config, logical_shapes(loaded.model))
+
+
+def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all weights as they are unpacked; the scales and biases of packed ones are left out."""
+    packed = {name: module for name, module in model.named_modules() if _is_packed(module)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in tree_flatten(model.parameters()):
+        stem, _, part = name.rpartition(".")
+        if stem in packed and part in ("scales", "biases"):
+            continue
+        width = value.shape[-1:]
+        if stem in packed and part == "weight":
+            width = (value.shape[-1] * 32 // packed[stem].bits,)
+        shapes[name] = (*value.shape[:-1], *width)
+    return shapes
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -177,13 +191,13 @@ def count_parameters(model: nn.Module) -> int:
     return total
 
 
-def _check_arguments(dtype: str, quantize: int | None, group_size: int) -> None:
+def _check_arguments(dtype: str, quantize: int | None, group_size: int | None) -> None:
     problems = []
     if dtype not in DTYPES:
         problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     if quantize is not None and quantize not in BITS:
         problems.append(f"quantize is {quantize!r}; expected one of {', '.join(map(str, BITS))} bits (0 dequantises)")
-    if group_size not in GROUP_SIZES:
+    if group_size is not None and group_size not in GROUP_SIZES:
         problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
     if problems:
         raise ConfigError("model: " + "; ".join(problems))
@@ -272,7 +286,13 @@ def _cast(model: nn.Module, dtype: Any) -> None:
 
 
 def _set_numbers(
-    model: nn.Module, config: dict[str, Any], name: str, target: Any, own: Any, quantize: int | None, group_size: int
+    model: nn.Module,
+    config: dict[str, Any],
+    name: str,
+    target: Any,
+    own: Any,
+    quantize: int | None,
+    group_size: int | None,
 ) -> None:
     """Cast, dequantise or quantise in place, and make `config` say so."""
     packed = any(_is_packed(m) for m in model.modules())
@@ -295,8 +315,14 @@ def _set_numbers(
                 f"model {name!r}: is quantised already, to {bits or 'other'} bits, and can not go to {quantize}; "
                 f"leave quantize out (or {bits}), or dequantise it first (quantize=0, mlxft convert)"
             )
+        groups = config["quantization"].get("group_size")
+        if group_size not in (None, groups):
+            raise ModelError(
+                f"model {name!r}: is quantised already, in groups of {groups}, not {group_size}; leave group_size out, "
+                "or dequantise it first (mlxft convert)"
+            )
     elif quantize:
-        _quantise(model, config, name, quantize, group_size)
+        _quantise(model, config, name, quantize, group_size or 64)
 
 
 def _quantise(model: nn.Module, config: dict[str, Any], name: str, bits: int, group_size: int) -> None:
@@ -307,10 +333,9 @@ def _quantise(model: nn.Module, config: dict[str, Any], name: str, bits: int, gr
         fitting = [str(g) for g in GROUP_SIZES if math.gcd(*widths, g) == g] if widths else []
         hint = f"try group_size {' or '.join(fitting)}" if fitting else "this model can not be quantised"
         raise ModelError(f"model {name!r}: no layer's width is a multiple of group_size {group_size}; {hint}")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
-        _, new = quantize_model(model=model, config=config, group_size=group_size, bits=bits)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
+            _, new = quantize_model(model=model, config=config, group_size=group_size, bits=bits)
+    except ValueError as error:  # some architectures have groups of their own for some layers
+        raise ModelError(f"model {name!r}: can not be quantised to {bits} bits: {brief(error)}") from error
     config.update(new)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in tree_flatten(model.parameters())}
