@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def test_a_whole_model_needs_no_fusing(recipe: Recipe, tmp_path: Path) -> None:
     settings = recipe(**{"tune.method": "full", "tune.rank": None})
     run = train(settings)
     assert mx.array_equal(theirs(run.result), logits(run.dir))
-    with pytest.raises(ModelError, match=r"no adapter to fuse .*trained whole: its model is .*model"):
+    with pytest.raises(ModelError, match=r"trained whole, there is no adapter to fuse; its model is .*model"):
         fuse(run.dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -108,6 +109,8 @@ def test_quantised_base(method: str, recipe: Recipe, tmp_path: Path) -> None:
         assert config["quantization"]["bits"] == 4
         assert config["quantization_config"] == config["quantization"]
         assert f"rounded to {name} bits again" in said[1]
+        # After a few steps at a high rate the adapter is far larger than the rounding: no advice.
+        assert said[1].endswith("times as far as the adapter did")
     assert errors["4"] > 2 * errors["6"] > 4 * errors["8"] > 0
     assert errors["float"] < 1e-4
 
@@ -139,6 +142,22 @@ def test_an_adapter_goes_onto_the_float_base_and_back(recipe: Recipe, tiny_model
     assert mx.allclose(again, trained, atol=1e-4)
 
 
+def test_an_update_smaller_than_the_rounding_is_said_to_drown(recipe: Recipe, tmp_path: Path) -> None:
+    settings = recipe(**{"model.quantize": 4, "model.group_size": 32, "optim.lr": 1e-4})
+    run = mlxft.train(settings)
+    moved = {}
+    for bits, advice in {
+        4: "--bits 8 keeps more, --dequantize keeps all of it",
+        8: "drown the fine-tune: --dequantize",
+    }.items():
+        said = fuse(run.dir, tmp_path / str(bits), bits=bits)[1]
+        found = re.search(r"([\d.e+]+) times as far as the adapter did", said)
+        assert found, said
+        moved[bits] = float(found[1])
+        assert advice in said
+    assert moved[4] > 10 * moved[8] > 2.5
+
+
 def mlxft_convert(src: Path, dst: Path) -> None:
     from mlxft.export.convert import convert
 
@@ -149,7 +168,7 @@ def test_refusals(recipe: Recipe, tiny_model_dir: Path, tmp_path: Path, make_mod
     run = train(recipe())
     with pytest.raises(ModelError, match="no such run or adapter"):
         fuse(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ModelError, match=r"no adapter to fuse \(no adapter_config\.json\)$"):
+    with pytest.raises(ModelError, match=r"is neither a run nor an adapter"):
         fuse(tiny_model_dir, tmp_path / "out")
     for options in ({"bits": 8}, {"dequantize": True}):
         with pytest.raises(ExportError, match="the base is not quantised"):
