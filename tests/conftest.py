@@ -144,7 +144,7 @@ def smollm2() -> Loaded:
 def write_chat(path: Path, rows: int, seed: int = 0) -> Path:
     """A jsonl file of short chats of unequal length, the same each time for one seed."""
     rng = random.Random(seed)
-    words = "the in on and or a is of to at".split()
+    words = ["the", "in", "on", "and", "or", "a", "is", "of", "to", "at"]
     with path.open("w", encoding="utf-8") as file:
         for i in range(rows):
             question, answer = (" ".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(2))
