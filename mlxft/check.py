@@ -39,8 +39,9 @@ def check(config: Config, rows: int, console: Console, as_json: bool) -> dict[st
         "run_dir": str(config.run_dir),
     }
     if as_json:
-        console.print_json(json.dumps(facts))
+        console.out(json.dumps(facts, indent=2), highlight=False)  # never coloured: it is for programs
         return facts
+    colour = console.is_terminal and console.color_system is not None and not console.no_color
     for key, value in facts.items():
         if isinstance(value, dict):
             for name, number in value.items():
@@ -48,8 +49,10 @@ def check(config: Config, rows: int, console: Console, as_json: bool) -> dict[st
         elif value:
             console.print(f"{key}: {value}", markup=False, highlight=False)
     for row in objective.previews(rows):
-        console.print(f"\n{row.where}: {len(row.ids)} tokens, {int(row.trained.sum())} trained", style="bold")
-        console.print(marked(describe(row, tokenizer), colour=console.color_system is not None and console.is_terminal))
+        title = f"\n{row.where}: {len(row.ids)} tokens, {int(row.trained.sum())} trained"
+        console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        # A line that rich breaks would look like a line break of the row.
+        console.print(marked(describe(row, tokenizer), colour), soft_wrap=True)
     return facts
 
 
@@ -69,6 +72,8 @@ def marked(pieces: list[tuple[str, bool]], colour: bool) -> Text:
 def trains(config: Config) -> str:
     """What the recipe trains, in words."""
     t = config.tune
+    if config.model.adapter is not None:
+        return f"the adapter {config.model.adapter}, further"
     where = (
         ""
         if t.layers == "all"

@@ -13,7 +13,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
 from mlxft.errors import ConfigError, nearest
 
@@ -24,6 +24,14 @@ class Settings(BaseModel):
     """A section of a recipe: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes and on as true, and pydantic would take true for 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"expected another value than {str(value).lower()} (YAML reads yes, no, on and off so)")
+        return value
 
 
 class Model(Settings):
@@ -36,10 +44,18 @@ class Model(Settings):
     quantize: Literal[2, 3, 4, 5, 6, 8] | None = Field(
         None, description="Quantise the frozen base at load to so many bits (4: QLoRA)."
     )
-    group_size: Literal[32, 64, 128] = Field(64, description="Weights that share one scale when quantising.")
+    group_size: Literal[32, 64, 128] | None = Field(
+        None, description="Weights that share one scale when quantising; default 64."
+    )
     adapter: str | None = Field(None, description="Adapter folder or run to start from.")
     chat_template: Path | None = Field(None, description="Jinja file to use in place of the tokenizer's chat template.")
     trust_remote_code: bool = Field(False, description="Allow code that a model repository brings along to run.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if self.group_size is not None and self.quantize is None:
+            raise ValueError(f"group_size ({self.group_size}) is for quantising; give quantize too, or leave it out")
+        return self
 
 
 class Tune(Settings):
@@ -110,8 +126,9 @@ class Data(Settings):
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What becomes of a longer row; split is for text."
     )
-    train_on: Literal["assistant", "last", "completion", "all"] = Field(
-        "assistant", description="Every assistant turn, the last one, the completion, or every token."
+    train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
+        None,
+        description="Every assistant turn, the last one, the completion, or every token; default assistant, text: all.",
     )
     template: Literal["auto", "none"] = Field(
         "auto", description="auto: prompts and completions go through the chat template if there is one; none: as text."
@@ -121,6 +138,12 @@ class Data(Settings):
     def _consistent(self) -> Data:
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid as a share must lie between 0 and 1, seen {self.valid:g}")
+        if self.format == "text" and self.train_on not in (None, "all"):
+            raise ValueError(f"train_on: {self.train_on} is not for format text, of which every token is trained")
+        if self.overflow == "split" and self.format != "text":
+            raise ValueError(f"overflow: split is for format text, not {self.format}; use error, drop or truncate")
+        if self.template == "none" and self.format in ("messages", "sharegpt", "alpaca"):
+            raise ValueError(f"template: none is for format prompt-completion; {self.format} needs the chat template")
         return self
 
 
@@ -165,6 +188,8 @@ class Optim(Settings):
         wrong = [k for k, names in takes.items() if getattr(self, k) is not None and self.name not in names]
         if wrong:
             raise ValueError(f"{self.name} has no {', '.join(wrong)} (has: {', '.join(takes[wrong[0]])})")
+        if self.betas is not None and not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas must each be at least 0 and below 1, seen {list(self.betas)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
         if self.min_lr and self.schedule == "constant":
@@ -177,9 +202,13 @@ class Optim(Settings):
 class Run(Settings):
     """The run folder, its length and what is done on the way."""
 
-    name: str | None = Field(None, pattern=r"^[^/\\]+$", description="Folder name; default: the recipe's file name.")
+    name: str | None = Field(
+        None,
+        pattern=r"^[^/\\.][^/\\]*$",
+        description="Folder name, no slash and no dot first; default: the recipe's file name.",
+    )
     dir: Path = Field(Path("runs"), description="Where run folders stand.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     steps: int | None = Field(None, ge=1, description="Optimiser updates.")
     epochs: float | None = Field(None, gt=0, description="Passes over the rows, in place of steps; default 1.")
     report_every: int = Field(10, ge=1, description="Steps between reports.")
@@ -191,12 +220,16 @@ class Run(Settings):
         None, ge=1, description="Stop after so many validations without a better loss; default: never."
     )
     sample_prompts: list[str] = Field(default_factory=list, description="Prompts answered at each validation.")
-    sample_tokens: int = Field(64, ge=1, description="Longest answer to a sample prompt, in tokens.")
+    sample_tokens: int | None = Field(
+        None, ge=1, description="Longest answer to a sample prompt, in tokens; default 64."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs:g})")
+        if self.sample_tokens is not None and not self.sample_prompts:
+            raise ValueError(f"sample_tokens ({self.sample_tokens}) has nothing to act on without sample_prompts")
         return self
 
 

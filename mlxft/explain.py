@@ -30,7 +30,13 @@ def explain(error: ValidationError, kind: type[Config]) -> list[str]:
             text = "no such setting" + _nearest_key(location, kind)
             problems.setdefault(location, []).append((text, None))
         elif e["type"] == "missing":
-            problems.setdefault(location, []).append(("is needed" + _help(location, kind), None))
+            for needed in _needed(location, kind):
+                problems.setdefault(needed, []).append(("is needed" + _help(needed, kind), None))
+        elif e["type"] == "string_pattern_mismatch":
+            problems.setdefault(location, []).append(("does not fit" + _help(location, kind), (e["input"],)))
+        elif e["type"] in ("model_type", "model_attributes_type"):
+            text = f"is a section; expected settings below it, such as {_first_keys(location, kind)}"
+            problems.setdefault(location, []).append((text, (e["input"],)))
         elif e["type"] == "value_error":
             problems.setdefault(location, []).append((str(e["ctx"]["error"]), None))
         elif e["type"] == "literal_error" and isinstance(e["input"], str):
@@ -64,14 +70,29 @@ def _nearest_key(location: str, kind: type[Config]) -> str:
     """The nearest right name: within the section, then the same leaf in another section, then anywhere."""
     keys = all_keys(kind)
     section, _, leaf = location.rpartition(".")
-    siblings = [k for k in keys if k.rpartition(".")[0] == section] + [k for k in kind.model_fields if not section]
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    siblings |= {k: k for k in kind.model_fields if not section}
     elsewhere = [k for k in keys if k.rpartition(".")[2] == leaf]
     owners = [] if section else [name for name in objectives() if leaf in objective_sections(name)]
     if owners:
         return f" for this objective; it belongs to {' and '.join(owners)}"
-    if hint := nearest(location, siblings):
-        return hint
-    return f" (did you mean {elsewhere[0]}?)" if elsewhere else nearest(location, keys)
+    # The section's name would make all of its settings look alike: leaves are compared with leaves.
+    close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")
+    found = elsewhere or ([siblings[close]] if close else [])
+    return f" (did you mean {' or '.join(found)}?)" if found else nearest(location, keys)
+
+
+def _needed(location: str, kind: type[BaseModel]) -> list[str]:
+    """The missing setting; of a missing section, what must stand in it."""
+    field = kind.model_fields.get(location)
+    below = field.annotation if field else None
+    if not (isinstance(below, type) and issubclass(below, BaseModel)):
+        return [location]
+    return [f"{location}.{name}" for name, inner in below.model_fields.items() if inner.is_required()]
+
+
+def _first_keys(location: str, kind: type[BaseModel]) -> str:
+    return ", ".join([k for k in all_keys(kind) if k.startswith(f"{location}.")][:3])
 
 
 def _help(location: str, kind: type[BaseModel]) -> str:

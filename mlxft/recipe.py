@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError
 from mlxft.explain import explain
 
+# Settings of which one excludes the other.
+PAIRS = (("run.steps", "run.epochs"), ("batch.tokens", "batch.rows"), ("tune.scale", "tune.alpha"))
+
 
 class _UniqueKeys(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error: the first would be ignored in silence."""
@@ -22,6 +26,8 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
         seen.add(key)
@@ -30,6 +36,10 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# YAML 1.1 wants a dot in 2e-4 and else reads a text.
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def read_yaml(text: str, origin: str) -> Any:
@@ -40,11 +50,14 @@ def read_yaml(text: str, origin: str) -> Any:
         mark = getattr(e, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{origin}{place}: not valid YAML: {getattr(e, 'problem', None) or e}") from e
+    except (ValueError, RecursionError) as e:  # a date that does not exist, or brackets without end
+        raise ConfigError(f"{origin}: not valid YAML: {e}") from e
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
+    """Put one KEY=VALUE into `raw`; `chosen` holds the keys of all overrides."""
     key, eq, value = text.partition("=")
-    if not eq or not key:
+    if not eq or not key.strip():
         raise ConfigError(f"override {text!r}: expected KEY=VALUE, for example tune.rank=16")
     *sections, leaf = key.strip().split(".")
     at = raw
@@ -57,9 +70,23 @@ def _override(raw: dict[str, Any], text: str) -> None:
         at = below
     at[leaf] = read_yaml(value, f"override {key}")
     # `run.epochs=3` on the command line replaces the recipe's `run.steps`, and so on: the later choice wins.
-    for pair in (("steps", "epochs"), ("tokens", "rows"), ("scale", "alpha")):
-        if leaf in pair:
-            at.pop(pair[1 - pair.index(leaf)], None)
+    for pair in PAIRS:
+        if key in pair and at[leaf] is not None:
+            other = pair[1 - pair.index(key)]
+            if other not in chosen:  # both on the command line exclude each other, as both in a recipe do
+                at.pop(other.rpartition(".")[2], None)
+
+
+def _override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply all overrides. Returns what is wrong with some."""
+    problems = []
+    chosen = {text.partition("=")[0] for text in overrides}
+    for text in overrides:
+        try:
+            _override(raw, text, chosen)
+        except ConfigError as e:
+            problems.append(str(e))
+    return problems
 
 
 def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> Config:
@@ -74,21 +101,65 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
-    kind = config_class(str(raw.get("objective", "sft")))
+    config = _validate(raw, origin)
+    run = {"name": config.run.name or name or config.objective, "dir": _expanded(config.run.dir)}
+    model = {k: _absolute(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
+    template = config.model.chat_template
+    model["chat_template"] = None if template is None else Path(_absolute(template))
+    data = {k: _absolute(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update=run),
+            "model": config.model.model_copy(update=model),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+def _validate(raw: dict[Any, Any], origin: str) -> Config:
+    """A Config, or every problem in one ConfigError."""
+    problems: dict[str, None] = {}
     try:
-        config = kind.model_validate(raw)
-    except ValidationError as e:
-        raise ConfigError("\n".join(f"{origin}: {line}" for line in explain(e, kind))) from None
-    run = config.run if config.run.name else config.run.model_copy(update={"name": name or config.objective})
-    model, data = config.model, config.data
-    if Path(model.path).expanduser().exists():  # a run stays usable from another folder
-        model = model.model_copy(update={"path": str(Path(model.path).expanduser().resolve())})
-    local = {
-        k: str(Path(v).resolve())
-        for k, v in (("train", data.train), ("valid", data.valid))
-        if isinstance(v, str) and Path(v).exists()
-    }
-    return config.model_copy(update={"run": run, "model": model, "data": data.model_copy(update=local)})
+        kind = config_class(str(raw.get("objective") or "sft"))
+    except ConfigError as e:
+        problems[str(e)] = None
+        kind = Config  # what else is wrong can still be said, but not of the objective's own sections
+        raw = {k: v for k, v in raw.items() if k in kind.model_fields and k != "objective"}
+    # `tune:` with nothing below it is an empty section.
+    raw = {k: v for k, v in raw.items() if v is not None or k not in kind.model_fields}
+    while True:
+        try:
+            config = kind.model_validate(raw)
+            break
+        except ValidationError as e:
+            problems |= dict.fromkeys(explain(e, kind))
+            unknown = [error["loc"] for error in e.errors() if error["type"] == "extra_forbidden"]
+            if not unknown:
+                break
+            # A section's keys are held against each other only where all are known: look again without the others.
+            raw = {k: v for k, v in raw.items() if (k,) not in unknown}
+            for section, leaf in (loc for loc in unknown if len(loc) == 2):
+                raw[section] = {k: v for k, v in raw[section].items() if k != leaf}
+    if problems:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in problems))
+    return config
+
+
+def _absolute(value: Any) -> Any:
+    """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
+    path = _expanded(value) if isinstance(value, (str, Path)) else None
+    try:
+        return str(path.resolve()) if path is not None and path.exists() else value
+    except (OSError, ValueError):  # too long for a path
+        return value
+
+
+def _expanded(path: str | Path) -> Path:
+    """With `~` as the home folder, where there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -103,15 +174,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
     raw = read_yaml(text, str(path))
     raw = {} if raw is None else raw
-    if isinstance(raw, dict):
-        for text in overrides:
-            _override(raw, text)
-    return parse_config(raw, str(path), path.stem)
+    problems = _override_all(raw, overrides) if isinstance(raw, dict) else []
+    try:
+        config = parse_config(raw, str(path), path.stem)
+    except ConfigError as e:
+        problems.append(str(e))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def dump_config(config: Config, versions: dict[str, str]) -> str:
     """The full resolved configuration as YAML, with the versions it ran under."""
     resolved = config.model_dump(mode="json", exclude={"versions"})
-    if config.tune.method == "full":  # low-rank settings would be refused when this is read again
+    # Settings that do not apply would be refused when this is read again.
+    if config.model.adapter is not None:  # it brings its own rank, targets and so on
+        resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in config.tune.model_fields_set}
+    elif config.tune.method == "full":
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in {"method", "layers", "train", "freeze"}}
     return yaml.safe_dump(resolved | {"versions": versions}, sort_keys=False, allow_unicode=True)

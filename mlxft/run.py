@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from mlxft.model.random import set_random_state
 from mlxft.model.sample import generate
 from mlxft.objectives.base import Objective
 from mlxft.recipe import dump_config, load_config, parse_config
-from mlxft.rundir import Run, find_adapter, load, open_run, versions
+from mlxft.rundir import Run, check_folder, find_adapter, load, make_folder, open_run, versions
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, TrainingError, loop_state
@@ -41,17 +40,6 @@ from mlxft.train.optim import Optimizer
 from mlxft.train.report import MetricsFile, Reporter, terminal
 
 __all__ = ["Run", "load", "open_run", "train"]
-
-# What may differ when a run goes on; all else would make it another run.
-FREE_ON_RESUME = {
-    "run.report_every",
-    "run.save_every",
-    "run.keep",
-    "run.dir",
-    "run.name",
-    "run.sample_prompts",
-    "run.sample_tokens",
-}
 
 
 def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -117,14 +105,14 @@ def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
     spec = load_adapter(loaded.model, folder, base_fingerprint(loaded))
     if spec is None or config.tune.method == "full":
         raise ConfigError("model.adapter: only low-rank adapters can be trained further; fuse it and train the result")
-    mine = {"rank": spec.rank, "scale": spec.scale, "method": "dora" if spec.dora else "lora"}
+    mine = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "method": "dora" if spec.dora else "lora"}
     given = config.tune.model_fields_set
     wrong = [k for k, v in mine.items() if k in given and getattr(config.tune, k) not in (None, v)]
     wrong += [k for k in ("targets", "layers", "alpha", "rslora", "train") if k in given]
     if wrong:
         raise ConfigError(
-            f"model.adapter: {folder} has rank {spec.rank}, scale {spec.scale:g}, method {mine['method']} and its own "
-            f"targets; leave out tune.{', tune.'.join(wrong)}"
+            f"model.adapter: {folder} has rank {spec.rank}, scale {spec.scale:g}, dropout {spec.dropout:g}, method "
+            f"{mine['method']} and its own targets; leave out tune.{', tune.'.join(wrong)}"
         )
     mx.random.seed(config.run.seed)
     return spec
@@ -182,7 +170,7 @@ def train(
     config = as_config(config)
     console = console or Console()
     run = Run(config.run_dir, config)
-    _check_folder(run, resume, overwrite)
+    check_folder(run, resume, overwrite)
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
@@ -190,7 +178,7 @@ def train(
     mx.eval(loaded.model.parameters())
     optimizer = Optimizer(config.optim, loaded.model)
     mx.reset_peak_memory()
-    _make_folder(run, resume, overwrite)
+    make_folder(run, resume, overwrite)
     notes: list[str] = []
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     saver = _Saver(run, loaded, spec, optimizer)
@@ -232,7 +220,7 @@ def _train(
     def on_samples(p: Progress) -> None:
         for prompt in settings.sample_prompts:
             answer = generate(
-                loaded.model, loaded.tokenizer, prompt, max_tokens=settings.sample_tokens, temperature=0.0
+                loaded.model, loaded.tokenizer, prompt, max_tokens=settings.sample_tokens or 64, temperature=0.0
             )
             reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
 
@@ -295,61 +283,6 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
         ),
         counts,
     ]
-
-
-def _check_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    """Refuse before anything is loaded."""
-    if resume and overwrite:
-        raise ConfigError("give --resume or --overwrite, not both")
-    if run.dir.exists() and not run.dir.is_dir():
-        raise ConfigError(f"run.name: {run.dir} is a file")
-    if not run.dir.exists() or overwrite:
-        return
-    if not resume:
-        if any(run.dir.iterdir()):
-            raise ConfigError(
-                f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
-            )
-        return
-    stored = run.dir / "config.yaml"
-    if stored.exists():
-        _check_same(load_config(stored), run.config)
-
-
-def _check_same(before: Config, now: Config) -> None:
-    """Refuse a setting that makes it another run, by name."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
-    free = set(FREE_ON_RESUME)
-    if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
-        free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
-    keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
-    if keys:
-        lines = [f"{k}: the run has {old.get(k)!r}, asked for is {new.get(k)!r}" for k in keys]
-        raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _make_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    try:
-        if overwrite and run.dir.exists():
-            shutil.rmtree(run.dir)
-        run.dir.mkdir(parents=True, exist_ok=True)
-        for leftover in run.dir.glob(".model.*"):  # a kill while a whole model was written
-            shutil.rmtree(leftover, ignore_errors=True)
-        probe = run.dir / ".tmp-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e
 
 
 def _restore(

@@ -1,20 +1,33 @@
-"""Run folders from outside: what is in one, and loading its result for use."""
+"""Run folders from outside: whether one may be written, what is in one, and loading its result for use."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import platform
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxft.config import Config
-from mlxft.errors import CheckpointError, MlxftError, ModelError
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
 from mlxft.model.adapters import load_adapter, read_adapter_config
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.recipe import load_config
+
+# What may differ when a run goes on; all else would make it another run.
+FREE_ON_RESUME = {
+    "run.report_every",
+    "run.save_every",
+    "run.keep",
+    "run.dir",
+    "run.name",
+    "run.sample_prompts",
+    "run.sample_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -98,3 +111,84 @@ def open_run(folder: str | Path) -> Run:
         raise CheckpointError(f"{folder} is no run folder: {e}") from e
     run = config.run.model_copy(update={"dir": folder.resolve().parent, "name": folder.resolve().name})
     return Run(folder, config.model_copy(update={"run": run}))
+
+
+def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    """Refuse before anything is loaded."""
+    if resume and overwrite:
+        raise ConfigError("give --resume or --overwrite, not both")
+    if run.dir.exists() and not run.dir.is_dir():
+        raise ConfigError(f"run.name: {run.dir} is a file")
+    if not run.dir.exists():
+        return
+    if overwrite:
+        _check_replaceable(run)
+        return
+    if not resume:
+        if any(run.dir.iterdir()):
+            raise ConfigError(
+                f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
+            )
+        return
+    stored = run.dir / "config.yaml"
+    if stored.exists():
+        _check_same(load_config(stored), run.config)
+
+
+def _check_replaceable(run: Run) -> None:
+    """Refuse to replace what is no run folder, or what holds the files that are to be trained on."""
+    foreign = [p.name for p in run.dir.iterdir() if not p.name.startswith(".")]
+    if foreign and not (run.dir / "config.yaml").exists():
+        raise ConfigError(
+            f"{run.dir}: is not a run folder (no config.yaml; it has {', '.join(sorted(foreign)[:5])}), so it is not "
+            "replaced; choose another run.name or run.dir"
+        )
+    model, data = run.config.model, run.config.data
+    used = {
+        "model.path": model.path,
+        "model.adapter": model.adapter,
+        "model.chat_template": model.chat_template,
+        "data.train": data.train,
+        "data.valid": data.valid if isinstance(data.valid, str) else None,
+    }
+    gone = run.dir.resolve()
+    inside = [k for k, v in used.items() if v is not None and gone in (p := Path(v).absolute(), *p.parents)]
+    if inside:
+        raise ConfigError(f"{run.dir}: {', '.join(inside)} lies in this run folder; choose another run.name")
+
+
+def _check_same(before: Config, now: Config) -> None:
+    """Refuse a setting that makes it another run, by name."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    free = set(FREE_ON_RESUME)
+    if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
+        free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
+    keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
+    if keys:
+        lines = [f"{k}: the run has {old.get(k)!r}, asked for is {new.get(k)!r}" for k in keys]
+        raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    """The run folder, ready to be written to; what it held is gone with `overwrite`."""
+    try:
+        if overwrite and run.dir.exists():
+            shutil.rmtree(run.dir)
+        run.dir.mkdir(parents=True, exist_ok=True)
+        for leftover in run.dir.glob(".model.*"):  # a kill while a whole model was written
+            shutil.rmtree(leftover, ignore_errors=True)
+        probe = run.dir / ".tmp-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e

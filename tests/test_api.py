@@ -48,7 +48,7 @@ def test_the_name_train_is_the_function_whatever_was_imported_before() -> None:
             try:
                 mlxft.train({{}})
             except mlxft.errors.ConfigError as e:
-                print("model: is needed" in str(e))
+                print("model.path: is needed" in str(e))
         from mlxft import train
         print(callable(train))
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import click
@@ -58,6 +59,9 @@ def main() -> None:
     """Entry point: errors as one message, and the exit codes 0, 1, 2 and 130."""
     from mlxft.errors import MlxftError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
+            stream.reconfigure(errors="replace")
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:

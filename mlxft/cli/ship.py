@@ -33,14 +33,14 @@ def fuse(run: Path, out: Path, model: str | None, dequantize: bool, bits: str | 
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True)
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; default 64.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--dequantize", is_flag=True, help="Write float weights of a quantised SRC.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 def convert(
-    src: str, dst: Path, quantize: str | None, group_size: str, dtype: str, dequantize: bool, overwrite: bool
+    src: str, dst: Path, quantize: str | None, group_size: str | None, dtype: str, dequantize: bool, overwrite: bool
 ) -> None:
     """Write SRC (hub id, folder, .gguf, smollm2-135m) as an MLX folder DST.
 
@@ -48,6 +48,6 @@ def convert(
     """
     from mlxft.export.convert import convert as run
 
-    bits = int(quantize) if quantize else None
-    run(src, dst, dtype=dtype, quantize=bits, group_size=int(group_size), dequantize=dequantize, overwrite=overwrite)
+    bits, groups = (int(given) if given else None for given in (quantize, group_size))
+    run(src, dst, dtype=dtype, quantize=bits, group_size=groups, dequantize=dequantize, overwrite=overwrite)
     click.echo(f"wrote {dst}")

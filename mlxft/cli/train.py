@@ -60,7 +60,7 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @OVERRIDES
-@click.option("--rows", default=2, show_default=True, help="Rows to show.")
+@click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
 def check(recipe: Path, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
     """Validate RECIPE and its data, and show what would be trained; no weights are loaded.

@@ -18,11 +18,18 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1)),
         click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: most likely."),
         click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-        click.option("--seed", type=int, help="The same seed gives the same text."),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _utf8(said: bytes) -> str:
+    try:
+        return said.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{said[e.start]:02x})") from e
 
 
 @click.command()
@@ -36,7 +43,7 @@ def generate(prompt: str | None, model: str, adapter: str | None, system: str | 
     if prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("give a PROMPT, or pipe one in")
-        prompt = sys.stdin.read()
+        prompt = _utf8(sys.stdin.buffer.read())
     if not prompt.strip():
         raise click.UsageError("the prompt is empty")
     from mlxft.model.sample import render_prompt, stream
@@ -69,6 +76,7 @@ def chat(model: str, adapter: str | None, system: str | None, **options: Any) ->
             return
         if not said.strip():
             return
+        said = _utf8(said.encode("utf-8", "surrogateescape"))
         messages.append({"role": "user", "content": said})
         pieces = []
         for piece in stream(loaded.model, loaded.tokenizer, messages, **options):

@@ -102,7 +102,7 @@ def build(
         trained_tokens=sum(int(row.trained.sum()) for row in rows),
     )
     if not rows:
-        raise DataError(f"no row is left to train on: {counts}")
+        raise DataError(f"no row is left to train on: {counts}; see data.max_length and data.train_on")
     return Dataset(rows, counts)
 
 

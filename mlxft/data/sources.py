@@ -59,8 +59,12 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if spec.startswith("hf:"):
         return _some(_read_hub(spec, split), spec)
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(spec).expanduser()
+        folder = path.is_dir()
+    except (OSError, RuntimeError) as exc:  # too long for a path, or the home of nobody
+        raise ConfigError(f"{spec[:80]}: not a path: {getattr(exc, 'strerror', None) or exc}") from exc
+    if folder:
         found = find_split(path, split)
         if found is None:
             wanted = ", ".join(f"{name}.jsonl" for name in SPLITS[split])

@@ -15,7 +15,7 @@ def convert(
     *,
     dtype: str = "auto",
     quantize: int | None = None,
-    group_size: int = 64,
+    group_size: int | None = None,
     dequantize: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -38,6 +38,8 @@ def convert(
 
     if dequantize and quantize:
         raise ConfigError(f"convert: dequantize and quantize={quantize} exclude each other; do one, then the other")
+    if group_size is not None and not quantize:
+        raise ConfigError(f"convert: group_size {group_size} is for quantising; give quantize too, or leave it out")
     check_destination(dst, overwrite)
     loaded = load(
         src,

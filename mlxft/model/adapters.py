@@ -126,7 +126,7 @@ def _what_there_is(names: Iterable[str], blocks: tuple[str, ...], wanted: str) -
     for name in names:
         block = next((b for b in blocks if name.startswith(b)), "")
         short[name.removeprefix(block)] = None
-    listed = list(short)
+    listed = sorted(short)
     more = f" and {len(listed) - 30} more" if len(listed) > 30 else ""
     hint = nearest(wanted, [part for n in listed for part in {n, n.rpartition(".")[2]}])
     return f"there are {', '.join(listed[:30])}{more}, or all-linear, attention, mlp{hint}"

@@ -72,7 +72,7 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         raise ExportError(f"{dst}: exists and is a file; give a folder's name")
     empty = not any(dst.iterdir())
     if not overwrite and not empty:
-        raise ExportError(f"{dst}: exists already; give another name, or overwrite")
+        raise ExportError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
     if not empty and not (dst / "config.json").is_file():
         raise ExportError(f"{dst}: is not a model folder (no config.json), so it is not overwritten; give another name")
 

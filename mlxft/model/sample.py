@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ def _check(max_tokens: int, temperature: float, top_p: float, top_k: int, min_p:
     wrong = []
     if max_tokens < 1:
         wrong.append(f"max_tokens is {max_tokens}; at least 1")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         wrong.append(f"temperature is {temperature}; at least 0")
     if not 0 < top_p <= 1:
         wrong.append(f"top_p is {top_p}; above 0 and at most 1")

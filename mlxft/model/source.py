@@ -27,8 +27,12 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     """
     if path in ALIASES:
         return _alias_file(path)
-    local = Path(path).expanduser()
-    if local.exists():
+    try:
+        local = Path(path).expanduser()
+        there = local.exists()
+    except (OSError, RuntimeError) as error:  # too long for a path, or the home of nobody
+        raise ModelError(f"model {path[:80]!r}: not a path: {brief(error)[:120]}") from error
+    if there:
         if local.is_file() and local.suffix != ".gguf":
             raise ModelError(f"model {path!r}: is a file; expected a folder, a .gguf file or a hub id")
         return local

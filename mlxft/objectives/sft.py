@@ -27,7 +27,11 @@ DEFAULT_TOKENS = 2048
 
 def load_examples(data: Data, spec: str, split: str) -> list[Example]:
     """Rows of one split in their format."""
-    return convert(read_rows(spec, split), data.format, data.fields)
+    try:
+        rows = read_rows(spec, split)
+    except ConfigError as e:
+        raise ConfigError(f"data.{split}: {e}") from e
+    return convert(rows, data.format, data.fields)
 
 
 def load_splits(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
@@ -54,7 +58,7 @@ class Objective:
         if data.format not in FORMATS:
             raise ConfigError(f"data.format: {data.format} is not for objective sft; choose {', '.join(FORMATS)}")
         options: dict[str, Any] = {
-            "train_on": data.train_on,
+            "train_on": data.train_on or "assistant",
             "max_length": data.max_length,
             "overflow": data.overflow,
             "chat": data.template == "auto",

@@ -1,0 +1,119 @@
+"""mlxft check: what it prints, for people, pipes and programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROW = {"messages": [{"role": "user", "content": "the in"}, {"role": "assistant", "content": "on [red] it"}]}
+CHECKED = "rows.jsonl:1: "
+PLAIN = "<|im_start|>user\nthe in<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def good(write: Callable[..., str], tmp_path: Path) -> str:
+    """A recipe with two rows, and one row a batch."""
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n" * 2, "utf-8")
+    return write(**{"data.train": "rows.jsonl", "run.steps": None, "batch.rows": 1})
+
+
+def on_a_terminal(folder: Path, *args: str, **env: str) -> str:
+    """What the command draws on a terminal of 40 columns."""
+    ours, theirs = pty.openpty()
+    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
+    clean |= {"TERM": "xterm-256color", "COLUMNS": "40", **env}
+    command = [sys.executable, "-m", "mlxft", *args]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=folder, env=clean)
+    os.close(theirs)
+    drawn = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            drawn += chunk
+    except OSError:  # Linux says so when the other side is closed
+        pass
+    assert process.wait(60) == 0
+    os.close(ours)
+    return drawn.decode().replace("\r\n", "\n")
+
+
+def test_people_see_settings_counts_and_what_is_trained(good: str, mlxft: Callable[..., Any], tmp_path: Path) -> None:
+    seen = mlxft("check", good)
+    assert (seen.code, seen.err) == (0, "")
+    for line in (
+        "recipe: valid",
+        "objective: sft",
+        "steps: 2",
+        "trains: lora of rank 4, scale 4, on all-linear",
+        "rows: 2",
+        f"run_dir: {tmp_path / 'runs' / 'a'}",
+    ):
+        assert line in seen.out.splitlines()
+    assert f"{PLAIN}⟦on [red] it<|im_end|>⟧\n" in seen.out
+    assert seen.out.count("rows.jsonl:") == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_number_of_rows_shown(good: str, mlxft: Callable[..., Any]) -> None:
+    assert [mlxft("check", good, "--rows", n).out.count("rows.jsonl:") for n in ("0", "1", "9")] == [0, 1, 2]
+
+
+def test_what_would_be_trained_in_words(good: str, mlxft: Callable[..., Any]) -> None:
+    def trains(*overrides: str) -> str:
+        out = mlxft("check", good, *overrides, "--json").out
+        return str(json.loads(out)["trains"])
+
+    assert trains("tune.method=dora", "tune.targets=[q_proj, v_proj]", "tune.layers=1") == (
+        "dora of rank 4, scale 4, on q_proj, v_proj of the last 1 layers"
+    )
+    assert trains("tune.train=[norm]") == "lora of rank 4, scale 4, on all-linear, and whole: norm"
+    assert trains("tune={method: full, freeze: [norm]}") == "all weights, but not norm"
+    assert trains("tune={method: full, layers: [0]}") == "all weights of layers [0]"
+    assert trains("model.adapter=runs/b") == "the adapter runs/b, further"
+
+
+def test_json_is_json_and_nothing_else(good: str, shell: Callable[..., Any]) -> None:
+    """On standard output, whatever the environment says of colour."""
+    for env in ({}, {"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}):
+        done = shell("check", good, "--json", env=env)
+        facts = json.loads(done.out)
+        assert (done.code, done.err) == (0, "")
+        assert (facts["recipe"], facts["steps"], facts["data"]["rows"]) == ("valid", 2, 2)
+    wrong = shell("check", good, "tune.rnak=3", "--json")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "did you mean tune.rank?" in wrong.err
+
+
+def test_colour_marks_what_is_trained_on_a_terminal(good: str, tmp_path: Path) -> None:
+    drawn = on_a_terminal(tmp_path, "check", good)
+    assert "\x1b[1;32mon [red] it<|im_end|>\x1b[0m" in drawn
+    assert "⟦" not in drawn
+
+
+def test_brackets_mark_it_where_colour_is_not_wanted(good: str, tmp_path: Path, shell: Callable[..., Any]) -> None:
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert f"{PLAIN}⟦on [red] it<|im_end|>⟧\n" in on_a_terminal(tmp_path, "check", good, **env)
+    assert "⟦on [red] it<|im_end|>⟧" in shell("check", good, env={"COLUMNS": "20"}).out, "no line is broken"
+
+
+def test_an_output_that_lacks_characters(good: str, shell: Callable[..., Any]) -> None:
+    done = shell("check", good, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.code, done.err) == (0, "")
+    assert "?on [red] it<|im_end|>?" in done.out
+
+
+def test_a_reader_that_goes_away(good: str, tmp_path: Path) -> None:
+    """`mlxft check ... | head -1`: no traceback."""
+    command = f"{sys.executable} -m mlxft check {good} --rows 2 | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.stdout, done.stderr) == ("recipe: valid\n", "")
+    gone = f"{sys.executable} -m mlxft check {good} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.stdout, done.stderr) == ("1\n", "")
