@@ -8,7 +8,7 @@ and logit scaling come along by themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-CHUNK = 128  # trained positions whose logits exist at one time
+CHUNK = 256  # most trained positions whose logits exist at one time
 
 
 class _Given:
@@ -59,6 +59,7 @@ class Split:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._width, self._dtype = 0, mx.float32  # of hidden states
+        self.vocabulary = 0
         self._read: dict[frozenset[str], tuple[str, ...]] = {}
         self._owner, self._name = self._find_body(model)
         self.separable = self._owner is not None and self._agrees()
@@ -89,6 +90,7 @@ class Split:
             if hidden.ndim != 3 or hidden.shape[:2] != ids.shape or hidden.shape[-1] == whole.shape[-1]:
                 return False
             self._width, self._dtype = hidden.shape[-1], hidden.dtype
+            self.vocabulary = whole.shape[-1]
             apart = self.logits(hidden.reshape(-1, hidden.shape[-1]))
             return bool(mx.allclose(whole.reshape(apart.shape), apart, rtol=1e-3, atol=1e-3).item())
         except (TypeError, ValueError, AttributeError, IndexError):
@@ -182,40 +184,48 @@ def rows_nll(
         return _nll(logits.reshape(-1, logits.shape[-1])[positions], labels, weights)
     hidden = split.hidden(ids)
     hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+    return _chunked_nll(split, hidden, labels, weights, grad)
 
+
+def _chunked_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.array, grad: bool) -> mx.array:
+    """The loss of (N, D) hidden states, chunk by chunk, with its gradient computed on the way and kept.
+
+    What is kept is (N, D), and the shapes of the head's own trained parameters: the (N, V) logits never exist, neither
+    forward nor backward, and no chunk is computed twice.
+    """
+    still = mx.stop_gradient
     head = split.trained_head() if grad else {}
-    total = mx.array(0.0)
-    for start in range(0, hidden.shape[0], CHUNK):
-        part = slice(start, start + CHUNK)
-        total = total + _chunk(split, head, labels[part], weights[part], grad)(hidden[part], head)
+    frozen = {n: still(v) for n, v in head.items()}
+    total, done = mx.array(0.0), list[mx.array]()
+    slopes: list[mx.array] = []
+    head_slopes: dict[str, mx.array] = {}
+    size = chunk_size(split.vocabulary)
+    for start in range(0, hidden.shape[0], size):
+        part = slice(start, start + size)
+        h, y, w = still(hidden[part]), labels[part], weights[part]
+        if done:  # one chunk after the other: MLX would else begin with all of them
+            (h,) = mx.depends([h], done)
+
+        def loss(h: mx.array, parameters: dict[str, mx.array], y: mx.array = y, w: mx.array = w) -> mx.array:
+            return _nll(split.logits(h, parameters), y, w)
+
+        if not grad:
+            value = loss(h, frozen)
+            total, done = total + value, [value]
+            continue
+        value, (slope, more) = mx.value_and_grad(loss, argnums=(0, 1))(h, frozen)
+        head_slopes = {n: head_slopes[n] + g if n in head_slopes else g for n, g in more.items()}
+        slopes.append(slope)
+        total, done = total + value, [value, slope, *head_slopes.values()]
+    if not grad:
+        return total
+    # v - still(v) is zero: these terms leave the value and bring the gradient.
+    total = still(total) + (still(mx.concatenate(slopes)) * (hidden - still(hidden))).sum()
+    for name, value in head.items():
+        total = total + (still(head_slopes[name]) * (value - frozen[name])).sum()
     return total
 
 
-def _chunk(
-    split: Split, head: dict[str, mx.array], labels: mx.array, weights: mx.array, grad: bool
-) -> Callable[[mx.array, dict[str, mx.array]], mx.array]:
-    """The loss as a function of hidden states and of the head's trained parameters; no logits are kept for backward."""
-
-    def loss(h: mx.array, parameters: dict[str, mx.array]) -> mx.array:
-        return _nll(split.logits(h, parameters), labels, weights)
-
-    if not grad:
-        return loss
-    # Only what is handed in gets a gradient through mx.checkpoint, what a function closes over gets none.
-    return mx.checkpoint(loss) if head else _with_known_gradient(loss)
-
-
-def _with_known_gradient(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`f(h, ...)` whose gradient in h is computed along with the value and kept, (N, D), in place of the (N, V) logits.
-
-    For a frozen head only: parameters that f closes over get no gradient.
-    """
-    value_and_grad = mx.value_and_grad(f)
-
-    def g(h: mx.array, *rest: mx.array) -> mx.array:
-        still = mx.stop_gradient(h)
-        value, slope = value_and_grad(still, *rest)
-        # h - still is zero: this adds the gradient and leaves the value.
-        return mx.stop_gradient(value) + (mx.stop_gradient(slope) * (h - still)).sum()
-
-    return g
+def chunk_size(vocabulary: int) -> int:
+    """Positions whose logits exist at one time: about 32 MB of float32, at most CHUNK."""
+    return max(32, min(CHUNK, (32 << 20) // (4 * vocabulary) // 32 * 32))
