@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlxft.config import Optim
 
 Arrays = dict[str, mx.array]
+LARGE = 1 << 20  # numbers; from here on a parameter is updated by itself
 
 
 def learning_rate(settings: Optim, step: int, total: int) -> float:
@@ -63,31 +64,64 @@ class Optimizer:
         params = _flat(model.trainable_parameters())
         self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
         self._opt.init(params | self._master)
-        self._apply: Callable[..., tuple[Arrays, Arrays, Any, mx.array]] = mx.compile(self._update)
+        self._groups = _groups(params)
+        self._measure: Callable[..., tuple[mx.array, mx.array]] = mx.compile(self._norm_and_factor)
+        self._apply: Callable[..., tuple[list[mx.array], list[mx.array], list[Any]]] = mx.compile(self._update)
 
-    def _update(
-        self, params: Arrays, master: Arrays, state: Any, grads: Arrays, weight: mx.array, lr: mx.array
-    ) -> tuple[Arrays, Arrays, Any, mx.array]:
+    def _norm_and_factor(self, squares: list[mx.array], weight: mx.array) -> tuple[mx.array, mx.array]:
         # Divide once, by the whole step's weight: micro-batches differ in trained tokens, and a mean of means would
         # weigh a short row's tokens more than a long one's.
-        grads = {n: g.astype(mx.float32) / weight for n, g in grads.items()}
-        norm = mx.sqrt(sum((g.square().sum() for g in grads.values()), mx.array(0.0)))
-        if self._settings.clip is not None:
-            shrink = mx.minimum(self._settings.clip / (norm + 1e-6), 1.0)
-            grads = {n: g * shrink for n, g in grads.items()}
-        self._opt.state = state
-        self._opt.state["learning_rate"] = lr
-        new: Arrays = self._opt.apply_gradients(grads, params | master)
-        rounded = {n: p.astype(params[n].dtype) for n, p in new.items()}
-        return rounded, {n: new[n] for n in master}, self._opt.state, norm
+        norm = mx.sqrt(sum(squares, mx.array(0.0))) / weight
+        if self._settings.clip is None:
+            return norm, 1.0 / weight
+        return norm, mx.minimum(self._settings.clip / (norm + 1e-6), 1.0) / weight
+
+    def _update(
+        self,
+        params: list[mx.array],
+        masters: list[mx.array | None],
+        states: list[Any],
+        grads: list[mx.array],
+        scalars: tuple[mx.array, mx.array, mx.array],
+    ) -> tuple[list[mx.array], list[mx.array], list[Any]]:
+        """One group, without its names: groups of the same shapes share a compiled update."""
+        factor, self._opt.state["step"], self._opt.state["learning_rate"] = scalars
+        full = [p if m is None else m for p, m in zip(params, masters)]
+        new = [self._opt.apply_single(g.astype(mx.float32) * factor, f, s) for g, f, s in zip(grads, full, states)]
+        return [n.astype(p.dtype) for n, p in zip(new, params)], new, states
 
     def step(self, model: nn.Module, grads: Any, weight: mx.array, lr: float) -> mx.array:
-        """One update from summed gradients. Returns the gradient's norm before clipping, a lazy float32 scalar."""
+        """One update from summed gradients. Returns the gradient's norm before clipping, a lazy float32 scalar.
+
+        Works group by group, each put on its way before the next: all at once would hold temporaries of all.
+        """
+        flat = _flat(grads)
+        del grads
+        squares = []
+        for names in self._groups:
+            squares.append(sum((flat[n].astype(mx.float32).square().sum() for n in names), mx.array(0.0)))
+            mx.async_eval(squares[-1])
+        norm, factor = self._measure(squares, weight)
+        step, rate = self._opt.state["step"] + 1, mx.array(lr)
         params = _flat(model.trainable_parameters())
-        new, self._master, self._opt.state, norm = self._apply(
-            params, self._master, self._opt.state, _flat(grads), weight, mx.array(lr)
-        )
-        model.update(tree_unflatten(list(new.items())))
+        for names in self._groups:
+            masters = [self._master.get(n) for n in names]
+            rounded, new, states = self._apply(
+                [params.pop(n) for n in names],
+                masters,
+                [self._opt.state[n] for n in names],
+                [flat.pop(n) for n in names],
+                (factor, step, rate),
+            )
+            for name, value, state in zip(names, new, states):
+                self._opt.state[name] = state
+                if name in self._master:
+                    self._master[name] = value
+            model.update(tree_unflatten(list(zip(names, rounded))))
+            # Nothing here may hold on to the old arrays: their memory becomes the new ones'.
+            del masters
+            mx.async_eval(rounded, new, states)
+        self._opt.state["step"], self._opt.state["learning_rate"] = step, rate
         return norm
 
     def arrays(self) -> Arrays:
@@ -101,6 +135,12 @@ class Optimizer:
         # Parameter names hold dots, so the tree is walked as it is and not rebuilt from names.
         self._opt.state = tree_map_with_path(lambda n, _: arrays[f"state.{n}"], self._opt.state)
         self._master = {n: arrays[f"master.{n}"] for n in self._master}
+
+
+def _groups(params: Arrays) -> list[list[str]]:
+    """Names that are updated together: the many small parameters in one group, each large one by itself."""
+    small = [n for n, p in params.items() if p.size < LARGE]
+    return ([small] if small else []) + [[n] for n, p in params.items() if p.size >= LARGE]
 
 
 def _flat(tree: Any) -> Arrays:
