@@ -138,6 +138,7 @@ def test_failed_write_leaves_nothing(
 
 
 def test_model_and_config_are_left_as_they_were(tiny_model: Any, tmp_path: Path) -> None:
+    tiny_model.config.update(_name_or_path="a", vision_config={"b": 1})
     logits, config = tiny_model.model(IDS), json.dumps(tiny_model.config)
     source = tmp_path / "source"
     source.mkdir()
@@ -149,3 +150,23 @@ def test_model_and_config_are_left_as_they_were(tiny_model: Any, tmp_path: Path)
     generation = json.loads((out / "generation_config.json").read_text("utf-8"))
     assert (generation["temperature"], generation["eos_token_id"]) == (0.6, [tiny_model.tokenizer.eos_token_id])
     assert (out / "own.py").exists()
+    told = convert(str(out), tmp_path / "again")
+    assert json.loads((Path(told["path"]) / "generation_config.json").read_text("utf-8")) == generation
+
+
+def test_failed_rename_puts_the_old_folder_back(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = save_folder(tmp_path / "out", tiny_model.model, tiny_model.tokenizer, tiny_model.config)
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ExportError, match="Permission denied"):
+        save_folder(out, tiny_model.model, tiny_model.tokenizer, tiny_model.config, overwrite=True)
+    assert names(tmp_path) == ["out"]
+    assert (out / "model.safetensors").is_file()
