@@ -116,9 +116,9 @@ class Data(Settings):
     valid: str | float | None = Field(
         None, description="The same for validation, or a share such as 0.05 split off; a folder's own is found."
     )
-    format: Literal["messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "prompts"] = Field(
-        description="How a row is read; named, never guessed (mlxft check suggests one)."
-    )
+    format: Literal[
+        "messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "ratings", "unpaired", "prompts"
+    ] = Field(description="How a row is read; named, never guessed (mlxft check suggests one).")
     fields: dict[str, str] = Field(
         default_factory=dict, description="Other names of the format's fields, e.g. {messages: dialog}."
     )
@@ -155,6 +155,11 @@ class Batch(Settings):
     )
     rows: int | None = Field(None, ge=1, description="Rows a micro-batch, in place of tokens.")
     accumulate: int = Field(1, ge=1, description="Micro-batches a step.")
+    pack: bool = Field(
+        False,
+        description="Several rows in one sequence, each seeing only itself: little padding whatever their lengths. "
+        "rows then counts sequences.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Batch:
@@ -233,6 +238,18 @@ class Run(Settings):
         return self
 
 
+class Memory(Settings):
+    """What training may take, in GB (10^9 bytes)."""
+
+    checkpoint: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Keep only each block's input and compute the rest again for the gradient; auto: where the plan "
+        "without it takes more than a third of the machine's memory.",
+    )
+    limit: float | None = Field(None, gt=0, description="Refuse a plan above it; default: what the machine can give.")
+    cache: float | None = Field(None, ge=0, description="Freed memory kept for reuse; default: an eighth of the limit.")
+
+
 class Config(Settings):
     """A whole recipe. `section` gives an objective's own settings."""
 
@@ -243,6 +260,7 @@ class Config(Settings):
     batch: Batch = Field(default_factory=Batch)
     optim: Optim = Field(default_factory=Optim)
     run: Run = Field(default_factory=Run)
+    memory: Memory = Field(default_factory=Memory)
     versions: dict[str, str] | None = Field(None, description="Written into config.yaml; not read.")
 
     def section(self, name: str, kind: type[S]) -> S:

@@ -28,6 +28,7 @@ from mlxft.model.adapters import (
 from mlxft.model.folder import save_folder
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters
 from mlxft.model.load import load as load_model
+from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import generate
 from mlxft.objectives.base import Objective
@@ -176,6 +177,7 @@ def train(
     total = total_steps(config, objective)
     spec = prepare(config, loaded)
     mx.eval(loaded.model.parameters())
+    checkpoint_layers(loaded.model, config.memory.checkpoint == "on")
     optimizer = Optimizer(config.optim, loaded.model)
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)
@@ -192,7 +194,8 @@ def train(
         kind, since = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
         text = f"training{since}; everything is written to {run.dir}"
         reporter.event({"event": kind, "step": progress.step, **facts, "text": text})
-        return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
+        with limits(config.memory.limit, config.memory.cache):
+            return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
     finally:
         reporter.close()
 
@@ -228,9 +231,10 @@ def _train(
     loop = Loop(loaded.model, objective, optimizer, run.config, total, progress, hooks)
     try:
         finished = loop.run()
-    except TrainingError as e:
-        reporter.event({"event": "failed", "step": progress.step, "text": str(e)})
-        raise
+    except (TrainingError, RuntimeError, MemoryError) as e:
+        told = _out_of_memory(progress, run) if is_out_of_memory(e) else e
+        reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
+        raise told from None
     if not finished:
         text = (
             f"stopped after step {progress.step} of {total}; a checkpoint is saved, go on with: "
@@ -246,6 +250,14 @@ def _train(
     end = {"best_loss": progress.best_loss, "best_step": progress.best_step, "elapsed_s": progress.elapsed_s}
     reporter.event({"event": "end", "step": progress.step, **end, "text": text})
     return run
+
+
+def _out_of_memory(progress: Progress, run: Run) -> TrainingError:
+    return TrainingError(
+        f"out of memory after step {progress.step}; the last checkpoint is intact. What helps most: a smaller "
+        "batch.tokens (with batch.accumulate for the same step), memory.checkpoint: on, and model.quantize: 4 or a "
+        f"shorter data.max_length; mlxft check shows what each saves. Then: mlxft train --resume {run.dir}"
+    )
 
 
 def total_steps(config: Config, objective: Objective) -> int:

@@ -1,12 +1,16 @@
-"""Gradient checkpointing, limits, and (plan.py) what a job will need."""
+"""Gradient checkpointing and limits; plan.py says what a job will need."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+RUN_AHEAD = 256 << 20  # bytes that work queued on a CPU may take before it waits; small models never do
 _CHECKPOINTED: dict[type, type] = {}
 
 
@@ -48,3 +52,44 @@ def checkpoint_layers(model: nn.Module, on: bool = True) -> None:
 def is_checkpointed(model: nn.Module) -> bool:
     """Whether the model's blocks are checkpointed."""
     return all(hasattr(type(layer), "checkpointed") for layer in model.layers)
+
+
+def machine_bytes() -> int:
+    """Memory of this machine: of a Mac all of it, which the GPU shares."""
+    return int(mx.device_info().get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def usable_bytes(limit_gb: float | None = None) -> int:
+    """What a job may take: `limit_gb` (10^9 bytes), else what the system lends the GPU, else nine tenths."""
+    if limit_gb is not None:
+        return int(limit_gb * 1e9)
+    lent = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
+    return int(lent or 0.9 * machine_bytes())
+
+
+@contextmanager
+def limits(limit_gb: float | None, cache_gb: float | None) -> Iterator[None]:
+    """Hold MLX to limits inside the block; to be entered once the weights are loaded.
+
+    On a GPU: the memory limit, the wired limit (weights stay resident) and the cache of freed buffers, which rows of
+    ever new lengths would let grow. On a CPU MLX queues work ahead and allocates for all of it; above a limit it waits
+    for running work before it allocates more, which halves the peak of a training step.
+    """
+    limit = usable_bytes(limit_gb)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    memory = mx.set_memory_limit(mx.get_active_memory() + RUN_AHEAD if on_cpu else limit)
+    cache = mx.set_cache_limit(int(cache_gb * 1e9) if cache_gb is not None else limit // 8)
+    wired = mx.set_wired_limit(min(limit, usable_bytes())) if mx.metal.is_available() else None
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(memory)
+        mx.set_cache_limit(cache)
+        if wired is not None:
+            mx.set_wired_limit(wired)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "allocat" in text or "insufficient memory" in text or "bad_alloc" in text

@@ -173,8 +173,9 @@ class Loop:
             part, more = self._gradient(batch)
             sums = part if sums is None else sums.plus(part)
             grads = more if grads is None else tree_map(mx.add, grads, more)
-            if self.config.batch.accumulate > 1:
-                mx.async_eval(sums, grads)  # frees this micro-batch's activations before the next one's
+            # Together, and before anything else is asked for: what only one of them needs would keep the others'
+            # activations alive.
+            mx.async_eval(sums, grads)
             taken += 1
             tokens, trained, rows = tokens + batch.tokens, trained + batch.trained_tokens, rows + batch.rows
         if sums is None:
@@ -183,7 +184,7 @@ class Loop:
             return self._update(batches, barren=True)  # an epoch's last micro-batches held nothing to train
         lr = learning_rate(self.config.optim, self.progress.step, self.total_steps)
         norm = self.optimizer.step(self.model, grads, sums.weight, lr)
-        mx.async_eval(sums, norm, self.model.trainable_parameters(), self.optimizer.arrays())
+        mx.async_eval(norm)
         return _Step(self.progress.step + 1, sums, norm, lr, tokens, trained, rows), ends
 
     def _gradient(self, batch: Batch) -> tuple[LossSum, Any]:
