@@ -12,6 +12,7 @@ import yaml
 from mlxft.config import Config
 from mlxft.data.formats import FORMATS
 from mlxft.explain import all_keys
+from mlxft.objectives.sft import FORMATS as SFT_FORMATS
 from mlxft.recipe import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ def test_the_recipe_shown_is_the_one_that_runs() -> None:
 
 
 def test_every_trainable_format_has_an_example() -> None:
-    assert [name for name, _ in FORMAT_ROWS] == [name for name in FORMATS if name not in ("prompts", "preference")]
+    assert [name for name, _ in FORMAT_ROWS] == list(SFT_FORMATS)
 
 
 @pytest.mark.parametrize(("name", "row"), FORMAT_ROWS, ids=[name for name, _ in FORMAT_ROWS])
