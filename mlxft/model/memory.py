@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-RUN_AHEAD = 256 << 20  # bytes that work queued on a CPU may take before it waits; small models never do
 _CHECKPOINTED: dict[type, type] = {}
 
 
@@ -71,13 +70,11 @@ def usable_bytes(limit_gb: float | None = None) -> int:
 def limits(limit_gb: float | None, cache_gb: float | None) -> Iterator[None]:
     """Hold MLX to limits inside the block; to be entered once the weights are loaded.
 
-    On a GPU: the memory limit, the wired limit (weights stay resident) and the cache of freed buffers, which rows of
-    ever new lengths would let grow. On a CPU MLX queues work ahead and allocates for all of it; above a limit it waits
-    for running work before it allocates more, which halves the peak of a training step.
+    The memory limit makes MLX wait for running work before it allocates more; the wired limit keeps weights resident
+    on Metal; the cache of freed buffers would grow with rows of ever new lengths.
     """
     limit = usable_bytes(limit_gb)
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    memory = mx.set_memory_limit(mx.get_active_memory() + RUN_AHEAD if on_cpu else limit)
+    memory = mx.set_memory_limit(limit)
     cache = mx.set_cache_limit(int(cache_gb * 1e9) if cache_gb is not None else limit // 8)
     wired = mx.set_wired_limit(min(limit, usable_bytes())) if mx.metal.is_available() else None
     try:
