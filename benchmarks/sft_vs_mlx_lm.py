@@ -1,0 +1,160 @@
+"""SFT next to mlx_lm's trainer: same weights, rows, LoRA shape and optimiser, alternating in one run.
+
+    python benchmarks/sft_vs_mlx_lm.py --rows alpaca --alternations 5
+
+Each side trains in a process of its own, through its own data path. The first step is not counted. Trained tokens
+are the answer's; mlx_lm counts one more a row, which its mask trains by mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import lengths, median_ratio, report, worker, write_rows
+
+SCENARIOS = {
+    "alpaca": ("alpaca", 0.75),
+    "prompt-heavy": ("alpaca", 0.10),
+    "equal": ("equal", 1.0),
+}
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """mlxft.train on the rows."""
+    import mlx.core as mx
+    from rich.console import Console
+
+    import mlxft
+
+    run = mlxft.train(
+        {
+            "model": {"path": job["model"], "dtype": "float32"},
+            "tune": {"rank": 8, "scale": 2.0},
+            "data": {"train": job["rows"], "format": "prompt-completion"} | ({"train_on": "all"} if job["all"] else {}),
+            "batch": {"rows": 4} if job["by_rows"] else {"tokens": job["tokens"]},
+            "optim": {"lr": 1e-4, "schedule": "constant", "warmup": 0, "clip": None, "weight_decay": 0.01},
+            "memory": {"checkpoint": "on" if job["checkpoint"] else "off"},
+            "run": {"dir": job["dir"], "name": "ours", "steps": job["steps"] + 1, "report_every": 1, "save_every": 999},
+        },
+        overwrite=True,
+        console=Console(quiet=True),
+    )
+    steps = run.metrics("train")
+    seconds = steps[-1]["elapsed_s"] - steps[0]["elapsed_s"]
+    return {
+        "tokens_per_s": (steps[-1]["trained_tokens"] - steps[0]["trained_tokens"]) / seconds,
+        "real_tokens_per_s": (steps[-1]["tokens"] - steps[0]["tokens"]) / seconds,
+        "peak_gb": mx.get_peak_memory() / 1e9,
+        "loss": sum(s["loss"] for s in steps[-2:]) / 2,
+    }
+
+
+def theirs(job: dict[str, Any]) -> dict[str, Any]:
+    """mlx_lm's trainer on the rows."""
+    import mlx.core as mx
+    import mlx.optimizers as opt
+    from mlx_lm import load
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    import mlxft  # noqa: F401 - the same BLAS for both sides
+
+    model, tokenizer = load(job["model"])
+    mx.reset_peak_memory()
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 8, "scale": 2.0, "dropout": 0.0})
+    rows = [json.loads(line) for line in Path(job["rows"]).read_text().splitlines()]
+    data = CacheDataset(CompletionsDataset(rows, tokenizer, "prompt", "completion", mask_prompt=not job["all"]))
+
+    class Watch(TrainingCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.reports: list[tuple[float, float, float]] = []
+
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            self.reports.append((time.perf_counter(), train_info["trained_tokens"], train_info["train_loss"]))
+
+    watch = Watch()
+    args = TrainingArgs(
+        batch_size=4,
+        iters=job["steps"] + 1,
+        steps_per_report=1,
+        steps_per_eval=10**6,
+        steps_per_save=10**6,
+        adapter_file=str(Path(job["dir"]) / "theirs.safetensors"),
+        grad_checkpoint=job["checkpoint"],
+    )
+    optimizer = opt.AdamW(learning_rate=1e-4, weight_decay=0.01, bias_correction=True)
+    train(model, optimizer, data, None, args, training_callback=watch)
+    (first, before, _), (last, after, _) = watch.reports[0], watch.reports[-1]
+    wrong = 0 if job["all"] else 4 * job["steps"]
+    return {
+        "tokens_per_s": (after - before - wrong) / (last - first),
+        "real_tokens_per_s": float("nan"),
+        "peak_gb": mx.get_peak_memory() / 1e9,
+        "loss": sum(r[2] for r in watch.reports[-2:]) / 2,
+    }
+
+
+def main() -> None:
+    """Parse, alternate, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", choices=SCENARIOS, default="alpaca")
+    parser.add_argument("--model", help="A float32 folder; default: SmolLM2-135M, converted for the occasion.")
+    parser.add_argument("--alternations", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=900, help="Our budget a batch, padding included.")
+    parser.add_argument("--checkpoint", action="store_true", help="Ours with gradient checkpointing.")
+    parser.add_argument("--both-checkpoint", action="store_true", help="Both with gradient checkpointing.")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        job = json.loads(args.worker)
+        print(json.dumps((ours if job["side"] == "ours" else theirs)(job)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        kind, share = SCENARIOS[args.rows]
+        rows = Path(folder) / "rows.jsonl"
+        write_rows(rows, lengths(kind, 400), share if share < 1 else 0.8)
+        model = args.model
+        if model is None:
+            from mlxft.export.convert import convert
+
+            model = str(Path(folder) / "model")
+            convert("smollm2-135m", Path(model), dtype="float32")
+        job = {
+            "model": model,
+            "rows": str(rows),
+            "dir": folder,
+            "steps": args.steps,
+            "tokens": args.tokens,
+            "by_rows": args.rows == "equal",
+            "all": share == 1,
+        }
+        found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+        for i in range(args.alternations):
+            for side in ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours"):
+                on = args.both_checkpoint or (args.checkpoint and side == "ours")
+                found[side].append(worker(__file__, {**job, "side": side, "checkpoint": on}))
+                print(side, {k: round(v, 3) for k, v in found[side][-1].items()}, flush=True)
+    speed = [[r["tokens_per_s"] for r in found[s]] for s in ("ours", "theirs")]
+    peak = [[r["peak_gb"] for r in found[s]] for s in ("ours", "theirs")]
+    table = [
+        [i + 1, a["tokens_per_s"], b["tokens_per_s"], a["peak_gb"], b["peak_gb"], a["loss"], b["loss"]]
+        for i, (a, b) in enumerate(zip(found["ours"], found["theirs"]))
+    ]
+    ratios = {"speed": median_ratio(*speed), "peak": median_ratio(*peak)}
+    columns = ["run", "ours tok/s", "mlx_lm tok/s", "ours GB", "mlx_lm GB", "ours loss", "mlx_lm loss"]
+    mode = "-both-checkpoint" if args.both_checkpoint else "-checkpoint" if args.checkpoint else ""
+    report(f"sft_vs_mlx_lm-{args.rows}{mode}", columns, table, {"ratios": ratios, "arguments": vars(args)})
+    print(f"median ratio: speed {ratios['speed']:.2f}x, peak memory {ratios['peak']:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
