@@ -133,6 +133,7 @@ class Data(Settings):
     template: Literal["auto", "none"] = Field(
         "auto", description="auto: prompts and completions go through the chat template if there is one; none: as text."
     )
+    cache: bool = Field(True, description="Keep encoded rows on the disk, so that the next start need not encode them.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:

@@ -29,6 +29,7 @@ from mlxft.model.folder import save_folder
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters
 from mlxft.model.load import load as load_model
 from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
+from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import generate
 from mlxft.objectives.base import Objective
@@ -77,6 +78,8 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     needing = {"patience": run.patience is not None}
     if not run.sample_prompts:  # these are answered at each validation, with or without held-out rows
         needing |= {"eval_every": run.eval_every is not None, "eval_at_start": run.eval_at_start}
+    if config.batch.pack and not objective.summary().packed:
+        raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
     idle = [f"run.{name}" for name, given in needing.items() if given]
     if idle and not objective.summary().validates:
         raise ConfigError(f"{', '.join(idle)}: there is no validation data to use; give data.valid (0.05: a share)")
@@ -177,6 +180,8 @@ def train(
     total = total_steps(config, objective)
     spec = prepare(config, loaded)
     mx.eval(loaded.model.parameters())
+    if config.batch.pack:
+        Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
     checkpoint_layers(loaded.model, config.memory.checkpoint == "on")
     optimizer = Optimizer(config.optim, loaded.model)
     mx.reset_peak_memory()

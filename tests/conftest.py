@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ import pytest
 
 import mlxft  # noqa: F401  before MLX: it brings the fast BLAS
 from mlxft.model.load import Loaded, load
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded rows are cached in a folder of each test's own (made when something is cached), never the user's."""
+    monkeypatch.setenv("MLXFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache" / uuid.uuid4().hex))
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxft.data import cache as disk
 from mlxft.data.encode import Encoded, encode
 from mlxft.data.formats import Example, Text
 from mlxft.data.sources import report_lines
@@ -64,7 +65,14 @@ class Dataset:
 
 
 def build(
-    examples: Sequence[Example], tokenizer: Any, *, train_on: str, max_length: int, overflow: str, chat: bool = True
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    train_on: str,
+    max_length: int,
+    overflow: str,
+    chat: bool = True,
+    cache: bool = False,
 ) -> Dataset:
     """Encode examples and hold them to a length.
 
@@ -73,6 +81,7 @@ def build(
         overflow: what to do with a longer one. "error" reports them all; "drop" leaves them out; "truncate" keeps the
             head, and drops what then has no trained token; "split" (of texts only) makes pieces of max_length, each
             beginning with the last token of the one before, untrained: every token but the first is trained once.
+        cache: whether to look for the encoded rows on the disk, and to leave them there.
     Raises:
         ConfigError: an unknown `overflow`, a `max_length` below 2, or "split" of what is not text.
         DataError: rows that can not be encoded or are too long (all of them in one), or no row is left.
@@ -84,7 +93,7 @@ def build(
         raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to see and one to predict")
     if overflow == "split" and not all(isinstance(example.item, Text) for example in examples):
         raise ConfigError("data.overflow: split is for data.format: text; use error, drop or truncate")
-    encoded = _encode_all(examples, tokenizer, train_on, chat)
+    encoded = _encode_all(examples, tokenizer, train_on, chat, cache)
     long = [row for row in encoded if len(row.ids) > max_length]
     if long and overflow == "error":
         lines = [f"{row.where}: {len(row.ids)} tokens; data.max_length is {max_length}" for row in long]
@@ -106,16 +115,25 @@ def build(
     return Dataset(rows, counts)
 
 
-def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat: bool) -> list[Encoded]:
+def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat: bool, cache: bool) -> list[Encoded]:
+    key = disk.encoding_key(examples, tokenizer, train_on, chat) if cache else None
+    kept = disk.read(key, examples) if key else None
+    if kept is not None:
+        return kept
     encoded: list[Encoded] = []
+    sources: list[int] = []
     problems: list[str] = []
-    for where, item in examples:
+    for i, (where, item) in enumerate(examples):
         try:
-            encoded.extend(encode(item, tokenizer, where, train_on, chat))
+            rows = encode(item, tokenizer, where, train_on, chat)
+            encoded += rows
+            sources += [i] * len(rows)
         except DataError as exc:
             problems.append(str(exc))
     if problems:
         raise DataError(report_lines(problems))
+    if key and encoded:
+        disk.write(key, encoded, sources)
     return encoded
 
 

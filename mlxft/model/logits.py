@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxft.model.pack import Packing
 
 CHUNK = 256  # most trained positions whose logits exist at one time
 
@@ -98,12 +101,23 @@ class Split:
         finally:
             self.model.train(training)
 
-    def hidden(self, ids: mx.array) -> mx.array:
-        """(B, T) ids -> (B, T, D), what the head takes."""
-        watched = _Watched(self._body)
+    @cached_property
+    def packing(self) -> Packing:
+        """How the model takes packed rows; ModelError if it can not."""
+        return Packing(self.model)
+
+    def call(self, ids: mx.array, segments: mx.array | None = None) -> mx.array:
+        """(B, T) ids -> (B, T, V), by the model itself. `segments` (B, T) numbers the rows of packed sequences."""
+        return self.model(ids) if segments is None else self.model(ids, cache=self.packing.caches(segments))
+
+    def hidden(self, ids: mx.array, segments: mx.array | None = None) -> mx.array:
+        """(B, T) ids -> (B, T, D), what the head takes. `segments`: see `call`."""
+        if segments is not None:
+            _ = self.packing  # it tries the model, and so before the body is replaced
+        watched = _Watched(self.body)
         with self._in_place(watched):
             # The logits that this makes are never evaluated: MLX computes only what is asked for.
-            self.model(ids)
+            self.call(ids, segments)
         (hidden,) = watched.returned
         return hidden
 
@@ -112,14 +126,15 @@ class Split:
         own = self._values(parameters or ())
         self.model.update(tree_unflatten(list((parameters or {}).items())))
         try:
-            with self._in_place(_Given(self._body, hidden[:, None])):
+            with self._in_place(_Given(self.body, hidden[:, None])):
                 out = self.model(mx.zeros((hidden.shape[0], 1), dtype=mx.int32))
         finally:
             self.model.update(tree_unflatten(list(own.items())))
         return out[:, 0]
 
     @property
-    def _body(self) -> nn.Module:
+    def body(self) -> nn.Module:
+        """What gives the hidden states; there is one where the model is separable."""
         assert self._owner is not None
         return self._owner[self._name]
 
@@ -127,7 +142,7 @@ class Split:
     def _in_place(self, other: Any) -> Iterator[None]:
         """`other` stands where the body is, which comes back at the end."""
         owner: Any = self._owner
-        body = self._body
+        body = self.body
         # Past nn.Module's own setter, which would count `other` in or the body out of its parameters.
         dict.__setitem__(owner, self._name, other)
         try:
@@ -168,7 +183,14 @@ def _nll(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
 
 
 def rows_nll(
-    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, weights: mx.array, *, grad: bool
+    split: Split,
+    ids: mx.array,
+    positions: mx.array,
+    labels: mx.array,
+    weights: mx.array,
+    *,
+    grad: bool,
+    segments: mx.array | None = None,
 ) -> mx.array:
     """Sum of negative log-likelihoods at chosen positions, float32 scalar, in nats.
 
@@ -178,11 +200,14 @@ def rows_nll(
         labels: (N,) tokens that they predict.
         weights: (N,) float32; 0 for entries that only fill the array.
         grad: whether a gradient will be asked for.
+        segments: (B, T) int32, which row of its sequence a token belongs to, from 1; 0 for padding. None: one row each.
+    Raises:
+        ModelError: there are segments, and the model can not keep the rows of a sequence apart.
     """
     if not split.separable:
-        logits = split.model(ids)
+        logits = split.call(ids, segments)
         return _nll(logits.reshape(-1, logits.shape[-1])[positions], labels, weights)
-    hidden = split.hidden(ids)
+    hidden = split.hidden(ids, segments)
     hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
     return _chunked_nll(split, hidden, labels, weights, grad)
 

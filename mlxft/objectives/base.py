@@ -57,6 +57,7 @@ class Summary:
     counts: dict[str, int | float]  # label -> number, in the order to print
     notes: list[str] = field(default_factory=list)  # what was dropped or cut, a sentence each
     validates: bool = False  # whether there is held-out data
+    packed: int = 0  # width of sequences of several rows; 0: each row is its own
 
 
 class Objective(Protocol):

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config, Data, Settings
-from mlxft.data.batching import Slot, padding_share, plan_epoch
+from mlxft.data.batching import Slot, pack_epoch, pack_width, padding_share, plan_epoch
 from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
 from mlxft.data.encode import Encoded
 from mlxft.data.formats import Example, convert
@@ -62,6 +62,7 @@ class Objective:
             "max_length": data.max_length,
             "overflow": data.overflow,
             "chat": data.template == "auto",
+            "cache": data.cache,
         }
         train, valid = load_splits(data, config.run.seed)
         self.train = build(train, tokenizer, **options)
@@ -71,12 +72,15 @@ class Objective:
             self._budget["tokens"] = DEFAULT_TOKENS
         self._seed = config.run.seed
         self._lengths = np.array([len(r.ids) for r in self.train.rows], dtype=np.int64)
+        self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
         self._sizes: dict[int, int] = {}  # batches of an epoch
         self._epoch, self._next = 0, 0
         self._split: Split | None = None
 
     def plan(self, epoch: int) -> list[Slot]:
         """The batches of one epoch."""
+        if self._width is not None:
+            return pack_epoch(self._lengths, width=self._width, **self._budget, seed=self._seed, epoch=epoch)
         return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
@@ -86,7 +90,8 @@ class Objective:
                 slot = slots[self._next]
                 self._next += 1
                 last = self._next == len(slots)
-                batch = make_batch([self.train.rows[i] for i in slot.rows], slot.width, last)
+                sequences = [[self.train.rows[i] for i in rows] for rows in slot.sequences]
+                batch = pack_batch(sequences, slot.width, last, segments=self._width is not None)
                 if last:
                     self._epoch, self._next = self._epoch + 1, 0
                 yield batch
@@ -104,7 +109,15 @@ class Objective:
         if self._split is None or self._split.model is not model:
             self._split = Split(model)
         a = batch.arrays
-        total = rows_nll(self._split, a["ids"], a["positions"], a["labels"], a["weights"], grad=model.training)
+        total = rows_nll(
+            self._split,
+            a["ids"],
+            a["positions"],
+            a["labels"],
+            a["weights"],
+            grad=model.training,
+            segments=a.get("segments"),
+        )
         return LossSum(total, a["weights"].sum(), {})
 
     def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
@@ -132,7 +145,7 @@ class Objective:
         if self.valid is not None:
             counts["validation rows"] = self.valid.counts.encoded_rows
             counts["validation trained tokens"] = self.valid.counts.trained_tokens
-        return Summary(counts, c.notes(), self.valid is not None)
+        return Summary(counts, c.notes(), self.valid is not None, self._width or 0)
 
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows."""
@@ -144,15 +157,30 @@ def make_batch(rows: list[Encoded], width: int, ends_epoch: bool = False) -> Bat
 
     Padding stands behind every real token, so that causal attention never sees it and no mask is needed.
     """
-    ids = np.zeros((len(rows), width), dtype=np.int32)
+    return pack_batch([[row] for row in rows], width, ends_epoch, segments=False)
+
+
+def pack_batch(sequences: list[list[Encoded]], width: int, ends_epoch: bool = False, *, segments: bool = True) -> Batch:
+    """The same with several rows a sequence, one after the other.
+
+    Args:
+        segments: whether to number the rows in their sequence, from 1 with 0 for padding, as `rows_nll` takes it.
+    """
+    ids = np.zeros((len(sequences), width), dtype=np.int32)
+    numbers = np.zeros_like(ids)
     positions, labels = [], []
-    for b, row in enumerate(rows):
-        ids[b, : len(row.ids)] = row.ids
-        at = np.flatnonzero(row.trained)
-        if at.size and at[0] == 0:
-            raise DataError(f"{row.where}: the first token can not be trained, nothing predicts it")
-        positions.append(b * width + at - 1)
-        labels.append(row.ids[at])
+    for b, sequence in enumerate(sequences):
+        start = 0
+        for number, row in enumerate(sequence, 1):
+            stop = start + len(row.ids)
+            ids[b, start:stop] = row.ids
+            numbers[b, start:stop] = number
+            at = np.flatnonzero(row.trained)
+            if at.size and at[0] == 0:
+                raise DataError(f"{row.where}: the first token can not be trained, nothing predicts it")
+            positions.append(b * width + start + at - 1)
+            labels.append(row.ids[at])
+            start = stop
     where = np.concatenate(positions).astype(np.int32)
     arrays = {
         "ids": mx.array(ids),
@@ -160,4 +188,7 @@ def make_batch(rows: list[Encoded], width: int, ends_epoch: bool = False) -> Bat
         "labels": mx.array(np.concatenate(labels).astype(np.int32)),
         "weights": mx.ones(len(where), dtype=mx.float32),
     }
+    if segments:
+        arrays["segments"] = mx.array(numbers)
+    rows = [row for sequence in sequences for row in sequence]
     return Batch(arrays, sum(len(r.ids) for r in rows), len(where), tuple(r.where for r in rows), ends_epoch)
