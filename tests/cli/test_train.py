@@ -235,8 +235,10 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
     "run.sample_prompts": ({}, ["the in", "of"], "samples", ["the in", "of"]),
     "run.sample_tokens": ({"run.sample_prompts": ["the in"]}, 2, "answers", None),
 }
-# Proved elsewhere: objective (test_errors), code that a model brings (tests/model); versions is not read, and says so.
-ELSEWHERE = {"objective", "model.trust_remote_code", "versions"}
+# Proved elsewhere: objective (test_errors), code that a model brings (tests/model), packing (invariant), the token
+# cache (tests/data), memory (tests/model); versions is not read, and says so.
+ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "data.cache"}
+ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
 
 
 def test_the_table_names_every_setting() -> None:
