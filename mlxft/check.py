@@ -10,18 +10,25 @@ from rich.text import Text
 
 from mlxft.config import Config
 from mlxft.data.dataset import describe
+from mlxft.errors import ModelError
 from mlxft.model.load import load_tokenizer
+from mlxft.planning import Planned, base_skeleton, batch_shapes, planned, settled
 from mlxft.run import make_objective, total_steps
+from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import learning_rate
 
 
-def check(config: Config, rows: int, console: Console, as_json: bool) -> dict[str, Any]:
-    """Validate, load the tokenizer and the data, and print counts and the first rows with trained tokens marked.
+def check(config: Config, rows: int, console: Console, as_json: bool, time: bool = False) -> dict[str, Any]:
+    """Validate, load the tokenizer and the data; print counts, the memory plan and the first rows as trained.
 
+    Args:
+        rows: how many to show, with trained tokens marked.
+        as_json: print all as JSON in place of that.
+        time: load the weights and take a few steps, to tell how long training takes; nothing is written.
     Raises:
         ConfigError, DataError, ModelError: as training would.
     """
-    m = config.model
+    config, m = settled(config, resume=False), config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)
     summary = objective.summary()
@@ -38,7 +45,11 @@ def check(config: Config, rows: int, console: Console, as_json: bool) -> dict[st
         "notes": summary.notes,
         "run_dir": str(config.run_dir),
     }
+    found, reason = memory_plan(config, objective)
+    took = timed_steps(config, objective, total) if time else None
     if as_json:
+        facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
+        facts |= {"time": took.to_json()} if took is not None else {}
         console.out(json.dumps(facts, indent=2), highlight=False)  # never coloured: it is for programs
         return facts
     colour = console.is_terminal and console.color_system is not None and not console.no_color
@@ -48,12 +59,31 @@ def check(config: Config, rows: int, console: Console, as_json: bool) -> dict[st
                 console.print(f"{name}: {number:.1%}" if isinstance(number, float) else f"{name}: {number:,}")
         elif value:
             console.print(f"{key}: {value}", markup=False, highlight=False)
+    for line in plan_lines(found, reason, took):
+        console.print(line, markup=False, highlight=False)
     for row in objective.previews(rows):
         title = f"\n{row.where}: {len(row.ids)} tokens, {int(row.trained.sum())} trained"
         console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
         # A line that rich breaks would look like a line break of the row.
         console.print(marked(describe(row, tokenizer), colour), soft_wrap=True)
     return facts
+
+
+def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str]:
+    """The plan, or why there is none."""
+    shapes = batch_shapes(objective)
+    if not shapes:
+        return None, f"the batches of objective {config.objective} are not known before it runs"
+    try:
+        return planned(config, base_skeleton(config), shapes), ""
+    except ModelError as error:
+        return None, str(error)
+
+
+def plan_lines(found: Planned | None, reason: str, took: TimedSteps | None) -> list[str]:
+    """Memory and time, in words."""
+    lines = [f"memory: not predicted: {reason}"] if found is None else found.lines()
+    return lines + (took.lines(found.plan.total if found else None) if took is not None else [])
 
 
 def marked(pieces: list[tuple[str, bool]], colour: bool) -> Text:

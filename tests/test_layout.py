@@ -30,7 +30,14 @@ ORDER = {
     "__main__": 10,
 }
 # Reading recipes and explaining their errors belongs to config; likewise run folders and checking a recipe, to run.
-SAME_ROOM = {"recipe": "config", "explain": "config", "rundir": "run", "check": "run"}
+SAME_ROOM = {
+    "recipe": "config",
+    "explain": "config",
+    "rundir": "run",
+    "check": "run",
+    "planning": "run",
+    "timing": "run",
+}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 HELP_SECONDS = 0.3

@@ -61,15 +61,20 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
 @click.argument("recipe", type=click.Path(path_type=Path))
 @OVERRIDES
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Rows to show.")
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-def check(recipe: Path, overrides: tuple[str, ...], rows: int, as_json: bool) -> None:
-    """Validate RECIPE and its data, and show what would be trained; no weights are loaded.
+@click.option("--time", is_flag=True, help="Load the weights and time a few steps: how long training will take.")
+@click.option("--json", "as_json", is_flag=True, help="Print counts and plan as JSON.")
+def check(recipe: Path, overrides: tuple[str, ...], rows: int, time: bool, as_json: bool) -> None:
+    """Validate RECIPE and its data; show what would be trained and the memory it takes. Nothing is written.
 
+    Without --time no weights are loaded.
+
+    \b
     Example: mlxft check configs/sft-lora.yaml data.train=my.jsonl
+             mlxft check configs/sft-lora.yaml --time
     """
     from rich.console import Console
 
     from mlxft.check import check as run
     from mlxft.recipe import load_config
 
-    run(load_config(recipe, overrides), rows, Console(), as_json)
+    run(load_config(recipe, overrides), rows, Console(), as_json, time)

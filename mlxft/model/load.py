@@ -131,6 +131,59 @@ def load_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     return folder_config(where, path, weights=False)
 
 
+def skeleton(
+    path: str,
+    *,
+    dtype: str = "auto",
+    quantize: int | None = None,
+    group_size: int | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """The model that `load` gives, by its config.json alone: every shape and type is right, no weight is read.
+
+    Its arrays are lazy and never to be evaluated; it has no tokenizer. Arguments as for `load`; code that a model
+    brings along is not run whatever `trust_remote_code` says: such a model is refused.
+    """
+    _check_arguments(dtype, quantize, group_size)
+    where = resolve(path, weights=False)
+    if where.suffix == ".gguf":
+        model, config = gguf.build(gguf.read(where))
+        quantize = 0 if quantize is None else quantize
+        own = mx.float16
+    else:
+        config = folder_config(where, path, weights=False)
+        model = _untrained(config, path)
+        own = getattr(mx, str(config.get("dtype") or config.get("torch_dtype") or "float32").rpartition(".")[2])
+    target = _target(dtype)
+    _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
+    model.eval()
+    return Loaded(model, None, config, path, where, fingerprint(config, logical_shapes(model)))
+
+
+def _untrained(config: dict[str, Any], name: str) -> nn.Module:
+    """The architecture of a config, packed as its `quantization` says."""
+    other = (config.get("quantization_config") or {}).get("quant_method")
+    if "model_file" in config or ("quantization" not in config and other):
+        what = f"code of its own ({config['model_file']})" if "model_file" in config else f"weights packed by {other}"
+        raise ModelError(f"model {name!r}: has {what}; what it takes is not known before it is loaded")
+    module = model_module(config, name)
+    config.update(older_rope(config, module))
+    try:
+        model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"model {name!r}: its config.json does not fit its architecture: {brief(error)}") from error
+    if packed := config.get("quantization"):
+
+        def fits(path: str, layer: nn.Module) -> Any:
+            own = packed.get(path, hasattr(layer, "to_quantized"))
+            return own and layer.weight.shape[-1] % packed["group_size"] == 0 and own
+
+        nn.quantize(
+            model, packed["group_size"], packed["bits"], mode=packed.get("mode", "affine"), class_predicate=fits
+        )
+    return model
+
+
 def fingerprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """A short hash that tells bases apart: architecture, sizes, names and shapes (`logical_shapes`) of the weights.
 

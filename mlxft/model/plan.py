@@ -1,0 +1,274 @@
+"""How much memory a training step needs: predicted from config.json, without weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxft.errors import ModelError
+from mlxft.model.blocks import Blocks
+from mlxft.model.logits import Split, _chunked_nll, chunk_size, rows_nll
+from mlxft.model.lora import LEAVES
+from mlxft.model.random import random_state, set_random_state
+from mlxft.model.trace import Graph, arrays_of, trace
+
+GB = 10**9
+MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)  # GB of memory that Macs are sold with
+# Share of its memory that macOS lets a GPU hold: `max_recommended_working_set_size` of Metal is about 2/3 on Macs of up
+# to 36 GB and 3/4 on larger ones; the system and other programs want the rest.
+MAC_SHARE = 0.7
+# With every activation kept, no more than this share of the machine: beyond it, checkpointing costs less than swapping.
+CHECKPOINT_ABOVE = 1 / 3
+MOST_ROWS = 1 << 16
+# Chunks of the loss that are traced; they run one after the other, so more of them add only what each leaves.
+TRACED_CHUNKS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peak memory of training, in bytes, by what takes it.
+
+    Attributes:
+        weights: the base, as it is held (packed if quantised).
+        adapters: low-rank matrices.
+        gradients: of all that is trained; with accumulation, the sum of the earlier micro-batches too.
+        optimizer: its state and float32 master weights.
+        activations: what the backward pass needs of the forward pass, and its temporaries, at the peak.
+        logits: of one chunk of positions, with their gradient and the head's.
+        batch: token ids, labels and weights.
+        ahead: of operations that MLX prepares before those in front of them are done; it does without near a limit.
+        checkpoint: whether activations are those of gradient checkpointing.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    batch: int
+    ahead: int
+    checkpoint: bool
+
+    @property
+    def total(self) -> int:
+        """The peak where there is room."""
+        return sum(v for k, v in asdict(self).items() if k != "checkpoint")
+
+    @property
+    def needed(self) -> int:
+        """The peak where MLX has to wait for memory."""
+        return self.total - self.ahead
+
+    def fits(self, limit: float) -> bool:
+        """Whether `limit` bytes will do."""
+        return self.needed <= limit
+
+    def macs(self) -> list[int]:
+        """Macs on which it fits, by their memory in GB."""
+        return [gb for gb in MACS if self.fits(MAC_SHARE * gb * 2**30)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same for batches of every size.
+
+    Attributes:
+        model: with adapters, its trainable parameters unfrozen; nothing of it need be evaluated.
+        optimizer: bytes of the optimiser's state and master weights.
+        trained_share: share of a batch's tokens that are predicted; of the fullest batch, to be safe.
+        accumulate: micro-batches a step.
+    """
+
+    model: nn.Module
+    optimizer: int
+    trained_share: float = 1.0
+    accumulate: int = 1
+
+
+def plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
+    """Predict the peak of training on batches of `rows` x `width` tokens.
+
+    Raises:
+        ModelError: the architecture's memory can not be predicted.
+    """
+    training, random = job.model.training, random_state()
+    try:
+        return _plan(job, rows, width, checkpoint)
+    finally:
+        job.model.train(training)
+        set_random_state(random)
+
+
+def _plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
+    model = job.model
+    _check_kind(model)
+    model.train()
+    held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
+    adapters = sum(n for key, n in held if key in LEAVES)
+    weights = sum(n for _, n in held) - adapters
+    trained = [v for _, v in tree_flatten(model.trainable_parameters())]
+    gradients = sum(v.nbytes for v in trained)
+    step = _Step(model, rows, width, max(1, math.ceil(job.trained_share * rows * width)))
+    batch = rows * width * 4 + 12 * step.positions
+    # The peak of the gradient: all of it stands at the end; the earlier micro-batches' sum all the time.
+    earlier = gradients if job.accumulate > 1 else 0
+    peak, queued = (size + earlier for size in step.peaks(checkpoint))
+    # The update holds all gradients, and the square of the largest parameter for the norm.
+    update = gradients + max((v.size * 4 for v in trained), default=0)
+    transient = max(peak, update)
+    logits = min(step.head_peak(), max(0, transient - gradients - earlier))
+    return Plan(
+        weights=weights,
+        adapters=adapters,
+        gradients=gradients + earlier,
+        optimizer=job.optimizer,
+        activations=max(0, transient - gradients - earlier - logits),
+        logits=logits,
+        batch=batch,
+        ahead=max(queued, transient) - transient,
+        checkpoint=checkpoint,
+    )
+
+
+def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float) -> int:
+    """The largest `batch.tokens`, a multiple of 64, of which a batch of rows of `width` tokens fits in `limit` bytes.
+
+    0 where not even one row fits.
+    """
+
+    def needed(rows: int) -> int:
+        return plan(job, rows, width, checkpoint).needed
+
+    fits, over = (1, needed(1)), (MOST_ROWS, math.inf)
+    if fits[1] > limit:
+        return 0
+    known, rows = [fits], 2
+    # What is needed grows nearly in proportion to the rows: a line through two counts soon leads there.
+    while over[0] - fits[0] > max(1, fits[0] // 50):
+        now = (rows, needed(rows))
+        fits, over = (now, over) if now[1] <= limit else (fits, now)
+        (r0, n0), (r1, n1) = known[-1], now
+        known.append(now)
+        guess = r1 + (limit - n1) * (r1 - r0) / (n1 - n0) if n1 != n0 and r1 != r0 else over[0]
+        rows = min(max(int(guess), fits[0] + 1), over[0] - 1)
+    tokens = fits[0] * width
+    return tokens // 64 * 64 if tokens >= 64 else tokens
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Refuse what is no plain transformer.
+
+    Raises:
+        ModelError: the model keeps a recurrent state, or its blocks are not found.
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    kinds = {type(c) for c in make_prompt_cache(model)}
+    other = sorted(k.__name__ for k in kinds if not issubclass(k, (KVCache, RotatingKVCache)))
+    if other:
+        raise ModelError(
+            f"memory is predicted for transformers only, and {_name(model)} keeps another state ({', '.join(other)}); "
+            "give batch.tokens and memory.checkpoint as on or off, and see mlxft check --time for what it takes"
+        )
+
+
+def _name(model: nn.Module) -> str:
+    return str(getattr(model, "model_type", type(model).__name__))
+
+
+class _Shapes(Split):
+    """Body and head of a model whose weights are not there: nothing is evaluated."""
+
+    def _agrees(self) -> bool:
+        ids = mx.array([[1, 0, 2]])
+        whole, hidden = self.model(ids), self.hidden(ids)
+        if hidden.ndim != 3 or hidden.shape[:2] != ids.shape or hidden.shape[-1] == whole.shape[-1]:
+            return False
+        self._width, self._dtype, self.vocabulary = hidden.shape[-1], hidden.dtype, whole.shape[-1]
+        return True
+
+    def _readers(self, names: list[str]) -> list[str]:
+        values = self._values(names)
+        if not values:
+            return []
+        states = mx.zeros((1, self._width), self._dtype)
+
+        def logits(h: mx.array, *given: mx.array) -> list[mx.array]:
+            return [self.logits(h, dict(zip(values, given)))]
+
+        graph, inputs = trace(self.model, logits, [states, *values.values()])
+        read = graph.read()
+        return [name for name, given in zip(values, inputs[1:]) if given in read]
+
+
+class _Step:
+    """One micro-batch's loss and gradient."""
+
+    def __init__(self, model: nn.Module, rows: int, width: int, positions: int) -> None:
+        self.model, self.positions = model, positions
+        self.split = _Shapes(model)
+        self.ids = mx.zeros((rows, width), dtype=mx.int32)
+
+    def peaks(self, checkpoint: bool) -> tuple[int, int]:
+        """Bytes beside weights and batch: what must be, and what will be where there is room to work ahead."""
+        if not checkpoint:
+            graph = self._graph()
+        else:
+            blocks = Blocks(self.model)
+            with blocks.replaced():
+                graph = self._graph(blocks)
+            graph = blocks.spliced(graph, self._names())  # traces the blocks themselves
+        more = self._untraced()
+        return graph.peak() + more, graph.peak(ahead=True) + more
+
+    def head_peak(self) -> int:
+        """Bytes of the head and the loss alone."""
+        if not self.split.separable:
+            return 0
+        split, n = self.split, min(self.positions, TRACED_CHUNKS * chunk_size(self.split.vocabulary))
+        hidden = mx.zeros((n, split._width), split._dtype)
+
+        def loss(h: mx.array, labels: mx.array, weights: mx.array) -> list[mx.array]:
+            return [_chunked_nll(split, h, labels, weights, True)]
+
+        graph, _ = trace(self.model, loss, [hidden, mx.zeros((n,), dtype=mx.int32), mx.zeros((n,))])
+        return graph.peak()
+
+    def _untraced(self) -> int:
+        """Hidden states and their gradients at positions beyond the traced chunks: four arrays stand at the peak."""
+        return 4 * (self.positions - self._traced()) * self.split._width * self.split._dtype.size
+
+    def _traced(self) -> int:
+        if not self.split.separable:
+            return self.positions
+        return min(self.positions, TRACED_CHUNKS * chunk_size(self.split.vocabulary))
+
+    def _names(self) -> list[str]:
+        return [n for n, _ in tree_flatten(self.model.trainable_parameters())]
+
+    def _graph(self, blocks: Blocks | None = None) -> Graph:
+        """The graph of the loss and the gradient of all trained parameters; with blocks, their tap's comes last."""
+        n = self._traced()
+        whole = [mx.zeros((n,), dtype=mx.int32), mx.zeros((n,), dtype=mx.int32), mx.zeros((n,))]
+
+        def step(ids: mx.array, positions: mx.array, labels: mx.array, weights: mx.array) -> list[mx.array]:
+            def loss(params: Any) -> mx.array:
+                self.model.update(params["model"])
+                if blocks is not None:
+                    blocks.tap = params["tap"]
+                return rows_nll(self.split, ids, positions, labels, weights, grad=True)
+
+            trained = {"model": self.model.trainable_parameters()}
+            if blocks is not None:
+                trained["tap"] = mx.zeros((1, 1, 1), self.split._dtype)
+            value, grads = mx.value_and_grad(loss)(trained)
+            return [value, *(g for _, g in tree_flatten(grads))]
+
+        self.split.trained_head()  # before the trace: it makes one of its own
+        return trace(self.model, step, [self.ids, *whole])[0]

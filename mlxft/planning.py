@@ -1,0 +1,201 @@
+"""From a recipe to a memory plan: what `mlxft check` shows, and what training decides by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+
+from mlxft.config import Config
+from mlxft.errors import ConfigError, ModelError
+from mlxft.model.load import skeleton
+from mlxft.model.memory import machine_bytes, usable_bytes
+from mlxft.model.plan import CHECKPOINT_ABOVE, Job, Plan, largest_tokens, plan
+from mlxft.model.random import random_state, set_random_state
+from mlxft.recipe import load_config
+from mlxft.train.optim import Optimizer
+
+MARGIN = 0.9  # of what is usable: the prediction is good to a tenth
+LEAST_TOKENS = 2048  # below it, `auto` would rather checkpoint
+MOST_TOKENS = 1 << 16  # for `auto`: no device is quicker with more in one go
+Shapes = Sequence[tuple[int, int, int]]  # rows, width and trained tokens of batches
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe's plan.
+
+    Attributes:
+        plan: of the batch that takes most.
+        rows, width: of that batch.
+        usable: bytes that training may take here.
+        tokens: the largest batch.tokens that fits here, of rows of that width; 0 if none does.
+    """
+
+    plan: Plan
+    rows: int
+    width: int
+    usable: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, in bytes."""
+        p = self.plan
+        parts = {k: getattr(p, k) for k in PARTS}
+        return {
+            **parts,
+            "total": p.total,
+            "needed": p.needed,
+            "checkpoint": p.checkpoint,
+            "rows": self.rows,
+            "width": self.width,
+            "usable": self.usable,
+            "fits": p.fits(self.usable),
+            "macs": p.macs(),
+            "largest_tokens": self.tokens,
+        }
+
+    def lines(self) -> list[str]:
+        """In words."""
+        p = self.plan
+        macs = ", ".join(map(str, p.macs())) or "none of up to 128"
+        here = "fits" if p.fits(self.usable) else "DOES NOT FIT"
+        largest = f"batch.tokens up to {self.tokens:,}" if self.tokens else "not even one row of this length"
+        on = "on" if p.checkpoint else "off"
+        batch = f"{self.rows} x {self.width} tokens"
+        return [
+            f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {here} here ({amount(self.usable)})",
+            *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[:-1]),
+            f"  peak where there is room to work ahead: {amount(p.total)}",
+            f"fits on Macs of (GB): {macs}",
+            f"would fit here: {largest}",
+        ]
+
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
+    """What a plan needs to know of a recipe and its prepared model."""
+    state = sum(v.nbytes for v in Optimizer(config.optim, model).arrays().values())
+    return Job(model, state, trained_share, config.batch.accumulate)
+
+
+def plan_batches(config: Config, model: nn.Module, shapes: Shapes) -> tuple[Plan, int, int]:
+    """The plan of the batch that takes most, and its rows and width, with checkpointing as it will be.
+
+    Raises:
+        ModelError: this architecture's memory can not be predicted.
+    """
+    # Some parts grow with the tokens, the scores of attention with rows x width x width.
+    worst = {max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[0] * s[1] * s[1])}
+
+    def plans(checkpoint: bool) -> list[tuple[Plan, int, int]]:
+        return [(plan(job_of(config, model, t / (r * w)), r, w, checkpoint), r, w) for r, w, t in worst]
+
+    def most(found: list[tuple[Plan, int, int]]) -> tuple[Plan, int, int]:
+        return max(found, key=lambda f: f[0].needed)
+
+    setting = config.memory.checkpoint
+    off = most(plans(False)) if setting != "on" else None
+    if off is not None and (setting == "off" or off[0].fits(machine_bytes() * CHECKPOINT_ABOVE)):
+        return off
+    return most(plans(True))
+
+
+def planned(config: Config, model: nn.Module, shapes: Shapes) -> Planned:
+    """The plan of a recipe's batches, and what else would fit.
+
+    Raises:
+        ModelError: this architecture's memory can not be predicted.
+    """
+    found, rows, width = plan_batches(config, model, shapes)
+    room = usable_bytes(config.memory.limit)
+    tokens = largest_tokens(job_of(config, model), width, found.checkpoint, MARGIN * room)
+    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS))
+
+
+def settled(config: Config, resume: bool) -> Config:
+    """`batch.tokens: auto` as a number: that of the run which is resumed, else the largest that fits.
+
+    Raises:
+        ModelError: this architecture's memory can not be predicted.
+        ConfigError: no row of data.max_length fits.
+    """
+    if config.batch.tokens != "auto":
+        return config
+    stored = config.run_dir / "config.yaml"
+    tokens: Any = load_config(stored).batch.tokens if resume and stored.exists() else _auto_tokens(config)
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": tokens})})
+
+
+def _auto_tokens(config: Config) -> int:
+    model = base_skeleton(config)
+    job, width, room = job_of(config, model), config.data.max_length, MARGIN * usable_bytes(config.memory.limit)
+    setting = config.memory.checkpoint
+    found = 0
+    if setting != "on":
+        # On its own, checkpointing is left off up to a share of the machine: larger batches would switch it on.
+        most = room if setting == "off" else min(room, machine_bytes() * CHECKPOINT_ABOVE)
+        found = largest_tokens(job, width, False, most)
+    if setting != "off" and found < LEAST_TOKENS:
+        found = largest_tokens(job, width, True, room)
+    if not found:
+        raise ConfigError(
+            f"batch.tokens: auto: not even one row of data.max_length ({width}) fits in {amount(room)}; lower "
+            "data.max_length or tune.rank, or set model.quantize: 4 or memory.checkpoint: on; mlxft check shows a plan"
+        )
+    return min(found, MOST_TOKENS)
+
+
+def base_skeleton(config: Config) -> nn.Module:
+    """The recipe's model with what is trained, without weights; the random state is left as it was."""
+    from mlxft.run import prepare  # which imports this file
+
+    m = config.model
+    random = random_state()
+    loaded = skeleton(
+        m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size, trust_remote_code=m.trust_remote_code
+    )
+    prepare(config, loaded)
+    set_random_state(random)
+    return loaded.model
+
+
+def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tuple[bool, list[str]]:
+    """Whether to checkpoint, and what to say of the memory that training will take.
+
+    Raises:
+        ConfigError: it takes more than `memory.limit`, or than this machine has.
+    """
+    shapes = batch_shapes(objective)
+    if not shapes:
+        return config.memory.checkpoint == "on", []
+    try:
+        found, rows, width = plan_batches(config, model, shapes)
+    except ModelError as error:
+        return config.memory.checkpoint == "on", [f"memory is not predicted: {error}"]
+    room = usable_bytes(config.memory.limit)
+    if not found.fits(room):
+        limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
+        raise ConfigError(
+            f"training needs {amount(found.needed)} (batches of {rows} x {width} tokens), {limit} is "
+            f"{amount(room)}. What helps: a smaller batch.tokens (with batch.accumulate for the same step; auto "
+            "finds one), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length; or raise memory.limit"
+        )
+    why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
+    said = f"expected peak memory: {amount(found.total)}"
+    return found.checkpoint, [said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
+
+
+def batch_shapes(objective: Any) -> Shapes:
+    """Shapes of the first epoch's batches; none where an objective can not tell before it runs."""
+    shapes: Shapes = objective.shapes() if hasattr(objective, "shapes") else ()
+    return shapes
