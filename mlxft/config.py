@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
@@ -29,7 +29,10 @@ class Settings(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads yes and on as true, and pydantic would take true for 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {"on", "off"} <= set(get_args(kind)):
+            return "on" if value else "off"
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"expected another value than {str(value).lower()} (YAML reads yes, no, on and off so)")
         return value
 
@@ -151,8 +154,10 @@ class Data(Settings):
 class Batch(Settings):
     """How rows become steps."""
 
-    tokens: int | None = Field(
-        None, ge=1, description="Tokens a micro-batch, padding included; rows of like length share one. Default 2048."
+    tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Tokens a micro-batch, padding included; rows of like length share one. Default 2048; auto: as "
+        "many as fit in memory by the plan, at most 65536.",
     )
     rows: int | None = Field(None, ge=1, description="Rows a micro-batch, in place of tokens.")
     accumulate: int = Field(1, ge=1, description="Micro-batches a step.")

@@ -33,6 +33,7 @@ from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import generate
 from mlxft.objectives.base import Objective
+from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, load_config, parse_config
 from mlxft.rundir import Run, check_folder, find_adapter, load, make_folder, open_run, versions
 from mlxft.train import checkpoint
@@ -173,16 +174,18 @@ def train(
     """
     config = as_config(config)
     console = console or Console()
+    config = settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec = prepare(config, loaded)
+    checkpointing, expected = decide_checkpointing(config, loaded.model, objective)
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
-    checkpoint_layers(loaded.model, config.memory.checkpoint == "on")
+    checkpoint_layers(loaded.model, checkpointing)
     optimizer = Optimizer(config.optim, loaded.model)
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)
@@ -192,7 +195,7 @@ def train(
     write_text(run.dir / "config.yaml", dump_config(config, versions()))
     file = MetricsFile(run.dir / "metrics.jsonl", progress.step or None)  # None: start over, nothing is kept
     facts = describe_start(config, loaded, objective, total)
-    for line in [*start_lines(facts), *objective.summary().notes, *notes]:
+    for line in [*start_lines(facts), *objective.summary().notes, *expected, *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     reporter = Reporter([file, terminal(console, total, progress.step)])
     try:

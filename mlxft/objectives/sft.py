@@ -83,6 +83,11 @@ class Objective:
             return pack_epoch(self._lengths, width=self._width, **self._budget, seed=self._seed, epoch=epoch)
         return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
 
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Rows, width and trained tokens of the first epoch's batches, for a plan of the memory they take."""
+        trained = [int(r.trained.sum()) for r in self.train.rows]
+        return [(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
+
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         while True:
             slots = self.plan(self._epoch)

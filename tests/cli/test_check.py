@@ -117,3 +117,38 @@ def test_a_reader_that_goes_away(good: str, tmp_path: Path) -> None:
     gone = f"{sys.executable} -m mlxft check {good} | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_the_plan_is_shown_and_nothing_is_loaded_or_written(
+    good: str, mlxft: Callable[..., Any], tmp_path: Path
+) -> None:
+    lines = mlxft("check", good).out.splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.startswith("memory: "))
+    parts = [line.split(":")[0].strip() for line in lines[first + 1 : first + 8]]
+    assert parts == ["weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch"]
+    assert "fits on Macs of (GB): 8, 16, 18, 24, 32, 36, 48, 64, 96, 128" in lines
+    memory = json.loads(mlxft("check", good, "--json").out)["memory"]
+    assert memory["needed"] == sum(memory[k] for k in parts)
+    assert memory["total"] == memory["needed"] + memory["ahead"]
+    assert (memory["rows"], memory["checkpoint"], memory["fits"]) == (1, False, True)
+    assert json.loads(mlxft("check", good, "memory.checkpoint=on", "--json").out)["memory"]["checkpoint"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_time_takes_real_steps_and_writes_nothing(good: str, mlxft: Callable[..., Any], tmp_path: Path) -> None:
+    found = json.loads(mlxft("check", good, "--time", "--json", "run.steps=500").out)
+    time, memory = found["time"], found["memory"]
+    assert time["measured_peak"] == pytest.approx(memory["total"], rel=0.1)
+    per_step = found["data"]["tokens"] / found["steps_per_epoch"]
+    assert time["expected_s"] == pytest.approx(500 * per_step / time["tokens_per_s"])
+    assert "measured peak memory: " in mlxft("check", good, "--time").out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_budget_found_by_itself(good: str, mlxft: Callable[..., Any]) -> None:
+    auto = ("batch={tokens: auto}", "data.max_length=64")
+    found = json.loads(mlxft("check", good, *auto, "memory.limit=0.004", "--json").out)
+    assert found["memory"]["fits"]
+    refused = mlxft("check", good, *auto, "memory.limit=0.0001")
+    assert refused.code == 2
+    assert "not even one row of data.max_length (64) fits" in refused.err

@@ -1,0 +1,246 @@
+"""Memory plans: exact where they count, close to what training takes where they predict, typed where they can not."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxft.config import Optim
+from mlxft.errors import ConfigError, ModelError
+from mlxft.model.load import load, skeleton
+from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, largest_tokens, plan
+from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
+from mlxft.recipe import parse_config
+from mlxft.run import make_objective, open_run, prepare
+from mlxft.train.optim import Optimizer
+
+Make = Callable[..., dict[str, Any]]
+MB = 10**6
+
+
+def job(recipe: Make, **changes: Any) -> Job:
+    """Of the tiny model, without its weights."""
+    config = parse_config(recipe(**changes))
+    return job_of(config, base_skeleton(config))
+
+
+def test_weights_adapters_gradients_and_optimizer_are_exact(recipe: Make) -> None:
+    """Against the arrays of the model as training loads it."""
+    for changes in ({}, {"tune": {"method": "full"}}, {"tune": {"rank": 3, "train": ["norm"]}}):
+        config = parse_config(recipe(**changes))
+        loaded = load(config.model.path, dtype="float32")
+        prepare(config, loaded)
+        found = plan(job_of(config, base_skeleton(config)), 2, 16, False)
+        adapters = sum(v.nbytes for n, v in tree_flatten(loaded.model.parameters()) if ".lora_" in n)
+        everything = sum(v.nbytes for _, v in tree_flatten(loaded.model.parameters()))
+        trained = sum(v.nbytes for _, v in tree_flatten(loaded.model.trainable_parameters()))
+        state = sum(v.nbytes for v in Optimizer(Optim(), loaded.model).arrays().values())
+        assert found.adapters == adapters
+        # The scale of each low-rank layer is an array, but no parameter.
+        assert 0 <= found.weights - (everything - adapters) <= 4 * 14
+        assert (found.gradients, found.optimizer) == (trained, state)
+        assert found.total == sum(getattr(found, k) for k in Plan.__dataclass_fields__ if k != "checkpoint")
+
+
+def test_a_skeleton_has_the_shapes_and_types_of_the_loaded_model(
+    tiny_model_dir: Path, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    wide = make_model_dir(tmp_path / "wide", hidden_size=64, head_dim=16)
+    for folder, options in (
+        (tiny_model_dir, {"dtype": "own"}),
+        (tiny_model_dir, {"dtype": "bfloat16"}),
+        (wide, {"dtype": "float32", "quantize": 4}),
+        (wide, {"dtype": "float16", "quantize": 8, "group_size": 32}),
+    ):
+        ours, theirs = skeleton(str(folder), **options), load(str(folder), **options)
+        shapes = [
+            {n: (v.shape, v.dtype) for n, v in tree_flatten(loaded.model.parameters())} for loaded in (ours, theirs)
+        ]
+        assert shapes[0] == shapes[1]
+        assert ours.fingerprint == theirs.fingerprint
+
+
+def test_config_json_is_all_it_takes(recipe: Make, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """No weight file, and no memory: the model of a 70B config is planned in a moment."""
+    whole = plan(job(recipe), 2, 16, False)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config))
+    assert plan(job(recipe, **{"model.path": str(bare)}), 2, 16, False) == whole  # type: ignore[arg-type]
+    large = {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "vocab_size": 128256}
+    large |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False}
+    (bare / "config.json").write_text(json.dumps(config | large))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    changed = recipe()
+    changed["model"] = {"path": str(bare), "dtype": "bfloat16", "quantize": 4}
+    parsed = parse_config(changed)
+    found = plan(job_of(parsed, base_skeleton(parsed)), 1, 1024, True)
+    assert mx.get_peak_memory() - before < 10 * MB
+    # 70.55e9 numbers in 4 bits, with a bfloat16 scale and bias for 64 of them: 4.5 bits each.
+    assert found.weights == pytest.approx(70.55e9 * 4.5 / 8, rel=0.01)
+    assert found.macs() == [gb for gb in MACS if gb >= 64]
+
+
+def test_more_of_anything_takes_more(recipe: Make) -> None:
+    small = job(recipe)
+
+    def total(rows: int = 2, width: int = 32, j: Job = small, checkpoint: bool = False) -> int:
+        return plan(j, rows, width, checkpoint).needed
+
+    assert total() < total(rows=3) < total(rows=8)
+    assert total() < total(width=48) < total(width=200)
+    assert total() < total(j=job(recipe, **{"tune.rank": 16}))
+    assert total(8, 200, checkpoint=True) < total(8, 200)
+    wide = plan(small, 2, 64, False)
+    accumulated = plan(Job(small.model, small.optimizer, accumulate=2), 2, 64, False)
+    assert accumulated.gradients == 2 * wide.gradients
+
+
+def test_rank_and_optimizer_count(recipe: Make) -> None:
+    one, two = (plan(job(recipe, **{"tune.rank": r}), 2, 16, False) for r in (4, 8))
+    assert two.adapters == 2 * one.adapters
+    state = {name: plan(job(recipe, optim={"name": name}), 2, 16, False).optimizer for name in ("adamw", "lion")}
+    assert state["adamw"] == pytest.approx(2 * state["lion"], abs=64)  # two moments, one; and a few scalars
+    assert state["adamw"] == pytest.approx(2 * one.adapters, abs=64)
+
+
+def test_the_largest_budget_fits_and_the_next_does_not(recipe: Make) -> None:
+    small = job(recipe)
+    limit = 8 * MB
+    for checkpoint in (False, True):
+        tokens = largest_tokens(small, 64, checkpoint, limit)
+        assert tokens % 64 == 0
+        assert plan(small, tokens // 64, 64, checkpoint).needed <= limit
+        assert plan(small, tokens // 64 + 2, 64, checkpoint).needed > limit
+    assert largest_tokens(small, 64, True, limit) > largest_tokens(small, 64, False, limit)
+    assert largest_tokens(small, 64, False, 1000) == 0
+
+
+def test_macs_are_those_with_room() -> None:
+    share = MAC_SHARE * 2**30
+    exact = Plan(int(16 * share), 0, 0, 0, 0, 0, 0, 5 * MB, False)
+    assert exact.macs() == [gb for gb in MACS if gb >= 16], "what is only ahead does not count"
+    assert Plan(int(16 * share) + 1, 0, 0, 0, 0, 0, 0, 0, False).macs() == [gb for gb in MACS if gb > 16]
+    assert Plan(10**12, 0, 0, 0, 0, 0, 0, 0, False).macs() == []
+
+
+def test_what_is_no_transformer_is_refused() -> None:
+    from mlx_lm.models import mamba
+
+    args = mamba.ModelArgs(
+        model_type="mamba",
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        state_size=4,
+        num_hidden_layers=2,
+        conv_kernel=2,
+        use_bias=False,
+        use_conv_bias=False,
+        time_step_rank=4,
+    )
+    with pytest.raises(ModelError, match="transformers only, and mamba keeps another state"):
+        plan(Job(mamba.Model(args), 0), 1, 8, False)
+
+
+def test_planning_leaves_no_trace(recipe: Make, tiny_model_dir: Path) -> None:
+    """The model's arrays are its own again, its mode and the random state as they were, dropout or not."""
+    config = parse_config(recipe(**{"tune.dropout": 0.3}))
+    loaded = load(str(tiny_model_dir), dtype="float32")
+    prepare(config, loaded)
+    loaded.model.eval()
+    before = {n: v.tolist() for n, v in tree_flatten(loaded.model.parameters())}
+    mx.random.seed(7)
+    expected = mx.random.uniform(shape=(4,)).tolist()
+    mx.random.seed(7)
+    for checkpoint in (False, True):
+        plan(job_of(config, loaded.model), 2, 16, checkpoint)
+    assert mx.random.uniform(shape=(4,)).tolist() == expected
+    assert {n: v.tolist() for n, v in tree_flatten(loaded.model.parameters())} == before
+    assert not loaded.model.training
+    assert {type(layer).__name__ for layer in loaded.model.layers} == {"TransformerBlock"}
+    assert mx.isfinite(loaded.model(mx.array([[1, 2, 3]]))).all().item()
+
+
+MEASURE = """
+import json, sys
+import mlxft
+from rich.console import Console
+run = mlxft.train(json.loads(sys.argv[1]), console=Console(quiet=True))
+print(max(e["peak_memory_gb"] for e in run.metrics("train")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tune": {"method": "full"}, "memory": {"checkpoint": "on"}}),
+        ("qwen3", {"memory": {"checkpoint": "on"}}),
+        ("gemma2", {"tune": {"method": "full"}}),
+        ("mixtral", {}),
+    ],
+)
+def test_predicted_is_within_a_tenth_of_measured(
+    kind: str, changes: dict[str, Any], recipe: Make, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model_dir(tmp_path / "model", kind, hidden_size=64, intermediate_size=192, head_dim=16)
+    settings = recipe(rows=16, **{"batch.rows": 16, "run.steps": 3}, **changes)
+    settings["model"]["path"] = str(folder)
+    config = parse_config(settings)
+    from mlxft.model.load import load_tokenizer
+
+    shapes = batch_shapes(make_objective(config, load_tokenizer(str(folder))))
+    found, _, _ = plan_batches(config, base_skeleton(config), shapes)
+    command = [sys.executable, "-c", MEASURE, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert found.total == pytest.approx(float(done.stdout) * 1e9, rel=0.1)
+
+
+def test_auto_becomes_the_largest_budget_and_is_written_down(recipe: Make) -> None:
+    import mlxft
+
+    changes = {"batch": {"tokens": "auto"}, "data.max_length": 128, "run.steps": 2, "memory": {"limit": 0.012}}
+    settings = recipe(**changes)
+    config = settled(parse_config(settings), resume=False)
+    tokens = config.batch.tokens
+    assert isinstance(tokens, int)
+    assert 128 <= tokens < 16 * 128
+    run = mlxft.train(settings)
+    assert open_run(run.dir).config.batch.tokens == tokens
+    # A resumed run keeps its budget, whatever would fit now.
+    settings["memory"]["limit"] = 0.2
+    assert settled(parse_config(settings), resume=True).batch.tokens == tokens
+    assert settled(parse_config(settings), resume=False).batch.tokens != tokens
+
+
+def test_a_plan_above_the_limit_is_refused_before_anything_is_written(recipe: Make, tmp_path: Path) -> None:
+    import mlxft
+
+    with pytest.raises(ConfigError, match=r"training needs .* MB .*memory\.limit is 0\.2 MB"):
+        mlxft.train(recipe(memory={"limit": 0.0002}))
+    with pytest.raises(ConfigError, match=r"auto: not even one row of data\.max_length \(2048\) fits"):
+        mlxft.train(recipe(batch={"tokens": "auto"}, memory={"limit": 0.0002}))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_scores_grow_with_the_square_of_the_length(recipe: Make) -> None:
+    """Attention keeps T x T scores for the gradient, whatever the budget: fewer longer rows take more."""
+    small = job(recipe)
+    few, many = plan(small, 2, 512, False), plan(small, 16, 64, False)
+    # 4 heads, 2 layers, one set of scores kept by each: 2 x 512 x 512 against 16 x 64 x 64 numbers.
+    kept = 4 * 2 * 4 * (2 * 512**2 - 16 * 64**2)
+    assert few.needed - many.needed > kept
+    assert math.isclose(few.batch, many.batch)
