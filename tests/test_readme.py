@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from mlxft.config import Config
-from mlxft.data.formats import FORMATS
+from mlxft.data.convert import FORMATS
 from mlxft.explain import all_keys
 from mlxft.objectives.sft import FORMATS as SFT_FORMATS
 from mlxft.recipe import read_yaml

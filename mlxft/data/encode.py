@@ -9,9 +9,10 @@ at all, the row is refused: a wrong mask trains the wrong thing and shows in no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from mlxft.errors import ConfigError, DataError, nearest
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
+
+T = TypeVar("T")
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
 
@@ -113,7 +116,58 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
         turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion}]
         item = Conversation(turns)
     if not isinstance(item, Conversation):
-        raise ConfigError(f"{where}: rows of data.format: prompts have no answers to train on; they are for rollouts")
+        raise ConfigError(f"{where}: rows of prompts or of judged answers have no answers to train on by imitation")
+    conversation = item
+    return _by_template(tokenizer, item.tools, where, chat, lambda chat: _conversation(conversation, chat, train_on))
+
+
+class Reply(NamedTuple):
+    """A prompt and one answer to it, as (P,) and (R,) int32: the answer with the token that ends it."""
+
+    prompt: Ids
+    reply: Ids
+
+
+def encode_reply(
+    prompt: str | list[Message],
+    reply: str | Message,
+    tokenizer: Any,
+    where: str,
+    tools: list[dict[str, Any]] | None = None,
+    chat: bool = True,
+) -> Reply:
+    """The prompt's ids as they stand when a model answers it, and those of an answer; arguments as for `encode`.
+
+    The prompt's ids do not depend on the answer: where a token would span the two, they are tokenised apart.
+    """
+    if isinstance(prompt, str) and isinstance(reply, str):
+        if not (chat and tokenizer.has_chat_template):
+            row = _completion(Completion(prompt, reply), tokenizer, where, "last")
+            first = int(np.argmax(row.trained))
+            return Reply(row.ids[:first], row.ids[first:])
+        prompt, reply = [{"role": "user", "content": prompt}], {"role": "assistant", "content": reply}
+    if isinstance(prompt, str) or isinstance(reply, str):
+        raise AssertionError("a text is answered by a text, messages by a message")
+    messages = [*prompt, reply]
+    return _by_template(tokenizer, tools, where, chat, lambda chat: _reply(messages, chat))
+
+
+def _reply(messages: list[Message], chat: _Chat) -> Reply:
+    before, text = chat.render(messages[:-1], generation=True), chat.render(messages)
+    if not text.startswith(before):
+        raise _NotAPrefix("the answer is not rendered as its generation prompt begins it")
+    prompt, ids = _tokenise(chat.tokenizer, before).ids, _tokenise(chat.tokenizer, text).ids
+    spans = ids[: len(prompt)] != prompt
+    reply = _tokenise(chat.tokenizer, text[len(before) :]).ids if spans else ids[len(prompt) :]
+    special = _special_ids(chat.tokenizer, frozenset(getattr(chat.tokenizer, "eos_token_ids", ())))
+    end = _end_of_turn(chat.tokenizer, reply, 0, len(reply), special)
+    reply = [*reply, _eos(chat.tokenizer, chat.where)] if end is None else reply[: end + 1]
+    return Reply(np.asarray(prompt, dtype=np.int32), np.asarray(reply, dtype=np.int32))
+
+
+def _by_template(
+    tokenizer: Any, tools: list[dict[str, Any]] | None, where: str, chat: bool, encode: Callable[[_Chat], T]
+) -> T:
     if not chat:
         raise ConfigError(f"{where}: a conversation can not be encoded without its chat template; turn chat on")
     if not tokenizer.has_chat_template:
@@ -122,12 +176,12 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
             "use data.format: text or prompt-completion, or set model.chat_template"
         )
     try:
-        return _conversation(item, _Chat(tokenizer, item.tools, where, {}), train_on)
+        return encode(_Chat(tokenizer, tools, where, {}))
     except _NotAPrefix:
         pass
     try:
         # Templates of reasoning models may open a thought in the generation prompt that the turn itself does not have.
-        return _conversation(item, _Chat(tokenizer, item.tools, where, {"enable_thinking": False}), train_on)
+        return encode(_Chat(tokenizer, tools, where, {"enable_thinking": False}))
     except _NotAPrefix as exc:
         raise DataError(
             f"{where}: {exc}; this chat template changes what the model generated (reasoning models drop thoughts), "

@@ -7,15 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.formats import (
-    FORMATS,
-    Completion,
-    Conversation,
-    Prompt,
-    Text,
-    convert,
-    suggest_format,
-)
+from mlxft.data.convert import FORMATS, convert, suggest_format
+from mlxft.data.formats import Completion, Conversation, Prompt, Text
 from mlxft.data.sources import Problem, Row
 from mlxft.errors import ConfigError, DataError
 

@@ -1,0 +1,56 @@
+"""mlxft label."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="PROMPTS")
+@click.option("--model", help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m that answers.")
+@click.option("--adapter", help="Adapter folder or run to put on the model.")
+@click.option("--against", help="Another model or run: one answer from each, and the win rate at the end.")
+@click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Answers a prompt.")
+@click.option("--out", type=click.Path(path_type=Path), help="Judgements, a line each; gone on with if it exists.")
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
+@click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bool, **sampling: Any) -> None:
+    """Judge answers to the PROMPTS of a file by hand, blind; OUT is then a file of data.format: preference.
+
+    Rows are {"prompt": ...}; those with "answers", or "chosen" and "rejected", are judged as they are, without a model.
+
+    \b
+    Example: mlxft label prompts.jsonl --model runs/sft --out pairs.jsonl
+             mlxft label --agreement ann.jsonl ben.jsonl
+    """
+    if agreement:
+        if len(files) != 2 or out is not None or sampling["model"] or sampling["against"]:
+            raise click.UsageError("--agreement takes two files of judgements, and nothing else")
+        from mlxft.study.judgements import agreement as compare
+
+        found = compare(Path(files[0]), Path(files[1]))
+        click.echo(json.dumps(found._asdict()) if as_json else str(found))
+        return
+    if len(files) != 1 or out is None:
+        raise click.UsageError("give one file of prompts, and --out")
+    from rich.console import Console
+
+    from mlxft.study.label import Sampling
+    from mlxft.study.label import label as judge
+
+    done = judge(files[0], out, Sampling(**sampling), Console(stderr=as_json))
+    win = done.win_rate
+    if as_json:
+        rate = None if win is None else {**win._asdict(), "rate": win.rate, "interval": win.interval}
+        click.echo(json.dumps({**done._asdict(), "win_rate": rate}))
+        return
+    click.echo(f"{done.judged} of {done.total} prompts judged, {done.skipped} skipped: {out}")
+    if win is not None:
+        click.echo(str(win))

@@ -1,0 +1,228 @@
+"""Formats of judgements: pairs of answers, several answers with ratings, single answers with a label."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mlxft.data.formats import (
+    Judged,
+    Message,
+    Preference,
+    Ranked,
+    check_order,
+    list_at,
+    message_at,
+    messages_at,
+    read_tools,
+    sharegpt_turn,
+    string_at,
+    system_turn,
+)
+from mlxft.data.sources import type_name
+from mlxft.errors import DataError
+
+_ASKING = ("user", "tool")
+
+
+def read_preference(row: dict[str, Any]) -> Preference | Ranked:
+    """{"prompt", "chosen", "rejected", "margin"?, "tie"?, "preferred"?, "tools"?}
+
+    Prompt and answers are texts; or messages, where an answer is a text, an assistant message, or a list: that message
+    alone or the whole conversation. Without a prompt both are whole conversations that differ in the last turn only.
+    ShareGPT's pairs have `conversations` as the prompt. `rejected` may be a list of texts: one pair for each of them.
+    """
+    rejected = row["rejected"]
+    if isinstance(rejected, list) and rejected and all(isinstance(text, str) for text in rejected):
+        pairs = [_pair(row, text, f"rejected[{i}]", 1 / len(rejected)) for i, text in enumerate(rejected)]
+        return Ranked(tuple(pairs))
+    return _pair(row, rejected, "rejected", 1.0)
+
+
+def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Preference:
+    sharegpt = row.get("conversations") is not None
+    sides = {"chosen": _side(row["chosen"], "chosen", sharegpt), at: _side(rejected, at, sharegpt)}
+    good, bad = sides.values()
+    prompt = _context(row)
+    if prompt is None:
+        prompt = _shared(good, bad)
+    elif isinstance(prompt, str) and not (isinstance(good, str) and isinstance(bad, str)):
+        prompt = _shared(*(_whole(prompt, side, name) for name, side in sides.items()))
+    tie, margin = _tie(row), _margin(row)
+    if tie and margin:
+        raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
+    answers = [_reply(side, prompt, name) for name, side in sides.items()]
+    if answers[0] == answers[1] and not tie:
+        raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
+    return Preference(prompt, answers[0], answers[1], margin, weight, tie, read_tools(row.get("tools")))
+
+
+def _side(value: Any, at: str, sharegpt: bool = False) -> str | list[Message]:
+    """An answer as given: a text, or messages."""
+    if isinstance(value, str):
+        return string_at(value, at)
+    read = sharegpt_turn if sharegpt else message_at
+    if isinstance(value, dict):
+        return [_unweighted(read(value, at))]
+    if not isinstance(value, list):
+        raise DataError(f"{at} is {type_name(value)}; expected text, a message or a list of messages")
+    turns = list_at(value, at, "messages")
+    return [_unweighted(read(turn, f"{at}[{i}]")) for i, turn in enumerate(turns)]
+
+
+def _unweighted(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _context(row: dict[str, Any]) -> str | list[Message] | None:
+    """The prompt that the row itself names."""
+    if row.get("conversations") is not None:
+        if row.get("prompt") is not None:
+            raise DataError("the row has prompt and conversations; expected one of them")
+        turns = list_at(row["conversations"], "conversations", "turns")
+        at = [f"conversations[{i}]" for i in range(len(turns))]
+        system = system_turn(row)
+        messages = system + [_unweighted(sharegpt_turn(turn, place)) for turn, place in zip(turns, at)]
+        check_order(messages, ["system"] * len(system) + at, _ASKING)
+        return messages
+    if row.get("system") is not None:
+        raise DataError("system goes with conversations; write it into the prompt as a message")
+    return None if row.get("prompt") is None else _prompt(row["prompt"])
+
+
+def _prompt(prompt: Any) -> str | list[Message]:
+    if isinstance(prompt, str):
+        return string_at(prompt, "prompt")
+    if not isinstance(prompt, list):
+        raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
+    return [_unweighted(message) for message in messages_at(prompt, "prompt", _ASKING)]
+
+
+def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message]:
+    """What two whole conversations have in common: all but the last turn, or they answer different prompts."""
+    if isinstance(good, str) or isinstance(bad, str):
+        raise DataError("no field 'prompt', and the answers are texts; give the prompt, or whole conversations")
+    prompt, other = good[:-1], bad[:-1]
+    if prompt != other:
+        at = next((i for i, (a, b) in enumerate(zip(prompt, other)) if a != b), min(len(prompt), len(other)))
+        raise DataError(
+            f"chosen[{at}] and rejected[{at}] differ before the last turn; expected two answers to the same prompt"
+        )
+    if not prompt:
+        raise DataError("no field 'prompt', and chosen has one message only; give the prompt, or whole conversations")
+    return prompt
+
+
+def _whole(prompt: str, side: str | list[Message], at: str) -> list[Message]:
+    """The conversation of a prompt that is a text and an answer that is messages: its last user turn is the text."""
+    if isinstance(side, str):
+        raise DataError(f"{at} is a string, and the other answer is messages; expected both alike")
+    whole = [{"role": "user", "content": prompt}, *side] if len(side) == 1 else side
+    asked = [message["content"] for message in whole if message["role"] == "user"]
+    if not asked or asked[-1].strip() != prompt.strip():
+        raise DataError(f"{at} answers another prompt: its last user turn is not the text of prompt")
+    return whole
+
+
+def _reply(side: str | list[Message], prompt: str | list[Message], at: str) -> str | Message:
+    """The answer alone: the last turn."""
+    if isinstance(prompt, str):
+        if isinstance(side, str):
+            return side
+        raise AssertionError("a text is answered by texts here")
+    if isinstance(side, str):
+        return {"role": "assistant", "content": side}
+    if len(side) > 1 and side[:-1] != prompt:
+        before = side[:-1]
+        place = next((i for i, (a, b) in enumerate(zip(before, prompt)) if a != b), min(len(before), len(prompt)))
+        raise DataError(f"{at}[{place}] is not as in the prompt; expected the prompt's messages and one answer")
+    reply = side[-1]
+    check_order([*prompt, reply], ["prompt"] * len(prompt) + [f"{at}[{len(side) - 1}]" if len(side) > 1 else at])
+    if not reply["content"].strip() and "tool_calls" not in reply:
+        raise DataError(f"{at} is empty; expected text")
+    return reply
+
+
+def _number(value: Any, at: str) -> float:
+    """A finite number; csv holds it as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{at} is {value!r}; expected a finite number")
+    return number
+
+
+def _flag(value: Any, at: str) -> bool:
+    """True or false; csv holds it as text."""
+    known = {"true": True, "false": False, "1": True, "0": False}
+    if isinstance(value, bool | int | str) and (text := str(value).strip().lower()) in known:
+        return known[text]
+    raise DataError(f"{at} is {value!r}; expected true or false")
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    return None if row.get("margin") in (None, "") else _number(row["margin"], "margin")
+
+
+def _tie(row: dict[str, Any]) -> bool:
+    preferred = row.get("preferred") or "chosen"
+    if preferred not in ("chosen", "tie"):
+        raise DataError(f"preferred is {preferred!r}; expected 'tie' or 'chosen' (the fields say which it is)")
+    said = row.get("tie")
+    tie = preferred == "tie" if said in (None, "") else _flag(said, "tie")
+    if preferred == "tie" and not tie:
+        raise DataError("preferred is 'tie' and tie is false; expected the two to agree")
+    return tie
+
+
+def read_ratings(row: dict[str, Any]) -> Ranked:
+    """{"prompt", "answers" or "completions": texts, "ratings" or "scores": numbers, or "ranking": best first, "tools"?}
+
+    Every two answers with different ratings are a pair, the higher one chosen; the pairs' weights add up to 1, so that
+    a prompt with many answers counts as much as one with few. `ranking` holds the answers' indices, from 0.
+    """
+    name, given = _one_of(row, ("answers", "completions"))
+    answers = [string_at(text, f"{name}[{i}]") for i, text in enumerate(list_at(given, name, "texts"))]
+    if len(answers) < 2:
+        raise DataError(f"{name} has one answer; expected two or more to compare")
+    ratings = _ratings(row, len(answers), name)
+    prompt, tools = _prompt(row["prompt"]), read_tools(row.get("tools"))
+    order = sorted(range(len(answers)), key=lambda i: -ratings[i])
+    better = [(a, b) for n, a in enumerate(order) for b in order[n + 1 :] if ratings[a] > ratings[b]]
+    for a, b in better:
+        if answers[a] == answers[b]:
+            first, second = sorted((a, b))
+            raise DataError(f"{name}[{first}] and {name}[{second}] are the same text, with different ratings")
+    turns = [_reply(text, prompt, name) for text in answers]
+    weight = 1 / max(1, len(better))
+    return Ranked(tuple(Preference(prompt, turns[a], turns[b], None, weight, False, tools) for a, b in better))
+
+
+def _one_of(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    given = [name for name in names if row.get(name) is not None]
+    if len(given) != 1:
+        raise DataError(f"the row has {' and '.join(given)}; expected one of them")
+    return given[0], row[given[0]]
+
+
+def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
+    name, given = _one_of(row, ("ratings", "scores", "ranking"))
+    values = [_number(value, f"{name}[{i}]") for i, value in enumerate(list_at(given, name, "numbers"))]
+    if len(values) != count:
+        raise DataError(f"{name} has {len(values)} numbers for {count} {answers}; expected one for each")
+    if name != "ranking":
+        return values
+    if sorted(values) != list(range(count)):
+        raise DataError(f"ranking is {given}; expected each index from 0 to {count - 1} once, the best answer's first")
+    return [-float(values.index(i)) for i in range(count)]
+
+
+def read_unpaired(row: dict[str, Any]) -> Judged:
+    """{"prompt", "completion", "label": true or false, "tools"?}: prompt and completion as in a preference."""
+    prompt, completion = _prompt(row["prompt"]), _side(row["completion"], "completion")
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        prompt = _whole(prompt, completion, "completion")[:-1]
+    reply, label = _reply(completion, prompt, "completion"), _flag(row["label"], "label")
+    return Judged(prompt, reply, label, read_tools(row.get("tools")))
