@@ -286,7 +286,7 @@ def objectives() -> list[str]:
     """Names of the objectives there are."""
     package = importlib.import_module("mlxft.objectives")
     found = (m.name for m in pkgutil.iter_modules(package.__path__))
-    return [name for name in found if name not in ("base", "functional")]
+    return [name for name in found if name not in ("base", "functional", "pairs")]
 
 
 def objective_sections(objective: str) -> dict[str, type[Settings]]:

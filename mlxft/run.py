@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
 
@@ -26,6 +27,15 @@ from mlxft.model.adapters import (
     trainable_weights,
 )
 from mlxft.model.folder import save_folder
+from mlxft.model.heads import (
+    HEAD_FILE,
+    adapter_metadata,
+    find_head,
+    head_arrays,
+    head_metadata,
+    head_of,
+    without_head,
+)
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters
 from mlxft.model.load import load as load_model
 from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
@@ -123,11 +133,25 @@ def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
     return spec
 
 
+def check_head(config: Config, model: nn.Module) -> None:
+    """ConfigError where a reward run is to be trained further by an objective that has no use for its head."""
+    given = {"model.adapter": config.model.adapter, "model.path": config.model.path}
+    found = [(setting, path) for setting, path in given.items() if find_head(path)]
+    if found and head_of(model) is None:
+        setting, path = found[0]
+        raise ConfigError(
+            f"{setting}: {path} is a reward model, which gives scores, and objective {config.objective} trains one "
+            "that gives text; start from a policy, or from the base"
+        )
+
+
 class _Saver:
     """Writes what a run leaves: checkpoints and the result."""
 
-    def __init__(self, run: Run, loaded: Loaded, spec: LoRASpec | None, optimizer: Optimizer) -> None:
-        self.run, self.loaded, self.spec, self.optimizer = run, loaded, spec, optimizer
+    def __init__(
+        self, run: Run, loaded: Loaded, spec: LoRASpec | None, objective: Objective, optimizer: Optimizer
+    ) -> None:
+        self.run, self.loaded, self.spec, self.objective, self.optimizer = run, loaded, spec, objective, optimizer
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """A checkpoint of now."""
@@ -138,16 +162,27 @@ class _Saver:
     def result(self) -> None:
         """adapter/ or model/ from the weights of now."""
         model, config, out = self.loaded.model, self.run.config, self.run.result
-        if config.tune.method == "full":
-            source = self.loaded.path if self.loaded.path and self.loaded.path.is_dir() else None
-            save_folder(out, model, self.loaded.tokenizer, self.loaded.config, overwrite=True, source=source)
-            return
+        fingerprint, noted = base_fingerprint(self.loaded), self.objective.about()
+        with without_head(model) as head:
+            weights = trainable_weights(model)
+
+            def save_head(folder: Path) -> None:
+                if head is not None:
+                    metadata = head_metadata(fingerprint, noted)
+                    write_beside(folder / HEAD_FILE, lambda p: save_arrays(p, head_arrays(head), metadata))
+
+            if config.tune.method == "full":
+                source = self.loaded.path if self.loaded.path and self.loaded.path.is_dir() else None
+                tokenizer, about = self.loaded.tokenizer, self.loaded.config
+                save_folder(out, model, tokenizer, about, overwrite=True, source=source, beside=save_head)
+                return
         base = config.model.model_dump(mode="json", exclude={"adapter"})
-        base = {"model": base.pop("path"), "fingerprint": base_fingerprint(self.loaded), **base}
-        about = {"base": base, "objective": config.objective, "versions": versions()}
+        base = {"model": base.pop("path"), "fingerprint": fingerprint, **base}
+        about = {"base": base, "objective": config.objective, "versions": versions(), **noted}
         text = json.dumps(adapter_config(self.spec, model, about), indent=2)
         write_text(out / "adapter_config.json", text + "\n")
-        write_beside(out / "adapters.safetensors", lambda p: save_arrays(p, trainable_weights(model)))
+        save_head(out)
+        write_beside(out / "adapters.safetensors", lambda p: save_arrays(p, weights, adapter_metadata(head)))
 
 
 def train(
@@ -181,6 +216,8 @@ def train(
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec = prepare(config, loaded)
+    objective.prepare(loaded.model)
+    check_head(config, loaded.model)
     checkpointing, expected = decide_checkpointing(config, loaded.model, objective)
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
@@ -191,7 +228,7 @@ def train(
     make_folder(run, resume, overwrite)
     notes: list[str] = []
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
-    saver = _Saver(run, loaded, spec, optimizer)
+    saver = _Saver(run, loaded, spec, objective, optimizer)
     write_text(run.dir / "config.yaml", dump_config(config, versions()))
     file = MetricsFile(run.dir / "metrics.jsonl", progress.step or None)  # None: start over, nothing is kept
     facts = describe_start(config, loaded, objective, total)

@@ -14,8 +14,10 @@ from typing import Any
 from mlxft.config import Config
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
 from mlxft.model.adapters import load_adapter, read_adapter_config
+from mlxft.model.heads import HEAD_FILE, load_head
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
+from mlxft.model.logits import Split
 from mlxft.recipe import load_config
 
 # What may differ when a run goes on; all else would make it another run.
@@ -61,14 +63,15 @@ def find_adapter(path: Path) -> Path:
     return inside if (inside / "adapter_config.json").exists() else path
 
 
-def load(path: str | Path | Run, adapter: str | Path | None = None, **options: Any) -> Loaded:
+def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False, **options: Any) -> Loaded:
     """Load for use: a run, an adapter folder, a fused or any other model, with an adapter if one is named.
 
     Args:
         path: also a Run, as `train` and `open_run` return it.
+        scores: a reward run is wanted, and its head is attached; without it text is, and a reward run is refused.
         options: as for mlxft.model.load.load; they override what the run or adapter says of its base.
     Raises:
-        ModelError: nothing there, or the adapter belongs to another base.
+        ModelError: nothing there, the adapter belongs to another base, or it is not of the wanted kind.
     """
     path = path.dir if isinstance(path, Run) else path
     folder = Path(path).expanduser()
@@ -80,8 +83,33 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, **options: A
     elif adapter is None and (folder / "adapter_config.json").exists():
         adapter = folder
     if adapter is None:
-        return load_model(str(path), **options)
-    adapter = find_adapter(Path(adapter).expanduser())
+        head = _checked_head(Path(path).expanduser(), scores)
+        loaded = load_model(str(path), **options)
+    else:
+        adapter = find_adapter(Path(adapter).expanduser())
+        head = _checked_head(adapter, scores)
+        loaded = _with_adapter(path, adapter, options)
+    if head is not None:
+        load_head(Split(loaded.model), head, base_fingerprint(loaded))
+        loaded.model.eval()
+    return loaded
+
+
+def _checked_head(folder: Path, scores: bool) -> Path | None:
+    """The head in a folder, which is there if and only if `scores` are wanted."""
+    head = folder / HEAD_FILE if (folder / HEAD_FILE).is_file() else None
+    if scores and head is None:
+        raise ModelError(
+            f"{folder} gives text, not scores: it has no {HEAD_FILE}; name a run of objective: reward (others answer "
+            "prompts: mlxft generate)"
+        )
+    if head is not None and not scores:
+        raise ModelError(f"{folder} is a reward model: it gives scores, not text; use mlxft score, or name a policy")
+    return head
+
+
+def _with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
+    """A base with the adapter in a folder; `path` is the base, or the adapter's own place: then it says which."""
     base = dict(read_adapter_config(adapter).get("mlxft", {}).get("base", {}))
     base.pop("fingerprint", None)
     name = base.pop("model", None)

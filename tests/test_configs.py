@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mlx.utils import tree_flatten
 
-from mlxft.config import Config
+from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LowRank
@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 NAMES = [r.stem for r in RECIPES]
 CHATS = ROOT / "mlxft/demo/rows.jsonl"
+PAIRS = ROOT / "mlxft/demo/pairs.jsonl"
+JUDGED = ("reward-lora", "reward-qlora", "dpo-lora", "orpo", "kto")
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -59,14 +61,14 @@ def trained(
 
     def get(name: str) -> tuple[Config, nn.Module]:
         if name not in done:
-            rows = texts if name == "continued-pretraining" else CHATS
+            rows = texts if name == "continued-pretraining" else PAIRS if name in JUDGED else CHATS
             overrides = [f"model.path={base}", f"data.train={rows}", f"run.dir={runs}", "run.steps=2"]
             # So that ten validation rows are not more than the whole of a tiny run.
             overrides += ["run.eval_every=2"] if name != "sft-lora" else []
             config = load_config(ROOT / f"configs/{name}.yaml", overrides)
             run = train(config)
             assert [e["step"] for e in run.metrics("end")] == [2]
-            done[name] = config, load(run).model
+            done[name] = config, load(run, scores=config.objective == "reward").model
         return done[name]
 
     return get
@@ -98,7 +100,8 @@ def test_recipe_is_short_and_says_only_what_differs(recipe: Path, monkeypatch: p
     config = load_config(recipe)
     assert config.run.name == recipe.stem
     bare = {"model": {"path": "x"}, "data": {"train": "x", "format": "messages"}, "objective": config.objective}
-    default = dict(leaves(Config.model_validate(bare).model_dump(mode="json")))
+    kind = config_class(config.objective)
+    default = dict(leaves(kind.model_validate(bare).model_dump(mode="json"))) | {"objective": "sft"}
     same = [key for key, value in leaves(yaml.safe_load(text)) if key != "data.format" and default.get(key) == value]
     assert not same, f"these are the defaults: {same}"
 
@@ -115,7 +118,7 @@ def test_recipe_runs_as_it_is_from_a_clone_or_says_what_is_yours(
     else:
         summary = make_objective(config, tiny_tokenizer).summary()
         assert summary.validates
-        assert summary.counts["rows"] > 100
+        assert next(iter(summary.counts.values())) > 100
 
 
 @pytest.mark.parametrize("name", ["quickstart", "sft-lora", "sft-dora", "continued-pretraining"])
@@ -135,6 +138,16 @@ def test_qlora_trains_an_adapter_on_a_four_bit_base(trained: Any) -> None:
     assert len(layers) == 42
     assert {(type(m.base).__name__, m.base.bits) for m in layers} == {("QuantizedLinear", 4)}
     assert all(mx.any(m.lora_b != 0).item() for m in layers)
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_recipes_of_judged_answers_train_an_adapter(name: str, trained: Any) -> None:
+    config, model = trained(name)
+    layers = adapted(model)
+    assert len(layers) == 42
+    assert all(mx.any(m.lora_b != 0).item() for m in layers)
+    assert ("score_head" in model) == (config.objective == "reward")
+    assert {type(m.base).__name__ for m in layers} == {"QuantizedLinear" if "qlora" in name else "Linear"}
 
 
 def test_full_changes_every_weight(trained: Any, base: Path) -> None:

@@ -16,6 +16,8 @@ COMMANDS = {
     "check": ("train", "Validate a recipe; show its rows as trained. Trains nothing."),
     "generate": ("use", "Answer a prompt."),
     "chat": ("use", "Talk with a model."),
+    "label": ("label", "Judge answers by hand, for a reward model or preference training."),
+    "score": ("score", "Score or rank answers with a reward run."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
     "demo": ("demo", "See it work: train a small model on built-in rows."),

@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ def save_folder(
     *,
     overwrite: bool = False,
     source: Path | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write config.json, model*.safetensors, tokenizer files and generation_config.json to `dst`.
 
@@ -39,24 +42,37 @@ def save_folder(
         overwrite: replace `dst` if it is a model folder.
         source: the folder that the model came from: its generation settings, and the code of a model that has its
             own, are carried over.
+        beside: writes what else belongs into the folder.
     Raises:
         ExportError: `dst` exists, the disk is too small, or writing failed; then nothing is left behind.
     """
     check_destination(dst, overwrite)
     check_space(dst, weight_bytes(model))
-    dst.parent.mkdir(parents=True, exist_ok=True)
+    with replace_folder(dst) as part:
+        _write(part, model, tokenizer, config, source)
+        if beside is not None:
+            beside(part)
+    return dst
+
+
+@contextmanager
+def replace_folder(dst: Path) -> Iterator[Path]:
+    """A hidden folder beside `dst`, to be filled inside the block; at its end it takes the name of `dst`.
+
+    Raises:
+        ExportError: writing failed; nothing is left of it, and `dst` is as it was.
+    """
     part = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
     try:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        _write(part, model, tokenizer, config, source)
+        part.mkdir(parents=True)
+        yield part
         _swap(part, dst)
     # MLX's writer raises RuntimeError where the disk is full.
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{dst}: writing failed, nothing is left of it: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return dst
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -63,6 +63,15 @@ class Summary:
 class Objective(Protocol):
     """One way to train. The loop pulls batches, adds their LossSums, and never looks inside."""
 
+    def prepare(self, model: nn.Module) -> None:
+        """Once, when the model has what the recipe trains and before a checkpoint is put back: add what the objective
+        needs beside it (a scalar head), note what it starts from (a reference).
+
+        Raises:
+            ConfigError, ModelError: it can not be done with this model.
+        """
+        ...
+
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         """Micro-batches without end, from where `state_dict` says; the state is past a batch once it is yielded."""
         ...
@@ -73,6 +82,14 @@ class Objective(Protocol):
 
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         """The whole validation set, the same each time; none if there is none."""
+        ...
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        """What a validation reports, from the loss and metrics per item over the whole set."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What is worth noting in the result beside its weights, as JSON."""
         ...
 
     def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:

@@ -24,10 +24,10 @@ _MAX_LOG_RATIO = 20.0
 _MAX_K3 = 10.0
 
 
-def _same_shape(**arrays: mx.array) -> None:
+def _same_shape(**arrays: mx.array | None) -> None:
     """AssertionError unless all shapes agree: (n,) against (n, 1) would broadcast to (n, n) and train on nonsense."""
-    if len({tuple(array.shape) for array in arrays.values()}) > 1:
-        seen = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items())
+    if len({tuple(array.shape) for array in arrays.values() if array is not None}) > 1:
+        seen = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items() if array is not None)
         raise AssertionError(f"shapes differ: {seen}; expected one shape for all")
 
 
@@ -260,7 +260,8 @@ def bradley_terry(
     rejected: mx.array,
     margin: mx.array | None = None,
     centering: float = 0.0,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | mx.array = 0.0,
+    weights: mx.array | None = None,
 ) -> LossSum:
     """Reward model's pairwise loss (Ouyang et al. 2022, eq. 1), summed: -log sigmoid(chosen - rejected - margin).
 
@@ -268,20 +269,19 @@ def bradley_terry(
         chosen, rejected: (n,) scores.
         margin: (n,), how much better chosen should be (Touvron et al. 2023, eq. 2).
         centering: adds centering * (chosen + rejected)^2, which fixes the free constant (Eisenstein et al. 2024).
-        label_smoothing: e weighs the pair by 1 - e and the exchanged pair by e, as labels are wrong that often.
+        label_smoothing: e, or (n,), weighs the pair by 1 - e and the exchanged pair by e: labels are wrong that often.
+        weights: (n,) what each pair counts, 1 if None.
     Returns:
         LossSum over pairs. Metrics: accuracy (chosen above rejected; a tie counts half), margin (chosen - rejected).
     """
-    shapes = {"chosen": chosen, "rejected": rejected}
-    _same_shape(**shapes if margin is None else {**shapes, "margin": margin})
-    chosen, rejected = _float(chosen), _float(rejected)
+    _same_shape(chosen=chosen, rejected=rejected, margin=margin, weights=weights)
+    chosen, rejected, wanted = _float(chosen), _float(rejected), 0.0 if margin is None else _float(margin)
     difference = chosen - rejected
-    wanted = mx.zeros_like(difference) if margin is None else _float(margin)
     right, exchanged = _neg_log_sigmoid(difference - wanted), _neg_log_sigmoid(-difference - wanted)
     losses = (1 - label_smoothing) * right + label_smoothing * exchanged + centering * mx.square(chosen + rejected)
     wins = _float(difference > 0) + 0.5 * _float(difference == 0)
-    metrics = {"accuracy": wins.sum(), "margin": difference.sum()}
-    return LossSum(losses.sum(), mx.array(float(chosen.size), dtype=mx.float32), metrics)
+    w = mx.ones(difference.shape) if weights is None else _float(weights)
+    return LossSum((losses * w).sum(), w.sum(), {"accuracy": (wins * w).sum(), "margin": (difference * w).sum()})
 
 
 # Losses on preferences: everything (n,), one loss a pair (or row), float32; no gradient flows into a reference.

@@ -12,9 +12,10 @@ import numpy as np
 
 from mlxft.config import Config, Data, Settings
 from mlxft.data.batching import Slot, pack_epoch, pack_width, padding_share, plan_epoch
+from mlxft.data.convert import convert
 from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
 from mlxft.data.encode import Encoded
-from mlxft.data.formats import Example, convert
+from mlxft.data.formats import Example
 from mlxft.data.sources import find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
@@ -87,6 +88,15 @@ class Objective:
         """Rows, width and trained tokens of the first epoch's batches, for a plan of the memory they take."""
         trained = [int(r.trained.sum()) for r in self.train.rows]
         return [(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing: the weights are all there is."""
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        return dict(means)
+
+    def about(self) -> dict[str, Any]:
+        return {}
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -9,7 +11,7 @@ from mlxft.model.random import random_state, set_random_state
 from mlxft.objectives.base import LossSum, Objective
 
 
-def validate(model: nn.Module, objective: Objective) -> dict[str, float]:
+def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
     """Loss and metrics over the validation set, {} if there is none. Dropout is off; randomness is left as it was."""
     training, random = model.training, random_state()
     model.eval()
@@ -25,4 +27,5 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, float]:
     if sums is None:
         return {}
     weight = float(sums.weight)
-    return {"loss": float(sums.total) / weight} | {k: float(v) / weight for k, v in sums.metrics.items()}
+    means = {"loss": float(sums.total) / weight} | {k: float(v) / weight for k, v in sums.metrics.items()}
+    return objective.validated(means)

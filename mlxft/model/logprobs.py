@@ -1,0 +1,113 @@
+"""Log-probabilities of tokens, one by one, with logits only for a chunk of them at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlxft.model.logits import Split, chunk_size
+
+Parameters = dict[str, mx.array]
+
+
+def _picked(logits: mx.array, labels: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+
+
+def rows_logprobs(split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, grad: bool) -> mx.array:
+    """Log-probability of each label at its position, (N,) float32, in nats.
+
+    Args:
+        ids: (B, T) tokens, padded on the right.
+        positions: (N,) flat indices into B x T of the positions that predict.
+        labels: (N,) tokens that they predict.
+        grad: whether a gradient will be asked for.
+    """
+    if not split.separable:
+        logits = split.model(ids)
+        return _picked(logits.reshape(-1, logits.shape[-1])[positions], labels)
+    hidden = split.hidden(ids)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+    if not grad:
+        return _values(split, hidden, labels, {})
+    head = split.trained_head()
+    return _recomputed(split, hidden, labels, head) if head else _with_slopes(split, hidden, labels)
+
+
+def _parts(split: Split, count: int) -> list[slice]:
+    size = chunk_size(split.vocabulary)
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters) -> mx.array:
+    done: list[mx.array] = []
+    for part in _parts(split, hidden.shape[0]):
+        h = hidden[part]
+        if done:  # one chunk after the other: MLX would else begin with all of them
+            (h,) = mx.depends([h], [done[-1]])
+        done.append(_picked(split.logits(h, head), labels[part]))
+    return mx.concatenate(done)
+
+
+def _with_slopes(split: Split, hidden: mx.array, labels: mx.array) -> mx.array:
+    """With the gradient of each token's number in its own hidden state, (N, D), computed on the way and kept.
+
+    A row of logits depends on its own hidden state alone, so the gradient of the sum is all of theirs at once.
+    """
+    still = mx.stop_gradient
+    values: list[mx.array] = []
+    slopes: list[mx.array] = []
+    for part in _parts(split, hidden.shape[0]):
+        h, y = still(hidden[part]), labels[part]
+        if values:
+            (h,) = mx.depends([h], [values[-1], slopes[-1]])
+
+        def total(h: mx.array, y: mx.array = y) -> tuple[mx.array, mx.array]:
+            value = _picked(split.logits(h), y)
+            return value.sum(), value
+
+        (_, value), slope = mx.value_and_grad(total)(h)
+        values.append(value)
+        slopes.append(slope)
+    slope = still(mx.concatenate(slopes)).astype(mx.float32)
+    # hidden - still(hidden) is zero: the term leaves the value and brings the gradient.
+    return still(mx.concatenate(values)) + ((hidden - still(hidden)).astype(mx.float32) * slope).sum(axis=-1)
+
+
+def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Parameters) -> mx.array:
+    """Where the head is trained too its gradient depends on what each token's number counts: chunks are computed
+    again once that is known."""
+    names = list(head)
+
+    def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
+        return _values(split, hidden, labels, dict(zip(names, parameters)))
+
+    values: Any = mx.custom_function(forward)
+
+    def back(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+        hidden, *parameters = primals
+        slopes: list[mx.array] = []
+        sums: list[mx.array] = []
+        for part in _parts(split, hidden.shape[0]):
+            h, y, c = hidden[part], labels[part], cotangent[part]
+            if slopes:
+                (h,) = mx.depends([h], [slopes[-1], *sums])
+
+            def total(h: mx.array, parameters: list[mx.array], y: mx.array = y, c: mx.array = c) -> mx.array:
+                return (_picked(split.logits(h, dict(zip(names, parameters))), y) * c).sum()
+
+            slope, more = mx.grad(total, argnums=(0, 1))(h, parameters)
+            slopes.append(slope)
+            sums = [a + b for a, b in zip(sums, more)] if sums else more
+        return (mx.concatenate(slopes), *sums)
+
+    values.vjp(back)
+    out: mx.array = values(hidden, *head.values())
+    return out
+
+
+def row_sums(values: mx.array, owners: mx.array, rows: int) -> mx.array:
+    """(N,) numbers of tokens -> (rows,) sums; owners: (N,) the row that each belongs to."""
+    return mx.zeros(rows, dtype=mx.float32).at[owners].add(values)

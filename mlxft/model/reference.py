@@ -1,0 +1,118 @@
+"""The policy that training began with, asked for log-probabilities: a role of the same model, or numbers kept of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxft.model.logits import Split
+from mlxft.model.logprobs import rows_logprobs
+from mlxft.model.roles import Roles
+
+FILE = "reference.npz"
+Stacked = Iterator[tuple[list[int], dict[str, mx.array]]]
+
+
+class Reference:
+    """Log-probabilities of answers by the reference.
+
+    Args:
+        model: as it is before the first step, with what is trained.
+        adapted: it began with an adapter that is not without effect, so that the reference is that adapter; else it is
+            the bare base.
+    """
+
+    def __init__(self, model: nn.Module, split: Split, adapted: bool) -> None:
+        self._split = split
+        self._roles: Roles | None = Roles(model, adopt="policy")
+        self._name = "reference" if adapted else None
+        if adapted:
+            self._roles.copy("policy", "reference")
+        self._jobs: list[Any] = []
+        self._file: tuple[Path, str] | None = None
+        self._known: list[list[Any]] | None = None
+
+    def precompute(self, data: Iterable[Stacked], folder: Path, key: str) -> None:
+        """Take the numbers from now on from one pass over `data` (a list of sets), made when first asked.
+
+        Args:
+            data: of each set all answers, in batches with their places in it.
+            folder: where the numbers are kept, under a `key` that names all they depend on.
+        """
+        self._jobs = list(data)
+        self._file = folder / FILE, hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+    def logprobs(self, arrays: dict[str, mx.array], which: int, places: Sequence[int]) -> mx.array:
+        """(N,) float32, evaluated, of the answers' tokens, in the order of `arrays["labels"]`.
+
+        Args:
+            arrays: ids, positions and labels, as `rows_logprobs` takes them.
+            which, places: the set and the answers' places in it, for numbers that were precomputed.
+        """
+        if self._file is not None:
+            if self._known is None:
+                self._known = self._read() or self._compute()
+                self._roles, self._jobs = None, []  # the reference's own memory is free
+            return mx.array(np.concatenate([self._known[which][i] for i in places]))
+        return self._ask(arrays)
+
+    def _ask(self, arrays: dict[str, mx.array]) -> mx.array:
+        assert self._roles is not None
+        model = self._roles.model
+        training = model.training
+        model.eval()
+        try:
+            with self._roles.use(self._name):
+                values = rows_logprobs(self._split, arrays["ids"], arrays["positions"], arrays["labels"], grad=False)
+                mx.eval(values)
+        finally:
+            model.train(training)
+        return values
+
+    def _compute(self) -> list[list[Any]]:
+        assert self._file is not None
+        found: list[list[Any]] = []
+        for job in self._jobs:
+            rows: dict[int, Any] = {}
+            for places, arrays in job:
+                values = np.array(self._ask(arrays))
+                ends = np.cumsum(np.array(arrays["lengths"]).astype(np.int64))[:-1]
+                rows |= dict(zip(places, np.split(values, ends)))
+            found.append([rows[i] for i in range(len(rows))])
+        self._write(found)
+        return found
+
+    def _write(self, found: list[list[Any]]) -> None:
+        assert self._file is not None
+        path, key = self._file
+        arrays: dict[str, Any] = {"key": np.array(key)}
+        for i, rows in enumerate(found):
+            arrays[f"values{i}"] = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
+            arrays[f"lengths{i}"] = np.array([len(row) for row in rows], dtype=np.int64)
+        beside = path.with_name(f".tmp-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(beside, **arrays)
+            os.replace(beside, path)
+        except OSError:  # it is only a cache: a resumed run computes them again
+            beside.unlink(missing_ok=True)
+
+    def _read(self) -> list[list[Any]] | None:
+        assert self._file is not None
+        path, key = self._file
+        try:
+            with path.open("rb") as raw, np.load(raw) as file:
+                if str(file["key"]) != key:
+                    return None
+                count = sum(name.startswith("values") for name in file.files)
+                return [np.split(file[f"values{i}"], np.cumsum(file[f"lengths{i}"])[:-1]) for i in range(count)]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or not there
+            return None

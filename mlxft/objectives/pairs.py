@@ -1,0 +1,189 @@
+"""What objectives over judged answers share: rows, the order they come in, and batches of right-padded answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxft.config import Config
+from mlxft.data.batching import Slot, padding_share, plan_epoch
+from mlxft.data.encode import Encoded, Ids
+from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, fingerprint, length
+from mlxft.data.formats import Example
+from mlxft.errors import ConfigError
+from mlxft.objectives.base import Batch, Summary
+from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
+
+Row = TypeVar("Row", EncodedPair, EncodedAnswer)
+
+
+class Answer(NamedTuple):
+    """A prompt (P,) and an answer to it (R,), int32."""
+
+    prompt: Ids
+    reply: Ids
+
+    def encoded(self, where: str) -> Encoded:
+        """As one row of which the answer is trained."""
+        trained = np.arange(len(self.prompt) + len(self.reply)) >= len(self.prompt)
+        return Encoded(np.concatenate([self.prompt, self.reply]), trained, where)
+
+
+def answers_of(row: EncodedPair | EncodedAnswer) -> list[Answer]:
+    """The chosen and the rejected answer of a pair, or the one there is."""
+    if isinstance(row, EncodedPair):
+        return [Answer(row.prompt_ids, row.chosen_ids), Answer(row.prompt_ids, row.rejected_ids)]
+    return [Answer(row.prompt_ids, row.completion_ids)]
+
+
+def stack(answers: Sequence[Answer], width: int | None = None) -> dict[str, mx.array]:
+    """Answers as rows of one batch, padded on the right, where causal attention never sees it.
+
+    Returns:
+        ids (B, T); last (B,), the last real token; lengths (B,) of the answers, float32; and for each of their N tokens
+        positions (N,), the flat index that predicts it, labels (N,) and owners (N,), its row.
+    """
+    width = width or max(len(a.prompt) + len(a.reply) for a in answers)
+    ids = np.zeros((len(answers), width), dtype=np.int32)
+    positions = []
+    for b, (prompt, reply) in enumerate(answers):
+        ids[b, : len(prompt)] = prompt
+        ids[b, len(prompt) : len(prompt) + len(reply)] = reply
+        positions.append(b * width + len(prompt) - 1 + np.arange(len(reply)))
+    sizes = [len(a.reply) for a in answers]
+    return {
+        "ids": mx.array(ids),
+        "last": mx.array(np.array([len(a.prompt) + len(a.reply) - 1 for a in answers], dtype=np.int32)),
+        "lengths": mx.array(np.array(sizes, dtype=np.float32)),
+        "positions": mx.array(np.concatenate(positions).astype(np.int32)),
+        "labels": mx.array(np.concatenate([a.reply for a in answers]).astype(np.int32)),
+        "owners": mx.array(np.repeat(np.arange(len(answers)), sizes).astype(np.int32)),
+    }
+
+
+def encode_splits(
+    config: Config, tokenizer: Any, build: Callable[..., Any], keep: Callable[[list[Example]], list[Example]] = list
+) -> tuple[list[Any], PairCounts, list[Any], PairCounts | None]:
+    """Training and validation rows with their counts, by `build_pairs` or `build_answers`."""
+    data = config.data
+    options = {"max_length": data.max_length, "overflow": data.overflow, "chat": data.template == "auto"}
+    train, valid = (keep(examples) for examples in load_splits(data, config.run.seed))
+    first = build(train, tokenizer, **options)
+    second = build(valid, tokenizer, **options) if valid else None
+    return first.rows, first.counts, second.rows if second else [], second.counts if second else None
+
+
+def check_recipe(config: Config, formats: Sequence[str]) -> None:
+    """ConfigError for settings that have no meaning for judged answers, all of them in one."""
+    data = config.data
+    problems = []
+    name = config.objective
+    if data.format not in formats:
+        problems.append(f"data.format: {data.format} is not for objective {name}; choose {' or '.join(formats)}")
+    if data.train_on is not None:
+        problems.append(f"data.train_on: {data.train_on} has nothing to choose: answers are judged whole; leave it out")
+    if data.overflow not in ("error", "drop"):
+        problems.append(f"data.overflow: {data.overflow} would make another answer of one; choose error or drop")
+    if config.batch.pack:
+        problems.append(f"batch.pack: is not for objective {name}, whose answers are rows of their own")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+class Judged(Generic[Row]):
+    """The data of an objective, and where it is in it. A subclass makes batches and the loss.
+
+    Args:
+        per_row: rows of a batch that one of the data set becomes: two of a pair.
+    """
+
+    def __init__(self, config: Config, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int) -> None:
+        self.config, self.counts = config, counts
+        self.rows: list[Row] = rows
+        self.valid: list[Row] = valid
+        self.notes: list[str] = counts.notes()
+        tokens = config.batch.tokens
+        budget = DEFAULT_TOKENS if tokens is None else int(tokens)
+        given = config.batch.rows
+        self._budget: dict[str, Any] = {"rows": given, "tokens": None if given else max(1, budget // per_row)}
+        self._lengths = np.array([length(row) for row in rows], dtype=np.int64)
+        self._sizes: dict[int, int] = {}
+        self._epoch, self._next = 0, 0
+
+    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+        """The batch of these rows."""
+        raise NotImplementedError
+
+    def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
+        """Before the first micro-batch of a step, with all of its slots; of validation, with all there are."""
+
+    def plan(self, epoch: int) -> list[Slot]:
+        """The batches of one epoch."""
+        return plan_epoch(self._lengths, **self._budget, seed=self.config.run.seed, epoch=epoch)
+
+    def batches(self, model: nn.Module) -> Iterator[Batch]:
+        accumulate = self.config.batch.accumulate
+        while True:
+            slots = self.plan(self._epoch)
+            while True:
+                at = self._next
+                if at % accumulate == 0:  # a step ends with its epoch, so steps begin at multiples
+                    self.begin_step(model, slots[at : at + accumulate], valid=False)
+                last = at + 1 == len(slots)
+                batch = self.make(model, slots[at].rows, slots[at].width, valid=False, ends_epoch=last)
+                self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, at + 1)
+                yield batch
+                if last:
+                    break
+
+    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+        if not self.valid:
+            return
+        lengths = np.array([length(row) for row in self.valid], dtype=np.int64)
+        slots = plan_epoch(lengths, **self._budget, seed=None)
+        self.begin_step(model, slots, valid=True)
+        for slot in slots:
+            yield self.make(model, slot.rows, slot.width, valid=True, ends_epoch=False)
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        return dict(means)
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+        if epoch not in self._sizes:
+            self._sizes[epoch] = len(self.plan(epoch))
+        return -(-self._sizes[epoch] // accumulate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._next = state["epoch"], state["next"]
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.rows) + (fingerprint(self.valid) if self.valid else "")
+
+    def summary(self) -> Summary:
+        kind = "pairs" if self.rows and isinstance(self.rows[0], EncodedPair) else "answers"
+        counts: dict[str, int | float] = {
+            kind: len(self.rows),
+            "tokens": self.counts.tokens,
+            "response tokens": self.counts.response_tokens,
+            "padding share": padding_share(self.plan(0), self._lengths),
+        }
+        if self.counts.chosen_longer is not None:
+            counts["chosen is longer"] = self.counts.chosen_longer
+        if self.valid:
+            counts[f"validation {kind}"] = len(self.valid)
+        return Summary(counts, self.notes, bool(self.valid))
+
+    def previews(self, n: int) -> list[Encoded]:
+        """The answers of the first rows."""
+        shown = [answer.encoded(row.where) for row in self.rows[:n] for answer in answers_of(row)]
+        return shown[:n]

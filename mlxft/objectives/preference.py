@@ -1,0 +1,323 @@
+"""Direct preference training: a policy learns from judged answers without a reward model in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlxft.config import Config, Settings
+from mlxft.data.batching import Slot
+from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, build_pairs
+from mlxft.errors import DataError
+from mlxft.model.logits import Split
+from mlxft.model.logprobs import row_sums, rows_logprobs
+from mlxft.model.reference import Reference
+from mlxft.objectives import functional as F
+from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.pairs import Answer, Judged, answers_of, check_recipe, encode_splits, stack
+
+REFERRED = ("dpo", "ipo", "hinge", "kto")  # measured against the policy that training began with
+SMOOTHED = ("dpo", "cpo")
+
+
+class Preference(Settings):
+    """The loss on judged answers."""
+
+    loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = Field("dpo", description="The loss.")
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="How firmly the reference holds the policy; orpo: weight of the odds ratio. Default 0.1, simpo 2.",
+    )
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=0.5, description="dpo, cpo: share of the judgements taken to be wrong; default 0."
+    )
+    gamma: float | None = Field(None, ge=0, description="simpo: margin that is asked for; default 1.")
+    nll: float | None = Field(
+        None, ge=0, description="Weight of the chosen answer's mean NLL, added; default 1 for orpo and cpo, else 0."
+    )
+    good_weight: float | None = Field(None, gt=0, description="kto: what a good answer counts; default 1.")
+    bad_weight: float | None = Field(None, gt=0, description="kto: what a bad answer counts; default 1.")
+    precompute: bool = Field(
+        False,
+        description="Compute the reference's log-probabilities once, before training, and keep them in the run folder.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preference:
+        takes = {
+            "label_smoothing": SMOOTHED,
+            "gamma": ("simpo",),
+            "nll": ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo"),
+            "good_weight": ("kto",),
+            "bad_weight": ("kto",),
+        }
+        wrong = [k for k, names in takes.items() if getattr(self, k) is not None and self.loss not in names]
+        if wrong:
+            raise ValueError(f"loss {self.loss} has no {', '.join(wrong)}; it is for {', '.join(takes[wrong[0]])}")
+        if self.precompute and self.loss not in REFERRED:
+            raise ValueError(f"loss {self.loss} has no reference to precompute; it is for {', '.join(REFERRED)}")
+        return self
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or the loss's default."""
+        return self.beta if self.beta is not None else 2.0 if self.loss == "simpo" else 0.1
+
+    @property
+    def imitation(self) -> float:
+        """`nll`, or the loss's default."""
+        return self.nll if self.nll is not None else 1.0 if self.loss in ("orpo", "cpo") else 0.0
+
+
+SETTINGS: dict[str, type[Settings]] = {"preference": Preference}
+
+
+class _Policy:
+    """The settings, the model taken apart, and the reference; what both kinds of rows share."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.settings = config, config.section("preference", Preference)
+        self.split: Split | None = None
+        self.reference: Reference | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        self.split = Split(model)
+        if self.settings.loss in REFERRED:
+            # An adapter that is trained further began as it is now; a fresh one as the bare base.
+            self.reference = Reference(model, self.split, self.config.model.adapter is not None)
+
+    def of(self, model: nn.Module) -> Split:
+        if self.split is None or self.split.model is not model:
+            self.split = Split(model)
+        return self.split
+
+    def logprobs(self, model: nn.Module, a: dict[str, mx.array], grad: bool) -> mx.array:
+        """Log-probabilities of the answers' tokens (N,)."""
+        return rows_logprobs(self.of(model), a["ids"], a["positions"], a["labels"], grad=grad)
+
+
+class _Pairs(Judged[EncodedPair]):
+    """Losses on pairs."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        check_recipe(config, ("preference", "ratings"))
+        rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
+        self._policy = _Policy(config)
+        self._settings = self._policy.settings
+        _refuse_ties([*rows, *valid], self._settings.loss)
+        super().__init__(config, rows, counts, valid, per_row=2)
+        if margins := sum(row.margin is not None for row in rows):
+            self.notes.append(f"{margins:,} rows have a margin, which loss {self._settings.loss} does not use")
+
+    def prepare(self, model: nn.Module) -> None:
+        self._policy.prepare(model)
+        if self._settings.precompute and self._policy.reference is not None:
+            key = f"{self.fingerprint()} {self.config.model.model_dump_json()}"
+            data = [[a for row in rows for a in answers_of(row)] for rows in (self.rows, self.valid)]
+            self._policy.reference.precompute([_stacked(d) for d in data], self.config.run_dir, key)
+
+    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+        pairs = [(self.valid if valid else self.rows)[i] for i in rows]
+        chosen, rejected = zip(*(answers_of(pair) for pair in pairs))
+        arrays = stack([*chosen, *rejected], width)
+        del arrays["last"]
+        arrays["weights"] = mx.array([pair.weight for pair in pairs])
+        if self._policy.reference is not None:
+            # Numbers of a frozen role belong in the batch, computed before the step.
+            places = [2 * i for i in rows] + [2 * i + 1 for i in rows]
+            arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), places)
+        tokens = sum(len(a.prompt) + len(a.reply) for a in (*chosen, *rejected))
+        return Batch(arrays, tokens, len(arrays["labels"]), tuple(pair.where for pair in pairs), ends_epoch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        a, s = batch.arrays, self._settings
+        count = a["lengths"].size
+        tokens = self._policy.logprobs(model, a, model.training)
+        sums = row_sums(tokens, a["owners"], count)
+        chosen, rejected = _halves(sums)
+        means = _halves(sums / a["lengths"])
+        metrics: dict[str, mx.array] = {}
+        w = a["weights"]
+        if "reference" in a:
+            ref = row_sums(a["reference"], a["owners"], count)
+            losses = self._referred(chosen, rejected, *_halves(ref))
+            rewards = _halves(F.implicit_reward(sums, ref, s.strength))
+            # Second order in the log-ratio: an estimate over the data's own answers, which neither policy has drawn.
+            apart = row_sums(F.kl(mx.stop_gradient(tokens), a["reference"], "k2"), a["owners"], count)
+            metrics["kl"] = (w * (apart[: count // 2] + apart[count // 2 :]) / 2).sum()
+        elif s.loss == "simpo":
+            losses = F.simpo(*means, s.strength, 1.0 if s.gamma is None else s.gamma)
+            rewards = s.strength * means[0], s.strength * means[1]
+        elif s.loss == "orpo":
+            losses = F.odds_ratio(*means, s.strength)
+            rewards = s.strength * means[0], s.strength * means[1]
+        else:
+            losses = F.cpo(chosen, rejected, s.strength, s.label_smoothing or 0.0)
+            rewards = s.strength * chosen, s.strength * rejected
+        if s.imitation:
+            losses = losses - s.imitation * means[0]
+            metrics["nll"] = -(w * means[0]).sum()
+        return LossSum((w * losses).sum(), w.sum(), metrics | _rewards(*rewards, w))
+
+    def _referred(self, chosen: mx.array, rejected: mx.array, ref_c: mx.array, ref_r: mx.array) -> mx.array:
+        s = self._settings
+        if s.loss == "dpo":
+            return F.dpo(chosen, rejected, ref_c, ref_r, s.strength, s.label_smoothing or 0.0)
+        return (F.ipo if s.loss == "ipo" else F.hinge)(chosen, rejected, ref_c, ref_r, s.strength)
+
+
+class _Single(Judged[EncodedAnswer]):
+    """KTO: answers that are good or bad by themselves. Pairs are taken apart into both."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        check_recipe(config, ("unpaired", "preference"))
+        if config.data.format == "preference":
+            pairs, counts, others, _ = encode_splits(config, tokenizer, build_pairs)
+            _refuse_ties([*pairs, *others], "kto")
+            rows, valid = _apart(pairs), _apart(others)
+        else:
+            rows, counts, valid, _ = encode_splits(config, tokenizer, build_answers)
+        self._policy = _Policy(config)
+        self._settings = self._policy.settings
+        super().__init__(config, rows, counts, valid, per_row=1)
+        good = sum(row.label for row in rows)
+        if not 0 < good < len(rows):
+            self.notes.append(f"all answers are {'good' if good else 'bad'}: there is nothing to tell them from")
+        self._partners = [_partners(rows, config.run.seed), _partners(valid, config.run.seed)]
+        self._point = 0.0
+
+    def prepare(self, model: nn.Module) -> None:
+        self._policy.prepare(model)
+        if self._settings.precompute and self._policy.reference is not None:
+            key = f"{self.fingerprint()} {self.config.model.model_dump_json()} {self.config.run.seed}"
+            data = []
+            for rows, valid in ((self.rows, False), (self.valid, True)):
+                own = [a for row in rows for a in answers_of(row)]
+                data.append(_stacked([*own, *(self._mismatched(i, valid) for i in range(len(rows)))]))
+            self._policy.reference.precompute(data, self.config.run_dir, key)
+
+    def _mismatched(self, row: int, valid: bool) -> Answer:
+        """A row's prompt with another row's answer, no longer than rows may be."""
+        rows = self.valid if valid else self.rows
+        prompt, reply = rows[row].prompt_ids, rows[self._partners[valid][row]].completion_ids
+        return Answer(prompt, reply[: max(1, self.config.data.max_length - len(prompt))])
+
+    def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
+        """The reference point of a whole step: the mean log-ratio of answers to other prompts, by the policy of now."""
+        assert self._policy.reference is not None
+        every = len(self.valid if valid else self.rows)
+        total, count = 0.0, 0
+        for slot in slots:
+            rows = [i for i in slot.rows if self._partners[valid][i] != i]
+            if not rows:
+                continue
+            arrays = stack([self._mismatched(i, valid) for i in rows])
+            ref = self._policy.reference.logprobs(arrays, int(valid), [every + i for i in rows])
+            training = model.training
+            model.eval()
+            total += float((self._policy.logprobs(model, arrays, False) - ref).sum())
+            model.train(training)
+            count += len(rows)
+        self._point = max(0.0, total / count) if count else 0.0
+
+    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+        chosen = [(self.valid if valid else self.rows)[i] for i in rows]
+        answers = [answers_of(row)[0] for row in chosen]
+        arrays = stack(answers, width)
+        del arrays["last"]
+        arrays["good"] = mx.array([float(row.label) for row in chosen])
+        arrays["point"] = mx.array(self._point)
+        assert self._policy.reference is not None
+        arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), list(rows))
+        tokens = sum(len(a.prompt) + len(a.reply) for a in answers)
+        return Batch(arrays, tokens, len(arrays["labels"]), tuple(row.where for row in chosen), ends_epoch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        a, s = batch.arrays, self._settings
+        count = a["lengths"].size
+        tokens = self._policy.logprobs(model, a, model.training)
+        ratios = row_sums(tokens - a["reference"], a["owners"], count)
+        weights = [1.0 if given is None else given for given in (s.good_weight, s.bad_weight)]
+        losses = F.kto(ratios, a["good"], a["point"], s.strength, *weights)
+        gain = s.strength * (mx.stop_gradient(ratios) - a["point"])
+        signed = mx.where(a["good"] != 0, gain, -gain)
+        metrics = {
+            "accuracy": ((signed > 0) + 0.5 * (signed == 0)).sum(),
+            "margin": signed.sum(),
+            "kl": a["point"] * count,
+        }
+        return LossSum(losses.sum(), mx.array(float(count)), metrics)
+
+
+def Objective(config: Config, tokenizer: Any) -> _Pairs | _Single:
+    """The objective for the loss that the recipe names.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+    return (_Single if config.section("preference", Preference).loss == "kto" else _Pairs)(config, tokenizer)
+
+
+def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
+    """The chosen answers' part and the rejected ones'."""
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
+
+
+def _rewards(chosen: mx.array, rejected: mx.array, weights: mx.array) -> dict[str, mx.array]:
+    """What the policy holds the answers for: sums over pairs."""
+    chosen, rejected = mx.stop_gradient(chosen), mx.stop_gradient(rejected)
+    difference = chosen - rejected
+    values = {
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected,
+        "accuracy": (difference > 0) + 0.5 * (difference == 0),
+        "margin": difference,
+    }
+    return {name: (weights * value).sum() for name, value in values.items()}
+
+
+def _refuse_ties(rows: Sequence[EncodedPair], loss: str) -> None:
+    """DataError: this loss has no ties."""
+    ties = [row.where for row in rows if row.tie]
+    if ties:
+        more = f" and {len(ties) - 5} more" if len(ties) > 5 else ""
+        raise DataError(
+            f"{', '.join(ties[:5])}{more}: is a tie, which loss {loss} can not learn from; leave them out, or train a "
+            "reward model (objective: reward), which can"
+        )
+
+
+def _apart(pairs: Sequence[EncodedPair]) -> list[EncodedAnswer]:
+    """The answers of pairs, each once: a row of several pairs repeats some."""
+    found: dict[Any, EncodedAnswer] = {}
+    for pair in pairs:
+        for answer, label in zip(answers_of(pair), (True, False)):
+            key = (pair.where, answer.reply.tobytes(), label)
+            found.setdefault(key, EncodedAnswer(answer.prompt, answer.reply, label, pair.where))
+    return list(found.values())
+
+
+def _partners(rows: Sequence[EncodedAnswer], seed: int) -> list[int]:
+    """For each row another one whose prompt differs, the same for the whole run; itself where there is none."""
+    order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
+    prompts = [row.prompt_ids.tobytes() for row in rows]
+    partners = list(range(len(rows)))
+    for at, row in enumerate(order):
+        around = (order[(at + step) % len(order)] for step in range(1, len(order)))
+        partners[row] = next((other for other in around if prompts[other] != prompts[row]), row)
+    return partners
+
+
+def _stacked(answers: Sequence[Answer]) -> Iterator[tuple[list[int], dict[str, mx.array]]]:
+    """Answers of like length together, with their places."""
+    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt) + len(answers[i].reply))
+    for start in range(0, len(order), 8):
+        places = order[start : start + 8]
+        yield places, stack([answers[i] for i in places])

@@ -1,0 +1,162 @@
+"""A reward model: a score for an answer, learnt from which of two was preferred (Bradley and Terry 1952)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from pydantic import Field
+
+from mlxft.config import Config, Settings
+from mlxft.data.encode_pairs import EncodedPair, build_pairs
+from mlxft.errors import ConfigError, DataError
+from mlxft.model.heads import ScoreHead, attach_head, body_width, find_head, fix_unread, load_head, read_scores
+from mlxft.model.logits import Split
+from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.functional import bradley_terry
+from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack
+
+FORMATS = ("preference", "ratings")
+BINS = 10  # of confidence, from 1/2 to 1
+THIRDS = ("short", "middle", "long")
+
+
+class Reward(Settings):
+    """The reward model's loss."""
+
+    centering: float = Field(
+        0.01, ge=0, description="Weight of (chosen + rejected)^2, which fixes the free constant of the scores."
+    )
+    margin: bool = Field(False, description="Ask the rows' margins of the score difference; rows without one: 0.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the judgements taken to be wrong.")
+
+
+SETTINGS: dict[str, type[Settings]] = {"reward": Reward}
+
+
+class Objective(Judged[EncodedPair]):
+    """Pairs held in memory. A tie is trained as a judgement that is right half the time; validation leaves ties out.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        check_recipe(config, FORMATS)
+        rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
+        self._settings = config.section("reward", Reward)
+        super().__init__(config, rows, counts, [row for row in valid if not row.tie], per_row=2)
+        if valid and not self.valid:
+            raise DataError("data.valid: has ties only, by which a reward model can not be measured")
+        if len(self.valid) < len(valid):
+            self.notes.append(f"{len(valid) - len(self.valid):,} ties are left out of validation")
+        margins = sum(row.margin is not None for row in rows)
+        if self._settings.margin and not margins:
+            raise ConfigError("reward.margin: no row has a margin; leave it out, or give rows a field margin")
+        if margins and not self._settings.margin:
+            self.notes.append(f"{margins:,} rows have a margin, which is not used (reward.margin: true)")
+        sizes = [len(answer.reply) for row in self.valid for answer in answers_of(row)]
+        self._thirds = np.quantile(sizes, [1 / 3, 2 / 3]).tolist() if sizes else [0.0, 0.0]
+        self._about: dict[str, Any] = {}
+        self._split: Split | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        """Attach a new head, or the one of the reward run that is trained further."""
+        split = self._split = Split(model)
+        width = body_width(split)
+        given = self.config.model.adapter or self.config.model.path
+        found = find_head(Path(given))
+        if found is not None:
+            load_head(split, found, None)
+        else:
+            attach_head(model, ScoreHead(width))
+        fix_unread(split, "tune.train" if self.config.tune.train else "tune.targets")
+
+    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+        pairs = [(self.valid if valid else self.rows)[i] for i in rows]
+        chosen, rejected = zip(*(answers_of(pair) for pair in pairs))
+        arrays = stack([*chosen, *rejected], width)
+        smoothing = self._settings.label_smoothing
+        margins = [pair.margin or 0.0 if self._settings.margin else 0.0 for pair in pairs]
+        arrays = {
+            **{name: arrays[name] for name in ("ids", "last", "lengths")},
+            "weights": mx.array([pair.weight for pair in pairs]),
+            "smoothing": mx.array([0.5 if pair.tie else smoothing for pair in pairs]),
+            "margins": mx.array(margins),
+        }
+        tokens = sum(len(a.prompt) + len(a.reply) for a in (*chosen, *rejected))
+        return Batch(arrays, tokens, 2 * len(pairs), tuple(pair.where for pair in pairs), ends_epoch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        if self._split is None or self._split.model is not model:
+            self._split = Split(model)
+        a = batch.arrays
+        scores = read_scores(self._split, a["ids"], a["last"])  # chosen and rejected in one pass
+        half = scores.shape[0] // 2
+        chosen, rejected = scores[:half], scores[half:]
+        sums = bradley_terry(chosen, rejected, a["margins"], self._settings.centering, a["smoothing"], a["weights"])
+        if model.training:
+            return sums
+        measured = _calibration(chosen - rejected, a["weights"]) | self._by_length(scores, a["lengths"], a["weights"])
+        return sums._replace(metrics=sums.metrics | measured)
+
+    def _by_length(self, scores: mx.array, lengths: mx.array, weights: mx.array) -> dict[str, mx.array]:
+        """Sums by which mean and spread of the scores are known, for all answers and by thirds of their length."""
+        weights = mx.concatenate([weights, weights]) / 2
+        low, high = self._thirds
+        third = (lengths > low).astype(mx.int32) + (lengths > high).astype(mx.int32)
+        sums: dict[str, mx.array] = {}
+        for i in range(3):
+            w = weights * (third == i)
+            values = {"share": w, "sum": w * scores, "square": w * scores.square()}
+            sums |= {f"third/{i}/{k}": v.sum() for k, v in values.items()}
+        return sums
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        """Adds ece, reliability, score_mean, score_std and scores by length to loss, accuracy and margin."""
+        found: dict[str, Any] = {k: v for k, v in means.items() if "/" not in k}
+        if len(found) == len(means):
+            return found
+        bins = [[means[f"bin/{i}/{k}"] for k in ("share", "confidence", "accuracy")] for i in range(BINS)]
+        found["ece"] = sum(abs(right - sure) for _, sure, right in bins)
+        found["reliability"] = [
+            {"share": share, "confidence": sure / share, "accuracy": right / share}
+            for share, sure, right in bins
+            if share > 0
+        ]
+        thirds = [[means[f"third/{i}/{k}"] for k in ("share", "sum", "square")] for i in range(3)]
+        found["score_mean"], found["score_std"] = _moments(*(sum(column) for column in zip(*thirds)))
+        found["scores_by_length"] = {
+            name: dict(zip(("share", "mean", "std"), (third[0], *_moments(*third))))
+            for name, third in zip(THIRDS, thirds)
+            if third[0] > 0
+        }
+        self._about = {"reward": {"mean": found["score_mean"], "std": found["score_std"]}}
+        return found
+
+    def about(self) -> dict[str, Any]:
+        """Mean and standard deviation of the newest validation's scores, by which rewards can be normalised."""
+        return self._about
+
+
+def _calibration(difference: mx.array, weights: mx.array) -> dict[str, mx.array]:
+    """Sums by bins of confidence: how sure the model is of the better answer, and how often it is right."""
+    confidence = mx.sigmoid(mx.abs(difference))
+    right = (difference > 0) + 0.5 * (difference == 0)
+    bins = mx.clip(((confidence - 0.5) * 2 * BINS).astype(mx.int32), 0, BINS - 1)
+    sums: dict[str, mx.array] = {}
+    for i in range(BINS):
+        w = weights * (bins == i)
+        values = {"share": w, "confidence": w * confidence, "accuracy": w * right}
+        sums |= {f"bin/{i}/{k}": v.sum() for k, v in values.items()}
+    return sums
+
+
+def _moments(share: float, total: float, squares: float) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    mean = total / share
+    return mean, max(0.0, squares / share - mean * mean) ** 0.5

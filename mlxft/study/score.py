@@ -1,0 +1,195 @@
+"""Scores of a reward run: of single answers, of pairs, and of several answers to one prompt, which they rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from mlxft.data.batching import plan_epoch
+from mlxft.data.convert import FORMATS
+from mlxft.data.encode import encode_reply
+from mlxft.data.formats import Completion, Conversation, Judged, Preference, Ranked
+from mlxft.data.sources import Problem, read_rows, report_lines
+from mlxft.errors import DataError
+from mlxft.model.heads import find_head, read_head, read_scores
+from mlxft.model.logits import Split
+from mlxft.objectives.pairs import Answer, stack
+from mlxft.rundir import load, open_run
+
+TOKENS = 4096  # of a batch, padding included
+FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
+
+
+@dataclass
+class Scored:
+    """One row of the file: its answers' texts or turns, in the order of `names`, and their scores.
+
+    Attributes:
+        kind: "answer", "pair" (chosen and rejected) or "ranking".
+        names: of each answer: score, chosen, rejected, or its number.
+    """
+
+    where: str
+    kind: str
+    answers: list[Answer]
+    names: list[str]
+    scores: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The row's line."""
+        if self.kind == "ranking":
+            order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
+            return {"row": self.where, "scores": self.scores, "ranking": order}
+        line = {"row": self.where, **dict(zip(self.names, self.scores))}
+        return line | {"margin": self.scores[0] - self.scores[1]} if self.kind == "pair" else line
+
+    def __str__(self) -> str:
+        if self.kind == "ranking":
+            order = self.to_json()["ranking"]
+            return f"{self.where}: " + " > ".join(f"answers[{i}] {self.scores[i]:.4f}" for i in order)
+        said = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.names, self.scores))
+        return f"{self.where}: {said}"
+
+
+@dataclass
+class Scorer:
+    """A reward run, ready to score.
+
+    Attributes:
+        mean, std: of the scores on the run's validation rows; None where it had none.
+    """
+
+    split: Split
+    tokenizer: Any
+    chat: bool
+    mean: float | None
+    std: float | None
+
+    def encode(self, prompt: Any, reply: Any, where: str, tools: Any = None) -> Answer:
+        """An answer as it is scored: the very tokens that training reads."""
+        return Answer(*encode_reply(prompt, reply, self.tokenizer, where, tools, self.chat))
+
+    def scores(self, answers: Sequence[Answer], tokens: int = TOKENS, progress: Progress | None = None) -> list[float]:
+        """The score of each answer; those of like length share a batch of `tokens`."""
+        lengths = np.array([len(a.prompt) + len(a.reply) for a in answers], dtype=np.int64)
+        found = np.zeros(len(answers))
+        slots = plan_epoch(lengths, tokens=tokens, seed=None)
+        task = progress.add_task("scoring", total=len(answers)) if progress else None
+        for slot in slots:
+            rows = list(slot.rows)
+            arrays = stack([answers[i] for i in rows], slot.width)
+            found[rows] = np.array(read_scores(self.split, arrays["ids"], arrays["last"]))
+            if progress is not None and task is not None:
+                progress.advance(task, len(rows))
+        return [float(value) for value in found]
+
+
+def open_scorer(path: str | Path, **options: Any) -> Scorer:
+    """Load a reward run (or its adapter or model folder).
+
+    Raises:
+        ModelError: it is none, or does not fit its base.
+    """
+    loaded = load(path, scores=True, **options)
+    loaded.model.eval()
+    mx.eval(loaded.model.parameters())
+    folder = Path(path).expanduser()
+    head = find_head(folder)
+    assert head is not None, "load has found it"
+    noted = read_head(head).about.get("reward", {})
+    run = open_run(folder) if (folder / "config.yaml").is_file() else None
+    chat = run is None or run.config.data.template == "auto"
+    return Scorer(Split(loaded.model), loaded.tokenizer, chat, noted.get("mean"), noted.get("std"))
+
+
+def score(run: str | Path, file: str, console: Console, *, tokens: int = TOKENS) -> list[Scored]:
+    """Score all rows of a file.
+
+    Args:
+        file: rows of messages, prompt and completion, chosen and rejected, or prompt and answers.
+        console: where progress is shown.
+    Raises:
+        ConfigError, DataError: no such file, or rows that can not be scored, all of them in one.
+        ModelError: no reward run.
+    """
+    rows = list(read_rows(file, "test"))
+    scorer = open_scorer(run)
+    found: list[Scored] = []
+    problems: list[str] = []
+    for row in rows:
+        try:
+            if isinstance(row, Problem):
+                raise DataError(row.text)
+            found += read_row(scorer, row.data, row.where)
+        except DataError as exc:
+            text = str(exc)
+            problems.append(text if text.startswith(f"{row.where}: ") else f"{row.where}: {text}")
+    if problems:
+        raise DataError(report_lines(problems))
+    answers = [answer for item in found for answer in item.answers]
+    with Progress(console=console, transient=True) as progress:
+        scores = scorer.scores(answers, tokens, progress)
+    at = 0
+    for item in found:
+        item.scores = scores[at : at + len(item.answers)]
+        at += len(item.answers)
+    return found
+
+
+def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[Scored]:
+    """What a row asks to be scored; its fields say which kind it is.
+
+    Raises:
+        DataError: it is of none, or not well formed.
+    """
+    has = {name for name, value in row.items() if value is not None}
+    listed = next((name for name in ("answers", "completions") if name in has), None)
+    if {"chosen", "rejected"} <= has:
+        item = FORMATS["preference"].read(row)
+        pairs = item.pairs if isinstance(item, Ranked) else (item,)
+        return [_pair(scorer, pair, where) for pair in pairs if isinstance(pair, Preference)]
+    if "prompt" in has and listed:
+        texts = row[listed]
+        if not isinstance(texts, list) or not texts:
+            raise DataError(f"{listed} is {texts!r:.40}; expected a list of answers")
+        items = [FORMATS["prompt-completion"].read({**row, "completion": text}) for text in texts]
+        answers = [_answer(scorer, item, where) for item in items]
+        return [Scored(where, "ranking", answers, [str(i) for i in range(len(answers))])]
+    for name in ("messages", "prompt-completion"):
+        if not FORMATS[name].missing(row):
+            return [Scored(where, "answer", [_answer(scorer, FORMATS[name].read(row), where)], ["score"])]
+    raise DataError(f"the row has {', '.join(sorted(has)) or 'no fields'}; expected {FIELDS}")
+
+
+def _answer(scorer: Scorer, item: Any, where: str) -> Answer:
+    if isinstance(item, Completion):
+        return scorer.encode(item.prompt, item.completion, where)
+    if isinstance(item, Judged):
+        return scorer.encode(item.prompt, item.completion, where, item.tools)
+    assert isinstance(item, Conversation)
+    *prompt, reply = ({k: v for k, v in message.items() if k != "weight"} for message in item.messages)
+    return scorer.encode(prompt, reply, where, item.tools)
+
+
+def _pair(scorer: Scorer, pair: Preference, where: str) -> Scored:
+    both = [scorer.encode(pair.prompt, reply, where, pair.tools) for reply in (pair.chosen, pair.rejected)]
+    return Scored(where, "pair", both, ["chosen", "rejected"])
+
+
+def summarise(rows: Sequence[Scored]) -> dict[str, Any]:
+    """Mean and spread of all scores; of pairs the share in which chosen is above rejected (equal counts half)."""
+    values = np.array([value for row in rows for value in row.scores])
+    summary: dict[str, Any] = {"rows": len(rows), "mean": float(values.mean()), "std": float(values.std())}
+    margins = np.array([row.scores[0] - row.scores[1] for row in rows if row.kind == "pair"])
+    if margins.size:
+        summary["pairs"] = int(margins.size)
+        summary["accuracy"] = float(((margins > 0) + 0.5 * (margins == 0)).mean())
+        summary["margin"] = float(margins.mean())
+    return summary
