@@ -45,7 +45,10 @@ def lines(path: Path, *rows: Any) -> str:
         ("tune.rank", ["override 'tune.rank': expected KEY=VALUE"]),
         ("tune.rank.x=3", ["override 'tune.rank.x=3': rank is a value, not a section"]),
         ("tune.rank=[", ["override tune.rank:1: not valid YAML"]),
-        ("objective=stf", ["objective: no such objective 'stf' (did you mean sft?); there are sft"]),
+        (
+            "objective=stf",
+            ["objective: no such objective 'stf' (did you mean sft?); there are preference, reward, sft"],
+        ),
     ],
 )
 def test_wrong_settings(override: str, said: list[str], write: Write, refused: Refused) -> None:
