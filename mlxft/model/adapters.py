@@ -290,13 +290,13 @@ def _relative(name: str, blocks: Sequence[str]) -> str:
     return name.removeprefix(f"{block}.") if block else ""
 
 
-def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoRASpec | None:
-    """Attach the adapter in `folder` and load its weights; its layers, and modules it trained whole, are trainable.
+def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Config and weights of an adapter folder.
 
     Args:
         base: fingerprint of the model; an adapter that names another base is refused.
     Raises:
-        ModelError: not an adapter, of another base, or its tensors do not fit.
+        ModelError: not an adapter, of another base, or its weights can not be read.
     """
     config = read_adapter_config(folder)
     about = config.get("mlxft", {}).get("base", {})
@@ -311,12 +311,22 @@ def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoR
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e
     assert isinstance(weights, dict)
+    return config, weights
+
+
+def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoRASpec | None:
+    """Attach the adapter in `folder` and load its weights; its layers, and modules it trained whole, are trainable.
+
+    Raises:
+        ModelError: as `read_adapter`, or its tensors do not fit.
+    """
+    config, weights = read_adapter(folder, base)
     spec = spec_of(config, model)
     if spec is not None:
         attach(model, spec)
     else:
         model.freeze()
-    load_trained(model, weights, str(file))
+    load_trained(model, weights, str(folder / "adapters.safetensors"))
     whole = [n for n in weights if n.rpartition(".")[2] not in LEAVES]
     unfreeze(model, whole, str(folder))
     return spec

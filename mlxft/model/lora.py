@@ -56,7 +56,7 @@ class LowRank(nn.Module):
 
     def delta(self) -> mx.array:
         """The update to the base's weight, in its shape, float32."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} has no delta")
 
     def fused_weight(self) -> mx.array:
         """Base weight plus update, float32."""

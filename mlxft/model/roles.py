@@ -25,7 +25,7 @@ from mlxft.model.adapters import (
     LoRASpec,
     adapter_config,
     load_trained,
-    read_adapter_config,
+    read_adapter,
     spec_of,
 )
 from mlxft.model.folder import replace_folder
@@ -256,21 +256,9 @@ class Roles:
         Raises:
             ModelError: not an adapter, of another base, or it does not fit.
         """
-        config = read_adapter_config(folder)
-        named = config.get("mlxft", {}).get("base", {})
-        if base is not None and named and named.get("fingerprint") != base:
-            raise ModelError(
-                f"{folder}: is for another base, {named.get('model')} ({named.get('fingerprint')}), and this model is "
-                f"{base}; roles share one base"
-            )
+        config, weights = read_adapter(folder, base)
         with self.use(None):
             spec = spec_of(config, self.model)
-        file = folder / "adapters.safetensors"
-        try:
-            weights = mx.load(str(file))
-        except (OSError, RuntimeError, ValueError) as e:
-            raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e
-        assert isinstance(weights, dict)
         role = self.add(name, spec, weights)
         if (folder / HEAD_FILE).is_file():
             try:

@@ -116,7 +116,7 @@ class Judged(Generic[Row]):
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         """The batch of these rows."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} makes no batches")
 
     def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
         """Before the first micro-batch of a step, with all of its slots; of validation, with all there are."""

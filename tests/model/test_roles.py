@@ -262,7 +262,7 @@ def test_a_role_is_saved_with_its_head_and_loaded_by_name(tiny_model: Loaded, tm
 def test_roles_of_another_base_or_shape_are_refused_and_leave_nothing(tiny_model: Loaded, tmp_path: Path) -> None:
     roles = four(tiny_model.model)
     roles.save("reward", tmp_path / "r", {"base": {"model": "tiny", "fingerprint": "abc"}})
-    with pytest.raises(ModelError, match=r"another base, tiny \(abc\).*roles share one base"):
+    with pytest.raises(ModelError, match=r"another base: tiny \(abc\)"):
         roles.load("again", tmp_path / "r", tiny_model.fingerprint)
     paths = roles["policy"].spec
     assert paths is not None
