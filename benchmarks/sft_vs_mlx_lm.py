@@ -19,6 +19,8 @@ from common import lengths, median_ratio, report, worker, write_rows
 
 import mlxft  # before mlx: brings the fast BLAS on Linux, for both sides
 
+REFERENCE = "mlx_lm"
+SIDES = ("ours", "ours-checkpoint", "mlx_lm", "mlx_lm-checkpoint")
 SCENARIOS = {
     "alpaca": ("alpaca", 0.75),
     "prompt-heavy": ("alpaca", 0.10),
@@ -100,58 +102,70 @@ def theirs(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def sides_of(text: str) -> list[str]:
+    """Names of sides, one of them mlx_lm."""
+    sides = text.split(",")
+    if not set(sides) <= set(SIDES) or REFERENCE not in sides or len(sides) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected {REFERENCE} and others of {', '.join(SIDES)}")
+    return sides
+
+
 def main() -> None:
     """Parse, alternate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", choices=SCENARIOS, default="alpaca")
     parser.add_argument("--model", help="A float32 folder; default: SmolLM2-135M, converted for the occasion.")
+    parser.add_argument("--sides", type=sides_of, default=["ours", REFERENCE], help=", ".join(SIDES))
     parser.add_argument("--alternations", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=900, help="Our budget a batch, padding included.")
-    parser.add_argument("--checkpoint", action="store_true", help="Ours with gradient checkpointing.")
-    parser.add_argument("--both-checkpoint", action="store_true", help="Both with gradient checkpointing.")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         job = json.loads(args.worker)
-        print(json.dumps((ours if job["side"] == "ours" else theirs)(job)))
+        print(json.dumps((theirs if job["side"].startswith(REFERENCE) else ours)(job)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        kind, share = SCENARIOS[args.rows]
-        rows = Path(folder) / "rows.jsonl"
-        write_rows(rows, lengths(kind, 400), share if share < 1 else 0.8)
-        model = args.model
-        if model is None:
-            from mlxft.export.convert import convert
-
-            model = str(Path(folder) / "model")
-            convert("smollm2-135m", Path(model), dtype="float32")
-        job = {
-            "model": model,
-            "rows": str(rows),
-            "dir": folder,
-            "steps": args.steps,
-            "tokens": args.tokens,
-            "by_rows": args.rows == "equal",
-            "all": share == 1,
-        }
-        found: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-        for i in range(args.alternations):
-            for side in ("ours", "theirs") if i % 2 == 0 else ("theirs", "ours"):
-                on = args.both_checkpoint or (args.checkpoint and side == "ours")
-                found[side].append(worker(__file__, {**job, "side": side, "checkpoint": on}))
-                print(side, {k: round(v, 3) for k, v in found[side][-1].items()}, flush=True)
-    speed = [[r["tokens_per_s"] for r in found[s]] for s in ("ours", "theirs")]
-    peak = [[r["peak_gb"] for r in found[s]] for s in ("ours", "theirs")]
+        found = alternate(args, folder)
+    rates = {s: [r["tokens_per_s"] for r in found[s]] for s in args.sides}
+    peaks = {s: [r["peak_gb"] for r in found[s]] for s in args.sides}
     table = [
-        [i + 1, a["tokens_per_s"], b["tokens_per_s"], a["peak_gb"], b["peak_gb"], a["loss"], b["loss"]]
-        for i, (a, b) in enumerate(zip(found["ours"], found["theirs"]))
+        [s, i + 1, r["tokens_per_s"], r["peak_gb"], r["loss"]]
+        for i in range(args.alternations)
+        for s in args.sides
+        for r in [found[s][i]]
     ]
-    ratios = {"speed": median_ratio(*speed), "peak": median_ratio(*peak)}
-    columns = ["run", "ours tok/s", "mlx_lm tok/s", "ours GB", "mlx_lm GB", "ours loss", "mlx_lm loss"]
-    mode = "-both-checkpoint" if args.both_checkpoint else "-checkpoint" if args.checkpoint else ""
-    report(f"sft_vs_mlx_lm-{args.rows}{mode}", columns, table, {"ratios": ratios, "arguments": vars(args)})
-    print(f"median ratio: speed {ratios['speed']:.2f}x, peak memory {ratios['peak']:.2f}x")
+    ratios = {
+        s: {"speed": median_ratio(rates[s], rates[REFERENCE]), "peak": median_ratio(peaks[s], peaks[REFERENCE])}
+        for s in args.sides
+        if s != REFERENCE
+    }
+    columns = ["side", "alternation", "trained tok/s", "peak GB", "loss"]
+    report(f"sft_vs_mlx_lm-{args.rows}", columns, table, {"ratios": ratios, "arguments": vars(args)})
+    for side, ratio in ratios.items():
+        print(f"{side}: median {ratio['speed']:.2f}x the speed, {ratio['peak']:.2f}x the peak memory of {REFERENCE}")
+
+
+def alternate(args: argparse.Namespace, folder: str) -> dict[str, list[dict[str, Any]]]:
+    """Results of each side, run in turns and in turned order."""
+    kind, share = SCENARIOS[args.rows]
+    rows = Path(folder) / "rows.jsonl"
+    write_rows(rows, lengths(kind, 400), share if share < 1 else 0.8)
+    model = args.model
+    if model is None:
+        from mlxft.export.convert import convert
+
+        model = str(Path(folder) / "model")
+        convert("smollm2-135m", Path(model), dtype="float32")
+    job = {"model": model, "rows": str(rows), "dir": folder, "steps": args.steps, "tokens": args.tokens}
+    job |= {"by_rows": args.rows == "equal", "all": share == 1}
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
+    for i in range(args.alternations):
+        for side in args.sides if i % 2 == 0 else args.sides[::-1]:
+            on = side.endswith("-checkpoint")
+            found[side].append(worker(__file__, {**job, "side": side, "checkpoint": on}))
+            print(side, {k: round(v, 3) for k, v in found[side][-1].items()}, flush=True)
+    return found
 
 
 if __name__ == "__main__":
