@@ -285,7 +285,7 @@ class Config(Settings):
 def objectives() -> list[str]:
     """Names of the objectives there are."""
     package = importlib.import_module("mlxft.objectives")
-    found = (m.name for m in pkgutil.iter_modules(package.__path__))
+    found = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
     return [name for name in found if name not in ("base", "functional", "pairs")]
 
 

@@ -167,7 +167,7 @@ class RewardSettings(Settings):
     )
     function: str | dict[str, float] | None = Field(
         None,
-        description="file.py:name, called as name(prompts, completions, rows) -> floats; several: {file.py:name: weight}.",
+        description="file.py:name, called as name(prompts, completions, rows) -> floats; several: a mapping to weights.",
     )
     rules: list[AnyRule] = Field(
         default_factory=list,
@@ -195,11 +195,14 @@ class RewardSettings(Settings):
             raise ValueError("; ".join(problems))
         return found
 
-    @field_validator("function")
+    @field_validator("function", mode="before")
     @classmethod
-    def _some_function(cls, value: str | dict[str, float] | None) -> str | dict[str, float] | None:
+    def _some_function(cls, value: Any) -> Any:
         if isinstance(value, dict) and not value:
             raise ValueError("names no function; give file.py:name, or leave it out")
+        wrong = [k for k, weight in value.items() if isinstance(weight, bool)] if isinstance(value, dict) else []
+        if wrong:
+            raise ValueError(f"{wrong[0]} has the weight {value[wrong[0]]}; expected a number")
         return value
 
     @model_validator(mode="after")
