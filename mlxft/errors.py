@@ -6,6 +6,7 @@
       ModelError          weights, architecture, quantisation or adapter do not fit
       CheckpointError     a run folder or checkpoint can not be read, written or continued
       ExportError         a result can not be written in the wanted form
+      RewardError         a reward gives no usable number for a completion
 
 All are ValueErrors: they say that something given to mlxft is wrong, and what to do about it. A mistake of
 mlxft itself is an AssertionError.
@@ -42,6 +43,10 @@ class CheckpointError(MlxftError):
 
 class ExportError(MlxftError):
     """A result can not be written in the wanted form."""
+
+
+class RewardError(MlxftError):
+    """A reward gives no usable number for a completion."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

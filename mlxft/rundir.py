@@ -13,7 +13,7 @@ from typing import Any
 
 from mlxft.config import Config
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
-from mlxft.model.adapters import load_adapter, read_adapter_config
+from mlxft.model.adapters import load_with_adapter
 from mlxft.model.heads import HEAD_FILE, load_head
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
@@ -88,7 +88,7 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
     else:
         adapter = find_adapter(Path(adapter).expanduser())
         head = _checked_head(adapter, scores)
-        loaded = _with_adapter(path, adapter, options)
+        loaded = load_with_adapter(path, adapter, options)
     if head is not None:
         load_head(Split(loaded.model), head, base_fingerprint(loaded))
         loaded.model.eval()
@@ -106,24 +106,6 @@ def _checked_head(folder: Path, scores: bool) -> Path | None:
     if head is not None and not scores:
         raise ModelError(f"{folder} is a reward model: it gives scores, not text; use mlxft score, or name a policy")
     return head
-
-
-def _with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
-    """A base with the adapter in a folder; `path` is the base, or the adapter's own place: then it says which."""
-    base = dict(read_adapter_config(adapter).get("mlxft", {}).get("base", {}))
-    base.pop("fingerprint", None)
-    name = base.pop("model", None)
-    if Path(path).expanduser() in (adapter, adapter.parent):
-        if name is None:
-            raise ModelError(f"{adapter} does not say which base it is for; name it with --model")
-        path = name
-    elif str(path) != name:
-        base = {}
-    template = base.pop("chat_template", None)
-    loaded = load_model(str(path), **{**base, "chat_template": Path(template) if template else None, **options})
-    load_adapter(loaded.model, adapter, base_fingerprint(loaded))
-    loaded.model.eval()
-    return loaded
 
 
 def open_run(folder: str | Path) -> Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.model.load import Loaded, base_fingerprint
+from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 
 Layers = Literal["all"] | int | list[int]
@@ -330,6 +332,31 @@ def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoR
     whole = [n for n in weights if n.rpartition(".")[2] not in LEAVES]
     unfreeze(model, whole, str(folder))
     return spec
+
+
+def load_with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
+    """A base with the adapter in a folder, ready to use.
+
+    Args:
+        path: the base, or the adapter's own place: then the adapter says which.
+        options: as for mlxft.model.load.load; they override what the adapter says of its base.
+    Raises:
+        ModelError: no such base, or the adapter belongs to another one.
+    """
+    base = dict(read_adapter_config(adapter).get("mlxft", {}).get("base", {}))
+    base.pop("fingerprint", None)
+    name = base.pop("model", None)
+    if Path(path).expanduser() in (adapter, adapter.parent):
+        if name is None:
+            raise ModelError(f"{adapter} does not say which base it is for; name it with --model")
+        path = name
+    elif str(path) != name:
+        base = {}
+    template = base.pop("chat_template", None)
+    loaded = load_model(str(path), **{**base, "chat_template": Path(template) if template else None, **options})
+    load_adapter(loaded.model, adapter, base_fingerprint(loaded))
+    loaded.model.eval()
+    return loaded
 
 
 def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:

@@ -12,18 +12,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from mlxft.data.batching import plan_epoch
 from mlxft.data.convert import FORMATS
-from mlxft.data.encode import encode_reply
+from mlxft.data.encode import Reply
 from mlxft.data.formats import Completion, Conversation, Judged, Preference, Ranked
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import DataError
-from mlxft.model.heads import find_head, read_head, read_scores
+from mlxft.model.heads import find_head, read_head
 from mlxft.model.logits import Split
-from mlxft.objectives.pairs import Answer, stack
+from mlxft.model.scorer import TOKENS, Scorer
 from mlxft.rundir import load, open_run
 
-TOKENS = 4096  # of a batch, padding included
 FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
 
 
@@ -38,7 +36,7 @@ class Scored:
 
     where: str
     kind: str
-    answers: list[Answer]
+    answers: list[Reply]
     names: list[str]
     scores: list[float] = field(default_factory=list)
 
@@ -56,39 +54,6 @@ class Scored:
             return f"{self.where}: " + " > ".join(f"answers[{i}] {self.scores[i]:.4f}" for i in order)
         said = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.names, self.scores))
         return f"{self.where}: {said}"
-
-
-@dataclass
-class Scorer:
-    """A reward run, ready to score.
-
-    Attributes:
-        mean, std: of the scores on the run's validation rows; None where it had none.
-    """
-
-    split: Split
-    tokenizer: Any
-    chat: bool
-    mean: float | None
-    std: float | None
-
-    def encode(self, prompt: Any, reply: Any, where: str, tools: Any = None) -> Answer:
-        """An answer as it is scored: the very tokens that training reads."""
-        return Answer(*encode_reply(prompt, reply, self.tokenizer, where, tools, self.chat))
-
-    def scores(self, answers: Sequence[Answer], tokens: int = TOKENS, progress: Progress | None = None) -> list[float]:
-        """The score of each answer; those of like length share a batch of `tokens`."""
-        lengths = np.array([len(a.prompt) + len(a.reply) for a in answers], dtype=np.int64)
-        found = np.zeros(len(answers))
-        slots = plan_epoch(lengths, tokens=tokens, seed=None)
-        task = progress.add_task("scoring", total=len(answers)) if progress else None
-        for slot in slots:
-            rows = list(slot.rows)
-            arrays = stack([answers[i] for i in rows], slot.width)
-            found[rows] = np.array(read_scores(self.split, arrays["ids"], arrays["last"]))
-            if progress is not None and task is not None:
-                progress.advance(task, len(rows))
-        return [float(value) for value in found]
 
 
 def open_scorer(path: str | Path, **options: Any) -> Scorer:
@@ -135,7 +100,8 @@ def score(run: str | Path, file: str, console: Console, *, tokens: int = TOKENS)
         raise DataError(report_lines(problems))
     answers = [answer for item in found for answer in item.answers]
     with Progress(console=console, transient=True) as progress:
-        scores = scorer.scores(answers, tokens, progress)
+        task = progress.add_task("scoring", total=len(answers))
+        scores = scorer.scores(answers, tokens, lambda count: progress.advance(task, count))
     at = 0
     for item in found:
         item.scores = scores[at : at + len(item.answers)]
@@ -168,7 +134,7 @@ def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[Scored]:
     raise DataError(f"the row has {', '.join(sorted(has)) or 'no fields'}; expected {FIELDS}")
 
 
-def _answer(scorer: Scorer, item: Any, where: str) -> Answer:
+def _answer(scorer: Scorer, item: Any, where: str) -> Reply:
     if isinstance(item, Completion):
         return scorer.encode(item.prompt, item.completion, where)
     if isinstance(item, Judged):

@@ -10,11 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.data.encode import Ids
+from mlxft.data.sources import report_lines
+from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
+from mlxft.objectives.onpolicy.functions import ScoredFunction, load_functions
+from mlxft.objectives.onpolicy.reward_model import RewardModel, find_reward_run
+from mlxft.objectives.onpolicy.rules import ScoredRule
 from mlxft.objectives.onpolicy.settings import RewardSettings
 
 Values = npt.NDArray[np.float32]
+MODEL = "reward_model"
 
 
 @dataclass(frozen=True)
@@ -53,30 +59,86 @@ class Scores(NamedTuple):
 class Rewards:
     """The rewards of a recipe.
 
+    Args:
+        tokenizer: the policy's.
+    Attributes:
+        role: the role of the reward model, if it is one on the policy's base: the critic may start from it.
     Raises:
-        ConfigError: no source is given, or a function can not be loaded.
+        ConfigError: no source is given, or one can not be used. The reward run itself is loaded by `prepare`.
     """
 
-    role: str | None  # of the reward model, if it is one on the policy's base
-
     def __init__(self, settings: RewardSettings, tokenizer: Any) -> None:
-        self.role = None
-        raise AssertionError("to come")
+        if not settings.given:
+            raise ConfigError("rewards: give adapter, function or rules")
+        self.role: str | None = None
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._run = None if settings.adapter is None else find_reward_run(settings.adapter, settings.normalize)
+        self._model: RewardModel | None = None
+        self._rules = [ScoredRule(i, rule) for i, rule in enumerate(settings.rules)]
+        self._sources: list[ScoredFunction | ScoredRule] = [*load_functions(settings.function), *self._rules]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the components, in the order of `Scores.components`."""
+        model = [] if self._run is None else [MODEL]
+        return [*model, *(source.name for source in self._sources)]
 
     def check_rows(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Whether (where, fields) of each row have what the rules read. DataError: all that lack it."""
-        raise AssertionError("to come")
+        """Whether rows, each with where it stands, have what the rules read.
+
+        Raises:
+            DataError: some do not; all of them in one.
+        """
+        found = [(where, rule.problem(row)) for where, row in rows for rule in self._rules]
+        if lines := [f"{where}: {problem}" for where, problem in found if problem]:
+            raise DataError(report_lines(lines))
 
     def prepare(self, roles: Roles, split: Split, fingerprint: str | None, base: str | None = None) -> None:
-        """Load the reward model, if there is one; see `rewards.adapter`.
+        """Load the reward model, if there is one: as the role "reward" where it is of the policy's base.
 
         Args:
-            roles: of the policy's model, to which the role "reward" comes where it is of the same base.
-            fingerprint: of the policy's base.
-            base: its name (model.path): a reward model of another base with the same shapes is told by it.
+            roles: of the policy's model.
+            split: of that model.
+            fingerprint: of the policy's base. Other bases are loaded beside it.
+            base: its name (model.path). A fine-tune has the fingerprint of what it came from: where the names lead to
+                different places, the reward run is loaded on its own base.
+        Raises:
+            ModelError: it can not be loaded.
         """
-        raise AssertionError("to come")
+        if self._run is not None:
+            self._model = RewardModel(self._run, self._tokenizer, roles, split, fingerprint, base)
+            self.role = self._model.role
 
     def score(self, items: Sequence[Item], *, tokens: int) -> Scores:
-        """Rewards of completions, in their order; the reward model reads batches of at most `tokens` tokens."""
-        raise AssertionError("to come")
+        """Rewards of completions, in their order.
+
+        Components, the reward model's normalised if asked for, are weighted and added up; then the missing-EOS penalty
+        is taken off, and then the total is clipped.
+
+        Args:
+            tokens: most tokens of a batch that the reward model reads, padding included.
+        Raises:
+            DataError, RewardError: a source gives no number for a completion.
+        """
+        s = self._settings
+        components: dict[str, Values] = {}
+        total = np.zeros(len(items))
+        if self._run is not None:
+            assert self._model is not None, "prepare first"
+            values = np.array(self._model.score(items, tokens))
+            components[MODEL] = values.astype(np.float32)
+            if s.normalize:
+                assert self._run.mean is not None
+                assert self._run.std is not None
+                values = (values - self._run.mean) / self._run.std
+            total += s.adapter_weight * values
+        for source in self._sources:
+            values = np.array(source.score(items) if items else [])
+            components[source.name] = values.astype(np.float32)
+            total += source.weight * values
+        if s.missing_eos_penalty is not None:
+            total -= s.missing_eos_penalty * np.array([not item.finished for item in items], dtype=np.float64)
+        if s.clip is not None:
+            total = np.clip(total, -s.clip, s.clip)
+        return Scores(total.astype(np.float32), components)

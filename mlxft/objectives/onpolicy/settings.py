@@ -167,7 +167,7 @@ class RewardSettings(Settings):
     )
     function: str | dict[str, float] | None = Field(
         None,
-        description="file.py:name, called as name(prompts, completions, rows) -> floats; several: a mapping to weights.",
+        description="file.py:name, called as name(prompts, completions, rows) -> floats; several: mapped to weights.",
     )
     rules: list[AnyRule] = Field(
         default_factory=list,
