@@ -41,7 +41,7 @@ from mlxft.model.load import load as load_model
 from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
 from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
-from mlxft.model.sample import generate
+from mlxft.model.sample import Sampling, generate
 from mlxft.objectives.base import Objective
 from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, load_config, parse_config
@@ -265,11 +265,11 @@ def _train(
         if p.best_step is None and not full:
             saver.result()
 
+    likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
+
     def on_samples(p: Progress) -> None:
         for prompt in settings.sample_prompts:
-            answer = generate(
-                loaded.model, loaded.tokenizer, prompt, max_tokens=settings.sample_tokens or 64, temperature=0.0
-            )
+            answer = generate(loaded.model, loaded.tokenizer, prompt, likeliest)
             reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
 
     hooks = Hooks(reporter.event, on_checkpoint, lambda p: saver.result(), on_samples)

@@ -13,7 +13,7 @@ import pytest
 
 import mlxft
 from mlxft.errors import ConfigError
-from mlxft.model.sample import generate
+from mlxft.model.sample import Sampling, generate
 from mlxft.train.loop import Loop
 
 ROWS = [
@@ -66,7 +66,7 @@ def test_train_then_load(settings: dict[str, Any]) -> None:
     assert mx.array_equal(by_run.model(ids), by_dir.model(ids)).item()
     bare = mlxft.load(settings["model"]["path"])
     assert not mx.array_equal(by_run.model(ids), bare.model(ids)).item(), "the adapter is on it"
-    assert isinstance(generate(by_run.model, by_run.tokenizer, "What is the sea?", max_tokens=4, temperature=0.0), str)
+    assert isinstance(generate(by_run.model, by_run.tokenizer, "What is the sea?", Sampling(4)), str)
 
 
 def test_load_takes_the_run_of_a_full_fine_tune(settings: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ import click
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
 @click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bool, **sampling: Any) -> None:
+def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bool, **source: Any) -> None:
     """Judge answers to the PROMPTS of a file by hand, blind; OUT is then a file of data.format: preference.
 
     Rows are {"prompt": ...}; those with "answers", or "chosen" and "rejected", are judged as they are, without a model.
@@ -31,7 +31,7 @@ def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bo
              mlxft label --agreement ann.jsonl ben.jsonl
     """
     if agreement:
-        if len(files) != 2 or out is not None or sampling["model"] or sampling["against"]:
+        if len(files) != 2 or out is not None or source["model"] or source["against"]:
             raise click.UsageError("--agreement takes two files of judgements, and nothing else")
         from mlxft.study.judgements import agreement as compare
 
@@ -42,10 +42,12 @@ def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bo
         raise click.UsageError("give one file of prompts, and --out")
     from rich.console import Console
 
-    from mlxft.study.label import Sampling
+    from mlxft.model.sample import Sampling
+    from mlxft.study.label import Source
     from mlxft.study.label import label as judge
 
-    done = judge(files[0], out, Sampling(**sampling), Console(stderr=as_json))
+    how = Sampling(source.pop("max_tokens"), source.pop("temperature"))
+    done = judge(files[0], out, Source(how, **source), Console(stderr=as_json))
     win = done.win_rate
     if as_json:
         rate = None if win is None else {**win._asdict(), "rate": win.rate, "interval": win.interval}

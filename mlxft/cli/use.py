@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +19,9 @@ def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1)),
         click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: most likely."),
         click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
+        click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: off."),
+        click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1)),
+        click.option("--stop", multiple=True, help="Ends an answer, and is not shown; can be given several times."),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
     ]
     for option in reversed(options):
@@ -34,38 +38,74 @@ def _utf8(said: bytes) -> str:
 
 @click.command()
 @click.argument("prompt", required=False)
+@click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
+@click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")
 @sampling
-def generate(prompt: str | None, model: str, adapter: str | None, system: str | None, **options: Any) -> None:
-    """Answer PROMPT (or standard input), as the text comes.
+def generate(
+    prompt: str | None,
+    batch: str | None,
+    out: Path | None,
+    samples: int | None,
+    model: str,
+    adapter: str | None,
+    system: str | None,
+    seed: int | None,
+    **options: Any,
+) -> None:
+    """Answer PROMPT (or standard input), as the text comes; or the prompts of a file, in batches.
 
+    \b
     Example: mlxft generate --model runs/quickstart "How many days of leave are there?"
+             mlxft generate --model runs/quickstart --batch prompts.jsonl --out answers.jsonl
     """
-    if prompt is None:
+    if batch is not None:
+        _refuse(prompt, batch, out, samples, options["temperature"])
+    elif out is not None or samples is not None:
+        raise click.UsageError("--out and --samples go with --batch")
+    elif prompt is None:
         if sys.stdin.isatty():
-            raise click.UsageError("give a PROMPT, or pipe one in")
+            raise click.UsageError("give a PROMPT, pipe one in, or name a file of them with --batch")
         prompt = _utf8(sys.stdin.buffer.read())
-    if not prompt.strip():
+    if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
-    from mlxft.model.sample import render_prompt, stream
+    from mlxft.model.sample import Sampling, render_prompt, stream
     from mlxft.rundir import load
 
+    how = Sampling(**options)
     loaded = load(model, adapter)
-    ids = render_prompt(loaded.tokenizer, prompt, system)
-    for piece in stream(loaded.model, loaded.tokenizer, ids, **options):
+    if batch is not None:
+        from mlxft.study.answers import Asked, write_answers
+
+        write_answers(Asked(batch, loaded, system), how, samples or 1, seed, out)
+        return
+    ids = render_prompt(loaded.tokenizer, prompt or "", system)
+    for piece in stream(loaded.model, loaded.tokenizer, ids, how, seed=seed):
         click.echo(piece, nl=False)
     click.echo()
 
 
+def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | None, temperature: float) -> None:
+    """What does not go with --batch."""
+    if prompt is not None:
+        raise click.UsageError("give a PROMPT or --batch, not both")
+    if out is not None and out.exists() and Path(batch).exists() and out.samefile(batch):
+        raise click.UsageError("--out is the file of prompts; choose another")
+    if (samples or 1) > 1 and temperature == 0:
+        raise click.UsageError(f"--samples {samples} at temperature 0 would be {samples} times the same; raise it")
+
+
 @click.command()
 @sampling
-def chat(model: str, adapter: str | None, system: str | None, **options: Any) -> None:
+def chat(model: str, adapter: str | None, system: str | None, seed: int | None, **options: Any) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it.
 
     Example: mlxft chat --model runs/quickstart
     """
-    from mlxft.model.sample import stream
+    from mlxft.model.sample import Sampling, stream
     from mlxft.rundir import load
 
+    how = Sampling(**options)
     loaded = load(model, adapter)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
@@ -79,7 +119,7 @@ def chat(model: str, adapter: str | None, system: str | None, **options: Any) ->
         said = _utf8(said.encode("utf-8", "surrogateescape"))
         messages.append({"role": "user", "content": said})
         pieces = []
-        for piece in stream(loaded.model, loaded.tokenizer, messages, **options):
+        for piece in stream(loaded.model, loaded.tokenizer, messages, how, seed=seed):
             pieces.append(piece)
             click.echo(piece, nl=False)
         click.echo()

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mlxft.export.fuse import fuse
 from mlxft.model.load import Loaded
-from mlxft.model.sample import generate
+from mlxft.model.sample import Sampling, generate
 from mlxft.recipe import load_config
 from mlxft.run import load, load_base, train
 
@@ -42,10 +42,8 @@ def questions() -> list[Question]:
 
 def answers(loaded: Loaded, asked: Sequence[Question]) -> list[str]:
     """The most likely answer to each question."""
-    return [
-        generate(loaded.model, loaded.tokenizer, q.question, max_tokens=40, temperature=0.0, stop=["\n"]).strip()
-        for q in asked
-    ]
+    line = Sampling(40, temperature=0.0, stop=("\n",))
+    return [generate(loaded.model, loaded.tokenizer, q.question, line).strip() for q in asked]
 
 
 def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:

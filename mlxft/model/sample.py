@@ -1,10 +1,15 @@
-"""Text out of a model: the only file that touches mlx-lm's generator."""
+"""Text out of a model, one answer at a time; and how tokens are drawn, for `batch_sample` too.
+
+Only these two files, and `kv` beside them, touch mlx-lm's generator and caches.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -16,6 +21,53 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 Prompt = str | list[dict[str, Any]]
+_DRAWN = 64  # steps whose random numbers are drawn at one time
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn and where it ends.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p, top_k, min_p: filters as mlx-lm applies them (before the temperature); 1, 0 and 0 switch them off.
+        stop: strings that end an answer.
+        stop_at_eos: whether the tokenizer's eos ids end it; if not they are tokens like others.
+    Raises:
+        ConfigError: all that is out of bounds, in one.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_at_eos: bool = True
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.max_tokens < 1:
+            wrong.append(f"max_tokens is {self.max_tokens}; at least 1")
+        if not 0 <= self.temperature < math.inf:
+            wrong.append(f"temperature is {self.temperature}; at least 0")
+        if not 0 < self.top_p <= 1:
+            wrong.append(f"top_p is {self.top_p}; above 0 and at most 1")
+        if self.top_k < 0:
+            wrong.append(f"top_k is {self.top_k}; at least 0 (0 is off)")
+        if not 0 <= self.min_p <= 1:
+            wrong.append(f"min_p is {self.min_p}; from 0 to 1")
+        stop: Any = self.stop
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            wrong.append(f"stop is {stop!r}; a list of strings, none of them empty")
+        if wrong:
+            raise ConfigError("sampling: " + "; ".join(wrong))
+        object.__setattr__(self, "stop", tuple(stop))
+
+    @property
+    def filtered(self) -> bool:
+        """Whether answers come from another distribution than the model's at this temperature."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 def render_prompt(tokenizer: TokenizerWrapper, prompt: Prompt, system: str | None = None) -> list[int]:
@@ -47,14 +99,9 @@ def stream(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: Prompt | Sequence[int],
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """Pieces of an answer as they come; they end at any eos id, at a stop string (not shown) or at max_tokens.
 
@@ -62,48 +109,26 @@ def stream(
 
     Args:
         prompt: ids, or text or messages to render.
-        temperature: 0 takes the most likely token.
-        top_p, top_k, min_p: filters as mlx-lm applies them (before the temperature); 1, 0 and 0 switch them off.
         seed: the same seed gives the same text; None draws a new one from the system.
     Raises:
-        ConfigError, DataError: at the call, not at the first piece.
+        DataError: an empty prompt, or messages that the template refuses; at the call, not at the first piece.
     """
-    _check(max_tokens, temperature, top_p, top_k, min_p, stop)
     ids = _ids(tokenizer, prompt)
     if not ids:
         raise DataError("the prompt is empty: there is no token to go on from")
-    sampler = _sampler(temperature, top_p, top_k, min_p, seed)
-    return _stop_at(_pieces(model, tokenizer, ids, max_tokens, sampler), tuple(stop))
+    return _stop_at(_pieces(model, tokenizer, ids, sampling, seed), sampling.stop)
 
 
 def generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     prompt: Prompt | Sequence[int],
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
     seed: int | None = None,
-    stop: Sequence[str] = (),
 ) -> str:
     """The whole answer; arguments as for `stream`."""
-    return "".join(
-        stream(
-            model,
-            tokenizer,
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-        )
-    )
+    return "".join(stream(model, tokenizer, prompt, sampling, seed=seed))
 
 
 def _ids(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
@@ -112,81 +137,111 @@ def _ids(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
     return [int(token) for token in prompt]
 
 
-def _check(max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float, stop: Sequence[str]) -> None:
-    wrong = []
-    if max_tokens < 1:
-        wrong.append(f"max_tokens is {max_tokens}; at least 1")
-    if not 0 <= temperature < math.inf:
-        wrong.append(f"temperature is {temperature}; at least 0")
-    if not 0 < top_p <= 1:
-        wrong.append(f"top_p is {top_p}; above 0 and at most 1")
-    if top_k < 0:
-        wrong.append(f"top_k is {top_k}; at least 0 (0 is off)")
-    if not 0 <= min_p <= 1:
-        wrong.append(f"min_p is {min_p}; from 0 to 1")
-    if isinstance(stop, str) or not all(stop):
-        wrong.append(f"stop is {stop!r}; a list of strings, none of them empty")
-    if wrong:
-        raise ConfigError("sampling: " + "; ".join(wrong))
+class Noise:
+    """Uniform numbers, step by step, for rows that each have a stream of their own.
 
+    Keys of its own: drawing from the global state between two training steps would change the training.
 
-def _sampler(
-    temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None
-) -> Callable[[mx.array], mx.array]:
-    """(1, V) log-probabilities -> (1,) ids.
-
-    With keys of its own: mlx-lm's samplers draw from the global state, and evaluating between two training steps
-    would then change the training.
+    Args:
+        keys: (B, 2), a key a row: a row's numbers are the same whatever rows stand beside it.
     """
+
+    def __init__(self, keys: mx.array) -> None:
+        self._keys, self._at = keys, _DRAWN
+        self._drawn = mx.zeros((keys.shape[0], 0, 2))
+
+    def __call__(self) -> mx.array:
+        """(B, 2) float32, 0 <= u < 1, of the next step."""
+        if self._at == _DRAWN:
+            split = mx.vmap(mx.random.split)(self._keys)
+            self._keys, now = split[:, 0], split[:, 1]
+            self._drawn = mx.vmap(lambda key: mx.random.uniform(shape=(_DRAWN, 2), key=key))(now)
+            self._at = 0
+        self._at += 1
+        return self._drawn[:, self._at - 1]
+
+    def take(self, rows: mx.array) -> None:
+        """Go on with these rows only."""
+        self._keys, self._drawn = self._keys[rows], self._drawn[rows]
+
+
+def pick(logits: mx.array, sampling: Sampling, noise: Noise) -> mx.array:
+    """(B, V) logits -> (B,) ids, by the sampling's filters and temperature."""
+    if sampling.temperature == 0:
+        return mx.argmax(logits, axis=-1)
+    return _draw(_filtered(logits.astype(mx.float32), sampling) / sampling.temperature, noise())
+
+
+def _filtered(logits: mx.array, sampling: Sampling) -> mx.array:
+    """(B, V) -> (B, V), -inf where a token is out."""
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
-    if temperature == 0:
-        return lambda logprobs: mx.argmax(logprobs, axis=-1)
-    key = mx.random.key(int.from_bytes(os.urandom(7), "big") if seed is None else seed)
+    if sampling.top_p < 1:
+        logits = apply_top_p(logits - mx.logsumexp(logits, axis=-1, keepdims=True), sampling.top_p)
+    if sampling.min_p > 0:
+        logits = apply_min_p(logits, sampling.min_p, 1)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = apply_top_k(logits, sampling.top_k)
+    return logits
 
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        logprobs = logprobs.astype(mx.float32)
-        if top_p < 1:
-            logprobs = apply_top_p(logprobs, top_p)
-        if min_p > 0:
-            logprobs = apply_min_p(logprobs, min_p, 1)
-        if 0 < top_k < logprobs.shape[-1]:
-            logprobs = apply_top_k(logprobs, top_k)
-        return mx.random.categorical(logprobs / temperature, key=now)
 
-    return sample
+def _draw(logits: mx.array, uniform: mx.array) -> mx.array:
+    """(B, V) logits and (B, 2) uniform numbers -> (B,) ids, each with its softmax's probability.
+
+    The cumulative sum is turned around in two stages, a block of the vocabulary and then a token in it: two numbers a
+    row in place of one a token, and sums of a few hundred addends, in which no unlikely token is rounded away.
+    """
+    rows, vocabulary = logits.shape
+    side = math.isqrt(vocabulary - 1) + 1
+    blocks = -(-vocabulary // side)
+    mass = mx.exp(logits - logits.max(axis=-1, keepdims=True))
+    mass = mx.pad(mass, [(0, 0), (0, blocks * side - vocabulary)]).reshape(rows, blocks, side)
+    block = _first(mass.sum(axis=-1), uniform[:, 0])
+    inside = mx.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
+    return block * side + _first(inside, uniform[:, 1])
+
+
+def _first(mass: mx.array, uniform: mx.array) -> mx.array:
+    """(B, N) not normalised, (B,) -> (B,): the first place where the cumulative share is above `uniform`."""
+    upto = mx.cumsum(mass, axis=-1)
+    # A GPU's parallel sums need not be monotone: what has no mass is never taken.
+    return mx.argmax((upto > uniform[:, None] * upto[:, -1:]) & (mass > 0), axis=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout and the like are off; at the end every module's training flag is as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module._training = training
 
 
 def _pieces(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    ids: list[int],
-    max_tokens: int,
-    sampler: Callable[[mx.array], mx.array],
+    model: nn.Module, tokenizer: TokenizerWrapper, ids: list[int], sampling: Sampling, seed: int | None
 ) -> Iterator[str]:
-    """Text as its tokens come. Dropout is off meanwhile."""
-    from mlx_lm.generate import stream_generate
+    """Text as its tokens come."""
+    from mlx_lm.generate import generate_step, wired_limit
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 
     # The wrapper's own detokenizer drops a leading space, which belongs to the text where a prompt is plain text.
     text = NaiveStreamingDetokenizer(tokenizer._tokenizer)
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for step in stream_generate(model, tokenizer, mx.array(ids), max_tokens=max_tokens, sampler=sampler):
-            if step.finish_reason == "stop":
+    noise = Noise(mx.random.key(int.from_bytes(os.urandom(7), "big") if seed is None else seed)[None])
+    sampler: Callable[[mx.array], mx.array] = lambda logprobs: pick(logprobs, sampling, noise)  # noqa: E731
+    ends = tokenizer.eos_token_ids if sampling.stop_at_eos else ()
+    with evaluating(model), wired_limit(model):
+        for token, _ in generate_step(mx.array(ids), model, max_tokens=sampling.max_tokens, sampler=sampler):
+            if token in ends:
                 break
-            text.add_token(step.token)
+            text.add_token(token)
             if piece := text.last_segment:
                 yield piece
         text.finalize()
         if piece := text.last_segment:
             yield piece
-    finally:
-        for module, training in flags:
-            module._training = training
 
 
 def _stop_at(pieces: Iterator[str], stop: tuple[str, ...]) -> Iterator[str]:

@@ -6,11 +6,11 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -21,20 +21,22 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.study.judgements import TIE, Journal, Row, WinRate, win_rate
 from mlxft.study.terminal import Keys, choices, keys_help, show
 
+if TYPE_CHECKING:
+    from mlxft.model.sample import Sampling
+
 MOST = 9  # answers that a digit can choose
 _AGAIN = 4  # more samples where answers are empty or alike
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Source:
     """Where answers come from. `against` is a second model: then each gives one answer."""
 
+    sampling: Sampling
     model: str | None = None
     adapter: str | None = None
     against: str | None = None
     n: int = 2
-    max_tokens: int = 512
-    temperature: float = 1.0
     seed: int = 0
 
     @property
@@ -126,7 +128,7 @@ def _held_pair(row: Row) -> tuple[str | list[Message], list[str], None]:
     return pairs[0].prompt, answers, None
 
 
-def label(spec: str, out: Path, sampling: Sampling, console: Console) -> Summary:
+def label(spec: str, out: Path, source: Source, console: Console) -> Summary:
     """Judge the prompts of a file, from where the last time ended, until all are judged or `q` is pressed.
 
     Each judgement is a line of `out`, on the disk before the next prompt is shown, and is a row of data.format:
@@ -137,16 +139,16 @@ def label(spec: str, out: Path, sampling: Sampling, console: Console) -> Summary
         DataError: the file's rows do not fit.
     """
     tasks = read_tasks(spec)
-    _check(tasks, sampling, Path(spec), out)
+    _check(tasks, source, Path(spec), out)
     judged = Journal(out)
     try:
         skipped = Journal(out.with_name(out.name + ".skipped"))
         try:
-            _check_models(judged, tasks, sampling)
-            _Session(tasks, judged, skipped, sampling, console).run()
+            _check_models(judged, tasks, source)
+            _Session(tasks, judged, skipped, source, console).run()
             known = {task.id for task in tasks}
             done, left = (sum(row["id"] in known for row in journal.rows) for journal in (judged, skipped))
-            own = sampling.names[0] if sampling.model else None
+            own = source.names[0] if source.model else None
             return Summary(done, left, len(tasks), win_rate(judged.rows, own))
         finally:
             skipped.close()
@@ -154,48 +156,46 @@ def label(spec: str, out: Path, sampling: Sampling, console: Console) -> Summary
         judged.close()
 
 
-def _check(tasks: list[Task], sampling: Sampling, spec: Path, out: Path) -> None:
+def _check(tasks: list[Task], source: Source, spec: Path, out: Path) -> None:
     wrong = []
     asked = any(task.answers is None for task in tasks)
     if spec.exists() and out.exists() and spec.samefile(out):
         wrong.append("--out is the file of prompts; choose another")
-    if asked and sampling.model is None:
+    if asked and source.model is None:
         wrong.append(f"{spec} holds prompts without answers; name a --model to sample them from")
-    if not asked and sampling.model is not None:
+    if not asked and source.model is not None:
         wrong.append(f"--model: {spec} holds all answers already; leave it out to judge those")
-    if sampling.model is None and (sampling.adapter or sampling.against):
+    if source.model is None and (source.adapter or source.against):
         wrong.append("--adapter and --against go with --model")
-    if sampling.against and sampling.n != 2:
-        wrong.append(f"--against compares one answer of each model; --n is {sampling.n}")
-    if sampling.against and len(set(sampling.names)) == 1:
+    if source.against and source.n != 2:
+        wrong.append(f"--against compares one answer of each model; --n is {source.n}")
+    if source.against and len(set(source.names)) == 1:
         wrong.append("--against is the model itself; name another, or leave it out")
-    if asked and not sampling.against and sampling.temperature == 0:
+    if asked and not source.against and source.sampling.temperature == 0:
         wrong.append("--temperature 0 gives the same answer each time; raise it to have answers that differ")
     if wrong:
         raise ConfigError("\n".join(wrong))
 
 
-def _check_models(judged: Journal, tasks: list[Task], sampling: Sampling) -> None:
+def _check_models(judged: Journal, tasks: list[Task], source: Source) -> None:
     """A file of judgements compares one thing: its win rate is of two models, not of any."""
     sampled = {task.id for task in tasks if task.answers is None}
     for row in judged.rows:
-        if row["id"] in sampled and set(row.get("models") or ()) != set(sampling.names):
+        if row["id"] in sampled and set(row.get("models") or ()) != set(source.names):
             before = " and ".join(sorted(set(row.get("models") or ["none"])))
             raise ConfigError(
                 f"--out: {judged.path} holds judgements of {before}; choose another file for "
-                f"{' and '.join(sorted(set(sampling.names)))}"
+                f"{' and '.join(sorted(set(source.names)))}"
             )
 
 
 class _Session:
     """A sitting: the prompts that are not done yet, one after the other."""
 
-    def __init__(
-        self, tasks: list[Task], judged: Journal, skipped: Journal, sampling: Sampling, console: Console
-    ) -> None:
+    def __init__(self, tasks: list[Task], judged: Journal, skipped: Journal, source: Source, console: Console) -> None:
         self.tasks, self.judged, self.skipped = tasks, judged, skipped
-        self.sampling, self.console = sampling, console
-        self._sample = _sampler(sampling)
+        self.source, self.console = source, console
+        self._sample = _sampler(source)
         self._answers: dict[str, Shown] = {}
 
     def run(self) -> None:
@@ -220,14 +220,14 @@ class _Session:
                     answers, models = self._sample(task)
             order = list(range(len(answers)))
             # Other answers' lengths, models and places in the file must not show through the order.
-            random.Random(f"{self.sampling.seed} {task.id}").shuffle(order)
+            random.Random(f"{self.source.seed} {task.id}").shuffle(order)
             self._answers[task.id] = Shown(answers, models, order)
         return self._answers[task.id]
 
     def _no_choice(self, task: Task, shown: Shown) -> None:
         """Two models that say the same are tied; otherwise there is nothing to learn."""
-        if self.sampling.against and shown.answers:
-            models = self.sampling.names
+        if self.source.against and shown.answers:
+            models = self.source.names
             same = Shown(shown.answers * 2, models, [0, 1])
             self.judged.append({**self._line(task, same, TIE), "auto": True})
             self.console.print("both models gave the same answer: a tie")
@@ -291,43 +291,46 @@ class _Session:
         }
 
 
-def _sampler(sampling: Sampling) -> Callable[[Task], tuple[list[str], list[str]]]:
+def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
     """From a task to different answers and their models, the same each time. Models are loaded when first needed."""
-    from mlxft.model.sample import generate
+    from mlxft.model.batch_sample import sample_batch, text_of
+    from mlxft.model.sample import render_prompt
     from mlxft.rundir import load
 
     loaded: list[Any] = []
 
-    def answer(task: Task, which: int, attempt: int) -> str:
+    def ask(task: Task, which: int, attempt: int, count: int) -> list[str]:
         if not loaded:
-            loaded.append(load(str(sampling.model), sampling.adapter))
-            if sampling.against:
-                loaded.append(load(sampling.against))
-        source = loaded[which if sampling.against else 0]
-        said = f"{sampling.seed} {task.id} {which} {attempt}".encode()
+            loaded.append(load(str(source.model), source.adapter))
+            if source.against:
+                loaded.append(load(source.against))
+        model, tokenizer = loaded[which].model, loaded[which].tokenizer
+        said = f"{source.seed} {task.id} {which} {attempt}".encode()
         seed = int.from_bytes(blake2b(said, digest_size=7).digest(), "big")
-        return generate(
-            source.model,
-            source.tokenizer,
-            task.prompt,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            seed=seed,
-        )
+        how = replace(source.sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
+        ids = render_prompt(tokenizer, task.prompt)
+        (found,) = sample_batch(model, tokenizer, [ids], how, samples=count, seed=seed)
+        return [text_of(tokenizer, answer, how) for answer in found]
+
+    def several(task: Task, which: int, count: int) -> list[str]:
+        """At most `count` texts, all different, none of them blank."""
+        texts: list[str] = []
+        for attempt in range(1 if source.sampling.temperature == 0 else 1 + _AGAIN):
+            for text in ask(task, which, attempt, count - len(texts)):
+                if text.strip() and text not in texts:
+                    texts.append(text)
+            if len(texts) == count:
+                break
+        return texts
 
     def sample(task: Task) -> tuple[list[str], list[str]]:
-        answers: list[str] = []
-        models: list[str] = []
-        tries = 1 if sampling.temperature == 0 else 1 + _AGAIN
-        for which, name in enumerate(sampling.names):
-            # A second model that says the same is a result; a model that repeats itself is asked again.
-            texts = (answer(task, which, attempt) for attempt in range(tries))
-            text = next((t for t in texts if t.strip() and (sampling.against or t not in answers)), None)
-            if text is None and sampling.against:
-                return [], []
-            if text is not None and text not in answers:
-                answers.append(text)
-                models.append(name)
-        return answers, models
+        if not source.against:
+            texts = several(task, 0, source.n)
+            return texts, source.names[: len(texts)]
+        # A second model that says the same is a result.
+        first, second = several(task, 0, 1), several(task, 1, 1)
+        if not first or not second:
+            return [], []
+        return (first, source.names[:1]) if first == second else (first + second, source.names)
 
     return sample

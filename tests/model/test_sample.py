@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import mlx.core as mx
@@ -10,24 +9,28 @@ import mlx.nn as nn
 import pytest
 
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.sample import _sampler, _stop_at, generate, render_prompt, stream
+from mlxft.model.sample import Noise, Sampling, _stop_at, generate, pick, render_prompt, stream
+
+
+def noise(rows: int) -> Noise:
+    return Noise(mx.random.split(mx.random.key(0), rows))
 
 
 def test_smollm2_answers(smollm2: Any) -> None:
     ask = "What is the capital of France?"
-    pieces = list(stream(smollm2.model, smollm2.tokenizer, ask, max_tokens=20, temperature=0.0))
+    pieces = list(stream(smollm2.model, smollm2.tokenizer, ask, Sampling(20, temperature=0.0)))
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 3
-    cut = generate(smollm2.model, smollm2.tokenizer, ask, max_tokens=20, temperature=0.0, stop=["zzz", "France is"])
+    cut = generate(smollm2.model, smollm2.tokenizer, ask, Sampling(20, temperature=0.0, stop=("zzz", "France is")))
     assert cut == "The capital of "
     ids = render_prompt(smollm2.tokenizer, ask)
-    assert generate(smollm2.model, smollm2.tokenizer, ids, max_tokens=3, temperature=0.0) == "The capital of"
+    assert generate(smollm2.model, smollm2.tokenizer, ids, Sampling(3, temperature=0.0)) == "The capital of"
 
 
 def test_greedy_is_the_argmax_of_full_passes(tiny_model: Any) -> None:
     """The key-value cache must give what a forward pass over the whole text gives."""
     ids = render_prompt(tiny_model.tokenizer, "the")
-    text, seen = generate(tiny_model.model, tiny_model.tokenizer, ids, max_tokens=8, temperature=0.0), list(ids)
+    text, seen = generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)), list(ids)
     for _ in range(8):
         token = mx.argmax(tiny_model.model(mx.array([seen]))[0, -1]).item()
         if token in tiny_model.tokenizer.eos_token_ids:
@@ -38,7 +41,7 @@ def test_greedy_is_the_argmax_of_full_passes(tiny_model: Any) -> None:
 
 def test_seed(tiny_model: Any) -> None:
     def say(seed: int | None) -> str:
-        return generate(tiny_model.model, tiny_model.tokenizer, "a", max_tokens=12, temperature=1.0, seed=seed)
+        return generate(tiny_model.model, tiny_model.tokenizer, "a", Sampling(12), seed=seed)
 
     assert say(1) == say(1)
     assert len({say(seed) for seed in range(5)}) == 5
@@ -53,7 +56,7 @@ def test_random_state_and_training_flags_are_as_before(tiny_model: Any) -> None:
     mx.random.seed(7)
     expected = mx.random.uniform(shape=(4,))
     mx.random.seed(7)
-    pieces = stream(model, tiny_model.tokenizer, "a", max_tokens=30, temperature=0.9, top_p=0.9, top_k=9, min_p=0.01)
+    pieces = stream(model, tiny_model.tokenizer, "a", Sampling(30, temperature=0.9, top_p=0.9, top_k=9, min_p=0.01))
     next(pieces)
     assert mx.array_equal(mx.random.uniform(shape=(4,)), expected)
     assert not model.training
@@ -70,11 +73,11 @@ def test_dropout_is_off(tiny_model: Any) -> None:
         def __call__(self, x: mx.array) -> mx.array:
             return self.drop(self.inner(x))
 
-    quiet = generate(tiny_model.model, tiny_model.tokenizer, "a", max_tokens=8, temperature=0.0)
+    quiet = generate(tiny_model.model, tiny_model.tokenizer, "a", Sampling(8, temperature=0.0))
     layer = tiny_model.model.layers[0]
     layer.mlp = Noisy(layer.mlp)
     tiny_model.model.train()
-    assert generate(tiny_model.model, tiny_model.tokenizer, "a", max_tokens=8, temperature=0.0) == quiet
+    assert generate(tiny_model.model, tiny_model.tokenizer, "a", Sampling(8, temperature=0.0)) == quiet
 
 
 @pytest.mark.parametrize(
@@ -88,18 +91,45 @@ def test_dropout_is_off(tiny_model: Any) -> None:
 )
 def test_filters(options: dict[str, Any], allowed: set[int]) -> None:
     """p = .5, .3, .15, .05: the first two reach .75; .15/.5 is above 0.2 and .05/.5 below."""
-    settings = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, **options}
-    sample = _sampler(1.0, seed=0, **settings)
-    logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
-    assert {sample(logprobs).item() for _ in range(200)} == allowed
+    logprobs = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]] * 200))
+    assert set(pick(logprobs, Sampling(1, **options), noise(200)).tolist()) == allowed
 
 
 def test_temperature() -> None:
     """p = .8, .2 at temperature 2 is proportional to sqrt(p): 2/3 and 1/3. 3000 draws: sd 0.0086."""
-    sample = _sampler(2.0, 1.0, 0, 0.0, seed=0)
-    logprobs = mx.log(mx.array([[0.8, 0.2]]))
-    share = Counter(sample(logprobs).item() for _ in range(3000))[0] / 3000
+    logprobs = mx.log(mx.array([[0.8, 0.2]] * 3000))
+    share = 1 - pick(logprobs, Sampling(1, temperature=2.0), noise(3000)).mean().item()
     assert share == pytest.approx(2 / 3, abs=0.035)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 10, 97, 1000])
+def test_every_token_is_drawn_as_often_as_its_softmax_says(vocabulary: int) -> None:
+    """Pearson's statistic over the tokens has the mean V - 1 and the variance 2 (V - 1)."""
+    logits = mx.random.normal((vocabulary,), key=mx.random.key(vocabulary))
+    draws = 200 * vocabulary
+    drawn = pick(mx.repeat(logits[None], draws, axis=0), Sampling(1), noise(draws))
+    counts = mx.array([mx.sum(drawn == token).item() for token in range(vocabulary)])
+    expected = mx.softmax(logits) * draws
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic <= vocabulary - 1 + 4 * (2 * (vocabulary - 1)) ** 0.5
+    assert (drawn < vocabulary).all().item()
+
+
+def test_noise_is_each_rows_own() -> None:
+    """Over more steps than are drawn at a time; rows that leave change nothing for the others."""
+    keys = mx.random.split(mx.random.key(5), 4)
+    together, alone, left = Noise(keys), Noise(keys[2:3]), Noise(keys)
+    left.take(mx.array([3, 2]))
+    seen = []
+    for _ in range(150):
+        step = together()
+        assert mx.array_equal(step[2:3], alone())
+        assert mx.array_equal(step[mx.array([3, 2])], left())
+        seen += step.flatten().tolist()
+    assert len(set(seen)) > 0.99 * len(seen)
+    assert min(seen) >= 0
+    assert max(seen) < 1
+    assert sum(seen) / len(seen) == pytest.approx(0.5, abs=0.04)  # sd 0.0083
 
 
 @pytest.mark.parametrize(
@@ -123,7 +153,7 @@ def test_stop_strings(pieces: list[str], stop: tuple[str, ...], shown: str) -> N
 
 def test_leading_space_is_kept_in_plain_text(smollm2: Any) -> None:
     ids = smollm2.tokenizer.encode("The capital of France is")
-    text = generate(smollm2.model, smollm2.tokenizer, ids, max_tokens=2, temperature=0.0)
+    text = generate(smollm2.model, smollm2.tokenizer, ids, Sampling(2, temperature=0.0))
     assert text.startswith(" ")
 
 
@@ -150,8 +180,18 @@ def test_render_prompt(tiny_tokenizer: Any, tiny_model: Any) -> None:
 
 def test_wrong_settings_are_named_at_once(tiny_model: Any) -> None:
     with pytest.raises(ConfigError, match=r"max_tokens is 0.*temperature is -1.*top_p is 0.*top_k is -1.*min_p is 2"):
-        stream(tiny_model.model, tiny_model.tokenizer, "a", max_tokens=0, temperature=-1, top_p=0, top_k=-1, min_p=2)
-    with pytest.raises(ConfigError, match="none of them empty"):
-        stream(tiny_model.model, tiny_model.tokenizer, "a", max_tokens=1, temperature=0, stop=[""])
+        Sampling(0, temperature=-1, top_p=0, top_k=-1, min_p=2)
+    for stop in ([""], "x", [1]):
+        with pytest.raises(ConfigError, match="none of them empty"):
+            Sampling(1, stop=stop)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="the prompt is empty"):
-        stream(tiny_model.model, tiny_model.tokenizer, [], max_tokens=1, temperature=0)
+        stream(tiny_model.model, tiny_model.tokenizer, [], Sampling(1))
+
+
+def test_eos_is_a_token_like_others_when_asked(tiny_model: Any) -> None:
+    """With every token an eos, nothing is said; and all of it when they do not end it."""
+    ids = render_prompt(tiny_model.tokenizer, "the")
+    tiny_model.tokenizer.eos_token_ids = range(len(tiny_model.tokenizer.vocab))
+    assert generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)) == ""
+    said = generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0, stop_at_eos=False))
+    assert len(said) >= 4

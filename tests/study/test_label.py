@@ -25,8 +25,9 @@ from mlxft.data.convert import convert
 from mlxft.data.formats import Preference, Ranked
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError, DataError
+from mlxft.model.sample import Sampling
 from mlxft.study.judgements import Journal, agreement, cohens_kappa, wilson, win_rate
-from mlxft.study.label import Sampling, Summary, label, read_tasks
+from mlxft.study.label import Source, Summary, label, read_tasks
 from mlxft.study.terminal import show
 
 
@@ -52,7 +53,8 @@ def sit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Summary, str]]:
     def run(prompts: Path, out: Path, *typed: str, **sampling: Any) -> tuple[Summary, str]:
         shown = io.StringIO()
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in typed)))
-        done = label(str(prompts), out, Sampling(**sampling), Console(file=shown, width=100))
+        how = Sampling(sampling.pop("max_tokens", 512), sampling.pop("temperature", 1.0))
+        done = label(str(prompts), out, Source(how, **sampling), Console(file=shown, width=100))
         return done, shown.getvalue()
 
     return run
