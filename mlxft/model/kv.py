@@ -51,7 +51,8 @@ def _agrees(model: nn.Module) -> bool:
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False
     apart = mx.abs(together.astype(mx.float32) - alone.astype(mx.float32)).max()
-    return bool((apart <= 0.02 * mx.abs(alone).max()).item())
+    # What rounding of bfloat16 may do; a wrong mask or position does more.
+    return bool((apart <= 0.05 * mx.abs(alone).max()).item())
 
 
 def takes_rows(model: nn.Module) -> bool:
