@@ -12,7 +12,8 @@ from mlxft.config import Config
 from mlxft.data.dataset import describe
 from mlxft.errors import ModelError
 from mlxft.model.load import load_tokenizer
-from mlxft.planning import Planned, base_skeleton, batch_shapes, planned, settled
+from mlxft.model.plan import ShapeSplit
+from mlxft.planning import Planned, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
 from mlxft.run import make_objective, total_steps
 from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import learning_rate
@@ -45,7 +46,8 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         "notes": summary.notes,
         "run_dir": str(config.run_dir),
     }
-    found, reason = memory_plan(config, objective)
+    found, reason, more = memory_plan(config, objective)
+    facts["notes"] = [*summary.notes, *more]
     took = timed_steps(config, objective, total) if time else None
     if as_json:
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
@@ -57,6 +59,9 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         if isinstance(value, dict):
             for name, number in value.items():
                 console.print(f"{name}: {number:.1%}" if isinstance(number, float) else f"{name}: {number:,}")
+        elif isinstance(value, list):
+            for line in value:
+                console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
         elif value:
             console.print(f"{key}: {value}", markup=False, highlight=False)
     for line in plan_lines(found, reason, took):
@@ -69,15 +74,25 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
     return facts
 
 
-def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str]:
-    """The plan, or why there is none."""
+def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, list[str]]:
+    """The plan, or why there is none; and what there is to say of the model.
+
+    Raises:
+        ConfigError, ModelError: the model can not be trained so.
+    """
+    try:
+        bare = bare_skeleton(config)
+    except ModelError as error:
+        return None, str(error), []
+    model = outfitted(config, bare)
+    notes = full_logits(ShapeSplit(model))
     shapes = batch_shapes(objective)
     if not shapes:
-        return None, f"the batches of objective {config.objective} are not known before it runs"
+        return None, f"the batches of objective {config.objective} are not known before it runs", notes
     try:
-        return planned(config, base_skeleton(config), shapes), ""
+        return planned(config, model, shapes), "", notes
     except ModelError as error:
-        return None, str(error)
+        return None, str(error), notes
 
 
 def plan_lines(found: Planned | None, reason: str, took: TimedSteps | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,11 @@ import mlx.nn as nn
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.load import skeleton
+from mlxft.model.heads import begin_head, head_of
+from mlxft.model.load import Loaded, skeleton
+from mlxft.model.logits import Split
 from mlxft.model.memory import machine_bytes, usable_bytes
-from mlxft.model.plan import CHECKPOINT_ABOVE, Job, Plan, largest_tokens, plan
+from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, ShapeSplit, largest_tokens, plan
 from mlxft.model.random import random_state, set_random_state
 from mlxft.recipe import load_config
 from mlxft.train.optim import Optimizer
@@ -85,7 +88,14 @@ def amount(size: float) -> str:
 def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     """What a plan needs to know of a recipe and its prepared model."""
     state = sum(v.nbytes for v in Optimizer(config.optim, model).arrays().values())
-    return Job(model, state, trained_share, config.batch.accumulate)
+    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config))
+
+
+def outline_of(config: Config) -> Outline:
+    """What a step of the recipe's objective is; an objective that does not say trains log-likelihoods."""
+    objective = importlib.import_module(f"mlxft.objectives.{config.objective}")
+    outline: Outline = objective.outline(config) if hasattr(objective, "outline") else PLAIN
+    return outline
 
 
 def plan_batches(config: Config, model: nn.Module, shapes: Shapes) -> tuple[Plan, int, int]:
@@ -156,17 +166,56 @@ def _auto_tokens(config: Config) -> int:
 
 
 def base_skeleton(config: Config) -> nn.Module:
-    """The recipe's model with what is trained, without weights; the random state is left as it was."""
-    from mlxft.run import prepare  # which imports this file
+    """The recipe's model with what is trained, without weights; the random state is left as it was.
 
+    Raises:
+        ConfigError, ModelError: as training would, or the model is not known before it is loaded.
+    """
+    return outfitted(config, bare_skeleton(config))
+
+
+def bare_skeleton(config: Config) -> Loaded:
+    """The recipe's model without weights.
+
+    Raises:
+        ModelError: it is not known before it is loaded.
+    """
     m = config.model
     random = random_state()
     loaded = skeleton(
         m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size, trust_remote_code=m.trust_remote_code
     )
-    prepare(config, loaded)
     set_random_state(random)
-    return loaded.model
+    return loaded
+
+
+def outfitted(config: Config, bare: Loaded) -> nn.Module:
+    """The model with what is trained, as `prepare` and the objective add it.
+
+    Raises:
+        ConfigError, ModelError: as training would.
+    """
+    from mlxft.run import prepare  # which imports this file
+
+    m, random = config.model, random_state()
+    prepare(config, bare)
+    if outline_of(config).reads == "scores":
+        setting = "tune.train" if config.tune.train else "tune.targets"
+        begin_head(ShapeSplit(bare.model), m.adapter or m.path, setting)
+    set_random_state(random)
+    return bare.model
+
+
+def full_logits(split: Split) -> list[str]:
+    """What to say where the logits of chosen positions can not be had alone."""
+    if split.separable or head_of(split.model) is not None:
+        return []
+    kind = type(split.model).__module__.rpartition(".")[2]
+    text = (
+        f"logits are computed for every position: the body of this model ({kind}) can not be taken apart from its "
+        "output layer, so tokens that are not trained cost as much memory and time as those that are"
+    )
+    return [text]
 
 
 def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tuple[bool, list[str]]:
@@ -175,13 +224,13 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
-    shapes = batch_shapes(objective)
+    shapes, notes = batch_shapes(objective), full_logits(Split(model))
     if not shapes:
-        return config.memory.checkpoint == "on", []
+        return config.memory.checkpoint == "on", notes
     try:
         found, rows, width = plan_batches(config, model, shapes)
     except ModelError as error:
-        return config.memory.checkpoint == "on", [f"memory is not predicted: {error}"]
+        return config.memory.checkpoint == "on", [*notes, f"memory is not predicted: {error}"]
     room = usable_bytes(config.memory.limit)
     if not found.fits(room):
         limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
@@ -192,7 +241,7 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
         )
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
     said = f"expected peak memory: {amount(found.total)}"
-    return found.checkpoint, [said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
+    return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
 
 
 def batch_shapes(objective: Any) -> Shapes:

@@ -56,6 +56,8 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 8,
     },
     "phi3": {"architectures": ["Phi3ForCausalLM"], "rope_scaling": None, "tie_word_embeddings": False},
+    # Its head stands within its body.
+    "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 1.0, "num_key_value_heads": 4},
     "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],

@@ -21,6 +21,7 @@ from mlxft.errors import ConfigError, ModelError
 from mlxft.model.logits import Split
 
 HEAD = "score_head"
+CRITIC = "critic"  # what PPO trains beside a policy stands here
 HEAD_FILE = "head.safetensors"
 _WEIGHT = f"{HEAD}.weight"
 
@@ -88,12 +89,15 @@ def head_of(model: nn.Module) -> ScoreHead | None:
 @contextmanager
 def without_head(model: nn.Module) -> Iterator[ScoreHead | None]:
     """The model as mlx-lm knows it, inside the block; gives the head."""
+    beside = {name: model[name] for name in (HEAD, CRITIC) if name in model}
     head = head_of(model)
-    attach_head(model, None)
+    for name in beside:
+        del model[name]
     try:
         yield head
     finally:
-        attach_head(model, head)
+        for name, module in beside.items():
+            setattr(model, name, module)
 
 
 def read_scores(split: Split, ids: mx.array, last: mx.array) -> mx.array:
@@ -108,6 +112,24 @@ def read_scores(split: Split, ids: mx.array, last: mx.array) -> mx.array:
     hidden = split.hidden(ids)
     rows = mx.arange(ids.shape[0]) * ids.shape[1] + last
     return head(hidden.reshape(-1, hidden.shape[-1])[rows])
+
+
+def begin_head(split: Split, start: str, setting: str) -> None:
+    """Attach the head of the model that training starts from, or a new one; what it does not read is frozen.
+
+    Args:
+        start: the run, adapter or model folder; it has a head where a reward model is trained further.
+        setting: see `fix_unread`.
+    Raises:
+        ConfigError, ModelError: body and head can not be told apart, or the head does not fit.
+    """
+    width = body_width(split)
+    found = find_head(start)
+    if found is not None:
+        load_head(split, found, None)
+    else:
+        attach_head(split.model, ScoreHead(width))
+    fix_unread(split, setting)
 
 
 def fix_unread(split: Split, setting: str) -> None:
@@ -207,4 +229,5 @@ def load_head(split: Split, file: Path, base: str | None) -> Saved:
 
 def trained_without_head(model: nn.Module) -> dict[str, mx.array]:
     """Trainable parameters without the head's: what an adapter's own file holds."""
-    return {n: v for n, v in tree_flatten(model.trainable_parameters()) if not n.startswith(f"{HEAD}.")}
+    beside = (f"{HEAD}.", f"{CRITIC}.")
+    return {n: v for n, v in tree_flatten(model.trainable_parameters()) if not n.startswith(beside)}

@@ -209,10 +209,10 @@ def rows_nll(
         return _nll(logits.reshape(-1, logits.shape[-1])[positions], labels, weights)
     hidden = split.hidden(ids, segments)
     hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
-    return _chunked_nll(split, hidden, labels, weights, grad)
+    return hidden_nll(split, hidden, labels, weights, grad=grad)
 
 
-def _chunked_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.array, grad: bool) -> mx.array:
+def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.array, *, grad: bool) -> mx.array:
     """The loss of (N, D) hidden states, chunk by chunk, with its gradient computed on the way and kept.
 
     What is kept is (N, D), and the shapes of the head's own trained parameters: the (N, V) logits never exist, neither

@@ -29,7 +29,11 @@ def rows_logprobs(split: Split, ids: mx.array, positions: mx.array, labels: mx.a
         logits = split.model(ids)
         return _picked(logits.reshape(-1, logits.shape[-1])[positions], labels)
     hidden = split.hidden(ids)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+    return hidden_logprobs(split, hidden.reshape(-1, hidden.shape[-1])[positions], labels, grad=grad)
+
+
+def hidden_logprobs(split: Split, hidden: mx.array, labels: mx.array, *, grad: bool) -> mx.array:
+    """The same of (N, D) hidden states, in chunks: the logits of all of them never exist."""
     if not grad:
         return _values(split, hidden, labels, {})
     head = split.trained_head()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +12,9 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model.blocks import Blocks
-from mlxft.model.logits import Split, _chunked_nll, chunk_size, rows_nll
+from mlxft.model.heads import read_scores
+from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
+from mlxft.model.logprobs import hidden_logprobs, rows_logprobs
 from mlxft.model.lora import LEAVES
 from mlxft.model.random import random_state, set_random_state
 from mlxft.model.trace import Graph, arrays_of, trace
@@ -74,21 +76,41 @@ class Plan:
         return [gb for gb in MACS if self.fits(MAC_SHARE * gb * 2**30)]
 
 
+class Outline(NamedTuple):
+    """What an objective's step is, as far as memory goes.
+
+    Attributes:
+        reads: of the model: a sum of negative log-likelihoods, log-probabilities of single tokens, or rows' scores.
+        together: rows of a batch that can not be parted: two of a pair.
+        copies: adapters beside the trained one, a reference's, of the same size.
+    """
+
+    reads: Literal["nll", "logprobs", "scores"] = "nll"
+    together: int = 1
+    copies: int = 0
+
+
+PLAIN = Outline()
+
+
 @dataclass(frozen=True)
 class Job:
     """What stays the same for batches of every size.
 
     Attributes:
-        model: with adapters, its trainable parameters unfrozen; nothing of it need be evaluated.
+        model: with adapters, its trainable parameters unfrozen; nothing of it need be evaluated. With its head, where
+            scores are read.
         optimizer: bytes of the optimiser's state and master weights.
         trained_share: share of a batch's tokens that are predicted; of the fullest batch, to be safe.
         accumulate: micro-batches a step.
+        outline: what a step is.
     """
 
     model: nn.Module
     optimizer: int
     trained_share: float = 1.0
     accumulate: int = 1
+    outline: Outline = PLAIN
 
 
 def plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
@@ -114,7 +136,8 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
     weights = sum(n for _, n in held) - adapters
     trained = [v for _, v in tree_flatten(model.trainable_parameters())]
     gradients = sum(v.nbytes for v in trained)
-    step = _Step(model, rows, width, max(1, math.ceil(job.trained_share * rows * width)))
+    positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
+    step = _Step(model, job.outline.reads, rows, width, positions)
     batch = rows * width * 4 + 12 * step.positions
     # The peak of the gradient: all of it stands at the end; the earlier micro-batches' sum all the time.
     earlier = gradients if job.accumulate > 1 else 0
@@ -125,7 +148,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
     logits = min(step.head_peak(), max(0, transient - gradients - earlier))
     return Plan(
         weights=weights,
-        adapters=adapters,
+        adapters=adapters * (1 + job.outline.copies),
         gradients=gradients + earlier,
         optimizer=job.optimizer,
         activations=max(0, transient - gradients - earlier - logits),
@@ -139,11 +162,12 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
 def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float) -> int:
     """The largest `batch.tokens`, a multiple of 64, of which a batch of rows of `width` tokens fits in `limit` bytes.
 
-    0 where not even one row fits.
+    0 where not even one row, or a pair of them, fits.
     """
+    together = job.outline.together
 
     def needed(rows: int) -> int:
-        return plan(job, rows, width, checkpoint).needed
+        return plan(job, together * rows, width, checkpoint).needed
 
     fits, over = (1, needed(1)), (MOST_ROWS, math.inf)
     if fits[1] > limit:
@@ -157,7 +181,7 @@ def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float) -> int:
         known.append(now)
         guess = r1 + (limit - n1) * (r1 - r0) / (n1 - n0) if n1 != n0 and r1 != r0 else over[0]
         rows = min(max(int(guess), fits[0] + 1), over[0] - 1)
-    tokens = fits[0] * width
+    tokens = fits[0] * together * width
     return tokens // 64 * 64 if tokens >= 64 else tokens
 
 
@@ -182,12 +206,15 @@ def _name(model: nn.Module) -> str:
     return str(getattr(model, "model_type", type(model).__name__))
 
 
-class _Shapes(Split):
+class ShapeSplit(Split):
     """Body and head of a model whose weights are not there: nothing is evaluated."""
 
     def _agrees(self) -> bool:
         ids = mx.array([[1, 0, 2]])
-        whole, hidden = self.model(ids), self.hidden(ids)
+        try:
+            whole, hidden = self.model(ids), self.hidden(ids)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return False
         if hidden.ndim != 3 or hidden.shape[:2] != ids.shape or hidden.shape[-1] == whole.shape[-1]:
             return False
         self._width, self._dtype, self.vocabulary = hidden.shape[-1], hidden.dtype, whole.shape[-1]
@@ -210,9 +237,9 @@ class _Shapes(Split):
 class _Step:
     """One micro-batch's loss and gradient."""
 
-    def __init__(self, model: nn.Module, rows: int, width: int, positions: int) -> None:
-        self.model, self.positions = model, positions
-        self.split = _Shapes(model)
+    def __init__(self, model: nn.Module, reads: str, rows: int, width: int, positions: int) -> None:
+        self.model, self.reads, self.positions = model, reads, positions
+        self.split = ShapeSplit(model)
         self.ids = mx.zeros((rows, width), dtype=mx.int32)
 
     def peaks(self, checkpoint: bool) -> tuple[int, int]:
@@ -229,40 +256,55 @@ class _Step:
 
     def head_peak(self) -> int:
         """Bytes of the head and the loss alone."""
-        if not self.split.separable:
+        if not self.split.separable or self.reads == "scores":
             return 0
-        split, n = self.split, min(self.positions, TRACED_CHUNKS * chunk_size(self.split.vocabulary))
-        hidden = mx.zeros((n, split._width), split._dtype)
+        n = self._traced()
+        hidden = mx.zeros((n, self.split._width), self.split._dtype)
 
         def loss(h: mx.array, labels: mx.array, weights: mx.array) -> list[mx.array]:
-            return [_chunked_nll(split, h, labels, weights, True)]
+            if self.reads == "nll" or self.split.trained_head():
+                return [hidden_nll(self.split, h, labels, weights, grad=True)]
+            return [(hidden_logprobs(self.split, h, labels, grad=True) * weights).sum()]
 
-        graph, _ = trace(self.model, loss, [hidden, mx.zeros((n,), dtype=mx.int32), mx.zeros((n,))])
-        return graph.peak()
+        return trace(self.model, loss, [hidden, *self._places(n)[1:]])[0].peak()
 
     def _untraced(self) -> int:
         """Hidden states and their gradients at positions beyond the traced chunks: four arrays stand at the peak."""
         return 4 * (self.positions - self._traced()) * self.split._width * self.split._dtype.size
 
     def _traced(self) -> int:
-        if not self.split.separable:
+        if not self.split.separable or self.reads == "scores":
             return self.positions
         return min(self.positions, TRACED_CHUNKS * chunk_size(self.split.vocabulary))
 
     def _names(self) -> list[str]:
         return [n for n, _ in tree_flatten(self.model.trainable_parameters())]
 
+    def _places(self, n: int) -> list[mx.array]:
+        """What `_loss` takes beside the ids."""
+        places = mx.zeros((n,), dtype=mx.int32)
+        return [places] if self.reads == "scores" else [places, places, mx.zeros((n,))]
+
+    def _loss(self, ids: mx.array, *places: mx.array) -> mx.array:
+        """A number that depends on what the objective reads as its loss does."""
+        if self.reads == "scores":
+            return read_scores(self.split, ids, *places).square().sum()
+        # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it computes
+        # chunks as the sum's does, and holds as much.
+        if self.reads == "nll" or self.split.trained_head():
+            return rows_nll(self.split, ids, *places, grad=True)
+        positions, labels, weights = places
+        return (rows_logprobs(self.split, ids, positions, labels, grad=True) * weights).sum()
+
     def _graph(self, blocks: Blocks | None = None) -> Graph:
         """The graph of the loss and the gradient of all trained parameters; with blocks, their tap's comes last."""
-        n = self._traced()
-        whole = [mx.zeros((n,), dtype=mx.int32), mx.zeros((n,), dtype=mx.int32), mx.zeros((n,))]
 
-        def step(ids: mx.array, positions: mx.array, labels: mx.array, weights: mx.array) -> list[mx.array]:
+        def step(ids: mx.array, *places: mx.array) -> list[mx.array]:
             def loss(params: Any) -> mx.array:
                 self.model.update(params["model"])
                 if blocks is not None:
                     blocks.tap = params["tap"]
-                return rows_nll(self.split, ids, positions, labels, weights, grad=True)
+                return self._loss(ids, *places)
 
             trained = {"model": self.model.trainable_parameters()}
             if blocks is not None:
@@ -271,4 +313,4 @@ class _Step:
             return [value, *(g for _, g in tree_flatten(grads))]
 
         self.split.trained_head()  # before the trace: it makes one of its own
-        return trace(self.model, step, [self.ids, *whole])[0]
+        return trace(self.model, step, [self.ids, *self._places(self._traced())])[0]

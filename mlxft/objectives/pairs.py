@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -124,6 +125,17 @@ class Judged(Generic[Row]):
     def plan(self, epoch: int) -> list[Slot]:
         """The batches of one epoch."""
         return plan_epoch(self._lengths, **self._budget, seed=self.config.run.seed, epoch=epoch)
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """Rows, width and answers' tokens of the first epoch's batches, for a plan of the memory they take."""
+        answers = [answers_of(row) for row in self.rows]
+        trained = [sum(len(answer.reply) for answer in row) for row in answers]
+        return [(sum(len(answers[i]) for i in s.rows), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
+
+    @cached_property
+    def most(self) -> int:
+        """Tokens of the largest batch, padding included."""
+        return max(rows * width for rows, width, _ in self.shapes())
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         accumulate = self.config.batch.accumulate

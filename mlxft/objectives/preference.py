@@ -16,6 +16,7 @@ from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, b
 from mlxft.errors import DataError
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
+from mlxft.model.plan import Outline
 from mlxft.model.reference import Reference
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
@@ -78,6 +79,14 @@ class Preference(Settings):
 SETTINGS: dict[str, type[Settings]] = {"preference": Preference}
 
 
+def outline(config: Config) -> Outline:
+    """For a plan of the memory it takes."""
+    settings = config.section("preference", Preference)
+    # Precomputed, the reference is gone before the first step.
+    kept = config.model.adapter is not None and settings.loss in REFERRED and not settings.precompute
+    return Outline("logprobs", together=1 if settings.loss == "kto" else 2, copies=int(kept))
+
+
 class _Policy:
     """The settings, the model taken apart, and the reference; what both kinds of rows share."""
 
@@ -120,7 +129,7 @@ class _Pairs(Judged[EncodedPair]):
         if self._settings.precompute and self._policy.reference is not None:
             key = f"{self.fingerprint()} {self.config.model.model_dump_json()}"
             data = [[a for row in rows for a in answers_of(row)] for rows in (self.rows, self.valid)]
-            self._policy.reference.precompute([_stacked(d) for d in data], self.config.run_dir, key)
+            self._policy.reference.precompute([_stacked(d, self.most) for d in data], self.config.run_dir, key)
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
@@ -199,7 +208,7 @@ class _Single(Judged[EncodedAnswer]):
             data = []
             for rows, valid in ((self.rows, False), (self.valid, True)):
                 own = [a for row in rows for a in answers_of(row)]
-                data.append(_stacked([*own, *(self._mismatched(i, valid) for i in range(len(rows)))]))
+                data.append(_stacked([*own, *(self._mismatched(i, valid) for i in range(len(rows)))], self.most))
             self._policy.reference.precompute(data, self.config.run_dir, key)
 
     def _mismatched(self, row: int, valid: bool) -> Answer:
@@ -212,19 +221,15 @@ class _Single(Judged[EncodedAnswer]):
         """The reference point of a whole step: the mean log-ratio of answers to other prompts, by the policy of now."""
         assert self._policy.reference is not None
         every = len(self.valid if valid else self.rows)
-        total, count = 0.0, 0
-        for slot in slots:
-            rows = [i for i in slot.rows if self._partners[valid][i] != i]
-            if not rows:
-                continue
-            arrays = stack([self._mismatched(i, valid) for i in rows])
-            ref = self._policy.reference.logprobs(arrays, int(valid), [every + i for i in rows])
-            training = model.training
-            model.eval()
+        rows = [i for slot in slots for i in slot.rows if self._partners[valid][i] != i]
+        training = model.training
+        model.eval()
+        total = 0.0
+        for places, arrays in _stacked([self._mismatched(i, valid) for i in rows], self.most):
+            ref = self._policy.reference.logprobs(arrays, int(valid), [every + rows[i] for i in places])
             total += float((self._policy.logprobs(model, arrays, False) - ref).sum())
-            model.train(training)
-            count += len(rows)
-        self._point = max(0.0, total / count) if count else 0.0
+        model.train(training)
+        self._point = max(0.0, total / len(rows)) if rows else 0.0
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         chosen = [(self.valid if valid else self.rows)[i] for i in rows]
@@ -315,9 +320,14 @@ def _partners(rows: Sequence[EncodedAnswer], seed: int) -> list[int]:
     return partners
 
 
-def _stacked(answers: Sequence[Answer]) -> Iterator[tuple[list[int], dict[str, mx.array]]]:
-    """Answers of like length together, with their places."""
-    order = sorted(range(len(answers)), key=lambda i: len(answers[i].prompt) + len(answers[i].reply))
-    for start in range(0, len(order), 8):
-        places = order[start : start + 8]
-        yield places, stack([answers[i] for i in places])
+def _stacked(answers: Sequence[Answer], tokens: int) -> Iterator[tuple[list[int], dict[str, mx.array]]]:
+    """Answers of like length together, with their places: no batch larger than those that are trained on."""
+    sizes = [len(a.prompt) + len(a.reply) for a in answers]
+    places: list[int] = []
+    for i in sorted(range(len(answers)), key=sizes.__getitem__):
+        if places and (len(places) + 1) * sizes[i] > tokens:
+            yield places, stack([answers[j] for j in places])
+            places = []
+        places.append(i)
+    if places:
+        yield places, stack([answers[j] for j in places])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,8 +13,9 @@ from pydantic import Field
 from mlxft.config import Config, Settings
 from mlxft.data.encode_pairs import EncodedPair, build_pairs
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.heads import ScoreHead, attach_head, body_width, find_head, fix_unread, load_head, read_scores
+from mlxft.model.heads import begin_head, read_scores
 from mlxft.model.logits import Split
+from mlxft.model.plan import Outline
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.functional import bradley_terry
 from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack
@@ -36,6 +36,11 @@ class Reward(Settings):
 
 
 SETTINGS: dict[str, type[Settings]] = {"reward": Reward}
+
+
+def outline(config: Config) -> Outline:
+    """For a plan of the memory it takes."""
+    return Outline("scores", together=2)
 
 
 class Objective(Judged[EncodedPair]):
@@ -66,15 +71,9 @@ class Objective(Judged[EncodedPair]):
 
     def prepare(self, model: nn.Module) -> None:
         """Attach a new head, or the one of the reward run that is trained further."""
-        split = self._split = Split(model)
-        width = body_width(split)
+        self._split = Split(model)
         given = self.config.model.adapter or self.config.model.path
-        found = find_head(Path(given))
-        if found is not None:
-            load_head(split, found, None)
-        else:
-            attach_head(model, ScoreHead(width))
-        fix_unread(split, "tune.train" if self.config.tune.train else "tune.targets")
+        begin_head(self._split, given, "tune.train" if self.config.tune.train else "tune.targets")
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]

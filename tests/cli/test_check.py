@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from mlxft.check import trains as words
+from mlxft.recipe import load_config
+
 ROW = {"messages": [{"role": "user", "content": "the in"}, {"role": "assistant", "content": "on [red] it"}]}
 CHECKED = "rows.jsonl:1: "
 PLAIN = "<|im_start|>user\nthe in<|im_end|>\n<|im_start|>assistant\n"
@@ -76,7 +79,11 @@ def test_what_would_be_trained_in_words(good: str, mlxft: Callable[..., Any]) ->
     assert trains("tune.train=[norm]") == "lora of rank 4, scale 4, on all-linear, and whole: norm"
     assert trains("tune={method: full, freeze: [norm]}") == "all weights, but not norm"
     assert trains("tune={method: full, layers: [0]}") == "all weights of layers [0]"
-    assert trains("model.adapter=runs/b") == "the adapter runs/b, further"
+    assert words(load_config(Path(good), ["model.adapter=runs/b"])) == "the adapter runs/b, further"
+
+
+def test_an_adapter_that_is_not_there_is_refused(good: str, refused: Callable[..., str]) -> None:
+    assert "runs/b is no adapter" in refused(1, "check", good, "model.adapter=runs/b")
 
 
 def test_json_is_json_and_nothing_else(good: str, shell: Callable[..., Any]) -> None:
@@ -152,3 +159,47 @@ def test_a_budget_found_by_itself(good: str, mlxft: Callable[..., Any]) -> None:
     refused = mlxft("check", good, *auto, "memory.limit=0.0001")
     assert refused.code == 2
     assert "not even one row of data.max_length (64) fits" in refused.err
+
+
+@pytest.fixture
+def whole(make_model_dir: Callable[..., Path], tmp_path: Path) -> str:
+    return str(make_model_dir(tmp_path / "whole", "gpt_neox"))
+
+
+def test_where_all_logits_are_computed_it_is_said(
+    write: Callable[..., str], whole: str, mlxft: Callable[..., Any]
+) -> None:
+    said = "logits are computed for every position: the body of this model (gpt_neox) can not be taken apart"
+    pairs = {"data.train": "pairs.jsonl", "data.format": "preference"}
+    row = json.dumps({"prompt": "the in", "chosen": "on it", "rejected": "at a"})
+    recipes = [write("sft.yaml"), write("orpo.yaml", objective="preference", preference={"loss": "orpo"}, **pairs)]
+    Path("pairs.jsonl").write_text(f"{row}\n" * 4, "utf-8")
+    for recipe in recipes:
+        for command in ("check", "train"):
+            small = mlxft(command, recipe, f"run.name={recipe}-small", "run.steps=1")
+            assert (small.code, said in small.out) == (0, False), small.err
+            large = mlxft(command, recipe, f"run.name={recipe}-{command}", f"model.path={whole}", "run.steps=1")
+            assert (large.code, said in large.out) == (0, True), large.err
+        (note,) = json.loads(mlxft("check", recipe, f"model.path={whole}", "--json").out)["notes"]
+        assert said in note
+
+
+def test_a_reward_model_that_can_not_be_is_refused_by_check_as_by_training(
+    write: Callable[..., str], whole: str, refused: Callable[..., str]
+) -> None:
+    row = json.dumps({"prompt": "the in", "chosen": "on it", "rejected": "at a"})
+    Path("pairs.jsonl").write_text(f"{row}\n" * 4, "utf-8")
+    recipe = write(objective="reward", **{"data.train": "pairs.jsonl", "data.format": "preference"})
+    for command in ("check", "train"):
+        said = refused(1, command, recipe, f"model.path={whole}")
+        assert "this model (gpt_neox) does not keep its body apart from its output layer" in said
+
+
+def test_the_plan_of_pairs_is_shown(write: Callable[..., str], mlxft: Callable[..., Any], refused: Any) -> None:
+    row = json.dumps({"prompt": "the in", "chosen": "on it", "rejected": "at a"})
+    Path("pairs.jsonl").write_text(f"{row}\n" * 8, "utf-8")
+    for objective in ("reward", "preference"):
+        recipe = write(objective=objective, **{"data.train": "pairs.jsonl", "data.format": "preference"})
+        memory = json.loads(mlxft("check", recipe, "--json").out)["memory"]
+        assert (memory["rows"], memory["fits"]) == (4, True), "two pairs"
+        assert "training needs" in refused(2, "train", recipe, "memory.limit=0.0002")

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.config import Optim
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.load import load, skeleton
+from mlxft.model.load import load, load_tokenizer, skeleton
 from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, largest_tokens, plan
 from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
 from mlxft.recipe import parse_config
@@ -199,14 +199,75 @@ def test_predicted_is_within_a_tenth_of_measured(
     settings = recipe(rows=16, **{"batch.rows": 16, "run.steps": 3}, **changes)
     settings["model"]["path"] = str(folder)
     config = parse_config(settings)
-    from mlxft.model.load import load_tokenizer
-
     shapes = batch_shapes(make_objective(config, load_tokenizer(str(folder))))
     found, _, _ = plan_batches(config, base_skeleton(config), shapes)
     command = [sys.executable, "-c", MEASURE, json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert found.total == pytest.approx(float(done.stdout) * 1e9, rel=0.1)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> str:
+    """Sixteen pairs of some 150 tokens with their prompt."""
+    words = ["the", "in", "on", "and", "or"]
+    rows = [
+        {"prompt": " ".join(words * (i % 3 + 10)), "chosen": " ".join(words * 9), "rejected": " ".join(words * 8)}
+        for i in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return str(tmp_path / "pairs.jsonl")
+
+
+JUDGED: dict[str, dict[str, Any]] = {
+    "reward": {"objective": "reward"},
+    "dpo": {"objective": "preference"},
+    "dpo, head trained": {"objective": "preference", "tune": {"method": "full"}},
+    "kto, checkpointed": {"objective": "preference", "preference": {"loss": "kto"}, "memory": {"checkpoint": "on"}},
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_judged_answers_are_planned_too(
+    name: str, pairs: str, recipe: Make, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What reward and preference read of a model is what is predicted; the reference's forward pass adds nothing."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32, "num_hidden_layers": 4}
+    folder = make_model_dir(tmp_path / "model", "llama", **sizes)
+    data = {"train": pairs, "format": "preference"}
+    settings = recipe(data=data, **{"batch.rows": 8, "run.steps": 2, "model.path": str(folder)}, **JUDGED[name])
+    config = parse_config(settings)
+    shapes = batch_shapes(make_objective(config, load_tokenizer(str(folder))))
+    found, rows, _ = plan_batches(config, base_skeleton(config), shapes)
+    assert rows == (8 if "kto" in name else 16)
+    assert (found.logits > 0) == (name != "reward")
+    command = [sys.executable, "-c", MEASURE, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert found.total == pytest.approx(float(done.stdout) * 1e9, rel=0.1)
+
+
+def test_a_budget_for_pairs_holds_a_pair(pairs: str, recipe: Make) -> None:
+    changes = {"objective": "reward", "data": {"train": pairs, "format": "preference", "max_length": 256}}
+    settings = recipe(**changes, batch={"tokens": "auto"}, memory={"limit": 0.1})
+    tokens = settled(parse_config(settings), resume=False).batch.tokens
+    assert isinstance(tokens, int)
+    assert tokens % 512 == 0
+    of_one = job(recipe, **changes)
+    assert of_one.outline == ("scores", 2, 0)
+    pair, row = (plan(of_one, n, 256, False).needed for n in (2, 1))
+    assert largest_tokens(of_one, 256, False, pair) == 512
+    assert largest_tokens(of_one, 256, False, (pair + row) / 2) == 0, "half a pair is none"
+
+
+def test_a_reference_that_keeps_an_adapter_is_counted(pairs: str, recipe: Make, tmp_path: Path) -> None:
+    import mlxft
+
+    first = mlxft.train(recipe(**{"run.name": "first", "run.steps": 1}))
+    data = {"train": pairs, "format": "preference"}
+    changes = {"objective": "preference", "data": data, "tune": {}, "model.adapter": str(first.dir)}
+    small = [plan(job(recipe, **changes, preference=p), 2, 64, False) for p in ({}, {"precompute": True})]
+    assert small[0].adapters == 2 * small[1].adapters
 
 
 def test_auto_becomes_the_largest_budget_and_is_written_down(recipe: Make) -> None:
