@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mlxft.config import Config, objective_sections, objectives
+from mlxft.config import objective_sections, objectives
 from mlxft.errors import nearest
 
 
@@ -21,7 +21,7 @@ def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
-def explain(error: ValidationError, kind: type[Config]) -> list[str]:
+def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     """One line a problem; the branches of a union become one problem."""
     problems: dict[str, list[tuple[str, Any]]] = {}
     for e in error.errors():
@@ -66,7 +66,7 @@ def _location(loc: tuple[int | str, ...], kind: type[BaseModel]) -> str:
     return ".".join(parts)
 
 
-def _nearest_key(location: str, kind: type[Config]) -> str:
+def _nearest_key(location: str, kind: type[BaseModel]) -> str:
     """The nearest right name: within the section, then the same leaf in another section, then anywhere."""
     keys = all_keys(kind)
     section, _, leaf = location.rpartition(".")

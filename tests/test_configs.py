@@ -13,15 +13,18 @@ import pytest
 import yaml
 from mlx.utils import tree_flatten
 
+from mlxft.cli.label import label
 from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LowRank
 from mlxft.recipe import load_config
 from mlxft.run import load, make_objective, train
+from mlxft.study.label_recipe import read_label_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+LABEL = ROOT / "configs/label.yaml"
+RECIPES = sorted(set((ROOT / "configs").glob("*.yaml")) - {LABEL})
 NAMES = [r.stem for r in RECIPES]
 CHATS = ROOT / "mlxft/demo/rows.jsonl"
 PAIRS = ROOT / "mlxft/demo/pairs.jsonl"
@@ -104,6 +107,16 @@ def test_recipe_is_short_and_says_only_what_differs(recipe: Path, monkeypatch: p
     default = dict(leaves(kind.model_validate(bare).model_dump(mode="json"))) | {"objective": "sft"}
     same = [key for key, value in leaves(yaml.safe_load(text)) if key != "data.format" and default.get(key) == value]
     assert not same, f"these are the defaults: {same}"
+
+
+def test_the_recipe_of_label_says_only_what_differs_from_the_options() -> None:
+    text = LABEL.read_text("utf-8")
+    assert len(text.splitlines()) <= 40
+    assert text.startswith("# ")
+    given = read_label_recipe(LABEL)
+    assert {"prompts", "model", "out"} < set(given)
+    defaults = {option.name: option.default for option in label.params}
+    assert not [k for k, v in given.items() if defaults.get(k) == v]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)

@@ -10,7 +10,8 @@ import click
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, metavar="PROMPTS")
+@click.argument("files", nargs=-1, metavar="[PROMPTS]")
+@click.option("--recipe", type=click.Path(path_type=Path), help="File with these settings; options beat it.")
 @click.option("--model", help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m that answers.")
 @click.option("--adapter", help="Adapter folder or run to put on the model.")
 @click.option("--against", help="Another model or run: one answer from each, and the win rate at the end.")
@@ -21,25 +22,38 @@ import click
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
 @click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bool, **source: Any) -> None:
+@click.pass_context
+def label(
+    context: click.Context,
+    /,
+    files: tuple[str, ...],
+    recipe: Path | None,
+    agreement: bool,
+    as_json: bool,
+    **source: Any,
+) -> None:
     """Judge answers to the PROMPTS of a file by hand, blind; OUT is then a file of data.format: preference.
 
     Rows are {"prompt": ...}; those with "answers", or "chosen" and "rejected", are judged as they are, without a model.
 
     \b
     Example: mlxft label prompts.jsonl --model runs/sft --out pairs.jsonl
+             mlxft label --recipe configs/label.yaml --model runs/sft
              mlxft label --agreement ann.jsonl ben.jsonl
     """
     if agreement:
-        if len(files) != 2 or out is not None or source["model"] or source["against"]:
+        if len(files) != 2 or recipe or source["out"] or source["model"] or source["against"]:
             raise click.UsageError("--agreement takes two files of judgements, and nothing else")
         from mlxft.study.judgements import agreement as compare
 
         found = compare(Path(files[0]), Path(files[1]))
         click.echo(json.dumps(found._asdict()) if as_json else str(found))
         return
+    if recipe is not None:
+        files, source = _with_recipe(context, recipe, files, source)
+    out = source.pop("out")
     if len(files) != 1 or out is None:
-        raise click.UsageError("give one file of prompts, and --out")
+        raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
     from rich.console import Console
 
     from mlxft.model.sample import Sampling
@@ -56,3 +70,16 @@ def label(files: tuple[str, ...], out: Path | None, agreement: bool, as_json: bo
     click.echo(f"{done.judged} of {done.total} prompts judged, {done.skipped} skipped: {out}")
     if win is not None:
         click.echo(str(win))
+
+
+def _with_recipe(
+    context: click.Context, recipe: Path, files: tuple[str, ...], source: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What the command line gives, and for the rest what the recipe does."""
+    from mlxft.study.label_recipe import read_label_recipe
+
+    settings = read_label_recipe(recipe)
+    prompts = settings.pop("prompts", None)
+    given = click.core.ParameterSource.COMMANDLINE
+    source |= {k: v for k, v in settings.items() if context.get_parameter_source(k) != given}
+    return files or (() if prompts is None else (prompts,)), source

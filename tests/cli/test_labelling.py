@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from mlxft.model.sample import Sampling
+from mlxft.study.label import Source, Summary
+
 Command = Callable[..., Any]
 
 
@@ -37,6 +40,52 @@ def test_label_and_agreement(prompts: str, mlxft: Command) -> None:
     assert json.loads(found.out) == {"n": 1, "observed": 1.0, "kappa": None}
     found = mlxft("label", "--agreement", "ann.jsonl", "ben.jsonl")
     assert found.out.endswith("100.0% of 1 shared prompts judged alike\n")
+
+
+def test_a_recipe_gives_the_options_and_the_command_line_beats_it(
+    prompts: str, mlxft: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def judge(spec: str, out: Path, source: Source, console: Any) -> Summary:
+        seen.append((spec, str(out), source))
+        return Summary(0, 0, 0, None)
+
+    monkeypatch.setattr("mlxft.study.label.label", judge)
+    text = "prompts: p.jsonl\nout: ann.jsonl\nmodel: m\nadapter: a\nn: 3\nmax_tokens: 7\ntemperature: 0.5\nseed: 9\n"
+    Path("label.yaml").write_text(text, "utf-8")
+    assert mlxft("label", "--recipe", "label.yaml").code == 0
+    assert seen.pop() == ("p.jsonl", "ann.jsonl", Source(Sampling(7, 0.5), "m", "a", None, 3, 9))
+    # 512 and 2 are the defaults: given, they count all the same.
+    given = ("--out", "o.jsonl", "--n", "2", "--max-tokens", "512", "--model", "other")
+    assert mlxft("label", "q.jsonl", "--recipe", "label.yaml", *given).code == 0
+    assert seen.pop() == ("q.jsonl", "o.jsonl", Source(Sampling(512, 0.5), "other", "a", None, 2, 9))
+    Path("label.yaml").write_text("model: m\nagainst: w\n", "utf-8")
+    assert mlxft("label", prompts, "--recipe", "label.yaml", "--out", "o.jsonl").code == 0
+    assert seen.pop() == (prompts, "o.jsonl", Source(Sampling(512, 1.0), "m", None, "w", 2, 0))
+
+
+def test_a_sitting_by_recipe(prompts: str, mlxft: Command) -> None:
+    Path("label.yaml").write_text("prompts: p.jsonl\nout: ann.jsonl\n", "utf-8")
+    done = mlxft("label", "--recipe", "label.yaml", stdin="t\nt\n")
+    assert (done.code, done.err) == (0, "")
+    assert len(Path("ann.jsonl").read_text("utf-8").splitlines()) == 2
+
+
+def test_what_is_wrong_with_a_recipe_of_label(prompts: str, refused: Callable[..., str]) -> None:
+    recipe = Path("label.yaml")
+    recipe.write_text("modle: m\nn: 12\nout: o.jsonl\n", "utf-8")
+    said = refused(2, "label", prompts, "--recipe", "label.yaml")
+    assert "label.yaml: modle: no such setting (did you mean model?)" in said
+    assert "label.yaml: n: input should be less than or equal to 9; seen 12" in said
+    recipe.write_text("out: o.jsonl\n", "utf-8")
+    assert "give one file of prompts" in refused(2, "label", "--recipe", "label.yaml")
+    assert "--agreement takes two files" in refused(2, "label", "--agreement", "a", "b", "--recipe", "label.yaml")
+    recipe.write_text("objective: sft\n", "utf-8")
+    assert "is a recipe of mlxft train" in refused(2, "label", prompts, "--recipe", "label.yaml")
+    recipe.write_text("- x\n", "utf-8")
+    assert "expected a mapping of settings, found list" in refused(2, "label", prompts, "--recipe", "label.yaml")
+    assert "can not read the recipe" in refused(2, "label", prompts, "--recipe", "nowhere.yaml")
 
 
 def test_wrong_use_of_label(prompts: str, refused: Callable[..., str]) -> None:
