@@ -1,6 +1,7 @@
 """Tokens sampled a second in a batch: mlxft's `sample_batch` and mlx_lm's `batch_generate`, on the same prompts.
 
 python benchmarks/sampling.py [--model smollm2-135m] [--prompts 16] [--tokens 64] [--rounds 5]
+                              [--lengths equal alpaca] [--temperatures 0 1]
 Both sides decode exactly --tokens tokens a prompt (no token ends an answer) and take turns in one process; each has one
 round that is not counted. Seconds are of the whole call, prompts included.
 """
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lengths", nargs="+", default=["equal", "alpaca"])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     args = parser.parse_args()
 
     from mlxft.model.load import load
@@ -65,10 +68,10 @@ def main() -> None:
     loaded.model.eval()
     rng = np.random.default_rng(0)
     rows: list[list[Any]] = []
-    for kind in ("equal", "alpaca"):
+    for kind in args.lengths:
         sizes = [size // 4 for size in lengths(kind, args.prompts)]
         prompts = [loaded.tokenizer.encode(" ".join(rng.choice(WORDS, size))) for size in sizes]
-        for temperature in (0.0, 1.0):
+        for temperature in args.temperatures:
             seconds: dict[str, list[float]] = {}
             for turn in range(args.rounds + 1):
                 for name, sample in sides(loaded, prompts, args.tokens, temperature).items():

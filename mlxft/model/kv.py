@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from mlx_lm.models.cache import (
 )
 
 PREFILL = 4096  # most tokens, padding included, that go through the model in one call
+_PADDING = 64  # tokens of padding that cost less than one more call of the model
 _PADDED = (KVCache, RotatingKVCache)
 _ROWS = (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
 _TRIED: dict[frozenset[type], bool] = {}
@@ -67,29 +68,55 @@ def takes_rows(model: nn.Module) -> bool:
 def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], mx.array]:
     """Caches that hold P prompts, right-aligned, and the logits (P, V) of what follows each.
 
-    Unequal lengths are for models that `pads` is true of.
+    Unequal lengths are for models that `pads` is true of; they cost least where neighbours are of like length.
     """
-    caches = make_prompt_cache(model)
     lengths = [len(prompt) - 1 for prompt in prompts]
-    padded = min(lengths) < max(lengths)
+    if min(lengths) == max(lengths):
+        caches = make_prompt_cache(model)
+        _fill(model, caches, [prompt[:-1] for prompt in prompts], lengths[0])
+    else:
+        caches = []
+        for run in _runs(lengths):
+            own = [cache.merge([cache] * len(lengths[run])) for cache in make_prompt_cache(model)]
+            _fill_padded(model, own, [prompt[:-1] for prompt in prompts[run]])
+            for cache, more in zip(caches, own):
+                cache.extend(more)
+            caches = caches or own
+    return caches, step(model, caches, mx.array([prompt[-1] for prompt in prompts]))
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[slice]:
+    """Neighbours that go through the model together: little of it is padding, or too little for a call of its own."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        together = lengths[start : end + 1]
+        padding = max(together) * len(together) - sum(together)
+        if end == len(lengths) or padding > max(_PADDING, sum(together) // 10):
+            yield slice(start, end)
+            start = end
+
+
+def _fill_padded(model: nn.Module, caches: list[Any], prompts: Sequence[Sequence[int]]) -> None:
+    lengths = [len(prompt) for prompt in prompts]
     # A rotating cache takes a single column for a step of decoding, for which it is not ready before `finalize`.
-    width = max(*lengths, 2) if padded else lengths[0]
-    if padded:
-        caches = [cache.merge([cache] * len(prompts)) for cache in caches]
-        for cache in caches:
-            cache.prepare(lengths=lengths, right_padding=[width - length for length in lengths])
+    width = max(*lengths, 2)
+    for cache in caches:
+        cache.prepare(lengths=lengths, right_padding=[width - length for length in lengths])
+    _fill(model, caches, [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], width)
+    for cache in caches:
+        cache.finalize()
+    mx.eval([cache.state for cache in caches])
+
+
+def _fill(model: nn.Module, caches: list[Any], prompts: Sequence[Sequence[int]], width: int) -> None:
+    """`width` tokens of each prompt, in calls of bounded size."""
     if width:
-        ids = mx.array([[*prompt[:-1], *[0] * (width - len(prompt) + 1)] for prompt in prompts])
+        ids = mx.array([list(prompt) for prompt in prompts])
         for part in _columns(width, len(prompts)):
             model(ids[:, part], cache=caches)
             # The logits are never evaluated: MLX computes only what is asked for.
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
-    if padded:
-        for cache in caches:
-            cache.finalize()
-        mx.eval([cache.state for cache in caches])
-    return caches, step(model, caches, mx.array([prompt[-1] for prompt in prompts]))
 
 
 def _columns(width: int, rows: int) -> list[slice]:

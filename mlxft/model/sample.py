@@ -64,11 +64,6 @@ class Sampling:
             raise ConfigError("sampling: " + "; ".join(wrong))
         object.__setattr__(self, "stop", tuple(stop))
 
-    @property
-    def filtered(self) -> bool:
-        """Whether answers come from another distribution than the model's at this temperature."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-
 
 def render_prompt(tokenizer: TokenizerWrapper, prompt: Prompt, system: str | None = None) -> list[int]:
     """Token ids up to where the answer starts: by the chat template if there is one, else the text as it stands.

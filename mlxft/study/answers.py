@@ -56,7 +56,7 @@ class Asked:
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
         size = max(1, _BATCHES * ROWS // samples)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=samples * len(self._ids))
             for start in range(0, len(self._ids), size):
                 found = sample_batch(

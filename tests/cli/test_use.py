@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,78 @@ def test_chat_remembers_what_was_said(trained: str, mlxft: Command) -> None:
         return str(mlxft("chat", "--model", trained, "--max-tokens", "12", stdin="\n".join(said)).out).split("> ")[-2]
 
     assert last("the in", "of is") != last("on a is of", "of is")
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    """A text, messages, and a text again, in prompts.jsonl."""
+    said = ["the in", [{"role": "user", "content": "of is ü"}], "on a"]
+    rows = [{"prompt": prompt, "answer": i} for i, prompt in enumerate(said)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return "prompts.jsonl"
+
+
+def test_a_batch_is_answered_as_its_prompts_are(trained: str, prompts: str, mlxft: Command, tmp_path: Path) -> None:
+    use = ("generate", "--model", trained, *SHORT)
+    done = mlxft(*use, "--batch", prompts)
+    assert (done.code, done.err) == (0, "")
+    found = lines(done.out)
+    assert [list(line) for line in found] == [["prompt", "completions", "finish"]] * 3
+    assert [line["prompt"] for line in found] == [row["prompt"] for row in lines((tmp_path / prompts).read_text())]
+    for line, prompt in zip(found, ("the in", "of is ü", "on a")):
+        assert [mlxft(*use, prompt).out] == [text + "\n" for text in line["completions"]]
+    assert {end for line in found for end in line["finish"]} <= {"eos", "length"}
+    assert mlxft(*use, "--batch", prompts, "--out", "new/out.jsonl").out == ""
+    assert (tmp_path / "new" / "out.jsonl").read_text("utf-8") == done.out
+    (tmp_path / "p.csv").write_text("prompt\nthe in\non a\n")
+    assert lines(mlxft(*use, "--batch", "p.csv").out) == [found[0], found[2]]
+
+
+def test_samples_of_a_batch(trained: str, prompts: str, mlxft: Command) -> None:
+    def say(*options: str) -> str:
+        use = ("--max-tokens", "12", "--temperature", "1.5", "--batch", prompts)
+        return str(mlxft("generate", "--model", trained, *use, *options).out)
+
+    many = say("--samples", "3", "--seed", "1")
+    assert many == say("--samples", "3", "--seed", "1") != say("--samples", "3", "--seed", "2")
+    assert say() != say(), "without a seed each time is another"
+    assert [len(set(line["completions"])) for line in lines(many)] == [3, 3, 3]
+    assert len({text for line in lines(many) for text in line["completions"]}) == 9
+    stopped = lines(say("--samples", "3", "--seed", "1", "--stop", "e", "--stop", "a"))
+    for line, whole in zip(stopped, lines(many)):
+        for text, end, before in zip(line["completions"], line["finish"], whole["completions"]):
+            cut = min((at for at in (before.find("e"), before.find("a")) if at >= 0), default=len(before))
+            assert text == before[:cut]
+            assert (end == "stop") == (cut < len(before))
+
+
+def test_filters_act(trained: str, mlxft: Command) -> None:
+    """Each filter, at its narrowest, leaves the most likely token only; --stop ends the text and is not shown."""
+    use = ("generate", "--model", trained, "the in", "--max-tokens", "12")
+    plain = mlxft(*use).out
+    for narrow in (("--top-k", "1"), ("--min-p", "1"), ("--top-p", "0.000001")):
+        assert mlxft(*use, "--temperature", "3", *narrow).out == plain
+    stop = plain[2:4]
+    assert mlxft(*use, "--stop", stop).out == plain[: plain.index(stop)] + "\n"
+
+
+def test_wrong_use_of_a_batch(trained: str, prompts: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    use = ("generate", "--model", trained)
+    batch = (*use, "--batch", prompts)
+    assert "give a PROMPT or --batch, not both" in refused(2, *batch, "hi")
+    assert "--out and --samples go with --batch" in refused(2, *use, "hi", "--out", "x.jsonl")
+    assert "--out and --samples go with --batch" in refused(2, *use, "hi", "--samples", "2")
+    assert "--samples 2 at temperature 0 would be 2 times the same" in refused(2, *batch, "--samples", "2")
+    assert "--out is the file of prompts" in refused(2, *batch, "--out", f"./{prompts}")
+    assert "nope.jsonl: no such file" in refused(2, *use, "--batch", "nope.jsonl")
+    assert "none of them empty" in refused(2, *batch, "--stop", "")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 1}\n{"text": "b"}\n')
+    err = refused(1, *use, "--batch", "bad.jsonl")
+    assert "bad.jsonl:2: prompt is a number" in err
+    assert "bad.jsonl:3: no field 'prompt'" in err
+    (tmp_path / "file").write_text("")
+    assert "can not write file/out.jsonl" in refused(1, *batch, "--out", "file/out.jsonl")

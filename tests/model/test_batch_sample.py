@@ -245,6 +245,15 @@ def test_a_prompt_is_computed_once_for_all_its_samples() -> None:
     assert max(rows for rows, _ in model.calls) == 16
 
 
+def test_little_of_the_prompts_is_padding() -> None:
+    """100 and 104 tokens go together; 400 by itself; the answers are in the prompts' order."""
+    model = Cycle()
+    prompts = [[i] * n for i, n in ((1, 104), (2, 400), (3, 100), (4, 101))]
+    found = sample_batch(model, Words(), prompts, Sampling(2, 0.0, stop_at_eos=False), seed=0)  # type: ignore[arg-type]
+    assert [answer.ids for (answer,) in found] == [[2, 3], [3, 4], [4, 5], [5, 6]]
+    assert sorted(shape for shape in model.calls if shape[1] > 10) == [(1, 399), (3, 103)]
+
+
 def test_nothing_is_left_behind(tiny_model: Any) -> None:
     """Flags and random state as before; dropout off; adapters and the grown caches of other calls no matter."""
     model = tiny_model.model
