@@ -195,13 +195,14 @@ def outfitted(config: Config, bare: Loaded) -> nn.Module:
     Raises:
         ConfigError, ModelError: as training would.
     """
-    from mlxft.run import prepare  # which imports this file
+    from mlxft.run import check_head, prepare  # which imports this file
 
     m, random = config.model, random_state()
     prepare(config, bare)
     if outline_of(config).reads == "scores":
         setting = "tune.train" if config.tune.train else "tune.targets"
         begin_head(ShapeSplit(bare.model), m.adapter or m.path, setting)
+    check_head(config, bare.model)
     set_random_state(random)
     return bare.model
 

@@ -6,7 +6,7 @@ A pair is whole or not there: cut at a limit, its two answers could become one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
@@ -88,9 +88,6 @@ class PairCounts:
                 f"the chosen answer is the {which} one in {part:.0%} of the pairs: length may be all it learns"
             )
         return notes
-
-    def __str__(self) -> str:
-        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -240,7 +237,8 @@ def _count(
 ) -> PairCounts:
     """With the numbers that pairs and single answers share."""
     if not rows:
-        raise DataError(f"no row is left to train on: {counts}; see data.max_length and the ratings")
+        why = "; ".join(counts.notes()) or "there are none"
+        raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}")
     lengths = [len(ids) for row in answers for ids in row]
     tokens = sum(lengths) + sum(len(row.prompt_ids) for row in rows)
     one = lengths[0] if len(set(lengths)) == 1 else None

@@ -289,8 +289,8 @@ class _Step:
         """A number that depends on what the objective reads as its loss does."""
         if self.reads == "scores":
             return read_scores(self.split, ids, *places).square().sum()
-        # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it computes
-        # chunks as the sum's does, and holds as much.
+        # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it
+        # computes chunks as the sum's does, and holds as much.
         if self.reads == "nll" or self.split.trained_head():
             return rows_nll(self.split, ids, *places, grad=True)
         positions, labels, weights = places
