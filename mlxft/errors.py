@@ -6,6 +6,7 @@
       ModelError          weights, architecture, quantisation or adapter do not fit
       CheckpointError     a run folder or checkpoint can not be read, written or continued
       ExportError         a result can not be written in the wanted form
+      TrainingError       training can not go on: numbers have run away
       RewardError         a reward gives no usable number for a completion
 
 All are ValueErrors: they say that something given to mlxft is wrong, and what to do about it. A mistake of
@@ -43,6 +44,10 @@ class CheckpointError(MlxftError):
 
 class ExportError(MlxftError):
     """A result can not be written in the wanted form."""
+
+
+class TrainingError(MlxftError):
+    """Training can not go on: a loss or a gradient is no longer a number, or the policy has run away."""
 
 
 class RewardError(MlxftError):

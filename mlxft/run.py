@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.config import Config
-from mlxft.errors import CheckpointError, ConfigError, ModelError
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.model.adapters import (
     LoRASpec,
     adapter_config,
@@ -48,9 +48,9 @@ from mlxft.recipe import dump_config, load_config, parse_config
 from mlxft.rundir import Run, check_folder, find_adapter, load, make_folder, open_run, versions
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
-from mlxft.train.loop import Hooks, Loop, Progress, TrainingError, loop_state
+from mlxft.train.loop import Hooks, Loop, Progress, loop_state
 from mlxft.train.optim import Optimizer
-from mlxft.train.report import MetricsFile, Reporter, terminal
+from mlxft.train.report import EventFile, Reporter, Sink, terminal
 
 __all__ = ["Run", "load", "open_run", "train"]
 
@@ -155,7 +155,8 @@ class _Saver:
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """A checkpoint of now."""
-        snapshot = checkpoint.Snapshot(trainable_weights(self.loaded.model), self.optimizer.arrays(), state)
+        weights, optimizer = trainable_weights(self.loaded.model), self.optimizer.arrays()
+        snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
         folder = self.run.dir / "checkpoints"
         checkpoint.save(folder, state["progress"]["step"], snapshot, self.run.config.run.keep)
 
@@ -216,28 +217,30 @@ def train(
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec = prepare(config, loaded)
-    objective.prepare(loaded.model)
+    objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
     checkpointing, expected = decide_checkpointing(config, loaded.model, objective)
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
     checkpoint_layers(loaded.model, checkpointing)
-    optimizer = Optimizer(config.optim, loaded.model)
+    optimizer = Optimizer(config.optim, loaded.model, objective.parts())
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)
     notes: list[str] = []
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     saver = _Saver(run, loaded, spec, objective, optimizer)
     write_text(run.dir / "config.yaml", dump_config(config, versions()))
-    file = MetricsFile(run.dir / "metrics.jsonl", progress.step or None)  # None: start over, nothing is kept
+    since = progress.step or None  # None: start over, nothing is kept
+    files: list[Sink] = [EventFile(run.dir / "metrics.jsonl", since)]
+    files.append(EventFile(run.dir / "samples.jsonl", since, ("sample",)))
     facts = describe_start(config, loaded, objective, total)
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-    reporter = Reporter([file, terminal(console, total, progress.step)])
+    reporter = Reporter([*files, terminal(console, total, progress.step)])
     try:
-        kind, since = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
-        text = f"training{since}; everything is written to {run.dir}"
+        kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
+        text = f"training{after}; everything is written to {run.dir}"
         reporter.event({"event": kind, "step": progress.step, **facts, "text": text})
         with limits(config.memory.limit, config.memory.cache):
             return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
@@ -276,7 +279,7 @@ def _train(
     loop = Loop(loaded.model, objective, optimizer, run.config, total, progress, hooks)
     try:
         finished = loop.run()
-    except (TrainingError, RuntimeError, MemoryError) as e:
+    except (MlxftError, RuntimeError, MemoryError) as e:
         told = _out_of_memory(progress, run) if is_out_of_memory(e) else e
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
         raise told from None
@@ -359,6 +362,7 @@ def _restore(
         raise CheckpointError(str(e)) from e
     optimizer.load(snapshot.optimizer)
     objective.load_state_dict(state["objective"])
+    objective.load_arrays(snapshot.objective)
     set_random_state(state["random"])
     progress = Progress(**state["progress"])
     if progress.step >= total or progress.stopped_early:

@@ -8,7 +8,7 @@ and logit scaling come along by themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -89,8 +89,10 @@ class Split:
         try:
             whole = self.model(ids)
             hidden = self.hidden(ids)
-            # A body that is as wide as the vocabulary has its head inside: nothing is gained by taking it apart.
-            if hidden.ndim != 3 or hidden.shape[:2] != ids.shape or hidden.shape[-1] == whole.shape[-1]:
+            if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+                return False
+            # A body that gives the logits themselves has its head inside: there is nothing to take apart.
+            if hidden.shape == whole.shape and mx.array_equal(hidden, whole).item():
                 return False
             self._width, self._dtype = hidden.shape[-1], hidden.dtype
             self.vocabulary = whole.shape[-1]
@@ -106,18 +108,25 @@ class Split:
         """How the model takes packed rows; ModelError if it can not."""
         return Packing(self.model)
 
-    def call(self, ids: mx.array, segments: mx.array | None = None) -> mx.array:
-        """(B, T) ids -> (B, T, V), by the model itself. `segments` (B, T) numbers the rows of packed sequences."""
-        return self.model(ids) if segments is None else self.model(ids, cache=self.packing.caches(segments))
+    def call(self, ids: mx.array, segments: mx.array | None = None, caches: Sequence[Any] | None = None) -> mx.array:
+        """(B, T) ids -> (B, T, V), by the model itself.
 
-    def hidden(self, ids: mx.array, segments: mx.array | None = None) -> mx.array:
-        """(B, T) ids -> (B, T, D), what the head takes. `segments`: see `call`."""
+        Args:
+            segments: (B, T) numbers of the rows of packed sequences.
+            caches: of its layers, in place of segments.
+        """
+        if segments is not None:
+            caches = self.packing.caches(segments)
+        return self.model(ids) if caches is None else self.model(ids, cache=caches)
+
+    def hidden(self, ids: mx.array, segments: mx.array | None = None, caches: Sequence[Any] | None = None) -> mx.array:
+        """(B, T) ids -> (B, T, D), what the head takes. The others: see `call`."""
         if segments is not None:
             _ = self.packing  # it tries the model, and so before the body is replaced
         watched = _Watched(self.body)
         with self._in_place(watched):
             # The logits that this makes are never evaluated: MLX computes only what is asked for.
-            self.call(ids, segments)
+            self.call(ids, segments, caches)
         (hidden,) = watched.returned
         return hidden
 
@@ -182,6 +191,30 @@ def _nll(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
     return ((mx.logsumexp(logits, axis=-1) - picked) * weights).sum()
 
 
+def _nll_slopes(
+    split: Split, hidden: mx.array, parameters: dict[str, mx.array], labels: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    """`_nll` of (n, D) hidden states with its gradient in them and in the head's parameters.
+
+    By hand from the logits' own gradient, weights x (softmax - onehot): one exponential of each logit serves value and
+    gradient, where automatic differentiation would take two.
+    """
+    names = list(parameters)
+
+    def head(h: mx.array, *values: mx.array) -> mx.array:
+        return split.logits(h, dict(zip(names, values))).astype(mx.float32)
+
+    logits = head(hidden, *parameters.values())
+    largest = logits.max(axis=-1, keepdims=True)
+    powers = mx.exp(logits - largest)
+    sums = powers.sum(axis=-1, keepdims=True)
+    picked = mx.take_along_axis(logits, labels[:, None], axis=-1)
+    value = ((mx.log(sums) + largest - picked)[:, 0] * weights).sum()
+    slopes = mx.put_along_axis(powers / sums, labels[:, None], mx.exp(picked - largest) / sums - 1.0, axis=-1)
+    _, (slope, *more) = mx.vjp(head, [hidden, *parameters.values()], [slopes * weights[:, None]])
+    return value, slope, dict(zip(names, more))
+
+
 def rows_nll(
     split: Split,
     ids: mx.array,
@@ -231,14 +264,11 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
         if done:  # one chunk after the other: MLX would else begin with all of them
             (h,) = mx.depends([h], done)
 
-        def loss(h: mx.array, parameters: dict[str, mx.array], y: mx.array = y, w: mx.array = w) -> mx.array:
-            return _nll(split.logits(h, parameters), y, w)
-
         if not grad:
-            value = loss(h, frozen)
+            value = _nll(split.logits(h, frozen), y, w)
             total, done = total + value, [value]
             continue
-        value, (slope, more) = mx.value_and_grad(loss, argnums=(0, 1))(h, frozen)
+        value, slope, more = _nll_slopes(split, h, frozen, y, w)
         head_slopes = {n: head_slopes[n] + g if n in head_slopes else g for n, g in more.items()}
         slopes.append(slope)
         total, done = total + value, [value, slope, *head_slopes.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import mlx.core as mx
 from mlxft.model.logits import Split, chunk_size
 
 Parameters = dict[str, mx.array]
+Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers
 
 
 def _picked(logits: mx.array, labels: mx.array) -> mx.array:
@@ -16,7 +18,20 @@ def _picked(logits: mx.array, labels: mx.array) -> mx.array:
     return mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
 
 
-def rows_logprobs(split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, grad: bool) -> mx.array:
+def _entropy(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    total = mx.logsumexp(logits, axis=-1)
+    return total - (mx.exp(logits - total[:, None]) * logits).sum(axis=-1)
+
+
+def _at(temperature: float, read: Read) -> Read:
+    """`read` of logits at a temperature."""
+    return read if temperature == 1 else lambda logits, labels: read(logits / temperature, labels)
+
+
+def rows_logprobs(
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, grad: bool, temperature: float = 1.0
+) -> mx.array:
     """Log-probability of each label at its position, (N,) float32, in nats.
 
     Args:
@@ -24,20 +39,57 @@ def rows_logprobs(split: Split, ids: mx.array, positions: mx.array, labels: mx.a
         positions: (N,) flat indices into B x T of the positions that predict.
         labels: (N,) tokens that they predict.
         grad: whether a gradient will be asked for.
+        temperature: that the labels were sampled at.
     """
     if not split.separable:
         logits = split.model(ids)
-        return _picked(logits.reshape(-1, logits.shape[-1])[positions], labels)
+        return _at(temperature, _picked)(logits.reshape(-1, logits.shape[-1])[positions], labels)
+    return hidden_logprobs(split, rows_hidden(split, ids, positions), labels, grad=grad, temperature=temperature)
+
+
+def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
+    """(N, D) hidden states at positions; arguments as for `rows_logprobs`."""
     hidden = split.hidden(ids)
-    return hidden_logprobs(split, hidden.reshape(-1, hidden.shape[-1])[positions], labels, grad=grad)
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
 
 
-def hidden_logprobs(split: Split, hidden: mx.array, labels: mx.array, *, grad: bool) -> mx.array:
+def hidden_logprobs(
+    split: Split, hidden: mx.array, labels: mx.array, *, grad: bool, temperature: float = 1.0
+) -> mx.array:
     """The same of (N, D) hidden states, in chunks: the logits of all of them never exist."""
+    return _read(split, hidden, labels, _at(temperature, _picked), grad)
+
+
+def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, temperature: float = 1.0) -> mx.array:
+    """Entropy of the next token, (N,) float32, in nats, after (N, D) hidden states."""
+    labels = mx.zeros(hidden.shape[0], dtype=mx.int32)
+    return _read(split, hidden, labels, _at(temperature, lambda logits, _: _entropy(logits)), grad)
+
+
+def rows_logprobs_entropy(
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, temperature: float = 1.0
+) -> tuple[mx.array, mx.array]:
+    """Log-probabilities, bit for bit those of `rows_logprobs`, and entropies, both (N,), without a gradient."""
+
+    def both(logits: mx.array, labels: mx.array) -> mx.array:
+        return mx.stack([_picked(logits, labels), _entropy(logits)], axis=-1)
+
+    read = _at(temperature, both)
+    if split.separable:
+        found = _read(split, rows_hidden(split, ids, positions), labels, read, False)
+    else:
+        logits = split.model(ids)
+        found = read(logits.reshape(-1, logits.shape[-1])[positions], labels)
+    return found[:, 0], found[:, 1]
+
+
+def _read(split: Split, hidden: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:
     if not grad:
-        return _values(split, hidden, labels, {})
+        return _values(split, hidden, labels, {}, read)
     head = split.trained_head()
-    return _recomputed(split, hidden, labels, head) if head else _with_slopes(split, hidden, labels)
+    if head:
+        return _recomputed(split, hidden, labels, head, read)
+    return _with_slopes(split, hidden, labels, read)
 
 
 def _parts(split: Split, count: int) -> list[slice]:
@@ -45,17 +97,17 @@ def _parts(split: Split, count: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters) -> mx.array:
+def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
     done: list[mx.array] = []
     for part in _parts(split, hidden.shape[0]):
         h = hidden[part]
         if done:  # one chunk after the other: MLX would else begin with all of them
             (h,) = mx.depends([h], [done[-1]])
-        done.append(_picked(split.logits(h, head), labels[part]))
+        done.append(read(split.logits(h, head), labels[part]))
     return mx.concatenate(done)
 
 
-def _with_slopes(split: Split, hidden: mx.array, labels: mx.array) -> mx.array:
+def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -> mx.array:
     """With the gradient of each token's number in its own hidden state, (N, D), computed on the way and kept.
 
     A row of logits depends on its own hidden state alone, so the gradient of the sum is all of theirs at once.
@@ -69,7 +121,7 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array) -> mx.array:
             (h,) = mx.depends([h], [values[-1], slopes[-1]])
 
         def total(h: mx.array, y: mx.array = y) -> tuple[mx.array, mx.array]:
-            value = _picked(split.logits(h), y)
+            value = read(split.logits(h), y)
             return value.sum(), value
 
         (_, value), slope = mx.value_and_grad(total)(h)
@@ -80,13 +132,13 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array) -> mx.array:
     return still(mx.concatenate(values)) + ((hidden - still(hidden)).astype(mx.float32) * slope).sum(axis=-1)
 
 
-def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Parameters) -> mx.array:
+def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
     """Where the head is trained too its gradient depends on what each token's number counts: chunks are computed
     again once that is known."""
     names = list(head)
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
-        return _values(split, hidden, labels, dict(zip(names, parameters)))
+        return _values(split, hidden, labels, dict(zip(names, parameters)), read)
 
     values: Any = mx.custom_function(forward)
 
@@ -100,7 +152,7 @@ def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Paramete
                 (h,) = mx.depends([h], [slopes[-1], *sums])
 
             def total(h: mx.array, parameters: list[mx.array], y: mx.array = y, c: mx.array = c) -> mx.array:
-                return (_picked(split.logits(h, dict(zip(names, parameters))), y) * c).sum()
+                return (read(split.logits(h, dict(zip(names, parameters))), y) * c).sum()
 
             slope, more = mx.grad(total, argnums=(0, 1))(h, parameters)
             slopes.append(slope)

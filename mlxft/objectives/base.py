@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.data.encode import Encoded
+
+MAX = "_max"  # metrics whose names end so are maxima, not sums
 
 
 class LossSum(NamedTuple):
@@ -25,10 +27,14 @@ class LossSum(NamedTuple):
     metrics: dict[str, mx.array]  # name -> sum over the same items
 
     def plus(self, other: LossSum) -> LossSum:
-        """The sums over both parts' items (`+` would join the tuples); a metric that one lacks counts as 0 there."""
+        """The sums over both parts' items (`+` would join the tuples); a metric that one lacks counts as 0 there.
+
+        Of a metric named `..._max` it is the larger one.
+        """
         metrics = dict(self.metrics)
         for name, value in other.metrics.items():
-            metrics[name] = metrics[name] + value if name in metrics else value
+            join = mx.maximum if name.endswith(MAX) else mx.add
+            metrics[name] = join(metrics[name], value) if name in metrics else value
         return LossSum(self.total + other.total, self.weight + other.weight, metrics)
 
     def mean(self) -> mx.array:
@@ -48,6 +54,10 @@ class Batch:
     trained_tokens: int  # 0: nothing to learn here, the loop skips it
     rows: tuple[str, ...]  # where they come from, for messages
     ends_epoch: bool = False
+    ends_step: bool | None = None  # None: the recipe's batch.accumulate says
+    trains: Callable[[str], bool] | None = None  # which parameters, by name; None: all that are trainable
+    counts: bool = True  # False: another pass over rows that were counted already
+    event: dict[str, Any] | None = None  # what is to be reported before the step: of a rollout
 
 
 @dataclass(frozen=True)
@@ -63,10 +73,12 @@ class Summary:
 class Objective(Protocol):
     """One way to train. The loop pulls batches, adds their LossSums, and never looks inside."""
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, base: str = "") -> None:
         """Once, when the model has what the recipe trains and before a checkpoint is put back: add what the objective
         needs beside it (a scalar head), note what it starts from (a reference).
 
+        Args:
+            base: fingerprint of the base.
         Raises:
             ConfigError, ModelError: it can not be done with this model.
         """
@@ -92,6 +104,18 @@ class Objective(Protocol):
         """What is worth noting in the result beside its weights, as JSON."""
         ...
 
+    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
+        """A validation of its own, with `loss` among its numbers, and `samples`; None: the loss over valid_batches."""
+        ...
+
+    def parts(self) -> dict[str, float]:
+        """Parameters that are clipped by themselves: prefix of their names -> multiplier of their learning rate."""
+        ...
+
+    def stepped(self, sums: LossSum) -> None:
+        """The sums of the step that was just made, lazy."""
+        ...
+
     def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
         """Optimiser updates of epoch `epoch`, from 0. No step reaches over an epoch's end."""
         ...
@@ -102,6 +126,14 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        ...
+
+    def arrays(self) -> dict[str, mx.array]:
+        """What beside `state_dict` it needs to go on exactly, for a checkpoint: a rollout that is in use."""
+        ...
+
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
+        """Put back what `arrays` gave; after `load_state_dict`."""
         ...
 
     def fingerprint(self) -> str:
@@ -115,3 +147,22 @@ class Objective(Protocol):
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows, to be shown."""
         ...
+
+
+class OffPolicy:
+    """What objectives over rows that are there from the start have nothing to do for."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
+        return None
+
+    def parts(self) -> dict[str, float]:
+        return {}
+
+    def stepped(self, sums: LossSum) -> None:
+        pass
+
+    def arrays(self) -> dict[str, mx.array]:
+        return {}
+
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
+        pass

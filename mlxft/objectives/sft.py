@@ -19,7 +19,7 @@ from mlxft.data.formats import Example
 from mlxft.data.sources import find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
-from mlxft.objectives.base import Batch, LossSum, Summary
+from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
 
 SETTINGS: dict[str, type[Settings]] = {}
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
@@ -47,7 +47,7 @@ def load_splits(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
     return train, []
 
 
-class Objective:
+class Objective(OffPolicy):
     """SFT over rows held in memory as token ids and masks.
 
     Raises:
@@ -89,7 +89,7 @@ class Objective:
         trained = [int(r.trained.sum()) for r in self.train.rows]
         return [(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, base: str = "") -> None:
         """Nothing: the weights are all there is."""
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 weights.safetensors      trained parameters
 optimizer.safetensors    its state and master weights
+objective.safetensors    a rollout that is in use, where there is one
 state.json               step, data position, counters, best so far, random state, hashes of the files
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import mlx.core as mx
 from mlxft.errors import CheckpointError
 from mlxft.train.files import digest, flush, save_arrays, writing
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Snapshot:
     weights: dict[str, mx.array]
     optimizer: dict[str, mx.array]
     state: dict[str, Any]
+    objective: dict[str, mx.array] = field(default_factory=dict)
 
 
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
@@ -43,6 +45,8 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             arrays = {"weights.safetensors": snapshot.weights, "optimizer.safetensors": snapshot.optimizer}
+            if snapshot.objective:
+                arrays["objective.safetensors"] = snapshot.objective
             for name, tree in arrays.items():
                 save_arrays(beside / name, tree)
             hashes = {name: digest(beside / name) for name in arrays}
@@ -101,14 +105,14 @@ def load(path: Path) -> Snapshot:
         for name, expected in files.items():
             if digest(path / name) != expected:
                 raise CheckpointError(f"checkpoint {path.name} is damaged: {name} is not what was written")
-        weights = mx.load(str(path / "weights.safetensors"))
-        optimizer = mx.load(str(path / "optimizer.safetensors"))
+        held: list[Any] = [mx.load(str(path / name)) for name in ("weights.safetensors", "optimizer.safetensors")]
+        own = "objective.safetensors"
+        held.append(mx.load(str(path / own)) if own in files else {})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
         if isinstance(e, CheckpointError):
             raise
         raise CheckpointError(f"checkpoint {path.name} is damaged: {e}") from e
     if state.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path.name} has format {state.get('format')}, this mlxft reads {FORMAT}")
-    assert isinstance(weights, dict)
-    assert isinstance(optimizer, dict)
-    return Snapshot(weights, optimizer, state)
+    weights, optimizer, objective = held
+    return Snapshot(weights, optimizer, state, objective)

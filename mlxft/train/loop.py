@@ -13,12 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.config import Config
-from mlxft.errors import MlxftError
+from mlxft.errors import TrainingError
 from mlxft.model.random import random_state
-from mlxft.objectives.base import Batch, LossSum, Objective
+from mlxft.objectives.base import MAX, Batch, LossSum, Objective
 from mlxft.train.optim import Optimizer, learning_rate
 from mlxft.train.validate import validate
 
@@ -27,10 +27,6 @@ ADVICE = (
     "What was saved before is intact. Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
     "model.dtype: float32, or look at the rows"
 )
-
-
-class TrainingError(MlxftError):
-    """Training can not go on: the loss or the gradient is no longer a number."""
 
 
 @dataclass
@@ -47,6 +43,7 @@ class Progress:
     skipped_batches: int = 0
     # Since the last report, so that reports are the same whether or not a run was interrupted between two.
     window: dict[str, float] = field(default_factory=dict)
+    about: dict[str, float] = field(default_factory=dict)  # the newest event's numbers, which go into each report
     stopped_early: bool = False
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +93,7 @@ class _Step:
 
     number: int
     sums: LossSum
-    grad_norm: mx.array
+    norms: dict[str, mx.array]
     lr: float
     tokens: int
     trained_tokens: int
@@ -159,43 +156,58 @@ class Loop:
 
     def _update(self, batches: Iterator[Batch], barren: bool = False) -> tuple[_Step, bool]:
         """One optimiser update over up to `accumulate` micro-batches; a step ends with its epoch."""
-        grads: Any = None
+        grads: dict[str, mx.array] = {}
         sums: LossSum | None = None
         tokens, trained, ends = 0, 0, False
         rows: tuple[str, ...] = ()
-        taken = 0
-        while taken < self.config.batch.accumulate and not ends:
+        taken, whole = 0, False
+        while not whole and not ends:
             batch = next(batches)
             ends = batch.ends_epoch
+            if batch.event is not None:
+                self._tell(batch.event)
             if batch.trained_tokens == 0:
                 self.progress.skipped_batches += 1
                 continue
             part, more = self._gradient(batch)
             sums = part if sums is None else sums.plus(part)
-            grads = more if grads is None else tree_map(mx.add, grads, more)
+            grads |= {n: grads[n] + g if n in grads else g for n, g in more.items()}
             # Together, and before anything else is asked for: what only one of them needs would keep the others'
             # activations alive.
             mx.async_eval(sums, grads)
+            del more
             taken += 1
-            tokens, trained, rows = tokens + batch.tokens, trained + batch.trained_tokens, rows + batch.rows
+            whole = taken == self.config.batch.accumulate if batch.ends_step is None else batch.ends_step
+            if batch.counts:
+                tokens, trained, rows = tokens + batch.tokens, trained + batch.trained_tokens, rows + batch.rows
         if sums is None:
             if barren:
                 raise TrainingError("no batch of a whole epoch has anything to train: see the rows with mlxft check")
             return self._update(batches, barren=True)  # an epoch's last micro-batches held nothing to train
         lr = learning_rate(self.config.optim, self.progress.step, self.total_steps)
-        norm = self.optimizer.step(self.model, grads, sums.weight, lr)
-        mx.async_eval(norm)
-        return _Step(self.progress.step + 1, sums, norm, lr, tokens, trained, rows), ends
+        norms = self.optimizer.step(self.model, grads, sums.weight, lr)
+        mx.async_eval(norms)
+        self.objective.stepped(sums)
+        return _Step(self.progress.step + 1, sums, norms, lr, tokens, trained, rows), ends
 
-    def _gradient(self, batch: Batch) -> tuple[LossSum, Any]:
-        def loss(params: Any) -> LossSum:
-            self.model.update(params)
+    def _tell(self, event: Event) -> None:
+        """Report what comes with a batch. It is the next step's: a resumed run that repeats it drops it and tells it
+        again."""
+        self._drain()
+        self.hooks.event({**event, "step": self.progress.step + 1, "elapsed_s": self.progress.elapsed_s})
+        self.progress.about = {k: v for k, v in event.items() if isinstance(v, (int, float))}
+
+    def _gradient(self, batch: Batch) -> tuple[LossSum, dict[str, mx.array]]:
+        def loss(params: dict[str, mx.array]) -> LossSum:
+            self.model.update(tree_unflatten(list(params.items())))
             return self.objective.loss(self.model, batch)
 
-        params = self.model.trainable_parameters()
-        result = mx.value_and_grad(loss)(params)
-        self.model.update(params)
-        return result
+        params = dict(tree_flatten(self.model.trainable_parameters()))
+        if batch.trains is not None:
+            params = {n: v for n, v in params.items() if batch.trains(n)}
+        sums, grads = mx.value_and_grad(loss)(params)
+        self.model.update(tree_unflatten(list(params.items())))
+        return sums, grads
 
     def _drain(self) -> None:
         """Look at the steps since the last time: the only place where the loop waits for numbers.
@@ -206,13 +218,14 @@ class Loop:
         window = self.progress.window
         for step in self._pending:
             total, weight = float(step.sums.total), float(step.sums.weight)
-            norm = float(step.grad_norm)
-            if not math.isfinite(total) or not math.isfinite(norm):
-                raise TrainingError(_not_finite(step, total, norm))
+            norms = {k: float(v) for k, v in step.norms.items()}
+            if not all(map(math.isfinite, (total, *norms.values()))):
+                raise TrainingError(_not_finite(step, total, norms))
             sums = {"total": total, "weight": weight, **{f"sum:{k}": float(v) for k, v in step.sums.metrics.items()}}
             for name, value in sums.items():
-                window[name] = window.get(name, 0.0) + value
-            window |= {"lr": step.lr, "grad_norm": norm}
+                known = window.get(name)
+                window[name] = value if known is None else max(known, value) if name.endswith(MAX) else known + value
+            window |= {"lr": step.lr, **{f"norm:{k}": v for k, v in norms.items()}}
             window["tokens"] = window.get("tokens", 0) + step.tokens
             window["trained"] = window.get("trained", 0) + step.trained_tokens
         self._pending.clear()
@@ -230,9 +243,10 @@ class Loop:
             "step": p.step,
             "epoch": round(self._epochs(), 4),
             "loss": w["total"] / w["weight"],
-            **{k[4:]: v / w["weight"] for k, v in w.items() if k.startswith("sum:")},
+            **p.about,
+            **{k[4:]: v if k.endswith(MAX) else v / w["weight"] for k, v in w.items() if k.startswith("sum:")},
             "lr": w["lr"],
-            "grad_norm": w["grad_norm"],
+            **{k[5:]: v for k, v in w.items() if k.startswith("norm:")},
             "tokens": p.tokens,
             "trained_tokens": p.trained_tokens,
             "tokens_per_s": w["tokens"] / seconds,
@@ -258,6 +272,7 @@ class Loop:
         p = self.progress
         began = time.perf_counter()
         found = validate(self.model, self.objective)
+        samples = found.pop("samples", [])
         if found:
             better = (
                 candidate
@@ -271,6 +286,8 @@ class Loop:
                 self.hooks.best(p)
             patience = self.config.run.patience
             p.stopped_early = patience is not None and p.evals_without_gain >= patience
+        for sample in samples:
+            self.hooks.event({"event": "sample", "step": p.step, **sample})
         self.hooks.samples(p)
         self._pause(began)
         if p.stopped_early and p.window.get("weight"):
@@ -304,7 +321,8 @@ def loop_state(loop: Loop) -> dict[str, Any]:
     }
 
 
-def _not_finite(step: _Step, total: float, norm: float) -> str:
-    what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm is {norm}"
+def _not_finite(step: _Step, total: float, norms: dict[str, float]) -> str:
+    wrong = next(((k, v) for k, v in norms.items() if not math.isfinite(v)), ("grad_norm", 0.0))
+    what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm ({wrong[0]}) is {wrong[1]}"
     shown = ", ".join(step.rows[:8]) + (f" and {len(step.rows) - 8} more" if len(step.rows) > 8 else "")
     return f"step {step.number}: {what}. Rows: {shown}. {ADVICE}"

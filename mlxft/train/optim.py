@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlxft.config import Optim
 
 Arrays = dict[str, mx.array]
+REST = ""  # the part of what no other part names
 LARGE = 1 << 20  # numbers; from here on a parameter is updated by itself
 
 
@@ -56,15 +57,24 @@ class Optimizer:
 
     Parameters of a lower precision get a float32 master copy: a bfloat16 weight has 8 bits, and most updates of a
     small learning rate would round to nothing.
+
+    Args:
+        parts: prefix of parameters' names -> multiplier of their learning rate. Each part is clipped by its own norm
+            and counts its own updates: it may be left out of some.
     """
 
-    def __init__(self, settings: Optim, model: nn.Module) -> None:
+    def __init__(self, settings: Optim, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
         self._settings = settings
         self._opt = make_optimizer(settings)
+        self._rates = {REST: 1.0, **(parts or {})}
         params = _flat(model.trainable_parameters())
         self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
         self._opt.init(params | self._master)
-        self._groups = _groups(params)
+        self._steps = {part: mx.array(0, mx.uint64) for part in self._rates}
+        owners = {n: next((p for p in parts or () if n.startswith(p)), REST) for n in params}
+        self._groups = {
+            part: _groups({n: p for n, p in params.items() if owners[n] == part}) for part in self._rates
+        }
         self._measure: Callable[..., tuple[mx.array, mx.array]] = mx.compile(self._norm_and_factor)
         self._apply: Callable[..., tuple[list[mx.array], list[mx.array], list[Any]]] = mx.compile(self._update)
 
@@ -90,27 +100,37 @@ class Optimizer:
         new = [self._opt.apply_single(g.astype(mx.float32) * factor, f, s) for g, f, s in zip(grads, full, states)]
         return [n.astype(p.dtype) for n, p in zip(new, params)], new, states
 
-    def step(self, model: nn.Module, grads: Any, weight: mx.array, lr: float) -> mx.array:
-        """One update from summed gradients. Returns the gradient's norm before clipping, a lazy float32 scalar.
+    def step(self, model: nn.Module, grads: Arrays, weight: mx.array, lr: float) -> dict[str, mx.array]:
+        """One update from summed gradients, by name.
 
-        Works group by group, each put on its way before the next: all at once would hold temporaries of all.
+        Parts of which there is no gradient stay as they are. Works group by group, each put on its way before the
+        next: all at once would hold temporaries of all.
+
+        Returns:
+            grad_norm, and PART_grad_norm of each further part: norms before clipping, lazy float32 scalars.
         """
-        flat = _flat(grads)
-        del grads
+        norms: dict[str, mx.array] = {}
+        for part, groups in self._groups.items():
+            if groups and groups[0][0] in grads:
+                name = f"{part.rstrip('.')}_grad_norm" if part else "grad_norm"
+                norms[name] = self._step_part(model, part, grads, weight, lr * self._rates[part])
+        return norms
+
+    def _step_part(self, model: nn.Module, part: str, grads: Arrays, weight: mx.array, lr: float) -> mx.array:
         squares = []
-        for names in self._groups:
-            squares.append(sum((flat[n].astype(mx.float32).square().sum() for n in names), mx.array(0.0)))
+        for names in self._groups[part]:
+            squares.append(sum((grads[n].astype(mx.float32).square().sum() for n in names), mx.array(0.0)))
             mx.async_eval(squares[-1])
         norm, factor = self._measure(squares, weight)
-        step, rate = self._opt.state["step"] + 1, mx.array(lr)
+        step, rate = self._steps[part] + 1, mx.array(lr)
         params = _flat(model.trainable_parameters())
-        for names in self._groups:
+        for names in self._groups[part]:
             masters = [self._master.get(n) for n in names]
             rounded, new, states = self._apply(
                 [params.pop(n) for n in names],
                 masters,
                 [self._opt.state[n] for n in names],
-                [flat.pop(n) for n in names],
+                [grads.pop(n) for n in names],
                 (factor, step, rate),
             )
             for name, value, state in zip(names, new, states):
@@ -121,19 +141,22 @@ class Optimizer:
             # Nothing here may hold on to the old arrays: their memory becomes the new ones'.
             del masters
             mx.async_eval(rounded, new, states)
+        self._steps[part] = step
         self._opt.state["step"], self._opt.state["learning_rate"] = step, rate
         return norm
 
     def arrays(self) -> Arrays:
         """All of its state, by name."""
         state = {f"state.{n}": v for n, v in tree_flatten(self._opt.state)}
-        return state | {f"master.{n}": v for n, v in self._master.items()}
+        steps = {f"steps.{part}": v for part, v in self._steps.items()}
+        return state | steps | {f"master.{n}": v for n, v in self._master.items()}
 
     def load(self, arrays: Arrays) -> None:
         """Put back what `arrays` gave."""
         assert set(arrays) == set(self.arrays()), "checkpoint of another optimiser"
         # Parameter names hold dots, so the tree is walked as it is and not rebuilt from names.
         self._opt.state = tree_map_with_path(lambda n, _: arrays[f"state.{n}"], self._opt.state)
+        self._steps = {part: arrays[f"steps.{part}"] for part in self._steps}
         self._master = {n: arrays[f"master.{n}"] for n in self._master}
 
 

@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,6 +20,7 @@ from rich.text import Text
 from mlxft.train.files import write_text, writing
 
 Event = dict[str, Any]
+LOSS_METRICS = ("approx_kl", "clip_fraction", "ratio_mean", "value_loss")  # of a step, beside those of its rollout
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -35,27 +36,38 @@ class Sink(Protocol):
         ...
 
 
-class MetricsFile:
-    """metrics.jsonl: one object a line, on the disk as soon as it is known."""
+class EventFile:
+    """metrics.jsonl, samples.jsonl: one object a line, on the disk as soon as it is known.
 
-    def __init__(self, path: Path, resume_at: int | None) -> None:
+    Args:
+        resume_at: keep the lines there are up to this step; None: start over.
+        kinds: of the events that are written; None: all. A file of some kinds is made with the first of them.
+    """
+
+    def __init__(self, path: Path, resume_at: int | None, kinds: tuple[str, ...] | None = None) -> None:
         kept: list[str] = []
         if resume_at is not None and path.exists():
             # Steps after the checkpoint are trained again; their old lines would stand twice.
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _until(line, resume_at)]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        if kinds is None or path.exists():
+            write_text(path, "".join(f"{line}\n" for line in kept))
+        self._path, self._kinds = path, kinds
+        self._file: TextIO | None = None
 
     def event(self, event: Event) -> None:
+        if self._kinds is not None and event["event"] not in self._kinds:
+            return
         safe = {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in event.items()}
         with writing(self._path):
+            if self._file is None:
+                self._file = self._path.open("a", encoding="utf-8")
             self._file.write(json.dumps(safe, ensure_ascii=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk was reported when the line was written
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
 
 def _until(line: str, step: int) -> bool:
@@ -81,16 +93,26 @@ def skipped(event: Event) -> str:
     return f"; skipped {count} batch{'es' if count != 1 else ''} without a trained token" if count else ""
 
 
+def _norm(event: Event) -> str:
+    """The gradient's norm, where there is one: a part of the weights may be all that is trained for a while."""
+    return f"grad_norm {event['grad_norm']:.3f} " if "grad_norm" in event else ""
+
+
 def describe(event: Event) -> str:
     """A report as one plain line."""
     kind = event["event"]
+    if kind == "rollout":
+        numbers = " ".join(f"{k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k != "elapsed_s")
+        return f"rollout {event['rollout']} {numbers}"
     if kind == "train":
         known = {"event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_s"}
         known |= {"trained_tokens_per_s", "peak_memory_gb", "elapsed_s", "skipped_batches"}
+        if "rollout" in event:  # its own line has told the rest
+            known |= {k for k in event if k not in LOSS_METRICS}
         extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in known)
         return (
             f"step {event['step']} epoch {event['epoch']:.2f} loss {event['loss']:.4f}{extra} lr {event['lr']:.2e} "
-            f"grad_norm {event['grad_norm']:.3f} {event['trained_tokens_per_s']:.0f} trained tokens/s "
+            f"{_norm(event)}{event['trained_tokens_per_s']:.0f} trained tokens/s "
             f"peak {event['peak_memory_gb']:.2f} GB{skipped(event)}"
         )
     if kind == "eval":
@@ -99,7 +121,8 @@ def describe(event: Event) -> str:
         )
         return f"step {event['step']} validation loss {event['loss']:.4f}{extra}{' (best)' if event['best'] else ''}"
     if kind == "sample":
-        return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}"
+        score = f" (score {event['score']:.4g})" if "score" in event else ""
+        return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}{score}"
     if kind == "failed":
         return f"training failed after step {event['step']}"  # the error itself says why
     return str(event.get("text", kind))
@@ -158,7 +181,10 @@ class LiveView:
         if e:
             grid.add_row("validation", f"{e['loss']:.4f}", f"at step {e['step']}{' (best)' if e['best'] else ''}")
         if t:
-            grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e}, gradient norm {t['grad_norm']:.3f}")
+            grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e} {_norm(t)}")
+            if "rollout" in t:
+                answers = f"KL {t['kl']:.3f}, {t['response_tokens']:.1f} tokens an answer"
+                grid.add_row("reward", f"{t['reward']:.4f}", answers)
             grid.add_row("speed", f"{t['trained_tokens_per_s']:.0f}", "trained tokens/s")
             grid.add_row("memory", f"{t['peak_memory_gb']:.2f}", "GB at most")
             if skipped(t):

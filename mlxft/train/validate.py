@@ -12,11 +12,17 @@ from mlxft.objectives.base import LossSum, Objective
 
 
 def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
-    """Loss and metrics over the validation set, {} if there is none. Dropout is off; randomness is left as it was."""
+    """Loss and metrics over the validation set, {} if there is none. Dropout is off; randomness is left as it was.
+
+    An objective may have a way of its own.
+    """
     training, random = model.training, random_state()
     model.eval()
     sums: LossSum | None = None
     try:
+        own = objective.evaluate(model)
+        if own is not None:
+            return own
         for batch in objective.valid_batches(model):
             part = objective.loss(model, batch)
             sums = part if sums is None else sums.plus(part)

@@ -66,16 +66,16 @@ def test_resumed_amid_an_epoch(recipe: Recipe, tmp_path: Path, monkeypatch: pyte
     settings = recipe(60, **{"batch.pack": True, "batch.rows": None, "batch.tokens": 512, "run.steps": 12})
     whole = train(settings).dir
     assert len({e["tokens"] for e in events(whole)}) == 12
-    real = report.MetricsFile.event
+    real = report.EventFile.event
 
-    def event(self: report.MetricsFile, e: dict[str, Any]) -> None:
+    def event(self: report.EventFile, e: dict[str, Any]) -> None:
         real(self, e)
         if e["event"] == "train" and e["step"] == 5:
             signal.raise_signal(signal.SIGINT)
 
     other = {**settings, "run": {**settings["run"], "name": "b"}}
     with monkeypatch.context() as patch:
-        patch.setattr(report.MetricsFile, "event", event)
+        patch.setattr(report.EventFile, "event", event)
         with pytest.raises(KeyboardInterrupt):
             train(other)
     # Resumed with nothing in the token cache.

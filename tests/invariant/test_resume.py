@@ -86,15 +86,15 @@ class KilledAt(BaseException):
 @contextmanager
 def at_step(step: int, act: Callable[[], None], kind: str = "train") -> Iterator[None]:
     """Do something when an event of `step` is reported."""
-    real = report.MetricsFile.event
+    real = report.EventFile.event
 
-    def event(self: report.MetricsFile, e: dict[str, Any]) -> None:
+    def event(self: report.EventFile, e: dict[str, Any]) -> None:
         real(self, e)
         if e["event"] == kind and e["step"] == step:
             act()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report.MetricsFile, "event", event)
+        patch.setattr(report.EventFile, "event", event)
         yield
 
 

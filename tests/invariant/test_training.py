@@ -50,8 +50,8 @@ def step_of(settings: dict[str, Any]) -> tuple[Arrays, Arrays, float]:
     seen: Arrays = {}
     real = optimizer.step
 
-    def step(model: nn.Module, grads: Any, weight: mx.array, lr: float) -> mx.array:
-        seen.update({n: g / weight for n, g in tree_flatten(grads)})
+    def step(model: nn.Module, grads: Arrays, weight: mx.array, lr: float) -> Arrays:
+        seen.update({n: g / weight for n, g in grads.items()})
         return real(model, grads, weight, lr)
 
     optimizer.step = step  # type: ignore[method-assign]

@@ -14,9 +14,10 @@ import mlx.nn as nn
 import pytest
 
 from mlxft.config import Config
-from mlxft.objectives.base import Batch, LossSum, Summary
+from mlxft.errors import TrainingError
+from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
 from mlxft.recipe import parse_config
-from mlxft.train.loop import Hooks, Loop, Progress, TrainingError, loop_state
+from mlxft.train.loop import Hooks, Loop, Progress, loop_state
 from mlxft.train.optim import Optimizer
 
 
@@ -29,7 +30,7 @@ class Number(nn.Module):
 
 
 @dataclass
-class Pull:
+class Pull(OffPolicy):
     """Loss of an item t is w t, so the gradient of a step is the mean of its items; a batch is a list of items."""
 
     epoch: list[list[float]]
@@ -53,7 +54,7 @@ class Pull:
             # The loss is w t / 1: choose t so that it is what the test asks for.
             yield Batch({"t": mx.array([self.valid.pop(0)]) / model.w}, 1, 1, ())
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, base: str = "") -> None:
         pass
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:

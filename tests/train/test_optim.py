@@ -68,7 +68,7 @@ def test_adamw_first_step_by_hand():
     """
     model = Weights([[0.0]], [1.0])
     opt = Optimizer(Optim(lr=0.1, weight_decay=0.5, clip=None), model)
-    norm = opt.step(model, grads_of([[0.0]], [2.0]), mx.array(4.0), 0.1)
+    norm = opt.step(model, grads_of([[0.0]], [2.0]), mx.array(4.0), 0.1)["grad_norm"]
     assert model.vector.item() == pytest.approx(0.85, abs=1e-6)
     assert norm.item() == pytest.approx(0.5)
 
@@ -85,7 +85,7 @@ def test_adamw_equals_numpy_over_five_steps(clip: float | None):
     for t in range(1, 6):
         lr, weight = 0.03 / t, float(t + 1)
         total = {n: rng.normal(size=p.shape) * weight for n, p in theta.items()}
-        norm = opt.step(model, grads_of(**total), mx.array(weight), lr)
+        norm = opt.step(model, grads_of(**total), mx.array(weight), lr)["grad_norm"]
         g = {n: x / weight for n, x in total.items()}
         length = math.sqrt(sum((x**2).sum() for x in g.values()))
         assert norm.item() == pytest.approx(length, rel=1e-5)
@@ -104,7 +104,7 @@ def test_sgd_with_clipping_by_hand():
     """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8): -0.5 of it."""
     model = Weights([[0.0]], [0.0, 0.0])
     opt = Optimizer(Optim(name="sgd", lr=0.5, clip=1.0), model)
-    assert opt.step(model, grads_of([[0.0]], [3.0, 4.0]), mx.array(1.0), 0.5).item() == pytest.approx(5.0)
+    assert opt.step(model, grads_of([[0.0]], [3.0, 4.0]), mx.array(1.0), 0.5)["grad_norm"].item() == pytest.approx(5.0)
     assert model.vector.tolist() == pytest.approx([-0.3, -0.4], abs=1e-6)
 
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from mlxft.errors import CheckpointError
-from mlxft.train.report import LiveView, MetricsFile, Plain, describe, sparkline
+from mlxft.train.report import EventFile, LiveView, Plain, describe, sparkline
 
 TRAIN: dict[str, Any] = {
     "event": "train",
@@ -60,7 +60,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_metrics_are_on_the_disk_at_once(tmp_path: Path):
-    file = MetricsFile(tmp_path / "m.jsonl", None)
+    file = EventFile(tmp_path / "m.jsonl", None)
     file.event({"event": "train", "step": 1, "loss": float("nan"), "text": "é"})
     assert lines(tmp_path / "m.jsonl") == [{"event": "train", "step": 1, "loss": "nan", "text": "é"}]
     file.close()
@@ -71,20 +71,19 @@ def test_resume_keeps_what_is_before_the_checkpoint(tmp_path: Path):
     kept = [{"event": "start", "step": 0}, {"event": "train", "step": 4}, {"event": "eval", "step": 4}]
     gone = [{"event": "interrupted", "step": 4}, {"event": "train", "step": 5}]
     path.write_text("".join(json.dumps(e) + "\n" for e in kept + gone) + '{"event": "train", "st')
-    MetricsFile(path, 4).close()
+    EventFile(path, 4).close()
     assert lines(path) == kept
-    MetricsFile(path, None).close()
+    EventFile(path, None).close()
     assert lines(path) == []
 
 
 def test_a_full_disk_is_no_traceback(tmp_path: Path):
-    file = MetricsFile(tmp_path / "m.jsonl", None)
+    file = EventFile(tmp_path / "m.jsonl", None)
 
     class Full(io.StringIO):
         def flush(self) -> None:
             raise OSError(28, "No space left on device")
 
-    file._file.close()
     file._file = Full()
     with pytest.raises(CheckpointError, match=r"m\.jsonl: No space left on device"):
         file.event(TRAIN)

@@ -1,0 +1,378 @@
+"""What on-policy objectives share: prompts, rollouts with the newest weights, their scores, minibatches, evaluation.
+
+`batches` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
+step, for some epochs. All that frozen roles say of a completion is in its batch, computed when it was sampled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxft.config import Config, Settings
+from mlxft.data.encode import Encoded
+from mlxft.errors import TrainingError
+from mlxft.model.batch_sample import sample_batch
+from mlxft.model.logits import Split
+from mlxft.model.logprobs import rows_logprobs, rows_logprobs_entropy
+from mlxft.model.roles import Roles
+from mlxft.model.sample import Sampling
+from mlxft.objectives import functional as F
+from mlxft.objectives.base import Batch, LossSum, Summary
+from mlxft.objectives.onpolicy.held_out import HeldOut
+from mlxft.objectives.onpolicy.prompts import Method, check_recipe, encode_prompts, fingerprint
+from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
+from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
+from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
+from mlxft.objectives.pairs import Answer, stack
+from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
+
+M = TypeVar("M", bound=Method)
+
+
+class OnPolicy(Generic[M]):
+    """An objective over completions of its own. A subclass says what the tokens' advantages are, and the loss.
+
+    Args:
+        section: the method's own settings.
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+
+    grouped = False  # whether completions are compared with others of their prompt
+
+    def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.settings = config.section(config.objective, section)
+        self.rollouts = config.section("rollout", RolloutSettings)
+        self.notes = check_recipe(config, self.rollouts, self.grouped)
+        self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
+        train, valid = load_splits(config.data, config.run.seed)
+        longest = config.data.max_length - self.rollouts.max_tokens
+        self.prompts = encode_prompts(train, config, tokenizer, longest, self.notes)
+        self.valid = encode_prompts(valid, config, tokenizer, longest, self.notes) if valid else []
+        self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
+        s = self.rollouts
+        self.sampling = Sampling(s.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, tuple(s.stop), s.stop_at_eos)
+        self.kl_coef: float = self.settings.kl_coef
+        self._number, self._step = 0, 0  # of the rollout, and its next step
+        self._rollout: Rollout | None = None
+        self._kl = 0.0  # of the newest step from the policy that sampled
+        self._sums: LossSum | None = None
+        self._held_out = HeldOut(self)
+        self._model: nn.Module | None = None
+
+    # Roles
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        """Take note of the policy as it is: the reference."""
+        self._model = model
+        self.split = Split(model)
+        self.roles = Roles(model, adopt="policy")
+        whole = self.config.tune.method == "full"
+        self.reference = "reference" if whole or self.config.model.adapter is not None else None
+        if self.reference is not None:
+            self.roles.copy("policy", self.reference)
+        self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
+
+    def parts(self) -> dict[str, float]:
+        return {}
+
+    # Data
+
+    @property
+    def _per_pass(self) -> int:
+        """Rollouts that go once over the prompts."""
+        return -(-len(self.prompts) // self.rollouts.prompts)
+
+    def _chosen(self, number: int) -> list[int]:
+        """The prompts of a rollout."""
+        turn, at = divmod(number, self._per_pass)
+        order = np.random.default_rng([self.config.run.seed, 1, turn]).permutation(len(self.prompts))
+        return order[at * self.rollouts.prompts : (at + 1) * self.rollouts.prompts].tolist()
+
+    def seed_of(self, number: int, valid: bool = False) -> int:
+        return int(np.random.default_rng([self.config.run.seed, 3 + valid, number]).integers(1 << 32))
+
+    def cut(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
+        tokens, most = self.config.batch.tokens, self.config.batch.rows
+        return micro_batches(
+            rows, lengths, tokens=None if most else DEFAULT_TOKENS if tokens is None else int(tokens), most=most
+        )
+
+    def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
+        """The micro-batches of each step."""
+        found = []
+        for epoch in range(self.settings.epochs):
+            drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
+            found += [self.cut(rows, lengths) for rows in minibatches(len(rollout), self.settings.minibatches, **drawn)]
+        return found
+
+    def _arrays(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> dict[str, mx.array]:
+        """ids, positions and labels of some completions."""
+        arrays = stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
+        return {name: arrays[name] for name in ("ids", "positions", "labels")}
+
+    # Rollouts
+
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
+    ) -> Rollout:
+        """Completions of some prompts by the role that is active."""
+        assert self._model is not None
+        asked = [prompts[i].ids.tolist() for i in chosen]
+        found = sample_batch(
+            self._model, self.tokenizer, asked, self.sampling, samples=samples, seed=seed, rows=self.rollouts.rows
+        )
+        answers = [answer for of_one in found for answer in of_one]
+        return Rollout(
+            number,
+            [i for i in chosen for _ in range(samples)],
+            [np.array(answer.ids, dtype=np.int32) for answer in answers],
+            [answer.finish != "length" for answer in answers],
+        )
+
+    def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
+        """Rewards of the completions."""
+        items = [
+            Item(p.ids, reply, p.text, self.text(reply), p.row, finished, p.where)
+            for p, reply, finished in zip((prompts[i] for i in rollout.prompts), rollout.replies, rollout.finished)
+        ]
+        tokens = self.config.batch.tokens
+        return self.rewards.score(items, tokens=DEFAULT_TOKENS if tokens is None else int(tokens))
+
+    def text(self, reply: Any) -> str:
+        """A completion as rewards read it."""
+        return str(self.tokenizer.decode(reply.tolist(), skip_special_tokens=True))
+
+    def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
+        """Log-probabilities of the tokens by the policy and by the reference; returns the mean entropy.
+
+        Args:
+            micro: completions of which each batch is made: those of the first steps, so that their ratio is 1 to the
+                last bit.
+        """
+        assert self._model is not None
+        temperature = self.rollouts.temperature
+        entropy = 0.0
+        for name in ("old_logprobs", "ref_logprobs"):
+            rollout.tokens[name] = [np.zeros(0, np.float32)] * len(rollout)
+        training = self._model.training
+        self._model.eval()
+        try:
+            for rows in micro:
+                a = self._arrays(rollout, rows, prompts)
+                asked = (self.split, a["ids"], a["positions"], a["labels"])
+                old, spread = rows_logprobs_entropy(*asked, temperature=temperature)
+                mx.eval(old, spread)
+                entropy += float(spread.sum())
+                self._keep(rollout, rows, "old_logprobs", old)
+                with self.roles.use(self.reference):
+                    ref = rows_logprobs(*asked, grad=False, temperature=temperature)
+                    mx.eval(ref)
+                self._keep(rollout, rows, "ref_logprobs", ref)
+        finally:
+            self._model.train(training)
+        return entropy / float(rollout.sizes.sum())
+
+    def _keep(self, rollout: Rollout, rows: Sequence[int], name: str, values: mx.array) -> None:
+        ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
+        for i, part in zip(rows, np.split(np.array(values), ends)):
+            rollout.tokens[name][i] = part
+
+    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
+
+        Returns:
+            What is worth reporting.
+        """
+        raise AssertionError(f"{type(self).__name__} has no advantages")
+
+    def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
+        """The next rollout, ready to be trained on, and what is reported of it."""
+        number = self._number
+        began = time.perf_counter()
+        rollout = self.sample(self.prompts, self._chosen(number), self.rollouts.samples, number, self.seed_of(number))
+        sampled = time.perf_counter()
+        scores = self.score(rollout, self.prompts)
+        rollout.scores = scores.total
+        first = [
+            rows for step in self._steps(rollout, self._lengths(rollout))[: self._per_epoch(rollout)] for rows in step
+        ]
+        entropy = self.measure(rollout, self.prompts, first)
+        kl = self.kl_of(rollout)
+        event: dict[str, Any] = {
+            "event": "rollout",
+            "rollout": number,
+            "reward": float(scores.total.mean()),
+            "reward_std": float(scores.total.std()),
+            **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
+            "kl": kl,
+            "kl_coef": self.kl_coef,
+            "entropy": entropy,
+            "response_tokens": float(rollout.sizes.mean()),
+            "eos_share": float(np.mean(rollout.finished)),
+            **self.advise(rollout, first),
+            "sampling_tokens_per_s": float(rollout.sizes.sum()) / max(sampled - began, 1e-9),
+            "sampling_s": sampled - began,
+            "scoring_s": time.perf_counter() - sampled,
+        }
+        if not any(rollout.finished) and self.rollouts.stop_at_eos:
+            event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
+        self._check_kl(kl)
+        self.settle(kl, len(rollout))
+        return rollout, event
+
+    def settle(self, kl: float, count: int) -> None:
+        """After a rollout of `count` completions is ready: what changes for the next one."""
+
+    def _lengths(self, rollout: Rollout) -> Any:
+        return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
+
+    def _per_epoch(self, rollout: Rollout) -> int:
+        return min(self.settings.minibatches, len(rollout))
+
+    def kl_of(self, rollout: Rollout) -> float:
+        """Nats from the reference, summed over a completion, mean over completions."""
+        apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
+        return float(np.mean([float((old - ref).sum()) for old, ref in apart]))
+
+    def _check_kl(self, kl: float) -> None:
+        most = self.settings.max_kl
+        if most is not None and kl > most:
+            raise TrainingError(
+                f"the policy has run away from the reference: KL is {kl:.1f} nats a completion, "
+                f"{self.config.objective}.max_kl is {most:g}. Raise {self.config.objective}.kl_coef, lower optim.lr or "
+                f"{self.config.objective}.epochs, or look for what the reward is cheated by in samples.jsonl. The best "
+                "weights by validation, or the last checkpoint's, are kept"
+            )
+
+    # What the loop asks for
+
+    def batches(self, model: nn.Module) -> Iterator[Batch]:
+        while True:
+            event = None
+            if self._rollout is None:
+                self._rollout, event = self.roll(model)
+            rollout = self._rollout
+            steps = self._steps(rollout, self._lengths(rollout))
+            last_of_pass = (rollout.number + 1) % self._per_pass == 0
+            while self._rollout is rollout:
+                at = self._step
+                if at and at % self._per_epoch(rollout) == 0 and self._strayed():
+                    self._number, self._step, self._rollout = self._number + 1, 0, None
+                    break
+                yielded = [b for rows in steps[at] for b in self.micro(rollout, rows)]
+                final = at + 1 == len(steps)
+                for k, batch in enumerate(yielded):
+                    end = k + 1 == len(yielded)
+                    if end:
+                        self._step = at + 1
+                        if final:
+                            self._number, self._step, self._rollout = self._number + 1, 0, None
+                    yield replace(batch, ends_step=end, ends_epoch=end and final and last_of_pass, event=event)
+                    event = None
+
+    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
+        """The batches, one after the other, that some completions are trained by."""
+        arrays = self._arrays(rollout, rows, self.prompts)
+        names = [n for n in rollout.tokens if n != "ref_logprobs" or self.needs_reference]
+        arrays |= {name: rollout.flat(name, rows) for name in names}
+        tokens = int(self._lengths(rollout)[list(rows)].sum())
+        where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
+        return [Batch(arrays, tokens, int(rollout.sizes[list(rows)].sum()), where)]
+
+    needs_reference = False  # whether the loss reads ref_logprobs
+
+    def _strayed(self) -> bool:
+        """Whether the policy is too far from the one that sampled to use the rollout further."""
+        if self.settings.target_kl is None:
+            return False
+        if self._sums is not None:
+            self._kl = float(self._sums.metrics["approx_kl"]) / float(self._sums.weight)
+        return self._kl > 1.5 * self.settings.target_kl
+
+    def stepped(self, sums: LossSum) -> None:
+        self._sums = sums if self.settings.target_kl is not None and "approx_kl" in sums.metrics else None
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        raise AssertionError(f"{type(self).__name__} has no loss")
+
+    def logprobs(self, a: dict[str, mx.array], grad: bool = True) -> mx.array:
+        """(N,) of a batch's tokens, by the policy of now."""
+        asked = (self.split, a["ids"], a["positions"], a["labels"])
+        return rows_logprobs(*asked, grad=grad, temperature=self.rollouts.temperature)
+
+    def policy_loss(
+        self, logprobs: mx.array, a: dict[str, mx.array], clip: float, dual: float | None = None
+    ) -> LossSum:
+        """The clipped surrogate, summed over a batch's tokens."""
+        row = {name: value[None] for name, value in a.items() if value.ndim == 1}
+        mask = mx.ones_like(logprobs[None])
+        sums = F.policy_loss(logprobs[None], row["old_logprobs"], row["advantages"], mask, clip, dual)
+        metrics = dict(sums.metrics)
+        metrics["ratio_mean"] = metrics.pop("ratio")
+        apart = mx.stop_gradient(logprobs) - a["old_logprobs"]
+        metrics["ratio_max"] = mx.exp(apart).max()
+        return sums._replace(metrics=metrics)
+
+    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+        """At most: epochs over a rollout end early where `target_kl` says so."""
+        full, rest = divmod(len(self.prompts), self.rollouts.prompts)
+        sizes = [self.rollouts.prompts * self.rollouts.samples] * full + [rest * self.rollouts.samples] * bool(rest)
+        return sum(self.settings.epochs * min(self.settings.minibatches, size) for size in sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._strayed()  # a number, in place of the sums it comes from
+        return {"rollout": self._number, "step": self._step, "kl": self._kl, "kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number, self._step = state["rollout"], state["step"]
+        self._kl, self.kl_coef = state["kl"], state["kl_coef"]
+
+    def arrays(self) -> dict[str, mx.array]:
+        return self._rollout.arrays() if self._rollout is not None else {}
+
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
+        self._rollout = Rollout.of(arrays) if arrays else None
+
+    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+        return iter(())
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        return dict(means)
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.prompts) + (fingerprint(self.valid) if self.valid else "")
+
+    def summary(self) -> Summary:
+        counts: dict[str, int | float] = {
+            "prompts": len(self.prompts),
+            "prompt tokens": sum(len(p.ids) for p in self.prompts),
+            "rollouts a pass": self._per_pass,
+            "completions a rollout": min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples,
+        }
+        if self.valid:
+            counts["held-out prompts"] = len(self.valid)
+        return Summary(counts, self.notes, bool(self.valid))
+
+    def previews(self, n: int) -> list[Encoded]:
+        """The first prompts; nothing of them is trained."""
+        return [Encoded(p.ids, np.zeros(len(p.ids), dtype=bool), p.where) for p in self.prompts[:n]]
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
+        return self._held_out.measure() if self.valid else {}
+
+
+def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
+    """The sections of an on-policy objective's recipe."""
+    return {**own, "rollout": RolloutSettings, "rewards": RewardSettings}

@@ -1,0 +1,54 @@
+"""How a policy does on prompts that it is not trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxft.objectives.onpolicy.rewards import Scores
+
+if TYPE_CHECKING:
+    from mlxft.objectives.onpolicy.base import OnPolicy
+
+SHOWN = 4  # completions that are shown
+
+
+class HeldOut:
+    """Held-out prompts, answered by policy and reference, always with the same random numbers."""
+
+    def __init__(self, objective: OnPolicy[Any]) -> None:
+        self._objective = objective
+        self._before: Scores | None = None  # the reference's
+
+    def measure(self) -> dict[str, Any]:
+        """Reward, KL and win rate against the reference by the reward, and some completions with their scores."""
+        o = self._objective
+        every = list(range(len(o.valid)))
+        seed = o.seed_of(0, valid=True)
+        rollout = o.sample(o.valid, every, 1, 0, seed)
+        scores = o.score(rollout, o.valid)
+        lengths = rollout.sizes + np.array([len(p.ids) for p in o.valid])
+        entropy = o.measure(rollout, o.valid, o.cut(every, lengths))
+        if self._before is None:
+            with o.roles.use(o.reference):
+                self._before = o.score(o.sample(o.valid, every, 1, 0, seed), o.valid)
+        reward, kl = float(scores.total.mean()), o.kl_of(rollout)
+        won, before = scores.total, self._before.total
+        return {
+            # Lower is better, and what is optimised: by it the best weights are kept.
+            "loss": o.settings.kl_coef * kl - reward,
+            "reward": reward,
+            **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
+            "kl": kl,
+            "entropy": entropy,
+            "response_tokens": float(rollout.sizes.mean()),
+            "eos_share": float(np.mean(rollout.finished)),
+            "win_rate": float(np.mean((won > before) + 0.5 * (won == before))),
+            "reference_reward": float(before.mean()),
+            "reference_reward_std": float(before.std()),
+            "samples": [
+                {"prompt": o.valid[i].text, "answer": o.text(rollout.replies[i]), "score": float(scores.total[i])}
+                for i in every[:SHOWN]
+            ],
+        }

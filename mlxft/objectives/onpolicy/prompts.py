@@ -1,0 +1,131 @@
+"""Prompts that completions are sampled for, and what a recipe for that may not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from mlxft.config import Config, Settings
+from mlxft.data.formats import Example, Prompt
+from mlxft.data.sources import report_lines
+from mlxft.errors import ConfigError, DataError
+from mlxft.model.sample import render_prompt
+from mlxft.objectives.onpolicy.rollout import EncodedPrompt
+from mlxft.objectives.onpolicy.settings import RolloutSettings
+
+
+class Method(Settings):
+    """What every on-policy method has among its settings."""
+
+    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs.")
+    epochs: int = Field(1, ge=1, description="Passes over each rollout.")
+    minibatches: int = Field(1, ge=1, description="Steps (optimiser updates) that a pass is cut into.")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="End the passes over a rollout when the policy is 1.5 times so far, in nats a token, from the one "
+        "that sampled it; default: never.",
+    )
+    max_kl: float | None = Field(
+        200.0, gt=0, description="Stop the run when KL to the reference is above, in nats a completion; null: never."
+    )
+
+
+def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> list[str]:
+    """What is worth a note.
+
+    Raises:
+        ConfigError: settings that have no meaning for completions of the model's own; all of them in one.
+    """
+    data, name = config.data, config.objective
+    problems = []
+    if data.format != "prompts":
+        problems.append(f"data.format: {data.format} is not for objective {name}; it is prompts, rows with a prompt")
+    if data.train_on is not None:
+        problems.append("data.train_on: completions are trained whole; leave it out")
+    if data.overflow not in ("error", "drop"):
+        problems.append(f"data.overflow: {data.overflow} would make another prompt of one; choose error or drop")
+    if config.batch.pack:
+        problems.append(f"batch.pack: is not for objective {name}, whose completions are rows of their own")
+    if config.batch.accumulate != 1:
+        problems.append(
+            f"batch.accumulate: {name}.minibatches says how many steps a rollout is cut into, and batch.tokens or rows "
+            "how many completions are computed at once; leave accumulate out"
+        )
+    if config.tune.dropout:
+        problems.append("tune.dropout: the policy that samples and the one that is trained would differ; leave it out")
+    if grouped and rollout.samples < 2:
+        problems.append(f"rollout.samples: {name} compares completions of one prompt; give at least 2")
+    if data.max_length <= rollout.max_tokens:
+        problems.append(
+            f"data.max_length ({data.max_length}) is of prompt and completion together: raise it above "
+            f"rollout.max_tokens ({rollout.max_tokens})"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    note = rollout.bias_note()
+    return [note] if note else []
+
+
+def encode_prompts(
+    examples: Sequence[Example], config: Config, tokenizer: Any, longest: int, notes: list[str]
+) -> list[EncodedPrompt]:
+    """Prompts as the model sees them.
+
+    Args:
+        longest: tokens a prompt may have, so that a whole completion fits behind it.
+        notes: takes what was left out.
+    Raises:
+        DataError: prompts that can not be rendered or are too long, all of them in one; or none is left.
+    """
+    found: list[EncodedPrompt] = []
+    problems: list[str] = []
+    dropped = 0
+    for where, item in examples:
+        assert isinstance(item, Prompt)
+        try:
+            ids = _render(item, config, tokenizer)
+        except DataError as error:
+            problems.append(f"{where}: {error}")
+            continue
+        if not ids:
+            problems.append(f"{where}: the prompt has no token")
+        elif len(ids) > longest and config.data.overflow == "drop":
+            dropped += 1
+        elif len(ids) > longest:
+            problems.append(
+                f"{where}: {len(ids)} tokens; data.max_length ({config.data.max_length}) less rollout.max_tokens "
+                f"leaves {longest}. Raise the first, or set data.overflow: drop"
+            )
+        else:
+            text = item.prompt if isinstance(item.prompt, str) else str(tokenizer.decode(ids))
+            found.append(EncodedPrompt(np.array(ids, dtype=np.int32), text, item.row, where))
+    if problems:
+        raise DataError(report_lines(problems))
+    if dropped:
+        notes.append(f"{dropped:,} prompts leave no room for a completion within data.max_length and are left out")
+    if not found:
+        raise DataError("no prompt is left to sample from; see data.max_length")
+    return found
+
+
+def _render(item: Prompt, config: Config, tokenizer: Any) -> list[int]:
+    if config.data.template == "none":
+        if not isinstance(item.prompt, str):
+            raise DataError("messages need the chat template; leave data.template out")
+        return list(tokenizer.encode(item.prompt))
+    return render_prompt(tokenizer, item.prompt)
+
+
+def fingerprint(prompts: Sequence[EncodedPrompt]) -> str:
+    """blake2b over the prompts' ids and rows, in order."""
+    digest = blake2b(digest_size=16)
+    for prompt in prompts:
+        digest.update(len(prompt.ids).to_bytes(8, "little"))
+        digest.update(prompt.ids.astype("<i4").tobytes())
+        digest.update(repr(sorted(prompt.row.items(), key=lambda item: item[0])).encode())
+    return digest.hexdigest()

@@ -1,0 +1,165 @@
+"""Proximal policy optimisation (Schulman et al. 2017) as in RLHF (Ziegler et al. 2019, Stiennon et al. 2020).
+
+Each token is rewarded with -kl_coef x its KL to the reference, the last one with the completion's score on top; a
+critic and GAE turn that into advantages. The critic is a role of its own over the same base, or a head on the policy's
+trunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlxft.config import Config, Settings
+from mlxft.model.heads import CRITIC, body_width
+from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, rows_hidden
+from mlxft.objectives import functional as F
+from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.onpolicy.base import OnPolicy, sections
+from mlxft.objectives.onpolicy.critic import Critic, add_critic, explained_variance, is_critic, of_policy
+from mlxft.objectives.onpolicy.prompts import Method
+from mlxft.objectives.onpolicy.rollout import Rollout
+
+
+class PPO(Method):
+    """Settings of objective ppo."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1", description="How a token's KL is estimated (Schulman 2020): k1 unbiased, k2 and k3 never below 0."
+    )
+    kl_target: float | None = Field(
+        None, gt=0, description="Adapt kl_coef so that KL is about this, in nats a completion; default: it is fixed."
+    )
+    kl_horizon: int | None = Field(
+        None, ge=1, description="Completions over which kl_coef adapts; default 10000, with kl_target."
+    )
+    epochs: int = Field(4, ge=1, description="Passes over each rollout.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda: 0 trusts the critic, 1 the rewards.")
+    clip: float = Field(0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip.")
+    dual_clip: float | None = Field(
+        None, gt=1, description="Bound of the ratio where an advantage is negative (Ye et al. 2020); 3 is usual."
+    )
+    value_clip: float | None = Field(
+        0.2, gt=0, description="The critic's gradient ends so far from its old values; null: no clipping."
+    )
+    value_coef: float = Field(0.5, gt=0, description="Weight of the critic's loss.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the policy's entropy, which is then rewarded.")
+    whiten: bool = Field(True, description="Shift and scale a rollout's advantages to mean 0 and variance 1.")
+    critic: Literal["separate", "shared"] = Field(
+        "separate", description="A role of its own, begun from the reward role; or a head on the policy's trunk."
+    )
+    critic_lr: float | None = Field(None, gt=0, description="Learning rate of the critic; default: optim.lr.")
+    critic_warmup: int = Field(0, ge=0, description="Rollouts in which the critic alone is trained.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PPO:
+        if self.kl_horizon is not None and self.kl_target is None:
+            raise ValueError(f"kl_horizon ({self.kl_horizon}) is for an adaptive kl_coef; give kl_target too")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target: a kl_coef of 0 can not adapt; give one above 0 to begin with")
+        return self
+
+
+SETTINGS: dict[str, type[Settings]] = sections({"ppo": PPO})
+
+
+class Objective(OnPolicy[PPO]):
+    """PPO with a critic and GAE."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer, PPO)
+        self._critic: Critic | None = None
+
+    @property
+    def critic(self) -> Critic:
+        """There once `prepare` was called."""
+        assert self._critic is not None
+        return self._critic
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        super().prepare(model, base)
+        start = None if self.settings.critic == "shared" else self.rewards.role or "policy"
+        self._critic = add_critic(model, self.split, self.roles, start, body_width(self.split))
+
+    def parts(self) -> dict[str, float]:
+        rate = self.settings.critic_lr
+        return {f"{CRITIC}.": 1.0 if rate is None else rate / self.config.optim.lr}
+
+    def _values(self, arrays: dict[str, mx.array]) -> mx.array:
+        """(N,) by the critic of now."""
+        if self.settings.critic == "separate":
+            return self.critic.values(self.split, self.roles, arrays["ids"], arrays["positions"])
+        return self.critic.head(rows_hidden(self.split, arrays["ids"], arrays["positions"]))
+
+    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+        s = self.settings
+        rollout.tokens["values"] = [np.zeros(0, np.float32)] * len(rollout)
+        for rows in micro:
+            values = self._values(self._arrays(rollout, rows, self.prompts))
+            mx.eval(values)
+            self._keep(rollout, rows, "values", values)
+        old, ref, values, mask = (*map(rollout.grid, ("old_logprobs", "ref_logprobs", "values")), rollout.mask)
+        rewards = -self.kl_coef * F.kl(old, ref, s.kl_estimator) * mask
+        last = mx.array(rollout.sizes - 1)[:, None]
+        ends = mx.arange(mask.shape[1])[None] == last
+        rewards = rewards + ends * mx.array(rollout.scores)[:, None]
+        advantages, returns = F.gae(rewards, values, mask, s.gamma, s.lam)
+        rollout.set_grid("advantages", F.whiten(advantages, mask) if s.whiten else advantages)
+        rollout.set_grid("returns", returns)
+        flat = np.array(advantages)[np.array(mask) > 0]
+        seen = [np.concatenate(rollout.tokens[name]) for name in ("values", "returns")]
+        return {
+            "advantage_mean": float(flat.mean()),
+            "advantage_std": float(flat.std()),
+            "explained_variance": explained_variance(*seen),
+        }
+
+    def settle(self, kl: float, count: int) -> None:
+        s = self.settings
+        if s.kl_target is not None:
+            self.kl_coef = F.adaptive_kl(self.kl_coef, kl, s.kl_target, s.kl_horizon or 10000, count)
+
+    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
+        """One batch where policy and critic share a trunk, else one for each: only one of them is ever in memory."""
+        (batch,) = super().micro(rollout, rows)
+        warming = rollout.number < self.settings.critic_warmup
+        if self.settings.critic == "shared":
+            return [replace(batch, trains=is_critic if warming else None)]
+        policy, critic = replace(batch, trains=of_policy), replace(batch, trains=is_critic)
+        return [critic] if warming else [policy, replace(critic, counts=False)]
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        a = batch.arrays
+        if self.settings.critic == "shared":
+            hidden = rows_hidden(self.split, a["ids"], a["positions"])
+            if batch.trains is is_critic:
+                return self._value_loss(self.critic.head(hidden), a)
+            policy, value = self._policy_loss(hidden, a), self._value_loss(self.critic.head(hidden), a)
+            return LossSum(policy.total + value.total, policy.weight, policy.metrics | value.metrics)
+        if batch.trains is is_critic:
+            value = self._value_loss(self._values(a), a)
+            # The step is divided by its tokens, which the policy's batch has counted.
+            return value if batch.counts else value._replace(weight=mx.array(0.0))
+        return self._policy_loss(rows_hidden(self.split, a["ids"], a["positions"]), a)
+
+    def _policy_loss(self, hidden: mx.array, a: dict[str, mx.array]) -> LossSum:
+        temperature = self.rollouts.temperature
+        logprobs = hidden_logprobs(self.split, hidden, a["labels"], grad=True, temperature=temperature)
+        sums = self.policy_loss(logprobs, a, self.settings.clip, self.settings.dual_clip)
+        if self.settings.entropy_coef:
+            spread = hidden_entropy(self.split, hidden, grad=True, temperature=temperature).sum()
+            sums = sums._replace(total=sums.total - self.settings.entropy_coef * spread)
+        return sums
+
+    def _value_loss(self, values: mx.array, a: dict[str, mx.array]) -> LossSum:
+        old, returns, mask = a["values"][None], a["returns"][None], mx.ones_like(values[None])
+        sums = F.value_loss(values[None], old, returns, mask, self.settings.value_clip)
+        metrics = {"value_loss": sums.total, **sums.metrics}
+        return LossSum(self.settings.value_coef * sums.total, sums.weight, metrics)
