@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.heads import begin_head, head_of
+from mlxft.model.heads import begin_head, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
 from mlxft.model.logits import Split
 from mlxft.model.memory import machine_bytes, usable_bytes
-from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, ShapeSplit, largest_tokens, plan
+from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
+from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
 from mlxft.model.random import random_state, set_random_state
+from mlxft.model.shared import Sharing
+from mlxft.objectives.onpolicy import memory as onpolicy
+from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.recipe import load_config
 from mlxft.train.optim import Optimizer
 
 MARGIN = 0.9  # of what is usable: the prediction is good to a tenth
 LEAST_TOKENS = 2048  # below it, `auto` would rather checkpoint
 MOST_TOKENS = 1 << 16  # for `auto`: no device is quicker with more in one go
-Shapes = Sequence[tuple[int, int, int]]  # rows, width and trained tokens of batches
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,10 @@ class Planned:
         """As JSON, in bytes."""
         p = self.plan
         parts = {k: getattr(p, k) for k in PARTS}
+        phased = {"roles": dict(p.roles), "phases": p.phases()} if isinstance(p, PhasedPlan) else {}
         return {
             **parts,
+            **phased,
             "total": p.total,
             "needed": p.needed,
             "checkpoint": p.checkpoint,
@@ -68,9 +75,14 @@ class Planned:
         largest = f"batch.tokens up to {self.tokens:,}" if self.tokens else "not even one row of this length"
         on = "on" if p.checkpoint else "off"
         batch = f"{self.rows} x {self.width} tokens"
+        phases = p.phases() if isinstance(p, PhasedPlan) else {}
+        roles = {k: v for k, v in p.roles.items() if v} if isinstance(p, PhasedPlan) else {}
         return [
             f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {here} here ({amount(self.usable)})",
-            *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[:-1]),
+            *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[:2]),
+            *(f"  {k} (a role): {amount(v)}" for k, v in roles.items()),
+            *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[2:-1]),
+            *(f"  peak of {k}: {amount(v)}" for k, v in phases.items()),
             f"  peak where there is room to work ahead: {amount(p.total)}",
             f"fits on Macs of (GB): {macs}",
             f"would fit here: {largest}",
@@ -94,21 +106,61 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
 def outline_of(config: Config) -> Outline:
     """What a step of the recipe's objective is; an objective that does not say trains log-likelihoods."""
     objective = importlib.import_module(f"mlxft.objectives.{config.objective}")
+    if issubclass(objective.Objective, OnPolicy):
+        return onpolicy.OUTLINE
     outline: Outline = objective.outline(config) if hasattr(objective, "outline") else PLAIN
     return outline
 
 
-def plan_batches(config: Config, model: nn.Module, shapes: Shapes) -> tuple[Plan, int, int]:
+class Around(NamedTuple):
+    """What on-policy training takes beside its steps.
+
+    Attributes:
+        residents: the other roles.
+        sampling, scoring: bytes of these phases alone.
+        parted: whether a step has several micro-batches.
+    """
+
+    residents: Residents
+    sampling: int
+    scoring: int
+    parted: bool
+
+
+def around_of(config: Config, model: nn.Module, objective: Any) -> Around | None:
+    """That of a recipe and its prepared model; None where completions are not the model's own.
+
+    Raises:
+        ModelError: this architecture's memory can not be predicted.
+    """
+    if not isinstance(objective, OnPolicy):
+        return None
+    rolling = onpolicy.rolling(objective)
+    phases = sampling_bytes(model, rolling), scoring_bytes(model, rolling.scored)
+    return Around(onpolicy.residents(config, model), *phases, onpolicy.parted(objective))
+
+
+def plan_batches(
+    config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None
+) -> tuple[Plan, int, int]:
     """The plan of the batch that takes most, and its rows and width, with checkpointing as it will be.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
     """
+    together = outline_of(config).together
+    if not Sharing(ShapeSplit(model)).thinkable:
+        shapes = [Shape(*s[:3]) for s in shapes]
     # Some parts grow with the tokens, the scores of attention with rows x width x width.
-    worst = {max(shapes, key=lambda s: s[0] * s[1]), max(shapes, key=lambda s: s[0] * s[1] * s[1])}
+    costs = (lambda s: s.computed(together), lambda s: s.computed(together) * s.width, lambda s: s.rows * s.width)
 
     def plans(checkpoint: bool) -> list[tuple[Plan, int, int]]:
-        return [(plan(job_of(config, model, t / (r * w)), r, w, checkpoint), r, w) for r, w, t in worst]
+        found = []
+        for s in {max(shapes, key=cost) for cost in costs}:
+            job = job_of(config, model, s.trained / (s.rows * s.width))
+            shared = (0, 0) if checkpoint else (s.prompt, s.answer)
+            found.append((_planned(job, s, checkpoint, shared, around), s.rows, s.width))
+        return found
 
     def most(found: list[tuple[Plan, int, int]]) -> tuple[Plan, int, int]:
         return max(found, key=lambda f: f[0].needed)
@@ -120,15 +172,24 @@ def plan_batches(config: Config, model: nn.Module, shapes: Shapes) -> tuple[Plan
     return most(plans(True))
 
 
-def planned(config: Config, model: nn.Module, shapes: Shapes) -> Planned:
+def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Around | None) -> Plan:
+    if around is None:
+        return plan(job, s.rows, s.width, checkpoint, shared)
+    step = plan(replace(job, accumulate=2 if around.parted else 1), s.rows, s.width, checkpoint, shared)
+    trained = sum(v.nbytes for _, v in tree_flatten(job.model.trainable_parameters()))
+    return with_phases(step, around.residents, trained, around.sampling, around.scoring)
+
+
+def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None) -> Planned:
     """The plan of a recipe's batches, and what else would fit.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
     """
-    found, rows, width = plan_batches(config, model, shapes)
+    found, rows, width = plan_batches(config, model, shapes, around)
     room = usable_bytes(config.memory.limit)
-    tokens = largest_tokens(job_of(config, model), width, found.checkpoint, MARGIN * room)
+    beside = around.residents.total if around is not None else 0
+    tokens = largest_tokens(job_of(config, model), width, found.checkpoint, MARGIN * room - beside)
     return Planned(found, rows, width, room, min(tokens, MOST_TOKENS))
 
 
@@ -149,6 +210,8 @@ def settled(config: Config, resume: bool) -> Config:
 def _auto_tokens(config: Config) -> int:
     model = base_skeleton(config)
     job, width, room = job_of(config, model), config.data.max_length, MARGIN * usable_bytes(config.memory.limit)
+    if job.outline == onpolicy.OUTLINE:
+        room -= onpolicy.residents(config, model).total
     setting = config.memory.checkpoint
     found = 0
     if setting != "on":
@@ -225,27 +288,48 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
-    shapes, notes = batch_shapes(objective), full_logits(Split(model))
+    split = Split(model)
+    shapes, notes = batch_shapes(objective), full_logits(split)
+    if any(shape.prompt for shape in shapes) and Sharing(split).reason:
+        shapes = [Shape(*shape[:3]) for shape in shapes]
     if not shapes:
         return config.memory.checkpoint == "on", notes
-    try:
-        found, rows, width = plan_batches(config, model, shapes)
-    except ModelError as error:
-        return config.memory.checkpoint == "on", [*notes, f"memory is not predicted: {error}"]
+    # A critic stands in the model by now: it is counted among the roles.
+    with without_head(model) if isinstance(objective, OnPolicy) else nullcontext():
+        try:
+            around = around_of(config, model, objective)
+            found, rows, width = plan_batches(config, model, shapes, around)
+        except ModelError as error:
+            return config.memory.checkpoint == "on", [*notes, f"memory is not predicted: {error}"]
+    if around is not None:
+        notes += around.residents.notes
     room = usable_bytes(config.memory.limit)
     if not found.fits(room):
         limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
-        raise ConfigError(
-            f"training needs {amount(found.needed)} (batches of {rows} x {width} tokens), {limit} is "
-            f"{amount(room)}. What helps: a smaller batch.tokens (with batch.accumulate for the same step; auto "
-            "finds one), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length; or raise memory.limit"
-        )
+        raise ConfigError(f"{_needs(found, rows, width)}, or raise memory.limit; {limit} is {amount(room)}")
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
     said = f"expected peak memory: {amount(found.total)}"
     return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
 
 
-def batch_shapes(objective: Any) -> Shapes:
+def _needs(found: Plan, rows: int, width: int) -> str:
+    """What a plan that does not fit needs, and what helps."""
+    phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
+    phase = max(phases, key=lambda name: phases[name]) if phases else "training"
+    if phase == "sampling":
+        return (
+            f"sampling needs {amount(found.needed)}. What helps: a smaller rollout.rows (completions decoded at once) "
+            "or rollout.max_tokens, shorter prompts, model.quantize: 4"
+        )
+    step = "rollout.prompts x samples stays" if phases else "with batch.accumulate for the same step; auto finds one"
+    return (
+        f"{phase} needs {amount(found.needed)} (batches of {rows} x {width} tokens). What helps: a smaller batch.tokens "
+        f"({step}), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length"
+    )
+
+
+def batch_shapes(objective: Any) -> list[Shape]:
     """Shapes of the first epoch's batches; none where an objective can not tell before it runs."""
-    shapes: Shapes = objective.shapes() if hasattr(objective, "shapes") else ()
-    return shapes
+    if isinstance(objective, OnPolicy):
+        return onpolicy.shapes(objective)
+    return [Shape(*s) for s in objective.shapes()] if hasattr(objective, "shapes") else []

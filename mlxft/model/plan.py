@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model.blocks import Blocks
-from mlxft.model.heads import read_scores
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
-from mlxft.model.logprobs import hidden_logprobs, rows_logprobs
+from mlxft.model.logprobs import hidden_logprobs
 from mlxft.model.lora import LEAVES
 from mlxft.model.random import random_state, set_random_state
+from mlxft.model.shared import Sharing
 from mlxft.model.trace import Graph, arrays_of, trace
 
 GB = 10**9
@@ -113,21 +113,44 @@ class Job:
     outline: Outline = PLAIN
 
 
-def plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
+class Shape(NamedTuple):
+    """A batch as it will be.
+
+    Attributes:
+        rows, width: with its padding.
+        trained: tokens that are predicted.
+        prompt, answer: widths of the prompts, each for `Outline.together` rows, and of the answers to them, where
+            prompts are computed once; 0: they are not.
+    """
+
+    rows: int
+    width: int
+    trained: int
+    prompt: int = 0
+    answer: int = 0
+
+    def computed(self, together: int) -> int:
+        """Tokens that go through the model."""
+        return self.rows // together * self.prompt + self.rows * (self.answer or self.width)
+
+
+def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int] = (0, 0)) -> Plan:
     """Predict the peak of training on batches of `rows` x `width` tokens.
 
+    Args:
+        shared: widths of prompts and answers, see `Shape`; not together with checkpointing.
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
     training, random = job.model.training, random_state()
     try:
-        return _plan(job, rows, width, checkpoint)
+        return _plan(job, rows, width, checkpoint, shared)
     finally:
         job.model.train(training)
         set_random_state(random)
 
 
-def _plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
+def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
     model = job.model
     _check_kind(model)
     model.train()
@@ -137,8 +160,14 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
     trained = [v for _, v in tree_flatten(model.trainable_parameters())]
     gradients = sum(v.nbytes for v in trained)
     positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
-    step = _Step(model, job.outline.reads, rows, width, positions)
-    batch = rows * width * 4 + 12 * step.positions
+    prompt, answer = shared
+    ids = {"ids": mx.zeros((rows, answer or width), dtype=mx.int32)}
+    if prompt:
+        prompts = rows // job.outline.together
+        ids |= {"prompts": mx.zeros((prompts, prompt), dtype=mx.int32)}
+        ids |= {"begins": mx.zeros(prompts, dtype=mx.int32), "of": mx.zeros(rows, dtype=mx.int32)}
+    step = _Step(model, job.outline.reads, ids, positions)
+    batch = sum(v.nbytes for v in ids.values()) + 12 * step.positions
     # The peak of the gradient: all of it stands at the end; the earlier micro-batches' sum all the time.
     earlier = gradients if job.accumulate > 1 else 0
     peak, queued = (size + earlier for size in step.peaks(checkpoint))
@@ -237,10 +266,9 @@ class ShapeSplit(Split):
 class _Step:
     """One micro-batch's loss and gradient."""
 
-    def __init__(self, model: nn.Module, reads: str, rows: int, width: int, positions: int) -> None:
-        self.model, self.reads, self.positions = model, reads, positions
+    def __init__(self, model: nn.Module, reads: str, ids: dict[str, mx.array], positions: int) -> None:
+        self.model, self.reads, self.ids, self.positions = model, reads, ids, positions
         self.split = ShapeSplit(model)
-        self.ids = mx.zeros((rows, width), dtype=mx.int32)
 
     def peaks(self, checkpoint: bool) -> tuple[int, int]:
         """Bytes beside weights and batch: what must be, and what will be where there is room to work ahead."""
@@ -266,7 +294,8 @@ class _Step:
                 return [hidden_nll(self.split, h, labels, weights, grad=True)]
             return [(hidden_logprobs(self.split, h, labels, grad=True) * weights).sum()]
 
-        return trace(self.model, loss, [hidden, *self._places(n)[1:]])[0].peak()
+        places = self._places(n)
+        return trace(self.model, loss, [hidden, places["labels"], places["weights"]])[0].peak()
 
     def _untraced(self) -> int:
         """Hidden states and their gradients at positions beyond the traced chunks: four arrays stand at the peak."""
@@ -280,31 +309,37 @@ class _Step:
     def _names(self) -> list[str]:
         return [n for n, _ in tree_flatten(self.model.trainable_parameters())]
 
-    def _places(self, n: int) -> list[mx.array]:
+    def _places(self, n: int) -> dict[str, mx.array]:
         """What `_loss` takes beside the ids."""
         places = mx.zeros((n,), dtype=mx.int32)
-        return [places] if self.reads == "scores" else [places, places, mx.zeros((n,))]
-
-    def _loss(self, ids: mx.array, *places: mx.array) -> mx.array:
-        """A number that depends on what the objective reads as its loss does."""
         if self.reads == "scores":
-            return read_scores(self.split, ids, *places).square().sum()
+            return {"last": places}
+        return {"positions": places, "labels": places, "weights": mx.zeros((n,))}
+
+    def _loss(self, a: dict[str, mx.array]) -> mx.array:
+        """A number that depends on what the objective reads as its loss does."""
+        split, sharing = self.split, Sharing(self.split)
+        if self.reads == "scores":
+            return sharing.scores(a).square().sum()
+        if not split.separable:
+            return rows_nll(split, a["ids"], a["positions"], a["labels"], a["weights"], grad=True)
         # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it
         # computes chunks as the sum's does, and holds as much.
-        if self.reads == "nll" or self.split.trained_head():
-            return rows_nll(self.split, ids, *places, grad=True)
-        positions, labels, weights = places
-        return (rows_logprobs(self.split, ids, positions, labels, grad=True) * weights).sum()
+        if self.reads == "nll" or split.trained_head():
+            return hidden_nll(split, sharing.hidden(a)[a["positions"]], a["labels"], a["weights"], grad=True)
+        return (sharing.logprobs(a, grad=True) * a["weights"]).sum()
 
     def _graph(self, blocks: Blocks | None = None) -> Graph:
         """The graph of the loss and the gradient of all trained parameters; with blocks, their tap's comes last."""
 
-        def step(ids: mx.array, *places: mx.array) -> list[mx.array]:
+        batch = self.ids | self._places(self._traced())
+
+        def step(*arrays: mx.array) -> list[mx.array]:
             def loss(params: Any) -> mx.array:
                 self.model.update(params["model"])
                 if blocks is not None:
                     blocks.tap = params["tap"]
-                return self._loss(ids, *places)
+                return self._loss(dict(zip(batch, arrays)))
 
             trained = {"model": self.model.trainable_parameters()}
             if blocks is not None:
@@ -313,4 +348,4 @@ class _Step:
             return [value, *(g for _, g in tree_flatten(grads))]
 
         self.split.trained_head()  # before the trace: it makes one of its own
-        return trace(self.model, step, [self.ids, *self._places(self._traced())])[0]
+        return trace(self.model, step, list(batch.values()))[0]

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
-from mlxft.model.logits import Split
-from mlxft.model.logprobs import rows_logprobs
 from mlxft.model.roles import Roles
+from mlxft.model.shared import Sharing
 
 FILE = "reference.npz"
 Stacked = Iterator[tuple[list[int], dict[str, mx.array]]]
@@ -25,14 +23,14 @@ class Reference:
     """Log-probabilities of answers by the reference.
 
     Args:
-        model: as it is before the first step, with what is trained.
+        sharing: of the model as it is before the first step, with what is trained.
         adapted: it began with an adapter that is not without effect, so that the reference is that adapter; else it is
             the bare base.
     """
 
-    def __init__(self, model: nn.Module, split: Split, adapted: bool) -> None:
-        self._split = split
-        self._roles: Roles | None = Roles(model, adopt="policy")
+    def __init__(self, sharing: Sharing, adapted: bool) -> None:
+        self._sharing = sharing
+        self._roles: Roles | None = Roles(sharing.split.model, adopt="policy")
         self._name = "reference" if adapted else None
         if adapted:
             self._roles.copy("policy", "reference")
@@ -54,7 +52,7 @@ class Reference:
         """(N,) float32, evaluated, of the answers' tokens, in the order of `arrays["labels"]`.
 
         Args:
-            arrays: ids, positions and labels, as `rows_logprobs` takes them.
+            arrays: of a batch, as `Sharing` takes them.
             which, places: the set and the answers' places in it, for numbers that were precomputed.
         """
         if self._file is not None:
@@ -71,7 +69,7 @@ class Reference:
         model.eval()
         try:
             with self._roles.use(self._name):
-                values = rows_logprobs(self._split, arrays["ids"], arrays["positions"], arrays["labels"], grad=False)
+                values = self._sharing.logprobs(arrays, grad=False)
                 mx.eval(values)
         finally:
             model.train(training)

@@ -16,10 +16,15 @@ from mlxft.data.encode import Encoded, Ids
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, fingerprint, length
 from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
-from mlxft.objectives.base import Batch, Summary
+from mlxft.model.plan import Shape
+from mlxft.model.shared import Sharing
+from mlxft.objectives.base import Batch, OffPolicy, Summary
 from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
+# A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a
+# mask of one's own costs more than the plain causal one. Short prompts are not worth a second pass.
+SHARED, LEAST_PROMPT = 0.75, 32
 
 
 class Answer(NamedTuple):
@@ -66,6 +71,58 @@ def stack(answers: Sequence[Answer], width: int | None = None) -> dict[str, mx.a
     }
 
 
+def stack_shared(prompts: Sequence[Ids], answers: Sequence[tuple[int, Ids]]) -> dict[str, mx.array]:
+    """Prompts as rows of their own, and answers with the number of their prompt, both padded on the right.
+
+    Returns:
+        What `stack` does, for `Sharing`: prompts (B, P), begins (B,), ids (R, A), of (R,); positions and last are flat
+        indices into the prompts' tokens and then the answers'.
+    """
+    sizes = np.array([len(p) for p in prompts], dtype=np.int32)
+    before = np.zeros((len(prompts), sizes.max()), dtype=np.int32)
+    for b, prompt in enumerate(prompts):
+        before[b, : len(prompt)] = prompt
+    of = np.array([p for p, _ in answers], dtype=np.int32)
+    lengths = np.array([len(reply) for _, reply in answers], dtype=np.int32)
+    ids = np.zeros((len(answers), lengths.max()), dtype=np.int32)
+    positions = []
+    for r, (p, reply) in enumerate(answers):
+        ids[r, : len(reply)] = reply
+        start = before.size + r * ids.shape[1]
+        positions.append(np.array([p * before.shape[1] + len(prompts[p]) - 1, *range(start, start + len(reply) - 1)]))
+    arrays = {
+        "prompts": before,
+        "begins": sizes,
+        "ids": ids,
+        "of": of,
+        "last": before.size + np.arange(len(answers)) * ids.shape[1] + lengths - 1,
+        "lengths": lengths.astype(np.float32),
+        "positions": np.concatenate(positions),
+        "labels": np.concatenate([reply for _, reply in answers]),
+        "owners": np.repeat(np.arange(len(answers)), lengths),
+    }
+    return {k: mx.array(v if v.dtype == np.float32 else v.astype(np.int32)) for k, v in arrays.items()}
+
+
+def sharing_pays(rows: Sequence[EncodedPair | EncodedAnswer], width: int) -> tuple[int, int] | None:
+    """Widths of the prompts and of the answers, if it is cheaper to compute each prompt once than rows of `width`."""
+    pairs = [row for row in rows if isinstance(row, EncodedPair)]
+    if not pairs or min(len(pair.prompt_ids) for pair in pairs) < LEAST_PROMPT:
+        return None
+    prompt = max(len(pair.prompt_ids) for pair in pairs)
+    answer = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    return (prompt, answer) if prompt + 2 * answer <= SHARED * 2 * width else None
+
+
+def stack_pairs(pairs: Sequence[EncodedPair], width: int, sharing: Sharing) -> dict[str, mx.array]:
+    """The chosen answers and then the rejected ones, by `stack` or, where that is cheaper, by `stack_shared`."""
+    prompts = [pair.prompt_ids for pair in pairs]
+    replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    if sharing_pays(pairs, width) and sharing.possible:
+        return stack_shared(prompts, [(i % len(pairs), reply) for i, reply in enumerate(replies)])
+    return stack([Answer(prompts[i % len(pairs)], reply) for i, reply in enumerate(replies)], width)
+
+
 def encode_splits(
     config: Config, tokenizer: Any, build: Callable[..., Any], keep: Callable[[list[Example]], list[Example]] = list
 ) -> tuple[list[Any], PairCounts, list[Any], PairCounts | None]:
@@ -95,7 +152,7 @@ def check_recipe(config: Config, formats: Sequence[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-class Judged(Generic[Row]):
+class Judged(OffPolicy, Generic[Row]):
     """The data of an objective, and where it is in it. A subclass makes batches and the loss.
 
     Args:
@@ -126,16 +183,20 @@ class Judged(Generic[Row]):
         """The batches of one epoch."""
         return plan_epoch(self._lengths, **self._budget, seed=self.config.run.seed, epoch=epoch)
 
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """Rows, width and answers' tokens of the first epoch's batches, for a plan of the memory they take."""
-        answers = [answers_of(row) for row in self.rows]
-        trained = [sum(len(answer.reply) for answer in row) for row in answers]
-        return [(sum(len(answers[i]) for i in s.rows), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
+    def shapes(self) -> list[Shape]:
+        """Of the first epoch's batches, for a plan of the memory they take."""
+        found = []
+        for slot in self.plan(0):
+            rows = [self.rows[i] for i in slot.rows]
+            answers = [answer for row in rows for answer in answers_of(row)]
+            apart = sharing_pays(rows, slot.width)
+            found.append(Shape(len(answers), slot.width, sum(len(a.reply) for a in answers), *(apart or ())))
+        return found
 
     @cached_property
     def most(self) -> int:
         """Tokens of the largest batch, padding included."""
-        return max(rows * width for rows, width, _ in self.shapes())
+        return max(shape.rows * shape.width for shape in self.shapes())
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         accumulate = self.config.batch.accumulate

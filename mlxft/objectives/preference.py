@@ -15,12 +15,13 @@ from mlxft.data.batching import Slot
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, build_pairs
 from mlxft.errors import DataError
 from mlxft.model.logits import Split
-from mlxft.model.logprobs import row_sums, rows_logprobs
+from mlxft.model.logprobs import row_sums
 from mlxft.model.plan import Outline
 from mlxft.model.reference import Reference
+from mlxft.model.shared import Sharing
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.pairs import Answer, Judged, answers_of, check_recipe, encode_splits, stack
+from mlxft.objectives.pairs import Answer, Judged, answers_of, check_recipe, encode_splits, stack, stack_pairs
 
 REFERRED = ("dpo", "ipo", "hinge", "kto")  # measured against the policy that training began with
 SMOOTHED = ("dpo", "cpo")
@@ -92,23 +93,23 @@ class _Policy:
 
     def __init__(self, config: Config) -> None:
         self.config, self.settings = config, config.section("preference", Preference)
-        self.split: Split | None = None
+        self.sharing: Sharing | None = None
         self.reference: Reference | None = None
 
-    def prepare(self, model: nn.Module) -> None:
-        self.split = Split(model)
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        self.sharing = Sharing(Split(model))
         if self.settings.loss in REFERRED:
             # An adapter that is trained further began as it is now; a fresh one as the bare base.
-            self.reference = Reference(model, self.split, self.config.model.adapter is not None)
+            self.reference = Reference(self.sharing, self.config.model.adapter is not None)
 
-    def of(self, model: nn.Module) -> Split:
-        if self.split is None or self.split.model is not model:
-            self.split = Split(model)
-        return self.split
+    def of(self, model: nn.Module) -> Sharing:
+        if self.sharing is None or self.sharing.split.model is not model:
+            self.sharing = Sharing(Split(model))
+        return self.sharing
 
     def logprobs(self, model: nn.Module, a: dict[str, mx.array], grad: bool) -> mx.array:
         """Log-probabilities of the answers' tokens (N,)."""
-        return rows_logprobs(self.of(model), a["ids"], a["positions"], a["labels"], grad=grad)
+        return self.of(model).logprobs(a, grad=grad)
 
 
 class _Pairs(Judged[EncodedPair]):
@@ -124,7 +125,7 @@ class _Pairs(Judged[EncodedPair]):
         if margins := sum(row.margin is not None for row in rows):
             self.notes.append(f"{margins:,} rows have a margin, which loss {self._settings.loss} does not use")
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, base: str = "") -> None:
         self._policy.prepare(model)
         if self._settings.precompute and self._policy.reference is not None:
             key = f"{self.fingerprint()} {self.config.model.model_dump_json()}"
@@ -133,15 +134,14 @@ class _Pairs(Judged[EncodedPair]):
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
-        chosen, rejected = zip(*(answers_of(pair) for pair in pairs))
-        arrays = stack([*chosen, *rejected], width)
+        arrays = stack_pairs(pairs, width, self._policy.of(model))
         del arrays["last"]
         arrays["weights"] = mx.array([pair.weight for pair in pairs])
         if self._policy.reference is not None:
             # Numbers of a frozen role belong in the batch, computed before the step.
             places = [2 * i for i in rows] + [2 * i + 1 for i in rows]
             arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), places)
-        tokens = sum(len(a.prompt) + len(a.reply) for a in (*chosen, *rejected))
+        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in answers_of(pair))
         return Batch(arrays, tokens, len(arrays["labels"]), tuple(pair.where for pair in pairs), ends_epoch)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
@@ -201,7 +201,7 @@ class _Single(Judged[EncodedAnswer]):
         self._partners = [_partners(rows, config.run.seed), _partners(valid, config.run.seed)]
         self._point = 0.0
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, base: str = "") -> None:
         self._policy.prepare(model)
         if self._settings.precompute and self._policy.reference is not None:
             key = f"{self.fingerprint()} {self.config.model.model_dump_json()} {self.config.run.seed}"

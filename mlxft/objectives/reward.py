@@ -13,12 +13,13 @@ from pydantic import Field
 from mlxft.config import Config, Settings
 from mlxft.data.encode_pairs import EncodedPair, build_pairs
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.heads import begin_head, read_scores
+from mlxft.model.heads import begin_head
 from mlxft.model.logits import Split
 from mlxft.model.plan import Outline
+from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.functional import bradley_terry
-from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack
+from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack_pairs
 
 FORMATS = ("preference", "ratings")
 BINS = 10  # of confidence, from 1/2 to 1
@@ -67,34 +68,37 @@ class Objective(Judged[EncodedPair]):
         sizes = [len(answer.reply) for row in self.valid for answer in answers_of(row)]
         self._thirds = np.quantile(sizes, [1 / 3, 2 / 3]).tolist() if sizes else [0.0, 0.0]
         self._about: dict[str, Any] = {}
-        self._split: Split | None = None
+        self._sharing: Sharing | None = None
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, base: str = "") -> None:
         """Attach a new head, or the one of the reward run that is trained further."""
-        self._split = Split(model)
+        self._sharing = Sharing(Split(model))
         given = self.config.model.adapter or self.config.model.path
-        begin_head(self._split, given, "tune.train" if self.config.tune.train else "tune.targets")
+        begin_head(self._sharing.split, given, "tune.train" if self.config.tune.train else "tune.targets")
+
+    def _of(self, model: nn.Module) -> Sharing:
+        if self._sharing is None or self._sharing.split.model is not model:
+            self._sharing = Sharing(Split(model))
+        return self._sharing
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
-        chosen, rejected = zip(*(answers_of(pair) for pair in pairs))
-        arrays = stack([*chosen, *rejected], width)
+        arrays = stack_pairs(pairs, width, self._of(model))
+        read = [name for name in ("prompts", "begins", "ids", "of", "last", "lengths") if name in arrays]
         smoothing = self._settings.label_smoothing
         margins = [pair.margin or 0.0 if self._settings.margin else 0.0 for pair in pairs]
         arrays = {
-            **{name: arrays[name] for name in ("ids", "last", "lengths")},
+            **{name: arrays[name] for name in read},
             "weights": mx.array([pair.weight for pair in pairs]),
             "smoothing": mx.array([0.5 if pair.tie else smoothing for pair in pairs]),
             "margins": mx.array(margins),
         }
-        tokens = sum(len(a.prompt) + len(a.reply) for a in (*chosen, *rejected))
+        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in answers_of(pair))
         return Batch(arrays, tokens, 2 * len(pairs), tuple(pair.where for pair in pairs), ends_epoch)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        if self._split is None or self._split.model is not model:
-            self._split = Split(model)
         a = batch.arrays
-        scores = read_scores(self._split, a["ids"], a["last"])  # chosen and rejected in one pass
+        scores = self._of(model).scores(a)  # chosen and rejected in one pass
         half = scores.shape[0] // 2
         chosen, rejected = scores[:half], scores[half:]
         sums = bradley_terry(chosen, rejected, a["margins"], self._settings.centering, a["smoothing"], a["weights"])

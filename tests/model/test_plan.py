@@ -241,6 +241,7 @@ def test_judged_answers_are_planned_too(
     found, rows, _ = plan_batches(config, base_skeleton(config), shapes)
     assert rows == (8 if "kto" in name else 16)
     assert (found.logits > 0) == (name != "reward")
+    assert any(shape.prompt for shape in shapes) == ("kto" not in name), "prompts are computed once for both"
     command = [sys.executable, "-c", MEASURE, json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

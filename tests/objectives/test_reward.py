@@ -223,7 +223,7 @@ def test_weights_ties_margins_and_smoothing_reach_the_loss(settings: Recipe, tin
     order = {where: [i for i, w in enumerate(batch.rows) if w == where] for where in batch.rows}
     one, tie, margin, two = (order[f"pairs.jsonl:{n}"] for n in (1, 2, 3, 4))
     assert sorted(len(found) for found in (one, tie, margin, two)) == [1, 1, 1, 2]
-    scorer = Scorer(found._split, tiny_model.tokenizer, True, None, None)
+    scorer = Scorer(found._of(tiny_model.model).split, tiny_model.tokenizer, True, None, None)
     total = 0.0
     for n, row in enumerate(rows):
         worse = row["rejected"] if isinstance(row["rejected"], list) else [row["rejected"]]
