@@ -4,16 +4,20 @@
 BIN := .venv/bin
 ARGS :=
 
-.PHONY: help demo test check clean
+.PHONY: help demo rlhf test check clean
 
 help:
 	@echo 'make demo    install, then fine-tune a small model in a few minutes'
+	@echo 'make rlhf    SFT, a reward model and PPO on built-in reviews, in about an hour'
 	@echo 'make test    install with the development tools, then run every test  (ARGS="-k gae" picks)'
 	@echo 'make check   style, types and layout'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 demo: .venv/.base
 	$(BIN)/mlxft demo $(ARGS)
+
+rlhf: .venv/.base
+	$(BIN)/mlxft rlhf $(ARGS)
 
 test: .venv/.dev
 	$(BIN)/python -m pytest $(ARGS)

@@ -16,11 +16,13 @@ COMMANDS = {
     "check": ("train", "Validate a recipe; show its rows as trained. Trains nothing."),
     "generate": ("use", "Answer a prompt."),
     "chat": ("use", "Talk with a model."),
+    "sample": ("sample", "Best of n, or rejection sampling: scored answers as rows for SFT."),
     "label": ("label", "Judge answers by hand, for a reward model or preference training."),
     "score": ("score", "Score or rank answers with a reward run."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
     "demo": ("demo", "See it work: train a small model on built-in rows."),
+    "rlhf": ("demo", "See the whole road: SFT, a reward model, PPO, fuse."),
 }
 
 

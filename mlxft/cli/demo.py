@@ -27,3 +27,26 @@ def demo(folder: Path, overrides: tuple[str, ...]) -> None:
     from mlxft.demo.walk import walk
 
     walk(folder, overrides, Console())
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "folder",
+    default="rlhf-run",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where the runs and the fused model go; what an earlier walk left there is replaced.",
+)
+@click.option("--reviews", help="File of rows with `review` and `label` (great or other); default: some built-in ones.")
+@click.argument("overrides", nargs=-1, metavar="[RUN:KEY=VALUE]...")
+def rlhf(folder: Path, reviews: str | None, overrides: tuple[str, ...]) -> None:
+    """Walk the whole road on SmolLM2-135M: SFT, a reward model from pairs of reviews, PPO, fuse, before and after.
+
+    Example: mlxft rlhf ppo:run.steps=40
+    """
+    from rich.console import Console
+
+    from mlxft.demo.rlhf import walk
+
+    walk(folder, reviews, overrides, Console())

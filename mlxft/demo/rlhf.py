@@ -1,0 +1,180 @@
+"""The walk of `mlxft rlhf`: SFT, pairs, a reward model, PPO, fuse; all on one small model and a file of reviews."""
+
+from __future__ import annotations
+
+import html
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from mlxft.config import Config
+from mlxft.data.sources import Problem, read_rows
+from mlxft.errors import ConfigError, DataError
+from mlxft.export.fuse import fuse
+from mlxft.model.batch_sample import sample_batch, text_of
+from mlxft.model.sample import Sampling
+from mlxft.objectives.onpolicy.settings import RolloutSettings
+from mlxft.recipe import load_config
+from mlxft.run import Run, load, train
+
+HERE = Path(__file__).parent
+TOPIC = "Food review:"
+OPENING = 4  # words of a review that are given
+WORDS = (8, 45)  # of the reviews that are used: longer ones would be cut off
+HELD_OUT = 32  # openings that are not trained on
+SHOWN = 10
+
+
+class Review(NamedTuple):
+    """A review's text, and whether it is a happy one."""
+
+    text: str
+    great: bool
+
+    @property
+    def opening(self) -> str:
+        """The prompt that it answers."""
+        return f"{TOPIC} {' '.join(self.text.split()[:OPENING])}"
+
+    @property
+    def rest(self) -> str:
+        """The answer."""
+        return " " + " ".join(self.text.split()[OPENING:])
+
+
+def read_reviews(file: str) -> list[Review]:
+    """Reviews of a usable length.
+
+    Raises:
+        ConfigError, DataError: no such file; rows without `review` and `label`; too few of either kind.
+    """
+    found = []
+    for row in read_rows(file, "train"):
+        if isinstance(row, Problem):
+            raise DataError(f"{row.where}: {row.text}")
+        review, label = row.data.get("review"), row.data.get("label")
+        if not isinstance(review, str) or label not in ("great", "other"):
+            raise DataError(f"{row.where}: expected a text `review` and a `label`, great or other")
+        text = " ".join(html.unescape(re.sub(r"<br ?/?>", " ", review)).split())
+        if WORDS[0] <= len(text.split()) <= WORDS[1]:
+            found.append(Review(text, label == "great"))
+    great = sum(r.great for r in found)
+    if min(great, len(found) - great) < HELD_OUT:
+        raise DataError(
+            f"{file}: {great} great and {len(found) - great} other reviews of {WORDS[0]} to {WORDS[1]} words; "
+            f"at least {HELD_OUT} of each are needed"
+        )
+    return found
+
+
+def pairs_of(reviews: Sequence[Review]) -> list[dict[str, str]]:
+    """Great reviews, each preferred to an other one of like length, or length would be what is learned."""
+    left = [r for r in reviews if not r.great]
+    random.Random(0).shuffle(left)
+    pairs = []
+    for great in (r for r in reviews if r.great):
+        if not left:
+            break
+        other = min(left, key=lambda r: abs(len(r.text) - len(great.text)))
+        left.remove(other)
+        pairs.append({"prompt": TOPIC, "chosen": f" {great.text}", "rejected": f" {other.text}"})
+    return pairs
+
+
+def write(folder: Path, reviews: Sequence[Review]) -> None:
+    """The rows of all three runs."""
+    order = list(reviews)
+    random.Random(0).shuffle(order)
+    held, rest = order[:HELD_OUT], order[HELD_OUT:]
+    files = {
+        "sft": [{"prompt": r.opening, "completion": r.rest} for r in rest],
+        "pairs": pairs_of(rest),
+        "prompts": [{"prompt": r.opening} for r in rest],
+        "held-out": [{"prompt": r.opening} for r in held],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def recipes(folder: Path, overrides: Sequence[str]) -> dict[str, Config]:
+    """The three runs; an override names its run first: ppo:run.steps=20.
+
+    Raises:
+        ConfigError: an override names none of them, or a setting is wrong.
+    """
+    data = folder / "data"
+    places = {
+        "sft": [f"data.train={data / 'sft.jsonl'}"],
+        "reward": [f"data.train={data / 'pairs.jsonl'}"],
+        "ppo": [
+            f"data.train={data / 'prompts.jsonl'}",
+            f"data.valid={data / 'held-out.jsonl'}",
+            f"model.adapter={folder / 'sft'}",
+            f"rewards.adapter={folder / 'reward'}",
+        ],
+    }
+    for override in overrides:
+        stage, _, setting = override.partition(":")
+        if stage not in places or "=" not in setting:
+            raise ConfigError(f"{override}: expected RUN:KEY=VALUE with a run of {', '.join(places)}")
+        places[stage].append(setting)
+    return {s: load_config(HERE / f"rlhf-{s}.yaml", [f"run.dir={folder}", *more]) for s, more in places.items()}
+
+
+def distinct2(texts: Sequence[str]) -> float:
+    """Different pairs of neighbouring words by all of them (Li et al. 2016): low where a text repeats itself."""
+    found = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
+    return len(set(found)) / max(1, len(found))
+
+
+def walk(folder: Path, file: str | None, overrides: Sequence[str], console: Console) -> Mapping[str, float]:
+    """The whole road below `folder`. Returns the last evaluation's numbers."""
+    configs = recipes(folder, overrides)
+    write(folder / "data", read_reviews(file or str(HERE / "reviews.jsonl")))
+    runs: dict[str, Run] = {}
+    for (stage, config), title in zip(configs.items(), ("1. SFT", "2. A reward model from pairs", "3. PPO")):
+        console.rule(title)
+        runs[stage] = train(config, overwrite=True, console=console)
+    console.rule("4. Fusing")
+    fused = folder / "fused"
+    for line in fuse(runs["ppo"].dir, fused, overwrite=True):
+        console.print(line, highlight=False)
+    lines = (folder / "data" / "held-out.jsonl").read_text("utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    most = configs["ppo"].section("rollout", RolloutSettings).max_tokens
+    before, after = (_answers(path, prompts, most) for path in (runs["sft"].dir, fused))
+    console.rule("Openings that it was not trained on, before and after")
+    for prompt, old, new in list(zip(prompts, before, after))[:SHOWN]:
+        console.print(f"[bold]{prompt.removeprefix(TOPIC).strip()}[/]", highlight=False)
+        console.print(f"  before:{old}\n  after: {new}", highlight=False, markup=False)
+    last = runs["ppo"].metrics("eval")[-1]
+    console.print(_table(last, before, after))
+    return last
+
+
+def _answers(path: Path, prompts: Sequence[str], most: int) -> list[str]:
+    loaded = load(path)
+    sampling = Sampling(most)
+    ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+    found = sample_batch(loaded.model, loaded.tokenizer, ids, sampling, seed=0)
+    return [text_of(loaded.tokenizer, answers[0], sampling) for answers in found]
+
+
+def _table(last: Mapping[str, float], before: Sequence[str], after: Sequence[str]) -> Table:
+    table = Table("held-out openings", "before (SFT)", "after (PPO)")
+    table.add_row("reward, mean", f"{last['reference_reward']:.3f}", f"{last['reward']:.3f}")
+    table.add_row("reward, spread of the SFT model's", f"{last['reference_reward_std']:.3f}", "")
+    table.add_row("the higher reward of the two", "", f"{last['win_rate']:.0%}")
+    table.add_row("KL, nats a completion", "0", f"{last['kl']:.2f}")
+    sizes = [sum(len(t.split()) for t in texts) / len(texts) for texts in (before, after)]
+    table.add_row("words a completion", *(f"{size:.1f}" for size in sizes))
+    table.add_row("distinct-2", *(f"{distinct2(texts):.3f}" for texts in (before, after)))
+    return table
