@@ -10,23 +10,29 @@ from typing import Any
 import click
 
 
-def sampling(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that generate and chat share."""
+def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options of commands that sample; `temperature` is what it is if it is not given."""
     options = [
         click.option("--model", required=True, help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m."),
         click.option("--adapter", help="Adapter folder or run to put on the model."),
         click.option("--system", help="System prompt."),
         click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1)),
-        click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: most likely."),
+        click.option(
+            "--temperature", default=temperature, show_default=True, type=click.FloatRange(0), help="0: most likely."
+        ),
         click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: off."),
         click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1)),
         click.option("--stop", multiple=True, help="Ends an answer, and is not shown; can be given several times."),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def _utf8(said: bytes) -> str:
@@ -41,7 +47,7 @@ def _utf8(said: bytes) -> str:
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
 @click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")
-@sampling
+@sampling(temperature=0.0)
 def generate(
     prompt: str | None,
     batch: str | None,
@@ -96,7 +102,7 @@ def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | Non
 
 
 @click.command()
-@sampling
+@sampling(temperature=0.0)
 def chat(model: str, adapter: str | None, system: str | None, seed: int | None, **options: Any) -> None:
     """Talk with a model; an empty line or Ctrl-D ends it.
 

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlxft.data.convert import convert
-from mlxft.data.formats import Message, Prompt
+from mlxft.data.formats import Prompt
 from mlxft.data.sources import read_rows, report_lines
 from mlxft.errors import DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
@@ -25,6 +25,14 @@ from mlxft.train.files import write_beside
 _BATCHES = 4  # that are sampled before their answers are given out
 
 
+class Answer(NamedTuple):
+    """An answer's ids as sampled, why it ended ("eos", "stop" or "length"), and its text."""
+
+    ids: list[int]
+    finish: str
+    text: str
+
+
 class Asked:
     """A file's prompts, of data.format: prompts, rendered for a model.
 
@@ -33,9 +41,10 @@ class Asked:
     """
 
     def __init__(self, spec: str, loaded: Loaded, system: str | None = None) -> None:
-        self._loaded = loaded
-        self.prompts: list[str | list[Message]] = []
-        self._ids: list[list[int]] = []
+        self.loaded = loaded
+        self.prompts: list[Prompt] = []
+        self.wheres: list[str] = []
+        self.ids: list[list[int]] = []
         problems = []
         for where, item in convert(read_rows(spec, "test"), "prompts"):
             assert isinstance(item, Prompt)
@@ -43,34 +52,47 @@ class Asked:
                 ids = render_prompt(loaded.tokenizer, item.prompt, system)
                 if not ids:
                     raise DataError("the prompt has no tokens")
-                self._ids.append(ids)
-                self.prompts.append(item.prompt)
+                self.ids.append(ids)
+                self.prompts.append(item)
+                self.wheres.append(where)
             except DataError as e:
                 problems.append(f"{where}: {e}")
         if problems:
             raise DataError(report_lines(problems))
 
-    def answers(self, sampling: Sampling, samples: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
-        """A line for each prompt, in order: prompt, completions and why each ended, as they are there."""
-        tokenizer = self._loaded.tokenizer
+    def sampled(
+        self, sampling: Sampling, samples: int, seed: int, console: Console
+    ) -> Iterator[tuple[int, list[list[Answer]]]]:
+        """The answers to some prompts at a time, in order: the first one's number, and each one's answers."""
+        tokenizer = self.loaded.tokenizer
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
         size = max(1, _BATCHES * ROWS // samples)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=samples * len(self._ids))
-            for start in range(0, len(self._ids), size):
+            bar = progress.add_task("", total=samples * len(self.ids))
+            for start in range(0, len(self.ids), size):
                 found = sample_batch(
-                    self._loaded.model,
+                    self.loaded.model,
                     tokenizer,
-                    self._ids[start : start + size],
+                    self.ids[start : start + size],
                     how,
                     samples=samples,
                     seed=seed + start,
                     on_done=lambda n: progress.advance(bar, n),
                 )
-                for prompt, answers in zip(self.prompts[start:], found):
-                    texts = [text_of(tokenizer, answer, how) for answer in answers]
-                    yield {"prompt": prompt, "completions": texts, "finish": [answer.finish for answer in answers]}
+                yield start, [[Answer(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found]
+
+    def answers(self, sampling: Sampling, samples: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
+        """A line for each prompt, in order: prompt, completions and why each ended, as they are there."""
+        for start, found in self.sampled(sampling, samples, seed, console):
+            for item, row in zip(self.prompts[start:], found):
+                texts, ends = [answer.text for answer in row], [answer.finish for answer in row]
+                yield {"prompt": item.prompt, "completions": texts, "finish": ends}
+
+
+def drawn(seed: int | None) -> int:
+    """The seed, or a new one from the system."""
+    return int.from_bytes(os.urandom(7), "big") if seed is None else seed
 
 
 def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | None, out: Path | None) -> None:
@@ -81,7 +103,7 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
     Raises:
         CheckpointError: `out` can not be written.
     """
-    seed = int.from_bytes(os.urandom(7), "big") if seed is None else seed
+    seed = drawn(seed)
 
     def lines(file: TextIO) -> None:
         for line in asked.answers(sampling, samples, seed, Console(stderr=True)):

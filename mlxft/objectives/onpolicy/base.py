@@ -34,6 +34,7 @@ from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
 
 M = TypeVar("M", bound=Method)
+_IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
 
 
 class OnPolicy(Generic[M]):
@@ -107,12 +108,22 @@ class OnPolicy(Generic[M]):
         )
 
     def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
-        """The micro-batches of each step."""
+        """The micro-batches of each step; none where nothing of the rollout is trained on."""
         found = []
-        for epoch in range(self.settings.epochs):
+        kept = self.kept(rollout)
+        for epoch in range(self.settings.epochs if kept else 0):
             drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
-            found += [self.cut(rows, lengths) for rows in minibatches(len(rollout), self.settings.minibatches, **drawn)]
+            parts = minibatches(len(kept), self.settings.minibatches, **drawn)
+            found += [self.cut([kept[i] for i in part], lengths) for part in parts]
         return found
+
+    def kept(self, rollout: Rollout) -> list[int]:
+        """The completions that are trained on, by what is known once they are scored."""
+        return list(range(len(rollout)))
+
+    def why_idle(self, rollouts: int) -> str:
+        """What to say where nothing was kept of so many rollouts."""
+        return f"nothing of {rollouts} rollouts is trained on"
 
     def _arrays(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> dict[str, mx.array]:
         """ids, positions and labels of some completions."""
@@ -202,9 +213,10 @@ class OnPolicy(Generic[M]):
         sampled = time.perf_counter()
         scores = self.score(rollout, self.prompts)
         rollout.scores = scores.total
-        first = [
-            rows for step in self._steps(rollout, self._lengths(rollout))[: self._per_epoch(rollout)] for rows in step
-        ]
+        lengths = self._lengths(rollout)
+        first = [rows for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for rows in step]
+        if rest := sorted({*range(len(rollout))}.difference(*first)):
+            first += self.cut(rest, lengths)
         entropy = self.measure(rollout, self.prompts, first)
         kl = self.kl_of(rollout)
         event: dict[str, Any] = {
@@ -236,7 +248,7 @@ class OnPolicy(Generic[M]):
         return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
 
     def _per_epoch(self, rollout: Rollout) -> int:
-        return min(self.settings.minibatches, len(rollout))
+        return min(self.settings.minibatches, len(self.kept(rollout)))
 
     def kl_of(self, rollout: Rollout) -> float:
         """Nats from the reference, summed over a completion, mean over completions."""
@@ -256,6 +268,7 @@ class OnPolicy(Generic[M]):
     # What the loop asks for
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
+        idle = 0
         while True:
             event = None
             if self._rollout is None:
@@ -263,6 +276,12 @@ class OnPolicy(Generic[M]):
             rollout = self._rollout
             steps = self._steps(rollout, self._lengths(rollout))
             last_of_pass = (rollout.number + 1) % self._per_pass == 0
+            idle = 0 if steps else idle + 1
+            if not steps:
+                self._number, self._rollout = self._number + 1, None
+                yield Batch({}, 0, 0, (), event=event)  # only to report it
+            if idle >= max(_IDLE, 2 * self._per_pass):
+                raise TrainingError(self.why_idle(idle))
             while self._rollout is rollout:
                 at = self._step
                 if at and at % self._per_epoch(rollout) == 0 and self._strayed():

@@ -1,0 +1,131 @@
+"""Group relative policy optimisation (Shao et al. 2024), with the switches of Dr. GRPO (Liu et al. 2025) and DAPO
+(Yu et al. 2025).
+
+Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, not of the reward.
+Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, skip_equal and
+mask_truncated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlxft.config import Config, Settings
+from mlxft.objectives import functional as F
+from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.onpolicy.base import sections
+from mlxft.objectives.onpolicy.critic_free import CriticFree
+from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, surrogate
+from mlxft.objectives.onpolicy.prompts import Method
+from mlxft.objectives.onpolicy.rollout import Rollout
+
+
+class GRPO(Method):
+    """Settings of objective grpo."""
+
+    kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference in the loss; 0: no such term.")
+    kl_estimator: Literal["k2", "k3"] = Field(
+        "k3",
+        description="How a token's KL is estimated (Schulman 2020). k3 as published, whose gradient is that of "
+        "KL(reference || policy); k2's is that of KL(policy || reference), which kl reports. k1's would be 0.",
+    )
+    scale: Literal["group", "batch", "none"] = Field(
+        "group", description="Standard deviation that advantages are divided by; none: Dr. GRPO."
+    )
+    baseline: Literal["group", "others"] = Field(
+        "group",
+        description="Mean that a score is held against: of its whole group, as published, by which advantages are "
+        "(samples - 1) / samples too small beside kl_coef; or of the others in it.",
+    )
+    loss: Literal["sequence", "token", "constant"] = Field(
+        "sequence",
+        description="sequence: mean over a completion's tokens, then over completions; token (DAPO): mean over all "
+        "tokens; constant (Dr. GRPO): their sum, over completions times rollout.max_tokens.",
+    )
+    clip: float = Field(0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip.")
+    clip_high: float | None = Field(
+        None, gt=0, description="Another bound above, 1 + clip_high (DAPO: 0.28); default: clip."
+    )
+    skip_equal: bool = Field(
+        False, description="Leave groups of equal scores out of the loss, whose advantages are 0 (as DAPO does)."
+    )
+    mask_truncated: bool = Field(
+        False, description="Leave completions that were cut off out of the loss (DAPO's overlong filtering)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GRPO:
+        if self.kl_coef == 0 and self.kl_estimator != "k3":
+            raise ValueError(f"kl_estimator ({self.kl_estimator}) has nothing to act on where kl_coef is 0")
+        return self
+
+
+SETTINGS: dict[str, type[Settings]] = sections({"grpo": GRPO})
+
+
+class Objective(CriticFree[GRPO]):
+    """GRPO."""
+
+    grouped = True
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer, GRPO)
+        self.needs_reference = self.settings.kl_coef > 0
+
+    def kept(self, rollout: Rollout) -> list[int]:
+        s, size = self.settings, self.rollouts.samples
+        keep = np.ones(len(rollout), dtype=bool)
+        if s.skip_equal:
+            keep &= ~np.repeat(equal_groups(rollout.scores, size), size)
+        if s.mask_truncated:
+            keep &= np.array(rollout.finished)
+        return [int(i) for i in np.flatnonzero(keep)]
+
+    def why_idle(self, rollouts: int) -> str:
+        on = [f"grpo.{name}" for name in ("skip_equal", "mask_truncated") if getattr(self.settings, name)]
+        return (
+            f"{rollouts} rollouts one after the other have nothing to learn from: by {' and '.join(on)} all of their "
+            "completions are left out (equal_groups and eos_share in metrics.jsonl say why). The prompts are too easy "
+            "or too hard for this reward, or rollout.max_tokens is too small; the last checkpoint is kept"
+        )
+
+    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+        s, size = self.settings, self.rollouts.samples
+        event = {"equal_groups": float(equal_groups(rollout.scores, size).mean())}
+        if s.skip_equal or s.mask_truncated:
+            event["trained_share"] = len(self.kept(rollout)) / len(rollout)
+        return group_relative(rollout.scores, size, s.scale, s.baseline == "others"), event
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        a, s = batch.arrays, self.settings
+        logprobs = self.logprobs(a)
+        log_ratio = logprobs - a["old_logprobs"]
+        losses, metrics = surrogate(log_ratio, a["advantages"], s.clip, s.clip_high or s.clip)
+        metrics["approx_kl"] = -log_ratio
+        highest = mx.stop_gradient(metrics["ratio_mean"].max())
+        if self.kl_coef:
+            apart = F.kl(logprobs, a["ref_logprobs"], s.kl_estimator)
+            losses = losses + self.kl_coef * apart
+            metrics["kl_loss"] = apart
+        still = {name: mx.stop_gradient(values) for name, values in metrics.items()}
+        total, weight, sums = self._over(losses, still, a)
+        return LossSum(total, weight, {**sums, "ratio_max": highest})
+
+    def _over(
+        self, losses: mx.array, metrics: dict[str, mx.array], a: dict[str, mx.array]
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        """Total, weight and metrics over the same items, whatever one item is: so that micro-batches add up."""
+        count = a["lengths"].shape[0]
+        if self.settings.loss == "token":
+            return losses.sum(), a["lengths"].sum(), {name: values.sum() for name, values in metrics.items()}
+        means = {name: self.row_means(values, a).sum() for name, values in metrics.items()}
+        if self.settings.loss == "sequence":
+            return self.row_means(losses, a).sum(), mx.array(float(count)), means
+        # Metrics are means over tokens as elsewhere: only the loss is over tokens that might have been.
+        most = self.rollouts.max_tokens
+        return losses.sum(), mx.array(float(count * most)), {name: most * value for name, value in means.items()}

@@ -1,0 +1,89 @@
+"""The mathematics of methods without a critic, by hand and against `functional`."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxft.objectives import functional as F
+from mlxft.objectives.onpolicy.group import equal_groups, group_relative, leave_one_out, surrogate
+
+SCORES = np.array([0, 1, 1, 2, 3, 3, 3, 3], dtype=np.float32)
+# Of the group 0, 1, 1, 2: mean 1, squares 1 + 0 + 0 + 1, so the unbiased deviation is sqrt(2 / 3).
+STD = (2 / 3) ** 0.5
+# All eight: mean 2, squares 4 + 1 + 1 + 0 + 4 * 1 = 10, over 7.
+ALL = (10 / 7) ** 0.5
+
+
+def test_leave_one_out_by_hand() -> None:
+    # 0 - (1 + 1 + 2) / 3, 1 - (0 + 1 + 2) / 3, the same, 2 - (0 + 1 + 1) / 3
+    np.testing.assert_allclose(leave_one_out(SCORES, 4), [-4 / 3, 0, 0, 4 / 3, 0, 0, 0, 0], atol=1e-7)
+    np.testing.assert_allclose(leave_one_out(SCORES, 2), [-1, 1, -1, 1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("scale", "others", "first"),
+    [
+        ("none", False, -1),
+        ("group", False, -1 / (STD + 1e-4)),
+        ("batch", False, -1 / (ALL + 1e-4)),
+        ("none", True, -4 / 3),
+        ("group", True, -4 / 3 / (STD + 1e-4)),
+    ],
+)
+def test_group_relative_by_hand(scale: str, others: bool, first: float) -> None:
+    found = group_relative(SCORES, 4, scale, others)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, [first, 0, 0, -first, 0, 0, 0, 0], atol=1e-6)
+
+
+def test_the_groups_own_mean_makes_them_smaller_by_a_known_factor() -> None:
+    scores = np.random.default_rng(0).normal(size=24)
+    np.testing.assert_allclose(group_relative(scores, 6, "none") * 6 / 5, leave_one_out(scores, 6), atol=1e-6)
+
+
+def test_equal_groups() -> None:
+    assert equal_groups(SCORES, 4).tolist() == [False, True]
+    thirds = np.full(3, 0.1, dtype=np.float32)  # its mean is not 0.1 to the last bit
+    assert equal_groups(thirds, 3).tolist() == [True]
+    assert np.abs(group_relative(thirds, 3, "group")).max() < 1e-6
+
+
+def test_scores_that_are_no_groups() -> None:
+    with pytest.raises(AssertionError, match="7 scores are no groups of 2"):
+        leave_one_out(SCORES[:7], 2)
+
+
+def test_the_surrogate_is_that_of_ppo() -> None:
+    rng = np.random.default_rng(1)
+    new, old, gain = (mx.array(rng.normal(size=50).astype(np.float32)) for _ in range(3))
+
+    def ours(new: mx.array) -> mx.array:
+        return surrogate(new - old, gain, 0.2, 0.2)[0].sum()
+
+    def theirs(new: mx.array) -> mx.array:
+        return F.policy_loss(new[None], old[None], gain[None], mx.ones((1, 50)), 0.2).total
+
+    assert abs((ours(new) - theirs(new)).item()) < 1e-4
+    np.testing.assert_allclose(mx.grad(ours)(new), mx.grad(theirs)(new), atol=1e-6)
+    metrics = surrogate(new - old, gain, 0.2, 0.2)[1]
+    wanted = F.policy_loss(new[None], old[None], gain[None], mx.ones((1, 50)), 0.2).metrics
+    assert metrics["clip_fraction"].sum().item() == wanted["clip_fraction"].item()
+    assert abs(metrics["ratio_mean"].sum().item() - wanted["ratio"].item()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("ratio", "gain", "low", "high", "slope"),
+    [
+        (1.25, 1.0, 0.2, 0.28, -1.25),  # within clip_high
+        (1.30, 1.0, 0.2, 0.28, 0.0),
+        (0.75, -1.0, 0.2, 0.28, 0.0),
+        (0.85, -1.0, 0.2, 0.28, 0.85),
+        (1.30, -1.0, 0.2, 0.28, 1.30),  # the pessimistic branch is never clipped
+        (3.00, 1.0, None, None, -3.0),
+    ],
+)
+def test_bounds_apart(ratio: float, gain: float, low: float | None, high: float | None, slope: float) -> None:
+    """d loss / d log ratio is -A ratio, or 0 beyond the bound that A pushes towards."""
+    found = mx.grad(lambda x: surrogate(x, mx.array([gain]), low, high)[0].sum())(mx.log(mx.array([ratio])))
+    assert abs(found.item() - slope) < 1e-5

@@ -1,0 +1,334 @@
+"""GRPO, RLOO and REINFORCE beside PPO: known optima, the loss against a plain computation, and edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from rich.console import Console
+
+import mlxft
+from mlxft.errors import ConfigError, TrainingError
+from mlxft.model.load import base_fingerprint
+from mlxft.objectives.base import Batch, LossSum
+from mlxft.recipe import parse_config
+from mlxft.run import load_base, make_objective, prepare
+
+Words = Callable[..., Path]
+OnPolicy = Callable[..., dict[str, Any]]
+LENGTHS = "return [len(c.split()) + 0.1 * i for i, c in enumerate(completions)]"
+ARM = "return [float(c == 'w1') for c in completions]"
+METHODS: dict[str, dict[str, Any]] = {
+    "ppo": {"epochs": 1},
+    "grpo": {},
+    "rloo": {},
+    "reinforce": {},
+    "reinforce-average": {"baseline": "average"},
+    "grpo-dapo": {"loss": "token", "clip_high": 0.28, "kl_coef": 0.0},
+    "grpo-dr": {"loss": "constant", "scale": "none"},
+    "rloo-token": {"ratio": "token"},
+}
+KIN = [name for name in METHODS if name != "ppo"]
+
+
+def quietly(settings: dict[str, Any], **options: Any) -> mlxft.Run:
+    return mlxft.train(settings, console=Console(quiet=True), **options)
+
+
+def made(settings: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """The objective, ready to roll."""
+    config = parse_config(settings)
+    loaded = load_base(config)
+    objective = make_objective(config, loaded.tokenizer)
+    prepare(config, loaded)
+    objective.prepare(loaded.model, base_fingerprint(loaded))
+    loaded.model.train()
+    return objective, loaded.model
+
+
+def moved(model: nn.Module, by: float = 0.05) -> None:
+    """Change what is trained a little, so that ratios are not 1."""
+    key, leaves = mx.random.key(3), []
+    for name, value in sorted(tree_flatten(model.trainable_parameters())):
+        key, now = mx.random.split(key)
+        leaves.append((name, value + by * mx.random.normal(value.shape, key=now)))
+    model.load_weights(leaves, strict=False)
+
+
+# Known optima.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_two_armed_bandit_is_learnt(words: Words, on_policy: OnPolicy, name: str) -> None:
+    """One token, 1 for one of two: in 40 updates the better one is taken nine times of ten. No answer ever ends."""
+    objective = name.split("-")[0]
+    own = {"kl_coef": 0.01, **METHODS[name]}
+    changes = {"rollout.stop_at_eos": True, "batch.rows": 3}
+    run = quietly(on_policy(objective, words(2, beyond=True), ARM, own, **changes))
+    rewards = [e["reward"] for e in run.metrics("rollout")]
+    assert rewards[0] < 0.8
+    assert np.mean(rewards[-5:]) > 0.9, rewards
+    assert run.metrics("rollout")[0]["eos_share"] == 0
+    assert "every completion was cut off" in run.metrics("rollout")[0]["warning"]
+
+
+def optimum(cost: float) -> tuple[float, float]:
+    """Score and KL of the best policy where the score is the share of one of 32 tokens among 8 positions.
+
+    With a = 1 / (8 cost) that token's probability is e^a / (e^a + 31) at each position.
+    """
+    p = np.exp(1 / (8 * cost)) / (np.exp(1 / (8 * cost)) + 31)
+    return float(p), float(8 * (p * np.log(32 * p) + (1 - p) * np.log(32 * (1 - p) / 31)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "cost", "own"),
+    [
+        ("rloo", 0.05, {}),
+        # k2 has the gradient of the KL that J counts, and the mean of the others leaves kl_coef what it is.
+        ("grpo", 0.05, {"scale": "none", "kl_estimator": "k2", "baseline": "others"}),
+    ],
+)
+def test_the_known_optimum_is_reached(
+    words: Words, on_policy: OnPolicy, objective: str, cost: float, own: dict[str, Any]
+) -> None:
+    """score - cost x KL over the last fifth of 150 updates is within 3 % of the best there is."""
+    settings = on_policy(
+        objective,
+        words(32),
+        "return [sum(w == 'w7' for w in c.split()) / 8 for c in completions]",
+        {"kl_coef": cost, **own},
+        **{"rollout.prompts": 16, "rollout.samples": 8, "rollout.max_tokens": 8, "rollout.rows": 128},
+        **{"batch.tokens": 8192, "optim.lr": 1e-3, "optim.schedule": "linear", "run.steps": 150},
+    )
+    last = quietly(settings).metrics("rollout")[-30:]
+    score, kl = (float(np.mean([e[name] for e in last])) for name in ("reward", "kl"))
+    best, far = optimum(cost)
+    assert abs((score - cost * kl) / (best - cost * far) - 1) < 0.03, (score, kl)
+    assert abs(score / best - 1) < 0.1
+
+
+# The loss.
+
+
+def parts_of(objective: Any, model: nn.Module) -> list[Batch]:
+    """The micro-batches of the next step, with ratios that are not 1."""
+    found = []
+    for batch in objective.batches(model):
+        found.append(batch)
+        if batch.ends_step:
+            return found
+    raise AssertionError("no step ends")
+
+
+def sums_of(objective: Any, model: nn.Module, batches: list[Batch]) -> tuple[LossSum, dict[str, np.ndarray]]:
+    """LossSum and gradients, added up."""
+    total, grads = None, {}
+    for batch in batches:
+        found, more = nn.value_and_grad(model, lambda b: objective.loss(model, b))(batch)
+        total = found if total is None else total.plus(found)
+        for name, grad in tree_flatten(more):
+            grads[name] = grads.get(name, 0) + np.array(grad, dtype=np.float64)
+    assert total is not None
+    return total, grads
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("grpo", {"loss": "sequence", "kl_coef": 0.1}),
+    ("grpo", {"loss": "token", "clip_high": 0.28, "kl_coef": 0.1, "kl_estimator": "k2"}),
+    ("grpo", {"loss": "constant", "scale": "none"}),
+    ("grpo", {"mask_truncated": True, "scale": "batch"}),
+    ("rloo", {"ratio": "completion"}),
+    ("rloo", {"ratio": "token", "clip": None}),
+    ("reinforce", {"baseline": "average"}),
+    ("ppo", {"epochs": 1, "critic": "shared"}),
+]
+
+
+@pytest.mark.parametrize(("name", "own"), VARIANTS)
+def test_micro_batches_and_padding_change_nothing(
+    words: Words, on_policy: OnPolicy, name: str, own: dict[str, Any]
+) -> None:
+    """One row at a time (no padding) or all at once: the same entropy, KL, loss, metrics and gradient."""
+    seen = []
+    for rows in (1, 3, 64):
+        changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": rows}
+        objective, model = made(on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, own, **changes))
+        batches = parts_of(objective, model)
+        assert len({len(b.arrays["labels"]) for b in batches}) > 1 or rows > 1, "lengths differ"
+        event = batches[0].event
+        assert event is not None
+        moved(model)
+        sums, grads = sums_of(objective, model, batches)
+        numbers = {k: float(v) / (1 if k.endswith("_max") else float(sums.weight)) for k, v in sums.metrics.items()}
+        about = {k: event[k] for k in ("kl", "entropy", "reward", "response_tokens")}
+        seen.append((about | numbers | {"loss": float(sums.mean())}, grads, float(sums.weight)))
+    (first, slopes, weight), *others = seen
+    assert first["ratio_mean"] != 1
+    assert max(np.abs(g).max() for g in slopes.values()) > 0
+    for numbers, grads, size in others:
+        assert numbers == pytest.approx(first, rel=2e-4, abs=2e-6)
+        for key, grad in grads.items():
+            np.testing.assert_allclose(grad / size, slopes[key] / weight, rtol=2e-3, atol=2e-6, err_msg=key)
+
+
+def plainly(own: dict[str, Any], most: int, rows: list[dict[str, Any]]) -> float:
+    """GRPO's loss as the papers write it, with numpy, a completion at a time."""
+    of_rows, tokens = [], 0
+    for row in rows:
+        ratio = np.exp(row["new"] - row["old"])
+        gain = row["gain"]
+        bounded = np.clip(ratio, 1 - own.get("clip", 0.2), 1 + (own.get("clip_high") or own.get("clip", 0.2)))
+        d = row["new"] - row["ref"]
+        kl = d**2 / 2 if own.get("kl_estimator") == "k2" else np.exp(-d) - 1 + d
+        of_rows.append(-np.minimum(gain * ratio, gain * bounded) + own.get("kl_coef", 0.04) * kl)
+        tokens += len(d)
+    if own["loss"] == "sequence":
+        return float(np.mean([row.mean() for row in of_rows]))
+    return float(sum(row.sum() for row in of_rows) / (tokens if own["loss"] == "token" else len(rows) * most))
+
+
+@pytest.mark.parametrize(("name", "own"), VARIANTS[:3])
+def test_grpo_is_what_the_papers_write(words: Words, on_policy: OnPolicy, name: str, own: dict[str, Any]) -> None:
+    changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": 5}
+    objective, model = made(on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, own, **changes))
+    batches = parts_of(objective, model)
+    moved(model)
+    sums, _ = sums_of(objective, model, batches)
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        a = batch.arrays
+        new = np.array(objective.logprobs(a, grad=False), dtype=np.float64)
+        ends = np.cumsum(np.array(a["lengths"]).astype(int))[:-1]
+        split = [np.split(x, ends) for x in (new, np.array(a["old_logprobs"]), np.array(a.get("ref_logprobs", new)))]
+        gains = np.split(np.array(a["advantages"]), ends)
+        rows += [dict(zip(("new", "old", "ref", "gain"), row)) for row in zip(*split, gains)]
+    assert len(rows) == 16
+    assert float(sums.mean()) == pytest.approx(plainly(own, 6, rows), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_first_step_of_a_rollout_has_ratio_one(words: Words, on_policy: OnPolicy, name: str) -> None:
+    """To the last bit, whatever micro-batches; and later steps of it do not."""
+    objective = name.split("-")[0]
+    changes = {"rollout.max_tokens": 5, "rollout.stop_at_eos": True, "batch.rows": 3, "run.steps": 8}
+    changes |= {f"{objective}.epochs": 2, f"{objective}.minibatches": 1}
+    own = METHODS[name]
+    run = quietly(on_policy(objective, words(8, eos=True, spread=0.1), LENGTHS, dict(own), **changes))
+    steps = run.metrics("train")
+    assert len(steps) == 8
+    for first, second in zip(steps[::2], steps[1::2]):
+        assert [first[k] for k in ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl")] == [1, 1, 0, 0]
+        assert second["ratio_mean"] != 1
+        assert second["approx_kl"] != 0
+
+
+# Edges.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_eos_as_the_first_token(words: Words, on_policy: OnPolicy, name: str) -> None:
+    """An empty answer is an answer: where it alone is rewarded it becomes the usual one."""
+    objective = name.split("-")[0]
+    changes = {"rollout.max_tokens": 3, "rollout.stop_at_eos": True}
+    body = "return [float(c == '') for c in completions]"
+    own = {"kl_coef": 0.01, **METHODS[name]}
+    events = quietly(on_policy(objective, words(3, eos=True), body, own, **changes)).metrics("rollout")
+    assert events[0]["response_tokens"] > 1.5
+    assert np.mean([e["response_tokens"] for e in events[-5:]]) < 1.3
+    assert np.mean([e["reward"] for e in events[-5:]]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("objective", "samples", "own"),
+    [
+        ("ppo", 1, {"whiten": False, "epochs": 1}),
+        ("grpo", 2, {}),
+        ("rloo", 2, {}),
+        ("reinforce", 1, {"baseline": "average", "decay": 0.5}),
+    ],
+)
+def test_one_prompt_a_rollout(
+    words: Words, on_policy: OnPolicy, objective: str, samples: int, own: dict[str, Any]
+) -> None:
+    """The smallest rollout: numbers stay finite, and what is rewarded becomes likelier."""
+    changes = {"rollout.prompts": 1, "rollout.samples": samples, "run.steps": 49}
+    run = quietly(on_policy(objective, words(2), ARM, {"kl_coef": 0.0, **own}, **changes))
+    events = run.metrics("rollout")
+    assert all(np.isfinite(v) for e in (*events, *run.metrics("train")) for v in e.values() if isinstance(v, float))
+    assert np.mean([e["reward"] for e in events[-15:]]) > 0.8
+
+
+def test_groups_without_variance_and_cut_off_answers_are_left_out(words: Words, on_policy: OnPolicy) -> None:
+    body = "return [float(p.startswith('w1') and c == '') for p, c in zip(prompts, completions)]"
+    changes = {"rollout.max_tokens": 2, "rollout.stop_at_eos": True, "rollout.prompts": 8, "batch.rows": 4}
+    own = {"skip_equal": True, "mask_truncated": True, "minibatches": 2}
+    objective, model = made(on_policy("grpo", words(3, eos=True), body, own, **changes))
+    rollout, event = objective.roll(model)
+    kept = objective.kept(rollout)
+    assert 0 < len(kept) < 32
+    assert event["trained_share"] == len(kept) / 32
+    assert event["equal_groups"] >= 4 / 8 - 1e-9 or event["equal_groups"] > 0
+    groups = rollout.scores.reshape(-1, 4)
+    assert all(rollout.finished[i] and np.ptp(groups[i // 4]) > 0 for i in kept)
+    assert all(len(values) for values in rollout.tokens["old_logprobs"]), "KL and entropy are over all of them"
+    steps = objective._steps(rollout, objective._lengths(rollout))
+    assert sorted(i for step in steps for rows in step for i in rows) == kept
+    assert len(steps) == 2
+
+
+def test_rollouts_that_teach_nothing(words: Words, on_policy: OnPolicy) -> None:
+    """Some are reported and passed over; where none teaches anything the run ends with a message."""
+    body = "return [float(c == 'w1' and p.startswith('w1')) for p, c in zip(prompts, completions)]"
+    changes = {"rollout.prompts": 1, "run.steps": 6, "optim.lr": 1e-4}
+    run = quietly(on_policy("grpo", words(2), body, {"skip_equal": True}, **changes))
+    events = run.metrics("rollout")
+    assert len(events) > 6
+    assert {e["equal_groups"] for e in events} == {0.0, 1.0}
+    assert len(run.metrics("train")) == 6
+    assert {e["rollout"] for e in events} == set(range(len(events)))
+    settings = on_policy("grpo", words(2), "return [1.0] * len(prompts)", {"skip_equal": True}, **{"run.name": "b"})
+    with pytest.raises(TrainingError, match=r"8 rollouts one after the other .*: by grpo.skip_equal all of their"):
+        quietly(settings)
+
+
+def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
+    """Each rollout is held against the ones before it, the first against itself."""
+    own = {"baseline": "average", "decay": 0.5, "kl_coef": 0.0}
+    body = "return [float(len(prompts))] * (len(prompts) - 1) + [0.0]"
+    objective, model = made(on_policy("reinforce", words(2), body, own))
+    baselines = [objective.roll(model)[1]["baseline"] for _ in range(2)]
+    assert baselines == [15.0, 15.0]
+    state = objective.state_dict()
+    assert state["average"] == 15.0
+    objective.load_state_dict(state | {"average": 5.0})
+    rollout, event = objective.roll(model)
+    assert event["baseline"] == 5
+    assert {float(a[0]) for a in rollout.tokens["advantages"]} == {11.0, -5.0}
+    assert objective.state_dict()["average"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("objective", "own", "changes", "says"),
+    [
+        ("grpo", {}, {"rollout.samples": 1}, "rollout.samples: grpo compares completions of one prompt; give at"),
+        ("rloo", {}, {"rollout.samples": 1}, "rollout.samples: rloo compares completions of one prompt; give at"),
+        ("reinforce", {}, {"rollout.samples": 1, "rollout.prompts": 1}, "reinforce.baseline: a rollout of one"),
+        ("reinforce", {"decay": 0.5}, {}, r"decay \(0.5\) is for baseline: average"),
+        ("grpo", {"kl_estimator": "k1"}, {}, "kl_estimator"),
+        ("grpo", {"kl_estimator": "k2", "kl_coef": 0}, {}, "nothing to act on where kl_coef is 0"),
+        ("rloo", {"clip": 0}, {}, "clip"),
+        ("grpo", {"gamma": 1}, {}, "no such setting"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    words: Words, on_policy: OnPolicy, objective: str, own: dict[str, Any], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        made(on_policy(objective, words(2), ARM, own, **changes))
