@@ -13,7 +13,7 @@ from mlxft.data.dataset import describe
 from mlxft.errors import ModelError
 from mlxft.model.load import load_tokenizer
 from mlxft.model.plan import ShapeSplit
-from mlxft.planning import Planned, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
+from mlxft.planning import Planned, around_of, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
 from mlxft.run import make_objective, total_steps
 from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import learning_rate
@@ -90,7 +90,9 @@ def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, li
     if not shapes:
         return None, f"the batches of objective {config.objective} are not known before it runs", notes
     try:
-        return planned(config, model, shapes), "", notes
+        around = around_of(config, model, objective)
+        notes += around.residents.notes if around is not None else ()
+        return planned(config, model, shapes, around), "", notes
     except ModelError as error:
         return None, str(error), notes
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError, ModelError
@@ -106,7 +105,7 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
 def outline_of(config: Config) -> Outline:
     """What a step of the recipe's objective is; an objective that does not say trains log-likelihoods."""
     objective = importlib.import_module(f"mlxft.objectives.{config.objective}")
-    if issubclass(objective.Objective, OnPolicy):
+    if isinstance(objective.Objective, type) and issubclass(objective.Objective, OnPolicy):
         return onpolicy.OUTLINE
     outline: Outline = objective.outline(config) if hasattr(objective, "outline") else PLAIN
     return outline
@@ -175,9 +174,8 @@ def plan_batches(
 def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Around | None) -> Plan:
     if around is None:
         return plan(job, s.rows, s.width, checkpoint, shared)
-    step = plan(replace(job, accumulate=2 if around.parted else 1), s.rows, s.width, checkpoint, shared)
-    trained = sum(v.nbytes for _, v in tree_flatten(job.model.trainable_parameters()))
-    return with_phases(step, around.residents, trained, around.sampling, around.scoring)
+    step = plan(job, s.rows, s.width, checkpoint, shared)
+    return with_phases(step, around.residents, around.sampling, around.scoring, around.parted)
 
 
 def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None) -> Planned:
@@ -188,8 +186,9 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
     """
     found, rows, width = plan_batches(config, model, shapes, around)
     room = usable_bytes(config.memory.limit)
-    beside = around.residents.total if around is not None else 0
-    tokens = largest_tokens(job_of(config, model), width, found.checkpoint, MARGIN * room - beside)
+    job = job_of(config, model)
+    beside = around.residents.with_training(job) if around is not None else 0
+    tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside)
     return Planned(found, rows, width, room, min(tokens, MOST_TOKENS))
 
 
@@ -211,7 +210,7 @@ def _auto_tokens(config: Config) -> int:
     model = base_skeleton(config)
     job, width, room = job_of(config, model), config.data.max_length, MARGIN * usable_bytes(config.memory.limit)
     if job.outline == onpolicy.OUTLINE:
-        room -= onpolicy.residents(config, model).total
+        room -= onpolicy.residents(config, model).with_training(job)
     setting = config.memory.checkpoint
     found = 0
     if setting != "on":
@@ -321,10 +320,10 @@ def _needs(found: Plan, rows: int, width: int) -> str:
             f"sampling needs {amount(found.needed)}. What helps: a smaller rollout.rows (completions decoded at once) "
             "or rollout.max_tokens, shorter prompts, model.quantize: 4"
         )
-    step = "rollout.prompts x samples stays" if phases else "with batch.accumulate for the same step; auto finds one"
+    step = "the step stays the same" if phases else "with batch.accumulate for the same step; auto finds one"
     return (
-        f"{phase} needs {amount(found.needed)} (batches of {rows} x {width} tokens). What helps: a smaller batch.tokens "
-        f"({step}), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length"
+        f"{phase} needs {amount(found.needed)} (batches of {rows} x {width} tokens). What helps: a smaller "
+        f"batch.tokens ({step}), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length"
     )
 
 

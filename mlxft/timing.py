@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import mlx.core as mx
 
 from mlxft.config import Config
+from mlxft.model.load import base_fingerprint
 from mlxft.model.memory import checkpoint_layers, limits
 from mlxft.objectives.base import Batch
+from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.objectives.onpolicy.memory import rollout_steps
 from mlxft.planning import amount, decide_checkpointing
 from mlxft.train.loop import Event, Hooks, Loop, Progress
 from mlxft.train.optim import Optimizer
@@ -28,21 +31,26 @@ class TimedSteps:
         seconds: expected for the whole run, without validation and saving.
         tokens_per_s: real tokens, padding not counted.
         peak: measured, in bytes.
+        rollout: seconds of one, by phase; empty where completions are not the model's own.
     """
 
     seconds: float
     tokens_per_s: float
     peak: int
+    rollout: dict[str, float] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON."""
-        return {"expected_s": self.seconds, "tokens_per_s": self.tokens_per_s, "measured_peak": self.peak}
+        found: dict[str, Any] = {"expected_s": self.seconds, "tokens_per_s": self.tokens_per_s}
+        return found | {"measured_peak": self.peak} | ({"rollout": self.rollout} if self.rollout else {})
 
     def lines(self, predicted: int | None) -> list[str]:
         """In words."""
         beside = f" (predicted: {amount(predicted)})" if predicted is not None else ""
+        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.rollout.items())
         return [
             f"time: about {duration(self.seconds)} at {self.tokens_per_s:,.0f} tokens/s, without validation and saving",
+            *([f"a rollout: {phases}"] if phases else []),
             f"measured peak memory: {amount(self.peak)}{beside}",
         ]
 
@@ -57,14 +65,18 @@ def duration(seconds: float) -> str:
 def timed_steps(config: Config, objective: Any, total: int) -> TimedSteps:
     """Load the weights, take a few steps of a run of `total`, and tell from them how long all will take.
 
+    Of on-policy training it is the steps of one whole rollout, which is sampled and scored for it.
+
     Raises:
         ModelError: the weights can not be loaded.
+        RewardError: a reward gives no number.
         TrainingError: the loss is no number.
     """
     from mlxft.run import load_base, prepare  # which imports planning
 
     loaded = load_base(config, lazy=True)
     prepare(config, loaded)
+    objective.prepare(loaded.model, base_fingerprint(loaded))
     on, _ = decide_checkpointing(config, loaded.model, objective)
     mx.eval(loaded.model.parameters())
     checkpoint_layers(loaded.model, on)
@@ -73,10 +85,14 @@ def timed_steps(config: Config, objective: Any, total: int) -> TimedSteps:
     config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
     hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)
     optimizer = Optimizer(config.optim, loaded.model, objective.parts())
-    steps = _Few(objective, loaded.model, STEPS * config.batch.accumulate)
+    rolls = isinstance(objective, OnPolicy)
+    count = rollout_steps(objective) if rolls else STEPS
+    steps = _Unvalidated(objective) if rolls else _Few(objective, loaded.model, STEPS * config.batch.accumulate)
     mx.reset_peak_memory()
     with limits(config.memory.limit, config.memory.cache):
-        Loop(loaded.model, steps, optimizer, config, STEPS, Progress(), hooks).run()
+        Loop(loaded.model, steps, optimizer, config, count, Progress(), hooks).run()
+    if rolls:
+        return _of_rollout(events, total / count, mx.get_peak_memory())
     first, last = events[0], events[-1]
     seconds = last["elapsed_s"] - first["elapsed_s"]
     tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
@@ -84,24 +100,40 @@ def timed_steps(config: Config, objective: Any, total: int) -> TimedSteps:
     return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, mx.get_peak_memory())
 
 
-class _Few:
-    """An objective's first batches, the largest first, over and over; it validates nothing."""
+def _of_rollout(events: list[Event], rollouts: float, peak: int) -> TimedSteps:
+    """What one rollout and its steps say of as many."""
+    rolled, last = events[0], events[-1]
+    seconds = last["elapsed_s"]
+    phases = {"sampling": rolled["sampling_s"], "scoring": rolled["scoring_s"]}
+    phases["training"] = seconds - sum(phases.values())
+    return TimedSteps(rollouts * seconds, last["tokens"] / seconds, peak, phases)
 
-    def __init__(self, objective: Any, model: Any, count: int) -> None:
+
+class _Unvalidated:
+    """An objective that validates nothing."""
+
+    def __init__(self, objective: Any) -> None:
         self._objective = objective
-        seen = list(islice(objective.batches(model), max(LOOKED_AT, count)))
-        largest = max(seen, key=lambda b: sum(a.nbytes for a in b.arrays.values()))
-        self._batches = [largest, *(b for b in seen if b is not largest)][:count]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
-
-    def batches(self, model: Any) -> Iterator[Batch]:
-        while True:
-            yield from self._batches
 
     def valid_batches(self, model: Any) -> Iterator[Batch]:
         return iter(())
 
     def evaluate(self, model: Any) -> None:
         return None
+
+
+class _Few(_Unvalidated):
+    """An objective's first batches, the largest first, over and over."""
+
+    def __init__(self, objective: Any, model: Any, count: int) -> None:
+        super().__init__(objective)
+        seen = list(islice(objective.batches(model), max(LOOKED_AT, count)))
+        largest = max(seen, key=lambda b: sum(a.nbytes for a in b.arrays.values()))
+        self._batches = [largest, *(b for b in seen if b is not largest)][:count]
+
+    def batches(self, model: Any) -> Iterator[Batch]:
+        while True:
+            yield from self._batches

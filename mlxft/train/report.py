@@ -103,7 +103,8 @@ def describe(event: Event) -> str:
     kind = event["event"]
     if kind == "rollout":
         numbers = " ".join(f"{k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k != "elapsed_s")
-        return f"rollout {event['rollout']} {numbers}"
+        warning = f"; warning: {event['warning']}" if "warning" in event else ""
+        return f"rollout {event['rollout']} {numbers}{warning}"
     if kind == "train":
         known = {"event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_s"}
         known |= {"trained_tokens_per_s", "peak_memory_gb", "elapsed_s", "skipped_batches"}

@@ -80,8 +80,14 @@ def encode_prompts(
         longest: tokens a prompt may have, so that a whole completion fits behind it.
         notes: takes what was left out.
     Raises:
+        ConfigError: completions are to end at EOS, and there is none.
         DataError: prompts that can not be rendered or are too long, all of them in one; or none is left.
     """
+    if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
+        raise ConfigError(
+            "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
+            "completions then end at a text of rollout.stop, or at rollout.max_tokens"
+        )
     found: list[EncodedPrompt] = []
     problems: list[str] = []
     dropped = 0

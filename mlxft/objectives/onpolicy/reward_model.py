@@ -92,7 +92,7 @@ class RewardModel:
         self.role: str | None = None
         self._roles = roles
         moments = (run.mean, run.std)
-        if _same_base(run.folder, fingerprint, base):
+        if same_base(run.folder, fingerprint, base):
             role = roles.load(ROLE, run.folder, fingerprint)
             mx.eval(roles.weights(ROLE), role.head.weight if role.head else [])
             self.role = ROLE
@@ -141,7 +141,7 @@ class RewardModel:
         return found if item.finished else Reply(found.prompt, found.reply[:-1])
 
 
-def _same_base(folder: Path, fingerprint: str | None, base: str | None) -> bool:
+def same_base(folder: Path, fingerprint: str | None, base: str | None) -> bool:
     """Whether the run can be a role: an adapter, of a base with the same shapes and, as far as is known, weights."""
     if fingerprint is None or not (folder / "adapter_config.json").is_file():
         return False

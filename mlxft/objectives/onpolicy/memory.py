@@ -1,0 +1,143 @@
+"""How large an on-policy objective's rollouts and batches can get, and what its roles take: for a plan of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxft.config import Config
+from mlxft.data.batching import plan_epoch
+from mlxft.errors import ModelError
+from mlxft.model.adapters import read_adapter_config
+from mlxft.model.batch_sample import ROWS
+from mlxft.model.load import skeleton
+from mlxft.model.phases import Residents, Rolling
+from mlxft.model.plan import Outline, Shape
+from mlxft.model.random import random_state, set_random_state
+from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.objectives.onpolicy.reward_model import find_reward_run, same_base
+from mlxft.objectives.onpolicy.rollout import EncodedPrompt
+from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.objectives.sft import DEFAULT_TOKENS
+
+OUTLINE = Outline(reads="logprobs")
+
+
+def shapes(objective: OnPolicy[Any]) -> list[Shape]:
+    """Micro-batches of a step at their largest: of the longest prompts, and of the shortest, which are more of them;
+    each completion as long as it may be."""
+    return [shape for step in _steps(objective) for shape in step]
+
+
+def parted(objective: OnPolicy[Any]) -> bool:
+    """Whether a step is made of several micro-batches, so that the gradient of the first waits for the others'."""
+    return any(len(step) > 1 for step in _steps(objective))
+
+
+def rolling(objective: OnPolicy[Any]) -> Rolling:
+    """A rollout at its largest, held-out prompts included."""
+    r = objective.rollouts
+    most = r.rows or ROWS
+    prompts = min(r.prompts, len(objective.prompts))
+    rows = min(most, max(prompts * r.samples, len(objective.valid)))
+    group = max(min(prompts, max(1, most // r.samples)), min(len(objective.valid), most))
+    longest = max(len(p.ids) for p in (*objective.prompts, *objective.valid))
+    scored = [shape for step in _steps(objective) for shape in step]
+    if objective.valid:
+        scored += _cut(objective, objective.valid)
+    if objective.config.section("rewards", RewardSettings).adapter is not None:
+        scored += _rewarded(objective)
+    filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
+    return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
+
+
+def rollout_steps(objective: OnPolicy[Any]) -> int:
+    """Steps that a whole rollout is used for."""
+    return int(objective.settings.epochs * min(objective.settings.minibatches, _count(objective)))
+
+
+def residents(config: Config, model: nn.Module) -> Residents:
+    """What the roles beside the policy take.
+
+    Args:
+        model: with what is trained, and no critic yet.
+    """
+    policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
+    whole = config.tune.method == "full"
+    # A fresh adapter's reference is the bare base.
+    reference = policy if whole or config.model.adapter is not None else 0
+    reward, role, notes = _reward(config)
+    separate = getattr(getattr(config, config.objective), "critic", None) == "separate"
+    critic = (reward if role else policy) if separate else 0
+    copies = ["the reference"] * bool(reference) + ["the critic"] * (separate and not role)
+    if whole and copies:
+        what = "are whole copies" if len(copies) > 1 else "is a whole copy"
+        notes.append(f"tune.method: full: {' and '.join(copies)} {what} of what is trained")
+    return Residents(reference, reward, critic, tuple(notes))
+
+
+def _count(objective: OnPolicy[Any]) -> int:
+    """Completions of a rollout."""
+    return min(objective.rollouts.prompts, len(objective.prompts)) * objective.rollouts.samples
+
+
+def _longest(prompts: Sequence[EncodedPrompt], samples: int, count: int, shortest: bool = False) -> list[int]:
+    """Tokens of the prompts of `count` completions."""
+    sizes = sorted((len(p.ids) for p in prompts), reverse=not shortest)
+    return [size for size in sizes for _ in range(samples)][:count]
+
+
+def _steps(objective: OnPolicy[Any]) -> list[list[Shape]]:
+    r = objective.rollouts
+    whole = _count(objective)
+    count = -(-whole // min(objective.settings.minibatches, whole))
+    asked = [_longest(objective.prompts, r.samples, count, shortest) for shortest in (False, True)]
+    return [_shapes(objective, sizes) for sizes in asked]
+
+
+def _cut(objective: OnPolicy[Any], prompts: Sequence[EncodedPrompt]) -> list[Shape]:
+    return _shapes(objective, [len(p.ids) for p in prompts])
+
+
+def _shapes(objective: OnPolicy[Any], sizes: Sequence[int]) -> list[Shape]:
+    answer = objective.rollouts.max_tokens
+    lengths = np.array(sizes, dtype=np.int64) + answer
+    batches = objective.cut(range(len(lengths)), lengths)
+    return [Shape(len(rows), int(lengths[rows].max()), len(rows) * answer) for rows in batches]
+
+
+def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
+    """What a reward model reads in one go: it has a budget of tokens even where steps have one of rows."""
+    r, tokens = objective.rollouts, objective.config.batch.tokens
+    lengths = np.array(_longest(objective.prompts, r.samples, _count(objective)), dtype=np.int64) + r.max_tokens
+    slots = plan_epoch(lengths, tokens=DEFAULT_TOKENS if tokens is None else int(tokens), seed=None)
+    return [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
+
+
+def _reward(config: Config) -> tuple[int, bool, list[str]]:
+    """Bytes of the reward model, whether it is a role on the policy's base, and what is to be said of it."""
+    settings = config.section("rewards", RewardSettings)
+    if settings.adapter is None:
+        return 0, False, []
+    folder = find_reward_run(settings.adapter, settings.normalize).folder
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not (folder / "adapter_config.json").is_file():
+        return stored, False, ["the reward model is a whole model of its own"]
+    m, random = config.model, random_state()
+    try:
+        policy = skeleton(m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size).fingerprint
+        if same_base(folder, policy, m.path):
+            return stored, True, []
+        base = read_adapter_config(folder).get("mlxft", {}).get("base", {})
+        options = {k: base[k] for k in ("dtype", "quantize", "group_size") if base.get(k) is not None}
+        own = skeleton(base.get("model", ""), **options).model
+    except ModelError as error:
+        return stored, False, [f"the reward model's base is not counted: {error}"]
+    finally:
+        set_random_state(random)
+    weights = sum(v.nbytes for _, v in tree_flatten(own.parameters()))
+    return stored + weights, False, [f"the reward model has a base of its own ({base['model']})"]
