@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 import yaml
 from mlx.utils import tree_flatten
@@ -18,6 +19,8 @@ from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LowRank
+from mlxft.objectives.onpolicy.functions import load_functions
+from mlxft.objectives.onpolicy.rewards import Item
 from mlxft.recipe import load_config
 from mlxft.run import load, make_objective, train
 from mlxft.study.label_recipe import read_label_recipe
@@ -185,3 +188,28 @@ def test_pretraining_trains_every_token_once(texts: Path, tiny_tokenizer: Any) -
     pieces = make_objective(cut, tiny_tokenizer).summary().counts
     assert pieces["rows"] > 3
     assert pieces["trained tokens"] + pieces["validation trained tokens"] == counts["trained tokens"]
+
+
+@pytest.mark.parametrize("name", ["ppo-function", "grpo", "rloo"])
+def test_recipes_by_a_function_train_an_adapter(
+    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "f.py").write_text("def size(prompts, completions, rows):\n    return [len(c) for c in completions]\n")
+    overrides = [f"model.path={base}", f"run.dir={tmp_path}", "run.epochs=null", "run.steps=2"]
+    # A random model has no word right.
+    overrides += ["rollout.prompts=2", "rollout.max_tokens=8", f"rewards.function={tmp_path}/f.py:size"]
+    run = train(load_config(ROOT / f"configs/{name}.yaml", overrides))
+    assert run.metrics("rollout")[0]["reward/size"] > 0
+    assert "win_rate" in run.metrics("eval")[-1]
+    assert all(mx.any(m.lora_b != 0).item() for m in adapted(load(run).model)), "every layer has learnt something"
+
+
+def test_the_example_of_a_reward_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (function,) = load_functions("configs/rewards.py:overlap")
+    ids = np.zeros(1, dtype=np.int32)
+    said = ["The 9th.", "it is the 9th.", "", "no"]
+    items = [Item(ids, ids, "When?", text, {"chosen": "The 9th."}, True, "rows:1") for text in said]
+    # 2 words of 4 and 2 are in common: precision 1 / 2, recall 1.
+    assert function.score(items) == pytest.approx([1, 2 / 3, 0, 0])

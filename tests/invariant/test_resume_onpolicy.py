@@ -1,0 +1,91 @@
+"""On-policy runs, killed inside a rollout or between its minibatches, go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .test_resume import assert_same, command, kill_when, killed, last_step, train, write_recipe
+
+Recipe = Callable[..., dict[str, Any]]
+TIMES = ("elapsed_s", "sampling_s", "scoring_s", "sampling_tokens_per_s")
+
+
+@pytest.fixture
+def rolling(recipe: Recipe, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`rolling("grpo", {...})`: four steps a rollout at most, each of several micro-batches."""
+    rows = [{"prompt": "the " * (1 + i % 3) + "in"} for i in range(10)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.py").write_text(
+        "def f(prompts, completions, rows):\n    return [c.count('a') for c in completions]\n"
+    )
+
+    def make(objective: str, own: dict[str, Any], **changes: Any) -> dict[str, Any]:
+        return recipe(
+            **{
+                "objective": objective,
+                objective: {"epochs": 2, "minibatches": 2, **own},
+                "data": {"train": str(tmp_path / "prompts.jsonl"), "format": "prompts", "max_length": 60},
+                "rollout": {"prompts": 4, "samples": 2, "max_tokens": 5},
+                "rewards": {"function": f"{tmp_path}/r.py:f"},
+                "run.seed": 1,  # with it the policy strays where target_kl is set
+                "run.save_every": 3,
+                "run.steps": 12,
+                **changes,
+            }
+        )
+
+    return make
+
+
+def rollouts(run: Path) -> list[dict[str, Any]]:
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if k not in TIMES} for e in events if e["event"] == "rollout"]
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("ppo", {"target_kl": 1e-5, "kl_target": 3.0, "critic_warmup": 1}),
+    ("ppo", {"critic": "shared"}),
+    ("grpo", {"target_kl": 0.001, "skip_equal": True}),
+    ("rloo", {"ratio": "token"}),
+    ("reinforce", {"baseline": "average", "target_kl": 1e-5}),
+]
+
+
+@pytest.mark.parametrize(("objective", "own"), CASES)
+def test_killed_is_uninterrupted(
+    rolling: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, own: dict[str, Any]
+) -> None:
+    """Killed in steps of four rollouts, at each place that a step can have in one; saved at every third step."""
+    train(rolling(objective, own))
+    ends = rollouts(tmp_path / "runs/a")
+    if "target_kl" in own:
+        starts = [e["step"] for e in ends]
+        assert {b - a for a, b in pairwise(starts)} & {2, 3}, f"no pass ended early: {starts}"
+    killed(5, rolling(objective, own, **{"run.name": "b"}))
+    for step in (7, 8, 10):
+        killed(step, rolling(objective, own, **{"run.name": "b"}), resume=True)
+    train(rolling(objective, own, **{"run.name": "b"}), resume=True)
+    assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
+    assert rollouts(tmp_path / "runs/a") == rollouts(tmp_path / "runs/b")
+
+
+@pytest.mark.parametrize(("objective", "own"), [CASES[0], CASES[2]])
+def test_killed_from_outside(
+    rolling: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, own: dict[str, Any]
+) -> None:
+    """kill -9 while it samples, scores or trains, twice."""
+    changes = {"run.steps": 40, "run.save_every": 5}
+    train(rolling(objective, own, **{**changes, "run.name": "a"}))
+    settings = rolling(objective, own, **{**changes, "run.name": "b"})
+    path, run = write_recipe(tmp_path / "b.yaml", settings), tmp_path / "runs/b"
+    for least in (7, 17):
+        kill_when(command("train", path, "--resume"), lambda least=least: last_step(run) >= least)
+    train(settings, resume=True)
+    assert_same(tmp_path / "runs/a", run)
+    assert rollouts(tmp_path / "runs/a") == rollouts(run)
