@@ -26,7 +26,7 @@ def _entropy(logits: mx.array) -> mx.array:
 
 def _at(temperature: float, read: Read) -> Read:
     """`read` of logits at a temperature."""
-    return read if temperature == 1 else lambda logits, labels: read(logits / temperature, labels)
+    return read if temperature == 1 else lambda logits, labels: read(logits.astype(mx.float32) / temperature, labels)
 
 
 def rows_logprobs(

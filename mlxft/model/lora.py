@@ -8,6 +8,7 @@ change, and the float32 matrices are cast to the activations' type, so that they
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,15 @@ SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 LEAVES = ("lora_a", "lora_b", "m")
+
+
+def without_dropout(layers: Iterable[LowRank]) -> bool:
+    """Take the dropout out of layers; whether there was any."""
+    had = False
+    for layer in layers:
+        had |= layer.dropout._p_1 < 1
+        layer.dropout = nn.Dropout(p=0.0)
+    return had
 
 
 def dense_weight(base: nn.Module) -> mx.array:

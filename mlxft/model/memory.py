@@ -21,17 +21,42 @@ def _checkpointed(kind: type) -> type:
             if not self.training:
                 return kind.__call__(self, *args, **kwargs)
 
-            def inner(params: Any, *inputs: Any, **named: Any) -> Any:
-                self.update(params)
-                return kind.__call__(self, *inputs, **named)
+            # For the gradient it is called again, when another role may stand in the block.
+            own = _contents(self)
 
-            params = self.trainable_parameters()
-            out = mx.checkpoint(inner)(params, *args, **kwargs)
-            self.update(params)  # not the tracers that `inner` left
-            return out
+            def inner(params: Any, *inputs: Any, **named: Any) -> Any:
+                before = _contents(self)
+                _put(own)
+                try:
+                    self.update(params)
+                    return kind.__call__(self, *inputs, **named)
+                finally:
+                    _put(before)  # no tracers are left, and the role that was there
+
+            return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
 
         _CHECKPOINTED[kind] = type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
     return _CHECKPOINTED[kind]
+
+
+def _contents(part: Any) -> list[tuple[Any, Any]]:
+    """A module and all in it that holds parameters or modules, each with what it holds now."""
+    held = list(part) if isinstance(part, list) else dict(part)
+    found = [(part, held)]
+    for child in held if isinstance(held, list) else held.values():
+        if isinstance(child, (dict, list)):
+            found += _contents(child)
+    return found
+
+
+def _put(contents: list[tuple[Any, Any]]) -> None:
+    """Give all of them back what they held."""
+    for part, held in contents:
+        if isinstance(part, list):
+            part[:] = held
+        else:  # past the module's own setters
+            dict.clear(part)
+            dict.update(part, held)
 
 
 def checkpoint_layers(model: nn.Module, on: bool = True) -> None:

@@ -58,6 +58,7 @@ class Batch:
     trains: Callable[[str], bool] | None = None  # which parameters, by name; None: all that are trainable
     counts: bool = True  # False: another pass over rows that were counted already
     event: dict[str, Any] | None = None  # what is to be reported before the step: of a rollout
+    before_s: float = 0.0  # seconds of making it that are not training's: of sampling and scoring
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ class Objective(OnPolicy[PPO]):
     def settle(self, kl: float, count: int) -> None:
         s = self.settings
         if s.kl_target is not None:
-            self.kl_coef = F.adaptive_kl(self.kl_coef, kl, s.kl_target, s.kl_horizon or 10000, count)
+            horizon = s.kl_horizon or 10000
+            # A rollout longer than the horizon counts as one: five times as long could turn the coefficient's sign.
+            self.kl_coef = F.adaptive_kl(self.kl_coef, kl, s.kl_target, horizon, min(count, horizon))
 
     def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
         """One batch where policy and critic share a trunk, else one for each: only one of them is ever in memory."""

@@ -165,7 +165,7 @@ class Loop:
             batch = next(batches)
             ends = batch.ends_epoch
             if batch.event is not None:
-                self._tell(batch.event)
+                self._tell(batch.event, batch.before_s)
             if batch.trained_tokens == 0:
                 self.progress.skipped_batches += 1
                 continue
@@ -190,10 +190,11 @@ class Loop:
         self.objective.stepped(sums)
         return _Step(self.progress.step + 1, sums, norms, lr, tokens, trained, rows), ends
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: Event, before_s: float) -> None:
         """Report what comes with a batch. It is the next step's: a resumed run that repeats it drops it and tells it
         again."""
         self._drain()
+        self.progress.window["seconds"] -= before_s  # speed is of training alone
         self.hooks.event({**event, "step": self.progress.step + 1, "elapsed_s": self.progress.elapsed_s})
         self.progress.about = {k: v for k, v in event.items() if isinstance(v, (int, float))}
 
@@ -222,6 +223,7 @@ class Loop:
             if not all(map(math.isfinite, (total, *norms.values()))):
                 raise TrainingError(_not_finite(step, total, norms))
             sums = {"total": total, "weight": weight, **{f"sum:{k}": float(v) for k, v in step.sums.metrics.items()}}
+            sums |= {f"of:{k}": weight for k in step.sums.metrics}  # not every step need have all metrics
             for name, value in sums.items():
                 known = window.get(name)
                 window[name] = value if known is None else max(known, value) if name.endswith(MAX) else known + value
@@ -244,7 +246,7 @@ class Loop:
             "epoch": round(self._epochs(), 4),
             "loss": w["total"] / w["weight"],
             **p.about,
-            **{k[4:]: v if k.endswith(MAX) else v / w["weight"] for k, v in w.items() if k.startswith("sum:")},
+            **{k[4:]: v if k.endswith(MAX) else v / w[f"of:{k[4:]}"] for k, v in w.items() if k.startswith("sum:")},
             "lr": w["lr"],
             **{k[5:]: v for k, v in w.items() if k.startswith("norm:")},
             "tokens": p.tokens,

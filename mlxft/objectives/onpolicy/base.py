@@ -21,12 +21,13 @@ from mlxft.errors import TrainingError
 from mlxft.model.batch_sample import sample_batch
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import rows_logprobs, rows_logprobs_entropy
+from mlxft.model.lora import without_dropout
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum, Summary
 from mlxft.objectives.onpolicy.held_out import HeldOut
-from mlxft.objectives.onpolicy.prompts import Method, check_recipe, encode_prompts, fingerprint
+from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, encode_prompts, fingerprint
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
@@ -81,6 +82,8 @@ class OnPolicy(Generic[M]):
         if self.reference is not None:
             self.roles.copy("policy", self.reference)
         self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
+        if without_dropout(layer for role in self.roles.names for layer in self.roles[role].layers.values()):
+            self.notes.append("dropout of the adapters is left out: what samples and what is trained would differ")
 
     def parts(self) -> dict[str, float]:
         return {}
@@ -159,8 +162,9 @@ class OnPolicy(Generic[M]):
         return self.rewards.score(items, tokens=DEFAULT_TOKENS if tokens is None else int(tokens))
 
     def text(self, reply: Any) -> str:
-        """A completion as rewards read it."""
-        return str(self.tokenizer.decode(reply.tolist(), skip_special_tokens=True))
+        """A completion as rewards read it: without a text that ended it."""
+        text = str(self.tokenizer.decode(reply.tolist(), skip_special_tokens=True))
+        return text[: min((at for at in map(text.find, self.sampling.stop) if at >= 0), default=len(text))]
 
     def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
         """Log-probabilities of the tokens by the policy and by the reference; returns the mean entropy.
@@ -208,6 +212,7 @@ class OnPolicy(Generic[M]):
     def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
         """The next rollout, ready to be trained on, and what is reported of it."""
         number = self._number
+        mx.eval(model.trainable_parameters())  # what is left of the last step is not sampling
         began = time.perf_counter()
         rollout = self.sample(self.prompts, self._chosen(number), self.rollouts.samples, number, self.seed_of(number))
         sampled = time.perf_counter()
@@ -237,7 +242,7 @@ class OnPolicy(Generic[M]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
-        self._check_kl(kl)
+        check_kl(kl, self.config.objective, self.settings.max_kl)
         self.settle(kl, len(rollout))
         return rollout, event
 
@@ -255,37 +260,29 @@ class OnPolicy(Generic[M]):
         apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
         return float(np.mean([float((old - ref).sum()) for old, ref in apart]))
 
-    def _check_kl(self, kl: float) -> None:
-        most = self.settings.max_kl
-        if most is not None and kl > most:
-            raise TrainingError(
-                f"the policy has run away from the reference: KL is {kl:.1f} nats a completion, "
-                f"{self.config.objective}.max_kl is {most:g}. Raise {self.config.objective}.kl_coef, lower optim.lr or "
-                f"{self.config.objective}.epochs, or look for what the reward is cheated by in samples.jsonl. The best "
-                "weights by validation, or the last checkpoint's, are kept"
-            )
-
     # What the loop asks for
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
-        idle = 0
+        idle, owed = 0, False  # owed: a pass has ended where no step did; the next one ends it
         while True:
-            event = None
+            event, spent = None, 0.0
             if self._rollout is None:
                 self._rollout, event = self.roll(model)
+                spent = event["sampling_s"] + event["scoring_s"]
             rollout = self._rollout
             steps = self._steps(rollout, self._lengths(rollout))
             last_of_pass = (rollout.number + 1) % self._per_pass == 0
             idle = 0 if steps else idle + 1
             if not steps:
-                self._number, self._rollout = self._number + 1, None
-                yield Batch({}, 0, 0, (), event=event)  # only to report it
+                self._number, self._rollout, owed = self._number + 1, None, owed or last_of_pass
+                yield Batch({}, 0, 0, (), event=event, before_s=spent)  # only to report it
             if idle >= max(_IDLE, 2 * self._per_pass):
                 raise TrainingError(self.why_idle(idle))
             while self._rollout is rollout:
                 at = self._step
                 if at and at % self._per_epoch(rollout) == 0 and self._strayed():
                     self._number, self._step, self._rollout = self._number + 1, 0, None
+                    owed = owed or last_of_pass
                     break
                 yielded = [b for rows in steps[at] for b in self.micro(rollout, rows)]
                 final = at + 1 == len(steps)
@@ -295,8 +292,10 @@ class OnPolicy(Generic[M]):
                         self._step = at + 1
                         if final:
                             self._number, self._step, self._rollout = self._number + 1, 0, None
-                    yield replace(batch, ends_step=end, ends_epoch=end and final and last_of_pass, event=event)
-                    event = None
+                    ends = end and (owed or (final and last_of_pass))
+                    yield replace(batch, ends_step=end, ends_epoch=ends, event=event, before_s=spent)
+                    event, spent = None, 0.0
+                owed = False
 
     def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
         """The batches, one after the other, that some completions are trained by."""

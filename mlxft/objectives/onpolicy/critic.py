@@ -43,8 +43,11 @@ class Critic(nn.Module):
                 role.layers[path][leaf] = value
             else:
                 role.whole[name] = value
-        with roles.use(ROLE):
-            return self.head(rows_hidden(split, ids, positions))
+        try:
+            with roles.use(ROLE):
+                return self.head(rows_hidden(split, ids, positions))
+        finally:
+            role.whole.clear()  # or what an update replaces would stay in memory
 
 
 def add_critic(model: nn.Module, split: Split, roles: Roles, start: str | None, width: int) -> Critic:
@@ -60,6 +63,10 @@ def add_critic(model: nn.Module, split: Split, roles: Roles, start: str | None, 
         role = roles.copy(start, ROLE)
         if role.head is not None:
             head, role.head = role.head, None
+        # What stands outside the body (an output layer) gives no value; weight decay would eat it.
+        inside = next(name for name, module in model.named_modules() if module is split.body) + "."
+        role.layers = {path: layer for path, layer in role.layers.items() if path.startswith(inside)}
+        role.whole = {name: value for name, value in role.whole.items() if name.startswith(inside)}
         weights = roles.weights(ROLE)
     critic = Critic(weights, head)
     setattr(model, CRITIC, critic)

@@ -12,7 +12,7 @@ from pydantic import Field
 from mlxft.config import Config, Settings
 from mlxft.data.formats import Example, Prompt
 from mlxft.data.sources import report_lines
-from mlxft.errors import ConfigError, DataError
+from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.sample import render_prompt
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
 from mlxft.objectives.onpolicy.settings import RolloutSettings
@@ -69,6 +69,16 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
         raise ConfigError("\n".join(problems))
     note = rollout.bias_note()
     return [note] if note else []
+
+
+def check_kl(kl: float, name: str, most: float | None) -> None:
+    """TrainingError where KL to the reference, in nats a completion, is above the objective's `max_kl`."""
+    if most is not None and kl > most:
+        raise TrainingError(
+            f"the policy has run away from the reference: KL is {kl:.1f} nats a completion, {name}.max_kl is {most:g}. "
+            f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look for what the reward is cheated by in "
+            "samples.jsonl. The best weights by validation, or the last checkpoint's, are kept"
+        )
 
 
 def encode_prompts(
