@@ -69,7 +69,7 @@ def test_a_two_armed_bandit_is_learnt(words: Words, on_policy: OnPolicy, name: s
     """One token, 1 for one of two: in 40 updates the better one is taken nine times of ten. No answer ever ends."""
     objective = name.split("-")[0]
     own = {"kl_coef": 0.01, **METHODS[name]}
-    changes = {"rollout.stop_at_eos": True, "batch.rows": 3}
+    changes = {"rollout.stop_at_eos": True, "batch.rows": 8}
     run = quietly(on_policy(objective, words(2, beyond=True), ARM, own, **changes))
     rewards = [e["reward"] for e in run.metrics("rollout")]
     assert rewards[0] < 0.8
