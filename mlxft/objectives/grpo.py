@@ -30,17 +30,17 @@ class GRPO(Method):
 
     kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference in the loss; 0: no such term.")
     kl_estimator: Literal["k2", "k3"] = Field(
-        "k3",
-        description="How a token's KL is estimated (Schulman 2020). k3 as published, whose gradient is that of "
-        "KL(reference || policy); k2's is that of KL(policy || reference), which kl reports. k1's would be 0.",
+        "k2",
+        description="How a token's KL is estimated (Schulman 2020). k2's gradient is that of KL(policy || reference), "
+        "which kl reports; k3's, as published, that of KL(reference || policy), which has another optimum.",
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group", description="Standard deviation that advantages are divided by; none: Dr. GRPO."
     )
-    baseline: Literal["group", "others"] = Field(
-        "group",
-        description="Mean that a score is held against: of its whole group, as published, by which advantages are "
-        "(samples - 1) / samples too small beside kl_coef; or of the others in it.",
+    baseline: Literal["group", "others"] | None = Field(
+        None,
+        description="Mean that a score is held against: of its whole group, as published, or of the others in it. The "
+        "first makes advantages (samples - 1) / samples as large beside kl_coef; default: others where scale is none.",
     )
     loss: Literal["sequence", "token", "constant"] = Field(
         "sequence",
@@ -60,9 +60,14 @@ class GRPO(Method):
 
     @model_validator(mode="after")
     def _consistent(self) -> GRPO:
-        if self.kl_coef == 0 and self.kl_estimator != "k3":
+        if self.kl_coef == 0 and self.kl_estimator != "k2":
             raise ValueError(f"kl_estimator ({self.kl_estimator}) has nothing to act on where kl_coef is 0")
         return self
+
+    @property
+    def others(self) -> bool:
+        """Whether the baseline leaves a completion's own score out."""
+        return self.scale == "none" if self.baseline is None else self.baseline == "others"
 
 
 SETTINGS: dict[str, type[Settings]] = sections({"grpo": GRPO})
@@ -99,7 +104,7 @@ class Objective(CriticFree[GRPO]):
         event = {"equal_groups": float(equal_groups(rollout.scores, size).mean())}
         if s.skip_equal or s.mask_truncated:
             event["trained_share"] = len(self.kept(rollout)) / len(rollout)
-        return group_relative(rollout.scores, size, s.scale, s.baseline == "others"), event
+        return group_relative(rollout.scores, size, s.scale, s.others), event
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         a, s = batch.arrays, self.settings
