@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.encode import Encoded
-from mlxft.errors import TrainingError
+from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import rows_logprobs, rows_logprobs_entropy
@@ -82,6 +82,12 @@ class OnPolicy(Generic[M]):
         if self.reference is not None:
             self.roles.copy("policy", self.reference)
         self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
+        replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
+        if self.rewards.role is not None and replaced:
+            raise ConfigError(
+                f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}; fuse model.adapter "
+                "and train from the folder: the reward model then keeps a base of its own"
+            )
         if without_dropout(layer for role in self.roles.names for layer in self.roles[role].layers.values()):
             self.notes.append("dropout of the adapters is left out: what samples and what is trained would differ")
 
