@@ -72,9 +72,7 @@ class Optimizer:
         self._opt.init(params | self._master)
         self._steps = {part: mx.array(0, mx.uint64) for part in self._rates}
         owners = {n: next((p for p in parts or () if n.startswith(p)), REST) for n in params}
-        self._groups = {
-            part: _groups({n: p for n, p in params.items() if owners[n] == part}) for part in self._rates
-        }
+        self._groups = {part: _groups({n: p for n, p in params.items() if owners[n] == part}) for part in self._rates}
         self._measure: Callable[..., tuple[mx.array, mx.array]] = mx.compile(self._norm_and_factor)
         self._apply: Callable[..., tuple[list[mx.array], list[mx.array], list[Any]]] = mx.compile(self._update)
 

@@ -84,10 +84,8 @@ class OnPolicy(Generic[M]):
         self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
         replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
         if self.rewards.role is not None and replaced:
-            raise ConfigError(
-                f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}; fuse model.adapter "
-                "and train from the folder: the reward model then keeps a base of its own"
-            )
+            seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
+            raise ConfigError(f"{seen}; fuse model.adapter and train from the folder")
         if without_dropout(layer for role in self.roles.names for layer in self.roles[role].layers.values()):
             self.notes.append("dropout of the adapters is left out: what samples and what is trained would differ")
 
