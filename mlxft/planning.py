@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.heads import begin_head, head_of, without_head
+from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
 from mlxft.model.logits import Split
 from mlxft.model.memory import machine_bytes, usable_bytes
@@ -264,6 +264,8 @@ def outfitted(config: Config, bare: Loaded) -> nn.Module:
     if outline_of(config).reads == "scores":
         setting = "tune.train" if config.tune.train else "tune.targets"
         begin_head(ShapeSplit(bare.model), m.adapter or m.path, setting)
+    if onpolicy.critic(config) is not None:
+        body_width(ShapeSplit(bare.model))  # which refuses as training does
     check_head(config, bare.model)
     set_random_state(random)
     return bare.model

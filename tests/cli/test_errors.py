@@ -47,7 +47,10 @@ def lines(path: Path, *rows: Any) -> str:
         ("tune.rank=[", ["override tune.rank:1: not valid YAML"]),
         (
             "objective=stf",
-            ["objective: no such objective 'stf' (did you mean sft?); there are grpo, ppo, preference, reinforce, reward, rloo, sft"],
+            [
+                "no such objective 'stf'",
+                "(did you mean sft?); there are grpo, ppo, preference, reinforce, reward, rloo, sft",
+            ],
         ),
     ],
 )

@@ -270,3 +270,17 @@ def test_a_group_of_one(ppo: Recipe, refused: Refused, tmp_path: Path) -> None:
         assert "rollout.samples: grpo compares completions of one prompt; give at least 2" in refused(
             2, command, recipe
         )
+
+
+def test_a_model_without_a_body_of_its_own(
+    ppo: Recipe, refused: Refused, mlxft: Command, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A critic reads hidden states, which this architecture does not give; without one it can be trained."""
+    folder = make_model_dir(tmp_path / "whole", "gpt_neox")
+    for command in ("check", "train"):
+        said = refused(1, command, ppo(**{"model.path": str(folder)}))
+        assert "this model (gpt_neox) does not keep its body apart from its output layer" in said
+    changes = {"objective": "rloo", "ppo": None, "rloo": {"epochs": 1}, "rollout.samples": 2}
+    recipe = ppo(**changes, **{"model.path": str(folder)})
+    assert list(json.loads(mlxft("check", recipe, "--json").out)["memory"]["phases"])
+    assert mlxft("train", recipe).code == 0

@@ -58,8 +58,8 @@ def ppo(recipe: Make, small: str, tmp_path: Path) -> Make:
         source = "def length(prompts, completions, rows):\n    return [float(len(c)) for c in completions]\n"
         (tmp_path / "rewards.py").write_text(source, "utf-8")
         return recipe(
-            objective="ppo",
             **{
+                "objective": "ppo",
                 "model.path": small,
                 "data": {"train": str(tmp_path / "prompts.jsonl"), "format": "prompts", "max_length": 128},
                 "rollout": {"prompts": 16, "max_tokens": 24, "stop_at_eos": False},
@@ -88,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"memory": {"checkpoint": "on"}, "batch": {"rows": 16}},
     "sampling is largest": {"batch": {"rows": 1}, "rollout.rows": 64, "rollout.samples": 4},
     "the critic on the policy's trunk": {"ppo.critic": "shared"},
+    "groups without a critic": {"objective": "grpo", "ppo": None, "grpo": {"epochs": 1}, "rollout.samples": 4},
     "whole weights, all in copies": {"tune": {"method": "full"}, "batch": {"rows": 2}},
 }
 
@@ -147,6 +148,14 @@ def test_four_roles_are_counted_as_they_are(
     assert not on
     assert f"expected peak memory: {amount(found.total)}" in said
     assert "critic" in loaded.model, "it is back in its place"
+
+
+def test_a_critic_has_no_output_layer(ppo: Make, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path / "untied", "llama", tie_word_embeddings=False)
+    _, found = plan_of(ppo(tune={"method": "full"}, **{"model.path": str(folder)}))
+    head = 32 * len(load_tokenizer(str(folder)).get_vocab()) * 4
+    assert found.roles["reference"] - found.roles["critic"] == head
+    assert found.roles["reference"] == found.weights
 
 
 def test_a_plan_leaves_everything_as_it_was(ppo: Make, reward_run: Callable[..., str]) -> None:

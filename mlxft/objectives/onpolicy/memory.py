@@ -16,7 +16,7 @@ from mlxft.model.adapters import read_adapter_config
 from mlxft.model.batch_sample import ROWS
 from mlxft.model.load import skeleton
 from mlxft.model.phases import Residents, Rolling
-from mlxft.model.plan import Outline, Shape
+from mlxft.model.plan import Outline, Shape, ShapeSplit
 from mlxft.model.random import random_state, set_random_state
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.reward_model import find_reward_run, same_base
@@ -55,9 +55,22 @@ def rolling(objective: OnPolicy[Any]) -> Rolling:
     return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
 
 
+def _inside(model: nn.Module) -> int:
+    """Bytes of what is trained in the body: an output layer gives no value, so a critic has none."""
+    body = ShapeSplit(model).body
+    prefix = next(name for name, module in model.named_modules() if module is body) + "."
+    return sum(v.nbytes for name, v in tree_flatten(model.trainable_parameters()) if name.startswith(prefix))
+
+
 def rollout_steps(objective: OnPolicy[Any]) -> int:
     """Steps that a whole rollout is used for."""
     return int(objective.settings.epochs * min(objective.settings.minibatches, _count(objective)))
+
+
+def critic(config: Config) -> str | None:
+    """Which kind of critic the recipe's method has; None: it has none."""
+    found: str | None = getattr(getattr(config, config.objective, None), "critic", None)
+    return found
 
 
 def residents(config: Config, model: nn.Module) -> Residents:
@@ -71,13 +84,13 @@ def residents(config: Config, model: nn.Module) -> Residents:
     # A fresh adapter's reference is the bare base.
     reference = policy if whole or config.model.adapter is not None else 0
     reward, role, notes = _reward(config)
-    separate = getattr(getattr(config, config.objective), "critic", None) == "separate"
-    critic = (reward if role else policy) if separate else 0
+    separate = critic(config) == "separate"
+    trained = (reward if role else _inside(model)) if separate else 0
     copies = ["the reference"] * bool(reference) + ["the critic"] * (separate and not role)
     if whole and copies:
         what = "are whole copies" if len(copies) > 1 else "is a whole copy"
         notes.append(f"tune.method: full: {' and '.join(copies)} {what} of what is trained")
-    return Residents(reference, reward, critic, tuple(notes))
+    return Residents(reference, reward, trained, tuple(notes))
 
 
 def _count(objective: OnPolicy[Any]) -> int:
