@@ -167,7 +167,7 @@ def policy_loss(
     clipped = -advantages * mx.clip(ratio, 1.0 - clip, 1.0 + clip)
     losses = mx.maximum(plain, clipped)
     metrics = {
-        "approx_kl": -log_ratio.sum(),
+        "approx_kl": (-log_ratio).sum(),
         "clip_fraction": _float(clipped > plain).sum(),
         "ratio": _masked(ratio, keep).sum(),
     }

@@ -67,8 +67,13 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    note = rollout.bias_note()
-    return [note] if note else []
+    notes = [note] if (note := rollout.bias_note()) else []
+    if config.run.steps is None and getattr(config, name).target_kl is not None:
+        notes.append(
+            f"run.epochs is counted in steps, as if {name}.target_kl ended no rollout early: those that it ends leave "
+            "steps for more rollouts"
+        )
+    return notes
 
 
 def check_kl(kl: float, name: str, most: float | None) -> None:
