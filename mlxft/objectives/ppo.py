@@ -86,7 +86,9 @@ class Objective(OnPolicy[PPO]):
     def prepare(self, model: nn.Module, base: str = "") -> None:
         super().prepare(model, base)
         start = None if self.settings.critic == "shared" else self.rewards.role or "policy"
-        self._critic = add_critic(model, self.split, self.roles, start, body_width(self.split))
+        critic = self._critic = add_critic(model, self.split, self.roles, start, body_width(self.split))
+        if start is not None and start == self.rewards.role:
+            critic.head.weight = critic.head.weight * self.rewards.slope  # values are of rewards, not of raw scores
 
     def parts(self) -> dict[str, float]:
         rate = self.settings.critic_lr

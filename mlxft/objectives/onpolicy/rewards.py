@@ -84,6 +84,13 @@ class Rewards:
         model = [] if self._run is None else [MODEL]
         return [*model, *(source.name for source in self._sources)]
 
+    @property
+    def slope(self) -> float:
+        """What a unit of the reward model's score adds to a reward."""
+        s = self._settings
+        std = self._run.std if s.normalize and self._run is not None else None
+        return s.adapter_weight / (std or 1.0)
+
     def check_rows(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Whether rows, each with where it stands, have what the rules read.
 

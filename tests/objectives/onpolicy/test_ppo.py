@@ -243,6 +243,14 @@ def test_frozen_roles_never_change(tiny: Recipe, reward_run: str, method: str) -
     assert digest(now(model)[0]) != policy
 
 
+def test_values_are_on_the_scale_of_rewards(tiny: Recipe, reward_run: str) -> None:
+    """A weighted score's critic begins with its head weighted alike."""
+    rewards = {"rewards.function": None, "rewards.adapter": reward_run, "rewards.adapter_weight": 2.5}
+    objective, model = made(tiny({}, **METHODS["lora"], **rewards))
+    head = objective.roles["reward"].head
+    assert mx.allclose(now(model)[2], 2.5 * head.weight).item()
+
+
 def test_a_critic_is_what_gives_values(words: Words, on_policy: OnPolicy) -> None:
     """The output layer is the policy's alone."""
     for tune in ({"method": "full"}, {"targets": ["lm_head", "attention"], "rank": 2}):
