@@ -90,7 +90,7 @@ def at_step(step: int, act: Callable[[], None], kind: str = "train") -> Iterator
 
     def event(self: report.EventFile, e: dict[str, Any]) -> None:
         real(self, e)
-        if e["event"] == kind and e["step"] == step:
+        if e["event"] == kind and e["step"] == step and self._path.name == "metrics.jsonl":
             act()
 
     with pytest.MonkeyPatch.context() as patch:
