@@ -8,7 +8,7 @@ ARGS :=
 
 help:
 	@echo 'make demo    install, then fine-tune a small model in a few minutes'
-	@echo 'make rlhf    SFT, a reward model and PPO on built-in reviews, in about an hour'
+	@echo 'make rlhf    the whole road to PPO: SFT, a reward model, PPO on built-in reviews'
 	@echo 'make test    install with the development tools, then run every test  (ARGS="-k gae" picks)'
 	@echo 'make check   style, types and layout'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
