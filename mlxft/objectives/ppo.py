@@ -154,13 +154,17 @@ class Objective(OnPolicy[PPO]):
         return self._policy_loss(rows_hidden(self.split, a["ids"], a["positions"]), a)
 
     def _policy_loss(self, hidden: mx.array, a: dict[str, mx.array]) -> LossSum:
-        temperature = self.rollouts.temperature
+        s, temperature = self.settings, self.rollouts.temperature
         logprobs = hidden_logprobs(self.split, hidden, a["labels"], grad=True, temperature=temperature)
-        sums = self.policy_loss(logprobs, a, self.settings.clip, self.settings.dual_clip)
-        if self.settings.entropy_coef:
-            spread = hidden_entropy(self.split, hidden, grad=True, temperature=temperature).sum()
-            sums = sums._replace(total=sums.total - self.settings.entropy_coef * spread)
-        return sums
+        old, advantages, mask = a["old_logprobs"][None], a["advantages"][None], mx.ones_like(logprobs[None])
+        total, weight, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
+        if s.entropy_coef:
+            total = (
+                total - s.entropy_coef * hidden_entropy(self.split, hidden, grad=True, temperature=temperature).sum()
+            )
+        ratio_max = mx.exp(mx.stop_gradient(logprobs) - a["old_logprobs"]).max()
+        named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}
+        return LossSum(total, weight, {**named, "ratio_max": ratio_max})
 
     def _value_loss(self, values: mx.array, a: dict[str, mx.array]) -> LossSum:
         old, returns, mask = a["values"][None], a["returns"][None], mx.ones_like(values[None])

@@ -24,7 +24,6 @@ from mlxft.model.logprobs import rows_logprobs, rows_logprobs_entropy
 from mlxft.model.lora import without_dropout
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling
-from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum, Summary
 from mlxft.objectives.onpolicy.held_out import HeldOut
 from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, encode_prompts, fingerprint
@@ -326,23 +325,10 @@ class OnPolicy(Generic[M]):
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         raise AssertionError(f"{type(self).__name__} has no loss")
 
-    def logprobs(self, a: dict[str, mx.array], grad: bool = True) -> mx.array:
+    def logprobs(self, a: dict[str, mx.array]) -> mx.array:
         """(N,) of a batch's tokens, by the policy of now."""
         asked = (self.split, a["ids"], a["positions"], a["labels"])
-        return rows_logprobs(*asked, grad=grad, temperature=self.rollouts.temperature)
-
-    def policy_loss(
-        self, logprobs: mx.array, a: dict[str, mx.array], clip: float, dual: float | None = None
-    ) -> LossSum:
-        """The clipped surrogate, summed over a batch's tokens."""
-        row = {name: value[None] for name, value in a.items() if value.ndim == 1}
-        mask = mx.ones_like(logprobs[None])
-        sums = F.policy_loss(logprobs[None], row["old_logprobs"], row["advantages"], mask, clip, dual)
-        metrics = dict(sums.metrics)
-        metrics["ratio_mean"] = metrics.pop("ratio")
-        apart = mx.stop_gradient(logprobs) - a["old_logprobs"]
-        metrics["ratio_max"] = mx.exp(apart).max()
-        return sums._replace(metrics=metrics)
+        return rows_logprobs(*asked, grad=True, temperature=self.rollouts.temperature)
 
     def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
         """At most: epochs over a rollout end early where `target_kl` says so."""
