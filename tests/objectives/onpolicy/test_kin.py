@@ -204,7 +204,7 @@ def test_grpo_is_what_the_papers_write(words: Words, on_policy: OnPolicy, name: 
     rows: list[dict[str, Any]] = []
     for batch in batches:
         a = batch.arrays
-        new = np.array(objective.logprobs(a, grad=False), dtype=np.float64)
+        new = np.array(objective.logprobs(a), dtype=np.float64)
         ends = np.cumsum(np.array(a["lengths"]).astype(int))[:-1]
         split = [np.split(x, ends) for x in (new, np.array(a["old_logprobs"]), np.array(a.get("ref_logprobs", new)))]
         gains = np.split(np.array(a["advantages"]), ends)
