@@ -123,8 +123,17 @@ class Data(Settings):
         "messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "ratings", "unpaired", "prompts"
     ] = Field(description="How a row is read; named, never guessed (mlxft check suggests one).")
     fields: dict[str, str] = Field(
-        default_factory=dict, description="Other names of the format's fields, e.g. {messages: dialog}."
+        default_factory=dict,
+        description="Other names of the format's fields, e.g. {messages: dialog}; or texts with a row's fields in "
+        "braces, e.g. {prompt: 'Review: {review}'}.",
     )
+    shots: int | None = Field(
+        None,
+        ge=1,
+        description="Train on so many rows only, drawn by run.seed: of each label, where the rows have labels. The "
+        "label is the row's answer if there are at most 20 different ones and twice as many rows.",
+    )
+    label: str | None = Field(None, min_length=1, description="With shots: the rows' field that holds the label.")
     max_length: int = Field(2048, ge=2, description="Longest row in tokens.")
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What becomes of a longer row; split is for text."
@@ -148,6 +157,8 @@ class Data(Settings):
             raise ValueError(f"overflow: split is for format text, not {self.format}; use error, drop or truncate")
         if self.template == "none" and self.format in ("messages", "sharegpt", "alpaca"):
             raise ValueError(f"template: none is for format prompt-completion; {self.format} needs the chat template")
+        if self.label is not None and self.shots is None:
+            raise ValueError(f"label ({self.label}) is for shots of each label; give shots too, or leave it out")
         return self
 
 
@@ -256,6 +267,26 @@ class Memory(Settings):
     cache: float | None = Field(None, ge=0, description="Freed memory kept for reuse; default: an eighth of the limit.")
 
 
+class Report(Settings):
+    """Trackers that a run is shown in, beside its own metrics.jsonl; each needs the extra of its name."""
+
+    to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
+        default_factory=list,
+        description="Trackers that are sent each number of metrics.jsonl; a failure there never stops training.",
+    )
+    project: str | None = Field(
+        None, min_length=1, description="wandb, trackio: project; mlflow: experiment. Default mlxft."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Report:
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"to names a tracker twice: {', '.join(self.to)}")
+        if self.project is not None and not {*self.to} - {"tensorboard"}:
+            raise ValueError(f"project ({self.project}) is for wandb, trackio or mlflow; name one in report.to")
+        return self
+
+
 class Config(Settings):
     """A whole recipe. `section` gives an objective's own settings."""
 
@@ -267,6 +298,7 @@ class Config(Settings):
     optim: Optim = Field(default_factory=Optim)
     run: Run = Field(default_factory=Run)
     memory: Memory = Field(default_factory=Memory)
+    report: Report = Field(default_factory=Report)
     versions: dict[str, str] | None = Field(None, description="Written into config.yaml; not read.")
 
     def section(self, name: str, kind: type[S]) -> S:

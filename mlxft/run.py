@@ -26,6 +26,7 @@ from mlxft.model.adapters import (
     select_targets,
     trainable_weights,
 )
+from mlxft.model.cpu import quicker
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import (
     HEAD_FILE,
@@ -45,12 +46,14 @@ from mlxft.model.sample import Sampling, generate
 from mlxft.objectives.base import Objective
 from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, load_config, parse_config
-from mlxft.rundir import Run, check_folder, find_adapter, load, make_folder, open_run, versions
+from mlxft.rundir import Run, check_folder, find_adapter, flat, load, make_folder, open_run, versions
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state
 from mlxft.train.optim import Optimizer
 from mlxft.train.report import EventFile, Reporter, Sink, terminal
+from mlxft.train.status import recorded
+from mlxft.train.trackers import check_installed, make_trackers
 
 __all__ = ["Run", "load", "open_run", "train"]
 
@@ -213,6 +216,7 @@ def train(
     config = settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
+    check_installed(config.report.to)
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
@@ -230,22 +234,35 @@ def train(
     notes: list[str] = []
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     saver = _Saver(run, loaded, spec, objective, optimizer)
-    write_text(run.dir / "config.yaml", dump_config(config, versions()))
-    since = progress.step or None  # None: start over, nothing is kept
-    files: list[Sink] = [EventFile(run.dir / "metrics.jsonl", since)]
-    files.append(EventFile(run.dir / "samples.jsonl", since, ("sample",)))
     facts = describe_start(config, loaded, objective, total)
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-    reporter = Reporter([*files, terminal(console, total, progress.step)])
-    try:
-        kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
-        text = f"training{after}; everything is written to {run.dir}"
-        reporter.event({"event": kind, "step": progress.step, **facts, "text": text})
-        with limits(config.memory.limit, config.memory.cache):
-            return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
-    finally:
-        reporter.close()
+    with recorded(run.dir):
+        write_text(run.dir / "config.yaml", dump_config(config, versions()))
+        reporter = _reporter(run, progress.step, total, console)
+        try:
+            kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
+            text = f"training{after}; everything is written to {run.dir}"
+            reporter.event({"event": kind, "step": progress.step, **facts, "text": text})
+            with limits(config.memory.limit, config.memory.cache):
+                return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
+        finally:
+            reporter.close()
+
+
+def _reporter(run: Run, step: int, total: int, console: Console) -> Reporter:
+    """Where the events of a run go that is at `step`."""
+    since = step or None  # None: start over, nothing is kept
+    files: list[Sink] = [EventFile(run.dir / "metrics.jsonl", since)]
+    files.append(EventFile(run.dir / "samples.jsonl", since, ("sample",)))
+    settings = {
+        k: v for k, v in flat(run.config.model_dump(mode="json", exclude={"versions"})).items() if v is not None
+    }
+    trackers = make_trackers(run.config.report, run.dir, settings, step)
+    reporter = Reporter([*files, terminal(console, total, step), *trackers])
+    for tracker in trackers:
+        tracker.tell = reporter.say
+    return reporter
 
 
 def _train(

@@ -19,6 +19,7 @@ from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.recipe import load_config
+from mlxft.train.status import refuse_if_held
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
@@ -29,6 +30,8 @@ FREE_ON_RESUME = {
     "run.name",
     "run.sample_prompts",
     "run.sample_tokens",
+    "report.to",
+    "report.project",
 }
 
 
@@ -131,6 +134,7 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
         raise ConfigError(f"run.name: {run.dir} is a file")
     if not run.dir.exists():
         return
+    refuse_if_held(run.dir)
     if overwrite:
         _check_replaceable(run)
         return
@@ -169,7 +173,7 @@ def _check_replaceable(run: Run) -> None:
 
 def _check_same(before: Config, now: Config) -> None:
     """Refuse a setting that makes it another run, by name."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     free = set(FREE_ON_RESUME)
     if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
         free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
@@ -179,14 +183,15 @@ def _check_same(before: Config, now: Config) -> None:
         raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, of sections within sections."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 def make_folder(run: Run, resume: bool, overwrite: bool) -> None:

@@ -84,7 +84,7 @@ def failed(mlxft: Command, tmp_path: Path) -> Callable[..., str]:
         assert done.code == 1, done
         assert "Traceback" not in done.err
         folder = tmp_path / "runs" / "a"
-        assert {p.name for p in folder.iterdir()} <= {"config.yaml", "metrics.jsonl", "samples.jsonl"}
+        assert {p.name for p in folder.iterdir()} <= {"config.yaml", "metrics.jsonl", "samples.jsonl", "status.json"}
         (event,) = open_run(folder).metrics("failed")
         assert event["text"] in done.err
         return str(done.err)

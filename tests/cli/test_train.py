@@ -207,6 +207,8 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
     "data.overflow": ({**TEXT, "data.max_length": 6, "data.overflow": "drop"}, "split", "data", None),
     "data.train_on": ({}, "all", "data", None),
     "data.template": (PAIRS, "none", "data", None),
+    "data.shots": ({}, 3, "data", None),
+    "data.label": ({"data.train": "labelled.jsonl", "data.shots": 1}, "topic", "data", None),
     "batch.tokens": ({**EPOCH, "batch.rows": None, "batch.tokens": 200}, 60, "steps", None),
     "batch.rows": (EPOCH, 5, "steps", 2),
     "batch.accumulate": (EPOCH, 3, "steps", 2),
@@ -239,6 +241,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
 # cache (tests/data), memory (tests/model); versions is not read, and says so.
 ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "data.cache"}
 ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
+ELSEWHERE |= {"report.to", "report.project"}  # tests/train/test_trackers
 
 
 def test_the_table_names_every_setting() -> None:
@@ -259,6 +262,7 @@ def test_every_setting_acts(setting: str, write: Write, mlxft: Command, tmp_path
     save(tmp_path / "pairs.jsonl", FORMATS["prompt-completion"])
     save(tmp_path / "more.jsonl", FORMATS["prompt-completion"] * 2)
     chats = [FORMATS["messages"][0]["messages"], FORMATS["messages"][1]["messages"]]
+    save(tmp_path / "labelled.jsonl", [{**row, "topic": i} for i, row in enumerate(FORMATS["messages"])])
     save(tmp_path / "both.jsonl", [{"messages": chats[0], "dialog": chats[1], "text": "is at"}])
     (tmp_path / "chat.jinja").write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
