@@ -21,6 +21,7 @@ COMMANDS = {
     "score": ("score", "Score or rank answers with a reward run."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
+    "push": ("push", "Push a result to the Hugging Face hub, with a model card."),
     "demo": ("demo", "See it work: train a small model on built-in rows."),
     "rlhf": ("demo", "See the whole road: SFT, a reward model, PPO, fuse."),
 }
