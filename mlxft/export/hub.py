@@ -324,12 +324,15 @@ def upload(shipment: Shipment, *, public: bool, update: bool, message: str) -> s
         public: a new repository can be read by all.
         update: the repository may be there already.
     Raises:
+        ConfigError: an empty message.
         ExportError: no token, no network, no right to write there, or the name is taken.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     import mlxft
 
+    if not message.strip():
+        raise ConfigError("--message: is empty")
     token, repo = get_token(), shipment.repo
     if token is None:
         raise ExportError("there is no Hugging Face token: set HF_TOKEN, or log in with: hf auth login")
@@ -374,8 +377,11 @@ def _told(shipment: Shipment, token: str, state: str) -> Iterator[None]:
             409: f"{shipment.repo} is taken: choose another name, or give --update",
         }.get(code or 0, f"the hub answered {code}: {(e.server_message or brief(e))}".replace(token, "..."))
         raise ExportError(f"{why}; {state}") from e
+    except ValueError as e:  # such as metadata of the card that it does not take
+        raise ExportError(f"the hub refuses it: {brief(e)}; {state}") from e
     except Exception as e:  # its HTTP library, and with it the kind of error, differs between versions
-        reason = brief(e).replace(token, "...")
+        cause = f", {type(e.__cause__).__name__}: {brief(e.__cause__)}" if e.__cause__ else ""
+        reason = f"{type(e).__name__}: {brief(e)}{cause}".replace(token, "...")
         raise ExportError(
-            f"{constants.ENDPOINT} can not be reached ({type(e).__name__}: {reason}); check the connection; {state}"
+            f"{constants.ENDPOINT} can not be reached or fails ({reason}); check the connection; {state}"
         ) from e
