@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.text import Text
 
@@ -13,10 +14,11 @@ from mlxft.data.dataset import describe
 from mlxft.errors import ModelError
 from mlxft.model.load import load_tokenizer
 from mlxft.model.plan import ShapeSplit
+from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.planning import Planned, around_of, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
 from mlxft.run import make_objective, total_steps
 from mlxft.timing import TimedSteps, timed_steps
-from mlxft.train.optim import learning_rate
+from mlxft.train.optim import group_of, learning_rate
 
 
 def check(config: Config, rows: int, console: Console, as_json: bool, time: bool = False) -> dict[str, Any]:
@@ -85,6 +87,8 @@ def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, li
     except ModelError as error:
         return None, str(error), []
     model = outfitted(config, bare)
+    if not isinstance(objective, OnPolicy):  # a critic is added when training begins
+        group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))
     shapes = batch_shapes(objective)
     if not shapes:

@@ -10,31 +10,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 
 from mlxft.errors import ConfigError, nearest
+from mlxft.search import Sweep
+from mlxft.settings import Settings as Settings
 
-S = TypeVar("S", bound="Settings")
-
-
-class Settings(BaseModel):
-    """A section of a recipe: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads yes and on as true, and pydantic would take true for 1.
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and {"on", "off"} <= set(get_args(kind)):
-            return "on" if value else "off"
-        if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"expected another value than {str(value).lower()} (YAML reads yes, no, on and off so)")
-        return value
+S = TypeVar("S", bound=Settings)
 
 
 class Model(Settings):
@@ -185,6 +171,31 @@ class Batch(Settings):
         return self
 
 
+class Group(Settings):
+    """Parameters with a learning rate of their own."""
+
+    match: str = Field(
+        min_length=1,
+        description="Pattern of parameters' names, as in tune.targets (layers.0, embed_tokens, *norm*), or re: and a "
+        "regular expression that is found in them.",
+    )
+    lr: float | None = Field(None, gt=0, description="Their highest learning rate; warm-up and schedule are the run's.")
+    scale: float | None = Field(None, gt=0, description="Their rate as a multiple of optim.lr, in place of lr.")
+    weight_decay: float | None = Field(None, ge=0, description="Their decoupled decay; default optim.weight_decay.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Group:
+        if self.lr is not None and self.scale is not None:
+            raise ValueError(f"{self.match!r}: give lr or scale, not both (lr={self.lr:g}, scale={self.scale:g})")
+        if self.lr is None and self.scale is None and self.weight_decay is None:
+            raise ValueError(f"{self.match!r}: give lr, scale or weight_decay; without, it is no group of its own")
+        try:
+            re.compile(self.match[3:] if self.match.startswith("re:") else "")
+        except re.error as e:
+            raise ValueError(f"{self.match!r}: no regular expression: {e}") from e
+        return self
+
+
 class Optim(Settings):
     """The optimiser and its learning rate."""
 
@@ -198,6 +209,11 @@ class Optim(Settings):
     eps: float | None = Field(None, gt=0, description="adam, adamw: added to the denominator; default 1e-8.")
     momentum: float | None = Field(None, ge=0, lt=1, description="sgd: default 0; muon: default 0.95.")
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null: no clipping.")
+    groups: list[Group] = Field(
+        default_factory=list,
+        description="Learning rates by parameters' names, as {match, lr or scale, weight_decay}; the first that "
+        "matches counts.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Optim:
@@ -212,6 +228,9 @@ class Optim(Settings):
             raise ValueError(f"{self.name} has no {', '.join(wrong)} (has: {', '.join(takes[wrong[0]])})")
         if self.betas is not None and not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must each be at least 0 and below 1, seen {list(self.betas)}")
+        decayed = [g.match for g in self.groups if g.weight_decay is not None]
+        if decayed and self.name not in takes["weight_decay"]:
+            raise ValueError(f"groups: {self.name} has no weight_decay; leave it out of {', '.join(decayed)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
         if self.min_lr and self.schedule == "constant":
@@ -299,6 +318,7 @@ class Config(Settings):
     run: Run = Field(default_factory=Run)
     memory: Memory = Field(default_factory=Memory)
     report: Report = Field(default_factory=Report)
+    sweep: Sweep = Field(default_factory=Sweep)
     versions: dict[str, str] | None = Field(None, description="Written into config.yaml; not read.")
 
     def section(self, name: str, kind: type[S]) -> S:

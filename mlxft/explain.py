@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -55,15 +55,23 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
 def _location(loc: tuple[int | str, ...], kind: type[BaseModel]) -> str:
     """The dotted setting of a pydantic location, without the names of union branches."""
     parts: list[str] = []
-    at: type[BaseModel] | None = kind
+    at: Any = kind
     for part in loc:
         if at is None:
             break
         parts.append(str(part))
-        field = at.model_fields.get(str(part))
-        below = field.annotation if field else None
-        at = below if isinstance(below, type) and issubclass(below, BaseModel) else None
+        if isinstance(at, type) and issubclass(at, BaseModel):
+            names = {f.alias or name: f for name, f in at.model_fields.items()}
+            at = _section(names[str(part)].annotation) if str(part) in names else None
+        else:  # a key or a number within dict[str, Section] or list[Section]
+            at = get_args(at)[-1]
     return ".".join(parts)
+
+
+def _section(annotation: Any) -> Any:
+    """The annotation if it is a section, or a list or mapping of sections; else None."""
+    inner = get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else annotation
+    return annotation if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _nearest_key(location: str, kind: type[BaseModel]) -> str:
@@ -76,10 +84,27 @@ def _nearest_key(location: str, kind: type[BaseModel]) -> str:
     owners = [] if section else [name for name in objectives() if leaf in objective_sections(name)]
     if owners:
         return f" for this objective; it belongs to {' and '.join(owners)}"
+    inner = _inner(location, kind)
+    if inner is not None:
+        return nearest(leaf, [f.alias or name for name, f in inner.model_fields.items()])
     # The section's name would make all of its settings look alike: leaves are compared with leaves.
     close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")
     found = elsewhere or ([siblings[close]] if close else [])
     return f" (did you mean {' or '.join(found)}?)" if found else nearest(location, keys)
+
+
+def _inner(location: str, kind: type[BaseModel]) -> type[BaseModel] | None:
+    """The section of which a location within a list or mapping of sections is a setting."""
+    at: Any = kind
+    for name in location.split("."):
+        field = at.model_fields.get(name)
+        at = _section(field.annotation) if field else None
+        if get_origin(at) in (list, dict):
+            found: type[BaseModel] = get_args(at)[-1]
+            return found
+        if at is None:
+            return None
+    return None
 
 
 def _needed(location: str, kind: type[BaseModel]) -> list[str]:
@@ -92,12 +117,15 @@ def _needed(location: str, kind: type[BaseModel]) -> list[str]:
 
 
 def _first_keys(location: str, kind: type[BaseModel]) -> str:
+    inner = _inner(location, kind)
+    if inner is not None:
+        return ", ".join([f.alias or name for name, f in inner.model_fields.items()][:3])
     return ", ".join([k for k in all_keys(kind) if k.startswith(f"{location}.")][:3])
 
 
 def _help(location: str, kind: type[BaseModel]) -> str:
-    at: Any = kind
-    for part in location.split("."):
+    at: Any = _inner(location, kind) or kind
+    for part in location.split(".") if at is kind else location.split(".")[-1:]:
         field = at.model_fields.get(part)
         if field is None:
             return ""

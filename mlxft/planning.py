@@ -98,7 +98,8 @@ def amount(size: float) -> str:
 
 def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     """What a plan needs to know of a recipe and its prepared model."""
-    state = sum(v.nbytes for v in Optimizer(config.optim, model).arrays().values())
+    optim = config.optim.model_copy(update={"groups": []})  # they may name what the objective adds later
+    state = sum(v.nbytes for v in Optimizer(optim, model).arrays().values())
     return Job(model, state, trained_share, config.batch.accumulate, outline_of(config))
 
 

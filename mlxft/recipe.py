@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,25 @@ def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise ConfigError(f"override {text!r}: expected KEY=VALUE, for example tune.rank=16")
-    *sections, leaf = key.strip().split(".")
+    put(raw, key.strip(), read_yaml(value, f"override {key}"), chosen, f"override {text!r}")
+
+
+def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str) -> None:
+    """Set a dotted `key` in `raw`; `chosen` holds all keys that are being set.
+
+    Raises:
+        ConfigError: there is a value where a section would have to be.
+    """
+    *sections, leaf = key.split(".")
     at = raw
     for name in sections:
         below = at.setdefault(name, {})
         if below is None:
             below = at[name] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"override {text!r}: {name} is a value, not a section")
+            raise ConfigError(f"{origin}: {name} is a value, not a section")
         at = below
-    at[leaf] = read_yaml(value, f"override {key}")
+    at[leaf] = value
     # `run.epochs=3` on the command line replaces the recipe's `run.steps`, and so on: the later choice wins.
     for pair in PAIRS:
         if key in pair and at[leaf] is not None:
@@ -137,9 +147,12 @@ def _validate(raw: dict[Any, Any], origin: str) -> Config:
             if not unknown:
                 break
             # A section's keys are held against each other only where all are known: look again without the others.
-            raw = {k: v for k, v in raw.items() if (k,) not in unknown}
-            for section, leaf in (loc for loc in unknown if len(loc) == 2):
-                raw[section] = {k: v for k, v in raw[section].items() if k != leaf}
+            raw = copy.deepcopy(raw)
+            for *place, leaf in unknown:
+                at: Any = raw
+                for name in place:
+                    at = at[name]
+                del at[leaf]
     if problems:
         raise ConfigError("\n".join(f"{origin}: {line}" for line in problems))
     return config
@@ -162,11 +175,11 @@ def _expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply `KEY=VALUE` overrides.
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Any, list[str]]:
+    """What a recipe says, overrides applied, and what is wrong with some of these.
 
     Raises:
-        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+        ConfigError: missing file or bad YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -174,7 +187,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
     raw = read_yaml(text, str(path))
     raw = {} if raw is None else raw
-    problems = _override_all(raw, overrides) if isinstance(raw, dict) else []
+    return raw, _override_all(raw, overrides) if isinstance(raw, dict) else []
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `KEY=VALUE` overrides.
+
+    Raises:
+        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+    """
+    raw, problems = read_recipe(path, overrides)
     try:
         config = parse_config(raw, str(path), path.stem)
     except ConfigError as e:
@@ -186,10 +208,18 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config, versions: dict[str, str]) -> str:
     """The full resolved configuration as YAML, with the versions it ran under."""
-    resolved = config.model_dump(mode="json", exclude={"versions"})
+    resolved = config.model_dump(mode="json", exclude={"versions", "sweep"})
     # Settings that do not apply would be refused when this is read again.
     if config.model.adapter is not None:  # it brings its own rank, targets and so on
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in config.tune.model_fields_set}
     elif config.tune.method == "full":
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in {"method", "layers", "train", "freeze"}}
     return yaml.safe_dump(resolved | {"versions": versions}, sort_keys=False, allow_unicode=True)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, of sections within sections."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found

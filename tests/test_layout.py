@@ -33,6 +33,9 @@ ORDER = {
 SAME_ROOM = {
     "recipe": "config",
     "explain": "config",
+    "schema": "config",
+    "settings": "config",
+    "search": "config",
     "rundir": "run",
     "check": "run",
     "planning": "run",

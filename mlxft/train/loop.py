@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.config import Config
 from mlxft.errors import TrainingError
+from mlxft.model.cpu import quicker
 from mlxft.model.random import random_state
 from mlxft.objectives.base import MAX, Batch, LossSum, Objective
 from mlxft.train.optim import Optimizer, learning_rate
@@ -128,7 +129,7 @@ class Loop:
         p, settings = self.progress, self.config.run
         self.model.train()
         interrupt = Interrupt()
-        with interrupt.watch():
+        with interrupt.watch(), quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
             batches = self.objective.batches(self.model)
@@ -248,6 +249,7 @@ class Loop:
             **p.about,
             **{k[4:]: v if k.endswith(MAX) else v / w[f"of:{k[4:]}"] for k, v in w.items() if k.startswith("sum:")},
             "lr": w["lr"],
+            **{f"lr/{name}": w["lr"] * scale for name, scale in self.optimizer.scales.items()},
             **{k[5:]: v for k, v in w.items() if k.startswith("norm:")},
             "tokens": p.tokens,
             "trained_tokens": p.trained_tokens,

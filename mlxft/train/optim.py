@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from mlxft.config import Optim
+from mlxft.config import Group, Optim
+from mlxft.errors import ConfigError, nearest
+from mlxft.model.adapters import matches
 
 Arrays = dict[str, mx.array]
 REST = ""  # the part of what no other part names
@@ -52,6 +55,48 @@ def make_optimizer(settings: Optim) -> opt.Optimizer:
     return opt.Muon(lr, momentum=momentum, weight_decay=decay)
 
 
+class Bundle(NamedTuple):
+    """Parameters that are updated together.
+
+    Attributes:
+        scale: their learning rate as a multiple of the run's.
+        decay: their weight decay; None: the optimiser's.
+    """
+
+    names: list[str]
+    scale: float
+    decay: float | None
+
+
+def group_of(groups: Sequence[Group], names: Iterable[str]) -> dict[str, int]:
+    """Which of `groups` each parameter belongs to, by name: the first that matches. Others are left out.
+
+    Raises:
+        ConfigError: a group has no parameter.
+    """
+    known, found = list(names), dict[str, int]()
+    for i, group in enumerate(groups):
+        pattern = group.match
+        if pattern.startswith("re:"):
+            hits = [n for n in known if re.search(pattern[3:], n)]
+        else:
+            hits = [n for n in known if matches(n, pattern)]
+        mine = [n for n in hits if n not in found]
+        if not mine:
+            why = "no parameter that is trained" if not hits else "only what the groups before it match"
+            raise ConfigError(f"optim.groups: {pattern!r} matches {why}{'' if hits else _near(pattern, known)}")
+        found |= dict.fromkeys(mine, i)
+    return found
+
+
+def _near(pattern: str, names: list[str]) -> str:
+    """What a pattern that matches nothing may have meant, and what there is."""
+    parts = [n.split(".") for n in names]
+    pieces = {".".join(p[i : i + size]) for p in parts for size in (1, 2, 3) for i in range(len(p) - size + 1)}
+    shown = ", ".join(names[:: max(1, len(names) // 3)][:3])
+    return f"{nearest(pattern, sorted(pieces, key=len))}; there are {len(names)}, such as {shown}"
+
+
 class Optimizer:
     """Updates a model's trainable parameters in float32.
 
@@ -61,20 +106,31 @@ class Optimizer:
     Args:
         parts: prefix of parameters' names -> multiplier of their learning rate. Each part is clipped by its own norm
             and counts its own updates: it may be left out of some.
+    Attributes:
+        scales: pattern of each of the settings' groups -> its learning rate as a multiple of the run's.
+    Raises:
+        ConfigError: a group matches no parameter.
     """
 
     def __init__(self, settings: Optim, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
         self._settings = settings
         self._opt = make_optimizer(settings)
-        self._rates = {REST: 1.0, **(parts or {})}
         params = _flat(model.trainable_parameters())
         self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
         self._opt.init(params | self._master)
-        self._steps = {part: mx.array(0, mx.uint64) for part in self._rates}
+        rates = {REST: 1.0, **(parts or {})}
+        self._steps = {part: mx.array(0, mx.uint64) for part in rates}
         owners = {n: next((p for p in parts or () if n.startswith(p)), REST) for n in params}
-        self._groups = {part: _groups({n: p for n, p in params.items() if owners[n] == part}) for part in self._rates}
+        self.scales = {g.match: _scale(g, settings) for g in settings.groups}
+        grouped = group_of(settings.groups, params)
+        self._bundles = {
+            part: _bundles({n: p for n, p in params.items() if owners[n] == part}, settings, grouped, rate)
+            for part, rate in rates.items()
+        }
         self._measure: Callable[..., tuple[mx.array, mx.array]] = mx.compile(self._norm_and_factor)
-        self._apply: Callable[..., tuple[list[mx.array], list[mx.array], list[Any]]] = mx.compile(self._update)
+        # Compiled once for each decay: the optimiser reads it as a Python number while it is traced.
+        decays = {b.decay for bundles in self._bundles.values() for b in bundles}
+        self._apply: dict[float | None, Callable[..., Any]] = {d: mx.compile(self._update_by(d)) for d in decays}
 
     def _norm_and_factor(self, squares: list[mx.array], weight: mx.array) -> tuple[mx.array, mx.array]:
         # Divide once, by the whole step's weight: micro-batches differ in trained tokens, and a mean of means would
@@ -84,52 +140,57 @@ class Optimizer:
             return norm, 1.0 / weight
         return norm, mx.minimum(self._settings.clip / (norm + 1e-6), 1.0) / weight
 
-    def _update(
-        self,
-        params: list[mx.array],
-        masters: list[mx.array | None],
-        states: list[Any],
-        grads: list[mx.array],
-        scalars: tuple[mx.array, mx.array, mx.array],
-    ) -> tuple[list[mx.array], list[mx.array], list[Any]]:
-        """One group, without its names: groups of the same shapes share a compiled update."""
-        factor, self._opt.state["step"], self._opt.state["learning_rate"] = scalars
-        full = [p if m is None else m for p, m in zip(params, masters)]
-        new = [self._opt.apply_single(g.astype(mx.float32) * factor, f, s) for g, f, s in zip(grads, full, states)]
-        return [n.astype(p.dtype) for n, p in zip(new, params)], new, states
+    def _update_by(self, decay: float | None) -> Callable[..., tuple[list[mx.array], list[mx.array], list[Any]]]:
+        """One bundle's update with this decay, without names: bundles of the same shapes share a compiled one."""
+        own = getattr(self._opt, "weight_decay", 0.0)
+
+        def update(
+            params: list[mx.array],
+            masters: list[mx.array | None],
+            states: list[Any],
+            grads: list[mx.array],
+            scalars: tuple[mx.array, mx.array, mx.array],
+        ) -> tuple[list[mx.array], list[mx.array], list[Any]]:
+            self._opt.weight_decay = own if decay is None else decay
+            factor, self._opt.state["step"], self._opt.state["learning_rate"] = scalars
+            full = [p if m is None else m for p, m in zip(params, masters)]
+            new = [self._opt.apply_single(g.astype(mx.float32) * factor, f, s) for g, f, s in zip(grads, full, states)]
+            return [n.astype(p.dtype) for n, p in zip(new, params)], new, states
+
+        return update
 
     def step(self, model: nn.Module, grads: Arrays, weight: mx.array, lr: float) -> dict[str, mx.array]:
         """One update from summed gradients, by name.
 
-        Parts of which there is no gradient stay as they are. Works group by group, each put on its way before the
+        Parts of which there is no gradient stay as they are. Works bundle by bundle, each put on its way before the
         next: all at once would hold temporaries of all.
 
         Returns:
             grad_norm, and PART_grad_norm of each further part: norms before clipping, lazy float32 scalars.
         """
         norms: dict[str, mx.array] = {}
-        for part, groups in self._groups.items():
-            if groups and groups[0][0] in grads:
+        for part, bundles in self._bundles.items():
+            if bundles and bundles[0].names[0] in grads:
                 name = f"{part.rstrip('.')}_grad_norm" if part else "grad_norm"
-                norms[name] = self._step_part(model, part, grads, weight, lr * self._rates[part])
+                norms[name] = self._step_part(model, part, grads, weight, lr)
         return norms
 
     def _step_part(self, model: nn.Module, part: str, grads: Arrays, weight: mx.array, lr: float) -> mx.array:
         squares = []
-        for names in self._groups[part]:
+        for names, _, _ in self._bundles[part]:
             squares.append(sum((grads[n].astype(mx.float32).square().sum() for n in names), mx.array(0.0)))
             mx.async_eval(squares[-1])
         norm, factor = self._measure(squares, weight)
-        step, rate = self._steps[part] + 1, mx.array(lr)
+        step = self._steps[part] + 1
         params = _flat(model.trainable_parameters())
-        for names in self._groups[part]:
+        for names, scale, decay in self._bundles[part]:
             masters = [self._master.get(n) for n in names]
-            rounded, new, states = self._apply(
+            rounded, new, states = self._apply[decay](
                 [params.pop(n) for n in names],
                 masters,
                 [self._opt.state[n] for n in names],
                 [grads.pop(n) for n in names],
-                (factor, step, rate),
+                (factor, step, mx.array(lr * scale)),
             )
             for name, value, state in zip(names, new, states):
                 self._opt.state[name] = state
@@ -140,7 +201,7 @@ class Optimizer:
             del masters
             mx.async_eval(rounded, new, states)
         self._steps[part] = step
-        self._opt.state["step"], self._opt.state["learning_rate"] = step, rate
+        self._opt.state["step"], self._opt.state["learning_rate"] = step, mx.array(lr)
         return norm
 
     def arrays(self) -> Arrays:
@@ -158,10 +219,22 @@ class Optimizer:
         self._master = {n: arrays[f"master.{n}"] for n in self._master}
 
 
-def _groups(params: Arrays) -> list[list[str]]:
-    """Names that are updated together: the many small parameters in one group, each large one by itself."""
-    small = [n for n, p in params.items() if p.size < LARGE]
-    return ([small] if small else []) + [[n] for n, p in params.items() if p.size >= LARGE]
+def _scale(group: Group, settings: Optim, rate: float = 1.0) -> float:
+    """A group's learning rate as a multiple of the run's, within a part that has `rate` of it."""
+    return group.lr / settings.lr if group.lr is not None else rate * (1.0 if group.scale is None else group.scale)
+
+
+def _bundles(params: Arrays, settings: Optim, grouped: dict[str, int], rate: float) -> list[Bundle]:
+    """Of each group, the many small parameters in one bundle, each large one by itself."""
+    groups, bundles = settings.groups, list[Bundle]()
+    for i in (None, *range(len(groups))):
+        mine = [n for n in params if grouped.get(n) == i]
+        scale = rate if i is None else _scale(groups[i], settings, rate)
+        decay = None if i is None else groups[i].weight_decay
+        small = [n for n in mine if params[n].size < LARGE]
+        each = ([small] if small else []) + [[n] for n in mine if params[n].size >= LARGE]
+        bundles += [Bundle(names, scale, decay) for names in each]
+    return bundles
 
 
 def _flat(tree: Any) -> Arrays:

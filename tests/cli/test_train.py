@@ -222,6 +222,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
     "optim.eps": ({}, 0.1, "weights", None),
     "optim.momentum": ({"optim.name": "sgd"}, 0.9, "weights", None),
     "optim.clip": ({}, 0.001, "weights", None),
+    "optim.groups": ({}, [{"match": "*.lora_a", "scale": 0.1}], "weights", None),
     "run.name": ({}, "named", "folder", "named"),
     "run.dir": ({}, "elsewhere", "folder", "elsewhere"),
     "run.seed": ({}, 7, "weights", None),
@@ -242,6 +243,8 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
 ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "data.cache"}
 ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
 ELSEWHERE |= {"report.to", "report.project"}  # tests/train/test_trackers
+# tests/study/test_sweep
+ELSEWHERE |= {f"sweep.{k}" for k in ("space", "metric", "direction", "sampler", "pruner", "grace", "trials", "time")}
 
 
 def test_the_table_names_every_setting() -> None:

@@ -10,8 +10,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxft.config import Optim
-from mlxft.train.optim import Optimizer, learning_rate
+from mlxft.config import Group, Optim
+from mlxft.errors import ConfigError
+from mlxft.train.optim import Optimizer, group_of, learning_rate
 
 NAMES = ["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
 
@@ -157,3 +158,85 @@ def test_master_weights_keep_small_updates():
 def test_float32_weights_have_no_second_copy():
     """Adapters are float32: a master copy of them would be waste."""
     assert not [n for n in Optimizer(Optim(), fresh()).arrays() if n.startswith("master")]
+
+
+def test_groups_have_rates_and_decays_of_their_own_and_share_one_norm():
+    """SGD by hand: gradient (3, 4) has norm 5, clipped to 1 as a whole: 0.6 and 0.8.
+
+    matrix: decay 0.1 of weight 1 is added, at rate 0.5 x 0.2; vector: rate 0.05 (lr), no decay.
+    """
+    groups = [{"match": "matrix", "scale": 0.2, "weight_decay": 0.1}, {"match": "re:^vec", "lr": 0.05}]
+    model = Weights([[1.0]], [0.0])
+    opt = Optimizer(Optim(name="sgd", lr=0.5, clip=1.0, groups=groups), model)
+    assert opt.scales == {"matrix": 0.2, "re:^vec": pytest.approx(0.1)}
+    norm = opt.step(model, grads_of([[3.0]], [4.0]), mx.array(1.0), 0.5)
+    assert list(norm) == ["grad_norm"]
+    assert norm["grad_norm"].item() == pytest.approx(5.0)
+    assert model.matrix.item() == pytest.approx(1 - 0.5 * 0.2 * (0.6 + 0.1), abs=1e-6)
+    assert model.vector.item() == pytest.approx(-0.05 * 0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_of_the_runs_own_rate_change_nothing(name: str):
+    """Groups only part the parameters; resumed after 3 of 8 steps they give the same bits, too."""
+    decay = {} if name == "adam" else {"weight_decay": 0.1}
+    plain, parted = (
+        Optim(name=name, lr=0.02, groups=groups, **decay)
+        for groups in ([], [{"match": "vector", "scale": 1.0}, {"match": "*", "lr": 0.02, **decay}])
+    )
+    ends = []
+    for settings in (plain, parted):
+        model = fresh()
+        opt = Optimizer(settings, model)
+        descend(opt, model, 3)
+        kept, again = opt.arrays(), Weights(model.matrix, model.vector)
+        opt = Optimizer(settings, again)
+        opt.load(kept)
+        descend(opt, again, 5, begin=3)
+        ends.append((again.matrix.tolist(), again.vector.tolist()))
+    assert ends[0] == ends[1]
+
+
+def test_a_group_within_a_part_that_is_clipped_by_itself():
+    """The part runs at twice the rate; a group's scale multiplies that, a group's lr replaces it."""
+    settings = Optim(name="sgd", lr=1.0, clip=None, groups=[{"match": "vector", "scale": 0.5}])
+    model = Weights([[0.0]], [0.0])
+    opt = Optimizer(settings, model, {"vec": 2.0})
+    norms = opt.step(model, grads_of([[3.0]], [4.0]), mx.array(1.0), 1.0)
+    assert (norms["grad_norm"].item(), norms["vec_grad_norm"].item()) == (3.0, 4.0)
+    assert (model.matrix.item(), model.vector.item()) == (-3.0, -4.0)
+    model = Weights([[0.0]], [0.0])
+    settings = settings.model_copy(update={"groups": [Group(match="vector", lr=0.25)]})
+    Optimizer(settings, model, {"vec": 2.0}).step(model, grads_of([[3.0]], [4.0]), mx.array(1.0), 1.0)
+    assert (model.matrix.item(), model.vector.item()) == (-3.0, -1.0)
+
+
+NAMED = ["model.layers.1.mlp.up_proj.lora_a", "model.layers.10.mlp.up_proj.lora_a", "model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "wanted"),
+    [
+        (["layers.1"], [0, None, None]),
+        (["mlp"], [0, 0, None]),
+        (["layers.1", "*"], [0, 1, 1]),
+        ([r"re:layers\.\d+\."], [0, 0, None]),
+        (["*.weight", "up_proj"], [1, 1, 0]),
+    ],
+)
+def test_the_first_group_that_matches_counts(patterns: list[str], wanted: list[int | None]):
+    found = group_of([Group(match=p, scale=0.5) for p in patterns], NAMED)
+    assert [found.get(n) for n in NAMED] == wanted
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        (["embed_token"], r"'embed_token' matches no parameter that is trained \(did you mean embed_tokens\?\)"),
+        (["layers.2"], r"did you mean layers\.1\?.*there are 3, such as model\.layers\.1\.mlp"),
+        (["*", "mlp"], "'mlp' matches only what the groups before it match"),
+    ],
+)
+def test_a_group_of_nothing_is_refused(patterns: list[str], said: str):
+    with pytest.raises(ConfigError, match=said):
+        group_of([Group(match=p, scale=0.5) for p in patterns], NAMED)
