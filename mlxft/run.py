@@ -26,7 +26,6 @@ from mlxft.model.adapters import (
     select_targets,
     trainable_weights,
 )
-from mlxft.model.cpu import quicker
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import (
     HEAD_FILE,
@@ -45,8 +44,8 @@ from mlxft.model.random import set_random_state
 from mlxft.model.sample import Sampling, generate
 from mlxft.objectives.base import Objective
 from mlxft.planning import decide_checkpointing, settled
-from mlxft.recipe import dump_config, load_config, parse_config
-from mlxft.rundir import Run, check_folder, find_adapter, flat, load, make_folder, open_run, versions
+from mlxft.recipe import dump_config, flat, load_config, parse_config
+from mlxft.rundir import Run, check_folder, find_adapter, load, make_folder, open_run, versions
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mlxft.model.heads import HEAD_FILE, load_head
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
-from mlxft.recipe import load_config
+from mlxft.recipe import flat, load_config
 from mlxft.train.status import refuse_if_held
 
 # What may differ when a run goes on; all else would make it another run.
@@ -181,17 +180,6 @@ def _check_same(before: Config, now: Config) -> None:
     if keys:
         lines = [f"{k}: the run has {old.get(k)!r}, asked for is {new.get(k)!r}" for k in keys]
         raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, of sections within sections."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def make_folder(run: Run, resume: bool, overwrite: bool) -> None:

@@ -19,9 +19,12 @@ COMMANDS = {
     "sample": ("sample", "Best of n, or rejection sampling: scored answers as rows for SFT."),
     "label": ("label", "Judge answers by hand, for a reward model or preference training."),
     "score": ("score", "Score or rank answers with a reward run."),
+    "eval": ("eval", "How good a model is on a file: loss, or a task, with errors and differences."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
     "push": ("push", "Push a result to the Hugging Face hub, with a model card."),
+    "runs": ("runs", "List, show, compare, plot, report, watch and remove runs."),
+    "schema": ("schema", "Print the JSON schema of recipes, for editors."),
     "demo": ("demo", "See it work: train a small model on built-in rows."),
     "rlhf": ("demo", "See the whole road: SFT, a reward model, PPO, fuse."),
 }

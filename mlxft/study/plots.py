@@ -176,6 +176,26 @@ def curves(events: Sequence[Event], out: Path, *, title: str = "", columns: int 
     return [save(check_suffix(out), lambda: figure(events, title=title, columns=columns))]
 
 
+def overlay(runs: Mapping[str, Sequence[Event]], out: Path, *, columns: int = 2) -> list[Path]:
+    """The curves of several runs in one picture, each number's lines in one panel; see `curves`.
+
+    Args:
+        runs: name -> events.
+    Raises:
+        DataError: a run has nothing to draw.  ConfigError, CheckpointError: as for `curves`.
+    """
+    merged: dict[str, tuple[Panel, Series]] = {}
+    for name, events in runs.items():
+        try:
+            drawn = panels(events)
+        except DataError as e:
+            raise DataError(f"{name}: {e}") from e
+        for panel, lines in drawn:
+            into = merged.setdefault(panel.title, (panel, {}))[1]
+            into |= {name if len(lines) == 1 else f"{name}, {label}": line for label, line in lines.items()}
+    return [save(check_suffix(out), lambda: _drawn([], list(merged.values()), "", columns, INK))]
+
+
 def svg(events: Sequence[Event], *, columns: int = 1) -> str:
     """All curves of a run as one <svg> element for an HTML page; see `inline`."""
     return inline(figure(events, columns=columns, ink=INLINE_INK))

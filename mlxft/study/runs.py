@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 
 from mlxft.errors import CheckpointError, ConfigError, nearest
-from mlxft.train.status import is_held, read_status
+from mlxft.train.status import is_held, read_status, refuse_if_held
 
 Event = dict[str, Any]
 PARTS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints", "adapter")  # one makes a folder a run's
@@ -37,7 +38,7 @@ class Best:
     of: str  # validation or training
 
     def __str__(self) -> str:
-        return f"{'training ' if self.of == 'training' else ''}{self.metric} {self.value:.4g} @ {self.step}"
+        return f"{'train ' if self.of == 'training' else ''}{self.metric} {self.value:.4g} @ {self.step}"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,12 @@ def read_events(folder: Path) -> list[Event]:
         text = (folder / "metrics.jsonl").read_bytes()
     except OSError:
         return []
-    return [event for line in text.splitlines() if (event := _event(line)) is not None]
+    return parse_events(text)
+
+
+def parse_events(text: bytes) -> list[Event]:
+    """The events in some lines of metrics.jsonl."""
+    return [event for line in text.split(b"\n") if (event := _event(line)) is not None]
 
 
 def _event(line: bytes) -> Event | None:
@@ -193,7 +199,6 @@ def run_info(folder: Path, name: str | None = None) -> RunInfo:
     if damage:
         status, note = ("half-written" if status in ("unfinished", "done") else status), damage
     record = record or {}
-    model, tune = (settings.get(k) if isinstance(settings.get(k), dict) else {} for k in ("model", "tune"))
     return RunInfo(
         name=folder.name if name is None else name,
         dir=folder,
@@ -201,8 +206,8 @@ def run_info(folder: Path, name: str | None = None) -> RunInfo:
         note=note,
         error=str(record.get("error", "")) if status == "failed" else "",
         objective=str(start.get("objective") or settings.get("objective") or ""),
-        base=str(start.get("base") or (model or {}).get("path") or ""),
-        method=str(start.get("method") or (tune or {}).get("method") or ""),
+        base=str(start.get("base") or _leaf(settings, "model", "path")),
+        method=str(start.get("method") or _leaf(settings, "tune", "method")),
         step=int(finite(last.get("step")) or 0),
         steps=int(steps) if (steps := finite(start.get("steps"))) is not None else None,
         best=metrics.best(),
@@ -224,6 +229,11 @@ def _settings(folder: Path, complete: bool) -> tuple[dict[str, Any], str]:
         return read_settings(folder), "" if complete else "no metrics yet"
     except CheckpointError as e:
         return {}, str(e).partition(": ")[2]
+
+
+def _leaf(settings: dict[str, Any], section: str, key: str) -> str:
+    found = settings.get(section)
+    return str(found.get(key) or "") if isinstance(found, dict) else ""
 
 
 def _status(folder: Path, record: dict[str, Any] | None, last: Event) -> tuple[str, str]:
@@ -259,3 +269,54 @@ def _changed(folder: Path) -> str:
             continue
         return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="seconds")
     return ""
+
+
+def sure_place(place: Path) -> Path:
+    """`place`, if it is a folder.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not place.is_dir():
+        raise ConfigError(f"--dir {place}: no such folder")
+    return place
+
+
+def find_removable(names: list[str], place: Path) -> dict[Path, int]:
+    """The run folders that a user names -> bytes in them.
+
+    Raises:
+        ConfigError: one is no run folder, or is a link.
+        CheckpointError: one is being trained.
+    """
+    folders = dict.fromkeys(find_run(name, place).resolve() for name in names)
+    for folder in folders:
+        if not _surely_run(folder):
+            raise ConfigError(
+                f"{folder}: has files that no run leaves, and none that only a run does; remove it by hand"
+            )
+        refuse_if_held(folder)
+    return {f: sum(p.lstat().st_size for p in f.rglob("*") if not p.is_dir()) for f in folders}
+
+
+def _surely_run(folder: Path) -> bool:
+    """Whether a folder is a run's beyond doubt: it is about to be removed."""
+    if read_status(folder) or _Metrics(folder).first() or (folder / "adapter/adapter_config.json").exists():
+        return True
+    return all(p.name in PARTS or p.name.startswith(".tmp-") for p in folder.iterdir())
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run folder. It is gone from its place at once, or stays whole.
+
+    Raises:
+        CheckpointError: it can not be removed.
+    """
+    away = folder.with_name(f".removed-{folder.name}")
+    try:
+        if away.exists():  # of a removal that was interrupted
+            shutil.rmtree(away)
+        folder.rename(away)
+        shutil.rmtree(away)
+    except OSError as e:
+        raise CheckpointError(f"{folder}: can not be removed: {e.strerror or e}") from e

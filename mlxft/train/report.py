@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -162,6 +163,18 @@ class LiveView:
         self._task = self._progress.add_task("training", total=total, completed=step)
         self._live = Live(self._view(), console=console, refresh_per_second=4)
         self._live.start()
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """Take in what was reported before this view began, without printing it."""
+        for event in events:
+            if event["event"] == "train":
+                self._train = event
+                self._losses.append(event["loss"])
+                task = self._progress.tasks[self._task]
+                task.start_time = task.get_time() - event["elapsed_s"]
+            elif event["event"] == "eval":
+                self._eval = event
+        self._live.update(self._view())
 
     def event(self, event: Event) -> None:
         kind = event["event"]

@@ -1,0 +1,201 @@
+"""mlxft runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+DEFAULT = Path("runs")
+
+
+def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
+    """Shell completion: the runs there are."""
+    from mlxft.study.runs import list_runs
+
+    place = _place(ctx, ctx.params.get("place"))
+    return [r.name for r in list_runs(place, every=True) if r.name.startswith(typed)] if place.is_dir() else []
+
+
+def _place(ctx: click.Context, given: Path | None) -> Path:
+    """Where run folders stand: --dir may be given before or after the subcommand."""
+    above = ctx.parent.params.get("place") if ctx.parent else None
+    return Path(given or above or DEFAULT).expanduser()
+
+
+def _in(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--dir", "place", type=click.Path(path_type=Path, file_okay=False), help="Where run folders stand: runs."
+    )(command)
+
+
+_NAME = click.argument("name", shell_complete=_names)
+_NAMES = click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=_names)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _print_json(found: Any) -> None:
+    import json
+
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+
+
+@click.group(invoke_without_command=True)
+@_in
+@click.option("--all", "every", is_flag=True, help="Also those further down, such as the trials of a sweep.")
+@_JSON
+@click.pass_context
+def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> None:
+    """List runs, oldest first; show, compare, plot, report, watch or remove some.
+
+    \b
+    Example: mlxft runs
+             mlxft runs compare sft-lora sft-dora
+             mlxft runs report sft-lora --out report.html
+
+    A status is running, done, interrupted (Ctrl-C, or killed; go on with mlxft train --resume), failed, half-written
+    (parts are missing) or unfinished (by an older version).
+    """
+    if ctx.invoked_subcommand is not None:
+        if every or as_json:
+            raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, where it has them")
+        return
+    from rich.console import Console
+
+    from mlxft.study.runs import list_runs, sure_place
+
+    where = _place(ctx, place)
+    found = list_runs(sure_place(where), every) if place is not None or where.is_dir() else []
+    if as_json:
+        _print_json([r.to_json() for r in found])
+    elif not found:
+        click.echo(f"no runs in {where}; train one: mlxft train RECIPE")
+    else:
+        from mlxft.study.run_tables import show_list
+
+        show_list(Console(), found)
+
+
+@runs.command()
+@_NAME
+@_in
+@_JSON
+@click.pass_context
+def show(ctx: click.Context, name: str, place: Path | None, as_json: bool) -> None:
+    """Show one run: numbers, settings that are not the default, answers, files.
+
+    Example: mlxft runs show sft-lora
+    """
+    from rich.console import Console
+
+    from mlxft.study.compare import details
+    from mlxft.study.run_tables import show_details
+    from mlxft.study.runs import find_run
+
+    found = details(find_run(name, _place(ctx, place)))
+    _print_json(found.to_json()) if as_json else show_details(Console(), found)
+
+
+@runs.command()
+@_NAMES
+@_in
+@_JSON
+@click.pass_context
+def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_json: bool) -> None:
+    """Show what differs between runs, in settings and in what came of them.
+
+    Example: mlxft runs compare sft-lora sft-dora
+    """
+    if len(names) < 2:
+        raise click.UsageError("name at least two runs")
+    from rich.console import Console
+
+    from mlxft.study.compare import compare as compare_runs
+    from mlxft.study.compare import details
+    from mlxft.study.run_tables import show_comparison
+    from mlxft.study.runs import find_run
+
+    found = compare_runs([details(find_run(name, _place(ctx, place))) for name in names])
+    _print_json(found.to_json()) if as_json else show_comparison(Console(), found)
+
+
+@runs.command()
+@_NAMES
+@_in
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File .png, .svg or .pdf.  [default: NAME.png]"
+)
+@click.pass_context
+def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Path | None) -> None:
+    """Draw the curves of runs: loss, learning rate, gradient norm, memory, and what the objective reports.
+
+    \b
+    Example: mlxft runs plot sft-lora --out sft-lora.svg
+             mlxft runs plot sft-lora sft-dora --out both.png
+    """
+    from mlxft.study.compare import plot_runs
+
+    for path in plot_runs([*names], _place(ctx, place), out):
+        click.echo(f"wrote {path}")
+
+
+@runs.command()
+@_NAME
+@_in
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file.  [default: report.html in the run]"
+)
+@click.pass_context
+def report(ctx: click.Context, name: str, place: Path | None, out: Path | None) -> None:
+    """Write one self-contained HTML page about a run.
+
+    Example: mlxft runs report sft-lora --out sft-lora.html
+    """
+    from mlxft.study.html import write_report
+    from mlxft.study.runs import find_run
+
+    click.echo(f"wrote {write_report(find_run(name, _place(ctx, place)), out)}")
+
+
+@runs.command()
+@_NAMES
+@_in
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def rm(ctx: click.Context, names: tuple[str, ...], place: Path | None, yes: bool) -> None:
+    """Remove run folders, with weights and checkpoints. A run that is training is refused.
+
+    Example: mlxft runs rm old-1 old-2
+    """
+    from mlxft.study.runs import find_removable, remove_run
+
+    found = find_removable([*names], _place(ctx, place))
+    for folder, size in found.items():
+        click.echo(f"{folder}: {size / 1e6:,.1f} MB")
+    if not yes:
+        click.confirm(f"Remove {'it' if len(found) == 1 else f'these {len(found)} runs'}?", abort=True)
+    for folder in found:
+        remove_run(folder)
+        click.echo(f"removed {folder}")
+
+
+@runs.command()
+@_NAME
+@_in
+@click.pass_context
+def watch(ctx: click.Context, name: str, place: Path | None) -> None:
+    """Show a run that trains elsewhere, until it ends: exit code 0 if it is done, 1 if it failed or was interrupted.
+
+    Example: mlxft runs watch sft-lora
+    """
+    from rich.console import Console
+
+    from mlxft.study.run_tables import ending
+    from mlxft.study.runs import find_run
+    from mlxft.study.watch import watch as watch_run
+
+    info = watch_run(find_run(name, _place(ctx, place)), Console())
+    click.echo(ending(info))
+    ctx.exit(0 if info.status == "done" else 1)
