@@ -27,7 +27,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     for e in error.errors():
         location = _location(e["loc"], kind)
         if e["type"] == "extra_forbidden":
-            text = "no such setting" + _nearest_key(location, kind)
+            text = "no such setting" + nearest_key(location, kind)
             problems.setdefault(location, []).append((text, None))
         elif e["type"] == "missing":
             for needed in _needed(location, kind):
@@ -74,7 +74,7 @@ def _section(annotation: Any) -> Any:
     return annotation if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
-def _nearest_key(location: str, kind: type[BaseModel]) -> str:
+def nearest_key(location: str, kind: type[BaseModel]) -> str:
     """The nearest right name: within the section, then the same leaf in another section, then anywhere."""
     keys = all_keys(kind)
     section, _, leaf = location.rpartition(".")

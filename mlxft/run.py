@@ -50,7 +50,7 @@ from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state
 from mlxft.train.optim import Optimizer
-from mlxft.train.report import EventFile, Reporter, Sink, terminal
+from mlxft.train.report import EventFile, Reporter, Sink, Stopped, terminal
 from mlxft.train.status import recorded
 from mlxft.train.trackers import check_installed, make_trackers
 
@@ -194,6 +194,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
+    base: Loaded | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Run:
     """Train by a recipe.
 
@@ -202,6 +204,8 @@ def train(
         resume: go on from the newest checkpoint; without one, start over.
         overwrite: replace the run folder that exists.
         console: where to report; default: the terminal.
+        base: what load_base gives for the recipe, where it is at hand; it is trained.
+        sinks: hear every event, too; they end the run by raising Stopped.
     Returns:
         The finished run.
     Raises:
@@ -212,11 +216,13 @@ def train(
     """
     config = as_config(config)
     console = console or Console()
+    if config.sweep.space:
+        raise ConfigError("sweep: this recipe is for mlxft sweep; its best.yaml, or the recipe without, is for training")
     config = settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
-    loaded = load_base(config, lazy=True)
+    loaded = base or load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec = prepare(config, loaded)
@@ -238,7 +244,7 @@ def train(
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(run.dir):
         write_text(run.dir / "config.yaml", dump_config(config, versions()))
-        reporter = _reporter(run, progress.step, total, console)
+        reporter = _reporter(run, progress.step, total, console, sinks)
         try:
             kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
             text = f"training{after}; everything is written to {run.dir}"
@@ -249,7 +255,7 @@ def train(
             reporter.close()
 
 
-def _reporter(run: Run, step: int, total: int, console: Console) -> Reporter:
+def _reporter(run: Run, step: int, total: int, console: Console, sinks: Sequence[Sink]) -> Reporter:
     """Where the events of a run go that is at `step`."""
     since = step or None  # None: start over, nothing is kept
     files: list[Sink] = [EventFile(run.dir / "metrics.jsonl", since)]
@@ -258,7 +264,7 @@ def _reporter(run: Run, step: int, total: int, console: Console) -> Reporter:
         k: v for k, v in flat(run.config.model_dump(mode="json", exclude={"versions"})).items() if v is not None
     }
     trackers = make_trackers(run.config.report, run.dir, settings, step)
-    reporter = Reporter([*files, terminal(console, total, step), *trackers])
+    reporter = Reporter([*files, terminal(console, total, step), *trackers, *sinks])
     for tracker in trackers:
         tracker.tell = reporter.say
     return reporter
@@ -295,6 +301,9 @@ def _train(
     loop = Loop(loaded.model, objective, optimizer, run.config, total, progress, hooks)
     try:
         finished = loop.run()
+    except Stopped as e:
+        reporter.event({"event": e.run_status, "step": progress.step, "text": str(e)})
+        raise
     except (MlxftError, RuntimeError, MemoryError) as e:
         told = _out_of_memory(progress, run) if is_out_of_memory(e) else e
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})

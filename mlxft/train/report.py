@@ -25,6 +25,14 @@ LOSS_METRICS = ("approx_kl", "clip_fraction", "ratio_mean", "value_loss")  # of 
 BARS = "▁▂▃▄▅▆▇█"
 
 
+class Stopped(Exception):
+    """Raised by a sink to end a run where it is; `run_status` is how that is told: pruned, interrupted."""
+
+    def __init__(self, text: str, run_status: str = "pruned") -> None:
+        super().__init__(text)
+        self.run_status = run_status
+
+
 class Sink(Protocol):
     """Takes events."""
 
