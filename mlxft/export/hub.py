@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -111,6 +111,7 @@ def pack(
         config=trained.config if trained else None,
         events=events,
         quantized=(about.get("quantization") or {}).get("bits"),
+        evaluations=_evaluations(trained) if trained else [],
         files=sorted(files),
     )
     text = _own(own_card or folder / "README.md") if own_card or "README.md" in files else None
@@ -236,6 +237,15 @@ def _events(run: Run) -> list[dict[str, Any]]:
         return []
 
 
+def _evaluations(run: Run) -> list[Metadata]:
+    """What `mlxft eval` left in a run's folder; what can not be read is passed over."""
+    found = []
+    for file in sorted(run.dir.glob("eval/*/results.json")):
+        with suppress(MlxftError):
+            found.append(_json(file) or {})
+    return [result for result in found if result.get("tasks")]
+
+
 def _picture(events: list[dict[str, Any]], draw: Draw | None, notes: list[str]) -> bytes | None:
     """The curves; without them the card is poorer, and still good."""
     if draw is None:
@@ -268,7 +278,7 @@ def find_base(path: str | None, licence: str | None = None) -> Base | None:
         return Base("an unnamed base", licence={"license": licence}) if licence else None
     given: Metadata = {"license": licence} if licence else {}
     if path in ALIASES and path in KNOWN:
-        hub, known = KNOWN[path]
+        hub, known, _ = KNOWN[path]
         return Base(hub, hub, given or {"license": known}, alias=path)
     local = Path(path).expanduser()
     if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(local)):  # of the hub's own cache
