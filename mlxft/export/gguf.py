@@ -1,0 +1,255 @@
+"""A run, an adapter or a model as one .gguf file, for llama.cpp and what is built on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxft.errors import ExportError, missing_extra
+from mlxft.export.gguf_adapter import adapter_tensors
+from mlxft.export.gguf_settings import Get, family, lookup, rope_tensors, settings
+from mlxft.export.gguf_tensors import (
+    FILE_TYPES,
+    KINDS,
+    Tensor,
+    Weight,
+    encode,
+    model_weights,
+    stored_bytes,
+    stored_kind,
+)
+from mlxft.export.gguf_vocab import vocabulary
+from mlxft.model import gguf
+from mlxft.model.folder import check_space
+from mlxft.model.gguf_names import ROPE_LONG, ROPE_TENSORS, Architecture, permute
+from mlxft.model.heads import find_head
+from mlxft.model.load import Loaded, logical_shapes
+from mlxft.model.load import fingerprint as fingerprint_of
+from mlxft.model.lora import QUANTIZED, LowRank
+from mlxft.model.source import ALIASES, resolve
+from mlxft.rundir import find_adapter, load
+
+
+def export_gguf(
+    run: Path, out: Path, *, kind: str, lora: bool = False, model: str | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write a run, an adapter on its base, or any model that mlxft loads as a .gguf file.
+
+    Args:
+        run: a run or adapter folder, a model folder, a .gguf file, a hub id or an alias.
+        out: the file, ending in .gguf.
+        kind: of the matrices: f32, f16, bf16 or q8_0; vectors are f32 always.
+        lora: write the adapter alone, for llama.cpp's --lora.
+        model: the base, where the adapter does not say or it has moved.
+        overwrite: replace `out` if it is a .gguf file.
+    Returns:
+        What was done, a sentence each.
+    Raises:
+        ExportError: an architecture, tokenizer, adapter or kind that .gguf can not hold; `out` exists; no space.
+        ModelError: nothing there, or an adapter of another base.
+    """
+    check_arguments(kind, lora)
+    check_file(out, overwrite)
+    loaded = open_model(run, model)
+    return write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
+
+
+def write_model(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
+    """Write a whole model, its adapter fused; see `export_gguf`. The model is used up."""
+    arch, get = family(loaded.config), lookup(loaded.model, loaded.config)
+    tensors, said = model_tensors(loaded.model, arch, get, kind)
+    rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
+    own = {f"{arch.name}.vocab_size": rows, **settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
+    said += notes(loaded, rows, tensors)
+    size = write(out, arch.name, about(run, arch, kind) | own, tensors)
+    return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
+
+
+def write_adapter(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
+    """Write the adapter alone; see `export_gguf`."""
+    arch = family(loaded.config)
+    tensors, own, said = adapter_tensors(run, loaded, arch, kind)
+    size = write(out, arch.name, about(run, arch, kind) | own, tensors)
+    return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
+
+
+def check_arguments(kind: str, lora: bool = False) -> None:
+    """ExportError for what can not be written, before anything is loaded."""
+    if kind not in KINDS:
+        raise ExportError(
+            f"type {kind!r} is not written as .gguf, only {', '.join(KINDS)}; llama-quantize makes others"
+        )
+    if lora and kind == "q8_0":
+        raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ExportError(f"--format gguf: {missing_extra('gguf', 'gguf')}") from error
+
+
+def check_file(out: Path, overwrite: bool) -> None:
+    """ExportError unless the file may be written."""
+    if out.suffix != ".gguf":
+        raise ExportError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise ExportError(f"{out}: exists and is a folder; give a file's name")
+    if not overwrite:
+        raise ExportError(f"{out}: exists already; give another name, or overwrite it (--overwrite)")
+    with out.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ExportError(f"{out}: is not a .gguf file inside, so it is not overwritten; give another name")
+
+
+def open_model(run: Path, model: str | None) -> Loaded:
+    """What is to be written, its weights unread.
+
+    A .gguf file alone keeps its own numbers: it is opened packed, not by way of the float16 that it runs in.
+    """
+    if (head := find_head(run)) is not None:
+        raise ExportError(
+            f"{run} is a reward model ({head.name}): it gives scores, and a .gguf file holds models that give text; "
+            "export it as --format peft, or use mlxft score"
+        )
+    if model is not None:
+        folder = find_adapter(run)
+        if not (folder / "adapter_config.json").is_file():
+            raise ExportError(f"--model: {run} holds no adapter that would want a base; leave it out")
+        return load(model, folder, lazy=True)
+    if run.suffix == ".gguf" or str(run) in ALIASES:
+        where = resolve(str(run))
+        file = gguf.read(where)
+        network, config = gguf.build(file)
+        shapes = fingerprint_of(config, logical_shapes(network))
+        return Loaded(network, gguf.tokenizer(file), config, str(run), where, shapes)
+    return load(run, lazy=True)
+
+
+def about(run: Path, arch: Architecture, kind: str) -> dict[str, Any]:
+    """Metadata that every file has."""
+    name = run.stem if run.suffix == ".gguf" else run.resolve().name
+    return {
+        "general.type": "model",
+        "general.name": name or arch.name,
+        "general.file_type": FILE_TYPES[kind],
+        "general.quantization_version": 2,
+    }
+
+
+def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> tuple[list[Tensor], list[str]]:
+    """All tensors of a model in llama.cpp's names and layout, and what is to be said of them."""
+    packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
+    adapted = sum(isinstance(m, LowRank) for m in model.modules())
+    heads = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
+    tensors, unknown = [], []
+    for weight in model_weights(model):
+        name = arch.theirs(weight.name.removeprefix("language_model."))
+        if name is None:
+            unknown.append(weight.name)
+            continue
+        stored = stored_kind(name, weight.shape, kind)
+        tensors.append(Tensor(name, weight.shape, stored, _reader(weight, name, stored, arch, heads)))
+    if unknown:
+        shown = ", ".join(unknown[:5])
+        raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
+    for name, value in rope_tensors(arch, get).items():
+        tensors.append(Tensor(name, value.shape, "f32", partial(encode, value, "f32", name)))
+    said = [f"the adapter is fused into {adapted} layers"] if adapted else []
+    if packed:
+        said.append(f"the base is quantised: {packed} layers were dequantised, then written as {kind}")
+    return tensors, said
+
+
+def _reader(weight: Weight, name: str, kind: str, arch: Architecture, config: dict[str, Any]) -> Callable[[], Any]:
+    def read() -> Any:
+        value = weight.read()
+        if (heads := arch.heads(name, config)) is not None:
+            value = permute(value, heads)
+        if arch.is_shifted(name):
+            value = value + 1
+        return encode(value, kind, name)
+
+    return read
+
+
+def notes(loaded: Loaded, rows: int, tensors: list[Tensor]) -> list[str]:
+    """What llama.cpp will do otherwise than mlx-lm."""
+    said = []
+    if (beyond := len(loaded.tokenizer) - rows) > 0:
+        said.append(f"{beyond} tokens that the embedding has no row for are left out")
+    if "text_config" in loaded.config:
+        said.append("only the language model is written; its eyes are not")
+    if any(t.name == ROPE_LONG for t in tensors):
+        original = loaded.config.get("original_max_position_embeddings", 4096)
+        said.append(
+            f"mlx-lm turns by the long rope factors at every length; llama.cpp does where its context (-c) is over "
+            f"{original}: give it more for the same answers"
+        )
+    return said
+
+
+def write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]) -> int:
+    """Write a file, one tensor in memory at a time; whole or not at all. Returns its bytes.
+
+    Raises:
+        ExportError: no space, or writing failed; nothing is left of it.
+    """
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+
+    kinds = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16, "bf16": GGMLQuantizationType.BF16}
+    kinds["q8_0"] = GGMLQuantizationType.Q8_0
+    stored = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
+    check_space(out, sum(stored_bytes(t.shape, t.kind) for t in tensors))
+    import numpy as np
+
+    with _beside(out) as part:
+        writer = GGUFWriter(part, arch)
+        try:
+            for key, value in metadata.items():
+                if isinstance(value, list):
+                    writer.add_array(key, value)
+                else:
+                    writer.add_key_value(key, value, _value_type(value, GGUFValueType))
+            for t in sorted(tensors, key=lambda t: t.name in ROPE_TENSORS, reverse=True):
+                shape = (*t.shape[:-1], stored_bytes(t.shape[-1:], t.kind)) if t.kind == "q8_0" else t.shape
+                size = stored_bytes(t.shape, t.kind)
+                writer.add_tensor_info(t.name, shape, np.dtype(stored[t.kind]), size, kinds[t.kind])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for t in sorted(tensors, key=lambda t: t.name in ROPE_TENSORS, reverse=True):
+                writer.write_tensor_data(t.read())
+                mx.clear_cache()
+        finally:
+            writer.close()
+    return out.stat().st_size
+
+
+def _value_type(value: Any, types: Any) -> Any:
+    if isinstance(value, bool):  # before int, which it is as well
+        return types.BOOL
+    return {int: types.UINT32, float: types.FLOAT32, str: types.STRING}[type(value)]
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A hidden file beside `out`, to be written inside the block; at its end it takes the name of `out`."""
+    part = out.with_name(f".{out.stem}.partial-{os.getpid()}.gguf")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, out)
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{out}: writing failed, nothing is left of it: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
