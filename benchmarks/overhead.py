@@ -92,6 +92,8 @@ class Bare(Side):
         from mlx.optimizers import clip_grad_norm
         from mlx.utils import tree_map
 
+        from mlxft.model.cpu import quicker
+
         self.model.train()
         spent = 0.0
         for batch in islice(self.batches, steps):
@@ -101,7 +103,8 @@ class Bare(Side):
                 return self.objective.loss(self.model, batch)
 
             params = self.model.trainable_parameters()
-            sums, grads = mx.value_and_grad(loss)(params)
+            with quicker(self.model):
+                sums, grads = mx.value_and_grad(loss)(params)
             self.model.update(params)
             mx.eval(batch.arrays)
             began = time.perf_counter()

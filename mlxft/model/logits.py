@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxft.model.cpu import exp, logsumexp
 from mlxft.model.pack import Packing
 
 CHUNK = 256  # most trained positions whose logits exist at one time
@@ -188,7 +189,7 @@ class Split:
 def _nll(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
     picked = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return ((mx.logsumexp(logits, axis=-1) - picked) * weights).sum()
+    return ((logsumexp(logits) - picked) * weights).sum()
 
 
 def _nll_slopes(
@@ -206,11 +207,11 @@ def _nll_slopes(
 
     logits = head(hidden, *parameters.values())
     largest = logits.max(axis=-1, keepdims=True)
-    powers = mx.exp(logits - largest)
+    powers = exp(logits - largest)
     sums = powers.sum(axis=-1, keepdims=True)
     picked = mx.take_along_axis(logits, labels[:, None], axis=-1)
     value = ((mx.log(sums) + largest - picked)[:, 0] * weights).sum()
-    slopes = mx.put_along_axis(powers / sums, labels[:, None], mx.exp(picked - largest) / sums - 1.0, axis=-1)
+    slopes = mx.put_along_axis(powers / sums, labels[:, None], exp(picked - largest) / sums - 1.0, axis=-1)
     _, (slope, *more) = mx.vjp(head, [hidden, *parameters.values()], [slopes * weights[:, None]])
     return value, slope, dict(zip(names, more))
 

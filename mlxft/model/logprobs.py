@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxft.model.cpu import exp, logsumexp
 from mlxft.model.logits import Split, chunk_size
 
 Parameters = dict[str, mx.array]
@@ -15,13 +16,13 @@ Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels
 
 def _picked(logits: mx.array, labels: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
-    return mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
+    return mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0] - logsumexp(logits)
 
 
 def _entropy(logits: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
-    total = mx.logsumexp(logits, axis=-1)
-    return total - (mx.exp(logits - total[:, None]) * logits).sum(axis=-1)
+    total = logsumexp(logits)
+    return total - (exp(logits - total[:, None]) * logits).sum(axis=-1)
 
 
 def _at(temperature: float, read: Read) -> Read:
@@ -81,6 +82,28 @@ def rows_logprobs_entropy(
         logits = split.model(ids)
         found = read(logits.reshape(-1, logits.shape[-1])[positions], labels)
     return found[:, 0], found[:, 1]
+
+
+def hidden_logprobs_greedy(split: Split, hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
+    """Log-probabilities after (N, D) hidden states, and whether each label is the likeliest token, both (N,)."""
+    found = _read(split, hidden, labels, _picked_greedy, False)
+    return found[:, 0], found[:, 1] > 0
+
+
+def rows_logprobs_greedy(
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The same of whole rows; arguments as for `rows_logprobs`."""
+    if split.separable:
+        return hidden_logprobs_greedy(split, rows_hidden(split, ids, positions), labels)
+    logits = split.model(ids)
+    found = _picked_greedy(logits.reshape(-1, logits.shape[-1])[positions], labels)
+    return found[:, 0], found[:, 1] > 0
+
+
+def _picked_greedy(logits: mx.array, labels: mx.array) -> mx.array:
+    likeliest = mx.argmax(logits, axis=-1) == labels
+    return mx.stack([_picked(logits, labels), likeliest.astype(mx.float32)], axis=-1)
 
 
 def _read(split: Split, hidden: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:
