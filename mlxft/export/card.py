@@ -26,11 +26,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TASKS = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling (Bradley-Terry) on judged answers",
-    "preference": "preference training on judged answers",
-    "ppo": "PPO",
-    "grpo": "GRPO",
-    "rloo": "RLOO",
-    "reinforce": "REINFORCE",
 }
 METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
 COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
@@ -95,18 +90,17 @@ def shortened(value: Any) -> Any:
 def front_matter(facts: Facts) -> Metadata:
     """The card's metadata, as the hub defines it."""
     config = facts.config
-    whole = facts.kind in ("model", "classifier")
     library = {"peft": "peft", "gguf": "gguf", "classifier": "transformers"}.get(facts.kind, "mlx")
     data: Metadata = {"library_name": library}
     data["pipeline_tag"] = "text-classification" if facts.scores else "text-generation"
     if facts.base and facts.base.hub:
-        relation = "finetune" if whole else {"gguf": "quantized"}.get(facts.kind, "adapter")
+        relation = "adapter" if facts.kind in ("adapter", "peft") else "finetune"
         data |= {"base_model": facts.base.hub, "base_model_relation": relation}
     if facts.base:
         data |= facts.base.licence
     tags = [library, "mlxft"]
     if config:
-        tags += [config.objective] + ([] if config.tune.method == "full" else [config.tune.method])
+        tags += [_method(config), *([] if config.tune.method == "full" else [config.tune.method])]
         sets = [config.data.train, config.data.valid]
         if hub := list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d)))):
             data["datasets"] = hub
@@ -114,6 +108,11 @@ def front_matter(facts: Facts) -> Metadata:
         tags.append("reward-model")
     data["tags"] = list(dict.fromkeys(tags))
     return data
+
+
+def _method(config: Config) -> str:
+    """The objective, of preference training its loss: dpo, kto and so on."""
+    return str(getattr(getattr(config, "preference", None), "loss", config.objective))
 
 
 def dataset_id(spec: str) -> str | None:
@@ -160,7 +159,7 @@ def _summary(facts: Facts) -> str:
     if facts.scores:
         what += " that scores answers"
     bits = f" The weights are quantised to {facts.quantized} bits." if facts.quantized else ""
-    by = TASKS.get(config.objective, config.objective)
+    by = TASKS.get(config.objective, _method(config).upper())
     of = "for" if "adapter" in what else "of"
     if config.model.quantize and facts.kind == "adapter":
         bits = f" The base was quantised to {config.model.quantize} bits in training."
@@ -181,7 +180,10 @@ def _use_adapter(facts: Facts, name: str) -> list[str]:
     of_base = "" if reachable else " --model PATH-OF-THE-BASE"
     fuse = f"mlxft fuse {name} fused{of_base}   # base and adapter as one folder"
     if facts.scores:
-        return [_shell("mlxft", f"mlxft score {name} answers.jsonl   # rows with prompt and answers: a score each")]
+        score = f"mlxft score {name} answers.jsonl   # rows with prompt and answers: a score each"
+        if base and not reachable:
+            score = f"# the base has to lie where this is called: {base.name.split()[-1].strip('`')}/\n{score}"
+        return [_shell("mlxft", score)]
     if reachable:
         lines = [f'mlxft generate --model {name} "Your question"', f"mlxft chat --model {name}", fuse]
     else:

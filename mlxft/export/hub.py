@@ -16,12 +16,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
-from mlxft.export.card import HUB_ID, KNOWN, Base, Facts, Metadata, card, shortened
+from mlxft.export.base import find_base
+from mlxft.export.card import Facts, Metadata, card, shortened
 from mlxft.model.heads import HEAD_FILE
-from mlxft.model.source import ALIASES, brief
+from mlxft.model.source import brief
 from mlxft.rundir import Run, open_run
 
 GOES = (
@@ -233,7 +232,7 @@ def _own(file: Path) -> str:
 def _events(run: Run) -> list[dict[str, Any]]:
     try:
         return run.metrics()
-    except OSError:
+    except (OSError, ValueError):  # none, or cut short
         return []
 
 
@@ -265,66 +264,6 @@ def _base_path(about: Metadata, run: Run | None) -> str | None:
     noted = (about.get("mlxft") or {}).get("base") or {}
     path = noted.get("model") or about.get("base_model_name_or_path")
     return path if isinstance(path, str) else None
-
-
-def find_base(path: str | None, licence: str | None = None) -> Base | None:
-    """The base, with its licence from its own card or LICENSE where that lies on this machine.
-
-    Args:
-        path: alias, local folder, .gguf file or hub id.
-        licence: beats what is found.
-    """
-    if path is None:
-        return Base("an unnamed base", licence={"license": licence}) if licence else None
-    given: Metadata = {"license": licence} if licence else {}
-    if path in ALIASES and path in KNOWN:
-        hub, known, _ = KNOWN[path]
-        return Base(hub, hub, given or {"license": known}, alias=path)
-    local = Path(path).expanduser()
-    if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(local)):  # of the hub's own cache
-        return Base("/".join(cached.groups()), "/".join(cached.groups()), given or folder_licence(local))
-    if local.exists() or path.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(path):
-        found = folder_licence(local if local.is_dir() else local.parent) if local.exists() else {}
-        return Base(f"a local copy of `{local.name}`", None, given or found)
-    return Base(path, path, given or _cached_licence(path))
-
-
-def _cached_licence(repo: str) -> Metadata:
-    """The licence of a hub model, by its card: in the cache, else asked of the hub, else unknown."""
-    from huggingface_hub import ModelCard, hf_hub_download, try_to_load_from_cache
-
-    try:
-        file = try_to_load_from_cache(repo, "README.md")
-        if not isinstance(file, str):
-            file = hf_hub_download(repo, "README.md", etag_timeout=5)
-        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no network, no card, no access: each means that it is not known
-        return {}
-    return _licence_of(data)
-
-
-def _licence_of(data: Metadata) -> Metadata:
-    keys = ("license", "license_name", "license_link")
-    return {k: data[k] for k in keys if isinstance(data.get(k), str)} if isinstance(data.get("license"), str) else {}
-
-
-def folder_licence(folder: Path) -> Metadata:
-    """The licence that a model folder states: in the head of README.md, or as a well-known LICENSE file."""
-    readme = folder / "README.md"
-    if readme.is_file() and (head := re.match(r"---\n(.*?)\n---", readme.read_text("utf-8", "replace"), re.DOTALL)):
-        try:
-            data = yaml.safe_load(head[1])
-        except yaml.YAMLError:
-            data = None
-        if isinstance(data, dict) and (found := _licence_of(data)):
-            return found
-    for file in (f for n in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (f := folder / n).is_file()):
-        text = " ".join(file.read_text("utf-8", "replace")[:3000].split())
-        for words, name in (("Apache License Version 2.0", "apache-2.0"), ("MIT License", "mit")):
-            if words in text:
-                return {"license": name}
-        return {"license": "other", "license_name": f"that of {folder.name} (see its {file.name})"}
-    return {}
 
 
 def upload(shipment: Shipment, *, public: bool, update: bool, message: str) -> str:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,9 +19,10 @@ import pytest
 import yaml
 
 from mlxft.errors import ConfigError, ExportError, ModelError
+from mlxft.export.base import find_base, folder_licence
 from mlxft.export.card import Base, Facts, card, front_matter, recipe, results, shortened
 from mlxft.export.fuse import fuse
-from mlxft.export.hub import check_repo, find_base, folder_licence, pack, upload
+from mlxft.export.hub import check_repo, pack, upload
 from mlxft.run import Run, train
 from mlxft.study.plots import curves
 
@@ -59,7 +61,8 @@ class Hub(BaseHTTPRequestHandler):
         if private is None:
             self._answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         else:
-            self._answer(200, {"id": repo, "private": private, "siblings": [], "tags": [], "sha": "0" * 40})
+            known = {"id": repo, "private": private, "siblings": [], "tags": [], "sha": "0" * 40}
+            self._answer(200, known | {"cardData": {"license": "gemma", "tags": ["x"]}})
 
     def do_PUT(self) -> None:
         data = self._body()
@@ -363,6 +366,19 @@ def test_base_and_licence(tmp_path: Path) -> None:
     assert find_base("/gone/away/base", "mit").licence == {"license": "mit"}
 
 
+def test_the_licence_of_a_hub_model_is_asked_for(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.env["HF_ENDPOINT"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert find_base("ada/open") == Base("ada/open", "ada/open", {"license": "gemma"})
+    assert find_base("ada/open", "mit") == Base("ada/open", "ada/open", {"license": "mit"})
+    assert find_base("ada/unknown") == Base("ada/unknown", "ada/unknown")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert find_base("ada/open") == Base("ada/open", "ada/open")
+
+
 def test_metadata_of_other_kinds() -> None:
     base = Base("org/base", "org/base", {"license": "mit"})
 
@@ -378,6 +394,33 @@ def test_metadata_of_other_kinds() -> None:
     assert "ollama create x -f x/Modelfile" in usage
     assert 'PeftModel.from_pretrained(model, "ada/x")' in card(Facts("ada/x", "peft", base))
     assert "mlxft score x answers.jsonl" in card(Facts("ada/x", "adapter", base, scores=True))
+
+
+def test_evaluations_stand_in_the_card(run: Run) -> None:
+    figures = {"loss": {"value": 1.25, "se": 0.5, "n": 1200}}
+    paired = [{"metric": "loss", "difference": -0.5, "low": -0.75, "high": -0.25}]
+    task = {"task": "loss", "figures": figures, "against": figures, "paired": paired}
+    result = {"model": str(run.dir), "file": "/secret-home/test.jsonl", "against": "base", "tasks": [task]}
+    place = run.dir / "eval" / "test"
+    place.mkdir(parents=True)
+    (place / "results.json").write_text(json.dumps(result))
+    (run.dir / "eval" / "cut").mkdir()
+    (run.dir / "eval" / "cut" / "results.json").write_text('{"tasks": [')
+    shipment = pack(run.dir, "ada/x")
+    shutil.rmtree(run.dir / "eval")
+    assert "| test.jsonl (1,200 rows) | loss | 1.25 ± 0.5 | -0.5 [-0.75, -0.25] to base |" in shipment.card
+    assert "secret-home" not in shipment.card
+    assert set(shipment.files) == {"README.md", "adapter_config.json", "adapters.safetensors"}
+
+
+def test_preference_training_is_called_by_its_loss(run: Run) -> None:
+    from mlxft.recipe import parse_config
+
+    settings = {"objective": "preference", "preference": {"loss": "ipo"}, "model": {"path": "org/base"}}
+    config = parse_config(settings | {"data": {"train": "x.jsonl", "format": "preference"}})
+    facts = Facts("ada/x", "adapter", None, config=config)
+    assert front_matter(facts)["tags"] == ["mlx", "mlxft", "ipo", "lora"]
+    assert ", by IPO with mlxft" in card(facts)
 
 
 def test_data_sets_of_the_hub_are_linked(run: Run) -> None:
