@@ -56,7 +56,7 @@ def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
     sound = [row for row in rows if isinstance(row, Row)]
     _check_fields(task, sound)
     items: Sequence[Item | None] = [None] * len(sound)
-    if task.prompt is None and not (task.kind == "choice" and task.format is None):
+    if task.prompt is None and not (task.kind == "choice" and task.format is None and _is_question(sound, task)):
         items = [item for _, item in convert(rows, _format(task, sound), task.fields)]
     cases = []
     for row, item in zip(sound, items):
@@ -67,6 +67,12 @@ def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
     if problems:
         raise DataError(report_lines(problems))
     return cases
+
+
+def _is_question(rows: Sequence[Row], task: Task) -> bool:
+    """Whether rows ask and answer in fields of their own, in none of the formats for training."""
+    asks = any(row.data.get(name) is not None for row in rows[:1] for name in _QUESTIONS)
+    return asks and any(row.data.get(task.answer or "answer") is not None for row in rows)
 
 
 def _format(task: Task, rows: Sequence[Row]) -> str:
@@ -99,10 +105,13 @@ def _check_fields(task: Task, rows: Sequence[Row]) -> None:
 def _case(row: Row, item: Item | None, task: Task) -> Case:
     prompt, own = _asked(row.data, item, task)
     if task.kind == "loss":
-        return Case(row.where, row.data, prompt, own, item=item or _completion(row.data, prompt, task))
+        if item is None or isinstance(item, Prompt):
+            item = _completion(row.data, prompt, task)
+            own = _texts(_value(row.data, task.answer or "answer"), task.answer or "answer")
+        return Case(row.where, row.data, prompt, own, item=item)
     if task.kind == "choice":
         choices = _choices(row.data, task)
-        wanted = row.data.get("answer") if task.answer is None else _value(row.data, task.answer)
+        wanted = own[0] if own and task.answer is None else _value(row.data, task.answer or "answer")
         right = _right(wanted, choices, task.answer or "answer")
         return Case(row.where, row.data, prompt, (choices[right],), choices, right)
     if task.answer is not None:
@@ -143,7 +152,7 @@ def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | li
 
 def _completion(row: dict[str, Any], prompt: str | list[Message], task: Task) -> Item:
     """What a loss is of, where a template says what is asked."""
-    (text, *_) = _texts(_value(row, task.answer or ""), task.answer or "")
+    (text, *_) = _texts(_value(row, task.answer or "answer"), task.answer or "answer")
     if isinstance(prompt, str) and task.system is None:
         return Completion(prompt, text)
     return Conversation([*as_messages(prompt, task.system), {"role": "assistant", "content": text}])

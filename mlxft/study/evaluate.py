@@ -1,43 +1,44 @@
 """What a model makes of a task's rows: a score for each row, figures with their errors, and differences of two models.
 
-    task = read_task("configs/eval-reviews.yaml")
-    cases = make_cases(read_rows("test.jsonl", "test"), task)
-    result = evaluate(load("runs/a"), cases, task)          # shots=[...] are cases too, of other rows
-    print(result.figures()["accuracy"], compare(result, other)[0])
+task = read_task("configs/eval-reviews.yaml")
+cases = make_cases(read_rows("test.jsonl", "test"), task)
+result = evaluate(load("runs/a"), cases, task)          # shots=[...] are cases too, of other rows
+print(result.figures()["accuracy"], compare(result, other)[0])
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlxft.data.batching import plan_epoch
 from mlxft.data.dataset import build
-from mlxft.data.formats import Example, Message, Text
+from mlxft.data.formats import Example, Message
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.batch_sample import sample_batch, text_of
+from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
 from mlxft.model.sample import Sampling, evaluating
-from mlxft.objectives.onpolicy.rewards import Item as Answered
 from mlxft.objectives.sft import make_batch
+from mlxft.study.answers import Answer
 from mlxft.study.cases import Case, delimiter, with_shots
 from mlxft.study.choice import Request, encode_pair, loglikelihoods
-from mlxft.study.judges import judges
+from mlxft.study.judges import items_of, judges
 from mlxft.study.stats import Figure, Floats, bootstrap, mean
 from mlxft.study.tasks import Task
 
-TOKENS = 4096  # of a batch, padding included
+TOKENS = 2048  # of a batch, padding included
 MAX_TOKENS = 256
+_ANY = 1 << 31  # no limit
 OVERFLOW = ("error", "drop", "truncate", "split")
 
 
@@ -70,6 +71,13 @@ class Result:
             value = _exp(loss.value)
             found["perplexity"] = Figure(value, value * loss.se, loss.n)  # by the delta method
         return found
+
+    def only(self, rows: Set[str]) -> Result:
+        """The same of some of the rows."""
+        kept = [i for i, where in enumerate(self.rows) if where in rows]
+        scores, weights = ({k: v[kept] for k, v in of.items()} for of in (self.scores, self.weights))
+        lines = [self.predictions[i] for i in kept]
+        return replace(self, rows=[self.rows[i] for i in kept], scores=scores, weights=weights, predictions=lines)
 
 
 class Paired(NamedTuple):
@@ -151,4 +159,196 @@ def evaluate(
         ConfigError, DataError: the task, its rows or shots do not fit the model.
         RewardError: a function gives no number.
     """
-    raise NotImplementedError
+    wanted = OVERFLOW if task.kind == "loss" else OVERFLOW[:2]
+    if overflow not in wanted:
+        raise ConfigError(f"overflow is {overflow!r}; a {task.kind} task takes {', '.join(wanted)}")
+    if task.kind == "loss" and shots:
+        raise ConfigError("shots are shown before prompts: give a task with choices or metrics (--task), not a loss")
+    if not cases:
+        raise DataError("there are no rows to evaluate")
+    how = _How(loaded, task, tokens, max_length or context_of(loaded), overflow, seed, console)
+    if task.kind == "loss":
+        return _loss(how, cases)
+    return _choice(how, cases, shots) if task.kind == "choice" else _generate(how, cases, shots)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What all kinds of tasks need."""
+
+    loaded: Loaded
+    task: Task
+    tokens: int
+    limit: int | None
+    overflow: str
+    seed: int
+    console: Console | None
+
+    @property
+    def chat(self) -> bool:
+        return self.task.template == "auto" and bool(self.loaded.tokenizer.has_chat_template)
+
+    @contextmanager
+    def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+        shown = self.console is not None and self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
+            bar = progress.add_task("", total=total)
+            yield lambda n: progress.advance(bar, n)
+
+    def fitting(self, cases: Sequence[Case], lengths: Sequence[int], shots: int) -> tuple[list[int], list[str]]:
+        """The cases that fit the context, and what there is to say of the others."""
+        limit = self.limit
+        long = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
+        if not long:
+            return list(range(len(cases))), []
+        whose = f"prompt, {shots} shots and answer" if shots else "prompt and answer"
+        if self.overflow == "error" or len(long) == len(cases):
+            lines = [f"{cases[i].where}: {whose} take {lengths[i]:,} tokens; the context has {limit:,}" for i in long]
+            fewer = "fewer shots, " if shots else ""
+            raise DataError(
+                f"{report_lines(lines)}\nuse {fewer}a smaller max_tokens, or leave such rows out (--overflow drop)"
+            )
+        left = set(long)
+        return [i for i in range(len(cases)) if i not in left], [
+            f"{len(long):,} of {len(cases):,} rows are left out: {whose} take more than the context's {limit:,} tokens"
+        ]
+
+
+def context_of(loaded: Loaded) -> int | None:
+    """Most tokens that the model was made for; None where its config does not say."""
+    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _loss(how: _How, cases: Sequence[Case]) -> Result:
+    task, tokenizer = how.task, how.loaded.tokenizer
+    examples = [Example(case.where, case.item) for case in cases if case.item is not None]
+    try:
+        data = build(
+            examples,
+            tokenizer,
+            train_on=task.train_on or "assistant",
+            max_length=how.limit or _ANY,
+            overflow=how.overflow,
+            chat=task.template == "auto",
+        )
+    except (ConfigError, DataError) as e:
+        raise type(e)(str(e).replace("data.max_length", "--max-length").replace("data.overflow:", "--overflow")) from e
+    split, lengths = Split(how.loaded.model), np.array([len(row.ids) for row in data.rows])
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    slots = plan_epoch(lengths, tokens=how.tokens, seed=None)
+    with evaluating(how.loaded.model), how.progress(len(data.rows), "rows") as advance:
+        for slot in slots:
+            rows = [data.rows[i] for i in slot.rows]
+            a = make_batch(rows, slot.width).arrays
+            logprobs = rows_logprobs(split, a["ids"], a["positions"], a["labels"], grad=False)
+            totals = np.array(row_sums(-logprobs, a["positions"] // slot.width, len(rows)))
+            for row, total in zip(rows, totals):
+                sums[row.where] = sums.get(row.where, 0.0) + float(total)
+                counts[row.where] = counts.get(row.where, 0) + int(row.trained.sum())
+            advance(len(rows))
+    by_place = {case.where: case for case in cases}
+    places = [case.where for case in cases if case.where in counts]
+    losses = np.array([sums[w] / counts[w] for w in places])
+    lines = [
+        {
+            "row": w,
+            "prompt": by_place[w].prompt,
+            "target": by_place[w].label,
+            "tokens": counts[w],
+            "scores": {"loss": x},
+        }
+        for w, x in zip(places, losses.tolist())
+    ]
+    weights = {"loss": np.array([counts[w] for w in places], dtype=np.float64)}
+    notes = [n.replace("data.max_length", "--max-length") for n in data.counts.notes()]
+    return Result(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
+
+
+def _rendered(how: _How, prompt: str | list[Message], where: str) -> str:
+    """A prompt as the text that the model goes on from."""
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return str(how.loaded.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    except Exception as e:  # templates raise their own refusals, and jinja's
+        raise DataError(f"{where}: the chat template refuses these messages: {type(e).__name__}: {e}") from e
+
+
+def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
+    prompts = [with_shots(case, shots, how.task, how.chat) for case in cases]
+    between = "" if how.chat else delimiter(how.task)
+    requests: list[list[Request]] = []
+    for case, prompt in zip(cases, prompts):
+        text = _rendered(how, prompt, case.where)
+        try:
+            requests.append(
+                [encode_pair(how.loaded.tokenizer, text, between + c, plain=not how.chat) for c in case.choices]
+            )
+        except DataError as e:
+            raise DataError(f"{case.where}: {e}") from e
+    lengths = [max(len(r.context) + len(r.continuation) for r in own) for own in requests]
+    kept, notes = how.fitting(cases, lengths, len(shots))
+    flat = [request for i in kept for request in requests[i]]
+    with how.progress(len(flat), "choices") as advance:
+        found = [x.logprob for x in loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance)]
+    lines: list[dict[str, Any]] = []
+    right: list[float] = []
+    normed: list[float] = []
+    at = 0
+    for i in kept:
+        case, end = cases[i], at + len(cases[i].choices)
+        logprobs = np.array(found[at:end])
+        at = end
+        # As lm-eval's acc and acc_norm: by characters, so that long choices are not at a disadvantage.
+        said, said_norm = int(logprobs.argmax()), int((logprobs / [len(c) for c in case.choices]).argmax())
+        right.append(float(said == case.right))
+        normed.append(float(said_norm == case.right))
+        own = {"accuracy": right[-1], "accuracy_norm": normed[-1]}
+        lines.append(
+            {"row": case.where, "prompt": prompts[i], "prediction": case.choices[said], "target": case.label}
+            | {"choices": list(case.choices), "logprobs": logprobs.tolist(), "scores": own}
+        )
+    scores = {"accuracy": np.array(right), "accuracy_norm": np.array(normed)}
+    return Result(how.task.name or "choice", "choice", [cases[i].where for i in kept], scores, lines, notes=notes)
+
+
+def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
+    task, tokenizer = how.task, how.loaded.tokenizer
+    judging = judges(task)
+    prompts = [with_shots(case, shots, task, how.chat) for case in cases]
+    # In plain text a model goes on with a block of its own after its answer, as the shots have shown it.
+    stop = tuple(task.stop if task.stop is not None else ["\n\n"] if shots and not how.chat else [])
+    most = task.max_tokens or MAX_TOKENS
+    sampling = Sampling(most, task.temperature or 0.0, stop=stop, stop_at_eos=bool(tokenizer.eos_token_ids))
+    texts = [_rendered(how, prompt, case.where) for case, prompt in zip(cases, prompts)]
+    ids = [list(tokenizer.encode(text, add_special_tokens=not how.chat)) for text in texts]
+    if empty := [case.where for case, own in zip(cases, ids) if not own]:
+        raise DataError(f"{empty[0]}: the prompt is empty: there is no token to go on from")
+    kept, notes = how.fitting(cases, [len(own) + most for own in ids], len(shots))
+    rows = max(1, min(ROWS, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
+    with how.progress(len(kept), "answers") as advance:
+        found = sample_batch(
+            how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
+        )
+    answers = [Answer(a.ids, a.finish, text_of(tokenizer, a, sampling)) for (a,) in found]
+    chosen = [cases[i] for i in kept]
+    items = items_of(chosen, [texts[i] if isinstance(prompts[i], list) else prompts[i] for i in kept], answers)
+    scores = {name: np.asarray(judge(chosen, items), dtype=np.float64) for name, judge in judging.items()}
+    lines = [
+        {"row": case.where, "prompt": prompts[i], "prediction": answer.text, "target": _target(case)}
+        | {"finish": answer.finish, "scores": {name: float(values[k]) for name, values in scores.items()}}
+        for k, (i, case, answer) in enumerate(zip(kept, chosen, answers))
+    ]
+    empty_answers = sum(not a.text.strip() for a in answers)
+    cut = sum(a.finish == "length" for a in answers)
+    notes += [f"{empty_answers:,} of {len(answers):,} answers are empty"] if empty_answers else []
+    notes += [f"{cut:,} of {len(answers):,} answers were cut off at {most} tokens (max_tokens)"] if cut else []
+    return Result(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
+
+
+def _target(case: Case) -> str | list[str] | None:
+    return list(case.answers) if len(case.answers) > 1 else case.label

@@ -1,0 +1,250 @@
+"""`mlxft eval`: models opened one after the other, the same rows asked of each, and what comes of it kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from rich.console import Console
+
+from mlxft.config import Data
+from mlxft.data.convert import FORMATS
+from mlxft.data.sources import Problem, Row, read_rows
+from mlxft.data.template import is_template
+from mlxft.errors import ConfigError, MlxftError, nearest
+from mlxft.model.adapters import read_adapter_config
+from mlxft.model.load import Loaded
+from mlxft.rundir import find_adapter, load, open_run, versions
+from mlxft.study.cases import READ, Case, make_cases
+from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
+from mlxft.study.tasks import Task, read_task
+from mlxft.train.files import write_text
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked, and how.
+
+    Attributes:
+        tasks: names, files, or Task.
+        format: how rows are read; None: as a run's own rows are, else what they look like.
+        shots: solved rows of the file `shots_from` shown before each prompt.
+        limit: only the first rows.
+        max_length, overflow, tokens, seed: see `evaluate`; the seed also chooses shots and resamples.
+    """
+
+    tasks: Sequence[str | Task] = ("loss",)
+    format: str | None = None
+    shots: int = 0
+    shots_from: str | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    overflow: str = "error"
+    tokens: int = TOKENS
+    seed: int = 0
+    confidence: float = 0.95
+
+
+class Compared(NamedTuple):
+    """A task's result, and where there is another model its result and the differences."""
+
+    result: Result
+    other: Result | None
+    paired: list[Paired]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `mlxft eval` found; `against` is None where nothing was compared."""
+
+    model: str
+    file: str
+    against: str | None
+    asking: Asking
+    tasks: list[Compared]
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json has it; what is not a number is null."""
+        return {
+            "model": self.model,
+            "file": self.file,
+            "against": self.against,
+            "shots": self.asking.shots,
+            "seed": self.asking.seed,
+            "confidence": self.asking.confidence,
+            "tasks": [_task_json(found) for found in self.tasks],
+            "versions": versions(),
+        }
+
+    def lines(self) -> Iterable[dict[str, Any]]:
+        """As predictions.jsonl has them: each row of each task, with what the other model said."""
+        for result, other, _ in self.tasks:
+            for i, line in enumerate(result.predictions):
+                also = {}
+                if other is not None:
+                    kept = ("prediction", "logprobs", "finish", "scores")
+                    also = {"against": {k: v for k, v in other.predictions[i].items() if k in kept}}
+                yield {"task": result.task, **line, **also}
+
+    def write(self, out: Path) -> None:
+        """predictions.jsonl and results.json in a folder.
+
+        Raises:
+            CheckpointError: they can not be written.
+        """
+        lines = (json.dumps(_finite(line), ensure_ascii=False) for line in self.lines())
+        write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+        write_text(out / "results.json", json.dumps(_finite(self.to_json()), ensure_ascii=False, indent=1) + "\n")
+
+
+def _task_json(found: Compared) -> dict[str, Any]:
+    result, other, paired = found
+    task: dict[str, Any] = {"task": result.task, "kind": result.kind, "rows": len(result.rows)}
+    task["figures"] = {name: figure._asdict() for name, figure in result.figures().items()}
+    task["notes"] = result.notes
+    if other is not None:
+        task["against"] = {name: figure._asdict() for name, figure in other.figures().items()}
+        task["paired"] = [pair._asdict() for pair in paired]
+    finite: dict[str, Any] = _finite(task)
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_evaluation(
+    model: str, file: str, asking: Asking, *, adapter: str | None = None, against: str | None = None, console: Console
+) -> Evaluation:
+    """Evaluate a model on a file, and another one on the same rows.
+
+    Args:
+        model: run, adapter, fused or any other model; with an adapter if one is named.
+        file: a file, folder (its test split) or hub data set, as data.train takes it.
+        against: another model, or "base": what the run or adapter started from.
+    Raises:
+        ConfigError, DataError, ModelError: something given can not be used; what does not need a model is found first.
+    """
+    named = adapter or model
+    rows = list(read_rows(file, "test"))
+    if asking.limit is not None:
+        rows = rows[: asking.limit]
+    data = _run_data(named)
+    tasks = [_settled(task, asking, data, rows) for task in asking.tasks]
+    asked = [make_cases(rows, task) for task in tasks]
+    shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
+    other, options = _base(model, adapter) if against == "base" else (against, {})
+
+    def answered(loaded: Loaded) -> list[Result]:
+        how: dict[str, Any] = {"tokens": asking.tokens, "overflow": asking.overflow, "seed": asking.seed}
+        how |= {"max_length": asking.max_length, "console": console}
+        return [evaluate(loaded, cases, t, shots=s, **how) for t, cases, s in zip(tasks, asked, shots)]
+
+    results = answered(load(model, adapter))
+    if other is None:
+        return Evaluation(named, file, None, asking, [Compared(result, None, []) for result in results])
+    gc.collect()  # the first model's weights, before the second's
+    mx.clear_cache()
+    others = answered(load(other, **options))
+    found = []
+    for result, second in zip(results, others):
+        first, second = _same_rows(result, second)
+        paired = compare(first, second, seed=asking.seed, confidence=asking.confidence)
+        found.append(Compared(first, second, paired))
+    return Evaluation(named, file, against, asking, found)
+
+
+def _same_rows(a: Result, b: Result) -> tuple[Result, Result]:
+    """Both without the rows that the other's context had no room for."""
+    common = set(a.rows) & set(b.rows)
+    return a.only(common), b.only(common)
+
+
+def _run_data(model: str) -> Data | None:
+    """How the rows of a run are read; None for what is no run."""
+    folder = Path(model).expanduser()
+    try:
+        return open_run(folder).config.data if (folder / "config.yaml").is_file() else None
+    except MlxftError:
+        return None  # loading it will say what is wrong
+
+
+def _settled(given: str | Task, asking: Asking, data: Data | None, rows: Sequence[Row | Problem]) -> Task:
+    """A task with what the command and the run say of how rows are read."""
+    task = read_task(given) if isinstance(given, str) else given
+    if asking.format is not None:
+        if task.prompt is not None:
+            raise ConfigError(f"--format {asking.format}: task {task.name} has a prompt of its own; leave it out")
+        if asking.format not in FORMATS:
+            hint = nearest(asking.format, FORMATS)
+            raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
+        task = task.model_copy(update={"format": asking.format})
+    if data is None:
+        return task
+    update: dict[str, Any] = {}
+    if "template" not in task.model_fields_set:
+        update["template"] = data.template
+    fits = task.prompt is None and data.format in READ and task.format in (None, data.format)
+    if fits and not task.fields and _fits(data, rows):
+        update |= {"format": data.format, "fields": data.fields}
+        if task.kind == "loss" and task.train_on is None:
+            update["train_on"] = data.train_on
+    return task.model_copy(update=update)
+
+
+def _fits(data: Data, rows: Sequence[Row | Problem]) -> bool:
+    """Whether the first row has what a run's rows have."""
+    first = next((row.data for row in rows if isinstance(row, Row)), {})
+    names = dict.fromkeys(first, "there")
+    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
+    return not FORMATS[data.format].missing(names)
+
+
+def _shots(asking: Asking, task: Task, cases: Sequence[Case]) -> list[Case]:
+    """Solved cases to show, of other rows than the evaluated ones."""
+    if not asking.shots:
+        return []
+    from mlxft.study.shots import choose_shots
+
+    return choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed)
+
+
+def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
+    """The bare base of a run or adapter, and how it is loaded.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    if adapter is not None:
+        return model, {}
+    folder = Path(model).expanduser()
+    if (find_adapter(folder) / "adapter_config.json").is_file():
+        options = dict(read_adapter_config(find_adapter(folder)).get("mlxft", {}).get("base", {}))
+        options.pop("fingerprint", None)
+        name, template = options.pop("model", None), options.pop("chat_template", None)
+        if name is not None:
+            return str(name), {**options, "chat_template": Path(template) if template else None}
+    elif (folder / "config.yaml").is_file() and not (folder / "config.json").exists():
+        base = open_run(folder).config.model
+        return base.path, {"chat_template": base.chat_template}
+    raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
+
+
+def default_out(model: str, file: str) -> Path | None:
+    """Where a run's evaluations are kept; None for what is no run."""
+    folder = Path(model).expanduser()
+    name = (
+        Path(file).stem if not file.startswith("hf:") else file.removeprefix("hf:").replace("/", "-").replace(":", "-")
+    )
+    return folder / "eval" / name if (folder / "config.yaml").is_file() else None

@@ -1,0 +1,148 @@
+"""Tasks of lm-eval (EleutherAI's evaluation harness, extra `eval`) asked of a model of ours.
+
+Importing this file needs lm-eval; `run_tasks` of mlxft.study.harness_tasks says so where it is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlxft.errors import DataError
+from mlxft.model.batch_sample import sample_batch, text_of
+from mlxft.model.load import Loaded
+from mlxft.model.logits import Split
+from mlxft.model.sample import Sampling
+from mlxft.study.choice import Request, loglikelihoods
+
+MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
+NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class Model(TemplateLM):
+    """A loaded model as lm-eval calls one.
+
+    Args:
+        limit: most tokens of a request; of longer ones the beginning is cut off, as lm-eval's own models do.
+        tokens: of a batch, padding included.
+    """
+
+    def __init__(self, loaded: Loaded, limit: int, tokens: int, seed: int, console: Console | None = None) -> None:
+        super().__init__()
+        self.loaded, self.tokenizer, self.limit = loaded, loaded.tokenizer, limit
+        self._split, self._tokens, self._seed, self._console = Split(loaded.model), tokens, seed, console
+        self.cut = 0  # requests that were longer
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise DataError("the tokenizer has no EOS token, which lm-eval begins a text with")
+        return int(eos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's caches."""
+        return str(self.loaded.source).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text, without a BOS unless it is asked for: as lm-eval's own model of transformers."""
+        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked = []
+        for _, context, continuation in requests:
+            # The last token is predicted, and need not go in.
+            room = max(1, self.limit + 1 - len(continuation))
+            self.cut += len(context) > room
+            asked.append(Request(tuple(context[-room:]), tuple(continuation)))
+        with self._progress(len(asked), "log-likelihoods") as advance:
+            found = loglikelihoods(self._split, asked, self._tokens, advance)
+        return [(answer.logprob, answer.greedy) for answer in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the context's length."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            (text,) = request.args
+            own = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.limit, 1)
+            pairs = [make_disjoint_window(window) for window in own]
+            windows += [(None, *pair) for pair in pairs]
+            counts.append(len(pairs))
+        found = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(found)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers that end before a stop text."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        texts = [""] * len(requests)
+        with self._progress(len(requests), "answers") as advance:
+            for how, members in groups.items():
+                sampling = self._sampling(json.loads(how))
+                room = max(1, self.limit - sampling.max_tokens)
+                prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
+                self.cut += sum(len(ids) > room for ids in prompts)
+                found = sample_batch(
+                    self.loaded.model,
+                    self.tokenizer,
+                    [ids[-room:] for ids in prompts],
+                    sampling,
+                    seed=self._seed,
+                    on_done=advance,
+                )
+                for i, (answer,) in zip(members, found):
+                    texts[i] = text_of(self.tokenizer, answer, sampling)
+        return texts
+
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
+        """lm-eval's words for how to sample; greedy unless do_sample."""
+        until = given.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        most = next((given[name] for name in NAMES if given.get(name)), MAX_TOKENS)
+        drawn: dict[str, Any] = {"temperature": 0.0}
+        if given.get("do_sample"):
+            drawn = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in given}
+        ends = bool(self.tokenizer.eos_token_ids)
+        return Sampling(int(most), stop=tuple(text for text in stop if text), stop_at_eos=ends, **drawn)
+
+    def _progress(self, total: int, what: str) -> Any:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+        return _Bar(Progress(*columns, console=self._console, transient=True, disable=self._console is None), total)
+
+
+class _Bar:
+    """A progress bar that is there as long as its context."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total = progress, total
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.start()
+        bar = self._progress.add_task("", total=self._total)
+        return lambda n: self._progress.advance(bar, n)
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()

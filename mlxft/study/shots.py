@@ -1,0 +1,45 @@
+"""Solved rows to show before a prompt: chosen from a file, never one of the rows that are asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from mlxft.data.shots import MOST_LABELS, balanced
+from mlxft.data.sources import read_rows
+from mlxft.errors import ConfigError
+from mlxft.study.cases import Case, make_cases
+from mlxft.study.tasks import Task
+
+
+def choose_shots(spec: str, task: Task, asked: Sequence[Case], shots: int, seed: int) -> list[Case]:
+    """`shots` cases of a file, mixed, with the same number (or one more) of each label where there are few labels.
+
+    Args:
+        spec: a file, folder (its train split) or hub data set.
+        asked: the evaluated cases: rows that are equal to one of them, or have its prompt, are left out.
+    Raises:
+        ConfigError: no such file, or not as many other rows. DataError: rows that do not fit the task.
+    """
+    cases = make_cases(read_rows(spec, "train"), task)
+    prompts = {_key(case) for case in asked}
+    others = [case for case in cases if _key(case) not in prompts]
+    setting = "--shots"
+    if len(others) < shots:
+        left = f" ({len(cases) - len(others)} are among the evaluated rows)" if len(others) < len(cases) else ""
+        raise ConfigError(
+            f"{setting}: {shots} shots are asked for; {spec} has {len(others)} rows to take them from{left}"
+        )
+    labels = labels_of(others)
+    return [others[i] for i in balanced(labels, len(others), shots, seed, setting)]
+
+
+def labels_of(cases: Sequence[Case]) -> list[str] | None:
+    """Each case's answer, where cases have no more than MOST_LABELS different ones and at least twice as many rows."""
+    labels = [case.label or "" for case in cases]
+    different = len(set(labels))
+    return labels if different <= MOST_LABELS and 2 * different <= len(labels) else None
+
+
+def _key(case: Case) -> str:
+    return json.dumps(case.prompt, sort_keys=True, ensure_ascii=False)
