@@ -157,7 +157,7 @@ def _summary(facts: Facts) -> str:
         what = f"fused {what.split()[0]} fine-tune"
     article = "An" if what[0] in "AEIOU" else "A"
     if facts.scores:
-        what += " that scores answers"
+        base += " that scores answers"
     bits = f" The weights are quantised to {facts.quantized} bits." if facts.quantized else ""
     by = TASKS.get(config.objective, _method(config).upper())
     of = "for" if "adapter" in what else "of"

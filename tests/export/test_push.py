@@ -23,7 +23,8 @@ from mlxft.export.base import find_base, folder_licence
 from mlxft.export.card import Base, Facts, card, front_matter, recipe, results, shortened
 from mlxft.export.fuse import fuse
 from mlxft.export.hub import check_repo, pack, upload
-from mlxft.run import Run, train
+from mlxft.model.sample import Sampling, generate
+from mlxft.run import Run, load, train
 from mlxft.study.plots import curves
 
 TOKEN = "hf_" + "s3cret" * 5
@@ -141,6 +142,7 @@ def run(make_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
         "tune": {"rank": 4, "alpha": 8},
         "data": {"train": str(place / "rows.jsonl"), "valid": 0.25, "format": "messages"},
         "batch": {"rows": 2},
+        "optim": {"lr": 0.05},
         "run": {"dir": str(place / "runs"), "name": "a", "steps": 4, "report_every": 1, "eval_every": 2, "seed": 7},
     }
     return train(settings)
@@ -341,6 +343,17 @@ def test_a_fused_folder_goes_as_it_is(run: Run, tmp_path: Path) -> None:
     assert pack(tmp_path / "fused", "ada/fused").card == "# Mine\n"
     (tmp_path / "card.md").write_text("# Another\n")
     assert pack(run.dir, "ada/x", own_card=tmp_path / "card.md").files["README.md"] == b"# Another\n"
+
+
+def test_what_arrives_answers_as_the_run(run: Run, tmp_path: Path) -> None:
+    for name, content in pack(run.dir, "ada/tuned").files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    ask = Sampling(8, temperature=0.0)
+    base = run.config.model.path
+    arrived, own = load(base, adapter=tmp_path), load(run)
+    told = [generate(m.model, m.tokenizer, "the in", ask) for m in (arrived, own)]
+    assert told[0] == told[1]
+    assert told[0] != generate(load(base).model, own.tokenizer, "the in", ask)
 
 
 def test_without_matplotlib_the_card_has_no_picture(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
