@@ -55,6 +55,14 @@ _EXTRA: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0,
         "query_pre_attn_scalar": 8,
     },
+    "gemma3_text": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 10000.0,
+    },
     "phi3": {"architectures": ["Phi3ForCausalLM"], "rope_scaling": None, "tie_word_embeddings": False},
     # Its head stands within its body.
     "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 1.0, "num_key_value_heads": 4},

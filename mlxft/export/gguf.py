@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +31,7 @@ from mlxft.export.gguf_vocab import vocabulary
 from mlxft.model import gguf
 from mlxft.model.folder import check_space
 from mlxft.model.gguf_names import ROPE_LONG, ROPE_TENSORS, Architecture, permute
+from mlxft.model.gguf_tokenizer import SPACE
 from mlxft.model.heads import find_head
 from mlxft.model.load import Loaded, logical_shapes
 from mlxft.model.load import fingerprint as fingerprint_of
@@ -68,8 +70,8 @@ def write_model(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
     tensors, said = model_tensors(loaded.model, arch, get, kind)
     rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
     own = {f"{arch.name}.vocab_size": rows, **settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
-    said += notes(loaded, rows, tensors)
-    size = write(out, arch.name, about(run, arch, kind) | own, tensors)
+    said += notes(loaded, own, tensors)
+    size = write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
     return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
 
 
@@ -77,7 +79,7 @@ def write_adapter(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
     """Write the adapter alone; see `export_gguf`."""
     arch = family(loaded.config)
     tensors, own, said = adapter_tensors(run, loaded, arch, kind)
-    size = write(out, arch.name, about(run, arch, kind) | own, tensors)
+    size = write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
     return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
 
 
@@ -134,15 +136,30 @@ def open_model(run: Path, model: str | None) -> Loaded:
     return load(run, lazy=True)
 
 
-def about(run: Path, arch: Architecture, kind: str) -> dict[str, Any]:
+def about(run: Path, arch: Architecture, kind: str, tokenizer: Any) -> dict[str, Any]:
     """Metadata that every file has."""
-    name = run.stem if run.suffix == ".gguf" else run.resolve().name
+    name = (run.stem if run.suffix == ".gguf" else run.resolve().name) or arch.name
     return {
         "general.type": "model",
-        "general.name": name or arch.name,
+        "general.name": fitting_name(name, tokenizer),
         "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": 2,
     }
+
+
+def fitting_name(name: str, tokenizer: Any) -> str:
+    """A model's name that llama.cpp draws the right conclusion from.
+
+    Phi 3's marks take the space behind them with them; llama.cpp knows that by the name alone (phi-3 or phi3), and
+    can not load a file of that name without these tokens.
+    """
+    marks = [t for t in tokenizer.added_tokens_decoder.values() if t.content in ("<|user|>", "<|assistant|>")]
+    vocab = tokenizer.get_vocab()
+    is_phi3 = any(t.rstrip for t in marks) and all(t in vocab for t in ("</s>", "<unk>", "<s>", "<|endoftext|>"))
+    says_so = re.search("phi-?3", name, re.IGNORECASE) is not None
+    if is_phi3 == says_so:
+        return name
+    return f"{name} (phi-3)" if is_phi3 else re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
 def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> tuple[list[Tensor], list[str]]:
@@ -181,13 +198,18 @@ def _reader(weight: Weight, name: str, kind: str, arch: Architecture, config: di
     return read
 
 
-def notes(loaded: Loaded, rows: int, tensors: list[Tensor]) -> list[str]:
+def notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[Tensor]) -> list[str]:
     """What llama.cpp will do otherwise than mlx-lm."""
-    said = []
-    if (beyond := len(loaded.tokenizer) - rows) > 0:
+    said, tokenizer = [], loaded.tokenizer
+    if (beyond := len(tokenizer) - len(metadata["tokenizer.ggml.tokens"])) > 0:
         said.append(f"{beyond} tokens that the embedding has no row for are left out")
     if "text_config" in loaded.config:
         said.append("only the language model is written; its eyes are not")
+    start = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
+    if metadata.get("tokenizer.ggml.add_space_prefix") is False and start[0].startswith(SPACE):
+        said.append(
+            "llama.cpp cuts chats as mlx-lm does; plain text, without the chat template, it begins without a space"
+        )
     if any(t.name == ROPE_LONG for t in tensors):
         original = loaded.config.get("original_max_position_embeddings", 4096)
         said.append(

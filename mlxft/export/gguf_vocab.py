@@ -31,8 +31,10 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     types = [_kind(i, token, added, model) for i, token in enumerate(tokens)]
     texts = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)]
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
-    pieces = model.get("byte_fallback")
-    out = _sentencepiece(spec, texts, types, merges) if pieces else _byte_level(spec, merges)
+    if model.get("byte_fallback"):
+        out = _sentencepiece(spec, texts, types, merges, chat_template(tokenizer) is not None)
+    else:
+        out = _byte_level(spec, merges)
     out["tokenizer.ggml.tokens"] = texts
     out["tokenizer.ggml.token_type"] = types
     return out | _marks(tokenizer, rows)
@@ -93,7 +95,9 @@ def _byte_level(spec: dict[str, Any], merges: list[Any]) -> dict[str, Any]:
     }
 
 
-def _sentencepiece(spec: dict[str, Any], texts: list[str], types: list[int], merges: list[Any]) -> dict[str, Any]:
+def _sentencepiece(
+    spec: dict[str, Any], texts: list[str], types: list[int], merges: list[Any], chats: bool
+) -> dict[str, Any]:
     """llama.cpp merges the pair whose token scores highest: scores fall with the first merge that makes a token."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
@@ -112,8 +116,11 @@ def _sentencepiece(spec: dict[str, Any], texts: list[str], types: list[int], mer
             f"the tokenizer changes text by {', '.join(odd)} before it cuts it, which llama.cpp's SentencePiece "
             "vocabulary does not do; use the fused folder (mlxft fuse)"
         )
+    # llama.cpp sets a space before every stretch of text or before none. Metaspace's "first" sets one at the very
+    # start only: with a chat template a mark stands there, so none is right.
+    always = "always" if chats else "first"
     prefixed = any(
-        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") in ("always", always))
         for step in steps
     )
     return {

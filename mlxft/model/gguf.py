@@ -20,7 +20,7 @@ from mlxft.model.gguf_header import tensor_types
 from mlxft.model.gguf_names import ARCHITECTURES, ROPE_TENSORS, architecture, unpermute
 from mlxft.model.gguf_tokenizer import tokenizer
 
-__all__ = ["ARCHITECTURES", "GgufFile", "build", "config", "eos_ids", "read", "tokenizer", "weights"]
+__all__ = ["ARCHITECTURES", "GgufFile", "build", "config", "eos_ids", "own_dtype", "read", "tokenizer", "weights"]
 
 GROUP_SIZE = 32
 # MLX reads more, and reads some of it wrongly.
@@ -78,6 +78,15 @@ def weights(file: GgufFile, config: dict[str, Any]) -> dict[str, mx.array]:
         shown = ", ".join(sorted(unknown)[:5])
         raise ModelError(f"{file.path}: {len(unknown)} tensors that {config['model_type']} has not ({shown})")
     return out
+
+
+def own_dtype(file: GgufFile) -> Any:
+    """What a file's floats are loaded as: bfloat16 where most of them are, else float16."""
+    sizes = {mx.bfloat16: 0, mx.float16: 0}
+    for tensor in file.tensors.values():
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += tensor.size
+    return mx.bfloat16 if sizes[mx.bfloat16] > sizes[mx.float16] else mx.float16
 
 
 def build(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:

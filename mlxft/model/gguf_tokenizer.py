@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from mlxft.errors import ModelError
@@ -124,7 +125,11 @@ def _add_marks(file: GgufFile, backend: Any, tokens: list[str]) -> None:
 
     types = _types(file, tokens)
     control = [token for token, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    # Phi 3's marks take the space behind them with them; the file says so by its name alone, as for llama.cpp.
+    phi3 = re.search("phi-?3", str(file.value("general.name", "")), re.IGNORECASE) is not None
+    greedy = [phi3 and token not in ("<unk>", "<s>", "<|endoftext|>") for token in control]
+    marks = [AddedToken(token, normalized=False, special=True, rstrip=g) for token, g in zip(control, greedy)]
+    backend.add_special_tokens(marks)
     # Runs of spaces would never be met as they stand: the normalizer writes spaces otherwise, and merges make them.
     added = [token for token, kind in zip(tokens, types) if kind == USER_DEFINED and token.strip(f" {SPACE}")]
     backend.add_tokens([AddedToken(token, normalized=False) for token in added])

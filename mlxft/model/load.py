@@ -66,9 +66,9 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path: hub id, folder, .gguf file of the llama family, or an alias (`smollm2-135m`).
-        dtype: of all floating weights: float32, bfloat16, float16; "own" as in the checkpoint (a .gguf: float16);
-            "auto" is float32 where MLX runs on a CPU (bfloat16 is slow there), else "own".
+        path: hub id, folder, .gguf file, or an alias (`smollm2-135m`).
+        dtype: of all floating weights: float32, bfloat16, float16; "own" as in the checkpoint (a .gguf: one of the two
+            shorter ones); "auto" is float32 where MLX runs on a CPU (bfloat16 is slow there), else "own".
         quantize: bits to quantise to (2, 3, 4, 5, 6, 8); 0 dequantises; None leaves a folder as it is and
             dequantises a .gguf, which is packed for transport. A packed checkpoint keeps its own groups.
         group_size: weights that share a scale, 32, 64 or 128; None: 64, or what a packed checkpoint has.
@@ -86,8 +86,8 @@ def load(
         model, config = gguf.build(file)
         tokenizer = gguf.tokenizer(file)
         quantize = 0 if quantize is None else quantize
-        own = mx.float16
-        dtype = "float16" if dtype == "own" or (dtype == "auto" and not _on_cpu()) else dtype
+        own = gguf.own_dtype(file)
+        dtype = str(own).rpartition(".")[2] if dtype == "own" or (dtype == "auto" and not _on_cpu()) else dtype
     else:
         config = folder_config(where, path, weights=True)
         model, config = _folder_model(where, path, config, trust_remote_code)
@@ -147,9 +147,10 @@ def skeleton(
     _check_arguments(dtype, quantize, group_size)
     where = resolve(path, weights=False)
     if where.suffix == ".gguf":
-        model, config = gguf.build(gguf.read(where))
+        file = gguf.read(where)
+        model, config = gguf.build(file)
         quantize = 0 if quantize is None else quantize
-        own = mx.float16
+        own = gguf.own_dtype(file)
     else:
         config = folder_config(where, path, weights=False)
         model = _untrained(config, path)

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.model import gguf
 from mlxft.model.gguf_header import tensor_types
+from mlxft.model.gguf_pretokenizers import PRE_TOKENIZERS, _signature_of, recognise, signature
 from mlxft.model.load import base_fingerprint, load, load_config, load_tokenizer, resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"
@@ -174,11 +175,12 @@ def test_bos_and_user_defined_tokens(tiny_model: Any, tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"general.architecture": "qwen9"}, r"architecture 'qwen9' is not read .* only llama"),
-        ({"tokenizer.ggml.model": "llama"}, r"a 'llama' vocabulary .*only byte-level BPE"),
-        ({"tokenizer.ggml.pre": "tekken"}, r"pre-tokenizer 'tekken' is not known, only smollm"),
+        ({"tokenizer.ggml.model": "t5"}, r"a 't5' vocabulary .*only byte-level BPE"),
+        ({"tokenizer.ggml.model": "llama"}, r"no tokenizer\.ggml\.scores"),
+        ({"tokenizer.ggml.pre": "falcon"}, r"pre-tokenizer 'falcon' is not known, only smollm"),
         ({"tokenizer.ggml.pre": None}, r"pre-tokenizer 'none' is not known"),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ({"llama.context_length": None}, r"no llama\.context_length"),
         ({"llama.attention.head_count": [4, 2]}, "not one whole number"),
         ({"llama.block_count": 3}, "do not fit the metadata"),
@@ -226,3 +228,59 @@ def test_types_of_smollm2() -> None:
     """210 projections in Q4_1, the embedding in Q8_0, 61 norms in F32 (gguf 0.19's reader says the same)."""
     types = list(tensor_types(resolve("smollm2-135m")).values())
     assert {kind: types.count(kind) for kind in set(types)} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
+
+
+@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+def test_pre_tokenizers_are_known_again(name: str, tiny_tokenizer: Any) -> None:
+    """What a name stands for is recognised in a tokenizer.json, by that name or one that means the same."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    rule = PRE_TOKENIZERS[name]
+    made = Tokenizer(models.BPE(ignore_merges=rule.ignore_merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence(rule.steps())
+    found = recognise(json.loads(made.to_str()))
+    assert found is not None
+    assert signature(json.loads(made.to_str())["pre_tokenizer"]) == _signature_of(PRE_TOKENIZERS[found])
+    assert PRE_TOKENIZERS[found].ignore_merges == rule.ignore_merges
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ignoring", "name"),
+    [
+        # Qwen 2.5 and 3, Llama 3, Phi 4 as their tokenizer.json have it.
+        (
+            (
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ),
+            False,
+            "qwen2",
+        ),
+        (
+            (
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ),
+            True,
+            "llama-bpe",
+        ),
+        (
+            (
+                r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            False,
+            "dbrx",
+        ),
+        (r"\p{N}| ?\p{L}+", False, None),
+    ],
+)
+def test_patterns_of_known_models(pattern: str, ignoring: bool, name: str | None) -> None:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, bytes_]}
+    assert recognise({"pre_tokenizer": steps, "model": {"ignore_merges": ignoring}}) == name
+
+
+def test_smollm2s_pre_tokenizer(smollm2: Any) -> None:
+    assert recognise(json.loads(smollm2.tokenizer.backend_tokenizer.to_str())) == "smollm"

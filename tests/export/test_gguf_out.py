@@ -1,0 +1,434 @@
+"""Models and adapters as .gguf files: what stands in them, and that they are the same models when read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf as reference
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxft.errors import ExportError, ModelError
+from mlxft.export.gguf import export_gguf
+from mlxft.export.gguf_tensors import quantize_q8_0
+from mlxft.model.adapters import LoRASpec, adapter_config, attach, select_targets, trainable_weights
+from mlxft.model.gguf_names import ARCHITECTURES, permute, unpermute
+from mlxft.model.load import load, load_tokenizer
+from mlxft.rundir import load as load_run
+
+IDS = mx.array([[3, 40, 77, 5, 9, 120, 11, 12, 250, 31, 32, 33]])
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LONG = {"type": "longrope", "long_factor": [1.0, 1.5, 2.0, 4.0], "short_factor": [1.0, 1.0, 1.1, 1.2]}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", WIDE),
+    "llama3": (
+        "llama",
+        {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "max_position_embeddings": 16384, "attention_bias": True},
+    ),
+    "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "tie_word_embeddings": False}),
+    "yarn": (
+        "qwen2",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+    ),
+    "mistral": ("mistral", {"head_dim": 16, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", WIDE),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3_text", {}),
+    "phi3": ("phi3", {}),
+    "phi3-long": (
+        "phi3",
+        {"rope_scaling": LONG, "original_max_position_embeddings": 64, "num_attention_heads": 4},
+    ),
+}
+
+
+def save_adapter(model_dir: Path, folder: Path, targets: Any = "all-linear", dora: bool = False, rank: int = 4) -> Any:
+    """An adapter with random weights as a run leaves it; gives the adapted model."""
+    loaded = load(str(model_dir), dtype="float32")
+    spec = LoRASpec(tuple(select_targets(loaded.model, targets, "all", dora)), rank, 2.5, 0.0, dora)
+    attach(loaded.model, spec)
+    noise = [
+        (name, value + 0.05 * mx.random.normal(value.shape, key=mx.random.key(i)))
+        for i, (name, value) in enumerate(tree_flatten(loaded.model.trainable_parameters()))
+    ]
+    loaded.model.update(tree_unflatten(noise))
+    loaded.model.eval()
+    base = {"base": {"model": str(model_dir), "fingerprint": loaded.fingerprint, "dtype": "float32"}}
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(spec, loaded.model, base)), "utf-8")
+    mx.save_safetensors(str(folder / "adapters.safetensors"), trainable_weights(loaded.model))
+    return loaded.model
+
+
+def fields(file: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(file).fields.items() if not name.startswith("GGUF")}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_model_read_back_is_the_same(case: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """f32: to the bit, so names, row order, norms and rope are undone exactly; the identity of the base too."""
+    kind, changes = FAMILIES[case]
+    folder = make_model_dir(tmp_path / "m", kind, **changes)
+    base = load(str(folder), dtype="float32")
+    said = export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    assert said[0].startswith(f"wrote {tmp_path / 'a.gguf'} (")
+    read = load(str(tmp_path / "a.gguf"), dtype="float32")
+    # Norms that are stored with 1 added lose what 1 + w has no room for.
+    tolerance = 2e-5 if case.startswith("gemma") else 0
+    assert mx.abs(read.model(IDS) - base.model(IDS)).max().item() <= tolerance
+    if kind != "mistral":  # which comes back as the llama that it is
+        assert read.fingerprint == base.fingerprint
+    messages = [{"role": "user", "content": "the sands of 1984, and more"}]
+    assert read.tokenizer.apply_chat_template(messages) == base.tokenizer.apply_chat_template(messages)
+    assert read.tokenizer.eos_token_ids == base.tokenizer.eos_token_ids
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "size"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2)])
+def test_kinds(case: str, kind: str, size: float, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """In -> out -> in: a second export of the first one's file has the same bytes in every tensor."""
+    folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    export_gguf(folder, first, kind=kind)
+    export_gguf(first, second, kind=kind)
+    one, two = ({t.name: t for t in GGUFReader(file).tensors} for file in (first, second))
+    assert list(one) == list(two)
+    assert all(one[n].tensor_type == two[n].tensor_type and np.array_equal(one[n].data, two[n].data) for n in one)
+    wanted = {1: "F32", 2: kind.upper()}
+    assert all(t.tensor_type.name == wanted[len(t.shape)] for t in one.values())
+    assert fields(first) == {**fields(second), "general.name": "m"}
+    want, got = (load(str(p), dtype="float32").model(IDS) for p in (folder, first))
+    assert 0 < mx.abs(want - got).max().item() < size * mx.abs(want).max().item() * 10
+
+
+def repack(source: Path, out: Path, kind: str) -> dict[str, Any]:
+    """A file with its matrices in another kind, by the gguf package alone; gives what they stand for."""
+    reader, wanted = GGUFReader(source), reference.GGMLQuantizationType[kind]
+    meant = {}
+    writer = reference.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF") and name != "general.architecture":
+            kinds = [*field.types, None]
+            writer.add_key_value(name, field.contents(), kinds[0], kinds[1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        if len(tensor.shape) < 2:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+            continue
+        packed = reference.quants.quantize(np.array(tensor.data), wanted)
+        writer.add_tensor(tensor.name, packed, raw_dtype=wanted)
+        meant[tensor.name] = reference.quants.dequantize(packed, wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16"])
+@pytest.mark.parametrize("case", ["qwen3", "gemma3", "phi3"])
+def test_packed_files_of_others(case: str, kind: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """What the gguf package packs is read as what it unpacks, to the float16 that packed files are unpacked in."""
+    folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    meant = repack(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
+    read = dict(tree_flatten(load(str(tmp_path / "b.gguf"), dtype="float32").model.parameters()))
+    arch = ARCHITECTURES[FAMILIES[case][0].removesuffix("_text")]
+    for name, value in meant.items():
+        assert np.allclose(np.array(read[arch.ours(name)]), value, atol=1e-3), name
+    own = load(str(tmp_path / "b.gguf"), dtype="own")
+    assert own.config["torch_dtype"] == ("bfloat16" if kind == "BF16" else "float16")
+
+
+def test_q8_0_is_ggmls() -> None:
+    """Byte for byte what the gguf package's own quantiser gives, zeros, ties and all."""
+    value = mx.random.normal((6, 96), key=mx.random.key(3))
+    value[0] = 0.0
+    value[1, :32] = mx.arange(32) * 4.0 + 3.0  # its largest is 127: the scale is 1, and .5 lies between two numbers
+    value[1, :8] = mx.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.0])
+    want = reference.quants.quantize(np.array(value), reference.GGMLQuantizationType.Q8_0)
+    assert np.array_equal(np.array(quantize_q8_0(value)), want)
+
+
+def test_rows_turn_there_and_back() -> None:
+    """Heads of 4 rows: halves (0 1 | 2 3) become neighbours 0 2 1 3, as convert_hf_to_gguf.py has it."""
+    rows = mx.arange(8)[:, None] * mx.ones((1, 3))
+    turned = permute(rows, 2)
+    assert turned[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert mx.array_equal(unpermute(turned, 2), rows)
+
+
+def test_metadata_of_a_llama(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    changes = {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "tie_word_embeddings": False}
+    folder = make_model_dir(tmp_path / "Tiny", "llama", **WIDE, **changes)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f16")
+    seen = fields(tmp_path / "a.gguf")
+    tokens, merges = seen.pop("tokenizer.ggml.tokens"), seen.pop("tokenizer.ggml.merges")
+    kinds, template = seen.pop("tokenizer.ggml.token_type"), seen.pop("tokenizer.chat_template")
+    assert seen == {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "Tiny",
+        "general.file_type": 1,
+        "general.quantization_version": 2,
+        "llama.vocab_size": 300,
+        "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "llama.attention.key_length": 8,
+        "llama.attention.value_length": 8,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 500000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    assert (tokens[:3], kinds[:4], len(tokens)) == (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], [3, 3, 3, 1], 300)
+    assert merges[:2] == ["t h", "h e"]
+    assert template == load_tokenizer(str(folder)).chat_template
+    first = GGUFReader(tmp_path / "a.gguf").tensors[0]
+    assert (first.name, first.tensor_type.name) == ("rope_freqs.weight", "F32")
+    # Waves of 2 pi 500000^(i / 4) positions: 6.3, 167, 4443 and 118 thousand; the third lies between.
+    smooth = (8192 / (2 * np.pi * 500000**0.5) - 1) / 3
+    assert np.allclose(first.data, [1, 1, 1 / ((1 - smooth) / 8 + smooth), 8], rtol=1e-5)
+
+
+def test_a_padded_embedding(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path / "m", "qwen3", vocab_size=320)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f16")
+    seen = fields(tmp_path / "a.gguf")
+    assert seen["tokenizer.ggml.tokens"][299:302] == ["ers", "[PAD300]", "[PAD301]"]
+    assert seen["tokenizer.ggml.token_type"][299:302] == [1, 5, 5]
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "phi3"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_fused(case: str, dora: bool, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
+    adapted = save_adapter(folder, tmp_path / "adapter", dora=dora)
+    said = export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32")
+    assert "the adapter is fused into" in said[1]
+    read = load(str(tmp_path / "a.gguf"), dtype="float32").model
+    assert mx.allclose(read(IDS), adapted(IDS), atol=2e-4)
+    assert not mx.allclose(load(str(folder), dtype="float32").model(IDS), adapted(IDS), atol=2e-2)
+
+
+def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    from mlxft.export.convert import convert
+
+    convert(str(make_model_dir(tmp_path / "m", "llama", **WIDE)), tmp_path / "q", quantize=4, group_size=32)
+    adapted = save_adapter(tmp_path / "q", tmp_path / "adapter")
+    said = export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32")
+    assert any("the base is quantised: 15 layers were dequantised" in line for line in said)
+    read = load(str(tmp_path / "a.gguf"), dtype="float32").model
+    assert mx.allclose(read(IDS), adapted(IDS), atol=2e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "phi3"])
+def test_a_lora_file(case: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """As llama.cpp puts it together: base tensor + alpha / rank * B A, in the base file's own row order."""
+    folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
+    adapted = save_adapter(folder, tmp_path / "adapter")
+    export_gguf(tmp_path / "adapter", tmp_path / "lora.gguf", kind="f32", lora=True)
+    export_gguf(tmp_path / "adapter", tmp_path / "fused.gguf", kind="f32")
+    export_gguf(folder, tmp_path / "base.gguf", kind="f32")
+    lora = GGUFReader(tmp_path / "lora.gguf")
+    seen = fields(tmp_path / "lora.gguf")
+    assert {k: v for k, v in seen.items() if k.startswith(("adapter", "general.type"))} == {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 10.0,  # scale 2.5, rank 4
+    }
+    parts = {t.name: t.data for t in lora.tensors}
+    base, fused = ({t.name: t.data for t in GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in ("base", "fused"))
+    names = {name.rpartition(".")[0] for name in parts}
+    assert {f"{n}.lora_a" for n in names} | {f"{n}.lora_b" for n in names} == set(parts)
+    assert names == {n for n in base if n.startswith("blk.") and "norm" not in n and n.endswith(".weight")}
+    for name in names:
+        product = 10.0 / 4 * parts[f"{name}.lora_b"] @ parts[f"{name}.lora_a"]
+        assert np.allclose(base[name] + product, fused[name], atol=1e-5)
+    assert adapted is not None
+
+
+def test_reads_a_sentencepiece_vocabulary(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Scores say what merges said: text comes out in the same tokens, unknown letters as bytes."""
+    folder = make_model_dir(tmp_path / "m", "llama", vocab_size=300)
+    write_pieces(folder)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f16")
+    seen = fields(tmp_path / "a.gguf")
+    assert (seen["tokenizer.ggml.model"], seen["tokenizer.ggml.add_bos_token"]) == ("llama", True)
+    assert seen["tokenizer.ggml.add_space_prefix"] is True
+    assert seen["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6]
+    at = seen["tokenizer.ggml.tokens"].index("▁the")
+    assert seen["tokenizer.ggml.scores"][at] == -2.0
+    ours, read = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "a.gguf"))
+    for text in ("the the hat", "  the\n\nhat é <s> the", "hehe", ""):
+        assert read.encode(text) == ours.encode(text)
+        assert read.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+
+
+def write_pieces(folder: Path, prefix: bool = True) -> None:
+    """A tokenizer like Llama 2's into a model folder: bytes, a few letters and merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    merges = [("t", "h"), ("▁", "th"), ("▁th", "e"), ("h", "e"), ("a", "t"), ("h", "at")]
+    tokens = ["<unk>", "<s>", "</s>", *bytes_, *"▁theat"[:-1], *("".join(m) for m in merges)]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(undo if prefix else undo[:-1])
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(str(folder))
+
+
+def test_phi3s_name_tells_llama_cpp_of_its_marks(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp looks for Phi 3's tokens in any file of that name, and fails without them."""
+    export_gguf(make_model_dir(tmp_path / "phi3-fine", "phi3"), tmp_path / "a.gguf", kind="f16")
+    assert fields(tmp_path / "a.gguf")["general.name"] == "phi 3-fine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "asked", "says"),
+    [
+        ("gpt_neox", {}, {}, r"'gpt_neox' is not written as \.gguf, only llama, qwen2.*mlxft fuse"),
+        ("llama", {"hidden_size": 48}, {"kind": "q8_0"}, r"rows of 48 numbers can not be packed as q8_0.*f16"),
+        ("llama", {}, {"kind": "q4_k"}, r"type 'q4_k' is not written as \.gguf, only f32, f16, bf16, q8_0"),
+        ("llama", {}, {"lora": True}, r"--lora: .* holds no adapter; leave --lora out"),
+        ("llama", {}, {"lora": True, "kind": "q8_0"}, r"written as f16, bf16 or f32, not q8_0"),
+        ("llama", {}, {"model": "x"}, r"--model: .* holds no adapter"),
+        ("llama", {"rope_traditional": True}, {}, "rope_traditional"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, {}, r"query_pre_attn_scalar is 100; llama.cpp takes 8"),
+        ("qwen2", {"rope_scaling": LLAMA3}, {}, r"rope scaling 'llama3' of qwen2 .* only linear, yarn"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 7}}, {}, "beta_fast of its own"),
+        ("llama", {"vocab_size": 200}, {}, "the tokenizer has 300 tokens, the embedding 200 rows"),
+    ],
+)
+def test_refusals(
+    kind: str,
+    changes: dict[str, Any],
+    asked: dict[str, Any],
+    says: str,
+    make_model_dir: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = make_model_dir(tmp_path / "m", kind, **changes)
+    with pytest.raises(ExportError, match=says):
+        export_gguf(folder, tmp_path / "out" / "a.gguf", **{"kind": "f16", **asked})
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_a_file_can_not_hold(tiny_model_dir: Path, tmp_path: Path) -> None:
+    save_adapter(tiny_model_dir, tmp_path / "dora", dora=True)
+    with pytest.raises(ExportError, match=r"DoRA rescales rows .*without --lora"):
+        export_gguf(tmp_path / "dora", tmp_path / "a.gguf", kind="f16", lora=True)
+    save_adapter(tiny_model_dir, tmp_path / "embedding", targets=["embed_tokens"])
+    with pytest.raises(ExportError, match=r"model\.embed_tokens is no linear layer"):
+        export_gguf(tmp_path / "embedding", tmp_path / "a.gguf", kind="f16", lora=True)
+    save_adapter(tiny_model_dir, tmp_path / "whole")
+    file = tmp_path / "whole" / "adapters.safetensors"
+    mx.save_safetensors(str(file), {**mx.load(str(file)), "model.norm.weight": mx.ones(32)})
+    with pytest.raises(ExportError, match=r"model\.norm\.weight was trained whole"):
+        export_gguf(tmp_path / "whole", tmp_path / "a.gguf", kind="f16", lora=True)
+
+
+def test_reward_models_and_foreign_bases(
+    tiny_model_dir: Path, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_adapter(tiny_model_dir, tmp_path / "adapter")
+    other = make_model_dir(tmp_path / "other", "llama", num_hidden_layers=3)
+    with pytest.raises(ModelError, match="was trained on another base"):
+        export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f16", model=str(other))
+    with pytest.raises(ModelError, match="no such file or folder"):
+        export_gguf(tmp_path / "nothing", tmp_path / "a.gguf", kind="f16")
+    mx.save_safetensors(str(tmp_path / "adapter" / "head.safetensors"), {"score_head.weight": mx.zeros((1, 32))})
+    with pytest.raises(ExportError, match=r"is a reward model .*--format peft"):
+        export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f16")
+
+
+def test_what_stands_there_is_safe(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.gguf"
+    file.write_text("mine")
+    with pytest.raises(ExportError, match=r"exists already; .*--overwrite"):
+        export_gguf(tiny_model_dir, file, kind="f16")
+    with pytest.raises(ExportError, match=r"is not a \.gguf file inside"):
+        export_gguf(tiny_model_dir, file, kind="f16", overwrite=True)
+    with pytest.raises(ExportError, match=r"must end in \.gguf.* try .*b\.gguf"):
+        export_gguf(tiny_model_dir, tmp_path / "b", kind="f16")
+    (tmp_path / "c.gguf").mkdir()
+    with pytest.raises(ExportError, match="is a folder"):
+        export_gguf(tiny_model_dir, tmp_path / "c.gguf", kind="f16")
+    good = tmp_path / "d.gguf"
+    export_gguf(tiny_model_dir, good, kind="f16")
+    before = good.read_bytes()
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", _full)
+    with pytest.raises(ExportError, match=r"writing failed, nothing is left of it.*No space"):
+        export_gguf(tiny_model_dir, good, kind="f16", overwrite=True)
+    assert good.read_bytes() == before
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000_000}))
+    with pytest.raises(ExportError, match=r"needs about 0\.05 GB, 0\.01 GB are free"):
+        export_gguf(tiny_model_dir, tmp_path / "e.gguf", kind="f16")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "c.gguf", "d.gguf"]
+
+
+def _full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_numbers_too_large_for_f16(tiny_model: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    from mlxft.model.folder import save_folder
+
+    tiny_model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
+    save_folder(tmp_path / "m", tiny_model.model, tiny_model.tokenizer, tiny_model.config, source=tiny_model_dir)
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, take bf16"):
+        export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="f16")
+    export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="bf16")
+
+
+def test_without_the_gguf_package(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In a process of its own: an import that has succeeded once would be remembered."""
+    code = (
+        "import sys; sys.modules['gguf'] = None\n"
+        "from pathlib import Path; from mlxft.export.gguf import export_gguf\n"
+        f"export_gguf(Path({str(tiny_model_dir)!r}), Path({str(tmp_path / 'a.gguf')!r}), kind='f16')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "this needs the package gguf: pip install 'mlxft[gguf]'" in done.stderr
+
+
+def test_a_trained_run_goes_out(recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """What a run answers with, its file answers with."""
+    from mlxft.run import train
+
+    run = train(recipe(**{"optim.lr": 5e-2, "run.steps": 6}))
+    export_gguf(run.dir, tmp_path / "a.gguf", kind="f32")
+    want = load_run(run.dir).model(IDS)
+    assert mx.allclose(load(str(tmp_path / "a.gguf"), dtype="float32").model(IDS), want, atol=1e-4)
