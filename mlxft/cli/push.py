@@ -54,7 +54,12 @@ def push(
         return
     click.echo(f"{'would push' if dry_run else 'pushed'} to {shipment.url} ({'public' if public else 'private'})")
     for name, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
-        click.echo(f"  {size / 1e6:10,.3f} MB  {name}")
+        click.echo(f"{_size(size):>12}  {name}")
     for line in ([f"stays here: {', '.join(shipment.left_out)}"] if shipment.left_out else []) + shipment.notes:
         click.echo(line)
     click.echo(f"\nREADME.md:\n\n{shipment.card}" if dry_run else f"commit: {commit}")
+
+
+def _size(size: int) -> str:
+    """Bytes as people say it."""
+    return f"{size:,} B" if size < 1000 else f"{size / 1e3:,.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def parsed(text: str) -> tuple[dict[str, Any], str]:
 def test_the_dry_run_needs_no_network_and_no_token(run: Run, command: Any) -> None:
     done = command(run.dir, "ada/tuned", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    files = [line.split()[-1] for line in done.stdout.splitlines() if " MB  " in line][:-1]
+    files = re.findall(r"^ +[\d,.]+ k?B  (\S+)$", done.stdout, re.MULTILINE)
     assert files == ["README.md", "adapter_config.json", "adapters.safetensors", "curves.png"]
     assert "would push to https://huggingface.co/ada/tuned (private)" in done.stdout
     assert "\nREADME.md:\n\n---\nlibrary_name: mlx\n" in done.stdout
