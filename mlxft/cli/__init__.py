@@ -20,6 +20,8 @@ COMMANDS = {
     "label": ("label", "Judge answers by hand, for a reward model or preference training."),
     "score": ("score", "Score or rank answers with a reward run."),
     "eval": ("eval", "How good a model is on a file: loss, or a task, with errors and differences."),
+    "sweep": ("sweep", "Find better settings: trials, the worse ones stopped early."),
+    "lr-find": ("sweep", "Suggest a learning rate by a range test."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
     "push": ("push", "Push a result to the Hugging Face hub, with a model card."),
@@ -37,7 +39,9 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"mlxft.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
+        command: click.Command = getattr(
+            importlib.import_module(f"mlxft.cli.{COMMANDS[cmd_name][0]}"), cmd_name.replace("-", "_")
+        )
         return command
 
     def resolve_command(

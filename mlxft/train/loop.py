@@ -185,11 +185,15 @@ class Loop:
             if barren:
                 raise TrainingError("no batch of a whole epoch has anything to train: see the rows with mlxft check")
             return self._update(batches, barren=True)  # an epoch's last micro-batches held nothing to train
-        lr = learning_rate(self.config.optim, self.progress.step, self.total_steps)
+        lr = self.rate()
         norms = self.optimizer.step(self.model, grads, sums.weight, lr)
         mx.async_eval(norms)
         self.objective.stepped(sums)
         return _Step(self.progress.step + 1, sums, norms, lr, tokens, trained, rows), ends
+
+    def rate(self) -> float:
+        """The next step's learning rate."""
+        return learning_rate(self.config.optim, self.progress.step, self.total_steps)
 
     def _tell(self, event: Event, before_s: float) -> None:
         """Report what comes with a batch. It is the next step's: a resumed run that repeats it drops it and tells it

@@ -1,0 +1,365 @@
+"""mlxft sweep: trials of a recipe with other settings, the worse ones stopped early; the best as a recipe.
+
+runs/NAME/sweep.db       Optuna's trials: a sweep that was killed goes on
+         /trials/N/      each trial's run, without checkpoints; of pruned and failed ones only what was measured
+         /best.yaml      the best trial as a recipe, which trains to the figure reported
+         /history.png, importance.png
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from rich.console import Console
+
+from mlxft.config import Config
+from mlxft.errors import ConfigError, MlxftError, TrainingError, nearest
+from mlxft.explain import all_keys, nearest_key
+from mlxft.model.load import Loaded
+from mlxft.model.twin import twin
+from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
+from mlxft.run import load_base, make_objective, prepare, total_steps, train
+from mlxft.rundir import FREE_ON_RESUME
+from mlxft.search import DEFAULT_TRIALS, Range, seconds
+from mlxft.study.sweep_report import Outcome, Progress, Result, draw, write_best
+from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, held, reachable
+from mlxft.train.optim import group_of
+from mlxft.train.report import Event, Stopped
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+EVALS = 8  # validations of a trial where the recipe does not say: pruning needs some
+ATTEMPTS = 3  # of a trial whose process was killed in the midst of it, perhaps by it
+# They change how or where a figure is measured, or nothing that is learnt.
+FIXED = {"objective", "versions", "data.valid", "data.cache", "run.name", "run.dir", "run.save_every", "run.keep"}
+FIXED |= {"run.report_every", "run.eval_every", "run.eval_at_start", "run.sample_prompts", "run.sample_tokens"}
+FIXED_SECTIONS = ("sweep.", "report.", "memory.")
+# What may be another when a sweep goes on.
+FREE = {*FREE_ON_RESUME, "sweep.trials", "sweep.time", "memory.limit", "memory.cache", "report.to", "report.project"}
+
+
+class _NoSuchMetric(ConfigError):
+    """What the sweep looks for is not reported: no trial can help."""
+
+
+def sweep(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    trials: int | None = None,
+    limit: str | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Run the sweep of a recipe, or go on with it.
+
+    Args:
+        trials: in all, with those of earlier calls; default: the recipe's.
+        limit: longest time of this call, such as 2h; default: the recipe's.
+        name: of the folder below run.dir; default: the run's.
+        overwrite: begin anew.
+    Raises:
+        ConfigError, DataError, ModelError: the recipe or its sweep is wrong; nothing was tried.
+        CheckpointError: another sweep holds the folder, or its database can not be used.
+        TrainingError: no trial gave a figure.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    check_installed()
+    config = load_config(path, overrides)
+    raw = read_recipe(path, overrides)[0]
+    if not config.sweep.space:
+        raise ConfigError(f"{path}: sweep.space is needed: what to vary, e.g. {{optim.lr: {{log: [1e-5, 1e-3]}}}}")
+    if name is not None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    given = {k: v for k, v in (("trials", trials), ("time", limit)) if v is not None}
+    config = config.model_copy(update={"sweep": config.sweep.model_copy(update=given)})
+    longest = _seconds(config.sweep.time)
+    check_space(config, raw, str(path))
+    folder = config.run_dir
+    _check_folder(folder, overwrite)
+    made = not folder.exists()
+    job = _Job(config, raw, folder, console or Console())
+    try:
+        with held(folder):
+            if overwrite:
+                _empty(folder)
+            with reachable(folder / FILE):
+                return job.run(longest)
+    except ConfigError:
+        if made:  # nothing was learnt from it
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        return math.inf if text is None else seconds(text)
+    except ValueError as e:
+        raise ConfigError(f"sweep.time: {e}") from e
+
+
+def check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
+    """Hold the settings that are varied, and the values at the ends of their ranges, against what a recipe may say.
+
+    Raises:
+        ConfigError: every problem, one a line.
+    """
+    space, keys, problems = config.sweep.space, all_keys(type(config)), []
+    for key, r in space.items():
+        place = f"{origin}: sweep.space.{key}"
+        if key not in keys:
+            problems.append(f"{place}: no such setting{nearest_key(key, type(config))}")
+        elif key in FIXED or key.startswith(FIXED_SECTIONS):
+            problems.append(f"{place}: can not be varied: it is no part of what is learnt, or of how it is measured")
+        else:
+            for value in r.value:
+                try:
+                    parse_config(with_values(raw, {key: value}), "")
+                except ConfigError as e:
+                    said = "; ".join(line.removeprefix(": ") for line in str(e).splitlines())
+                    problems.append(f"{place}: with {value!r}: {said}")
+                    break
+    for one, other in PAIRS:
+        if one in space and other in space:
+            problems.append(f"{origin}: sweep.space: {one} and {other} exclude each other; vary one")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    check_grid(config.sweep)
+
+
+def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without its sweep, and with these settings."""
+    found = {k: copy.deepcopy(v) for k, v in raw.items() if k != "sweep"}
+    for key, value in values.items():
+        put(found, key, value, set(values), f"sweep.space.{key}")
+    return found
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that is something else."""
+    if folder.exists() and not (folder / FILE).exists():
+        foreign = sorted(p.name for p in folder.iterdir() if p.name != "sweep.lock") if folder.is_dir() else [""]
+        if foreign:
+            raise ConfigError(f"{folder} exists and is no sweep (no {FILE}); give another --name")
+    elif overwrite and folder.is_symlink():
+        raise ConfigError(f"{folder} is a link, and is not replaced; give another --name")
+
+
+def _empty(folder: Path) -> None:
+    """Take away an earlier sweep, but for the lock that is held."""
+    for name in (FILE, f"{FILE}-journal", "best.yaml", "history.png", "importance.png"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "trials", ignore_errors=True)
+
+
+class Watch:
+    """Follows a trial: tells Optuna of each validation, and ends what is not worth going on with.
+
+    Args:
+        deadline: by time.monotonic().
+    """
+
+    def __init__(self, trial: Trial, metric: str, deadline: float, progress: Progress) -> None:
+        self._trial, self._metric, self._deadline, self._progress = trial, metric, deadline, progress
+        self._told = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        self.step, self.total, self.evals = 0, 0, 0
+        self.value: float | None = None  # of the weights that the run keeps
+
+    def event(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "start":
+            self.total = event["steps"]
+        elif kind in ("train", "eval"):
+            self.step = event["step"]
+            self._progress.now(self._trial.number, self.step, self.total, event.get("loss"))
+            if kind == "eval" and self.step:
+                self._judge(event)
+            if time.monotonic() > self._deadline and self.step < self.total:
+                raise Stopped("the time of the sweep is up", "interrupted")
+
+    def close(self) -> None:
+        pass
+
+    def _judge(self, event: Event) -> None:
+        if self._metric not in event:
+            numbers = [k for k, v in event.items() if isinstance(v, (int, float))]
+            known = [k for k in numbers if k not in ("step", "elapsed_s", "best")]
+            raise _NoSuchMetric(
+                f"sweep.metric: {self._metric} is not what validation reports{nearest(self._metric, known)}; it "
+                f"reports {', '.join(known)}"
+            )
+        value = float(event[self._metric])
+        if not math.isfinite(value):
+            raise TrainingError(f"step {self.step}: {self._metric} is {value}")
+        self.evals += 1
+        if event["best"]:
+            self.value = value
+        if self.evals not in self._told:
+            self._trial.report(value, self.evals)
+        if self.step < self.total and self._trial.should_prune():
+            raise Stopped(f"pruned at step {self.step} of {self.total}: {self._metric} {value:.4g}")
+
+
+class _Job:
+    """One call of a sweep."""
+
+    def __init__(self, config: Config, raw: dict[str, Any], folder: Path, console: Console) -> None:
+        self.config, self.raw, self.folder, self.console = config, raw, folder, console
+        space = config.sweep.space
+        whole = config.tune.method == "full" or "full" in getattr(space.get("tune.method"), "value", ())
+        # Whole weights that are trained are twice in memory beside a base that is kept.
+        self._keeps = not whole and not any(k.startswith("model.") for k in space)
+        self._loaded = load_base(config, lazy=True)
+        objective = make_objective(config, self._loaded.tokenizer)
+        if not objective.summary().validates:
+            raise ConfigError("a sweep compares by validation, and there is no validation data; give data.valid (0.05)")
+        # What is wrong with the recipe itself is said before any trial.
+        model = self._prepared().model
+        group_of(config.optim.groups, (n for n, _ in tree_flatten(model.trainable_parameters())))
+        self._data = objective.fingerprint()
+        self._totals = {self._length_key({}): total_steps(config, objective)}
+
+    def _prepared(self) -> Loaded:
+        """A model as the recipe itself trains it."""
+        try:
+            model = twin(self._loaded)
+        except TypeError:  # no copy of this architecture: each trial loads its own
+            self._keeps, model = False, load_base(self.config, lazy=True)
+        prepare(self.config, model)
+        return model
+
+    def run(self, longest: float) -> Result:
+        """All trials; pictures and recipe of the best.
+
+        Raises:
+            As `sweep`.
+        """
+        sweep, began = self.config.sweep, time.monotonic()
+        about = {k: v for k, v in flat(_shared(self.config)).items() if k not in FREE} | {"data": self._data}
+        self.store = Store(self.folder, sweep, self.config.run.seed, json.loads(json.dumps(about)))
+        count = sweep.trials or (None if sweep.time else DEFAULT_TRIALS)
+        if sweep.sampler == "grid":
+            count = min(count or self.store.combinations, self.store.combinations)
+        before = len(self.store.trials())
+        with Progress(self.console, count, before) as self.progress:
+            if before or self.store.unfinished():
+                self.progress.say(f"going on with {self.folder}: {before} trials are finished")
+            try:
+                while (count is None or len(self.store.trials()) < count) and time.monotonic() - began < longest:
+                    asked = self.store.ask()
+                    if asked is None or not self._try(*asked, began + longest):
+                        break
+            except KeyboardInterrupt:
+                self.progress.say(f"interrupted after {len(self.store.trials())} trials; the same command goes on")
+                raise
+        result = self.result(self.store.importance())
+        if result.best is None:
+            failed = next((o.error for o in result.trials if o.error), "the time was up before one was finished")
+            raise TrainingError(f"no trial of {self.folder} gave a figure: {failed}")
+        draw(result, self.console)
+        return result
+
+    def result(self, importance: dict[str, float] | None = None) -> Result:
+        """What is known by now."""
+        sweep = self.config.sweep
+        found = [Outcome.of(t, self.store.params(t)) for t in self.store.trials()]
+        return Result(self.folder, sweep.metric, sweep.minimize, found, importance or {})
+
+    def _try(self, trial: Trial, params: dict[str, Any], deadline: float) -> bool:
+        """Train one trial and record what came of it. False: the time is up, and it is not finished."""
+        from optuna.trial import TrialState
+
+        place = self.folder / "trials" / str(trial.number)
+        shutil.rmtree(place, ignore_errors=True)
+        attempts = trial.user_attrs.get("attempts", 0)
+        trial.set_user_attr("attempts", attempts + 1)
+        watch, began = Watch(trial, self.config.sweep.metric, deadline, self.progress), time.monotonic()
+        state, error = TrialState.COMPLETE, None
+        try:
+            if attempts >= ATTEMPTS:
+                raise TrainingError(f"its process ended {attempts} times in the midst of it: out of memory?")
+            config = self._recipe(trial.number, params)
+            train(config, console=Console(file=io.StringIO()), base=self._base(), sinks=[watch])
+            if watch.value is None:
+                raise TrainingError("no validation gave a finite loss")
+        except (KeyboardInterrupt, Stopped) as e:
+            if not isinstance(e, Stopped) or e.run_status == "interrupted":
+                trial.set_user_attr("attempts", attempts)  # it is not the trial's doing
+                shutil.rmtree(place, ignore_errors=True)
+                if isinstance(e, Stopped):
+                    return False
+                raise
+            state = TrialState.PRUNED
+        except _NoSuchMetric:
+            raise
+        except (MlxftError, RuntimeError, MemoryError, OSError) as e:
+            state, error = TrialState.FAIL, str(e) or type(e).__name__
+        facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}
+        for key, value in facts.items():
+            trial.set_user_attr(key, value)
+        self.store.study.tell(trial, watch.value if state == TrialState.COMPLETE else None, state)
+        result = self.result()
+        if result.best is not None:
+            write_best(result, with_values(self.raw, self._values(result.best.params)), self.config)
+        self._tidy(place, result)
+        self.progress.done(next(o for o in result.trials if o.number == trial.number), self.config.sweep.metric)
+        return True
+
+    def _tidy(self, place: Path, result: Result) -> None:
+        """Leave no weights but those of complete trials (of whole models: of the best), and give memory back."""
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        kept = {str(o.number) for o in result.trials if o.state == "complete"}
+        best = {str(result.best.number)} if result.best is not None else set()
+        if place.name not in kept:
+            shutil.rmtree(place / "adapter", ignore_errors=True)
+        for model in (self.folder / "trials").glob("*/model"):
+            if model.parent.name not in best:
+                shutil.rmtree(model, ignore_errors=True)
+        gc.collect()
+        mx.clear_cache()
+
+    def _base(self) -> Loaded | None:
+        return twin(self._loaded) if self._keeps else None
+
+    def _length_key(self, params: Mapping[str, Any]) -> str:
+        """What a run's number of steps may depend on."""
+        return json.dumps({k: v for k, v in params.items() if not k.startswith(("optim.", "tune."))}, default=str)
+
+    def _values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A trial's settings, and how often it validates where the recipe leaves that open."""
+        if self.config.run.eval_every is not None:
+            return dict(params)
+        key = self._length_key(params)
+        if key not in self._totals:
+            config = parse_config(with_values(self.raw, params), "trial")
+            same = not any(k.startswith("model.") for k in params)
+            tokenizer = self._loaded.tokenizer if same else load_base(config, lazy=True).tokenizer
+            self._totals[key] = total_steps(config, make_objective(config, tokenizer))
+        return {**params, "run.eval_every": math.ceil(self._totals[key] / EVALS)}
+
+    def _recipe(self, number: int, params: Mapping[str, Any]) -> Config:
+        config = parse_config(with_values(self.raw, self._values(params)), f"trial {number}")
+        run = {"name": str(number), "dir": self.folder / "trials", "save_every": 2**62, "keep": 1}
+        return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """What all trials of a sweep have in common."""
+    space: dict[str, Range] = config.sweep.space
+    about = config.model_dump(mode="json", exclude={"versions", "sweep"})
+    about["sweep"] = config.sweep.model_dump(mode="json", exclude={"space"})
+    about["sweep"]["space"] = {k: f"{r.kind} {r.value}" for k, r in space.items()}
+    return about
