@@ -8,25 +8,74 @@ import click
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--adapter", "adapters", multiple=True, metavar="RUN[:W]", help="Merge: add W times its change (1).")
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Share of the adaptation that must be kept; on a quantised base the fewest bits that do are taken.",
+)
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Requantise all fused layers so.")
 @click.option("--dequantize", is_flag=True, help="Write float weights of a quantised base.")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Requantise the fused layers so.")
+@click.option("--probe", metavar="FILE", help="Rows to measure on; default: the run's validation rows, or built-in.")
+@click.option("--force", is_flag=True, help="Write it even if less than --keep is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
-def fuse(run: Path, out: Path, model: str | None, dequantize: bool, bits: str | None, overwrite: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+def fuse(
+    paths: tuple[Path, ...],
+    adapters: tuple[str, ...],
+    model: str | None,
+    keep: float,
+    bits: str | None,
+    dequantize: bool,
+    probe: str | None,
+    force: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Fuse RUN's adapter into its base and write the folder OUT, for mlx-lm, LM Studio and transformers.
 
+    What was kept of the fine-tune is measured; where less than --keep would be, nothing is written.
+
     Example: mlxft fuse runs/quickstart fused
+
+    Example: mlxft fuse merged --adapter runs/a:0.7 --adapter runs/b:0.3
     """
     if dequantize and bits:
         raise click.UsageError("give --dequantize or --bits, not both")
-    from mlxft.export.fuse import fuse as fuse_run
+    if len(paths) > 2 or (len(paths) == 1 and not adapters):
+        raise click.UsageError("give RUN and OUT, or OUT and --adapter RUN (once or more)")
+    import json
 
-    for line in fuse_run(
-        run, out, model=model, dequantize=dequantize, bits=int(bits) if bits else None, overwrite=overwrite
-    ):
-        click.echo(line)
+    from rich.console import Console
+
+    from mlxft.export.fuse import LostTooMuch
+    from mlxft.export.fuse import fuse as fuse_run
+    from mlxft.export.sources import parse_adapter
+
+    with Console(stderr=True).status("loading") as status:
+        try:
+            fused = fuse_run(
+                paths[0] if len(paths) == 2 else None,
+                paths[-1],
+                adapters=[parse_adapter(text) for text in adapters],
+                model=model,
+                dequantize=dequantize,
+                bits=int(bits) if bits else None,
+                keep=keep,
+                probe=probe,
+                force=force,
+                overwrite=overwrite,
+                tell=status.update,
+            )
+        except LostTooMuch as lost:
+            if as_json:
+                click.echo(json.dumps(lost.fused.to_json()))
+            raise
+    click.echo(json.dumps(fused.to_json()) if as_json else "\n".join(fused.lines()))
 
 
 @click.command()

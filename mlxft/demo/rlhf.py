@@ -145,7 +145,7 @@ def walk(folder: Path, file: str | None, overrides: Sequence[str], console: Cons
         runs[stage] = train(config, overwrite=True, console=console)
     console.rule("4. Fusing")
     fused = folder / "fused"
-    for line in fuse(runs["ppo"].dir, fused, overwrite=True):
+    for line in fuse(runs["ppo"].dir, fused, overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     lines = (folder / "data" / "held-out.jsonl").read_text("utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]

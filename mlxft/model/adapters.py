@@ -335,7 +335,15 @@ def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoR
 
 
 def load_with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
-    """A base with the adapter in a folder, ready to use.
+    """A base with the adapter in a folder, ready to use. Arguments and errors as for `load_base_of`."""
+    loaded = load_base_of(path, adapter, options)
+    load_adapter(loaded.model, adapter, base_fingerprint(loaded))
+    loaded.model.eval()
+    return loaded
+
+
+def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
+    """The base of the adapter in a folder, without it.
 
     Args:
         path: the base, or the adapter's own place: then the adapter says which.
@@ -346,17 +354,20 @@ def load_with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any
     base = dict(read_adapter_config(adapter).get("mlxft", {}).get("base", {}))
     base.pop("fingerprint", None)
     name = base.pop("model", None)
-    if Path(path).expanduser() in (adapter, adapter.parent):
+    named = Path(path).expanduser() not in (adapter, adapter.parent)
+    if not named:
         if name is None:
             raise ModelError(f"{adapter} does not say which base it is for; name it with --model")
         path = name
     elif str(path) != name:
         base = {}
     template = base.pop("chat_template", None)
-    loaded = load_model(str(path), **{**base, "chat_template": Path(template) if template else None, **options})
-    load_adapter(loaded.model, adapter, base_fingerprint(loaded))
-    loaded.model.eval()
-    return loaded
+    try:
+        return load_model(str(path), **{**base, "chat_template": Path(template) if template else None, **options})
+    except ModelError as e:
+        if named:
+            raise
+        raise ModelError(f"{adapter}: its base can not be loaded: {e}; if it has moved, name it with --model") from e
 
 
 def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:

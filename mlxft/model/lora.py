@@ -182,6 +182,11 @@ class LoRAEmbedding(LowRank):
         return self._scale * (self.lora_a @ self.lora_b)
 
 
+def shift(layer: LowRank) -> mx.array:
+    """What fusing adds to the base's weight, in its shape, float32; DoRA's rescaling is part of it."""
+    return layer.fused_weight() - dense_weight(layer.base).astype(mx.float32) if "m" in layer else layer.delta()
+
+
 def adaptable(module: nn.Module) -> bool:
     """Whether a low-rank layer can wrap `module`."""
     return isinstance(module, LINEAR + SWITCH + EMBEDDING)

@@ -68,9 +68,10 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     folder = Path(path).expanduser()
     head = find_head(folder)
     assert head is not None, "load has found it"
-    noted = read_head(head).about.get("reward", {})
+    about = read_head(head).about
+    noted = about.get("reward", {})
     run = open_run(folder) if (folder / "config.yaml").is_file() else None
-    chat = run is None or run.config.data.template == "auto"
+    chat = (about.get("template", "auto") if run is None else run.config.data.template) == "auto"
     return Scorer(Split(loaded.model), loaded.tokenizer, chat, noted.get("mean"), noted.get("std"))
 
 

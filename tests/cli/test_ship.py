@@ -25,7 +25,8 @@ def trained(write: Callable[..., str], mlxft: Command) -> str:
 def test_a_fused_run_answers_as_the_run(trained: str, mlxft: Command) -> None:
     done = mlxft("fuse", trained, "fused")
     assert (done.code, done.err) == (0, "")
-    assert done.out == "fused 14 layers; wrote fused (0 MB of weights)\n"
+    assert done.out.startswith("fused 14 layers; wrote fused (0 MB of weights)\n")
+    assert "built-in text" in done.out  # the run had no validation rows
     answers = [mlxft("generate", "--model", m, "the in", *SHORT).out for m in (trained, "fused")]
     assert answers[0] == answers[1]
     assert mlxft("fuse", f"{trained}/adapter", "again").code == 0
@@ -59,9 +60,8 @@ def test_wrong_use_of_fuse(trained: str, refused: Callable[..., str], tiny_model
 def test_options_of_fuse_on_a_quantised_base(write: Callable[..., str], mlxft: Command, tmp_path: Path) -> None:
     recipe = write(**{"model.quantize": 4, "model.group_size": 32, "run.steps": 1, "tune.targets": ["q_proj"]})
     assert mlxft("train", recipe).code == 0
-    plain = mlxft("fuse", "runs/a", "plain")
-    assert "2 fused layers were rounded to 4 bits again" in plain.out
-    assert mlxft("fuse", "runs/a", "eight", "--bits", "8").code == 0
+    assert mlxft("fuse", "runs/a", "plain", "--bits", "4", "--force").code == 0
+    assert mlxft("fuse", "runs/a", "eight", "--bits", "8", "--force").code == 0
     assert "float" in mlxft("fuse", "runs/a", "wide", "--dequantize").out
 
     def config(name: str) -> Any:
