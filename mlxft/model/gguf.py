@@ -1,22 +1,24 @@
 """Reads a .gguf file: weights under Hugging Face's names, config, tokenizer.
 
 MLX reads the container (`mx.load(..., return_metadata=True)`): Q4_0 and Q4_1 come out as affine 4-bit and Q8_0 as
-affine 8-bit, all in groups of 32 (weight, scales, biases), F16, BF16 and F32 as they are. What differs from a
-Hugging Face folder stands in the tables of gguf_names and gguf_pretokenizers.
+affine 8-bit, all in groups of 32 (weight, scales, biases), F16 and F32 as they are; BF16 is read here.
+What differs from a Hugging Face folder stands in the tables of gguf_names and gguf_pretokenizers.
 Layout: ggml/docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxft.errors import ModelError
 from mlxft.model.gguf_config import GgufFile, config, eos_ids
-from mlxft.model.gguf_header import tensor_types
+from mlxft.model.gguf_header import Entry, tensor_table
 from mlxft.model.gguf_names import ARCHITECTURES, ROPE_TENSORS, architecture, unpermute
 from mlxft.model.gguf_tokenizer import tokenizer
 
@@ -34,12 +36,12 @@ def read(path: Path) -> GgufFile:
         ModelError: not a GGUF file, truncated, split, of an architecture or quantisation that is not read here.
     """
     try:
-        types = set(tensor_types(path).values())
+        table = tensor_table(path)
     except OSError as error:
         raise ModelError(f"{path}: can not be read: {error.strerror or error}") from error
     except (ValueError, OverflowError) as error:
         raise ModelError(f"{path}: {error}; download it again") from error
-    if odd := sorted(types - set(READABLE)):
+    if odd := sorted({entry.kind for entry in table.values()} - set(READABLE)):
         raise ModelError(
             f"{path}: holds tensors in {', '.join(odd)}, which can not be read right; take a file in one of "
             f"{', '.join(READABLE)}, or the model's safetensors"
@@ -47,6 +49,7 @@ def read(path: Path) -> GgufFile:
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
         tensors, metadata = loaded
+        tensors.update({name: _bfloat16(path, entry) for name, entry in table.items() if entry.kind == "BF16"})
     except (RuntimeError, ValueError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path}: broken or truncated: {text}; download it again") from error
@@ -56,6 +59,12 @@ def read(path: Path) -> GgufFile:
     if file_.integer("expert_count", 0) > 0:
         raise ModelError(f"{path}: a mixture of experts, which is not read from .gguf files; use its safetensors")
     return file_
+
+
+def _bfloat16(path: Path, entry: Entry) -> mx.array:
+    """A BF16 tensor as it stands in the file: MLX would give it as float16."""
+    bits = np.fromfile(path, np.uint16, math.prod(entry.shape), offset=entry.offset)
+    return mx.array(bits).view(mx.bfloat16).reshape(entry.shape)
 
 
 def weights(file: GgufFile, config: dict[str, Any]) -> dict[str, mx.array]:

@@ -1,18 +1,19 @@
 """The table of tensors at the head of a .gguf file: which quantisation each one has.
 
-MLX gives tensors without their type, and reads some types wrongly in silence (Q4_K in mlx 0.32.4), so the types are
-looked at before. Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
+MLX gives tensors without their type, and reads some types wrongly in silence (in mlx 0.32.4 Q4_K, and BF16 by way of
+float16, where large numbers become infinite), so the types are looked at before.
+Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 # Bytes of a metadata value by its type number; 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 
 TYPES = {
     0: "F32",
@@ -35,8 +36,16 @@ TYPES = {
 }
 
 
-def tensor_types(path: Path) -> dict[str, str]:
-    """Tensor name -> type ("Q4_1"; "type 99" where the number has no name here).
+class Entry(NamedTuple):
+    """A line of the table: type of a tensor ("Q4_1"; "type 99" where it has no name here), shape, place in the file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def tensor_table(path: Path) -> dict[str, Entry]:
+    """Tensor name -> what the table says of it.
 
     Raises:
         ValueError: not GGUF of version 2 or 3, or cut off within its head.
@@ -47,19 +56,39 @@ def tensor_types(path: Path) -> dict[str, str]:
         version, tensors, pairs = _unpack(file, "IQQ")
         if version not in (2, 3):
             raise ValueError(f"GGUF version {version}; only 2 and 3 are known")
+        alignment = 32
         for _ in range(pairs):
-            _skip_string(file)
-            _skip_value(file, *_unpack(file, "I"))
-        return dict(_tensor(file) for _ in range(tensors))
+            key = _string(file)
+            (kind,) = _unpack(file, "I")
+            if key == "general.alignment" and kind == _UINT32:
+                (alignment,) = _unpack(file, "I")
+            else:
+                _skip_value(file, kind)
+        table = dict(_tensor(file) for _ in range(tensors))
+        # Offsets count from where the data begins, on a full multiple.
+        if not alignment:
+            raise ValueError("broken: it aligns its data to 0 bytes")
+        start = -(-file.tell() // alignment) * alignment
+    return {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}
 
 
-def _tensor(file: BinaryIO) -> tuple[str, str]:
-    (length,) = _unpack(file, "Q")
-    name = _read(file, length).decode("utf-8", "replace")
+def tensor_types(path: Path) -> dict[str, str]:
+    """Tensor name -> type; raises as `tensor_table`."""
+    return {name: entry.kind for name, entry in tensor_table(path).items()}
+
+
+def _tensor(file: BinaryIO) -> tuple[str, Entry]:
+    name = _string(file)
     (dimensions,) = _unpack(file, "I")
-    _read(file, 8 * dimensions)
-    kind, _ = _unpack(file, "IQ")
-    return name, TYPES.get(kind, f"type {kind}")
+    # The innermost comes first.
+    shape = struct.unpack(f"<{dimensions}Q", _read(file, 8 * dimensions))[::-1]
+    kind, offset = _unpack(file, "IQ")
+    return name, Entry(TYPES.get(kind, f"type {kind}"), shape, offset)
+
+
+def _string(file: BinaryIO) -> str:
+    (length,) = _unpack(file, "Q")
+    return _read(file, length).decode("utf-8", "replace")
 
 
 def _unpack(file: BinaryIO, form: str) -> tuple[int, ...]:
