@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.cli.label import label
 from mlxft.config import Config, config_class
+from mlxft.data.sources import Row
 from mlxft.errors import ConfigError
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LowRank
@@ -23,11 +24,14 @@ from mlxft.objectives.onpolicy.functions import load_functions
 from mlxft.objectives.onpolicy.rewards import Item
 from mlxft.recipe import load_config
 from mlxft.run import load, make_objective, train
+from mlxft.study.cases import make_cases
 from mlxft.study.label_recipe import read_label_recipe
+from mlxft.study.tasks import Task, read_task
 
 ROOT = Path(__file__).parents[1]
 LABEL = ROOT / "configs/label.yaml"
-RECIPES = sorted(set((ROOT / "configs").glob("*.yaml")) - {LABEL})
+TASKS = sorted((ROOT / "configs").glob("eval-*.yaml"))
+RECIPES = sorted(set((ROOT / "configs").glob("*.yaml")) - {LABEL, *TASKS})
 NAMES = [r.stem for r in RECIPES]
 CHATS = ROOT / "mlxft/demo/rows.jsonl"
 PAIRS = ROOT / "mlxft/demo/pairs.jsonl"
@@ -120,6 +124,19 @@ def test_the_recipe_of_label_says_only_what_differs_from_the_options() -> None:
     assert {"prompts", "model", "out"} < set(given)
     defaults = {option.name: option.default for option in label.params}
     assert not [k for k, v in given.items() if defaults.get(k) == v]
+
+
+def test_the_task_of_eval_says_only_what_differs_from_the_defaults() -> None:
+    rows = {"eval-reviews": {"review": "Good.", "label": "great"}, "eval-numbers": {"question": "1 + 1?", "answer": 2}}
+    assert {task.stem for task in TASKS} == set(rows)
+    for file in TASKS:
+        text = file.read_text("utf-8")
+        assert len(text.splitlines()) <= 40
+        assert text.startswith("# ")
+        given = yaml.safe_load(text)
+        assert not [name for name, value in given.items() if Task.model_fields[name].default == value]
+        (case,) = make_cases([Row("rows:1", rows[file.stem])], read_task(str(file)))
+        assert case.label == str(given["answer"] and rows[file.stem][given["answer"]])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)

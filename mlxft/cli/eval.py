@@ -88,7 +88,7 @@ def eval(
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
     found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=Console(stderr=True))
-    folder = out or default_out(adapter or model, file)
+    folder = out or default_out(adapter or model, file, found)
     if folder is not None:
         found.write(folder)
     if as_json:

@@ -54,6 +54,8 @@ def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
     rows = list(rows)
     problems = [f"{row.where}: {row.text}" for row in rows if isinstance(row, Problem)]
     sound = [row for row in rows if isinstance(row, Row)]
+    if not sound:
+        raise DataError(report_lines(problems) or "there are no rows to evaluate")
     _check_fields(task, sound)
     items: Sequence[Item | None] = [None] * len(sound)
     if task.prompt is None and not (task.kind == "choice" and task.format is None and _is_question(sound, task)):
@@ -77,13 +79,13 @@ def _is_question(rows: Sequence[Row], task: Task) -> bool:
 
 def _format(task: Task, rows: Sequence[Row]) -> str:
     """The format that rows are read by: the task's, else what the first row looks like."""
-    looks = suggest_format(rows[0].data) if rows and not task.format else task.format
+    looks = task.format or suggest_format(rows[0].data)
     if looks in READ and not (looks == "text" and task.kind != "loss"):
         return str(looks)
     if looks is None:
-        has = ", ".join(rows[0].data) if rows else "no fields"
+        has = ", ".join(rows[0].data) or "no fields"
         raise DataError(
-            f"{rows[0].where if rows else 'the file'}: the row has {has}, which is none of the formats "
+            f"{rows[0].where}: the row has {has}, which is none of the formats "
             f"{', '.join(READ)}; name one with --format, or say what to ask in a task's prompt (--task TASK.yaml)"
         )
     what = f"a {task.kind} task" if task.kind != "loss" else "a loss"

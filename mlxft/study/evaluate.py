@@ -205,10 +205,10 @@ class _How:
         whose = f"prompt, {shots} shots and answer" if shots else "prompt and answer"
         if self.overflow == "error" or len(long) == len(cases):
             lines = [f"{cases[i].where}: {whose} take {lengths[i]:,} tokens; the context has {limit:,}" for i in long]
-            fewer = "fewer shots, " if shots else ""
-            raise DataError(
-                f"{report_lines(lines)}\nuse {fewer}a smaller max_tokens, or leave such rows out (--overflow drop)"
-            )
+            ways = ["fewer shots"] if shots else []
+            ways += ["a smaller max_tokens"] if self.task.kind == "generate" else []
+            ways += ["--overflow drop, which leaves such rows out"]
+            raise DataError(f"{report_lines(lines)}\nuse {', or '.join(ways)}")
         left = set(long)
         return [i for i in range(len(cases)) if i not in left], [
             f"{len(long):,} of {len(cases):,} rows are left out: {whose} take more than the context's {limit:,} tokens"

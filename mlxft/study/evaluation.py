@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def run_evaluation(
     if asking.limit is not None:
         rows = rows[: asking.limit]
     data = _run_data(named)
-    tasks = [_settled(task, asking, data, rows) for task in asking.tasks]
+    tasks = merged([_settled(task, asking, data, rows) for task in asking.tasks])
     asked = [make_cases(rows, task) for task in tasks]
     shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
     other, options = _base(model, adapter) if against == "base" else (against, {})
@@ -163,6 +164,26 @@ def run_evaluation(
         paired = compare(first, second, seed=asking.seed, confidence=asking.confidence)
         found.append(Compared(first, second, paired))
     return Evaluation(named, file, against, asking, found)
+
+
+def merged(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks that differ only in how answers are judged as one, so that a model answers once.
+
+    Raises:
+        ConfigError: a task is given twice.
+    """
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        how = task.model_dump_json(exclude={"name", "metrics"})
+        found.setdefault(f"{task.kind} {how}", []).append(task)
+    every = []
+    for alike in found.values():
+        labels = [metric.label for task in alike for metric in task.metrics or []]
+        if len(alike) > 1 and (alike[0].kind != "generate" or len(set(labels)) < len(labels)):
+            raise ConfigError(f"--task: {alike[0].name} is given twice")
+        update = {"metrics": [m for t in alike for m in t.metrics or []], "name": "+".join(t.name or "" for t in alike)}
+        every.append(alike[0].model_copy(update=update) if len(alike) > 1 else alike[0])
+    return every
 
 
 def _same_rows(a: Result, b: Result) -> tuple[Result, Result]:
@@ -241,10 +262,12 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
 
 
-def default_out(model: str, file: str) -> Path | None:
-    """Where a run's evaluations are kept; None for what is no run."""
+def default_out(model: str, file: str, found: Evaluation) -> Path | None:
+    """Where a run's evaluations are kept, one folder for each file, tasks and shots; None for what is no run."""
     folder = Path(model).expanduser()
-    name = (
-        Path(file).stem if not file.startswith("hf:") else file.removeprefix("hf:").replace("/", "-").replace(":", "-")
-    )
-    return folder / "eval" / name if (folder / "config.yaml").is_file() else None
+    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
+        return None
+    names = [file.removeprefix("hf:") if file.startswith("hf:") else Path(file).stem]
+    names += [task.result.task for task in found.tasks if task.result.task != "loss"]
+    names += [f"{found.asking.shots}-shot"] if found.asking.shots else []
+    return folder / "eval" / re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".")
