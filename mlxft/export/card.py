@@ -58,6 +58,7 @@ class Facts:
         kind: adapter, model, peft, gguf or classifier.
         scores: it gives scores, not text.
         config, events: of the run, where there is one.
+        method: lora, dora or full, where the adapter says so: one that goes on from another has its shape.
         quantized: bits of the uploaded weights, where they are quantised by MLX.
         evaluations: results.json of each `mlxft eval` of the run, parsed.
         files: names of the uploaded ones.
@@ -69,6 +70,7 @@ class Facts:
     scores: bool = False
     config: Config | None = None
     events: Sequence[Event] = ()
+    method: str | None = None
     quantized: int | None = None
     evaluations: Sequence[Metadata] = ()
     files: Sequence[str] = ()
@@ -100,7 +102,8 @@ def front_matter(facts: Facts) -> Metadata:
         data |= facts.base.licence
     tags = [library, "mlxft"]
     if config:
-        tags += [_method(config), *([] if config.tune.method == "full" else [config.tune.method])]
+        method = facts.method or config.tune.method
+        tags += [_method(config), *([] if method == "full" else [method])]
         sets = [config.data.train, config.data.valid]
         if hub := list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d)))):
             data["datasets"] = hub
@@ -151,9 +154,9 @@ def _summary(facts: Facts) -> str:
     config, base = facts.config, _linked(facts.base)
     if config is None:
         return f"Weights made from {base} with mlxft, a fine-tuner of language models on Apple's MLX."
-    tune = config.tune
-    what = METHODS[tune.method]
-    if facts.kind in ("model", "classifier", "gguf") and tune.method != "full":
+    method = facts.method or config.tune.method
+    what = METHODS[method]
+    if facts.kind in ("model", "classifier", "gguf") and method != "full":
         what = f"fused {what.split()[0]} fine-tune"
     article = "An" if what[0] in "AEIOU" else "A"
     if facts.scores:
@@ -249,6 +252,8 @@ def _training(config: Config, events: Sequence[Event]) -> str:
     rows: list[tuple[str, str]] = []
     if config.model.path in KNOWN:
         rows.append(("weights of the base", KNOWN[config.model.path][2]))
+    if config.model.adapter:
+        rows.append(("went on from", f"the run or adapter `{Path(config.model.adapter).name}`"))
     rows.append(("data", _data(config.data.train)))
     if config.data.valid is not None:
         share = isinstance(config.data.valid, float)

@@ -109,6 +109,7 @@ def pack(
         scores=(folder / HEAD_FILE).exists() or kind == "classifier" or about.get("task_type") == "SEQ_CLS",
         config=trained.config if trained else None,
         events=events,
+        method=about.get("fine_tune_type") if kind == "adapter" else None,
         quantized=(about.get("quantization") or {}).get("bits"),
         evaluations=_evaluations(trained) if trained else [],
         files=sorted(files),

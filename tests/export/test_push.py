@@ -437,6 +437,15 @@ def test_preference_training_is_called_by_its_loss(run: Run) -> None:
     assert ", by IPO with mlxft" in card(facts)
 
 
+def test_a_run_that_went_on_is_called_by_its_adapter(run: Run) -> None:
+    model = run.config.model.model_copy(update={"adapter": "/secret-home/runs/first"})
+    config = run.config.model_copy(update={"model": model})
+    text = card(Facts("ada/x", "adapter", None, config=config, method="dora"))
+    assert "A DoRA adapter for" in text
+    assert "| went on from | the run or adapter `first` |" in text
+    assert "secret-home" not in text
+
+
 def test_data_sets_of_the_hub_are_linked(run: Run) -> None:
     data = run.config.data.model_copy(update={"train": "hf:org/rows:main:train", "valid": "hf:org/rows:main:test"})
     config = run.config.model_copy(update={"data": data})
