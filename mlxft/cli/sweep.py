@@ -77,8 +77,8 @@ def lr_find(
 ) -> None:
     """Suggest a learning rate for RECIPE: train at a rising one, and see where the loss falls (Smith 2015).
 
-    The suggestion is a tenth of the rate at which the smoothed loss was lowest. The test ends where the loss runs
-    away, and leaves no run behind.
+    The suggestion is a tenth of the rate at which the smoothed loss was lowest, before it first rose by a quarter of
+    its whole fall. The test ends where the loss runs away, and leaves no run behind.
 
     \b
     Example: mlxft lr-find configs/sft-lora.yaml --plot lr.png

@@ -26,7 +26,8 @@ from mlxft.train.report import Stopped, sparkline
 SMOOTHING = 0.9  # of the running mean: about ten steps count
 WARMUP = 10  # steps before the running mean is judged
 LEAST_STEPS = 20
-RULE = "a tenth of the rate at which the smoothed loss was lowest"
+RISE = 0.25  # of the loss's whole fall; less is noise
+RULE = "a tenth of the rate at which the smoothed loss was lowest before it first rose by a quarter of its whole fall"
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,23 @@ def ran_away(smoothed: list[float]) -> bool:
     return len(smoothed) > WARMUP and smoothed[-1] > low + max(abs(low), smoothed[0] - low)
 
 
+def valley(smoothed: list[float]) -> int:
+    """Where the loss was lowest before it first rose by RISE of its whole fall: what it does at rates far beyond is no
+    matter."""
+    rise = RISE * (smoothed[0] - min(smoothed))
+    low = 0
+    for k, loss in enumerate(smoothed):
+        if loss < smoothed[low]:
+            low = k
+        elif loss > smoothed[low] + rise and low > WARMUP:
+            break
+    return low
+
+
 def judge(rates: list[float], losses: list[float], diverged: bool) -> Found:
     """A suggestion from the course of the loss."""
     smoothed = smooth(losses)
-    low = min(range(len(smoothed)), key=smoothed.__getitem__)
+    low = valley(smoothed)
     slopes = [(b - a, r) for a, b, r in zip(smoothed[WARMUP:low], smoothed[WARMUP + 1 : low + 1], rates[WARMUP + 1 :])]
     fell = low > WARMUP and slopes and min(slopes)[0] < 0
     if not fell:

@@ -1,0 +1,76 @@
+"""optim.groups through whole runs: rates reported, layers that learn by their rate, exact resume, refusals."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from rich.console import Console
+
+from mlxft.errors import ConfigError
+from mlxft.model.load import load
+from mlxft.model.twin import twin
+from mlxft.run import train
+from mlxft.rundir import open_run
+
+QUIET = Console(quiet=True)
+
+
+def test_layers_learn_by_their_rate(recipe: Callable[..., dict[str, Any]], tiny_model_dir: Path) -> None:
+    """Adam's first update is the rate: layer 1 moves by lr, layer 0 by a tenth of it, embeddings by 1e-4."""
+    groups = [{"match": "layers.0", "scale": 0.1}, {"match": "embed_tokens", "lr": 1e-4}]
+    optim = {"lr": 1e-2, "groups": groups, "warmup": 0, "weight_decay": 0.0, "schedule": "constant"}
+    run = train(recipe(tune={"method": "full"}, optim=optim, **{"run.steps": 1}), console=QUIET)
+    event = run.metrics("train")[0]
+    assert (event["lr"], event["lr/layers.0"], event["lr/embed_tokens"]) == pytest.approx((1e-2, 1e-3, 1e-4))
+    before = dict(tree_flatten(load(str(tiny_model_dir), dtype="float32").model.parameters()))
+    after = dict(tree_flatten(load(str(run.result), dtype="float32").model.parameters()))
+    moved = {n: mx.abs(after[n] - before[n]).max().item() for n in before}
+    for part, rate in (("layers.0.", 1e-3), ("layers.1.", 1e-2), ("embed_tokens", 1e-4)):
+        assert max(v for n, v in moved.items() if part in n) == pytest.approx(rate, rel=0.01), part
+
+
+@pytest.mark.parametrize("tune", [{"rank": 4}, {"method": "full"}], ids=["lora", "full"])
+def test_a_run_with_groups_goes_on_exactly(tune: dict[str, Any], recipe: Callable[..., dict[str, Any]]) -> None:
+    optim = {
+        "lr": 1e-2,
+        "groups": [{"match": "layers.0", "scale": 0.1, "weight_decay": 0.3}, {"match": "q_proj", "lr": 0.05}],
+    }
+    changes = {"tune": tune, "optim": optim, "run.save_every": 2, "run.keep": 9}
+    whole = train(recipe(**changes), console=QUIET)
+    wanted = next(whole.result.glob("*.safetensors")).read_bytes()
+    shutil.rmtree(whole.dir / "checkpoints/step-4")
+    shutil.rmtree(whole.result)
+    train(recipe(**changes), resume=True, console=QUIET)
+    assert next(whole.result.glob("*.safetensors")).read_bytes() == wanted
+    other = {**optim, "groups": groups[:1]}
+    with pytest.raises(ConfigError, match=r"can not resume with other settings.*\n.*optim.groups"):
+        train(recipe(**{**changes, "optim": other}), resume=True, console=QUIET)
+
+
+def test_a_group_of_nothing_is_refused_before_anything_is_written(recipe: Callable[..., dict[str, Any]]) -> None:
+    settings = recipe(**{"optim.groups": [{"match": "lora_c", "scale": 2.0}]})
+    with pytest.raises(ConfigError, match=r"optim.groups: 'lora_c' matches no parameter.*did you mean lora_[ab]"):
+        train(settings, console=QUIET)
+    assert not (Path(settings["run"]["dir"]) / "a").exists()
+
+
+def test_a_twin_is_trained_and_the_base_stays(recipe: Callable[..., dict[str, Any]], tiny_model_dir: Path) -> None:
+    """Two runs over one loaded base are those of two loads, bit by bit."""
+    base = load(str(tiny_model_dir), dtype="float32", lazy=True)
+    runs = []
+    for name, given in (("one", twin(base)), ("two", twin(base)), ("own", None)):
+        settings = recipe(**{"run.name": name, "tune.train": ["model.norm"], "tune.dropout": 0.2})
+        runs.append(train(settings, base=given, console=QUIET))
+    weights = [(r.result / "adapters.safetensors").read_bytes() for r in runs]
+    assert weights[0] == weights[1] == weights[2]
+    names = [n for n, _ in tree_flatten(base.model.parameters())]
+    assert not [n for n in names if "lora" in n]
+    fresh = dict(tree_flatten(load(str(tiny_model_dir), dtype="float32").model.parameters()))
+    assert all(mx.array_equal(v, fresh[n]).item() for n, v in tree_flatten(base.model.parameters()))
+    assert open_run(runs[0].dir).metrics("end")
