@@ -37,10 +37,8 @@ def test_layers_learn_by_their_rate(recipe: Callable[..., dict[str, Any]], tiny_
 
 @pytest.mark.parametrize("tune", [{"rank": 4}, {"method": "full"}], ids=["lora", "full"])
 def test_a_run_with_groups_goes_on_exactly(tune: dict[str, Any], recipe: Callable[..., dict[str, Any]]) -> None:
-    optim = {
-        "lr": 1e-2,
-        "groups": [{"match": "layers.0", "scale": 0.1, "weight_decay": 0.3}, {"match": "q_proj", "lr": 0.05}],
-    }
+    groups = [{"match": "layers.0", "scale": 0.1, "weight_decay": 0.3}, {"match": "q_proj", "lr": 0.05}]
+    optim = {"lr": 1e-2, "groups": groups}
     changes = {"tune": tune, "optim": optim, "run.save_every": 2, "run.keep": 9}
     whole = train(recipe(**changes), console=QUIET)
     wanted = next(whole.result.glob("*.safetensors")).read_bytes()
