@@ -54,6 +54,8 @@ def read(path: Path) -> GgufFile:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path}: broken or truncated: {text}; download it again") from error
     file_ = GgufFile(path, tensors, metadata, architecture(metadata.get("general.architecture"), str(path)))
+    if metadata.get("general.type") == "adapter":
+        raise ModelError(f"{path}: is an adapter, not a model: llama.cpp takes it beside its base (--lora)")
     if file_.integer("split.count", 1) > 1:
         raise ModelError(f"{path}: one part of {file_.integer('split.count')}; join them with llama-gguf-split --merge")
     if file_.integer("expert_count", 0) > 0:

@@ -87,10 +87,12 @@ def recognise(tokenizer: dict[str, Any]) -> str | None:
     """The name of the pre-tokenizer in a tokenizer.json, by what it does; None where it is none of these."""
     seen = signature(tokenizer.get("pre_tokenizer"))
     ignoring = bool(tokenizer["model"].get("ignore_merges"))
-    for name, rule in PRE_TOKENIZERS.items():
-        if rule.ignore_merges == ignoring and seen == _signature_of(rule):
-            return name
-    return None
+    found = [
+        name for name, rule in PRE_TOKENIZERS.items() if rule.ignore_merges == ignoring and seen == signature_of(rule)
+    ]
+    # llama.cpp does not compose letters and their marks (NFC) for any; the name keeps who does.
+    nfc = "NFC" in json.dumps(tokenizer.get("normalizer"))
+    return min(found, key=lambda name: PRE_TOKENIZERS[name].nfc != nfc, default=None)
 
 
 def signature(step: dict[str, Any] | None) -> list[Any]:
@@ -108,7 +110,8 @@ def signature(step: dict[str, Any] | None) -> list[Any]:
     return [(kind, json.dumps({k: v for k, v in sorted(step.items()) if k != "type"}))]
 
 
-def _signature_of(rule: PreTokenizer) -> list[Any]:
+def signature_of(rule: PreTokenizer) -> list[Any]:
+    """The same of one of those above."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     probe = Tokenizer(models.BPE())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from mlxft.errors import ExportError, ModelError
 from mlxft.export.gguf import export_gguf
 from mlxft.export.gguf_tensors import quantize_q8_0
-from mlxft.model.adapters import LoRASpec, adapter_config, attach, select_targets, trainable_weights
 from mlxft.model.gguf_names import ARCHITECTURES, permute, unpermute
 from mlxft.model.load import load, load_tokenizer
 from mlxft.rundir import load as load_run
@@ -56,24 +51,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": LONG, "original_max_position_embeddings": 64, "num_attention_heads": 4},
     ),
 }
-
-
-def save_adapter(model_dir: Path, folder: Path, targets: Any = "all-linear", dora: bool = False, rank: int = 4) -> Any:
-    """An adapter with random weights as a run leaves it; gives the adapted model."""
-    loaded = load(str(model_dir), dtype="float32")
-    spec = LoRASpec(tuple(select_targets(loaded.model, targets, "all", dora)), rank, 2.5, 0.0, dora)
-    attach(loaded.model, spec)
-    noise = [
-        (name, value + 0.05 * mx.random.normal(value.shape, key=mx.random.key(i)))
-        for i, (name, value) in enumerate(tree_flatten(loaded.model.trainable_parameters()))
-    ]
-    loaded.model.update(tree_unflatten(noise))
-    loaded.model.eval()
-    base = {"base": {"model": str(model_dir), "fingerprint": loaded.fingerprint, "dtype": "float32"}}
-    folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(spec, loaded.model, base)), "utf-8")
-    mx.save_safetensors(str(folder / "adapters.safetensors"), trainable_weights(loaded.model))
-    return loaded.model
 
 
 def fields(file: Path) -> dict[str, Any]:
@@ -226,7 +203,9 @@ def test_a_padded_embedding(make_model_dir: Callable[..., Path], tmp_path: Path)
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "phi3"])
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_is_fused(case: str, dora: bool, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_adapter_is_fused(
+    case: str, dora: bool, make_model_dir: Callable[..., Path], tmp_path: Path, save_adapter: Any
+) -> None:
     folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
     adapted = save_adapter(folder, tmp_path / "adapter", dora=dora)
     said = export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32")
@@ -236,7 +215,7 @@ def test_an_adapter_is_fused(case: str, dora: bool, make_model_dir: Callable[...
     assert not mx.allclose(load(str(folder), dtype="float32").model(IDS), adapted(IDS), atol=2e-2)
 
 
-def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_path: Path, save_adapter: Any) -> None:
     from mlxft.export.convert import convert
 
     convert(str(make_model_dir(tmp_path / "m", "llama", **WIDE)), tmp_path / "q", quantize=4, group_size=32)
@@ -248,7 +227,7 @@ def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_p
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "phi3"])
-def test_a_lora_file(case: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_lora_file(case: str, make_model_dir: Callable[..., Path], tmp_path: Path, save_adapter: Any) -> None:
     """As llama.cpp puts it together: base tensor + alpha / rank * B A, in the base file's own row order."""
     folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
     adapted = save_adapter(folder, tmp_path / "adapter")
@@ -316,119 +295,13 @@ def test_phi3s_name_tells_llama_cpp_of_its_marks(make_model_dir: Callable[..., P
     assert fields(tmp_path / "a.gguf")["general.name"] == "phi 3-fine"
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "asked", "says"),
-    [
-        ("gpt_neox", {}, {}, r"'gpt_neox' is not written as \.gguf, only llama, qwen2.*mlxft fuse"),
-        ("llama", {"hidden_size": 48}, {"kind": "q8_0"}, r"rows of 48 numbers can not be packed as q8_0.*f16"),
-        ("llama", {}, {"kind": "q4_k"}, r"type 'q4_k' is not written as \.gguf, only f32, f16, bf16, q8_0"),
-        ("llama", {}, {"lora": True}, r"--lora: .* holds no adapter; leave --lora out"),
-        ("llama", {}, {"lora": True, "kind": "q8_0"}, r"written as f16, bf16 or f32, not q8_0"),
-        ("llama", {}, {"model": "x"}, r"--model: .* holds no adapter"),
-        ("llama", {"rope_traditional": True}, {}, "rope_traditional"),
-        ("gemma2", {"query_pre_attn_scalar": 100}, {}, r"query_pre_attn_scalar is 100; llama.cpp takes 8"),
-        ("qwen2", {"rope_scaling": LLAMA3}, {}, r"rope scaling 'llama3' of qwen2 .* only linear, yarn"),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 7}}, {}, "beta_fast of its own"),
-        ("llama", {"vocab_size": 200}, {}, "the tokenizer has 300 tokens, the embedding 200 rows"),
-    ],
-)
-def test_refusals(
-    kind: str,
-    changes: dict[str, Any],
-    asked: dict[str, Any],
-    says: str,
-    make_model_dir: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    folder = make_model_dir(tmp_path / "m", kind, **changes)
-    with pytest.raises(ExportError, match=says):
-        export_gguf(folder, tmp_path / "out" / "a.gguf", **{"kind": "f16", **asked})
-    assert not (tmp_path / "out").exists()
-
-
-def test_adapters_that_a_file_can_not_hold(tiny_model_dir: Path, tmp_path: Path) -> None:
-    save_adapter(tiny_model_dir, tmp_path / "dora", dora=True)
-    with pytest.raises(ExportError, match=r"DoRA rescales rows .*without --lora"):
-        export_gguf(tmp_path / "dora", tmp_path / "a.gguf", kind="f16", lora=True)
-    save_adapter(tiny_model_dir, tmp_path / "embedding", targets=["embed_tokens"])
-    with pytest.raises(ExportError, match=r"model\.embed_tokens is no linear layer"):
-        export_gguf(tmp_path / "embedding", tmp_path / "a.gguf", kind="f16", lora=True)
-    save_adapter(tiny_model_dir, tmp_path / "whole")
-    file = tmp_path / "whole" / "adapters.safetensors"
-    mx.save_safetensors(str(file), {**mx.load(str(file)), "model.norm.weight": mx.ones(32)})
-    with pytest.raises(ExportError, match=r"model\.norm\.weight was trained whole"):
-        export_gguf(tmp_path / "whole", tmp_path / "a.gguf", kind="f16", lora=True)
-
-
-def test_reward_models_and_foreign_bases(
-    tiny_model_dir: Path, make_model_dir: Callable[..., Path], tmp_path: Path
-) -> None:
-    save_adapter(tiny_model_dir, tmp_path / "adapter")
-    other = make_model_dir(tmp_path / "other", "llama", num_hidden_layers=3)
-    with pytest.raises(ModelError, match="was trained on another base"):
-        export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f16", model=str(other))
-    with pytest.raises(ModelError, match="no such file or folder"):
-        export_gguf(tmp_path / "nothing", tmp_path / "a.gguf", kind="f16")
-    mx.save_safetensors(str(tmp_path / "adapter" / "head.safetensors"), {"score_head.weight": mx.zeros((1, 32))})
-    with pytest.raises(ExportError, match=r"is a reward model .*--format peft"):
-        export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f16")
-
-
-def test_what_stands_there_is_safe(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "a.gguf"
-    file.write_text("mine")
-    with pytest.raises(ExportError, match=r"exists already; .*--overwrite"):
-        export_gguf(tiny_model_dir, file, kind="f16")
-    with pytest.raises(ExportError, match=r"is not a \.gguf file inside"):
-        export_gguf(tiny_model_dir, file, kind="f16", overwrite=True)
-    with pytest.raises(ExportError, match=r"must end in \.gguf.* try .*b\.gguf"):
-        export_gguf(tiny_model_dir, tmp_path / "b", kind="f16")
-    (tmp_path / "c.gguf").mkdir()
-    with pytest.raises(ExportError, match="is a folder"):
-        export_gguf(tiny_model_dir, tmp_path / "c.gguf", kind="f16")
-    good = tmp_path / "d.gguf"
-    export_gguf(tiny_model_dir, good, kind="f16")
-    before = good.read_bytes()
-    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", _full)
-    with pytest.raises(ExportError, match=r"writing failed, nothing is left of it.*No space"):
-        export_gguf(tiny_model_dir, good, kind="f16", overwrite=True)
-    assert good.read_bytes() == before
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10_000_000}))
-    with pytest.raises(ExportError, match=r"needs about 0\.05 GB, 0\.01 GB are free"):
-        export_gguf(tiny_model_dir, tmp_path / "e.gguf", kind="f16")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "c.gguf", "d.gguf"]
-
-
-def _full(*_: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def test_numbers_too_large_for_f16(tiny_model: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
-    from mlxft.model.folder import save_folder
-
-    tiny_model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
-    save_folder(tmp_path / "m", tiny_model.model, tiny_model.tokenizer, tiny_model.config, source=tiny_model_dir)
-    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, take bf16"):
-        export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="f16")
-    export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="bf16")
-
-
-def test_without_the_gguf_package(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """In a process of its own: an import that has succeeded once would be remembered."""
-    code = (
-        "import sys; sys.modules['gguf'] = None\n"
-        "from pathlib import Path; from mlxft.export.gguf import export_gguf\n"
-        f"export_gguf(Path({str(tiny_model_dir)!r}), Path({str(tmp_path / 'a.gguf')!r}), kind='f16')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "this needs the package gguf: pip install 'mlxft[gguf]'" in done.stderr
-
-
-def test_a_trained_run_goes_out(recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_trained_run_goes_out(method: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """What a run answers with, its file answers with."""
     from mlxft.run import train
 
-    run = train(recipe(**{"optim.lr": 5e-2, "run.steps": 6}))
+    rank = {"tune.rank": 4 if method == "lora" else None}
+    run = train(recipe(**{"optim.lr": 1e-2, "run.steps": 6, "tune.method": method, **rank}))
     export_gguf(run.dir, tmp_path / "a.gguf", kind="f32")
     want = load_run(run.dir).model(IDS)
     assert mx.allclose(load(str(tmp_path / "a.gguf"), dtype="float32").model(IDS), want, atol=1e-4)
