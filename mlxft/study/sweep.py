@@ -26,8 +26,9 @@ from rich.console import Console
 from mlxft.config import Config
 from mlxft.errors import ConfigError, MlxftError, TrainingError, nearest
 from mlxft.explain import all_keys, nearest_key
-from mlxft.model.load import Loaded
+from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
+from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
 from mlxft.run import load_base, make_objective, prepare, total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
@@ -227,8 +228,10 @@ class _Job:
         if not objective.summary().validates:
             raise ConfigError("a sweep compares by validation, and there is no validation data; give data.valid (0.05)")
         # What is wrong with the recipe itself is said before any trial.
-        model = self._prepared().model
-        group_of(config.optim.groups, (n for n, _ in tree_flatten(model.trainable_parameters())))
+        trained = self._prepared()
+        if not isinstance(objective, OnPolicy):  # which would load the models of its rewards
+            objective.prepare(trained.model, base_fingerprint(trained))
+            group_of(config.optim.groups, (n for n, _ in tree_flatten(trained.model.trainable_parameters())))
         self._data = objective.fingerprint()
         self._totals = {self._length_key({}): total_steps(config, objective)}
 
@@ -265,6 +268,7 @@ class _Job:
             except KeyboardInterrupt:
                 self.progress.say(f"interrupted after {len(self.store.trials())} trials; the same command goes on")
                 raise
+        self._settle()  # a kill may have come before it did so
         result = self.result(self.store.importance())
         if result.best is None:
             failed = next((o.error for o in result.trials if o.error), "the time was up before one was finished")
@@ -311,25 +315,23 @@ class _Job:
         for key, value in facts.items():
             trial.set_user_attr(key, value)
         self.store.study.tell(trial, watch.value if state == TrialState.COMPLETE else None, state)
-        result = self.result()
-        if result.best is not None:
-            write_best(result, with_values(self.raw, self._values(result.best.params)), self.config)
-        self._tidy(place, result)
+        result = self._settle()
         self.progress.done(next(o for o in result.trials if o.number == trial.number), self.config.sweep.metric)
         return True
 
-    def _tidy(self, place: Path, result: Result) -> None:
-        """Leave no weights but those of complete trials (of whole models: of the best), and give memory back."""
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)
-        kept = {str(o.number) for o in result.trials if o.state == "complete"}
-        best = {str(result.best.number)} if result.best is not None else set()
-        if place.name not in kept:
-            shutil.rmtree(place / "adapter", ignore_errors=True)
-        for model in (self.folder / "trials").glob("*/model"):
-            if model.parent.name not in best:
-                shutil.rmtree(model, ignore_errors=True)
+    def _settle(self) -> Result:
+        """Write the best recipe; leave no weights but those of complete trials (of whole models: of the best)."""
+        result = self.result()
+        if result.best is not None:
+            write_best(result, with_values(self.raw, self._values(result.best.params)), self.config)
+        for o in result.trials:
+            place, is_best = self.folder / "trials" / str(o.number), result.best is o
+            gone = ["checkpoints", *([] if o.state == "complete" else ["adapter"]), *([] if is_best else ["model"])]
+            for name in gone:
+                shutil.rmtree(place / name, ignore_errors=True)
         gc.collect()
         mx.clear_cache()
+        return result
 
     def _base(self) -> Loaded | None:
         return twin(self._loaded) if self._keeps else None

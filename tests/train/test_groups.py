@@ -15,6 +15,7 @@ from rich.console import Console
 from mlxft.errors import ConfigError
 from mlxft.model.load import load
 from mlxft.model.twin import twin
+from mlxft.recipe import load_config
 from mlxft.run import train
 from mlxft.rundir import open_run
 
@@ -72,3 +73,16 @@ def test_a_twin_is_trained_and_the_base_stays(recipe: Callable[..., dict[str, An
     fresh = dict(tree_flatten(load(str(tiny_model_dir), dtype="float32").model.parameters()))
     assert all(mx.array_equal(v, fresh[n]).item() for n, v in tree_flatten(base.model.parameters()))
     assert open_run(runs[0].dir).metrics("end")
+
+
+def test_the_recipe_of_layers_that_learn_by_their_depth(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """configs/transfer-groups.yaml on a model of twelve layers."""
+    base = make_model_dir(tmp_path / "deep", num_hidden_layers=12)
+    root = Path(__file__).parents[2]
+    rows = f"data.train={root / 'mlxft/demo/rows.jsonl'}"
+    overrides = [f"model.path={base}", rows, f"run.dir={tmp_path}", "run.epochs=null", "run.steps=1", "batch.rows=2"]
+    run = train(load_config(root / "configs/transfer-groups.yaml", overrides), console=QUIET)
+    event = run.metrics("train")[0]
+    rates = [v for k, v in event.items() if k.startswith("lr/")]
+    assert len(rates) > 1
+    assert 0 < min(rates) < max(rates) <= event["lr"]
