@@ -88,13 +88,13 @@ def _file_examples(file: str, config: Config | None) -> list[Example]:
     """A file's rows, in the run's format where they have its fields, else in the one they look like."""
     rows = list(read_rows(file, "valid"))
     first = next((row.data for row in rows if not isinstance(row, Problem)), {})
+    looks = suggest_format(first)
     if config is not None:
         try:
             return convert(rows, config.data.format, config.data.fields)
         except (ConfigError, DataError):
-            if suggest_format(first) in (None, config.data.format):
+            if looks == config.data.format:
                 raise
-    looks = suggest_format(first)
     if looks is None:
         raise DataError(
             f"{file}: rows have {', '.join(first) or 'no fields'}; a probe's have messages, text, prompt and "

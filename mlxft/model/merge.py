@@ -26,8 +26,9 @@ class Merged(LowRank):
             self.embedding = base
         else:
             self.linear = base
-        # A function: what a module holds in a list is part of its weights.
+        # Functions: what a module holds as a module or in a list is part of its weights.
         self._changes = lambda: changes
+        self._kind = lambda: base  # whatever stands in for the base
 
     def delta(self) -> mx.array:
         total = mx.zeros((), dtype=mx.float32)
@@ -36,7 +37,7 @@ class Merged(LowRank):
         return total
 
     def _layer(self, kind: Any) -> nn.Module:
-        layer = plain(self.base, self.delta().astype(kind))
+        layer = plain(self._kind(), self.delta().astype(kind))
         layer.pop("bias", None)  # the base has added it
         return layer
 

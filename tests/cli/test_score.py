@@ -51,8 +51,8 @@ def test_pairs_answers_and_rankings(reward: str, mlxft: Callable[..., Any], shel
 def test_the_wrong_kind_of_run_is_refused(
     reward: str, refused: Callable[..., str], mlxft: Any, write: Any, tmp_path: Path
 ) -> None:
-    for command in (("generate", "--model", reward, "hi"), ("fuse", reward, "out")):
-        assert "is a reward model: it gives scores, not text; use mlxft score" in refused(1, *command)
+    said = refused(1, "generate", "--model", reward, "hi")
+    assert "is a reward model: it gives scores, not text; use mlxft score" in said
     assert mlxft("train", write(**{"run.name": "policy", "run.dir": "runs"})).code == 0
     assert "gives text, not scores" in refused(1, "score", "runs/policy", "pairs.jsonl")
     assert "no such file" in refused(2, "score", reward, "pears.jsonl")
