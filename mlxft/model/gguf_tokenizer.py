@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 from mlxft.errors import ModelError
@@ -46,7 +47,8 @@ def tokenizer(file: GgufFile) -> Any:
     )
     if file.has("tokenizer.chat_template"):
         fast.chat_template = file.value("tokenizer.chat_template")
-    streaming = BPEStreamingDetokenizer if kind == "gpt2" else SPMStreamingDetokenizer
+    pieces = partial(SPMStreamingDetokenizer, trim_space=_prefixed(file))
+    streaming = BPEStreamingDetokenizer if kind == "gpt2" else pieces
     return TokenizerWrapper(fast, streaming, eos_token_ids=eos_ids(file))
 
 
@@ -93,7 +95,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
     scores = file.value("tokenizer.ggml.scores")
     merges = _merges(vocab, types, scores)
     out = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefixed = bool(file.value("tokenizer.ggml.add_space_prefix", True))
+    prefixed = _prefixed(file)
     steps: list[Any] = [normalizers.Prepend(SPACE)] if prefixed else []
     out.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
     undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -101,6 +103,11 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
         undo.append(decoders.Strip(" ", 1, 0))
     out.decoder = decoders.Sequence(undo)
     return out, True
+
+
+def _prefixed(file: GgufFile) -> bool:
+    """Whether text is given a space before it, which is taken off again where tokens become text."""
+    return bool(file.value("tokenizer.ggml.add_space_prefix", True))
 
 
 def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:

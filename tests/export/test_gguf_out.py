@@ -252,21 +252,32 @@ def test_a_lora_file(case: str, make_model_dir: Callable[..., Path], tmp_path: P
     assert adapted is not None
 
 
-def test_reads_a_sentencepiece_vocabulary(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_vocabulary(prefix: bool, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """Scores say what merges said: text comes out in the same tokens, unknown letters as bytes."""
     folder = make_model_dir(tmp_path / "m", "llama", vocab_size=300)
-    write_pieces(folder)
+    write_pieces(folder, prefix)
     export_gguf(folder, tmp_path / "a.gguf", kind="f16")
     seen = fields(tmp_path / "a.gguf")
     assert (seen["tokenizer.ggml.model"], seen["tokenizer.ggml.add_bos_token"]) == ("llama", True)
-    assert seen["tokenizer.ggml.add_space_prefix"] is True
+    assert seen["tokenizer.ggml.add_space_prefix"] is prefix
     assert seen["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 6, 6]
     at = seen["tokenizer.ggml.tokens"].index("▁the")
     assert seen["tokenizer.ggml.scores"][at] == -2.0
     ours, read = load_tokenizer(str(folder)), load_tokenizer(str(tmp_path / "a.gguf"))
     for text in ("the the hat", "  the\n\nhat é <s> the", "hehe", ""):
         assert read.encode(text) == ours.encode(text)
-        assert read.decode(ours.encode(text)) == ours.decode(ours.encode(text))
+        ids = ours.encode(text)
+        assert read.decode(ids) == ours.decode(ids)
+        assert streamed(read, ids) == streamed(ours, ids)
+
+
+def streamed(tokenizer: Any, ids: list[int]) -> str:
+    detokenizer = tokenizer.detokenizer
+    for token in ids:
+        detokenizer.add_token(token)
+    detokenizer.finalize()
+    return str(detokenizer.text)
 
 
 def write_pieces(folder: Path, prefix: bool = True) -> None:
