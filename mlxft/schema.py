@@ -29,7 +29,7 @@ def recipe_schema() -> Schema:
                 continue
             found = own[section].model_json_schema()
             defs |= found.pop("$defs", {})
-            defs[f"{name}.{section}"] = found
+            defs[f"{name}.{section}"] = _or_empty(found)
             sections[section] = {"$ref": f"#/$defs/{name}.{section}"}
         # Without objective a recipe is of the default one, for which the condition holds then.
         condition: Schema = {"properties": {"objective": {"const": name}}}
@@ -40,10 +40,16 @@ def recipe_schema() -> Schema:
     root["properties"] |= {s: {"description": _used_by(s)} for s in everyone}
     root |= {"allOf": rules, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mlxft recipe"}
     for section, place in root["properties"].items():
-        if section not in required and "$ref" in place:  # `tune:` with nothing below it is an empty section
-            root["properties"][section] = {"anyOf": [{"$ref": place.pop("$ref")}, {"type": "null"}], **place}
+        if section not in required and "$ref" in place:
+            _or_empty(defs[place["$ref"].rpartition("/")[2]])
     _switches(root)
     return root
+
+
+def _or_empty(section: Schema) -> Schema:
+    """`tune:` with nothing below it is an empty section."""
+    section["type"] = [section["type"], "null"]
+    return section
 
 
 def _used_by(section: str) -> str:

@@ -42,7 +42,9 @@ def value(v: Any) -> str:
         return str(v).lower()
     if isinstance(v, int):
         return f"{v:,}"
-    return f"{v:.4g}" if isinstance(v, float) else printable(v).replace("\n", " ")
+    if isinstance(v, float):
+        return f"{v:,.0f}" if 1000 <= abs(v) < 1e15 else f"{v:.4g}"
+    return printable(v).replace("\n", " ")
 
 
 def span(seconds: float | None) -> str:

@@ -22,7 +22,7 @@ from mlxft.train.status import is_held, read_status, refuse_if_held
 
 Event = dict[str, Any]
 PARTS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints", "adapter")  # one makes a folder a run's
-INSIDE = {"adapter", "model", "checkpoints", "wandb", "tensorboard"}  # folders of a run that hold no runs
+INSIDE = {"adapter", "model", "checkpoints", "eval", "wandb", "tensorboard"}  # folders of a run that hold no runs
 # What a run is judged by: the first of these that a validation has.
 HEADLINES = ("reward", "accuracy", "loss")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
