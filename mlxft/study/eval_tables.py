@@ -28,6 +28,10 @@ def with_error(figure: Figure) -> str:
 def show(console: Console, found: Evaluation) -> None:
     """A table for each task, and what there is to say of its rows."""
     for task in found.tasks:
+        shots = f", {found.asking.shots} shots" if found.asking.shots else ""
+        console.print(
+            Text(f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error", style="bold")
+        )
         console.print(_table(found, task))
         for note in task.result.notes:
             console.print(Text(f"note: {note}"))
@@ -36,9 +40,7 @@ def show(console: Console, found: Evaluation) -> None:
 
 
 def _table(found: Evaluation, task: Compared) -> Table:
-    shots = f", {found.asking.shots} shots" if found.asking.shots else ""
-    title = f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error"
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     table.add_column("model", justify="right")
     pairs = {pair.metric: pair for pair in task.paired}
