@@ -24,6 +24,7 @@ COMMANDS = {
     "lr-find": ("sweep", "Suggest a learning rate by a range test."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
+    "export": ("export", "Write a result for llama.cpp or Ollama."),
     "push": ("push", "Push a result to the Hugging Face hub, with a model card."),
     "runs": ("runs", "List, show, compare, plot, report, watch and remove runs."),
     "schema": ("schema", "Print the JSON schema of recipes, for editors."),
