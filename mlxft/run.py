@@ -217,7 +217,7 @@ def train(
     config = as_config(config)
     console = console or Console()
     if config.sweep.space:
-        raise ConfigError("sweep: this recipe is for mlxft sweep; its best.yaml, or the recipe without, is for training")
+        raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
     config = settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
