@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from mlxft.data import formats, preference
 from mlxft.data.formats import Example, Item
 from mlxft.data.sources import Problem, Row, report_lines
+from mlxft.data.template import fill, is_template, names_in
 from mlxft.errors import ConfigError, DataError, nearest
 
 
@@ -57,7 +58,8 @@ def convert(
 
     Args:
         format: a name of `FORMATS`.
-        fields: the format's field name -> the row's name of it, where the two differ.
+        fields: the format's field name -> the row's name of it, where the two differ, or a text with the names of
+            the row's fields between braces, to be filled with them.
         skipped: takes the rows that do not fit, which then are left out; without it, and when no row fits, they raise.
     Raises:
         ConfigError: no such format; or `fields` names a field that the format, or every row, does not have.
@@ -65,6 +67,9 @@ def convert(
     """
     form, fields = _format(format), dict(fields or {})
     _check_fields(fields, format)
+    templates = {ours: text for ours, text in fields.items() if is_template(text)}
+    fields = {ours: theirs for ours, theirs in fields.items() if ours not in templates}
+    needed = {ours: names_in(text, f"data.fields.{ours}") for ours, text in templates.items()}
     examples: list[Example] = []
     problems: list[Problem] = []
     looks: list[str | None] = []
@@ -76,6 +81,11 @@ def convert(
         names.update(row.data)
         data = {key: value for key, value in row.data.items() if key not in fields or fields[key] == key}
         data |= {ours: row.data[theirs] for ours, theirs in fields.items() if theirs in row.data}
+        try:
+            data |= {ours: fill(text, row.data, f"data.fields.{ours}") for ours, text in templates.items()}
+        except DataError as exc:
+            problems.append(Problem(row.where, str(exc)))
+            continue
         if missing := form.missing(data):
             names_of = [" or ".join(repr(fields.get(part, part)) for part in name.split("|")) for name in missing]
             has = ", ".join(map(str, row.data)) or "none"
@@ -86,10 +96,10 @@ def convert(
             examples.append(Example(row.where, form.read(data)))
         except DataError as exc:
             problems.append(Problem(row.where, str(exc)))
-    for ours, theirs in fields.items():
+    for ours, theirs in [*fields.items(), *((ours, name) for ours, given in needed.items() for name in given)]:
         if names and theirs not in names:
             seen = f"no row has{nearest(theirs, names)}; rows have {', '.join(sorted(names))}"
-            raise ConfigError(f"data.fields.{ours} is {theirs!r}, which {seen}")
+            raise ConfigError(f"data.fields.{ours} {'names' if ours in templates else 'is'} {theirs!r}, which {seen}")
     total = len(examples) + len(problems)
     if problems and (skipped is None or not examples):
         raise DataError(_report(problems, [name for name in looks if name and name != format], total))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from mlxft.data.encode import Encoded, encode
 from mlxft.data.formats import Example, Text
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, nearest
+
+T = TypeVar("T")
 
 OVERFLOW = ("error", "drop", "truncate", "split")
 
@@ -166,7 +168,7 @@ def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
     return pieces
 
 
-def split_valid(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_valid(examples: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
     """Set a share of the examples aside for validation: (train, valid), disjoint, each in the source's order.
 
     The same examples, share and seed give the same two lists. Valid has the rounded share, at least one row.

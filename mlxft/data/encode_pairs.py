@@ -57,6 +57,7 @@ class PairCounts:
         ties: pairs in the data set of which neither answer is better.
         chosen_longer: share of the pairs, ties aside, whose chosen answer has more tokens; of equal lengths a half.
         one_length: the tokens that each and every answer has, or None.
+        source_notes: what there is to say of how the rows were chosen.
     """
 
     source_rows: int = 0
@@ -69,6 +70,7 @@ class PairCounts:
     ties: int = 0
     chosen_longer: float | None = None
     one_length: int | None = None
+    source_notes: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """What was left out, and what the lengths give away, a sentence each."""
@@ -78,7 +80,8 @@ class PairCounts:
             "undecided": "rows have equal ratings only and are left out",
             "ties": "pairs are ties",
         }
-        notes = [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
+        left_out = [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
+        notes = [*self.source_notes, *left_out]
         if self.one_length is not None and self.pairs > 1:
             notes.append(f"every answer has {self.one_length} tokens: were they cut before they came here?")
         share = self.chosen_longer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -129,10 +130,12 @@ def encode_splits(
     """Training and validation rows with their counts, by `build_pairs` or `build_answers`."""
     data = config.data
     options = {"max_length": data.max_length, "overflow": data.overflow, "chat": data.template == "auto"}
-    train, valid = (keep(examples) for examples in load_splits(data, config.run.seed))
+    train, valid, notes = load_splits(data, config.run.seed)
+    train, valid = keep(train), keep(valid)
     first = build(train, tokenizer, **options)
+    counts = replace(first.counts, source_notes=tuple(notes))
     second = build(valid, tokenizer, **options) if valid else None
-    return first.rows, first.counts, second.rows if second else [], second.counts if second else None
+    return first.rows, counts, second.rows if second else [], second.counts if second else None
 
 
 def check_recipe(config: Config, formats: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,8 @@ from mlxft.data.convert import convert
 from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
 from mlxft.data.encode import Encoded
 from mlxft.data.formats import Example
-from mlxft.data.sources import find_split, read_rows
+from mlxft.data.shots import choose, labels_of
+from mlxft.data.sources import Row, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
@@ -26,25 +27,43 @@ FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 DEFAULT_TOKENS = 2048
 
 
-def load_examples(data: Data, spec: str, split: str) -> list[Example]:
-    """Rows of one split in their format."""
+class Splits(NamedTuple):
+    """Training and validation examples, the second empty where there are none; and what there is to say of them."""
+
+    train: list[Example]
+    valid: list[Example]
+    notes: list[str]
+
+
+def load_examples(data: Data, spec: str, split: str) -> tuple[list[Example], list[str] | None]:
+    """Rows of one split in their format, and their labels where data.shots needs them and they have some."""
     try:
-        rows = read_rows(spec, split)
+        rows = list(read_rows(spec, split))
     except ConfigError as e:
         raise ConfigError(f"data.{split}: {e}") from e
-    return convert(rows, data.format, data.fields)
+    examples = convert(rows, data.format, data.fields)
+    if data.shots is None or split != "train":
+        return examples, None
+    return examples, labels_of(examples, [row.data for row in rows if isinstance(row, Row)], data.label)
 
 
-def load_splits(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
+def load_splits(data: Data, seed: int) -> Splits:
     """Training and validation examples; the second is empty where none are asked for and the folder has none."""
-    train = load_examples(data, data.train, "train")
+    train, labels = load_examples(data, data.train, "train")
+    valid: list[Example] = []
     if isinstance(data.valid, float):
-        return split_valid(train, data.valid, seed)
-    if data.valid is not None:
-        return train, load_examples(data, data.valid, "valid")
-    if Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
-        return train, load_examples(data, data.train, "valid")
-    return train, []
+        # The rows set aside are the same whatever data.shots says.
+        kept, held_out = split_valid(list(range(len(train))), data.valid, seed)
+        train, valid = [train[i] for i in kept], [train[i] for i in held_out]
+        labels = labels and [labels[i] for i in kept]
+    elif data.valid is not None:
+        valid = load_examples(data, data.valid, "valid")[0]
+    elif Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
+        valid = load_examples(data, data.train, "valid")[0]
+    if data.shots is None:
+        return Splits(train, valid, [])
+    shots = choose(labels, len(train), data.shots, seed, "data.shots")
+    return Splits([train[i] for i in shots.rows], valid, [shots.note])
 
 
 class Objective(OffPolicy):
@@ -65,7 +84,7 @@ class Objective(OffPolicy):
             "chat": data.template == "auto",
             "cache": data.cache,
         }
-        train, valid = load_splits(data, config.run.seed)
+        train, valid, self._notes = load_splits(data, config.run.seed)
         self.train = build(train, tokenizer, **options)
         self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
         self._budget: dict[str, Any] = {"rows": config.batch.rows, "tokens": config.batch.tokens}
@@ -160,7 +179,7 @@ class Objective(OffPolicy):
         if self.valid is not None:
             counts["validation rows"] = self.valid.counts.encoded_rows
             counts["validation trained tokens"] = self.valid.counts.trained_tokens
-        return Summary(counts, c.notes(), self.valid is not None, self._width or 0)
+        return Summary(counts, [*self._notes, *c.notes()], self.valid is not None, self._width or 0)
 
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows."""

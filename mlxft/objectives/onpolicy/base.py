@@ -54,7 +54,8 @@ class OnPolicy(Generic[M]):
         self.rollouts = config.section("rollout", RolloutSettings)
         self.notes = check_recipe(config, self.rollouts, self.grouped)
         self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
-        train, valid = load_splits(config.data, config.run.seed)
+        train, valid, said = load_splits(config.data, config.run.seed)
+        self.notes += said
         longest = config.data.max_length - self.rollouts.max_tokens
         self.prompts = encode_prompts(train, config, tokenizer, longest, self.notes)
         self.valid = encode_prompts(valid, config, tokenizer, longest, self.notes) if valid else []
