@@ -34,7 +34,7 @@ def push(
     own: Path | None,
     as_json: bool,
 ) -> None:
-    """Push RUN, or a folder that fuse or export wrote, to REPO (owner/name) on the Hugging Face hub, with a model card.
+    """Push RUN, or what fuse or export wrote, to REPO (owner/name) on the Hugging Face hub, with a model card.
 
     Weights, tokenizer, configuration and card go; checkpoints, data, metrics and samples stay here. The token is
     that of HF_TOKEN or `hf auth login`.

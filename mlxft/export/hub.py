@@ -77,7 +77,7 @@ def pack(
     """Collect what goes, and write its card. Nothing is uploaded.
 
     Args:
-        source: a run, its adapter, or a folder that `fuse` or `export` wrote.
+        source: a run, its adapter, a folder that `fuse` or `export` wrote, or a .gguf file.
         what: refuse unless it is this.
         run: the run that a fused or exported folder came from, for the card.
         licence: of the base, where it is not known or wrong.
@@ -88,10 +88,10 @@ def pack(
         ExportError: `what` is not there.
     """
     check_repo(repo)
-    if not source.is_dir():
+    if not source.is_dir() and (source.suffix != ".gguf" or not source.is_file()):
         raise ModelError(
-            f"{source}: {'is a file' if source.exists() else 'no such run or folder'}; name a run, an "
-            "adapter, or a folder that mlxft fuse or export wrote"
+            f"{source}: {'is a file' if source.exists() else 'no such run or folder'}; name a run, an adapter, a folder "
+            "that mlxft fuse or export wrote, or a .gguf file"
         )
     folder, trained = _place(source, what, run)
     kind, about = _kind(folder)
@@ -164,6 +164,8 @@ def _place(source: Path, what: str | None, run: Path | None) -> tuple[Path, Run 
 
 def _kind(folder: Path) -> tuple[str, Metadata]:
     """What lies in a folder, and the configuration that says so."""
+    if folder.is_file():
+        return "gguf", {}
     if (about := _json(folder / "adapter_config.json")) is not None:
         return ("peft" if "peft_type" in about else "adapter"), about
     if (about := _json(folder / "config.json")) is not None:
@@ -193,7 +195,7 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str], list[str]]
     """Files that go, names of those that stay, and what was changed on the way."""
     files: dict[str, Path | bytes] = {}
     left_out, notes = [], []
-    for file in sorted(folder.iterdir()):
+    for file in [folder] if folder.is_file() else sorted(folder.iterdir()):
         name = file.name
         if name.startswith(".") or not file.is_file() or not any(fnmatchcase(name, pattern) for pattern in GOES):
             left_out.append(name + ("/" if file.is_dir() else ""))

@@ -26,6 +26,9 @@ def test_a_run_goes_out_as_gguf_and_comes_back(trained: str, mlxft: Command, tmp
     assert mlxft("fuse", trained, "fused").code == 0
     asked = [mlxft("generate", "--model", m, "the in", "--max-tokens", "6").out for m in ("a.gguf", "fused")]
     assert asked[0] == asked[1]
+    pushed = json.loads(mlxft("push", "a.gguf", "ada/a", "--run", trained, "--dry-run", "--json").out)
+    assert [f["path"] for f in pushed["files"]] == ["README.md", "a.gguf", "curves.png"]
+    assert "llama-cli -m a/a.gguf" in pushed["card"]
     told = json.loads(mlxft("export", trained, "l.gguf", "--format", "gguf", "--lora", "--json").out)
     assert (told["out"], told["format"], told["type"]) == ("l.gguf", "gguf", "f16")
     assert (tmp_path / "l.gguf").stat().st_size < (tmp_path / "a.gguf").stat().st_size
