@@ -90,8 +90,8 @@ def pack(
     check_repo(repo)
     if not source.is_dir() and (source.suffix != ".gguf" or not source.is_file()):
         raise ModelError(
-            f"{source}: {'is a file' if source.exists() else 'no such run or folder'}; name a run, an adapter, a folder "
-            "that mlxft fuse or export wrote, or a .gguf file"
+            f"{source}: {'is a file' if source.exists() else 'no such run or folder'}; name a run, an adapter, a "
+            "folder that mlxft fuse or export wrote, or a .gguf file"
         )
     folder, trained = _place(source, what, run)
     kind, about = _kind(folder)
