@@ -28,6 +28,7 @@ class Case:
         answers: the wanted answers, of which one is enough; of choices the right one.
         choices: to choose from; `right` is the index of the wanted one.
         item: what a loss is of.
+        tools: that a chat template is told of.
     """
 
     where: str
@@ -37,6 +38,7 @@ class Case:
     choices: tuple[str, ...] = ()
     right: int = -1
     item: Item | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def label(self) -> str | None:
@@ -106,6 +108,7 @@ def _check_fields(task: Task, rows: Sequence[Row]) -> None:
 
 def _case(row: Row, item: Item | None, task: Task) -> Case:
     prompt, own = _asked(row.data, item, task)
+    tools = item.tools if isinstance(item, Conversation) else None
     if task.kind == "loss":
         if item is None or isinstance(item, Prompt):
             item = _completion(row.data, prompt, task)
@@ -115,7 +118,7 @@ def _case(row: Row, item: Item | None, task: Task) -> Case:
         choices = _choices(row.data, task)
         wanted = own[0] if own and task.answer is None else _value(row.data, task.answer or "answer")
         right = _right(wanted, choices, task.answer or "answer")
-        return Case(row.where, row.data, prompt, (choices[right],), choices, right)
+        return Case(row.where, row.data, prompt, (choices[right],), choices, right, tools=tools)
     if task.answer is not None:
         own = _texts(_value(row.data, task.answer), task.answer)
     elif isinstance(item, Prompt) and row.data.get("answer") is not None:
@@ -125,7 +128,7 @@ def _case(row: Row, item: Item | None, task: Task) -> Case:
         raise DataError(
             f"no wanted answer to compare with: no field 'answer'; the row has {has} (a task's answer: names one)"
         )
-    return Case(row.where, row.data, prompt, own)
+    return Case(row.where, row.data, prompt, own, tools=tools)
 
 
 def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | list[Message], tuple[str, ...]]:

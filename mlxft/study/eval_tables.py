@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from mlxft.study.evaluate import Paired
 from mlxft.study.evaluation import Compared, Evaluation
 from mlxft.study.stats import Figure
 
@@ -26,39 +25,38 @@ def with_error(figure: Figure) -> str:
 
 
 def show(console: Console, found: Evaluation) -> None:
-    """A table for each task, and what there is to say of its rows."""
+    """A table for each task, one more for the differences, and what there is to say of the rows."""
     for task in found.tasks:
         shots = f", {found.asking.shots} shots" if found.asking.shots else ""
         console.print(
             Text(f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error", style="bold")
         )
-        console.print(_table(found, task))
+        console.print(_figures(found, task))
+        if task.paired:
+            console.print(_differences(found, task))
         for note in task.result.notes:
             console.print(Text(f"note: {note}"))
         for note in task.other.notes if task.other else []:
             console.print(Text(f"note ({found.against}): {note}"))
 
 
-def _table(found: Evaluation, task: Compared) -> Table:
-    table = Table()
-    table.add_column("")
-    table.add_column("model", justify="right")
-    pairs = {pair.metric: pair for pair in task.paired}
-    if task.other is not None:
-        table.add_column(Text(found.against or ""), justify="right", overflow="fold")
-        table.add_column(f"difference [{found.asking.confidence:.0%}]", justify="right")
-        table.add_column("won/lost/tied", justify="right")
+def _figures(found: Evaluation, task: Compared) -> Table:
     others = task.other.figures() if task.other else {}
+    table = Table("", Column("model", justify="right"))
+    if others:
+        table.add_column(Text(found.against or ""), justify="right", overflow="fold")
     for name, figure in task.result.figures().items():
-        row = [name, with_error(figure)]
-        if task.other is not None:
-            row += [with_error(others[name]), *_difference(pairs.get(name))]
-        table.add_row(*(Text(cell) for cell in row))
+        cells = [name, with_error(figure)] + ([with_error(others[name])] if others else [])
+        table.add_row(*map(Text, cells))
     return table
 
 
-def _difference(pair: Paired | None) -> tuple[str, str]:
-    if pair is None:
-        return "", ""
-    ends = f"[{pair.low:+.4f}, {pair.high:+.4f}]" if not math.isnan(pair.low) else "[-]"
-    return f"{pair.difference:+.4f} {ends}", f"{pair.won}/{pair.lost}/{pair.tied}"
+def _differences(found: Evaluation, task: Compared) -> Table:
+    """Of the model less the other; less loss is better."""
+    heads = ("difference", f"{found.asking.confidence:.0%} interval", "won/lost/tied")
+    table = Table("", *(Column(head, justify="right") for head in heads))
+    for pair in task.paired:
+        interval = "-" if math.isnan(pair.low) else f"[{pair.low:+.4f}, {pair.high:+.4f}]"
+        rows = f"{pair.won}/{pair.lost}/{pair.tied}"
+        table.add_row(*map(Text, (pair.metric, f"{pair.difference:+.4f} ± {number(pair.se)}", interval, rows)))
+    return table

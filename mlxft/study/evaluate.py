@@ -268,14 +268,16 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
     return Result(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
 
 
-def _rendered(how: _How, prompt: str | list[Message], where: str) -> str:
+def _rendered(how: _How, prompt: str | list[Message], case: Case) -> str:
     """A prompt as the text that the model goes on from."""
     if isinstance(prompt, str):
         return prompt
     try:
-        return str(how.loaded.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+        tools = {"tools": case.tools} if case.tools else {}
+        text = how.loaded.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **tools)
     except Exception as e:  # templates raise their own refusals, and jinja's
-        raise DataError(f"{where}: the chat template refuses these messages: {type(e).__name__}: {e}") from e
+        raise DataError(f"{case.where}: the chat template refuses these messages: {type(e).__name__}: {e}") from e
+    return str(text)
 
 
 def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
@@ -283,7 +285,7 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
     between = "" if how.chat else delimiter(how.task)
     requests: list[list[Request]] = []
     for case, prompt in zip(cases, prompts):
-        text = _rendered(how, prompt, case.where)
+        text = _rendered(how, prompt, case)
         try:
             requests.append(
                 [encode_pair(how.loaded.tokenizer, text, between + c, plain=not how.chat) for c in case.choices]
@@ -324,7 +326,7 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
     stop = tuple(task.stop if task.stop is not None else ["\n\n"] if shots and not how.chat else [])
     most = task.max_tokens or MAX_TOKENS
     sampling = Sampling(most, task.temperature or 0.0, stop=stop, stop_at_eos=bool(tokenizer.eos_token_ids))
-    texts = [_rendered(how, prompt, case.where) for case, prompt in zip(cases, prompts)]
+    texts = [_rendered(how, prompt, case) for case, prompt in zip(cases, prompts)]
     ids = [list(tokenizer.encode(text, add_special_tokens=not how.chat)) for text in texts]
     if empty := [case.where for case, own in zip(cases, ids) if not own]:
         raise DataError(f"{empty[0]}: the prompt is empty: there is no token to go on from")

@@ -146,6 +146,8 @@ def run_evaluation(
     asked = [make_cases(rows, task) for task in tasks]
     shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
     other, options = _base(model, adapter) if against == "base" else (against, {})
+    if other is not None:
+        load(other, lazy=True, **options)  # what is wrong with it shows now, not when the first model is done
 
     def answered(loaded: Loaded) -> list[Result]:
         how: dict[str, Any] = {"tokens": asking.tokens, "overflow": asking.overflow, "seed": asking.seed}

@@ -21,10 +21,10 @@ def exact_match(said: str, wanted: str, ignore_case: bool = False) -> float:
 
 
 def contains(said: str, wanted: str, ignore_case: bool = False) -> float:
-    """1 if the wanted text stands somewhere in what was said."""
+    """1 if the wanted text stands somewhere in what was said; an empty one only in nothing."""
     if ignore_case:
         said, wanted = said.casefold(), wanted.casefold()
-    return float(wanted.strip() in said)
+    return float(wanted.strip() in said if wanted.strip() else not said.strip())
 
 
 def number(said: str, wanted: str, tolerance: float = 1e-6, pattern: str | None = None) -> float:

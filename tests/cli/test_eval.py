@@ -150,6 +150,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
         (None, ["--task", "choice", "--shots", "2"], 2, "--shots and --shots-from go together"),
         (None, ["--task", "choice", "--overflow", "truncate"], 2, "a choice task takes error, drop"),
         (None, ["--against", "base", "--task", "choice"], 2, "does not say what it was made from"),
+        (None, ["--against", "nowhere", "--task", "choice"], 1, "nowhere"),
         (None, ["--tasks", "arc_easy"], 2, "FILE: not with --tasks"),
         (None, ["--include-path", "."], 2, "go with --tasks"),
         (["{"], [], 1, "rows.jsonl:1: not valid JSON"),

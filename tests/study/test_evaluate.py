@@ -128,6 +128,7 @@ def test_loss_of_a_chat_is_of_its_answers_only(tiny_model: Loaded) -> None:
         (metrics.exact_match, "paris", "Paris", 0),
         (metrics.contains, "It is Paris.", "Paris", 1),
         (metrics.contains, "It is paris.", "Paris", 0),
+        (metrics.contains, "It is Paris.", "", 0),
         (metrics.number, "so 3 and 4 make $1,007.50", "1007.5", 1),
         (metrics.number, "none", "1", 0),
         (metrics.f1, "The cat sat", "a cat sat down!", 0.8),  # 2 of 2 and 2 of 3 words
@@ -198,6 +199,20 @@ def test_a_model_writes_and_is_cut_off(tiny_model: Loaded) -> None:
     assert (cut > 0) == any("cut off at 3 tokens" in note for note in found.notes)
     again = evaluate(tiny_model, cases_of([{"q": "the", "a": found.predictions[0]["prediction"]}], task), task)
     assert again.scores["exact_match"].tolist() == [1.0]
+
+
+def test_a_chat_template_is_told_of_tools(tiny_model: Loaded) -> None:
+    tiny_model.tokenizer.chat_template = "{% if tools %}{{ tools[0].name }}{% endif %}{{ messages[0].content }} so "
+    turns = [{"role": "user", "content": "in"}, {"role": "assistant", "content": "the"}]
+    task = Task(format="messages", choices=["the", "an"])
+    rows = [{"messages": turns, "tools": tools} for tools in (None, [{"name": "search"}])]
+    bare, told = (line["logprobs"] for line in evaluate(tiny_model, cases_of(rows, task), task).predictions)
+    assert bare != pytest.approx(told, abs=1e-3)
+    texts = ["in so ", "searchin so "]
+    for text, found in zip(texts, (bare, told)):
+        before = tuple(tiny_model.tokenizer.encode(text, add_special_tokens=False))
+        end = tuple(tiny_model.tokenizer.encode(f"{text}the", add_special_tokens=False)[len(before) :])
+        assert found[0] == pytest.approx(naive(tiny_model, Request(before, end))[0], abs=1e-3)
 
 
 def test_shots_are_earlier_turns_or_blocks(tiny_model: Loaded) -> None:
