@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": ("eval", "How good a model is on a file: loss, or a task, with errors and differences."),
     "sweep": ("sweep", "Find better settings: trials, the worse ones stopped early."),
     "lr-find": ("sweep", "Suggest a learning rate by a range test."),
+    "fewshot": ("fewshot", "Zero-shot, examples in the prompt, and tuned on a few: a table with intervals."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
     "export": ("export", "Write a result for llama.cpp or Ollama."),
