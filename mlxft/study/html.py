@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def render(run: Details) -> str:
         curves=curves,
         no_curves=no_curves,
         numbers=_numbers(run),
-        evaluations=[],
+        evaluations=_evaluations(run.info.dir),
         samples=run.samples,
         differs=_shown(run.differs),
         settings=_shown(run.settings),
@@ -57,6 +58,46 @@ def render(run: Details) -> str:
         version=__version__,
         written=when(now()),
     )
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The tables of what `mlxft eval` has left in the run folder; what is not its result is passed over."""
+    tables = []
+    for path in sorted(folder.glob("**/results.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            tables += [_evaluation(found, task) for task in found["tasks"]]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return tables
+
+
+def _evaluation(found: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
+    """One task on one file: each figure with its standard error, and next to another model if there was one."""
+    other, pairs = task.get("against"), {pair["metric"]: pair for pair in task.get("paired", ())}
+    shots = f", {found['shots']} shots" if found.get("shots") else ""
+    columns = ["", "this run ± standard error"]
+    if other is not None:
+        columns += [f"{found['against']} ± standard error", f"difference [{found['confidence']:.0%}]", "won/lost/tied"]
+    rows = []
+    for name, figure in task["figures"].items():
+        row = [name, _with_error(figure)]
+        if other is not None:
+            row += [_with_error(other[name]), *_difference(pairs.get(name))]
+        rows.append(row)
+    title = f"{task['task']} on {Path(found['file']).name}: {value(task['rows'])} rows{shots}"
+    return {"title": title, "columns": columns, "rows": rows, "notes": task.get("notes", [])}
+
+
+def _with_error(figure: dict[str, Any]) -> str:
+    return f"{value(figure['value'])} ± {value(figure['se'])}"
+
+
+def _difference(pair: dict[str, Any] | None) -> tuple[str, str]:
+    if pair is None:
+        return "", ""
+    ends = "" if pair["low"] is None else f" [{pair['low']:+.4f}, {pair['high']:+.4f}]"
+    return f"{pair['difference']:+.4f}{ends}", f"{pair['won']}/{pair['lost']}/{pair['tied']}"
 
 
 def _curves(run: Details) -> tuple[dict[str, str], str]:
