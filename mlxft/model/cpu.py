@@ -20,7 +20,6 @@ import mlx.nn as nn
 
 LOG2E = math.log2(math.e)
 BLOCK = 64  # queries of one attention block
-KEEP = 1024  # keys up to which a block's weights are kept for the gradient: computing them again is dearer
 _HIDDEN = -1e30  # a masked score: finite, so that a row that sees nothing is no NaN
 
 
@@ -64,8 +63,7 @@ def attention(
 ) -> mx.array:
     """Softmax attention as mlx-lm's models call it; what is not covered here goes on to mlx-lm's own.
 
-    A block of queries at a time, so that under the causal mask later keys are left out instead of being hidden. For
-    long rows the gradient computes the weights again from their normaliser (Dao et al. 2022).
+    A block of queries at a time, so that under the causal mask later keys are left out instead of being hidden.
 
     Args:
         queries: (B, H, T, D).  keys: (B, G, S, D), values: (B, G, S, E), where G divides H.
@@ -74,19 +72,35 @@ def attention(
     plain = queries.dtype != mx.float32 or sinks is not None or hasattr(cache, "bits")
     if plain or not _covered(mask, queries.shape[2], keys.shape[2]):
         return _mlx_lm("base").scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks)
-    blocks = _Blocks(scale, mask)
+    b, heads, length, _ = queries.shape
+    groups, hiding = keys.shape[1], _hiding(mask, queries.shape[2])
+    outs: list[mx.array] = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        end = stop if isinstance(mask, str) else keys.shape[2]
+        # Heads that share keys are rows of one product.
+        rows = queries[:, :, start:stop].reshape(b, groups, -1, queries.shape[-1]) * (scale * LOG2E)
+        if outs:  # one block after the other: MLX would else hold the scores of all
+            (rows,) = mx.depends([rows], outs[-1:])
+        scores = rows @ keys[:, :, :end].swapaxes(-1, -2)
+        if hiding is not None:
+            split = scores.reshape(b, groups, -1, stop - start, end)
+            scores = (split + hiding[..., start:stop, :end]).reshape(scores.shape)
+        # Divided after the product: the powers are then all that the gradient needs of this size.
+        powers = mx.power(2.0, scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
+        out = (powers @ values[:, :, :end]) / powers.sum(axis=-1, keepdims=True)
+        outs.append(out.reshape(b, heads, stop - start, -1))
+    return mx.concatenate(outs, axis=2)
 
-    @mx.custom_function
-    def attend(q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
-        return blocks.forward(q, k, v)
 
-    @attend.vjp
-    def attend_vjp(
-        primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
-    ) -> tuple[mx.array, ...]:
-        return blocks.backward(*primals, cotangents[0], *outputs)
-
-    return attend(queries, keys, values)[0]  # type: ignore[index]
+def _hiding(mask: mx.array | str | None, length: int) -> mx.array | None:
+    """What is added to scores: 0 where a key is seen. Adding it needs no pass of its own for the gradient."""
+    if mask is None:
+        return None
+    if isinstance(mask, str):
+        mask = mx.arange(length)[None] <= mx.arange(length)[:, None]
+    hiding = mx.where(mask, 0.0, _HIDDEN)
+    return hiding if hiding.ndim == 2 else hiding[:, :, None]
 
 
 def _covered(mask: mx.array | str | None, queries: int, keys: int) -> bool:
@@ -95,91 +109,6 @@ def _covered(mask: mx.array | str | None, queries: int, keys: int) -> bool:
     if isinstance(mask, mx.array):
         return mask.dtype == mx.bool_ and (mask.ndim == 2 or (mask.ndim == 4 and mask.shape[1] == 1))
     return mask is None or queries == keys
-
-
-class _Blocks:
-    """Attention by blocks of queries. Heads that share keys are rows of one product."""
-
-    def __init__(self, scale: float, mask: mx.array | str | None) -> None:
-        self.scale, self.mask = scale, mask
-
-    def forward(self, q: mx.array, k: mx.array, v: mx.array) -> tuple[mx.array, ...]:
-        """Output (B, H, T, E), each query's normaliser (B, H, T) to base 2, and the weights of blocks that are kept."""
-        outs, norms, kept = list[mx.array](), list[mx.array](), list[mx.array]()
-        for start, stop, end in self._spans(q, k):
-            rows = _after(_rows(q, k, start, stop), outs)
-            scores = self._scores(rows, k, start, stop, end)
-            largest = scores.max(axis=-1, keepdims=True)
-            powers = mx.power(2.0, scores - largest)
-            total = powers.sum(axis=-1, keepdims=True)
-            weights = powers / total
-            outs.append(weights @ v[:, :, :end])
-            norms.append(largest + mx.log2(total))
-            if end <= KEEP:
-                kept.append(weights)
-        return _join(outs, q), _join(norms, q).squeeze(-1), *kept
-
-    def backward(
-        self, q: mx.array, k: mx.array, v: mx.array, slope: mx.array, out: mx.array, norm: mx.array, *kept: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Gradients in q, k and v, from the output's and from what `forward` gave."""
-        even = (slope * out).sum(axis=-1, keepdims=True)
-        to_q, to_k, to_v = list[mx.array](), mx.zeros_like(k), mx.zeros_like(v)
-        for number, (start, stop, end) in enumerate(self._spans(q, k)):
-            rows, slopes, mean = (_rows(a, k, start, stop) for a in (q, slope, even))
-            rows = _after(rows, [*to_q[-1:], to_k, to_v])
-            if number < len(kept):
-                weights = kept[number]
-            else:
-                largest = _rows(mx.expand_dims(norm, -1), k, start, stop)
-                weights = mx.power(2.0, self._scores(rows, k, start, stop, end) - largest)
-            inner = weights * (slopes @ v[:, :, :end].swapaxes(-1, -2) - mean) * self.scale
-            to_q.append(inner @ k[:, :, :end])
-            to_k = _add(to_k, inner.swapaxes(-1, -2) @ rows)
-            to_v = _add(to_v, weights.swapaxes(-1, -2) @ slopes)
-        return _join(to_q, q), to_k, to_v
-
-    def _spans(self, q: mx.array, k: mx.array) -> Iterator[tuple[int, int, int]]:
-        """Blocks of queries, and the key up to which they see."""
-        length = q.shape[2]
-        for start in range(0, length, BLOCK):
-            stop = min(start + BLOCK, length)
-            yield start, stop, stop if isinstance(self.mask, str) else k.shape[2]
-
-    def _scores(self, rows: mx.array, k: mx.array, start: int, stop: int, end: int) -> mx.array:
-        scores = (rows * (self.scale * LOG2E)) @ k[:, :, :end].swapaxes(-1, -2)
-        if self.mask is None:
-            return scores
-        if isinstance(self.mask, str):
-            seen = mx.arange(end)[None] <= mx.arange(start, stop)[:, None]
-        else:
-            seen = self.mask[..., start:stop, :]
-            seen = seen if seen.ndim == 2 else seen[:, :, None]
-        b, groups, _, _ = scores.shape
-        split = scores.reshape(b, groups, -1, stop - start, end)
-        return mx.where(seen, split, _HIDDEN).reshape(scores.shape)
-
-
-def _rows(a: mx.array, k: mx.array, start: int, stop: int) -> mx.array:
-    """(B, H, T, D) -> (B, G, H/G * t, D): the queries of one block, by group of heads."""
-    return a[:, :, start:stop].reshape(a.shape[0], k.shape[1], -1, a.shape[-1])
-
-
-def _join(blocks: list[mx.array], q: mx.array) -> mx.array:
-    """Blocks of `_rows` back as (B, H, T, D)."""
-    b, heads = q.shape[:2]
-    return mx.concatenate([block.reshape(b, heads, -1, block.shape[-1]) for block in blocks], axis=2)
-
-
-def _after(rows: mx.array, done: list[mx.array]) -> mx.array:
-    """`rows`, not before the last block is done: MLX would else compute all blocks at once."""
-    return mx.depends([rows], done[-3:])[0] if done else rows
-
-
-def _add(total: mx.array, part: mx.array) -> mx.array:
-    """`part` added to the first positions of axis 2."""
-    missing = total.shape[2] - part.shape[2]
-    return total + (mx.pad(part, [(0, 0), (0, 0), (0, missing), (0, 0)]) if missing else part)
 
 
 def _mlx_lm(name: str) -> ModuleType:

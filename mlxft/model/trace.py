@@ -21,6 +21,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
+from mlxft.model.cpu import quicker
 from mlxft.model.random import random_state, set_random_state
 
 # How far MLX runs ahead of a CPU: 10 tasks of 10 pieces of work each; an operation is two, a view one.
@@ -338,7 +339,7 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
 
     graph = Graph()
     try:
-        with _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}):
+        with quicker(model), _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}):
             mx.export_function(graph.receive, whole, *arguments, *values)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"memory can not be predicted for this architecture: {error}") from error
