@@ -128,12 +128,240 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rwkv7": {"a_low_rank_dim": 4, "v_low_rank_dim": 4, "gate_low_rank_dim": 4, "decay_low_rank_dim": 4},
 }
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+_INDEX = {"index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "topk_method": "noaux_tc"}
+_LONGCAT = {
+    "attention_method": "MLA",
+    "zero_expert_type": "identity",
+    "ffn_hidden_size": 48,
+    "moe_topk": 2,
+    "expert_ffn_hidden_size": 16,
+    "zero_expert_num": 1,
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "num_layers": 2,
+}
+_MAMBA = {"mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2}
+_BAILING = {"num_shared_experts": 1, "layer_group_size": 2, "group_norm_size": 2}
+
+
+_GEMMA4 = {
+    "num_kv_shared_layers": 0,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+}
+_LFM2 = {
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 32,
+    "block_ff_dim": 48,
+    "block_multiple_of": 16,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "layer_types": ["conv", "full_attention"],
+}
+_BLOCK = {
+    "attention": {"n_heads_in_group": 2},
+    "ffn": {"ffn_mult": 1.5},
+}
+
+
+def _text(name: str, **settings: Any) -> dict[str, Any]:
+    """The settings of a model with a text model inside."""
+    return {"text_config": {**SIZES, "model_type": name, **settings}}
+
+
+# Of these only tests of every architecture build tiny ones.
+MORE: dict[str, dict[str, Any]] = {
+    "afm7": {"hidden_dim": 32, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2, "num_layers": 3},
+    "baichuan_m1": {"sliding_window_layers": [0], "conv_window": 2, "tie_word_embeddings": False},
+    "bailing_hybrid": _BAILING,
+    "bailing_moe": {"num_shared_experts": 1, "first_k_dense_replace": 1},
+    "bailing_moe_linear": _BAILING,
+    "bailing_moe_v3": {},
+    "dbrx": {
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+    },
+    "deepseek_v32": _INDEX,
+    "deepseek_v41": {},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+    "exaone_moe": {"num_shared_experts": 1, "is_moe_layer": [False, True], "layer_types": ["full_attention"] * 2},
+    "gear": {},
+    "gemma3": _text("gemma3_text"),
+    "gemma4": _text("gemma4_text", **_GEMMA4),
+    "gemma4_text": _GEMMA4,
+    "glm4_moe_lite": {},
+    "glm_moe_dsa": {**_INDEX, "rope_parameters": _ROPE},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "shared_intermediate_size": 16,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_proj_bias": False,
+        "mamba_d_state": 8,
+        "mamba_d_conv": 4,
+        "mamba_n_groups": 1,
+        "mamba_conv_bias": True,
+    },
+    "hunyuan": {
+        "moe_topk": 2,
+        "num_shared_expert": 1,
+        "use_mixed_mlp_moe": True,
+        "use_qk_norm": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+        "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+    },
+    "jamba": {
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "expert_layer_offset": 1,
+        "expert_layer_period": 2,
+        **_MAMBA,
+    },
+    "kimi_linear": {
+        "model_max_length": 128,
+        "linear_attn_config": {
+            "kda_layers": [1],
+            "full_attn_layers": [2],
+            "num_heads": 4,
+            "head_dim": 32,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    "laguna": {},
+    "lfm2": _LFM2,
+    "lfm2-vl": _text("lfm2", **_LFM2),
+    "lfm2_moe": {
+        "use_expert_bias": True,
+        "num_dense_layers": 1,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "layer_types": ["conv", "full_attention"],
+    },
+    "lille-130m": {"block_size": 128, "n_kv_heads": 2, "n_embd": 128},
+    "llama4_text": {"intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "use_qk_norm": True},
+    "llama4": _text(
+        "llama4_text",
+        num_experts_per_tok=1,
+        num_hidden_layers=4,
+        attention_chunk_size=16,
+        interleave_moe_layer_step=1,
+        intermediate_size_mlp=48,
+        use_qk_norm=True,
+    ),
+    "kimi_k25": _text("deepseek_v3", rope_scaling=_YARN, topk_method="noaux_tc"),
+    "kimi_vl": _text("deepseek_v3", rope_scaling=_YARN, topk_method="noaux_tc"),
+    "mistral4": {"rope_parameters": {**_ROPE, **_YARN, "llama_4_scaling_beta": 0.1}},
+    "nemotron-nas": {"block_configs": [_BLOCK, _BLOCK]},
+    "pixtral": _text("llama"),
+    "longcat_flash_ngram": {
+        **_LONGCAT,
+        "ngram_vocab_size_ratio": 2,
+        "emb_neighbor_num": 2,
+        "emb_split_num": 2,
+    },
+    "longcat_flash": _LONGCAT,
+    "mellum": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "sliding_window_size": 4,
+        "topk_method": "noaux_tc",
+        "swa_rope_theta": 10000.0,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
+    "minimax": {"shared_intermediate_size": 16},
+    "ministral3": {
+        "rope_parameters": {
+            **_ROPE,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral3": _text("llama"),
+    "muse_glimmer": {},
+    "nanbeige": {},
+    "nemotron_h": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+        "num_hidden_layers": 4,
+        "hybrid_override_pattern": "M*-E",
+        "moe_shared_expert_intermediate_size": 16,
+        "time_step_limit": (0.0, 100.0),
+    },
+    "olmo_hybrid": {
+        **_LINEAR,
+        "linear_allow_neg_eigval": True,
+        "linear_num_key_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "openelm": {
+        "num_transformer_layers": 2,
+        "model_dim": 32,
+        "ffn_dim_divisor": 16,
+        "num_query_heads": [4, 4],
+        "num_kv_heads": [2, 2],
+        "ffn_multipliers": [1.0, 2.0],
+    },
+    "phi3small": {
+        "vocab_size": 100352,  # it sets logits of tokens by their number
+        "dense_attention_every_n_layers": 2,
+        "ff_intermediate_size": 48,
+        "gegelu_limit": 20.0,
+    },
+    "phixtral": {"num_vocab": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "rotary_dim": 4},
+    "plamo": {"n_shared_head": 2},
+    "plamo2": {},
+    "plamo3": {},
+    "qwen": {"kv_channels": 8},
+    "qwen2_vl": {**SIZES, **_text("qwen2")},
+    "qwen3_5": _text("qwen3_5", **_LINEAR, full_attention_interval=2, rope_parameters=_ROPE),
+    "qwen3_5_moe": _text("qwen3_5_moe", **_LINEAR, full_attention_interval=2, rope_parameters=_ROPE),
+    "qwen3_next": {**_LINEAR, "full_attention_interval": 2},
+    "qwen3_vl": _text("qwen3_vl"),
+    "qwen3_vl_moe": _text("qwen3_vl_moe"),
+    "solar_open": {},
+    "spark2_5": {"rope_parameters": {"full_attention": _ROPE}, "hidden_act": "gelu"},
+    "step3p5": {
+        "num_attention_groups": 2,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "share_expert_dim": 16,
+        "moe_layers_enum": "1",
+    },
+    "talkie": {},
+}
+
 
 def build(name: str) -> nn.Module:
     """A tiny model of an architecture of mlx-lm, with random weights."""
     module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
     known = {field.name for field in dataclasses.fields(module.ModelArgs)}
-    settings = {k: v for k, v in SIZES.items() if k in known} | {"model_type": name} | ARCHITECTURES[name]
+    settings = {k: v for k, v in SIZES.items() if k in known} | {"model_type": name} | {**MORE, **ARCHITECTURES}[name]
     model = module.Model(module.ModelArgs.from_dict(settings))
     scatter(model, seed=1)
     model.eval()

@@ -146,10 +146,10 @@ class Standin(nn.Module):
 
     def __init__(self, base: nn.Module, weight: Callable[[], mx.array]) -> None:
         super().__init__()
-        if "bias" in base:
-            self.bias = base.bias
         self._now = lambda: plain(base, weight())
         self._base = lambda: base
+        if "bias" in base:
+            self["bias"] = base["bias"]  # past setattr, which would look it up in the base
 
     def __call__(self, *args: Any, **options: Any) -> mx.array:
         return self._now()(*args, **options)

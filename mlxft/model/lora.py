@@ -189,7 +189,8 @@ def shift(layer: LowRank) -> mx.array:
 
 def adaptable(module: nn.Module) -> bool:
     """Whether a low-rank layer can wrap `module`."""
-    return isinstance(module, LINEAR + SWITCH + EMBEDDING)
+    # mlx-lm's fused layers are linear ones that give several outputs; they say so by having LoRA of their own.
+    return isinstance(module, LINEAR + SWITCH + EMBEDDING) and not hasattr(module, "to_lora")
 
 
 def wrap(module: nn.Module, rank: int, scale: float, dropout: float, dora: bool) -> LowRank:

@@ -1,0 +1,87 @@
+"""A fused model is the adapted one, for every architecture of mlx-lm that can be built tiny."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models
+import pytest
+from architectures import ARCHITECTURES, MORE, build, scatter
+
+from mlxft.export.fidelity import standing_in, unpacked
+from mlxft.export.fuse import fuse_layers
+from mlxft.export.precision import standins, uniform
+from mlxft.model.adapters import LoRASpec, attach, select_targets
+from mlxft.model.lora import LINEAR, LowRank
+
+IDS = mx.array([[3, 40, 12, 5, 21, 9]])
+# Architectures that are not held to the law here, with the reason.
+NOT = {
+    "bitnet": "its layers are a Metal kernel of their own, neither linear nor quantised as LoRA knows them",
+    "gemma3n": "reads the weights of some layers itself (altup), which LoRA has replaced; adapt attention and mlp",
+    "kimi_k3": "its settings are a whole checkpoint's; no tiny one was made",
+    "minimax_m3_vl": "its settings are a whole checkpoint's; no tiny one was made",
+    "muse_spark": "its settings are a whole checkpoint's; no tiny one was made",
+    "olmo": "needs the package ai2-olmo",
+    "prism_hadamard_qwen35": "takes weights only as they were packed for it",
+    "recurrent_gemma": "mlx-lm's class is no initialised module: nothing of it can be frozen",
+}
+
+
+def logits(model: nn.Module) -> mx.array:
+    """Of a few tokens; some architectures rule tokens out by an infinite one."""
+    found = model(IDS)
+    return mx.where(mx.isinf(found), 0, found)
+
+
+def adapted(name: str, dora: bool) -> tuple[nn.Module, mx.array, mx.array]:
+    """A tiny model with an adapter that does something; the base's logits, and the adapted ones."""
+    model = build(name)
+    base = logits(model)
+    paths = select_targets(model, "all-linear", "all")
+    if dora:  # which is for linear layers
+        modules = dict(model.named_modules())
+        paths = [path for path in paths if isinstance(modules[path], LINEAR)]
+    attach(model, LoRASpec(tuple(paths), 2, 2.0, 0.0, dora))
+    scatter(model, seed=2, only="lora_b")
+    return model, base, logits(model)
+
+
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES, *MORE}))
+def test_fused_is_adapted(name: str) -> None:
+    model, base, wanted = adapted(name, dora=False)
+    size = max(1.0, float(mx.abs(wanted).max()))
+    assert float(mx.abs(wanted - base).max()) > 5e-3
+    # What measuring puts in place of the layers is the fused model too.
+    layers = standins(model, uniform(model, None))
+    with unpacked(model), standing_in(model, layers):
+        assert float(mx.abs(logits(model) - wanted).max()) < 1e-4 * size
+    fuse_layers(model)
+    assert not any(isinstance(m, LowRank) for m in model.modules())
+    assert float(mx.abs(logits(model) - wanted).max()) < 1e-4 * size
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "mamba", "deepseek_v3", "qwen3_next", "rwkv7"])
+def test_fused_dora_is_adapted(name: str) -> None:
+    model, base, wanted = adapted(name, dora=True)
+    assert float(mx.abs(wanted - base).max()) > 5e-3
+    fuse_layers(model)
+    assert float(mx.abs(logits(model) - wanted).max()) < 1e-4 * max(1.0, float(mx.abs(wanted).max()))
+
+
+def test_every_architecture_is_tried_or_has_a_reason() -> None:
+    tried = {name.split(" ")[0] for name in (*ARCHITECTURES, *MORE)}
+    there = set()
+    for file in Path(mlx_lm.models.__path__[0]).glob("*.py"):
+        if file.stem in NOT:
+            continue
+        module: Any = importlib.import_module(f"mlx_lm.models.{file.stem}")
+        there |= {file.stem} if hasattr(module, "ModelArgs") and hasattr(module, "Model") else set()
+    # A newer mlx-lm may have more; here stand all that this one has.
+    assert there <= tried
+    assert not tried & NOT.keys()
+    print(f"{len(tried)} architectures; not tried: {NOT}")
