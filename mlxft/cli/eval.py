@@ -23,6 +23,11 @@ import click
     help="loss (default), choice, exact_match, contains, number, f1, json, file.py:function, reward:RUN, or a file of "
     "YAML; can be given several times.",
 )
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "none"]),
+    help="none: prompts as plain text, as lm-eval asks; default: the task's, the run's, else auto, the chat template.",
+)
 @click.option("--shots", default=0, show_default=True, type=click.IntRange(0), help="Solved rows shown before each.")
 @click.option("--shots-from", metavar="FILE", help="Where these are taken from.")
 @click.option("--against", metavar="MODEL", help="base, or another run or model: the paired difference.")
@@ -107,6 +112,7 @@ def _refuse_beside_tasks(
         "--task": tasks,
         "--against": against,
         "--format": options["format_"],
+        "--template": options["template"],
         "--shots-from": options["shots_from"],
         "--out": out,
         "--overflow": options["overflow"] != "error",

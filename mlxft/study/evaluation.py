@@ -35,6 +35,7 @@ class Asking:
     Attributes:
         tasks: names, files, or Task.
         format: how rows are read; None: as a run's own rows are, else what they look like.
+        template: as data.template, before what a task or a run says.
         shots: solved rows of the file `shots_from` shown before each prompt.
         limit: only the first rows.
         max_length, overflow, tokens, seed: see `evaluate`; the seed also chooses shots and resamples.
@@ -42,6 +43,7 @@ class Asking:
 
     tasks: Sequence[str | Task] = ("loss",)
     format: str | None = None
+    template: str | None = None
     shots: int = 0
     shots_from: str | None = None
     limit: int | None = None
@@ -213,6 +215,8 @@ def _settled(given: str | Task, asking: Asking, data: Data | None, rows: Sequenc
             hint = nearest(asking.format, FORMATS)
             raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
         task = task.model_copy(update={"format": asking.format})
+    if asking.template is not None:
+        task = task.model_copy(update={"template": asking.template})
     if data is None:
         return task
     update: dict[str, Any] = {}

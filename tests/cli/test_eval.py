@@ -91,6 +91,17 @@ def test_choices_and_written_answers(here: Path, tiny_model_dir: Path, mlxft: Ca
     assert both["tasks"][0]["figures"]["f1"]["se"] is None, "one row says nothing of its error"
 
 
+def test_plain_text_is_lm_evals_way(here: Path, tiny_model_dir: Path, mlxft: Callable[..., Any]) -> None:
+    golden = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
+    (here / "items.jsonl").write_text("".join(f"{json.dumps(item)}\n" for item in golden["items"]), "utf-8")
+    args = ["eval", str(tiny_model_dir), "items.jsonl", "--task", "choice", "--json"]
+    plain = json.loads(mlxft(*args, "--template", "none").out)["tasks"][0]["figures"]
+    assert plain["accuracy"]["value"] == pytest.approx(golden["acc"])
+    assert plain["accuracy_norm"]["value"] == pytest.approx(golden["acc_norm"])
+    chat = json.loads(mlxft(*args).out)["tasks"][0]["figures"]
+    assert chat != plain, "by default the prompt goes through the chat template"
+
+
 def test_shots_are_never_rows_that_are_asked(here: Path, tiny_model_dir: Path, mlxft: Any, refused: Any) -> None:
     asked = ["eval", str(tiny_model_dir), "reviews.jsonl", "--task", "task.yaml", "--limit", "3"]
     args = [*asked, "--shots", "2", "--shots-from", "reviews.jsonl"]
