@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from mlxft.cli import COMMANDS
+from mlxft.cli import cli
 from mlxft.recipe import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +43,8 @@ def parse(line: str) -> tuple[click.Command, list[str]]:
     for end in ("|", ">", "&&", ";"):
         line = line.split(f" {end} ")[0]
     _, name, *arguments = shlex.split(line, comments=True)
-    assert name in COMMANDS, f"no such command: {line}"
-    command = getattr(importlib.import_module(f"mlxft.cli.{COMMANDS[name][0]}"), name.replace("-", "_"), None)
-    command = command or getattr(importlib.import_module(f"mlxft.cli.{COMMANDS[name][0]}"), f"{name}_command")
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None, f"no such command: {line}"
     if isinstance(command, click.Group) and arguments and arguments[0] in command.commands:
         return command.commands[arguments[0]], arguments[1:]
     return command, arguments
