@@ -35,6 +35,23 @@ RECIPES = sorted(set((ROOT / "configs").glob("*.yaml")) - {LABEL, *TASKS})
 NAMES = [r.stem for r in RECIPES]
 CHATS = ROOT / "mlxft/demo/rows.jsonl"
 PAIRS = ROOT / "mlxft/demo/pairs.jsonl"
+# What a tiny model needs, and runs that a recipe starts from.
+FITTED = {
+    "sweep": ["sweep=null"],  # one trial
+    "fewshot-reviews": [f"data.train={PAIRS}", "data.fields={prompt: '{prompt}', completion: ' {chosen}'}"],
+    "transfer-groups": ["optim.groups=[{match: 're:layers\\.[0-3]\\.', scale: 0.1}]"],
+    "ppo-reward-model": [f"data.train={PAIRS}", "rollout.prompts=2", "rollout.max_tokens=8", "run.epochs=null"],
+    "grpo": ["rollout.prompts=2", "rollout.samples=2", "rollout.max_tokens=8"],
+    "rloo": ["rollout.prompts=2", "rollout.max_tokens=8"],
+    "ppo-function": ["rollout.prompts=2", "rollout.max_tokens=8"],
+}
+FITTED["fewshot-reviews"] += ["tune.layers=4", "run.eval_every=null"]  # it has no validation rows
+FITTED |= {name: [*FITTED[name], f"data.train={PAIRS}"] for name in ("grpo", "rloo", "ppo-function")}
+NEEDED = {
+    "transfer-sft": {"model.adapter": "continued-pretraining"},
+    "ppo-reward-model": {"rewards.adapter": "reward-lora"},
+}
+ROWS = 40
 JUDGED = ("reward-lora", "reward-qlora", "dpo-lora", "orpo", "kto")
 
 
@@ -69,13 +86,25 @@ def trained(
     done: dict[str, tuple[Config, nn.Module]] = {}
     runs = tmp_path_factory.mktemp("runs")
 
+    def few(override: str) -> str:
+        """Two steps need no more than a few of the rows."""
+        for file in (CHATS, PAIRS):
+            short = runs / file.name
+            short.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:ROWS]), "utf-8")
+            override = override.replace(str(file), str(short))
+        return override
+
     def get(name: str) -> tuple[Config, nn.Module]:
         if name not in done:
             rows = texts if name == "continued-pretraining" else PAIRS if name in JUDGED else CHATS
             overrides = [f"model.path={base}", f"data.train={rows}", f"run.dir={runs}", "run.steps=2"]
             # So that ten validation rows are not more than the whole of a tiny run.
             overrides += ["run.eval_every=2"] if name != "sft-lora" else []
-            config = load_config(ROOT / f"configs/{name}.yaml", overrides)
+            overrides += FITTED.get(name, [])
+            for setting, needed in NEEDED.get(name, {}).items():  # the recipe that stands before it on the road
+                get(needed)
+                overrides.append(f"{setting}={runs}/{needed}")
+            config = load_config(ROOT / f"configs/{name}.yaml", [few(o) for o in overrides])
             run = train(config)
             assert [e["step"] for e in run.metrics("end")] == [2]
             done[name] = config, load(run, scores=config.objective == "reward").model
@@ -146,12 +175,25 @@ def test_recipe_runs_as_it_is_from_a_clone_or_says_what_is_yours(
     monkeypatch.chdir(ROOT)
     config = load_config(recipe)
     if "YOURS" in recipe.read_text("utf-8"):
-        with pytest.raises(ConfigError, match=r"texts\.jsonl|runs/reward-lora"):
+        with pytest.raises(ConfigError, match=r"texts\.jsonl|runs/reward-lora|reviews-train\.jsonl"):
             make_objective(config, tiny_tokenizer)
     else:
         summary = make_objective(config, tiny_tokenizer).summary()
         assert summary.validates
         assert next(iter(summary.counts.values())) > 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_trains(name: str, trained: Any, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps on a tiny model; a recipe that is new is among them by itself."""
+    monkeypatch.chdir(ROOT)
+    config, model = trained(name)
+    assert config.run.steps == 2
+    # What trains is there and, by rewards that a random model gets none of, at least finite.
+    assert config.tune.method == "full" or adapted(model)
+    assert all(mx.isfinite(v).all().item() for _, v in tree_flatten(model.parameters()) if v.dtype == mx.float32)
+    if config.tune.method == "full":
+        assert changed(model, base)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "sft-lora", "sft-dora", "continued-pretraining"])

@@ -78,10 +78,10 @@ def show_list(console: Console, runs: Sequence[RunInfo]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name, options in (
         ("name", {"ratio": 3, "min_width": 12, "overflow": "fold"}),
-        ("status", {"min_width": 8, "overflow": "fold"}),
+        ("status", {"min_width": 11, "overflow": "fold"}),
         ("objective", {"overflow": "fold"}),
         ("base", {"ratio": 2, "min_width": 8, "overflow": "ellipsis", "no_wrap": True}),
-        ("best", {"min_width": 12, "overflow": "fold"}),
+        ("best", {"min_width": 17, "overflow": "fold"}),
         ("started", {"no_wrap": True}),
     ):
         table.add_column(name, **options)
@@ -150,6 +150,12 @@ def _facts(run: Details) -> dict[str, Any]:
     return {k: v for k, v in facts.items() if v is not None}
 
 
+def change_of(pair: Sequence[float]) -> str:
+    """The second less the first, with its sign."""
+    change = pair[1] - pair[0]
+    return f"{change:+,.0f}" if abs(change) >= 1000 else f"{change:+.4g}"
+
+
 def show_comparison(console: Console, found: Comparison) -> None:
     """What differs in settings, then what came of it; of two runs also the difference of each number."""
     names = [r.name for r in found.runs]
@@ -165,7 +171,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
     table = _table(["", *names, *(["difference"] if len(names) == 2 else [])])
     for key, values in found.results.items():
         numbers = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
-        change = [f"{numbers[1] - numbers[0]:+.4g}"] if len(names) == len(numbers) == 2 else [""] * (len(names) == 2)
+        change = [change_of(numbers)] if len(names) == len(numbers) == 2 else [""] * (len(names) == 2)
         table.add_row(key, *map(value, values), *change)
     console.print(table)
 
