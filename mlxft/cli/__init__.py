@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import keyword
 import sys
 
 import click
@@ -25,7 +26,8 @@ COMMANDS = {
     "fewshot": ("fewshot", "Zero-shot, examples in the prompt, and tuned on a few: a table with intervals."),
     "fuse": ("ship", "Fuse a run's adapter into its base."),
     "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
-    "export": ("export", "Write a result for llama.cpp or Ollama."),
+    "export": ("export", "Write a result for PEFT, transformers, llama.cpp or Ollama."),
+    "import": ("export", "Read a PEFT adapter in."),
     "push": ("push", "Push a result to the Hugging Face hub, with a model card."),
     "runs": ("runs", "List, show, compare, plot, report, watch and remove runs."),
     "schema": ("schema", "Print the JSON schema of recipes, for editors."),
@@ -41,9 +43,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(
-            importlib.import_module(f"mlxft.cli.{COMMANDS[cmd_name][0]}"), cmd_name.replace("-", "_")
-        )
+        name = cmd_name.replace("-", "_") + "_" * keyword.iskeyword(cmd_name)
+        command: click.Command = getattr(importlib.import_module(f"mlxft.cli.{COMMANDS[cmd_name][0]}"), name)
         return command
 
     def resolve_command(

@@ -175,7 +175,7 @@ def _digest(weight: mx.array) -> str:
     return blake2b(np.array(weight.astype(mx.float32)).tobytes(), digest_size=8).hexdigest()
 
 
-def _check_pair(file: Path, weight: mx.array) -> None:
+def check_pair(file: Path, weight: mx.array) -> None:
     """ModelError where the adapter beside a head was saved with another one: a kill between the two files."""
     beside = file.with_name("adapters.safetensors")
     loaded: Any = mx.load(str(beside), return_metadata=True) if beside.is_file() else ({}, {})
@@ -217,7 +217,7 @@ def load_head(split: Split, file: Path, base: str | None) -> Saved:
         ModelError: of another base or width, or the file can not be read.
     """
     saved = read_head(file)
-    _check_pair(file, saved.weight)
+    check_pair(file, saved.weight)
     if base is not None and saved.fingerprint not in (None, "", base):
         raise ModelError(f"{file}: is the head of another base ({saved.fingerprint}), and this model is {base}")
     width = body_width(split)
