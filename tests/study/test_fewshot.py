@@ -22,8 +22,8 @@ from mlxft.objectives.sft import load_splits
 from mlxft.recipe import load_config
 from mlxft.run import train
 from mlxft.study.crossed import crossed, t_quantile
-from mlxft.study.fewshot import Plan, Study, fewshot
-from mlxft.study.fewshot_tables import read_ks
+from mlxft.study.fewshot import Plan, fewshot
+from mlxft.study.fewshot_tables import Study, read_ks
 
 QUIET = Console(quiet=True)
 LABELS = ["a", "b", "a", "a", "b", "c", "c", "a", "b", "c"]
