@@ -28,6 +28,7 @@ def adapt(model: nn.Module, targets: Any, method: str = "lora", train: list[str]
     """Attach an adapter as a recipe would, move all that is trained, and give the logits."""
     tune = Tune(method="dora" if method == "dora" else "lora", rank=4, alpha=8, rslora=method == "rslora")
     paths = select_targets(model, targets, "all", tune.method == "dora")
+    mx.random.seed(0)
     spec = LoRASpec(tuple(paths), tune.rank, tune.multiplier, 0.1, tune.method == "dora")
     prepare_adapter(model, spec, train or [])
     key, leaves = mx.random.key(1), []

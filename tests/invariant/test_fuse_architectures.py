@@ -46,6 +46,7 @@ def adapted(name: str, dora: bool) -> tuple[nn.Module, mx.array, mx.array]:
     if dora:  # which is for linear layers
         modules = dict(model.named_modules())
         paths = [path for path in paths if isinstance(modules[path], LINEAR)]
+    mx.random.seed(0)
     attach(model, LoRASpec(tuple(paths), 2, 2.0, 0.0, dora))
     scatter(model, seed=2, only="lora_b")
     return model, base, logits(model)
