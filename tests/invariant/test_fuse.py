@@ -16,7 +16,7 @@ from mlxft.export.fuse import fuse_layers
 from mlxft.export.precision import FLOAT
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
 from mlxft.model.load import load
-from mlxft.model.lora import LowRank
+from mlxft.model.lora import LowRank, dense_weight
 
 Maker = Callable[..., Path]
 IDS = mx.array([[3, 40, 77, 5, 21, 9, 250, 3]])
@@ -95,16 +95,24 @@ def test_modules_trained_whole_stay(tiny_model: Any) -> None:
 def test_more_bits_lose_less(kind: str, targets: Any, method: str, tmp_path: Path, make_model_dir: Maker) -> None:
     """On a 4-bit base: dequantised nothing is lost, and the error falls as the bits of the fused layers rise."""
     folder = make_model_dir(tmp_path / kind, kind)
-    errors = {}
+    errors, rounding = {}, {}
     for bits in (3, None, 6, 8, 0):
         model = load(str(folder), dtype="float32", quantize=4, group_size=32).model
         adapted = adapt(model, targets, method)
+        exact = {path: m.fused_weight() for path, m in model.named_modules() if isinstance(m, LowRank)}
+        mx.eval(adapted, exact)
         done = fuse_layers(model, dequantize=bits == 0, bits=bits or None)
         assert {form.bits for form in done.values()} == {4 if bits is None else bits}
-        errors[bits] = float(mx.sqrt(mx.mean((model(IDS) - adapted) ** 2)))
+        fused = dict(model.named_modules())
+        off = sum(float((dense_weight(fused[path]) - weight).square().sum()) for path, weight in exact.items())
+        rounding[bits], errors[bits] = off**0.5, float(mx.sqrt(mx.mean((model(IDS) - adapted) ** 2)))
         assert not any(isinstance(m, LowRank) for m in model.modules())
         assert any("scales" in m for m in model.modules()) == (bits != 0)
-    assert errors[3] > errors[None] > 2 * errors[6] > 4 * errors[8] > 0
+    # A step is 2^bits - 1 times smaller than a group's range, and errors are even within it.
+    assert rounding[3] / rounding[6] == pytest.approx(63 / 7, rel=0.1)
+    assert rounding[None] / rounding[8] == pytest.approx(255 / 15, rel=0.1)
+    assert rounding[0] == 0
+    assert min(errors[3], errors[None]) > 2 * errors[8] > 0
     assert errors[0] < 1e-4
 
 
