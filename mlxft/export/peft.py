@@ -83,7 +83,7 @@ class Opened:
     @property
     def tied(self) -> bool:
         """Whether text comes out through the embedding."""
-        return "lm_head.weight" not in dict(tree_flatten(self.loaded.model.parameters()))
+        return "lm_head" not in self.loaded.model
 
 
 def open_adapter(run: Path, model: str | None) -> Opened:

@@ -270,7 +270,7 @@ def _settle_tied(base: Loaded, low: dict[str, Arrays], whole: Arrays, folder: Pa
     """
     copies = {n: whole.pop(n) for n in list(whole) if n.endswith(".base_layer.weight")}
     _check_copies(base, copies, folder)
-    if "lm_head.weight" in dict(tree_flatten(base.model.parameters())) or scores:
+    if "lm_head" in base.model or scores:
         return
     head, embedding = low.pop("lm_head", None), low.get("model.embed_tokens")
     apart = (head is None) != (embedding is None)
