@@ -117,7 +117,7 @@ def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_j
     from mlxft.study.run_tables import show_comparison
     from mlxft.study.runs import find_run
 
-    found = compare_runs([details(find_run(name, _place(ctx, place))) for name in names])
+    found = compare_runs([details(find_run(name, _place(ctx, place)), name) for name in names])
     _print_json(found.to_json()) if as_json else show_comparison(Console(), found)
 
 

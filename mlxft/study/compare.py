@@ -61,9 +61,13 @@ class Details:
         return {**self.info.to_json(), "start": data, **parts, "speed": self.speed, "samples": samples}
 
 
-def details(folder: Path) -> Details:
-    """All that a run folder tells; what is missing or broken is left out, and said in info.note."""
-    info, events = run_info(folder), read_events(folder)
+def details(folder: Path, name: str | None = None) -> Details:
+    """All that a run folder tells; what is missing or broken is left out, and said in info.note.
+
+    Args:
+        name: what to call the run; default: as its folder, which several may be called.
+    """
+    info, events = run_info(folder, name), read_events(folder)
     try:
         settings = flat(read_settings(folder))
     except MlxftError:

@@ -222,6 +222,14 @@ def context_of(loaded: Loaded) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
+def _in_own_words(text: str) -> str:
+    """What building rows for training has to say, by the names that an evaluation has for it."""
+    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow", "left to train on": "left to evaluate"}
+    for theirs, ours in names.items():
+        text = text.replace(theirs, ours)
+    return text.replace("--max-length and data.train_on", "--max-length and a task's train_on")
+
+
 def _loss(how: _How, cases: Sequence[Case]) -> Result:
     task, tokenizer = how.task, how.loaded.tokenizer
     examples = [Example(case.where, case.item) for case in cases if case.item is not None]
@@ -235,7 +243,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
             chat=task.template == "auto",
         )
     except (ConfigError, DataError) as e:
-        raise type(e)(str(e).replace("data.max_length", "--max-length").replace("data.overflow:", "--overflow")) from e
+        raise type(e)(_in_own_words(str(e))) from e
     split, lengths = Split(how.loaded.model), np.array([len(row.ids) for row in data.rows])
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}

@@ -119,7 +119,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         found = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise CheckpointError(f"{folder}: config.yaml can not be read: {getattr(e, 'strerror', None) or e}") from e
+        reason = " ".join((getattr(e, "strerror", None) or str(e)).split())
+        raise CheckpointError(f"{folder}: config.yaml can not be read: {reason}") from e
     if not isinstance(found, dict):
         raise CheckpointError(f"{folder}: config.yaml is no recipe")
     return found
@@ -144,7 +145,8 @@ def _event(line: bytes) -> Event | None:
         found = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("event"), str) else None
+    sound = isinstance(found, dict) and isinstance(found.get("event"), str) and type(found.get("step", 0)) is int
+    return found if sound else None
 
 
 def finite(value: Any) -> float | None:
@@ -303,7 +305,7 @@ def _surely_run(folder: Path) -> bool:
     """Whether a folder is a run's beyond doubt: it is about to be removed."""
     if read_status(folder) or _Metrics(folder).first() or (folder / "adapter/adapter_config.json").exists():
         return True
-    return all(p.name in PARTS or p.name.startswith(".tmp-") for p in folder.iterdir())
+    return all(p.name in (*PARTS, "report.html") or p.name.startswith(".tmp-") for p in folder.iterdir())
 
 
 def remove_run(folder: Path) -> None:

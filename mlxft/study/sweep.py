@@ -307,8 +307,8 @@ class _Job:
                     return False
                 raise
             state = TrialState.PRUNED
-        except _NoSuchMetric:
-            raise
+        except _NoSuchMetric as e:
+            raise ConfigError(str(e)) from e
         except (MlxftError, RuntimeError, MemoryError, OSError) as e:
             state, error = TrialState.FAIL, str(e) or type(e).__name__
         facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}

@@ -125,9 +125,23 @@ def test_odd_folders_are_shown_as_what_they_are(
 def test_a_binary_or_cut_metrics_file_is_read_as_far_as_it_goes(make: Make) -> None:
     folder = make("a")
     with (folder / "metrics.jsonl").open("ab") as file:
-        file.write(b'\xff\xfe{"event"\n[1]\n{"event": "train", "st')
+        file.write(b'\xff\xfe{"event"\n[1]\n{"event": "train", "step": null, "loss": 1}\n{"event": "train", "st')
     assert read_events(folder) == WHOLE
     assert run_info(folder).step == 20
+
+
+def test_runs_of_the_same_name_are_told_apart(make: Make, tmp_path: Path) -> None:
+    make("one/0")
+    make("two/0", [START, {**TRAIN, "loss": 7.5}])
+    found = compare([details(tmp_path / "runs" / name, name) for name in ("one/0", "two/0")]).to_json()
+    assert found["runs"] == ["one/0", "two/0"]
+    assert set(found["results"]["training loss"]) == {"one/0", "two/0"}
+
+
+def test_what_is_wrong_with_a_recipe_is_told_in_one_line(make: Make) -> None:
+    note = run_info(make("odd", config="model: [", status=None)).note
+    assert "can not be read" in note
+    assert "\n" not in note
 
 
 def test_while_a_process_trains_a_folder_is_its_own(make: Make) -> None:
@@ -212,6 +226,7 @@ def test_only_what_surely_is_a_run_is_removed(make: Make, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="files that no run leaves"):
         find_removable(["a", "other"], place)
     half = make("half", events=None, status=None, config="")
+    (half / "report.html").touch()  # left by mlxft runs report
     assert find_removable(["half", "a", "a"], place) == {
         half.resolve(): 0,
         folder.resolve(): sum(p.stat().st_size for p in folder.iterdir()),

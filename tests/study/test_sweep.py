@@ -230,8 +230,9 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_can_not_be_swept_is_refused_and_leaves_nothing(case: str, write: Write, tmp_path: Path) -> None:
     section, changes, said = BAD[case]
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as caught:
         quiet(write(section, **changes))
+    assert caught.type is ConfigError, "its name is what a user reads"
     assert not (tmp_path / "runs/s").exists()
 
 
