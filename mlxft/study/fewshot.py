@@ -154,7 +154,8 @@ class _Study:
 
     def _shots(self, cell: Cell) -> list[Case]:
         seed = self.config.run.seed + cell.seed
-        return choose_shots(self.config.data.train, self.task, self.cases, int(cell.k), seed)
+        setting = "--both" if cell.method == "both" else "--in-context"
+        return choose_shots(self.config.data.train, self.task, self.cases, int(cell.k), seed, setting)
 
     def _cell_config(self, cell: Cell) -> Config:
         """The recipe for a tuned cell."""

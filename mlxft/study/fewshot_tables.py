@@ -180,7 +180,8 @@ def cells_of(study: Study) -> list[list[str]]:
     for line in study.lines:
         e, a = line.estimate, line.against
         gain = "" if a is None else f"{a.difference:+.3f} [{a.low:+.3f}, {a.high:+.3f}]"
-        few = f"{line.k} a label" if line.method == "tuned" and line.k != ALL else str(line.k)
+        each = line.method == "tuned" and line.k != ALL and line.trained_rows > int(line.k)
+        few = f"{line.k} a label" if each else str(line.k)
         interval = f"[{e.low:.3f}, {e.high:.3f}]"
         trained = f"{line.trained_rows:,}" if line.trained_rows else ""
         table.append([line.method, few, trained, str(line.seeds), str(line.rows), f"{e.value:.3f}", interval, gain])
