@@ -24,6 +24,7 @@ from mlxft.data.formats import Example, Message
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
+from mlxft.model.cpu import quicker
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
@@ -167,9 +168,10 @@ def evaluate(
     if not cases:
         raise DataError("there are no rows to evaluate")
     how = _How(loaded, task, tokens, max_length or context_of(loaded), overflow, seed, console)
-    if task.kind == "loss":
-        return _loss(how, cases)
-    return _choice(how, cases, shots) if task.kind == "choice" else _generate(how, cases, shots)
+    with quicker(loaded.model):
+        if task.kind == "loss":
+            return _loss(how, cases)
+        return _choice(how, cases, shots) if task.kind == "choice" else _generate(how, cases, shots)
 
 
 @dataclass(frozen=True)
