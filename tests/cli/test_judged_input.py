@@ -120,7 +120,7 @@ def test_runs_of_the_wrong_kind(judged: Write, refused: Refused, mlxft: Callable
     for command in ("check", "train"):
         said = refused(2, command, judged("preference", tune={}), f"model.adapter={judge}")
         assert "is a reward model, which gives scores, and objective preference trains one that gives text" in said
-    for use in (("generate", "x", "--model", judge), ("fuse", judge, "fused"), ("chat", "--model", judge)):
+    for use in (("generate", "x", "--model", judge), ("chat", "--model", judge)):
         assert "is a reward model: it gives scores, not text" in refused(1, *use)
     assert "gives text, not scores" in refused(1, "score", policy, "pairs.jsonl")
     assert mlxft("train", judged("reward", tune={}), f"model.adapter={policy}", "run.name=b").code == 0, "to start from"

@@ -141,7 +141,8 @@ def test_check_times_a_rollout(ppo: Recipe, mlxft: Command, tmp_path: Path) -> N
 
 
 def test_what_does_not_fit_says_which_phase(ppo: Recipe, refused: Refused) -> None:
-    small = refused(2, "train", ppo(), "memory.limit=0.0001")
+    many = {"batch.rows": 1, "rollout.prompts": 64, "rollout.rows": 64}
+    small = refused(2, "train", ppo(**many), "memory.limit=0.0001")
     assert "sampling needs" in small
     assert "a smaller rollout.rows (completions decoded at once) or rollout.max_tokens" in small
     large = refused(
