@@ -31,7 +31,7 @@ from mlxft.export.precision import (
 )
 from mlxft.export.probe import Probe, find_probe
 from mlxft.export.sources import Source, attach_sources, find_sources, load_base
-from mlxft.model.folder import check_destination, check_space, save_folder, weight_bytes
+from mlxft.model.folder import check_destination, check_space, check_unused, save_folder, weight_bytes
 from mlxft.model.heads import (
     HEAD_FILE,
     find_head,
@@ -77,17 +77,18 @@ class Fused:
     def lines(self) -> list[str]:
         """In words and a table."""
         of = f" of {len(self.adapters)} adapters" if len(self.adapters) > 1 else ""
-        done = f"wrote {self.out} ({self.bytes / 1e6:,.0f} MB of weights)" if self.written else "nothing is written"
+        done = f"wrote {self.out} ({self.bytes / 1e6:,.1f} MB of weights)" if self.written else "nothing is written"
         scores = self.measure != "kl"
-        unit = "mean squared difference of scores" if scores else "KL a token"
+        unit = "squared difference" if scores else "KL a token"
         what = f"{len(self.probe.rows)} answers" if scores else f"{self.probe.tokens:,} tokens"
-        same = "pairs in the same order" if scores else "same likeliest token"
+        same = "same order" if scores else "same likeliest token"
         lines = [
             f"fused {self.layers:,} layers{of}; {done}",
             *self.notes,
             (
-                f"from the adapted model to its base: {unit} {self.whole.divergence:.3g}, {same} "
-                f"{self.whole.agreement:.1%} ({what}, {self.probe.source})"
+                f"measured on {what} ({self.probe.source}); from the adapted model to its base:\n"
+                f"{'mean ' if scores else ''}{unit}{' of scores' if scores else ''} {self.whole.divergence:.3g}, "
+                f"{'pairs in the ' if scores else ''}{same} {self.whole.agreement:.1%}"
             ),
         ]
         rows = [("fused layers", "weights", unit, "kept", same)]
@@ -225,6 +226,7 @@ def fuse(
     sources, base = find_sources(run, adapters)
     tell("loading the base")
     loaded = load_base(sources, model or base)
+    check_unused(out, [loaded.path, *(source.folder for source in sources)])
     if (dequantize or bits) and not any(isinstance(m, QUANTIZED) for m in loaded.model.modules()):
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
     check_space(out, 0 if dequantize else weight_bytes(loaded.model) // 2)

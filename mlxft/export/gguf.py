@@ -29,7 +29,7 @@ from mlxft.export.gguf_tensors import (
 )
 from mlxft.export.gguf_vocab import vocabulary
 from mlxft.model import gguf
-from mlxft.model.folder import check_space
+from mlxft.model.folder import check_space, check_unused
 from mlxft.model.gguf_names import ROPE_LONG, ROPE_TENSORS, Architecture, permute
 from mlxft.model.gguf_tokenizer import SPACE
 from mlxft.model.heads import find_head
@@ -61,6 +61,7 @@ def export_gguf(
     check_arguments(kind, lora)
     check_file(out, overwrite)
     loaded = open_model(run, model)
+    check_unused(out, [loaded.path])
     return write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
 
 
@@ -120,7 +121,7 @@ def open_model(run: Path, model: str | None) -> Loaded:
     if (head := find_head(run)) is not None:
         raise ExportError(
             f"{run} is a reward model ({head.name}): it gives scores, and a .gguf file holds models that give text; "
-            "export it as --format peft, or use mlxft score"
+            "export it as --format seq-cls, or use mlxft score"
         )
     if model is not None:
         folder = find_adapter(run)
@@ -209,6 +210,11 @@ def notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[Tensor]) -> li
     if metadata.get("tokenizer.ggml.add_space_prefix") is False and start[0].startswith(SPACE):
         said.append(
             "llama.cpp cuts chats as mlx-lm does; plain text, without the chat template, it begins without a space"
+        )
+    if window := metadata.get("gemma2.attention.sliding_window"):
+        said.append(
+            f"every other layer of a Gemma 2 sees the last {window} tokens only in llama.cpp, and all in mlx-lm: "
+            "beyond that length their answers differ"
         )
     if any(t.name == ROPE_LONG for t in tensors):
         original = loaded.config.get("original_max_position_embeddings", 4096)

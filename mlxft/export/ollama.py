@@ -15,8 +15,9 @@ from mlxft.errors import ExportError
 from mlxft.export import gguf
 from mlxft.export.gguf_vocab import chat_template
 from mlxft.export.go_template import literal, render
-from mlxft.model.folder import replace_folder
+from mlxft.model.folder import check_unused, replace_folder
 from mlxft.model.load import Loaded
+from mlxft.rundir import find_adapter
 
 # What generation_config.json calls a setting -> what a Modelfile does.
 _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
@@ -43,6 +44,7 @@ def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, 
     gguf.check_arguments(kind)
     _check_folder(out, overwrite)
     loaded = gguf.open_model(run, model)
+    check_unused(out, [loaded.path, find_adapter(run)])
     chat = find_chat(loaded.tokenizer)
     text = modelfile(chat, stop_words(loaded.tokenizer), parameters(loaded))
     with replace_folder(out) as part:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ExportError, MlxftError, ModelError
 from mlxft.model.adapters import LoRASpec, load_adapter, read_adapter_config
-from mlxft.model.folder import check_destination, check_space, replace_folder
+from mlxft.model.folder import check_destination, check_space, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, Saved, check_pair, read_head
 from mlxft.model.load import Loaded, load_tokenizer, skeleton
 from mlxft.model.lora import EMBEDDING, LEAVES, QUANTIZED, SWITCH, LowRank
@@ -159,6 +159,7 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
         ExportError: what was adapted has no counterpart in transformers, or `out` can not be written.
     """
     check_adapter_destination(out, overwrite)
+    check_unused(out, [find_adapter(run)])
     opened = open_adapter(run, model)
     tensors, saved = peft_tensors(opened)
     config = peft_config(opened, saved)

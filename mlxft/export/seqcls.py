@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlxft.errors import ExportError
 from mlxft.export.fuse import fuse_layers
 from mlxft.export.peft import DENSE, score_notes, set_pad
-from mlxft.model.folder import check_destination, save_folder, weight_bytes
+from mlxft.model.folder import check_destination, check_unused, save_folder, weight_bytes
 from mlxft.model.heads import find_head, read_head, without_head
 from mlxft.model.lora import QUANTIZED
 from mlxft.rundir import find_adapter, load
@@ -28,6 +28,7 @@ def export_seqcls(run: Path, out: Path, *, model: str | None = None, overwrite: 
     """
     check_destination(out, overwrite)
     loaded = load(model, find_adapter(run), scores=True) if model else load(run, scores=True)
+    check_unused(out, [loaded.path, find_adapter(run)])
     kind = str(loaded.config["model_type"])
     if DENSE.get(kind) is None or "model" not in loaded.model:
         known = ", ".join(name for name, there in DENSE.items() if there)

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,16 @@ def check_destination(dst: Path, overwrite: bool) -> None:
         raise ExportError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
     if not empty and not (dst / "config.json").is_file():
         raise ExportError(f"{dst}: is not a model folder (no config.json), so it is not overwritten; give another name")
+
+
+def check_unused(dst: Path, used: Iterable[Path | None]) -> None:
+    """ExportError if one of the files or folders that `dst` is made of would be gone with what `dst` replaces."""
+    gone = dst.resolve()
+    for source in used:
+        if source is not None and gone in (path := source.resolve(), *path.parents):
+            raise ExportError(
+                f"{dst}: what it is made of lies there ({source}) and would be lost; give another name for it"
+            )
 
 
 def check_space(dst: Path, weights: int) -> None:

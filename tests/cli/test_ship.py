@@ -25,7 +25,7 @@ def trained(write: Callable[..., str], mlxft: Command) -> str:
 def test_a_fused_run_answers_as_the_run(trained: str, mlxft: Command) -> None:
     done = mlxft("fuse", trained, "fused")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("fused 14 layers; wrote fused (0 MB of weights)\n")
+    assert done.out.startswith("fused 14 layers; wrote fused (0.1 MB of weights)\n")
     assert "built-in text" in done.out  # the run had no validation rows
     answers = [mlxft("generate", "--model", m, "the in", *SHORT).out for m in (trained, "fused")]
     assert answers[0] == answers[1]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 import mlxft
 from mlxft.errors import ExportError, ModelError
 from mlxft.export.fuse import LostTooMuch, fuse
+from mlxft.export.ollama import export_ollama
+from mlxft.export.peft import export_peft
 from mlxft.model.folder import weight_bytes
 from mlxft.model.lora import QUANTIZED
 from mlxft.rundir import Run
@@ -197,6 +200,26 @@ def mlxft_convert(src: Path, dst: Path) -> None:
     from mlxft.export.convert import convert
 
     convert(str(src), dst, dtype="float32", quantize=8, group_size=32)
+
+
+def test_what_it_is_made_of_is_not_overwritten(recipe: Recipe, make_model_dir: Maker, tmp_path: Path) -> None:
+    """Neither the base, onto which the adapter would then come twice, nor the adapter."""
+    base = make_model_dir(tmp_path / "base")
+    run = train(recipe(**{"model.path": str(base)}))
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    exports: list[Callable[..., object]] = [fuse, partial(export_ollama, kind="f16")]
+    for export in exports:
+        (base / "Modelfile").touch()  # all that the folder of another format is known by
+        with pytest.raises(ExportError, match="would be lost"):
+            export(run.dir, base, overwrite=True)
+        (base / "Modelfile").unlink()
+    adapter = run.result
+    into: list[tuple[str, Callable[..., object]]] = [("config.json", fuse), ("adapter_config.json", export_peft)]
+    for name, export in into:
+        (adapter / name).touch()
+        with pytest.raises(ExportError, match="would be lost"):
+            export(run.dir, adapter, overwrite=True)
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
 
 
 def test_refusals(recipe: Recipe, tiny_model_dir: Path, tmp_path: Path, make_model_dir: Maker) -> None:
