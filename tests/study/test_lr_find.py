@@ -87,8 +87,8 @@ def test_the_command_suggests_a_rate_and_leaves_nothing_but_the_picture(
 
 
 def test_rates_that_end_the_test_early(recipe: Callable[..., dict[str, Any]]) -> None:
-    """SGD without clipping at rates up to 1e9 runs away, which is no error here."""
-    config = parse_config(recipe(30, optim={"name": "sgd", "clip": None}))
+    """SGD of all weights without clipping at rates up to 1e9 runs away, which is no error here."""
+    config = parse_config(recipe(30, tune={"method": "full"}, optim={"name": "sgd", "clip": None}))
     found = lr_find(config, 1e-3, 1e9, 60)
     assert found.diverged
     assert len(found.losses) < 60
