@@ -85,12 +85,12 @@ def test_a_run_in_training_is_watched_and_a_killed_one_is_known(write: Command, 
         assert other.stdout is not None
         assert other.stdout.readline().startswith("step ")
         other.send_signal(signal.SIGINT)
-        other.communicate(timeout=30)
+        other.communicate(timeout=120)
         assert other.returncode == 130
     finally:
         training.kill()
         training.wait()
-    out, err = watching.communicate(timeout=30)
+    out, err = watching.communicate(timeout=120)
     assert (watching.returncode, err) == (1, "")
     assert re.search(r"step \d+ epoch .* loss", out)
     assert re.search(r"a: interrupted after step \d+ \(its process was killed\)", out)
