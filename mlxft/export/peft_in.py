@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_adapter_destination, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
-from mlxft.model.folder import replace_folder
+from mlxft.model.folder import check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
 from mlxft.model.lora import LINEAR, QUANTIZED, adaptable
@@ -59,6 +59,7 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
         ExportError: `out` exists or can not be written.
     """
     check_adapter_destination(out, overwrite)
+    check_unused(out, [folder])
     config = read_config(folder)
     arrays = _read_weights(folder)
     name = model or config.get("base_model_name_or_path")

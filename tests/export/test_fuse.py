@@ -19,6 +19,7 @@ from mlxft.errors import ExportError, ModelError
 from mlxft.export.fuse import LostTooMuch, fuse
 from mlxft.export.ollama import export_ollama
 from mlxft.export.peft import export_peft
+from mlxft.export.peft_in import import_peft
 from mlxft.model.folder import weight_bytes
 from mlxft.model.lora import QUANTIZED
 from mlxft.rundir import Run
@@ -219,6 +220,8 @@ def test_what_it_is_made_of_is_not_overwritten(recipe: Recipe, make_model_dir: M
         (adapter / name).touch()
         with pytest.raises(ExportError, match="would be lost"):
             export(run.dir, adapter, overwrite=True)
+    with pytest.raises(ExportError, match="would be lost"):
+        import_peft(adapter, adapter, overwrite=True)
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
 
 
