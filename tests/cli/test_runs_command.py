@@ -81,7 +81,14 @@ def test_a_run_in_training_is_watched_and_a_killed_one_is_known(write: Command, 
         watching = subprocess.Popen(
             [*command, "runs", "watch", "a"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        other = subprocess.Popen([*command, "runs", "watch", "a"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        other = subprocess.Popen(
+            [*command, "runs", "watch", "a"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            # Tests that run in the background of a script have inherited that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         assert other.stdout is not None
         assert other.stdout.readline().startswith("step ")
         other.send_signal(signal.SIGINT)
