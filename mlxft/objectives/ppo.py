@@ -159,9 +159,9 @@ class Objective(OnPolicy[PPO]):
         old, advantages, mask = a["old_logprobs"][None], a["advantages"][None], mx.ones_like(logprobs[None])
         total, weight, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
         if s.entropy_coef:
-            total = (
-                total - s.entropy_coef * hidden_entropy(self.split, hidden, grad=True, temperature=temperature).sum()
-            )
+            (behind,) = mx.depends([hidden], [logprobs])  # else logits would stand twice
+            entropy = hidden_entropy(self.split, behind, grad=True, temperature=temperature)
+            total = total - s.entropy_coef * entropy.sum()
         ratio_max = mx.exp(mx.stop_gradient(logprobs) - a["old_logprobs"]).max()
         named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}
         return LossSum(total, weight, {**named, "ratio_max": ratio_max})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -51,7 +53,7 @@ def rollouts(run: Path) -> list[dict[str, Any]]:
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"target_kl": 1e-5, "kl_target": 3.0, "critic_warmup": 1}),
     ("ppo", {"critic": "shared"}),
-    ("grpo", {"target_kl": 0.001, "skip_equal": True}),
+    ("grpo", {"target_kl": 0.001, "skip_equal": True, "resample": 1}),
     ("rloo", {"ratio": "token"}),
     ("reinforce", {"baseline": "average", "target_kl": 1e-5}),
 ]
@@ -75,17 +77,26 @@ def test_killed_is_uninterrupted(
     assert rollouts(tmp_path / "runs/a") == rollouts(tmp_path / "runs/b")
 
 
-@pytest.mark.parametrize(("objective", "own"), [CASES[0], CASES[2]])
+@pytest.mark.parametrize(("objective", "own", "kills"), [(*CASES[0], 5), (*CASES[2], 2)])
 def test_killed_from_outside(
-    rolling: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, own: dict[str, Any]
+    rolling: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, own: dict[str, Any], kills: int
 ) -> None:
-    """kill -9 while it samples, scores or trains, twice."""
-    changes = {"run.steps": 40, "run.save_every": 5}
+    """kill -9 at random moments while it samples, scores, trains or saves."""
+    changes = {"run.steps": 60, "run.save_every": 5}
     train(rolling(objective, own, **{**changes, "run.name": "a"}))
     settings = rolling(objective, own, **{**changes, "run.name": "b"})
     path, run = write_recipe(tmp_path / "b.yaml", settings), tmp_path / "runs/b"
-    for least in (7, 17):
-        kill_when(command("train", path, "--resume"), lambda least=least: last_step(run) >= least)
+    rng = random.Random(kills)
+    for least in sorted(rng.sample(range(4, 42), kills)):
+        wait = rng.random() * 0.05
+
+        def ready(least: int = least, wait: float = wait) -> bool:
+            if last_step(run) < least:
+                return False
+            time.sleep(wait)
+            return True
+
+        kill_when(command("train", path, "--resume"), ready)
     train(settings, resume=True)
     assert_same(tmp_path / "runs/a", run)
     assert rollouts(tmp_path / "runs/a") == rollouts(run)

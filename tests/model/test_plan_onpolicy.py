@@ -88,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointed": {"memory": {"checkpoint": "on"}, "batch": {"rows": 16}},
     "sampling is largest": {"batch": {"rows": 1}, "rollout.rows": 64, "rollout.samples": 4},
     "the critic on the policy's trunk": {"ppo.critic": "shared"},
+    "entropy is rewarded": {"ppo.entropy_coef": 0.01},
     "groups without a critic": {"objective": "grpo", "ppo": None, "grpo": {"epochs": 1}, "rollout.samples": 4},
     "whole weights, all in copies": {"tune": {"method": "full"}, "batch": {"rows": 2}},
 }
