@@ -2,8 +2,8 @@
 (Yu et al. 2025).
 
 Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, not of the reward.
-Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, skip_equal and
-mask_truncated.
+Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, resample, skip_equal
+and mask_truncated (or, for its soft punishment of overlong answers, a rule of kind length).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
+from mlxft.errors import ConfigError
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.onpolicy.base import sections
 from mlxft.objectives.onpolicy.critic_free import CriticFree
+from mlxft.objectives.onpolicy.draw import Drawn, resample
 from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, surrogate
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
@@ -54,6 +56,12 @@ class GRPO(Method):
     skip_equal: bool = Field(
         False, description="Leave groups of equal scores out of the loss, whose advantages are 0 (as DAPO does)."
     )
+    resample: int = Field(
+        0,
+        ge=0,
+        description="Further draws a rollout, at most, in which groups of equal scores give way to those of other "
+        "prompts (DAPO's dynamic sampling); 0: none.",
+    )
     mask_truncated: bool = Field(
         False, description="Leave completions that were cut off out of the loss (DAPO's overlong filtering)."
     )
@@ -81,6 +89,15 @@ class Objective(CriticFree[GRPO]):
     def __init__(self, config: Config, tokenizer: Any) -> None:
         super().__init__(config, tokenizer, GRPO)
         self.needs_reference = self.settings.kl_coef > 0
+        if self.settings.resample and self.rollouts.prompts >= len(self.prompts):
+            raise ConfigError(
+                f"grpo.resample: a rollout asks all {len(self.prompts)} prompts (rollout.prompts is "
+                f"{self.rollouts.prompts}), and none is left to replace one with; lower rollout.prompts"
+            )
+
+    def draw(self, number: int) -> Drawn:
+        first = super().draw(number)
+        return resample(self, first, self.settings.resample) if self.settings.resample else first
 
     def kept(self, rollout: Rollout) -> list[int]:
         s, size = self.settings, self.rollouts.samples

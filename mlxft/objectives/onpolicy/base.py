@@ -25,6 +25,7 @@ from mlxft.model.lora import without_dropout
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling
 from mlxft.objectives.base import Batch, LossSum, Summary
+from mlxft.objectives.onpolicy.draw import Drawn
 from mlxft.objectives.onpolicy.held_out import HeldOut
 from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, encode_prompts, fingerprint
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
@@ -213,14 +214,24 @@ class OnPolicy(Generic[M]):
         """
         raise AssertionError(f"{type(self).__name__} has no advantages")
 
+    def draw(self, number: int) -> Drawn:
+        """The completions of a rollout, with their scores."""
+        return self.sampled(self._chosen(number), number, self.seed_of(number))
+
+    def sampled(self, chosen: list[int], number: int, seed: int) -> Drawn:
+        """Completions of prompts to train on, with their scores."""
+        began = time.perf_counter()
+        rollout = self.sample(self.prompts, chosen, self.rollouts.samples, number, seed)
+        seconds = time.perf_counter() - began
+        return Drawn(rollout, self.score(rollout, self.prompts), int(rollout.sizes.sum()), seconds, {})
+
     def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
         """The next rollout, ready to be trained on, and what is reported of it."""
         number = self._number
         mx.eval(model.trainable_parameters())  # what is left of the last step is not sampling
         began = time.perf_counter()
-        rollout = self.sample(self.prompts, self._chosen(number), self.rollouts.samples, number, self.seed_of(number))
-        sampled = time.perf_counter()
-        scores = self.score(rollout, self.prompts)
+        drawn = self.draw(number)
+        rollout, scores = drawn.rollout, drawn.scores
         rollout.scores = scores.total
         lengths = self._lengths(rollout)
         first = [rows for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for rows in step]
@@ -239,10 +250,11 @@ class OnPolicy(Generic[M]):
             "entropy": entropy,
             "response_tokens": float(rollout.sizes.mean()),
             "eos_share": float(np.mean(rollout.finished)),
+            **drawn.event,
             **self.advise(rollout, first),
-            "sampling_tokens_per_s": float(rollout.sizes.sum()) / max(sampled - began, 1e-9),
-            "sampling_s": sampled - began,
-            "scoring_s": time.perf_counter() - sampled,
+            "sampling_tokens_per_s": drawn.tokens / max(drawn.seconds, 1e-9),
+            "sampling_s": drawn.seconds,
+            "scoring_s": time.perf_counter() - began - drawn.seconds,
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"

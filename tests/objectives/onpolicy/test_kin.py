@@ -298,6 +298,43 @@ def test_rollouts_that_teach_nothing(words: Words, on_policy: OnPolicy) -> None:
         quietly(settings)
 
 
+def test_groups_of_equal_scores_give_way(words: Words, on_policy: OnPolicy) -> None:
+    """Only prompts that begin with w1 can teach anything. Others are replaced while there are such, draw for draw the
+    same in a resumed run; what was drawn besides is counted, and the reward of all of it reported."""
+    body = "return [float(c == 'w1' and p.startswith('w1')) for p, c in zip(prompts, completions)]"
+    changes = {"rollout.prompts": 6, "rollout.max_tokens": 1}
+    objective, model = made(on_policy("grpo", words(2), body, {"resample": 9}, **changes))
+    others, twin = made(on_policy("grpo", words(2), body, {"resample": 9}, **changes))
+    plain, still = made(on_policy("grpo", words(2), body, {}, **changes))
+    seen = []
+    for number in range(2):
+        objective._number = others._number = plain._number = number
+        rollout, event = objective.roll(model)
+        before, _ = plain.roll(still)
+        prompts = rollout.prompts[::4]
+        assert rollout.prompts == [i for i in prompts for _ in range(4)]
+        assert len(set(prompts)) == len(prompts) == 6
+        kept = [i for i in range(6) if prompts[i] == before.prompts[4 * i]]
+        assert event["resampled"] == 6 - len(kept)
+        texts = [objective.text(reply) for reply in rollout.replies]
+        asked = [objective.prompts[i].text for i in rollout.prompts]
+        assert rollout.scores.tolist() == [float(c == "w1" and p.startswith("w1")) for p, c in zip(asked, texts)]
+        equal = np.ptp(rollout.scores.reshape(-1, 4), axis=1) == 0
+        assert event["equal_groups"] == equal.mean() < (np.ptp(before.scores.reshape(-1, 4), axis=1) == 0).mean()
+        assert event["groups_sampled"] > 6
+        assert event["reward_sampled"] < event["reward"]
+        assert event["reward/score"] == event["reward"]
+        again, _ = others.roll(twin)
+        assert {k: v.tolist() for k, v in again.arrays().items()} == {
+            k: v.tolist() for k, v in rollout.arrays().items()
+        }
+        seen.append(event["groups_sampled"])
+    one, model = made(on_policy("grpo", words(2), body, {"resample": 1}, **changes))
+    assert one.roll(model)[1]["groups_sampled"] < seen[0]
+    with pytest.raises(ConfigError, match=r"grpo.resample: a rollout asks all 16 prompts .rollout.prompts is 16."):
+        made(on_policy("grpo", words(2), body, {"resample": 1}, **{"rollout.prompts": 16}))
+
+
 def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
     """Each rollout is held against the ones before it, the first against itself."""
     own = {"baseline": "average", "decay": 0.5, "kl_coef": 0.0}
