@@ -29,12 +29,12 @@ from mlxft.export.gguf_tensors import (
 )
 from mlxft.export.gguf_vocab import vocabulary
 from mlxft.model import gguf
+from mlxft.model.fingerprint import fingerprint
 from mlxft.model.folder import check_space, check_unused
 from mlxft.model.gguf_names import ROPE_LONG, ROPE_TENSORS, Architecture, permute
 from mlxft.model.gguf_tokenizer import SPACE
 from mlxft.model.heads import find_head
-from mlxft.model.load import Loaded, logical_shapes
-from mlxft.model.load import fingerprint as fingerprint_of
+from mlxft.model.load import Loaded
 from mlxft.model.lora import QUANTIZED, LowRank
 from mlxft.model.source import ALIASES, resolve
 from mlxft.rundir import find_adapter, load
@@ -132,8 +132,7 @@ def open_model(run: Path, model: str | None) -> Loaded:
         where = resolve(str(run))
         file = gguf.read(where)
         network, config = gguf.build(file)
-        shapes = fingerprint_of(config, logical_shapes(network))
-        return Loaded(network, gguf.tokenizer(file), config, str(run), where, shapes)
+        return Loaded(network, gguf.tokenizer(file), config, str(run), where, fingerprint(config, network))
     return load(run, lazy=True)
 
 

@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
@@ -267,6 +268,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's configuration says of its base: model, fingerprint, and how it was loaded; may be empty."""
+    found: dict[str, Any] = config.get("mlxft", {}).get("base", {})
+    return found
+
+
 def spec_of(config: dict[str, Any], model: nn.Module) -> LoRASpec | None:
     """The adapter's shape on this model; None for whole weights. Understands mlx-lm's keys relative to a layer."""
     if config["fine_tune_type"] == "full":
@@ -301,11 +308,11 @@ def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any],
         ModelError: not an adapter, of another base, or its weights can not be read.
     """
     config = read_adapter_config(folder)
-    about = config.get("mlxft", {}).get("base", {})
-    if base is not None and about and about.get("fingerprint") != base:
+    about = base_noted(config)
+    if base is not None and not fits_base(about.get("fingerprint"), base):
         raise ModelError(
-            f"{folder} was trained on another base: {about.get('model')} ({about.get('fingerprint')}), "
-            f"and this model is {base}; load the adapter on the base it was trained on"
+            f"{folder} was trained on another base: {about.get('model')} ({about['fingerprint']}), and this model is "
+            f"{base} (shapes-settings); load the adapter on the base it was trained on"
         )
     file = folder / "adapters.safetensors"
     try:
@@ -351,7 +358,7 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
     Raises:
         ModelError: no such base, or the adapter belongs to another one.
     """
-    base = dict(read_adapter_config(adapter).get("mlxft", {}).get("base", {}))
+    base = dict(base_noted(read_adapter_config(adapter)))
     base.pop("fingerprint", None)
     name = base.pop("model", None)
     named = Path(path).expanduser() not in (adapter, adapter.parent)

@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError, ModelError
+from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
 
 HEAD = "score_head"
@@ -218,7 +219,7 @@ def load_head(split: Split, file: Path, base: str | None) -> Saved:
     """
     saved = read_head(file)
     check_pair(file, saved.weight)
-    if base is not None and saved.fingerprint not in (None, "", base):
+    if base is not None and not fits_base(saved.fingerprint, base):
         raise ModelError(f"{file}: is the head of another base ({saved.fingerprint}), and this model is {base}")
     width = body_width(split)
     if saved.weight.shape[1] != width:

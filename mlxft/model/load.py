@@ -1,18 +1,15 @@
 """From a name to a model: hub id, folder, .gguf file or alias -> weights, tokenizer, config.
 
-Weights and architectures are mlx-lm's. This file says where a name leads, what may be wrong with it, in which
-numbers the weights are held, and how a base is recognised again.
+Weights and architectures are mlx-lm's. This file says where a name leads, what may be wrong with it, and in
+which numbers the weights are held.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
+from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.source import brief, folder_config, model_module, older_rope, resolve
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ class Loaded:
         config: config.json as transformers and mlx-lm read it, true to the weights as they are now.
         source: the name that was asked for.
         path: the folder or file that it led to.
-        fingerprint: of the base as loaded, before adapters (see `fingerprint`).
+        fingerprint: of the base as loaded, before adapters (see fingerprint.py).
     """
 
     model: nn.Module
@@ -102,7 +100,7 @@ def load(
     except RuntimeError as error:
         raise ModelError(f"model {path!r}: the weights can not be read: {brief(error)}") from error
     model.eval()
-    return Loaded(model, tokenizer, config, path, where, fingerprint(config, logical_shapes(model)))
+    return Loaded(model, tokenizer, config, path, where, fingerprint(config, model))
 
 
 def load_tokenizer(
@@ -158,7 +156,7 @@ def skeleton(
     target = _target(dtype)
     _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
     model.eval()
-    return Loaded(model, None, config, path, where, fingerprint(config, logical_shapes(model)))
+    return Loaded(model, None, config, path, where, fingerprint(config, model))
 
 
 def _untrained(config: dict[str, Any], name: str) -> nn.Module:
@@ -185,49 +183,9 @@ def _untrained(config: dict[str, Any], name: str) -> nn.Module:
     return model
 
 
-def fingerprint(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """A short hash that tells bases apart: architecture, sizes, names and shapes (`logical_shapes`) of the weights.
-
-    The same for every dtype, every quantisation and every place that the weights come from: an adapter trained on a
-    4-bit base fits the float one too. It does not look into the weights: two fine-tunes of one base have the same
-    fingerprint.
-    """
-    text = config.get("text_config")
-    sizes = {**config, **(text if isinstance(text, Mapping) else {})}
-    keys = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    essence = {
-        "model_type": config.get("model_type"),
-        "sizes": {key: sizes.get(key) for key in keys},
-        "weights": sorted((name, list(shape)) for name, shape in shapes.items()),
-    }
-    return hashlib.blake2b(json.dumps(essence, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
 def base_fingerprint(loaded: Loaded) -> str:
     """The fingerprint taken when `loaded` was loaded: adapters attached since do not change it."""
-    return loaded.fingerprint or fingerprint(loaded.config, logical_shapes(loaded.model))
-
-
-def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all weights as they are unpacked; the scales and biases of packed ones are left out."""
-    packed = {name: module for name, module in model.named_modules() if _is_packed(module)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in tree_flatten(model.parameters()):
-        stem, _, part = name.rpartition(".")
-        if stem in packed and part in ("scales", "biases"):
-            continue
-        width = value.shape[-1:]
-        if stem in packed and part == "weight":
-            width = (value.shape[-1] * 32 // packed[stem].bits,)
-        shapes[name] = (*value.shape[:-1], *width)
-    return shapes
+    return loaded.fingerprint or fingerprint(loaded.config, loaded.model)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -316,10 +274,6 @@ def _set_chat_template(tokenizer: Any, file: Path) -> None:
         return
 
 
-def _is_packed(module: nn.Module) -> bool:
-    return "scales" in module and hasattr(module, "bits")
-
-
 def _own_dtype(model: nn.Module) -> Any:
     """The dtype that most floating weights have."""
     sizes: Counter[Any] = Counter()
@@ -349,7 +303,7 @@ def _set_numbers(
     group_size: int | None,
 ) -> None:
     """Cast, dequantise or quantise in place, and make `config` say so."""
-    packed = any(_is_packed(m) for m in model.modules())
+    packed = any(is_packed(m) for m in model.modules())
     if packed and quantize == 0:
         from mlx_lm.utils import dequantize_model
 

@@ -14,15 +14,15 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model import load as load_module
+from mlxft.model.fingerprint import fits_base, logical_shapes
 from mlxft.model.load import (
     base_fingerprint,
     count_parameters,
-    fingerprint,
     load,
     load_config,
     load_tokenizer,
-    logical_shapes,
     resolve,
+    skeleton,
 )
 
 Maker = Callable[..., Path]
@@ -295,7 +295,48 @@ def test_fingerprint_tells_bases_apart(tiny_model_dir: Path, copy: Path, tmp_pat
 
     linear_to_lora_layers(base.model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0})
     assert base_fingerprint(base) == before
-    assert fingerprint(base.config, {"a": (1, 2)}) != fingerprint(base.config, {"a": (2, 1)})
+
+
+def rope(**scaling: Any) -> dict[str, Any]:
+    return {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, **scaling}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [
+        # The same settings, written otherwise, and what changes no number.
+        ({"rope_theta": 10000, "torch_dtype": "bfloat16", "transformers_version": "9", "_name_or_path": "x"}, True),
+        ({"rope_theta": None, "architectures": ["Other"], "max_position_embeddings": 64}, True),
+        (rope(rope_type="default"), True),
+        ({"rope_theta": 20000.0}, False),
+        ({"rms_norm_eps": 1e-6}, False),
+        ({"rope_traditional": True}, False),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, False),
+        (rope(rope_type="linear", factor=2), False),
+    ],
+)
+def test_fingerprint_tells_settings_apart(
+    changes: dict[str, Any], fits: bool, copy: Path, tiny_model_dir: Path
+) -> None:
+    mine = skeleton(str(tiny_model_dir)).fingerprint
+    change_config(copy, **changes)
+    other = skeleton(str(copy)).fingerprint
+    assert (other == mine) is fits
+    assert fits_base(other, mine) is fits
+    # What was written before there was a hash of the settings: it fits by its structure alone.
+    old = mine.partition("-")[0]
+    assert old == "ff1e4bdbc95f8d16"
+    assert fits_base(old, other)
+    assert fits_base(None, other)
+    assert not fits_base("0" * 16, other)
+
+
+def test_scaling_of_the_rope_is_read_in_both_spellings(copy: Path) -> None:
+    found = set()
+    for changes in (rope(rope_type="linear", factor=2), {"rope_scaling": {"type": "linear", "factor": 2.0}}):
+        change_config(copy, **{"rope_parameters": None, "rope_theta": 10000.0, **changes})
+        found.add(skeleton(str(copy)).fingerprint)
+    assert len(found) == 1
 
 
 def test_count_parameters(tiny_model: Any, smollm2: Any) -> None:

@@ -12,7 +12,8 @@ import mlx.core as mx
 from mlxft.data.encode import Reply
 from mlxft.data.formats import read_prompts, read_tools
 from mlxft.errors import ConfigError, RewardError
-from mlxft.model.adapters import load_with_adapter, read_adapter_config
+from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
+from mlxft.model.fingerprint import fits_base
 from mlxft.model.heads import find_head, load_head, read_head
 from mlxft.model.load import base_fingerprint
 from mlxft.model.load import load as load_model
@@ -145,8 +146,8 @@ def same_base(folder: Path, fingerprint: str | None, base: str | None) -> bool:
     """Whether the run can be a role: an adapter, of a base with the same shapes and, as far as is known, weights."""
     if fingerprint is None or not (folder / "adapter_config.json").is_file():
         return False
-    recorded = read_adapter_config(folder).get("mlxft", {}).get("base", {})
-    if recorded.get("fingerprint") != fingerprint:
+    recorded = base_noted(read_adapter_config(folder))
+    if "fingerprint" not in recorded or not fits_base(recorded["fingerprint"], fingerprint):
         return False
     name = recorded.get("model")
     # A fine-tuned and fused base has the shapes of its origin: on it the reward's adapter would mean something else.
