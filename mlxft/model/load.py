@@ -10,6 +10,7 @@ import contextlib
 import io
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,13 @@ def load_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     if where.suffix == ".gguf":
         return gguf.config(gguf.read(where))
     return folder_config(where, path, weights=False)
+
+
+def context_of(config: Mapping[str, Any]) -> int | None:
+    """Most tokens that a model was made for, by its config; None where that does not say."""
+    known = {**config, **(config.get("text_config") or {})}
+    found = known.get("max_position_embeddings", known.get("n_positions"))
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def skeleton(

@@ -51,7 +51,10 @@ class PPO(Method):
     )
     value_coef: float = Field(0.5, gt=0, description="Weight of the critic's loss.")
     entropy_coef: float = Field(0.0, ge=0, description="Weight of the policy's entropy, which is then rewarded.")
-    whiten: bool = Field(True, description="Shift and scale a rollout's advantages to mean 0 and variance 1.")
+    whiten: bool = Field(
+        True,
+        description="Shift and scale a rollout's advantages to mean 0 and variance 1; a lone completion's stay.",
+    )
     critic: Literal["separate", "shared"] = Field(
         "separate", description="A role of its own, begun from the reward role; or a head on the policy's trunk."
     )
@@ -113,7 +116,9 @@ class Objective(OnPolicy[PPO]):
         ends = mx.arange(mask.shape[1])[None] == last
         rewards = rewards + ends * mx.array(rollout.scores)[:, None]
         advantages, returns = F.gae(rewards, values, mask, s.gamma, s.lam)
-        rollout.set_grid("advantages", F.whiten(advantages, mask) if s.whiten else advantages)
+        # Less its own mean, a lone completion would say nothing of whether it was good.
+        whitened = F.whiten(advantages, mask) if s.whiten and len(rollout) > 1 else advantages
+        rollout.set_grid("advantages", whitened)
         rollout.set_grid("returns", returns)
         flat = np.array(advantages)[np.array(mask) > 0]
         seen = [np.concatenate(rollout.tokens[name]) for name in ("values", "returns")]

@@ -25,7 +25,7 @@ from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.cpu import quicker
-from mlxft.model.load import Loaded
+from mlxft.model.load import Loaded, context_of
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
 from mlxft.model.sample import Sampling, evaluating
@@ -167,7 +167,7 @@ def evaluate(
         raise ConfigError("shots are shown before prompts: give a task with choices or metrics (--task), not a loss")
     if not cases:
         raise DataError("there are no rows to evaluate")
-    how = _How(loaded, task, tokens, max_length or context_of(loaded), overflow, seed, console)
+    how = _How(loaded, task, tokens, max_length or context_of(loaded.config), overflow, seed, console)
     with quicker(loaded.model):
         if task.kind == "loss":
             return _loss(how, cases)
@@ -215,13 +215,6 @@ class _How:
         return [i for i in range(len(cases)) if i not in left], [
             f"{len(long):,} of {len(cases):,} rows are left out: {whose} take more than the context's {limit:,} tokens"
         ]
-
-
-def context_of(loaded: Loaded) -> int | None:
-    """Most tokens that the model was made for; None where its config does not say."""
-    config = {**loaded.config, **(loaded.config.get("text_config") or {})}
-    found = config.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def _in_own_words(text: str) -> str:

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxft.errors import ConfigError, DataError, MlxftError, missing_extra, nearest
+from mlxft.model.load import context_of
 from mlxft.rundir import load
-from mlxft.study.evaluate import TOKENS, context_of
+from mlxft.study.evaluate import TOKENS
 
 CONTEXT = 2048  # where the model's config does not say
 
@@ -68,7 +69,7 @@ def run_tasks(
     loaded = load(model, adapter)
     if chat and not loaded.tokenizer.has_chat_template:
         raise ConfigError("--chat: this model has no chat template")
-    lm = Model(loaded, max_length or context_of(loaded) or CONTEXT, tokens, seed, console)
+    lm = Model(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console)
     try:
         found = simple_evaluate(
             model=lm,

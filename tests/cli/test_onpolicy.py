@@ -185,6 +185,12 @@ def test_a_prompt_that_leaves_no_room(ppo: Recipe, refused: Refused, mlxft: Comm
     notes = json.loads(mlxft("check", ppo(), "data.max_length=26", "data.overflow=drop", "--json").out)["notes"]
     assert any("4 prompts leave no room for a completion" in note for note in notes)
     assert "no prompt is left to sample from" in refused(1, "train", ppo(), "data.max_length=7", "data.overflow=drop")
+    # The tiny model was made for 512 tokens.
+    (Path("prompts.jsonl")).write_text(json.dumps({"prompt": "the " * 600}) + "\n", "utf-8")
+    err = refused(1, "check", ppo(), "data.max_length=2000")
+    assert "the model's context (512) less rollout.max_tokens leaves 506. Lower rollout.max_tokens" in err
+    err = refused(2, "check", ppo(), "data.max_length=2000", "rollout.max_tokens=512")
+    assert "rollout.max_tokens (512) leaves no room for a prompt in the model's 512 tokens" in err
 
 
 def test_a_vocabulary_without_eos(

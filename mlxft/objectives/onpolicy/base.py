@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxft.config import Config, Settings
+from mlxft.config import Config
 from mlxft.data.encode import Encoded
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
@@ -31,6 +31,7 @@ from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, en
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
+from mlxft.objectives.onpolicy.settings import sections as sections
 from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
 
@@ -57,9 +58,8 @@ class OnPolicy(Generic[M]):
         self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
         train, valid, said = load_splits(config.data, config.run.seed)
         self.notes += said
-        longest = config.data.max_length - self.rollouts.max_tokens
-        self.prompts = encode_prompts(train, config, tokenizer, longest, self.notes)
-        self.valid = encode_prompts(valid, config, tokenizer, longest, self.notes) if valid else []
+        self.prompts = encode_prompts(train, config, tokenizer, self.notes)
+        self.valid = encode_prompts(valid, config, tokenizer, self.notes) if valid else []
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         s = self.rollouts
         self.sampling = Sampling(s.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, tuple(s.stop), s.stop_at_eos)
@@ -106,8 +106,8 @@ class OnPolicy(Generic[M]):
         order = np.random.default_rng([self.config.run.seed, 1, turn]).permutation(len(self.prompts))
         return order[at * self.rollouts.prompts : (at + 1) * self.rollouts.prompts].tolist()
 
-    def seed_of(self, number: int, valid: bool = False) -> int:
-        return int(np.random.default_rng([self.config.run.seed, 3 + valid, number]).integers(1 << 32))
+    def seed_of(self, number: int, turn: int = 0, valid: bool = False) -> int:
+        return int(np.random.default_rng([self.config.run.seed, 3 + valid, number, turn]).integers(1 << 32))
 
     def cut(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
         tokens, most = self.config.batch.tokens, self.config.batch.rows
@@ -392,8 +392,3 @@ class OnPolicy(Generic[M]):
 
     def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
         return self._held_out.measure() if self.valid else {}
-
-
-def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
-    """The sections of an on-policy objective's recipe."""
-    return {**own, "rollout": RolloutSettings, "rewards": RewardSettings}

@@ -13,6 +13,7 @@ from mlxft.config import Config, Settings
 from mlxft.data.formats import Example, Prompt
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
+from mlxft.model.load import context_of, load_config
 from mlxft.model.sample import render_prompt
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
 from mlxft.objectives.onpolicy.settings import RolloutSettings
@@ -80,24 +81,25 @@ def check_kl(kl: float, name: str, most: float | None) -> None:
     """TrainingError where KL to the reference, in nats a completion, is above the objective's `max_kl`."""
     if most is not None and kl > most:
         raise TrainingError(
-            f"the policy has run away from the reference: KL is {kl:.1f} nats a completion, {name}.max_kl is {most:g}. "
+            f"the policy has run away from the reference: KL is {kl:.4g} nats a completion, {name}.max_kl is {most:g}. "
             f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look for what the reward is cheated by in "
-            "samples.jsonl. The best weights by validation, or the last checkpoint's, are kept"
+            "samples.jsonl. Weights that a validation found best, and checkpoints, stay as they were"
         )
 
 
 def encode_prompts(
-    examples: Sequence[Example], config: Config, tokenizer: Any, longest: int, notes: list[str]
+    examples: Sequence[Example], config: Config, tokenizer: Any, notes: list[str]
 ) -> list[EncodedPrompt]:
     """Prompts as the model sees them.
 
     Args:
-        longest: tokens a prompt may have, so that a whole completion fits behind it.
         notes: takes what was left out.
     Raises:
-        ConfigError: completions are to end at EOS, and there is none.
-        DataError: prompts that can not be rendered or are too long, all of them in one; or none is left.
+        ConfigError: completions are to end at EOS, and there is none; or they are longer than the model's context.
+        DataError: prompts that can not be rendered or that leave no room for a whole completion, all of them in one;
+            or none is left.
     """
+    longest, why, way = _room(config)
     if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
         raise ConfigError(
             "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
@@ -119,8 +121,8 @@ def encode_prompts(
             dropped += 1
         elif len(ids) > longest:
             problems.append(
-                f"{where}: {len(ids)} tokens; data.max_length ({config.data.max_length}) less rollout.max_tokens "
-                f"leaves {longest}. Raise the first, or set data.overflow: drop"
+                f"{where}: {len(ids)} tokens; {why} less rollout.max_tokens leaves {longest}. {way}, or set "
+                "data.overflow: drop"
             )
         else:
             text = item.prompt if isinstance(item.prompt, str) else str(tokenizer.decode(ids))
@@ -128,10 +130,21 @@ def encode_prompts(
     if problems:
         raise DataError(report_lines(problems))
     if dropped:
-        notes.append(f"{dropped:,} prompts leave no room for a completion within data.max_length and are left out")
+        notes.append(f"{dropped:,} prompts leave no room for a completion within {why} and are left out")
     if not found:
-        raise DataError("no prompt is left to sample from; see data.max_length")
+        raise DataError(f"no prompt is left to sample from: {why} less rollout.max_tokens leaves {longest} tokens")
     return found
+
+
+def _room(config: Config) -> tuple[int, str, str]:
+    """Tokens that a prompt may have, what bounds them, and a way out."""
+    most, answer = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
+    context = context_of(load_config(config.model.path))
+    if context is None or context >= most:
+        return most - answer, f"data.max_length ({most})", "Raise the first"
+    if context <= answer:
+        raise ConfigError(f"rollout.max_tokens ({answer}) leaves no room for a prompt in the model's {context} tokens")
+    return context - answer, f"the model's context ({context})", "Lower rollout.max_tokens"
 
 
 def _render(item: Prompt, config: Config, tokenizer: Any) -> list[int]:

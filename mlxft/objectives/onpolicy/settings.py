@@ -249,3 +249,8 @@ def _problem(at: str, kind: type[Rule], e: Any) -> str:
     if e["type"] == "value_error":
         return f"{place}: {e['ctx']['error']}"
     return f"{place}: {e['msg'][0].lower()}{e['msg'][1:]}; seen {e['input']!r:.60}"
+
+
+def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
+    """The sections of an on-policy objective's recipe."""
+    return {**own, "rollout": RolloutSettings, "rewards": RewardSettings}

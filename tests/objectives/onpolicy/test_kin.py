@@ -248,7 +248,7 @@ def test_eos_as_the_first_token(words: Words, on_policy: OnPolicy, name: str) ->
 @pytest.mark.parametrize(
     ("objective", "samples", "own"),
     [
-        ("ppo", 1, {"whiten": False, "epochs": 1}),
+        ("ppo", 1, {"epochs": 1}),
         ("grpo", 2, {}),
         ("rloo", 2, {}),
         ("reinforce", 1, {"baseline": "average", "decay": 0.5}),
