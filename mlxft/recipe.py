@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError
 from mlxft.explain import explain
+from mlxft.settings import Settings
 
+S = TypeVar("S", bound=Settings)
 # Settings of which one excludes the other.
 PAIRS = (("run.steps", "run.epochs"), ("batch.tokens", "batch.rows"), ("tune.scale", "tune.alpha"))
 
@@ -128,18 +130,34 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
 
 def _validate(raw: dict[Any, Any], origin: str) -> Config:
     """A Config, or every problem in one ConfigError."""
-    problems: dict[str, None] = {}
     try:
         kind = config_class(str(raw.get("objective") or "sft"))
     except ConfigError as e:
-        problems[str(e)] = None
-        kind = Config  # what else is wrong can still be said, but not of the objective's own sections
-        raw = {k: v for k, v in raw.items() if k in kind.model_fields and k != "objective"}
+        # What else is wrong can still be said, but not of the objective's own sections.
+        known = {k: v for k, v in raw.items() if k in Config.model_fields and k != "objective"}
+        problems = [f"{origin}: {e}"]
+        try:
+            validated(Config, known, origin)
+        except ConfigError as more:
+            problems.append(str(more))
+        raise ConfigError("\n".join(problems)) from e
+    return validated(kind, raw, origin)
+
+
+def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
+    """A mapping as settings.
+
+    Args:
+        origin: the file named in errors.
+    Raises:
+        ConfigError: every problem, one a line.
+    """
     # `tune:` with nothing below it is an empty section.
     raw = {k: v for k, v in raw.items() if v is not None or k not in kind.model_fields}
+    problems: dict[str, None] = {}
     while True:
         try:
-            config = kind.model_validate(raw)
+            found = kind.model_validate(raw)
             break
         except ValidationError as e:
             problems |= dict.fromkeys(explain(e, kind))
@@ -155,7 +173,7 @@ def _validate(raw: dict[Any, Any], origin: str) -> Config:
                 del at[leaf]
     if problems:
         raise ConfigError("\n".join(f"{origin}: {line}" for line in problems))
-    return config
+    return found
 
 
 def _absolute(value: Any) -> Any:
@@ -175,19 +193,39 @@ def _expanded(path: str | Path) -> Path:
         return Path(path)
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Any, list[str]]:
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, Any], list[str]]:
     """What a recipe says, overrides applied, and what is wrong with some of these.
 
     Raises:
-        ConfigError: missing file or bad YAML.
+        ConfigError: missing file, bad YAML, or no mapping.
     """
+    raw = _read_mapping(path)
+    return raw, _override_all(raw, overrides)
+
+
+def read_settings(path: Path, kind: type[S], example: str) -> S:
+    """Settings of another kind than a Config from a YAML file.
+
+    Args:
+        example: where one can be seen, in words, for who gives a recipe instead.
+    Raises:
+        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+    """
+    raw = _read_mapping(path)
+    if {"objective", "data", "tune"} & raw.keys():
+        raise ConfigError(f"{path}: is a recipe of mlxft train; {example}")
+    return validated(kind, raw, str(path))
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
     raw = read_yaml(text, str(path))
-    raw = {} if raw is None else raw
-    return raw, _override_all(raw, overrides) if isinstance(raw, dict) else []
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+    return raw or {}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mlxft.config import Settings
-from mlxft.errors import ConfigError
-from mlxft.explain import explain
-from mlxft.recipe import read_yaml
+from mlxft.recipe import read_settings
 
 
 class Label(Settings):
@@ -33,18 +31,4 @@ def read_label_recipe(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
     """
-    try:
-        raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    if {"objective", "data", "tune"} & raw.keys():
-        raise ConfigError(f"{path}: is a recipe of mlxft train; configs/label.yaml shows one of mlxft label")
-    try:
-        found = Label.model_validate(raw)
-    except ValidationError as e:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(e, Label))) from e
-    return found.model_dump(exclude_none=True)
+    return read_settings(path, Label, "configs/label.yaml shows one of mlxft label").model_dump(exclude_none=True)

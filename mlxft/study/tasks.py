@@ -10,13 +10,12 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlxft.config import Data, Settings
 from mlxft.data.template import names_in
 from mlxft.errors import ConfigError, nearest
-from mlxft.explain import explain
-from mlxft.recipe import read_yaml
+from mlxft.recipe import read_settings
 
 Kind = Literal["exact_match", "contains", "regex", "number", "f1", "json", "function", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -179,7 +178,9 @@ def read_task(given: str) -> Task:
     """
     head, colon, rest = given.partition(":")
     if Path(given).suffix in (".yaml", ".yml"):
-        return _from_file(Path(given).expanduser())
+        path = Path(given).expanduser()
+        task = read_settings(path, Task, "configs/eval-reviews.yaml shows a task of mlxft eval")
+        return task if task.name else task.model_copy(update={"name": path.stem})
     if given in NAMED:
         kinds: dict[str, dict[str, Any]] = {"loss": {}, "choice": {"choices": "choices"}}
         return Task(name=given, **kinds.get(given, {"metrics": [given]}))
@@ -192,19 +193,3 @@ def read_task(given: str) -> Task:
         f"--task {given!r}: no such task{nearest(given, NAMED)}; there are {', '.join(NAMED)}, file.py:function, "
         "reward:RUN, and files of YAML (configs/eval-reviews.yaml is one); tasks of lm-eval go to --tasks"
     )
-
-
-def _from_file(path: Path) -> Task:
-    try:
-        raw = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: can not read the task: {getattr(e, 'strerror', None) or e}") from e
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    if {"objective", "data", "tune"} & raw.keys():
-        raise ConfigError(f"{path}: is a recipe of mlxft train; configs/eval-reviews.yaml shows a task of mlxft eval")
-    try:
-        task = Task.model_validate(raw)
-    except ValidationError as e:
-        raise ConfigError("\n".join(f"{path}: {line}" for line in explain(e, Task))) from e
-    return task if task.name else task.model_copy(update={"name": path.stem})
