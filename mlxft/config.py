@@ -170,6 +170,11 @@ class Batch(Settings):
             raise ValueError(f"give tokens or rows, not both (tokens={self.tokens}, rows={self.rows})")
         return self
 
+    @property
+    def budget(self) -> int:
+        """`tokens`, or its default."""
+        return 2048 if self.tokens is None else int(self.tokens)
+
 
 class Group(Settings):
     """Parameters with a learning rate of their own."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.config import Config
+from mlxft.data.batching import IntArray, Slot, plan_epoch
 from mlxft.data.encode import Encoded
 
 MAX = "_max"  # metrics whose names end so are maxima, not sums
@@ -151,7 +153,56 @@ class Objective(Protocol):
 
 
 class OffPolicy:
-    """What objectives over rows that are there from the start have nothing to do for."""
+    """What objectives over rows that are there from the start share: the order of their batches, and a place in it.
+
+    Args:
+        lengths: (N,) tokens of each row.
+        per_row: rows of a batch that one of the data set becomes: two of a pair.
+    """
+
+    def __init__(self, config: Config, lengths: IntArray, per_row: int = 1) -> None:
+        rows, tokens = config.batch.rows, max(1, config.batch.budget // per_row)
+        self._budget: dict[str, Any] = {"rows": rows, "tokens": None if rows else tokens}
+        self._lengths, self._seed = lengths, config.run.seed
+        self._sizes: dict[int, int] = {}  # batches of an epoch
+        self._epoch, self._next = 0, 0
+
+    def plan(self, epoch: int) -> list[Slot]:
+        """The batches of one epoch."""
+        return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
+
+    def plan_valid(self, lengths: IntArray) -> list[Slot]:
+        """The batches of validation rows of these lengths."""
+        return plan_epoch(lengths, **self._budget, seed=None)
+
+    def places(self) -> Iterator[tuple[list[Slot], int]]:
+        """Each epoch's batches, and the number of the one to make; without end, from where `state_dict` says."""
+        while True:
+            slots = self.plan(self._epoch)
+            for at in range(self._next, len(slots)):
+                last = at + 1 == len(slots)
+                self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, at + 1)
+                yield slots, at
+
+    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+        if epoch not in self._sizes:
+            self._sizes[epoch] = len(self.plan(epoch))
+        return -(-self._sizes[epoch] // accumulate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "next": self._next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch, self._next = state["epoch"], state["next"]
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        pass
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        return means
+
+    def about(self) -> dict[str, Any]:
+        return {}
 
     def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
         return None

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config
-from mlxft.data.batching import Slot, padding_share, plan_epoch
+from mlxft.data.batching import Slot, padding_share
 from mlxft.data.encode import Encoded, Ids
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, fingerprint, length
 from mlxft.data.formats import Example
@@ -20,7 +20,7 @@ from mlxft.errors import ConfigError
 from mlxft.model.plan import Shape
 from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Batch, OffPolicy, Summary
-from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
+from mlxft.objectives.sft import load_splits
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
 # A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a
@@ -167,13 +167,7 @@ class Judged(OffPolicy, Generic[Row]):
         self.rows: list[Row] = rows
         self.valid: list[Row] = valid
         self.notes: list[str] = counts.notes()
-        tokens = config.batch.tokens
-        budget = DEFAULT_TOKENS if tokens is None else int(tokens)
-        given = config.batch.rows
-        self._budget: dict[str, Any] = {"rows": given, "tokens": None if given else max(1, budget // per_row)}
-        self._lengths = np.array([length(row) for row in rows], dtype=np.int64)
-        self._sizes: dict[int, int] = {}
-        self._epoch, self._next = 0, 0
+        super().__init__(config, np.array([length(row) for row in rows], dtype=np.int64), per_row)
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         """The batch of these rows."""
@@ -181,10 +175,6 @@ class Judged(OffPolicy, Generic[Row]):
 
     def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
         """Before the first micro-batch of a step, with all of its slots; of validation, with all there are."""
-
-    def plan(self, epoch: int) -> list[Slot]:
-        """The batches of one epoch."""
-        return plan_epoch(self._lengths, **self._budget, seed=self.config.run.seed, epoch=epoch)
 
     def shapes(self) -> list[Shape]:
         """Of the first epoch's batches, for a plan of the memory they take."""
@@ -203,44 +193,18 @@ class Judged(OffPolicy, Generic[Row]):
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         accumulate = self.config.batch.accumulate
-        while True:
-            slots = self.plan(self._epoch)
-            while True:
-                at = self._next
-                if at % accumulate == 0:  # a step ends with its epoch, so steps begin at multiples
-                    self.begin_step(model, slots[at : at + accumulate], valid=False)
-                last = at + 1 == len(slots)
-                batch = self.make(model, slots[at].rows, slots[at].width, valid=False, ends_epoch=last)
-                self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, at + 1)
-                yield batch
-                if last:
-                    break
+        for slots, at in self.places():
+            if at % accumulate == 0:  # a step ends with its epoch, so steps begin at multiples
+                self.begin_step(model, slots[at : at + accumulate], valid=False)
+            yield self.make(model, slots[at].rows, slots[at].width, valid=False, ends_epoch=at + 1 == len(slots))
 
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         if not self.valid:
             return
-        lengths = np.array([length(row) for row in self.valid], dtype=np.int64)
-        slots = plan_epoch(lengths, **self._budget, seed=None)
+        slots = self.plan_valid(np.array([length(row) for row in self.valid], dtype=np.int64))
         self.begin_step(model, slots, valid=True)
         for slot in slots:
             yield self.make(model, slot.rows, slot.width, valid=True, ends_epoch=False)
-
-    def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        return dict(means)
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
-    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
-        if epoch not in self._sizes:
-            self._sizes[epoch] = len(self.plan(epoch))
-        return -(-self._sizes[epoch] // accumulate)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "next": self._next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._next = state["epoch"], state["next"]
 
     def fingerprint(self) -> str:
         return fingerprint(self.rows) + (fingerprint(self.valid) if self.valid else "")

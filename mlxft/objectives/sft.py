@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config, Data, Settings
-from mlxft.data.batching import Slot, pack_epoch, pack_width, padding_share, plan_epoch
+from mlxft.data.batching import IntArray, Slot, pack_epoch, pack_width, padding_share
 from mlxft.data.convert import convert
 from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
 from mlxft.data.encode import Encoded
@@ -24,7 +24,6 @@ from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
 
 SETTINGS: dict[str, type[Settings]] = {}
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
-DEFAULT_TOKENS = 2048
 
 
 class Splits(NamedTuple):
@@ -47,8 +46,12 @@ def load_examples(data: Data, spec: str, split: str) -> tuple[list[Example], lis
     return examples, labels_of(examples, [row.data for row in rows if isinstance(row, Row)], data.label)
 
 
-def load_splits(data: Data, seed: int) -> Splits:
-    """Training and validation examples; the second is empty where none are asked for and the folder has none."""
+def load_splits(data: Data, seed: int, setting: str = "data.shots") -> Splits:
+    """Training and validation examples; the second is empty where none are asked for and the folder has none.
+
+    Args:
+        setting: what asks for a few rows only, for messages.
+    """
     train, labels = load_examples(data, data.train, "train")
     valid: list[Example] = []
     if isinstance(data.valid, float):
@@ -62,7 +65,7 @@ def load_splits(data: Data, seed: int) -> Splits:
         valid = load_examples(data, data.train, "valid")[0]
     if data.shots is None:
         return Splits(train, valid, [])
-    shots = choose(labels, len(train), data.shots, seed, "data.shots")
+    shots = choose(labels, len(train), data.shots, seed, setting)
     return Splits([train[i] for i in shots.rows], valid, [shots.note])
 
 
@@ -87,56 +90,29 @@ class Objective(OffPolicy):
         train, valid, self._notes = load_splits(data, config.run.seed)
         self.train = build(train, tokenizer, **options)
         self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
-        self._budget: dict[str, Any] = {"rows": config.batch.rows, "tokens": config.batch.tokens}
-        if config.batch.rows is None and config.batch.tokens is None:
-            self._budget["tokens"] = DEFAULT_TOKENS
-        self._seed = config.run.seed
-        self._lengths = np.array([len(r.ids) for r in self.train.rows], dtype=np.int64)
+        super().__init__(config, _lengths(self.train))
         self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
-        self._sizes: dict[int, int] = {}  # batches of an epoch
-        self._epoch, self._next = 0, 0
         self._split: Split | None = None
 
     def plan(self, epoch: int) -> list[Slot]:
-        """The batches of one epoch."""
         if self._width is not None:
             return pack_epoch(self._lengths, width=self._width, **self._budget, seed=self._seed, epoch=epoch)
-        return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
+        return super().plan(epoch)
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """Rows, width and trained tokens of the first epoch's batches, for a plan of the memory they take."""
         trained = [int(r.trained.sum()) for r in self.train.rows]
         return [(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
 
-    def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Nothing: the weights are all there is."""
-
-    def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        return dict(means)
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
     def batches(self, model: nn.Module) -> Iterator[Batch]:
-        while True:
-            slots = self.plan(self._epoch)
-            while self._next < len(slots):
-                slot = slots[self._next]
-                self._next += 1
-                last = self._next == len(slots)
-                sequences = [[self.train.rows[i] for i in rows] for rows in slot.sequences]
-                batch = pack_batch(sequences, slot.width, last, segments=self._width is not None)
-                if last:
-                    self._epoch, self._next = self._epoch + 1, 0
-                yield batch
-                if last:
-                    break
+        for slots, at in self.places():
+            sequences = [[self.train.rows[i] for i in rows] for rows in slots[at].sequences]
+            yield pack_batch(sequences, slots[at].width, at + 1 == len(slots), segments=self._width is not None)
 
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         if self.valid is None:
             return
-        lengths = np.array([len(r.ids) for r in self.valid.rows], dtype=np.int64)
-        for slot in plan_epoch(lengths, **self._budget, seed=None):
+        for slot in self.plan_valid(_lengths(self.valid)):
             yield make_batch([self.valid.rows[i] for i in slot.rows], slot.width)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
@@ -153,17 +129,6 @@ class Objective(OffPolicy):
             segments=a.get("segments"),
         )
         return LossSum(total, a["weights"].sum(), {})
-
-    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
-        if epoch not in self._sizes:
-            self._sizes[epoch] = len(self.plan(epoch))
-        return -(-self._sizes[epoch] // accumulate)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "next": self._next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._next = state["epoch"], state["next"]
 
     def fingerprint(self) -> str:
         return fingerprint(self.train) + (fingerprint(self.valid) if self.valid is not None else "")
@@ -184,6 +149,10 @@ class Objective(OffPolicy):
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows."""
         return self.train.rows[:n]
+
+
+def _lengths(data: Dataset) -> IntArray:
+    return np.array([len(row.ids) for row in data.rows], dtype=np.int64)
 
 
 def make_batch(rows: list[Encoded], width: int, ends_epoch: bool = False) -> Batch:

@@ -33,7 +33,7 @@ from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batc
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
 from mlxft.objectives.onpolicy.settings import sections as sections
 from mlxft.objectives.pairs import Answer, stack
-from mlxft.objectives.sft import DEFAULT_TOKENS, load_splits
+from mlxft.objectives.sft import load_splits
 
 M = TypeVar("M", bound=Method)
 _IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
@@ -110,10 +110,8 @@ class OnPolicy(Generic[M]):
         return int(np.random.default_rng([self.config.run.seed, 3 + valid, number, turn]).integers(1 << 32))
 
     def cut(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
-        tokens, most = self.config.batch.tokens, self.config.batch.rows
-        return micro_batches(
-            rows, lengths, tokens=None if most else DEFAULT_TOKENS if tokens is None else int(tokens), most=most
-        )
+        most = self.config.batch.rows
+        return micro_batches(rows, lengths, tokens=None if most else self.config.batch.budget, most=most)
 
     def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
         """The micro-batches of each step; none where nothing of the rollout is trained on."""
@@ -163,8 +161,7 @@ class OnPolicy(Generic[M]):
             Item(p.ids, reply, p.text, self.text(reply), p.row, finished, p.where)
             for p, reply, finished in zip((prompts[i] for i in rollout.prompts), rollout.replies, rollout.finished)
         ]
-        tokens = self.config.batch.tokens
-        return self.rewards.score(items, tokens=DEFAULT_TOKENS if tokens is None else int(tokens))
+        return self.rewards.score(items, tokens=self.config.batch.budget)
 
     def text(self, reply: Any) -> str:
         """A completion as rewards read it: without a text that ended it."""

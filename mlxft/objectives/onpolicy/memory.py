@@ -22,7 +22,6 @@ from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.reward_model import find_reward_run, same_base
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
 from mlxft.objectives.onpolicy.settings import RewardSettings
-from mlxft.objectives.sft import DEFAULT_TOKENS
 
 OUTLINE = Outline(reads="logprobs")
 
@@ -125,9 +124,9 @@ def _shapes(objective: OnPolicy[Any], sizes: Sequence[int]) -> list[Shape]:
 
 def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
     """What a reward model reads in one go: it has a budget of tokens even where steps have one of rows."""
-    r, tokens = objective.rollouts, objective.config.batch.tokens
+    r = objective.rollouts
     lengths = np.array(_longest(objective.prompts, r.samples, _count(objective)), dtype=np.int64) + r.max_tokens
-    slots = plan_epoch(lengths, tokens=DEFAULT_TOKENS if tokens is None else int(tokens), seed=None)
+    slots = plan_epoch(lengths, tokens=objective.config.batch.budget, seed=None)
     return [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
 
 
