@@ -15,8 +15,9 @@ from mlxft.errors import ModelError
 from mlxft.model.load import load_tokenizer
 from mlxft.model.plan import ShapeSplit
 from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.parts import make_objective
 from mlxft.planning import Planned, around_of, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
-from mlxft.run import make_objective, total_steps
+from mlxft.run import total_steps
 from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import group_of, learning_rate
 

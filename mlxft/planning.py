@@ -22,6 +22,7 @@ from mlxft.model.random import random_state, set_random_state
 from mlxft.model.shared import Sharing
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.parts import check_head, prepare
 from mlxft.recipe import load_config
 from mlxft.train.optim import Optimizer
 
@@ -258,8 +259,6 @@ def outfitted(config: Config, bare: Loaded) -> nn.Module:
     Raises:
         ConfigError, ModelError: as training would.
     """
-    from mlxft.run import check_head, prepare  # which imports this file
-
     m, random = config.model, random_state()
     prepare(config, bare)
     if outline_of(config).reads == "scores":

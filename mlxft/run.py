@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,42 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.config import Config
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
-from mlxft.model.adapters import (
-    LoRASpec,
-    adapter_config,
-    load_adapter,
-    load_trained,
-    prepare_adapter,
-    prepare_full,
-    select_targets,
-    trainable_weights,
-)
+from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.folder import save_folder
-from mlxft.model.heads import (
-    HEAD_FILE,
-    adapter_metadata,
-    find_head,
-    head_arrays,
-    head_metadata,
-    head_of,
-    without_head,
-)
+from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters
-from mlxft.model.load import load as load_model
 from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
 from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import Sampling, generate
 from mlxft.objectives.base import Objective
+from mlxft.parts import check_head, load_base, make_objective, prepare
 from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, flat, load_config, parse_config
-from mlxft.rundir import Run, check_folder, find_adapter, load, make_folder, open_run, versions
+from mlxft.rundir import Run, check_folder, load, make_folder, open_run, versions
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state
@@ -54,7 +35,7 @@ from mlxft.train.report import EventFile, Reporter, Sink, Stopped, terminal
 from mlxft.train.status import recorded
 from mlxft.train.trackers import check_installed, make_trackers
 
-__all__ = ["Run", "load", "open_run", "train"]
+__all__ = ["Run", "load", "load_base", "make_objective", "open_run", "prepare", "train"]
 
 
 def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -66,85 +47,23 @@ def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequen
     return parse_config(dict(config))
 
 
-def load_base(config: Config, *, lazy: bool = False) -> Loaded:
-    """The model that a recipe names, without adapters."""
-    m = config.model
-    return load_model(
-        m.path,
-        dtype=m.dtype,
-        quantize=m.quantize,
-        group_size=m.group_size,
-        chat_template=m.chat_template,
-        trust_remote_code=m.trust_remote_code,
-        lazy=lazy,
-    )
+def assemble(config: Config, loaded: Loaded, objective: Objective) -> tuple[LoRASpec | None, Optimizer, list[str]]:
+    """Make model and objective ready for the loop.
 
-
-def make_objective(config: Config, tokenizer: Any) -> Objective:
-    """The objective that a recipe names, with its data.
-
+    Returns:
+        What `prepare` does; the optimiser; what to say of the memory that training will take.
     Raises:
-        ConfigError, DataError: settings or rows do not fit.
+        ConfigError, ModelError: they do not fit each other, the recipe or the machine.
     """
-    objective: Objective = importlib.import_module(f"mlxft.objectives.{config.objective}").Objective(config, tokenizer)
-    run = config.run
-    needing = {"patience": run.patience is not None}
-    if not run.sample_prompts:  # these are answered at each validation, with or without held-out rows
-        needing |= {"eval_every": run.eval_every is not None, "eval_at_start": run.eval_at_start}
-    if config.batch.pack and not objective.summary().packed:
-        raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
-    idle = [f"run.{name}" for name, given in needing.items() if given]
-    if idle and not objective.summary().validates:
-        raise ConfigError(f"{', '.join(idle)}: there is no validation data to use; give data.valid (0.05: a share)")
-    return objective
-
-
-def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
-    """Make trainable what the recipe says. Returns the adapter's shape, None for whole weights."""
-    tune, model = config.tune, loaded.model
-    if config.model.adapter is not None:
-        return _continue_adapter(config, loaded)
-    mx.random.seed(config.run.seed)
-    if tune.method == "full":
-        prepare_full(model, tune.layers, tune.train, tune.freeze)
-        return None
-    dora = tune.method == "dora"
-    paths = select_targets(model, tune.targets, tune.layers, dora)
-    spec = LoRASpec(tuple(paths), tune.rank, tune.multiplier, tune.dropout, dora)
-    prepare_adapter(model, spec, tune.train)
-    return spec
-
-
-def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
-    """Start from an adapter that there is; its shape is what it is."""
-    assert config.model.adapter is not None
-    folder = find_adapter(Path(config.model.adapter))
-    spec = load_adapter(loaded.model, folder, base_fingerprint(loaded))
-    if spec is None or config.tune.method == "full":
-        raise ConfigError("model.adapter: only low-rank adapters can be trained further; fuse it and train the result")
-    mine = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "method": "dora" if spec.dora else "lora"}
-    given = config.tune.model_fields_set
-    wrong = [k for k, v in mine.items() if k in given and getattr(config.tune, k) not in (None, v)]
-    wrong += [k for k in ("targets", "layers", "alpha", "rslora", "train") if k in given]
-    if wrong:
-        raise ConfigError(
-            f"model.adapter: {folder} has rank {spec.rank}, scale {spec.scale:g}, dropout {spec.dropout:g}, method "
-            f"{mine['method']} and its own targets; leave out tune.{', tune.'.join(wrong)}"
-        )
-    mx.random.seed(config.run.seed)
-    return spec
-
-
-def check_head(config: Config, model: nn.Module) -> None:
-    """ConfigError where a reward run is to be trained further by an objective that has no use for its head."""
-    given = {"model.adapter": config.model.adapter, "model.path": config.model.path}
-    found = [(setting, path) for setting, path in given.items() if find_head(path)]
-    if found and head_of(model) is None:
-        setting, path = found[0]
-        raise ConfigError(
-            f"{setting}: {path} is a reward model, which gives scores, and objective {config.objective} trains one "
-            "that gives text; start from a policy, or from the base"
-        )
+    spec = prepare(config, loaded)
+    objective.prepare(loaded.model, base_fingerprint(loaded))
+    check_head(config, loaded.model)
+    checkpointing, notes = decide_checkpointing(config, loaded.model, objective)
+    mx.eval(loaded.model.parameters())
+    if config.batch.pack:
+        Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
+    checkpoint_layers(loaded.model, checkpointing)
+    return spec, Optimizer(config.optim, loaded.model, objective.parts()), notes
 
 
 class _Saver:
@@ -225,15 +144,7 @@ def train(
     loaded = base or load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
-    spec = prepare(config, loaded)
-    objective.prepare(loaded.model, base_fingerprint(loaded))
-    check_head(config, loaded.model)
-    checkpointing, expected = decide_checkpointing(config, loaded.model, objective)
-    mx.eval(loaded.model.parameters())
-    if config.batch.pack:
-        Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
-    checkpoint_layers(loaded.model, checkpointing)
-    optimizer = Optimizer(config.optim, loaded.model, objective.parts())
+    spec, optimizer, expected = assemble(config, loaded, objective)
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)
     notes: list[str] = []

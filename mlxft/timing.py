@@ -10,14 +10,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlxft.config import Config
-from mlxft.model.load import base_fingerprint
-from mlxft.model.memory import checkpoint_layers, limits
+from mlxft.model.memory import limits
 from mlxft.objectives.base import Batch
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.memory import rollout_steps
-from mlxft.planning import amount, decide_checkpointing
+from mlxft.parts import load_base
+from mlxft.planning import amount
+from mlxft.run import assemble
 from mlxft.train.loop import Event, Hooks, Loop, Progress
-from mlxft.train.optim import Optimizer
 
 STEPS = 4  # the first one is not timed: it compiles
 LOOKED_AT = 64  # batches among which the largest is found
@@ -72,19 +72,12 @@ def timed_steps(config: Config, objective: Any, total: int) -> TimedSteps:
         RewardError: a reward gives no number.
         TrainingError: the loss is no number.
     """
-    from mlxft.run import load_base, prepare  # which imports planning
-
     loaded = load_base(config, lazy=True)
-    prepare(config, loaded)
-    objective.prepare(loaded.model, base_fingerprint(loaded))
-    on, _ = decide_checkpointing(config, loaded.model, objective)
-    mx.eval(loaded.model.parameters())
-    checkpoint_layers(loaded.model, on)
+    _, optimizer, _ = assemble(config, loaded, objective)
     events: list[Event] = []
     settings = {"report_every": 1, "eval_at_start": False, "eval_every": None, "patience": None}
     config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
     hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)
-    optimizer = Optimizer(config.optim, loaded.model, objective.parts())
     rolls = isinstance(objective, OnPolicy)
     count = rollout_steps(objective) if rolls else STEPS
     steps = _Unvalidated(objective) if rolls else _Few(objective, loaded.model, STEPS * config.batch.accumulate)

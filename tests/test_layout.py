@@ -37,6 +37,7 @@ SAME_ROOM = {
     "settings": "config",
     "search": "config",
     "rundir": "run",
+    "parts": "run",
     "check": "run",
     "planning": "run",
     "timing": "run",

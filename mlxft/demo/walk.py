@@ -16,8 +16,9 @@ from rich.table import Table
 from mlxft.export.fuse import fuse
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling, generate
+from mlxft.parts import load_base
 from mlxft.recipe import load_config
-from mlxft.run import load, load_base, train
+from mlxft.run import load, train
 
 HERE = Path(__file__).parent
 

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from rich.console import Console
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError, TrainingError, missing_extra
-from mlxft.model.load import base_fingerprint
-from mlxft.model.memory import checkpoint_layers, limits
-from mlxft.planning import decide_checkpointing, settled
-from mlxft.run import check_head, load_base, make_objective, prepare
+from mlxft.model.memory import limits
+from mlxft.parts import load_base, make_objective
+from mlxft.planning import settled
+from mlxft.run import assemble
 from mlxft.study import plots
 from mlxft.study.drawing import check_suffix
 from mlxft.train.loop import Event, Hooks, Loop, Progress
-from mlxft.train.optim import Optimizer
 from mlxft.train.report import Stopped, sparkline
 
 SMOOTHING = 0.9  # of the running mean: about ten steps count
@@ -179,20 +177,9 @@ def _rise(
 
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
-    prepare(config, loaded)
-    objective.prepare(loaded.model, base_fingerprint(loaded))
-    check_head(config, loaded.model)
-    on, _ = decide_checkpointing(config, loaded.model, objective)
-    mx.eval(loaded.model.parameters())
-    checkpoint_layers(loaded.model, on)
-    optimizer = Optimizer(config.optim, loaded.model, objective.parts())
-    run = {
-        "report_every": 1,
-        "eval_at_start": False,
-        "eval_every": steps + 1,
-        "save_every": steps + 1,
-        "patience": None,
-    }
+    _, optimizer, _ = assemble(config, loaded, objective)
+    run: dict[str, Any] = {"report_every": 1, "eval_at_start": False, "patience": None}
+    run |= {"eval_every": steps + 1, "save_every": steps + 1}
     config = config.model_copy(update={"run": config.run.model_copy(update=run)})
     hooks = Hooks(hear, lambda p: None, lambda p: None, lambda p: None)
     with limits(config.memory.limit, config.memory.cache), console.status("range test") as status:

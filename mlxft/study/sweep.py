@@ -29,8 +29,9 @@ from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
 from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.parts import load_base, make_objective, prepare
 from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
-from mlxft.run import load_base, make_objective, prepare, total_steps, train
+from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
 from mlxft.study.sweep_report import Outcome, Progress, Result, draw, write_best
