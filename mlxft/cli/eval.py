@@ -130,14 +130,13 @@ def _by_harness(
 
     from mlxft.study.harness_tasks import run_tasks, show_tasks
 
-    console = Console(stderr=True)
     found = run_tasks(
         model,
         [name.strip() for name in names.split(",") if name.strip()],
         adapter=adapter,
         include_path=include_path,
         shots=options["shots"] or None,
-        console=console if console.is_terminal else None,
+        console=Console(stderr=True),
         **{name: options[name] for name in ("limit", "max_length", "tokens", "seed", "chat")},
     )
     if as_json:

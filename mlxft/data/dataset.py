@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -53,9 +53,6 @@ class Counts:
             "untrainable": "rows have no token to train and are left out",
         }
         return [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,10 @@ def build(
         trained_tokens=sum(int(row.trained.sum()) for row in rows),
     )
     if not rows:
-        raise DataError(f"no row is left to train on: {counts}; see data.max_length and data.train_on")
+        why = "; ".join(counts.notes()) or "there are none"
+        raise DataError(
+            f"no row is left to train on, of {len(examples):,}: {why}; see data.max_length and data.train_on"
+        )
     return Dataset(rows, counts)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlxft.data.convert import convert
 from mlxft.data.formats import Prompt
@@ -20,6 +19,7 @@ from mlxft.errors import DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling, render_prompt
+from mlxft.study.bar import bar
 from mlxft.train.files import write_beside
 
 _BATCHES = 4  # that are sampled before their answers are given out
@@ -67,9 +67,7 @@ class Asked:
         tokenizer = self.loaded.tokenizer
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
         size = max(1, _BATCHES * ROWS // samples)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            bar = progress.add_task("", total=samples * len(self.ids))
+        with bar(console, samples * len(self.ids), "answers") as advance:
             for start in range(0, len(self.ids), size):
                 found = sample_batch(
                     self.loaded.model,
@@ -78,7 +76,7 @@ class Asked:
                     how,
                     samples=samples,
                     seed=seed + start,
-                    on_done=lambda n: progress.advance(bar, n),
+                    on_done=advance,
                 )
                 yield start, [[Answer(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found]
 

@@ -9,17 +9,15 @@ print(result.figures()["accuracy"], compare(result, other)[0])
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlxft.data.batching import plan_epoch
-from mlxft.data.dataset import build
+from mlxft.data.dataset import OVERFLOW, build
 from mlxft.data.formats import Example, Message
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
@@ -31,6 +29,7 @@ from mlxft.model.logprobs import row_sums, rows_logprobs
 from mlxft.model.sample import Sampling, evaluating
 from mlxft.objectives.sft import make_batch
 from mlxft.study.answers import Answer
+from mlxft.study.bar import bar
 from mlxft.study.cases import Case, delimiter, with_shots
 from mlxft.study.choice import Request, encode_pair, loglikelihoods
 from mlxft.study.judges import items_of, judges
@@ -40,7 +39,6 @@ from mlxft.study.tasks import Task
 TOKENS = 2048  # of a batch, padding included
 MAX_TOKENS = 256
 _ANY = 1 << 31  # no limit
-OVERFLOW = ("error", "drop", "truncate", "split")
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,9 @@ def compare(a: Result, b: Result, *, seed: int = 0, confidence: float = 0.95) ->
         interval = bootstrap(values, other, weights, seed=seed, confidence=confidence)
         better = other - values if a.kind == "loss" else values - other
         won, lost = int((better > 0).sum()), int((better < 0).sum())
-        se = mean(values - other, weights).se
-        found.append(Paired(name, len(values), *_flat(interval, se), won, lost, len(values) - won - lost))
+        around = interval.difference, mean(values - other, weights).se, interval.low, interval.high
+        found.append(Paired(name, len(values), *around, won, lost, len(values) - won - lost))
     return found
-
-
-def _flat(interval: Any, se: float) -> tuple[float, float, float, float]:
-    return interval.difference, se, interval.low, interval.high
 
 
 def _exp(value: float) -> float:
@@ -190,14 +184,6 @@ class _How:
     def chat(self) -> bool:
         return self.task.template == "auto" and bool(self.loaded.tokenizer.has_chat_template)
 
-    @contextmanager
-    def progress(self, total: int, what: str) -> Iterator[Callable[[int], None]]:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
-        shown = self.console is not None and self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
-            bar = progress.add_task("", total=total)
-            yield lambda n: progress.advance(bar, n)
-
     def fitting(self, cases: Sequence[Case], lengths: Sequence[int], shots: int) -> tuple[list[int], list[str]]:
         """The cases that fit the context, and what there is to say of the others."""
         limit = self.limit
@@ -219,7 +205,8 @@ class _How:
 
 def _in_own_words(text: str) -> str:
     """What building rows for training has to say, by the names that an evaluation has for it."""
-    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow", "left to train on": "left to evaluate"}
+    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow"}
+    names |= {"left to train on": "left to evaluate", "token to train": "token to evaluate"}
     for theirs, ours in names.items():
         text = text.replace(theirs, ours)
     return text.replace("--max-length and data.train_on", "--max-length and a task's train_on")
@@ -243,7 +230,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     slots = plan_epoch(lengths, tokens=how.tokens, seed=None)
-    with evaluating(how.loaded.model), how.progress(len(data.rows), "rows") as advance:
+    with evaluating(how.loaded.model), bar(how.console, len(data.rows), "rows") as advance:
         for slot in slots:
             rows = [data.rows[i] for i in slot.rows]
             a = make_batch(rows, slot.width).arrays
@@ -267,7 +254,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
         for w, x in zip(places, losses.tolist())
     ]
     weights = {"loss": np.array([counts[w] for w in places], dtype=np.float64)}
-    notes = [n.replace("data.max_length", "--max-length") for n in data.counts.notes()]
+    notes = [_in_own_words(note) for note in data.counts.notes()]
     return Result(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
 
 
@@ -298,7 +285,7 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
     lengths = [max(len(r.context) + len(r.continuation) for r in own) for own in requests]
     kept, notes = how.fitting(cases, lengths, len(shots))
     flat = [request for i in kept for request in requests[i]]
-    with how.progress(len(flat), "choices") as advance:
+    with bar(how.console, len(flat), "choices") as advance:
         found = [x.logprob for x in loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance)]
     lines: list[dict[str, Any]] = []
     right: list[float] = []
@@ -335,7 +322,7 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
         raise DataError(f"{empty[0]}: the prompt is empty: there is no token to go on from")
     kept, notes = how.fitting(cases, [len(own) + most for own in ids], len(shots))
     rows = max(1, min(ROWS, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
-    with how.progress(len(kept), "answers") as advance:
+    with bar(how.console, len(kept), "answers") as advance:
         found = sample_batch(
             how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
         )

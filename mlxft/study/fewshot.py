@@ -26,8 +26,9 @@ from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
 from mlxft.model.load import Loaded, load_tokenizer
 from mlxft.objectives.sft import load_splits
+from mlxft.parts import load_base, make_objective
 from mlxft.recipe import load_config
-from mlxft.run import load_base, make_objective, total_steps, train
+from mlxft.run import total_steps, train
 from mlxft.rundir import load
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import Result, evaluate
@@ -154,8 +155,7 @@ class _Study:
 
     def _shots(self, cell: Cell) -> list[Case]:
         seed = self.config.run.seed + cell.seed
-        setting = "--both" if cell.method == "both" else "--in-context"
-        return choose_shots(self.config.data.train, self.task, self.cases, int(cell.k), seed, setting)
+        return choose_shots(self.config.data.train, self.task, self.cases, int(cell.k), seed, cell.option)
 
     def _cell_config(self, cell: Cell) -> Config:
         """The recipe for a tuned cell."""
@@ -164,7 +164,7 @@ class _Study:
         data = {} if cell.k == ALL else {"shots": int(cell.k)}
         update = {"run": self.config.run.model_copy(update=run), "data": self.config.data.model_copy(update=data)}
         config = self.config.model_copy(update=update)
-        load_splits(config.data, config.run.seed)  # refuses what there are not enough rows for
+        load_splits(config.data, config.run.seed, cell.option)  # refuses what there are not enough rows for
         return config
 
     def _claim(self, train_rows: Sequence[Example], overwrite: bool) -> None:

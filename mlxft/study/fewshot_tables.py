@@ -34,6 +34,11 @@ class Cell(NamedTuple):
         """Its file's."""
         return f"{self.method.replace(' ', '-')}-{self.k}-{self.seed}"
 
+    @property
+    def option(self) -> str:
+        """What asks for it, for messages."""
+        return f"--{self.method.replace(' ', '-')} or --k"
+
 
 class Line(NamedTuple):
     """A line of the table: a method at a number of examples, over its seeds.

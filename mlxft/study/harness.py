@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlxft.errors import DataError
 from mlxft.model.batch_sample import sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split
 from mlxft.model.sample import Sampling
+from mlxft.study.bar import bar
 from mlxft.study.choice import Request, loglikelihoods
 
 MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
@@ -76,7 +76,7 @@ class Model(TemplateLM):
             room = max(1, self.limit + 1 - len(continuation))
             self.cut += len(context) > room
             asked.append(Request(tuple(context[-room:]), tuple(continuation)))
-        with self._progress(len(asked), "log-likelihoods") as advance:
+        with bar(self._console, len(asked), "log-likelihoods") as advance:
             found = loglikelihoods(self._split, asked, self._tokens, advance)
         return [(answer.logprob, answer.greedy) for answer in found]
 
@@ -99,7 +99,7 @@ class Model(TemplateLM):
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         texts = [""] * len(requests)
-        with self._progress(len(requests), "answers") as advance:
+        with bar(self._console, len(requests), "answers") as advance:
             for how, members in groups.items():
                 sampling = self._sampling(json.loads(how))
                 room = max(1, self.limit - sampling.max_tokens)
@@ -127,22 +127,3 @@ class Model(TemplateLM):
             drawn = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in given}
         ends = bool(self.tokenizer.eos_token_ids)
         return Sampling(int(most), stop=tuple(text for text in stop if text), stop_at_eos=ends, **drawn)
-
-    def _progress(self, total: int, what: str) -> Any:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
-        return _Bar(Progress(*columns, console=self._console, transient=True, disable=self._console is None), total)
-
-
-class _Bar:
-    """A progress bar that is there as long as its context."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total = progress, total
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.start()
-        bar = self._progress.add_task("", total=self._total)
-        return lambda n: self._progress.advance(bar, n)
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.stop()

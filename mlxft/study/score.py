@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from mlxft.data.convert import FORMATS
 from mlxft.data.encode import Reply
@@ -21,6 +20,7 @@ from mlxft.model.heads import find_head, read_head
 from mlxft.model.logits import Split
 from mlxft.model.scorer import TOKENS, Scorer
 from mlxft.rundir import load, open_run
+from mlxft.study.bar import bar
 
 FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
 
@@ -100,9 +100,8 @@ def score(run: str | Path, file: str, console: Console, *, tokens: int = TOKENS)
     if problems:
         raise DataError(report_lines(problems))
     answers = [answer for item in found for answer in item.answers]
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("scoring", total=len(answers))
-        scores = scorer.scores(answers, tokens, lambda count: progress.advance(task, count))
+    with bar(console, len(answers), "answers") as advance:
+        scores = scorer.scores(answers, tokens, advance)
     at = 0
     for item in found:
         item.scores = scores[at : at + len(item.answers)]

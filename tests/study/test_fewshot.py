@@ -228,8 +228,8 @@ def test_shots_are_never_evaluated_rows(reviews: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("plan", "overrides", "error"),
     [
-        ({"in_context": [41]}, [], "41 shots are asked for; .* has 40 rows"),
-        ({"tuned": [21]}, [], r"data\.shots: 21 rows of each label .* only 20 of 'bad', 20 of 'good'"),
+        ({"in_context": [41]}, [], "^--in-context or --k: 41 shots are asked for; .* has 40 rows"),
+        ({"tuned": [21]}, [], "^--tuned or --k: 21 rows of each label .* only 20 of 'bad', 20 of 'good'"),
         ({"task": "loss"}, [], "is a loss; few-shot tables want choices"),
         ({"task": "exact_mtch"}, [], "no such task"),
         ({"test": "train.jsonl"}, [], "is data.train itself"),
