@@ -73,7 +73,7 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
             )
         path = found
     if not path.exists():
-        raise ConfigError(f"{spec}: no such file{_neighbour(path)}")
+        raise ConfigError(f"{spec}: no such file{neighbour(path)}")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {_known()}")
@@ -99,7 +99,8 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "no files"
 
 
-def _neighbour(path: Path) -> str:
+def neighbour(path: Path) -> str:
+    """What a path that leads nowhere may have meant, or that its folder is missing too, for the end of a message."""
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"
     return nearest(path.name, [other.name for other in path.parent.iterdir()])

