@@ -152,6 +152,7 @@ _MAMBA = {"mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2}
 _BAILING = {"num_shared_experts": 1, "layer_group_size": 2, "group_norm_size": 2}
 
 
+_KIMI = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
 _GEMMA4 = {
     "num_kv_shared_layers": 0,
     "global_head_dim": 8,
@@ -231,15 +232,19 @@ MORE: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         **_MAMBA,
     },
+    "kimi_k3": _text(
+        "kimi_linear",
+        hidden_act="situ",
+        num_experts_per_token=2,
+        num_shared_experts=1,
+        first_k_dense_replace=1,
+        attn_res_block_size=2,
+        mla_use_output_gate=True,
+        linear_attn_config=_KIMI,
+    ),
     "kimi_linear": {
         "model_max_length": 128,
-        "linear_attn_config": {
-            "kda_layers": [1],
-            "full_attn_layers": [2],
-            "num_heads": 4,
-            "head_dim": 32,
-            "short_conv_kernel_size": 4,
-        },
+        "linear_attn_config": _KIMI,
     },
     "laguna": {},
     "lfm2": _LFM2,
@@ -292,6 +297,9 @@ MORE: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 8,
     },
     "minimax": {"shared_intermediate_size": 16},
+    "minimax_m3_vl": _text(
+        "minimax_m3", dense_intermediate_size=48, shared_intermediate_size=16, mlp_layer_types=["dense", "sparse"]
+    ),
     "ministral3": {
         "rope_parameters": {
             **_ROPE,

@@ -23,9 +23,7 @@ IDS = mx.array([[3, 40, 12, 5, 21, 9]])
 NOT = {
     "bitnet": "its layers are a Metal kernel of their own, neither linear nor quantised as LoRA knows them",
     "gemma3n": "reads the weights of some layers itself (altup), which LoRA has replaced; adapt attention and mlp",
-    "kimi_k3": "its settings are a whole checkpoint's; no tiny one was made",
-    "minimax_m3_vl": "its settings are a whole checkpoint's; no tiny one was made",
-    "muse_spark": "its settings are a whole checkpoint's; no tiny one was made",
+    "muse_spark": "its attention is a Metal kernel of its own, which no other device runs",
     "olmo": "needs the package ai2-olmo",
     "prism_hadamard_qwen35": "takes weights only as they were packed for it",
     "recurrent_gemma": "mlx-lm's class is no initialised module: nothing of it can be frozen",
