@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -39,6 +41,26 @@ def write_rows(path: Path, sizes: list[int], trained_share: float, seed: int = 0
             f.write(json.dumps(row) + "\n")
 
 
+def make_model(folder: Path, config: dict[str, Any]) -> None:
+    """A folder with a model of random weights, and a tokenizer of one token a word."""
+    import mlxft  # noqa: F401  isort: skip - before MLX, for its BLAS
+    import mlx.core as mx
+    from mlx_lm.utils import save_model
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["<eos>", *WORDS])}
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), config["vocab_size"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    folder.mkdir(parents=True)
+    mx.random.seed(0)
+    save_model(folder, module.Model(module.ModelArgs.from_dict(config)))
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(str(folder))
+
+
 def worker(script: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run `script --worker JOB` in a process of its own; its last line is its result."""
     command = [sys.executable, script, "--worker", json.dumps(job)]
@@ -54,17 +76,11 @@ def about() -> dict[str, str]:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     names = ("mlxft", "mlx", "mlx-lm")
     return {
-        "machine": f"{platform.system()} {platform.machine()}, {_cpu()}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "commit": git.stdout.strip(),
         **{n: version(n) for n in names},
     }
-
-
-def _cpu() -> str:
-    import os
-
-    return f"{os.cpu_count()} cores"
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:

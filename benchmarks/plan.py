@@ -10,7 +10,6 @@ limit, and compares with what the plan says is needed.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import tempfile
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import WORDS, report, worker
+from common import WORDS, make_model, report, worker
 
 BASE = {
     "hidden_size": 256,
@@ -65,21 +64,8 @@ TOLERANCE = 0.10
 
 
 def make_folder(folder: Path, kind: str) -> None:
-    """A model of random weights and a tokenizer of one token a word."""
-    from mlx_lm.utils import save_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    import mlxft  # noqa: F401 - before MLX, for its BLAS
-
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<eos>", *WORDS])}, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    config = {"model_type": kind, **BASE, **SHAPES[kind], "eos_token_id": 0}
-    module = importlib.import_module(f"mlx_lm.models.{kind}")
-    folder.mkdir(parents=True)
-    save_model(folder, module.Model(module.ModelArgs.from_dict(config)))
-    (folder / "config.json").write_text(json.dumps(config))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(str(folder))
+    """One of the shapes, as a folder."""
+    make_model(folder, {"model_type": kind, **BASE, **SHAPES[kind]})
 
 
 def recipe(job: dict[str, Any]) -> dict[str, Any]:

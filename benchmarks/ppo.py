@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import WORDS, report, worker
+from common import WORDS, make_model, report, worker
 
 import mlxft  # before mlx: brings the fast BLAS on Linux
 
@@ -36,29 +36,9 @@ MODEL: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "vocab_size": 8192,
     "tie_word_embeddings": True,
-    "eos_token_id": 0,
 }
 PROMPT, ANSWER = 96, 64
 MOST = 1.3
-
-
-def make_model(folder: Path) -> None:
-    """Random weights, and a tokenizer of one token a word."""
-    import mlx.core as mx
-    from mlx_lm.models import llama
-    from mlx_lm.utils import save_model
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {w: i for i, w in enumerate(["<eos>", *WORDS])}
-    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), MODEL["vocab_size"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    folder.mkdir(parents=True)
-    mx.random.seed(0)
-    save_model(folder, llama.Model(llama.ModelArgs.from_dict(MODEL)))
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(str(folder))
 
 
 def write_rows(folder: Path, rows: int) -> None:
@@ -166,7 +146,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         job = {"folder": tmp, "tokens": args.tokens, "rows": args.rows, "steps": args.steps}
         job["checkpoint"] = "on" if args.checkpoint else "off"
-        make_model(Path(tmp) / "model")
+        make_model(Path(tmp) / "model", MODEL)
         write_rows(Path(tmp), args.rows)
         found = {name: worker(__file__, {**job, "objective": name}) for name in ("sft", "reward", "ppo", "resident")}
     there = found.pop("resident")
