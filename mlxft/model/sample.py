@@ -65,7 +65,9 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(stop))
 
 
-def render_prompt(tokenizer: TokenizerWrapper, prompt: Prompt, system: str | None = None) -> list[int]:
+def render_prompt(
+    tokenizer: TokenizerWrapper, prompt: Prompt, system: str | None = None, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """Token ids up to where the answer starts: by the chat template if there is one, else the text as it stands.
 
     Raises:
@@ -73,8 +75,10 @@ def render_prompt(tokenizer: TokenizerWrapper, prompt: Prompt, system: str | Non
         DataError: messages without a chat template, or messages that the template refuses.
     """
     if not tokenizer.has_chat_template:
-        if not isinstance(prompt, str):
-            raise DataError("this tokenizer has no chat template, so messages have no form; give text, or a template")
+        if not isinstance(prompt, str) or tools:
+            raise DataError(
+                "this tokenizer has no chat template, so messages and tools have no form; give text, or a template"
+            )
         if system is not None:
             raise ConfigError("this tokenizer has no chat template, so system has no place; write it into the prompt")
         ids: list[int] = tokenizer.encode(prompt)
@@ -85,7 +89,7 @@ def render_prompt(tokenizer: TokenizerWrapper, prompt: Prompt, system: str | Non
             raise ConfigError("system is given, and the messages start with one of their own; keep one of them")
         messages = [{"role": "system", "content": system}, *messages]
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True))
+        return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=True))
     except Exception as error:  # templates raise their own refusals, and jinja's
         raise DataError(f"the chat template refuses these messages: {type(error).__name__}: {error}") from error
 

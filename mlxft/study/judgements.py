@@ -15,6 +15,7 @@ from mlxft.errors import ConfigError, DataError, MlxftError
 
 Row = dict[str, Any]
 TIE = "tie"
+_BEGIN = b'{"id": '  # of each line
 
 
 class Journal:
@@ -54,21 +55,21 @@ class Journal:
     def _read(self) -> None:
         raw = self.path.read_bytes()
         whole = raw.rfind(b"\n") + 1
-        if whole < len(raw):
-            if _object(raw[whole:]) is None:
-                self._cut(whole)
-                raw = raw[:whole]
-            else:  # only the newline is missing
-                self._write(b"\n")
-                raw += b"\n"
+        # Only what begins as our lines do may be cut: a file of something else is left as it is.
+        tail = b"" if _object(raw[whole:]) else raw[whole:]
+        torn = tail.startswith(_BEGIN) or _BEGIN.startswith(tail)
         start = 0
-        for number, line in enumerate(raw.splitlines(keepends=True), 1):
+        for number, line in enumerate((raw.removesuffix(tail) if torn else raw).splitlines(keepends=True), 1):
             row = _object(line)
             if row is None or not {"id", "turn"} <= row.keys():
                 raise DataError(f"{self.path}:{number}: not a line that mlxft label wrote; choose another --out")
             self.rows.append(row)
             self._starts.append(start)
             start += len(line)
+        if tail:
+            self._cut(whole)
+        elif whole < len(raw):  # only the newline is missing
+            self._write(b"\n")
 
     def append(self, row: Row) -> None:
         """Add a line; it is on the disk when this returns."""

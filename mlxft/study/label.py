@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from mlxft.data.formats import Message, Ranked, list_at, read_prompts, string_at
+from mlxft.data.formats import Message, Ranked, list_at, read_prompts, read_tools, string_at
 from mlxft.data.preference import read_preference
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError
@@ -53,6 +53,7 @@ class Task(NamedTuple):
     prompt: str | list[Message]
     answers: list[str] | None
     models: list[str] | None
+    tools: list[dict[str, Any]] | None = None
 
 
 class Shown(NamedTuple):
@@ -86,13 +87,14 @@ def read_tasks(spec: str) -> list[Task]:
             if isinstance(row, Problem):
                 raise DataError(row.text)
             prompt, answers, models = _task(row.data)
+            tools = read_tools(row.data.get("tools"))
         except DataError as e:
             problems.append(f"{row.where}: {e}")
             continue
-        said = json.dumps([prompt, answers], sort_keys=True)
+        said = json.dumps([prompt, answers, *([tools] if tools else [])], sort_keys=True)
         name = blake2b(said.encode(), digest_size=8).hexdigest()
         seen[name] += 1
-        tasks.append(Task(name if seen[name] == 1 else f"{name}-{seen[name]}", prompt, answers, models))
+        tasks.append(Task(name if seen[name] == 1 else f"{name}-{seen[name]}", prompt, answers, models, tools))
     if problems:
         raise DataError(report_lines(problems))
     return tasks
@@ -281,6 +283,7 @@ class _Session:
             "prompt": task.prompt,
             "chosen": shown.answers[best],
             "rejected": rest[0] if len(rest) == 1 else rest,
+            **({"tools": task.tools} if task.tools else {}),
             **({"tie": True} if verdict == TIE else {}),
             "answers": shown.answers,
             "models": shown.models,
@@ -308,7 +311,7 @@ def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
         said = f"{source.seed} {task.id} {which} {attempt}".encode()
         seed = int.from_bytes(blake2b(said, digest_size=7).digest(), "big")
         how = replace(source.sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
-        ids = render_prompt(tokenizer, task.prompt)
+        ids = render_prompt(tokenizer, task.prompt, tools=task.tools)
         (found,) = sample_batch(model, tokenizer, [ids], how, samples=count, seed=seed)
         return [text_of(tokenizer, answer, how) for answer in found]
 

@@ -150,6 +150,11 @@ def test_journal_refusals(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"out\.jsonl:2: not a line that mlxft label wrote"):
             Journal(path)
         assert path.read_text().endswith(line)
+    for foreign in ("notes, no end", '[{"id": "a", "turn": 1}]', '{"id": "a", "turn": 1}\nnotes', '{"text": "x"}'):
+        path.write_text(foreign)
+        with pytest.raises(DataError, match="not a line that mlxft label wrote"):
+            Journal(path)
+        assert path.read_text() == foreign, "another's file is left as it is"
     with pytest.raises(ConfigError, match="--out: can not write"):
         Journal(tmp_path)
 
@@ -161,7 +166,7 @@ def test_judgements_are_rows_to_train_on(tmp_path: Path, sit: Sit) -> None:
     prompts = write(
         tmp_path / "p.jsonl",
         [
-            {"prompt": "q", "answers": ["good", "bad"]},
+            {"prompt": "q", "answers": ["good", "bad"], "tools": [{"name": "f"}]},
             {"prompt": [{"role": "user", "content": "m"}], "chosen": "good", "rejected": "bad"},
             {"prompt": "three", "completions": ["a", "b", "c"]},
         ],
@@ -172,7 +177,7 @@ def test_judgements_are_rows_to_train_on(tmp_path: Path, sit: Sit) -> None:
     first, second, third = (e.item for e in convert(read_rows(str(tmp_path / "o.jsonl"), "train"), "preference"))
     answers = ["good", "bad"]
     best = rows[0]["shown"][0]
-    assert first == Preference("q", answers[best], answers[1 - best])
+    assert first == Preference("q", answers[best], answers[1 - best], tools=[{"name": "f"}])
     assert (rows[0]["note"], rows[0]["judgement"], rows[0]["answers"]) == ("for a reason", best, answers)
     assert "note" not in rows[1]
     assert isinstance(second, Preference)
