@@ -71,17 +71,23 @@ def rows_logprobs_entropy(
     split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, temperature: float = 1.0
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities, bit for bit those of `rows_logprobs`, and entropies, both (N,), without a gradient."""
-
-    def both(logits: mx.array, labels: mx.array) -> mx.array:
-        return mx.stack([_picked(logits, labels), _entropy(logits)], axis=-1)
-
-    read = _at(temperature, both)
     if split.separable:
-        found = _read(split, rows_hidden(split, ids, positions), labels, read, False)
-    else:
-        logits = split.model(ids)
-        found = read(logits.reshape(-1, logits.shape[-1])[positions], labels)
+        return hidden_logprobs_entropy(split, rows_hidden(split, ids, positions), labels, temperature=temperature)
+    logits = split.model(ids)
+    found = _at(temperature, _picked_entropy)(logits.reshape(-1, logits.shape[-1])[positions], labels)
     return found[:, 0], found[:, 1]
+
+
+def hidden_logprobs_entropy(
+    split: Split, hidden: mx.array, labels: mx.array, *, temperature: float = 1.0
+) -> tuple[mx.array, mx.array]:
+    """The same after (N, D) hidden states."""
+    found = _read(split, hidden, labels, _at(temperature, _picked_entropy), False)
+    return found[:, 0], found[:, 1]
+
+
+def _picked_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    return mx.stack([_picked(logits, labels), _entropy(logits)], axis=-1)
 
 
 def hidden_logprobs_greedy(split: Split, hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.model.heads import CRITIC, body_width
-from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, rows_hidden
+from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, hidden_logprobs_entropy, rows_hidden
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.onpolicy.base import OnPolicy, sections
@@ -97,19 +97,25 @@ class Objective(OnPolicy[PPO]):
         rate = self.settings.critic_lr
         return {f"{CRITIC}.": 1.0 if rate is None else rate / self.config.optim.lr}
 
-    def _values(self, arrays: dict[str, mx.array]) -> mx.array:
-        """(N,) by the critic of now."""
+    def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
         if self.settings.critic == "separate":
-            return self.critic.values(self.split, self.roles, arrays["ids"], arrays["positions"])
-        return self.critic.head(rows_hidden(self.split, arrays["ids"], arrays["positions"]))
+            return super().read(a)
+        hidden = rows_hidden(self.split, a["ids"], a["positions"])
+        asked = {"temperature": self.rollouts.temperature}
+        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a["labels"], **asked)
+        return {"old_logprobs": logprobs, "entropy": entropy, "values": self.critic.head(hidden)}
+
+    def _values(self, a: dict[str, mx.array]) -> mx.array:
+        """(N,) by the separate critic of now."""
+        return self.critic.values(self.split, self.roles, a["ids"], a["positions"])
 
     def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
         s = self.settings
-        rollout.tokens["values"] = [np.zeros(0, np.float32)] * len(rollout)
-        for rows in micro:
-            values = self._values(self._arrays(rollout, rows, self.prompts))
-            mx.eval(values)
-            self._keep(rollout, rows, "values", values)
+        if s.critic == "separate":
+            for rows in micro:
+                values = self._values(self._arrays(rollout, rows, self.prompts))
+                mx.eval(values)
+                self._keep(rollout, rows, "values", values)
         old, ref, values, mask = (*map(rollout.grid, ("old_logprobs", "ref_logprobs", "values")), rollout.mask)
         rewards = -self.kl_coef * F.kl(old, ref, s.kl_estimator) * mask
         last = mx.array(rollout.sizes - 1)[:, None]

@@ -178,18 +178,17 @@ class OnPolicy(Generic[M]):
         assert self._model is not None
         temperature = self.rollouts.temperature
         entropy = 0.0
-        for name in ("old_logprobs", "ref_logprobs"):
-            rollout.tokens[name] = [np.zeros(0, np.float32)] * len(rollout)
         training = self._model.training
         self._model.eval()
         try:
             for rows in micro:
                 a = self._arrays(rollout, rows, prompts)
                 asked = (self.split, a["ids"], a["positions"], a["labels"])
-                old, spread = rows_logprobs_entropy(*asked, temperature=temperature)
-                mx.eval(old, spread)
-                entropy += float(spread.sum())
-                self._keep(rollout, rows, "old_logprobs", old)
+                found = self.read(a)
+                mx.eval(found)
+                entropy += float(found.pop("entropy").sum())
+                for name, numbers in found.items():
+                    self._keep(rollout, rows, name, numbers)
                 with self.roles.use(self.reference):
                     ref = rows_logprobs(*asked, grad=False, temperature=temperature)
                     mx.eval(ref)
@@ -198,10 +197,17 @@ class OnPolicy(Generic[M]):
             self._model.train(training)
         return entropy / float(rollout.sizes.sum())
 
+    def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What the policy of now says of each token, (N,): entropy, old_logprobs, and what else a subclass keeps."""
+        asked = (self.split, a["ids"], a["positions"], a["labels"])
+        logprobs, entropy = rows_logprobs_entropy(*asked, temperature=self.rollouts.temperature)
+        return {"old_logprobs": logprobs, "entropy": entropy}
+
     def _keep(self, rollout: Rollout, rows: Sequence[int], name: str, values: mx.array) -> None:
+        kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
         ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
         for i, part in zip(rows, np.split(np.array(values), ends)):
-            rollout.tokens[name][i] = part
+            kept[i] = part
 
     def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
         """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
