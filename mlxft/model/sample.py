@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.errors import ConfigError, DataError
+from mlxft.model.cpu import exp
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -193,7 +194,7 @@ def _draw(logits: mx.array, uniform: mx.array) -> mx.array:
     rows, vocabulary = logits.shape
     side = math.isqrt(vocabulary - 1) + 1
     blocks = -(-vocabulary // side)
-    mass = mx.exp(logits - logits.max(axis=-1, keepdims=True))
+    mass = exp(logits - logits.max(axis=-1, keepdims=True))
     mass = mx.pad(mass, [(0, 0), (0, blocks * side - vocabulary)]).reshape(rows, blocks, side)
     block = _first(mass.sum(axis=-1), uniform[:, 0])
     inside = mx.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
