@@ -72,16 +72,18 @@ class PairCounts:
     one_length: int | None = None
     source_notes: tuple[str, ...] = ()
 
-    def notes(self) -> list[str]:
-        """What was left out, and what the lengths give away, a sentence each."""
+    def left_out(self) -> list[str]:
+        """What is not in the data set, a sentence each."""
         said = {
             "dropped": "pairs were longer than data.max_length and are left out",
             "identical": "pairs have two answers with the same tokens and are left out",
             "undecided": "rows have equal ratings only and are left out",
-            "ties": "pairs are ties",
         }
-        left_out = [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
-        notes = [*self.source_notes, *left_out]
+        return [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
+
+    def notes(self) -> list[str]:
+        """What was left out, and what the lengths give away, a sentence each."""
+        notes = [*self.source_notes, *self.left_out(), *([f"{self.ties:,} pairs are ties"] if self.ties else [])]
         if self.one_length is not None and self.pairs > 1:
             notes.append(f"every answer has {self.one_length} tokens: were they cut before they came here?")
         share = self.chosen_longer

@@ -16,7 +16,7 @@ from mlxft.data.batching import Slot, padding_share
 from mlxft.data.encode import Encoded, Ids
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, fingerprint, length
 from mlxft.data.formats import Example
-from mlxft.errors import ConfigError
+from mlxft.errors import ConfigError, DataError
 from mlxft.model.plan import Shape
 from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Batch, OffPolicy, Summary
@@ -127,14 +127,23 @@ def stack_pairs(pairs: Sequence[EncodedPair], width: int, sharing: Sharing) -> d
 def encode_splits(
     config: Config, tokenizer: Any, build: Callable[..., Any], keep: Callable[[list[Example]], list[Example]] = list
 ) -> tuple[list[Any], PairCounts, list[Any], PairCounts | None]:
-    """Training and validation rows with their counts, by `build_pairs` or `build_answers`."""
+    """Training and validation rows with their counts, by `build_pairs` or `build_answers`.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
     data = config.data
     options = {"max_length": data.max_length, "overflow": data.overflow, "chat": data.template == "auto"}
     train, valid, notes = load_splits(data, config.run.seed)
     train, valid = keep(train), keep(valid)
     first = build(train, tokenizer, **options)
+    try:
+        second = build(valid, tokenizer, **options) if valid else None
+    except DataError as e:
+        raise DataError(f"data.valid: {e}") from e
+    if second:
+        notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
     counts = replace(first.counts, source_notes=tuple(notes))
-    second = build(valid, tokenizer, **options) if valid else None
     return first.rows, counts, second.rows if second else [], second.counts if second else None
 
 

@@ -199,6 +199,8 @@ class _Single(Judged[EncodedAnswer]):
         if not 0 < good < len(rows):
             self.notes.append(f"all answers are {'good' if good else 'bad'}: there is nothing to tell them from")
         self._partners = [_partners(rows, config.run.seed), _partners(valid, config.run.seed)]
+        if self._partners[0] == list(range(len(rows))):
+            self.notes.append("all answers are to one prompt: kto's reference point, of other prompts' answers, is 0")
         self._point = 0.0
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
@@ -250,14 +252,28 @@ class _Single(Judged[EncodedAnswer]):
         ratios = row_sums(tokens - a["reference"], a["owners"], count)
         weights = [1.0 if given is None else given for given in (s.good_weight, s.bad_weight)]
         losses = F.kto(ratios, a["good"], a["point"], s.strength, *weights)
-        gain = s.strength * (mx.stop_gradient(ratios) - a["point"])
+        rewards = s.strength * mx.stop_gradient(ratios)
+        gain = rewards - s.strength * a["point"]
         signed = mx.where(a["good"] != 0, gain, -gain)
         metrics = {
             "accuracy": ((signed > 0) + 0.5 * (signed == 0)).sum(),
             "margin": signed.sum(),
             "kl": a["point"] * count,
         }
+        if not model.training:
+            good, bad = a["good"], 1 - a["good"]
+            sums = {"share": good, "chosen": good * rewards, "rejected": bad * rewards}
+            metrics |= {f"good/{name}": value.sum() for name, value in sums.items()}
         return LossSum(losses.sum(), mx.array(float(count)), metrics)
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        """Adds rewards_chosen and rewards_rejected, each over the answers of its kind."""
+        found = {k: v for k, v in means.items() if "/" not in k}
+        if share := means["good/share"]:
+            found["rewards_chosen"] = means["good/chosen"] / share
+        if share < 1:
+            found["rewards_rejected"] = means["good/rejected"] / (1 - share)
+        return found
 
 
 def Objective(config: Config, tokenizer: Any) -> _Pairs | _Single:

@@ -24,6 +24,7 @@ from mlxft.objectives.pairs import Answer, answers_of, stack
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, prepare, train
 from mlxft.rundir import Run
+from mlxft.train.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 LOSSES = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto")
@@ -319,6 +320,30 @@ def test_kto_takes_answers_without_a_pair(settings: Recipe, tiny_model: Loaded) 
     batch = next(found.batches(tiny_model.model))
     assert batch.arrays["good"].sum().item() == 5
     assert len(batch.rows) == 8
+    one = "all answers are to one prompt"
+    assert not any(one in note for note in found.notes)
+    same = settings("kto", [{**row, "prompt": "x"} for row in rows], **{"data.format": "unpaired"})
+    assert any(one in note for note in make_objective(parse_config(same), tiny_model.tokenizer).notes)
+
+
+def test_kto_tells_the_implicit_rewards_of_good_and_bad_answers(
+    settings: Recipe, tiny_model: Loaded, tmp_path: Path
+) -> None:
+    rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": i < 2} for i, r in enumerate(pairs(5))]
+    changes = {"data.format": "unpaired", "data.valid": write(tmp_path / "v.jsonl", rows), "batch.rows": 2}
+    found, model = objective(settings("kto", rows, **changes), tiny_model), tiny_model.model
+    model.update(tree_map(lambda v: v + 0.03, model.trainable_parameters()))
+    wanted: dict[bool, list[float]] = {True: [], False: []}
+    for batch in found.valid_batches(model):
+        a = batch.arrays
+        policy = rows_logprobs(Split(model), a["ids"], a["positions"], a["labels"], grad=False)
+        log_ratios = row_sums(policy - a["reference"], a["owners"], len(batch.rows)).tolist()
+        for good, value in zip(a["good"].tolist(), log_ratios):
+            wanted[bool(good)].append(0.1 * value)
+    told = validate(model, found)
+    assert told["rewards_chosen"] == pytest.approx(sum(wanted[True]) / 2, abs=1e-5)
+    assert told["rewards_rejected"] == pytest.approx(sum(wanted[False]) / 3, abs=1e-5)
+    assert told["rewards_chosen"] != told["rewards_rejected"]
 
 
 def test_the_reference_point_is_of_the_whole_step_and_of_other_prompts(settings: Recipe, tiny_model: Loaded) -> None:
