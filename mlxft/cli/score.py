@@ -22,7 +22,7 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     from rich.console import Console
 
     from mlxft.study.score import score as run_score
-    from mlxft.study.score import summarise
+    from mlxft.study.score import summarise, tables
 
     rows = run_score(run, file, Console(stderr=True), tokens=tokens)
     for row in rows:
@@ -31,4 +31,7 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"summary": summary}))
         return
-    click.echo(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in summary.items()))
+    for line in tables(summary):
+        click.echo(line)
+    plain = {k: v for k, v in summary.items() if isinstance(v, int | float)}
+    click.echo(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in plain.items()))

@@ -53,6 +53,8 @@ class Objective(Judged[EncodedPair]):
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_recipe(config, FORMATS)
+        if config.run.sample_prompts:
+            raise ConfigError("run.sample_prompts: a reward model gives scores, not text; leave it out")
         rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
         self._settings = config.section("reward", Reward)
         super().__init__(config, rows, counts, [row for row in valid if not row.tie], per_row=2)
@@ -66,7 +68,7 @@ class Objective(Judged[EncodedPair]):
         if margins and not self._settings.margin:
             self.notes.append(f"{margins:,} rows have a margin, which is not used (reward.margin: true)")
         sizes = [len(answer.reply) for row in self.valid for answer in answers_of(row)]
-        self._thirds = np.quantile(sizes, [1 / 3, 2 / 3]).tolist() if sizes else [0.0, 0.0]
+        self._thirds = thirds_of(sizes) if sizes else (0.0, 0.0)
         self._about: dict[str, Any] = {}
         self._sharing: Sharing | None = None
 
@@ -104,46 +106,74 @@ class Objective(Judged[EncodedPair]):
         sums = bradley_terry(chosen, rejected, a["margins"], self._settings.centering, a["smoothing"], a["weights"])
         if model.training:
             return sums
-        measured = _calibration(chosen - rejected, a["weights"]) | self._by_length(scores, a["lengths"], a["weights"])
-        return sums._replace(metrics=sums.metrics | measured)
-
-    def _by_length(self, scores: mx.array, lengths: mx.array, weights: mx.array) -> dict[str, mx.array]:
-        """Sums by which mean and spread of the scores are known, for all answers and by thirds of their length."""
-        weights = mx.concatenate([weights, weights]) / 2
-        low, high = self._thirds
-        third = (lengths > low).astype(mx.int32) + (lengths > high).astype(mx.int32)
-        sums: dict[str, mx.array] = {}
-        for i in range(3):
-            w = weights * (third == i)
-            values = {"share": w, "sum": w * scores, "square": w * scores.square()}
-            sums |= {f"third/{i}/{k}": v.sum() for k, v in values.items()}
-        return sums
+        return sums._replace(metrics=sums.metrics | measure(scores, a["lengths"], a["weights"], self._thirds))
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:
         """Adds ece, reliability, score_mean, score_std and scores by length to loss, accuracy and margin."""
         found: dict[str, Any] = {k: v for k, v in means.items() if "/" not in k}
         if len(found) == len(means):
             return found
-        bins = [[means[f"bin/{i}/{k}"] for k in ("share", "confidence", "accuracy")] for i in range(BINS)]
-        found["ece"] = sum(abs(right - sure) for _, sure, right in bins)
-        found["reliability"] = [
-            {"share": share, "confidence": sure / share, "accuracy": right / share}
-            for share, sure, right in bins
-            if share > 0
-        ]
-        thirds = [[means[f"third/{i}/{k}"] for k in ("share", "sum", "square")] for i in range(3)]
-        found["score_mean"], found["score_std"] = _moments(*(sum(column) for column in zip(*thirds)))
-        found["scores_by_length"] = {
-            name: dict(zip(("share", "mean", "std"), (third[0], *_moments(*third))))
-            for name, third in zip(THIRDS, thirds)
-            if third[0] > 0
-        }
+        found |= figures(means)
         self._about = {"reward": {"mean": found["score_mean"], "std": found["score_std"]}}
         return found
 
     def about(self) -> dict[str, Any]:
         """Mean and standard deviation of the newest validation's scores, by which rewards can be normalised."""
         return self._about
+
+
+def thirds_of(lengths: Sequence[int]) -> tuple[float, float]:
+    """Where the middle third of the lengths begins and ends."""
+    low, high = np.quantile(lengths, [1 / 3, 2 / 3]).tolist()
+    return low, high
+
+
+def measure(scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tuple[float, float]) -> dict[str, mx.array]:
+    """Sums that `figures` wants the means of.
+
+    Args:
+        scores, lengths: (2N,), of the chosen answers and then of the rejected ones.
+        weights: (N,) of the pairs.
+    """
+    half = scores.shape[0] // 2
+    return _calibration(scores[:half] - scores[half:], weights) | _by_length(scores, lengths, weights, thirds)
+
+
+def figures(means: dict[str, float]) -> dict[str, Any]:
+    """ece, reliability, score_mean, score_std and scores_by_length."""
+    bins = [[means[f"bin/{i}/{k}"] for k in ("share", "confidence", "accuracy")] for i in range(BINS)]
+    thirds = [[means[f"third/{i}/{k}"] for k in ("share", "sum", "square")] for i in range(3)]
+    mean, std = _moments(*(sum(column) for column in zip(*thirds)))
+    return {
+        "ece": sum(abs(right - sure) for _, sure, right in bins),
+        "reliability": [
+            {"share": share, "confidence": sure / share, "accuracy": right / share}
+            for share, sure, right in bins
+            if share > 0
+        ],
+        "score_mean": mean,
+        "score_std": std,
+        "scores_by_length": {
+            name: dict(zip(("share", "mean", "std"), (third[0], *_moments(*third))))
+            for name, third in zip(THIRDS, thirds)
+            if third[0] > 0
+        },
+    }
+
+
+def _by_length(
+    scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tuple[float, float]
+) -> dict[str, mx.array]:
+    """Sums by which mean and spread of the scores are known, for all answers and by thirds of their length."""
+    weights = mx.concatenate([weights, weights]) / 2
+    low, high = thirds
+    third = (lengths > low).astype(mx.int32) + (lengths > high).astype(mx.int32)
+    sums: dict[str, mx.array] = {}
+    for i in range(3):
+        w = weights * (third == i)
+        values = {"share": w, "sum": w * scores, "square": w * scores.square()}
+        sums |= {f"third/{i}/{k}": v.sum() for k, v in values.items()}
+    return sums
 
 
 def _calibration(difference: mx.array, weights: mx.array) -> dict[str, mx.array]:

@@ -15,10 +15,11 @@ from mlxft.data.convert import FORMATS
 from mlxft.data.encode import Reply
 from mlxft.data.formats import Completion, Conversation, Judged, Preference, Ranked
 from mlxft.data.sources import Problem, read_rows, report_lines
-from mlxft.errors import DataError
+from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import find_head, read_head
 from mlxft.model.logits import Split
 from mlxft.model.scorer import TOKENS, Scorer
+from mlxft.objectives.reward import figures, measure, thirds_of
 from mlxft.rundir import load, open_run
 from mlxft.study.bar import bar
 
@@ -32,6 +33,8 @@ class Scored:
     Attributes:
         kind: "answer", "pair" (chosen and rejected) or "ranking".
         names: of each answer: score, chosen, rejected, or its number.
+        weight: of a pair: the pairs of one row add up to 1.
+        tie: a pair of which neither answer is better.
     """
 
     where: str
@@ -39,6 +42,8 @@ class Scored:
     answers: list[Reply]
     names: list[str]
     scores: list[float] = field(default_factory=list)
+    weight: float = 1.0
+    tie: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The row's line."""
@@ -46,22 +51,26 @@ class Scored:
             order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
             return {"row": self.where, "scores": self.scores, "ranking": order}
         line = {"row": self.where, **dict(zip(self.names, self.scores))}
-        return line | {"margin": self.scores[0] - self.scores[1]} if self.kind == "pair" else line
+        if self.kind == "pair":
+            line |= {"margin": self.scores[0] - self.scores[1], **({"tie": True} if self.tie else {})}
+        return line
 
     def __str__(self) -> str:
         if self.kind == "ranking":
             order = self.to_json()["ranking"]
             return f"{self.where}: " + " > ".join(f"answers[{i}] {self.scores[i]:.4f}" for i in order)
         said = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.names, self.scores))
-        return f"{self.where}: {said}"
+        return f"{self.where}: {said}{' (a tie)' if self.tie else ''}"
 
 
 def open_scorer(path: str | Path, **options: Any) -> Scorer:
     """Load a reward run (or its adapter or model folder).
 
     Raises:
-        ModelError: it is none, or does not fit its base.
+        ConfigError: no such folder. ModelError: it is none, or does not fit its base.
     """
+    if not Path(path).expanduser().exists():
+        raise ConfigError(f"{path}: no such run; name one of objective: reward")
     loaded = load(path, scores=True, **options)
     loaded.model.eval()
     mx.eval(loaded.model.parameters())
@@ -146,16 +155,51 @@ def _answer(scorer: Scorer, item: Any, where: str) -> Reply:
 
 def _pair(scorer: Scorer, pair: Preference, where: str) -> Scored:
     both = [scorer.encode(pair.prompt, reply, where, pair.tools) for reply in (pair.chosen, pair.rejected)]
-    return Scored(where, "pair", both, ["chosen", "rejected"])
+    return Scored(where, "pair", both, ["chosen", "rejected"], [], pair.weight, pair.tie)
 
 
 def summarise(rows: Sequence[Scored]) -> dict[str, Any]:
-    """Mean and spread of all scores; of pairs the share in which chosen is above rejected (equal counts half)."""
+    """Mean and spread of all scores; of pairs what a validation says: a row of several counts once, ties aside."""
     values = np.array([value for row in rows for value in row.scores])
-    summary: dict[str, Any] = {"rows": len(rows), "mean": float(values.mean()), "std": float(values.std())}
-    margins = np.array([row.scores[0] - row.scores[1] for row in rows if row.kind == "pair"])
-    if margins.size:
-        summary["pairs"] = int(margins.size)
-        summary["accuracy"] = float(((margins > 0) + 0.5 * (margins == 0)).mean())
-        summary["margin"] = float(margins.mean())
-    return summary
+    weights = np.array([row.weight for row in rows for _ in row.scores])
+    mean = np.average(values, weights=weights)
+    summary: dict[str, Any] = {"rows": len({row.where for row in rows}), "mean": float(mean)}
+    summary["std"] = float(np.sqrt(np.average((values - mean) ** 2, weights=weights)))
+    pairs = [row for row in rows if row.kind == "pair" and not row.tie]
+    if ties := sum(row.tie for row in rows):
+        summary["ties"] = ties
+    return summary | _of_pairs(pairs) if pairs else summary
+
+
+def _of_pairs(pairs: Sequence[Scored]) -> dict[str, Any]:
+    """How often chosen is above rejected (equal counts half), by how much, and how sure that may be taken to be."""
+    weights = np.array([row.weight for row in pairs], dtype=np.float32)  # a GPU has no float64
+    margins = np.array([row.scores[0] - row.scores[1] for row in pairs])
+    scores = [row.scores[side] for side in (0, 1) for row in pairs]
+    lengths = [len(row.answers[side].reply) for side in (0, 1) for row in pairs]
+    sums = measure(mx.array(scores), mx.array(lengths), mx.array(weights), thirds_of(lengths))
+    found = figures({name: float(value) / float(weights.sum()) for name, value in sums.items()})
+    return {
+        "pairs": len(pairs),
+        "accuracy": float(np.average((margins > 0) + 0.5 * (margins == 0), weights=weights)),
+        "margin": float(np.average(margins, weights=weights)),
+        **{name: found[name] for name in ("ece", "reliability", "scores_by_length")},
+    }
+
+
+def tables(summary: dict[str, Any]) -> list[str]:
+    """The lines of what a summary has beside plain numbers: reliability, and scores by the answers' length."""
+    lines = []
+    if "reliability" in summary:
+        lines += ["how sure   how often right   share of pairs"]
+        lines += [
+            f"{row['confidence']:8.3f}   {row['accuracy']:15.3f}   {row['share']:14.1%}"
+            for row in summary["reliability"]
+        ]
+    if "scores_by_length" in summary:
+        lines += ["answers    mean score       std   share"]
+        lines += [
+            f"{name:8}   {row['mean']:10.4f}   {row['std']:7.4f}   {row['share']:5.1%}"
+            for name, row in summary["scores_by_length"].items()
+        ]
+    return lines

@@ -16,6 +16,7 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 
+from mlxft.data.encode import Reply
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.heads import find_head, head_of, read_head
 from mlxft.model.load import Loaded
@@ -23,7 +24,7 @@ from mlxft.objectives.functional import bradley_terry
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, prepare, train
 from mlxft.rundir import Run, load
-from mlxft.study.score import Scorer, open_scorer, score, summarise
+from mlxft.study.score import Scored, Scorer, open_scorer, score, summarise, tables
 
 Recipe = Callable[..., dict[str, Any]]
 WORDS = ["the", "in", "on", "and", "or", "a", "is", "of", "to", "at"]
@@ -165,6 +166,37 @@ def test_scores_in_the_run_are_those_of_the_saved_run(settings: Recipe, tiny_mod
     assert last["ece"] == pytest.approx(ece, abs=1e-4)
     assert sum(b["share"] for b in last["reliability"]) == pytest.approx(1)
     assert sum(b["share"] for b in last["scores_by_length"].values()) == pytest.approx(1)
+    summary = summarise(rows)
+    assert {k: summary[k] for k in ("accuracy", "margin", "mean", "std", "ece")} == pytest.approx(
+        {k: last[f"score_{k}" if k in ("mean", "std") else k] for k in ("accuracy", "margin", "mean", "std", "ece")},
+        abs=1e-4,
+    )
+    for name in ("reliability", "scores_by_length"):
+        np.testing.assert_allclose(_numbers(summary[name]), _numbers(last[name]), atol=1e-4)
+
+
+def _numbers(table: Any) -> list[float]:
+    return [v for row in (table if isinstance(table, list) else table.values()) for v in row.values()]
+
+
+def test_a_row_of_several_pairs_counts_once_and_a_tie_not_at_all() -> None:
+    """Right in the first row, wrong in both halves of the second: 1/2, and a margin of (2 - (1 + 3) / 2) / 2 = 0."""
+    answers = [Reply(np.zeros(1, np.int32), np.zeros(n, np.int32)) for n in (1, 2)]
+    names = ["chosen", "rejected"]
+    rows = [
+        Scored("f:1", "pair", answers, names, [3.0, 1.0]),
+        Scored("f:2", "pair", answers, names, [0.0, 1.0], 0.5),
+        Scored("f:2", "pair", answers, names, [0.0, 3.0], 0.5),
+        Scored("f:3", "pair", answers, names, [5.0, 3.0], 1.0, True),
+    ]
+    found = summarise(rows)
+    assert (found["rows"], found["pairs"], found["ties"]) == (3, 3, 1)
+    assert (found["accuracy"], found["margin"]) == (0.5, 0.0)
+    assert found["mean"] == pytest.approx((3 + 1 + (0 + 1 + 0 + 3) / 2 + 5 + 3) / 6)
+    assert found["scores_by_length"]["short"]["mean"] == pytest.approx(1.5)
+    assert rows[3].to_json()["tie"]
+    assert not {"pairs", "accuracy", "ece"} & summarise(rows[3:]).keys()
+    assert len(tables(found)) == 1 + len(found["reliability"]) + 1 + 2
 
 
 def test_the_adapter_alone_is_mlx_lms(settings: Recipe) -> None:
@@ -274,6 +306,7 @@ def test_ties_are_left_out_of_validation_and_said(settings: Recipe, tiny_model: 
         ({"data.overflow": "truncate"}, "data.overflow: truncate would make another answer"),
         ({"batch.pack": True}, "batch.pack: is not for objective reward"),
         ({"reward": {"margin": True}}, "reward.margin: no row has a margin"),
+        ({"run.sample_prompts": ["x"]}, "run.sample_prompts: a reward model gives scores, not text"),
     ],
 )
 def test_settings_without_meaning_are_refused(
