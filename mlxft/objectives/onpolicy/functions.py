@@ -41,7 +41,7 @@ class ScoredFunction:
         """
         try:
             result = self._call(items)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) would end the run as if it were done
             raise self._located(items, error) from error
         values = self._listed(result, len(items))
         found = []
@@ -60,12 +60,12 @@ class ScoredFunction:
         rows = [dict(item.row) for item in items]
         return self._function([item.prompt for item in items], [item.completion for item in items], rows)
 
-    def _located(self, items: Sequence[Item], error: Exception) -> RewardError:
+    def _located(self, items: Sequence[Item], error: BaseException) -> RewardError:
         """The error with the row that it comes from: the first that raises when it is asked for alone."""
         for item in items:
             try:
                 self._call([item])
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 return RewardError(
                     f"{self.spec}: {item.where}: raised {_told(alone)} for the completion {_short(item.completion)}"
                 )

@@ -324,6 +324,7 @@ def test_what_a_function_may_return(rewards: Callable[..., Rewards], body: str) 
             "r.py:f: rows.jsonl:2: raised ZeroDivisionError: division by zero (line 5) for the completion 'c1'",
         ),
         ("raise KeyError('gold')", "rows.jsonl:1: raised KeyError: 'gold' (line 5)"),
+        ("raise SystemExit(0)", "rows.jsonl:1: raised SystemExit: 0 (line 5)"),
         (
             "if len(rows) > 1:\n    raise RuntimeError('too many')\nreturn [1.0]",
             "r.py:f: raised RuntimeError: too many (line 6) for 3 completions from rows.jsonl:1 on, and for none",
