@@ -90,7 +90,7 @@ class _Saver:
 
             def save_head(folder: Path) -> None:
                 if head is not None:
-                    metadata = head_metadata(fingerprint, noted)
+                    metadata = head_metadata(fingerprint, {**noted, "template": config.data.template})
                     write_beside(folder / HEAD_FILE, lambda p: save_arrays(p, head_arrays(head), metadata))
 
             if config.tune.method == "full":
@@ -256,13 +256,20 @@ def total_steps(config: Config, objective: Objective) -> int:
 
 def describe_start(config: Config, loaded: Loaded, objective: Objective, total: int) -> dict[str, Any]:
     """What is about to be trained, in numbers."""
-    trained = sum(v.size for _, v in tree_flatten(loaded.model.trainable_parameters()))
+    model = loaded.model
+    trained, stored = (
+        sum(v.size for _, v in tree_flatten(found)) for found in (model.trainable_parameters(), model.parameters())
+    )
+    with without_head(model):
+        base = count_parameters(model)
+        # Of what stands beside it each number counts: a critic may begin as the very arrays of the policy.
+        beside = stored - sum(v.size for _, v in tree_flatten(model.parameters()))
     return {
         "objective": config.objective,
         "base": config.model.path,
         "method": config.tune.method,
         "trainable_parameters": trained,
-        "total_parameters": count_parameters(loaded.model),
+        "total_parameters": base + beside,
         "steps": total,
         "data": objective.summary().counts,
     }

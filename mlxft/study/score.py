@@ -19,8 +19,9 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import find_head, read_head
 from mlxft.model.logits import Split
 from mlxft.model.scorer import TOKENS, Scorer
+from mlxft.objectives.onpolicy.reward_model import reads_chat
 from mlxft.objectives.reward import figures, measure, thirds_of
-from mlxft.rundir import load, open_run
+from mlxft.rundir import load
 from mlxft.study.bar import bar
 
 FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
@@ -79,8 +80,7 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     assert head is not None, "load has found it"
     about = read_head(head).about
     noted = about.get("reward", {})
-    run = open_run(folder) if (folder / "config.yaml").is_file() else None
-    chat = (about.get("template", "auto") if run is None else run.config.data.template) == "auto"
+    chat = reads_chat(folder, about)
     return Scorer(Split(loaded.model), loaded.tokenizer, chat, noted.get("mean"), noted.get("std"))
 
 

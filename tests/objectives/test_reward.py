@@ -21,6 +21,7 @@ from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.heads import find_head, head_of, read_head
 from mlxft.model.load import Loaded
 from mlxft.objectives.functional import bradley_terry
+from mlxft.objectives.onpolicy.reward_model import find_reward_run
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, prepare, train
 from mlxft.rundir import Run, load
@@ -374,3 +375,10 @@ def test_a_head_file_says_what_it_is(settings: Recipe) -> None:
     base = json.loads((run.result / "adapter_config.json").read_text())["mlxft"]["base"]
     assert saved.fingerprint == base["fingerprint"]
     assert set(saved.about["reward"]) == {"mean", "std"}
+
+
+def test_texts_are_read_as_they_were_trained_from_the_adapter_alone_too(settings: Recipe, tmp_path: Path) -> None:
+    run = train(settings(**{"data.template": "none", "run.steps": 1}))
+    alone = tmp_path / "alone"
+    run.result.rename(alone)
+    assert [open_scorer(alone).chat, find_reward_run(str(alone), False).chat] == [False, False]

@@ -62,16 +62,27 @@ def find_reward_run(path: str, normalize: bool) -> RewardRun:
             f"rewards.adapter: {path} has no head: not a reward run, or one without a result yet; name a run of "
             "objective: reward"
         )
-    noted = read_head(file).about.get("reward", {})
+    about = read_head(file).about
+    noted = about.get("reward", {})
     mean, std = noted.get("mean"), noted.get("std")
     if normalize and (mean is None or not std):
         seen = f"its std is {std}" if std is not None else "it was trained without data.valid"
         raise ConfigError(
             f"rewards.normalize: {path} has no mean and standard deviation to normalise by: {seen}; leave normalize out"
         )
-    runs = [folder for folder in (place, place.parent) if (folder / "config.yaml").is_file()]
-    chat = not runs or load_config(runs[0] / "config.yaml").data.template == "auto"
-    return RewardRun(file.parent, chat, mean, std)
+    return RewardRun(file.parent, reads_chat(place, about), mean, std)
+
+
+def reads_chat(folder: Path, about: dict[str, Any]) -> bool:
+    """Whether a reward model was trained on texts as turns of the chat template: its head says so, or else its run.
+
+    Args:
+        folder: the run, its adapter, or a model.
+        about: noted with the head; before heads noted it, the run alone knew.
+    """
+    runs = [place for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
+    template = about.get("template") or (load_config(runs[0] / "config.yaml").data.template if runs else "auto")
+    return bool(template == "auto")
 
 
 class RewardModel:
