@@ -188,7 +188,7 @@ def _untrained(config: dict[str, Any], name: str) -> nn.Module:
         nn.quantize(
             model, packed["group_size"], packed["bits"], mode=packed.get("mode", "affine"), class_predicate=fits
         )
-    return model
+    return _freezable(model)
 
 
 def base_fingerprint(loaded: Loaded) -> str:
@@ -247,7 +247,14 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
         model, loaded = load_model(folder, lazy=True, model_config=extra, trust_remote_code=trust)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise ModelError(f"model {name!r}: {folder} can not be loaded: {brief(error)}") from error
-    return model, loaded
+    return _freezable(model), loaded
+
+
+def _freezable(model: nn.Module) -> nn.Module:
+    """With what mlx-lm's recurrent_gemma leaves out, since it does not call Module's own constructor."""
+    if not hasattr(model, "_no_grad"):
+        model._no_grad = set()
+    return model
 
 
 def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bool) -> Any:

@@ -97,6 +97,10 @@ def folder_config(folder: Path, name: str, weights: bool) -> dict[str, Any]:
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; this is an adapter: give its base as model.path and this folder as model.adapter"
+        elif (folder / "model" / "config.json").is_file():
+            hint = f"; this is a run: give its model, {folder / 'model'}"
+        elif (folder / "adapter" / "adapter_config.json").is_file():
+            hint = "; this is a run: give its base as model.path and the run as model.adapter"
         elif files := sorted(folder.glob("*.gguf")):
             hint = f"; give the file itself: {files[0]}"
         raise ModelError(f"model {name!r}: no config.json in {folder}{hint}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -345,3 +346,28 @@ def test_count_parameters(tiny_model: Any, smollm2: Any) -> None:
     layer = 32 * 32 * 2 + 16 * 32 * 2 + 3 * 64 * 32 + 2 * 32
     assert count_parameters(tiny_model.model) == vocab * 32 + 2 * layer + 32
     assert count_parameters(smollm2.model) == 134_515_008
+
+
+def test_a_model_that_skips_modules_constructor_can_be_frozen() -> None:
+    """As recurrent_gemma's is in mlx-lm 0.32.2; MLX's own freeze fails on it."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            self.layer = nn.Linear(2, 2)
+
+    bare = Bare()
+    with pytest.raises(AttributeError, match="_no_grad"):
+        bare.freeze()
+    load_module._freezable(bare).freeze()
+    assert not tree_flatten(bare.trainable_parameters())
+
+
+def test_a_run_is_no_model_and_the_error_says_what_is(tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole, adapted = tmp_path / "whole", tmp_path / "adapted"
+    shutil.copytree(tiny_model_dir, whole / "model")
+    (adapted / "adapter").mkdir(parents=True)
+    (adapted / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"this is a run: give its model, .*whole/model"):
+        load(str(whole))
+    with pytest.raises(ModelError, match=r"this is a run: give its base as model.path and the run as model.adapter"):
+        load(str(adapted))
