@@ -88,8 +88,7 @@ class Split:
         training = self.model.training
         self.model.eval()
         try:
-            whole = self.model(ids)
-            hidden = self.hidden(ids)
+            whole, hidden = self._watched(ids)
             if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
                 return False
             # A body that gives the logits themselves has its head inside: there is nothing to take apart.
@@ -124,12 +123,18 @@ class Split:
         """(B, T) ids -> (B, T, D), what the head takes. The others: see `call`."""
         if segments is not None:
             _ = self.packing  # it tries the model, and so before the body is replaced
+        # The logits that this makes are never evaluated: MLX computes only what is asked for.
+        return self._watched(ids, segments, caches)[1]
+
+    def _watched(
+        self, ids: mx.array, segments: mx.array | None = None, caches: Sequence[Any] | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """What the model gives, and what its body gave on the way."""
         watched = _Watched(self.body)
         with self._in_place(watched):
-            # The logits that this makes are never evaluated: MLX computes only what is asked for.
-            self.call(ids, segments, caches)
+            whole = self.call(ids, segments, caches)
         (hidden,) = watched.returned
-        return hidden
+        return whole, hidden
 
     def logits(self, hidden: mx.array, parameters: Mapping[str, mx.array] | None = None) -> mx.array:
         """(N, D) hidden states -> (N, V) logits; `parameters`, by full name, stand in for the model's own."""

@@ -17,8 +17,7 @@ from mlx.utils import tree_flatten
 from mlxft.model.kv import PREFILL, takes_rows
 from mlxft.model.logits import chunk_size
 from mlxft.model.logprobs import rows_logprobs_entropy
-from mlxft.model.plan import TRACED_CHUNKS, Job, Plan, Shape, ShapeSplit
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.plan import TRACED_CHUNKS, Job, Plan, Shape, ShapeSplit, traced
 from mlxft.model.trace import Graph, trace
 
 _STEP = 256  # positions by which mlx-lm's caches grow
@@ -130,9 +129,7 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    training, random = model.training, random_state()
-    model.eval()
-    try:
+    with traced(model, training=False):
         rows, group = (rolling.rows, rolling.group) if takes_rows(model) else (1, 1)
         room = _rounded(rolling.prompt)
         before = min(rolling.prompt - 1, max(3, PREFILL // group))
@@ -141,9 +138,6 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
         last = _cached(model, rows, 1, rolling.prompt + rolling.answer - 1, _rounded(rolling.prompt + rolling.answer))
         drawn = 4 * rows * _vocabulary(model) * (_FILTERED if rolling.filtered else _DRAWN)
         return max(prefill, _held_by(model, group, room) + last.peak() + drawn)
-    finally:
-        model.train(training)
-        set_random_state(random)
 
 
 def scoring_bytes(model: nn.Module, shapes: Sequence[Shape]) -> int:
@@ -152,14 +146,9 @@ def scoring_bytes(model: nn.Module, shapes: Sequence[Shape]) -> int:
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    training, random = model.training, random_state()
-    model.eval()
-    try:
-        largest = {max(shapes, key=lambda s: s.rows * s.width), max(shapes, key=lambda s: s.rows * s.width * s.width)}
+    largest = {max(shapes, key=lambda s: s.rows * s.width), max(shapes, key=lambda s: s.rows * s.width * s.width)}
+    with traced(model, training=False):
         return max(_scored(model, shape) for shape in largest)
-    finally:
-        model.train(training)
-        set_random_state(random)
 
 
 def _scored(model: nn.Module, shape: Shape) -> int:

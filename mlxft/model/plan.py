@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -142,18 +144,25 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    training, random = job.model.training, random_state()
-    try:
+    with traced(job.model, training=True):
         return _plan(job, rows, width, checkpoint, shared)
+
+
+@contextmanager
+def traced(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or not, inside the block; after it, model and random state are as they were."""
+    before, random = model.training, random_state()
+    model.train(training)
+    try:
+        yield
     finally:
-        job.model.train(training)
+        model.train(before)
         set_random_state(random)
 
 
 def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
     model = job.model
     _check_kind(model)
-    model.train()
     held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
     adapters = sum(n for key, n in held if key in LEAVES)
     weights = sum(n for _, n in held) - adapters
@@ -241,10 +250,11 @@ class ShapeSplit(Split):
     def _agrees(self) -> bool:
         ids = mx.array([[1, 0, 2]])
         try:
-            whole, hidden = self.model(ids), self.hidden(ids)
+            whole, hidden = self._watched(ids)
         except (TypeError, ValueError, AttributeError, IndexError):
             return False
-        if hidden.ndim != 3 or hidden.shape[:2] != ids.shape or hidden.shape[-1] == whole.shape[-1]:
+        # A body that gives the logits themselves has its head inside.
+        if hidden is whole or hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
             return False
         self._width, self._dtype, self.vocabulary = hidden.shape[-1], hidden.dtype, whole.shape[-1]
         return True
@@ -347,5 +357,6 @@ class _Step:
             value, grads = mx.value_and_grad(loss)(trained)
             return [value, *(g for _, g in tree_flatten(grads))]
 
-        self.split.trained_head()  # before the trace: it makes one of its own
+        if self.split.separable:
+            self.split.trained_head()  # before the trace: it makes one of its own
         return trace(self.model, step, list(batch.values()))[0]

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlxft.config import Optim
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.load import load, load_tokenizer, skeleton
-from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, largest_tokens, plan
+from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, ShapeSplit, largest_tokens, plan
 from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, open_run, prepare
@@ -49,6 +49,14 @@ def test_weights_adapters_gradients_and_optimizer_are_exact(recipe: Make) -> Non
         assert 0 <= found.weights - (everything - adapters) <= 4 * 14
         assert (found.gradients, found.optimizer) == (trained, state)
         assert found.total == sum(getattr(found, k) for k in Plan.__dataclass_fields__ if k != "checkpoint")
+
+
+def test_a_vocabulary_as_large_as_the_width(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Hidden states of the logits' own shape are not taken for logits."""
+    folder = make_model_dir(tmp_path / "square", "llama", hidden_size=64, head_dim=16, vocab_size=64)
+    split = ShapeSplit(skeleton(str(folder)).model)
+    assert split.separable
+    assert split.vocabulary == 64
 
 
 def test_a_skeleton_has_the_shapes_and_types_of_the_loaded_model(

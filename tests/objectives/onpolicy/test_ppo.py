@@ -389,6 +389,9 @@ def test_the_result_is_the_policy_alone(tiny: Recipe, tiny_model_dir: Path, meth
     from mlx_lm import load as load_lm
 
     run = quietly(tiny({}, **METHODS[method]))
+    (start,) = run.metrics("start")
+    # A critic of whole weights begins as the policy's own arrays; it counts all the same.
+    assert (start["trainable_parameters"] == start["total_parameters"]) is (method == "full")
     policy = {n: v for n, v in checkpoint(run).items() if not is_critic(n)}
     adapter = method == "lora"
     (file,) = run.result.glob("*.safetensors")
