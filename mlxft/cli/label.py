@@ -41,8 +41,10 @@ def label(
              mlxft label --recipe configs/label.yaml --model runs/sft
              mlxft label --agreement ann.jsonl ben.jsonl
     """
+    typed = click.core.ParameterSource.COMMANDLINE
+    given = {name for name in context.params if context.get_parameter_source(name) == typed}
     if agreement:
-        if len(files) != 2 or recipe or source["out"] or source["model"] or source["against"]:
+        if len(files) != 2 or given - {"files", "agreement", "as_json"}:
             raise click.UsageError("--agreement takes two files of judgements, and nothing else")
         from mlxft.study.judgements import agreement as compare
 
@@ -50,7 +52,10 @@ def label(
         click.echo(json.dumps(found._asdict()) if as_json else str(found))
         return
     if recipe is not None:
-        files, source = _with_recipe(context, recipe, files, source)
+        files, source = _with_recipe(recipe, files, source, given)
+    if source["model"] is None and (unused := sorted(given & {"n", "max_tokens", "temperature"})):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise click.UsageError(f"{names}: without --model no answers are sampled; name one, or leave it out")
     out = source.pop("out")
     if len(files) != 1 or out is None:
         raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
@@ -73,13 +78,12 @@ def label(
 
 
 def _with_recipe(
-    context: click.Context, recipe: Path, files: tuple[str, ...], source: dict[str, Any]
+    recipe: Path, files: tuple[str, ...], source: dict[str, Any], given: set[str]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """What the command line gives, and for the rest what the recipe does."""
     from mlxft.study.label_recipe import read_label_recipe
 
     settings = read_label_recipe(recipe)
     prompts = settings.pop("prompts", None)
-    given = click.core.ParameterSource.COMMANDLINE
-    source |= {k: v for k, v in settings.items() if context.get_parameter_source(k) != given}
+    source |= {k: v for k, v in settings.items() if k not in given}
     return files or (() if prompts is None else (prompts,)), source

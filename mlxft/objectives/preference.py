@@ -102,6 +102,12 @@ class _Policy:
             # An adapter that is trained further began as it is now; a fresh one as the bare base.
             self.reference = Reference(self.sharing, self.config.model.adapter is not None)
 
+    def notes(self, answers: int) -> list[str]:
+        """What there is to wait for before the first step, which may be long."""
+        if not self.settings.precompute:
+            return []
+        return [f"the reference's log-probabilities of {answers:,} answers are computed before the first step"]
+
     def of(self, model: nn.Module) -> Sharing:
         if self.sharing is None or self.sharing.split.model is not model:
             self.sharing = Sharing(Split(model))
@@ -122,6 +128,7 @@ class _Pairs(Judged[EncodedPair]):
         self._settings = self._policy.settings
         _refuse_ties([*rows, *valid], self._settings.loss)
         super().__init__(config, rows, counts, valid, per_row=2)
+        self.notes += self._policy.notes(2 * len([*rows, *valid]))
         if margins := sum(row.margin is not None for row in rows):
             self.notes.append(f"{margins:,} rows have a margin, which loss {self._settings.loss} does not use")
 
@@ -195,6 +202,7 @@ class _Single(Judged[EncodedAnswer]):
         self._policy = _Policy(config)
         self._settings = self._policy.settings
         super().__init__(config, rows, counts, valid, per_row=1)
+        self.notes += self._policy.notes(2 * len([*rows, *valid]))  # each prompt's own answer, and another's
         good = sum(row.label for row in rows)
         if not 0 < good < len(rows):
             self.notes.append(f"all answers are {'good' if good else 'bad'}: there is nothing to tell them from")

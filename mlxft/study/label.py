@@ -296,13 +296,13 @@ class _Session:
 
 def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
     """From a task to different answers and their models, the same each time. Models are loaded when first needed."""
-    from mlxft.model.batch_sample import sample_batch, text_of
-    from mlxft.model.sample import render_prompt
-    from mlxft.rundir import load
-
     loaded: list[Any] = []
 
     def ask(task: Task, which: int, attempt: int, count: int) -> list[str]:
+        from mlxft.model.batch_sample import sample_batch, text_of
+        from mlxft.model.sample import render_prompt
+        from mlxft.rundir import load
+
         if not loaded:
             loaded.append(load(str(source.model), source.adapter))
             if source.against:

@@ -322,8 +322,11 @@ def test_kto_takes_answers_without_a_pair(settings: Recipe, tiny_model: Loaded) 
     assert len(batch.rows) == 8
     one = "all answers are to one prompt"
     assert not any(one in note for note in found.notes)
-    same = settings("kto", [{**row, "prompt": "x"} for row in rows], **{"data.format": "unpaired"})
-    assert any(one in note for note in make_objective(parse_config(same), tiny_model.tokenizer).notes)
+    changes = {"data.format": "unpaired", "preference": {"precompute": True}}
+    same = settings("kto", [{**row, "prompt": "x"} for row in rows], **changes)
+    first, second = make_objective(parse_config(same), tiny_model.tokenizer).notes
+    assert "of 16 answers are computed before the first step" in first
+    assert one in second
 
 
 def test_kto_tells_the_implicit_rewards_of_good_and_bad_answers(
