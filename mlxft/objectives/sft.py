@@ -141,10 +141,12 @@ class Objective(OffPolicy):
             "trained tokens": c.trained_tokens,
             "padding share": padding_share(self.plan(0), self._lengths),
         }
+        notes = [*self._notes, *c.notes()]
         if self.valid is not None:
+            notes += [f"validation: {note}" for note in self.valid.counts.notes()]
             counts["validation rows"] = self.valid.counts.encoded_rows
             counts["validation trained tokens"] = self.valid.counts.trained_tokens
-        return Summary(counts, [*self._notes, *c.notes()], self.valid is not None, self._width or 0)
+        return Summary(counts, notes, self.valid is not None, self._width or 0)
 
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows."""

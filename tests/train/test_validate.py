@@ -37,6 +37,15 @@ def test_it_is_the_mean_over_all_tokens(recipe: Recipe, tiny_model: Loaded):
     assert validate(tiny_model.model, found)["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_what_is_left_out_of_it_is_said(recipe: Recipe, tiny_model: Loaded):
+    settings = recipe(rows=14, **{"data.valid": 0.5, "data.overflow": "drop", "data.max_length": 35})
+    found = objective(settings, tiny_model)
+    assert found.valid is not None
+    short = 7 - len(found.valid.rows)
+    assert 0 < short < 7
+    assert f"validation: {short} rows were longer than data.max_length and are left out" in found.summary().notes
+
+
 def test_it_does_not_depend_on_the_batch_size(recipe: Recipe, tiny_model: Loaded):
     losses = [
         validate(tiny_model.model, objective(recipe(rows=14, **{"data.valid": 0.5, "batch.rows": n}), tiny_model))
