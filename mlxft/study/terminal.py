@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import termios
 import tty
@@ -25,22 +26,25 @@ _ARROWS = {b"[D": "l", b"[C": "r"}
 class Keys:
     """Keys of standard input: at a terminal each as it is pressed, from a pipe the first letter of each line.
 
-    The terminal is as before when the context ends.
+    The terminal is as before when the context ends, also by SIGTERM.
     """
 
     def __init__(self) -> None:
         self._fd = sys.stdin.fileno() if sys.stdin.isatty() else None
         self._before: list[Any] = []
+        self._on_term: Any = None
 
     def __enter__(self) -> Keys:
         if self._fd is not None:
             self._before = termios.tcgetattr(self._fd)
             tty.setcbreak(self._fd)
+            self._on_term = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._fd is not None:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+            signal.signal(signal.SIGTERM, self._on_term)
 
     def forget(self) -> None:
         """Drop what was typed so far: it was meant for what stood there before."""

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -428,3 +429,15 @@ def test_a_sitting_at_a_terminal_survives_a_kill(tmp_path: Path) -> None:
     assert [row["prompt"] for row in after] == ["q0", "q1", "q3", "q4"]
     assert [row["judgement"] for row in after[2:]] == [after[2]["shown"][1], after[3]["shown"][0]]
     assert len({row["id"] for row in after}) == 4
+
+
+def test_a_sitting_that_is_ended_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    held(tmp_path / "p.jsonl", 2)
+    terminal = Terminal(tmp_path, "p.jsonl", "--out", "o.jsonl")
+    before = termios.tcgetattr(terminal.fd)
+    terminal.wait(QUIT)
+    assert termios.tcgetattr(terminal.fd) != before, "keys are read one by one"
+    terminal.process.send_signal(signal.SIGTERM)
+    assert terminal.process.wait(30) == 128 + signal.SIGTERM
+    assert termios.tcgetattr(terminal.fd) == before
+    os.close(terminal.fd)

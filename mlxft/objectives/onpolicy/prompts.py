@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from mlxft.config import Config, Settings
-from mlxft.data.formats import Example, Prompt
+from mlxft.data.formats import Example, Prompt, read_tools
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.load import context_of, load_config
@@ -149,10 +149,10 @@ def _room(config: Config) -> tuple[int, str, str]:
 
 def _render(item: Prompt, config: Config, tokenizer: Any) -> list[int]:
     if config.data.template == "none":
-        if not isinstance(item.prompt, str):
-            raise DataError("messages need the chat template; leave data.template out")
+        if not isinstance(item.prompt, str) or item.row.get("tools"):
+            raise DataError("messages and tools need the chat template; leave data.template out")
         return list(tokenizer.encode(item.prompt))
-    return render_prompt(tokenizer, item.prompt)
+    return render_prompt(tokenizer, item.prompt, tools=read_tools(item.row.get("tools")))
 
 
 def fingerprint(prompts: Sequence[EncodedPrompt]) -> str:

@@ -1,0 +1,33 @@
+"""Prompts of rows, as the model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxft.data.formats import Prompt
+from mlxft.errors import DataError
+from mlxft.model.load import load_tokenizer
+from mlxft.objectives.onpolicy.prompts import encode_prompts
+from mlxft.recipe import parse_config
+
+TEMPLATE = "{% if tools %}{{ tools[0].name }} {% endif %}{{ messages[0].content }}"
+
+
+def test_tools_reach_the_template(
+    on_policy: Callable[..., dict[str, Any]], words: Callable[..., Path], tiny_model_dir: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    tokenizer.chat_template = TEMPLATE
+    rows = [{"prompt": "on"}, {"prompt": "on", "tools": [{"name": "the"}]}]
+    examples = [(f"p:{i}", Prompt("on", row)) for i, row in enumerate(rows, 1)]
+    settings = on_policy("ppo", words(4), "return [0.0] * len(rows)", {}, **{"rollout.stop_at_eos": False})
+    chat = parse_config({**settings, "data": {**settings["data"], "template": "auto"}})
+    without, with_tools = encode_prompts(examples, chat, tokenizer, [])
+    assert tokenizer.decode(without.ids.tolist()).split() == ["on"]
+    assert tokenizer.decode(with_tools.ids.tolist()).split() == ["the", "on"]
+    with pytest.raises(DataError, match="p:2: messages and tools need the chat template"):
+        encode_prompts(examples, parse_config(settings), tokenizer, [])
