@@ -37,6 +37,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
     objective = make_objective(config, tokenizer)
     summary = objective.summary()
     total = total_steps(config, objective)
+    found, reason, notes = memory_plan(config, objective)
     facts = {
         "recipe": "valid",
         "objective": config.objective,
@@ -46,11 +47,9 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         "first_lr": float(f"{learning_rate(config.optim, 0, total):.4g}"),
         "trains": trains(config),
         "data": summary.counts,
-        "notes": summary.notes,
+        "notes": [*summary.notes, *notes],
         "run_dir": str(config.run_dir),
     }
-    found, reason, more = memory_plan(config, objective)
-    facts["notes"] = [*summary.notes, *more]
     took = timed_steps(config, objective, total) if time else None
     if as_json:
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}

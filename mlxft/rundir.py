@@ -59,6 +59,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and no model's."""
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
+
+
 def find_adapter(path: Path) -> Path:
     """The adapter folder of a run, or the folder itself."""
     inside = path / "adapter"
@@ -77,7 +82,7 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
     """
     path = path.dir if isinstance(path, Run) else path
     folder = Path(path).expanduser()
-    if adapter is None and (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+    if adapter is None and is_run(folder):
         run = open_run(folder)
         if not run.result.exists():
             raise ModelError(f"{folder} has no result yet; go on with mlxft train --resume {folder}")

@@ -225,7 +225,7 @@ def fuse(
     check_destination(out, overwrite)
     sources, base = find_sources(run, adapters)
     tell("loading the base")
-    loaded = load_base(sources, model or base)
+    loaded, notes = load_base(sources, model or base)
     check_unused(out, [loaded.path, *(source.folder for source in sources)])
     if (dequantize or bits) and not any(isinstance(m, QUANTIZED) for m in loaded.model.modules()):
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
@@ -245,7 +245,7 @@ def fuse(
     trials = _trials(loaded.model, meter, adapted, whole, keep, dequantize, bits, tell)
     chosen = least(trials, keep)
     fused = Fused(
-        out, len(chosen.forms), sources, meter.probe, meter.name, whole, trials, chosen, keep, list(rows.notes)
+        out, len(chosen.forms), sources, meter.probe, meter.name, whole, trials, chosen, keep, [*notes, *rows.notes]
     )
     if not chosen.meets(keep) and not force:
         raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, dequantize, bits)]), fused)
@@ -312,7 +312,6 @@ def _too_little(fused: Fused, dequantize: bool, bits: int | None) -> str:
 
 def _write(out: Path, loaded: Loaded, source: Source, config: dict[str, Any], overwrite: bool) -> None:
     """The folder, with a reward model's head beside the weights."""
-    came_from = loaded.path if loaded.path and loaded.path.is_dir() else None
     file = find_head(source.folder)
     noted = read_head(file).about if file else {}
     if source.config is not None and source.config.data.template != "auto":
@@ -324,5 +323,5 @@ def _write(out: Path, loaded: Loaded, source: Source, config: dict[str, Any], ov
                 metadata = head_metadata(base_fingerprint(loaded), noted)
                 save_arrays(folder / HEAD_FILE, head_arrays(head), metadata)
 
-        options: dict[str, Any] = {"overwrite": overwrite, "source": came_from, "beside": save_head}
+        options: dict[str, Any] = {"overwrite": overwrite, "source": loaded.path, "beside": save_head}
         save_folder(out, loaded.model, loaded.tokenizer, config, **options)

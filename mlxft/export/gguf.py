@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from mlxft.errors import ExportError, missing_extra
+from mlxft.errors import CheckpointError, ExportError, missing_extra
 from mlxft.export.gguf_adapter import adapter_tensors
 from mlxft.export.gguf_settings import Get, family, lookup, rope_tensors, settings
 from mlxft.export.gguf_tensors import (
@@ -29,7 +28,6 @@ from mlxft.export.gguf_tensors import (
 )
 from mlxft.export.gguf_vocab import vocabulary
 from mlxft.model import gguf
-from mlxft.model.fingerprint import fingerprint
 from mlxft.model.folder import check_space, check_unused
 from mlxft.model.gguf_names import ROPE_LONG, ROPE_TENSORS, Architecture, permute
 from mlxft.model.gguf_tokenizer import SPACE
@@ -38,6 +36,7 @@ from mlxft.model.load import Loaded
 from mlxft.model.lora import QUANTIZED, LowRank
 from mlxft.model.source import ALIASES, resolve
 from mlxft.rundir import find_adapter, load
+from mlxft.train.files import write_beside
 
 
 def export_gguf(
@@ -92,10 +91,8 @@ def check_arguments(kind: str, lora: bool = False) -> None:
         )
     if lora and kind == "q8_0":
         raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ExportError(f"--format gguf: {missing_extra('gguf', 'gguf')}") from error
+    if find_spec("gguf") is None:
+        raise ExportError(f"--format gguf: {missing_extra('gguf', 'gguf')}")
 
 
 def check_file(out: Path, overwrite: bool) -> None:
@@ -132,7 +129,7 @@ def open_model(run: Path, model: str | None) -> Loaded:
         where = resolve(str(run))
         file = gguf.read(where)
         network, config = gguf.build(file)
-        return Loaded(network, gguf.tokenizer(file), config, str(run), where, fingerprint(config, network))
+        return Loaded(network, gguf.tokenizer(file), config, str(run), where)
     return load(run, lazy=True)
 
 
@@ -230,53 +227,38 @@ def write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor])
     Raises:
         ExportError: no space, or writing failed; nothing is left of it.
     """
-    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
-
-    kinds = {"f32": GGMLQuantizationType.F32, "f16": GGMLQuantizationType.F16, "bf16": GGMLQuantizationType.BF16}
-    kinds["q8_0"] = GGMLQuantizationType.Q8_0
-    stored = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
     check_space(out, sum(stored_bytes(t.shape, t.kind) for t in tensors))
-    import numpy as np
-
-    with _beside(out) as part:
-        writer = GGUFWriter(part, arch)
-        try:
-            for key, value in metadata.items():
-                if isinstance(value, list):
-                    writer.add_array(key, value)
-                else:
-                    writer.add_key_value(key, value, _value_type(value, GGUFValueType))
-            for t in sorted(tensors, key=lambda t: t.name in ROPE_TENSORS, reverse=True):
-                shape = (*t.shape[:-1], stored_bytes(t.shape[-1:], t.kind)) if t.kind == "q8_0" else t.shape
-                size = stored_bytes(t.shape, t.kind)
-                writer.add_tensor_info(t.name, shape, np.dtype(stored[t.kind]), size, kinds[t.kind])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for t in sorted(tensors, key=lambda t: t.name in ROPE_TENSORS, reverse=True):
-                writer.write_tensor_data(t.read())
-                mx.clear_cache()
-        finally:
-            writer.close()
+    # The rope's tensors first, as llama.cpp's converter has them.
+    ordered = sorted(tensors, key=lambda t: t.name not in ROPE_TENSORS)
+    try:
+        write_beside(out, lambda part: _fill(part, arch, metadata, ordered))
+    except CheckpointError as error:
+        raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
     return out.stat().st_size
 
 
-def _value_type(value: Any, types: Any) -> Any:
-    if isinstance(value, bool):  # before int, which it is as well
-        return types.BOOL
-    return {int: types.UINT32, float: types.FLOAT32, str: types.STRING}[type(value)]
+def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]) -> None:
+    from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-
-@contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A hidden file beside `out`, to be written inside the block; at its end it takes the name of `out`."""
-    part = out.with_name(f".{out.stem}.partial-{os.getpid()}.gguf")
+    stored = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
+    of = GGUFValueType
+    types = {bool: of.BOOL, int: of.UINT32, float: of.FLOAT32, str: of.STRING}
+    writer = GGUFWriter(file, arch)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, out)
-    except (OSError, RuntimeError) as error:
-        raise ExportError(f"{out}: writing failed, nothing is left of it: {error}") from error
+        for key, value in metadata.items():
+            if isinstance(value, list):
+                writer.add_array(key, value)
+            else:
+                writer.add_key_value(key, value, types[type(value)])
+        for t in tensors:
+            size = stored_bytes(t.shape, t.kind)
+            shape = (*t.shape[:-1], stored_bytes(t.shape[-1:], t.kind)) if t.kind == "q8_0" else t.shape
+            writer.add_tensor_info(t.name, shape, np.dtype(stored[t.kind]), size, GGMLQuantizationType[t.kind.upper()])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for t in tensors:
+            writer.write_tensor_data(t.read())
+            mx.clear_cache()
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        writer.close()

@@ -64,7 +64,8 @@ def _reader(module: nn.Module, base: nn.Module, leaf: str) -> Callable[[], mx.ar
     def read() -> mx.array:
         if leaf != "weight":
             return base.pop(leaf).astype(mx.float32)
-        value = _fused(module) if isinstance(module, LowRank) else _dense(base)
+        # Unpacked in float32: the file's own rounding is to be the only one.
+        value = module.fused_weight(exact=True) if isinstance(module, LowRank) else dense_weight(base, exact=True)
         mx.eval(value)
         for owner in {id(m): m for m in (module, base)}.values():
             for own in ("weight", "scales", "biases", "lora_a", "lora_b", "m"):
@@ -72,21 +73,6 @@ def _reader(module: nn.Module, base: nn.Module, leaf: str) -> Callable[[], mx.ar
         return value
 
     return read
-
-
-def _dense(base: nn.Module) -> mx.array:
-    """The weight in float32; packed ones are unpacked in it, so that nothing is rounded on the way."""
-    if not isinstance(base, QUANTIZED) or base.mode != "affine":
-        return dense_weight(base).astype(mx.float32)
-    scales, biases = base.scales.astype(mx.float32), base.biases.astype(mx.float32)
-    return mx.dequantize(base.weight, scales, biases, group_size=base.group_size, bits=base.bits)
-
-
-def _fused(layer: LowRank) -> mx.array:
-    weight = _dense(layer.base) + layer.delta()
-    if "m" in layer:
-        weight = weight * (layer.m / weight.square().sum(axis=1).sqrt())[:, None]
-    return weight
 
 
 def stored_kind(name: str, shape: tuple[int, ...], kind: str) -> str:

@@ -8,14 +8,14 @@ Source: Ollama's docs/modelfile.md and docs/template.md.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.errors import ExportError
 from mlxft.export import gguf
 from mlxft.export.gguf_vocab import chat_template
-from mlxft.export.go_template import literal, render
-from mlxft.model.folder import check_unused, replace_folder
+from mlxft.model.folder import check_destination, check_unused, generation_settings, replace_folder
 from mlxft.model.load import Loaded
 from mlxft.rundir import find_adapter
 
@@ -42,7 +42,7 @@ def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, 
         ExportError, ModelError: as for `export_gguf`.
     """
     gguf.check_arguments(kind)
-    _check_folder(out, overwrite)
+    check_destination(out, overwrite, "a folder for Ollama", "Modelfile")
     loaded = gguf.open_model(run, model)
     check_unused(out, [loaded.path, find_adapter(run)])
     chat = find_chat(loaded.tokenizer)
@@ -58,19 +58,6 @@ def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, 
         )
         said.append(f"the model {why}: the Modelfile has no TEMPLATE, and Ollama goes by what it finds in model.gguf")
     return [*said, f"next: ollama create {out.resolve().name} -f {out / 'Modelfile'}"]
-
-
-def _check_folder(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ExportError(f"{out}: exists and is a file; give a folder's name")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ExportError(f"{out}: exists already; give another name, or overwrite it (--overwrite)")
-    if not (out / "Modelfile").is_file():
-        raise ExportError(f"{out}: has no Modelfile, so it is not overwritten; give another name")
 
 
 def modelfile(chat: Chat, stops: list[str], numbers: dict[str, float]) -> str:
@@ -106,10 +93,7 @@ def stop_words(tokenizer: Any) -> list[str]:
 
 def parameters(loaded: Loaded) -> dict[str, float]:
     """How the base's makers would sample, from generation_config.json."""
-    file = loaded.path / "generation_config.json" if loaded.path else None
-    if file is None or not file.is_file():
-        return {}
-    given = json.loads(file.read_text(encoding="utf-8"))
+    given = generation_settings(loaded.path)
     if given.get("do_sample") is False:
         return {"temperature": 0.0}
     return {theirs: given[ours] for ours, theirs in _PARAMETERS.items() if isinstance(given.get(ours), (int, float))}
@@ -124,6 +108,53 @@ def _conversation(*texts: str, system: str | None = None) -> list[dict[str, str]
     return [{"role": "system", "content": system}, *turns] if system is not None else turns
 
 
+class _Pieces(NamedTuple):
+    """What stands around the texts of a conversation.
+
+    Attributes:
+        start, end: before the first question, and after each one.
+        answer, between: before an answer, and after it up to the next question.
+        before, after: around a system prompt that stands before the first question.
+    """
+
+    start: str
+    end: str
+    answer: str
+    between: str
+    before: str
+    after: str
+
+    def go(self) -> str:
+        """As Ollama's template; to it a system prompt is the first message, and goes out with the first question."""
+        start, end, answer, between, before, after = map(literal, self)
+        with_system = f"{{{{ else if and $.System (eq $i 1) }}}}{before}{{{{ $.System }}}}{after}"
+        opening = f"{{{{ if eq $i 0 }}}}{start}{with_system}{{{{ else }}}}{between}{{{{ end }}}}"
+        user = f'{{{{ if eq .Role "user" }}}}{opening}{{{{ .Content }}}}{end}'
+        reply = f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{{{{ end }}}}'
+        return f"{{{{ range $i, $m := .Messages }}}}{user}{reply}{{{{ end }}}}"
+
+    def text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """What Go prints by that template."""
+        out, system = "", ""
+        for i, message in enumerate(messages):
+            role, content = message["role"], message["content"]
+            if role == "system":
+                system = content
+            elif role == "assistant":
+                out += self.answer + content
+            else:
+                first = self.before + system + self.after if system and i == 1 else self.between
+                out += (self.start if i == 0 else first) + content + self.end
+        return out
+
+
+def literal(text: str) -> str:
+    """A text as a Go action that prints it: nothing in it is taken for an action or trimmed."""
+    # JSON's escapes are Go's as well, once the fences of an action are escaped too.
+    quoted = json.dumps(text, ensure_ascii=False).replace("{", "\\u007b").replace("}", "\\u007d")
+    return f"{{{{ {quoted} }}}}" if text else ""
+
+
 def find_chat(tokenizer: Any) -> Chat:
     """The Go template that gives the text of the tokenizer's Jinja template, and its own system prompt."""
     if chat_template(tokenizer) is None:
@@ -136,62 +167,32 @@ def find_chat(tokenizer: Any) -> Chat:
     between, end = rest.split(_SECOND)
     if not asked.startswith(end):  # what follows a question begins with the mark that asks for an answer
         return Chat(None, None)
-    with_system = _jinja(tokenizer, _conversation(_FIRST, system=_SYSTEM))
-    before = after = None
-    if with_system is not None and with_system.count(_SYSTEM) == 1 and with_system.count(_FIRST) == 1:
-        before, rest = with_system.split(_SYSTEM)
-        if _FIRST in rest:
-            after = rest.split(_FIRST)[0]
     answer = asked.removeprefix(end)
-    if before is not None and after is not None:
-        template = _template(start, end, answer, between, before, after)
-        if _agrees(tokenizer, template, True):
-            return Chat(template, _own_system(start, before, after))
+    with_system = _jinja(tokenizer, _conversation(_FIRST, system=_SYSTEM)) or ""
+    if with_system.count(_SYSTEM) == with_system.count(_FIRST) == 1 and _FIRST in with_system.split(_SYSTEM)[1]:
+        before, rest = with_system.split(_SYSTEM)
+        pieces = _Pieces(start, end, answer, between, before, rest.split(_FIRST)[0])
+        if _agrees(tokenizer, pieces, (None, "Be brief.")):
+            return Chat(pieces.go(), _own_system(pieces))
     # No system prompts, or in a place where Go's template can not put them: they go before the first question.
-    template = _template(start, end, answer, between, start, "\n\n")
-    return Chat(template if _agrees(tokenizer, template, False) else None, None)
+    pieces = _Pieces(start, end, answer, between, start, "\n\n")
+    return Chat(pieces.go() if _agrees(tokenizer, pieces, (None,)) else None, None)
 
 
-def _template(start: str, end: str, answer: str, between: str, before: str, after: str) -> str:
-    """From the pieces around the texts of a conversation.
-
-    Args:
-        start, end: before the first question, and after each one.
-        answer, between: before an answer, and after it up to the next question.
-        before, after: around a system prompt that stands before the first question.
-    """
-    # A system prompt is the first message, and printed with the first question.
-    first = f"{{{{ if eq $i 0 }}}}{_print(start)}{{{{ else if and $.System (eq $i 1) }}}}"
-    question = f"{first}{_print(before)}{{{{ $.System }}}}{_print(after)}{{{{ else }}}}{_print(between)}{{{{ end }}}}"
-    user = f'{{{{ if eq .Role "user" }}}}{question}{{{{ .Content }}}}{_print(end)}'
-    reply = f'{{{{ else if eq .Role "assistant" }}}}{_print(answer)}{{{{ .Content }}}}{{{{ end }}}}'
-    return f"{{{{ range $i, $m := .Messages }}}}{user}{reply}{{{{ end }}}}"
-
-
-def _print(text: str) -> str:
-    return literal(text) if text else ""
-
-
-def _own_system(start: str, before: str, after: str) -> str | None:
+def _own_system(pieces: _Pieces) -> str | None:
     """The system prompt that stands in a conversation without one, if a Modelfile can hold it."""
+    start, before, after = pieces.start, pieces.before, pieces.after
     if not (start.startswith(before) and start.endswith(after)):
         return None
     own = start[len(before) : max(len(before), len(start) - len(after))]
     return own if own and '"""' not in own and not own.endswith('"') else None
 
 
-def _agrees(tokenizer: Any, template: str, system: bool) -> bool:
+def _agrees(tokenizer: Any, pieces: _Pieces, systems: Sequence[str | None]) -> bool:
     """Whether Go and Jinja give one text for conversations of several shapes."""
     texts = [("Who?",), ("Who?", "Me.", "Why?"), ("a b", "c", "d", "e\n\nf", "g {{ .System }}")]
-    systems = [None, "Be brief."] if system else [None]
-    for given in systems:
-        for turns in texts:
-            messages = _conversation(*turns, system=given)
-            fields = [{"Role": m["role"], "Content": m["content"]} for m in messages]
-            theirs = render(template, {"Messages": fields, "System": given or ""})
-            if theirs != _jinja(tokenizer, messages):
-                return False
-    return True
+    given = [_conversation(*turns, system=system) for system in systems for turns in texts]
+    return all(pieces.text(messages) == _jinja(tokenizer, messages) for messages in given)
 
 
 def _jinja(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:

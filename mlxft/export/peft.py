@@ -19,7 +19,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ExportError, MlxftError, ModelError
-from mlxft.model.adapters import LoRASpec, load_adapter, read_adapter_config
+from mlxft.export.sources import adapter_of
+from mlxft.model.adapters import LoRASpec, base_noted, load_adapter, read_adapter_config
 from mlxft.model.folder import check_destination, check_space, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, Saved, check_pair, read_head
 from mlxft.model.load import Loaded, load_tokenizer, skeleton
@@ -30,6 +31,7 @@ from mlxft.train.files import flush, save_arrays
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER = ("an adapter's folder", CONFIG)  # what may be overwritten
 
 # Architectures whose modules have the same names in mlx-lm and in transformers, with the class that gives scores.
 # Compared name by name and shape by shape: mlx-lm 0.32.2, transformers 5.23.
@@ -92,18 +94,8 @@ def open_adapter(run: Path, model: str | None) -> Opened:
     Raises:
         ModelError: there is none, its base is missing or another one, or it does not fit.
     """
-    folder = find_adapter(run)
-    if not (folder / CONFIG).exists():
-        if (run / "model").is_dir():
-            raise ModelError(
-                f"{run}: was trained whole, there is no adapter; its model is {run / 'model'}, which transformers "
-                "loads as it is (mlxft convert writes a copy)"
-            )
-        if not run.exists():
-            raise ModelError(f"{run}: no such run or adapter")
-        raise ModelError(f"{run}: is neither a run with a result nor an adapter (no {CONFIG})")
-    config = read_adapter_config(folder)
-    about = dict(config.get("mlxft", {}).get("base", {}))
+    folder = adapter_of(run)
+    about = base_noted(read_adapter_config(folder))
     base = model or about.get("model")
     if base is None:
         raise ModelError(f"{folder} does not say which base it is for; name it with --model")
@@ -158,7 +150,7 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
         ModelError: no such adapter or base, or they do not belong together.
         ExportError: what was adapted has no counterpart in transformers, or `out` can not be written.
     """
-    check_adapter_destination(out, overwrite)
+    check_destination(out, overwrite, *ADAPTER)
     check_unused(out, [find_adapter(run)])
     opened = open_adapter(run, model)
     tensors, saved = peft_tensors(opened)
@@ -178,17 +170,6 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
         f"lora_alpha {config['lora_alpha']:g}, for {opened.base}"
     )
     return [said, *_notes(opened, pad)]
-
-
-def check_adapter_destination(out: Path, overwrite: bool) -> None:
-    """ExportError unless `out` may be written: not there, or an adapter's folder and `overwrite`."""
-    if overwrite and out.is_dir() and (out / CONFIG).is_file() and not (out / "config.yaml").exists():
-        return
-    if overwrite and out.is_dir() and any(out.iterdir()):
-        raise ExportError(
-            f"{out}: is not an adapter's folder (no {CONFIG}), so it is not overwritten; give another name"
-        )
-    check_destination(out, overwrite)
 
 
 def _template(opened: Opened) -> Path | None:

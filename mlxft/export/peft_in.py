@@ -12,9 +12,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
-from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_adapter_destination, check_names
+from mlxft.export.peft import ADAPTER, CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
-from mlxft.model.folder import check_unused, replace_folder
+from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
 from mlxft.model.lora import LINEAR, QUANTIZED, adaptable
@@ -58,7 +58,7 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
         ModelError: the adapter can not be read, is of another kind, or does not fit the base.
         ExportError: `out` exists or can not be written.
     """
-    check_adapter_destination(out, overwrite)
+    check_destination(out, overwrite, *ADAPTER)
     check_unused(out, [folder])
     config = read_config(folder)
     arrays = _read_weights(folder)

@@ -44,9 +44,8 @@ def export_seqcls(run: Path, out: Path, *, model: str | None = None, overwrite: 
     whole.score = nn.Linear(1, 1, bias=False)
     whole.score.weight = saved.weight.astype(_dtype(whole.model))
     pad = set_pad(loaded.tokenizer, loaded.config)
-    source = loaded.path if loaded.path and loaded.path.is_dir() else None
     config = seqcls_config(loaded.config, kind, pad)
-    save_folder(out, whole, loaded.tokenizer, config, overwrite=overwrite, source=source)
+    save_folder(out, whole, loaded.tokenizer, config, overwrite=overwrite, source=loaded.path)
     said = [f"wrote {out}: {DENSE[kind]} with one label ({weight_bytes(whole) / 1e6:,.0f} MB of weights)"]
     if packed:
         said.append("the base was quantised; what is written is float: nothing of the adapter is rounded away")

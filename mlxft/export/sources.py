@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError, MlxftError, ModelError
-from mlxft.model.adapters import load_adapter, load_base_of, read_adapter_config
+from mlxft.model.adapters import base_noted, load_adapter, load_base_of, read_adapter, read_adapter_config
+from mlxft.model.fingerprint import fits_base
 from mlxft.model.heads import find_head, load_head
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
@@ -19,11 +21,24 @@ from mlxft.rundir import find_adapter, open_run
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter's folder, the number its change is multiplied by, and the recipe of its run where that is known."""
+    """An adapter to fuse.
+
+    Attributes:
+        weight: what its change is multiplied by.
+        base: what it says of its base (see `base_noted`).
+        config: the recipe of its run, where that is known.
+    """
 
     folder: Path
     weight: float = 1.0
+    base: dict[str, Any] = field(default_factory=dict)
     config: Config | None = None
+
+    @property
+    def form(self) -> str:
+        """The base in words: its name, and its bits where it was quantised for the training."""
+        bits = self.base.get("quantize")
+        return f"{self.base.get('model')}{f' in {bits} bits' if bits else ''}"
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -54,7 +69,8 @@ def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tu
     named = [(folder, weight) for folder, weight in adapters]
     base = None
     if run is not None:
-        if not adapters or _is_source(run):
+        place = run.expanduser()
+        if not adapters or _is_run(place) or (find_adapter(place) / "adapter_config.json").exists():
             named.insert(0, (run, 1.0))
         else:
             base = str(run)
@@ -72,51 +88,62 @@ def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tu
     return sources, base
 
 
-def _is_source(path: Path) -> bool:
-    path = path.expanduser()
-    run = (path / "config.yaml").exists() and not (path / "config.json").exists()
-    return run or (find_adapter(path) / "adapter_config.json").exists()
+def adapter_of(path: Path) -> Path:
+    """The adapter's folder of a run, or the folder itself.
+
+    Raises:
+        ModelError: nothing there, a run that was trained whole or has no result yet, or something else.
+    """
+    folder = find_adapter(path)
+    if (folder / "adapter_config.json").exists():
+        return folder
+    if not path.exists():
+        raise ModelError(f"{path}: no such run or adapter")
+    if (path / "model").is_dir():
+        raise ModelError(
+            f"{path}: was trained whole, there is no adapter; its model is {path / 'model'}, and can be used as it is "
+            "(mlxft convert writes a copy)"
+        )
+    if _is_run(path):
+        open_run(path)  # which says what is wrong with a file that is no recipe
+        raise ModelError(f"{path} has no result yet; go on with mlxft train --resume {path}")
+    raise ModelError(f"{path}: is neither a run nor an adapter (mlxft convert copies a model)")
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").exists() and not (path / "config.json").exists()
 
 
 def _source(path: Path, weight: float) -> Source:
-    if not path.exists():
-        raise ModelError(f"{path}: no such run or adapter")
-    folder = find_adapter(path)
-    if not (folder / "adapter_config.json").exists():
-        if (path / "model").is_dir():
-            raise ModelError(f"{path}: was trained whole, there is no adapter to fuse; its model is {path / 'model'}")
-        if (path / "config.yaml").exists() and not (path / "config.json").exists():
-            open_run(path)  # which says what is wrong with a file that is no recipe
-            raise ModelError(f"{path} has no result yet; go on with mlxft train --resume {path}")
-        raise ModelError(
-            f"{path}: is neither a run nor an adapter: there is nothing to fuse (mlxft convert copies a model)"
-        )
+    folder = adapter_of(path)
     recipe = next((p / "config.yaml" for p in (path, folder.parent) if (p / "config.yaml").is_file()), None)
     try:
         config = open_run(recipe.parent).config if recipe else None
     except MlxftError:  # of another version: only its validation rows are missed
         config = None
-    return Source(folder, weight, config)
+    return Source(folder, weight, base_noted(read_adapter_config(folder)), config)
 
 
 def _check_one_base(sources: Sequence[Source]) -> None:
-    bases = [read_adapter_config(source.folder).get("mlxft", {}).get("base", {}) for source in sources]
-    known = [(s, b) for s, b in zip(sources, bases) if b.get("fingerprint")]
-    for source, base in known[1:]:
-        first, other = known[0]
-        if base["fingerprint"] != other["fingerprint"]:
+    known = [source for source in sources if source.base.get("fingerprint")]
+    for source in known[1:]:
+        first = known[0]
+        if not fits_base(source.base["fingerprint"], first.base["fingerprint"]):
             raise ModelError(
-                f"adapters of two bases can not be merged: {first.folder} is of {other.get('model')} "
-                f"({other['fingerprint']}), {source.folder} of {base.get('model')} ({base['fingerprint']})"
+                f"adapters of two bases can not be merged: {first.folder} is of {first.base.get('model')} "
+                f"({first.base['fingerprint']}), {source.folder} of {source.base.get('model')} "
+                f"({source.base['fingerprint']})"
             )
-    if len(sources) > 1 and any(find_head(source.folder) for source in sources):
-        heads = [str(source.folder) for source in sources if find_head(source.folder)]
+    heads = [str(source.folder) for source in sources if find_head(source.folder)]
+    if len(sources) > 1 and heads:
         raise ModelError(f"{heads[0]} is a reward model, whose head can not be merged; fuse it alone")
 
 
-def load_base(sources: Sequence[Source], model: str | None) -> Loaded:
+def load_base(sources: Sequence[Source], model: str | None) -> tuple[Loaded, list[str]]:
     """The base that the first adapter says it was trained on, or `model`; a reward model's head is attached.
 
+    Returns:
+        The base, and what is to be said of it: that the adapters were trained on several forms of it.
     Raises:
         ModelError: it is not there, or not what the adapters were trained on.
     """
@@ -124,18 +151,18 @@ def load_base(sources: Sequence[Source], model: str | None) -> Loaded:
     loaded = load_base_of(model or first, first, {})
     fingerprint = base_fingerprint(loaded)
     for source in sources:
-        about = read_adapter_config(source.folder).get("mlxft", {}).get("base", {})
-        if about.get("fingerprint") not in (None, "", fingerprint):
-            where = model or about.get("model")
-            raise ModelError(
-                f"{source.folder} was trained on another base: {about.get('model')} ({about['fingerprint']}), and "
-                f"{where} is {fingerprint} now; name the one it was trained on with --model"
-            )
-    head = find_head(first)
-    if head is not None:
+        read_adapter(source.folder, fingerprint)  # refuses another base's before anything is measured
+    if (head := find_head(first)) is not None:
         load_head(Split(loaded.model), head, fingerprint)
     loaded.model.eval()
-    return loaded
+    forms = {source.form: source.folder for source in sources if source.base.get("model")}
+    if len(forms) < 2:
+        return loaded, []
+    trained = ", ".join(f"{folder} on {form}" for form, folder in forms.items())
+    bits = (loaded.config.get("quantization") or {}).get("bits")
+    on = f"{loaded.source}, {f'quantised to {bits} bits' if bits else 'in float'}"
+    way = "name another one first, or --model, to merge on its base"
+    return loaded, [f"the adapters were trained on several forms of the base ({trained}); merged on {on}: {way}"]
 
 
 def attach_sources(loaded: Loaded, sources: Sequence[Source]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxft.errors import ExportError
+from mlxft.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -40,8 +40,8 @@ def save_folder(
 
     Args:
         overwrite: replace `dst` if it is a model folder.
-        source: the folder that the model came from: its generation settings, and the code of a model that has its
-            own, are carried over.
+        source: what the model came from: a folder's generation settings, and the code of a model that has its own,
+            are carried over.
         beside: writes what else belongs into the folder.
     Raises:
         ExportError: `dst` exists, the disk is too small, or writing failed; then nothing is left behind.
@@ -80,17 +80,22 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
 
 
-def check_destination(dst: Path, overwrite: bool) -> None:
-    """ExportError unless `dst` may be written: not there, or a model folder and `overwrite`."""
+def check_destination(dst: Path, overwrite: bool, kind: str = "a model folder", mark: str = "config.json") -> None:
+    """ExportError unless `dst` may be written: not there or empty, or `overwrite` and a folder of its kind.
+
+    Args:
+        kind, mark: what a folder is that may be replaced, and the file by which it is known.
+    """
     if not dst.exists():
         return
     if not dst.is_dir():
         raise ExportError(f"{dst}: exists and is a file; give a folder's name")
-    empty = not any(dst.iterdir())
-    if not overwrite and not empty:
+    if not any(dst.iterdir()):
+        return
+    if not overwrite:
         raise ExportError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
-    if not empty and not (dst / "config.json").is_file():
-        raise ExportError(f"{dst}: is not a model folder (no config.json), so it is not overwritten; give another name")
+    if not (dst / mark).is_file():
+        raise ExportError(f"{dst}: is not {kind} (no {mark}), so it is not overwritten; give another name")
 
 
 def check_unused(dst: Path, used: Iterable[Path | None]) -> None:
@@ -125,17 +130,29 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     keep_vision = "vision_tower" in getattr(model, "model", {})
     save_config(copy.deepcopy(config), folder / "config.json", keep_vision_config=keep_vision)
     tokenizer.save_pretrained(str(folder))
-    generation: dict[str, Any] = {}
-    if source is not None and source.is_dir():
-        if (source / "generation_config.json").is_file():
-            generation = json.loads((source / "generation_config.json").read_text(encoding="utf-8"))
-        for code in source.glob("*.py"):
-            shutil.copy(code, folder)
+    generation = generation_settings(source)
+    for code in source.glob("*.py") if source is not None else ():
+        shutil.copy(code, folder)
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation.setdefault(name, config[name])
     generation["eos_token_id"] = sorted(tokenizer.eos_token_ids)
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def generation_settings(folder: Path | None) -> dict[str, Any]:
+    """How a model's makers would sample: generation_config.json, or nothing where there is none.
+
+    Raises:
+        ModelError: it is no JSON object.
+    """
+    file = folder / "generation_config.json" if folder is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{file}: is no JSON object ({error}); mend it or take it away") from error
 
 
 def _swap(part: Path, dst: Path) -> None:

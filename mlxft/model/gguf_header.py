@@ -72,11 +72,6 @@ def tensor_table(path: Path) -> dict[str, Entry]:
     return {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}
 
 
-def tensor_types(path: Path) -> dict[str, str]:
-    """Tensor name -> type; raises as `tensor_table`."""
-    return {name: entry.kind for name, entry in tensor_table(path).items()}
-
-
 def _tensor(file: BinaryIO) -> tuple[str, Entry]:
     name = _string(file)
     (dimensions,) = _unpack(file, "I")

@@ -31,18 +31,19 @@ def without_dropout(layers: Iterable[LowRank]) -> bool:
     return had
 
 
-def dense_weight(base: nn.Module) -> mx.array:
-    """The weight of a layer, dequantised if it is quantised."""
-    if not isinstance(base, QUANTIZED):
-        return base.weight
-    return mx.dequantize(
-        base.weight,
-        base.scales,
-        base.get("biases"),
-        group_size=base.group_size,
-        bits=base.bits,
-        mode=base.mode,
-    )
+def dense_weight(base: nn.Module, exact: bool = False) -> mx.array:
+    """The weight of a layer, dequantised if it is quantised.
+
+    Args:
+        exact: in float32, also while it is unpacked, so that nothing is rounded on the way; else as the scales are.
+    """
+    weight = base.weight
+    if isinstance(base, QUANTIZED):
+        scales, biases = base.scales, base.get("biases")
+        if exact and biases is not None:  # the other modes have scales of 8 bits
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        weight = mx.dequantize(weight, scales, biases, group_size=base.group_size, bits=base.bits, mode=base.mode)
+    return weight.astype(mx.float32) if exact else weight
 
 
 class LowRank(nn.Module):
@@ -68,9 +69,9 @@ class LowRank(nn.Module):
         """The update to the base's weight, in its shape, float32."""
         raise AssertionError(f"{type(self).__name__} has no delta")
 
-    def fused_weight(self) -> mx.array:
-        """Base weight plus update, float32."""
-        return dense_weight(self.base).astype(mx.float32) + self.delta()
+    def fused_weight(self, exact: bool = False) -> mx.array:
+        """Base weight plus update, float32; `exact` as for `dense_weight`."""
+        return dense_weight(self.base, exact).astype(mx.float32) + self.delta()
 
 
 class LoRALinear(LowRank):
@@ -118,8 +119,8 @@ class LoRALinear(LowRank):
     def delta(self) -> mx.array:
         return self._scale * (self.lora_b.T @ self.lora_a.T)
 
-    def fused_weight(self) -> mx.array:
-        weight = super().fused_weight()
+    def fused_weight(self, exact: bool = False) -> mx.array:
+        weight = super().fused_weight(exact)
         if "m" in self:
             weight = weight * (self.m / weight.square().sum(axis=1).sqrt())[:, None]
         return weight

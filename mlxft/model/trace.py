@@ -188,10 +188,10 @@ class _Run:
                 if not self.users[name] and name not in self.kept:
                     self._drop(name)
 
-    def _new(self, name: str, held: bool = False, view: Any = None, size: int | None = None) -> None:
+    def _new(self, name: str, held: bool = False, view: Any = None) -> None:
         shape, item = self.graph.sizes[name]
         buffer = len(self.buffers)
-        size = math.prod(shape) * item if size is None else size
+        size = math.prod(shape) * item
         self.buffers[buffer] = [size, 1]
         view = _dense(shape) if view is None else view
         self.arrays[name] = _Array(view, buffer, self.users[name], held or name in self.kept)

@@ -87,7 +87,7 @@ def test_a_whole_model_needs_no_fusing(recipe: Recipe, tmp_path: Path) -> None:
     settings = recipe(**{"tune.method": "full", "tune.rank": None})
     run = train(settings)
     assert mx.array_equal(theirs(run.result), logits(run.dir))
-    with pytest.raises(ModelError, match=r"trained whole, there is no adapter to fuse; its model is .*model"):
+    with pytest.raises(ModelError, match=r"trained whole, there is no adapter; its model is .*model"):
         fuse(run.dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mlx.utils import tree_flatten
 import mlxft
 from mlxft.errors import ConfigError, ModelError
 from mlxft.export.fuse import fuse
-from mlxft.export.sources import parse_adapter
+from mlxft.export.sources import find_sources, load_base, parse_adapter
 from mlxft.rundir import Run
 
 Recipe = Callable[..., dict[str, Any]]
@@ -42,24 +43,25 @@ def runs(recipe: Recipe) -> dict[str, Run]:
     }
 
 
-@pytest.mark.parametrize("mix", ["a:0.7 b:0.3", "a:-1 b c d:0.5", "c:2 d:0.25", "b:0.5"])
-def test_changes_add_up(mix: str, runs: dict[str, Run], tiny_model_dir: Path, tmp_path: Path) -> None:
-    parts = [(name, float(number or 1)) for name, _, number in (part.partition(":") for part in mix.split())]
-    base = weights(str(tiny_model_dir))
-    wanted = dict(base)
-    for name, weight in parts:
-        fuse(runs[name].dir, tmp_path / name)
-        alone = weights(tmp_path / name)
-        wanted = {n: v + weight * (alone[n] - base[n]) for n, v in wanted.items()}
-    out = tmp_path / "out"
-    fused = fuse(None, out, adapters=[(runs[name].dir, weight) for name, weight in parts])
-    found = weights(out)
-    assert found.keys() == wanted.keys()
-    assert all(mx.allclose(found[n], wanted[n], atol=1e-5) for n in found)
-    assert any(mx.abs(found[n] - base[n]).max() > 1e-2 for n in found)
-    # What was measured as "adapted" is the merged model.
-    assert fused.chosen.kept == pytest.approx(1, abs=1e-5)
-    assert mx.allclose(mlx_lm.load(str(out))[0](IDS), mlxft.load(out).model(IDS), atol=1e-5)
+def test_changes_add_up(runs: dict[str, Run], tiny_model_dir: Path, tmp_path: Path) -> None:
+    base, alone = weights(str(tiny_model_dir)), {}
+    for name, run in runs.items():
+        fuse(run.dir, tmp_path / name)
+        alone[name] = weights(tmp_path / name)
+    for mix in ("a:0.7 b:0.3", "a:-1 b c d:0.5", "c:2 d:0.25", "b:0.5"):
+        parts = [(name, float(number or 1)) for name, _, number in (part.partition(":") for part in mix.split())]
+        wanted = dict(base)
+        for name, weight in parts:
+            wanted = {n: v + weight * (alone[name][n] - base[n]) for n, v in wanted.items()}
+        out = tmp_path / mix
+        fused = fuse(None, out, adapters=[(runs[name].dir, weight) for name, weight in parts])
+        found = weights(out)
+        assert found.keys() == wanted.keys(), mix
+        assert all(mx.allclose(found[n], wanted[n], atol=1e-5) for n in found), mix
+        assert any(mx.abs(found[n] - base[n]).max() > 1e-2 for n in found), mix
+        # What was measured as "adapted" is the merged model.
+        assert fused.chosen.kept == pytest.approx(1, abs=1e-5), mix
+        assert mx.allclose(mlx_lm.load(str(out))[0](IDS), mlxft.load(out).model(IDS), atol=1e-5), mix
 
 
 def test_experts_and_quantised_bases(recipe: Recipe, make_model_dir: Any, tmp_path: Path) -> None:
@@ -78,6 +80,22 @@ def test_experts_and_quantised_bases(recipe: Recipe, make_model_dir: Any, tmp_pa
     assert off < 0.3 * mx.abs(base - mlxft.load(exact).model(IDS)).mean()
 
 
+def test_several_forms_of_a_base_are_told(save_adapter: Any, make_model_dir: Any, tmp_path: Path) -> None:
+    base = make_model_dir(tmp_path / "base", hidden_size=64)
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    for folder in (plain, packed):
+        save_adapter(base, folder, ["down_proj"])
+    about = json.loads((packed / "adapter_config.json").read_text("utf-8"))
+    about["mlxft"]["base"] |= {"quantize": 4, "group_size": 32}
+    (packed / "adapter_config.json").write_text(json.dumps(about), "utf-8")
+    for first, second, form in ((packed, plain, "quantised to 4 bits"), (plain, packed, "in float")):
+        loaded, (note,) = load_base(find_sources(None, [(first, 0.5), (second, 0.5)])[0], None)
+        assert f"{packed} on {base} in 4 bits" in note
+        assert f"merged on {base}, {form}: name another one first" in note
+        assert ("quantization" in loaded.config) is (first == packed)
+    assert load_base(find_sources(packed, [])[0], None)[1] == []
+
+
 def test_the_weight_of_an_adapter() -> None:
     assert parse_adapter("runs/a") == (Path("runs/a"), 1.0)
     assert parse_adapter("runs/a:0.7") == (Path("runs/a"), 0.7)
@@ -87,9 +105,10 @@ def test_the_weight_of_an_adapter() -> None:
             parse_adapter(text)
 
 
-def test_refusals(runs: dict[str, Run], recipe: Recipe, make_model_dir: Any, tmp_path: Path) -> None:
-    a, out = runs["a"].dir, tmp_path / "out"
-    for again in (a, runs["a"].result):
+def test_refusals(recipe: Recipe, make_model_dir: Any, tmp_path: Path) -> None:
+    run = train(recipe, "a")
+    a, out = run.dir, tmp_path / "out"
+    for again in (a, run.result):
         with pytest.raises(ConfigError, match="is named twice"):
             fuse(a, out, adapters=[(again, 0.5)])
     other = train(recipe, "e", **{"model.path": str(make_model_dir(tmp_path / "other", num_hidden_layers=3))})

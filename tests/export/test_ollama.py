@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from go_template import render
 
-from mlxft.errors import ExportError
-from mlxft.export.go_template import literal, render
-from mlxft.export.ollama import Chat, export_ollama, find_chat, modelfile, quoted
+from mlxft.errors import ExportError, ModelError
+from mlxft.export.ollama import Chat, export_ollama, find_chat, literal, modelfile, quoted
 from mlxft.model.load import load, load_tokenizer
 
 # As the models' own tokenizer_config.json have them, shortened.
@@ -128,7 +128,7 @@ def test_the_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert "f16" in export_ollama(tiny_model_dir, out, kind="f16", overwrite=True)[0]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ExportError, match="has no Modelfile, so it is not overwritten"):
+    with pytest.raises(ExportError, match=r"\(no Modelfile\), so it is not overwritten"):
         export_ollama(tiny_model_dir, tmp_path / "mine", kind="f16", overwrite=True)
     with pytest.raises(ExportError, match="type 'q4_0' is not written"):
         export_ollama(tiny_model_dir, tmp_path / "other", kind="q4_0")
@@ -148,6 +148,9 @@ def test_settings_of_the_makers(make_model_dir: Any, tmp_path: Path) -> None:
         'FROM ./model.gguf\nPARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n'
         "PARAMETER temperature 0.6\nPARAMETER top_p 0.9\nPARAMETER repeat_penalty 1.1\n"
     )
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config\.json: is no JSON object"):
+        export_ollama(folder, tmp_path / "again", kind="f16")
 
 
 def test_quotes() -> None:

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model import gguf
-from mlxft.model.gguf_header import tensor_types
+from mlxft.model.gguf_header import tensor_table
 from mlxft.model.gguf_pretokenizers import PRE_TOKENIZERS, recognise, signature, signature_of
 from mlxft.model.load import base_fingerprint, load, load_config, load_tokenizer, resolve
 
@@ -226,7 +226,7 @@ def test_not_gguf(tmp_path: Path) -> None:
 
 def test_types_of_smollm2() -> None:
     """210 projections in Q4_1, the embedding in Q8_0, 61 norms in F32 (gguf 0.19's reader says the same)."""
-    types = list(tensor_types(resolve("smollm2-135m")).values())
+    types = [entry.kind for entry in tensor_table(resolve("smollm2-135m")).values()]
     assert {kind: types.count(kind) for kind in set(types)} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
 
 

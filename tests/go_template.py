@@ -1,4 +1,4 @@
-"""The few constructs of Go's text/template that a chat template of Ollama needs, rendered here to check it.
+"""The few constructs of Go's text/template that our templates for Ollama are made of, rendered to check them.
 
 Text, {{ "a literal" }}, {{ .Field }}, {{ $.Field }}, {{ $i }}, {{ range $i, $m := .Messages }},
 {{ if }} / {{ else if }} / {{ else }} / {{ end }} with eq and and.
@@ -14,12 +14,6 @@ from typing import Any
 _ACTION = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
 _WORD = re.compile(r'"(?:\\.|[^"\\])*"|[()]|[^\s()]+')
 Scope = Mapping[str, Any]
-
-
-def literal(text: str) -> str:
-    """A text as a Go action that prints it: nothing in it is taken for an action or trimmed."""
-    # JSON's escapes are Go's as well, once the fences of an action are escaped too.
-    return "{{ " + json.dumps(text, ensure_ascii=False).replace("{", "\\u007b").replace("}", "\\u007d") + " }}"
 
 
 def render(template: str, data: Mapping[str, Any]) -> str:
