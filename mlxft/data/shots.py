@@ -36,6 +36,14 @@ def answer_of(item: Item) -> str | None:
     return None
 
 
+def few_of(answers: Sequence[str | None]) -> list[str] | None:
+    """The answers as labels: every row has one, and they are few."""
+    labels = [answer for answer in answers if answer is not None]
+    different = len(set(labels))
+    few = different <= MOST_LABELS and 2 * different <= len(labels)
+    return labels if few and len(labels) == len(answers) else None
+
+
 def labels_of(
     examples: Sequence[Example], rows: Sequence[dict[str, Any]] | None = None, field: str | None = None
 ) -> list[str] | None:
@@ -48,10 +56,7 @@ def labels_of(
         ConfigError: no row has the field. DataError: some rows lack it.
     """
     if field is None:
-        answers = [answer_of(item) for _, item in examples]
-        different = set(answers)
-        few = len(different) <= MOST_LABELS and 2 * len(different) <= len(answers)
-        return [a for a in answers if a is not None] if few and None not in different else None
+        return few_of([answer_of(item) for _, item in examples])
     assert rows is not None, "the field is in the rows"
     assert len(rows) == len(examples), "each example comes from a row"
     found: list[str] = []

@@ -18,8 +18,8 @@ from mlxft.model.logits import Split
 from mlxft.model.logprobs import hidden_logprobs_greedy, rows_logprobs_greedy
 from mlxft.model.sample import evaluating
 from mlxft.model.shared import Sharing
+from mlxft.study.stats import Floats
 
-Floats = npt.NDArray[np.float64]
 _PADDING = 64  # tokens of padding that cost less than one more call of the model
 _GAIN = 0.75  # share of the tokens that may be left for sharing to be worth its masks, which are slower than "causal"
 

@@ -21,9 +21,10 @@ from mlxft.data.template import is_template
 from mlxft.errors import ConfigError, MlxftError, nearest
 from mlxft.model.adapters import read_adapter_config
 from mlxft.model.load import Loaded
-from mlxft.rundir import find_adapter, load, open_run, versions
+from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
+from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.train.files import write_text
 
@@ -74,7 +75,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As results.json has it; what is not a number is null."""
-        return {
+        found: dict[str, Any] = {
             "model": self.model,
             "file": self.file,
             "against": self.against,
@@ -84,6 +85,8 @@ class Evaluation:
             "tasks": [_task_json(found) for found in self.tasks],
             "versions": versions(),
         }
+        finite: dict[str, Any] = _finite(found)
+        return finite
 
     def lines(self) -> Iterable[dict[str, Any]]:
         """As predictions.jsonl has them: each row of each task, with what the other model said."""
@@ -103,7 +106,7 @@ class Evaluation:
         """
         lines = (json.dumps(_finite(line), ensure_ascii=False) for line in self.lines())
         write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-        write_text(out / "results.json", json.dumps(_finite(self.to_json()), ensure_ascii=False, indent=1) + "\n")
+        write_text(out / "results.json", json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
 
 
 def _task_json(found: Compared) -> dict[str, Any]:
@@ -114,8 +117,7 @@ def _task_json(found: Compared) -> dict[str, Any]:
     if other is not None:
         task["against"] = {name: figure._asdict() for name, figure in other.figures().items()}
         task["paired"] = [pair._asdict() for pair in paired]
-    finite: dict[str, Any] = _finite(task)
-    return finite
+    return task
 
 
 def _finite(value: Any) -> Any:
@@ -242,8 +244,6 @@ def _shots(asking: Asking, task: Task, cases: Sequence[Case]) -> list[Case]:
     """Solved cases to show, of other rows than the evaluated ones."""
     if not asking.shots:
         return []
-    from mlxft.study.shots import choose_shots
-
     return choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed)
 
 
@@ -262,7 +262,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
         name, template = options.pop("model", None), options.pop("chat_template", None)
         if name is not None:
             return str(name), {**options, "chat_template": Path(template) if template else None}
-    elif (folder / "config.yaml").is_file() and not (folder / "config.json").exists():
+    elif is_run(folder):
         base = open_run(folder).config.model
         return base.path, {"chat_template": base.chat_template}
     raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
@@ -271,7 +271,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     """Where a run's evaluations are kept, one folder for each file, tasks and shots; None for what is no run."""
     folder = Path(model).expanduser()
-    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
+    if not is_run(folder):
         return None
     names = [file.removeprefix("hf:") if file.startswith("hf:") else Path(file).stem]
     names += [task.result.task for task in found.tasks if task.result.task != "loss"]

@@ -33,6 +33,7 @@ from mlxft.rundir import load
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import Result, evaluate
 from mlxft.study.fewshot_tables import ALL, Cell, K, Study, markdown, tabulate
+from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.train.files import write_text
@@ -226,8 +227,7 @@ class _Study:
         """The trained model; what was trained before, or in part, is gone on with."""
         folder = config.run_dir
         begun = (folder / "config.yaml").is_file()
-        finished = begun and any(e["event"] == "end" for e in _events(folder / "metrics.jsonl"))
-        if not finished:
+        if not any(e["event"] == "end" for e in read_events(folder)):
             train(self._with_steps(config), resume=begun, overwrite=not begun and folder.exists(), console=self.console)
         return load(folder)
 
@@ -242,8 +242,7 @@ class _Study:
         return config.model_copy(update={"run": config.run.model_copy(update=run)})
 
     def _trained_rows(self, config: Config) -> int:
-        starts = [e for e in _events(config.run_dir / "metrics.jsonl") if e["event"] in ("start", "resume")]
-        return int(starts[0]["data"]["rows"])
+        return next(int(e["data"]["rows"]) for e in read_events(config.run_dir) if e["event"] in ("start", "resume"))
 
     def _ask(self, loaded: Loaded, cell: Cell) -> Result:
         shots = self.shots.get(cell, [])
@@ -255,12 +254,8 @@ class _Study:
 
     def _keep(self, cell: Cell, result: Result, trained_rows: int, start: float) -> None:
         predictions = [{k: line[k] for k in ("row", "prediction", "target", "scores")} for line in result.predictions]
-        found: dict[str, Any] = {
-            **cell._asdict(),
-            "trained_rows": trained_rows,
-            "rows": predictions,
-            "notes": result.notes,
-        }
+        found: dict[str, Any] = {**cell._asdict(), "trained_rows": trained_rows, "rows": predictions}
+        found["notes"] = result.notes
         found["shots"] = [shot.where for shot in self.shots.get(cell, [])]
         found["elapsed_s"] = round(time.perf_counter() - start, 1)
         write_text(self._file(cell), json.dumps(found, ensure_ascii=False) + "\n")
@@ -290,9 +285,3 @@ def _read(file: Path) -> dict[str, Any]:
         return found
     except (OSError, ValueError) as e:
         raise ConfigError(f"{file}: can not be read ({e}); delete it, and the cell is run again") from e
-
-
-def _events(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]

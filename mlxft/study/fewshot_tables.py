@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Cell(NamedTuple):
     @property
     def option(self) -> str:
         """What asks for it, for messages."""
-        return f"--{self.method.replace(' ', '-')} or --k"
+        return f"{_option(self.method)} or --k"
 
 
 class Line(NamedTuple):
@@ -89,19 +90,23 @@ def read_ks(ks: str | None, given: Mapping[str, str | None]) -> tuple[list[int],
         ConfigError: what is no number of examples.
     """
     common = ks if ks is not None else DEFAULT if not any(given.values()) else ""
-    options = {name: (f"--{name.replace('_', '-')}", text) for name, text in given.items()}
-    found: dict[str, list[K]] = {}
-    for name, (option, text) in options.items():
-        own = text if text is not None else common
-        numbers = _numbers(own, option if text is not None else "--k")
-        if ALL in numbers and name != "tuned":
-            if text is not None:
-                raise ConfigError(f"{option}: all rows can not be shown in a prompt; give numbers")
-            numbers.remove(ALL)
-        found[name] = [k for k in numbers if k != 0]  # none is zero-shot, which is always run
-    whole: Any = (found["in_context"], found["tuned"], found["both"])
-    numbers_only: tuple[list[int], list[K], list[int]] = whole
-    return numbers_only
+
+    def numbers(name: str) -> list[K]:
+        text = given[name]
+        found = _numbers(common, "--k") if text is None else _numbers(text, _option(name))
+        return [k for k in found if k != 0]  # none is zero-shot, which is always run
+
+    def shown(name: str) -> list[int]:
+        found = numbers(name)
+        if ALL in found and given[name] is not None:
+            raise ConfigError(f"{_option(name)}: all rows can not be shown in a prompt; give numbers")
+        return [k for k in found if isinstance(k, int)]
+
+    return shown("in_context"), numbers("tuned"), shown("both")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-').replace(' ', '-')}"
 
 
 def _numbers(text: str, option: str) -> list[K]:
@@ -170,8 +175,7 @@ def tabulate(cells: dict[Cell, dict[str, Any]]) -> tuple[str, list[Line]]:
             against = bootstrap(matrix.mean(axis=0)[both], [zero[rows[i]] for i in both], seed=0)
         trained = groups[method, k][0]["trained_rows"]
         lines.append(Line(method, k, len(seeds), len(rows), trained, estimate, against))
-    order = {ALL: 1 << 40}
-    lines.sort(key=lambda line: (METHODS.index(line.method), order.get(str(line.k), line.k)))
+    lines.sort(key=lambda line: (METHODS.index(line.method), math.inf if isinstance(line.k, str) else line.k))
     return metric, lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mlxft import __version__
 from mlxft.errors import DataError
 from mlxft.study.compare import Details, details
-from mlxft.study.run_tables import size, span, value, when
+from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite
 from mlxft.train.status import now
 
@@ -118,7 +118,7 @@ def _sentence(run: Details) -> str:
     if finite(start.get("trainable_parameters")) and finite(start.get("total_parameters")):
         parts.append(f"{start['trainable_parameters']:,} of {start['total_parameters']:,} parameters are trained")
     if isinstance(data := start.get("data"), Mapping):
-        parts += [f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {value(v)}" for k, v in data.items()]
+        parts.append(counted(data))
     if info.started:
         parts.append(f"started {when(info.started)}")
     return ", ".join(parts)

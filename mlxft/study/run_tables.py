@@ -65,6 +65,11 @@ def size(n: int) -> str:
     return f"{n} bytes"
 
 
+def counted(data: Mapping[str, Any]) -> str:
+    """A start event's counts and shares of the rows."""
+    return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {value(v)}" for k, v in data.items())
+
+
 def status(run: RunInfo) -> Text:
     """The status, and how far a run is that has not ended as it should."""
     far = run.status not in ("done", "half-written") and run.steps
@@ -142,11 +147,8 @@ def _facts(run: Details) -> dict[str, Any]:
     }
     if "trainable_parameters" in start and "total_parameters" in start:
         facts["trained"] = f"{start['trainable_parameters']:,} of {start['total_parameters']:,} parameters"
-    data = start.get("data")
-    if isinstance(data, Mapping):
-        facts["data"] = ", ".join(
-            f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {value(v)}" for k, v in data.items()
-        )
+    if isinstance(data := start.get("data"), Mapping):
+        facts["data"] = counted(data)
     return {k: v for k, v in facts.items() if v is not None}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from mlxft.data.shots import MOST_LABELS, balanced
+from mlxft.data.shots import balanced, few_of
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
 from mlxft.study.cases import Case, make_cases
@@ -32,15 +32,8 @@ def choose_shots(
         raise ConfigError(
             f"{setting}: {shots} shots are asked for; {spec} has {len(others)} rows to take them from{left}"
         )
-    labels = labels_of(others)
+    labels = few_of([case.label for case in others])
     return [others[i] for i in balanced(labels, len(others), shots, seed, setting)]
-
-
-def labels_of(cases: Sequence[Case]) -> list[str] | None:
-    """Each case's answer, where cases have no more than MOST_LABELS different ones and at least twice as many rows."""
-    labels = [case.label or "" for case in cases]
-    different = len(set(labels))
-    return labels if different <= MOST_LABELS and 2 * different <= len(labels) else None
 
 
 def _key(case: Case) -> str:

@@ -80,15 +80,15 @@ def sweep(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     check_installed()
+    options = {"sweep.trials": trials, "sweep.time": limit}
+    overrides = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
     config = load_config(path, overrides)
     raw = read_recipe(path, overrides)[0]
     if not config.sweep.space:
         raise ConfigError(f"{path}: sweep.space is needed: what to vary, e.g. {{optim.lr: {{log: [1e-5, 1e-3]}}}}")
     if name is not None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    given = {k: v for k, v in (("trials", trials), ("time", limit)) if v is not None}
-    config = config.model_copy(update={"sweep": config.sweep.model_copy(update=given)})
-    longest = _seconds(config.sweep.time)
+    longest = math.inf if config.sweep.time is None else seconds(config.sweep.time)
     check_space(config, raw, str(path))
     folder = config.run_dir
     _check_folder(folder, overwrite)
@@ -104,13 +104,6 @@ def sweep(
         if made:  # nothing was learnt from it
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _seconds(text: str | None) -> float:
-    try:
-        return math.inf if text is None else seconds(text)
-    except ValueError as e:
-        raise ConfigError(f"sweep.time: {e}") from e
 
 
 def check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:

@@ -16,7 +16,7 @@ def rows(path: Path, start: int, count: int) -> str:
     return path.name
 
 
-def test_a_table_and_its_json(write: Command, shell: Command, tmp_path: Path) -> None:
+def test_a_table_and_its_json(write: Command, shell: Command, mlxft: Command, tmp_path: Path) -> None:
     train, test = rows(tmp_path / "t.jsonl", 0, 12), rows(tmp_path / "e.jsonl", 50, 6)
     recipe = write(**{"data.train": train, "data.format": "prompt-completion", "run.steps": 2})
     asked = ("fewshot", recipe, "--test", test, "--k", "0,2,all", "--seeds", "1")
@@ -25,7 +25,7 @@ def test_a_table_and_its_json(write: Command, shell: Command, tmp_path: Path) ->
     for said in ("zero-shot", "in context", "2 a label", "both", "over 6 rows", "a-fewshot"):
         assert said in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines()[:6])
-    found = json.loads(shell(*asked, "--json").out)
+    found = json.loads(mlxft(*asked, "--json").out)
     assert [(line["method"], line["k"]) for line in found["table"]] == [
         ("zero-shot", 0),
         ("in context", 2),
