@@ -17,12 +17,11 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.errors import ConfigError
-from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.onpolicy.base import sections
 from mlxft.objectives.onpolicy.critic_free import CriticFree
 from mlxft.objectives.onpolicy.draw import Drawn, resample
-from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, surrogate
+from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, surrogate
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
 
@@ -33,8 +32,9 @@ class GRPO(Method):
     kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference in the loss; 0: no such term.")
     kl_estimator: Literal["k2", "k3"] = Field(
         "k2",
-        description="How a token's KL is estimated (Schulman 2020). k2's gradient is that of KL(policy || reference), "
-        "which kl reports; k3's, as published, that of KL(reference || policy), which has another optimum.",
+        description="How a token's KL is estimated (Schulman 2020). k2's gradient, weighed by the ratio so that it is "
+        "right in later passes too, is that of KL(policy || reference), which kl reports; k3's, as published, that of "
+        "KL(reference || policy), which has another optimum.",
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group", description="Standard deviation that advantages are divided by; none: Dr. GRPO."
@@ -131,7 +131,7 @@ class Objective(CriticFree[GRPO]):
         metrics["approx_kl"] = -log_ratio
         highest = mx.stop_gradient(metrics["ratio_mean"].max())
         if self.kl_coef:
-            apart = F.kl(logprobs, a["ref_logprobs"], s.kl_estimator)
+            apart = kl_loss(logprobs, a["old_logprobs"], a["ref_logprobs"], s.kl_estimator)
             losses = losses + self.kl_coef * apart
             metrics["kl_loss"] = apart
         still = {name: mx.stop_gradient(values) for name, values in metrics.items()}

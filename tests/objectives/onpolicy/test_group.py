@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxft.objectives import functional as F
-from mlxft.objectives.onpolicy.group import equal_groups, group_relative, leave_one_out, surrogate
+from mlxft.objectives.onpolicy.group import equal_groups, group_relative, kl_loss, leave_one_out, surrogate
 
 SCORES = np.array([0, 1, 1, 2, 3, 3, 3, 3], dtype=np.float32)
 # Of the group 0, 1, 1, 2: mean 1, squares 1 + 0 + 0 + 1, so the unbiased deviation is sqrt(2 / 3).
@@ -87,3 +87,24 @@ def test_bounds_apart(ratio: float, gain: float, low: float | None, high: float 
     """d loss / d log ratio is -A ratio, or 0 beyond the bound that A pushes towards."""
     found = mx.grad(lambda x: surrogate(x, mx.array([gain]), low, high)[0].sum())(mx.log(mx.array([ratio])))
     assert abs(found.item() - slope) < 1e-5
+
+
+def test_the_gradient_of_kl_is_unbiased_under_the_tokens_of_an_older_policy() -> None:
+    """One token of four, all weighed by how often the older policy draws them: the gradient of KL itself."""
+    new, old, reference = (mx.array(x) for x in ([0.3, -1.0, 0.8, 0.1], [1.0, 0.2, -0.5, 0.0], [0.0, 0.4, 0.1, -0.9]))
+
+    def log(logits: mx.array) -> mx.array:
+        return logits - mx.logsumexp(logits)
+
+    def exact(logits: mx.array) -> mx.array:
+        return (mx.exp(log(logits)) * (log(logits) - log(reference))).sum()
+
+    def estimated(logits: mx.array) -> mx.array:
+        return (mx.exp(log(old)) * kl_loss(log(logits), log(old), log(reference), "k2")).sum()
+
+    def unweighed(logits: mx.array) -> mx.array:
+        return (mx.exp(log(old)) * F.kl(log(logits), log(reference), "k2")).sum()
+
+    wanted = np.array(mx.grad(exact)(new))
+    np.testing.assert_allclose(np.array(mx.grad(estimated)(new)), wanted, atol=1e-6)
+    assert np.abs(np.array(mx.grad(unweighed)(new)) - wanted).max() > 0.1

@@ -179,14 +179,14 @@ def test_micro_batches_and_padding_change_nothing(
 
 
 def plainly(own: dict[str, Any], most: int, rows: list[dict[str, Any]]) -> float:
-    """GRPO's loss as the papers write it, with numpy, a completion at a time."""
+    """GRPO's loss as the papers write it, with numpy, a completion at a time; k2 weighed by the ratio."""
     of_rows, tokens = [], 0
     for row in rows:
         ratio = np.exp(row["new"] - row["old"])
         gain = row["gain"]
         bounded = np.clip(ratio, 1 - own.get("clip", 0.2), 1 + (own.get("clip_high") or own.get("clip", 0.2)))
         d = row["new"] - row["ref"]
-        kl = d**2 / 2 if own.get("kl_estimator", "k2") == "k2" else np.exp(-d) - 1 + d
+        kl = ratio * d**2 / 2 if own.get("kl_estimator", "k2") == "k2" else np.exp(-d) - 1 + d
         of_rows.append(-np.minimum(gain * ratio, gain * bounded) + own.get("kl_coef", 0.04) * kl)
         tokens += len(d)
     if own["loss"] == "sequence":
