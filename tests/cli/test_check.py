@@ -89,9 +89,15 @@ def test_an_adapter_that_is_not_there_is_refused(good: str, refused: Callable[..
     assert "runs/b is no adapter" in refused(1, "check", good, "model.adapter=runs/b")
 
 
-def test_json_is_json_and_nothing_else(good: str, shell: Callable[..., Any], refused: Callable[..., str]) -> None:
-    """On standard output, whatever the environment says of colour."""
-    done = shell("check", good, "--json", env={"FORCE_COLOR": "1"})
+def test_json_is_json_and_nothing_else(
+    good: str, mlxft: Callable[..., Any], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On standard output, also where the environment asks for colour."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[" in mlxft("check", good).out, "people do get colour"
+    done = mlxft("check", good, "--json")
     facts = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
     assert (facts["recipe"], facts["steps"], facts["data"]["rows"]) == ("valid", 2, 2)

@@ -30,7 +30,7 @@ def test_out_and_in_again_it_answers_as_the_run(trained: str, mlxft: Command, tm
     assert answers[0] == answers[1] != ""
 
 
-def test_what_export_and_import_refuse(trained: str, mlxft: Command, refused: Callable[..., str], shell: Any) -> None:
+def test_what_export_and_import_refuse(trained: str, mlxft: Command, refused: Callable[..., str]) -> None:
     for form in ("peft", "seq-cls"):
         assert "--type is for" in refused(2, "export", trained, "o", "--format", form, "--type", "f16")
         assert "--lora is for" in refused(2, "export", trained, "o", "--format", form, "--lora")
@@ -42,4 +42,4 @@ def test_what_export_and_import_refuse(trained: str, mlxft: Command, refused: Ca
     assert (told["format"], told["out"]) == ("peft", "out")
     assert "is an adapter of mlxft or mlx-lm already" in refused(1, "import", "runs/a/adapter", "o")
     assert "nowhere: no such folder" in refused(1, "import", "nowhere", "o")
-    assert "Example: mlxft import" in shell("import", "--help").out
+    assert "Example: mlxft import" in mlxft("import", "--help").out

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,14 +13,13 @@ from mlxft.demo.rlhf import Review, distinct2, pairs_of, read_reviews
 from mlxft.errors import DataError
 
 
-def test_the_whole_road(make_model_dir, tmp_path: Path):
+def test_the_whole_road(make_model_dir: Callable[..., Path], shell: Callable[..., Any], tmp_path: Path) -> None:
     """Three runs, each from what the one before left; a fused folder; a table of before and after."""
     base = make_model_dir(tmp_path / "base", "llama", max_position_embeddings=1024)
     settings = ["model.path=" + str(base), "model.dtype=float32", "data.max_length=600", "run.steps=2"]
     overrides = [f"{run}:{setting}" for run in ("sft", "reward", "ppo") for setting in settings]
-    command = [sys.executable, "-m", "mlxft", "rlhf", "--dir", "out", *overrides, "ppo:run.report_every=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    done = shell("rlhf", "--dir", "out", *overrides, "ppo:run.report_every=1")
+    assert done.code == 0, done.err
     out = tmp_path / "out"
     assert (out / "fused" / "config.json").exists()
     lines = [json.loads(line) for line in (out / "ppo" / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -34,16 +33,13 @@ def test_the_whole_road(make_model_dir, tmp_path: Path):
     assert evals[0]["reward"] == evals[0]["reference_reward"]
     shown = [json.loads(line) for line in (out / "ppo" / "samples.jsonl").read_text("utf-8").splitlines()]
     assert {s["step"] for s in shown} == {0, 2}
-    assert "distinct-2" in done.stdout
+    assert "distinct-2" in done.out
 
 
 @pytest.mark.parametrize("override", ["run.steps=2", "dpo:run.steps=2", "ppo:steps"])
-def test_an_override_names_its_run(override: str, tmp_path: Path):
-    command = [sys.executable, "-m", "mlxft", "rlhf", "--dir", "out", override]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "expected RUN:KEY=VALUE with a run of sft, reward, ppo" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_an_override_names_its_run(override: str, refused: Callable[..., str], tmp_path: Path) -> None:
+    said = refused(2, "rlhf", "--dir", str(tmp_path / "out"), override)
+    assert f"{override}: expected RUN:KEY=VALUE with a run of sft, reward, ppo" in said
 
 
 def test_reviews_of_another_kind_are_refused(tmp_path: Path):

@@ -158,6 +158,8 @@ def test_five_hundred_runs_are_listed_within_a_second(write: Command, mlxft: Com
         listed = shell("runs", "--json")
         times.append(time.perf_counter() - began)
         assert len(json.loads(listed.out)) == 501
+        if times[-1] < 1.0:
+            break
     assert min(times) < 1.0, times
     code = "import sys, mlxft.cli.runs, mlxft.study.runs, mlxft.study.run_tables; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

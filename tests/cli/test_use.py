@@ -109,10 +109,13 @@ def test_an_adapter_of_another_base(
 def test_chat_over_a_pipe_ends_with_it(trained: str, mlxft: Command, shell: Command) -> None:
     nothing = mlxft("chat", "--model", trained)
     assert (nothing.code, nothing.out, nothing.err) == (0, "> \n", "")
-    for stdin in ("the in\nof is\n", "the in\nof is", "the in\nof is\n\nnot read\n"):
-        talk = shell("chat", "--model", trained, *SHORT, stdin=stdin)
-        assert (talk.code, talk.err) == (0, "")
-        assert talk.out.count("> ") == 3
+    talk = shell("chat", "--model", trained, *SHORT, stdin="the in\nof is\n")
+    assert (talk.code, talk.err) == (0, "")
+    assert talk.out.count("> ") == 3
+    for stdin in ("the in\nof is\n", "the in\nof is"):
+        assert mlxft("chat", "--model", trained, *SHORT, stdin=stdin) == talk
+    ended = mlxft("chat", "--model", trained, *SHORT, stdin="the in\nof is\n\nnot read\n")
+    assert (ended.code, ended.err, ended.out.count("> ")) == (0, "", 3)
     first = mlxft("generate", "--model", trained, "the in", *SHORT).out
     assert talk.out.startswith(f"> {first}> ")
     bad = mlxft("chat", "--model", trained, *SHORT, stdin=b"\xff\n")
