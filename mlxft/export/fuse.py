@@ -44,6 +44,7 @@ from mlxft.model.heads import (
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
 from mlxft.model.lora import QUANTIZED, dense_weight, plain
+from mlxft.objectives.onpolicy.reward_model import reads_chat
 from mlxft.train.files import save_arrays
 
 KEEP = 0.95  # share of the adaptation that is to be kept
@@ -314,8 +315,8 @@ def _write(out: Path, loaded: Loaded, source: Source, config: dict[str, Any], ov
     """The folder, with a reward model's head beside the weights."""
     file = find_head(source.folder)
     noted = read_head(file).about if file else {}
-    if source.config is not None and source.config.data.template != "auto":
-        noted["template"] = source.config.data.template
+    if file:  # of a head that does not say it yet, its run knows
+        noted["template"] = "auto" if reads_chat(source.folder, noted) else "none"
     with without_head(loaded.model) as head:
 
         def save_head(folder: Path) -> None:
