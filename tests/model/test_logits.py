@@ -17,6 +17,7 @@ from mlxft.model import logits as logits_module
 from mlxft.model.adapters import LoRASpec, attach, prepare_full, select_targets, unfreeze
 from mlxft.model.load import load
 from mlxft.model.logits import Split, rows_nll
+from mlxft.model.plan import ShapeSplit
 
 # The head stands within the body: all logits are computed.
 WHOLE = {"gpt_neox"}
@@ -89,6 +90,7 @@ def test_losses_and_gradients_of_every_architecture(name: str) -> None:
     model = build(name)
     split = Split(model)
     assert split.separable == (name not in WHOLE)
+    assert ShapeSplit(model).separable == split.separable, "a plan takes apart what training does"
     adapt(model, "all-linear")
     assert_same_as_plain(model, split)
 
