@@ -18,12 +18,12 @@ from pydantic import Field, model_validator
 from mlxft.config import Config, Settings
 from mlxft.errors import ConfigError
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.base import sections
 from mlxft.objectives.onpolicy.critic_free import CriticFree
 from mlxft.objectives.onpolicy.draw import Drawn, resample
 from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, surrogate
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
+from mlxft.objectives.onpolicy.settings import sections
 
 
 class GRPO(Method):

@@ -16,11 +16,11 @@ from mlxft.data.batching import Slot, padding_share
 from mlxft.data.encode import Encoded, Ids
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, fingerprint, length
 from mlxft.data.formats import Example
-from mlxft.errors import ConfigError, DataError
+from mlxft.errors import ConfigError
 from mlxft.model.plan import Shape
 from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Batch, OffPolicy, Summary
-from mlxft.objectives.sft import load_splits
+from mlxft.objectives.sft import load_splits, of_valid
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
 # A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a
@@ -137,10 +137,8 @@ def encode_splits(
     train, valid, notes = load_splits(data, config.run.seed)
     train, valid = keep(train), keep(valid)
     first = build(train, tokenizer, **options)
-    try:
+    with of_valid():
         second = build(valid, tokenizer, **options) if valid else None
-    except DataError as e:
-        raise DataError(f"data.valid: {e}") from e
     if second:
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
     counts = replace(first.counts, source_notes=tuple(notes))

@@ -21,10 +21,11 @@ from mlxft.model.heads import CRITIC, body_width
 from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, hidden_logprobs_entropy, rows_hidden
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.base import OnPolicy, sections
+from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.critic import Critic, add_critic, explained_variance, is_critic, of_policy
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
+from mlxft.objectives.onpolicy.settings import sections
 
 
 class PPO(Method):
@@ -101,8 +102,8 @@ class Objective(OnPolicy[PPO]):
         if self.settings.critic == "separate":
             return super().read(a)
         hidden = rows_hidden(self.split, a["ids"], a["positions"])
-        asked = {"temperature": self.rollouts.temperature}
-        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a["labels"], **asked)
+        temperature = self.rollouts.temperature
+        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a["labels"], temperature=temperature)
         return {"old_logprobs": logprobs, "entropy": entropy, "values": self.critic.head(hidden)}
 
     def _values(self, a: dict[str, mx.array]) -> mx.array:

@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.errors import ConfigError
-from mlxft.objectives.onpolicy.base import sections
 from mlxft.objectives.onpolicy.critic_free import InReward, Reinforced
 from mlxft.objectives.onpolicy.group import Floats
 from mlxft.objectives.onpolicy.rollout import Rollout
+from mlxft.objectives.onpolicy.settings import sections
 
 DECAY = 0.9
 

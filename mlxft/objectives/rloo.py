@@ -7,10 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from mlxft.config import Config, Settings
-from mlxft.objectives.onpolicy.base import sections
 from mlxft.objectives.onpolicy.critic_free import InReward, Reinforced
 from mlxft.objectives.onpolicy.group import Floats, leave_one_out
 from mlxft.objectives.onpolicy.rollout import Rollout
+from mlxft.objectives.onpolicy.settings import sections
 
 
 class RLOO(InReward):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,15 @@ from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
 
 SETTINGS: dict[str, type[Settings]] = {}
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
+
+
+@contextmanager
+def of_valid() -> Iterator[None]:
+    """What is wrong with rows inside the block is said of data.valid."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"data.valid: {error}") from error
 
 
 class Splits(NamedTuple):
@@ -89,7 +99,8 @@ class Objective(OffPolicy):
         }
         train, valid, self._notes = load_splits(data, config.run.seed)
         self.train = build(train, tokenizer, **options)
-        self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
+        with of_valid():
+            self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
         super().__init__(config, _lengths(self.train))
         self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
         self._split: Split | None = None

@@ -31,7 +31,6 @@ from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, en
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
-from mlxft.objectives.onpolicy.settings import sections as sections
 from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.sft import load_splits
 
@@ -58,8 +57,7 @@ class OnPolicy(Generic[M]):
         self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
         train, valid, said = load_splits(config.data, config.run.seed)
         self.notes += said
-        self.prompts = encode_prompts(train, config, tokenizer, self.notes)
-        self.valid = encode_prompts(valid, config, tokenizer, self.notes) if valid else []
+        self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         s = self.rollouts
         self.sampling = Sampling(s.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, tuple(s.stop), s.stop_at_eos)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -17,6 +17,7 @@ from mlxft.model.load import context_of, load_config
 from mlxft.model.sample import render_prompt
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
 from mlxft.objectives.onpolicy.settings import RolloutSettings
+from mlxft.objectives.sft import of_valid
 
 
 class Method(Settings):
@@ -87,10 +88,18 @@ def check_kl(kl: float, name: str, most: float | None) -> None:
         )
 
 
+class _Room(NamedTuple):
+    """Tokens that a prompt may have, what bounds them, and a way out, for messages."""
+
+    tokens: int
+    bound: str
+    way: str
+
+
 def encode_prompts(
-    examples: Sequence[Example], config: Config, tokenizer: Any, notes: list[str]
-) -> list[EncodedPrompt]:
-    """Prompts as the model sees them.
+    train: Sequence[Example], valid: Sequence[Example], config: Config, tokenizer: Any, notes: list[str]
+) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+    """Prompts to train on, and held-out ones if there are any, as the model sees them.
 
     Args:
         notes: takes what was left out.
@@ -99,7 +108,16 @@ def encode_prompts(
         DataError: prompts that can not be rendered or that leave no room for a whole completion, all of them in one;
             or none is left.
     """
-    longest, why, way = _room(config)
+    room = _room(config)
+    found = _encode(train, config, tokenizer, room, notes)
+    with of_valid():
+        return found, _encode(valid, config, tokenizer, room, notes) if valid else []
+
+
+def _encode(
+    examples: Sequence[Example], config: Config, tokenizer: Any, room: _Room, notes: list[str]
+) -> list[EncodedPrompt]:
+    longest, why, way = room
     if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
         raise ConfigError(
             "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
@@ -136,15 +154,14 @@ def encode_prompts(
     return found
 
 
-def _room(config: Config) -> tuple[int, str, str]:
-    """Tokens that a prompt may have, what bounds them, and a way out."""
+def _room(config: Config) -> _Room:
     most, answer = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
     context = context_of(load_config(config.model.path))
     if context is None or context >= most:
-        return most - answer, f"data.max_length ({most})", "Raise the first"
+        return _Room(most - answer, f"data.max_length ({most})", "Raise the first")
     if context <= answer:
         raise ConfigError(f"rollout.max_tokens ({answer}) leaves no room for a prompt in the model's {context} tokens")
-    return context - answer, f"the model's context ({context})", "Lower rollout.max_tokens"
+    return _Room(context - answer, f"the model's context ({context})", "Lower rollout.max_tokens")
 
 
 def _render(item: Prompt, config: Config, tokenizer: Any) -> list[int]:

@@ -26,8 +26,12 @@ def test_tools_reach_the_template(
     examples = [(f"p:{i}", Prompt("on", row)) for i, row in enumerate(rows, 1)]
     settings = on_policy("ppo", words(4), "return [0.0] * len(rows)", {}, **{"rollout.stop_at_eos": False})
     chat = parse_config({**settings, "data": {**settings["data"], "template": "auto"}})
-    without, with_tools = encode_prompts(examples, chat, tokenizer, [])
+    (without, with_tools), held_out = encode_prompts(examples, [], chat, tokenizer, [])
+    assert held_out == []
     assert tokenizer.decode(without.ids.tolist()).split() == ["on"]
     assert tokenizer.decode(with_tools.ids.tolist()).split() == ["the", "on"]
-    with pytest.raises(DataError, match="p:2: messages and tools need the chat template"):
-        encode_prompts(examples, parse_config(settings), tokenizer, [])
+    plain = parse_config(settings)
+    with pytest.raises(DataError, match=r"^p:2: messages and tools need the chat template"):
+        encode_prompts(examples, [], plain, tokenizer, [])
+    with pytest.raises(DataError, match=r"^data\.valid: p:2: messages and tools need"):
+        encode_prompts(examples[:1], examples, plain, tokenizer, [])
