@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlxft.model.roles import Roles
 from mlxft.model.shared import Sharing
@@ -43,10 +44,10 @@ class Reference:
 
         Args:
             data: of each set all answers, in batches with their places in it.
-            folder: where the numbers are kept, under a `key` that names all they depend on.
+            folder: where the numbers are kept, under a `key` that names all they depend on but the weights.
         """
         self._jobs = list(data)
-        self._file = folder / FILE, hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        self._file = folder / FILE, key
 
     def logprobs(self, arrays: dict[str, mx.array], which: int, places: Sequence[int]) -> mx.array:
         """(N,) float32, evaluated, of the answers' tokens, in the order of `arrays["labels"]`.
@@ -57,6 +58,7 @@ class Reference:
         """
         if self._file is not None:
             if self._known is None:
+                self._file = self._file[0], self._digest(self._file[1])
                 self._known = self._read() or self._compute()
                 self._roles, self._jobs = None, []  # the reference's own memory is free
             return mx.array(np.concatenate([self._known[which][i] for i in places]))
@@ -74,6 +76,16 @@ class Reference:
         finally:
             model.train(training)
         return values
+
+    def _digest(self, key: str) -> str:
+        """Of the key and the reference's own weights: a path does not say whether what lies there is still the same."""
+        assert self._roles is not None
+        digest = hashlib.blake2b(key.encode(), digest_size=16)
+        with self._roles.use(self._name):
+            for name, value in tree_flatten(self._roles.model.parameters()):
+                digest.update(f" {name} {value.shape} {value.dtype} ".encode())
+                digest.update(np.array(value.reshape(-1).view(mx.uint8)).data)
+        return digest.hexdigest()
 
     def _compute(self) -> list[list[Any]]:
         assert self._file is not None

@@ -8,7 +8,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -300,6 +300,22 @@ def test_precomputed_numbers_of_other_rows_or_damaged_ones_are_not_used(settings
         again = train(changes, resume=True)
         assert [e["loss"] for e in again.metrics("train")] == [e["loss"] for e in before]
     assert (run.dir / "reference.npz").read_bytes()[:2] == b"PK"
+
+
+def test_precomputed_numbers_of_other_weights_at_the_same_path_are_not_used(
+    settings: Recipe, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model_dir(tmp_path / "model")
+    changes = settings("dpo", preference={"precompute": True}, **{"model.path": str(folder), "run.steps": 1})
+    run = train(changes)
+    shutil.rmtree(run.dir / "checkpoints")
+    weights = cast("dict[str, mx.array]", mx.load(str(folder / "model.safetensors")))
+    weights = {k: v[::-1] if v.ndim > 1 else v for k, v in weights.items()}
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    again = train(changes, resume=True)
+    assert again.metrics("train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert again.metrics("train")[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_whole_weights_have_their_own_beginning_as_the_reference(settings: Recipe) -> None:
