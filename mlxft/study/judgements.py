@@ -199,7 +199,8 @@ def cohens_kappa(first: Sequence[Any], second: Sequence[Any]) -> Agreement:
 def agreement(first: Path, second: Path) -> Agreement:
     """Agreement of two labellers' files over the prompts, with the same answers, that both judged.
 
-    Ties that no human gave (of equal answers) do not count.
+    Ties that no human gave (of equal answers) do not count. What chance gives is counted by the answers' places in the
+    file that was judged, which tell their models where there are two; where the places differ, by the texts' order.
 
     Raises:
         ConfigError: no such file. DataError: a line is no judgement, or the files share no prompt.
@@ -208,15 +209,27 @@ def agreement(first: Path, second: Path) -> Agreement:
     shared = [key for key in one if key in two]
     if not shared:
         raise DataError(f"{first} and {second} share no prompt with the same answers")
-    return cohens_kappa([one[key] for key in shared], [two[key] for key in shared])
+    orders = [one[key].answers if one[key].answers == two[key].answers else sorted(one[key].answers) for key in shared]
+    return cohens_kappa(*([file[key].place(order) for key, order in zip(shared, orders)] for file in (one, two)))
 
 
-def _verdicts(path: Path) -> dict[tuple[str, int], str]:
-    """Verdicts by prompt, answers, and how many such there were before: the best one's place in order, or a tie."""
+class _Verdict(NamedTuple):
+    """The answers' texts as JSON, and the best one among them or a tie."""
+
+    answers: list[str]
+    best: str
+
+    def place(self, order: list[str]) -> str:
+        """Where the best one stands in an order of the answers."""
+        return TIE if self.best == TIE else str(order.index(self.best))
+
+
+def _verdicts(path: Path) -> dict[tuple[str, int], _Verdict]:
+    """Verdicts by prompt, answers, and how many such there were before."""
     from mlxft.data.sources import Problem, read_rows, report_lines
 
     seen: Counter[str] = Counter()
-    verdicts: dict[tuple[str, int], str] = {}
+    verdicts: dict[tuple[str, int], _Verdict] = {}
     problems: list[str] = []
     for row in read_rows(str(path), "train"):
         if isinstance(row, Problem):
@@ -230,10 +243,12 @@ def _verdicts(path: Path) -> dict[tuple[str, int], str]:
         if "prompt" not in data or None in texts:
             problems.append(f"{row.where}: no prompt, chosen and rejected; expected a line of mlxft label")
             continue
-        answers = sorted(json.dumps(text, sort_keys=True) for text in texts)
-        key = json.dumps([data["prompt"], answers], sort_keys=True)
-        chosen = str(answers.index(json.dumps(texts[0], sort_keys=True)))
-        verdicts[key, seen[key]] = TIE if data.get("tie") or data.get("preferred") == TIE else chosen
+        listed = data["answers"] if isinstance(data.get("answers"), list) else []
+        held, shown = ([json.dumps(text, sort_keys=True) for text in some] for some in (texts, listed))
+        key = json.dumps([data["prompt"], sorted(held)], sort_keys=True)
+        tied = data.get("tie") or data.get("preferred") == TIE
+        order = shown if sorted(shown) == sorted(held) else sorted(held)
+        verdicts[key, seen[key]] = _Verdict(order, TIE if tied else held[0])
         seen[key] += 1
     if problems:
         raise DataError(report_lines(problems))

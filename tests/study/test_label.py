@@ -244,6 +244,22 @@ def test_agreement_of_two_files(tmp_path: Path, sit: Sit) -> None:
         agreement(tmp_path / "ann.jsonl", write(tmp_path / "x.jsonl", [{"prompt": "?"}]))
 
 
+def test_agreement_goes_by_the_answers_places_whatever_their_texts(tmp_path: Path) -> None:
+    """Model A's answers stand first. Ben prefers all of them, Ann 3 of 4: the 3/4 that chance gives, so kappa is 0.
+
+    By the texts' order, in which A's answers are first and last by turns, it would be 1/2.
+    """
+    answers = [["a", "z"], ["y", "b"], ["c", "x"], ["w", "d"]]
+    for name, said in {"ann": (0, 0, 0, 1), "ben": (0, 0, 0, 0)}.items():
+        rows = [
+            {"prompt": "q", "chosen": texts[best], "rejected": texts[1 - best], "answers": texts}
+            for texts, best in zip(answers, said)
+        ]
+        write(tmp_path / f"{name}.jsonl", rows)
+    found = agreement(tmp_path / "ann.jsonl", tmp_path / "ben.jsonl")
+    assert (found.n, found.observed, found.kappa) == (4, 0.75, pytest.approx(0))
+
+
 def test_prompts_that_do_not_fit(tmp_path: Path, sit: Sit) -> None:
     rows = [
         {"question": "x"},
