@@ -23,6 +23,7 @@ from mlxft.data.sources import type_name
 from mlxft.errors import DataError
 
 _ASKING = ("user", "tool")
+_LARGEST = 3.4e38  # beyond it a number is infinite in float32, which losses are computed in
 
 
 def read_preference(row: dict[str, Any]) -> Preference | Ranked:
@@ -149,7 +150,7 @@ def _number(value: Any, at: str) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= _LARGEST:
         raise DataError(f"{at} is {value!r}; expected a finite number")
     return number
 

@@ -117,6 +117,7 @@ TEXTS = {"prompt": "x", "chosen": "a", "rejected": "b"}
         ({"prompt": [USER, GOOD], "chosen": "a", "rejected": "b"}, "prompt[1].role is assistant, and it is the last"),
         ({**TEXTS, "margin": float("nan")}, "margin is nan; expected a finite number"),
         ({**TEXTS, "margin": float("inf")}, "margin is inf; expected a finite number"),
+        ({**TEXTS, "margin": 1e39}, "margin is 1e+39; expected a finite number"),  # infinite in float32
         ({**TEXTS, "margin": True}, "margin is True; expected a finite number"),
         ({**TEXTS, "margin": "big"}, "margin is 'big'; expected a finite number"),
         ({**TEXTS, "margin": 1, "tie": True}, "margin is 1 and the row is a tie"),
