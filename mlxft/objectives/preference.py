@@ -129,8 +129,7 @@ class _Pairs(Judged[EncodedPair]):
         _refuse_ties([*rows, *valid], self._settings.loss)
         super().__init__(config, rows, counts, valid, per_row=2)
         self.notes += self._policy.notes(2 * len([*rows, *valid]))
-        if margins := sum(row.margin is not None for row in rows):
-            self.notes.append(f"{margins:,} rows have a margin, which loss {self._settings.loss} does not use")
+        self.notes += _idle_margins(rows, self._settings.loss)
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         self._policy.prepare(model)
@@ -193,16 +192,19 @@ class _Single(Judged[EncodedAnswer]):
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_recipe(config, ("unpaired", "preference"))
+        idle: list[str] = []
         if config.data.format == "preference":
             pairs, counts, others, _ = encode_splits(config, tokenizer, build_pairs)
             _refuse_ties([*pairs, *others], "kto")
             rows, valid = _apart(pairs), _apart(others)
+            idle = _idle_margins(pairs, "kto")
         else:
             rows, counts, valid, _ = encode_splits(config, tokenizer, build_answers)
         self._policy = _Policy(config)
         self._settings = self._policy.settings
         super().__init__(config, rows, counts, valid, per_row=1)
         self.notes += self._policy.notes(2 * len([*rows, *valid]))  # each prompt's own answer, and another's
+        self.notes += idle
         good = sum(row.label for row in rows)
         if not 0 < good < len(rows):
             self.notes.append(f"all answers are {'good' if good else 'bad'}: there is nothing to tell them from")
@@ -321,6 +323,12 @@ def _refuse_ties(rows: Sequence[EncodedPair], loss: str) -> None:
             f"{', '.join(ties[:5])}{more}: is a tie, which loss {loss} can not learn from; leave them out, or train a "
             "reward model (objective: reward), which can"
         )
+
+
+def _idle_margins(rows: Sequence[EncodedPair], loss: str) -> list[str]:
+    """That the rows' margins do not act, if they have any."""
+    margins = sum(row.margin is not None for row in rows)
+    return [f"{margins:,} rows have a margin, which loss {loss} does not use"] if margins else []
 
 
 def _apart(pairs: Sequence[EncodedPair]) -> list[EncodedAnswer]:

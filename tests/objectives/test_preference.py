@@ -413,6 +413,13 @@ def test_a_setting_that_would_not_act_is_refused(
         parse_config(settings(loss, preference=own))
 
 
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_margins_that_do_not_act_are_said(loss: str, settings: Recipe, tiny_tokenizer: Any) -> None:
+    rows = [{**row, "margin": 1} for row in pairs(3)]
+    found = make_objective(parse_config(settings(loss, rows)), tiny_tokenizer)
+    assert f"3 rows have a margin, which loss {loss} does not use" in found.summary().notes
+
+
 def test_kto_and_pairs_want_their_own_formats(settings: Recipe, tiny_tokenizer: Any) -> None:
     for loss, form in (("dpo", "unpaired"), ("kto", "ratings")):
         with pytest.raises(ConfigError, match=f"data.format: {form} is not for objective preference"):
