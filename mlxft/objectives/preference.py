@@ -163,9 +163,7 @@ class _Pairs(Judged[EncodedPair]):
             ref = row_sums(a["reference"], a["owners"], count)
             losses = self._referred(chosen, rejected, *_halves(ref))
             rewards = _halves(F.implicit_reward(sums, ref, s.strength))
-            # Second order in the log-ratio: an estimate over the data's own answers, which neither policy has drawn.
-            apart = row_sums(F.kl(mx.stop_gradient(tokens), a["reference"], "k2"), a["owners"], count)
-            metrics["kl"] = (w * (apart[: count // 2] + apart[count // 2 :]) / 2).sum()
+            metrics["kl"] = (w * sum(_halves(_kl(tokens, a))) / 2).sum()
         elif s.loss == "simpo":
             losses = F.simpo(*means, s.strength, 1.0 if s.gamma is None else s.gamma)
             rewards = s.strength * means[0], s.strength * means[1]
@@ -268,7 +266,8 @@ class _Single(Judged[EncodedAnswer]):
         metrics = {
             "accuracy": ((signed > 0) + 0.5 * (signed == 0)).sum(),
             "margin": signed.sum(),
-            "kl": a["point"] * count,
+            "kl": _kl(tokens, a).sum(),
+            "reference_point": a["point"] * count,
         }
         if not model.training:
             good, bad = a["good"], 1 - a["good"]
@@ -299,6 +298,14 @@ def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
     """The chosen answers' part and the rejected ones'."""
     half = x.shape[0] // 2
     return x[:half], x[half:]
+
+
+def _kl(tokens: mx.array, a: dict[str, mx.array]) -> mx.array:
+    """(N,), of each answer: KL to the reference, summed over its tokens.
+
+    Second order in the log-ratio: an estimate over the data's own answers, which neither policy has drawn.
+    """
+    return row_sums(F.kl(mx.stop_gradient(tokens), a["reference"], "k2"), a["owners"], a["lengths"].size)
 
 
 def _rewards(chosen: mx.array, rejected: mx.array, weights: mx.array) -> dict[str, mx.array]:

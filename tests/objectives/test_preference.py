@@ -365,6 +365,22 @@ def test_kto_tells_the_implicit_rewards_of_good_and_bad_answers(
     assert told["rewards_chosen"] != told["rewards_rejected"]
 
 
+def test_kl_is_that_of_the_other_losses_and_the_reference_point_stands_beside_it(
+    settings: Recipe, tiny_model: Loaded
+) -> None:
+    """Pairs taken apart are the same answers: so is their KL, also where the reference point is held at 0."""
+    changes = {"batch.rows": 64, "data.valid": 0.5}
+    first = objective(settings("dpo", pairs(6), **changes), tiny_model)
+    second = make_objective(parse_config(settings("kto", pairs(6), **changes)), tiny_model.tokenizer)
+    model = tiny_model.model
+    second.prepare(model)
+    model.update(tree_map(lambda v: v + 0.03, model.trainable_parameters()))
+    told = {"dpo": validate(model, first), "kto": validate(model, second)}
+    assert told["kto"]["kl"] == pytest.approx(told["dpo"]["kl"], rel=1e-4)
+    assert told["kto"]["kl"] > 0.01
+    assert told["kto"]["reference_point"] != told["kto"]["kl"]
+
+
 def test_the_reference_point_is_of_the_whole_step_and_of_other_prompts(settings: Recipe, tiny_model: Loaded) -> None:
     changes = {"batch.rows": 4, "batch.accumulate": 3, "preference": {"beta": 1.0}}
     found = objective(settings("kto", pairs(6), **changes), tiny_model)
