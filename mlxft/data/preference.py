@@ -31,7 +31,8 @@ def read_preference(row: dict[str, Any]) -> Preference | Ranked:
 
     Prompt and answers are texts; or messages, where an answer is a text, an assistant message, or a list: that message
     alone or the whole conversation. Without a prompt both are whole conversations that differ in the last turn only.
-    ShareGPT's pairs have `conversations` as the prompt. `rejected` may be a list of texts: one pair for each of them.
+    ShareGPT's pairs have `conversations` as the prompt, and any message may be written as its turns are, by from and
+    value. `rejected` may be a list of texts: one pair for each of them.
     """
     rejected = row["rejected"]
     if isinstance(rejected, list) and rejected and all(isinstance(text, str) for text in rejected):
@@ -41,8 +42,7 @@ def read_preference(row: dict[str, Any]) -> Preference | Ranked:
 
 
 def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Preference:
-    sharegpt = row.get("conversations") is not None
-    sides = {"chosen": _side(row["chosen"], "chosen", sharegpt), at: _side(rejected, at, sharegpt)}
+    sides = {"chosen": _side(row["chosen"], "chosen"), at: _side(rejected, at)}
     good, bad = sides.values()
     prompt = _context(row)
     if prompt is None:
@@ -58,17 +58,22 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Prefere
     return Preference(prompt, answers[0], answers[1], margin, weight, tie, read_tools(row.get("tools")))
 
 
-def _side(value: Any, at: str, sharegpt: bool = False) -> str | list[Message]:
+def _side(value: Any, at: str) -> str | list[Message]:
     """An answer as given: a text, or messages."""
     if isinstance(value, str):
         return string_at(value, at)
-    read = sharegpt_turn if sharegpt else message_at
     if isinstance(value, dict):
-        return [_unweighted(read(value, at))]
+        return [_message(value, at)]
     if not isinstance(value, list):
         raise DataError(f"{at} is {type_name(value)}; expected text, a message or a list of messages")
     turns = list_at(value, at, "messages")
-    return [_unweighted(read(turn, f"{at}[{i}]")) for i, turn in enumerate(turns)]
+    return [_message(turn, f"{at}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _message(value: Any, at: str) -> Message:
+    """A message by role and content, or as ShareGPT writes it."""
+    sharegpt = isinstance(value, dict) and value.get("role") is None and value.get("from") is not None
+    return _unweighted((sharegpt_turn if sharegpt else message_at)(value, at))
 
 
 def _unweighted(message: Message) -> Message:
@@ -83,7 +88,7 @@ def _context(row: dict[str, Any]) -> str | list[Message] | None:
         turns = list_at(row["conversations"], "conversations", "turns")
         at = [f"conversations[{i}]" for i in range(len(turns))]
         system = system_turn(row)
-        messages = system + [_unweighted(sharegpt_turn(turn, place)) for turn, place in zip(turns, at)]
+        messages = system + [_message(turn, place) for turn, place in zip(turns, at)]
         check_order(messages, ["system"] * len(system) + at, _ASKING)
         return messages
     if row.get("system") is not None:
@@ -96,7 +101,8 @@ def _prompt(prompt: Any) -> str | list[Message]:
         return string_at(prompt, "prompt")
     if not isinstance(prompt, list):
         raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
-    return [_unweighted(message) for message in messages_at(prompt, "prompt", _ASKING)]
+    turns = list_at(prompt, "prompt", "messages")
+    return messages_at([_message(turn, f"prompt[{i}]") for i, turn in enumerate(turns)], "prompt", _ASKING)
 
 
 def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message]:

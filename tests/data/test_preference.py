@@ -20,6 +20,9 @@ USER = {"role": "user", "content": "Hello?"}
 MORE = {"role": "user", "content": "More?"}
 GOOD = {"role": "assistant", "content": "Good day."}
 BAD = {"role": "assistant", "content": "Bah."}
+ASKED, SAID, GRUMBLED = (  # the same as ShareGPT writes them
+    {"from": source, "value": text} for source, text in (("human", "Hello?"), ("gpt", "Good day."), ("gpt", "Bah."))
+)
 PAIR = Preference([USER], GOOD, BAD)
 
 
@@ -50,6 +53,10 @@ def refusal(format: str, row: dict[str, Any]) -> str:
             "chosen": {"from": "gpt", "value": "Good day."},
             "rejected": {"from": "gpt", "value": "Bah."},
         },
+        {"conversations": [USER], "chosen": GOOD, "rejected": BAD},
+        {"prompt": [ASKED], "chosen": [SAID], "rejected": [GRUMBLED]},
+        {"prompt": "Hello?", "chosen": SAID, "rejected": GRUMBLED},
+        {"chosen": [ASKED, SAID], "rejected": [ASKED, GRUMBLED]},
     ],
 )
 def test_one_pair_in_many_forms(row: dict[str, Any]) -> None:
