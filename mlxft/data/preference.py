@@ -185,24 +185,29 @@ def _tie(row: dict[str, Any]) -> bool:
 
 
 def read_ratings(row: dict[str, Any]) -> Ranked:
-    """{"prompt", "answers" or "completions": texts, "ratings" or "scores": numbers, or "ranking": best first, "tools"?}
+    """{"prompt", "answers" or "completions", "ratings" or "scores": numbers, or "ranking": best first, "tools"?}
 
-    Every two answers with different ratings are a pair, the higher one chosen; the pairs' weights add up to 1, so that
-    a prompt with many answers counts as much as one with few. `ranking` holds the answers' indices, from 0.
+    Prompt and answers are as in a preference. Every two answers with different ratings are a pair, the higher one
+    chosen; the pairs' weights add up to 1, so that a prompt with many answers counts as much as one with few. `ranking`
+    holds the answers' indices, from 0.
     """
     name, given = _one_of(row, ("answers", "completions"))
-    answers = [string_at(text, f"{name}[{i}]") for i, text in enumerate(list_at(given, name, "texts"))]
-    if len(answers) < 2:
+    places = {f"{name}[{i}]": side for i, side in enumerate(list_at(given, name, "answers"))}
+    sides = {at: _side(side, at) for at, side in places.items()}
+    if len(sides) < 2:
         raise DataError(f"{name} has one answer; expected two or more to compare")
-    ratings = _ratings(row, len(answers), name)
+    ratings = _ratings(row, len(sides), name)
     prompt, tools = _prompt(row["prompt"]), read_tools(row.get("tools"))
-    order = sorted(range(len(answers)), key=lambda i: -ratings[i])
+    if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
+        wholes = [_whole(prompt, side, at) for at, side in sides.items()]
+        prompt = wholes[0][:-1]
+    turns = [_reply(side, prompt, at) for at, side in sides.items()]
+    order = sorted(range(len(turns)), key=lambda i: -ratings[i])
     better = [(a, b) for n, a in enumerate(order) for b in order[n + 1 :] if ratings[a] > ratings[b]]
     for a, b in better:
-        if answers[a] == answers[b]:
+        if turns[a] == turns[b]:
             first, second = sorted((a, b))
             raise DataError(f"{name}[{first}] and {name}[{second}] are the same text, with different ratings")
-    turns = [_reply(text, prompt, name) for text in answers]
     weight = 1 / max(1, len(better))
     return Ranked(tuple(Preference(prompt, turns[a], turns[b], None, weight, False, tools) for a, b in better))
 

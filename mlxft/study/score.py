@@ -134,12 +134,14 @@ def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[Scored]:
         texts = row[listed]
         if not isinstance(texts, list) or not texts:
             raise DataError(f"{listed} is {texts!r:.40}; expected a list of answers")
-        items = [FORMATS["prompt-completion"].read({**row, "completion": text}) for text in texts]
+        items = [FORMATS["unpaired"].read({**row, "completion": answer, "label": True}) for answer in texts]
         answers = [_answer(scorer, item, where) for item in items]
         return [Scored(where, "ranking", answers, [str(i) for i in range(len(answers))])]
-    for name in ("messages", "prompt-completion"):
-        if not FORMATS[name].missing(row):
-            return [Scored(where, "answer", [_answer(scorer, FORMATS[name].read(row), where)], ["score"])]
+    single = "unpaired" if isinstance(row.get("prompt"), str) else "prompt-completion"
+    kind = FORMATS["messages" if "messages" in has else single]
+    judged = {**row, "label": True}  # good or bad, it has a score
+    if not kind.missing(judged):
+        return [Scored(where, "answer", [_answer(scorer, kind.read(judged), where)], ["score"])]
     raise DataError(f"the row has {', '.join(sorted(has)) or 'no fields'}; expected {FIELDS}")
 
 

@@ -42,6 +42,15 @@ def test_pairs_answers_and_rankings(reward: str, mlxft: Callable[..., Any], shel
     one, ranking, _ = [json.loads(line) for line in mlxft("score", reward, "mixed.jsonl", "--json").out.splitlines()]
     assert one["score"] == pytest.approx(lines[0]["chosen"], abs=1e-4)
     assert ranking["scores"] == pytest.approx([lines[0]["rejected"], lines[0]["chosen"]], abs=1e-4)
+    # The same as messages: a prompt that is a text is then the user's turn.
+    good, bad = ([{"role": "assistant", "content": first[side]}] for side in ("chosen", "rejected"))
+    turns = [
+        {"prompt": first["prompt"], "completion": good, "label": False},
+        {"prompt": first["prompt"], "answers": [bad, good[0]], "ratings": [1, 2]},
+    ]
+    (tmp_path / "turns.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in turns), "utf-8")
+    told = [json.loads(line) for line in mlxft("score", reward, "turns.jsonl", "--json").out.splitlines()]
+    assert [told[0]["score"], *told[1]["scores"]] == pytest.approx([one["score"], *ranking["scores"]], abs=1e-4)
     said = mlxft("score", reward, "mixed.jsonl").out.splitlines()
     assert said[1].startswith("mixed.jsonl:2: answers[")
     assert " > answers[" in said[1]

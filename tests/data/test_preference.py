@@ -167,6 +167,20 @@ def test_ratings_make_every_pair_that_differs_and_count_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ([USER], [BAD, [GOOD]]),
+        ([USER], [[USER, BAD], "Good day."]),
+        ("Hello?", [BAD, GOOD]),
+        ("Hello?", [[USER, BAD], [USER, GOOD]]),
+        ([USER], [GRUMBLED, SAID]),
+    ],
+)
+def test_answers_that_are_rated_may_be_messages(prompt: Any, answers: list[Any]) -> None:
+    assert one("ratings", {"prompt": prompt, "answers": answers, "ratings": [1, 2]}) == Ranked((PAIR,))
+
+
+@pytest.mark.parametrize(
     ("row", "text"),
     [
         ({"prompt": "x", "answers": ["a"], "ratings": [1]}, "answers has one answer; expected two or more"),
@@ -175,6 +189,8 @@ def test_ratings_make_every_pair_that_differs_and_count_once() -> None:
         ({**RATED, "ratings": [1, 2, float("nan")]}, "ratings[2] is nan"),
         ({**RATED, "ranking": [1, 2, 3]}, "ranking is [1, 2, 3]; expected each index from 0 to 2 once"),
         ({**RATED, "answers": ["a", "", "c"], "ratings": [1, 2, 3]}, "answers[1] is empty"),
+        ({**RATED, "answers": ["a", GOOD, "c"], "ratings": [1, 2, 3]}, "answers[0] is a string, and the other answer"),
+        ({**RATED, "answers": [GOOD, [MORE, BAD], BAD], "ratings": [1, 2, 3]}, "answers[1] answers another prompt"),
         ({**RATED, "answers": ["a", "b", "a"], "ratings": [1, 2, 3]}, "answers[0] and answers[2] are the same text"),
         ({**RATED, "ratings": [1, 2, 3], "scores": [1, 2, 3]}, "the row has ratings and scores; expected one of them"),
         (RATED, "no field 'ratings' or 'scores' or 'ranking'; the row has prompt, answers"),
