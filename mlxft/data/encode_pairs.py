@@ -41,6 +41,7 @@ class EncodedAnswer(NamedTuple):
     completion_ids: Ids
     label: bool
     where: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def fingerprint(rows: Sequence[EncodedPair | EncodedAnswer]) -> str:
             # The length first: without it one answer's end could not be told from the next one's beginning.
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
-        said = (row.margin, row.weight, row.tie) if isinstance(row, EncodedPair) else (row.label,)
+        said = (row.margin, row.weight, row.tie) if isinstance(row, EncodedPair) else (row.label, row.weight)
         digest.update(repr(said).encode())
     return digest.hexdigest()
 

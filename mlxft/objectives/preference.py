@@ -247,6 +247,7 @@ class _Single(Judged[EncodedAnswer]):
         arrays = stack(answers, width)
         del arrays["last"]
         arrays["good"] = mx.array([float(row.label) for row in chosen])
+        arrays["weights"] = mx.array([row.weight for row in chosen])
         arrays["point"] = mx.array(self._point)
         assert self._policy.reference is not None
         arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), list(rows))
@@ -259,21 +260,21 @@ class _Single(Judged[EncodedAnswer]):
         tokens = self._policy.logprobs(model, a, model.training)
         ratios = row_sums(tokens - a["reference"], a["owners"], count)
         weights = [1.0 if given is None else given for given in (s.good_weight, s.bad_weight)]
-        losses = F.kto(ratios, a["good"], a["point"], s.strength, *weights)
+        w, good = a["weights"], a["good"]
+        losses = F.kto(ratios, good, a["point"], s.strength, *weights)
         rewards = s.strength * mx.stop_gradient(ratios)
         gain = rewards - s.strength * a["point"]
-        signed = mx.where(a["good"] != 0, gain, -gain)
-        metrics = {
-            "accuracy": ((signed > 0) + 0.5 * (signed == 0)).sum(),
-            "margin": signed.sum(),
-            "kl": _kl(tokens, a).sum(),
-            "reference_point": a["point"] * count,
+        signed = mx.where(good != 0, gain, -gain)
+        values = {
+            "accuracy": (signed > 0) + 0.5 * (signed == 0),
+            "margin": signed,
+            "kl": _kl(tokens, a),
+            "reference_point": a["point"],
         }
         if not model.training:
-            good, bad = a["good"], 1 - a["good"]
-            sums = {"share": good, "chosen": good * rewards, "rejected": bad * rewards}
-            metrics |= {f"good/{name}": value.sum() for name, value in sums.items()}
-        return LossSum(losses.sum(), mx.array(float(count)), metrics)
+            bad = 1 - good
+            values |= {"good/share": good, "good/chosen": good * rewards, "good/rejected": bad * rewards}
+        return LossSum((w * losses).sum(), w.sum(), {name: (w * value).sum() for name, value in values.items()})
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:
         """Adds rewards_chosen and rewards_rejected, each over the answers of its kind."""
@@ -339,12 +340,13 @@ def _idle_margins(rows: Sequence[EncodedPair], loss: str) -> list[str]:
 
 
 def _apart(pairs: Sequence[EncodedPair]) -> list[EncodedAnswer]:
-    """The answers of pairs, each once: a row of several pairs repeats some."""
+    """The answers of pairs, each once and with its pairs' weight: of several rejected ones each counts for a part."""
     found: dict[Any, EncodedAnswer] = {}
     for pair in pairs:
         for answer, label in zip(answers_of(pair), (True, False)):
             key = (pair.where, answer.reply.tobytes(), label)
-            found.setdefault(key, EncodedAnswer(answer.prompt, answer.reply, label, pair.where))
+            before = found.get(key, EncodedAnswer(answer.prompt, answer.reply, label, pair.where, 0.0))
+            found[key] = before._replace(weight=before.weight + pair.weight)
     return list(found.values())
 
 

@@ -381,6 +381,22 @@ def test_kl_is_that_of_the_other_losses_and_the_reference_point_stands_beside_it
     assert told["kto"]["reference_point"] != told["kto"]["kl"]
 
 
+def test_a_prompt_with_several_rejected_answers_counts_once_for_kto_too(settings: Recipe, tiny_model: Loaded) -> None:
+    """One good answer and three bad ones, of a third each, as the pairs they make count one in all."""
+    first, second = pairs(2)
+    rows = [{**first, "rejected": ["z", "z z", "z z z"]}, second]
+    found = objective(settings("kto", rows, **{"batch.rows": 8}), tiny_model)
+    batch = next(found.batches(tiny_model.model))
+    whose = dict.fromkeys(batch.rows, 0.0)
+    good, weights = batch.arrays["good"].tolist(), batch.arrays["weights"].tolist()
+    for where, label, weight in zip(batch.rows, good, weights):
+        assert weight == pytest.approx(1 if label or where.endswith(":2") else 1 / 3)
+        whose[where] += weight
+    assert list(whose.values()) == pytest.approx([2, 2])
+    sums = found.loss(tiny_model.model, batch)
+    assert (sums.weight.item(), sums.total.item()) == pytest.approx((4, 2), abs=1e-5)  # before the first step: 1/2 each
+
+
 def test_the_reference_point_is_of_the_whole_step_and_of_other_prompts(settings: Recipe, tiny_model: Loaded) -> None:
     changes = {"batch.rows": 4, "batch.accumulate": 3, "preference": {"beta": 1.0}}
     found = objective(settings("kto", pairs(6), **changes), tiny_model)
