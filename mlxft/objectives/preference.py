@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.data.batching import Slot
-from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, build_pairs
+from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, build_pairs, length
 from mlxft.errors import DataError
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums
@@ -195,6 +196,7 @@ class _Single(Judged[EncodedAnswer]):
             pairs, counts, others, _ = encode_splits(config, tokenizer, build_pairs)
             _refuse_ties([*pairs, *others], "kto")
             rows, valid = _apart(pairs), _apart(others)
+            counts = replace(counts, tokens=sum(map(length, rows)))  # a prompt is read with each of its answers
             idle = _idle_margins(pairs, "kto")
         else:
             rows, counts, valid, _ = encode_splits(config, tokenizer, build_answers)

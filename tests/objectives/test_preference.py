@@ -393,6 +393,7 @@ def test_a_prompt_with_several_rejected_answers_counts_once_for_kto_too(settings
         assert weight == pytest.approx(1 if label or where.endswith(":2") else 1 / 3)
         whose[where] += weight
     assert list(whose.values()) == pytest.approx([2, 2])
+    assert found.summary().counts["tokens"] == batch.tokens
     sums = found.loss(tiny_model.model, batch)
     assert (sums.weight.item(), sums.total.item()) == pytest.approx((4, 2), abs=1e-5)  # before the first step: 1/2 each
 
