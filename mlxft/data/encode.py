@@ -169,11 +169,15 @@ def _by_template(
     tokenizer: Any, tools: list[dict[str, Any]] | None, where: str, chat: bool, encode: Callable[[_Chat], T]
 ) -> T:
     if not chat:
-        raise ConfigError(f"{where}: a conversation can not be encoded without its chat template; turn chat on")
+        raise ConfigError(
+            f"{where}: a conversation can not be encoded without its chat template; set data.template: auto, or write "
+            "prompt and answers as texts"
+        )
     if not tokenizer.has_chat_template:
         raise DataError(
             f"{where}: a conversation needs a chat template, and this tokenizer has none (base models have none): "
-            "use data.format: text or prompt-completion, or set model.chat_template"
+            "use data.format: text or prompt-completion, or set model.chat_template; a judged prompt and its answers "
+            "may be texts too"
         )
     try:
         return encode(_Chat(tokenizer, tools, where, {}))

@@ -277,8 +277,10 @@ def test_texts_are_turns_where_there_is_a_template(tokenizer: Make) -> None:
         (pair,) = pairs(texts, tok=tok, **options).rows
         assert tok.decode(pair.prompt_ids).removeprefix("<|bos|>") == "Hello?"
         assert [tok.decode(ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == ["Good day.<|eos|>", "Bah.<|eos|>"]
-    with pytest.raises(DataError, match="a:1: a conversation needs a chat template"):
+    with pytest.raises(DataError, match=r"a:1: a conversation needs a chat template.*judged prompt.*may be texts"):
         pairs(PAIR, tok=raw)
+    with pytest.raises(ConfigError, match=r"a:1: .*set data\.template: auto, or write prompt and answers as texts"):
+        pairs(PAIR, tok=chat, chat=False)
 
 
 def test_the_prompt_does_not_depend_on_the_answer(tokenizer: Make) -> None:
