@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlxft.errors import ConfigError, DataError
 from mlxft.model import kv
-from mlxft.model.sample import Noise, Sampling, evaluating, pick
+from mlxft.model.sample import Noise, Sampling, evaluating, never_drawn, pick
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -126,6 +126,7 @@ class _Decoding:
         self, tokenizer: Any, sampling: Sampling, ends: frozenset[int], on_done: Callable[[int], None]
     ) -> None:
         self._tokenizer, self._sampling, self._ends, self._on_done = tokenizer, sampling, ends, on_done
+        self._without = never_drawn(tokenizer, sampling)
         # A token is at least a byte of text, but for a few special ones.
         self._window = max((len(text.encode()) for text in sampling.stop), default=0) + 8
 
@@ -134,14 +135,14 @@ class _Decoding:
         ids: list[list[int]] = [[] for _ in range(logits.shape[0])]
         finish: list[str | None] = [None] * len(ids)
         rows = list(range(len(ids)))  # which answer a row of the batch is
-        drawn = pick(logits, self._sampling, noise)
+        drawn = pick(logits, self._sampling, noise, self._without)
         del logits
         mx.async_eval(drawn)
         for n in range(1, self._sampling.max_tokens + 1):
             ahead = None
             if n < self._sampling.max_tokens:
                 # The next step is on its way before this one's tokens are read; for rows that end here it is wasted.
-                ahead = pick(kv.step(model, caches, drawn), self._sampling, noise)
+                ahead = pick(kv.step(model, caches, drawn), self._sampling, noise, self._without)
                 mx.async_eval(ahead)
             ended = 0
             for i, token in zip(rows, cast("list[int]", drawn.tolist())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -12,6 +12,8 @@ from mlxft.model.logits import Split, chunk_size
 
 Parameters = dict[str, mx.array]
 Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers
+
+_OUT = -1e30  # a logit without probability
 
 
 def _picked(logits: mx.array, labels: mx.array) -> mx.array:
@@ -25,13 +27,33 @@ def _entropy(logits: mx.array) -> mx.array:
     return total - (exp(logits - total[:, None]) * logits).sum(axis=-1)
 
 
-def _at(temperature: float, read: Read) -> Read:
-    """`read` of logits at a temperature."""
-    return read if temperature == 1 else lambda logits, labels: read(logits.astype(mx.float32) / temperature, labels)
+class Draw(NamedTuple):
+    """How tokens were sampled: from softmax(logits / temperature), of all tokens but `without`."""
+
+    temperature: float = 1.0
+    without: int | None = None
+
+
+_PLAIN = Draw()
+
+
+def _at(draw: Draw, read: Read) -> Read:
+    """`read` of the logits that were sampled from."""
+    if draw == _PLAIN:
+        return read
+
+    def of_drawn(logits: mx.array, labels: mx.array) -> mx.array:
+        logits = logits.astype(mx.float32) / draw.temperature
+        if draw.without is not None:
+            # Finite: in an entropy -inf would be 0 * inf.
+            logits = mx.where(mx.arange(logits.shape[-1]) == draw.without, _OUT, logits)
+        return read(logits, labels)
+
+    return of_drawn
 
 
 def rows_logprobs(
-    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, grad: bool, temperature: float = 1.0
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, grad: bool, draw: Draw = _PLAIN
 ) -> mx.array:
     """Log-probability of each label at its position, (N,) float32, in nats.
 
@@ -40,12 +62,12 @@ def rows_logprobs(
         positions: (N,) flat indices into B x T of the positions that predict.
         labels: (N,) tokens that they predict.
         grad: whether a gradient will be asked for.
-        temperature: that the labels were sampled at.
+        draw: how the labels were sampled.
     """
     if not split.separable:
         logits = split.model(ids)
-        return _at(temperature, _picked)(logits.reshape(-1, logits.shape[-1])[positions], labels)
-    return hidden_logprobs(split, rows_hidden(split, ids, positions), labels, grad=grad, temperature=temperature)
+        return _at(draw, _picked)(logits.reshape(-1, logits.shape[-1])[positions], labels)
+    return hidden_logprobs(split, rows_hidden(split, ids, positions), labels, grad=grad, draw=draw)
 
 
 def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
@@ -54,35 +76,33 @@ def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])[positions]
 
 
-def hidden_logprobs(
-    split: Split, hidden: mx.array, labels: mx.array, *, grad: bool, temperature: float = 1.0
-) -> mx.array:
+def hidden_logprobs(split: Split, hidden: mx.array, labels: mx.array, *, grad: bool, draw: Draw = _PLAIN) -> mx.array:
     """The same of (N, D) hidden states, in chunks: the logits of all of them never exist."""
-    return _read(split, hidden, labels, _at(temperature, _picked), grad)
+    return _read(split, hidden, labels, _at(draw, _picked), grad)
 
 
-def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, temperature: float = 1.0) -> mx.array:
+def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _PLAIN) -> mx.array:
     """Entropy of the next token, (N,) float32, in nats, after (N, D) hidden states."""
     labels = mx.zeros(hidden.shape[0], dtype=mx.int32)
-    return _read(split, hidden, labels, _at(temperature, lambda logits, _: _entropy(logits)), grad)
+    return _read(split, hidden, labels, _at(draw, lambda logits, _: _entropy(logits)), grad)
 
 
 def rows_logprobs_entropy(
-    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, temperature: float = 1.0
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, draw: Draw = _PLAIN
 ) -> tuple[mx.array, mx.array]:
     """Log-probabilities, bit for bit those of `rows_logprobs`, and entropies, both (N,), without a gradient."""
     if split.separable:
-        return hidden_logprobs_entropy(split, rows_hidden(split, ids, positions), labels, temperature=temperature)
+        return hidden_logprobs_entropy(split, rows_hidden(split, ids, positions), labels, draw=draw)
     logits = split.model(ids)
-    found = _at(temperature, _picked_entropy)(logits.reshape(-1, logits.shape[-1])[positions], labels)
+    found = _at(draw, _picked_entropy)(logits.reshape(-1, logits.shape[-1])[positions], labels)
     return found[:, 0], found[:, 1]
 
 
 def hidden_logprobs_entropy(
-    split: Split, hidden: mx.array, labels: mx.array, *, temperature: float = 1.0
+    split: Split, hidden: mx.array, labels: mx.array, *, draw: Draw = _PLAIN
 ) -> tuple[mx.array, mx.array]:
     """The same after (N, D) hidden states."""
-    found = _read(split, hidden, labels, _at(temperature, _picked_entropy), False)
+    found = _read(split, hidden, labels, _at(draw, _picked_entropy), False)
     return found[:, 0], found[:, 1]
 
 

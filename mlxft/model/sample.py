@@ -33,7 +33,7 @@ class Sampling:
         temperature: 0 takes the most likely token.
         top_p, top_k, min_p: filters as mlx-lm applies them (before the temperature); 1, 0 and 0 switch them off.
         stop: strings that end an answer.
-        stop_at_eos: whether the tokenizer's eos ids end it; if not they are tokens like others.
+        stop_at_eos: whether the tokenizer's eos ids end it; if not, they and the pad id are tokens like others.
     Raises:
         ConfigError: all that is out of bounds, in one.
     """
@@ -165,8 +165,19 @@ class Noise:
         self._keys, self._drawn = self._keys[rows], self._drawn[rows]
 
 
-def pick(logits: mx.array, sampling: Sampling, noise: Noise) -> mx.array:
-    """(B, V) logits -> (B,) ids, by the sampling's filters and temperature."""
+def never_drawn(tokenizer: TokenizerWrapper, sampling: Sampling) -> int | None:
+    """The pad id, which is no part of any answer.
+
+    None where padding is by an eos id, which ends an answer; and where eos ids are tokens like others: so is pad then.
+    """
+    pad: int | None = getattr(tokenizer, "pad_token_id", None)
+    return None if not sampling.stop_at_eos or pad in tokenizer.eos_token_ids else pad
+
+
+def pick(logits: mx.array, sampling: Sampling, noise: Noise, without: int | None = None) -> mx.array:
+    """(B, V) logits -> (B,) ids, by the sampling's filters and temperature, and none of them `without`."""
+    if without is not None:
+        logits = mx.where(mx.arange(logits.shape[-1]) == without, -math.inf, logits)
     if sampling.temperature == 0:
         return mx.argmax(logits, axis=-1)
     return _draw(_filtered(logits.astype(mx.float32), sampling) / sampling.temperature, noise())
@@ -230,7 +241,8 @@ def _pieces(
     # The wrapper's own detokenizer drops a leading space, which belongs to the text where a prompt is plain text.
     text = NaiveStreamingDetokenizer(tokenizer._tokenizer)
     noise = Noise(mx.random.key(int.from_bytes(os.urandom(7), "big") if seed is None else seed)[None])
-    sampler: Callable[[mx.array], mx.array] = lambda logprobs: pick(logprobs, sampling, noise)  # noqa: E731
+    without = never_drawn(tokenizer, sampling)
+    sampler: Callable[[mx.array], mx.array] = lambda logprobs: pick(logprobs, sampling, noise, without)  # noqa: E731
     ends = tokenizer.eos_token_ids if sampling.stop_at_eos else ()
     with evaluating(model), wired_limit(model):
         for token, _ in generate_step(mx.array(ids), model, max_tokens=sampling.max_tokens, sampler=sampler):

@@ -102,8 +102,7 @@ class Objective(OnPolicy[PPO]):
         if self.settings.critic == "separate":
             return super().read(a)
         hidden = rows_hidden(self.split, a["ids"], a["positions"])
-        temperature = self.rollouts.temperature
-        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a["labels"], temperature=temperature)
+        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a["labels"], draw=self.how)
         return {"old_logprobs": logprobs, "entropy": entropy, "values": self.critic.head(hidden)}
 
     def _values(self, a: dict[str, mx.array]) -> mx.array:
@@ -166,13 +165,13 @@ class Objective(OnPolicy[PPO]):
         return self._policy_loss(rows_hidden(self.split, a["ids"], a["positions"]), a)
 
     def _policy_loss(self, hidden: mx.array, a: dict[str, mx.array]) -> LossSum:
-        s, temperature = self.settings, self.rollouts.temperature
-        logprobs = hidden_logprobs(self.split, hidden, a["labels"], grad=True, temperature=temperature)
+        s = self.settings
+        logprobs = hidden_logprobs(self.split, hidden, a["labels"], grad=True, draw=self.how)
         old, advantages, mask = a["old_logprobs"][None], a["advantages"][None], mx.ones_like(logprobs[None])
         total, weight, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
         if s.entropy_coef:
             (behind,) = mx.depends([hidden], [logprobs])  # else logits would stand twice
-            entropy = hidden_entropy(self.split, behind, grad=True, temperature=temperature)
+            entropy = hidden_entropy(self.split, behind, grad=True, draw=self.how)
             total = total - s.entropy_coef * entropy.sum()
         ratio_max = mx.exp(mx.stop_gradient(logprobs) - a["old_logprobs"]).max()
         named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}

@@ -25,6 +25,8 @@ GREEDY = Sampling(12, temperature=0.0, stop_at_eos=False)
 class Words:
     """A tokenizer of 32 tokens whose texts are one letter each; the eos ids as given."""
 
+    pad_token_id: int | None = None
+
     def __init__(self, *eos: int) -> None:
         self.eos_token_ids, self._tokenizer = set(eos), self
 
@@ -194,6 +196,27 @@ def test_frequencies_are_those_of_the_softmax_at_the_temperature() -> None:
     counts = [sum(answer.ids == [token] for answer in found[0]) for token in range(32)]
     expected = [4000 * (54.598 if token == 4 else 1) / (54.598 + 31) for token in range(32)]
     assert sum((n - e) ** 2 / e for n, e in zip(counts, expected)) < 31 + 4 * 7.9
+
+
+def test_pad_is_never_drawn() -> None:
+    """After token 4 the likeliest is 5. As pad it is never taken, and the others are as likely as they are besides."""
+
+    def say(tokenizer: Any, temperature: float, **options: Any) -> list[int]:
+        how = Sampling(1, temperature, **options)
+        found = sample_batch(Cycle(1.0), tokenizer, [[4]], how, samples=3000, seed=1, rows=500)
+        return [answer.ids[0] for answer in found[0]]
+
+    padded = Words(8)
+    padded.pad_token_id = 5
+    drawn = say(padded, 1.0)
+    counts = [drawn.count(token) for token in range(32)]
+    assert counts[5] == 0
+    assert sum((n - 3000 / 31) ** 2 / (3000 / 31) for i, n in enumerate(counts) if i != 5) < 30 + 4 * 7.8
+    assert 5 not in say(padded, 0.0)
+    assert 5 not in say(padded, 1.0, top_k=3, top_p=0.9, min_p=0.1)
+    assert set(say(padded, 0.0, stop_at_eos=False)) == {5}, "where eos is a token like others pad is one too"
+    padded.pad_token_id = 8
+    assert say(padded, 1.0) == say(Words(8), 1.0), "padding by eos, which ends answers"
 
 
 def test_where_answers_end() -> None:

@@ -20,10 +20,10 @@ from mlxft.data.encode import Encoded
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
 from mlxft.model.logits import Split
-from mlxft.model.logprobs import rows_logprobs, rows_logprobs_entropy
+from mlxft.model.logprobs import Draw, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.lora import without_dropout
 from mlxft.model.roles import Roles
-from mlxft.model.sample import Sampling
+from mlxft.model.sample import Sampling, never_drawn
 from mlxft.objectives.base import Batch, LossSum, Summary
 from mlxft.objectives.onpolicy.draw import Drawn
 from mlxft.objectives.onpolicy.held_out import HeldOut
@@ -61,6 +61,7 @@ class OnPolicy(Generic[M]):
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         s = self.rollouts
         self.sampling = Sampling(s.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, tuple(s.stop), s.stop_at_eos)
+        self.how = Draw(s.temperature, never_drawn(tokenizer, self.sampling))
         self.kl_coef: float = self.settings.kl_coef
         self._number, self._step = 0, 0  # of the rollout, and its next step
         self._rollout: Rollout | None = None
@@ -174,7 +175,6 @@ class OnPolicy(Generic[M]):
                 last bit.
         """
         assert self._model is not None
-        temperature = self.rollouts.temperature
         entropy = 0.0
         training = self._model.training
         self._model.eval()
@@ -188,7 +188,7 @@ class OnPolicy(Generic[M]):
                 for name, numbers in found.items():
                     self._keep(rollout, rows, name, numbers)
                 with self.roles.use(self.reference):
-                    ref = rows_logprobs(*asked, grad=False, temperature=temperature)
+                    ref = rows_logprobs(*asked, grad=False, draw=self.how)
                     mx.eval(ref)
                 self._keep(rollout, rows, "ref_logprobs", ref)
         finally:
@@ -198,7 +198,7 @@ class OnPolicy(Generic[M]):
     def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
         """What the policy of now says of each token, (N,): entropy, old_logprobs, and what else a subclass keeps."""
         asked = (self.split, a["ids"], a["positions"], a["labels"])
-        logprobs, entropy = rows_logprobs_entropy(*asked, temperature=self.rollouts.temperature)
+        logprobs, entropy = rows_logprobs_entropy(*asked, draw=self.how)
         return {"old_logprobs": logprobs, "entropy": entropy}
 
     def _keep(self, rollout: Rollout, rows: Sequence[int], name: str, values: mx.array) -> None:
@@ -342,7 +342,7 @@ class OnPolicy(Generic[M]):
     def logprobs(self, a: dict[str, mx.array]) -> mx.array:
         """(N,) of a batch's tokens, by the policy of now."""
         asked = (self.split, a["ids"], a["positions"], a["labels"])
-        return rows_logprobs(*asked, grad=True, temperature=self.rollouts.temperature)
+        return rows_logprobs(*asked, grad=True, draw=self.how)
 
     def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
         """At most: epochs over a rollout end early where `target_kl` says so."""

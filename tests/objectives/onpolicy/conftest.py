@@ -14,12 +14,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4}
 
 
-def build_words(folder: Path, words: int, eos: bool = False, beyond: bool = False, spread: float = 0.0) -> Path:
+def build_words(
+    folder: Path, words: int, eos: bool = False, beyond: bool = False, spread: float = 0.0, pad: bool = False
+) -> Path:
     """Tokens w0, w1, ...
 
     Args:
         eos: the last word that the model has is EOS. beyond: EOS is a word more, which the model can not give.
         spread: of the head's weights; 0: every token is equally likely.
+        pad: w0 is the pad token.
     """
     from mlx_lm.models import llama
     from mlx_lm.utils import save_model
@@ -29,6 +32,7 @@ def build_words(folder: Path, words: int, eos: bool = False, beyond: bool = Fals
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words + beyond)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = {"eos_token": f"w{words + beyond - 1}"} if eos or beyond else {}
+    end |= {"pad_token": "w0"} if pad else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **end)
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(str(folder))

@@ -215,6 +215,25 @@ def test_grpo_is_what_the_papers_write(words: Words, on_policy: OnPolicy, name: 
     assert float(sums.mean()) == pytest.approx(plainly(own, 6, rows), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["grpo", "ppo-shared", "ppo-separate"])
+def test_log_probabilities_are_of_what_is_sampled_from(words: Words, on_policy: OnPolicy, name: str) -> None:
+    """A uniform policy over 32 tokens, of which the pad is never drawn: 31 are, each with 1/31."""
+    kind, _, critic = name.partition("-")
+    own = {"critic": critic, "entropy_coef": 0.1, "epochs": 1} if critic else {}
+    changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True}
+    settings = on_policy(kind, words(32, eos=True, pad=True), LENGTHS, own, **changes)
+    objective, model = made(settings)
+    batches = parts_of(objective, model)
+    event = batches[0].event
+    assert event is not None
+    assert event["entropy"] == pytest.approx(np.log(31), abs=1e-5)
+    for batch in batches:
+        if "ratio_mean" in (sums := objective.loss(model, batch)).metrics:
+            assert float(sums.metrics["ratio_mean"] / sums.weight) == 1
+            np.testing.assert_allclose(np.array(batch.arrays["old_logprobs"]), -np.log(31), atol=1e-5)
+            assert 0 not in np.array(batch.arrays["labels"])
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_first_step_of_a_rollout_has_ratio_one(words: Words, on_policy: OnPolicy, name: str) -> None:
     """To the last bit, whatever micro-batches; and later steps of it do not."""
