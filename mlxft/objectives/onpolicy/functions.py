@@ -126,7 +126,10 @@ def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]
 
 
 def _run_file(spec: str, file: Path) -> ModuleType:
-    """A file as a module that nothing else can meet: of a name of its own, without bytecode left beside it."""
+    """A file as a module that nothing else can meet: of a name of its own, without bytecode left beside it.
+
+    While it runs, what stands beside it can be imported, as by a script.
+    """
     if not file.is_file():
         near = nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
         raise ConfigError(f"rewards.function: {spec}: no such file {file}{near}; looked in {file.absolute().parent}")
@@ -138,6 +141,8 @@ def _run_file(spec: str, file: Path) -> ModuleType:
     # Dataclasses and pickled things look their module up by its name.
     before = sys.modules.get(name)
     sys.modules[name] = module
+    beside = str(file.absolute().parent)
+    sys.path.append(beside)  # last: a file called json.py is nobody else's json
     try:
         exec(loader.source_to_code(loader.get_data(loader.path), loader.path), module.__dict__)
     except BaseException as error:
@@ -148,6 +153,9 @@ def _run_file(spec: str, file: Path) -> ModuleType:
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ConfigError(f"rewards.function: {spec}: {file} can not be run: {_told(error)}") from error
+    finally:
+        if beside in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(beside)]
     return module
 
 

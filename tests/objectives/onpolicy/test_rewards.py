@@ -396,6 +396,18 @@ def test_a_file_is_read_anew_and_has_dataclasses(rewards: Callable[..., Rewards]
     assert both.score(asked(), tokens=1).total.tolist() == [22.0] * 3
 
 
+def test_a_file_may_import_what_stands_beside_it(tmp_path: Path) -> None:
+    """What is installed goes first, and afterwards the path is as before."""
+    (tmp_path / "beside_me.py").write_text("ONE = 1.0\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('not this one')\n")
+    code = "import json\nfrom beside_me import ONE\n\n\ndef f(p, c, r):\n    return [ONE] * len(c)\n"
+    (tmp_path / "r.py").write_text(code)
+    before = sys.path.copy()
+    made = Rewards(RewardSettings(function=f"{tmp_path}/r.py:f"), None)
+    assert made.score(asked(), tokens=1).total.tolist() == [1.0] * 3
+    assert sys.path == before
+
+
 def test_rows_that_lack_what_rules_read_are_all_named() -> None:
     rules = [{"kind": "exact_match"}, {"kind": "number", "field": "n"}]
     found = Rewards(RewardSettings.model_validate({"rules": rules}), None)
