@@ -45,15 +45,17 @@ def pads(model: nn.Module) -> bool:
 
 
 def _agrees(model: nn.Module) -> bool:
-    prompts = [[1, 0, 2, 1], [0, 1]]
+    # So much padding that a place counted from its beginning is far off: afm7's layers that share keys do that.
+    prompts = [[1, 0, 2, 1] * 8, [2, 1, 0, 2, 1]]
     try:
         _, together = prefill(model, prompts)
         alone = mx.concatenate([prefill(model, [prompt])[1] for prompt in prompts])
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False
     apart = mx.abs(together.astype(mx.float32) - alone.astype(mx.float32)).max()
-    # What rounding of bfloat16 may do; a wrong mask or position does more.
-    return bool((apart <= 0.05 * mx.abs(alone).max()).item())
+    # What rounding may do; a wrong mask or position does more.
+    rounding = 1e-2 if alone.dtype == mx.float32 else 5e-2
+    return bool((apart <= rounding * mx.abs(alone).max()).item())
 
 
 def takes_rows(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from architectures import build, scatter
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.errors import ConfigError, DataError
@@ -130,6 +131,15 @@ def test_windows_and_recurrent_states(
     assert [answer.ids for (answer,) in found] == one_by_one(model, PROMPTS, 12)
     twice = sample_batch(model, Words(), PROMPTS, GREEDY, seed=0, samples=2)  # type: ignore[arg-type]
     assert twice == [answers * 2 for answers in found]
+
+
+def test_layers_that_share_keys_take_no_padding() -> None:
+    """mlx-lm's afm7 turns their queries by the place in the row, padding included: lengths stay apart."""
+    model = build("afm7")
+    scatter(model, 0)
+    assert not kv.pads(model)
+    found = sample_batch(model, Words(), PROMPTS, GREEDY, seed=0)  # type: ignore[arg-type]
+    assert [answer.ids for (answer,) in found] == one_by_one(model, PROMPTS, 12)
 
 
 def test_caches_that_are_not_known_are_used_one_at_a_time(tiny_model: Any) -> None:
