@@ -15,6 +15,7 @@ from rich.console import Console
 from mlxft.config import Config
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
+from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters
@@ -90,7 +91,9 @@ class _Saver:
 
             def save_head(folder: Path) -> None:
                 if head is not None:
-                    metadata = head_metadata(fingerprint, {**noted, "template": config.data.template})
+                    whole = config.tune.method == "full"
+                    of = without_weights(fingerprint) if whole else fingerprint
+                    metadata = head_metadata(of, {**noted, "template": config.data.template})
                     write_beside(folder / HEAD_FILE, lambda p: save_arrays(p, head_arrays(head), metadata))
 
             if config.tune.method == "full":
@@ -196,7 +199,7 @@ def _train(
     full = run.config.tune.method == "full"
 
     def on_checkpoint(p: Progress) -> None:
-        saver.checkpoint(loop_state(loop))
+        saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)})
         # Without validation the last is the best known; a whole model is written at the end only.
         if p.best_step is None and not full:
             saver.result()
@@ -299,6 +302,9 @@ def _restore(
     state = snapshot.state
     if state["data"] != objective.fingerprint():
         raise CheckpointError(f"{run.dir}: the training data has changed since the run began; start a new run")
+    if not fits_base(state.get("base"), base_fingerprint(loaded)):
+        path = run.config.model.path
+        raise CheckpointError(f"{run.dir}: what {path} holds has changed since the run began; start a new run")
     try:
         load_trained(loaded.model, snapshot.weights, f"step-{state['step']}")
     except ModelError as e:

@@ -31,6 +31,7 @@ from mlxft.export.precision import (
 )
 from mlxft.export.probe import Probe, find_probe
 from mlxft.export.sources import Source, attach_sources, find_sources, load_base
+from mlxft.model.fingerprint import without_weights
 from mlxft.model.folder import check_destination, check_space, check_unused, save_folder, weight_bytes
 from mlxft.model.heads import (
     HEAD_FILE,
@@ -321,7 +322,7 @@ def _write(out: Path, loaded: Loaded, source: Source, config: dict[str, Any], ov
 
         def save_head(folder: Path) -> None:
             if head is not None:
-                metadata = head_metadata(base_fingerprint(loaded), noted)
+                metadata = head_metadata(without_weights(base_fingerprint(loaded)), noted)
                 save_arrays(folder / HEAD_FILE, head_arrays(head), metadata)
 
         options: dict[str, Any] = {"overwrite": overwrite, "source": loaded.path, "beside": save_head}

@@ -164,7 +164,7 @@ def skeleton(
     target = _target(dtype)
     _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
     model.eval()
-    return Loaded(model, None, config, path, where, fingerprint(config, model))
+    return Loaded(model, None, config, path, where, fingerprint(config, model, weights=False))
 
 
 def _untrained(config: dict[str, Any], name: str) -> nn.Module:

@@ -13,6 +13,7 @@ import pytest
 
 from mlxft.errors import ConfigError, ExportError
 from mlxft.export.convert import convert
+from mlxft.model.fingerprint import fits_base
 from mlxft.model.folder import save_folder
 from mlxft.model.load import base_fingerprint, load
 
@@ -72,7 +73,7 @@ def test_quantise_and_back(kind: str, make_model_dir: Any, tmp_path: Path) -> No
     logits = first.model(IDS)
     # 8 bits in groups of 32 err by about 0.3 % of a weight's spread; a few layers of them by little more.
     assert mx.linalg.norm(logits - last.model(IDS)).item() < 0.04 * mx.linalg.norm(logits).item()
-    assert base_fingerprint(first) == base_fingerprint(last)
+    assert fits_base(base_fingerprint(first), base_fingerprint(last))
 
 
 def test_dtype_is_the_checkpoints_own_unless_given(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -312,6 +312,19 @@ def test_changed_data_is_refused(recipe: Recipe, tmp_path: Path):
         train(settings, resume=True)
 
 
+def test_changed_base_is_refused(recipe: Recipe, make_model_dir: Callable[..., Path], tmp_path: Path):
+    """What lies at model.path is not what the run began with, though its structure is the same."""
+    base = make_model_dir(tmp_path / "base")
+    settings = recipe(**{"model.path": str(base)})
+    interrupted(2, settings)
+    held = mx.load(str(base / "model.safetensors"))
+    assert isinstance(held, dict)
+    drawn = {n: mx.random.normal(v.shape, key=mx.random.key(5)) if v.ndim > 1 else v for n, v in held.items()}
+    mx.save_safetensors(str(base / "model.safetensors"), drawn, {"format": "mlx"})
+    with pytest.raises(CheckpointError, match=r"what .*base holds has changed"):
+        train(settings, resume=True)
+
+
 def test_changed_validation_data_is_refused(recipe: Recipe, tmp_path: Path):
     """The best so far was found on other rows."""
     settings = recipe(rows=10, **{"data.valid": str(tmp_path / "held.jsonl")})
