@@ -18,6 +18,8 @@ from mlxft.errors import ConfigError, RewardError, nearest
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
 
+# Components that are no functions.
+MODEL, MISSING_EOS = "reward_model", "missing_eos"
 CALL = "name(prompts, completions, rows) -> list of floats"
 
 
@@ -120,7 +122,7 @@ def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]
         if file not in modules:
             modules[file] = _run_file(spec, file)
         # A plain name is easier to read in reports, where it can mean one function only.
-        shown = spec if names.count(name) > 1 or name == "reward_model" else name
+        shown = spec if names.count(name) > 1 or name in (MODEL, MISSING_EOS) else name
         found.append(ScoredFunction(shown, spec, weight, _named(spec, modules[file], name)))
     return found
 

@@ -14,13 +14,12 @@ from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
-from mlxft.objectives.onpolicy.functions import ScoredFunction, load_functions
+from mlxft.objectives.onpolicy.functions import MISSING_EOS, MODEL, ScoredFunction, load_functions
 from mlxft.objectives.onpolicy.reward_model import RewardModel, find_reward_run
 from mlxft.objectives.onpolicy.rules import ScoredRule
 from mlxft.objectives.onpolicy.settings import RewardSettings
 
 Values = npt.NDArray[np.float32]
-MODEL = "reward_model"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Scores(NamedTuple):
 
     Attributes:
         total: (n,) float32, what is trained by.
-        components: name -> (n,) float32, each source's own value: before normalising, weights, penalty and clipping.
+        components: name -> (n,) float32, each source's own value: before normalising, weights and clipping; and what
+            the missing-EOS penalty adds.
     """
 
     total: Values
@@ -82,7 +82,8 @@ class Rewards:
     def names(self) -> list[str]:
         """Names of the components, in the order of `Scores.components`."""
         model = [] if self._run is None else [MODEL]
-        return [*model, *(source.name for source in self._sources)]
+        penalty = [] if self._settings.missing_eos_penalty is None else [MISSING_EOS]
+        return [*model, *(source.name for source in self._sources), *penalty]
 
     @property
     def slope(self) -> float:
@@ -145,7 +146,9 @@ class Rewards:
             components[source.name] = values.astype(np.float32)
             total += source.weight * values
         if s.missing_eos_penalty is not None:
-            total -= s.missing_eos_penalty * np.array([not item.finished for item in items], dtype=np.float64)
+            values = -s.missing_eos_penalty * np.array([not item.finished for item in items], dtype=np.float64)
+            components[MISSING_EOS] = values.astype(np.float32)
+            total += values
         if s.clip is not None:
             total = np.clip(total, -s.clip, s.clip)
         return Scores(total.astype(np.float32), components)

@@ -224,6 +224,8 @@ def test_components_are_normalised_weighted_added_penalised_and_clipped(
     found = full.score(asked, tokens=4096)
     np.testing.assert_allclose(found.total, np.clip(before, -1, 1), atol=1e-3)
     np.testing.assert_allclose(found.components["reward_model"], model, atol=1e-4)
+    assert list(found.components) == full.names == [*plain.names, "missing_eos"]
+    np.testing.assert_allclose(found.components["missing_eos"], -1.5 * cut)
 
 
 def test_reward_runs_that_are_none(run: Run, tiny_model: Loaded, tiny_model_dir: Path, tmp_path: Path) -> None:
