@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxft.config import Config
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
-from mlxft.model.adapters import load_with_adapter
+from mlxft.model.adapters import load_with_adapter, read_adapter_config
 from mlxft.model.heads import HEAD_FILE, load_head
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
@@ -105,6 +105,9 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
 def _checked_head(folder: Path, scores: bool) -> Path | None:
     """The head in a folder, which is there if and only if `scores` are wanted."""
     head = folder / HEAD_FILE if (folder / HEAD_FILE).is_file() else None
+    noted = read_adapter_config(folder).get("mlxft", {}) if (folder / "adapter_config.json").is_file() else {}
+    if head is None and noted.get("objective") == "reward":
+        raise ModelError(f"{folder} is a reward model's adapter without its head: {HEAD_FILE} belongs beside it")
     if scores and head is None:
         raise ModelError(
             f"{folder} gives text, not scores: it has no {HEAD_FILE}; name a run of objective: reward (others answer "

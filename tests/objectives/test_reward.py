@@ -220,6 +220,10 @@ def test_a_reward_run_is_refused_where_text_is_wanted_and_the_reverse(settings: 
         open_scorer(policy.dir)
     with pytest.raises(ConfigError, match=r"model.adapter: .* is a reward model.*objective sft"):
         train(recipe(**{"model.adapter": str(reward.dir), "run.name": "b", "tune.rank": None}))
+    (reward.result / "head.safetensors").unlink()
+    for opened in (load, open_scorer):
+        with pytest.raises(ModelError, match=r"without its head: head\.safetensors belongs beside it"):
+            opened(reward.result)
 
 
 def test_a_reward_run_is_trained_further_with_its_head(settings: Recipe) -> None:
