@@ -269,6 +269,10 @@ def test_a_policy_that_runs_away(ppo: Recipe, mlxft: Command, tmp_path: Path) ->
     assert run.metrics("failed")[0]["step"] < 9
     assert (run.dir / "adapter" / "adapters.safetensors").stat().st_size > 0
     assert mlxft("generate", "--model", str(run.dir), "the in", "--max-tokens", "2").code == 0
+    assert "Weights that a validation found best, and checkpoints, stay as they were" in done.err
+    blind = mlxft("train", ppo(**{**changes, "data.valid": None, "run.eval_every": None}), "--overwrite")
+    assert blind.code == 1
+    assert "Checkpoints (run.save_every) stay as they were; with data.valid the best weights would be" in blind.err
 
 
 def test_a_group_of_one(ppo: Recipe, refused: Refused, tmp_path: Path) -> None:

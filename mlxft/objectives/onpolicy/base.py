@@ -259,7 +259,7 @@ class OnPolicy(Generic[M]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
-        check_kl(kl, self.config.objective, self.settings.max_kl)
+        check_kl(kl, self.config.objective, self.settings.max_kl, bool(self.valid))
         self.settle(kl, len(rollout))
         return rollout, event
 

@@ -78,13 +78,20 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
     return notes
 
 
-def check_kl(kl: float, name: str, most: float | None) -> None:
-    """TrainingError where KL to the reference, in nats a completion, is above the objective's `max_kl`."""
+def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
+    """TrainingError where KL to the reference, in nats a completion, is above the objective's `max_kl`.
+
+    Args:
+        validated: whether there are held-out prompts, by which the best weights are known.
+    """
+    kept = "Weights that a validation found best, and checkpoints, stay as they were"
+    if not validated:
+        kept = "Checkpoints (run.save_every) stay as they were; with data.valid the best weights would be kept as well"
     if most is not None and kl > most:
         raise TrainingError(
             f"the policy has run away from the reference: KL is {kl:.4g} nats a completion, {name}.max_kl is {most:g}. "
             f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look for what the reward is cheated by in "
-            "samples.jsonl. Weights that a validation found best, and checkpoints, stay as they were"
+            f"samples.jsonl. {kept}"
         )
 
 
