@@ -20,21 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_model, report
+from common import TINY, make_model, report
 
 ROLLOUTS, LAST, PASSES, PLACES, TOKENS = 150, 30, 4, 8, 32
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": TOKENS,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
+LLAMA = {"model_type": "llama", "vocab_size": TOKENS, **TINY}
 OWN: dict[str, dict[str, Any]] = {"ppo": {}, "rloo": {}, "grpo": {"scale": "none"}}
 REWARDS = """
 def score(prompts, completions, rows):

@@ -16,6 +16,7 @@ from typing import Any
 BEGAN = time.perf_counter()
 
 import torch  # noqa: E402
+from common import TINY  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -28,20 +29,9 @@ from transformers import (  # noqa: E402
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # noqa: E402
 
 ROLLOUTS, ROWS, LAST, PLACES, TOKENS, TARGET = 150, 128, 30, 8, 32, 7
-SIZES = {
-    "vocab_size": TOKENS + 1,  # of the prompts: the model gives no pad
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "pad_token_id": TOKENS,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+# A word more than the answers have: the prompts' pad, which the model can not give.
+SIZES: dict[str, Any] = {**TINY, "vocab_size": TOKENS + 1, "pad_token_id": TOKENS}
+SIZES |= {"bos_token_id": None, "eos_token_id": None}
 
 
 def policy() -> Any:

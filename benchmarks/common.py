@@ -18,6 +18,18 @@ import numpy as np
 HERE = Path(__file__).parent
 WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
 
+# The llama of the task with a known optimum.
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+
 
 def lengths(kind: str, n: int, seed: int = 0) -> list[int]:
     """Tokens a row. alpaca: log-normal with mean 200 and a tail to 750; equal: 200 each."""

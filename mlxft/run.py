@@ -91,8 +91,7 @@ class _Saver:
 
             def save_head(folder: Path) -> None:
                 if head is not None:
-                    whole = config.tune.method == "full"
-                    of = without_weights(fingerprint) if whole else fingerprint
+                    of = without_weights(fingerprint) if config.tune.method == "full" else fingerprint
                     metadata = head_metadata(of, {**noted, "template": config.data.template})
                     write_beside(folder / HEAD_FILE, lambda p: save_arrays(p, head_arrays(head), metadata))
 
