@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from datetime import date as Date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -130,6 +131,11 @@ class Data(Settings):
     )
     template: Literal["auto", "none"] = Field(
         "auto", description="auto: prompts and completions go through the chat template if there is one; none: as text."
+    )
+    date: Date | None = Field(
+        None,
+        description="The day that a chat template writes, if it writes one, as 2026-11-26; default: the day on which "
+        "the run begins, also when it is resumed later.",
     )
     cache: bool = Field(True, description="Keep encoded rows on the disk, so that the next start need not encode them.")
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.config import Config
+from mlxft.data.chat import set_day
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, select_targets
 from mlxft.model.heads import find_head, head_of
@@ -19,15 +20,19 @@ from mlxft.objectives.base import Objective
 from mlxft.rundir import find_adapter
 
 
-def load_base(config: Config, *, lazy: bool = False) -> Loaded:
-    """The model that a recipe names, without adapters."""
+def load_base(config: Config, *, lazy: bool = False, template: Path | None = None) -> Loaded:
+    """The model that a recipe names, without adapters.
+
+    Args:
+        template: where the chat template is, in place of model.chat_template.
+    """
     m = config.model
     return load_model(
         m.path,
         dtype=m.dtype,
         quantize=m.quantize,
         group_size=m.group_size,
-        chat_template=m.chat_template,
+        chat_template=template or m.chat_template,
         trust_remote_code=m.trust_remote_code,
         lazy=lazy,
     )
@@ -39,6 +44,8 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     Raises:
         ConfigError, DataError: settings or rows do not fit.
     """
+    if config.data.date is not None:
+        set_day(tokenizer, config.data.date)
     objective: Objective = importlib.import_module(f"mlxft.objectives.{config.objective}").Objective(config, tokenizer)
     run = config.run
     needing = {"patience": run.patience is not None}

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
@@ -195,16 +196,20 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """`batch.tokens: auto` as a number: that of the run which is resumed, else the largest that fits.
+    """What a run decides once, as the run that is resumed has it: `batch.tokens: auto` as a number, and the day.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
         ConfigError: no row of data.max_length fits.
     """
+    stored = config.run_dir / "config.yaml"
+    before = load_config(stored) if resume and stored.exists() else None
+    if config.data.date is None:
+        day = (before and before.data.date) or date.today()
+        config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
     if config.batch.tokens != "auto":
         return config
-    stored = config.run_dir / "config.yaml"
-    tokens: Any = load_config(stored).batch.tokens if resume and stored.exists() else _auto_tokens(config)
+    tokens: Any = before.batch.tokens if before else _auto_tokens(config)
     return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": tokens})})
 
 

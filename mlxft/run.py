@@ -18,7 +18,7 @@ from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainab
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
-from mlxft.model.load import Loaded, base_fingerprint, count_parameters
+from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, chat_template_files, count_parameters
 from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
 from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
@@ -102,11 +102,20 @@ class _Saver:
                 return
         base = config.model.model_dump(mode="json", exclude={"adapter"})
         base = {"model": base.pop("path"), "fingerprint": fingerprint, **base}
+        tokenizer = self.loaded.tokenizer
         about = {"base": base, "objective": config.objective, "versions": versions(), **noted}
+        about["eos_tokens"] = sorted(str(tokenizer.convert_ids_to_tokens(i)) for i in tokenizer.eos_token_ids)
         text = json.dumps(adapter_config(self.spec, model, about), indent=2)
         write_text(out / "adapter_config.json", text + "\n")
+        _keep_template(self.loaded, out)
         save_head(out)
         write_beside(out / "adapters.safetensors", lambda p: save_arrays(p, weights, adapter_metadata(head)))
+
+
+def _keep_template(loaded: Loaded, folder: Path) -> None:
+    """Write the chat template that is trained with into a folder: the file it came from may change or go."""
+    for name, text in chat_template_files(loaded.tokenizer).items():
+        write_text(folder / name, text)
 
 
 def train(
@@ -143,7 +152,8 @@ def train(
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
-    loaded = base or load_base(config, lazy=True)
+    kept = run.dir if resume and (run.dir / TEMPLATE_FILE).is_file() else None
+    loaded = base or load_base(config, lazy=True, template=kept)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec, optimizer, expected = assemble(config, loaded, objective)
@@ -157,6 +167,7 @@ def train(
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(run.dir):
         write_text(run.dir / "config.yaml", dump_config(config, versions()))
+        _keep_template(loaded, run.dir)
         reporter = _reporter(run, progress.step, total, console, sinks)
         try:
             kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxft.config import Config
+from mlxft.data.encode import end_completions, turn_end
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
 from mlxft.model.adapters import load_with_adapter, read_adapter_config
 from mlxft.model.heads import HEAD_FILE, load_head
@@ -99,6 +100,8 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
     if head is not None:
         load_head(Split(loaded.model), head, base_fingerprint(loaded))
         loaded.model.eval()
+    # Of a base model the makers' EOS tokens may not know the template that it is spoken to by.
+    end_completions(loaded.tokenizer, turn_end(loaded.tokenizer))
     return loaded
 
 

@@ -75,7 +75,8 @@ def generate(
         prompt = _utf8(sys.stdin.buffer.read())
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
-    from mlxft.model.sample import Sampling, render_prompt, stream
+    from mlxft.data.encode import encode_prompt
+    from mlxft.model.sample import Sampling, stream
     from mlxft.rundir import load
 
     how = Sampling(**options)
@@ -85,7 +86,7 @@ def generate(
 
         write_answers(Asked(batch, loaded, system), how, samples or 1, seed, out)
         return
-    ids = render_prompt(loaded.tokenizer, prompt or "", system)
+    ids = encode_prompt(prompt or "", loaded.tokenizer, system=system)
     for piece in stream(loaded.model, loaded.tokenizer, ids, how, seed=seed):
         click.echo(piece, nl=False)
     click.echo()

@@ -15,12 +15,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlxft.data import chat as chat_module
 from mlxft.data import encode
+from mlxft.data.chat import day_of
 from mlxft.data.encode import Encoded
 from mlxft.data.formats import Example
 
@@ -37,8 +40,8 @@ def cache_folder() -> Path | None:
         return None
 
 
-def encoding_key(examples: Sequence[Example], tokenizer: Any, train_on: str, chat: bool) -> str | None:
-    """Name of the entry, or None where it can not be told what the tokenizer does."""
+def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | None:
+    """Name of the entry for rows of a fingerprint, or None where it can not be told what the tokenizer does."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     template = getattr(inner, "chat_template", None)
     backend = getattr(inner, "backend_tokenizer", None)
@@ -47,13 +50,13 @@ def encoding_key(examples: Sequence[Example], tokenizer: Any, train_on: str, cha
     # A template that is code, of mlx-lm or of a repository, has no text to compare.
     if getattr(tokenizer, "_chat_template", None) is not None or not isinstance(template, (str, dict, type(None))):
         return None
-    # Templates may write the date.
-    today = time.strftime("%Y-%m-%d") if "strftime_now" in str(template) else ""
+    # The texts of the code stand for what it does: a number to be raised by hand would be forgotten.
+    code = blake2b(Path(encode.__file__).read_bytes() + Path(chat_module.__file__).read_bytes())
     facts = {
-        # Its text stands for what it does: a number to be raised by hand would be forgotten.
-        "code": blake2b(Path(encode.__file__).read_bytes()).hexdigest(),
+        "rows": rows,
+        "code": code.hexdigest(),
         "versions": [version(p) for p in ("transformers", "tokenizers", "mlx-lm")],
-        "options": [train_on, chat, today],
+        "options": [train_on, chat, day_of(tokenizer), getattr(tokenizer, "_mlxft_rows", None)],
         "tokenizer": type(inner).__name__,
         "special": {k: str(v) for k, v in inner.special_tokens_map.items()},
         "eos": sorted(getattr(tokenizer, "eos_token_ids", ())),
@@ -62,12 +65,6 @@ def encoding_key(examples: Sequence[Example], tokenizer: Any, train_on: str, cha
     }
     digest = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=20)
     digest.update(backend.to_str().encode())
-    try:
-        for _, item in examples:
-            digest.update(json.dumps([type(item).__name__, vars(item)]).encode("utf-8", "surrogatepass"))
-            digest.update(b"\n")
-    except (TypeError, ValueError):  # a value that JSON does not have
-        return None
     return digest.hexdigest()
 
 
@@ -80,12 +77,15 @@ def read(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
     try:
         with path.open("rb") as raw, np.load(raw) as file:  # the archive's own checksums tell a damaged one
             ids, trained, lengths, sources = (file[n] for n in ("ids", "trained", "lengths", "sources"))
-        ends = np.cumsum(lengths)
+            ends, counts = (file[n].tolist() for n in ("ends", "end_counts"))
+        stops = np.cumsum(lengths)
         if not (ids.shape == trained.shape == (int(lengths.sum()),) and lengths.shape == sources.shape):
             return None
         wheres = [examples[i].where for i in sources.tolist()]
         ids, trained = ids.astype(np.int32, copy=False), trained.astype(np.bool_, copy=False)
-        rows = [Encoded(ids[e - n : e], trained[e - n : e], w) for e, n, w in zip(ends, lengths, wheres)]
+        rest = iter(ends)
+        turns = [tuple(islice(rest, count)) for count in counts]
+        rows = [Encoded(ids[e - n : e], trained[e - n : e], w, t) for e, n, w, t in zip(stops, lengths, wheres, turns)]
         with suppress(OSError):
             os.utime(path)  # used now: among the last to go
     except Exception:  # a file of any content may stand there, and numpy's readers raise whatever they meet
@@ -109,6 +109,8 @@ def write(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> None:
                     trained=np.concatenate([r.trained for r in rows]),
                     lengths=np.array([len(r.ids) for r in rows], dtype=np.int64),
                     sources=np.array(sources, dtype=np.int64),
+                    ends=np.array([end for r in rows for end in r.ends], dtype=np.int64),
+                    end_counts=np.array([len(r.ends) for r in rows], dtype=np.int64),
                 )
                 file.close()
                 os.replace(file.name, folder / f"{key}.npz")

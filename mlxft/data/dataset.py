@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -62,6 +63,11 @@ class Dataset:
     rows: list[Encoded]
     counts: Counts
 
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end trained turns."""
+        return {end for row in self.rows for end in row.ends}
+
 
 def build(
     examples: Sequence[Example],
@@ -118,7 +124,7 @@ def build(
 
 
 def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat: bool, cache: bool) -> list[Encoded]:
-    key = disk.encoding_key(examples, tokenizer, train_on, chat) if cache else None
+    key = disk.encoding_key(fingerprint(examples), tokenizer, train_on, chat) if cache else None
     kept = disk.read(key, examples) if key else None
     if kept is not None:
         return kept
@@ -152,7 +158,7 @@ def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[E
             rows.extend(_pieces(row, max_length))
         elif overflow == "truncate" and row.trained[:max_length].any():
             truncated += 1
-            rows.append(Encoded(row.ids[:max_length], row.trained[:max_length], row.where))
+            rows.append(row._replace(ids=row.ids[:max_length], trained=row.trained[:max_length]))
         else:
             dropped += 1
     return rows, Counts(dropped=dropped, truncated=truncated, split=split, untrainable=untrainable)
@@ -187,15 +193,24 @@ def split_valid(examples: Sequence[T], share: float, seed: int) -> tuple[list[T]
     return train, [examples[i] for i in sorted(chosen)]
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """blake2b over every row's ids and mask, in order: whether a resumed run meets the same data."""
+def fingerprint(*splits: Sequence[Example]) -> str:
+    """blake2b over the rows of each split, in order: whether a resumed run meets the same data.
+
+    Of the rows, not of their ids: these depend on the day where a chat template writes the date, and on the versions of
+    libraries.
+    """
     digest = blake2b(digest_size=16)
-    for row in dataset.rows:
-        # The length first: without it two rows could not be told from one.
-        digest.update(len(row.ids).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(row.ids, dtype="<i4").tobytes())
-        digest.update(np.ascontiguousarray(row.trained).tobytes())
+    for examples in splits:
+        for _, item in examples:
+            text = json.dumps([type(item).__name__, vars(item)], default=_plain, sort_keys=True)
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(b"\n")
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: an item within an item, or a value of a row (a date of parquet's)."""
+    return vars(value) if is_dataclass(value) else repr(value)
 
 
 def describe(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -9,21 +9,19 @@ at all, the row is refused: a wrong mask trains the wrong thing and shows in no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.data.formats import Completion, Conversation, Item, Message, Text
+from mlxft.data.chat import Chat, NotAPrefix, Tools, by_template
+from mlxft.data.formats import Completion, Conversation, Item, Message, Text, message_at
 from mlxft.errors import ConfigError, DataError, nearest
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
-
-T = TypeVar("T")
 
 TRAIN_ON = ("assistant", "last", "completion", "all")
 
@@ -36,11 +34,13 @@ class Encoded(NamedTuple):
         trained: (T,) bool; `trained[t]` says that token t is a target, predicted from the tokens before it. The first
             token never is.
         where: where the row stood, for messages.
+        ends: the ids that end its trained turns.
     """
 
     ids: Ids
     trained: Mask
     where: str
+    ends: tuple[int, ...] = ()
 
 
 class _Tokens(NamedTuple):
@@ -58,36 +58,6 @@ class _Turn(NamedTuple):
     first: int
     stop: int
     closed: bool
-
-
-class _NotAPrefix(Exception):
-    """The template does not render a turn as its own generation prompt begins it."""
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """A tokenizer's chat template, with what each call of it is given for one row."""
-
-    tokenizer: Any
-    tools: list[dict[str, Any]] | None
-    where: str
-    options: dict[str, Any]
-
-    def render(self, messages: list[Message], generation: bool = False) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            # mlx-lm's own templates, which are functions, do not all take a `tools` that is None.
-            tools = {} if self.tools is None else {"tools": self.tools}
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation, **tools, **self.options
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
-            raise DataError(
-                f"{self.where}: the chat template refuses these messages: {str(exc).strip() or type(exc).__name__}; "
-                "change the row, or set model.chat_template to one that takes them"
-            ) from exc
-        return str(text)
 
 
 def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = True) -> list[Encoded]:
@@ -118,7 +88,10 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
     if not isinstance(item, Conversation):
         raise ConfigError(f"{where}: rows of prompts or of judged answers have no answers to train on by imitation")
     conversation = item
-    return _by_template(tokenizer, item.tools, where, chat, lambda chat: _conversation(conversation, chat, train_on))
+    _check_has_template(tokenizer, where, chat)
+    return by_template(
+        tokenizer, item.messages, item.tools, where, lambda chat: _conversation(conversation, chat, train_on)
+    )
 
 
 class Reply(NamedTuple):
@@ -133,7 +106,7 @@ def encode_reply(
     reply: str | Message,
     tokenizer: Any,
     where: str,
-    tools: list[dict[str, Any]] | None = None,
+    tools: Tools | None = None,
     chat: bool = True,
 ) -> Reply:
     """The prompt's ids as they stand when a model answers it, and those of an answer; arguments as for `encode`.
@@ -149,25 +122,78 @@ def encode_reply(
     if isinstance(prompt, str) or isinstance(reply, str):
         raise AssertionError("a text is answered by a text, messages by a message")
     messages = [*prompt, reply]
-    return _by_template(tokenizer, tools, where, chat, lambda chat: _reply(messages, chat))
+    _check_has_template(tokenizer, where, chat)
+    return by_template(tokenizer, messages, tools, where, lambda chat: _reply(messages, chat))
 
 
-def _reply(messages: list[Message], chat: _Chat) -> Reply:
+def encode_prompt(
+    prompt: str | list[Message],
+    tokenizer: Any,
+    *,
+    system: str | None = None,
+    tools: Tools | None = None,
+    chat: bool = True,
+    where: str = "",
+) -> list[int]:
+    """Return the ids of a prompt up to where the answer starts: what `encode_reply` has before the answer.
+
+    Args:
+        prompt: a text, a user turn where there is a chat template; or messages.
+        system: text of a system turn that goes before.
+        chat: whether a chat template is used; without it, or where there is none, the prompt is a text.
+    Raises:
+        ConfigError: `system` is given where it has no place.
+        DataError: messages or tools without a chat template, messages that the template refuses or does not write,
+            or a token that the model does not have.
+    """
+    at = f"{where}: " if where else ""
+    if not (chat and tokenizer.has_chat_template):
+        why = "this tokenizer has no chat template" if chat else "the chat template is not used (template: none)"
+        if not isinstance(prompt, str) or tools:
+            raise DataError(f"{at}{why}, so messages and tools have no form; give text, or a template")
+        if system is not None:
+            raise ConfigError(f"{why}, so system has no place; write it into the prompt")
+        return check_ids(text_ids(tokenizer, prompt), tokenizer, where)
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [message_at(turn, f"{at}prompt[{i}]") for i, turn in enumerate(turns)]
+    if system is not None:
+        if messages and messages[0]["role"] == "system":
+            raise ConfigError("system is given, and the messages start with one of their own; keep one of them")
+        messages = [{"role": "system", "content": system}, *messages]
+    return by_template(tokenizer, messages, tools, where, lambda chat: _prompt(messages, chat))
+
+
+def prompt_text(prompt: list[Message], tokenizer: Any, *, tools: Tools | None = None, where: str = "") -> str:
+    """Return the text of messages up to where the answer starts. Raises: as `encode_prompt`."""
+    return by_template(tokenizer, prompt, tools, where, lambda chat: _prompt_text(prompt, chat))
+
+
+def _prompt_text(messages: list[Message], chat: Chat) -> str:
+    text = chat.render(messages, generation=True)
+    chat.check_written(messages, text, {})
+    return text
+
+
+def _prompt(messages: list[Message], chat: Chat) -> list[int]:
+    ids = _tokenise(chat.tokenizer, _prompt_text(messages, chat)).ids
+    return check_ids(ids, chat.tokenizer, chat.where)
+
+
+def _reply(messages: list[Message], chat: Chat) -> Reply:
     before, text = chat.render(messages[:-1], generation=True), chat.render(messages)
     if not text.startswith(before):
-        raise _NotAPrefix("the answer is not rendered as its generation prompt begins it")
-    prompt, ids = _tokenise(chat.tokenizer, before).ids, _tokenise(chat.tokenizer, text).ids
-    spans = ids[: len(prompt)] != prompt
-    reply = _tokenise(chat.tokenizer, text[len(before) :]).ids if spans else ids[len(prompt) :]
-    special = _special_ids(chat.tokenizer, frozenset(getattr(chat.tokenizer, "eos_token_ids", ())))
-    end = _end_of_turn(chat.tokenizer, reply, 0, len(reply), special)
-    reply = [*reply, _eos(chat.tokenizer, chat.where)] if end is None else reply[: end + 1]
+        raise NotAPrefix("the answer is not rendered as its generation prompt begins it")
+    chat.check_written(messages, text, {len(messages) - 1: text[len(before) :]})
+    tokenizer = chat.tokenizer
+    prompt, ids = _tokenise(tokenizer, before).ids, _tokenise(tokenizer, text).ids
+    reply = _going_on(tokenizer, prompt, ids, text[len(before) :], chat.where)
+    end = _end_of_turn(tokenizer, reply, 0, len(reply))
+    reply = [*reply, _eos(tokenizer, chat.where)] if end is None else reply[: end + 1]
+    check_ids([*prompt, *reply], tokenizer, chat.where)
     return Reply(np.asarray(prompt, dtype=np.int32), np.asarray(reply, dtype=np.int32))
 
 
-def _by_template(
-    tokenizer: Any, tools: list[dict[str, Any]] | None, where: str, chat: bool, encode: Callable[[_Chat], T]
-) -> T:
+def _check_has_template(tokenizer: Any, where: str, chat: bool) -> None:
     if not chat:
         raise ConfigError(
             f"{where}: a conversation can not be encoded without its chat template; set data.template: auto, or write "
@@ -179,47 +205,117 @@ def _by_template(
             "use data.format: text or prompt-completion, or set model.chat_template; a judged prompt and its answers "
             "may be texts too"
         )
-    try:
-        return encode(_Chat(tokenizer, tools, where, {}))
-    except _NotAPrefix:
-        pass
-    try:
-        # Templates of reasoning models may open a thought in the generation prompt that the turn itself does not have.
-        return encode(_Chat(tokenizer, tools, where, {"enable_thinking": False}))
-    except _NotAPrefix as exc:
-        raise DataError(
-            f"{where}: {exc}; this chat template changes what the model generated (reasoning models drop thoughts), "
-            "so the turn can not be masked rightly: give the turn its thoughts (reasoning_content), set "
-            "model.chat_template to one that keeps a turn as generated, or prepare whole texts for data.format: text"
-        ) from exc
 
 
 def _text(item: Text, tokenizer: Any, where: str) -> Encoded:
-    ids = _with_bos(tokenizer, item.text)
+    ids = text_ids(tokenizer, item.text)
     eos = tokenizer.eos_token_id
     if eos is not None and ids[-1:] != [eos]:
         ids.append(eos)
-    return _encoded(ids, [(1, len(ids))], where)
+    return _encoded(ids, [(1, len(ids))], tokenizer, where)
 
 
 def _completion(item: Completion, tokenizer: Any, where: str, train_on: str) -> Encoded:
-    prompt, whole = _with_bos(tokenizer, item.prompt), _with_bos(tokenizer, item.prompt + item.completion)
-    if whole[: len(prompt)] != prompt:
-        # A token would span the two. At inference the prompt stands alone: so it does here.
-        whole = prompt + list(tokenizer.encode(item.completion, add_special_tokens=False))
+    prompt, whole = text_ids(tokenizer, item.prompt), text_ids(tokenizer, item.prompt + item.completion)
+    ids = prompt + _going_on(tokenizer, prompt, whole, item.completion, where)
     eos = _eos(tokenizer, where)
-    if whole[-1] != eos:
-        whole.append(eos)
-    return _encoded(whole, [(1 if train_on == "all" else len(prompt), len(whole))], where)
+    if ids[-1] != eos:
+        ids.append(eos)
+    return _encoded(ids, [(1 if train_on == "all" else len(prompt), len(ids))], tokenizer, where)
 
 
-def _with_bos(tokenizer: Any, text: str) -> list[int]:
-    """Ids with the BOS that the tokenizer adds by itself, if it does, and without an EOS that it adds."""
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a plain text as every use of it has them: one BOS where the tokenizer adds it, no added EOS.
+
+    A text that begins with the BOS itself gets no second one, as mlx-lm and llama.cpp have it.
+    """
+    before, after = _added(tokenizer)
     ids = list(tokenizer.encode(text))
-    eos = tokenizer.eos_token_id
-    if eos is not None and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)):
-        ids.pop()
+    bare = ids[len(before) : len(ids) - len(after)]
+    return bare if bare[: len(before)] == before else before + bare
+
+
+@lru_cache(maxsize=8)
+def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer sets before and after every text."""
+    whole, bare = list(tokenizer.encode("a")), list(tokenizer.encode("a", add_special_tokens=False))
+    at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
+    return ([], []) if at is None else (whole[:at], whole[at + len(bare) :])
+
+
+# Texts whose tokens seldom join with what follows them.
+_ANCHORS = ("\n", "\n\n", ":", "0", "a", "(", "\u4e00")
+
+
+def _going_on(tokenizer: Any, prompt: list[int], whole: list[int], text: str, where: str) -> list[int]:
+    """The ids that follow a prompt's own, so that both together spell what `whole` spells.
+
+    Where a token would span the two, the text is tokenised apart: at inference the prompt stands alone, and so it does
+    here. By itself a text may be spelt otherwise (SentencePiece sets a space before it), so it is cut off behind texts
+    of which the tokens are known, until one gives the right spelling.
+    """
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    wanted = tokenizer.decode(whole)
+    for anchor in ("", *_ANCHORS):
+        head = list(tokenizer.encode(anchor, add_special_tokens=False)) if anchor else []
+        ids = list(tokenizer.encode(anchor + text, add_special_tokens=False))
+        if ids[: len(head)] == head and tokenizer.decode(prompt + ids[len(head) :]) == wanted:
+            return ids[len(head) :]
+    raise DataError(
+        f"{where}: a token spans prompt and completion ({text[:20]!r}), and this tokenizer has no way to spell the "
+        "completion by itself; end the prompt or begin the completion elsewhere (before the white space, say)"
+    )
+
+
+def check_ids(ids: list[int], tokenizer: Any, where: str) -> list[int]:
+    """Return the ids.
+
+    Raises:
+        DataError: the model's embedding has no row for one: MLX would read what lies behind it in memory.
+    """
+    rows: int | None = getattr(tokenizer, "_mlxft_rows", None)
+    if rows is not None and ids and max(ids) >= rows:
+        worst = next(i for i in ids if i >= rows)
+        token = tokenizer.convert_ids_to_tokens(worst)
+        at = f"{where}: " if where else ""
+        raise DataError(
+            f"{at}token {token!r} ({worst}) is not in the model, whose embedding has {rows} rows; leave the token out, "
+            "or take the tokenizer that belongs to the model"
+        )
     return ids
+
+
+def set_embedding_rows(tokenizer: Any, rows: int | None) -> None:
+    """Tell the tokenizer how many ids its model has; None: unknown."""
+    tokenizer._mlxft_rows = rows
+
+
+def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
+    """Let what ends a trained turn end a completion: it joins the tokenizer's EOS ids.
+
+    Returns:
+        What is to be said of it, a sentence for each that was not among them.
+    """
+    notes = []
+    for end in sorted(set(ends) - set(tokenizer.eos_token_ids)):
+        had = ", ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(tokenizer.eos_token_ids)) or "none"
+        token = tokenizer.convert_ids_to_tokens(end)
+        notes.append(f"a turn ends with {token}, which was not among the EOS tokens ({had}): it ends completions too")
+        tokenizer.add_eos_token(end)
+    return notes
+
+
+def turn_end(tokenizer: Any, prompt: list[Message] | None = None, tools: Tools | None = None) -> tuple[int, ...]:
+    """Return the id that ends an assistant turn by the chat template; none where there is no such token or template."""
+    if not tokenizer.has_chat_template:
+        return ()
+    asked = prompt or [{"role": "user", "content": "Hello"}]
+    try:
+        reply = encode_reply(asked, {"role": "assistant", "content": "Hello."}, tokenizer, "", tools).reply
+    except DataError:  # a template that wants more of a conversation than this
+        return ()
+    return (int(reply[-1]),)
 
 
 def _eos(tokenizer: Any, where: str) -> int:
@@ -231,7 +327,15 @@ def _eos(tokenizer: Any, where: str) -> int:
     return int(eos)
 
 
-def _encoded(ids: list[int], spans: list[tuple[int, int]], where: str, off: list[_Turn] | None = None) -> Encoded:
+def _encoded(
+    ids: list[int],
+    spans: list[tuple[int, int]],
+    tokenizer: Any,
+    where: str,
+    off: list[_Turn] | None = None,
+    ends: Iterable[int] = (),
+) -> Encoded:
+    check_ids(ids, tokenizer, where)
     trained = np.zeros(len(ids), dtype=np.bool_)
     for first, stop in spans:
         trained[first:stop] = True
@@ -239,30 +343,36 @@ def _encoded(ids: list[int], spans: list[tuple[int, int]], where: str, off: list
         trained[turn.first : turn.stop] = False
     # Nothing stands before the first token to predict it from.
     trained[:1] = False
-    return Encoded(np.asarray(ids, dtype=np.int32), trained, where)
+    return Encoded(np.asarray(ids, dtype=np.int32), trained, where, tuple(sorted(set(ends))))
 
 
-def _conversation(item: Conversation, chat: _Chat, train_on: str) -> list[Encoded]:
-    messages = [{key: value for key, value in message.items() if key != "weight"} for message in item.messages]
+def _conversation(item: Conversation, chat: Chat, train_on: str) -> list[Encoded]:
+    messages = item.messages
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on in ("last", "completion"):
         turns = turns[-1:]
-    wanted = [i for i in turns if item.messages[i].get("weight", 1) != 0]
+    wanted = [i for i in turns if messages[i].get("weight", 1) != 0]
     watched = turns if train_on == "all" else wanted
     whole = _tokenise(chat.tokenizer, chat.render(messages))
     final = len(messages) - 1
     found: dict[int, _Turn | None] = {}
+    texts: dict[int, str] = {}
     for i in watched:
+        prompt = chat.render(messages[:i], generation=True)
         ended = whole.text if i == final else chat.render(messages[: i + 1])
-        found[i] = _find(chat, whole, chat.render(messages[:i], generation=True), ended, i)
+        found[i] = _find(chat, whole, prompt, ended, i)
         if found[i] is None:
             break
+        texts[i] = ended[len(prompt) :]
     if all(found.values()):
+        chat.check_written(messages, whole.text, {i: texts[i] for i in wanted})
         located = {i: turn for i, turn in found.items() if turn is not None}
         ids, located = _closed(whole.ids, located, final, chat)
+        ends = [ids[located[i].stop - 1] for i in wanted if located[i].closed]
         if train_on == "all":
-            return [_encoded(ids, [(1, len(ids))], chat.where, [located[i] for i in turns if i not in wanted])]
-        return [_encoded(ids, [located[i][:2] for i in wanted], chat.where)]
+            off = [located[i] for i in turns if i not in wanted]
+            return [_encoded(ids, [(1, len(ids))], chat.tokenizer, chat.where, off, ends)]
+        return [_encoded(ids, [located[i][:2] for i in wanted], chat.tokenizer, chat.where, ends=ends)]
     if train_on == "all":
         raise DataError(
             f"{chat.where}: this chat template rewrites earlier turns (reasoning models drop their thoughts), so no "
@@ -271,18 +381,21 @@ def _conversation(item: Conversation, chat: _Chat, train_on: str) -> list[Encode
     return [_one_turn(messages[: i + 1], chat) for i in wanted]
 
 
-def _one_turn(messages: list[Message], chat: _Chat) -> Encoded:
+def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
     """The conversation up to its last turn, with only that turn trained."""
     final = len(messages) - 1
     whole = _tokenise(chat.tokenizer, chat.render(messages))
-    turn = _find(chat, whole, chat.render(messages[:-1], generation=True), whole.text, final)
+    prompt = chat.render(messages[:-1], generation=True)
+    turn = _find(chat, whole, prompt, whole.text, final)
     if turn is None:
         raise AssertionError("a text is always a prefix of itself")
+    chat.check_written(messages, whole.text, {final: whole.text[len(prompt) :]})
     ids, located = _closed(whole.ids, {final: turn}, final, chat)
-    return _encoded(ids, [located[final][:2]], chat.where)
+    last = located[final]
+    return _encoded(ids, [last[:2]], chat.tokenizer, chat.where, ends=[ids[last.stop - 1]] if last.closed else ())
 
 
-def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: _Chat) -> tuple[list[int], dict[int, _Turn]]:
+def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> tuple[list[int], dict[int, _Turn]]:
     """With an EOS after the final turn when the template ends it with no token of its own."""
     if final not in turns or turns[final].closed:
         return ids, turns
@@ -290,29 +403,28 @@ def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: _Chat) ->
     return ids, {**turns, final: _Turn(turns[final].first, len(ids), True)}
 
 
-def _find(chat: _Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _Turn | None:
+def _find(chat: Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _Turn | None:
     """The turn within `whole`, given the text before it and the text up to its end.
 
     Returns:
         None where `whole` renders the turn, or what stands before it, otherwise.
     Raises:
-        _NotAPrefix: `ended` itself does not begin with `prompt`.
+        NotAPrefix: `ended` itself does not begin with `prompt`.
     """
     if not ended.startswith(prompt):
-        raise _NotAPrefix(f"messages[{index}] is not rendered as its generation prompt begins it")
+        raise NotAPrefix(f"messages[{index}] is not rendered as its generation prompt begins it")
     if not whole.text.startswith(prompt):
         return None
-    special = _special_ids(chat.tokenizer, frozenset(getattr(chat.tokenizer, "eos_token_ids", ())))
     if whole.text.startswith(ended):
         first, stop = _from(chat, whole, len(prompt)), _until(chat, whole, len(ended))
         if stop is None:
             return None
-        end = _end_of_turn(chat.tokenizer, whole.ids, first, stop, special)
+        end = _end_of_turn(chat.tokenizer, whole.ids, first, stop)
         return _Turn(first, stop, False) if end is None else _Turn(first, end + 1, True)
     # What follows the end-of-turn token may differ, and some templates write that token only after the last turn.
     part = _tokenise(chat.tokenizer, ended)
     first = _from(chat, part, len(prompt))
-    end = _end_of_turn(chat.tokenizer, part.ids, first, len(part.ids), special)
+    end = _end_of_turn(chat.tokenizer, part.ids, first, len(part.ids))
     if end is None or whole.ids[:end] != part.ids[:end]:
         return None
     closed = whole.ids[end : end + 1] == part.ids[end : end + 1]
@@ -333,7 +445,7 @@ def _tokenise(tokenizer: Any, text: str) -> _Tokens:
     return _Tokens(text, list(out["input_ids"]), offsets[:, 0], offsets[:, 1])
 
 
-def _from(chat: _Chat, tokens: _Tokens, char: int) -> int:
+def _from(chat: Chat, tokens: _Tokens, char: int) -> int:
     """Index of the first token that begins at or after a character."""
     if tokens.starts is None or tokens.ends is None:
         head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
@@ -352,7 +464,7 @@ def _from(chat: _Chat, tokens: _Tokens, char: int) -> int:
     return index
 
 
-def _until(chat: _Chat, tokens: _Tokens, char: int) -> int | None:
+def _until(chat: Chat, tokens: _Tokens, char: int) -> int | None:
     """How many tokens end at or before a character; None when the tokenizer does not let us know."""
     if char == len(tokens.text):
         return len(tokens.ids)
@@ -362,19 +474,36 @@ def _until(chat: _Chat, tokens: _Tokens, char: int) -> int | None:
     return int(np.searchsorted(tokens.ends, char, side="right"))
 
 
-def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int, special: frozenset[int]) -> int | None:
-    """Position of the last special token in [first, stop), if only white space follows it there."""
+def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int | None:
+    """Position of the last special token in [first, stop), if only white space follows it there.
+
+    A token that closes what another one opened within the turn (`</tool_call>`) ends that, and not the turn.
+    """
+    special, openers = _special_ids(tokenizer, frozenset(getattr(tokenizer, "eos_token_ids", ())))
     for index in range(stop - 1, first - 1, -1):
         if ids[index] in special:
             rest = ids[index + 1 : stop]
-            return index if not rest or not tokenizer.decode(rest).strip() else None
+            last = not rest or not tokenizer.decode(rest).strip()
+            return index if last and openers.get(ids[index]) not in ids[first:index] else None
     return None
 
 
-@lru_cache(maxsize=4)
-def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """Control tokens: what the tokenizer names or marks as special, and every EOS."""
+# How the names of tokens that close differ from those that open: </tool_call>, [/THINK], <|END_ACTION|>, ...calls▁end.
+_PAIRED = (("</", "<"), ("[/", "["), ("END", "START"), ("END", "BEGIN"), ("end", "start"), ("end", "begin"))
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozenset[int], dict[int, int]]:
+    """Control tokens: what the tokenizer names or marks as special, and every EOS; and what opens those that close."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {index for index, token in added.items() if getattr(token, "special", False)}
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    return frozenset(marked.union(getattr(tokenizer, "all_special_ids", ()), eos_token_ids, eos))
+    special = frozenset(marked.union(getattr(tokenizer, "all_special_ids", ()), eos_token_ids, eos))
+    names = {str(token): index for index, token in added.items()}
+    openers = {
+        index: names[opener]
+        for name, index in names.items()
+        for closes, opens in _PAIRED
+        if closes in name and (opener := name.replace(closes, opens)) in names
+    }
+    return special, openers

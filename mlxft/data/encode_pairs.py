@@ -59,6 +59,7 @@ class PairCounts:
         chosen_longer: share of the pairs, ties aside, whose chosen answer has more tokens; of equal lengths a half.
         one_length: the tokens that each and every answer has, or None.
         source_notes: what there is to say of how the rows were chosen.
+        fingerprint: of the rows that were chosen, both splits.
     """
 
     source_rows: int = 0
@@ -72,6 +73,7 @@ class PairCounts:
     chosen_longer: float | None = None
     one_length: int | None = None
     source_notes: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def left_out(self) -> list[str]:
         """What is not in the data set, a sentence each."""
@@ -179,8 +181,13 @@ def length(row: EncodedPair | EncodedAnswer) -> int:
     return len(row.prompt_ids) + max(map(len, _answers(row)))
 
 
-def fingerprint(rows: Sequence[EncodedPair | EncodedAnswer]) -> str:
-    """blake2b over every row, in order: whether a resumed run meets the same data."""
+def ends_of(rows: Sequence[EncodedPair | EncodedAnswer]) -> set[int]:
+    """The ids that end answers."""
+    return {int(ids[-1]) for row in rows for ids in _answers(row)}
+
+
+def ids_fingerprint(rows: Sequence[EncodedPair | EncodedAnswer]) -> str:
+    """blake2b over the ids of every row, in order, and what is said of each."""
     digest = blake2b(digest_size=16)
     for row in rows:
         for ids in (row.prompt_ids, *_answers(row)):

@@ -20,7 +20,14 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ExportError, MlxftError, ModelError
 from mlxft.export.sources import adapter_of
-from mlxft.model.adapters import LoRASpec, base_noted, load_adapter, read_adapter_config
+from mlxft.model.adapters import (
+    LoRASpec,
+    base_noted,
+    end_as_trained,
+    load_adapter,
+    read_adapter_config,
+    template_of,
+)
 from mlxft.model.folder import check_destination, check_space, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, Saved, check_pair, read_head
 from mlxft.model.load import Loaded, load_tokenizer, skeleton
@@ -156,7 +163,8 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
     tensors, saved = peft_tensors(opened)
     config = peft_config(opened, saved)
     check_space(out, sum(v.nbytes for v in tensors.values()))
-    tokenizer = load_tokenizer(opened.base, _template(opened))
+    tokenizer = load_tokenizer(opened.base, template_of(opened.folder))
+    ends = end_as_trained(tokenizer, opened.folder)
     pad = set_pad(tokenizer, opened.loaded.config) if opened.head is not None else None
     with replace_folder(out) as part:
         save_arrays(part / WEIGHTS, tensors, {"format": "pt"})
@@ -169,13 +177,12 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
         f"wrote {out}: {kind} of rank {opened.spec.rank} on {len(opened.spec.paths)} modules{also}, "
         f"lora_alpha {config['lora_alpha']:g}, for {opened.base}"
     )
-    return [said, *_notes(opened, pad)]
-
-
-def _template(opened: Opened) -> Path | None:
-    """The chat template that the run was trained with, where it had one of its own."""
-    given = opened.about.get("chat_template")
-    return Path(given) if given and Path(given).is_file() else None
+    if ends and opened.head is None:
+        ends = [
+            *ends,
+            f"transformers wants to be told: model.generate(..., eos_token_id={sorted(tokenizer.eos_token_ids)})",
+        ]
+    return [said, *ends, *_notes(opened, pad)]
 
 
 def peft_tensors(opened: Opened) -> tuple[dict[str, mx.array], list[str]]:

@@ -18,9 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxft.data.encode import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model.fingerprint import fits_base
-from mlxft.model.load import Loaded, base_fingerprint
+from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 
@@ -368,13 +369,37 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
         path = name
     elif str(path) != name:
         base = {}
-    template = base.pop("chat_template", None)
+    base.pop("chat_template", None)
     try:
-        return load_model(str(path), **{**base, "chat_template": Path(template) if template else None, **options})
+        loaded = load_model(str(path), **{**base, "chat_template": template_of(adapter), **options})
     except ModelError as e:
         if named:
             raise
         raise ModelError(f"{adapter}: its base can not be loaded: {e}; if it has moved, name it with --model") from e
+    end_as_trained(loaded.tokenizer, adapter)
+    return loaded
+
+
+def template_of(adapter: Path) -> Path | None:
+    """Where the chat template is that the adapter in a folder was trained with; None: it is the base's own.
+
+    That is the folder itself. Adapters written before they kept it only name a file.
+    """
+    if (adapter / TEMPLATE_FILE).is_file():
+        return adapter
+    given = base_noted(read_adapter_config(adapter)).get("chat_template")
+    return Path(given) if given else None
+
+
+def end_as_trained(tokenizer: Any, adapter: Path) -> list[str]:
+    """Let the tokens end a completion that did when the adapter in a folder was trained.
+
+    Returns:
+        What is to be said of those that are new, a sentence each.
+    """
+    noted = read_adapter_config(adapter).get("mlxft", {}).get("eos_tokens", [])
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in noted]
+    return end_completions(tokenizer, [i for i in ids if i is not None and i != tokenizer.unk_token_id])
 
 
 def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:

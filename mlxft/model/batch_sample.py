@@ -44,7 +44,7 @@ def sample_batch(
     training flag is as before at the end.
 
     Args:
-        prompts: token ids; rendered by `render_prompt`, say.
+        prompts: token ids, as `encode_prompt` gives them.
         rows: most sequences decoded at one time; 32 if not given. Memory grows with it.
         on_done: called with how many answers were finished since it was called last.
     Raises:

@@ -128,7 +128,11 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
         raise OSError(f"only {written} of {weight_bytes(model)} bytes of weights were written")
     # save_config drops keys from what it is given; a vision tower's model can not be loaded without them.
     keep_vision = "vision_tower" in getattr(model, "model", {})
-    save_config(copy.deepcopy(config), folder / "config.json", keep_vision_config=keep_vision)
+    ends = sorted(tokenizer.eos_token_ids)
+    config = copy.deepcopy(config)
+    if ends:
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    save_config(config, folder / "config.json", keep_vision_config=keep_vision)
     tokenizer.save_pretrained(str(folder))
     generation = generation_settings(source)
     for code in source.glob("*.py") if source is not None else ():
@@ -136,7 +140,7 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation.setdefault(name, config[name])
-    generation["eos_token_id"] = sorted(tokenizer.eos_token_ids)
+    generation["eos_token_id"] = ends
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", "utf-8")
 
 

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.fingerprint import fingerprint, is_packed
@@ -71,7 +72,7 @@ def load(
         quantize: bits to quantise to (2, 3, 4, 5, 6, 8); 0 dequantises; None leaves a folder as it is and
             dequantises a .gguf, which is packed for transport. A packed checkpoint keeps its own groups.
         group_size: weights that share a scale, 32, 64 or 128; None: 64, or what a packed checkpoint has.
-        chat_template: a file whose Jinja template replaces the tokenizer's.
+        chat_template: a file whose Jinja template replaces the tokenizer's, or a folder with `chat_template_files`.
         revision: branch, tag or commit of a hub id.
         lazy: leave the weights unread until they are used.
     Raises:
@@ -94,6 +95,7 @@ def load(
         own = _own_dtype(model)
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
+    set_embedding_rows(tokenizer, embedding_rows(config, model))
     try:
         _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
         if not lazy:
@@ -114,11 +116,14 @@ def load_tokenizer(
     """Only the tokenizer, as `load` gives it; from the hub, only the small files are fetched."""
     where = resolve(path, revision, weights=False)
     if where.suffix == ".gguf":
-        tokenizer = gguf.tokenizer(gguf.read(where))
+        file = gguf.read(where)
+        config, tokenizer = gguf.config(file), gguf.tokenizer(file)
     else:
-        tokenizer = _folder_tokenizer(where, path, folder_config(where, path, weights=False), trust_remote_code)
+        config = folder_config(where, path, weights=False)
+        tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
+    set_embedding_rows(tokenizer, embedding_rows(config))
     return tokenizer
 
 
@@ -270,14 +275,19 @@ def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bo
         ) from error
 
 
-def _set_chat_template(tokenizer: Any, file: Path) -> None:
+def _set_chat_template(tokenizer: Any, place: Path) -> None:
+    """Replace the tokenizer's chat template by the one in a file, or by a folder's `chat_template_files`."""
     from jinja2 import TemplateSyntaxError
 
+    folder = place if place.is_dir() else None
+    file = place / TEMPLATE_FILE if folder else place
+    others = sorted((folder / _NAMED_TEMPLATES).glob("*.jinja")) if folder else []
     try:
-        text = file.read_text(encoding="utf-8")
+        texts = {path: path.read_text(encoding="utf-8") for path in [file, *others]}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template {str(file)!r}: can not be read: {brief(error)}") from error
-    tokenizer.chat_template = text
+        raise ConfigError(f"chat_template {str(file)!r}: cannot be read: {brief(error)}") from error
+    named = {"default" if path == file else path.stem: text for path, text in texts.items()}
+    tokenizer.chat_template = named if others else texts[file]
     tokenizer.has_chat_template = True
     tokenizer._chat_template = None
     try:
@@ -287,6 +297,30 @@ def _set_chat_template(tokenizer: Any, file: Path) -> None:
     except Exception:
         # A sound template may refuse this probe (one that wants a system message): only its syntax is checked here.
         return
+
+
+TEMPLATE_FILE = "chat_template.jinja"
+_NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for those beside the default
+
+
+def chat_template_files(tokenizer: Any) -> dict[str, str]:
+    """Return the tokenizer's chat template as files of a folder, name -> text, as transformers writes them.
+
+    Empty where it has none, or one that is code.
+    """
+    found = tokenizer.chat_template if getattr(tokenizer, "_chat_template", None) is None else None
+    named = found if isinstance(found, dict) else {} if found is None else {"default": found}
+    others = {f"{_NAMED_TEMPLATES}/{Path(name).name}.jinja": text for name, text in named.items() if name != "default"}
+    return others | ({TEMPLATE_FILE: named["default"]} if "default" in named else {})
+
+
+def embedding_rows(config: Mapping[str, Any], model: nn.Module | None = None) -> int | None:
+    """How many ids a model has: rows of its embedding, or what its config says; None where neither is known."""
+    tables = (nn.Embedding, nn.QuantizedEmbedding)
+    found = [m.weight.shape[0] for m in model.modules() if isinstance(m, tables)] if model is not None else []
+    known = {**config, **(config.get("text_config") or {})}
+    found = found or [n for key in ("vocab_size", "padded_vocab_size") if isinstance(n := known.get(key), int)]
+    return max(found, default=None)
 
 
 def _own_dtype(model: nn.Module) -> Any:

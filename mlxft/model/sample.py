@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.data.encode import encode_prompt
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import exp
 
@@ -66,35 +67,6 @@ class Sampling:
         object.__setattr__(self, "stop", tuple(stop))
 
 
-def render_prompt(
-    tokenizer: TokenizerWrapper, prompt: Prompt, system: str | None = None, tools: list[dict[str, Any]] | None = None
-) -> list[int]:
-    """Token ids up to where the answer starts: by the chat template if there is one, else the text as it stands.
-
-    Raises:
-        ConfigError: `system` is given where it has no place.
-        DataError: messages without a chat template, or messages that the template refuses.
-    """
-    if not tokenizer.has_chat_template:
-        if not isinstance(prompt, str) or tools:
-            raise DataError(
-                "this tokenizer has no chat template, so messages and tools have no form; give text, or a template"
-            )
-        if system is not None:
-            raise ConfigError("this tokenizer has no chat template, so system has no place; write it into the prompt")
-        ids: list[int] = tokenizer.encode(prompt)
-        return ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system is not None:
-        if messages and messages[0].get("role") == "system":
-            raise ConfigError("system is given, and the messages start with one of their own; keep one of them")
-        messages = [{"role": "system", "content": system}, *messages]
-    try:
-        return list(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=True))
-    except Exception as error:  # templates raise their own refusals, and jinja's
-        raise DataError(f"the chat template refuses these messages: {type(error).__name__}: {error}") from error
-
-
 def stream(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
@@ -108,7 +80,7 @@ def stream(
     MLX's global random state is never drawn from, and every module's training flag is as before at the end.
 
     Args:
-        prompt: ids, or text or messages to render.
+        prompt: ids; or text or messages, encoded as `encode_prompt` does.
         seed: the same seed gives the same text; None draws a new one from the system.
     Raises:
         DataError: an empty prompt, or messages that the template refuses; at the call, not at the first piece.
@@ -133,7 +105,7 @@ def generate(
 
 def _ids(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
-        return render_prompt(tokenizer, prompt)
+        return encode_prompt(prompt, tokenizer)
     return [int(token) for token in prompt]
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from mlxft.config import Config
 from mlxft.data.batching import Slot, padding_share
-from mlxft.data.encode import Encoded, Ids
-from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, fingerprint, length
+from mlxft.data.dataset import fingerprint
+from mlxft.data.encode import Encoded, Ids, end_completions
+from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, ends_of, ids_fingerprint, length
 from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
 from mlxft.model.plan import Shape
@@ -141,7 +142,8 @@ def encode_splits(
         second = build(valid, tokenizer, **options) if valid else None
     if second:
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
-    counts = replace(first.counts, source_notes=tuple(notes))
+    notes = [*notes, *end_completions(tokenizer, ends_of(first.rows))]
+    counts = replace(first.counts, source_notes=tuple(notes), fingerprint=fingerprint(train, valid))
     return first.rows, counts, second.rows if second else [], second.counts if second else None
 
 
@@ -214,7 +216,11 @@ class Judged(OffPolicy, Generic[Row]):
             yield self.make(model, slot.rows, slot.width, valid=True, ends_epoch=False)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.rows) + (fingerprint(self.valid) if self.valid else "")
+        return self.counts.fingerprint
+
+    def ids_fingerprint(self) -> str:
+        """Hash of all ids, which numbers computed from them depend on."""
+        return ids_fingerprint(self.rows) + ids_fingerprint(self.valid)
 
     def summary(self) -> Summary:
         kind = "pairs" if self.rows and isinstance(self.rows[0], EncodedPair) else "answers"

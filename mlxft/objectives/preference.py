@@ -135,7 +135,7 @@ class _Pairs(Judged[EncodedPair]):
     def prepare(self, model: nn.Module, base: str = "") -> None:
         self._policy.prepare(model)
         if self._settings.precompute and self._policy.reference is not None:
-            key = f"{self.fingerprint()} {base} {self.config.model.model_dump_json()}"
+            key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()}"
             data = [[a for row in rows for a in answers_of(row)] for rows in (self.rows, self.valid)]
             self._policy.reference.precompute([_stacked(d, self.most) for d in data], self.config.run_dir, key)
 
@@ -216,7 +216,7 @@ class _Single(Judged[EncodedAnswer]):
     def prepare(self, model: nn.Module, base: str = "") -> None:
         self._policy.prepare(model)
         if self._settings.precompute and self._policy.reference is not None:
-            key = f"{self.fingerprint()} {base} {self.config.model.model_dump_json()} {self.config.run.seed}"
+            key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()} {self.config.run.seed}"
             data = []
             for rows, valid in ((self.rows, False), (self.valid, True)):
                 own = [a for row in rows for a in answers_of(row)]

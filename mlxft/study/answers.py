@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, TextIO
 from rich.console import Console
 
 from mlxft.data.convert import convert
+from mlxft.data.encode import encode_prompt
 from mlxft.data.formats import Prompt
 from mlxft.data.sources import read_rows, report_lines
 from mlxft.errors import DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.load import Loaded
-from mlxft.model.sample import Sampling, render_prompt
+from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
 from mlxft.train.files import write_beside
 
@@ -49,14 +50,14 @@ class Asked:
         for where, item in convert(read_rows(spec, "test"), "prompts"):
             assert isinstance(item, Prompt)
             try:
-                ids = render_prompt(loaded.tokenizer, item.prompt, system)
+                ids = encode_prompt(item.prompt, loaded.tokenizer, system=system, where=where)
                 if not ids:
-                    raise DataError("the prompt has no tokens")
+                    raise DataError(f"{where}: the prompt has no tokens")
                 self.ids.append(ids)
                 self.prompts.append(item)
                 self.wheres.append(where)
             except DataError as e:
-                problems.append(f"{where}: {e}")
+                problems.append(str(e))
         if problems:
             raise DataError(report_lines(problems))
 

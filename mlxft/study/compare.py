@@ -11,7 +11,7 @@ from mlxft.errors import DataError, MlxftError
 from mlxft.recipe import flat
 from mlxft.study.runs import Event, RunInfo, find_run, finite, read_events, read_settings, run_info
 
-OWN = ("run.name", "run.dir", "versions")  # of each run by itself: neither settings to compare nor to tune
+OWN = ("run.name", "run.dir", "data.date", "versions")  # of each run by itself: neither settings to compare nor to tune
 # Of a training report: sums and speeds, which say what a run took.
 COSTS = ("tokens", "trained_tokens", "tokens_per_s", "peak_memory_gb", "elapsed_s")
 NOT_RESULTS = {"event", "step", "best", "epoch", "elapsed_s", "lr", "rollout", "tokens", "trained_tokens"}

@@ -299,8 +299,8 @@ def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
     loaded: list[Any] = []
 
     def ask(task: Task, which: int, attempt: int, count: int) -> list[str]:
+        from mlxft.data.encode import encode_prompt
         from mlxft.model.batch_sample import sample_batch, text_of
-        from mlxft.model.sample import render_prompt
         from mlxft.rundir import load
 
         if not loaded:
@@ -311,7 +311,7 @@ def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
         said = f"{source.seed} {task.id} {which} {attempt}".encode()
         seed = int.from_bytes(blake2b(said, digest_size=7).digest(), "big")
         how = replace(source.sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
-        ids = render_prompt(tokenizer, task.prompt, tools=task.tools)
+        ids = encode_prompt(task.prompt, tokenizer, tools=task.tools)
         (found,) = sample_batch(model, tokenizer, [ids], how, samples=count, seed=seed)
         return [text_of(tokenizer, answer, how) for answer in found]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from mlxft.data import cache, dataset
+from mlxft.data.chat import set_day
 from mlxft.data.dataset import Dataset, build, fingerprint
 from mlxft.data.encode import Encoded
 from mlxft.data.formats import Completion, Conversation, Example, Text
@@ -55,11 +57,13 @@ def make(rows: list[Example], tok: Any, **options: Any) -> Dataset:
 
 
 def same(a: Dataset, b: Dataset) -> bool:
-    return (
-        a.counts == b.counts
-        and fingerprint(a) == fingerprint(b)
-        and [r.where for r in a.rows] == [r.where for r in b.rows]
-    )
+    return a.counts == b.counts and [(r.ids.tolist(), r.trained.tolist(), r.where, r.ends) for r in a.rows] == [
+        (r.ids.tolist(), r.trained.tolist(), r.where, r.ends) for r in b.rows
+    ]
+
+
+def key(rows: list[Example], tok: Any, train_on: str, chat: bool) -> str | None:
+    return cache.encoding_key(fingerprint(rows), tok, train_on, chat)
 
 
 def test_the_second_time_nothing_is_encoded(tokenizer: Make, folder: Path, encoded: list[str]) -> None:
@@ -100,33 +104,36 @@ def test_whatever_encoding_depends_on_is_seen(
 ) -> None:
     tok = tokenizer("chatml")
     keys = [
-        cache.encoding_key(examples(), tok, "assistant", True),
-        cache.encoding_key(examples(answer="No."), tok, "assistant", True),
-        cache.encoding_key(examples()[::-1], tok, "assistant", True),
-        cache.encoding_key(examples(2), tok, "assistant", True),
-        cache.encoding_key(examples(), tok, "last", True),
-        cache.encoding_key(examples(), tok, "assistant", False),
-        cache.encoding_key(examples(), tokenizer("chatml", bos=True), "assistant", True),
-        cache.encoding_key(examples(), tokenizer("llama3"), "assistant", True),
-        cache.encoding_key([Example("a", Text("xy"))], tok, "assistant", True),
-        cache.encoding_key([Example("a", Completion("x", "y"))], tok, "assistant", True),
+        key(examples(), tok, "assistant", True),
+        key(examples(answer="No."), tok, "assistant", True),
+        key(examples()[::-1], tok, "assistant", True),
+        key(examples(2), tok, "assistant", True),
+        key(examples(), tok, "last", True),
+        key(examples(), tok, "assistant", False),
+        key(examples(), tokenizer("chatml", bos=True), "assistant", True),
+        key(examples(), tokenizer("llama3"), "assistant", True),
+        key([Example("a", Text("xy"))], tok, "assistant", True),
+        key([Example("a", Completion("x", "y"))], tok, "assistant", True),
     ]
     monkeypatch.setattr(cache, "version", lambda package: "0")
-    keys.append(cache.encoding_key(examples(), tok, "assistant", True))
+    keys.append(key(examples(), tok, "assistant", True))
     assert None not in keys
     assert len(set(keys)) == len(keys)
 
 
-def test_a_template_that_writes_the_date_is_encoded_daily(tokenizer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_writes_the_date_is_encoded_daily(tokenizer: Make) -> None:
     import copy
 
     tok = copy.deepcopy(tokenizer("chatml"))
     tok._tokenizer.chat_template += "{# strftime_now('%d') #}"
-    before = cache.encoding_key(examples(), tok, "assistant", True)
-    plain = cache.encoding_key(examples(), tokenizer("chatml"), "assistant", True)
-    monkeypatch.setattr(cache.time, "strftime", lambda form: "another day")
-    assert cache.encoding_key(examples(), tok, "assistant", True) != before
-    assert cache.encoding_key(examples(), tokenizer("chatml"), "assistant", True) == plain
+    found = []
+    for day in (date(2026, 1, 1), date(2026, 1, 2)):
+        for asked in (tok, plain := copy.deepcopy(tokenizer("chatml"))):
+            set_day(asked, day)
+        found.append((key(examples(), tok, "assistant", True), key(examples(), plain, "assistant", True)))
+    (dated, undated), (later, same_as_before) = found
+    assert dated != later
+    assert undated == same_as_before
 
 
 def test_a_tokenizer_that_can_not_be_compared_is_not_cached(tokenizer: Make, folder: Path, encoded: list[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxft.data.dataset import describe
-from mlxft.data.encode import Encoded, encode
+from mlxft.data.encode import Encoded, encode, encode_prompt
 from mlxft.data.formats import Completion, Conversation, Prompt, Text
 from mlxft.errors import ConfigError, DataError
 
@@ -251,6 +251,8 @@ def test_no_more_work_than_needed(tokenizer: Make, monkeypatch: pytest.MonkeyPat
         cls, "apply_chat_template", lambda self, *a, **k: calls.append("render") or render(self, *a, **k)
     )
     monkeypatch.setattr(cls, "__call__", lambda self, *a, **k: calls.append("tokenise") or tokenise(self, *a, **k))
+    encode(chat("So?", "No."), tok, "x", "assistant")  # what a template drops is asked once for all rows of a shape
+    calls.clear()
     encode(chat("Hi?", "Yes."), tok, "x", "assistant")
     assert sorted(calls) == ["render", "render", "tokenise"]
 
@@ -259,3 +261,26 @@ def test_first_token_is_never_trained(tokenizer: Make) -> None:
     """Also when nothing stands before the completion: there is nothing to predict it from."""
     (row,) = encode(Completion("", "ab"), tokenizer("none"), "x", "assistant")
     assert row.trained.tolist() == [False, True, True]
+
+
+def test_prompt_as_a_model_is_asked(tokenizer: Make) -> None:
+    tok = tokenizer("chatml")
+
+    def text(prompt: Any, **options: Any) -> str:
+        return str(tok.decode(encode_prompt(prompt, tok, **options)))
+
+    tail = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text("hi") == tail
+    assert text("hi", system="be kind") == "<|im_start|>system\nbe kind<|im_end|>\n" + tail
+    assert text([{"role": "user", "content": "hi"}]) == tail
+    assert text("hi", chat=False) == "hi"
+    with pytest.raises(ConfigError, match="one of their own"):
+        text([{"role": "system", "content": "a"}], system="b")
+    with pytest.raises(DataError, match=r"prompt\[0\]\.role is None"):
+        text([{"speaker": "user"}])
+    plain = tokenizer("none")
+    assert encode_prompt("hi", plain) == plain.encode("hi")
+    with pytest.raises(ConfigError, match="system has no place"):
+        encode_prompt("hi", plain, system="b")
+    with pytest.raises(DataError, match="no chat template"):
+        encode_prompt([{"role": "user", "content": "hi"}], plain)

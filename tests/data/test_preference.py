@@ -10,7 +10,7 @@ import pytest
 
 from mlxft.data.convert import convert, suggest_format
 from mlxft.data.encode import encode, encode_reply
-from mlxft.data.encode_pairs import build_answers, build_pairs, fingerprint
+from mlxft.data.encode_pairs import build_answers, build_pairs, ids_fingerprint
 from mlxft.data.formats import Conversation, Example, Judged, Preference, Ranked
 from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
@@ -272,7 +272,7 @@ def test_a_pair_is_what_the_model_saw_and_would_say(tokenizer: Make, template: s
 def test_texts_are_turns_where_there_is_a_template(tokenizer: Make) -> None:
     texts = Preference("Hello?", "Good day.", "Bah.")
     chat, raw = tokenizer("chatml"), tokenizer("none", bos=True)
-    assert fingerprint(pairs(texts, tok=chat).rows) == fingerprint(pairs(PAIR, tok=chat).rows)
+    assert ids_fingerprint(pairs(texts, tok=chat).rows) == ids_fingerprint(pairs(PAIR, tok=chat).rows)
     for tok, options in ((raw, {}), (chat, {"chat": False})):
         (pair,) = pairs(texts, tok=tok, **options).rows
         assert tok.decode(pair.prompt_ids).removeprefix("<|bos|>") == "Hello?"
@@ -371,4 +371,4 @@ def test_fingerprint_sees_every_part(tokenizer: Make) -> None:
     tok = tokenizer("none")
     variants = [text_pair(3, 4), text_pair(4, 3), text_pair(3, 4, margin=1.0), text_pair(3, 4, tie=True)]
     variants.append(text_pair(3, 4, weight=0.5))
-    assert len({fingerprint(pairs(item, tok=tok).rows) for item in variants}) == len(variants)
+    assert len({ids_fingerprint(pairs(item, tok=tok).rows) for item in variants}) == len(variants)

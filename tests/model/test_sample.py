@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlxft.data.encode import encode_prompt
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.sample import Noise, Sampling, _stop_at, generate, pick, render_prompt, stream
+from mlxft.model.sample import Noise, Sampling, _stop_at, generate, pick, stream
 
 
 def noise(rows: int) -> Noise:
@@ -23,13 +24,13 @@ def test_smollm2_answers(smollm2: Any) -> None:
     assert len(pieces) > 3
     cut = generate(smollm2.model, smollm2.tokenizer, ask, Sampling(20, temperature=0.0, stop=("zzz", "France is")))
     assert cut == "The capital of "
-    ids = render_prompt(smollm2.tokenizer, ask)
+    ids = encode_prompt(ask, smollm2.tokenizer)
     assert generate(smollm2.model, smollm2.tokenizer, ids, Sampling(3, temperature=0.0)) == "The capital of"
 
 
 def test_greedy_is_the_argmax_of_full_passes(tiny_model: Any) -> None:
     """The key-value cache must give what a forward pass over the whole text gives."""
-    ids = render_prompt(tiny_model.tokenizer, "the")
+    ids = encode_prompt("the", tiny_model.tokenizer)
     text, seen = generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)), list(ids)
     for _ in range(8):
         token = mx.argmax(tiny_model.model(mx.array([seen]))[0, -1]).item()
@@ -157,27 +158,6 @@ def test_leading_space_is_kept_in_plain_text(smollm2: Any) -> None:
     assert text.startswith(" ")
 
 
-def test_render_prompt(tiny_tokenizer: Any, tiny_model: Any) -> None:
-    def text(*args: Any) -> str:
-        return str(tiny_tokenizer.decode(render_prompt(tiny_tokenizer, *args)))
-
-    tail = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert text("hi") == tail
-    assert text("hi", "be kind") == "<|im_start|>system\nbe kind<|im_end|>\n" + tail
-    assert text([{"role": "user", "content": "hi"}]) == tail
-    with pytest.raises(ConfigError, match="one of their own"):
-        text([{"role": "system", "content": "a"}], "b")
-    with pytest.raises(DataError, match="refuses these messages"):
-        text([{"speaker": "user"}])
-    plain = tiny_model.tokenizer
-    plain.chat_template, plain.has_chat_template = None, False
-    assert render_prompt(plain, "hi") == plain.encode("hi")
-    with pytest.raises(ConfigError, match="system has no place"):
-        render_prompt(plain, "hi", "b")
-    with pytest.raises(DataError, match="no chat template"):
-        render_prompt(plain, [{"role": "user", "content": "hi"}])
-
-
 def test_wrong_settings_are_named_at_once(tiny_model: Any) -> None:
     with pytest.raises(ConfigError, match=r"max_tokens is 0.*temperature is -1.*top_p is 0.*top_k is -1.*min_p is 2"):
         Sampling(0, temperature=-1, top_p=0, top_k=-1, min_p=2)
@@ -190,7 +170,7 @@ def test_wrong_settings_are_named_at_once(tiny_model: Any) -> None:
 
 def test_eos_is_a_token_like_others_when_asked(tiny_model: Any) -> None:
     """With every token an eos, nothing is said; and all of it when they do not end it."""
-    ids = render_prompt(tiny_model.tokenizer, "the")
+    ids = encode_prompt("the", tiny_model.tokenizer)
     tiny_model.tokenizer.eos_token_ids = range(len(tiny_model.tokenizer.vocab))
     assert generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)) == ""
     said = generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0, stop_at_eos=False))

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config
+from mlxft.data.dataset import fingerprint
 from mlxft.data.encode import Encoded
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
@@ -27,7 +28,7 @@ from mlxft.model.sample import Sampling, never_drawn
 from mlxft.objectives.base import Batch, LossSum, Summary
 from mlxft.objectives.onpolicy.draw import Drawn
 from mlxft.objectives.onpolicy.held_out import HeldOut
-from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, encode_prompts, fingerprint
+from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, encode_prompts
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
@@ -57,6 +58,7 @@ class OnPolicy(Generic[M]):
         self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
         train, valid, said = load_splits(config.data, config.run.seed)
         self.notes += said
+        self._data = fingerprint(train, valid)
         self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         s = self.rollouts
@@ -374,7 +376,7 @@ class OnPolicy(Generic[M]):
         return {}
 
     def fingerprint(self) -> str:
-        return fingerprint(self.prompts) + (fingerprint(self.valid) if self.valid else "")
+        return self._data
 
     def summary(self) -> Summary:
         counts: dict[str, int | float] = {

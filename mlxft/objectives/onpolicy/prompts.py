@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from mlxft.config import Config, Settings
+from mlxft.data.encode import encode_prompt, end_completions, turn_end
 from mlxft.data.formats import Example, Prompt, read_tools
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.load import context_of, load_config
-from mlxft.model.sample import render_prompt
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
 from mlxft.objectives.onpolicy.settings import RolloutSettings
 from mlxft.objectives.sft import of_valid
@@ -115,6 +114,11 @@ def encode_prompts(
         DataError: prompts that can not be rendered or that leave no room for a whole completion, all of them in one;
             or none is left.
     """
+    if config.data.template == "auto" and train:
+        item = train[0].item
+        assert isinstance(item, Prompt)
+        asked = item.prompt if isinstance(item.prompt, list) else None
+        notes += end_completions(tokenizer, turn_end(tokenizer, asked, read_tools(item.row.get("tools"))))
     room = _room(config)
     found = _encode(train, config, tokenizer, room, notes)
     with of_valid():
@@ -130,15 +134,17 @@ def _encode(
             "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
             "completions then end at a text of rollout.stop, or at rollout.max_tokens"
         )
+    chat = config.data.template == "auto"
     found: list[EncodedPrompt] = []
     problems: list[str] = []
     dropped = 0
     for where, item in examples:
         assert isinstance(item, Prompt)
         try:
-            ids = _render(item, config, tokenizer)
+            tools = read_tools(item.row.get("tools"))
+            ids = encode_prompt(item.prompt, tokenizer, tools=tools, chat=chat, where=where)
         except DataError as error:
-            problems.append(f"{where}: {error}")
+            problems.append(str(error))
             continue
         if not ids:
             problems.append(f"{where}: the prompt has no token")
@@ -169,21 +175,3 @@ def _room(config: Config) -> _Room:
     if context <= answer:
         raise ConfigError(f"rollout.max_tokens ({answer}) leaves no room for a prompt in the model's {context} tokens")
     return _Room(context - answer, f"the model's context ({context})", "Lower rollout.max_tokens")
-
-
-def _render(item: Prompt, config: Config, tokenizer: Any) -> list[int]:
-    if config.data.template == "none":
-        if not isinstance(item.prompt, str) or item.row.get("tools"):
-            raise DataError("messages and tools need the chat template; leave data.template out")
-        return list(tokenizer.encode(item.prompt))
-    return render_prompt(tokenizer, item.prompt, tools=read_tools(item.row.get("tools")))
-
-
-def fingerprint(prompts: Sequence[EncodedPrompt]) -> str:
-    """blake2b over the prompts' ids and rows, in order."""
-    digest = blake2b(digest_size=16)
-    for prompt in prompts:
-        digest.update(len(prompt.ids).to_bytes(8, "little"))
-        digest.update(prompt.ids.astype("<i4").tobytes())
-        digest.update(repr(sorted(prompt.row.items(), key=lambda item: item[0])).encode())
-    return digest.hexdigest()

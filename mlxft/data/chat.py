@@ -1,0 +1,398 @@
+"""A tokenizer's chat template: messages to text, and every part of a row found again in that text.
+
+A template is a program of the model's makers. It may drop what it does not know (tool calls, a system turn, thoughts),
+and it may take tool calls in one form only. So the forms that people's rows come in are tried, and a row of which no
+form is written whole is refused: what is missing from the text cannot be learnt, and shows in no loss.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+from mlxft.data.formats import ROLES, Message
+from mlxft.errors import DataError
+
+T = TypeVar("T")
+
+Tools = list[dict[str, Any]]
+# Names that a message's thoughts go by; templates read one of them.
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+# What ends the thoughts within a content; templates of reasoning models drop what stands before it in earlier turns.
+_THOUGHT_ENDS = ("</think>", "[/THINK]", "</thought>", "<|END_THINKING|>", "</seed:think>", "</longcat_think>")
+_CLOCKS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class NotAPrefix(Exception):
+    """The template does not render a turn as its own generation prompt begins it."""
+
+
+class Unwritten(DataError):
+    """The template does not write a part of the row, or refuses the row."""
+
+
+class Form(NamedTuple):
+    """How tool calls and tools are handed to a template.
+
+    Attributes:
+        text_arguments: the arguments of calls as JSON text, not as a mapping.
+        null_content: the content of a turn that only calls is null, not "".
+        wrapped_tools: each tool within {"type": "function", "function": ...}, where the row has it bare.
+    """
+
+    text_arguments: bool = False
+    null_content: bool = False
+    wrapped_tools: bool = False
+
+
+USUAL = Form()
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The template with what each call of it is given for one row.
+
+    Attributes:
+        tokenizer: mlx-lm's TokenizerWrapper, or anything with its `apply_chat_template`.
+        where: the row's place, for messages; "" where there is none.
+        uses_tools: whether the row has tools or calls, so that a template named `tool_use` is its template.
+        thinking: `enable_thinking`; None is the tokenizer's own choice.
+    """
+
+    tokenizer: Any
+    tools: Tools | None
+    where: str
+    uses_tools: bool = False
+    form: Form = USUAL
+    thinking: bool | None = None
+
+    def error(self, text: str) -> DataError:
+        """An error with the row's place."""
+        return Unwritten(f"{self.where}: {text}" if self.where else text)
+
+    def render(self, messages: Sequence[Message], generation: bool = False) -> str:
+        """Return the text of messages; with `generation`, up to where the next assistant turn is written.
+
+        Raises:
+            DataError: the template refuses them, with its own reason.
+        """
+        given = [_formed(message, self.form) for message in messages]
+        tools = self.tools
+        if tools is not None and self.form.wrapped_tools:
+            tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        try:
+            return str(self._apply(given, tools, generation))
+        except Exception as exc:  # a template is a program of its own: anything may come out of it
+            reason = str(exc).strip() or type(exc).__name__
+            raise self.error(
+                f"the chat template refuses these messages: {reason}; change the row, or set model.chat_template to "
+                "one that takes them"
+            ) from exc
+
+    def _apply(self, messages: list[Message], tools: Tools | None, generation: bool) -> Any:
+        options: dict[str, Any] = {}
+        template = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            # transformers goes by the list of tools alone; a row with calls needs the template that writes them.
+            template = template.get("tool_use" if self.uses_tools and "tool_use" in template else "default")
+            options |= {} if template is None else {"chat_template": template}
+        day: date | None = getattr(self.tokenizer, "_mlxft_day", None)
+        if day is not None and isinstance(template, str) and (clock := _clock(template, day)):
+            options["chat_template"] = clock + template
+        if self.thinking is not None:
+            options["enable_thinking"] = self.thinking
+        if self.form.null_content:
+            return _render_with_nulls(self.tokenizer, messages, tools, generation, options)
+        if tools is not None:  # mlx-lm's own templates, which are functions, do not all take a `tools` that is None
+            options["tools"] = tools
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
+
+    def check_written(self, messages: Sequence[Message], text: str, trained: Mapping[int, str]) -> None:
+        """Find every part of a row in its rendered text.
+
+        Args:
+            text: what `render` gave for the messages, or what begins with it.
+            trained: index of a trained turn -> the part of the text that is the turn.
+        Raises:
+            DataError: the first part that is missing, by turn and name.
+        """
+        for i, message in enumerate(messages):
+            turn = trained.get(i)
+            self._check_turn(f"messages[{i}]", message, text if turn is None else turn, turn is not None)
+        for tool in self.tools or ():
+            inner = tool.get("function")
+            name = str((inner if isinstance(inner, dict) else tool).get("name", ""))
+            if not _is_in(name, text):
+                raise self.error(f"tools has {name!r}, which this chat template does not write: {_ADVICE}")
+        if dropped := self._dropped(messages):
+            raise self.error(f"{dropped}, which this chat template does not write: {_ADVICE}")
+
+    def _check_turn(self, at: str, message: Message, text: str, trained: bool) -> None:
+        content: str = message["content"]
+        bos = getattr(self.tokenizer, "bos_token", None)
+        if bos and content.startswith(str(bos)):
+            raise self.error(
+                f"{at} begins with {bos}, which the chat template writes itself: this text has been through a template "
+                "already; set data.template: none, or take the marks out"
+            )
+        answer = without_thoughts(content) if message["role"] == "assistant" else content
+        if not _is_in(answer, text):
+            raise self.error(f"{at} ({message['role']}) has content that this chat template does not write: {_ADVICE}")
+        thoughts = [content] if trained else []
+        thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
+        if not all(_is_in(part, text) for part in thoughts):
+            raise self.error(
+                f"{at} has thoughts that this chat template does not write into the turn; take them out of the row, "
+                "or set model.chat_template to one that keeps them"
+            )
+        for call in message.get("tool_calls", ()):
+            self._check_call(at, call["function"], text)
+
+    def _check_call(self, at: str, function: Mapping[str, Any], text: str) -> None:
+        name, arguments = function["name"], function["arguments"]
+        missing = [part for part in (name, *_leaves(arguments)) if not _is_in(part, text)]
+        if missing:
+            what = f"calls {name}" if missing[0] == name else f"calls {name} with {missing[0]!r}"
+            raise self.error(f"{at} {what}, which this chat template does not write: {_ADVICE}")
+        written = _squeezed(text)
+        as_json, as_python = (_squeezed(f(arguments)) for f in (_dumps, repr))
+        if self.form.text_arguments:
+            as_python, as_json = _squeezed(_dumps(_text_of(function))), _squeezed(_text_of(function))
+        if arguments and as_python in written and as_json not in written:
+            raise self.error(
+                f"{at} calls {name}, whose arguments this chat template writes as {as_python}, not as JSON"
+            )
+
+    def _dropped(self, messages: Sequence[Message]) -> str | None:
+        """What the template drops of any row of this shape, in words; short texts may stand in others by chance."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        shape = tuple(_shape(message) for message in messages)
+        tools = None if self.tools is None else tuple("function" in tool for tool in self.tools)
+        return _dropped_of(self.tokenizer, str(template), tools, shape, self.uses_tools, self.form, self.thinking)
+
+
+_ADVICE = "change the row, or set model.chat_template to one that does"
+
+
+def by_template(
+    tokenizer: Any, messages: Sequence[Message], tools: Tools | None, where: str, encode: Callable[[Chat], T]
+) -> T:
+    """Return what `encode` makes of the first form of a row that the template writes whole.
+
+    Raises:
+        DataError: no form is; the reason is that of the row as it stands.
+    """
+    first: DataError | None = None
+    apart: NotAPrefix | None = None
+    uses_tools = bool(tools) or any("tool_calls" in m or m["role"] == "tool" for m in messages)
+    # Templates of reasoning models may open a thought in the generation prompt that the turn itself does not have.
+    for form, thinking in product(_forms(messages, tools), (None, False)):
+        chat = Chat(tokenizer, tools, where, uses_tools, form, thinking)
+        try:
+            return encode(chat)
+        except Unwritten as exc:
+            first = first or exc
+        except NotAPrefix as exc:
+            apart = apart or exc
+    if apart is not None:
+        # Where the template has no place for thoughts that the row has, that is the reason.
+        whole = Chat(tokenizer, tools, where, uses_tools)
+        text = whole.render(messages)
+        last = len(messages) - 1
+        whole.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
+    if first is not None:
+        raise first
+    raise DataError(
+        f"{where}: {apart}; this chat template changes what the model generated (reasoning models drop thoughts), "
+        "so the turn can not be masked rightly: give the turn its thoughts (reasoning_content), set "
+        "model.chat_template to one that keeps a turn as generated, or prepare whole texts for data.format: text"
+    ) from apart
+
+
+def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[Form]:
+    """The forms of a row, the usual one first; one where there are neither calls nor bare tools."""
+    calls = any("tool_calls" in message for message in messages)
+    silent = any("tool_calls" in message and not message["content"] for message in messages)
+    bare = any("function" not in tool for tool in tools or ())
+    for wrapped, null, text in product((False, True), repeat=3):
+        if wrapped <= bare and null <= silent and text <= calls:
+            yield Form(text, null, wrapped)
+
+
+def _formed(message: Message, form: Form) -> Message:
+    """A message as a template is given it."""
+    given = {key: value for key, value in message.items() if key != "weight"}
+    thoughts = next((given[key] for key in THOUGHTS if given.get(key) is not None), None)
+    if thoughts is not None:
+        given |= dict.fromkeys(THOUGHTS[:2], thoughts)
+    if "tool_calls" in given:
+        given["tool_calls"] = [{**call, "function": _function(call["function"], form)} for call in given["tool_calls"]]
+        if form.null_content and not given["content"]:
+            given["content"] = None
+    return given
+
+
+def _function(function: Mapping[str, Any], form: Form) -> dict[str, Any]:
+    given = {key: value for key, value in function.items() if key != "_written"}
+    return {**given, "arguments": _text_of(function)} if form.text_arguments else given
+
+
+def _text_of(function: Mapping[str, Any]) -> str:
+    """A call's arguments as JSON text: as the row wrote them, if it wrote text."""
+    return str(function.get("_written") or _dumps(function["arguments"]))
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def set_day(tokenizer: Any, day: date) -> None:
+    """Let templates that write the date write this one, whenever they are rendered."""
+    tokenizer._mlxft_day = day
+
+
+def day_of(tokenizer: Any) -> str:
+    """The day that the tokenizer's template writes, as 2026-11-26; "" where it writes none."""
+    if "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
+        return ""
+    return str(getattr(tokenizer, "_mlxft_day", None) or date.today())
+
+
+@lru_cache(maxsize=16)
+def _clock(template: str, day: date) -> str:
+    """What stands before a template to make its clock stand still; "" for one that has none.
+
+    Templates call `strftime_now`, which transformers gives them and does not let anyone replace; a macro of that name
+    comes before it. No macro can format a date, so each format that the template asks for is written out.
+    """
+    if "strftime_now" not in template:
+        return ""
+    formats = {"%Y-%m-%d", *(found[2] for found in _CLOCKS.finditer(template))}
+    days = _dumps({form: datetime.combine(day, time(12)).strftime(form) for form in sorted(formats)})
+    return (
+        f"{{%- set _days = {days} %}}{{%- macro strftime_now(form) %}}"
+        "{{- _days[form] if form in _days else _days['%Y-%m-%d'] }}{%- endmacro %}\n"  # Jinja takes this newline away
+    )
+
+
+def _render_with_nulls(
+    tokenizer: Any, messages: list[Message], tools: Tools | None, generation: bool, options: dict[str, Any]
+) -> str:
+    """As `apply_chat_template`, which takes keys with null away before a template sees them."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    named = options.pop("chat_template", None)
+    options.setdefault("enable_thinking", bool(getattr(tokenizer, "has_thinking", False)))
+    texts, _ = render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=named or inner.get_chat_template(None, tools),
+        add_generation_prompt=generation,
+        **{**inner.special_tokens_map, **options},
+    )
+    return str(texts[0])
+
+
+def without_thoughts(content: str) -> str:
+    """What an assistant's content holds after its thoughts."""
+    return min((content.rpartition(end)[2] for end in _THOUGHT_ENDS), key=len)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _is_in(part: str, text: str) -> bool:
+    """Whether a text holds a part of a row, as it is or as a JSON string; white space may differ."""
+    if part.strip() in text:
+        return True
+    squeezed = _squeezed(text)
+    forms = (part, _dumps(part)[1:-1], json.dumps(part)[1:-1])
+    return any(_squeezed(form) in squeezed for form in forms)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The keys and the texts, numbers and truth values of a call's arguments; null may be left out by a template."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+    elif value is not None and not isinstance(value, bool):  # True is true in JSON and True in Python
+        yield _dumps(value)
+
+
+class _Shape(NamedTuple):
+    """What of a message a template may look at, beside its texts."""
+
+    role: str
+    content: bool
+    thoughts: bool
+    calls: int
+    keys: tuple[str, ...]
+
+
+def _shape(message: Message) -> _Shape:
+    thoughts = any(message.get(key) for key in THOUGHTS)
+    keys = tuple(key for key in ("name", "tool_call_id") if key in message)
+    return _Shape(message["role"], bool(message["content"].strip()), thoughts, len(message.get("tool_calls", ())), keys)
+
+
+@lru_cache(maxsize=1024)
+def _dropped_of(
+    tokenizer: Any,
+    template: str,
+    tools: tuple[bool, ...] | None,
+    shapes: tuple[_Shape, ...],
+    uses_tools: bool,
+    form: Form,
+    thinking: bool | None,
+) -> str | None:
+    """Which part of a row of these shapes a template drops: each part is a word that stands nowhere else.
+
+    A template that refuses such words (it may want JSON, or names it knows) is not asked further.
+    """
+    words = [[f"textqz{i}x", *(f"callqz{i}n{k}x" for k in range(shape.calls))] for i, shape in enumerate(shapes)]
+    names = [f"toolqz{i}x" for i in range(len(tools or ()))]
+    messages = [_stand_in(shape, content, calls) for shape, (content, *calls) in zip(shapes, words)]
+    nothing = {"type": "object", "properties": {}}
+    functions = [{"name": name, "description": "d", "parameters": nothing} for name in names]
+    described = [{"type": "function", "function": f} if own else f for f, own in zip(functions, tools or ())]
+    chat = Chat(tokenizer, None if tools is None else described, "", uses_tools, form, thinking)
+    try:
+        text = chat.render(messages)
+    except DataError:
+        return None
+    for i, (shape, (content, *calls)) in enumerate(zip(shapes, words)):
+        if shape.content and content not in text:
+            return f"messages[{i}] has role {shape.role} and content"
+        if any(f"{call}{part}" not in text for call in calls for part in ("name", "key", "value")):
+            return f"messages[{i}] calls a tool"
+    if any(name not in text for name in names):
+        return "the row has tools"
+    return None
+
+
+def _stand_in(shape: _Shape, content: str, calls: Sequence[str]) -> Message:
+    """A message of a shape, with words that stand in no template."""
+    assert shape.role in ROLES
+    message: Message = {"role": shape.role, "content": content if shape.content else ""}
+    if shape.thoughts:
+        message["reasoning_content"] = "thoughtqzx"
+    # Nine letters, which is what Mistral's templates want of an id.
+    message |= dict.fromkeys(shape.keys, "callqzxid")
+    functions = [{"name": f"{call}name", "arguments": {f"{call}key": f"{call}value"}} for call in calls]
+    if functions:
+        message["tool_calls"] = [{"id": "callqzxid", "type": "function", "function": f} for f in functions]
+    return message
