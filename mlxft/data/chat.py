@@ -34,7 +34,13 @@ class NotAPrefix(Exception):
 
 
 class Unwritten(DataError):
-    """The template does not write a part of the row, or refuses the row."""
+    """The template does not write a part of the row, or refuses the row.
+
+    Attributes:
+        reached: how much of the row was found before; of several forms' errors the furthest is the reason.
+    """
+
+    reached = 0
 
 
 class Form(NamedTuple):
@@ -72,9 +78,17 @@ class Chat:
     form: Form = USUAL
     thinking: bool | None = None
 
-    def error(self, text: str) -> DataError:
+    def error(self, text: str, reached: int = 0) -> Unwritten:
         """An error with the row's place."""
-        return Unwritten(f"{self.where}: {text}" if self.where else text)
+        error = Unwritten(f"{self.where}: {text}" if self.where else text)
+        error.reached = reached
+        return error
+
+    @property
+    def tail(self) -> str:
+        """What the template writes after a whole conversation, behind the mark that ends its last turn; mostly ""."""
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        return _tail_of(self.tokenizer, template, self.uses_tools, self.form, self.thinking)
 
     def render(self, messages: Sequence[Message], generation: bool = False) -> str:
         """Return the text of messages; with `generation`, up to where the next assistant turn is written.
@@ -124,50 +138,55 @@ class Chat:
         """
         for i, message in enumerate(messages):
             turn = trained.get(i)
-            self._check_turn(f"messages[{i}]", message, text if turn is None else turn, turn is not None)
+            self._check_turn(i, message, text if turn is None else turn, turn is not None)
         for tool in self.tools or ():
             inner = tool.get("function")
             name = str((inner if isinstance(inner, dict) else tool).get("name", ""))
             if not _is_in(name, text):
-                raise self.error(f"tools has {name!r}, which this chat template does not write: {_ADVICE}")
+                raise self.error(
+                    f"tools has {name!r}, which this chat template does not write: {_ADVICE}", len(messages) + 1
+                )
         if dropped := self._dropped(messages):
-            raise self.error(f"{dropped}, which this chat template does not write: {_ADVICE}")
+            raise self.error(f"{dropped}, which this chat template does not write: {_ADVICE}", len(messages) + 2)
 
-    def _check_turn(self, at: str, message: Message, text: str, trained: bool) -> None:
-        content: str = message["content"]
+    def _check_turn(self, index: int, message: Message, text: str, trained: bool) -> None:
+        at, content = f"messages[{index}]", str(message.get("content") or "")
         bos = getattr(self.tokenizer, "bos_token", None)
         if bos and content.startswith(str(bos)):
             raise self.error(
                 f"{at} begins with {bos}, which the chat template writes itself: this text has been through a template "
-                "already; set data.template: none, or take the marks out"
+                "already; set data.template: none, or take the marks out",
+                index + 1,
             )
         answer = without_thoughts(content) if message["role"] == "assistant" else content
-        if not _is_in(answer, text):
-            raise self.error(f"{at} ({message['role']}) has content that this chat template does not write: {_ADVICE}")
         thoughts = [content] if trained else []
         thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
-        if not all(_is_in(part, text) for part in thoughts):
-            raise self.error(
-                f"{at} has thoughts that this chat template does not write into the turn; take them out of the row, "
-                "or set model.chat_template to one that keeps them"
+        problem = None
+        if not _is_in(answer, text):
+            problem = f"({message['role']}) has content, {_NOT_WRITTEN}"
+        elif not all(_is_in(part, text) for part in thoughts):
+            problem = (
+                "has thoughts that this chat template does not write into the turn; take them out of the row, or set "
+                "model.chat_template to one that keeps them"
             )
         for call in message.get("tool_calls", ()):
-            self._check_call(at, call["function"], text)
+            problem = problem or self._lost_of_call(call["function"], text)
+        if problem:
+            raise self.error(f"{at} {problem}", index + 1)
 
-    def _check_call(self, at: str, function: Mapping[str, Any], text: str) -> None:
+    def _lost_of_call(self, function: Mapping[str, Any], text: str) -> str | None:
+        """What of a call is not in a text, or not as it should be; None where all is."""
         name, arguments = function["name"], function["arguments"]
-        missing = [part for part in (name, *_leaves(arguments)) if not _is_in(part, text)]
-        if missing:
-            what = f"calls {name}" if missing[0] == name else f"calls {name} with {missing[0]!r}"
-            raise self.error(f"{at} {what}, which this chat template does not write: {_ADVICE}")
-        written = _squeezed(text)
-        as_json, as_python = (_squeezed(f(arguments)) for f in (_dumps, repr))
-        if self.form.text_arguments:
-            as_python, as_json = _squeezed(_dumps(_text_of(function))), _squeezed(_text_of(function))
+        missing = next((part for part in (name, *_leaves(arguments)) if not _is_in(part, text)), None)
+        if missing is not None:
+            what = f"calls {name}" if missing == name else f"calls {name} with {missing!r}"
+            return f"{what}, {_NOT_WRITTEN}"
+        as_json, as_python, written = map(_squeezed, (_dumps(arguments), repr(arguments), text))
+        if self.form.text_arguments and _text_of(function).strip() not in text:
+            return f"calls {name}, whose arguments this chat template does not write as they are: {_ADVICE}"
         if arguments and as_python in written and as_json not in written:
-            raise self.error(
-                f"{at} calls {name}, whose arguments this chat template writes as {as_python}, not as JSON"
-            )
+            return f"calls {name}, and this chat template writes its arguments as {as_python}, not as JSON: {_ADVICE}"
+        return None
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
         """What the template drops of any row of this shape, in words; short texts may stand in others by chance."""
@@ -178,6 +197,7 @@ class Chat:
 
 
 _ADVICE = "change the row, or set model.chat_template to one that does"
+_NOT_WRITTEN = f"which this chat template does not write: {_ADVICE}"
 
 
 def by_template(
@@ -188,31 +208,38 @@ def by_template(
     Raises:
         DataError: no form is; the reason is that of the row as it stands.
     """
-    first: DataError | None = None
-    apart: NotAPrefix | None = None
     uses_tools = bool(tools) or any("tool_calls" in m or m["role"] == "tool" for m in messages)
+    failed: list[tuple[Chat, Unwritten | NotAPrefix]] = []
     # Templates of reasoning models may open a thought in the generation prompt that the turn itself does not have.
     for form, thinking in product(_forms(messages, tools), (None, False)):
         chat = Chat(tokenizer, tools, where, uses_tools, form, thinking)
         try:
             return encode(chat)
-        except Unwritten as exc:
-            first = first or exc
-        except NotAPrefix as exc:
-            apart = apart or exc
-    if apart is not None:
+        except (Unwritten, NotAPrefix) as exc:
+            failed.append((chat, exc))
+    errors = [exc if isinstance(exc, Unwritten) else _apart(chat, messages, str(exc)) for chat, exc in failed]
+    raise max(errors, key=lambda error: error.reached)
+
+
+def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
+    """Why no turn begins as its generation prompt does, as far as it can be found out, and the way out."""
+    last = len(messages) - 1
+    text = chat.render(messages)
+    try:
         # Where the template has no place for thoughts that the row has, that is the reason.
-        whole = Chat(tokenizer, tools, where, uses_tools)
-        text = whole.render(messages)
-        last = len(messages) - 1
-        whole.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
-    if first is not None:
-        raise first
-    raise DataError(
-        f"{where}: {apart}; this chat template changes what the model generated (reasoning models drop thoughts), "
-        "so the turn can not be masked rightly: give the turn its thoughts (reasoning_content), set "
-        "model.chat_template to one that keeps a turn as generated, or prepare whole texts for data.format: text"
-    ) from apart
+        chat.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
+    except Unwritten as exc:
+        return exc
+    word = "thoughtqzx"
+    given = [{**m, THOUGHTS[0]: word} if m["role"] == "assistant" else m for m in messages]
+    ways = ["give the turn its thoughts (reasoning_content)"] if word in chat.render(given) else []
+    ways += ["set model.chat_template to one that keeps a turn as generated"]
+    return chat.error(
+        f"{what}; this chat template changes what the model generated (reasoning models open a thought that their "
+        f"template drops), so the turn cannot be masked rightly: {', '.join(ways)}, or prepare whole texts for "
+        "data.format: text",
+        len(messages) + 3,
+    )
 
 
 def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[Form]:
@@ -250,6 +277,41 @@ def _text_of(function: Mapping[str, Any]) -> str:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def complete_template(tokenizer: Any) -> None:
+    """Add a generation prompt to a chat template that has none, and take note of it (see `template_notes`).
+
+    Without it the marks that open an assistant turn would be trained as a part of the answer. They are what the
+    template writes between a user turn and the content of the answer; one whose user turns end with them needs none.
+    """
+    found = tokenizer.chat_template if getattr(tokenizer, "_chat_template", None) is None else None
+    named = found if isinstance(found, dict) else {"default": found} if isinstance(found, str) else {}
+    asked = [{"role": "user", "content": "textqz0x"}]
+    answered = [*asked, {"role": "assistant", "content": "textqz1x"}]
+    for name, text in named.items():
+
+        def render(messages: list[Message], text: str = text, **options: Any) -> str:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=text, **options))
+
+        try:
+            before, whole = render(asked), render(answered)
+            if render(asked, add_generation_prompt=True) != before:
+                continue
+        except Exception:  # a template that wants more of a conversation than this has what it needs
+            continue
+        opening, content, _ = whole.removeprefix(before).partition("textqz1x")
+        if whole.startswith(before) and content and opening.strip():
+            named = {**named, name: f"{text}{{% if add_generation_prompt %}}{{{{ {_dumps(opening)} }}}}{{% endif %}}"}
+            tokenizer._mlxft_notes = [
+                f"the chat template has no generation prompt; {opening!r} is added to it, and kept with the result"
+            ]
+            tokenizer.chat_template = named if isinstance(found, dict) else named["default"]
+
+
+def template_notes(tokenizer: Any) -> list[str]:
+    """What `complete_template` did, a sentence each."""
+    return list(getattr(tokenizer, "_mlxft_notes", ()))
 
 
 def set_day(tokenizer: Any, day: date) -> None:
@@ -347,6 +409,52 @@ def _shape(message: Message) -> _Shape:
     thoughts = any(message.get(key) for key in THOUGHTS)
     keys = tuple(key for key in ("name", "tool_call_id") if key in message)
     return _Shape(message["role"], bool(message["content"].strip()), thoughts, len(message.get("tool_calls", ())), keys)
+
+
+@lru_cache(maxsize=64)
+def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: Form, thinking: bool | None) -> str:
+    """See `Chat.tail`: what a turn is followed by at the end of a conversation and not within it, where a special token
+    ends it in both."""
+    chat = Chat(tokenizer, None, "", uses_tools, form, thinking)
+    turns = [{"role": role, "content": f"textqz{i}x"} for i, role in enumerate(("user", "assistant", "user"))]
+    try:
+        whole, longer = chat.render(turns[:2]), chat.render(turns)
+    except DataError:
+        return ""
+    head, answer, rest = whole.partition("textqz1x")
+    if longer.startswith(whole) or not answer or not longer.startswith(head + answer):
+        return ""
+    special = special_ids(tokenizer)[0]
+    marks = sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in special), key=len, reverse=True)
+    ending = re.match(rf"\s*({'|'.join(map(re.escape, marks))})", rest) if marks else None
+    if ending is None or not longer.startswith(head + answer + ending[0]):
+        return ""
+    return rest[len(ending[0]) :]
+
+
+# How the names of tokens that close differ from those that open: </tool_call>, [/THINK], <|END_ACTION|>, ...calls▁end.
+_PAIRED = (("</", "<"), ("[/", "["), ("END", "START"), ("END", "BEGIN"), ("end", "start"), ("end", "begin"))
+
+
+def special_ids(tokenizer: Any) -> tuple[frozenset[int], dict[int, int]]:
+    """Control tokens: what the tokenizer names or marks as special, and every EOS; and what opens those that close."""
+    return _special_ids(tokenizer, frozenset(getattr(tokenizer, "eos_token_ids", ())))
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozenset[int], dict[int, int]]:
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marked = {index for index, token in added.items() if getattr(token, "special", False)}
+    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    special = frozenset(marked.union(getattr(tokenizer, "all_special_ids", ()), eos_token_ids, eos))
+    names = {str(token): index for index, token in added.items()}
+    openers = {
+        index: names[opener]
+        for name, index in names.items()
+        for closes, opens in _PAIRED
+        if closes in name and (opener := name.replace(closes, opens)) in names
+    }
+    return special, openers
 
 
 @lru_cache(maxsize=1024)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.data.chat import Chat, NotAPrefix, Tools, by_template
+from mlxft.data.chat import Chat, NotAPrefix, Tools, by_template, special_ids, template_notes
 from mlxft.data.formats import Completion, Conversation, Item, Message, Text, message_at
 from mlxft.errors import ConfigError, DataError, nearest
 
@@ -184,7 +184,7 @@ def _reply(messages: list[Message], chat: Chat) -> Reply:
     if not text.startswith(before):
         raise NotAPrefix("the answer is not rendered as its generation prompt begins it")
     chat.check_written(messages, text, {len(messages) - 1: text[len(before) :]})
-    tokenizer = chat.tokenizer
+    tokenizer, text = chat.tokenizer, text.removesuffix(chat.tail)
     prompt, ids = _tokenise(tokenizer, before).ids, _tokenise(tokenizer, text).ids
     reply = _going_on(tokenizer, prompt, ids, text[len(before) :], chat.where)
     end = _end_of_turn(tokenizer, reply, 0, len(reply))
@@ -306,6 +306,11 @@ def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
     return notes
 
 
+def chat_notes(tokenizer: Any, ends: Iterable[int]) -> list[str]:
+    """Do as `end_completions`, and return also what was done to the chat template."""
+    return [*template_notes(tokenizer), *end_completions(tokenizer, ends)]
+
+
 def turn_end(tokenizer: Any, prompt: list[Message] | None = None, tools: Tools | None = None) -> tuple[int, ...]:
     """Return the id that ends an assistant turn by the chat template; none where there is no such token or template."""
     if not tokenizer.has_chat_template:
@@ -360,7 +365,7 @@ def _conversation(item: Conversation, chat: Chat, train_on: str) -> list[Encoded
     for i in watched:
         prompt = chat.render(messages[:i], generation=True)
         ended = whole.text if i == final else chat.render(messages[: i + 1])
-        found[i] = _find(chat, whole, prompt, ended, i)
+        found[i] = _find(chat, whole, prompt, ended.removesuffix(chat.tail), i)
         if found[i] is None:
             break
         texts[i] = ended[len(prompt) :]
@@ -386,7 +391,7 @@ def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
     final = len(messages) - 1
     whole = _tokenise(chat.tokenizer, chat.render(messages))
     prompt = chat.render(messages[:-1], generation=True)
-    turn = _find(chat, whole, prompt, whole.text, final)
+    turn = _find(chat, whole, prompt, whole.text.removesuffix(chat.tail), final)
     if turn is None:
         raise AssertionError("a text is always a prefix of itself")
     chat.check_written(messages, whole.text, {final: whole.text[len(prompt) :]})
@@ -475,35 +480,14 @@ def _until(chat: Chat, tokens: _Tokens, char: int) -> int | None:
 
 
 def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int | None:
-    """Position of the last special token in [first, stop), if only white space follows it there.
+    """Position of the last special token in [first, stop), if only white space follows it there; None where none does.
 
     A token that closes what another one opened within the turn (`</tool_call>`) ends that, and not the turn.
     """
-    special, openers = _special_ids(tokenizer, frozenset(getattr(tokenizer, "eos_token_ids", ())))
+    special, openers = special_ids(tokenizer)
     for index in range(stop - 1, first - 1, -1):
         if ids[index] in special:
             rest = ids[index + 1 : stop]
             last = not rest or not tokenizer.decode(rest).strip()
             return index if last and openers.get(ids[index]) not in ids[first:index] else None
     return None
-
-
-# How the names of tokens that close differ from those that open: </tool_call>, [/THINK], <|END_ACTION|>, ...calls▁end.
-_PAIRED = (("</", "<"), ("[/", "["), ("END", "START"), ("END", "BEGIN"), ("end", "start"), ("end", "begin"))
-
-
-@lru_cache(maxsize=8)
-def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozenset[int], dict[int, int]]:
-    """Control tokens: what the tokenizer names or marks as special, and every EOS; and what opens those that close."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    marked = {index for index, token in added.items() if getattr(token, "special", False)}
-    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    special = frozenset(marked.union(getattr(tokenizer, "all_special_ids", ()), eos_token_ids, eos))
-    names = {str(token): index for index, token in added.items()}
-    openers = {
-        index: names[opener]
-        for name, index in names.items()
-        for closes, opens in _PAIRED
-        if closes in name and (opener := name.replace(closes, opens)) in names
-    }
-    return special, openers

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlxft.data.chat import complete_template
 from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
@@ -95,6 +96,7 @@ def load(
         own = _own_dtype(model)
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
+    complete_template(tokenizer)
     set_embedding_rows(tokenizer, embedding_rows(config, model))
     try:
         _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
@@ -123,6 +125,7 @@ def load_tokenizer(
         tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
+    complete_template(tokenizer)
     set_embedding_rows(tokenizer, embedding_rows(config))
     return tokenizer
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlxft.config import Config
 from mlxft.data.batching import Slot, padding_share
 from mlxft.data.dataset import fingerprint
-from mlxft.data.encode import Encoded, Ids, end_completions
+from mlxft.data.encode import Encoded, Ids, chat_notes
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, ends_of, ids_fingerprint, length
 from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
@@ -142,7 +142,7 @@ def encode_splits(
         second = build(valid, tokenizer, **options) if valid else None
     if second:
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
-    notes = [*notes, *end_completions(tokenizer, ends_of(first.rows))]
+    notes = [*notes, *chat_notes(tokenizer, ends_of(first.rows))]
     counts = replace(first.counts, source_notes=tuple(notes), fingerprint=fingerprint(train, valid))
     return first.rows, counts, second.rows if second else [], second.counts if second else None
 

@@ -15,7 +15,7 @@ from mlxft.config import Config, Data, Settings
 from mlxft.data.batching import IntArray, Slot, pack_epoch, pack_width, padding_share
 from mlxft.data.convert import convert
 from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
-from mlxft.data.encode import Encoded, end_completions
+from mlxft.data.encode import Encoded, chat_notes
 from mlxft.data.formats import Example
 from mlxft.data.shots import choose, labels_of
 from mlxft.data.sources import Row, find_split, read_rows
@@ -102,7 +102,7 @@ class Objective(OffPolicy):
         self.train = build(train, tokenizer, **options)
         with of_valid():
             self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
-        self._notes += end_completions(tokenizer, self.train.ends)
+        self._notes += chat_notes(tokenizer, self.train.ends)
         super().__init__(config, _lengths(self.train))
         self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
         self._split: Split | None = None

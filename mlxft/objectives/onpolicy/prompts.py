@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from mlxft.config import Config, Settings
-from mlxft.data.encode import encode_prompt, end_completions, turn_end
+from mlxft.data.encode import chat_notes, encode_prompt, turn_end
 from mlxft.data.formats import Example, Prompt, read_tools
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
@@ -118,7 +118,7 @@ def encode_prompts(
         item = train[0].item
         assert isinstance(item, Prompt)
         asked = item.prompt if isinstance(item.prompt, list) else None
-        notes += end_completions(tokenizer, turn_end(tokenizer, asked, read_tools(item.row.get("tools"))))
+        notes += chat_notes(tokenizer, turn_end(tokenizer, asked, read_tools(item.row.get("tools"))))
     room = _room(config)
     found = _encode(train, config, tokenizer, room, notes)
     with of_valid():
