@@ -13,12 +13,13 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.config import Config
+from mlxft.data.encode import encode_prompt
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
-from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, chat_template_files, count_parameters
+from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters
 from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
 from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
@@ -152,8 +153,7 @@ def train(
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
-    kept = run.dir if resume and (run.dir / TEMPLATE_FILE).is_file() else None
-    loaded = base or load_base(config, lazy=True, template=kept)
+    loaded = base or load_base(config, lazy=True, template=run.template if resume else None)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec, optimizer, expected = assemble(config, loaded, objective)
@@ -218,7 +218,8 @@ def _train(
 
     def on_samples(p: Progress) -> None:
         for prompt in settings.sample_prompts:
-            answer = generate(loaded.model, loaded.tokenizer, prompt, likeliest)
+            ids = encode_prompt(prompt, loaded.tokenizer, chat=run.config.data.template == "auto")
+            answer = generate(loaded.model, loaded.tokenizer, ids, likeliest)
             reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
 
     hooks = Hooks(reporter.event, on_checkpoint, lambda p: saver.result(), on_samples)

@@ -15,7 +15,7 @@ from mlxft.data.encode import end_completions, turn_end
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
 from mlxft.model.adapters import load_with_adapter, read_adapter_config
 from mlxft.model.heads import HEAD_FILE, load_head
-from mlxft.model.load import Loaded, base_fingerprint
+from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.recipe import flat, load_config
@@ -46,6 +46,11 @@ class Run:
     def result(self) -> Path:
         """The trained adapter, or the trained model's folder."""
         return self.dir / ("model" if self.config.tune.method == "full" else "adapter")
+
+    @property
+    def template(self) -> Path | None:
+        """Where the chat template is that it was trained with: kept in the run's folder, or where the recipe says."""
+        return self.dir if (self.dir / TEMPLATE_FILE).is_file() else self.config.model.chat_template
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, all or of one kind."""

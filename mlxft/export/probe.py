@@ -14,8 +14,8 @@ import numpy as np
 import mlxft
 from mlxft.config import Config
 from mlxft.data.convert import convert, suggest_format
-from mlxft.data.encode import Encoded, Reply, encode, encode_reply
-from mlxft.data.formats import Completion, Conversation, Example, Judged, Message, Preference, Prompt, Ranked, Text
+from mlxft.data.encode import Encoded, Reply, encode, encode_reply, prompt_text
+from mlxft.data.formats import Completion, Conversation, Example, Judged, Preference, Prompt, Ranked, Text
 from mlxft.data.sources import Problem, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.objectives.sft import load_splits
@@ -160,11 +160,11 @@ def _texts(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Itera
     """What the model would say: trained tokens of a text, the preferred answer of a pair, a whole prompt."""
     where, item = example
     if isinstance(item, Prompt):
-        given = item.prompt if isinstance(item.prompt, str) else [_plain(message) for message in item.prompt]
+        given = item.prompt
         if isinstance(given, str) or not tokenizer.has_chat_template:
             text = given if isinstance(given, str) else "\n".join(str(turn.get("content")) for turn in given)
         else:
-            text = str(tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True))
+            text = prompt_text(given, tokenizer, where=where)
         yield from encode(Text(text), tokenizer, where, "all")
     elif isinstance(item, (Conversation, Completion, Text)):
         yield from encode(item, tokenizer, where, train_on, chat)
@@ -184,15 +184,10 @@ def _answers(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
         tools = item.tools if isinstance(item, Judged) else None
         yield _row(encode_reply(item.prompt, item.completion, tokenizer, where, tools, chat), where)
     elif isinstance(item, Conversation):
-        *prompt, reply = map(_plain, item.messages)
+        *prompt, reply = item.messages
         yield _row(encode_reply(prompt, reply, tokenizer, where, item.tools, chat), where)
     else:
         raise DataError(f"{where}: has no answer to score")
-
-
-def _plain(message: Message) -> Message:
-    """A message without its weight, which templates do not know."""
-    return {key: value for key, value in message.items() if key != "weight"}
 
 
 def _row(reply: Reply, where: str) -> Encoded:

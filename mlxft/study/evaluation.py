@@ -19,7 +19,7 @@ from mlxft.data.convert import FORMATS
 from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.data.template import is_template
 from mlxft.errors import ConfigError, MlxftError, nearest
-from mlxft.model.adapters import read_adapter_config
+from mlxft.model.adapters import base_noted, read_adapter_config, template_of
 from mlxft.model.load import Loaded
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
@@ -257,14 +257,14 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
         return model, {}
     folder = Path(model).expanduser()
     if (find_adapter(folder) / "adapter_config.json").is_file():
-        options = dict(read_adapter_config(find_adapter(folder)).get("mlxft", {}).get("base", {}))
+        options = dict(base_noted(read_adapter_config(find_adapter(folder))))
         options.pop("fingerprint", None)
-        name, template = options.pop("model", None), options.pop("chat_template", None)
+        name = options.pop("model", None)
         if name is not None:
-            return str(name), {**options, "chat_template": Path(template) if template else None}
+            return str(name), {**options, "chat_template": template_of(find_adapter(folder))}
     elif is_run(folder):
-        base = open_run(folder).config.model
-        return base.path, {"chat_template": base.chat_template}
+        run = open_run(folder)
+        return run.config.model.path, {"chat_template": run.template}
     raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
 
 

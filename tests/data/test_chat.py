@@ -23,7 +23,7 @@ from mlxft.data.encode import (
 )
 from mlxft.data.formats import Completion, Conversation, Text, read_messages
 from mlxft.errors import DataError
-from tests.data.families import FAMILIES, make_family, sentencepiece
+from families import FAMILIES, make_family, sentencepiece
 
 WEATHER = {
     "type": "function",

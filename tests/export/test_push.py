@@ -178,7 +178,13 @@ def test_the_dry_run_needs_no_network_and_no_token(run: Run, command: Any) -> No
     done = command(run.dir, "ada/tuned", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     files = re.findall(r"^ +[\d,.]+ k?B  (\S+)$", done.stdout, re.MULTILINE)
-    assert files == ["README.md", "adapter_config.json", "adapters.safetensors", "curves.png"]
+    assert files == [
+        "README.md",
+        "adapter_config.json",
+        "adapters.safetensors",
+        "chat_template.jinja",
+        "curves.png",
+    ]
     assert "would push to https://huggingface.co/ada/tuned (private)" in done.stdout
     assert "\nREADME.md:\n\n---\nlibrary_name: mlx\n" in done.stdout
     assert "ConfigError: REPO: 'ada' must be OWNER/NAME" in command(run.dir, "ada").stderr
@@ -424,7 +430,7 @@ def test_evaluations_stand_in_the_card(run: Run) -> None:
     shutil.rmtree(run.dir / "eval")
     assert "| test.jsonl (1,200 rows) | loss | 1.25 ± 0.5 | -0.5 [-0.75, -0.25] to base |" in shipment.card
     assert "secret-home" not in shipment.card
-    assert set(shipment.files) == {"README.md", "adapter_config.json", "adapters.safetensors"}
+    assert set(shipment.files) == {"README.md", "adapter_config.json", "adapters.safetensors", "chat_template.jinja"}
 
 
 def test_preference_training_is_called_by_its_loss(run: Run) -> None:
