@@ -20,6 +20,7 @@ from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
 from mlxft.export.base import find_base
 from mlxft.export.card import Facts, Metadata, card, shortened
 from mlxft.model.heads import HEAD_FILE
+from mlxft.model.load import NAMED_TEMPLATES
 from mlxft.model.source import brief
 from mlxft.rundir import Run, open_run
 
@@ -195,9 +196,12 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str], list[str]]
     """Files that go, names of those that stay, and what was changed on the way."""
     files: dict[str, Path | bytes] = {}
     left_out, notes = [], []
-    for file in [folder] if folder.is_file() else sorted(folder.iterdir()):
-        name = file.name
-        if name.startswith(".") or not file.is_file() or not any(fnmatchcase(name, pattern) for pattern in GOES):
+    inside = sorted([*folder.iterdir(), *folder.glob(f"{NAMED_TEMPLATES}/*.jinja")]) if folder.is_dir() else [folder]
+    for file in inside:
+        if file.is_dir() and file.name == NAMED_TEMPLATES:
+            continue
+        name = file.relative_to(folder).as_posix() if file != folder else file.name
+        if name.startswith(".") or not file.is_file() or not any(fnmatchcase(file.name, pattern) for pattern in GOES):
             left_out.append(name + ("/" if file.is_dir() else ""))
             continue
         files[name] = file

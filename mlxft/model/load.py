@@ -284,7 +284,7 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
 
     folder = place if place.is_dir() else None
     file = place / TEMPLATE_FILE if folder else place
-    others = sorted((folder / _NAMED_TEMPLATES).glob("*.jinja")) if folder else []
+    others = sorted((folder / NAMED_TEMPLATES).glob("*.jinja")) if folder else []
     try:
         texts = {path: path.read_text(encoding="utf-8") for path in [file, *others]}
     except (OSError, UnicodeDecodeError) as error:
@@ -303,7 +303,7 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
 
 
 TEMPLATE_FILE = "chat_template.jinja"
-_NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for those beside the default
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for those beside the default
 
 
 def chat_template_files(tokenizer: Any) -> dict[str, str]:
@@ -313,7 +313,7 @@ def chat_template_files(tokenizer: Any) -> dict[str, str]:
     """
     found = tokenizer.chat_template if getattr(tokenizer, "_chat_template", None) is None else None
     named = found if isinstance(found, dict) else {} if found is None else {"default": found}
-    others = {f"{_NAMED_TEMPLATES}/{Path(name).name}.jinja": text for name, text in named.items() if name != "default"}
+    others = {f"{NAMED_TEMPLATES}/{Path(name).name}.jinja": text for name, text in named.items() if name != "default"}
     return others | ({TEMPLATE_FILE: named["default"]} if "default" in named else {})
 
 

@@ -14,6 +14,7 @@ import yaml
 from families import FAMILIES
 
 from mlxft import planning
+from mlxft.export.hub import pack
 from mlxft.model.load import load
 from mlxft.rundir import load as load_run
 
@@ -68,7 +69,9 @@ def test_named_templates_are_kept_by_name(tiny_model_dir: Path, write: Command, 
     assert mlxft("train", write(**{"model.path": str(base), **TWO_STEPS})).code == 0
     kept = load_run("runs/a/adapter").tokenizer.chat_template
     assert kept == loaded.tokenizer.chat_template
-    assert Path("runs/a/adapter/additional_chat_templates/tool_use.jinja").read_text("utf-8") == QWEN
+    named = "additional_chat_templates/tool_use.jinja"
+    assert Path("runs/a/adapter", named).read_text("utf-8") == QWEN
+    assert {named, "chat_template.jinja"} < set(pack(Path("runs/a"), "ada/x").files)
 
 
 def test_an_adapter_from_before_still_finds_its_file(write: Command, mlxft: Command, tmp_path: Path) -> None:
