@@ -20,7 +20,7 @@ from mlxft.errors import ConfigError
 VARIABLE = "MLXFT_BLAS"
 EXPECTED = "expected the path of a BLAS library, or off for MLX's own"
 # Fedora's libopenblas.so.0 has one thread, its libopenblasp.so.0 has all.
-SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.2", "libmkl_rt.so")
+SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
 # OpenBLAS's x86 kernels from before AVX, a closed set: none is written any more.
 INTEL_SSE = {
     "katmai",

@@ -202,15 +202,26 @@ def test_fractions_of_epochs(recipe: Recipe, tiny_model: Loaded, epochs: float |
     assert total_steps(config, make_objective(config, tiny_model.tokenizer)) == steps
 
 
-def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe):
-    """Four rows learned by heart: the held-out loss rises again, and the best of it is on the disk, not the end."""
-    changes: dict[str, Any] = {"data.valid": 0.6, "optim.lr": 0.05, "optim.schedule": "constant", "run.steps": 40}
-    run = train(recipe(**changes, **{"run.eval_every": 4, "run.save_every": 40, "tune.rank": 16}))
+def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe, tmp_path: Path):
+    """The held-out rows end an answer as the trained ones do, and contradict what stands in it: first their loss falls,
+    then it rises again. What is on the disk is the best, not the end. One batch is all rows, so the course is smooth.
+    """
+    data: dict[str, Any] = {"format": "messages"}
+    for key, answer in (("train", "the.the"), ("valid", "on.on")):
+        turns = [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": answer}] for q in ("the", "in", "on a")
+        ]
+        path = tmp_path / f"{key}.jsonl"
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in turns), "utf-8")
+        data[key] = str(path)
+    changes: dict[str, Any] = {"batch.rows": 3, "optim.lr": 5e-3, "optim.schedule": "constant", "optim.warmup": 0}
+    run = train(recipe(**changes, data=data, **{"run.steps": 30, "run.eval_every": 3, "run.save_every": 30}))
     losses = {e["step"]: e["loss"] for e in run.metrics("eval")}
     best = min(losses, key=lambda step: losses[step])
     assert run.metrics("end")[0]["best_step"] == best
-    assert best != 40, losses
-    last = mx.load(str(run.dir / "checkpoints/step-40/weights.safetensors"))
+    assert 3 < best < 30, losses
+    assert losses[best] < min(losses[3], losses[30]) - 0.1
+    last = mx.load(str(run.dir / "checkpoints/step-30/weights.safetensors"))
     kept = mx.load(str(run.result / "adapters.safetensors"))
     assert not all(mx.array_equal(last[n], kept[n]).item() for n in last)
     # What was kept has the loss that was reported for it.
