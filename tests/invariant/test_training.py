@@ -202,20 +202,9 @@ def test_fractions_of_epochs(recipe: Recipe, tiny_model: Loaded, epochs: float |
     assert total_steps(config, make_objective(config, tiny_model.tokenizer)) == steps
 
 
-def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe, tmp_path: Path):
-    """The held-out rows end an answer as the trained ones do, and contradict what stands in it: first their loss falls,
-    then it rises again. What is on the disk is the best, not the end. One batch is all rows, so the course is smooth.
-    """
-    data: dict[str, Any] = {"format": "messages"}
-    for key, answer in (("train", "the.the"), ("valid", "on.on")):
-        turns = [
-            [{"role": "user", "content": q}, {"role": "assistant", "content": answer}] for q in ("the", "in", "on a")
-        ]
-        path = tmp_path / f"{key}.jsonl"
-        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in turns), "utf-8")
-        data[key] = str(path)
-    changes: dict[str, Any] = {"batch.rows": 3, "optim.lr": 5e-3, "optim.schedule": "constant", "optim.warmup": 0}
-    run = train(recipe(**changes, data=data, **{"run.steps": 30, "run.eval_every": 3, "run.save_every": 30}))
+def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe, contradiction: dict[str, Any]):
+    """The held-out loss falls and rises again, and the best of it is on the disk, not the end."""
+    run = train(recipe(**contradiction, **{"run.steps": 30, "run.save_every": 30}))
     losses = {e["step"]: e["loss"] for e in run.metrics("eval")}
     best = min(losses, key=lambda step: losses[step])
     assert run.metrics("end")[0]["best_step"] == best
@@ -230,11 +219,10 @@ def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe, tmp_path: Pa
     assert found["loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
-def test_early_stopping(recipe: Recipe):
-    changes: dict[str, Any] = {"data.valid": 0.3, "optim.lr": 0.3, "run.steps": 60, "run.patience": 2}
-    run = train(recipe(**changes, **{"run.eval_every": 1, "optim.schedule": "constant"}))
+def test_early_stopping(recipe: Recipe, contradiction: dict[str, Any]):
+    run = train(recipe(**contradiction, **{"run.steps": 60, "run.patience": 2}))
     evals = run.metrics("eval")
-    assert evals[-1]["step"] < 60
+    assert evals[-1]["step"] < 30
     assert [e["best"] for e in evals[-3:]] == [True, False, False]
     assert run.metrics("end")[0]["step"] == evals[-1]["step"]
 
