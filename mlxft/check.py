@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.text import Text
 
+from mlxft.blas import in_use
 from mlxft.config import Config
 from mlxft.data.dataset import describe
 from mlxft.errors import ModelError
@@ -50,10 +51,11 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         "notes": [*summary.notes, *notes],
         "run_dir": str(config.run_dir),
     }
-    took = timed_steps(config, objective, total) if time else None
+    took, blas = timed_steps(config, objective, total) if time else None, in_use()
     if as_json:
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
         facts |= {"time": took.to_json()} if took is not None else {}
+        facts |= {"blas": blas.to_json()} if blas is not None else {}
         console.out(json.dumps(facts, indent=2), highlight=False)  # never coloured: it is for programs
         return facts
     colour = console.is_terminal and console.color_system is not None and not console.no_color
@@ -66,8 +68,8 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
                 console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
         elif value:
             console.print(f"{key}: {value}", markup=False, highlight=False)
-    for line in plan_lines(found, reason, took):
-        console.print(line, markup=False, highlight=False)
+    for line in [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])]:
+        console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     for row in objective.previews(rows):
         title = f"\n{row.where}: {len(row.ids)} tokens, {int(row.trained.sum())} trained"
         console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)

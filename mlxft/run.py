@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from rich.console import Console
 
+from mlxft.blas import Blas, in_use
 from mlxft.config import Config
 from mlxft.data.encode import encode_prompt
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
@@ -278,6 +279,7 @@ def describe_start(config: Config, loaded: Loaded, objective: Objective, total: 
         base = count_parameters(model)
         # Of what stands beside it each number counts: a critic may begin as the very arrays of the policy.
         beside = stored - sum(v.size for _, v in tree_flatten(model.parameters()))
+    blas = in_use()
     return {
         "objective": config.objective,
         "base": config.model.path,
@@ -286,6 +288,7 @@ def describe_start(config: Config, loaded: Loaded, objective: Objective, total: 
         "total_parameters": base + beside,
         "steps": total,
         "data": objective.summary().counts,
+        **({"blas": blas.to_json()} if blas is not None else {}),
     }
 
 
@@ -299,6 +302,7 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
             f"{facts['total_parameters']:,} parameters are trained ({share:.2f} %), {facts['steps']:,} steps"
         ),
         counts,
+        *(Blas(**facts["blas"]).lines() if "blas" in facts else []),
     ]
 
 

@@ -172,6 +172,25 @@ def write_chat(path: Path, rows: int, seed: int = 0) -> Path:
 
 
 @pytest.fixture
+def contradiction(tmp_path: Path) -> dict[str, Any]:
+    """Settings of a run whose held-out loss falls until step 12 and then rises, by far more than rounding.
+
+    The held-out rows end an answer as the trained ones do, which is learned first, and contradict what stands in it. A
+    batch is all rows, so the course is smooth.
+    """
+    data: dict[str, Any] = {"format": "messages"}
+    for key, answer in (("train", "the.the"), ("valid", "on.on")):
+        path = tmp_path / f"contradiction-{key}.jsonl"
+        rows = [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": answer}] for q in ("the", "in", "on a")
+        ]
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), "utf-8")
+        data[key] = str(path)
+    optim = {"lr": 5e-3, "schedule": "constant", "warmup": 0}
+    return {"data": data, "optim": optim, "batch.rows": 3, "run.eval_every": 3}
+
+
+@pytest.fixture
 def recipe(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """`recipe(rows=12, **{"tune.method": "full"})`: settings of a short LoRA run of the tiny model under tmp_path.
 

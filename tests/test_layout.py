@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +14,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mlxft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import from rooms of a lower number and from itself; study and export stand side by side.
+# A room may import from rooms of a lower number and from itself; blas and config, study and export stand side by side.
 ORDER = {
     "errors": 0,
+    "blas": 1,
     "config": 1,
     "data": 2,
     "model": 3,
@@ -176,14 +177,20 @@ def test_no_pickle_and_no_default_device() -> None:
     assert not offenders, "neither pickle nor a default device:\n" + "\n".join(offenders)
 
 
+def child_seconds() -> float:
+    """CPU time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_is_quick() -> None:
     script = Path(sys.executable).parent / "mlxft"
     assert script.exists(), f"the console script is not installed beside {sys.executable}: pip install -e ."
     best = float("inf")
-    for _ in range(5):  # the best of five: a busy machine makes one run slow, slow code makes all of them so
-        start = time.perf_counter()
+    for _ in range(5):  # the best of five, and CPU time: other work on the machine must not count
+        start = child_seconds()
         done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, child_seconds() - start)
         assert done.returncode == 0, f"mlxft --help failed:\n{done.stderr}"
         assert "train" in done.stdout
     assert best < HELP_SECONDS, f"mlxft --help took {best:.2f} s at best; wanted: under {HELP_SECONDS} s"

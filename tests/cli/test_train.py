@@ -176,6 +176,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 VALID = {"data.valid": 0.2}
 PAIRS = {"data.train": "pairs.jsonl", "data.format": "prompt-completion"}
+AGAINST = {"data.valid": "against.jsonl", "optim.lr": 0.03, "optim.warmup": 0, "optim.schedule": "constant"}
 TEXT = {"data.train": "text.jsonl", "data.format": "text"}
 QUANTIZED = {"model.quantize": 4, "model.group_size": 32}
 FULL = {"tune": {"method": "full"}}
@@ -233,8 +234,8 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
     "run.eval_at_start": (VALID, True, "evals", [0, 4]),
     "run.save_every": ({"run.keep": 9}, 2, "checkpoints", ["step-2", "step-4"]),
     "run.keep": ({"run.save_every": 1}, 1, "checkpoints", ["step-4"]),
-    # A rate that can only make things worse: the first validation stays the best.
-    "run.patience": ({**VALID, "run.eval_every": 1, "run.steps": 9, "optim.lr": 3.0}, 1, "end", None),
+    # What is held out contradicts what is trained: the first validation is better than the second.
+    "run.patience": ({**PAIRS, **AGAINST, "run.eval_every": 1, "run.steps": 9}, 1, "end", None),
     "run.sample_prompts": ({}, ["the in", "of"], "samples", ["the in", "of"]),
     "run.sample_tokens": ({"run.sample_prompts": ["the in"]}, 2, "answers", None),
 }
@@ -264,6 +265,7 @@ def test_every_setting_acts(setting: str, write: Write, mlxft: Command, tmp_path
     save(tmp_path / "text.jsonl", FORMATS["text"])
     save(tmp_path / "pairs.jsonl", FORMATS["prompt-completion"])
     save(tmp_path / "more.jsonl", FORMATS["prompt-completion"] * 2)
+    save(tmp_path / "against.jsonl", [{"prompt": "the in", "completion": "the.the.the"}])
     chats = [FORMATS["messages"][0]["messages"], FORMATS["messages"][1]["messages"]]
     save(tmp_path / "labelled.jsonl", [{**row, "topic": i} for i, row in enumerate(FORMATS["messages"])])
     save(tmp_path / "both.jsonl", [{"messages": chats[0], "dialog": chats[1], "text": "is at"}])

@@ -202,15 +202,15 @@ def test_fractions_of_epochs(recipe: Recipe, tiny_model: Loaded, epochs: float |
     assert total_steps(config, make_objective(config, tiny_model.tokenizer)) == steps
 
 
-def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe):
-    """Four rows learned by heart: the held-out loss rises again, and the best of it is on the disk, not the end."""
-    changes: dict[str, Any] = {"data.valid": 0.6, "optim.lr": 0.05, "optim.schedule": "constant", "run.steps": 40}
-    run = train(recipe(**changes, **{"run.eval_every": 4, "run.save_every": 40, "tune.rank": 16}))
+def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe, contradiction: dict[str, Any]):
+    """The held-out loss falls and rises again, and the best of it is on the disk, not the end."""
+    run = train(recipe(**contradiction, **{"run.steps": 30, "run.save_every": 30}))
     losses = {e["step"]: e["loss"] for e in run.metrics("eval")}
     best = min(losses, key=lambda step: losses[step])
     assert run.metrics("end")[0]["best_step"] == best
-    assert best != 40, losses
-    last = mx.load(str(run.dir / "checkpoints/step-40/weights.safetensors"))
+    assert 3 < best < 30, losses
+    assert losses[best] < min(losses[3], losses[30]) - 0.1
+    last = mx.load(str(run.dir / "checkpoints/step-30/weights.safetensors"))
     kept = mx.load(str(run.result / "adapters.safetensors"))
     assert not all(mx.array_equal(last[n], kept[n]).item() for n in last)
     # What was kept has the loss that was reported for it.
@@ -219,11 +219,10 @@ def test_the_best_adapter_is_kept_and_else_the_last(recipe: Recipe):
     assert found["loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
-def test_early_stopping(recipe: Recipe):
-    changes: dict[str, Any] = {"data.valid": 0.3, "optim.lr": 0.3, "run.steps": 60, "run.patience": 2}
-    run = train(recipe(**changes, **{"run.eval_every": 1, "optim.schedule": "constant"}))
+def test_early_stopping(recipe: Recipe, contradiction: dict[str, Any]):
+    run = train(recipe(**contradiction, **{"run.steps": 60, "run.patience": 2}))
     evals = run.metrics("eval")
-    assert evals[-1]["step"] < 60
+    assert evals[-1]["step"] < 30
     assert [e["best"] for e in evals[-3:]] == [True, False, False]
     assert run.metrics("end")[0]["step"] == evals[-1]["step"]
 

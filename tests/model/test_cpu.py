@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +14,14 @@ from mlx_lm.models.base import scaled_dot_product_attention as plain_attention
 
 from mlxft.model import cpu
 from mlxft.model.load import load
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """Where there is a GPU, it is the default device, and these functions leave it alone."""
+    with mx.stream(mx.cpu):
+        yield
+
 
 SHAPES = [(2, 4, 2, 150, 16), (1, 3, 3, 64, 8), (3, 6, 1, 65, 8), (1, 2, 1, 2, 8)]
 

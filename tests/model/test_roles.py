@@ -229,11 +229,11 @@ def test_switching_thirty_layers_takes_under_a_millisecond(make_model_dir: Calla
         roles.add(name, spec_of_rank(roles, model, 2))
     assert len(roles["policy"].layers) == 210
     best = float("inf")
-    for _ in range(5):  # the best of five: the machine may be busy
-        began = time.perf_counter()
+    for _ in range(5):  # the best of five, and CPU time: other work on the machine must not count
+        began = time.thread_time()
         for i in range(200):
             roles.use(roles.names[i % 4])
-        best = min(best, (time.perf_counter() - began) / 200)
+        best = min(best, (time.thread_time() - began) / 200)
     assert best < 1e-3
 
 
