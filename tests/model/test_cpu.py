@@ -30,7 +30,7 @@ def arrays(shape: tuple[int, ...]) -> list[mx.array]:
     b, heads, groups, length, width = shape
     mx.random.seed(length)
     sizes = [(b, heads, length, width), (b, groups, length, width), (b, groups, length, width + 4)]
-    return [2 * mx.random.normal(size) for size in sizes]
+    return [mx.random.normal(size) for size in sizes]  # larger ones blow rounding of the scores up, by the exponential
 
 
 def with_gradients(function: Callable[..., mx.array], inputs: list[mx.array]) -> list[np.ndarray[Any, Any]]:
