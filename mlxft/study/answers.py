@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TextIO
 from rich.console import Console
 
 from mlxft.data.convert import convert
-from mlxft.data.formats import Prompt
+from mlxft.data.formats import Prompt, tools_of, unwritten
 from mlxft.data.sources import read_rows, report_lines
 from mlxft.errors import DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
@@ -49,7 +49,7 @@ class Asked:
         for where, item in convert(read_rows(spec, "test"), "prompts"):
             assert isinstance(item, Prompt)
             try:
-                ids = render_prompt(loaded.tokenizer, item.prompt, system)
+                ids = render_prompt(loaded.tokenizer, item.prompt, system, tools_of(item.row))
                 if not ids:
                     raise DataError("the prompt has no tokens")
                 self.ids.append(ids)
@@ -85,7 +85,7 @@ class Asked:
         for start, found in self.sampled(sampling, samples, seed, console):
             for item, row in zip(self.prompts[start:], found):
                 texts, ends = [answer.text for answer in row], [answer.finish for answer in row]
-                yield {"prompt": item.prompt, "completions": texts, "finish": ends}
+                yield {"prompt": unwritten(item.prompt), "completions": texts, "finish": ends}
 
 
 def drawn(seed: int | None) -> int:
@@ -109,7 +109,7 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
             file.flush()
 
     def write(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             lines(file)
 
     if out is None:

@@ -151,7 +151,7 @@ def _encode(
             )
         else:
             text = item.prompt if isinstance(item.prompt, str) else str(tokenizer.decode(ids))
-            found.append(EncodedPrompt(np.array(ids, dtype=np.int32), text, item.row, where))
+            found.append(EncodedPrompt(np.array(ids, dtype=np.int32), text, item.row, where, item.prompt))
     if problems:
         raise DataError(report_lines(problems))
     if dropped:
