@@ -444,7 +444,7 @@ def read_prompts(row: dict[str, Any]) -> Prompt:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         turn = {"role": "user", "content": string_at(prompt, "prompt")}
-        return Prompt(prompt if is_text(row) else with_system(row, [turn]), row)
+        return Prompt(with_system(row, [turn]) if system_turn(row) else prompt, row)
     if not isinstance(prompt, list):
         raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
     return Prompt(with_system(row, messages_at(prompt, "prompt", ("user", "tool"))), row)

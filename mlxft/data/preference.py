@@ -13,12 +13,12 @@ from mlxft.data.formats import (
     Ranked,
     check_order,
     flag_at,
-    is_text,
     list_at,
     message_at,
     messages_at,
     sharegpt_turn,
     string_at,
+    system_turn,
     tools_of,
     unwritten,
     with_system,
@@ -66,9 +66,9 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Prefere
 def _asked(
     row: dict[str, Any], prompt: str | list[Message], answers: list[str | Message]
 ) -> tuple[str | list[Message], list[str | Message]]:
-    """Prompt and answers as they are asked and given: as turns, where the row has a system text or tools."""
+    """Prompt and answers as they are asked and given: as turns, where the row has a system text."""
     if isinstance(prompt, str):
-        if is_text(row):
+        if not system_turn(row):
             return prompt, answers
         prompt = [{"role": "user", "content": prompt}]
         answers = [{"role": "assistant", "content": answer} for answer in answers]

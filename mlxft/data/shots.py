@@ -58,10 +58,7 @@ def labels_of(
     if field is None:
         return few_of([answer_of(item) for _, item in examples])
     assert rows is not None, "the field is in the rows"
-    if len(rows) != len(examples):
-        raise ConfigError(
-            f"data.label ({field}): several rows make one example here, so none has a label; leave it out"
-        )
+    assert len(rows) == len(examples), "each example comes from a row"
     found: list[str] = []
     for (where, _), row in zip(examples, rows):
         value = row.get(field)

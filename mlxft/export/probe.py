@@ -15,7 +15,18 @@ import mlxft
 from mlxft.config import Config
 from mlxft.data.convert import convert, suggest_format
 from mlxft.data.encode import Encoded, Reply, encode, encode_reply
-from mlxft.data.formats import Completion, Conversation, Example, Judged, Message, Preference, Prompt, Ranked, Text
+from mlxft.data.formats import (
+    Completion,
+    Conversation,
+    Example,
+    Judged,
+    Message,
+    Preference,
+    Prompt,
+    Ranked,
+    Text,
+    unwritten,
+)
 from mlxft.data.sources import Problem, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.objectives.sft import load_splits
@@ -88,7 +99,8 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
         spec = data.train
     if spec is None:
         return []
-    return convert(read_rows(spec, "valid"), data.format, data.fields, chat=_chats(config, tokenizer))
+    skipped: list[Problem] | None = [] if data.invalid == "drop" else None
+    return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
 def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example]:
@@ -167,7 +179,7 @@ def _texts(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Itera
     """What the model would say: trained tokens of a text, the preferred answer of a pair, a whole prompt."""
     where, item = example
     if isinstance(item, Prompt):
-        given = item.prompt if isinstance(item.prompt, str) else [_plain(message) for message in item.prompt]
+        given = item.prompt if isinstance(item.prompt, str) else [_plain(message) for message in unwritten(item.prompt)]
         if isinstance(given, str) or not tokenizer.has_chat_template:
             text = given if isinstance(given, str) else "\n".join(str(turn.get("content")) for turn in given)
         else:

@@ -18,7 +18,7 @@ from mlxft.data.dataset import Dataset, build, fingerprint, split_valid
 from mlxft.data.encode import Encoded
 from mlxft.data.formats import Example
 from mlxft.data.shots import choose, labels_of
-from mlxft.data.sources import Row, find_split, read_rows
+from mlxft.data.sources import Problem, Row, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary, beyond_context
@@ -58,11 +58,19 @@ def _load(data: Data, spec: str, split: str, chat: bool, reads: Collection[str] 
     except ConfigError as e:
         raise ConfigError(f"data.{split}: {e}") from e
     columns = Columns()
-    examples = convert(rows, data.format, data.fields, chat=chat, columns=columns)
+    skipped: list[Problem] | None = [] if data.invalid == "drop" else None
+    examples = convert(rows, data.format, data.fields, skipped, chat=chat, columns=columns)
+    notes = columns.notes(reads)
+    if skipped:
+        first = f"{skipped[0].where}: {skipped[0].text}"
+        notes.append(f"{len(skipped):,} rows are left out (data.invalid: drop), the first of them: {first}")
     labels = None
     if data.shots is not None and split == "train":
-        labels = labels_of(examples, [row.data for row in rows if isinstance(row, Row)], data.label)
-    return _Loaded(examples, labels, columns.notes(reads))
+        used = {example.where for example in examples}
+        labels = labels_of(
+            examples, [row.data for row in rows if isinstance(row, Row) and row.where in used], data.label
+        )
+    return _Loaded(examples, labels, notes)
 
 
 def load_splits(

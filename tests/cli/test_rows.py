@@ -227,6 +227,36 @@ def test_columns_that_rewards_read(write: Command, mlxft: Command) -> None:
     assert notes("{function: 'reward.py:score'}") == [], "it is given the whole row"
 
 
+def test_rows_that_do_not_fit_may_be_left_out(write: Command, mlxft: Command, refused: Command) -> None:
+    """As of HH, where a few transcripts differ before their last answer."""
+    odd = {"chosen": "\n\nHuman: in\n\nAssistant: on", "rejected": "\n\nHuman: at\n\nAssistant: on"}
+    save(
+        "hh.jsonl",
+        odd,
+        {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"},
+        {"text": "\ud83d"},
+    )
+    recipe = write(objective="preference", **{"data.train": "hh.jsonl", "data.format": "preference", "run.steps": 1})
+    said = refused(1, "check", recipe)
+    assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in said
+    assert "hh.jsonl:3: text holds half of a character" in said
+    note = "2 rows are left out (data.invalid: drop), the first of them: hh.jsonl:1: chosen[0] and rejected[0] differ"
+    for command in ("check", "train"):
+        done = mlxft(command, recipe, "data.invalid=drop")
+        assert (done.code, done.out.count(note)) == (0, 1)
+    save("hh.jsonl", odd)
+    assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in refused(1, "check", recipe, "data.invalid=drop")
+
+
+def test_labels_are_those_of_the_rows_that_are_left(write: Command, mlxft: Command, refused: Command) -> None:
+    rows = [{**CHAT, "topic": topic} for topic in ("a", "b", "b")]
+    save("rows.jsonl", {"messages": [], "topic": "c"}, *rows, {"topic": "c"})
+    recipe = write(**{"data.train": "rows.jsonl", "data.shots": 1, "data.label": "topic"})
+    out = mlxft("check", recipe, "data.invalid=drop").out
+    assert "2 of 3 rows are used: 1 of each label, 'a', 'b' (data.shots)" in out
+    assert "rows.jsonl:1: messages is empty" in refused(1, "check", recipe)
+
+
 LONG = " ".join(["the in on"] * 12)
 
 
