@@ -12,6 +12,9 @@ from rich.text import Text
 from mlxft.blas import in_use
 from mlxft.config import Config
 from mlxft.data.dataset import describe
+from mlxft.data.encode import Encoded
+from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, shared_part
+from mlxft.data.encode_pairs import describe as describe_judged
 from mlxft.errors import ModelError
 from mlxft.model.load import load_tokenizer
 from mlxft.model.plan import ShapeSplit
@@ -53,6 +56,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
     }
     took, blas = timed_steps(config, objective, total) if time else None, in_use()
     if as_json:
+        facts["previews"] = [preview(row, tokenizer) for row in objective.previews(rows)]
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
         facts |= {"time": took.to_json()} if took is not None else {}
         facts |= {"blas": blas.to_json()} if blas is not None else {}
@@ -71,11 +75,56 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
     for line in [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])]:
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     for row in objective.previews(rows):
-        title = f"\n{row.where}: {len(row.ids)} tokens, {int(row.trained.sum())} trained"
-        console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-        # A line that rich breaks would look like a line break of the row.
-        console.print(marked(describe(row, tokenizer), colour), soft_wrap=True)
+        show(preview(row, tokenizer), console, colour)
     return facts
+
+
+def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[str, Any]:
+    """A row as it is trained, as JSON: its place, its texts and how many tokens they have.
+
+    Of a pair `shared` is what both completions begin with: there they part.
+    """
+    if isinstance(row, Encoded):
+        return {
+            "row": row.where,
+            "tokens": len(row.ids),
+            "trained_tokens": int(row.trained.sum()),
+            "pieces": [{"text": text, "trained": trained} for text, trained in describe(row, tokenizer)],
+        }
+    parts = describe_judged(row, tokenizer)
+    found: dict[str, Any] = {"row": row.where}
+    if isinstance(row, EncodedPair):
+        parts.append(shared_part(row, tokenizer))
+        found |= {name: value for name, value in (("margin", row.margin), ("tie", row.tie)) if value}
+    else:
+        found["label"] = row.label
+    return found | {p.name: p.text for p in parts} | {f"{p.name}_tokens": p.tokens for p in parts}
+
+
+def show(row: dict[str, Any], console: Console, colour: bool) -> None:
+    """Print a preview, with what is trained marked; of a pair, what both completions share stands apart."""
+    if "pieces" in row:
+        title = f"{row['tokens']} tokens, {row['trained_tokens']} trained"
+        texts = [Text().join(marked(piece["text"], piece["trained"], colour) for piece in row["pieces"])]
+    else:
+        names = [name for name in ("chosen", "rejected", "completion") if name in row]
+        title = ", ".join([f"prompt {row['prompt_tokens']} tokens", *(f"{n} {row[f'{n}_tokens']}" for n in names)])
+        title += f", which part after {row['shared_tokens']}" if "shared" in row else ""
+        title += f", margin {row['margin']:g}" if "margin" in row else ""
+        title += ", a tie" if "tie" in row else ""
+        title += (", good" if row["label"] else ", bad") if "label" in row else ""
+        prompt = Text(row["prompt"].removesuffix("\n"))
+        texts = [prompt, *(Text(f"{name}: ").append_text(_completion(row, name, colour)) for name in names)]
+    console.print(f"\n{row['row']}: {title}", style="bold", markup=False, highlight=False, soft_wrap=True)
+    for text in texts:
+        # A line that rich breaks would look like a line break of the row.
+        console.print(text, soft_wrap=True)
+
+
+def _completion(row: dict[str, Any], name: str, colour: bool) -> Text:
+    shared = row.get("shared", "") if row[name].startswith(row.get("shared", "")) else ""
+    pieces = [(shared, "green"), (row[name].removeprefix(shared), "bold green")]
+    return Text().join(marked(text, True, colour, style) for text, style in pieces if text)
 
 
 def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, list[str]]:
@@ -109,17 +158,11 @@ def plan_lines(found: Planned | None, reason: str, took: TimedSteps | None) -> l
     return lines + (took.lines(found.plan.total if found else None) if took is not None else [])
 
 
-def marked(pieces: list[tuple[str, bool]], colour: bool) -> Text:
-    """A row's text with what is trained in green, or between ⟦ and ⟧ where there is no colour."""
-    text = Text()
-    for piece, trained in pieces:
-        if not trained:
-            text.append(piece)
-        elif colour:
-            text.append(piece, style="bold green")
-        else:
-            text.append(f"⟦{piece}⟧")
-    return text
+def marked(text: str, trained: bool, colour: bool, style: str = "bold green") -> Text:
+    """A text, in green if it is trained, or between ⟦ and ⟧ where there is no colour."""
+    if not trained:
+        return Text(text)
+    return Text(text, style=style) if colour else Text(f"⟦{text}⟧")
 
 
 def trains(config: Config) -> str:

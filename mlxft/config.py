@@ -125,6 +125,9 @@ class Data(Settings):
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What becomes of a longer row; split is for text."
     )
+    invalid: Literal["error", "drop"] = Field(
+        "error", description="What becomes of a row that cannot be read or does not fit; drop: left out, with a note."
+    )
     train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
         None,
         description="Every assistant turn, the last one, the completion, or every token; default assistant, text: all.",

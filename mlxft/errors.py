@@ -16,6 +16,7 @@ mlxft itself is an AssertionError.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class MlxftError(ValueError):
@@ -65,3 +66,63 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def missing_extra(package: str, extra: str) -> str:
     """The sentence for a package that an extra would bring."""
     return f"this needs the package {package}: pip install 'mlxft[{extra}]'"
+
+
+def half_character(value: Any, name: str = "") -> str | None:
+    """Say where texts within a value hold half of a character, or return None where all are whole.
+
+    JSON and YAML can write one half of an emoji alone ("\\ud83d"), as programs do that cut UTF-16 texts. It stands for
+    nothing: no tokenizer takes it, and UTF-8 has no form for it.
+
+    Args:
+        value: a text, or lists and mappings of them; what is none of these holds no text.
+        name: what the value is called, if it has a name.
+    """
+    if _whole(value):
+        return None
+    todo: list[tuple[Any, str]] = [(value, name)]
+    while True:
+        found, at = todo.pop()
+        if isinstance(found, str):
+            if (half := _first_half(found)) is not None:
+                return f"{at or 'the text'} holds {_half(found, half)}"
+        elif isinstance(found, dict):
+            for key in found:
+                if isinstance(key, str) and (half := _first_half(key)) is not None:
+                    return f"the name {key!a} in {at or 'the row'} holds {_half(key, half)}"
+            todo += [(below, f"{at}.{key}" if at else str(key)) for key, below in reversed(found.items())]
+        elif isinstance(found, list | tuple):
+            todo += [(below, f"{at}[{i}]") for i, below in reversed(list(enumerate(found)))]
+
+
+def _whole(value: Any) -> bool:
+    """Whether no text in a value holds half of a character; quick, since every row of every file is asked."""
+    todo = [value]
+    while todo:
+        found = todo.pop()
+        if isinstance(found, str):
+            if _first_half(found) is not None:
+                return False
+        elif isinstance(found, dict):
+            todo.extend(found)
+            todo.extend(found.values())
+        elif isinstance(found, list | tuple):
+            todo.extend(found)
+    return True
+
+
+def _first_half(text: str) -> int | None:
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        return exc.start
+    return None
+
+
+def _half(text: str, at: int) -> str:
+    return (
+        f"half of a character (U+{ord(text[at]):04X} at {at}); the text was cut within an emoji or the like: write the "
+        "whole character, or U+FFFD in its place"
+    )

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from mlxft.config import Config, config_class
-from mlxft.errors import ConfigError
+from mlxft.errors import ConfigError, half_character
 from mlxft.explain import explain
 from mlxft.settings import Settings
 
@@ -152,6 +152,8 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
     Raises:
         ConfigError: every problem, one a line.
     """
+    if half := half_character(raw):
+        raise ConfigError(f"{origin}: {half}")
     # `tune:` with nothing below it is an empty section.
     raw = {k: v for k, v in raw.items() if v is not None or k not in kind.model_fields}
     problems: dict[str, None] = {}

@@ -10,12 +10,36 @@ from typing import Any
 import click
 
 
+class Text(click.ParamType[str]):
+    """A text for a model. What is not UTF-8 on a command line comes as halves of characters."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlxft.errors import half_character
+
+        text = str(value)
+        try:
+            return text.encode("utf-8", "surrogateescape").decode()
+        except UnicodeDecodeError as e:
+            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
+        except UnicodeEncodeError:
+            self.fail(str(half_character(text)), param, ctx)
+
+
+def _utf8(said: bytes) -> str:
+    try:
+        return said.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{said[e.start]:02x})") from e
+
+
 def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Options of commands that sample; `temperature` is what it is if it is not given."""
     options = [
         click.option("--model", required=True, help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m."),
         click.option("--adapter", help="Adapter folder or run to put on the model."),
-        click.option("--system", help="System prompt."),
+        click.option("--system", type=Text(), help="System prompt."),
         click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1)),
         click.option(
             "--temperature", default=temperature, show_default=True, type=click.FloatRange(0), help="0: most likely."
@@ -23,7 +47,9 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
         click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
         click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: off."),
         click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1)),
-        click.option("--stop", multiple=True, help="Ends an answer, and is not shown; can be given several times."),
+        click.option(
+            "--stop", multiple=True, type=Text(), help="Ends an answer, and is not shown; can be given several times."
+        ),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
     ]
 
@@ -35,15 +61,8 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
     return add
 
 
-def _utf8(said: bytes) -> str:
-    try:
-        return said.decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{said[e.start]:02x})") from e
-
-
 @click.command()
-@click.argument("prompt", required=False)
+@click.argument("prompt", type=Text(), required=False)
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
 @click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")

@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
-from mlxft.data.formats import ROLES, Message
+from mlxft.data.formats import ROLES, WRITTEN, Message
 from mlxft.errors import DataError
 
 T = TypeVar("T")
@@ -266,13 +266,13 @@ def _formed(message: Message, form: Form) -> Message:
 
 
 def _function(function: Mapping[str, Any], form: Form) -> dict[str, Any]:
-    given = {key: value for key, value in function.items() if key != "_written"}
+    given = {key: value for key, value in function.items() if key != WRITTEN}
     return {**given, "arguments": _text_of(function)} if form.text_arguments else given
 
 
 def _text_of(function: Mapping[str, Any]) -> str:
     """A call's arguments as JSON text: as the row wrote them, if it wrote text."""
-    return str(function.get("_written") or _dumps(function["arguments"]))
+    return str(function.get(WRITTEN) or _dumps(function["arguments"]))
 
 
 def _dumps(value: Any) -> str:

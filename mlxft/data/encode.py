@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.data.chat import Chat, NotAPrefix, Tools, by_template, special_ids, template_notes
-from mlxft.data.formats import Completion, Conversation, Item, Message, Text, message_at
+from mlxft.data.formats import Completion, Conversation, Item, Message, Text
 from mlxft.errors import ConfigError, DataError, nearest
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -138,7 +138,7 @@ def encode_prompt(
     """Return the ids of a prompt up to where the answer starts: what `encode_reply` has before the answer.
 
     Args:
-        prompt: a text, a user turn where there is a chat template; or messages.
+        prompt: a text, a user turn where there is a chat template; or messages, checked (see `message_at`).
         system: text of a system turn that goes before.
         chat: whether a chat template is used; without it, or where there is none, the prompt is a text.
     Raises:
@@ -154,8 +154,7 @@ def encode_prompt(
         if system is not None:
             raise ConfigError(f"{why}, so system has no place; write it into the prompt")
         return check_ids(text_ids(tokenizer, prompt), tokenizer, where)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [message_at(turn, f"{at}prompt[{i}]") for i, turn in enumerate(turns)]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system is not None:
         if messages and messages[0]["role"] == "system":
             raise ConfigError("system is given, and the messages start with one of their own; keep one of them")

@@ -199,6 +199,32 @@ def ids_fingerprint(rows: Sequence[EncodedPair | EncodedAnswer]) -> str:
     return digest.hexdigest()
 
 
+class Part(NamedTuple):
+    """A text of a row, what it is there (prompt, chosen, rejected or completion), and how many tokens it has."""
+
+    name: str
+    text: str
+    tokens: int
+
+
+def describe(row: EncodedPair | EncodedAnswer, tokenizer: Any) -> list[Part]:
+    """The texts of a row, the prompt's first."""
+    named = {"prompt": row.prompt_ids}
+    if isinstance(row, EncodedPair):
+        named |= {"chosen": row.chosen_ids, "rejected": row.rejected_ids}
+    else:
+        named |= {"completion": row.completion_ids}
+    return [Part(name, str(tokenizer.decode(ids.tolist())), len(ids)) for name, ids in named.items()]
+
+
+def shared_part(pair: EncodedPair, tokenizer: Any) -> Part:
+    """What both answers of a pair begin with: the tokens up to where they part."""
+    size = min(len(pair.chosen_ids), len(pair.rejected_ids))
+    differ = np.flatnonzero(pair.chosen_ids[:size] != pair.rejected_ids[:size])
+    size = int(differ[0]) if differ.size else size
+    return Part("shared", str(tokenizer.decode(pair.chosen_ids[:size].tolist())) if size else "", size)
+
+
 def _answers(row: EncodedPair | EncodedAnswer) -> tuple[Ids, ...]:
     return (row.chosen_ids, row.rejected_ids) if isinstance(row, EncodedPair) else (row.completion_ids,)
 

@@ -7,21 +7,24 @@ seen and what is wanted.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from mlxft.data.sources import type_name
-from mlxft.errors import DataError, nearest
+from mlxft.errors import DataError, half_character, nearest
 
 Message: TypeAlias = dict[str, Any]
+WRITTEN = "_written"
+"""Where a call's function keeps the text that its arguments were given as: some chat templates want that one."""
 
 
 @dataclass(frozen=True)
 class Conversation:
     """Turns of a chat, checked: `role` and a string `content` each; `tool_calls` with arguments as mappings.
 
-    An assistant message may carry `weight` 0 or 1: whether it is trained.
+    An assistant message may carry `weight` 0 or 1: whether it is trained. A call's function carries WRITTEN where the
+    row gave its arguments as a text.
     """
 
     messages: list[Message]
@@ -103,8 +106,13 @@ _OPENERS = ("system", "developer")
 _SHAREGPT = {
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
     "system": "system",
     "function_call": "assistant",
     "observation": "tool",
@@ -120,6 +128,14 @@ def string_at(value: Any, at: str, *, empty: bool = False) -> str:
     return value
 
 
+def flag_at(value: Any, at: str) -> bool:
+    """True or false; csv holds it as text."""
+    known = {"true": True, "false": False, "1": True, "0": False}
+    if isinstance(value, bool | int | str) and (text := str(value).strip().lower()) in known:
+        return known[text]
+    raise DataError(f"{at} is {value!r}; expected true or false")
+
+
 def list_at(value: Any, at: str, of: str) -> list[Any]:
     if not isinstance(value, list):
         raise DataError(f"{at} is {type_name(value)}; expected a list of {of}")
@@ -130,20 +146,47 @@ def list_at(value: Any, at: str, of: str) -> list[Any]:
 
 def _json(text: str, at: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise DataError(f"{at} is a string that is not valid JSON: {exc}") from exc
+    if half := half_character(value, at):
+        raise DataError(half)
+    return value
+
+
+def _objects(value: Any, at: str, of: str) -> list[dict[str, Any]]:
+    """A list of objects: as it is, as JSON (csv and parquet hold strings), or each of them as JSON. Empty is none."""
+    if isinstance(value, str):
+        value = _json(value, at) if value.strip() else None
+    if value is None or value in ([], {}):
+        return []
+    found = [
+        _json(part, f"{at}[{i}]") if isinstance(part, str) else part for i, part in enumerate(list_at(value, at, of))
+    ]
+    for i, part in enumerate(found):
+        if not isinstance(part, dict):
+            raise DataError(f"{at}[{i}] is {type_name(part)}; expected an object: {of}")
+    return found
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool descriptions: a list of objects, or the JSON of one (csv and parquet hold strings). Empty is none."""
-    value = _json(value, "tools") if isinstance(value, str) and value.strip() else value or None
-    if value is None:
-        return None
-    for i, tool in enumerate(list_at(value, "tools", "tool descriptions")):
-        if not isinstance(tool, dict):
-            raise DataError(f"tools[{i}] is {type_name(tool)}; expected an object describing a function")
-    return list(value)
+    """Tool descriptions; None where there are none."""
+    return _objects(value, "tools", "tool descriptions") or None
+
+
+def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools that a row describes: in `tools`, or in `functions` as OpenAI had it before there were tools."""
+    tools, functions = read_tools(row.get("tools")), functions_of(row)
+    if tools and functions:
+        raise DataError("the row has tools and functions; expected one of them")
+    return tools or [{"type": "function", "function": function} for function in functions] or None
+
+
+def functions_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a row's `functions` describe; none where it is something else of that name."""
+    given = row.get("functions")
+    known = isinstance(given, list) and all(isinstance(function, dict) and "name" in function for function in given)
+    return list(given) if known and given else []
 
 
 def _content(message: Message, at: str) -> str:
@@ -165,24 +208,66 @@ def _content(message: Message, at: str) -> str:
     return string_at(content, f"{at}.content", empty=True)
 
 
-def _tool_call(call: Any, at: str) -> dict[str, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
-        seen = "has no 'function' object" if isinstance(call, dict) else f"is {type_name(call)}"
+def _tool_call(call: dict[str, Any], at: str) -> dict[str, Any]:
+    """A call as OpenAI writes it now; its name and arguments may also stand in it without the wrapper `function`."""
+    call = {key: value for key, value in call.items() if value is not None}
+    if "function" not in call and "name" in call:
+        outer = {key: call.pop(key) for key in ("id", "type") if key in call}
+        call = {"type": "function"} | outer | {"function": call}
+    beside = [key for key in ("arguments", "parameters") if key in call]
+    if not isinstance(call.get("function"), dict) or beside:
+        seen = f"has {beside[0]} beside 'function'" if beside else "has no 'function' object"
         raise DataError(f"{at} {seen}; expected {{'type': 'function', 'function': {{'name': ..., 'arguments': ...}}}}")
     if call.get("type") not in (None, "function"):
         raise DataError(f"{at}.type is {call['type']!r}; expected 'function'")
-    function = dict(call["function"])
-    function["name"] = string_at(function.get("name"), f"{at}.function.name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        # Chat templates walk over the arguments: they want a mapping, though the wire format is a string.
-        arguments = _json(arguments, f"{at}.function.arguments")
+    return {**call, "function": _function(call["function"], f"{at}.function")}
+
+
+def _function(given: dict[str, Any], at: str) -> dict[str, Any]:
+    """A called function with its arguments as a mapping, and as WRITTEN where they were a text; none are {}."""
+    function = {key: value for key, value in given.items() if value is not None and key != WRITTEN}
+    function["name"] = string_at(function.get("name"), f"{at}.name")
+    if "arguments" not in function and "parameters" in function:  # as Llama 3.1 writes its calls
+        function["arguments"] = function.pop("parameters")
+    others = [key for key in function if key not in ("name", "arguments", "description", "id", "type", "index")]
+    if "arguments" not in function and others:
+        raise DataError(f"{at} has {', '.join(others)} and no arguments; expected name and arguments")
+    arguments = written = function.get("arguments")
+    if isinstance(written, str):
+        arguments = _json(written, f"{at}.arguments") if written.strip() else None
+    if arguments is None or arguments == []:  # PHP writes an empty object so
+        arguments, written = {}, None
     if not isinstance(arguments, dict):
-        raise DataError(f"{at}.function.arguments is {type_name(arguments)}; expected an object")
-    return {
-        **{key: value for key, value in call.items() if value is not None},
-        "function": {**function, "arguments": arguments},
-    }
+        raise DataError(f"{at}.arguments is {type_name(arguments)}; expected an object")
+    return {**function, "arguments": arguments, **({WRITTEN: written} if isinstance(written, str) else {})}
+
+
+def unwritten(value: Any) -> Any:
+    """A text, a message or several messages without WRITTEN: for comparing what they say, and for files."""
+    if isinstance(value, list):
+        return [unwritten(part) for part in value]
+    if not isinstance(value, dict) or "tool_calls" not in value:
+        return value
+    calls = [
+        {**call, "function": {key: part for key, part in call["function"].items() if key != WRITTEN}}
+        for call in value["tool_calls"]
+    ]
+    return {**value, "tool_calls": calls}
+
+
+def _calls(message: Message, at: str) -> list[dict[str, Any]]:
+    """The calls of a message that may have come as OpenAI's older `function_call`, of which a turn has one."""
+    calls = _objects(message.get("tool_calls"), f"{at}.tool_calls", "calls")
+    old = message.get("function_call")
+    if isinstance(old, str) and old.strip():
+        old = _json(old, f"{at}.function_call")
+    if not old:
+        return [_tool_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    if calls:
+        raise DataError(f"{at} has tool_calls and function_call; expected one of them")
+    if not isinstance(old, dict):
+        raise DataError(f"{at}.function_call is {type_name(old)}; expected {{'name': ..., 'arguments': ...}}")
+    return [{"type": "function", "function": _function(old, f"{at}.function_call")}]
 
 
 def message_at(value: Any, at: str) -> Message:
@@ -190,17 +275,18 @@ def message_at(value: Any, at: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{at} is {type_name(value)}; expected an object with role and content")
     message = {key: field for key, field in value.items() if field is not None}
+    if message.get("role") == "function":  # OpenAI's name of a result before there were tools
+        message["role"] = "tool"
     role = message.get("role")
     if role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
         raise DataError(f"{at}.role is {role!r}; expected system, user, assistant or tool{hint}")
-    if not message.get("tool_calls", True):
-        del message["tool_calls"]
-    if "tool_calls" in message:
+    calls = _calls(message, at)
+    message = {key: field for key, field in message.items() if key not in ("tool_calls", "function_call")}
+    if calls:
         if role != "assistant":
             raise DataError(f"{at} has tool_calls and role {role}; only an assistant calls tools")
-        calls = list_at(message["tool_calls"], f"{at}.tool_calls", "calls")
-        message["tool_calls"] = [_tool_call(call, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls)]
+        message["tool_calls"] = calls
     message["content"] = _content(message, at)
     if "weight" in message:
         weight = message["weight"]
@@ -211,8 +297,14 @@ def message_at(value: Any, at: str) -> Message:
     return message
 
 
-def check_order(messages: Sequence[Message], at: Sequence[str], last: tuple[str, ...] = ("assistant",)) -> None:
-    """System first or not at all, then user and assistant in turn, tool turns after the calls; `at` names each."""
+def check_order(
+    messages: Sequence[Message], at: Sequence[str], last: tuple[str, ...] = ("assistant",), told: bool = False
+) -> None:
+    """System first or not at all, then user and assistant in turn, tool turns after the calls; `at` names each.
+
+    Args:
+        told: calls may also stand in the text of an assistant turn: any such turn may be followed by a tool turn.
+    """
     previous: Message = {"role": "nothing"}
     for message, place in zip(messages, at):
         role, before = message["role"], previous["role"]
@@ -223,7 +315,7 @@ def check_order(messages: Sequence[Message], at: Sequence[str], last: tuple[str,
         elif role == "assistant":
             fits, wanted = before in ("user", "tool"), "an assistant turn follows a user or tool turn"
         else:
-            fits = before == "tool" or "tool_calls" in previous
+            fits = before == "tool" or "tool_calls" in previous or (told and before == "assistant")
             wanted = "a tool turn follows an assistant turn with tool_calls, or another tool turn"
         if not fits:
             raise DataError(f"{place}.role is {role} after {before}; {wanted}")
@@ -246,18 +338,23 @@ def messages_at(value: Any, name: str, last: tuple[str, ...] = ("assistant",)) -
 
 
 def read_messages(row: dict[str, Any]) -> Conversation:
-    """{"messages": [{"role", "content", ...}], "tools"?: [...]}"""
-    return Conversation(messages_at(row["messages"], "messages"), read_tools(row.get("tools")))
+    """{"messages": [{"role", "content", ...}], "system"?, "tools"?: [...]}"""
+    messages = messages_at(row["messages"], "messages")
+    return Conversation(with_system(row, messages, "messages"), tools_of(row))
 
 
 def read_prompt_completion(row: dict[str, Any]) -> Conversation | Completion:
-    """{"prompt", "completion"}: two strings, or messages and then messages, one message or a string.
+    """{"prompt", "completion", "system"?}: two strings, or messages and then messages, one message or a string.
 
     What stands in a prompt of messages is context: its assistant turns get weight 0 unless they carry one.
     """
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
-        return Completion(string_at(prompt, "prompt"), string_at(completion, "completion"))
+        texts = string_at(prompt, "prompt"), string_at(completion, "completion")
+        if is_text(row):
+            return Completion(*texts)
+        turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
+        return Conversation(with_system(row, turns), tools_of(row))
     if not isinstance(prompt, list):
         raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
     context = messages_at(prompt, "prompt", ("user", "tool", "assistant"))
@@ -269,7 +366,7 @@ def read_prompt_completion(row: dict[str, Any]) -> Conversation | Completion:
     at = [f"completion[{i}]" for i in range(len(list_at(completion, "completion", "messages")))]
     messages = context + [message_at(message, place) for message, place in zip(completion, at)]
     check_order(messages, [f"prompt[{i}]" for i in range(len(context))] + at)
-    return Conversation(messages, read_tools(row.get("tools")))
+    return Conversation(with_system(row, messages, "prompt"), tools_of(row))
 
 
 def read_text(row: dict[str, Any]) -> Text:
@@ -298,15 +395,33 @@ def read_sharegpt(row: dict[str, Any]) -> Conversation:
     turns = list_at(row["conversations"], "conversations", "turns")
     at = [f"conversations[{i}]" for i in range(len(turns))]
     messages = [sharegpt_turn(turn, place) for turn, place in zip(turns, at)]
-    system = system_turn(row)
-    check_order(system + messages, ["system"] * len(system) + at)
-    return Conversation(system + messages, read_tools(row.get("tools")))
+    check_order(messages, at, told=True)
+    return Conversation(with_system(row, messages, "conversations"), tools_of(row))
 
 
-def system_turn(row: dict[str, Any]) -> list[Message]:
+def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """The system turn of a row's own `system` field; none where it is missing, null or empty."""
     text = string_at(row.get("system") or "", "system", empty=True)
     return [{"role": "system", "content": text}] if text.strip() else []
+
+
+def is_text(row: Mapping[str, Any]) -> bool:
+    """Whether a row's prompt is a text and nothing but it: a system text and tools have their place in a chat only."""
+    return isinstance(row.get("prompt"), str) and not system_turn(row) and not tools_of(row)
+
+
+def with_system(row: Mapping[str, Any], messages: list[Message], name: str = "prompt") -> list[Message]:
+    """The messages behind the system turn of the row's own `system` field; as they are where there is none.
+
+    Args:
+        name: what the messages are called, for an error.
+    """
+    system, first = system_turn(row), messages[0]
+    if not system or first == system[0]:
+        return messages
+    if first["role"] in _OPENERS:
+        raise DataError(f"the row has a field system, and {name}[0] is a {first['role']} turn too; keep one of them")
+    return system + messages
 
 
 def read_alpaca(row: dict[str, Any]) -> Conversation:
@@ -325,10 +440,11 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
 
 
 def read_prompts(row: dict[str, Any]) -> Prompt:
-    """{"prompt": a string, or messages that end with a user or tool turn}, and whatever a reward wants."""
+    """{"prompt": a string, or messages that end with a user or tool turn, "system"?}, and whatever a reward wants."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
-        return Prompt(string_at(prompt, "prompt"), row)
+        turn = {"role": "user", "content": string_at(prompt, "prompt")}
+        return Prompt(with_system(row, [turn]) if system_turn(row) else prompt, row)
     if not isinstance(prompt, list):
         raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
-    return Prompt(messages_at(prompt, "prompt", ("user", "tool")), row)
+    return Prompt(with_system(row, messages_at(prompt, "prompt", ("user", "tool"))), row)

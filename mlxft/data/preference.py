@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from mlxft.data.formats import (
@@ -11,23 +12,27 @@ from mlxft.data.formats import (
     Preference,
     Ranked,
     check_order,
+    flag_at,
     list_at,
     message_at,
     messages_at,
-    read_tools,
     sharegpt_turn,
     string_at,
     system_turn,
+    tools_of,
+    unwritten,
+    with_system,
 )
 from mlxft.data.sources import type_name
 from mlxft.errors import DataError
 
 _ASKING = ("user", "tool")
+_DIFFERENCE = re.compile(r"\s*(-?[\d.]+(?:[eE][-+]?\d+)?) - (-?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 _LARGEST = 3.4e38  # beyond it a number is infinite in float32, which losses are computed in
 
 
 def read_preference(row: dict[str, Any]) -> Preference | Ranked:
-    """{"prompt", "chosen", "rejected", "margin"?, "tie"?, "preferred"?, "tools"?}
+    """{"prompt", "chosen", "rejected", "system"?, "margin"?, "tie"?, "preferred"?, "tools"?}
 
     Prompt and answers are texts; or messages, where an answer is a text, an assistant message, or a list: that message
     alone or the whole conversation. Without a prompt both are whole conversations that differ in the last turn only.
@@ -52,10 +57,31 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Prefere
     tie, margin = _tie(row), _margin(row)
     if tie and margin:
         raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
-    answers = [_reply(side, prompt, name) for name, side in sides.items()]
-    if answers[0] == answers[1] and not tie:
+    prompt, answers = _asked(row, prompt, [_reply(side, prompt, name) for name, side in sides.items()])
+    if _same(*answers) and not tie:
         raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
-    return Preference(prompt, answers[0], answers[1], margin, weight, tie, read_tools(row.get("tools")))
+    return Preference(prompt, answers[0], answers[1], margin, weight, tie, tools_of(row))
+
+
+def _asked(
+    row: dict[str, Any], prompt: str | list[Message], answers: list[str | Message]
+) -> tuple[str | list[Message], list[str | Message]]:
+    """Prompt and answers as they are asked and given: as turns, where the row has a system text."""
+    if isinstance(prompt, str):
+        if not system_turn(row):
+            return prompt, answers
+        prompt = [{"role": "user", "content": prompt}]
+        answers = [{"role": "assistant", "content": answer} for answer in answers]
+    return with_system(row, prompt), answers
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(unwritten(one) == unwritten(other))
+
+
+def _parting(one: list[Message], other: list[Message]) -> int:
+    """The first place at which two lists of messages differ."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if not _same(a, b)), min(len(one), len(other)))
 
 
 def _side(value: Any, at: str) -> str | list[Message]:
@@ -87,12 +113,9 @@ def _context(row: dict[str, Any]) -> str | list[Message] | None:
             raise DataError("the row has prompt and conversations; expected one of them")
         turns = list_at(row["conversations"], "conversations", "turns")
         at = [f"conversations[{i}]" for i in range(len(turns))]
-        system = system_turn(row)
-        messages = system + [_message(turn, place) for turn, place in zip(turns, at)]
-        check_order(messages, ["system"] * len(system) + at, _ASKING)
+        messages = [_message(turn, place) for turn, place in zip(turns, at)]
+        check_order(messages, at, _ASKING, told=True)
         return messages
-    if row.get("system") is not None:
-        raise DataError("system goes with conversations; write it into the prompt as a message")
     return None if row.get("prompt") is None else _prompt(row["prompt"])
 
 
@@ -110,8 +133,8 @@ def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message
     if isinstance(good, str) or isinstance(bad, str):
         raise DataError("no field 'prompt', and the answers are texts; give the prompt, or whole conversations")
     prompt, other = good[:-1], bad[:-1]
-    if prompt != other:
-        at = next((i for i, (a, b) in enumerate(zip(prompt, other)) if a != b), min(len(prompt), len(other)))
+    if not _same(prompt, other):
+        at = _parting(prompt, other)
         raise DataError(
             f"chosen[{at}] and rejected[{at}] differ before the last turn; expected two answers to the same prompt"
         )
@@ -121,13 +144,13 @@ def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message
 
 
 def _whole(prompt: str, side: str | list[Message], at: str) -> list[Message]:
-    """The conversation of a prompt that is a text and an answer that is messages: its last user turn is the text."""
+    """The conversation of a prompt that is a text and an answer that is messages: one of its user turns is the text."""
     if isinstance(side, str):
         raise DataError(f"{at} is a string, and the other answer is messages; expected both alike")
     whole = [{"role": "user", "content": prompt}, *side] if len(side) == 1 else side
     asked = [message["content"] for message in whole if message["role"] == "user"]
-    if not asked or asked[-1].strip() != prompt.strip():
-        raise DataError(f"{at} answers another prompt: its last user turn is not the text of prompt")
+    if prompt.strip() not in map(str.strip, asked):
+        raise DataError(f"{at} answers another prompt: no user turn of it is the text of prompt")
     return whole
 
 
@@ -139,9 +162,8 @@ def _reply(side: str | list[Message], prompt: str | list[Message], at: str) -> s
         raise AssertionError("a text is answered by texts here")
     if isinstance(side, str):
         return {"role": "assistant", "content": side}
-    if len(side) > 1 and side[:-1] != prompt:
-        before = side[:-1]
-        place = next((i for i, (a, b) in enumerate(zip(before, prompt)) if a != b), min(len(before), len(prompt)))
+    if len(side) > 1 and not _same(side[:-1], prompt):
+        place = _parting(side[:-1], prompt)
         raise DataError(f"{at}[{place}] is not as in the prompt; expected the prompt's messages and one answer")
     reply = side[-1]
     check_order([*prompt, reply], ["prompt"] * len(prompt) + [f"{at}[{len(side) - 1}]" if len(side) > 1 else at])
@@ -161,16 +183,14 @@ def _number(value: Any, at: str) -> float:
     return number
 
 
-def _flag(value: Any, at: str) -> bool:
-    """True or false; csv holds it as text."""
-    known = {"true": True, "false": False, "1": True, "0": False}
-    if isinstance(value, bool | int | str) and (text := str(value).strip().lower()) in known:
-        return known[text]
-    raise DataError(f"{at} is {value!r}; expected true or false")
-
-
 def _margin(row: dict[str, Any]) -> float | None:
-    return None if row.get("margin") in (None, "") else _number(row["margin"], "margin")
+    """How much better the chosen answer is: a number, or the difference of two that data.fields wrote into a text."""
+    given = row.get("margin")
+    if given in (None, ""):
+        return None
+    if isinstance(given, str) and (of := _DIFFERENCE.fullmatch(given)):
+        return _number(of[1], "margin") - _number(of[2], "margin")
+    return _number(given, "margin")
 
 
 def _tie(row: dict[str, Any]) -> bool:
@@ -178,18 +198,18 @@ def _tie(row: dict[str, Any]) -> bool:
     if preferred not in ("chosen", "tie"):
         raise DataError(f"preferred is {preferred!r}; expected 'tie' or 'chosen' (the fields say which it is)")
     said = row.get("tie")
-    tie = preferred == "tie" if said in (None, "") else _flag(said, "tie")
+    tie = preferred == "tie" if said in (None, "") else flag_at(said, "tie")
     if preferred == "tie" and not tie:
         raise DataError("preferred is 'tie' and tie is false; expected the two to agree")
     return tie
 
 
 def read_ratings(row: dict[str, Any]) -> Ranked:
-    """{"prompt", "answers" or "completions", "ratings" or "scores": numbers, or "ranking": best first, "tools"?}
+    """{"prompt", "answers" or "completions", "ratings" or "scores": numbers, or "ranking": best first, ...}
 
-    Prompt and answers are as in a preference. Every two answers with different ratings are a pair, the higher one
-    chosen; the pairs' weights add up to 1, so that a prompt with many answers counts as much as one with few. `ranking`
-    holds the answers' indices, from 0.
+    It may have `system` and `tools`; prompt and answers are as in a preference. Every two answers with different
+    ratings are a pair, the higher one chosen; the pairs' weights add up to 1, so that a prompt with many answers counts
+    as much as one with few. `ranking` holds the answers' indices, from 0.
     """
     name, given = _one_of(row, ("answers", "completions"))
     places = {f"{name}[{i}]": side for i, side in enumerate(list_at(given, name, "answers"))}
@@ -197,15 +217,15 @@ def read_ratings(row: dict[str, Any]) -> Ranked:
     if len(sides) < 2:
         raise DataError(f"{name} has one answer; expected two or more to compare")
     ratings = _ratings(row, len(sides), name)
-    prompt, tools = _prompt(row["prompt"]), read_tools(row.get("tools"))
+    prompt, tools = _prompt(row["prompt"]), tools_of(row)
     if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
         wholes = [_whole(prompt, side, at) for at, side in sides.items()]
         prompt = wholes[0][:-1]
-    turns = [_reply(side, prompt, at) for at, side in sides.items()]
+    prompt, turns = _asked(row, prompt, [_reply(side, prompt, at) for at, side in sides.items()])
     order = sorted(range(len(turns)), key=lambda i: -ratings[i])
     better = [(a, b) for n, a in enumerate(order) for b in order[n + 1 :] if ratings[a] > ratings[b]]
     for a, b in better:
-        if turns[a] == turns[b]:
+        if _same(turns[a], turns[b]):
             first, second = sorted((a, b))
             raise DataError(f"{name}[{first}] and {name}[{second}] are the same text, with different ratings")
     weight = 1 / max(1, len(better))
@@ -232,9 +252,9 @@ def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
 
 
 def read_unpaired(row: dict[str, Any]) -> Judged:
-    """{"prompt", "completion", "label": true or false, "tools"?}: prompt and completion as in a preference."""
+    """{"prompt", "completion", "label": true or false, "system"?, "tools"?}: the first two as in a preference."""
     prompt, completion = _prompt(row["prompt"]), _side(row["completion"], "completion")
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = _whole(prompt, completion, "completion")[:-1]
-    reply, label = _reply(completion, prompt, "completion"), _flag(row["label"], "label")
-    return Judged(prompt, reply, label, read_tools(row.get("tools")))
+    prompt, (reply,) = _asked(row, prompt, [_reply(completion, prompt, "completion")])
+    return Judged(prompt, reply, flag_at(row["label"], "label"), tools_of(row))

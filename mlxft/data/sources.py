@@ -1,7 +1,9 @@
 """Where rows come from: jsonl, json, csv and parquet files, folders of them, and the Hugging Face hub.
 
-A reader does not stop at a bad line: it yields a `Problem` in the row's place, so that whoever converts the rows can
-report all that is wrong with a file at once. What leaves no row to read (no such file, an empty one) is raised.
+A reader gives the rows as they were before they were written to the file: what only its kind of file put there (the
+null keys of Arrow's structs) is gone. It does not stop at a bad line: it yields a `Problem` in the row's place, so that
+whoever converts the rows can report all that is wrong with a file at once. What leaves no row to read (no such file, an
+empty one) is raised.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxft.errors import ConfigError, DataError, missing_extra, nearest
+from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
 
 
 class Row(NamedTuple):
@@ -110,7 +112,8 @@ def _some(rows: Iterator[Row | Problem], name: str) -> Iterator[Row | Problem]:
     empty = True
     for row in rows:
         empty = False
-        yield row
+        half = half_character(row.data) if isinstance(row, Row) else None
+        yield row if half is None else Problem(row.where, half)
     if empty:
         raise DataError(f"{name}: no rows; expected at least one")
 
@@ -135,8 +138,8 @@ def report_lines(lines: Sequence[str]) -> str:
     return "\n".join([*lines[:_SHOWN], *more])
 
 
-def _not_utf8(exc: UnicodeDecodeError) -> str:
-    return f"byte {exc.start + 1} of the line is not UTF-8 (0x{exc.object[exc.start]:02x}); save the file as UTF-8"
+def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
+    return f"byte {exc.start + 1} of {what} is not UTF-8 (0x{exc.object[exc.start]:02x}); save the file as UTF-8"
 
 
 def _json_problem(exc: ValueError | RecursionError) -> str:
@@ -239,11 +242,58 @@ def _read_parquet(path: Path) -> Iterator[Row | Problem]:
     number = 0
     try:
         for batch in pq.ParquetFile(path).iter_batches():
-            for data in batch.to_pylist():
+            kind = pa.struct(batch.schema) if "map<" in str(batch.schema) else None
+            for data in _batch_rows(batch):
                 number += 1
-                yield Row(f"{path.name}:{number}", data)
+                where = f"{path.name}:{number}"
+                if isinstance(data, UnicodeDecodeError):
+                    yield Problem(where, _not_utf8(data, "a text"))
+                else:
+                    yield Row(where, _without_gaps(data, kind))
     except (pa.ArrowException, OSError) as exc:
         raise DataError(f"{path.name}: not a readable parquet file: {exc}") from exc
+
+
+def _batch_rows(batch: Any) -> list[Any]:
+    """The rows of an Arrow batch; in place of one whose texts are not UTF-8, which Arrow does not check, the error."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as exc:
+        if batch.num_rows == 1:
+            return [exc]
+        return [row for i in range(batch.num_rows) for row in _batch_rows(batch.slice(i, 1))]
+
+
+_SPARSE = ("tools", "functions", "tool_calls", "function_call")
+
+
+def _without_gaps(value: Any, kind: Any = None, sparse: bool = False) -> Any:
+    """What a value was before Arrow gave every struct of a column the keys of all, null where it had none.
+
+    Only descriptions and calls of tools are mended, at every depth: what else is null may be meant.
+
+    Args:
+        kind: the value's Arrow type, which tells a map from a struct; None where there are no maps.
+        sparse: whether the value lies within descriptions or calls of tools.
+    """
+    if isinstance(value, dict):
+        kinds = {} if kind is None else {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return {
+            key: _without_gaps(below, kinds.get(key), sparse or key in _SPARSE or _describes_tools(below))
+            for key, below in value.items()
+            if not (sparse and below is None)
+        }
+    if not isinstance(value, list):
+        return value
+    if hasattr(kind, "item_type"):  # a map, which has keys of its own: a null there is one
+        return {key: _without_gaps(below, kind.item_type, sparse) for key, below in value}
+    return [_without_gaps(below, getattr(kind, "value_type", None), sparse) for below in value]
+
+
+def _describes_tools(value: Any) -> bool:
+    """Whether a column holds descriptions of tools, whatever its name is."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and (isinstance(first.get("function"), dict) or {"name", "parameters"} <= {*first})
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row | Problem]]] = {
@@ -290,5 +340,9 @@ def _read_hub(spec: str, split: str) -> Iterator[Row | Problem]:
             f"{spec}: could not load it from the hub ({type(exc).__name__}: {str(exc).strip()[:300]}); check the name, "
             "the network, and `hf auth login` for a gated one; or download it and name the file"
         ) from exc
-    for index, data in enumerate(rows):
-        yield Row(f"{name}:{part}[{index}]", dict(data))
+    for index in range(len(rows)):
+        where = f"{name}:{part}[{index}]"
+        try:
+            yield Row(where, _without_gaps(dict(rows[index])))
+        except UnicodeDecodeError as exc:
+            yield Problem(where, _not_utf8(exc, "a text"))

@@ -56,13 +56,13 @@ def find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scor
     """
     if file is not None:
         config = configs[0] if configs else None
-        rows = _encode(_file_examples(file, config), tokenizer, config, scores)
+        rows = _encode(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores)
         return Probe(rows, file)
     found: list[Encoded] = []
     notes: list[str] = []
     for config in configs:
         try:
-            examples = _held_out(config)
+            examples = _held_out(config, tokenizer)
             share = TOKENS // len(configs)
             found += _encode(examples, tokenizer, config, scores, share) if examples else []
         except (ConfigError, DataError) as error:
@@ -73,25 +73,33 @@ def find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scor
     return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(notes))
 
 
-def _held_out(config: Config) -> list[Example]:
+def _chats(config: Config | None, tokenizer: Any) -> bool:
+    """Whether texts go through the chat template."""
+    return bool(tokenizer.has_chat_template) and (config is None or config.data.template == "auto")
+
+
+def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     """A run's validation rows; none where it had none."""
     data = config.data
     if isinstance(data.valid, float):
-        return load_splits(data, config.run.seed)[1]
+        return load_splits(data, config.run.seed, tokenizer=tokenizer)[1]
     spec = data.valid
     if spec is None and Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
         spec = data.train
-    return convert(read_rows(spec, "valid"), data.format, data.fields) if spec is not None else []
+    if spec is None:
+        return []
+    skipped: list[Problem] | None = [] if data.invalid == "drop" else None
+    return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
-def _file_examples(file: str, config: Config | None) -> list[Example]:
+def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example]:
     """A file's rows, in the run's format where they have its fields, else in the one they look like."""
     rows = list(read_rows(file, "valid"))
     first = next((row.data for row in rows if not isinstance(row, Problem)), {})
     looks = suggest_format(first)
     if config is not None:
         try:
-            return convert(rows, config.data.format, config.data.fields)
+            return convert(rows, config.data.format, config.data.fields, chat=chat)
         except (ConfigError, DataError):
             if looks == config.data.format:
                 raise
@@ -100,7 +108,7 @@ def _file_examples(file: str, config: Config | None) -> list[Example]:
             f"{file}: rows have {', '.join(first) or 'no fields'}; a probe's have messages, text, prompt and "
             "completion, or prompt, chosen and rejected"
         )
-    return convert(rows, looks)
+    return convert(rows, looks, chat=chat)
 
 
 def _built_in(scores: bool) -> list[Example]:

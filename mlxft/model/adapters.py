@@ -19,6 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.data.encode import end_completions
+from mlxft.data.sources import type_name
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
@@ -266,7 +267,47 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "fine_tune_type" not in config:
         peft = " (it looks like a PEFT adapter)" if isinstance(config, dict) and "peft_type" in config else ""
         raise ModelError(f"{file}: not an adapter of mlxft or mlx-lm{peft}")
+    _check_config(config, str(file))
     return config
+
+
+def _check_config(config: dict[str, Any], file: str) -> None:
+    """ModelError where what is read of an adapter's configuration is missing or is something else."""
+    kind = config["fine_tune_type"]
+    if kind not in ("lora", "dora", "full"):
+        raise ModelError(f"{file}: fine_tune_type is {kind!r}; expected lora, dora or full")
+    low_rank = kind != "full"
+    text, number = (str, type(None)), (int, float)
+    wanted: list[tuple[str, Any, bool, str]] = [  # name, types, whether it must be there, and the types in words
+        ("num_layers", int, False, "a whole number"),
+        ("lora_parameters", dict, low_rank, "an object with rank and scale"),
+        ("lora_parameters.rank", int, low_rank, "a whole number"),
+        ("lora_parameters.scale", number, low_rank, "a number"),
+        ("lora_parameters.dropout", number, False, "a number"),
+        ("lora_parameters.keys", (list, type(None)), False, "a list of names"),
+        ("mlxft", dict, False, "an object"),
+        ("mlxft.base", dict, False, "an object"),
+        ("mlxft.base.model", text, False, "a text"),
+        ("mlxft.base.fingerprint", text, False, "a text"),
+        ("mlxft.base.chat_template", text, False, "a text"),
+    ]
+    for name, types, needed, words in wanted:
+        if name.startswith("lora_parameters") and not low_rank:
+            continue  # whole weights have none, and what stands there is not read
+        at: Any = config
+        *sections, leaf = name.split(".")
+        for section in sections:
+            at = at.get(section, {})
+        if leaf not in at:
+            if needed:
+                raise ModelError(f"{file}: {name} is missing; expected {words}")
+        elif not isinstance(at[leaf], types) or isinstance(at[leaf], bool):
+            raise ModelError(f"{file}: {name} is {type_name(at[leaf])}; expected {words}")
+    parameters = config.get("lora_parameters", {})
+    if low_rank and parameters["rank"] < 1:
+        raise ModelError(f"{file}: lora_parameters.rank is {parameters['rank']}; expected at least 1")
+    if low_rank and not all(isinstance(key, str) for key in parameters.get("keys") or ()):
+        raise ModelError(f"{file}: lora_parameters.keys holds something else than names; expected a list of names")
 
 
 def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:

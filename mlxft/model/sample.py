@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.data.encode import encode_prompt
+from mlxft.data.formats import message_at
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import exp
 
@@ -105,7 +106,8 @@ def generate(
 
 def _ids(tokenizer: TokenizerWrapper, prompt: Any) -> list[int]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
-        return encode_prompt(prompt, tokenizer)
+        turns = prompt if isinstance(prompt, str) else [message_at(m, f"prompt[{i}]") for i, m in enumerate(prompt)]
+        return encode_prompt(turns, tokenizer)
     return [int(token) for token in prompt]
 
 

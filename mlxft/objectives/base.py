@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +12,9 @@ import mlx.nn as nn
 from mlxft.config import Config
 from mlxft.data.batching import IntArray, Slot, plan_epoch
 from mlxft.data.encode import Encoded
+from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair
+from mlxft.errors import ModelError
+from mlxft.model.load import context_of, load_config
 
 MAX = "_max"  # metrics whose names end so are maxima, not sums
 
@@ -147,9 +150,29 @@ class Objective(Protocol):
         """Counts of rows and tokens."""
         ...
 
-    def previews(self, n: int) -> list[Encoded]:
+    def previews(self, n: int) -> Sequence[Encoded | EncodedPair | EncodedAnswer]:
         """The first `n` training rows, to be shown."""
         ...
+
+
+def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
+    """That rows are longer than what the model was made for, if some are; nothing where its config does not say.
+
+    Args:
+        lengths: tokens of each row.
+    """
+    try:
+        context = context_of(load_config(config.model.path))
+    except ModelError:  # whoever loads the model says why it can not be
+        return []
+    long = [length for length in lengths if context is not None and length > context]
+    if not long:
+        return []
+    note = (
+        f"{len(long):,} rows are longer than the model's context of {context:,} tokens (max_position_embeddings); the "
+        f"longest has {max(long):,}: see data.max_length and data.overflow"
+    )
+    return [note]
 
 
 class OffPolicy:

@@ -14,13 +14,13 @@ import numpy as np
 from mlxft.config import Config
 from mlxft.data.batching import Slot, padding_share
 from mlxft.data.dataset import fingerprint
-from mlxft.data.encode import Encoded, Ids, chat_notes
+from mlxft.data.encode import Ids, chat_notes
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, ends_of, ids_fingerprint, length
 from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
 from mlxft.model.plan import Shape
 from mlxft.model.shared import Sharing
-from mlxft.objectives.base import Batch, OffPolicy, Summary
+from mlxft.objectives.base import Batch, OffPolicy, Summary, beyond_context
 from mlxft.objectives.sft import load_splits, of_valid
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
@@ -34,11 +34,6 @@ class Answer(NamedTuple):
 
     prompt: Ids
     reply: Ids
-
-    def encoded(self, where: str) -> Encoded:
-        """As one row of which the answer is trained."""
-        trained = np.arange(len(self.prompt) + len(self.reply)) >= len(self.prompt)
-        return Encoded(np.concatenate([self.prompt, self.reply]), trained, where)
 
 
 def answers_of(row: EncodedPair | EncodedAnswer) -> list[Answer]:
@@ -135,7 +130,7 @@ def encode_splits(
     """
     data = config.data
     options = {"max_length": data.max_length, "overflow": data.overflow, "chat": data.template == "auto"}
-    train, valid, notes = load_splits(data, config.run.seed)
+    train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer)
     train, valid = keep(train), keep(valid)
     first = build(train, tokenizer, **options)
     with of_valid():
@@ -177,6 +172,8 @@ class Judged(OffPolicy, Generic[Row]):
         self.valid: list[Row] = valid
         self.notes: list[str] = counts.notes()
         super().__init__(config, np.array([length(row) for row in rows], dtype=np.int64), per_row)
+        self.notes += beyond_context(config, self._lengths.tolist())
+        self.notes += [f"validation: {note}" for note in beyond_context(config, list(map(length, valid)))]
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         """The batch of these rows."""
@@ -236,7 +233,6 @@ class Judged(OffPolicy, Generic[Row]):
             counts[f"validation {kind}"] = len(self.valid)
         return Summary(counts, self.notes, bool(self.valid))
 
-    def previews(self, n: int) -> list[Encoded]:
-        """The answers of the first rows."""
-        shown = [answer.encoded(row.where) for row in self.rows[:n] for answer in answers_of(row)]
-        return shown[:n]
+    def previews(self, n: int) -> list[Row]:
+        """The first `n` pairs, or answers with a label."""
+        return self.rows[:n]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mlxft.data.convert import convert
 from mlxft.data.encode import encode_prompt
-from mlxft.data.formats import Prompt
+from mlxft.data.formats import Prompt, tools_of, unwritten
 from mlxft.data.sources import read_rows, report_lines
 from mlxft.errors import DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
@@ -50,7 +50,8 @@ class Asked:
         for where, item in convert(read_rows(spec, "test"), "prompts"):
             assert isinstance(item, Prompt)
             try:
-                ids = encode_prompt(item.prompt, loaded.tokenizer, system=system, where=where)
+                tools = tools_of(item.row)
+                ids = encode_prompt(item.prompt, loaded.tokenizer, system=system, tools=tools, where=where)
                 if not ids:
                     raise DataError(f"{where}: the prompt has no tokens")
                 self.ids.append(ids)
@@ -86,7 +87,7 @@ class Asked:
         for start, found in self.sampled(sampling, samples, seed, console):
             for item, row in zip(self.prompts[start:], found):
                 texts, ends = [answer.text for answer in row], [answer.finish for answer in row]
-                yield {"prompt": item.prompt, "completions": texts, "finish": ends}
+                yield {"prompt": unwritten(item.prompt), "completions": texts, "finish": ends}
 
 
 def drawn(seed: int | None) -> int:
@@ -110,7 +111,7 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
             file.flush()
 
     def write(path: Path) -> None:
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
             lines(file)
 
     if out is None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from mlxft.data.formats import Prompt
+from mlxft.data.formats import Prompt, tools_of, unwritten
 from mlxft.errors import ConfigError, DataError, nearest
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
@@ -146,7 +146,8 @@ def _item(asked: Asked, number: int, answer: Answer) -> Item:
     item, ids = asked.prompts[number], asked.ids[number]
     text = item.prompt if isinstance(item.prompt, str) else str(asked.loaded.tokenizer.decode(ids))
     prompt, reply = np.array(ids, dtype=np.int32), np.array(answer.ids, dtype=np.int32)
-    return Item(prompt, reply, text, answer.text, item.row, answer.finish != "length", asked.wheres[number])
+    finished, where = answer.finish != "length", asked.wheres[number]
+    return Item(prompt, reply, text, answer.text, item.row, finished, where, item.prompt)
 
 
 def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:
@@ -158,10 +159,12 @@ def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:
 
 def _line(item: Prompt, system: str | None, text: str, score: float) -> dict[str, Any]:
     prompt: Any = item.prompt
-    if system is not None:  # else the row would teach the answer without what it was asked with
+    # Without system text and tools the row would teach the answer to another prompt.
+    if system is not None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = [{"role": "system", "content": system}, *turns]
-    return {"prompt": prompt, "completion": text, "score": score}
+    tools = tools_of(item.row)
+    return {"prompt": unwritten(prompt), "completion": text, "score": score, **({"tools": tools} if tools else {})}
 
 
 def _nothing(choice: Choice, scores: Sequence[float], cut: int, empty: int) -> str:

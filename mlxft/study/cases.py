@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxft.data.convert import FORMATS, convert, suggest_format
-from mlxft.data.formats import Completion, Conversation, Item, Message, Prompt, Text, message_at, read_prompts
+from mlxft.data.formats import (
+    Completion,
+    Conversation,
+    Item,
+    Message,
+    Prompt,
+    Text,
+    message_at,
+    read_prompts,
+    tools_of,
+)
 from mlxft.data.sources import Problem, Row, report_lines, type_name
 from mlxft.data.template import fill, is_template
 from mlxft.errors import ConfigError, DataError, nearest
@@ -108,7 +118,7 @@ def _check_fields(task: Task, rows: Sequence[Row]) -> None:
 
 def _case(row: Row, item: Item | None, task: Task) -> Case:
     prompt, own = _asked(row.data, item, task)
-    tools = item.tools if isinstance(item, Conversation) else None
+    tools = item.tools if isinstance(item, Conversation) else tools_of(row.data) if isinstance(item, Prompt) else None
     if task.kind == "loss":
         if item is None or isinstance(item, Prompt):
             item = _completion(row.data, prompt, task)
@@ -152,7 +162,7 @@ def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | li
         raise DataError(
             f"no field {' or '.join(_QUESTIONS)}; the row has {', '.join(row)} (a task's prompt: says what to ask)"
         )
-    return read_prompts({"prompt": row[name]}).prompt, ()
+    return read_prompts({"prompt": row[name], "system": row.get("system")}).prompt, ()
 
 
 def _completion(row: dict[str, Any], prompt: str | list[Message], task: Task) -> Item:

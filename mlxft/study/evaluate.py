@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mlxft.data.batching import plan_epoch
 from mlxft.data.dataset import OVERFLOW, build
-from mlxft.data.formats import Example, Message
+from mlxft.data.formats import Example, Message, unwritten
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
@@ -264,7 +264,8 @@ def _rendered(how: _How, prompt: str | list[Message], case: Case) -> str:
         return prompt
     try:
         tools = {"tools": case.tools} if case.tools else {}
-        text = how.loaded.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **tools)
+        told = unwritten(prompt)
+        text = how.loaded.tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False, **tools)
     except Exception as e:  # templates raise their own refusals, and jinja's
         raise DataError(f"{case.where}: the chat template refuses these messages: {type(e).__name__}: {e}") from e
     return str(text)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mlxft.config import Data
 from mlxft.data.convert import FORMATS
+from mlxft.data.formats import unwritten
 from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.data.template import is_template
 from mlxft.errors import ConfigError, MlxftError, nearest
@@ -96,7 +97,7 @@ class Evaluation:
                 if other is not None:
                     kept = ("prediction", "logprobs", "finish", "scores")
                     also = {"against": {k: v for k, v in other.predictions[i].items() if k in kept}}
-                yield {"task": result.task, **line, **also}
+                yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **also}
 
     def write(self, out: Path) -> None:
         """predictions.jsonl and results.json in a folder.

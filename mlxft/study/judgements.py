@@ -75,7 +75,7 @@ class Journal:
         """Add a line; it is on the disk when this returns."""
         start = os.fstat(self._fd).st_size
         try:
-            self._write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            self._write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
         except OSError as e:
             self._cut(start)
             raise MlxftError(f"can not write {self.path}: {e.strerror or e}; what was judged before is safe") from e

@@ -83,7 +83,7 @@ def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[Item]) -> Seque
         chat: bool = isinstance(case.prompt, list)
         reply: str | Message = {"role": "assistant", "content": item.completion} if chat else item.completion
         prompt = as_messages(case.prompt) if chat else case.prompt
-        answers.append(scorer.encode(prompt, reply, case.where))
+        answers.append(scorer.encode(prompt, reply, case.where, case.tools))
     return scorer.scores(answers)
 
 

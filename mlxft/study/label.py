@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from mlxft.data.formats import Message, Ranked, list_at, read_prompts, read_tools, string_at
+from mlxft.data.formats import Message, Ranked, list_at, read_prompts, string_at, tools_of, unwritten
 from mlxft.data.preference import read_preference
+from mlxft.data.published import in_our_fields
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.study.judgements import TIE, Journal, Row, WinRate, win_rate
@@ -86,12 +87,13 @@ def read_tasks(spec: str) -> list[Task]:
         try:
             if isinstance(row, Problem):
                 raise DataError(row.text)
-            prompt, answers, models = _task(row.data)
-            tools = read_tools(row.data.get("tools"))
+            data = in_our_fields(row.data, ("preference", "ratings"))
+            prompt, answers, models = _task(data)
+            tools = tools_of(data)
         except DataError as e:
             problems.append(f"{row.where}: {e}")
             continue
-        said = json.dumps([prompt, answers, *([tools] if tools else [])], sort_keys=True)
+        said = json.dumps([unwritten(prompt), answers, *([tools] if tools else [])], sort_keys=True)
         name = blake2b(said.encode(), digest_size=8).hexdigest()
         seen[name] += 1
         tasks.append(Task(name if seen[name] == 1 else f"{name}-{seen[name]}", prompt, answers, models, tools))
@@ -280,7 +282,7 @@ class _Session:
         rest = [text for i, text in enumerate(shown.answers) if i != best]
         return {
             "id": task.id,
-            "prompt": task.prompt,
+            "prompt": unwritten(task.prompt),
             "chosen": shown.answers[best],
             "rejected": rest[0] if len(rest) == 1 else rest,
             **({"tools": task.tools} if task.tools else {}),

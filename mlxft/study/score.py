@@ -14,6 +14,7 @@ from rich.console import Console
 from mlxft.data.convert import FORMATS
 from mlxft.data.encode import Reply
 from mlxft.data.formats import Completion, Conversation, Judged, Preference, Ranked
+from mlxft.data.published import in_our_fields
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import find_head, read_head
@@ -124,6 +125,7 @@ def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[Scored]:
     Raises:
         DataError: it is of none, or not well formed.
     """
+    row = in_our_fields(row, ("preference", "ratings"), scorer.chat and bool(scorer.tokenizer.has_chat_template))
     has = {name for name, value in row.items() if value is not None}
     listed = next((name for name in ("answers", "completions") if name in has), None)
     if {"chosen", "rejected"} <= has:

@@ -59,7 +59,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write_all(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    # Half of a character, which UTF-8 has no form for, becomes the escape that JSON has for it.
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:

@@ -69,7 +69,7 @@ class EventFile:
         safe = {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v) for k, v in event.items()}
         with writing(self._path):
             if self._file is None:
-                self._file = self._path.open("a", encoding="utf-8")
+                self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace")
             self._file.write(json.dumps(safe, ensure_ascii=False) + "\n")
             self._file.flush()
 

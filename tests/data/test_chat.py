@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any
 
 import pytest
+from families import FAMILIES, make_family, sentencepiece
 
 from mlxft.data.chat import THOUGHTS, day_of, set_day, template_notes
 from mlxft.data.dataset import describe
@@ -23,7 +24,6 @@ from mlxft.data.encode import (
 )
 from mlxft.data.formats import Completion, Conversation, Text, read_messages
 from mlxft.errors import DataError
-from families import FAMILIES, make_family, sentencepiece
 
 WEATHER = {
     "type": "function",

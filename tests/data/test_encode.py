@@ -276,8 +276,6 @@ def test_prompt_as_a_model_is_asked(tokenizer: Make) -> None:
     assert text("hi", chat=False) == "hi"
     with pytest.raises(ConfigError, match="one of their own"):
         text([{"role": "system", "content": "a"}], system="b")
-    with pytest.raises(DataError, match=r"prompt\[0\]\.role is None"):
-        text([{"speaker": "user"}])
     plain = tokenizer("none")
     assert encode_prompt("hi", plain) == plain.encode("hi")
     with pytest.raises(ConfigError, match="system has no place"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pytest
 
 from mlxft.data.convert import FORMATS, convert, suggest_format
-from mlxft.data.formats import Completion, Conversation, Prompt, Text
+from mlxft.data.formats import Completion, Conversation, Preference, Prompt, Ranked, Text, unwritten
 from mlxft.data.sources import Problem, Row
 from mlxft.errors import ConfigError, DataError
 
@@ -45,7 +46,8 @@ def test_messages_keep_what_templates_use() -> None:
     assert item.tools == [{"name": "sky"}]
     assert item.messages[1] == {"role": "user", "content": "Hello?", "name": "ann"}
     assert item.messages[2]["content"] == ""
-    assert item.messages[2]["tool_calls"] == [{**CALL, "function": {"name": "sky", "arguments": {"at": "noon"}}}]
+    function = {"name": "sky", "arguments": {"at": "noon"}, "_written": '{"at": "noon"}'}
+    assert item.messages[2]["tool_calls"] == [{**CALL, "function": function}]
     assert item.messages[3:] == [TOOL, messages[4]]
     assert CALL["function"]["arguments"] == '{"at": "noon"}', "the row itself is left as it was"
 
@@ -74,7 +76,26 @@ def test_null_fields_are_missing_fields() -> None:
         ([USER, {**ANSWER, "weight": True}], "messages[1].weight is True"),
         ([{**USER, "weight": 1}, ANSWER], "messages[0] has a weight and role user"),
         ([{**USER, "tool_calls": [CALL]}, ANSWER], "messages[0] has tool_calls and role user"),
-        ([USER, {**ANSWER, "tool_calls": [{"name": "f"}]}], "messages[1].tool_calls[0] has no 'function' object"),
+        ([USER, {**ANSWER, "tool_calls": [{"id": "c1"}]}], "messages[1].tool_calls[0] has no 'function' object"),
+        ([USER, {**ANSWER, "tool_calls": ["f()"]}], "messages[1].tool_calls[0] is a string that is not valid JSON"),
+        (
+            [USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "kwargs": "{}"}}]}],
+            "messages[1].tool_calls[0].function has kwargs and no arguments",
+        ),
+        (
+            [USER, {**ANSWER, "tool_calls": [{"function": {"name": "f"}, "arguments": "{}"}]}],
+            "messages[1].tool_calls[0] has arguments beside 'function'",
+        ),
+        (
+            [USER, {**ANSWER, "function_call": {"name": "f", "arguments": "f(1)"}}],
+            "messages[1].function_call.arguments is a string that is not valid JSON",
+        ),
+        ([USER, {**CALLED, "function_call": {"name": "f"}}], "messages[1] has tool_calls and function_call"),
+        ([{**USER, "function_call": {"name": "f"}}, ANSWER], "messages[0] has tool_calls and role user"),
+        (
+            [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"at": "\\ud83d"}'}]}],
+            "messages[1].tool_calls[0].function.arguments.at holds half of a character (U+D83D at 0)",
+        ),
         (
             [USER, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
             "messages[1].tool_calls[0].function.arguments is a string that is not valid JSON",
@@ -288,3 +309,159 @@ def test_wrong_format_names_the_likely_one() -> None:
 def test_suggest_format(row: dict[str, Any], name: str | None) -> None:
     assert suggest_format(row) == name
     assert name is None or name in FORMATS
+
+
+# --- tool calls, in the forms that people have
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        (CALL, '{"at": "noon"}'),
+        ({**CALL, "function": {"name": "sky", "arguments": {"at": "noon"}}}, None),
+        ({"id": "c1", "name": "sky", "arguments": {"at": "noon"}}, None),
+        ({"id": "c1", "name": "sky", "arguments": '{"at":"noon"}'}, '{"at":"noon"}'),
+        ({"id": "c1", "type": "function", "name": "sky", "parameters": {"at": "noon"}}, None),
+        ('{"id": "c1", "name": "sky", "arguments": {"at": "noon"}}', None),
+    ],
+)
+def test_a_call_in_many_forms(call: Any, written: str | None) -> None:
+    """Its arguments are a mapping; what they were written as is kept beside it."""
+    for calls in ([call], json.dumps([call])):
+        turn = {"role": "assistant", "tool_calls": calls}
+        item = one("messages", {"messages": [USER, turn, TOOL, ANSWER]})
+        kept = {} if written is None else {"_written": written}
+        function = {"name": "sky", "arguments": {"at": "noon"}, **kept}
+        assert item.messages[1] == {
+            "role": "assistant",
+            "tool_calls": [{"id": "c1", "type": "function", "function": function}],
+            "content": "",
+        }
+
+
+@pytest.mark.parametrize("none", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}, {"arguments": []}])
+def test_no_arguments_are_empty_ones(none: dict[str, Any]) -> None:
+    for call in ({"function": {"name": "now", **none}}, {"name": "now", **none}):
+        item = one("messages", {"messages": [USER, {**CALLED, "tool_calls": [call]}, TOOL, ANSWER]})
+        assert item.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_several_calls_in_one_turn_and_their_results() -> None:
+    calls = [CALL, {**CALL, "id": "c2"}]
+    results = [TOOL, {**TOOL, "tool_call_id": "c2", "content": [{"type": "text", "text": "grey"}], "name": "sky"}]
+    item = one("messages", {"messages": [USER, {**CALLED, "tool_calls": calls}, *results, ANSWER]})
+    assert [call["id"] for call in item.messages[1]["tool_calls"]] == ["c1", "c2"]
+    assert item.messages[2:4] == [TOOL, {**results[1], "content": "grey"}]
+
+
+def test_function_calls_as_openai_had_them_before_tools() -> None:
+    row = {
+        "messages": [
+            USER,
+            {"role": "assistant", "content": None, "function_call": {"name": "sky", "arguments": '{"at": "noon"}'}},
+            {"role": "function", "name": "sky", "content": "blue"},
+            ANSWER,
+        ],
+        "functions": [{"name": "sky", "parameters": {}}],
+    }
+    item = one("messages", row)
+    function = {"name": "sky", "arguments": {"at": "noon"}, "_written": '{"at": "noon"}'}
+    assert item.messages[1:3] == [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "name": "sky", "content": "blue"},
+    ]
+    assert item.tools == [{"type": "function", "function": {"name": "sky", "parameters": {}}}]
+    assert one("messages", {**row, "messages": [USER, ANSWER], "functions": "def f(): ..."}).tools is None
+    assert "the row has tools and functions" in refusal("messages", {**row, "tools": [{"name": "sky"}]})
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", [], "[]", "null", {}])
+def test_no_tools(tools: Any) -> None:
+    assert one("messages", {"messages": [USER, ANSWER], "tools": tools}).tools is None
+
+
+def test_tools_may_be_a_list_of_json_texts() -> None:
+    texts = ['{"name": "sky"}', {"name": "sea"}]
+    assert one("messages", {"messages": [USER, ANSWER], "tools": texts}).tools == [{"name": "sky"}, {"name": "sea"}]
+
+
+def test_an_answer_of_calls_is_the_same_however_they_are_written() -> None:
+    asked, said = [USER, CALLED, TOOL], [{**CALL, "function": {"name": "sky", "arguments": {"at": "noon"}}}]
+    other = [USER, {**CALLED, "tool_calls": said}, TOOL]
+    item = one("preference", {"chosen": [*asked, ANSWER], "rejected": [*other, {**ANSWER, "content": "No."}]})
+    assert unwritten(item.prompt) == one("preference", {"prompt": other, "chosen": "a", "rejected": "b"}).prompt
+    same = {"prompt": [USER], "chosen": CALLED, "rejected": other[1]}
+    assert "chosen and rejected are the same" in refusal("preference", same)
+
+
+@pytest.mark.parametrize(
+    ("asks", "answers"), [("human", "gpt"), ("user", "chatgpt"), ("prompter", "assistant"), ("human", "bing")]
+)
+def test_the_roles_that_sharegpt_and_its_kin_have(asks: str, answers: str) -> None:
+    turns = [{"from": asks, "value": "Hello?"}, {"from": answers, "value": "Hi."}]
+    assert one("sharegpt", {"conversations": turns}) == Conversation([USER, ANSWER])
+    assert one("sharegpt", {"conversations": [turns[0], {"from": "model", "value": "Hi."}]}).messages[1] == ANSWER
+    assert one("sharegpt", {"conversations": [turns[0], {"from": "bard", "value": "Hi."}]}).messages[1] == ANSWER
+
+
+def test_calls_within_a_sharegpt_text_may_be_answered_by_a_tool() -> None:
+    turns = [
+        {"from": "human", "value": "Hello?"},
+        {"from": "gpt", "value": '<tool_call>\n{"name": "sky", "arguments": {}}\n</tool_call>'},
+        {"from": "tool", "value": "blue"},
+        {"from": "gpt", "value": "Hi."},
+    ]
+    roles = [message["role"] for message in one("sharegpt", {"conversations": turns}).messages]
+    assert roles == ["user", "assistant", "tool", "assistant"]
+
+
+# --- a column `system`
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("messages", {"messages": [USER, ANSWER]}),
+        ("prompt-completion", {"prompt": "Hello?", "completion": "Hi."}),
+        ("prompt-completion", {"prompt": [USER], "completion": "Hi."}),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hi."}]}),
+        ("alpaca", {"instruction": "Hello?", "output": "Hi."}),
+        ("prompts", {"prompt": "Hello?"}),
+        ("prompts", {"prompt": [USER]}),
+        ("preference", {"prompt": "Hello?", "chosen": "Hi.", "rejected": "No."}),
+        ("preference", {"prompt": [USER], "chosen": "Hi.", "rejected": "No."}),
+        ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "No."}]}),
+        ("preference", {"conversations": [USER], "chosen": ANSWER, "rejected": {**ANSWER, "content": "No."}}),
+        ("ratings", {"prompt": "Hello?", "answers": ["Hi.", "No."], "ratings": [2, 1]}),
+        ("unpaired", {"prompt": "Hello?", "completion": "Hi.", "label": True}),
+    ],
+)
+def test_a_system_column_is_the_system_turn(format: str, row: dict[str, Any]) -> None:
+    def asked(**fields: Any) -> Any:
+        item = one(format, {**row, **fields})
+        item = item.pairs[0] if isinstance(item, Ranked) else item
+        return (item.messages if isinstance(item, Conversation) else item.prompt), item
+
+    turns, item = asked(system="Be brief.")
+    assert turns[:2] == [SYSTEM, USER]
+    if isinstance(item, Preference):
+        assert (item.chosen, item.rejected) == (ANSWER, {**ANSWER, "content": "No."})
+    for empty in ("", None, " \n"):
+        assert one(format, {**row, "system": empty}) == (
+            Prompt(row["prompt"], {**row, "system": empty}) if format == "prompts" else one(format, row)
+        )
+
+
+@pytest.mark.parametrize("first", [SYSTEM, {"role": "developer", "content": "Rhyme."}])
+def test_a_system_column_beside_a_system_turn(first: dict[str, Any]) -> None:
+    said = refusal("messages", {"messages": [first, USER, ANSWER], "system": "Sing."})
+    assert f"the row has a field system, and messages[0] is a {first['role']} turn too; keep one of them" in said
+    same = one("messages", {"messages": [SYSTEM, USER, ANSWER], "system": "Be brief."})
+    assert same.messages == [SYSTEM, USER, ANSWER], "the same text is said once"
+
+
+def test_tools_of_a_text_are_told() -> None:
+    item = one("prompt-completion", {"prompt": "Hello?", "completion": "Hi.", "tools": [{"name": "sky"}]})
+    assert item == Conversation([USER, ANSWER], [{"name": "sky"}])

@@ -131,7 +131,11 @@ TEXTS = {"prompt": "x", "chosen": "a", "rejected": "b"}
         ({**TEXTS, "tie": "maybe"}, "tie is 'maybe'; expected true or false"),
         ({**TEXTS, "preferred": "rejected"}, "preferred is 'rejected'; expected 'tie' or 'chosen'"),
         ({**TEXTS, "preferred": "tie", "tie": False}, "expected the two to agree"),
-        ({**TEXTS, "system": "Be brief."}, "system goes with conversations"),
+        ({**TEXTS, "system": 3}, "system is a number; expected a string"),
+        (
+            {"prompt": [{"role": "system", "content": "Rhyme."}, USER], "chosen": GOOD, "rejected": BAD, "system": "x"},
+            "the row has a field system, and prompt[0] is a system turn too; keep one of them",
+        ),
         (
             {**TEXTS, "conversations": [{"from": "human", "value": "x"}]},
             "prompt and conversations; expected one of them",

@@ -169,7 +169,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
         list(read_rows(str(tmp_path / "a.parquet"), "train"))
 
 
-def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def fake_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]] | None = None) -> list[tuple[Any, ...]]:
     """A `datasets` that knows one data set, and the calls made to it."""
     calls: list[tuple[Any, ...]] = []
     hub = ModuleType("datasets")
@@ -178,7 +178,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((name, config, split))
         if name != "org/set":
             raise RuntimeError("404 Client Error")
-        return [{"text": "x"}, {"text": "y"}]
+        return rows or [{"text": "x"}, {"text": "y"}]
 
     monkeypatch.setattr(hub, "load_dataset", load_dataset, raising=False)
     monkeypatch.setattr(hub, "get_dataset_split_names", lambda name, config: ["train", "validation"], raising=False)
@@ -218,3 +218,153 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'mlxft\[data\]'"):
         list(read_rows("hf:org/set", "train"))
+
+
+# --- halves of characters
+
+
+def test_half_a_character_is_a_problem_with_its_place(tmp_path: Path) -> None:
+    """One half of an emoji, as a program of UTF-16 cuts it; beside it rows that are well."""
+    rows = [
+        {"messages": [{"role": "user", "content": "hello \ud83d"}]},
+        {"messages": [{"role": "user", "content": "hello \U0001f600, café"}]},
+        {"tools": [{"function": {"na\udc00me": "x"}}], "é": 1},
+        {"\ud800": "x"},
+        {"text": "é", "more": {"deep": [["fine", "a\udfff"]]}},
+    ]
+    places = [
+        "messages[0].content holds half of a character (U+D83D at 6); ",
+        None,
+        "the name 'na\\udc00me' in tools[0].function holds half of a character (U+DC00 at 2); ",
+        "the name '\\ud800' in the row holds half of a character (U+D800 at 0); ",
+        "more.deep[0][1] holds half of a character (U+DFFF at 1); ",
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.json"):
+        found = list(read_rows(str(tmp_path / name), "train"))
+        assert len(found) == len(rows)
+        for row, said, data in zip(found, places, rows):
+            if said is None:
+                assert row.where == (f"{name}:2" if name == "a.jsonl" else f"{name}[1]")
+                assert isinstance(row, Row)
+                assert row.data == data
+            else:
+                assert isinstance(row, Problem)
+                assert row.text.startswith(said)
+                row.text.encode()  # what is said of it can be printed
+
+
+def test_bytes_that_are_half_a_character(tmp_path: Path) -> None:
+    """What other programs put into csv and parquet: the half's own three bytes, which are not UTF-8."""
+    half = b"\xed\xa0\xbd"
+    (tmp_path / "a.csv").write_bytes(b"text\nfine\nhello " + half + b"\n")
+    (problem,) = read_rows(str(tmp_path / "a.csv"), "train")
+    assert problem == Problem("a.csv:3", "byte 7 of the line is not UTF-8 (0xed); save the file as UTF-8")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pa.array([b"fine", b"hello " + half, b"last"], pa.binary()).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    first, second, third = read_rows(str(tmp_path / "a.parquet"), "train")
+    assert (first, third) == (Row("a.parquet:1", {"text": "fine"}), Row("a.parquet:3", {"text": "last"}))
+    assert second == Problem("a.parquet:2", "byte 7 of a text is not UTF-8 (0xed); save the file as UTF-8")
+
+
+def test_half_a_character_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(monkeypatch, [{"text": "x"}, {"text": "\ud83d"}])
+    first, second = read_rows("hf:org/set", "train")
+    assert first == Row("org/set:train[0]", {"text": "x"})
+    assert isinstance(second, Problem)
+    assert (second.where, second.text[:34]) == ("org/set:train[1]", "text holds half of a character (U+")
+
+
+# --- Arrow's null keys
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calling(name: str, **arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        {"role": "user", "content": "in the"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "on"},
+    ]
+
+
+# Case: the tools of one row have other arguments than those of another, at several depths; the last has none.
+SPARSE = [
+    {"messages": calling("weather", city="Ulm"), "tools": [tool("weather", city={"type": "string"})]},
+    {"messages": calling("add", x=1.0, y=2.0), "tools": [tool("add", x={"type": "number"}, y={"type": "number"})]},
+    {
+        "messages": calling("book", stay={"from": "Monday", "rooms": [{"beds": 2.0}, {"view": "sea"}]}),
+        "tools": [tool("book", stay={"type": "object", "properties": {"rooms": {"type": "array"}}}), tool("now")],
+    },
+    {"messages": calling("now"), "tools": [tool("now")]},
+]
+
+
+def from_arrow(tmp_path: Path, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, schema: Any = None) -> Any:
+    """The rows as parquet and the hub give them."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.Table.from_pylist(rows, schema=schema)
+    pq.write_table(table, tmp_path / "a.parquet")
+    fake_hub(monkeypatch, table.to_pylist())
+    return [[row.data for row in read_rows(spec, "train")] for spec in (str(tmp_path / "a.parquet"), "hf:org/set")]  # type: ignore[union-attr]
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A message's own null fields count as missing wherever they are read."""
+    turns = [{key: value for key, value in turn.items() if value is not None} for turn in row["messages"]]
+    return {**row, "messages": turns}
+
+
+def test_null_keys_of_tools_and_calls_are_gone_at_every_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in from_arrow(tmp_path, SPARSE, monkeypatch):
+        assert list(map(without_nulls, found)) == SPARSE
+
+
+def test_calls_without_a_wrapper_and_tools_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {
+            "dialog": [{"function_call": {"name": "a", "arguments": {"x": 1}}}],
+            "apis": [{"name": "a", "parameters": {"x": 1}}],
+        },
+        {
+            "dialog": [{"function_call": {"name": "b", "arguments": {"y": 1}}}],
+            "apis": [{"name": "b", "parameters": {"y": 1}}],
+        },
+        {"dialog": [{"function_call": None}], "apis": []},
+    ]
+    for found in from_arrow(tmp_path, rows, monkeypatch):
+        assert found == rows
+
+
+def test_a_null_elsewhere_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In other columns, and in jsonl everywhere."""
+    rows = [{"answer": {"a": 1, "b": None}, "text": None}, {"answer": {"a": None, "b": 2}, "text": "x"}]
+    for found in from_arrow(tmp_path, rows, monkeypatch):
+        assert found == rows
+    meant = {"tools": [{"name": "a", "parameters": {"default": None}}], "tool_calls": [{"arguments": {"x": None}}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(meant))
+    assert [row.data for row in read_rows(str(tmp_path / "a.jsonl"), "train")] == [meant]  # type: ignore[union-attr]
+
+
+def test_a_map_of_arrow_is_a_mapping_and_its_nulls_are_meant(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    given = pa.map_(pa.string(), pa.string())
+    call = pa.struct([("name", pa.string()), ("arguments", given), ("id", pa.string())])
+    schema = pa.schema([("messages", pa.list_(pa.struct([("role", pa.string()), ("tool_calls", pa.list_(call))])))])
+    calls = [[("city", "Ulm"), ("day", None)], []]
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "weather", "arguments": own, "id": None}]}]}
+        for own in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "a.parquet")
+    found = [row.data["messages"][0]["tool_calls"] for row in read_rows(str(tmp_path / "a.parquet"), "train")]  # type: ignore[union-attr]
+    assert found == [
+        [{"name": "weather", "arguments": {"city": "Ulm", "day": None}}],
+        [{"name": "weather", "arguments": {}}],
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,49 @@ def test_outputs_keep_the_models_type(name: str, dora: bool, tiny_model_dir: Pat
     adapted(model, "all-linear" if dora else ["all-linear", "embed_tokens"], dora)
     assert model(IDS).dtype == getattr(mx, name)
     assert {v.dtype for v in trainable_weights(model).values()} == {mx.float32}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_parameters": None}, "lora_parameters is null; expected an object with rank and scale"),
+        ({"lora_parameters": {"scale": 1.0}}, "lora_parameters.rank is missing; expected a whole number"),
+        ({"lora_parameters": {"rank": None, "scale": 1.0}}, "lora_parameters.rank is null; expected a whole number"),
+        ({"lora_parameters": {"rank": 2.5, "scale": 1.0}}, "lora_parameters.rank is a number; expected a whole number"),
+        ({"lora_parameters": {"rank": True, "scale": 1.0}}, "lora_parameters.rank is true or false"),
+        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "lora_parameters.rank is 0; expected at least 1"),
+        ({"lora_parameters": {"rank": 2}}, "lora_parameters.scale is missing; expected a number"),
+        ({"lora_parameters": {"rank": 2, "scale": "big"}}, "lora_parameters.scale is a string; expected a number"),
+        ({"lora_parameters": {"rank": 2, "scale": 1, "dropout": None}}, "lora_parameters.dropout is null"),
+        ({"lora_parameters": {"rank": 2, "scale": 1, "keys": "q_proj"}}, "lora_parameters.keys is a string"),
+        ({"lora_parameters": {"rank": 2, "scale": 1, "keys": [1]}}, "lora_parameters.keys holds something else"),
+        ({"num_layers": "all"}, "num_layers is a string; expected a whole number"),
+        ({"fine_tune_type": "vera"}, "fine_tune_type is 'vera'; expected lora, dora or full"),
+        ({"mlxft": "0.1"}, "mlxft is a string; expected an object"),
+        ({"mlxft": {"base": None}}, "mlxft.base is null; expected an object"),
+        ({"mlxft": {"base": {"model": 3}}}, "mlxft.base.model is a number; expected a text"),
+        ({"mlxft": {"base": {"fingerprint": 3}}}, "mlxft.base.fingerprint is a number; expected a text"),
+        ({"mlxft": {"base": {"chat_template": {}}}}, "mlxft.base.chat_template is an object; expected a text"),
+        ({"lora_parameters": ...}, "lora_parameters is missing; expected an object with rank and scale"),
+    ],
+)
+def test_a_configuration_that_lacks_something(change: Any, said: str, tmp_path: Path, model: nn.Module) -> None:
+    """What is missing, or is something else, is named with its file wherever an adapter is loaded."""
+    saved = save(tmp_path / "adapter", model, adapted(model, ["q_proj"]), {"base": {"model": "m", "fingerprint": "f"}})
+    file = saved / "adapter_config.json"
+    config = {**json.loads(file.read_text("utf-8")), **change}
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}), "utf-8")
+    with pytest.raises(ModelError, match=re.escape(f"{file}: {said}")):
+        load_adapter(model, saved)
+
+
+def test_a_configuration_with_the_least(tmp_path: Path, model: nn.Module, tiny_model_dir: Path) -> None:
+    """mlx-lm's own have no keys and nothing of ours; of whole weights nothing low-rank is asked."""
+    saved = save(tmp_path / "adapter", model, adapted(model, "all-linear"))
+    least = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2, "keys": None}}
+    (saved / "adapter_config.json").write_text(json.dumps(least), "utf-8")
+    spec = load_adapter(load(str(tiny_model_dir)).model, saved)
+    assert spec is not None
+    assert (spec.rank, spec.scale, spec.dropout, len(spec.paths)) == (4, 2, 0.0, 14)
+    (saved / "adapter_config.json").write_text('{"fine_tune_type": "full", "lora_parameters": null}', "utf-8")
+    assert read_adapter_config(saved) == {"fine_tune_type": "full", "lora_parameters": None}

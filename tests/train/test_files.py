@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,3 +80,11 @@ def test_digest_sees_one_byte(tmp_path: Path):
     assert digest(tmp_path / "a") != digest(tmp_path / "b")
     (tmp_path / "b").write_bytes(b"x" * 2_000_000)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_half_a_character_is_written_as_the_escape_that_json_has(tmp_path: Path):
+    line = {"prediction": "a \ud83d, é"}
+    write_text(tmp_path / "a.jsonl", json.dumps(line, ensure_ascii=False))
+    text = (tmp_path / "a.jsonl").read_text("utf-8")
+    assert text == '{"prediction": "a \\ud83d, é"}'
+    assert json.loads(text) == line

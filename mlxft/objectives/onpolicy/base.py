@@ -56,7 +56,7 @@ class OnPolicy(Generic[M]):
         self.rollouts = config.section("rollout", RolloutSettings)
         self.notes = check_recipe(config, self.rollouts, self.grouped)
         self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
-        train, valid, said = load_splits(config.data, config.run.seed)
+        train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=self.rewards.columns)
         self.notes += said
         self._data = fingerprint(train, valid)
         self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
@@ -159,7 +159,7 @@ class OnPolicy(Generic[M]):
     def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
         """Rewards of the completions."""
         items = [
-            Item(p.ids, reply, p.text, self.text(reply), p.row, finished, p.where)
+            Item(p.ids, reply, p.text, self.text(reply), p.row, finished, p.where, p.asked)
             for p, reply, finished in zip((prompts[i] for i in rollout.prompts), rollout.replies, rollout.finished)
         ]
         return self.rewards.score(items, tokens=self.config.batch.budget)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mlxft.config import Config, Settings
 from mlxft.data.encode import chat_notes, encode_prompt, turn_end
-from mlxft.data.formats import Example, Prompt, read_tools
+from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.load import context_of, load_config
@@ -118,7 +118,7 @@ def encode_prompts(
         item = train[0].item
         assert isinstance(item, Prompt)
         asked = item.prompt if isinstance(item.prompt, list) else None
-        notes += chat_notes(tokenizer, turn_end(tokenizer, asked, read_tools(item.row.get("tools"))))
+        notes += chat_notes(tokenizer, turn_end(tokenizer, asked, tools_of(item.row)))
     room = _room(config)
     found = _encode(train, config, tokenizer, room, notes)
     with of_valid():
@@ -141,7 +141,7 @@ def _encode(
     for where, item in examples:
         assert isinstance(item, Prompt)
         try:
-            tools = read_tools(item.row.get("tools"))
+            tools = tools_of(item.row)
             ids = encode_prompt(item.prompt, tokenizer, tools=tools, chat=chat, where=where)
         except DataError as error:
             problems.append(str(error))
@@ -157,7 +157,7 @@ def _encode(
             )
         else:
             text = item.prompt if isinstance(item.prompt, str) else str(tokenizer.decode(ids))
-            found.append(EncodedPrompt(np.array(ids, dtype=np.int32), text, item.row, where))
+            found.append(EncodedPrompt(np.array(ids, dtype=np.int32), text, item.row, where, item.prompt))
     if problems:
         raise DataError(report_lines(problems))
     if dropped:

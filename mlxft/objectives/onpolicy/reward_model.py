@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxft.data.encode import Reply
-from mlxft.data.formats import read_prompts, read_tools
+from mlxft.data.formats import tools_of
 from mlxft.errors import ConfigError, RewardError
 from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
 from mlxft.model.fingerprint import fits_base
@@ -141,14 +141,14 @@ class RewardModel:
 
     def _encode(self, item: Item) -> Reply:
         """Prompt and completion as this model's own tokenizer and template have them."""
-        row, scorer = item.row, self._scorer
-        prompt = read_prompts(row).prompt if "prompt" in row else item.prompt
+        scorer = self._scorer
+        prompt = item.prompt if item.asked is None else item.asked
         if not isinstance(prompt, str) and not (scorer.chat and scorer.tokenizer.has_chat_template):
             prompt = item.prompt
         reply: Any = item.completion
         if not isinstance(prompt, str):
             reply = {"role": "assistant", "content": reply}
-        found = scorer.encode(prompt, reply, item.where, read_tools(row.get("tools")))
+        found = scorer.encode(prompt, reply, item.where, tools_of(item.row))
         # The token that ends an answer says that it is complete.
         return found if item.finished else Reply(found.prompt, found.reply[:-1])
 

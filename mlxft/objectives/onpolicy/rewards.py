@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.data.encode import Ids
+from mlxft.data.formats import Message
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split
@@ -17,7 +18,7 @@ from mlxft.model.roles import Roles
 from mlxft.objectives.onpolicy.functions import MISSING_EOS, MODEL, ScoredFunction, load_functions
 from mlxft.objectives.onpolicy.reward_model import RewardModel, find_reward_run
 from mlxft.objectives.onpolicy.rules import ScoredRule
-from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.objectives.onpolicy.settings import ExactMatch, Number, RewardSettings
 
 Values = npt.NDArray[np.float32]
 
@@ -32,6 +33,7 @@ class Item:
         row: the fields of the row of data.
         finished: whether EOS or a stop text ended it.
         where: the row's place, for messages.
+        asked: the text or the messages that the prompt was rendered from; None: the text `prompt`.
     """
 
     prompt_ids: Ids
@@ -41,6 +43,7 @@ class Item:
     row: dict[str, Any]
     finished: bool
     where: str
+    asked: str | list[Message] | None = None
 
 
 class Scores(NamedTuple):
@@ -84,6 +87,13 @@ class Rewards:
         model = [] if self._run is None else [MODEL]
         penalty = [] if self._settings.missing_eos_penalty is None else [MISSING_EOS]
         return [*model, *(source.name for source in self._sources), *penalty]
+
+    @property
+    def columns(self) -> set[str] | None:
+        """The rows' columns that rules compare with; None where a function is given, which may read every one."""
+        if any(isinstance(source, ScoredFunction) for source in self._sources):
+            return None
+        return {rule.rule.field for rule in self._rules if isinstance(rule.rule, ExactMatch | Number)}
 
     @property
     def slope(self) -> float:

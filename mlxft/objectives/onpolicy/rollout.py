@@ -12,18 +12,23 @@ import numpy.typing as npt
 
 from mlxft.data.batching import plan_epoch
 from mlxft.data.encode import Ids
+from mlxft.data.formats import Message
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt's ids (P,) int32 as the model sees them, its text, the row it comes from, and its place."""
+    """A prompt's ids (P,) int32 as the model sees them, its text, the row it comes from, and its place.
+
+    `asked` is the text or the messages that were rendered.
+    """
 
     ids: Ids
     text: str
     row: dict[str, Any]
     where: str
+    asked: str | list[Message]
 
 
 @dataclass

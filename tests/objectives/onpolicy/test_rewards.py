@@ -140,7 +140,7 @@ def test_on_another_base_texts_are_encoded_again(
     np.testing.assert_allclose(rewards.score(strange, tokens=64).total, wanted, atol=1e-4)
     turns = [[{"role": "user", "content": i.prompt}] for i in asked]
     chats = [
-        Item(i.prompt_ids, i.reply_ids, "as text", i.completion, {"prompt": turn}, True, i.where)
+        Item(i.prompt_ids, i.reply_ids, "as text", i.completion, {}, True, i.where, turn)
         for i, turn in zip(asked, turns)
     ]
     np.testing.assert_allclose(rewards.score(chats, tokens=64).total, wanted, atol=1e-4)
