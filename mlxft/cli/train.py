@@ -62,7 +62,7 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
 @OVERRIDES
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Rows to show.")
 @click.option("--time", is_flag=True, help="Load the weights and time a few steps: how long training will take.")
-@click.option("--json", "as_json", is_flag=True, help="Print counts and plan as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print counts, plan and rows as JSON.")
 def check(recipe: Path, overrides: tuple[str, ...], rows: int, time: bool, as_json: bool) -> None:
     """Validate RECIPE and its data; show what would be trained and the memory it takes. Nothing is written.
 

@@ -144,7 +144,9 @@ class _Reader:
         if missing := self.form.missing(asked):
             named = [" or ".join(repr(self.renamed.get(part, part)) for part in name.split("|")) for name in missing]
             has = ", ".join(map(str, row)) or "none"
-            raise _NoField(f"no field {' and no '.join(named)}; the row has {has}")
+            single = self.format == "ratings" and isinstance(row.get("response"), str)
+            way = "; where a row has one response, name what rates it: data.fields: {ratings: ...}" if single else ""
+            raise _NoField(f"no field {' and no '.join(named)}; the row has {has}{way}")
         if not self.chat and isinstance(asked.get("prompt"), str) and not is_text(asked):
             what = "system has" if system_turn(asked) else "tools have"
             raise DataError(

@@ -74,11 +74,12 @@ def _prompt_of(row: Fields, chat: bool) -> _Prompt | None:
         DataError: there are several.
     """
     if _has(row, "prompt"):
-        turns = _transcript(row["prompt"]) if chat and _asks(row["prompt"]) else []
-        return _Prompt(("prompt",), turns[:-1] or row["prompt"])
+        return _Prompt(("prompt",), (_turns_asked(row["prompt"]) if chat else []) or row["prompt"])
     names = tuple(name for name in ("question", "instruction", "input") if _has(row, name))
-    if len(names) < 2:
-        return _Prompt(names, row[names[0]]) if names and not _has(row, "conversations") else None
+    if not names or _has(row, "conversations"):
+        return None
+    if len(names) == 1:
+        return _Prompt(names, row[names[0]])
     texts = [row[name] for name in names if name != "input" or row[name] != ""]
     if "question" in names or not all(isinstance(text, str) for text in texts):
         raise DataError(
@@ -105,9 +106,11 @@ def _transcript(text: Any) -> list[Message]:
     return turns if not before and turns and turns[0]["role"] == "user" else []
 
 
-def _asks(text: Any) -> bool:
-    """Whether a text is a transcript up to where the assistant is to answer."""
-    return isinstance(text, str) and text.rstrip().endswith(_ANSWER) and bool(_transcript(text))
+def _turns_asked(text: Any) -> list[Message]:
+    """The turns of a transcript up to where the assistant is to answer; none where a text is no such transcript."""
+    if not isinstance(text, str) or not text.rstrip().endswith(_ANSWER):
+        return []
+    return _transcript(text.rstrip().removesuffix(_ANSWER))
 
 
 def _hh(row: Fields, chat: bool, names: Fields) -> Published | None:
@@ -126,11 +129,8 @@ def _hh(row: Fields, chat: bool, names: Fields) -> Published | None:
 
 def _asking(row: Fields, chat: bool, names: Fields) -> Published | None:
     # A prompt that a template wrote is as it was asked for.
-    if not (chat and _asks(row.get("prompt"))) or is_template(str(names.get("prompt", ""))):
-        return None
-    return Published(
-        "Anthropic's HH: the prompt is a transcript", ("prompt",), {"prompt": _transcript(row["prompt"])[:-1]}
-    )
+    turns = _turns_asked(row.get("prompt")) if chat and not is_template(str(names.get("prompt", ""))) else []
+    return Published("Anthropic's HH: the prompt is a transcript", ("prompt",), {"prompt": turns}) if turns else None
 
 
 # Pairs

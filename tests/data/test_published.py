@@ -187,6 +187,11 @@ def test_a_prompt_that_is_a_transcript(format: str) -> None:
     }
     item = one(format, row)
     assert (item.pairs[0] if isinstance(item, Ranked) else item).prompt == [USER]
+    both = row["prompt"].replace("Ulm?", "Ulm?\n\nAssistant: Far.\n\nHuman: And by bike?")
+    longer = one(format, {**row, "prompt": both})
+    assert (longer.pairs[0] if isinstance(longer, Ranked) else longer).prompt == [USER, BAD, MORE]
+    answered = row["prompt"].replace("Ulm?", "Ulm?\n\nAssistant: Far.")
+    assert "prompt[1].role is assistant, and it is the last" in refusal(format, {**row, "prompt": answered})
     raw = one(format, row, chat=False)
     assert (raw.pairs[0] if isinstance(raw, Ranked) else raw).prompt == row["prompt"]
     # A template of data.fields is taken at its word.
@@ -264,7 +269,8 @@ def test_rows_of_one_response_each_are_one_for_each_prompt() -> None:
     assert columns.notes() == ["columns not used: verbosity"]
     with pytest.raises(DataError, match=r"^a\.jsonl:3: answers has one answer; expected two or more to compare$"):
         convert(rows[:3], "ratings", {"ratings": "helpfulness"})
-    with pytest.raises(DataError, match="no field 'answers' or 'completions' and no 'ratings'"):
+    way = r"the row has prompt, response, helpfulness, verbosity; where a row has one response, name what rates it"
+    with pytest.raises(DataError, match=rf"no field 'answers' or 'completions' and no 'ratings'.*{way}"):
         convert(rows, "ratings")
     with pytest.raises(ConfigError, match=r"data\.fields\.ratings is 'helpfullness'.*did you mean helpfulness"):
         convert(rows, "ratings", {"ratings": "helpfullness"})
