@@ -79,7 +79,8 @@ def encode_choices(
         raise DataError("the prompt is empty: there is no token to go on from")
     wholes = [_encode(tokenizer, bare + moved + continuation, special) for continuation in continuations]
     cut = min(_common(before, whole) for whole in wholes)
-    joint = len(tokenizer.decode(before[cut:], skip_special_tokens=True)) if cut < len(before) else 0
+    sizes = [len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (before, before[:cut])]
+    joint = max(1, sizes[0] - sizes[1]) if cut < len(before) else 0
     first = before[:cut] or [_start(tokenizer)]
     for continuation, whole in zip(continuations, wholes):
         if len(whole) <= cut and continuation:
