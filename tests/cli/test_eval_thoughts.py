@@ -146,17 +146,28 @@ def test_choices_stand_where_the_template_has_an_answer(
             assert max(line["logprobs"]) > -0.5, "what it has learned by heart"
 
 
-@pytest.mark.parametrize(("change", "reward"), [({}, 1.0), ({"thoughts": "keep"}, 0.0)])
+ANYTHING = {"rules": [{"kind": "regex", "pattern": "."}]}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "tokens", "reward"),
+    [
+        ({"rules": [{"kind": "exact_match"}]}, 40, 1.0),
+        ({"rules": [{"kind": "exact_match"}], "thoughts": "keep"}, 40, 0.0),
+        (ANYTHING, 2, 0.0),  # cut off amid the thought, there is no answer
+        ({**ANYTHING, "thoughts": "keep"}, 2, 1.0),
+    ],
+)
 def test_rewards_by_rule(
-    change: dict[str, str], reward: float, learned: tuple[str, str], here: Path, mlxft: Callable[..., Any]
+    rewards: dict[str, Any], tokens: int, reward: float, learned: tuple[str, str], here: Path, mlxft: Any
 ) -> None:
     kind, model = learned
     recipe = {
         "objective": "grpo",
         "model": {"path": model, "dtype": "float32"},
         "data": {"train": "qa.jsonl", "valid": "qa.jsonl", "format": "prompts", "max_length": 128},
-        "rollout": {"prompts": 2, "samples": 2, "max_tokens": 40, "temperature": 0.1, "stop": ["\n\n"]},
-        "rewards": {"rules": [{"kind": "exact_match"}], **change},
+        "rollout": {"prompts": 2, "samples": 2, "max_tokens": tokens, "temperature": 0.1, "stop": ["\n\n"]},
+        "rewards": rewards,
         "run": {"dir": "runs", "name": "g", "steps": 1, "report_every": 1},
     }
     (here / "grpo.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
@@ -164,9 +175,11 @@ def test_rewards_by_rule(
     assert done.code == 0, done.err
     events = [e for e in lines(here / "runs/g/metrics.jsonl") if e["event"] in ("rollout", "eval")]
     assert {e["event"] for e in events} == {"rollout", "eval"}
-    assert {e["reward/rules/0_exact_match"] for e in events} == {reward}
+    assert {e["reward"] for e in events} == {reward}
     first = lines(here / "runs/g/samples.jsonl")[0]
-    assert (first["answer"], first["score"]) == (SAID[kind], reward), "samples keep the whole completion"
+    assert first["score"] == reward
+    assert SAID[kind].startswith(first["answer"])
+    assert (first["answer"] == SAID[kind]) == (tokens == 40), "samples keep the whole completion"
 
 
 def test_best_of_n_by_rules(learned: tuple[str, str], here: Path) -> None:
@@ -178,8 +191,12 @@ def test_best_of_n_by_rules(learned: tuple[str, str], here: Path) -> None:
     from mlxft.study.best import Choice, Keep, choose
 
     kind, model = learned
-    rewards = RewardSettings.model_validate({"rules": [{"kind": "exact_match"}]})
-    how = Choice(1, Keep(False), False, Sampling(40, temperature=0.0), rewards)
-    done = choose("qa.jsonl", load(model), how, here / "best.jsonl", seed=0, console=Console(quiet=True))
-    assert done.mean == 1
+
+    def mean(rewards: dict[str, Any], tokens: int) -> float:
+        given = RewardSettings.model_validate(rewards)
+        how = Choice(1, Keep(False), True, Sampling(tokens, temperature=0.0), given)
+        return choose("qa.jsonl", load(model), how, here / "best.jsonl", seed=0, console=Console(quiet=True)).mean
+
+    assert mean(ANYTHING, 2) == 0
+    assert mean({"rules": [{"kind": "exact_match"}]}, 40) == 1
     assert lines(here / "best.jsonl")[0]["completion"] == SAID[kind], "SFT learns the thought too"
