@@ -60,8 +60,7 @@ def split_thoughts(text: str, opening: str = "") -> tuple[str, str]:
     Args:
         opening: the mark by which the prompt has opened a thought already; see `opening_of`.
     """
-    # The opening mark has no end in it, so the cut never falls before the completion.
-    end = max(0, _end_of_thoughts(opening + text) - len(opening))
+    end = _end_of_thoughts(opening + text) - len(opening)  # a mark that opens a thought does not end it
     return text[:end], text[end:]
 
 

@@ -38,7 +38,7 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-class Encoded(NamedTuple):
+class EncodedChoices(NamedTuple):
     """Continuations of one context, as ids.
 
     Attributes:
@@ -53,7 +53,7 @@ class Encoded(NamedTuple):
 
 def encode_choices(
     tokenizer: Any, context: str, continuations: Sequence[str], *, plain: bool, special: bool | None = None
-) -> Encoded:
+) -> EncodedChoices:
     """Encode a text with each of its continuations, cut where the context's own ids end.
 
     A tokenizer may join the beginning of a continuation to the context's last token: the context's own ids are then
@@ -85,7 +85,7 @@ def encode_choices(
     for continuation, whole in zip(continuations, wholes):
         if len(whole) <= cut and continuation:
             raise DataError(f"{continuation!r:.60} adds no token to the prompt: the tokenizer leaves it out")
-    return Encoded([Request(tuple(first), tuple(whole[cut:])) for whole in wholes], joint)
+    return EncodedChoices([Request(tuple(first), tuple(whole[cut:])) for whole in wholes], joint)
 
 
 def _start(tokenizer: Any) -> int:

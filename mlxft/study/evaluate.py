@@ -33,7 +33,7 @@ from mlxft.objectives.sft import make_batch
 from mlxft.study.answers import Answer
 from mlxft.study.bar import bar
 from mlxft.study.cases import Case, delimiter, with_shots
-from mlxft.study.choice import Encoded, encode_choices, loglikelihoods
+from mlxft.study.choice import EncodedChoices, encode_choices, loglikelihoods
 from mlxft.study.judges import items_of, judges
 from mlxft.study.stats import Figure, Floats, bootstrap, mean
 from mlxft.study.tasks import Task
@@ -296,7 +296,7 @@ def _before_answer(how: _How, prompt: str | list[Message], case: Case) -> str:
 def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
     prompts = [with_shots(case, shots, how.task, how.chat) for case in cases]
     between = "" if how.chat else delimiter(how.task)
-    asked: list[Encoded] = []
+    asked: list[EncodedChoices] = []
     for case, prompt in zip(cases, prompts):
         text, ends = _before_answer(how, prompt, case), [between + c for c in case.choices]
         try:
@@ -378,7 +378,9 @@ def _answer_notes(items: Sequence[Item], most: int, drops: bool) -> list[str]:
     notes = [f"{empty:,} of {total:,} answers are empty"] if empty else []
     notes += [f"{cut:,} of {total:,} answers were cut off at {most} tokens (max_tokens)"] if cut else []
     if thoughts:
-        notes.append(f"{thoughts:,} of {total:,} completions are thoughts without an answer after them, which is empty")
+        notes.append(
+            f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep judges them)"
+        )
     return notes
 
 

@@ -87,11 +87,11 @@ class Model(TemplateLM):
         asked: list[Any] = [None] * len(requests)
         for context, members in of_context.items():
             said = [requests[i].args[1] for i in members]
-            for i, request in zip(members, self._encode(context, said)):
+            for i, request in zip(members, self._requests(context, said)):
                 asked[i] = (requests[i].args, list(request.context), list(request.continuation))
         return self._loglikelihood_tokens(asked)
 
-    def _encode(self, context: str, continuations: Sequence[str]) -> list[Request]:
+    def _requests(self, context: str, continuations: Sequence[str]) -> list[Request]:
         if context:
             return encode_choices(self.tokenizer, context, continuations, plain=True, special=False).requests
         first = self.eot_token_id

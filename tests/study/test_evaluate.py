@@ -201,7 +201,7 @@ def test_thoughts_are_not_judged(tiny_model: Loaded, tmp_path: Path, monkeypatch
     assert {name: v.tolist() for name, v in found.scores.items()} == {**expected, "size": [len(text) for text in said]}
     assert [line["prediction"] for line in found.predictions] == said
     assert [line["answer"] for line in found.predictions] == ["4", "4", "", "4"]
-    assert found.notes == ["1 of 4 completions are thoughts without an answer after them, which is empty"]
+    assert found.notes == ["1 of 4 completions are thoughts without an answer (thoughts: keep judges them)"]
     keep = task.model_copy(update={"thoughts": "keep"})
     whole = written(tiny_model, monkeypatch, said, keep, rows)
     assert whole.scores["exact_match"].tolist() == [0, 0, 0, 0]
