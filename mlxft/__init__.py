@@ -6,9 +6,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "load", "train"]
+__all__ = ["Run", "__version__", "answer_of", "load", "train"]
 
 if TYPE_CHECKING:
+    from mlxft.data.thoughts import answer_of
     from mlxft.run import Run, load, train
 
 
@@ -36,4 +37,8 @@ def __getattr__(name: str) -> Any:
         from mlxft import run
 
         return getattr(run, name)
+    if name == "answer_of":
+        from mlxft.data.thoughts import answer_of
+
+        return answer_of
     raise AttributeError(f"module 'mlxft' has no attribute {name!r}")

@@ -28,6 +28,11 @@ import click
     type=click.Choice(["auto", "none"]),
     help="none: prompts as plain text, as lm-eval asks; default: the task's, the run's, else auto, the chat template.",
 )
+@click.option(
+    "--thoughts",
+    type=click.Choice(["drop", "keep"]),
+    help="drop: judge written answers without the thoughts before them; keep: whole; default: the task's, else drop.",
+)
 @click.option("--shots", default=0, show_default=True, type=click.IntRange(0), help="Solved rows shown before each.")
 @click.option("--shots-from", metavar="FILE", help="Where these are taken from.")
 @click.option("--against", metavar="MODEL", help="base, or another run or model: the paired difference.")
@@ -83,24 +88,27 @@ def eval(
         raise click.UsageError("--include-path and --chat go with --tasks")
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
-    import json
-
     from rich.console import Console
 
     from mlxft.study.eval_tables import show
     from mlxft.study.evaluation import Asking, default_out, run_evaluation
+    from mlxft.train.files import json_text
 
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
     found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=Console(stderr=True))
     folder = out or default_out(adapter or model, file, found)
+    # First on the screen: a disk that is full takes nothing away from what was found.
+    if as_json:
+        click.echo(json_text(found.to_json()))
+    else:
+        show(Console(), found)
     if folder is not None:
         found.write(folder)
-    if as_json:
-        click.echo(json.dumps(found.to_json(), ensure_ascii=False))
-        return
-    show(Console(), found)
-    click.echo(f"predictions: {folder / 'predictions.jsonl'}" if folder else "give --out DIR to keep the predictions")
+    if not as_json:
+        click.echo(
+            f"predictions: {folder / 'predictions.jsonl'}" if folder else "give --out DIR to keep the predictions"
+        )
 
 
 def _refuse_beside_tasks(
@@ -137,6 +145,7 @@ def _by_harness(
         include_path=include_path,
         shots=options["shots"] or None,
         console=Console(stderr=True),
+        thoughts=options["thoughts"] or "drop",
         **{name: options[name] for name in ("limit", "max_length", "tokens", "seed", "chat")},
     )
     if as_json:

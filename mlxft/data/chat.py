@@ -17,6 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 from mlxft.data.formats import ROLES, WRITTEN, Message
+from mlxft.data.thoughts import answer_of
 from mlxft.errors import DataError
 
 T = TypeVar("T")
@@ -24,8 +25,6 @@ T = TypeVar("T")
 Tools = list[dict[str, Any]]
 # Names that a message's thoughts go by; templates read one of them.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-# What ends the thoughts within a content; templates of reasoning models drop what stands before it in earlier turns.
-_THOUGHT_ENDS = ("</think>", "[/THINK]", "</thought>", "<|END_THINKING|>", "</seed:think>", "</longcat_think>")
 _CLOCKS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -158,7 +157,7 @@ class Chat:
                 "already; set data.template: none, or take the marks out",
                 index + 1,
             )
-        answer = without_thoughts(content) if message["role"] == "assistant" else content
+        answer = answer_of(content) if message["role"] == "assistant" else content
         thoughts = [content] if trained else []
         thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
         problem = None
@@ -360,11 +359,6 @@ def _render_with_nulls(
         **{**inner.special_tokens_map, **options},
     )
     return str(texts[0])
-
-
-def without_thoughts(content: str) -> str:
-    """What an assistant's content holds after its thoughts."""
-    return min((content.rpartition(end)[2] for end in _THOUGHT_ENDS), key=len)
 
 
 def _squeezed(text: str) -> str:

@@ -153,7 +153,7 @@ def encode_prompt(
             raise DataError(f"{at}{why}, so messages and tools have no form; give text, or a template")
         if system is not None:
             raise ConfigError(f"{why}, so system has no place; write it into the prompt")
-        return check_ids(text_ids(tokenizer, prompt), tokenizer, where)
+        return context_ids(tokenizer, prompt, plain=True, where=where)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system is not None:
         if messages and messages[0]["role"] == "system":
@@ -232,6 +232,16 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer.encode(text))
     bare = ids[len(before) : len(ids) - len(after)]
     return bare if bare[: len(before)] == before else before + bare
+
+
+def context_ids(tokenizer: Any, text: str, *, plain: bool, where: str = "") -> list[int]:
+    """Return the ids of a text that a model goes on from: a plain one (see `text_ids`), or one that a template wrote.
+
+    Raises:
+        DataError: a token that the model does not have.
+    """
+    ids = text_ids(tokenizer, text) if plain else list(tokenizer.encode(text, add_special_tokens=False))
+    return check_ids(ids, tokenizer, where)
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.data.thoughts import opening_after, until_stop
 from mlxft.errors import ConfigError, DataError
 from mlxft.model import kv
 from mlxft.model.sample import Noise, Sampling, evaluating, never_drawn, pick
@@ -67,7 +68,8 @@ def sample_batch(
             most = 1 if alone else rows
             for start in range(0, len(wanted), most):
                 block = wanted[start : start + most]
-                decoding = _Decoding(tokenizer, sampling, ends, on_done or (lambda n: None))
+                openings = [_opening(tokenizer, prompts[number // samples], sampling) for _, number in block]
+                decoding = _Decoding(tokenizer, sampling, ends, openings, on_done or (lambda n: None))
                 if alone:
                     own, first = kv.clone(caches), logits
                 else:
@@ -79,8 +81,12 @@ def sample_batch(
     return found
 
 
-def text_of(tokenizer: TokenizerWrapper, answer: Sampled, sampling: Sampling) -> str:
-    """An answer as text, as `stream` shows it: without the eos, and up to where a stop string begins."""
+def text_of(tokenizer: TokenizerWrapper, answer: Sampled, sampling: Sampling, prompt: Sequence[int] = ()) -> str:
+    """An answer as text, as `stream` shows it: without the eos, and up to where a stop string begins.
+
+    Args:
+        prompt: its ids; needed for `stop_in_answer` where prompts may open a thought.
+    """
     from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 
     # The wrapper's own detokenizer drops a leading space, which belongs to the text where a prompt is plain text.
@@ -88,8 +94,12 @@ def text_of(tokenizer: TokenizerWrapper, answer: Sampled, sampling: Sampling) ->
     for token in answer.ids[: -1 if answer.finish == "eos" else None]:
         whole.add_token(token)
     whole.finalize()
-    text: str = whole.text
-    return text[: min((at for at in (text.find(stop) for stop in sampling.stop) if at >= 0), default=len(text))]
+    return until_stop(whole.text, sampling.stop, _opening(tokenizer, prompt, sampling), sampling.stop_in_answer)
+
+
+def _opening(tokenizer: TokenizerWrapper, prompt: Sequence[int], sampling: Sampling) -> str:
+    """The mark by which a prompt has opened a thought, where that bears on where answers end."""
+    return opening_after(tokenizer, prompt) if sampling.stop and sampling.stop_in_answer else ""
 
 
 def _check(tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, samples: int, rows: int) -> None:
@@ -123,9 +133,15 @@ class _Decoding:
     """Rows that go on, a token each at a step, until all have ended."""
 
     def __init__(
-        self, tokenizer: Any, sampling: Sampling, ends: frozenset[int], on_done: Callable[[int], None]
+        self,
+        tokenizer: Any,
+        sampling: Sampling,
+        ends: frozenset[int],
+        openings: Sequence[str],
+        on_done: Callable[[int], None],
     ) -> None:
         self._tokenizer, self._sampling, self._ends, self._on_done = tokenizer, sampling, ends, on_done
+        self._openings = openings
         self._without = never_drawn(tokenizer, sampling)
         # A token is at least a byte of text, but for a few special ones.
         self._window = max((len(text.encode()) for text in sampling.stop), default=0) + 8
@@ -148,7 +164,7 @@ class _Decoding:
             for i, token in zip(rows, cast("list[int]", drawn.tolist())):
                 if finish[i] is None:
                     ids[i].append(token)
-                    finish[i] = self._end(ids[i])
+                    finish[i] = self._end(ids[i], self._openings[i])
                     ended += finish[i] is not None
             if ended:
                 self._on_done(ended)
@@ -164,15 +180,22 @@ class _Decoding:
                 mx.clear_cache()
         return [Sampled(answer, why or "length") for answer, why in zip(ids, finish)]
 
-    def _end(self, ids: list[int]) -> str | None:
+    def _end(self, ids: list[int], opening: str) -> str | None:
         """Why an answer ends with its last token, if it does."""
         if ids[-1] in self._ends:
             return "eos"
         if self._sampling.stop:
             text = self._tokenizer.decode(ids[-self._window :])
-            if any(stop in text for stop in self._sampling.stop):
+            if any(stop in text for stop in self._sampling.stop) and self._stops(ids, opening):
                 return "stop"
         return "length" if len(ids) == self._sampling.max_tokens else None
+
+    def _stops(self, ids: list[int], opening: str) -> bool:
+        """Whether a stop string, which there is, counts."""
+        if not self._sampling.stop_in_answer:
+            return True
+        text = self._tokenizer.decode(ids)
+        return len(until_stop(text, self._sampling.stop, opening)) < len(text)
 
 
 def _worth(rows: int) -> int:

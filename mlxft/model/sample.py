@@ -36,6 +36,7 @@ class Sampling:
         top_p, top_k, min_p: filters as mlx-lm applies them (before the temperature); 1, 0 and 0 switch them off.
         stop: strings that end an answer.
         stop_at_eos: whether the tokenizer's eos ids end it; if not, they and the pad id are tokens like others.
+        stop_in_answer: whether `stop` counts after the thoughts of a reasoning model only (`sample_batch`).
     Raises:
         ConfigError: all that is out of bounds, in one.
     """
@@ -47,6 +48,7 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     stop_at_eos: bool = True
+    stop_in_answer: bool = False
 
     def __post_init__(self) -> None:
         wrong = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
-from mlxft.train.files import write_beside
+from mlxft.train.files import json_text, write_beside
 
 _BATCHES = 4  # that are sampled before their answers are given out
 
@@ -107,7 +106,7 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
 
     def lines(file: TextIO) -> None:
         for line in asked.answers(sampling, samples, seed, Console(stderr=True)):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_text(line) + "\n")
             file.flush()
 
     def write(path: Path) -> None:

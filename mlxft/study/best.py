@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from mlxft.data.formats import Prompt, tools_of, unwritten
+from mlxft.data.thoughts import opening_after
 from mlxft.errors import ConfigError, DataError, nearest
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
@@ -21,7 +21,7 @@ from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.settings import RewardSettings
 from mlxft.study.answers import Answer, Asked, drawn
-from mlxft.train.files import write_text
+from mlxft.train.files import json_text, write_text
 
 TOKENS = 4096  # most of a batch that a reward model reads
 KEEP = "best, all, or above:X with a number"
@@ -138,7 +138,7 @@ def choose(
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
     kept = float(np.mean([line["score"] for line in lines]))
-    write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(out, "".join(json_text(line) + "\n" for line in lines))
     return Chosen(len(asked.ids), len(scores), len(lines), cut, empty, float(np.mean(scores)), kept, str(out))
 
 
@@ -146,8 +146,9 @@ def _item(asked: Asked, number: int, answer: Answer) -> Item:
     item, ids = asked.prompts[number], asked.ids[number]
     text = item.prompt if isinstance(item.prompt, str) else str(asked.loaded.tokenizer.decode(ids))
     prompt, reply = np.array(ids, dtype=np.int32), np.array(answer.ids, dtype=np.int32)
+    opening = opening_after(asked.loaded.tokenizer, ids)
     finished, where = answer.finish != "length", asked.wheres[number]
-    return Item(prompt, reply, text, answer.text, item.row, finished, where, item.prompt)
+    return Item(prompt, reply, text, answer.text, item.row, finished, where, item.prompt, opening)
 
 
 def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlxft.data.encode import context_ids
 from mlxft.errors import DataError
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import hidden_logprobs_greedy, rows_logprobs_greedy
@@ -38,30 +39,62 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str, *, plain: bool) -> Request:
-    """A text and its continuation as ids, cut where the context's own ids end.
+class EncodedChoices(NamedTuple):
+    """Continuations of one context, as ids.
+
+    Attributes:
+        requests: one for each continuation, all after the same ids.
+        joint: characters of the context that are scored along with every continuation; 0 where none joins its last
+            token.
+    """
+
+    requests: list[Request]
+    joint: int
+
+
+def encode_choices(
+    tokenizer: Any, context: str, continuations: Sequence[str], *, plain: bool, special: bool | None = None
+) -> EncodedChoices:
+    """Encode a text with each of its continuations, cut where the context's own ids end.
+
+    A tokenizer may join the beginning of a continuation to the context's last token: the context's own ids are then
+    not the beginning of the whole's, and no cut of the whole is the continuation alone. All continuations are then cut
+    after the ids that the context has in common with every whole, and log p(rest of the context + continuation) is
+    scored. It differs from the log-probability of the whole text, as the tokenizer writes it, by a term that is the
+    same for all of them, so that they compare; tokenised apart, a continuation would be scored in a spelling that no
+    model has seen.
 
     Args:
         plain: a text as it stands: the tokenizer adds what it adds by itself (a BOS), and white space that ends the
             context goes to the continuation, which may have it within a token, as lm-eval does. Otherwise it is a
             rendered chat, which has both its BOS and the place where an answer begins.
+        special: whether the tokenizer adds what it adds by itself; default: as plain.
     Raises:
-        DataError: a context without tokens.
+        DataError: a context without tokens, or a continuation without any of its own.
     """
     bare = context.rstrip() if plain else context
-    continuation = context[len(bare) :] + continuation
-    before, whole = (_encode(tokenizer, text, plain) for text in (bare, bare + continuation))
+    moved = context[len(bare) :]
+    special = plain if special is None else special
+    before = context_ids(tokenizer, bare, plain=special)
     if not before:
         raise DataError("the prompt is empty: there is no token to go on from")
-    return Request(tuple(before), tuple(whole[len(before) :]))
+    wholes = [context_ids(tokenizer, bare + moved + continuation, plain=special) for continuation in continuations]
+    cut = min(_common(before, whole) for whole in wholes)
+    sizes = [len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (before, before[:cut])]
+    joint = max(1, sizes[0] - sizes[1]) if cut < len(before) else 0
+    first = before[:cut] or [_start(tokenizer)]
+    for continuation, whole in zip(continuations, wholes):
+        if len(whole) <= cut and continuation:
+            raise DataError(f"{continuation!r:.60} adds no token to the prompt: the tokenizer leaves it out")
+    return EncodedChoices([Request(tuple(first), tuple(whole[cut:])) for whole in wholes], joint)
 
 
-def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    ids = list(tokenizer.encode(text, add_special_tokens=special))
-    eos = tokenizer.eos_token_id
-    if special and eos is not None and ids[-1:] == [eos] and not text.endswith(str(tokenizer.eos_token)):
-        ids.pop()  # added by the tokenizer: the text goes on
-    return ids
+def _start(tokenizer: Any) -> int:
+    """The token before a text whose first token joins a continuation."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise DataError("a choice joins the prompt's first token, and the tokenizer has no BOS or EOS to begin a text with")
 
 
 class _Unit(NamedTuple):
@@ -154,7 +187,7 @@ def _behind(prompt: tuple[int, ...], rests: Sequence[tuple[int, ...]], tokens: i
     yield _Unit(prompt, tuple(batch))
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many ids two rows have in common at the beginning; of the first and last in order: all between them too."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 

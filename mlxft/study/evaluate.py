@@ -17,9 +17,12 @@ import numpy as np
 from rich.console import Console
 
 from mlxft.data.batching import plan_epoch
+from mlxft.data.chat import by_template
 from mlxft.data.dataset import OVERFLOW, build
-from mlxft.data.formats import Example, Message, unwritten
+from mlxft.data.encode import context_ids, prompt_text
+from mlxft.data.formats import Example, Message
 from mlxft.data.sources import report_lines
+from mlxft.data.thoughts import opening_of
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.cpu import quicker
@@ -27,11 +30,12 @@ from mlxft.model.load import Loaded, context_of
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
 from mlxft.model.sample import Sampling, evaluating
+from mlxft.objectives.onpolicy.rewards import Item
 from mlxft.objectives.sft import make_batch
 from mlxft.study.answers import Answer
 from mlxft.study.bar import bar
 from mlxft.study.cases import Case, delimiter, with_shots
-from mlxft.study.choice import Request, encode_pair, loglikelihoods
+from mlxft.study.choice import EncodedChoices, encode_choices, loglikelihoods
 from mlxft.study.judges import items_of, judges
 from mlxft.study.stats import Figure, Floats, bootstrap, mean
 from mlxft.study.tasks import Task
@@ -262,30 +266,45 @@ def _rendered(how: _How, prompt: str | list[Message], case: Case) -> str:
     """A prompt as the text that the model goes on from."""
     if isinstance(prompt, str):
         return prompt
+    return prompt_text(prompt, how.loaded.tokenizer, tools=case.tools, where=case.where)
+
+
+def _before_answer(how: _How, prompt: str | list[Message], case: Case) -> str:
+    """A prompt as the text that an answer follows at once.
+
+    After the generation prompt a reasoning model writes a thought, if only an empty one, or the mark of a channel; and
+    some generation prompts open a thought. As its template writes an answered turn, so a choice is scored.
+    """
+    text = _rendered(how, prompt, case)
+    if isinstance(prompt, str):
+        return text
+    place = "\u2063answer\u2063"  # no template looks for it
+    turns = [*prompt, {"role": "assistant", "content": place}]
     try:
-        tools = {"tools": case.tools} if case.tools else {}
-        told = unwritten(prompt)
-        text = how.loaded.tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False, **tools)
-    except Exception as e:  # templates raise their own refusals, and jinja's
-        raise DataError(f"{case.where}: the chat template refuses these messages: {type(e).__name__}: {e}") from e
-    return str(text)
+        answered = by_template(how.loaded.tokenizer, turns, case.tools, case.where, lambda chat: chat.render(turns))
+    except DataError:  # a template that takes no answered turn
+        return text
+    begun, found, _ = answered.partition(place)
+    goes_on = begun.startswith(text) or (opening_of(text) and text.startswith(begun))
+    return begun if found and goes_on else text
 
 
 def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
     prompts = [with_shots(case, shots, how.task, how.chat) for case in cases]
     between = "" if how.chat else delimiter(how.task)
-    requests: list[list[Request]] = []
+    asked: list[EncodedChoices] = []
     for case, prompt in zip(cases, prompts):
-        text = _rendered(how, prompt, case)
+        text, ends = _before_answer(how, prompt, case), [between + c for c in case.choices]
         try:
-            requests.append(
-                [encode_pair(how.loaded.tokenizer, text, between + c, plain=not how.chat) for c in case.choices]
-            )
+            asked.append(encode_choices(how.loaded.tokenizer, text, ends, plain=not how.chat))
         except DataError as e:
             raise DataError(f"{case.where}: {e}") from e
-    lengths = [max(len(r.context) + len(r.continuation) for r in own) for own in requests]
+    lengths = [max(len(r.context) + len(r.continuation) for r in own.requests) for own in asked]
     kept, notes = how.fitting(cases, lengths, len(shots))
-    flat = [request for i in kept for request in requests[i]]
+    if joint := sum(asked[i].joint > 0 for i in kept):
+        rows = f"{joint:,} of {len(kept):,} rows"
+        notes.append(f"in {rows} a choice joins the prompt's last token, which is scored along with every choice")
+    flat = [request for i in kept for request in asked[i].requests]
     with bar(how.console, len(flat), "choices") as advance:
         found = [x.logprob for x in loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance)]
     lines: list[dict[str, Any]] = []
@@ -296,8 +315,10 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
         case, end = cases[i], at + len(cases[i].choices)
         logprobs = np.array(found[at:end])
         at = end
-        # As lm-eval's acc and acc_norm: by characters, so that long choices are not at a disadvantage.
-        said, said_norm = int(logprobs.argmax()), int((logprobs / [len(c) for c in case.choices]).argmax())
+        # As lm-eval's acc and acc_norm: by characters, so that long choices are not at a disadvantage; of the prompt
+        # those count that are scored too.
+        sizes = [asked[i].joint + len(choice) for choice in case.choices]
+        said, said_norm = int(logprobs.argmax()), int((logprobs / sizes).argmax())
         right.append(float(said == case.right))
         normed.append(float(said_norm == case.right))
         own = {"accuracy": right[-1], "accuracy_norm": normed[-1]}
@@ -316,9 +337,10 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
     # In plain text a model goes on with a block of its own after its answer, as the shots have shown it.
     stop = tuple(task.stop if task.stop is not None else ["\n\n"] if shots and not how.chat else [])
     most = task.max_tokens or MAX_TOKENS
-    sampling = Sampling(most, task.temperature or 0.0, stop=stop, stop_at_eos=bool(tokenizer.eos_token_ids))
+    drops, ends = task.judged == "drop", bool(tokenizer.eos_token_ids)
+    sampling = Sampling(most, task.temperature or 0.0, stop=stop, stop_at_eos=ends, stop_in_answer=drops)
     texts = [_rendered(how, prompt, case) for case, prompt in zip(cases, prompts)]
-    ids = [list(tokenizer.encode(text, add_special_tokens=not how.chat)) for text in texts]
+    ids = [context_ids(tokenizer, text, plain=not how.chat, where=case.where) for case, text in zip(cases, texts)]
     if empty := [case.where for case, own in zip(cases, ids) if not own]:
         raise DataError(f"{empty[0]}: the prompt is empty: there is no token to go on from")
     kept, notes = how.fitting(cases, [len(own) + most for own in ids], len(shots))
@@ -327,20 +349,35 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
         found = sample_batch(
             how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
         )
-    answers = [Answer(a.ids, a.finish, text_of(tokenizer, a, sampling)) for (a,) in found]
+    answers = [Answer(a.ids, a.finish, text_of(tokenizer, a, sampling, ids[i])) for i, (a,) in zip(kept, found)]
     chosen = [cases[i] for i in kept]
-    items = items_of(chosen, [texts[i] if isinstance(prompts[i], list) else prompts[i] for i in kept], answers)
+    asked = [texts[i] if isinstance(prompts[i], list) else prompts[i] for i in kept]
+    items = items_of(chosen, asked, answers, [opening_of(texts[i]) for i in kept])
     scores = {name: np.asarray(judge(chosen, items), dtype=np.float64) for name, judge in judging.items()}
     lines = [
-        {"row": case.where, "prompt": prompts[i], "prediction": answer.text, "target": _target(case)}
-        | {"finish": answer.finish, "scores": {name: float(values[k]) for name, values in scores.items()}}
-        for k, (i, case, answer) in enumerate(zip(kept, chosen, answers))
+        {"row": case.where, "prompt": prompts[i], "prediction": item.completion}
+        | ({"answer": item.answer} if drops and item.answer != item.completion else {})
+        | {"target": _target(case), "finish": answer.finish}
+        | {"scores": {name: float(values[k]) for name, values in scores.items()}}
+        for k, (i, case, item, answer) in enumerate(zip(kept, chosen, items, answers))
     ]
-    empty_answers = sum(not a.text.strip() for a in answers)
-    cut = sum(a.finish == "length" for a in answers)
-    notes += [f"{empty_answers:,} of {len(answers):,} answers are empty"] if empty_answers else []
-    notes += [f"{cut:,} of {len(answers):,} answers were cut off at {most} tokens (max_tokens)"] if cut else []
+    notes += _answer_notes(items, most, drops)
     return Result(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
+
+
+def _answer_notes(items: Sequence[Item], most: int, drops: bool) -> list[str]:
+    """What there is to say of answers that are none, or not whole."""
+    total, empty = len(items), sum(not item.completion.strip() for item in items)
+    cut, thoughts = sum(not item.finished for item in items), 0
+    if drops:
+        thoughts = sum(bool(item.completion.strip()) and not item.answer.strip() for item in items)
+    notes = [f"{empty:,} of {total:,} answers are empty"] if empty else []
+    notes += [f"{cut:,} of {total:,} answers were cut off at {most} tokens (max_tokens)"] if cut else []
+    if thoughts:
+        notes.append(
+            f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep judges them)"
+        )
+    return notes
 
 
 def _target(case: Case) -> str | list[str] | None:

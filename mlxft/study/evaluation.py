@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from mlxft.data.convert import FORMATS
 from mlxft.data.formats import unwritten
 from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.data.template import is_template
+from mlxft.data.thoughts import Thoughts
 from mlxft.errors import ConfigError, MlxftError, nearest
 from mlxft.model.adapters import base_noted, read_adapter_config, template_of
 from mlxft.model.load import Loaded
@@ -27,7 +27,7 @@ from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import write_text
+from mlxft.train.files import json_text, write_text
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Asking:
         tasks: names, files, or Task.
         format: how rows are read; None: as a run's own rows are, else what they look like.
         template: as data.template, before what a task or a run says.
+        thoughts: what is judged of written answers, before what a task says; see Task.
         shots: solved rows of the file `shots_from` shown before each prompt.
         limit: only the first rows.
         max_length, overflow, tokens, seed: see `evaluate`; the seed also chooses shots and resamples.
@@ -46,6 +47,7 @@ class Asking:
     tasks: Sequence[str | Task] = ("loss",)
     format: str | None = None
     template: str | None = None
+    thoughts: Thoughts | None = None
     shots: int = 0
     shots_from: str | None = None
     limit: int | None = None
@@ -95,7 +97,7 @@ class Evaluation:
             for i, line in enumerate(result.predictions):
                 also = {}
                 if other is not None:
-                    kept = ("prediction", "logprobs", "finish", "scores")
+                    kept = ("prediction", "answer", "logprobs", "finish", "scores")
                     also = {"against": {k: v for k, v in other.predictions[i].items() if k in kept}}
                 yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **also}
 
@@ -105,9 +107,8 @@ class Evaluation:
         Raises:
             CheckpointError: they can not be written.
         """
-        lines = (json.dumps(_finite(line), ensure_ascii=False) for line in self.lines())
-        write_text(out / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-        write_text(out / "results.json", json.dumps(self.to_json(), ensure_ascii=False, indent=1) + "\n")
+        write_text(out / "predictions.jsonl", "".join(f"{json_text(_finite(line))}\n" for line in self.lines()))
+        write_text(out / "results.json", json_text(self.to_json(), indent=1) + "\n")
 
 
 def _task_json(found: Compared) -> dict[str, Any]:
@@ -148,6 +149,8 @@ def run_evaluation(
         rows = rows[: asking.limit]
     data = _run_data(named)
     tasks = merged([_settled(task, asking, data, rows) for task in asking.tasks])
+    if asking.thoughts is not None and all(task.kind != "generate" for task in tasks):
+        raise ConfigError(f"--thoughts {asking.thoughts}: only for metrics of written answers; leave it out")
     asked = [make_cases(rows, task) for task in tasks]
     shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
     other, options = _base(model, adapter) if against == "base" else (against, {})
@@ -220,6 +223,8 @@ def _settled(given: str | Task, asking: Asking, data: Data | None, rows: Sequenc
         task = task.model_copy(update={"format": asking.format})
     if asking.template is not None:
         task = task.model_copy(update={"template": asking.template})
+    if asking.thoughts is not None and task.kind == "generate":
+        task = task.model_copy(update={"thoughts": asking.thoughts})
     if data is None:
         return task
     update: dict[str, Any] = {}

@@ -36,7 +36,7 @@ from mlxft.study.fewshot_tables import ALL, Cell, K, Study, markdown, tabulate
 from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import write_text
+from mlxft.train.files import json_text, write_text
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class _Study:
                 )
         elif self.out.exists() and any(self.out.iterdir()):
             raise ConfigError(f"--out: {self.out} is not empty and holds no few-shot study; choose another folder")
-        write_text(file, json.dumps(about, ensure_ascii=False, indent=1) + "\n")
+        write_text(file, json_text(about, indent=1) + "\n")
 
     def run(self) -> Study:
         base: Loaded | None = None
@@ -258,7 +258,7 @@ class _Study:
         found["notes"] = result.notes
         found["shots"] = [shot.where for shot in self.shots.get(cell, [])]
         found["elapsed_s"] = round(time.perf_counter() - start, 1)
-        write_text(self._file(cell), json.dumps(found, ensure_ascii=False) + "\n")
+        write_text(self._file(cell), json_text(found) + "\n")
         metric, figure = next(iter(result.figures().items()))
         self._say(f"  {metric} {figure.value:.4f} on {figure.n} rows, {found['elapsed_s']} s")
 
@@ -269,7 +269,7 @@ class _Study:
         for cell, found in kept.items():
             notes += [f"{cell.name}: {note}" for note in found["notes"]]
         study = Study(*tabulate(kept), notes, self.out)
-        write_text(self.out / "fewshot.json", json.dumps(study.to_json(), ensure_ascii=False, indent=1) + "\n")
+        write_text(self.out / "fewshot.json", json_text(study.to_json(), indent=1) + "\n")
         write_text(self.out / "fewshot.md", markdown(study))
         return study
 

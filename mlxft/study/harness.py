@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 
+from mlxft.data.encode import context_ids
+from mlxft.data.thoughts import Thoughts, answer_of, opening_of
 from mlxft.errors import DataError
 from mlxft.model.batch_sample import sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split
 from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
-from mlxft.study.choice import Request, loglikelihoods
+from mlxft.study.choice import Request, encode_choices, loglikelihoods
 
 MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -32,10 +35,20 @@ class Model(TemplateLM):
     Args:
         limit: most tokens of a request; of longer ones the beginning is cut off, as lm-eval's own models do.
         tokens: of a batch, padding included.
+        thoughts: "drop" gives tasks written answers without the thoughts before them.
     """
 
-    def __init__(self, loaded: Loaded, limit: int, tokens: int, seed: int, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        limit: int,
+        tokens: int,
+        seed: int,
+        console: Console | None = None,
+        thoughts: Thoughts = "drop",
+    ) -> None:
         super().__init__()
+        self._drops = thoughts == "drop"
         self.loaded, self.tokenizer, self.limit = loaded, loaded.tokenizer, limit
         self._split, self._tokens, self._seed, self._console = Split(loaded.model), tokens, seed, console
         self.cut = 0  # requests that were longer
@@ -55,7 +68,7 @@ class Model(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, without a BOS unless it is asked for: as lm-eval's own model of transformers."""
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+        return context_ids(self.tokenizer, string, plain=bool(add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as text."""
@@ -66,6 +79,26 @@ class Model(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
         return text
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, all of one context cut at the same place: see `encode_choices`."""
+        of_context: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            of_context[request.args[0]].append(i)
+        asked: list[Any] = [None] * len(requests)
+        for context, members in of_context.items():
+            said = [requests[i].args[1] for i in members]
+            for i, request in zip(members, self._requests(context, said)):
+                asked[i] = (requests[i].args, list(request.context), list(request.continuation))
+        return self._loglikelihood_tokens(asked)
+
+    def _requests(self, context: str, continuations: Sequence[str]) -> list[Request]:
+        if context:
+            return encode_choices(self.tokenizer, context, continuations, plain=True, special=False).requests
+        first = self.eot_token_id
+        every = [self.tok_encode(continuation) for continuation in continuations]
+        # As lm-eval: a text that begins with the token itself is not given it twice.
+        return [Request((first,), tuple(ids[1:] if ids[:1] == [first] else ids)) for ids in every]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -101,7 +134,7 @@ class Model(TemplateLM):
         texts = [""] * len(requests)
         with bar(self._console, len(requests), "answers") as advance:
             for how, members in groups.items():
-                sampling = self._sampling(json.loads(how))
+                sampling = replace(self._sampling(json.loads(how)), stop_in_answer=self._drops)
                 room = max(1, self.limit - sampling.max_tokens)
                 prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
                 self.cut += sum(len(ids) > room for ids in prompts)
@@ -113,8 +146,9 @@ class Model(TemplateLM):
                     seed=self._seed,
                     on_done=advance,
                 )
-                for i, (answer,) in zip(members, found):
-                    texts[i] = text_of(self.tokenizer, answer, sampling)
+                for i, ids, (answer,) in zip(members, prompts, found):
+                    text = text_of(self.tokenizer, answer, sampling, ids)
+                    texts[i] = answer_of(text, opening_of(requests[i].args[0])) if self._drops else text
         return texts
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlxft.data.thoughts import Thoughts
 from mlxft.errors import ConfigError, DataError, MlxftError, missing_extra, nearest
 from mlxft.model.load import context_of
 from mlxft.rundir import load
@@ -32,6 +33,7 @@ def run_tasks(
     tokens: int = TOKENS,
     seed: int = 0,
     chat: bool = False,
+    thoughts: Thoughts = "drop",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run tasks of lm-eval.
@@ -42,6 +44,7 @@ def run_tasks(
         limit: only the first questions of each task.
         max_length: of a request in tokens; default: the model's context.
         chat: whether questions go through the chat template.
+        thoughts: whether tasks are given written answers without the thoughts before them (drop), or whole (keep).
     Returns:
         {"tasks": {name: {"n", "shots", "figures": {metric: {"value", "se"}}}}, "groups": ..., "notes": [...]}
     Raises:
@@ -69,7 +72,7 @@ def run_tasks(
     loaded = load(model, adapter)
     if chat and not loaded.tokenizer.has_chat_template:
         raise ConfigError("--chat: this model has no chat template")
-    lm = Model(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console)
+    lm = Model(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console, thoughts)
     try:
         found = simple_evaluate(
             model=lm,

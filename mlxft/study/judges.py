@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlxft.data.formats import Message
+from mlxft.data.thoughts import Thoughts, wanted_of
 from mlxft.errors import ConfigError
 from mlxft.objectives.onpolicy.functions import load_functions
 from mlxft.objectives.onpolicy.rewards import Item
@@ -31,22 +32,26 @@ def judges(task: Task) -> dict[str, Judge]:
     Raises:
         ConfigError, ModelError: a function, a schema or a reward run can not be used.
     """
-    return {metric.label: _judge(metric) for metric in task.metrics or []}
+    return {metric.label: _judge(metric, task.judged) for metric in task.metrics or []}
 
 
-def _judge(metric: Metric) -> Judge:
+def _judge(metric: Metric, thoughts: Thoughts) -> Judge:
     if metric.kind == "function":
         (function,) = _functions(metric)
         return lambda cases, items: function.score(items)
     if metric.kind == "json":
-        rule = _rule(metric)
+        rule = _rule(metric, thoughts)
         return lambda cases, items: rule.score(items)
     if metric.kind == "reward":
         return partial(_rewards, open_scorer(metric.run or ""))
-    compare = _comparing(metric)
-    return lambda cases, items: [
-        metrics.best(compare, item.completion, case.answers or ("",)) for case, item in zip(cases, items)
-    ]
+    compare, whole = _comparing(metric), metric.keeps_thoughts(thoughts)
+
+    def score(case: Case, item: Item) -> float:
+        if whole:
+            return metrics.best(compare, item.completion, case.answers or ("",))
+        return metrics.best(compare, item.answer, tuple(map(wanted_of, case.answers)) or ("",))
+
+    return lambda cases, items: [score(case, item) for case, item in zip(cases, items)]
 
 
 def _comparing(metric: Metric) -> Callable[[str, str], float]:
@@ -69,9 +74,10 @@ def _functions(metric: Metric) -> Any:
         raise ConfigError(str(e).replace("rewards.function", "function", 1)) from e
 
 
-def _rule(metric: Metric) -> ScoredRule:
+def _rule(metric: Metric, thoughts: Thoughts) -> ScoredRule:
     try:
-        return ScoredRule(0, JsonSchema.model_validate({"schema": metric.schema_}))
+        rule = JsonSchema.model_validate({"schema": metric.schema_, "thoughts": metric.thoughts})
+        return ScoredRule(0, rule, thoughts)
     except ConfigError as e:
         raise ConfigError(str(e).replace("rewards.rules[0].schema", "json: schema")) from e
 
@@ -87,10 +93,12 @@ def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[Item]) -> Seque
     return scorer.scores(answers)
 
 
-def items_of(cases: Sequence[Case], prompts: Sequence[Any], answers: Sequence[Any]) -> list[Item]:
-    """What functions and rules are given: prompts as text, answers, and the rows' fields."""
+def items_of(
+    cases: Sequence[Case], prompts: Sequence[Any], answers: Sequence[Any], openings: Sequence[str]
+) -> list[Item]:
+    """What functions and rules are given: prompts as text, answers, the rows' fields, and thoughts begun by prompts."""
     empty = np.zeros(0, dtype=np.int32)
     return [
-        Item(empty, np.array(a.ids, dtype=np.int32), p, a.text, c.row, a.finish != "length", c.where)
-        for c, p, a in zip(cases, prompts, answers)
+        Item(empty, np.array(a.ids, dtype=np.int32), p, a.text, c.row, a.finish != "length", c.where, opening=opening)
+        for c, p, a, opening in zip(cases, prompts, answers, openings)
     ]

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlxft.config import Data, Settings
 from mlxft.data.template import names_in
+from mlxft.data.thoughts import Thoughts, keeps_thoughts
 from mlxft.errors import ConfigError, nearest
 from mlxft.recipe import read_settings
 
@@ -22,12 +23,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 NAMED = ("loss", "choice", *(k for k in KINDS if k not in ("regex", "function", "reward")))
 # What a metric of each kind may say beside its kind and name.
 TAKES: dict[Kind, tuple[str, ...]] = {
-    "exact_match": ("ignore_case",),
-    "contains": ("ignore_case",),
-    "regex": ("pattern",),
-    "number": ("tolerance", "pattern"),
-    "f1": (),
-    "json": ("schema",),
+    "exact_match": ("ignore_case", "thoughts"),
+    "contains": ("ignore_case", "thoughts"),
+    "regex": ("pattern", "thoughts"),
+    "number": ("tolerance", "pattern", "thoughts"),
+    "f1": ("thoughts",),
+    "json": ("schema", "thoughts"),
     "function": ("function",),
     "reward": ("run",),
 }
@@ -52,6 +53,11 @@ class Metric(Settings):
     function: str | None = Field(
         None, description="function: file.py:name, called as name(prompts, completions, rows) -> list of floats."
     )
+    thoughts: Thoughts | None = Field(
+        None,
+        description="drop: judge the answer without its thoughts; keep: the whole completion; default: as the task's "
+        "thoughts, and keep where pattern names the marks of thoughts, as <think>.",
+    )
     run: str | None = Field(None, description="reward: a run of objective reward.")
 
     @field_validator("pattern")
@@ -74,6 +80,10 @@ class Metric(Settings):
         if needed and getattr(self, needed) is None:
             raise ValueError(f"{self.kind} needs {needed}: {type(self).model_fields[needed].description}")
         return self
+
+    def keeps_thoughts(self, general: Thoughts) -> bool:
+        """Return whether the whole completion is judged, where the task's `thoughts` is `general`."""
+        return keeps_thoughts(self.thoughts, general, self.pattern)
 
     @property
     def label(self) -> str:
@@ -110,6 +120,12 @@ class Task(Settings):
     )
     max_tokens: int | None = Field(None, ge=1, description="metrics: longest answer; default 256.")
     stop: list[str] | None = Field(None, description="metrics: texts that end an answer.")
+    thoughts: Thoughts | None = Field(
+        None,
+        description="metrics: what is judged. drop (default): the answer without its thoughts (<think>...</think>, and "
+        "other families' marks); a thought that never ends leaves no answer. keep: the whole completion, as functions "
+        "(see mlxft.answer_of) and reward runs always read it.",
+    )
     temperature: float | None = Field(None, ge=0, description="metrics: default 0, the most likely answer.")
 
     @field_validator("metrics", mode="before")
@@ -148,7 +164,7 @@ class Task(Settings):
                 raise ValueError(f"metrics is empty; there are {', '.join(KINDS)}")
             if twice:
                 raise ValueError(f"two metrics are called {', '.join(twice)}; give them a name each")
-        written = [n for n in ("max_tokens", "stop", "temperature") if getattr(self, n) is not None]
+        written = [n for n in ("max_tokens", "stop", "temperature", "thoughts") if getattr(self, n) is not None]
         if written and self.kind != "generate":
             raise ValueError(f"{', '.join(written)}: only for metrics of written answers")
         if self.train_on is not None and self.kind != "loss":
@@ -163,6 +179,11 @@ class Task(Settings):
     def kind(self) -> str:
         """loss, choice or generate."""
         return "choice" if self.choices is not None else "loss" if self.metrics is None else "generate"
+
+    @property
+    def judged(self) -> Thoughts:
+        """What is judged of a completion."""
+        return self.thoughts or "drop"
 
     @property
     def compares(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,7 +30,7 @@ def writing(what: Path) -> Iterator[None]:
     """Turn a failure to write `what` into a CheckpointError that says why and what is safe."""
     try:
         yield
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise CheckpointError(f"can not write {what}: {reason}; what was saved before is untouched") from e
 
@@ -56,6 +58,16 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_beside(path, lambda p: _write_all(p, text))
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON that a UTF-8 file can hold: where a text has a lone surrogate, with escapes throughout."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def _write_all(path: Path, text: str) -> None:

@@ -162,6 +162,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
         (None, ["--task", "choice", "--overflow", "truncate"], 2, "a choice task takes error, drop"),
         (None, ["--against", "base", "--task", "choice"], 2, "does not say what it was made from"),
         (None, ["--against", "nowhere", "--task", "choice"], 1, "nowhere"),
+        (None, ["--task", "choice", "--thoughts", "keep"], 2, "--thoughts keep: only for metrics of written answers"),
         (None, ["--tasks", "arc_easy"], 2, "FILE: not with --tasks"),
         (None, ["--include-path", "."], 2, "go with --tasks"),
         (["{"], [], 1, "rows.jsonl:1: not valid JSON"),
@@ -221,6 +222,8 @@ def test_bad_input(
         ({"prompt": "{text"}, "prompt"),
         ({"answer": "lable"}, "'lable', which no row has (did you mean label?)"),
         ({"max_tokens": 5}, "only for metrics of written answers"),
+        ({"thoughts": "keep"}, "thoughts: only for metrics of written answers"),
+        ({"metrics": [{"kind": "reward", "run": "x", "thoughts": "drop"}], "choices": None}, "no setting thoughts"),
         ({"format": "prompts"}, "give prompt, or format and fields, not both"),
     ],
 )
@@ -230,6 +233,40 @@ def test_a_task_with_a_mistake(
     task = {name: value for name, value in (TASK | change).items() if value is not None}
     (here / "task.yaml").write_text(yaml.safe_dump(task), "utf-8")
     assert said in refused(2, "eval", str(tiny_model_dir), "reviews.jsonl", "--task", "task.yaml")
+
+
+def test_a_failure_to_write_takes_no_result_away(
+    here: Path, tiny_model_dir: Path, mlxft: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxft.train import files
+
+    write = files._write_all
+
+    def full(path: Path, text: str) -> None:
+        if "predictions" in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(files, "_write_all", full)
+    asked = ["eval", str(tiny_model_dir), "questions.jsonl", "--task", "choice", "--out", "out"]
+    shown, told = mlxft(*asked), mlxft(*asked, "--json")
+    assert (shown.code, told.code) == (1, 1)
+    assert "accuracy_norm" in shown.out
+    assert json.loads(told.out)["tasks"][0]["figures"]["accuracy"]["n"] == 4
+    for done in (shown, told):
+        assert "can not write out/predictions.jsonl: No space left on device" in done.err
+    assert not list((here / "out").iterdir())
+
+
+def test_a_lone_surrogate_is_written_as_json_has_it(here: Path, tiny_model_dir: Path, mlxft: Any) -> None:
+    """Half a character in a wanted answer, which the model is never given."""
+    (here / "half.jsonl").write_text(json.dumps({"q": "in", "a": "half \ud83d", "b": "\u00fc"}) + "\n", "utf-8")
+    task = {"prompt": "{q}", "answer": "a", "metrics": ["exact_match"], "max_tokens": 2}
+    (here / "asks.yaml").write_text(yaml.safe_dump(task), "utf-8")
+    done = mlxft("eval", str(tiny_model_dir), "half.jsonl", "--task", "asks.yaml", "--out", "out", "--json")
+    assert done.code == 0, done.err
+    (line,) = lines(here / "out/predictions.jsonl")
+    assert line["target"] == "half \ud83d"
 
 
 def test_lm_eval_is_an_extra(here: Path, tiny_model_dir: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,9 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "rewards.clip": ({}, 0.5, "rewards"),
     "rewards.missing_eos_penalty": ({}, 7.0, "rewards"),
 }
-# That a KL above it ends the run is in test_onpolicy; rows decoded at once change memory alone (tests/model).
-ELSEWHERE = {"ppo.max_kl", "rollout.rows"}
+# That a KL above it ends the run is in test_onpolicy; rows decoded at once change memory alone (tests/model); a model
+# that has thoughts is in test_eval_thoughts.
+ELSEWHERE = {"ppo.max_kl", "rollout.rows", "rewards.thoughts"}
 
 
 def test_the_table_names_every_setting() -> None:

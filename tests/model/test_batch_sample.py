@@ -250,6 +250,31 @@ def test_where_answers_end() -> None:
     assert say("C", stop=("D",)) == [("D", "stop", "")]
 
 
+class Thinking(Words):
+    """C opens a thought, and F closes it."""
+
+    def decode(self, ids: list[int]) -> str:
+        return super().decode(ids).replace("C", "<think>").replace("F", "</think>")
+
+
+def test_stop_strings_may_count_in_answers_only() -> None:
+    tokenizer: Any = Thinking(31)
+    prompts = [[2], [2, 3], [7]]  # B, BC (which opens a thought), G
+
+    def say(tokens: int = 20, **options: Any) -> list[tuple[str, str]]:
+        how = Sampling(tokens, temperature=0.0, **options)
+        found = sample_batch(Cycle(), tokenizer, prompts, how, seed=0)
+        return [(a.finish, text_of(tokenizer, a, how, ids)) for ids, (a,) in zip(prompts, found)]
+
+    both = {"stop": ("E", "I")}
+    assert say(**both) == [("stop", "<think>D"), ("stop", "D"), ("stop", "H")]
+    answers = [("stop", "<think>DE</think>GH"), ("stop", "DE</think>GH"), ("stop", "H")]
+    assert say(**both, stop_in_answer=True) == answers
+    cut = [("length", "<think>DE"), ("length", "DE</think>"), ("stop", "H")]
+    assert say(3, **both, stop_in_answer=True) == cut
+    assert say(stop=("</think>",), stop_in_answer=True)[:2] == [("stop", "<think>DE"), ("stop", "DE")]
+
+
 def test_rows_that_have_ended_leave() -> None:
     """Eight rows end at eos 20 after 1, 2, ... 8 tokens. A step more than they need is under way when they end."""
     model = Cycle()

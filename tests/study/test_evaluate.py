@@ -184,6 +184,74 @@ def test_written_answers_are_judged(tiny_model: Loaded, tmp_path: Path, monkeypa
     assert found.predictions[0]["prompt"] == [{"role": "user", "content": "x?"}]
 
 
+def test_thoughts_are_not_judged(tiny_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each completion's thought says something else than its answer; targets have thoughts too."""
+    (tmp_path / "f.py").write_text("def size(prompts, completions, rows):\n    return [len(c) for c in completions]\n")
+    judged: list[Any] = ["exact_match", "contains", "f1", "number", "json", {"kind": "regex", "pattern": "^4"}]
+    judged += [{"kind": "regex", "pattern": "^<think>", "name": "form"}]
+    judged += [{"kind": "contains", "thoughts": "keep", "name": "whole"}]
+    judged += [{"kind": "function", "function": f"{tmp_path}/f.py:size"}]
+    task = Task.model_validate({"prompt": "{q}?", "answer": "a", "metrics": judged})
+    rows = [{"q": "x", "a": "4"}, {"q": "y", "a": ["<think>3</think>4"]}, {"q": "z", "a": 4}, {"q": "z", "a": "5"}]
+    said = ["<think>\n\n</think>\n\n4", "3</think>4", "<think>4", "<think>5 or</think>4"]
+    found = written(tiny_model, monkeypatch, said, task, rows)
+    right = [1, 1, 0, 0]
+    expected = dict.fromkeys(("exact_match", "contains", "f1", "number"), right)
+    expected |= {"json": [1, 1, 0, 1], "regex": [1, 1, 0, 1], "form": [1, 0, 1, 1], "whole": [1, 0, 1, 1]}
+    assert {name: v.tolist() for name, v in found.scores.items()} == {**expected, "size": [len(text) for text in said]}
+    assert [line["prediction"] for line in found.predictions] == said
+    assert [line["answer"] for line in found.predictions] == ["4", "4", "", "4"]
+    assert found.notes == ["1 of 4 completions are thoughts without an answer (thoughts: keep judges them)"]
+    keep = task.model_copy(update={"thoughts": "keep"})
+    whole = written(tiny_model, monkeypatch, said, keep, rows)
+    assert whole.scores["exact_match"].tolist() == [0, 0, 0, 0]
+    assert whole.scores["number"].tolist() == [1, 1, 1, 0]
+    assert "answer" not in whole.predictions[0]
+    assert whole.notes == []
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_prompts_that_open_a_thought(
+    template: str, tiny_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model.tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %} <think>\n{% endif %}"
+    prompt = "{q}" if template == "auto" else "{q} <think>\n"
+    task = Task.model_validate({"prompt": prompt, "answer": "a", "metrics": ["contains"], "template": template})
+    said = ["3 or 5</think>4", "3 or 4", "on"]
+    found = written(tiny_model, monkeypatch, said, task, [{"q": "in <think>?", "a": "4"}] * 3)
+    assert found.scores["contains"].tolist() == [1, 0, 0]
+    assert [line["answer"] for line in found.predictions] == ["4", "", ""]
+    # What stands before, a mark in the question included, opens nothing.
+    tiny_model.tokenizer.chat_template = "{{ messages[0].content }} so "
+    task = Task.model_validate({"prompt": "{q}", "answer": "a", "metrics": ["contains"], "template": template})
+    found = written(tiny_model, monkeypatch, ["3 or 4"], task, [{"q": "in <think>?", "a": "4"}])
+    assert found.scores["contains"].tolist() == [1]
+
+
+def test_a_choice_stands_where_the_template_has_an_answer(tiny_model: Loaded) -> None:
+    """After the empty thought that a template writes, or without the thought that its generation prompt opens."""
+    rows = [{"q": "in", "choices": ["the", "an"], "answer": "an"}]
+    task = Task(prompt="{q}", choices="choices", answer="answer")
+    turn = "{% for m in messages %}{{ m.role }}: BEFORE{{ m.content }}\n{% endfor %}"
+    asks = "{% if add_generation_prompt %}assistant: OPEN{% endif %}"
+    empty = "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    templates = {
+        turn.replace("BEFORE", empty) + asks.replace("OPEN", ""): "<think>\n\n</think>\n\n",
+        turn.replace("BEFORE", empty) + asks.replace("OPEN", "<think>\n"): "<think>\n\n</think>\n\n",
+        turn.replace("BEFORE", "") + asks.replace("OPEN", "<think>\n"): "",
+        turn.replace("BEFORE", "") + asks.replace("OPEN", "so "): "so ",
+        "{{ messages[0].content | upper }}" + asks: "OPEN",  # a template that has no answered turns
+    }
+    for template, before in templates.items():
+        tiny_model.tokenizer.chat_template = template
+        (line,) = evaluate(tiny_model, cases_of(rows, task), task).predictions
+        text = ("IN" if "upper" in template else "user: in\n") + f"assistant: {before}"
+        for said, logprob in zip(rows[0]["choices"], line["logprobs"]):
+            ids = [tuple(tiny_model.tokenizer.encode(t, add_special_tokens=False)) for t in (text, text + said)]
+            expected = naive(tiny_model, Request(ids[0], ids[1][len(ids[0]) :]))[0]
+            assert logprob == pytest.approx(expected, abs=1e-3), template
+
+
 def test_empty_answers_are_counted_and_wrong(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task.model_validate({"prompt": "{q}", "answer": "a", "metrics": ["exact_match", "f1", "number", "json"]})
     found = written(tiny_model, monkeypatch, ["", " "], task, [{"q": "x", "a": "4"}] * 2)

@@ -131,6 +131,52 @@ def test_answers_end_before_a_stop_text(tiny_model: Loaded) -> None:
     assert model.generate_until([asked("the", drawn)]) != [long]
 
 
+def test_tasks_are_given_answers_without_thoughts(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxft.model.batch_sample import Sampled
+
+    said = {"in": "<think>\n\nor on?</think>\n\non", "<think>": "or on?</think>on", "the": "<think>or"}
+    harness = importlib.import_module("mlxft.study.harness")
+    encode = tiny_model.tokenizer.encode
+
+    def sample(model: Any, tokenizer: Any, prompts: Any, *args: Any, **other: Any) -> list[list[Sampled]]:
+        return [[Sampled([*encode(said[tokenizer.decode(p)]), tokenizer.eos_token_id], "eos")] for p in prompts]
+
+    monkeypatch.setattr(harness, "sample_batch", sample)
+    requests = [asked(prompt, {"until": ["\n\n"]}) for prompt in said]
+    assert harness.Model(tiny_model, 512, 256, 0).generate_until(requests) == ["on", "on", ""]
+    whole = harness.Model(tiny_model, 512, 256, 0, thoughts="keep")
+    assert whole.generate_until(requests) == ["<think>", "or on?</think>on", "<think>or"]
+
+
+def test_until_does_not_end_a_thought(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = importlib.import_module("mlxft.study.harness")
+    seen: list[bool] = []
+    sample = harness.sample_batch
+    monkeypatch.setattr(
+        harness,
+        "sample_batch",
+        lambda m, t, p, how, **o: (seen.append(how.stop_in_answer), sample(m, t, p, how, **o))[1],
+    )
+    for thoughts in ("drop", "keep"):
+        harness.Model(tiny_model, 512, 256, 0, thoughts=thoughts).generate_until([asked("in", {"max_tokens": 2})])
+    assert seen == [True, False]
+
+
+def test_a_continuation_that_joins_its_context_is_not_certain(tiny_model: Loaded) -> None:
+    """ " t" + "he" is one token. The two of one context are cut at one place; that of the other context stays."""
+    model = a_model(tiny_model)
+    pairs = [("in t", "he"), ("in t", "o"), ("in", " the"), ("", "the in")]
+    found = [logprob for logprob, _ in model.loglikelihood([asked(*pair) for pair in pairs])]
+    encode = tiny_model.tokenizer.encode
+    eos = tiny_model.tokenizer.eos_token_id
+    for (context, text), cut, logprob in zip(pairs, (1, 1, 1, 1), found):
+        ids = encode(context + text) if context else [eos, *encode(text)]
+        logits = tiny_model.model(mx.array([ids[:-1]]))[0]
+        logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[np.arange(len(ids) - 1), ids[1:]]
+        assert logprob == pytest.approx(float(logprobs[cut - 1 :].sum()), abs=1e-3)
+    assert max(found) < 0
+
+
 def test_what_lm_eval_does_not_know(tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"lm-eval knows no locl \(did you mean local\?\)"):
         run_tasks(str(tiny_model_dir), ["locl"])

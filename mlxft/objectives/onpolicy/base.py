@@ -18,6 +18,7 @@ import numpy as np
 from mlxft.config import Config
 from mlxft.data.dataset import fingerprint
 from mlxft.data.encode import Encoded
+from mlxft.data.thoughts import decode_completion, opening_after, until_stop
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
 from mlxft.model.logits import Split
@@ -62,7 +63,8 @@ class OnPolicy(Generic[M]):
         self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         s = self.rollouts
-        self.sampling = Sampling(s.max_tokens, s.temperature, s.top_p, s.top_k, s.min_p, tuple(s.stop), s.stop_at_eos)
+        filters = s.top_p, s.top_k, s.min_p
+        self.sampling = Sampling(s.max_tokens, s.temperature, *filters, tuple(s.stop), s.stop_at_eos, True)
         self.how = Draw(s.temperature, never_drawn(tokenizer, self.sampling))
         self.kl_coef: float = self.settings.kl_coef
         self._number, self._step = 0, 0  # of the rollout, and its next step
@@ -158,16 +160,21 @@ class OnPolicy(Generic[M]):
 
     def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
         """Rewards of the completions."""
-        items = [
-            Item(p.ids, reply, p.text, self.text(reply), p.row, finished, p.where, p.asked)
-            for p, reply, finished in zip((prompts[i] for i in rollout.prompts), rollout.replies, rollout.finished)
-        ]
+        items = []
+        for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
+            p, opening = prompts[i], self.opening(prompts[i])
+            text = self.text(reply, opening)
+            items.append(Item(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
         return self.rewards.score(items, tokens=self.config.batch.budget)
 
-    def text(self, reply: Any) -> str:
+    def opening(self, prompt: EncodedPrompt) -> str:
+        """The mark by which a prompt has opened a thought, or ''."""
+        return opening_after(self.tokenizer, prompt.ids.tolist())
+
+    def text(self, reply: Any, opening: str = "") -> str:
         """A completion as rewards read it: without a text that ended it."""
-        text = str(self.tokenizer.decode(reply.tolist(), skip_special_tokens=True))
-        return text[: min((at for at in map(text.find, self.sampling.stop) if at >= 0), default=len(text))]
+        text = decode_completion(self.tokenizer, reply.tolist())
+        return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
 
     def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
         """Log-probabilities of the tokens by the policy and by the reference; returns the mean entropy.

@@ -48,7 +48,11 @@ class HeldOut:
             "reference_reward": float(before.mean()),
             "reference_reward_std": float(before.std()),
             "samples": [
-                {"prompt": o.valid[i].text, "answer": o.text(rollout.replies[i]), "score": float(scores.total[i])}
+                {
+                    "prompt": o.valid[i].text,
+                    "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
+                    "score": float(scores.total[i]),
+                }
                 for i in every[:SHOWN]
             ],
         }

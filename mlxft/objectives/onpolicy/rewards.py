@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mlxft.data.encode import Ids
 from mlxft.data.formats import Message
 from mlxft.data.sources import report_lines
+from mlxft.data.thoughts import answer_of
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
@@ -29,11 +30,12 @@ class Item:
 
     Attributes:
         prompt_ids, reply_ids: (P,) and (R,) int32, as sampled: with the EOS that ended it, without padding.
-        prompt, completion: their texts, without special tokens.
+        prompt, completion: their texts, without special tokens but for those that mark thoughts.
         row: the fields of the row of data.
         finished: whether EOS or a stop text ended it.
         where: the row's place, for messages.
         asked: the text or the messages that the prompt was rendered from; None: the text `prompt`.
+        opening: the mark by which the prompt has opened a thought, or "".
     """
 
     prompt_ids: Ids
@@ -44,6 +46,12 @@ class Item:
     finished: bool
     where: str
     asked: str | list[Message] | None = None
+    opening: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The completion without its thoughts."""
+        return answer_of(self.completion, self.opening)
 
 
 class Scores(NamedTuple):
@@ -78,7 +86,7 @@ class Rewards:
         self._tokenizer = tokenizer
         self._run = None if settings.adapter is None else find_reward_run(settings.adapter, settings.normalize)
         self._model: RewardModel | None = None
-        self._rules = [ScoredRule(i, rule) for i, rule in enumerate(settings.rules)]
+        self._rules = [ScoredRule(i, rule, settings.thoughts) for i, rule in enumerate(settings.rules)]
         self._sources: list[ScoredFunction | ScoredRule] = [*load_functions(settings.function), *self._rules]
 
     @property

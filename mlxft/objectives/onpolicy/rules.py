@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxft.data.thoughts import Thoughts, wanted_of
 from mlxft.errors import ConfigError, DataError, missing_extra
-from mlxft.objectives.onpolicy.settings import AnyRule, ExactMatch, JsonSchema, Length, Number, Regex
+from mlxft.objectives.onpolicy.settings import AnyRule, ExactMatch, JsonSchema, Length, Number, Regex, TextRule
 
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
@@ -53,6 +54,8 @@ def _no_json(name: str) -> None:
 class ScoredRule:
     """A rule ready to score.
 
+    Args:
+        thoughts: what is judged, where the rule itself does not say.
     Attributes:
         name: rules/0_regex, by its place and kind.
         weight: what its values are multiplied by.
@@ -60,10 +63,11 @@ class ScoredRule:
         ConfigError: a schema that can not be read or is none.
     """
 
-    def __init__(self, index: int, rule: AnyRule) -> None:
+    def __init__(self, index: int, rule: AnyRule, thoughts: Thoughts = "drop") -> None:
         self.rule = rule
         self.name = f"rules/{index}_{rule.kind}"
         self.weight = rule.weight
+        self._whole = not isinstance(rule, TextRule) or rule.keeps_thoughts(thoughts)
         self._value = _scorer(f"rewards.rules[{index}]", rule)
 
     def problem(self, row: dict[str, Any]) -> str | None:
@@ -78,7 +82,7 @@ class ScoredRule:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             return f"{field} is {value!r:.40}; expected a text or a number, which {self.name} compares with"
         if isinstance(self.rule, Number):
-            wanted = _wanted_number(value)
+            wanted = _as_number(self._wanted(row))
             if wanted is None or not math.isfinite(wanted):
                 return f"{field} is {value!r:.40}, which holds no number; {self.name} compares with one"
         return None
@@ -93,49 +97,53 @@ class ScoredRule:
         for item in items:
             if problem := self.problem(item.row):
                 raise DataError(f"{item.where}: {problem}")
-            values.append(self._value(item))
+            said = item.completion if self._whole else item.answer
+            values.append(self._value(item, said, self._wanted(item.row)))
         return values
 
+    def _wanted(self, row: dict[str, Any]) -> str | int | float:
+        """What the row's field holds; '' for a rule that compares with none."""
+        value: str | int | float = row[self.rule.field] if isinstance(self.rule, ExactMatch | Number) else ""
+        return wanted_of(value) if isinstance(value, str) and not self._whole else value
 
-def _scorer(at: str, rule: AnyRule) -> Callable[[Item], float]:
+
+def _scorer(at: str, rule: AnyRule) -> Callable[[Item, str, str | int | float], float]:
+    """The value of a completion: the function takes it, what of its text is judged, and what the row wants."""
     if isinstance(rule, ExactMatch):
-        return lambda item: _exact_match(rule, item)
+        return lambda item, said, wanted: _exact_match(said, str(wanted), rule.ignore_case)
     if isinstance(rule, Regex):
         pattern = re.compile(rule.pattern)
         if rule.full:
-            return lambda item: float(pattern.fullmatch(item.completion.strip()) is not None)
-        return lambda item: float(pattern.search(item.completion) is not None)
+            return lambda item, said, wanted: float(pattern.fullmatch(said.strip()) is not None)
+        return lambda item, said, wanted: float(pattern.search(said) is not None)
     if isinstance(rule, Number):
-        return lambda item: _number(rule, item)
+        return lambda item, said, wanted: _number(said, wanted, rule.tolerance)
     if isinstance(rule, JsonSchema):
         fits = _validator(at, rule)
-        return lambda item: _json(fits, item.completion)
-    return lambda item: _length(rule, item)
+        return lambda item, said, wanted: _json(fits, said)
+    return lambda item, said, wanted: _length(rule, len(item.reply_ids) if rule.unit == "tokens" else len(said))
 
 
-def _exact_match(rule: ExactMatch, item: Item) -> float:
-    said, wanted = item.completion.strip(), str(item.row[rule.field]).strip()
-    if rule.ignore_case:
+def _exact_match(said: str, wanted: str, ignore_case: bool) -> float:
+    said, wanted = said.strip(), wanted.strip()
+    if ignore_case:
         said, wanted = said.casefold(), wanted.casefold()
     return float(said == wanted)
 
 
-def _number(rule: Number, item: Item) -> float:
-    said, wanted = last_number(item.completion), _wanted_number(item.row[rule.field])
-    if said is None or wanted is None:
-        return 0.0
-    return float(abs(said - wanted) <= rule.tolerance)
+def _number(said: str, wanted: str | int | float, tolerance: float) -> float:
+    one, two = last_number(said), _as_number(wanted)
+    return float(one is not None and two is not None and abs(one - two) <= tolerance)
 
 
-def _wanted_number(value: str | int | float) -> float | None:
+def _as_number(value: str | int | float) -> float | None:
     try:
         return last_number(value) if isinstance(value, str) else float(value)
     except OverflowError:
         return math.inf
 
 
-def _length(rule: Length, item: Item) -> float:
-    size = len(item.reply_ids) if rule.unit == "tokens" else len(item.completion)
+def _length(rule: Length, size: int) -> float:
     below = rule.min - size if rule.min is not None else 0
     above = size - rule.max if rule.max is not None else 0
     outside = max(0, below, above)

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from mlxft.config import Settings
+from mlxft.data.thoughts import Thoughts, keeps_thoughts
 from mlxft.errors import nearest
 
 
@@ -31,7 +32,9 @@ class RolloutSettings(Settings):
     )
     top_k: int = Field(0, ge=0, description="Sample from so many of the likeliest tokens; 0: from all.")
     min_p: float = Field(0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest.")
-    stop: list[str] = Field(default_factory=list, description="Texts that end a completion, beside EOS.")
+    stop: list[str] = Field(
+        default_factory=list, description="Texts that end a completion, beside EOS; in its thoughts they do not count."
+    )
     stop_at_eos: bool = Field(True, description="End a completion at EOS; false: sample on to max_tokens.")
     rows: int | None = Field(None, ge=1, description="Completions decoded at once; default: the sampler's choice.")
 
@@ -73,7 +76,21 @@ class Rule(Settings):
     weight: float = Field(1.0, description="What the rule's value is multiplied by.")
 
 
-class ExactMatch(Rule):
+class TextRule(Rule):
+    """A rule that judges what a completion says: by default its answer, without the thoughts before it."""
+
+    thoughts: Thoughts | None = Field(
+        None,
+        description="drop: judge the answer without its thoughts; keep: the whole completion; default: as "
+        "rewards.thoughts, and keep for a regex that names the marks of thoughts, as <think>.",
+    )
+
+    def keeps_thoughts(self, general: Thoughts) -> bool:
+        """Return whether the whole completion is judged, where `rewards.thoughts` is `general`."""
+        return keeps_thoughts(self.thoughts, general)
+
+
+class ExactMatch(TextRule):
     """1 where the completion is the text of a field of the row, else 0; white space around both does not count."""
 
     kind: Literal["exact_match"] = "exact_match"
@@ -81,7 +98,7 @@ class ExactMatch(Rule):
     ignore_case: bool = Field(False, description="Whether upper and lower case are the same.")
 
 
-class Regex(Rule):
+class Regex(TextRule):
     """1 where a regular expression of Python is found in the completion, else 0."""
 
     kind: Literal["regex"] = "regex"
@@ -97,8 +114,11 @@ class Regex(Rule):
             raise ValueError(f"{value!r} is no regular expression: {exc}") from None
         return value
 
+    def keeps_thoughts(self, general: Thoughts) -> bool:
+        return keeps_thoughts(self.thoughts, general, self.pattern)
 
-class Number(Rule):
+
+class Number(TextRule):
     """1 where the last number of the completion is the number in a field of the row, else 0.
 
     Commas between thousands, currency signs and percent signs are left out: 1,234.50, $1234.5 and 1234.5% are equal.
@@ -109,7 +129,7 @@ class Number(Rule):
     tolerance: float = Field(1e-6, ge=0, description="Largest difference between the two numbers.")
 
 
-class JsonSchema(Rule):
+class JsonSchema(TextRule):
     """1 where the completion, or what stands in its ``` fence, is JSON and fits the schema, else 0."""
 
     # BaseModel has a method `schema`, so the attribute has another name than the setting.
@@ -124,7 +144,10 @@ class JsonSchema(Rule):
 
 
 class Length(Rule):
-    """1 where the completion's length lies in a window; outside it falls linearly, to 0 at a distance of `slack`."""
+    """1 where the completion's length lies in a window; outside it falls linearly, to 0 at a distance of `slack`.
+
+    Thoughts count: it is the length of all that was sampled.
+    """
 
     kind: Literal["length"] = "length"
     min: int | None = Field(None, ge=0, description="Least length; default: none.")
@@ -173,6 +196,12 @@ class RewardSettings(Settings):
         default_factory=list,
         description=f"Mappings with a kind ({', '.join(KINDS)}), that kind's settings, and a weight.",
     )
+    thoughts: Thoughts = Field(
+        "drop",
+        description="What rules judge. drop: the answer without its thoughts (<think>...</think>, and other families' "
+        "marks); a thought that never ends leaves no answer. keep: the whole completion. A rule may differ by its own "
+        "`thoughts`; length, functions (see mlxft.answer_of) and reward models always read the whole completion.",
+    )
     clip: float | None = Field(
         None,
         gt=0,
@@ -211,6 +240,8 @@ class RewardSettings(Settings):
         idle = [k for k, off in (("adapter_weight", 1.0), ("normalize", False)) if getattr(self, k) != off]
         if idle and self.adapter is None:
             raise ValueError(f"{' and '.join(idle)}: for a reward model's scores; give adapter too, or leave it out")
+        if self.thoughts != "drop" and not any(isinstance(rule, TextRule) for rule in self.rules):
+            raise ValueError("thoughts: for rules that judge what a completion says; give such rules, or leave it out")
         return self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from mlxft.errors import ConfigError, DataError
-from mlxft.objectives.onpolicy.rewards import Item
+from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.rules import ScoredRule, find_json, last_number
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
 
@@ -44,6 +45,69 @@ def test_regex() -> None:
     assert values(rule(kind="regex", pattern=r"\d+"), said) == [1, 1, 1, 0]
     assert values(rule(kind="regex", pattern=r"\d+", full=True), said) == [0, 1, 1, 0]
     assert values(rule(kind="regex", pattern="(?i)FOUR"), said) == [0, 0, 0, 1]
+
+
+# A rule, and the two answers of which the first is right. The thought before each holds what the other one says.
+JUDGED = [
+    ({"kind": "exact_match"}, "42", "41"),
+    ({"kind": "number"}, "so 42", "so 41"),
+    ({"kind": "regex", "pattern": "^4[02468]$"}, "42", "41"),
+    ({"kind": "regex", "pattern": "42", "full": True}, "42", "41"),
+    ({"kind": "json_schema", "schema": {"type": "object", "required": ["a"]}}, '{"a": 1}', '{"b": 1}'),
+]
+
+
+@pytest.mark.parametrize(("settings", "right", "wrong"), JUDGED)
+def test_thoughts_are_not_judged(settings: dict[str, Any], right: str, wrong: str) -> None:
+    row = {"answer": "42"}
+    said = [f"<think>\n{b}\n</think>\n\n{a}" for a, b in ((right, wrong), (wrong, right))]
+    said += [right, "<think>\n\n</think>\n\n" + right, f"{wrong}</think>{right}", f"<think>{right}"]
+    assert values(rule(**settings), said, row) == [1, 0, 1, 1, 1, 0]
+    assert values(rule(**settings), [right, ""], {"answer": f"<think>{wrong}</think>42"}) == [1, 0]
+    opened = [replace(item(text, row), opening="<think>") for text in (f"{wrong}</think>{right}", right)]
+    assert rule(**settings).score(opened) == [1, 0], "a thought that never ends leaves no answer"
+
+
+def test_what_is_judged_can_be_chosen() -> None:
+    said = ["<think>41</think>42", "42", "<think>42"]
+    rules: list[dict[str, Any]] = [
+        {"kind": "regex", "pattern": "^42$"},
+        {"kind": "regex", "pattern": "^42$", "thoughts": "keep"},
+        {"kind": "regex", "pattern": r"^<think>\d+<\/think>"},  # of the form, as R1's format reward
+        {"kind": "regex", "pattern": r"^<think>\d+", "thoughts": "drop"},
+        {"kind": "exact_match"},
+        {"kind": "number"},
+        {"kind": "json_schema"},
+    ]
+
+    def scores(thoughts: str) -> list[list[float]]:
+        settings = RewardSettings.model_validate({"rules": rules, "thoughts": thoughts})
+        made = [ScoredRule(i, one, settings.thoughts) for i, one in enumerate(settings.rules)]
+        return [values(one, said, {"answer": 42}) for one in made]
+
+    assert scores("drop") == [[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0]]
+    assert scores("keep") == [[0, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 1, 0]]
+    whole = Rewards(RewardSettings.model_validate({"rules": rules[4:5], "thoughts": "keep"}), None)
+    assert whole.score([item(text, {"answer": 42}) for text in said], tokens=8).total.tolist() == [0, 1, 0]
+
+
+def test_a_length_is_of_thoughts_too() -> None:
+    said = ["<think>41</think>42", "42"]
+    assert values(rule(kind="length", max=5, unit="chars"), said) == [0, 1]
+    assert "rules[0].thoughts: no such setting" in problems(rules=[{"kind": "length", "max": 5, "thoughts": "drop"}])
+
+
+def test_functions_are_given_whole_completions(tmp_path: Path) -> None:
+    """As in other libraries; mlxft.answer_of is there for those that want the answer."""
+    body = (
+        "from mlxft import answer_of\n\ndef f(prompts, completions, rows):\n    return [len(c) for c in completions]\n"
+    )
+    body += "\ndef g(prompts, completions, rows):\n    return [len(answer_of(c)) for c in completions]\n"
+    (tmp_path / "r.py").write_text(body)
+    for name, sizes in (("f", [19, 2]), ("g", [2, 2])):
+        made = Rewards(RewardSettings(function=f"{tmp_path}/r.py:{name}"), None)
+        found = made.score([item("<think>41</think>42"), item("42")], tokens=8)
+        assert found.total.tolist() == sizes
 
 
 @pytest.mark.parametrize(
@@ -173,7 +237,7 @@ def test_all_that_is_wrong_with_rules_is_said_at_once() -> None:
         "rules[0].kind is 'regx' (did you mean regex?); there are exact_match",
         "rules[1].kind is needed",
         "rules[2].pattern is needed: The expression",
-        "rules[3].feild: no such setting (did you mean field?); it has kind, weight, field, tolerance",
+        "rules[3].feild: no such setting (did you mean field?); it has kind, weight, thoughts, field, tolerance",
         "rules[3].weight: expected another value than true",
         "rules[4]: give min or max, or both",
         "rules[5]: min (5) is above max (2)",
@@ -188,6 +252,8 @@ def test_all_that_is_wrong_with_rules_is_said_at_once() -> None:
 def test_settings_that_have_nothing_to_act_on() -> None:
     assert "normalize: for a reward model's scores; give adapter too" in problems(normalize=True)
     assert "adapter_weight: for a reward model's scores" in problems(adapter_weight=2.0)
+    assert "thoughts: for rules that judge" in problems(thoughts="keep")
+    assert "thoughts: for rules" in problems(thoughts="keep", rules=[{"kind": "length", "max": 5}], function="a.py:f")
     assert "has the weight True" in problems(function={"a.py:f": True})
     assert "names no function" in problems(function={})
     assert "greater than 0" in problems(clip=0)
