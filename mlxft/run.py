@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mlxft.blas import Blas, in_use
 from mlxft.config import Config
+from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
@@ -106,6 +107,8 @@ class _Saver:
         base = {"model": base.pop("path"), "fingerprint": fingerprint, **base}
         tokenizer = self.loaded.tokenizer
         about = {"base": base, "objective": config.objective, "versions": versions(), **noted}
+        if not thinking_of(tokenizer):
+            about["enable_thinking"] = False
         about["eos_tokens"] = sorted(str(tokenizer.convert_ids_to_tokens(i)) for i in tokenizer.eos_token_ids)
         text = json.dumps(adapter_config(self.spec, model, about), indent=2)
         write_text(out / "adapter_config.json", text + "\n")

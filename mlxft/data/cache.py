@@ -23,7 +23,7 @@ import numpy as np
 
 from mlxft.data import chat as chat_module
 from mlxft.data import encode
-from mlxft.data.chat import day_of
+from mlxft.data.chat import day_of, thinking_of
 from mlxft.data.encode import Encoded
 from mlxft.data.formats import Example
 
@@ -56,7 +56,7 @@ def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | 
         "rows": rows,
         "code": code.hexdigest(),
         "versions": [version(p) for p in ("transformers", "tokenizers", "mlx-lm")],
-        "options": [train_on, chat, day_of(tokenizer), getattr(tokenizer, "_mlxft_rows", None)],
+        "options": [train_on, chat, day_of(tokenizer), thinking_of(tokenizer), getattr(tokenizer, "_mlxft_rows", None)],
         "tokenizer": type(inner).__name__,
         "special": {k: str(v) for k, v in inner.special_tokens_map.items()},
         "eos": sorted(getattr(tokenizer, "eos_token_ids", ())),

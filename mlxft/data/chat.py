@@ -210,7 +210,7 @@ def by_template(
     uses_tools = bool(tools) or any("tool_calls" in m or m["role"] == "tool" for m in messages)
     failed: list[tuple[Chat, Unwritten | NotAPrefix]] = []
     # Templates of reasoning models may open a thought in the generation prompt that the turn itself does not have.
-    for form, thinking in product(_forms(messages, tools), (None, False)):
+    for form, thinking in product(_forms(messages, tools), (None, False) if thinking_of(tokenizer) else (False, None)):
         chat = Chat(tokenizer, tools, where, uses_tools, form, thinking)
         try:
             return encode(chat)
@@ -311,6 +311,30 @@ def complete_template(tokenizer: Any) -> None:
 def template_notes(tokenizer: Any) -> list[str]:
     """What `complete_template` did, a sentence each."""
     return list(getattr(tokenizer, "_mlxft_notes", ()))
+
+
+def set_thinking(tokenizer: Any, thinking: bool) -> None:
+    """Let chat templates be rendered with `enable_thinking: false` where they can be, or (True) as they are."""
+    tokenizer._mlxft_thinking = thinking
+
+
+def thinking_of(tokenizer: Any) -> bool:
+    """Return False where `set_thinking` has said so."""
+    return bool(getattr(tokenizer, "_mlxft_thinking", True))
+
+
+def needs_thinking_off(tokenizer: Any, messages: Sequence[Message], tools: Tools | None) -> bool:
+    """Tell whether the last turn follows its generation prompt with `enable_thinking: false` only."""
+
+    def check(chat: Chat) -> bool:
+        if not chat.render(messages).startswith(chat.render(messages[:-1], generation=True)):
+            raise NotAPrefix("the turn")
+        return chat.thinking is False
+
+    try:
+        return by_template(tokenizer, messages, tools, "", check)
+    except DataError:
+        return False
 
 
 def set_day(tokenizer: Any, day: date) -> None:

@@ -9,15 +9,24 @@ at all, the row is refused: a wrong mask trains the wrong thing and shows in no 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.data.chat import Chat, NotAPrefix, Tools, by_template, special_ids, template_notes
-from mlxft.data.formats import Completion, Conversation, Item, Message, Text
+from mlxft.data.chat import (
+    Chat,
+    NotAPrefix,
+    Tools,
+    by_template,
+    needs_thinking_off,
+    set_thinking,
+    special_ids,
+    template_notes,
+)
+from mlxft.data.formats import Completion, Conversation, Example, Item, Judged, Message, Preference, Ranked, Text
 from mlxft.errors import ConfigError, DataError, nearest
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -315,9 +324,39 @@ def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
     return notes
 
 
-def chat_notes(tokenizer: Any, ends: Iterable[int]) -> list[str]:
-    """Do as `end_completions`, and return also what was done to the chat template."""
-    return [*template_notes(tokenizer), *end_completions(tokenizer, ends)]
+def chat_notes(tokenizer: Any, ends: Iterable[int], examples: Sequence[Example] = ()) -> list[str]:
+    """Do as `end_completions`, ask the model as it is trained, and say what was done to the chat template.
+
+    Args:
+        examples: what is trained on. If the turns of the first ones have no thoughts, and their generation prompt opens
+            one unless told not to, prompts are rendered so from now on.
+    """
+    notes = [*template_notes(tokenizer), *end_completions(tokenizer, ends)]
+    turns = [turns for example in examples[:_LOOKED_AT] if (turns := _answered(example.item)) is not None]
+    if turns and tokenizer.has_chat_template and all(needs_thinking_off(tokenizer, *each) for each in turns):
+        set_thinking(tokenizer, False)
+        notes.append(
+            "the rows have no thoughts, and the chat template's generation prompt opens one: it is asked without "
+            "(enable_thinking: false), in training and where mlxft uses the result; elsewhere set it yourself"
+        )
+    return notes
+
+
+_LOOKED_AT = 32  # rows
+
+
+def _answered(item: Item) -> tuple[list[Message], Tools | None] | None:
+    """A conversation that ends with an assistant turn; None for an item that is none."""
+    if isinstance(item, Ranked):
+        return _answered(item.pairs[0]) if item.pairs else None
+    if isinstance(item, Conversation):
+        return item.messages, item.tools
+    answer = getattr(item, "chosen", None) or getattr(item, "completion", None)
+    if isinstance(item, Completion | Preference | Judged) and answer is not None:
+        turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
+        last = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        return [*turns, last], getattr(item, "tools", None)
+    return None
 
 
 def turn_end(tokenizer: Any, prompt: list[Message] | None = None, tools: Tools | None = None) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ from mlxft.errors import ExportError, MlxftError, ModelError
 from mlxft.export.sources import adapter_of
 from mlxft.model.adapters import (
     LoRASpec,
+    ask_as_trained,
     base_noted,
-    end_as_trained,
     load_adapter,
     read_adapter_config,
     template_of,
@@ -164,7 +164,7 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
     config = peft_config(opened, saved)
     check_space(out, sum(v.nbytes for v in tensors.values()))
     tokenizer = load_tokenizer(opened.base, template_of(opened.folder))
-    ends = end_as_trained(tokenizer, opened.folder)
+    ends = ask_as_trained(tokenizer, opened.folder)
     pad = set_pad(tokenizer, opened.loaded.config) if opened.head is not None else None
     with replace_folder(out) as part:
         save_arrays(part / WEIGHTS, tensors, {"format": "pt"})

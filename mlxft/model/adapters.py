@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
 from mlxft.data.sources import type_name
 from mlxft.errors import ConfigError, ModelError, nearest
@@ -286,6 +287,7 @@ def _check_config(config: dict[str, Any], file: str) -> None:
         ("lora_parameters.dropout", number, False, "a number"),
         ("lora_parameters.keys", (list, type(None)), False, "a list of names"),
         ("mlxft", dict, False, "an object"),
+        ("mlxft.eos_tokens", list, False, "a list of tokens"),
         ("mlxft.base", dict, False, "an object"),
         ("mlxft.base.model", text, False, "a text"),
         ("mlxft.base.fingerprint", text, False, "a text"),
@@ -308,6 +310,8 @@ def _check_config(config: dict[str, Any], file: str) -> None:
         raise ModelError(f"{file}: lora_parameters.rank is {parameters['rank']}; expected at least 1")
     if low_rank and not all(isinstance(key, str) for key in parameters.get("keys") or ()):
         raise ModelError(f"{file}: lora_parameters.keys holds something else than names; expected a list of names")
+    if not all(isinstance(token, str) for token in config.get("mlxft", {}).get("eos_tokens", ())):
+        raise ModelError(f"{file}: mlxft.eos_tokens holds something else than tokens; expected a list of texts")
 
 
 def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -417,7 +421,7 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
         if named:
             raise
         raise ModelError(f"{adapter}: its base can not be loaded: {e}; if it has moved, name it with --model") from e
-    end_as_trained(loaded.tokenizer, adapter)
+    ask_as_trained(loaded.tokenizer, adapter)
     return loaded
 
 
@@ -432,14 +436,16 @@ def template_of(adapter: Path) -> Path | None:
     return Path(given) if given else None
 
 
-def end_as_trained(tokenizer: Any, adapter: Path) -> list[str]:
-    """Let the tokens end a completion that did when the adapter in a folder was trained.
+def ask_as_trained(tokenizer: Any, adapter: Path) -> list[str]:
+    """Let prompts be rendered as when the adapter in a folder was trained, and completions end at what ended a turn.
 
     Returns:
-        What is to be said of those that are new, a sentence each.
+        What is to be said of EOS tokens that are new, a sentence each.
     """
-    noted = read_adapter_config(adapter).get("mlxft", {}).get("eos_tokens", [])
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in noted]
+    about = read_adapter_config(adapter).get("mlxft", {})
+    if about.get("enable_thinking") is False:
+        set_thinking(tokenizer, False)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in about.get("eos_tokens", [])]
     return end_completions(tokenizer, [i for i in ids if i is not None and i != tokenizer.unk_token_id])
 
 

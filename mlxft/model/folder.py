@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxft.data.chat import thinking_of
 from mlxft.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     config = copy.deepcopy(config)
     if ends:
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if not thinking_of(tokenizer):
+        config["mlxft"] = {"enable_thinking": False}
     save_config(config, folder / "config.json", keep_vision_config=keep_vision)
     tokenizer.save_pretrained(str(folder))
     generation = generation_settings(source)

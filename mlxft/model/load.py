@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxft.data.chat import complete_template
+from mlxft.data.chat import complete_template, set_thinking
 from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
@@ -96,8 +96,7 @@ def load(
         own = _own_dtype(model)
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
-    complete_template(tokenizer)
-    set_embedding_rows(tokenizer, embedding_rows(config, model))
+    _outfit(tokenizer, config, embedding_rows(config, model))
     try:
         _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
         if not lazy:
@@ -125,8 +124,7 @@ def load_tokenizer(
         tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
-    complete_template(tokenizer)
-    set_embedding_rows(tokenizer, embedding_rows(config))
+    _outfit(tokenizer, config, embedding_rows(config))
     return tokenizer
 
 
@@ -315,6 +313,15 @@ def chat_template_files(tokenizer: Any) -> dict[str, str]:
     named = found if isinstance(found, dict) else {} if found is None else {"default": found}
     others = {f"{NAMED_TEMPLATES}/{Path(name).name}.jinja": text for name, text in named.items() if name != "default"}
     return others | ({TEMPLATE_FILE: named["default"]} if "default" in named else {})
+
+
+def _outfit(tokenizer: Any, config: Mapping[str, Any], rows: int | None) -> None:
+    """Give a tokenizer what mlxft wants to know when it encodes."""
+    complete_template(tokenizer)
+    set_embedding_rows(tokenizer, rows)
+    noted = config.get("mlxft")  # of a folder that mlxft wrote
+    if isinstance(noted, dict) and noted.get("enable_thinking") is False:
+        set_thinking(tokenizer, False)
 
 
 def embedding_rows(config: Mapping[str, Any], model: nn.Module | None = None) -> int | None:

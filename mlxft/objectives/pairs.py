@@ -137,7 +137,7 @@ def encode_splits(
         second = build(valid, tokenizer, **options) if valid else None
     if second:
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
-    notes = [*notes, *chat_notes(tokenizer, ends_of(first.rows))]
+    notes = [*notes, *chat_notes(tokenizer, ends_of(first.rows), train if options["chat"] else ())]
     counts = replace(first.counts, source_notes=tuple(notes), fingerprint=fingerprint(train, valid))
     return first.rows, counts, second.rows if second else [], second.counts if second else None
 

@@ -127,7 +127,7 @@ class Objective(OffPolicy):
         self.train = build(train, tokenizer, **options)
         with of_valid():
             self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
-        self._notes += chat_notes(tokenizer, self.train.ends)
+        self._notes += chat_notes(tokenizer, self.train.ends, train if data.template == "auto" else ())
         super().__init__(config, _lengths(self.train))
         self._notes += beyond_context(config, self._lengths.tolist())
         if self.valid is not None:

@@ -258,15 +258,14 @@ def test_a_failure_to_write_takes_no_result_away(
     assert not list((here / "out").iterdir())
 
 
-def test_a_lone_surrogate_is_written_as_json_has_it(here: Path, tiny_model_dir: Path, mlxft: Any) -> None:
-    """Half a character in a wanted answer, which the model is never given."""
-    (here / "half.jsonl").write_text(json.dumps({"q": "in", "a": "half \ud83d", "b": "\u00fc"}) + "\n", "utf-8")
+def test_half_of_a_character_is_named_before_anything_is_asked(here: Path, tiny_model_dir: Path, mlxft: Any) -> None:
+    (here / "half.jsonl").write_text(json.dumps({"q": "in", "a": "half \ud83d"}) + "\n", "utf-8")
     task = {"prompt": "{q}", "answer": "a", "metrics": ["exact_match"], "max_tokens": 2}
     (here / "asks.yaml").write_text(yaml.safe_dump(task), "utf-8")
-    done = mlxft("eval", str(tiny_model_dir), "half.jsonl", "--task", "asks.yaml", "--out", "out", "--json")
-    assert done.code == 0, done.err
-    (line,) = lines(here / "out/predictions.jsonl")
-    assert line["target"] == "half \ud83d"
+    done = mlxft("eval", str(tiny_model_dir), "half.jsonl", "--task", "asks.yaml", "--out", "out")
+    assert done.code == 1
+    assert "half.jsonl:1: a holds half of a character (U+D83D at 5)" in done.err
+    assert not (here / "out").exists()
 
 
 def test_lm_eval_is_an_extra(here: Path, tiny_model_dir: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 
+from mlxft.data.encode import encode, encode_prompt
+from mlxft.data.formats import Conversation
+from mlxft.model.load import load
+from mlxft.rundir import load as load_run
+
 Command = Callable[..., Any]
 QA = [("in", "on"), ("the", "an the"), ("or", "or er"), ("he", "re")]
 ROWS = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in QA]
@@ -37,7 +42,8 @@ def lines(file: str, rows: list[Any]) -> str:
 
 def test_it_stops_after_its_answer(base: str, write: Command, mlxft: Command, tmp_path: Path) -> None:
     """Trained to answer, the model answers and stops: in generate, eval, samples of a run, rollouts and mlx_lm."""
-    from mlx_lm import generate, load
+    from mlx_lm import generate
+    from mlx_lm import load as load_with_mlx_lm
 
     full = {"model.path": base, "tune": {"method": "full"}, "data.train": "qa.jsonl", "data.valid": "qa.jsonl"}
     how = {"batch.rows": 4, "optim.schedule": "constant", "run.steps": 150, "run.report_every": 150}
@@ -67,7 +73,7 @@ def test_it_stops_after_its_answer(base: str, write: Command, mlxft: Command, tm
     assert step["eos_share"] == 1.0
     assert step["reward"] == 1.0
 
-    model, tokenizer = load("runs/a/model")
+    model, tokenizer = load_with_mlx_lm("runs/a/model")
     for q, a in QA:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)
         assert generate(model, tokenizer, prompt, max_tokens=24) == a
@@ -76,7 +82,7 @@ def test_it_stops_after_its_answer(base: str, write: Command, mlxft: Command, tm
 def test_every_way_out_knows_the_end(base: str, write: Command, mlxft: Command, tmp_path: Path) -> None:
     """The adapter's notes, the fused folder's two files, mlx_lm, GGUF's eot, Ollama's Modelfile, PEFT's message."""
     import gguf
-    from mlx_lm import load
+    from mlx_lm import load as load_with_mlx_lm
 
     lines("qa.jsonl", ROWS)
     assert mlxft("train", write(**{"model.path": base, "data.train": "qa.jsonl"})).code == 0
@@ -88,7 +94,7 @@ def test_every_way_out_knows_the_end(base: str, write: Command, mlxft: Command, 
     assert done.code == 0, done.err
     for name in ("config.json", "generation_config.json"):
         assert json.loads(Path("fused", name).read_text("utf-8"))["eos_token_id"] == [0, 2]
-    assert load("fused")[1].eos_token_ids == {0, 2}
+    assert load_with_mlx_lm("fused")[1].eos_token_ids == {0, 2}
     done = mlxft("export", "moved", "a.gguf", "--format", "gguf", "--type", "f32")
     assert done.code == 0, done.err
     fields = gguf.GGUFReader("a.gguf").fields
@@ -125,3 +131,53 @@ def test_other_objectives_too(
     done = mlxft("check", recipe)
     assert done.code == 0, done.err
     assert done.out.count("a turn ends with <|im_end|>") == 1
+
+
+OPENS_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n"
+    "</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{% endif %}"
+)
+
+
+def test_asked_as_it_was_trained(make_model_dir: Command, write: Command, mlxft: Command, tmp_path: Path) -> None:
+    """Rows without thoughts, and a generation prompt that opens one unless told not to: it is told so ever after."""
+    base = make_model_dir(tmp_path / "base", vocab_size=302)
+    tokenizer = load(str(base)).tokenizer
+    tokenizer._tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.save_pretrained(base)
+    Path("opens.jinja").write_text(OPENS_THOUGHT, "utf-8")
+    lines("qa.jsonl", ROWS)
+    changes = {
+        "model.path": str(base),
+        "model.chat_template": "opens.jinja",
+        "data.train": "qa.jsonl",
+        "data.valid": "qa.jsonl",
+    }
+    full = {"tune": {"method": "full"}, "batch.rows": 4, "optim.schedule": "constant", "run.steps": 150}
+    done = mlxft("train", write(**changes, **full, **{"run.report_every": 150, "run.eval_every": 150}))
+    assert done.code == 0, done.err
+    assert "enable_thinking: false" in done.out
+    for model in ("runs/a", "runs/a/model"):
+        assert mlxft("generate", "--model", model, "--max-tokens", "24", "in").out == "on\n"
+    done = mlxft("eval", "runs/a", "qa.jsonl", "--task", "exact_match", "--json")
+    assert json.loads(done.out)["tasks"][0]["figures"]["exact_match"]["value"] == 1.0
+
+    assert mlxft("train", write(**changes, **{"run.name": "lora"})).code == 0
+    about = json.loads(Path("runs/lora/adapter/adapter_config.json").read_text("utf-8"))["mlxft"]
+    assert about["enable_thinking"] is False
+    assert mlxft("fuse", "runs/lora/adapter", "fused", "--force").code == 0
+    for model in ("runs/lora", "runs/lora/adapter", "fused"):
+        tokenizer = load_run(model).tokenizer
+        assert tokenizer.decode(encode_prompt("in", tokenizer)).endswith("<|im_start|>assistant\n")
+        with_thoughts = [*ROWS[0]["messages"][:1], {**ROWS[0]["messages"][1], "reasoning_content": "Hm."}]
+        (row,) = encode(Conversation(with_thoughts), tokenizer, "x", "assistant")
+        assert tokenizer.decode(row.ids[row.trained].tolist()) == "<think>\nHm.\n</think>\non<|im_end|>"
+
+    # Rows of both kinds: the template's own way, which opens a thought, stays.
+    turns = ROWS[1]["messages"]
+    lines("qa.jsonl", [*ROWS, {"messages": [turns[0], {**turns[1], "reasoning_content": "Hm."}]}])
+    done = mlxft("train", write(**changes, **{"run.name": "both"}))
+    assert "enable_thinking" not in done.out
+    tokenizer = load_run("runs/both").tokenizer
+    assert tokenizer.decode(encode_prompt("in", tokenizer)).endswith("<think>\n")

@@ -240,12 +240,12 @@ def test_a_choice_stands_where_the_template_has_an_answer(tiny_model: Loaded) ->
         turn.replace("BEFORE", empty) + asks.replace("OPEN", "<think>\n"): "<think>\n\n</think>\n\n",
         turn.replace("BEFORE", "") + asks.replace("OPEN", "<think>\n"): "",
         turn.replace("BEFORE", "") + asks.replace("OPEN", "so "): "so ",
-        "{{ messages[0].content | upper }}" + asks: "OPEN",  # a template that has no answered turns
+        "{{ messages[0].content }}; " + asks: "OPEN",  # a template that has no answered turns
     }
     for template, before in templates.items():
         tiny_model.tokenizer.chat_template = template
         (line,) = evaluate(tiny_model, cases_of(rows, task), task).predictions
-        text = ("IN" if "upper" in template else "user: in\n") + f"assistant: {before}"
+        text = ("in; " if "[0]" in template else "user: in\n") + f"assistant: {before}"
         for said, logprob in zip(rows[0]["choices"], line["logprobs"]):
             ids = [tuple(tiny_model.tokenizer.encode(t, add_special_tokens=False)) for t in (text, text + said)]
             expected = naive(tiny_model, Request(ids[0], ids[1][len(ids[0]) :]))[0]
