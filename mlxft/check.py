@@ -50,6 +50,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         "steps_per_epoch": objective.steps_per_epoch(config.batch.accumulate),
         "first_lr": float(f"{learning_rate(config.optim, 0, total):.4g}"),
         "trains": trains(config),
+        "turn_ends_with": " ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(summary.ends)),
         "data": summary.counts,
         "notes": [*summary.notes, *notes],
         "run_dir": str(config.run_dir),

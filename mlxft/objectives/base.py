@@ -74,6 +74,7 @@ class Summary:
     notes: list[str] = field(default_factory=list)  # what was dropped or cut, a sentence each
     validates: bool = False  # whether there is held-out data
     packed: int = 0  # width of sequences of several rows; 0: each row is its own
+    ends: frozenset[int] = frozenset()  # the ids that end a trained turn
 
 
 class Objective(Protocol):

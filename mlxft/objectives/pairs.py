@@ -231,7 +231,7 @@ class Judged(OffPolicy, Generic[Row]):
             counts["chosen is longer"] = self.counts.chosen_longer
         if self.valid:
             counts[f"validation {kind}"] = len(self.valid)
-        return Summary(counts, self.notes, bool(self.valid))
+        return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends_of(self.rows)))
 
     def previews(self, n: int) -> list[Row]:
         """The first `n` pairs, or answers with a label."""

@@ -187,7 +187,7 @@ class Objective(OffPolicy):
             notes += [f"validation: {note}" for note in self.valid.counts.notes()]
             counts["validation rows"] = self.valid.counts.encoded_rows
             counts["validation trained tokens"] = self.valid.counts.trained_tokens
-        return Summary(counts, notes, self.valid is not None, self._width or 0)
+        return Summary(counts, notes, self.valid is not None, self._width or 0, frozenset(self.train.ends))
 
     def previews(self, n: int) -> list[Encoded]:
         """The first `n` training rows."""

@@ -131,6 +131,7 @@ def test_other_objectives_too(
     done = mlxft("check", recipe)
     assert done.code == 0, done.err
     assert done.out.count("a turn ends with <|im_end|>") == 1
+    assert "turn_ends_with: <|im_end|>\n" in done.out
 
 
 OPENS_THOUGHT = (

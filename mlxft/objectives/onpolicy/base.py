@@ -17,7 +17,8 @@ import numpy as np
 
 from mlxft.config import Config
 from mlxft.data.dataset import fingerprint
-from mlxft.data.encode import Encoded
+from mlxft.data.encode import Encoded, turn_end
+from mlxft.data.formats import tools_of
 from mlxft.data.thoughts import decode_completion, opening_after, until_stop
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
@@ -394,7 +395,11 @@ class OnPolicy(Generic[M]):
         }
         if self.valid:
             counts["held-out prompts"] = len(self.valid)
-        return Summary(counts, self.notes, bool(self.valid))
+        first = self.prompts[0]
+        asked = first.asked if isinstance(first.asked, list) else None
+        chat = self.config.data.template == "auto"
+        ends = turn_end(self.tokenizer, asked, tools_of(first.row)) if chat else ()
+        return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends))
 
     def previews(self, n: int) -> list[Encoded]:
         """The first prompts; nothing of them is trained."""
