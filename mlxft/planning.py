@@ -15,10 +15,11 @@ from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
 from mlxft.model.logits import Split
+from mlxft.model.lora import without_dropout
 from mlxft.model.memory import machine_bytes, usable_bytes
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
 from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import aside
 from mlxft.model.shared import Sharing
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
@@ -238,6 +239,7 @@ def base_skeleton(config: Config) -> nn.Module:
     return outfitted(config, bare_skeleton(config))
 
 
+@aside()
 def bare_skeleton(config: Config) -> Loaded:
     """The recipe's model without weights.
 
@@ -245,29 +247,29 @@ def bare_skeleton(config: Config) -> Loaded:
         ModelError: it is not known before it is loaded.
     """
     m = config.model
-    random = random_state()
-    loaded = skeleton(
+    return skeleton(
         m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size, trust_remote_code=m.trust_remote_code
     )
-    set_random_state(random)
-    return loaded
 
 
+@aside()
 def outfitted(config: Config, bare: Loaded) -> nn.Module:
     """The model with what is trained, as `prepare` and the objective add it.
 
     Raises:
         ConfigError, ModelError: as training would.
     """
-    m, random = config.model, random_state()
+    m = config.model
     prepare(config, bare)
-    if outline_of(config).reads == "scores":
+    outline = outline_of(config)
+    if not outline.dropout:
+        without_dropout(bare.model)
+    if outline.reads == "scores":
         setting = "tune.train" if config.tune.train else "tune.targets"
         begin_head(ShapeSplit(bare.model), m.adapter or m.path, setting)
     if onpolicy.critic(config) is not None:
         body_width(ShapeSplit(bare.model))  # which refuses as training does
     check_head(config, bare.model)
-    set_random_state(random)
     return bare.model
 
 

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlxft.model.kv import PREFILL, takes_rows
 from mlxft.model.logits import chunk_size
 from mlxft.model.logprobs import rows_logprobs_entropy
-from mlxft.model.plan import TRACED_CHUNKS, Job, Plan, Shape, ShapeSplit, traced
+from mlxft.model.plan import TRACED_CHUNKS, Job, Plan, Shape, ShapeSplit
+from mlxft.model.random import probing
 from mlxft.model.trace import Graph, trace
 
 _STEP = 256  # positions by which mlx-lm's caches grow
@@ -129,7 +130,7 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    with traced(model, training=False):
+    with probing(model):
         rows, group = (rolling.rows, rolling.group) if takes_rows(model) else (1, 1)
         room = _rounded(rolling.prompt)
         before = min(rolling.prompt - 1, max(3, PREFILL // group))
@@ -147,7 +148,7 @@ def scoring_bytes(model: nn.Module, shapes: Sequence[Shape]) -> int:
         ModelError: the architecture's memory can not be predicted.
     """
     largest = {max(shapes, key=lambda s: s.rows * s.width), max(shapes, key=lambda s: s.rows * s.width * s.width)}
-    with traced(model, training=False):
+    with probing(model):
         return max(_scored(model, shape) for shape in largest)
 
 

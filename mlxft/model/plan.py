@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +15,7 @@ from mlxft.model.blocks import Blocks
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
 from mlxft.model.logprobs import hidden_logprobs
 from mlxft.model.lora import LEAVES
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import probing
 from mlxft.model.shared import Sharing
 from mlxft.model.trace import Graph, arrays_of, trace
 
@@ -91,6 +89,11 @@ class Outline(NamedTuple):
     together: int = 1
     copies: int = 0
 
+    @property
+    def dropout(self) -> bool:
+        """Whether dropout is drawn: log-probabilities and scores are compared, and read without."""
+        return self.reads == "nll"
+
 
 PLAIN = Outline()
 
@@ -144,20 +147,8 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    with traced(job.model, training=True):
+    with probing(job.model, training=True):
         return _plan(job, rows, width, checkpoint, shared)
-
-
-@contextmanager
-def traced(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or not, inside the block; after it, model and random state are as they were."""
-    before, random = model.training, random_state()
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-        set_random_state(random)
 
 
 def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
@@ -250,7 +241,8 @@ class ShapeSplit(Split):
     def _agrees(self) -> bool:
         ids = mx.array([[1, 0, 2]])
         try:
-            whole, hidden = self._watched(ids)
+            with probing(self.model):
+                whole, hidden = self._watched(ids)
         except (TypeError, ValueError, AttributeError, IndexError):
             return False
         # A body that gives the logits themselves has its head inside.
