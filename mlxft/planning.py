@@ -101,8 +101,9 @@ def amount(size: float) -> str:
 def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     """What a plan needs to know of a recipe and its prepared model."""
     optim = config.optim.model_copy(update={"groups": []})  # they may name what the objective adds later
-    state = sum(v.nbytes for v in Optimizer(optim, model).arrays().values())
-    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config))
+    optimizer = Optimizer(optim, model)
+    state = sum(v.nbytes for v in optimizer.arrays().values())
+    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), optimizer.renewed(model))
 
 
 def outline_of(config: Config) -> Outline:
@@ -178,7 +179,7 @@ def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], arou
     if around is None:
         return plan(job, s.rows, s.width, checkpoint, shared)
     step = plan(job, s.rows, s.width, checkpoint, shared)
-    return with_phases(step, around.residents, around.sampling, around.scoring, around.parted)
+    return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.parted else 0)
 
 
 def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None) -> Planned:

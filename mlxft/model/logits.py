@@ -276,7 +276,8 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
             total, done = total + value, [value]
             continue
         value, slope, more = _nll_slopes(split, h, frozen, y, w)
-        head_slopes = {n: head_slopes[n] + g if n in head_slopes else g for n, g in more.items()}
+        # In float32, as the loop adds up micro-batches.
+        head_slopes = {n: head_slopes[n].astype(mx.float32) + g if n in head_slopes else g for n, g in more.items()}
         slopes.append(slope)
         total, done = total + value, [value, slope, *head_slopes.values()]
     if not grad:
@@ -284,7 +285,7 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
     # v - still(v) is zero: these terms leave the value and bring the gradient.
     total = still(total) + (still(mx.concatenate(slopes)) * (hidden - still(hidden))).sum()
     for name, value in head.items():
-        total = total + (still(head_slopes[name]) * (value - frozen[name])).sum()
+        total = total + (still(head_slopes[name]).astype(value.dtype) * (value - frozen[name])).sum()
     return total
 
 

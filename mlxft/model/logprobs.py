@@ -207,8 +207,9 @@ def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Paramete
 
                 slope, more = mx.grad(total, argnums=(0, 1))(h, parameters)
                 slopes.append(slope)
-                sums = [a + b for a, b in zip(sums, more)] if sums else more
-        return (mx.concatenate(slopes), *sums)
+                # In float32, as the loop adds up micro-batches.
+                sums = [a.astype(mx.float32) + b for a, b in zip(sums, more)] if sums else more
+        return (mx.concatenate(slopes), *(s.astype(p.dtype) for s, p in zip(sums, parameters)))
 
     values.vjp(back)
     out: mx.array = values(hidden, *head.values())

@@ -109,6 +109,7 @@ class Job:
         trained_share: share of a batch's tokens that are predicted; of the fullest batch, to be safe.
         accumulate: micro-batches a step.
         outline: what a step is.
+        update: bytes that the optimiser makes anew at one time.
     """
 
     model: nn.Module
@@ -116,6 +117,17 @@ class Job:
     trained_share: float = 1.0
     accumulate: int = 1
     outline: Outline = PLAIN
+    update: int = 0
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradient of all that is trained."""
+        return sum(v.nbytes for _, v in tree_flatten(self.model.trainable_parameters()))
+
+    @property
+    def sums(self) -> int:
+        """Bytes of a sum of such gradients, which is in float32."""
+        return sum(4 * v.size for _, v in tree_flatten(self.model.trainable_parameters()))
 
 
 class Shape(NamedTuple):
@@ -157,8 +169,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
     adapters = sum(n for key, n in held if key in LEAVES)
     weights = sum(n for _, n in held) - adapters
-    trained = [v for _, v in tree_flatten(model.trainable_parameters())]
-    gradients = sum(v.nbytes for v in trained)
+    gradients = job.gradients
     positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
     prompt, answer = shared
     ids = {"ids": mx.zeros((rows, answer or width), dtype=mx.int32)}
@@ -169,10 +180,12 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     step = _Step(model, job.outline.reads, ids, positions)
     batch = sum(v.nbytes for v in ids.values()) + 12 * step.positions
     # The peak of the gradient: all of it stands at the end; the earlier micro-batches' sum all the time.
-    earlier = gradients if job.accumulate > 1 else 0
+    earlier = job.sums if job.accumulate > 1 else 0
     peak, queued = (size + earlier for size in step.peaks(checkpoint))
-    # The update holds all gradients, and the square of the largest parameter for the norm.
-    update = gradients + max((v.size * 4 for v in trained), default=0)
+    # The update holds all gradients, the square of the largest parameter for the norm or its gradient in float32, and
+    # what it makes anew.
+    largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
+    update = (earlier or gradients) + 4 * largest + job.update
     transient = max(peak, update)
     logits = min(step.head_peak(), max(0, transient - gradients - earlier))
     return Plan(
