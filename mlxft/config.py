@@ -58,7 +58,7 @@ class Tune(Settings):
         None, gt=0, description="The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank)); default 16."
     )
     rslora: bool = Field(False, description="Rank-stabilised scaling: alpha / sqrt(rank) (Kalajdzievski 2023).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update; only sft trains with it.")
     targets: str | list[str] = Field(
         "all-linear",
         description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list.",

@@ -16,10 +16,11 @@ from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
 from mlxft.model.logits import Split
+from mlxft.model.lora import without_dropout
 from mlxft.model.memory import machine_bytes, usable_bytes
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
 from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import aside
 from mlxft.model.shared import Sharing
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
@@ -101,8 +102,9 @@ def amount(size: float) -> str:
 def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     """What a plan needs to know of a recipe and its prepared model."""
     optim = config.optim.model_copy(update={"groups": []})  # they may name what the objective adds later
-    state = sum(v.nbytes for v in Optimizer(optim, model).arrays().values())
-    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config))
+    optimizer = Optimizer(optim, model)
+    state = sum(v.nbytes for v in optimizer.arrays().values())
+    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), optimizer.renewed(model))
 
 
 def outline_of(config: Config) -> Outline:
@@ -178,7 +180,7 @@ def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], arou
     if around is None:
         return plan(job, s.rows, s.width, checkpoint, shared)
     step = plan(job, s.rows, s.width, checkpoint, shared)
-    return with_phases(step, around.residents, around.sampling, around.scoring, around.parted)
+    return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.parted else 0)
 
 
 def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None) -> Planned:
@@ -243,6 +245,7 @@ def base_skeleton(config: Config) -> nn.Module:
     return outfitted(config, bare_skeleton(config))
 
 
+@aside()
 def bare_skeleton(config: Config) -> Loaded:
     """The recipe's model without weights.
 
@@ -250,29 +253,29 @@ def bare_skeleton(config: Config) -> Loaded:
         ModelError: it is not known before it is loaded.
     """
     m = config.model
-    random = random_state()
-    loaded = skeleton(
+    return skeleton(
         m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size, trust_remote_code=m.trust_remote_code
     )
-    set_random_state(random)
-    return loaded
 
 
+@aside()
 def outfitted(config: Config, bare: Loaded) -> nn.Module:
     """The model with what is trained, as `prepare` and the objective add it.
 
     Raises:
         ConfigError, ModelError: as training would.
     """
-    m, random = config.model, random_state()
+    m = config.model
     prepare(config, bare)
-    if outline_of(config).reads == "scores":
+    outline = outline_of(config)
+    if not outline.dropout:
+        without_dropout(bare.model)
+    if outline.reads == "scores":
         setting = "tune.train" if config.tune.train else "tune.targets"
         begin_head(ShapeSplit(bare.model), m.adapter or m.path, setting)
     if onpolicy.critic(config) is not None:
         body_width(ShapeSplit(bare.model))  # which refuses as training does
     check_head(config, bare.model)
-    set_random_state(random)
     return bare.model
 
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from mlxft.config import Config
 from mlxft.model.memory import limits
+from mlxft.model.random import aside
 from mlxft.objectives.base import Batch
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.memory import rollout_steps
@@ -62,6 +63,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+@aside()
 def timed_steps(config: Config, objective: Any, total: int) -> TimedSteps:
     """Load the weights, take a few steps of a run of `total`, and tell from them how long all will take.
 

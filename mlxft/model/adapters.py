@@ -17,6 +17,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
@@ -28,6 +29,9 @@ from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 
 Layers = Literal["all"] | int | list[int]
+# Of which parameter a layer takes rows by number.
+TABLES = {nn.Embedding: "weight", SwitchLinear: "bias"}
+_COUNTING: dict[type, type] = {}
 
 GROUPS = {
     "attention": ("*attn*", "*attention*"),
@@ -191,6 +195,50 @@ def unfreeze(model: nn.Module, names: Sequence[str], setting: str = "tune.train"
                 "load the base without quantisation (model.quantize) or train it through an adapter (tune.targets)"
             )
         module.unfreeze(recurse=False, keys=[leaf], strict=False)
+        count_all(module, leaf)
+
+
+def count_all(module: nn.Module, leaf: str) -> None:
+    """Let a layer's gradient count every row that it takes of a table, where its parameter `leaf` is one."""
+    if any(isinstance(module, kind) and leaf == table for kind, table in TABLES.items()):
+        module.__class__ = _counting(type(module), leaf)
+
+
+class _Table:
+    """Stands in for a table while a layer takes rows of it: their gradient is then summed in float32.
+
+    MLX adds up the gradients of equal rows in the table's own type, and a sum in bfloat16 stands still at 256. So
+    equal ids read one row, in float32: there their gradients meet, and each row of the table gets one.
+    """
+
+    def __init__(self, rows: mx.array) -> None:
+        self._rows = rows
+
+    def __getitem__(self, ids: mx.array) -> mx.array:
+        rows, flat = self._rows, ids.reshape(-1)
+        if rows.dtype == mx.float32:
+            return rows[ids]
+        places = mx.zeros(rows.shape[0], mx.int32)
+        places[flat] = mx.arange(flat.size)  # of several places of an id any will do
+        found = rows[flat].astype(mx.float32)[places[flat]]
+        return found.astype(rows.dtype).reshape(*ids.shape, *rows.shape[1:])
+
+
+def _counting(kind: type, table: str) -> type:
+    """A subclass of a layer's class in which `_Table` stands for its table; one that is such a class stays."""
+    if kind not in _COUNTING:
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            rows = self[table]
+            dict.__setitem__(self, table, _Table(rows))
+            try:
+                return kind.__call__(self, *args, **kwargs)
+            finally:
+                dict.__setitem__(self, table, rows)
+
+        found = type(kind.__name__, (kind,), {"__call__": call})
+        _COUNTING[kind] = _COUNTING[found] = found
+    return _COUNTING[kind]
 
 
 def prepare_full(model: nn.Module, layers: Layers, train: Sequence[str], freeze: Sequence[str]) -> None:

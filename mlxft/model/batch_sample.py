@@ -11,7 +11,8 @@ import mlx.nn as nn
 from mlxft.data.thoughts import opening_after, until_stop
 from mlxft.errors import ConfigError, DataError
 from mlxft.model import kv
-from mlxft.model.sample import Noise, Sampling, evaluating, never_drawn, pick
+from mlxft.model.random import evaluating
+from mlxft.model.sample import Noise, Sampling, never_drawn, pick
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

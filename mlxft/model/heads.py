@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
+from mlxft.model.random import probing
 
 HEAD = "score_head"
 CRITIC = "critic"  # what PPO trains beside a policy stands here
@@ -70,7 +71,8 @@ def body_width(split: Split) -> int:
             f"model.path: a scalar head reads the hidden states of a body, and this model ({kind}) does not keep its "
             "body apart from its output layer; choose another architecture"
         )
-    return int(split.hidden(mx.array([[0]])).shape[-1])
+    with probing(split.model):
+        return int(split.hidden(mx.array([[0]])).shape[-1])
 
 
 def attach_head(model: nn.Module, head: ScoreHead | None) -> None:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.model.cpu import exp, logsumexp
 from mlxft.model.pack import Packing
+from mlxft.model.random import again, position, probing
 
 CHUNK = 256  # most trained positions whose logits exist at one time
 
@@ -85,23 +86,20 @@ class Split:
     def _agrees(self) -> bool:
         """Whether body and head together are the model, tried on a few tokens."""
         ids = mx.array([[1, 0, 1]])
-        training = self.model.training
-        self.model.eval()
         try:
-            whole, hidden = self._watched(ids)
-            if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
-                return False
-            # A body that gives the logits themselves has its head inside: there is nothing to take apart.
-            if hidden.shape == whole.shape and mx.array_equal(hidden, whole).item():
-                return False
-            self._width, self._dtype = hidden.shape[-1], hidden.dtype
-            self.vocabulary = whole.shape[-1]
-            apart = self.logits(hidden.reshape(-1, hidden.shape[-1]))
-            return bool(mx.allclose(whole.reshape(apart.shape), apart, rtol=1e-3, atol=1e-3).item())
+            with probing(self.model):
+                whole, hidden = self._watched(ids)
+                if hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+                    return False
+                # A body that gives the logits themselves has its head inside: there is nothing to take apart.
+                if hidden.shape == whole.shape and mx.array_equal(hidden, whole).item():
+                    return False
+                self._width, self._dtype = hidden.shape[-1], hidden.dtype
+                self.vocabulary = whole.shape[-1]
+                apart = self.logits(hidden.reshape(-1, hidden.shape[-1]))
+                return bool(mx.allclose(whole.reshape(apart.shape), apart, rtol=1e-3, atol=1e-3).item())
         except (TypeError, ValueError, AttributeError, IndexError):
             return False
-        finally:
-            self.model.train(training)
 
     @cached_property
     def packing(self) -> Packing:
@@ -169,7 +167,8 @@ class Split:
         """Full name -> value of the trainable parameters that the head reads; a tied embedding is one of them."""
         trained = frozenset(n for n, _ in tree_flatten(self.model.trainable_parameters()))
         if trained not in self._read:
-            self._read[trained] = tuple(self._readers(sorted(trained)))
+            with probing(self.model):
+                self._read[trained] = tuple(self._readers(sorted(trained)))
         return self._values(self._read[trained])
 
     def _values(self, names: Iterable[str]) -> dict[str, mx.array]:
@@ -210,6 +209,7 @@ def _nll_slopes(
     def head(h: mx.array, *values: mx.array) -> mx.array:
         return split.logits(h, dict(zip(names, values))).astype(mx.float32)
 
+    drawn = position()
     logits = head(hidden, *parameters.values())
     largest = logits.max(axis=-1, keepdims=True)
     powers = exp(logits - largest)
@@ -217,7 +217,8 @@ def _nll_slopes(
     picked = mx.take_along_axis(logits, labels[:, None], axis=-1)
     value = ((mx.log(sums) + largest - picked)[:, 0] * weights).sum()
     slopes = mx.put_along_axis(powers / sums, labels[:, None], exp(picked - largest) / sums - 1.0, axis=-1)
-    _, (slope, *more) = mx.vjp(head, [hidden, *parameters.values()], [slopes * weights[:, None]])
+    with again(drawn):
+        _, (slope, *more) = mx.vjp(head, [hidden, *parameters.values()], [slopes * weights[:, None]])
     return value, slope, dict(zip(names, more))
 
 
@@ -275,7 +276,8 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
             total, done = total + value, [value]
             continue
         value, slope, more = _nll_slopes(split, h, frozen, y, w)
-        head_slopes = {n: head_slopes[n] + g if n in head_slopes else g for n, g in more.items()}
+        # In float32, as the loop adds up micro-batches.
+        head_slopes = {n: head_slopes[n].astype(mx.float32) + g if n in head_slopes else g for n, g in more.items()}
         slopes.append(slope)
         total, done = total + value, [value, slope, *head_slopes.values()]
     if not grad:
@@ -283,7 +285,7 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
     # v - still(v) is zero: these terms leave the value and bring the gradient.
     total = still(total) + (still(mx.concatenate(slopes)) * (hidden - still(hidden))).sum()
     for name, value in head.items():
-        total = total + (still(head_slopes[name]) * (value - frozen[name])).sum()
+        total = total + (still(head_slopes[name]).astype(value.dtype) * (value - frozen[name])).sum()
     return total
 
 

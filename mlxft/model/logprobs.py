@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlxft.model.cpu import exp, logsumexp
 from mlxft.model.logits import Split, chunk_size
+from mlxft.model.random import again, position
 
 Parameters = dict[str, mx.array]
 Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers
@@ -184,7 +185,7 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -
 def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
     """Where the head is trained too its gradient depends on what each token's number counts: chunks are computed
     again once that is known."""
-    names = list(head)
+    names, drawn = list(head), position()
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
         return _values(split, hidden, labels, dict(zip(names, parameters)), read)
@@ -195,18 +196,20 @@ def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Paramete
         hidden, *parameters = primals
         slopes: list[mx.array] = []
         sums: list[mx.array] = []
-        for part in _parts(split, hidden.shape[0]):
-            h, y, c = hidden[part], labels[part], cotangent[part]
-            if slopes:
-                (h,) = mx.depends([h], [slopes[-1], *sums])
+        with again(drawn):
+            for part in _parts(split, hidden.shape[0]):
+                h, y, c = hidden[part], labels[part], cotangent[part]
+                if slopes:
+                    (h,) = mx.depends([h], [slopes[-1], *sums])
 
-            def total(h: mx.array, parameters: list[mx.array], y: mx.array = y, c: mx.array = c) -> mx.array:
-                return (read(split.logits(h, dict(zip(names, parameters))), y) * c).sum()
+                def total(h: mx.array, parameters: list[mx.array], y: mx.array = y, c: mx.array = c) -> mx.array:
+                    return (read(split.logits(h, dict(zip(names, parameters))), y) * c).sum()
 
-            slope, more = mx.grad(total, argnums=(0, 1))(h, parameters)
-            slopes.append(slope)
-            sums = [a + b for a, b in zip(sums, more)] if sums else more
-        return (mx.concatenate(slopes), *sums)
+                slope, more = mx.grad(total, argnums=(0, 1))(h, parameters)
+                slopes.append(slope)
+                # In float32, as the loop adds up micro-batches.
+                sums = [a.astype(mx.float32) + b for a, b in zip(sums, more)] if sums else more
+        return (mx.concatenate(slopes), *(s.astype(p.dtype) for s, p in zip(sums, parameters)))
 
     values.vjp(back)
     out: mx.array = values(hidden, *head.values())

@@ -8,12 +8,13 @@ change, and the float32 matrices are cast to the activations' type, so that they
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from mlxft.model.random import Dropout
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
@@ -22,13 +23,12 @@ QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 LEAVES = ("lora_a", "lora_b", "m")
 
 
-def without_dropout(layers: Iterable[LowRank]) -> bool:
-    """Take the dropout out of layers; whether there was any."""
-    had = False
-    for layer in layers:
-        had |= layer.dropout._p_1 < 1
-        layer.dropout = nn.Dropout(p=0.0)
-    return had
+def without_dropout(*modules: nn.Module) -> bool:
+    """Take the dropout out of modules and what they hold; whether there was any."""
+    found = [m for module in modules for m in module.modules() if isinstance(m, nn.Dropout) and m._p_1 < 1]
+    for dropout in found:
+        dropout._p_1 = 1.0
+    return bool(found)
 
 
 def dense_weight(base: nn.Module, exact: bool = False) -> mx.array:
@@ -51,7 +51,7 @@ class LowRank(nn.Module):
 
     def __init__(self, scale: float, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(p=dropout)
+        self.dropout = Dropout(p=dropout)
         # Underscored: part of the state that a compiled function reads, but not a parameter.
         self._scale = mx.array(scale, dtype=mx.float32)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from mlxft.model.random import again, position
 
 _CHECKPOINTED: dict[type, type] = {}
 
@@ -22,18 +25,20 @@ def _checkpointed(kind: type) -> type:
                 return kind.__call__(self, *args, **kwargs)
 
             # For the gradient it is called again, when another role may stand in the block.
-            own = _contents(self)
+            own, calls = _contents(self), count()
 
-            def inner(params: Any, *inputs: Any, **named: Any) -> Any:
+            def inner(params: Any, drawn: mx.array, *inputs: Any, **named: Any) -> Any:
                 before = _contents(self)
                 _put(own)
                 try:
                     self.update(params)
-                    return kind.__call__(self, *inputs, **named)
+                    with again(drawn) if next(calls) else nullcontext():
+                        return kind.__call__(self, *inputs, **named)
                 finally:
                     _put(before)  # no tracers are left, and the role that was there
 
-            return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+            # Given as an argument, the position is not there before the block's output: masks wait for their turn.
+            return mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
 
         _CHECKPOINTED[kind] = type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
     return _CHECKPOINTED[kind]

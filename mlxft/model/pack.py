@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.errors import ModelError
+from mlxft.model.random import probing
 
 ATTENTION = ("KVCache", "RotatingKVCache")  # of keys and values only: what a mask hides is not seen
 # Rows of the trial, by sequence: unequal numbers and lengths, and padding behind the second's.
@@ -69,12 +70,8 @@ class Packing:
                 "a state that no mask divides, so that rows would see the ones before them; leave batch.pack out"
             )
         self._count = len(caches)
-        training = model.training
-        model.eval()
-        try:
+        with probing(model):
             reasons = [self._trial(model, axes, width) for axes in (1, 2)]
-        finally:
-            model.train(training)
         if all(reasons):
             raise ModelError(f"batch.pack: {kind} does not keep packed rows apart: {reasons[0]}; leave batch.pack out")
         self._axes = 1 + reasons.index("")

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxft.model.kv import PREFILL, takes_rows
 from mlxft.model.logits import chunk_size
 from mlxft.model.logprobs import rows_logprobs_entropy
-from mlxft.model.plan import TRACED_CHUNKS, Job, Plan, Shape, ShapeSplit, traced
+from mlxft.model.plan import TRACED_CHUNKS, Job, Plan, Shape, ShapeSplit
+from mlxft.model.random import probing
 from mlxft.model.trace import Graph, trace
 
 _STEP = 256  # positions by which mlx-lm's caches grow
@@ -61,9 +61,9 @@ class Residents(NamedTuple):
 
     def with_training(self, job: Job) -> int:
         """All of them, with the critic's share of the optimiser's state, its gradient, and the sum of earlier ones."""
-        own = sum(v.nbytes for _, v in tree_flatten(job.model.trainable_parameters()))
-        state = self.critic * job.optimizer // own if own else 0
-        return self.reference + self.reward + 3 * self.critic + state
+        own = job.gradients
+        more = self.critic * (job.optimizer + job.sums) // own if own else 0
+        return self.reference + self.reward + 2 * self.critic + more
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ class PhasedPlan(Plan):
         return max(self.phases(ahead=False).values())
 
 
-def with_phases(step: Plan, residents: Residents, sampling: int, scoring: int, parted: bool) -> PhasedPlan:
+def with_phases(step: Plan, residents: Residents, sampling: int, scoring: int, sums: int) -> PhasedPlan:
     """The plan of a training step as that of training with rollouts.
 
     Args:
         step: of the policy's largest micro-batch, as if it were alone in its step.
         sampling, scoring: of these phases, beside what stands in memory all the time.
-        parted: whether a step has several micro-batches, so that there are sums of gradients already.
+        sums: of the policy's gradients, where a step has several micro-batches; else 0.
     """
     own, critic = step.gradients, residents.critic
-    before = own + critic if parted else 0
+    before = sums + (critic * sums // own if own else 0)
     # The critic's batch comes after the policy's, whose gradient waits for it, and has no logits.
     first = replace(step, gradients=before + own)
     second = replace(step, gradients=max(before, own) + critic, logits=0)
@@ -129,7 +129,7 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    with traced(model, training=False):
+    with probing(model):
         rows, group = (rolling.rows, rolling.group) if takes_rows(model) else (1, 1)
         room = _rounded(rolling.prompt)
         before = min(rolling.prompt - 1, max(3, PREFILL // group))
@@ -147,7 +147,7 @@ def scoring_bytes(model: nn.Module, shapes: Sequence[Shape]) -> int:
         ModelError: the architecture's memory can not be predicted.
     """
     largest = {max(shapes, key=lambda s: s.rows * s.width), max(shapes, key=lambda s: s.rows * s.width * s.width)}
-    with traced(model, training=False):
+    with probing(model):
         return max(_scored(model, shape) for shape in largest)
 
 

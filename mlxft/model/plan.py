@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +15,7 @@ from mlxft.model.blocks import Blocks
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
 from mlxft.model.logprobs import hidden_logprobs
 from mlxft.model.lora import LEAVES
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import probing
 from mlxft.model.shared import Sharing
 from mlxft.model.trace import Graph, arrays_of, trace
 
@@ -91,6 +89,11 @@ class Outline(NamedTuple):
     together: int = 1
     copies: int = 0
 
+    @property
+    def dropout(self) -> bool:
+        """Whether dropout is drawn: log-probabilities and scores are compared, and read without."""
+        return self.reads == "nll"
+
 
 PLAIN = Outline()
 
@@ -106,6 +109,7 @@ class Job:
         trained_share: share of a batch's tokens that are predicted; of the fullest batch, to be safe.
         accumulate: micro-batches a step.
         outline: what a step is.
+        update: bytes that the optimiser makes anew at one time.
     """
 
     model: nn.Module
@@ -113,6 +117,17 @@ class Job:
     trained_share: float = 1.0
     accumulate: int = 1
     outline: Outline = PLAIN
+    update: int = 0
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradient of all that is trained."""
+        return sum(v.nbytes for _, v in tree_flatten(self.model.trainable_parameters()))
+
+    @property
+    def sums(self) -> int:
+        """Bytes of a sum of such gradients, which is in float32."""
+        return sum(4 * v.size for _, v in tree_flatten(self.model.trainable_parameters()))
 
 
 class Shape(NamedTuple):
@@ -144,20 +159,8 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
-    with traced(job.model, training=True):
+    with probing(job.model, training=True):
         return _plan(job, rows, width, checkpoint, shared)
-
-
-@contextmanager
-def traced(model: nn.Module, training: bool) -> Iterator[None]:
-    """The model in training or not, inside the block; after it, model and random state are as they were."""
-    before, random = model.training, random_state()
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-        set_random_state(random)
 
 
 def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
@@ -166,8 +169,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
     adapters = sum(n for key, n in held if key in LEAVES)
     weights = sum(n for _, n in held) - adapters
-    trained = [v for _, v in tree_flatten(model.trainable_parameters())]
-    gradients = sum(v.nbytes for v in trained)
+    gradients = job.gradients
     positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
     prompt, answer = shared
     ids = {"ids": mx.zeros((rows, answer or width), dtype=mx.int32)}
@@ -178,10 +180,12 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     step = _Step(model, job.outline.reads, ids, positions)
     batch = sum(v.nbytes for v in ids.values()) + 12 * step.positions
     # The peak of the gradient: all of it stands at the end; the earlier micro-batches' sum all the time.
-    earlier = gradients if job.accumulate > 1 else 0
+    earlier = job.sums if job.accumulate > 1 else 0
     peak, queued = (size + earlier for size in step.peaks(checkpoint))
-    # The update holds all gradients, and the square of the largest parameter for the norm.
-    update = gradients + max((v.size * 4 for v in trained), default=0)
+    # The update holds all gradients, the square of the largest parameter for the norm or its gradient in float32, and
+    # what it makes anew.
+    largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
+    update = (earlier or gradients) + 4 * largest + job.update
     transient = max(peak, update)
     logits = min(step.head_peak(), max(0, transient - gradients - earlier))
     return Plan(
@@ -250,7 +254,8 @@ class ShapeSplit(Split):
     def _agrees(self) -> bool:
         ids = mx.array([[1, 0, 2]])
         try:
-            whole, hidden = self._watched(ids)
+            with probing(self.model):
+                whole, hidden = self._watched(ids)
         except (TypeError, ValueError, AttributeError, IndexError):
             return False
         # A body that gives the logits themselves has its head inside.

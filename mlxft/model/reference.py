@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxft.model.random import probing
 from mlxft.model.roles import Roles
 from mlxft.model.shared import Sharing
 
@@ -66,15 +67,9 @@ class Reference:
 
     def _ask(self, arrays: dict[str, mx.array]) -> mx.array:
         assert self._roles is not None
-        model = self._roles.model
-        training = model.training
-        model.eval()
-        try:
-            with self._roles.use(self._name):
-                values = self._sharing.logprobs(arrays, grad=False)
-                mx.eval(values)
-        finally:
-            model.train(training)
+        with probing(self._roles.model), self._roles.use(self._name):
+            values = self._sharing.logprobs(arrays, grad=False)
+            mx.eval(values)
         return values
 
     def _digest(self, key: str) -> str:

@@ -24,6 +24,7 @@ from mlxft.errors import ModelError
 from mlxft.model.adapters import (
     LoRASpec,
     adapter_config,
+    count_all,
     load_trained,
     read_adapter,
     spec_of,
@@ -123,6 +124,7 @@ class Roles:
         for name in names:
             if name not in self._owners:
                 owner, _, leaf = name.rpartition(".")
+                count_all(modules[owner], leaf)
                 self._owners[name] = modules[owner], leaf
                 self._own[name] = modules[owner][leaf]
 

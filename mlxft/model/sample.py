@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from mlxft.data.encode import encode_prompt
 from mlxft.data.formats import message_at
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import exp
+from mlxft.model.random import evaluating
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -193,18 +193,6 @@ def _first(mass: mx.array, uniform: mx.array) -> mx.array:
     upto = mx.cumsum(mass, axis=-1)
     # A GPU's parallel sums need not be monotone: what has no mass is never taken.
     return mx.argmax((upto > uniform[:, None] * upto[:, -1:]) & (mass > 0), axis=-1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and the like are off; at the end every module's training flag is as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module._training = training
 
 
 def _pieces(

@@ -18,6 +18,7 @@ from mlxft.model.logits import Split
 from mlxft.model.logprobs import hidden_logprobs, rows_logprobs
 from mlxft.model.memory import is_checkpointed
 from mlxft.model.pack import ATTENTION
+from mlxft.model.random import probing
 
 Arrays = dict[str, mx.array]
 # Tokens of the trial: prompts, and the answers' prompts and lengths.
@@ -101,16 +102,12 @@ class Sharing:
         model = self.split.model
         if not self.thinkable:
             return "the body is not separable, or keeps more than keys and values"
-        training = model.training
-        model.eval()
-        try:
+        with probing(model):
             for self._axes in (2, 1):
                 reason = self._trial()
                 if not reason:
                     break
-            return reason
-        finally:
-            model.train(training)
+        return reason
 
     def logprobs(self, a: Arrays, *, grad: bool) -> mx.array:
         """(N,) float32 log-probabilities of the answers' tokens, in nats."""

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model.cpu import quicker
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import aside
 
 # How far MLX runs ahead of a CPU: 10 tasks of 10 pieces of work each; an operation is two, a view one.
 QUEUE, TASK = 100, 10
@@ -327,7 +327,6 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
     """
     slots = arrays_of(model)
     values = [module[key] for module, key in slots]
-    random = random_state()
 
     def put(arrays: Iterable[mx.array]) -> None:
         for (module, key), value in zip(slots, arrays):
@@ -339,13 +338,13 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
 
     graph = Graph()
     try:
-        with quicker(model), _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}):
+        # Aside: a dropout would leave its tracer in the random state.
+        with aside(), quicker(model), _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}):
             mx.export_function(graph.receive, whole, *arguments, *values)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"memory can not be predicted for this architecture: {error}") from error
     finally:
         put(values)
-        set_random_state(random)  # a dropout would leave its tracer there
     return graph.pruned(), graph.inputs[: len(arguments)]
 
 

@@ -15,6 +15,7 @@ from mlxft.data.encode import Encoded
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair
 from mlxft.errors import ModelError
 from mlxft.model.load import context_of, load_config
+from mlxft.model.lora import without_dropout
 
 MAX = "_max"  # metrics whose names end so are maxima, not sums
 
@@ -64,6 +65,24 @@ class Batch:
     counts: bool = True  # False: another pass over rows that were counted already
     event: dict[str, Any] | None = None  # what is to be reported before the step: of a rollout
     before_s: float = 0.0  # seconds of making it that are not training's: of sampling and scoring
+
+
+class NoDropout(NamedTuple):
+    """Training without dropout, as objectives want it that compare what a network gives with what it gives elsewhere.
+
+    Attributes:
+        why: what dropout would do, for messages.
+    """
+
+    why: str
+
+    def problems(self, config: Config) -> list[str]:
+        """What is wrong with a recipe that asks for dropout."""
+        return [f"tune.dropout: {self.why}; leave it out"] if config.tune.dropout else []
+
+    def take_out(self, *modules: nn.Module) -> list[str]:
+        """Take the dropout out of modules, which an adapter may have brought. Returns what is to be said of it."""
+        return [f"the adapter's dropout is off: {self.why}"] if without_dropout(*modules) else []
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,14 @@ from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
 from mlxft.model.plan import Shape
 from mlxft.model.shared import Sharing
-from mlxft.objectives.base import Batch, OffPolicy, Summary, beyond_context
+from mlxft.objectives.base import Batch, NoDropout, OffPolicy, Summary, beyond_context
 from mlxft.objectives.sft import load_splits, of_valid
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
 # A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a
 # mask of one's own costs more than the plain causal one. Short prompts are not worth a second pass.
 SHARED, LEAST_PROMPT = 0.75, 32
+NO_DROPOUT = NoDropout("what is compared (completions, policy and reference) must come from one network")
 
 
 class Answer(NamedTuple):
@@ -155,6 +156,7 @@ def check_recipe(config: Config, formats: Sequence[str]) -> None:
         problems.append(f"data.overflow: {data.overflow} would make another answer of one; choose error or drop")
     if config.batch.pack:
         problems.append(f"batch.pack: is not for objective {name}, whose answers are rows of their own")
+    problems += NO_DROPOUT.problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -174,6 +176,9 @@ class Judged(OffPolicy, Generic[Row]):
         super().__init__(config, np.array([length(row) for row in rows], dtype=np.int64), per_row)
         self.notes += beyond_context(config, self._lengths.tolist())
         self.notes += [f"validation: {note}" for note in beyond_context(config, list(map(length, valid)))]
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        self.notes += NO_DROPOUT.take_out(model)
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         """The batch of these rows."""

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from mlxft.config import Config, Settings
 from mlxft.model.heads import CRITIC, body_width
 from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, hidden_logprobs_entropy, rows_hidden
+from mlxft.model.random import probing
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.onpolicy.base import OnPolicy
@@ -112,10 +113,11 @@ class Objective(OnPolicy[PPO]):
     def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
         s = self.settings
         if s.critic == "separate":
-            for rows in micro:
-                values = self._values(self._arrays(rollout, rows, self.prompts))
-                mx.eval(values)
-                self._keep(rollout, rows, "values", values)
+            with probing(self.split.model):
+                for rows in micro:
+                    values = self._values(self._arrays(rollout, rows, self.prompts))
+                    mx.eval(values)
+                    self._keep(rollout, rows, "values", values)
         old, ref, values, mask = (*map(rollout.grid, ("old_logprobs", "ref_logprobs", "values")), rollout.mask)
         rewards = -self.kl_coef * F.kl(old, ref, s.kl_estimator) * mask
         last = mx.array(rollout.sizes - 1)[:, None]

@@ -18,6 +18,7 @@ from mlxft.errors import DataError
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums
 from mlxft.model.plan import Outline
+from mlxft.model.random import probing
 from mlxft.model.reference import Reference
 from mlxft.model.shared import Sharing
 from mlxft.objectives import functional as F
@@ -133,6 +134,7 @@ class _Pairs(Judged[EncodedPair]):
         self.notes += _idle_margins(rows, self._settings.loss)
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
+        super().prepare(model, base)
         self._policy.prepare(model)
         if self._settings.precompute and self._policy.reference is not None:
             key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()}"
@@ -214,6 +216,7 @@ class _Single(Judged[EncodedAnswer]):
         self._point = 0.0
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
+        super().prepare(model, base)
         self._policy.prepare(model)
         if self._settings.precompute and self._policy.reference is not None:
             key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()} {self.config.run.seed}"
@@ -234,13 +237,11 @@ class _Single(Judged[EncodedAnswer]):
         assert self._policy.reference is not None
         every = len(self.valid if valid else self.rows)
         rows = [i for slot in slots for i in slot.rows if self._partners[valid][i] != i]
-        training = model.training
-        model.eval()
         total = 0.0
-        for places, arrays in _stacked([self._mismatched(i, valid) for i in rows], self.most):
-            ref = self._policy.reference.logprobs(arrays, int(valid), [every + rows[i] for i in places])
-            total += float((self._policy.logprobs(model, arrays, False) - ref).sum())
-        model.train(training)
+        with probing(model):
+            for places, arrays in _stacked([self._mismatched(i, valid) for i in rows], self.most):
+                ref = self._policy.reference.logprobs(arrays, int(valid), [every + rows[i] for i in places])
+                total += float((self._policy.logprobs(model, arrays, False) - ref).sum())
         self._point = max(0.0, total / len(rows)) if rows else 0.0
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:

@@ -74,6 +74,7 @@ class Objective(Judged[EncodedPair]):
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         """Attach a new head, or the one of the reward run that is trained further."""
+        super().prepare(model, base)
         self._sharing = Sharing(Split(model))
         given = self.config.model.adapter or self.config.model.path
         begin_head(self._sharing.split, given, "tune.train" if self.config.tune.train else "tune.targets")

@@ -17,7 +17,7 @@ from mlxft.data.encode import context_ids
 from mlxft.errors import DataError
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import hidden_logprobs_greedy, rows_logprobs_greedy
-from mlxft.model.sample import evaluating
+from mlxft.model.random import probing
 from mlxft.model.shared import Sharing
 from mlxft.study.stats import Floats
 
@@ -120,7 +120,7 @@ def loglikelihoods(
         on_done(empty)
     if not members:
         return found
-    with evaluating(split.model):
+    with probing(split.model):
         for batch in _batches(_units(members, requests, tokens, sharing), tokens):
             own, positions, labels = _asked(batch, members, requests)
             logprobs, greedy = _read(sharing, batch, positions, labels)

@@ -29,7 +29,8 @@ from mlxft.model.cpu import quicker
 from mlxft.model.load import Loaded, context_of
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
-from mlxft.model.sample import Sampling, evaluating
+from mlxft.model.random import probing
+from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.rewards import Item
 from mlxft.objectives.sft import make_batch
 from mlxft.study.answers import Answer
@@ -234,7 +235,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     slots = plan_epoch(lengths, tokens=how.tokens, seed=None)
-    with evaluating(how.loaded.model), bar(how.console, len(data.rows), "rows") as advance:
+    with probing(how.loaded.model), bar(how.console, len(data.rows), "rows") as advance:
         for slot in slots:
             rows = [data.rows[i] for i in slot.rows]
             a = make_batch(rows, slot.width).arrays

@@ -13,6 +13,7 @@ from rich.console import Console
 from mlxft.config import Config
 from mlxft.errors import ConfigError, TrainingError, missing_extra
 from mlxft.model.memory import limits
+from mlxft.model.random import aside
 from mlxft.parts import load_base, make_objective
 from mlxft.planning import settled
 from mlxft.run import assemble
@@ -122,6 +123,7 @@ class _Rising(Loop):
         return rate_at(self.progress.step, self.total_steps, self._low, self._high)
 
 
+@aside()
 def lr_find(
     config: Config,
     low: float = 1e-7,

@@ -172,7 +172,8 @@ class Loop:
                 continue
             part, more = self._gradient(batch)
             sums = part if sums is None else sums.plus(part)
-            grads |= {n: grads[n] + g if n in grads else g for n, g in more.items()}
+            # In float32: a sum in bfloat16 has 8 bits, and stands still at 256 times what is added to it.
+            grads |= {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
             # Together, and before anything else is asked for: what only one of them needs would keep the others'
             # activations alive.
             mx.async_eval(sums, grads)

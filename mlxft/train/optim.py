@@ -210,6 +210,15 @@ class Optimizer:
         steps = {f"steps.{part}": v for part, v in self._steps.items()}
         return state | steps | {f"master.{n}": v for n, v in self._master.items()}
 
+    def renewed(self, model: nn.Module) -> int:
+        """Bytes that an update makes anew before it lets go of the old: a parameter's, its master's and its state's."""
+
+        def size(name: str, value: mx.array) -> int:
+            state = sum(v.nbytes for _, v in tree_flatten(self._opt.state[name]))
+            return value.nbytes + (self._master[name].nbytes if name in self._master else 0) + state
+
+        return max((size(n, v) for n, v in _flat(model.trainable_parameters()).items()), default=0)
+
     def load(self, arrays: Arrays) -> None:
         """Put back what `arrays` gave."""
         assert set(arrays) == set(self.arrays()), "checkpoint of another optimiser"

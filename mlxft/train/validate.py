@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import probing
 from mlxft.objectives.base import LossSum, Objective
 
 
@@ -16,10 +16,8 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
 
     An objective may have a way of its own.
     """
-    training, random = model.training, random_state()
-    model.eval()
     sums: LossSum | None = None
-    try:
+    with probing(model):
         own = objective.evaluate(model)
         if own is not None:
             return own
@@ -27,9 +25,6 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
             part = objective.loss(model, batch)
             sums = part if sums is None else sums.plus(part)
             mx.eval(sums)  # one batch's activations at a time
-    finally:
-        model.train(training)
-        set_random_state(random)
     if sums is None:
         return {}
     weight = float(sums.weight)

@@ -240,6 +240,30 @@ def test_killed_is_uninterrupted(recipe: Recipe, tmp_path: Path, changes: dict[s
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
 
 
+@pytest.mark.parametrize("objective", ["sft", "packed", "dpo"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_killed_is_uninterrupted_with_dropout_where_the_head_reads(
+    recipe: Recipe, tmp_path: Path, make_model_dir: Callable[..., Path], tied: bool, objective: str
+):
+    """What is found out of a model in its first step, which a resumed run finds out again, draws nothing."""
+    folder = make_model_dir(tmp_path / "model", tie_word_embeddings=tied)
+    targets = ["all-linear", "embed_tokens"] + ([] if tied else ["lm_head"])
+    settings: dict[str, Any] = {"tune": {"rank": 2, "dropout": 0.3, "targets": targets}, "model.path": str(folder)}
+    settings |= {"run.steps": 7, "run.save_every": 3, "optim.lr": 1e-3}
+    if objective == "packed":
+        settings |= {"batch": {"tokens": 128, "pack": True}}
+    if objective == "dpo":  # from an adapter that brings its dropout
+        first = train(recipe(**{**settings, "run.name": "sft", "run.steps": 1}))
+        rows = [{"prompt": f"{i} the", "chosen": "and the or" * (i + 1), "rejected": "in on"} for i in range(6)]
+        (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        settings |= {"objective": "preference", "tune": {}, "model.adapter": str(first.dir)}
+        settings |= {"data": {"train": str(tmp_path / "pairs.jsonl"), "format": "preference"}}
+    train(recipe(**settings))
+    killed(5, recipe(**settings, **{"run.name": "b"}))
+    train(recipe(**settings, **{"run.name": "b"}), resume=True)
+    assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
+
+
 def test_killed_before_the_first_checkpoint_starts_over(recipe: Recipe, tmp_path: Path):
     changes: dict[str, Any] = {"tune.dropout": 0.3, "data.valid": 0.3, "run.eval_every": 1, "run.eval_at_start": True}
     train(recipe(**changes))

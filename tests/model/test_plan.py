@@ -114,6 +114,12 @@ def test_more_of_anything_takes_more(recipe: Make) -> None:
     wide = plan(small, 2, 64, False)
     accumulated = plan(Job(small.model, small.optimizer, accumulate=2), 2, 64, False)
     assert accumulated.gradients == 2 * wide.gradients
+    # The sum of the earlier micro-batches' gradients is in float32, twice the size of one in bfloat16.
+    one, more = (
+        plan(job(recipe, tune={"method": "full"}, **{"model.dtype": "bfloat16", "batch.accumulate": n}), 2, 64, False)
+        for n in (1, 2)
+    )
+    assert more.gradients == 3 * one.gradients
 
 
 def test_rank_and_optimizer_count(recipe: Make) -> None:
@@ -199,6 +205,10 @@ print(max(e["peak_memory_gb"] for e in run.metrics("train")))
         ("qwen3", {"memory": {"checkpoint": "on"}}),
         ("gemma2", {"tune": {"method": "full"}}),
         ("mixtral", {}),
+        ("llama", {"tune": {"rank": 4, "dropout": 0.1, "targets": ["all-linear", "embed_tokens"]}}),
+        ("llama", {"tune": {"rank": 4, "dropout": 0.1}, "memory": {"checkpoint": "on"}}),
+        ("llama", {"tune": {"method": "full"}, "model.dtype": "bfloat16"}),
+        ("llama", {"tune": {"method": "full"}, "model.dtype": "bfloat16", "batch": {"rows": 8, "accumulate": 2}}),
     ],
 )
 def test_predicted_is_within_a_tenth_of_measured(

@@ -275,20 +275,6 @@ def test_weights_ties_margins_and_smoothing_reach_the_loss(settings: Recipe, tin
     assert batch.trained_tokens == 10
 
 
-def test_dropout_is_off_in_evaluation_and_on_in_training(settings: Recipe, tiny_model: Loaded) -> None:
-    found = objective(settings(**{"tune.dropout": 0.5}), tiny_model)
-    model = tiny_model.model
-    model.update({"model": {}})
-    for _, module in model.named_modules():
-        if "lora_b" in module:
-            module.lora_b = module.lora_b + 0.1
-    batch = next(found.valid_batches(model))
-    model.eval()
-    assert found.loss(model, batch).total.item() == found.loss(model, batch).total.item()
-    model.train()
-    assert found.loss(model, batch).total.item() != found.loss(model, batch).total.item()
-
-
 def test_ties_are_left_out_of_validation_and_said(settings: Recipe, tiny_model: Loaded, tmp_path: Path) -> None:
     held = pairs(4)
     held[0]["tie"] = True
@@ -310,6 +296,7 @@ def test_ties_are_left_out_of_validation_and_said(settings: Recipe, tiny_model: 
         ({"data.train_on": "last"}, "data.train_on: last has nothing to choose"),
         ({"data.overflow": "truncate"}, "data.overflow: truncate would make another answer"),
         ({"batch.pack": True}, "batch.pack: is not for objective reward"),
+        ({"tune.dropout": 0.1}, "tune.dropout: what is compared"),
         ({"reward": {"margin": True}}, "reward.margin: no row has a margin"),
         ({"run.sample_prompts": ["x"]}, "run.sample_prompts: a reward model gives scores, not text"),
     ],
@@ -323,7 +310,8 @@ def test_settings_without_meaning_are_refused(
 
 def test_resume_is_exact(settings: Recipe) -> None:
     """Stopped after four of eight steps and gone on: the same weights, head and numbers as in one go."""
-    changes = {"batch.accumulate": 2, "tune.dropout": 0.1, "run.save_every": 4, "run.eval_every": 4, "run.keep": 9}
+    # At a rate so small that the last validation is the best: then the resumed run writes the result.
+    changes = {"batch.accumulate": 2, "run.save_every": 4, "run.eval_every": 4, "run.keep": 9, "optim.lr": 5e-4}
     whole = train(settings(**changes))
     settings_b = settings(**changes, **{"run.name": "b"})
     stop_after(4, settings_b)

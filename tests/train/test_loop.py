@@ -86,7 +86,7 @@ class Bench:
     """A loop over a Pull with plain gradient descent at rate 1, and what it told."""
 
     def __init__(self, objective: Pull, steps: int, progress: Progress | None = None, **run: Any) -> None:
-        accumulate, lr = run.pop("accumulate", 1), run.pop("lr", 1.0)
+        accumulate, lr, dtype = run.pop("accumulate", 1), run.pop("lr", 1.0), run.pop("dtype", mx.float32)
         config: Config = parse_config(
             {
                 "model": {"path": "none"},
@@ -100,6 +100,7 @@ class Bench:
         self.saved: list[int] = []
         self.best: list[int] = []
         self.model = Number()
+        self.model.set_dtype(dtype)
         hooks = Hooks(
             self.events.append,
             lambda p: self.saved.append(p.step),
@@ -111,6 +112,15 @@ class Bench:
 
     def of(self, kind: str, key: str) -> list[Any]:
         return [e[key] for e in self.events if e["event"] == kind]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_gradients_of_many_micro_batches_add_up(dtype: mx.Dtype) -> None:
+    """1,024 gradients of 1: a sum in bfloat16 would end at 256, and the mean at a quarter."""
+    bench = Bench(Pull([[1.0]] * 1024), 1, accumulate=1024, dtype=dtype)
+    bench.loop.run()
+    assert bench.events[0]["grad_norm"] == 1.0
+    assert bench.model.w.item() == 0.0
 
 
 def test_a_step_divides_once_by_the_whole_weight():

@@ -240,3 +240,27 @@ def test_the_first_group_that_matches_counts(patterns: list[str], wanted: list[i
 def test_a_group_of_nothing_is_refused(patterns: list[str], said: str):
     with pytest.raises(ConfigError, match=said):
         group_of([Group(match=p, scale=0.5) for p in patterns], NAMED)
+
+
+def test_what_an_update_makes_anew():
+    """Parameter, master and moments, of the largest parameter: 32 numbers."""
+    matrix, vector = np.ones((8, 4)), np.ones(3)
+    sizes = {(mx.float32, "adamw"): 3 * 128, (mx.float32, "lion"): 2 * 128, (mx.bfloat16, "adamw"): 64 + 3 * 128}
+    for (dtype, name), size in sizes.items():
+        model = Weights(matrix, vector, dtype)
+        assert Optimizer(Optim(name=name), model).renewed(model) == size
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_an_updates_peak_is_what_it_makes_anew_and_the_gradient_in_float32(dtype: mx.Dtype):
+    """What a plan of memory counts; the parameter is large enough for nothing else to matter."""
+    model = Weights(np.ones((1024, 1024)), np.ones(3), dtype)
+    optimizer = Optimizer(Optim(), model)
+    for _ in range(2):
+        grads = {"matrix": mx.ones((1024, 1024), dtype), "vector": mx.ones((3,), dtype)}
+        mx.eval(grads, optimizer.arrays(), model.parameters())
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(optimizer.step(model, grads, mx.array(1.0), 1e-3), model.parameters(), optimizer.arrays())
+        found = mx.get_peak_memory() - before
+    assert found == pytest.approx(optimizer.renewed(model) + 4 * 1024 * 1024, rel=0.15)

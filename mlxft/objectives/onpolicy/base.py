@@ -24,13 +24,13 @@ from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import Draw, rows_logprobs, rows_logprobs_entropy
-from mlxft.model.lora import without_dropout
+from mlxft.model.random import probing
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling, never_drawn
 from mlxft.objectives.base import Batch, LossSum, Summary
 from mlxft.objectives.onpolicy.draw import Drawn
 from mlxft.objectives.onpolicy.held_out import HeldOut
-from mlxft.objectives.onpolicy.prompts import Method, check_kl, check_recipe, encode_prompts
+from mlxft.objectives.onpolicy.prompts import NO_DROPOUT, Method, check_kl, check_recipe, encode_prompts
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
 from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
@@ -91,8 +91,8 @@ class OnPolicy(Generic[M]):
         if self.rewards.role is not None and replaced:
             seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
             raise ConfigError(f"{seen}; fuse model.adapter and train from the folder")
-        if without_dropout(layer for role in self.roles.names for layer in self.roles[role].layers.values()):
-            self.notes.append("dropout of the adapters is left out: what samples and what is trained would differ")
+        layers = [layer for role in self.roles.names for layer in self.roles[role].layers.values()]
+        self.notes += NO_DROPOUT.take_out(model, *layers)
 
     def parts(self) -> dict[str, float]:
         return {}
@@ -186,9 +186,7 @@ class OnPolicy(Generic[M]):
         """
         assert self._model is not None
         entropy = 0.0
-        training = self._model.training
-        self._model.eval()
-        try:
+        with probing(self._model):
             for rows in micro:
                 a = self._arrays(rollout, rows, prompts)
                 asked = (self.split, a["ids"], a["positions"], a["labels"])
@@ -201,8 +199,6 @@ class OnPolicy(Generic[M]):
                     ref = rows_logprobs(*asked, grad=False, draw=self.how)
                     mx.eval(ref)
                 self._keep(rollout, rows, "ref_logprobs", ref)
-        finally:
-            self._model.train(training)
         return entropy / float(rollout.sizes.sum())
 
     def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -17,7 +17,7 @@ from mlxft.model.batch_sample import ROWS
 from mlxft.model.load import skeleton
 from mlxft.model.phases import Residents, Rolling
 from mlxft.model.plan import Outline, Shape, ShapeSplit
-from mlxft.model.random import random_state, set_random_state
+from mlxft.model.random import aside
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.reward_model import find_reward_run, same_base
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
@@ -130,6 +130,7 @@ def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
     return [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
 
 
+@aside()
 def _reward(config: Config) -> tuple[int, bool, list[str]]:
     """Bytes of the reward model, whether it is a role on the policy's base, and what is to be said of it."""
     settings = config.section("rewards", RewardSettings)
@@ -139,7 +140,7 @@ def _reward(config: Config) -> tuple[int, bool, list[str]]:
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if not (folder / "adapter_config.json").is_file():
         return stored, False, ["the reward model is a whole model of its own"]
-    m, random = config.model, random_state()
+    m = config.model
     try:
         policy = skeleton(m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size).fingerprint
         if same_base(folder, policy, m.path):
@@ -149,7 +150,5 @@ def _reward(config: Config) -> tuple[int, bool, list[str]]:
         own = skeleton(base.get("model", ""), **options).model
     except ModelError as error:
         return stored, False, [f"the reward model's base is not counted: {error}"]
-    finally:
-        set_random_state(random)
     weights = sum(v.nbytes for _, v in tree_flatten(own.parameters()))
     return stored + weights, False, [f"the reward model has a base of its own ({base['model']})"]

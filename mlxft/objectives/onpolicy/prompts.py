@@ -14,9 +14,12 @@ from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.load import context_of, load_config
+from mlxft.objectives.base import NoDropout
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
 from mlxft.objectives.onpolicy.settings import RolloutSettings
 from mlxft.objectives.sft import of_valid
+
+NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
 
 
 class Method(Settings):
@@ -57,8 +60,7 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
             f"batch.accumulate: {name}.minibatches says how many steps a rollout is cut into, and batch.tokens or rows "
             "how many completions are computed at once; leave accumulate out"
         )
-    if config.tune.dropout:
-        problems.append("tune.dropout: the policy that samples and the one that is trained would differ; leave it out")
+    problems += NO_DROPOUT.problems(config)
     if grouped and rollout.samples < 2:
         problems.append(f"rollout.samples: {name} compares completions of one prompt; give at least 2")
     if data.max_length <= rollout.max_tokens:

@@ -18,8 +18,8 @@ from mlxft.model.heads import find_head, load_head, read_head
 from mlxft.model.load import base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
+from mlxft.model.random import probing
 from mlxft.model.roles import Roles
-from mlxft.model.sample import evaluating
 from mlxft.model.scorer import Scorer
 from mlxft.model.source import resolve
 from mlxft.recipe import load_config
@@ -130,7 +130,7 @@ class RewardModel:
         """
         if self.role is not None:
             answers = [Reply(item.prompt_ids, item.reply_ids) for item in items]
-            with evaluating(self._roles.model), self._roles.use(self.role):
+            with probing(self._roles.model), self._roles.use(self.role):
                 scores = self._scorer.scores(answers, tokens)
         else:
             scores = self._scorer.scores([self._encode(item) for item in items], tokens)
