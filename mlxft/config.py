@@ -204,12 +204,19 @@ class Group(Settings):
 class Optim(Settings):
     """The optimiser and its learning rate."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field("adamw", description="Optimiser.")
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field(
+        "adamw",
+        description="Optimiser. muon: Muon for the matrices of the blocks and their low-rank factors, scaled so that "
+        "lr means what it means for adamw (Liu et al. 2025); AdamW at the same lr for embeddings, output layer, heads, "
+        "norms and biases.",
+    )
     lr: float = Field(2e-4, gt=0, description="Highest learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course of the rate after warm-up.")
     warmup: int | float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: share of all steps.")
     min_lr: float = Field(0.0, ge=0, description="Rate at the end of a linear or cosine schedule.")
-    weight_decay: float | None = Field(None, ge=0, description="Decoupled decay; default 0.01 for adamw, else 0.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Decoupled decay (sgd: added to the gradient); default 0.01 for adamw, else 0."
+    )
     betas: tuple[float, float] | None = Field(None, description="adam, adamw: (0.9, 0.999); lion: (0.9, 0.99).")
     eps: float | None = Field(None, gt=0, description="adam, adamw: added to the denominator; default 1e-8.")
     momentum: float | None = Field(None, ge=0, lt=1, description="sgd: default 0; muon: default 0.95.")
