@@ -13,7 +13,7 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlxft.config import Group, Optim
-from mlxft.errors import ConfigError, nearest
+from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.model.adapters import layer_paths, matches
 from mlxft.model.heads import CRITIC
 from mlxft.model.lora import LINEAR, SWITCH, LowRank
@@ -279,8 +279,16 @@ class Optimizer:
         return state | steps | {f"master.{n}": v for n, v in self._master.items()}
 
     def load(self, arrays: Arrays) -> None:
-        """Put back what `arrays` gave."""
-        assert set(arrays) == set(self.arrays()), "checkpoint of another optimiser"
+        """Put back what `arrays` gave.
+
+        Raises:
+            CheckpointError: they are another optimiser's, or this one's of another version of mlxft.
+        """
+        if set(arrays) != set(self.arrays()):
+            raise CheckpointError(
+                f"the checkpoint's optimiser state is not one of {self._settings.name} as this version of mlxft keeps "
+                "it; start a new run, from the result of this one (model.adapter, or model.path) if you like"
+            )
         # Parameter names hold dots, so the tree is walked as it is and not rebuilt from names.
         self._opt.state = tree_map_with_path(lambda n, _: arrays[f"state.{n}"], self._opt.state)
         self._steps = {part: arrays[f"steps.{part}"] for part in self._steps}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlxft.config import Group, Optim
-from mlxft.errors import ConfigError
+from mlxft.errors import CheckpointError, ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.heads import ScoreHead, attach_head
 from mlxft.model.load import load
@@ -147,6 +147,11 @@ def test_every_optimiser_descends_and_goes_on_from_its_arrays(name: str):
     descend(again, second, 5, begin=3)
     assert second.matrix.tolist() == whole.matrix.tolist()
     assert second.vector.tolist() == whole.vector.tolist()
+
+
+def test_the_state_of_another_optimiser_is_refused():
+    with pytest.raises(CheckpointError, match="optimiser state is not one of muon as this version"):
+        Optimizer(Optim(name="muon"), fresh()).load(Optimizer(Optim(name="sgd"), fresh()).arrays())
 
 
 def test_master_weights_keep_small_updates():
