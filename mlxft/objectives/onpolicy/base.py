@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlxft.config import Config
 from mlxft.data.encode import Encoded
@@ -272,10 +273,15 @@ class OnPolicy(Generic[M]):
     def _per_epoch(self, rollout: Rollout) -> int:
         return min(self.settings.minibatches, len(self.kept(rollout)))
 
+    @staticmethod
+    def kls(rollout: Rollout) -> npt.NDArray[np.float64]:
+        """(B,) log policy - log reference of each completion, in nats."""
+        apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
+        return np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
+
     def kl_of(self, rollout: Rollout) -> float:
         """Nats from the reference, summed over a completion, mean over completions."""
-        apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
-        return float(np.mean([float((old - ref).sum()) for old, ref in apart]))
+        return float(self.kls(rollout).mean())
 
     # What the loop asks for
 

@@ -78,9 +78,7 @@ class Reinforced(CriticFree[R], Generic[R]):
 
     def rewards_of(self, rollout: Rollout) -> Floats:
         """(B,) score - kl_coef x (log pi - log reference) of the completion."""
-        apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
-        kl = np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
-        return (rollout.scores - self.kl_coef * kl).astype(np.float32)
+        return (rollout.scores - self.kl_coef * self.kls(rollout)).astype(np.float32)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         a, clip = batch.arrays, self.settings.clip

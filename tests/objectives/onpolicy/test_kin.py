@@ -116,6 +116,66 @@ def test_the_known_optimum_is_reached(
     assert abs(score / best - 1) < (0.05 if objective == "ppo" else 0.1)
 
 
+# Two tokens of eight. After w1 the score is 0.8 whatever follows; after w0 it is 1 if w0 follows again, else 0. The
+# first token decides what the second's KL is worth: certainty of w0 costs ln 8. With a reference of equal chances the
+# best J = score - 0.2 KL is 0.2 ln E[exp(score / 0.2)] = 0.2 ln((8 e^4 + e^5 + 55) / 64) = 0.4606.
+TWO = "return [0.8 if a == 'w1' else float((a, b) == ('w0', 'w0')) for a, b in (c.split() for c in completions)]"
+BEST = 0.2 * np.log((8 * np.exp(4) + np.exp(5) + 55) / 64)
+
+
+def two_token_objective(folder: Path) -> float:
+    """J of a policy, by all 64 completions."""
+    model = mlxft.load(folder).model
+    first = np.array(mx.softmax(model(mx.array([[6, 7]]))[0, -1]), dtype=np.float64)
+    second = np.array(mx.softmax(model(mx.array([[6, 7, i] for i in range(8)]))[:, -1], axis=-1), dtype=np.float64)
+    p = first[:, None] * second
+    score = np.zeros((8, 8))
+    score[1], score[0, 0] = 0.8, 1
+    return float((p * (score - 0.2 * np.log(64 * p))).sum())
+
+
+@pytest.mark.parametrize(
+    ("objective", "own", "least", "most"),
+    [
+        ("grpo", {"kl_in": "advantages", "scale": "none"}, 0.995 * BEST, BEST),
+        pytest.param("rloo", {}, 0.995 * BEST, BEST, marks=pytest.mark.slow),
+        # As published, the first token is chosen as if the second's KL were free: always for the higher score.
+        pytest.param("grpo", {"scale": "none"}, 0.3, 0.92 * BEST, marks=pytest.mark.slow),
+    ],
+    ids=["grpo-advantages", "rloo", "grpo-loss"],
+)
+def test_a_token_that_decides_the_kl_of_the_next(
+    words: Words, on_policy: OnPolicy, tmp_path: Path, objective: str, own: dict[str, Any], least: float, most: float
+) -> None:
+    """KL of the tokens to come belongs into a token's advantage: with it the optimum is reached, without it is not."""
+    changes = {"rollout.prompts": 16, "rollout.samples": 16, "rollout.max_tokens": 2, "rollout.rows": 256}
+    changes |= {"batch.tokens": 8192, "optim.lr": 5e-3, "optim.schedule": "linear", "run.steps": 100}
+    settings = on_policy(objective, words(8), TWO, {"kl_coef": 0.2, **own}, **changes)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w6 w7"}\n' * 16)
+    found = two_token_objective(quietly(settings).dir)
+    assert least < found < most
+
+
+def test_kl_in_the_advantages_is_that_of_whole_completions(words: Words, on_policy: OnPolicy) -> None:
+    """grpo's gradient with scale: none and loss: constant is rloo's, over max_tokens: that of reward - kl_coef KL."""
+    slopes = []
+    exact = {"scale": "none", "loss": "constant", "kl_in": "advantages"}
+    for name, own in (("rloo", {}), ("grpo", exact), ("grpo", {**exact, "kl_in": "loss"})):
+        changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": 5}
+        settings = on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, {"kl_coef": 0.5, **own}, **changes)
+        objective, model = made(settings)
+        moved(model)  # away from the reference, before it samples
+        batches = parts_of(objective, model)
+        assert batches[0].event is not None
+        assert batches[0].event["kl"] > 0.01
+        sums, grads = sums_of(objective, model, batches)
+        slopes.append({n: g / float(sums.weight) for n, g in grads.items()})
+    for name, slope in slopes[0].items():
+        np.testing.assert_allclose(6 * slopes[1][name], slope, rtol=1e-3, atol=1e-6, err_msg=name)
+    apart = max(np.abs(6 * slopes[2][n] - slope).max() for n, slope in slopes[0].items())
+    assert apart > 0.05 * max(np.abs(slope).max() for slope in slopes[0].values())
+
+
 # The loss.
 
 
@@ -146,6 +206,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"loss": "token", "clip_high": 0.28, "kl_coef": 0.1, "kl_estimator": "k2"}),
     ("grpo", {"loss": "constant", "scale": "none"}),
     ("grpo", {"mask_truncated": True, "scale": "batch"}),
+    ("grpo", {"kl_in": "advantages", "kl_coef": 0.5}),
     ("rloo", {"ratio": "completion"}),
     ("rloo", {"ratio": "token", "clip": None}),
     ("reinforce", {"baseline": "average"}),
@@ -381,6 +442,13 @@ def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
         ("reinforce", {"decay": 0.5}, {}, r"decay \(0.5\) is for baseline: average"),
         ("grpo", {"kl_estimator": "k1"}, {}, "kl_estimator"),
         ("grpo", {"kl_estimator": "k3", "kl_coef": 0}, {}, "nothing to act on where kl_coef is 0"),
+        (
+            "grpo",
+            {"kl_in": "advantages", "kl_coef": 0},
+            {},
+            "kl_in .advantages. has nothing to act on where kl_coef is",
+        ),
+        ("grpo", {"kl_in": "advantages", "kl_estimator": "k3"}, {}, r"kl_estimator \(k3\) is for kl_in: loss"),
         ("rloo", {"clip": 0}, {}, "clip"),
         ("grpo", {"gamma": 1}, {}, "no such setting"),
     ],
