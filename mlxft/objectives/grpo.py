@@ -18,7 +18,9 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.errors import ConfigError
+from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.onpolicy.base import FAR
 from mlxft.objectives.onpolicy.critic_free import CriticFree
 from mlxft.objectives.onpolicy.draw import Drawn, resample
 from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
@@ -143,7 +145,7 @@ class Objective(CriticFree[GRPO]):
         logprobs = self.logprobs(a)
         log_ratio = logprobs - a["old_logprobs"]
         losses, metrics = surrogate(log_ratio, a["advantages"], s.clip, s.clip_high or s.clip)
-        metrics["approx_kl"] = -log_ratio
+        metrics |= {"approx_kl": -log_ratio, FAR: F.kl(a["old_logprobs"], logprobs, "k3")}
         highest = mx.stop_gradient(metrics["ratio_mean"].max())
         if self.needs_reference:
             apart = kl_loss(logprobs, a["old_logprobs"], a["ref_logprobs"], s.kl_estimator)

@@ -21,7 +21,7 @@ from mlxft.model.heads import CRITIC, body_width
 from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, hidden_logprobs_entropy, rows_hidden
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.objectives.onpolicy.base import FAR, OnPolicy
 from mlxft.objectives.onpolicy.critic import Critic, add_critic, explained_variance, is_critic, of_policy
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
@@ -175,7 +175,8 @@ class Objective(OnPolicy[PPO]):
             total = total - s.entropy_coef * entropy.sum()
         ratio_max = mx.exp(mx.stop_gradient(logprobs) - a["old_logprobs"]).max()
         named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}
-        return LossSum(total, weight, {**named, "ratio_max": ratio_max})
+        named |= {"ratio_max": ratio_max, FAR: F.kl(a["old_logprobs"], logprobs, "k3").sum()}
+        return LossSum(total, weight, named)
 
     def _value_loss(self, values: mx.array, a: dict[str, mx.array]) -> LossSum:
         old, returns, mask = a["values"][None], a["returns"][None], mx.ones_like(values[None])

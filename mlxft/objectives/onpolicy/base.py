@@ -36,6 +36,7 @@ from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.sft import load_splits
 
 M = TypeVar("M", bound=Method)
+FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, never below 0 (k3); approx_kl is k1
 _IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
 
 
@@ -66,8 +67,9 @@ class OnPolicy(Generic[M]):
         self.kl_coef: float = self.settings.kl_coef
         self._number, self._step = 0, 0  # of the rollout, and its next step
         self._rollout: Rollout | None = None
-        self._kl = 0.0  # of the newest step from the policy that sampled
-        self._sums: LossSum | None = None
+        # KL from the policy that sampled, over the pass at hand: sum and weight, and those of steps not looked at yet.
+        self._apart = [0.0, 0.0]
+        self._unread: list[tuple[mx.array, mx.array]] = []
         self._held_out = HeldOut(self)
         self._model: nn.Module | None = None
 
@@ -132,9 +134,9 @@ class OnPolicy(Generic[M]):
         return f"nothing of {rollouts} rollouts is trained on"
 
     def _arrays(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> dict[str, mx.array]:
-        """ids, positions and labels of some completions."""
+        """ids, positions, labels and last of some completions."""
         arrays = stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
-        return {name: arrays[name] for name in ("ids", "positions", "labels")}
+        return {name: arrays[name] for name in ("ids", "positions", "labels", "last")}
 
     # Rollouts
 
@@ -303,7 +305,7 @@ class OnPolicy(Generic[M]):
                 raise TrainingError(self.why_idle(idle))
             while self._rollout is rollout:
                 at = self._step
-                if at and at % self._per_epoch(rollout) == 0 and self._strayed():
+                if at % self._per_epoch(rollout) == 0 and self._strayed() and at:
                     self._number, self._step, self._rollout = self._number + 1, 0, None
                     owed = owed or last_of_pass
                     break
@@ -332,15 +334,22 @@ class OnPolicy(Generic[M]):
     needs_reference = False  # whether the loss reads ref_logprobs
 
     def _strayed(self) -> bool:
-        """Whether the policy is too far from the one that sampled to use the rollout further."""
-        if self.settings.target_kl is None:
-            return False
-        if self._sums is not None:
-            self._kl = float(self._sums.metrics["approx_kl"]) / float(self._sums.weight)
-        return self._kl > 1.5 * self.settings.target_kl
+        """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
+        total, weight = self._read_apart()
+        self._apart = [0.0, 0.0]
+        most = self.settings.target_kl
+        return most is not None and weight > 0 and total / weight > 1.5 * most
+
+    def _read_apart(self) -> list[float]:
+        """Sum and weight of KL from the policy that sampled, over the steps of the pass so far."""
+        for total, weight in self._unread:
+            self._apart = [self._apart[0] + float(total), self._apart[1] + float(weight)]
+        self._unread.clear()
+        return self._apart
 
     def stepped(self, sums: LossSum) -> None:
-        self._sums = sums if self.settings.target_kl is not None and "approx_kl" in sums.metrics else None
+        if self.settings.target_kl is not None and FAR in sums.metrics:
+            self._unread.append((sums.metrics[FAR], sums.weight))
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         raise AssertionError(f"{type(self).__name__} has no loss")
@@ -357,12 +366,12 @@ class OnPolicy(Generic[M]):
         return sum(self.settings.epochs * min(self.settings.minibatches, size) for size in sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        self._strayed()  # a number, in place of the sums it comes from
-        return {"rollout": self._number, "step": self._step, "kl": self._kl, "kl_coef": self.kl_coef}
+        apart = self._read_apart()
+        return {"rollout": self._number, "step": self._step, "apart": apart, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._number, self._step = state["rollout"], state["step"]
-        self._kl, self.kl_coef = state["kl"], state["kl_coef"]
+        self._apart, self.kl_coef = state.get("apart", [0.0, 0.0]), state["kl_coef"]
 
     def arrays(self) -> dict[str, mx.array]:
         return self._rollout.arrays() if self._rollout is not None else {}

@@ -29,8 +29,8 @@ class Method(Settings):
     target_kl: float | None = Field(
         None,
         gt=0,
-        description="End the passes over a rollout when the policy is 1.5 times so far, in nats a token, from the one "
-        "that sampled it; default: never.",
+        description="End the passes over a rollout after one in whose mean the policy is 1.5 times so far from the one "
+        "that sampled it, in nats a token (approx_kl_k3); default: never.",
     )
     max_kl: float | None = Field(
         200.0, gt=0, description="Stop the run when KL to the reference is above, in nats a completion; null: never."

@@ -306,9 +306,11 @@ def test_the_first_step_of_a_rollout_has_ratio_one(words: Words, on_policy: OnPo
     steps = run.metrics("train")
     assert len(steps) == 8
     for first, second in zip(steps[::2], steps[1::2]):
-        assert [first[k] for k in ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl")] == [1, 1, 0, 0]
+        names = ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "approx_kl_k3")
+        assert [first[k] for k in names] == [1, 1, 0, 0, 0]
         assert second["ratio_mean"] != 1
         assert second["approx_kl"] != 0
+        assert second["approx_kl_k3"] > 0
 
 
 # Edges.
@@ -415,6 +417,26 @@ def test_groups_of_equal_scores_give_way(words: Words, on_policy: OnPolicy) -> N
     assert one.roll(model)[1]["groups_sampled"] < seen[0]
     with pytest.raises(ConfigError, match=r"grpo.resample: a rollout asks all 16 prompts .rollout.prompts is 16."):
         made(on_policy("grpo", words(2), body, {"resample": 1}, **{"rollout.prompts": 16}))
+
+
+def test_passes_end_by_a_kl_that_is_never_below_zero_and_the_mean_of_the_pass(
+    words: Words, on_policy: OnPolicy
+) -> None:
+    """k1 of a minibatch is of either sign, and that of the last step is not the pass's.
+
+    Of (weight, k1, k3) the first pass has k3 = (4 + 1) / 40 = 0.125, below 1.5 x 0.1; the second (1 + 9) / 40 = 0.25.
+    """
+    own = {"target_kl": 0.1, "epochs": 4, "minibatches": 2}
+    objective, model = made(on_policy("grpo", words(2), ARM, own))
+    batches, rollouts = objective.batches(model), []
+    for weight, k1, k3 in [(10, -3, 4), (30, -3, 1), (10, -1, 1), (30, -9, 9), (10, 9, 0)]:
+        batch = next(batches)
+        rollouts.append(objective.state_dict()["rollout"])
+        metrics = {"approx_kl": mx.array(float(k1)), "approx_kl_k3": mx.array(float(k3))}
+        objective.stepped(LossSum(mx.array(0.0), mx.array(float(weight)), metrics))
+        assert batch.ends_step
+        objective.load_state_dict(objective.state_dict())
+    assert rollouts == [0, 0, 0, 0, 1]
 
 
 def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
