@@ -60,7 +60,8 @@ class Tune(Settings):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update.")
     targets: str | list[str] = Field(
         "all-linear",
-        description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list.",
+        description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list. "
+        "Routers of experts are adapted by name only.",
     )
     layers: Literal["all"] | int | list[int] = Field(
         "all", description="Layers with adapters (full: trained layers): all, the last N, or a list of indices."
@@ -70,6 +71,12 @@ class Tune(Settings):
         description="Name patterns of what is trained in full: beside the adapters, or (full) in place of everything.",
     )
     freeze: list[str] = Field(default_factory=list, description="Full: name patterns of what is not trained.")
+    router_aux: float | None = Field(
+        None,
+        gt=0,
+        description="Mixtures of experts: weight of a loss that keeps their load even, E sum f P of each router (Fedus "
+        "et al. 2021), mean over layers, which is 1 at best; 0.001 to 0.01 is usual. Default: none.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Tune:
@@ -350,7 +357,7 @@ def objectives() -> list[str]:
     """Names of the objectives there are."""
     package = importlib.import_module("mlxft.objectives")
     found = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
-    return [name for name in found if name not in ("base", "functional", "pairs")]
+    return [name for name in found if name not in ("balance", "base", "functional", "pairs")]
 
 
 def objective_sections(objective: str) -> dict[str, type[Settings]]:

@@ -10,6 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.model.routers import collect, watched_masks, watching
+
 _CHECKPOINTED: dict[type, type] = {}
 
 
@@ -21,19 +23,22 @@ def _checkpointed(kind: type) -> type:
             if not self.training:
                 return kind.__call__(self, *args, **kwargs)
 
-            # For the gradient it is called again, when another role may stand in the block.
-            own = _contents(self)
+            # For the gradient it is called again, when another role may stand in the block and nobody watches.
+            own, masks = _contents(self), watched_masks()
 
             def inner(params: Any, *inputs: Any, **named: Any) -> Any:
                 before = _contents(self)
                 _put(own)
                 try:
                     self.update(params)
-                    return kind.__call__(self, *inputs, **named)
+                    with watching(masks) as seen:
+                        return kind.__call__(self, *inputs, **named), seen
                 finally:
                     _put(before)  # no tracers are left, and the role that was there
 
-            return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+            out, seen = mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+            collect(seen)
+            return out
 
         _CHECKPOINTED[kind] = type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
     return _CHECKPOINTED[kind]

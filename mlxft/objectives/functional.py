@@ -225,6 +225,21 @@ def kl(logprobs: mx.array, ref_logprobs: mx.array, estimator: str) -> mx.array:
     return mx.clip(mx.expm1(-d) + d, 0.0, _MAX_K3)
 
 
+def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
+    """How unevenly a router spreads tokens over E experts (Fedus et al. 2021, eq. 4 to 6, without alpha), ().
+
+    E sum_i f_i P_i: f_i the part of the choices that fell on expert i, P_i the router's mean probability of it. 1 where
+    both are even, up to E where all goes to one expert. With several experts a token, f is over all choices.
+
+    Args:
+        chosen, shares: (E,) sums over tokens of the choices of each expert, and of its probability. No gradient flows
+            into the first.
+    """
+    _same_shape(chosen=chosen, shares=shares)
+    chosen, shares = mx.stop_gradient(_float(chosen)), _float(shares)
+    return chosen.size * (chosen / chosen.sum() * (shares / shares.sum())).sum()
+
+
 def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.array:
     """Everything after a row's first stop token becomes pad; the stop token itself stays.
 

@@ -142,7 +142,6 @@ class _Pairs(Judged[EncodedPair]):
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
         arrays = stack_pairs(pairs, width, self._policy.of(model))
-        del arrays["last"]
         arrays["weights"] = mx.array([pair.weight for pair in pairs])
         if self._policy.reference is not None:
             # Numbers of a frozen role belong in the batch, computed before the step.
@@ -247,7 +246,6 @@ class _Single(Judged[EncodedAnswer]):
         chosen = [(self.valid if valid else self.rows)[i] for i in rows]
         answers = [answers_of(row)[0] for row in chosen]
         arrays = stack(answers, width)
-        del arrays["last"]
         arrays["good"] = mx.array([float(row.label) for row in chosen])
         arrays["weights"] = mx.array([row.weight for row in chosen])
         arrays["point"] = mx.array(self._point)
