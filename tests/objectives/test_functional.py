@@ -604,6 +604,15 @@ def test_odds_ratio_of_a_response_known_by_heart() -> None:
         assert np.isfinite([F.odds_ratio(a, b, 0.1).item(), *(g.item() for g in grads)]).all()
 
 
+def test_what_is_no_more_than_rounding_is_a_tie() -> None:
+    """Sums of 300 have an ulp of 3e-5; a difference of a few of these says nothing, one of 1e-3 does."""
+    difference = mx.array([0.0, 3e-5, -6e-5, 1e-3, -1e-3, 1e-9, 2.0])
+    close(F.wins(difference, mx.array([600.0, 600.0, 600.0, 600.0, 600.0, 0.0, 1.0])), [0.5, 0.5, 0.5, 1, 0, 1, 1])
+    scores = mx.array([1.0, 1.0, 2.0])
+    got = F.bradley_terry(scores, mx.array([1.0 + 2.0**-23, 1.0 - 2.0**-23, 1.0]))
+    assert got.metrics["accuracy"].item() == 2
+
+
 # Mixtures of experts.
 
 

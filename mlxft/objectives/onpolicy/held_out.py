@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlxft.objectives.functional import wins
 from mlxft.objectives.onpolicy.rewards import Scores
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ class HeldOut:
             with o.roles.use(o.reference):
                 self._before = o.score(o.sample(o.valid, every, 1, 0, seed), o.valid)
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
-        won, before = scores.total, self._before.total
+        now, before = scores.total, self._before.total
+        won = wins(mx.array(now - before), mx.array(np.abs(now) + np.abs(before)))
         return {
             # Lower is better, and what is optimised: by it the best weights are kept.
             "loss": o.settings.kl_coef * kl - reward,
@@ -44,7 +47,7 @@ class HeldOut:
             "entropy": entropy,
             "response_tokens": float(rollout.sizes.mean()),
             "eos_share": float(np.mean(rollout.finished)),
-            "win_rate": float(np.mean((won > before) + 0.5 * (won == before))),
+            "win_rate": float(won.mean()),
             "reference_reward": float(before.mean()),
             "reference_reward_std": float(before.std()),
             "samples": [
