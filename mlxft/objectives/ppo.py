@@ -92,7 +92,9 @@ class Objective(OnPolicy[PPO]):
         start = None if self.settings.critic == "shared" else self.rewards.role or "policy"
         critic = self._critic = add_critic(model, self.split, self.roles, start, body_width(self.split))
         if start is not None and start == self.rewards.role:
-            critic.head.weight = critic.head.weight * self.rewards.slope  # values are of rewards, not of raw scores
+            # Values are of rewards, not of raw scores.
+            critic.head.weight = critic.head.weight * self.rewards.slope
+            critic.offset = self.rewards.offset
 
     def parts(self) -> dict[str, float]:
         rate = self.settings.critic_lr
@@ -116,8 +118,11 @@ class Objective(OnPolicy[PPO]):
                 values = self._values(self._arrays(rollout, rows, self.prompts))
                 mx.eval(values)
                 self._keep(rollout, rows, "values", values)
-        old, ref, values, mask = (*map(rollout.grid, ("old_logprobs", "ref_logprobs", "values")), rollout.mask)
-        rewards = -self.kl_coef * F.kl(old, ref, s.kl_estimator) * mask
+        values, mask = rollout.grid("values"), rollout.mask
+        rewards = mx.zeros(mask.shape)
+        if self.kl_coef:
+            apart = F.kl(rollout.grid("old_logprobs"), rollout.grid("ref_logprobs"), s.kl_estimator)
+            rewards = -self.kl_coef * apart * mask
         last = mx.array(rollout.sizes - 1)[:, None]
         ends = mx.arange(mask.shape[1])[None] == last
         rewards = rewards + ends * mx.array(rollout.scores)[:, None]

@@ -76,14 +76,15 @@ class OnPolicy(Generic[M]):
     # Roles
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Take note of the policy as it is: the reference."""
+        """Take note of the policy as it is: the reference, where anything asks it."""
         self._model = model
         self.split = Split(model)
         self.roles = Roles(model, adopt="policy")
-        whole = self.config.tune.method == "full"
-        self.reference = "reference" if whole or self.config.model.adapter is not None else None
-        if self.reference is not None:
-            self.roles.copy("policy", self.reference)
+        moved = self.config.tune.method == "full" or self.config.model.adapter is not None
+        self.reference = "reference" if moved else None  # a fresh adapter's reference is the bare base
+        self.has_reference = self.settings.refers or not moved
+        if moved and self.settings.refers:
+            self.roles.copy("policy", "reference")
         self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
         replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
         if self.rewards.role is not None and replaced:
@@ -171,7 +172,7 @@ class OnPolicy(Generic[M]):
         return text[: min((at for at in map(text.find, self.sampling.stop) if at >= 0), default=len(text))]
 
     def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
-        """Log-probabilities of the tokens by the policy and by the reference; returns the mean entropy.
+        """Keep the tokens' log-probabilities, by the policy and the reference if it is asked; return the mean entropy.
 
         Args:
             micro: completions of which each batch is made: those of the first steps, so that their ratio is 1 to the
@@ -190,6 +191,8 @@ class OnPolicy(Generic[M]):
                 entropy += float(found.pop("entropy").sum())
                 for name, numbers in found.items():
                     self._keep(rollout, rows, name, numbers)
+                if not self.settings.refers:
+                    continue
                 with self.roles.use(self.reference):
                     ref = rows_logprobs(*asked, grad=False, draw=self.how)
                     mx.eval(ref)
@@ -249,7 +252,7 @@ class OnPolicy(Generic[M]):
             "reward": float(scores.total.mean()),
             "reward_std": float(scores.total.std()),
             **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
-            "kl": kl,
+            **kl,
             "kl_coef": self.kl_coef,
             "entropy": entropy,
             "response_tokens": float(rollout.sizes.mean()),
@@ -262,12 +265,14 @@ class OnPolicy(Generic[M]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
-        check_kl(kl, self.config.objective, self.settings.max_kl, bool(self.valid))
-        self.settle(kl, len(rollout))
+        if kl:
+            a_token = kl["kl"] / float(rollout.sizes.mean())
+            check_kl(a_token, self.config.objective, self.settings.highest_kl, bool(self.valid))
+            self.settle(kl["kl"], len(rollout))
         return rollout, event
 
     def settle(self, kl: float, count: int) -> None:
-        """After a rollout of `count` completions is ready: what changes for the next one."""
+        """After a rollout of `count` completions is ready, of known `kl`: what changes for the next one."""
 
     def _lengths(self, rollout: Rollout) -> Any:
         return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
@@ -281,9 +286,9 @@ class OnPolicy(Generic[M]):
         apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
         return np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
 
-    def kl_of(self, rollout: Rollout) -> float:
-        """Nats from the reference, summed over a completion, mean over completions."""
-        return float(self.kls(rollout).mean())
+    def kl_of(self, rollout: Rollout) -> dict[str, float]:
+        """`kl`, nats from the reference of a completion, mean over completions; nothing where it is not asked."""
+        return {"kl": float(self.kls(rollout).mean())} if self.settings.refers else {}
 
     # What the loop asks for
 

@@ -79,6 +79,8 @@ class Reinforced(CriticFree[R], Generic[R]):
 
     def rewards_of(self, rollout: Rollout) -> Floats:
         """(B,) score - kl_coef x (log pi - log reference) of the completion."""
+        if not self.kl_coef:
+            return rollout.scores
         return (rollout.scores - self.kl_coef * self.kls(rollout)).astype(np.float32)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:

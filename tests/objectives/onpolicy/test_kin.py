@@ -17,6 +17,9 @@ import mlxft
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.load import base_fingerprint
 from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.onpolicy.memory import residents
+from mlxft.objectives.rloo import RLOO
+from mlxft.planning import base_skeleton
 from mlxft.recipe import parse_config
 from mlxft.run import load_base, make_objective, prepare
 
@@ -437,6 +440,79 @@ def test_passes_end_by_a_kl_that_is_never_below_zero_and_the_mean_of_the_pass(
         assert batch.ends_step
         objective.load_state_dict(objective.state_dict())
     assert rollouts == [0, 0, 0, 0, 1]
+
+
+# The reference.
+
+PLAIN = {"ppo": {"epochs": 1}, "grpo": {}, "rloo": {}, "reinforce": {}}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_a_kl_coef_no_reference_is_kept_or_asked(words: Words, on_policy: OnPolicy, name: str) -> None:
+    """No copy of the weights, no forward pass, none in the plan, no kl; it is said."""
+    settings = on_policy(name, words(8, spread=0.2), LENGTHS, {**PLAIN[name], "kl_coef": 0.0})
+    settings["data"]["valid"] = settings["data"]["train"]
+    objective, model = made(settings)
+    assert "reference" not in objective.roles.names
+    rollout, event = objective.roll(model)
+    assert "ref_logprobs" not in rollout.tokens
+    assert "kl" not in event
+    assert any(f"{name}.kl_coef is 0: no reference is asked" in note for note in objective.notes)
+    assert residents(objective.config, base_skeleton(objective.config)).reference == 0
+    run = quietly(settings | {"run": settings["run"] | {"steps": 4}})
+    found = run.metrics("eval")[-1]
+    assert not {"kl", "win_rate"} & set(found)
+    assert found["loss"] == -found["reward"]
+    kept = on_policy(name, words(8, spread=0.2), LENGTHS, {**PLAIN[name], "kl_coef": 0.0, "max_kl": 3.0})
+    objective, model = made(kept)
+    assert "reference" in objective.roles.names
+    assert "kl" in objective.roll(model)[1]
+    assert residents(objective.config, base_skeleton(objective.config)).reference > 0
+
+
+def test_a_fresh_adapters_reference_is_the_base_which_costs_nothing(words: Words, on_policy: OnPolicy) -> None:
+    """So the win rate against it stays, of what is asked once."""
+    settings = on_policy("rloo", words(8, eos=True, spread=0.2), LENGTHS, {"kl_coef": 0.0}, **{"run.steps": 2})
+    settings |= {"tune": {"rank": 2}}
+    settings["data"]["valid"] = settings["data"]["train"]
+    found = quietly(settings).metrics("eval")[-1]
+    assert "kl" not in found
+    assert 0 <= found["win_rate"] <= 1
+
+
+def test_max_kl_is_in_nats_a_token(words: Words, on_policy: OnPolicy) -> None:
+    """A long completion may be far from the reference as a whole."""
+    changes = {"rollout.max_tokens": 12, "rollout.stop_at_eos": True}
+    objective, model = made(on_policy("rloo", words(8, eos=True, spread=0.2), LENGTHS, {"max_kl": None}, **changes))
+    moved(model, 0.3)
+    rollout, event = objective.roll(model)
+    a_token = event["kl"] / rollout.sizes.mean()
+    assert event["kl"] > 2 * a_token > 0.01
+    for bound, stops in ((1.01 * a_token, False), (0.99 * a_token, True)):
+        settings = on_policy("rloo", words(8, eos=True, spread=0.2), LENGTHS, {"max_kl": bound}, **changes)
+        objective, model = made(settings)
+        moved(model, 0.3)
+        if not stops:
+            objective.roll(model)
+            continue
+        with pytest.raises(TrainingError, match=rf"KL is {a_token:.4g} nats a token, rloo.max_kl is {bound:g}"):
+            objective.roll(model)
+
+
+@pytest.mark.parametrize(
+    ("own", "bound", "refers"),
+    [
+        ({}, 4.0, True),
+        ({"kl_coef": 0.0}, None, False),
+        ({"max_kl": None}, None, True),
+        ({"kl_coef": 0.0, "max_kl": None}, None, False),
+        ({"kl_coef": 0.0, "max_kl": 1.5}, 1.5, True),
+        ({"max_kl": "auto"}, 4.0, True),
+    ],
+)
+def test_what_max_kl_bounds(own: dict[str, Any], bound: float | None, refers: bool) -> None:
+    found = RLOO.model_validate(own)
+    assert (found.highest_kl, found.refers) == (bound, refers)
 
 
 def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
