@@ -61,7 +61,8 @@ class Tune(Settings):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update; only sft trains with it.")
     targets: str | list[str] = Field(
         "all-linear",
-        description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list.",
+        description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list. "
+        "Routers of experts are adapted by name only.",
     )
     layers: Literal["all"] | int | list[int] = Field(
         "all", description="Layers with adapters (full: trained layers): all, the last N, or a list of indices."
@@ -71,6 +72,12 @@ class Tune(Settings):
         description="Name patterns of what is trained in full: beside the adapters, or (full) in place of everything.",
     )
     freeze: list[str] = Field(default_factory=list, description="Full: name patterns of what is not trained.")
+    router_aux: float | None = Field(
+        None,
+        gt=0,
+        description="Mixtures of experts: weight of a loss that keeps their load even, E sum f P of each router (Fedus "
+        "et al. 2021), mean over layers, which is 1 at best; 0.001 to 0.01 is usual. Default: none.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Tune:
@@ -213,12 +220,19 @@ class Group(Settings):
 class Optim(Settings):
     """The optimiser and its learning rate."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field("adamw", description="Optimiser.")
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field(
+        "adamw",
+        description="Optimiser. muon: Muon for the matrices of the blocks and their low-rank factors, scaled so that "
+        "lr means what it means for adamw (Liu et al. 2025); AdamW at the same lr for embeddings, output layer, heads, "
+        "norms and biases.",
+    )
     lr: float = Field(2e-4, gt=0, description="Highest learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course of the rate after warm-up.")
     warmup: int | float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: share of all steps.")
     min_lr: float = Field(0.0, ge=0, description="Rate at the end of a linear or cosine schedule.")
-    weight_decay: float | None = Field(None, ge=0, description="Decoupled decay; default 0.01 for adamw, else 0.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="Decoupled decay (sgd: added to the gradient); default 0.01 for adamw, else 0."
+    )
     betas: tuple[float, float] | None = Field(None, description="adam, adamw: (0.9, 0.999); lion: (0.9, 0.99).")
     eps: float | None = Field(None, gt=0, description="adam, adamw: added to the denominator; default 1e-8.")
     momentum: float | None = Field(None, ge=0, lt=1, description="sgd: default 0; muon: default 0.95.")
@@ -352,7 +366,7 @@ def objectives() -> list[str]:
     """Names of the objectives there are."""
     package = importlib.import_module("mlxft.objectives")
     found = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
-    return [name for name in found if name not in ("base", "functional", "pairs")]
+    return [name for name in found if name not in ("balance", "base", "functional", "pairs")]
 
 
 def objective_sections(objective: str) -> dict[str, type[Settings]]:

@@ -16,6 +16,7 @@ from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepar
 from mlxft.model.heads import find_head, head_of
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
+from mlxft.model.routers import watch_routers
 from mlxft.objectives.base import Objective
 from mlxft.rundir import find_adapter
 
@@ -62,6 +63,8 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
 def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
     """Make trainable what the recipe says. Returns the adapter's shape, None for whole weights."""
     tune, model = config.tune, loaded.model
+    if tune.router_aux is not None:
+        watch_routers(model, "tune.router_aux")
     if config.model.adapter is not None:
         return _continue_adapter(config, loaded)
     mx.random.seed(config.run.seed)

@@ -253,7 +253,8 @@ def dump_config(config: Config, versions: dict[str, str]) -> str:
     if config.model.adapter is not None:  # it brings its own rank, targets and so on
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in config.tune.model_fields_set}
     elif config.tune.method == "full":
-        resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in {"method", "layers", "train", "freeze"}}
+        kept = {"method", "layers", "train", "freeze", "router_aux"}
+        resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in kept}
     return yaml.safe_dump(resolved | {"versions": versions}, sort_keys=False, allow_unicode=True)
 
 

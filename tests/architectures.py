@@ -203,6 +203,13 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3": _text("gemma3_text"),
     "gemma4": _text("gemma4_text", **_GEMMA4),
     "gemma4_text": _GEMMA4,
+    "gemma4_text moe": {
+        **_GEMMA4,
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "glm4_moe_lite": {},
     "glm_moe_dsa": {**_INDEX, "rope_parameters": _ROPE},
     "granitemoehybrid": {

@@ -27,6 +27,7 @@ from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
+from mlxft.model.routers import is_router
 
 Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
@@ -89,7 +90,8 @@ def select_targets(model: nn.Module, targets: str | Sequence[str], layers: Layer
     """Full names of the modules that get a low-rank layer.
 
     Args:
-        targets: all-linear (every linear layer of the blocks), attention, mlp, or name patterns.
+        targets: all-linear (every linear layer of the blocks but routers of experts), attention, mlp, or name
+            patterns.
         layers: restricts modules of the blocks; modules outside of them (lm_head, embed_tokens) are named by pattern.
     Raises:
         ConfigError: a pattern matches nothing (it lists what there is), or DoRA is asked where it is not defined.
@@ -105,7 +107,8 @@ def select_targets(model: nn.Module, targets: str | Sequence[str], layers: Layer
     for target in [targets] if isinstance(targets, str) else targets:
         if target in ("all-linear", *GROUPS):
             # Within the blocks only: adapting the head or the embedding is a choice of its own.
-            inside = [n for n in candidates if n.startswith(chosen)]
+            # Nor are routers: their update would change which experts are chosen.
+            inside = [n for n in candidates if n.startswith(chosen) and not is_router(n)]
             kinds = GROUPS.get(target, ("*",))
             hits = [
                 n for n in inside if any(fnmatch.fnmatchcase(n, f"{p}{k}") for k in kinds for p in _block(n, chosen))

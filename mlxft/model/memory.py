@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.model.random import again, position
+from mlxft.model.routers import collect, watched_masks, watching
 
 _CHECKPOINTED: dict[type, type] = {}
 
@@ -24,21 +25,23 @@ def _checkpointed(kind: type) -> type:
             if not self.training:
                 return kind.__call__(self, *args, **kwargs)
 
-            # For the gradient it is called again, when another role may stand in the block.
-            own, calls = _contents(self), count()
+            # For the gradient it is called again, when another role may stand in the block and nobody watches.
+            own, masks, calls = _contents(self), watched_masks(), count()
 
             def inner(params: Any, drawn: mx.array, *inputs: Any, **named: Any) -> Any:
                 before = _contents(self)
                 _put(own)
                 try:
                     self.update(params)
-                    with again(drawn) if next(calls) else nullcontext():
-                        return kind.__call__(self, *inputs, **named)
+                    with again(drawn) if next(calls) else nullcontext(), watching(masks) as seen:
+                        return kind.__call__(self, *inputs, **named), seen
                 finally:
                     _put(before)  # no tracers are left, and the role that was there
 
             # Given as an argument, the position is not there before the block's output: masks wait for their turn.
-            return mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
+            out, seen = mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
+            collect(seen)
+            return out
 
         _CHECKPOINTED[kind] = type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
     return _CHECKPOINTED[kind]

@@ -22,6 +22,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 _MAX_LOG_RATIO = 20.0
 # verl's bound on k3, whose tail grows as exp(-d): one odd token would outweigh a whole rollout.
 _MAX_K3 = 10.0
+# Two forward passes of one model over batches of other shapes gave sums of log-probabilities up to 2 ulps apart.
+_ROUNDING = 4 * 2.0**-23
 
 
 def _same_shape(**arrays: mx.array | None) -> None:
@@ -225,6 +227,21 @@ def kl(logprobs: mx.array, ref_logprobs: mx.array, estimator: str) -> mx.array:
     return mx.clip(mx.expm1(-d) + d, 0.0, _MAX_K3)
 
 
+def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
+    """How unevenly a router spreads tokens over E experts (Fedus et al. 2021, eq. 4 to 6, without alpha), ().
+
+    E sum_i f_i P_i: f_i the part of the choices that fell on expert i, P_i the router's mean probability of it. 1 where
+    both are even, up to E where all goes to one expert. With several experts a token, f is over all choices.
+
+    Args:
+        chosen, shares: (E,) sums over tokens of the choices of each expert, and of its probability. No gradient flows
+            into the first.
+    """
+    _same_shape(chosen=chosen, shares=shares)
+    chosen, shares = mx.stop_gradient(_float(chosen)), _float(shares)
+    return chosen.size * (chosen / chosen.sum() * (shares / shares.sum())).sum()
+
+
 def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.array:
     """Everything after a row's first stop token becomes pad; the stop token itself stays.
 
@@ -255,6 +272,17 @@ def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: 
     return coef * (1.0 + error * n / horizon)
 
 
+def wins(difference: mx.array, size: mx.array) -> mx.array:
+    """1 where a difference is above 0, 0 where it is below, and half where it is not more than rounding, (n,).
+
+    Args:
+        difference: (n,) of float32 numbers.
+        size: (n,) sum of the magnitudes of the numbers that it was taken of.
+    """
+    _same_shape(difference=difference, size=size)
+    return mx.where(mx.abs(difference) <= _ROUNDING * size, 0.5, _float(difference > 0))
+
+
 def bradley_terry(
     chosen: mx.array,
     rejected: mx.array,
@@ -272,16 +300,17 @@ def bradley_terry(
         label_smoothing: e, or (n,), weighs the pair by 1 - e and the exchanged pair by e: labels are wrong that often.
         weights: (n,) what each pair counts, 1 if None.
     Returns:
-        LossSum over pairs. Metrics: accuracy (chosen above rejected; a tie counts half), margin (chosen - rejected).
+        LossSum over pairs. Metrics: accuracy (chosen above rejected, by `wins`), margin (chosen - rejected).
     """
     _same_shape(chosen=chosen, rejected=rejected, margin=margin, weights=weights)
     chosen, rejected, wanted = _float(chosen), _float(rejected), 0.0 if margin is None else _float(margin)
     difference = chosen - rejected
     right, exchanged = _neg_log_sigmoid(difference - wanted), _neg_log_sigmoid(-difference - wanted)
     losses = (1 - label_smoothing) * right + label_smoothing * exchanged + centering * mx.square(chosen + rejected)
-    wins = _float(difference > 0) + 0.5 * _float(difference == 0)
+    right_of_two = wins(difference, mx.abs(chosen) + mx.abs(rejected))
     w = mx.ones(difference.shape) if weights is None else _float(weights)
-    return LossSum((losses * w).sum(), w.sum(), {"accuracy": (wins * w).sum(), "margin": (difference * w).sum()})
+    metrics = {"accuracy": (right_of_two * w).sum(), "margin": (difference * w).sum()}
+    return LossSum((losses * w).sum(), w.sum(), metrics)
 
 
 # Losses on preferences: everything (n,), one loss a pair (or row), float32; no gradient flows into a reference.
@@ -322,7 +351,8 @@ def dpo(
 def ipo(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array, beta: float) -> mx.array:
     """Identity preference optimisation (Azar et al. 2023, eq. 17): (h - 1 / (2 beta))^2, (n,), beta the paper's tau.
 
-    h as in `dpo`, from sums of log-probabilities as in the paper, or from means over tokens as TRL takes them.
+    h as in `dpo`, but from MEANS of log-probabilities over the response's tokens: so the paper's authors confirmed, as
+    TRL's documentation tells, and so TRL does.
     """
     return mx.square(_log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected) - 1.0 / (2.0 * beta))
 

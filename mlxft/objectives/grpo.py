@@ -1,7 +1,8 @@
 """Group relative policy optimisation (Shao et al. 2024), with the switches of Dr. GRPO (Liu et al. 2025) and DAPO
 (Yu et al. 2025).
 
-Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, not of the reward.
+Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, as published, or
+of the advantages, which is exact.
 Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, resample, skip_equal
 and mask_truncated (or, for its soft punishment of overlong answers, a rule of kind length).
 """
@@ -17,10 +18,12 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.errors import ConfigError
+from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.onpolicy.base import FAR
 from mlxft.objectives.onpolicy.critic_free import CriticFree
 from mlxft.objectives.onpolicy.draw import Drawn, resample
-from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, surrogate
+from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
 from mlxft.objectives.onpolicy.settings import sections
@@ -29,12 +32,19 @@ from mlxft.objectives.onpolicy.settings import sections
 class GRPO(Method):
     """Settings of objective grpo."""
 
-    kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference in the loss; 0: no such term.")
+    kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference; 0: no such term.")
+    kl_in: Literal["loss", "advantages"] = Field(
+        "loss",
+        description="loss: as published, a term of each token by itself. It leaves out that a token also decides the "
+        "KL of the tokens to come, so its optimum is not that of reward - kl_coef x KL. advantages: the completion's "
+        "KL, less the mean of its group's others, is taken off each token's advantage, which is exact: with scale: "
+        "none, loss: constant and one step a rollout the gradient is that of reward - kl_coef x KL.",
+    )
     kl_estimator: Literal["k2", "k3"] = Field(
         "k2",
-        description="How a token's KL is estimated (Schulman 2020). k2's gradient, weighed by the ratio so that it is "
-        "right in later passes too, is that of KL(policy || reference), which kl reports; k3's, as published, that of "
-        "KL(reference || policy), which has another optimum.",
+        description="With kl_in: loss: how a token's KL is estimated (Schulman 2020). k2's gradient, weighed by the "
+        "ratio so that it is right in later passes too, is that of the token's own KL(policy || reference); k3's, as "
+        "published, that of KL(reference || policy), which has another optimum.",
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group", description="Standard deviation that advantages are divided by; none: Dr. GRPO."
@@ -70,6 +80,10 @@ class GRPO(Method):
     def _consistent(self) -> GRPO:
         if self.kl_coef == 0 and self.kl_estimator != "k2":
             raise ValueError(f"kl_estimator ({self.kl_estimator}) has nothing to act on where kl_coef is 0")
+        if self.kl_coef == 0 and self.kl_in != "loss":
+            raise ValueError(f"kl_in ({self.kl_in}) has nothing to act on where kl_coef is 0")
+        if self.kl_in == "advantages" and self.kl_estimator != "k2":
+            raise ValueError(f"kl_estimator ({self.kl_estimator}) is for kl_in: loss; leave it out")
         return self
 
     @property
@@ -88,7 +102,7 @@ class Objective(CriticFree[GRPO]):
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         super().__init__(config, tokenizer, GRPO)
-        self.needs_reference = self.settings.kl_coef > 0
+        self.needs_reference = self.settings.kl_coef > 0 and self.settings.kl_in == "loss"
         if self.settings.resample and self.rollouts.prompts >= len(self.prompts):
             raise ConfigError(
                 f"grpo.resample: a rollout asks all {len(self.prompts)} prompts (rollout.prompts is "
@@ -121,16 +135,19 @@ class Objective(CriticFree[GRPO]):
         event = {"equal_groups": float(equal_groups(rollout.scores, size).mean())}
         if s.skip_equal or s.mask_truncated:
             event["trained_share"] = len(self.kept(rollout)) / len(rollout)
-        return group_relative(rollout.scores, size, s.scale, s.others), event
+        advantages = group_relative(rollout.scores, size, s.scale, s.others)
+        if s.kl_in == "advantages":
+            advantages -= self.kl_coef * leave_one_out(self.kls(rollout), size)
+        return advantages, event
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         a, s = batch.arrays, self.settings
         logprobs = self.logprobs(a)
         log_ratio = logprobs - a["old_logprobs"]
         losses, metrics = surrogate(log_ratio, a["advantages"], s.clip, s.clip_high or s.clip)
-        metrics["approx_kl"] = -log_ratio
+        metrics |= {"approx_kl": -log_ratio, FAR: F.kl(a["old_logprobs"], logprobs, "k3")}
         highest = mx.stop_gradient(metrics["ratio_mean"].max())
-        if self.kl_coef:
+        if self.needs_reference:
             apart = kl_loss(logprobs, a["old_logprobs"], a["ref_logprobs"], s.kl_estimator)
             losses = losses + self.kl_coef * apart
             metrics["kl_loss"] = apart

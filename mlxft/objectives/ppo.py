@@ -22,7 +22,7 @@ from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, hidden_logprob
 from mlxft.model.random import probing
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.objectives.onpolicy.base import FAR, OnPolicy
 from mlxft.objectives.onpolicy.critic import Critic, add_critic, explained_variance, is_critic, of_policy
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
@@ -93,7 +93,9 @@ class Objective(OnPolicy[PPO]):
         start = None if self.settings.critic == "shared" else self.rewards.role or "policy"
         critic = self._critic = add_critic(model, self.split, self.roles, start, body_width(self.split))
         if start is not None and start == self.rewards.role:
-            critic.head.weight = critic.head.weight * self.rewards.slope  # values are of rewards, not of raw scores
+            # Values are of rewards, not of raw scores.
+            critic.head.weight = critic.head.weight * self.rewards.slope
+            critic.offset = self.rewards.offset
 
     def parts(self) -> dict[str, float]:
         rate = self.settings.critic_lr
@@ -118,8 +120,11 @@ class Objective(OnPolicy[PPO]):
                     values = self._values(self._arrays(rollout, rows, self.prompts))
                     mx.eval(values)
                     self._keep(rollout, rows, "values", values)
-        old, ref, values, mask = (*map(rollout.grid, ("old_logprobs", "ref_logprobs", "values")), rollout.mask)
-        rewards = -self.kl_coef * F.kl(old, ref, s.kl_estimator) * mask
+        values, mask = rollout.grid("values"), rollout.mask
+        rewards = mx.zeros(mask.shape)
+        if self.kl_coef:
+            apart = F.kl(rollout.grid("old_logprobs"), rollout.grid("ref_logprobs"), s.kl_estimator)
+            rewards = -self.kl_coef * apart * mask
         last = mx.array(rollout.sizes - 1)[:, None]
         ends = mx.arange(mask.shape[1])[None] == last
         rewards = rewards + ends * mx.array(rollout.scores)[:, None]
@@ -177,7 +182,8 @@ class Objective(OnPolicy[PPO]):
             total = total - s.entropy_coef * entropy.sum()
         ratio_max = mx.exp(mx.stop_gradient(logprobs) - a["old_logprobs"]).max()
         named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}
-        return LossSum(total, weight, {**named, "ratio_max": ratio_max})
+        named |= {"ratio_max": ratio_max, FAR: F.kl(a["old_logprobs"], logprobs, "k3").sum()}
+        return LossSum(total, weight, named)
 
     def _value_loss(self, values: mx.array, a: dict[str, mx.array]) -> LossSum:
         old, returns, mask = a["values"][None], a["returns"][None], mx.ones_like(values[None])

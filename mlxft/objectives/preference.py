@@ -32,11 +32,15 @@ SMOOTHED = ("dpo", "cpo")
 class Preference(Settings):
     """The loss on judged answers."""
 
-    loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = Field("dpo", description="The loss.")
+    loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = Field(
+        "dpo",
+        description="The loss. ipo, simpo and orpo take the mean over an answer's tokens, the others their sum.",
+    )
     beta: float | None = Field(
         None,
         gt=0,
-        description="How firmly the reference holds the policy; orpo: weight of the odds ratio. Default 0.1, simpo 2.",
+        description="How firmly the reference holds the policy (ipo: a margin of 1 / (2 beta) nats a token is asked "
+        "for); orpo: weight of the odds ratio. Default 0.1, simpo 2.",
     )
     label_smoothing: float | None = Field(
         None, ge=0, lt=0.5, description="dpo, cpo: share of the judgements taken to be wrong; default 0."
@@ -144,7 +148,6 @@ class _Pairs(Judged[EncodedPair]):
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
         arrays = stack_pairs(pairs, width, self._policy.of(model))
-        del arrays["last"]
         arrays["weights"] = mx.array([pair.weight for pair in pairs])
         if self._policy.reference is not None:
             # Numbers of a frozen role belong in the batch, computed before the step.
@@ -158,28 +161,33 @@ class _Pairs(Judged[EncodedPair]):
         count = a["lengths"].size
         tokens = self._policy.logprobs(model, a, model.training)
         sums = row_sums(tokens, a["owners"], count)
-        chosen, rejected = _halves(sums)
-        means = _halves(sums / a["lengths"])
+        means = sums / a["lengths"]
         metrics: dict[str, mx.array] = {}
         w = a["weights"]
         if "reference" in a:
             ref = row_sums(a["reference"], a["owners"], count)
-            losses = self._referred(chosen, rejected, *_halves(ref))
-            rewards = _halves(F.implicit_reward(sums, ref, s.strength))
+            per = a["lengths"] if s.loss == "ipo" else mx.ones(count)
+            losses = self._referred(*_halves(sums / per), *_halves(ref / per))
+            rewards = F.implicit_reward(sums / per, ref / per, s.strength)
+            size = s.strength * (mx.abs(sums) + mx.abs(ref)) / per
             metrics["kl"] = (w * sum(_halves(_kl(tokens, a))) / 2).sum()
-        elif s.loss == "simpo":
-            losses = F.simpo(*means, s.strength, 1.0 if s.gamma is None else s.gamma)
-            rewards = s.strength * means[0], s.strength * means[1]
-        elif s.loss == "orpo":
-            losses = F.odds_ratio(*means, s.strength)
-            rewards = s.strength * means[0], s.strength * means[1]
         else:
-            losses = F.cpo(chosen, rejected, s.strength, s.label_smoothing or 0.0)
-            rewards = s.strength * chosen, s.strength * rejected
+            rewards = s.strength * (sums if s.loss == "cpo" else means)
+            size = mx.abs(rewards)
+            losses = self._alone(_halves(sums), _halves(means))
         if s.imitation:
-            losses = losses - s.imitation * means[0]
-            metrics["nll"] = -(w * means[0]).sum()
-        return LossSum((w * losses).sum(), w.sum(), metrics | _rewards(*rewards, w))
+            chosen = _halves(means)[0]
+            losses = losses - s.imitation * chosen
+            metrics["nll"] = -(w * chosen).sum()
+        return LossSum((w * losses).sum(), w.sum(), metrics | _rewards(rewards, size, w))
+
+    def _alone(self, sums: tuple[mx.array, mx.array], means: tuple[mx.array, mx.array]) -> mx.array:
+        s = self._settings
+        if s.loss == "simpo":
+            return F.simpo(*means, s.strength, 1.0 if s.gamma is None else s.gamma)
+        if s.loss == "orpo":
+            return F.odds_ratio(*means, s.strength)
+        return F.cpo(*sums, s.strength, s.label_smoothing or 0.0)
 
     def _referred(self, chosen: mx.array, rejected: mx.array, ref_c: mx.array, ref_r: mx.array) -> mx.array:
         s = self._settings
@@ -248,7 +256,6 @@ class _Single(Judged[EncodedAnswer]):
         chosen = [(self.valid if valid else self.rows)[i] for i in rows]
         answers = [answers_of(row)[0] for row in chosen]
         arrays = stack(answers, width)
-        del arrays["last"]
         arrays["good"] = mx.array([float(row.label) for row in chosen])
         arrays["weights"] = mx.array([row.weight for row in chosen])
         arrays["point"] = mx.array(self._point)
@@ -262,6 +269,7 @@ class _Single(Judged[EncodedAnswer]):
         count = a["lengths"].size
         tokens = self._policy.logprobs(model, a, model.training)
         ratios = row_sums(tokens - a["reference"], a["owners"], count)
+        size = sum(mx.abs(row_sums(x, a["owners"], count)) for x in (tokens, a["reference"])) + a["point"]
         weights = [1.0 if given is None else given for given in (s.good_weight, s.bad_weight)]
         w, good = a["weights"], a["good"]
         losses = F.kto(ratios, good, a["point"], s.strength, *weights)
@@ -269,7 +277,7 @@ class _Single(Judged[EncodedAnswer]):
         gain = rewards - s.strength * a["point"]
         signed = mx.where(good != 0, gain, -gain)
         values = {
-            "accuracy": (signed > 0) + 0.5 * (signed == 0),
+            "accuracy": F.wins(signed, s.strength * mx.stop_gradient(size)),
             "margin": signed,
             "kl": _kl(tokens, a),
             "reference_point": a["point"],
@@ -312,14 +320,19 @@ def _kl(tokens: mx.array, a: dict[str, mx.array]) -> mx.array:
     return row_sums(F.kl(mx.stop_gradient(tokens), a["reference"], "k2"), a["owners"], a["lengths"].size)
 
 
-def _rewards(chosen: mx.array, rejected: mx.array, weights: mx.array) -> dict[str, mx.array]:
-    """What the policy holds the answers for: sums over pairs."""
-    chosen, rejected = mx.stop_gradient(chosen), mx.stop_gradient(rejected)
+def _rewards(rewards: mx.array, size: mx.array, weights: mx.array) -> dict[str, mx.array]:
+    """What the policy holds the answers for: sums over pairs.
+
+    Args:
+        rewards: (2n,) of the chosen answers and then of the rejected ones.
+        size: (2n,) magnitude of the numbers that each was computed from.
+    """
+    chosen, rejected = _halves(mx.stop_gradient(rewards))
     difference = chosen - rejected
     values = {
         "rewards_chosen": chosen,
         "rewards_rejected": rejected,
-        "accuracy": (difference > 0) + 0.5 * (difference == 0),
+        "accuracy": F.wins(difference, mx.add(*_halves(mx.stop_gradient(size)))),
         "margin": difference,
     }
     return {name: (weights * value).sum() for name, value in values.items()}

@@ -18,7 +18,7 @@ from mlxft.model.logits import Split
 from mlxft.model.plan import Outline
 from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.functional import bradley_terry
+from mlxft.objectives.functional import bradley_terry, wins
 from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack_pairs
 
 FORMATS = ("preference", "ratings")
@@ -137,7 +137,7 @@ def measure(scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tupl
         weights: (N,) of the pairs.
     """
     half = scores.shape[0] // 2
-    return _calibration(scores[:half] - scores[half:], weights) | _by_length(scores, lengths, weights, thirds)
+    return _calibration(scores[:half], scores[half:], weights) | _by_length(scores, lengths, weights, thirds)
 
 
 def figures(means: dict[str, float]) -> dict[str, Any]:
@@ -177,10 +177,11 @@ def _by_length(
     return sums
 
 
-def _calibration(difference: mx.array, weights: mx.array) -> dict[str, mx.array]:
+def _calibration(chosen: mx.array, rejected: mx.array, weights: mx.array) -> dict[str, mx.array]:
     """Sums by bins of confidence: how sure the model is of the better answer, and how often it is right."""
+    difference = chosen - rejected
     confidence = mx.sigmoid(mx.abs(difference))
-    right = (difference > 0) + 0.5 * (difference == 0)
+    right = wins(difference, mx.abs(chosen) + mx.abs(rejected))
     bins = mx.clip(((confidence - 0.5) * 2 * BINS).astype(mx.int32), 0, BINS - 1)
     sums: dict[str, mx.array] = {}
     for i in range(BINS):

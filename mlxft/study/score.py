@@ -20,6 +20,7 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import find_head, read_head
 from mlxft.model.logits import Split
 from mlxft.model.scorer import TOKENS, Scorer
+from mlxft.objectives.functional import wins
 from mlxft.objectives.onpolicy.reward_model import reads_chat
 from mlxft.objectives.reward import figures, measure, thirds_of
 from mlxft.rundir import load
@@ -176,16 +177,21 @@ def summarise(rows: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _of_pairs(pairs: Sequence[Scored]) -> dict[str, Any]:
-    """How often chosen is above rejected (equal counts half), by how much, and how sure that may be taken to be."""
+    """How often chosen is above rejected, by how much, and how sure that may be taken to be.
+
+    Scores that differ by no more than rounding count half.
+    """
     weights = np.array([row.weight for row in pairs], dtype=np.float32)  # a GPU has no float64
-    margins = np.array([row.scores[0] - row.scores[1] for row in pairs])
+    chosen, rejected = (np.array([row.scores[side] for row in pairs], dtype=np.float32) for side in (0, 1))
+    margins = chosen - rejected
+    won = np.array(wins(mx.array(margins), mx.array(np.abs(chosen) + np.abs(rejected))))
     scores = [row.scores[side] for side in (0, 1) for row in pairs]
     lengths = [len(row.answers[side].reply) for side in (0, 1) for row in pairs]
     sums = measure(mx.array(scores), mx.array(lengths), mx.array(weights), thirds_of(lengths))
     found = figures({name: float(value) / float(weights.sum()) for name, value in sums.items()})
     return {
         "pairs": len(pairs),
-        "accuracy": float(np.average((margins > 0) + 0.5 * (margins == 0), weights=weights)),
+        "accuracy": float(np.average(won, weights=weights)),
         "margin": float(np.average(margins, weights=weights)),
         **{name: found[name] for name in ("ece", "reliability", "scores_by_length")},
     }

@@ -19,6 +19,7 @@ from mlxft.config import Config
 from mlxft.errors import TrainingError
 from mlxft.model.cpu import quicker
 from mlxft.model.random import random_state
+from mlxft.objectives.balance import balanced_loss
 from mlxft.objectives.base import MAX, Batch, LossSum, Objective
 from mlxft.train.optim import Optimizer, learning_rate
 from mlxft.train.validate import validate
@@ -207,8 +208,11 @@ class Loop:
     def _gradient(self, batch: Batch) -> tuple[LossSum, dict[str, mx.array]]:
         def loss(params: dict[str, mx.array]) -> LossSum:
             self.model.update(tree_unflatten(list(params.items())))
+            if aux is not None:
+                return balanced_loss(self.objective, self.model, batch, aux)
             return self.objective.loss(self.model, batch)
 
+        aux = self.config.tune.router_aux
         params = dict(tree_flatten(self.model.trainable_parameters()))
         if batch.trains is not None:
             params = {n: v for n, v in params.items() if batch.trains(n)}

@@ -13,8 +13,10 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlxft.config import Group, Optim
-from mlxft.errors import ConfigError, nearest
-from mlxft.model.adapters import matches
+from mlxft.errors import CheckpointError, ConfigError, nearest
+from mlxft.model.adapters import layer_paths, matches
+from mlxft.model.heads import CRITIC
+from mlxft.model.lora import LINEAR, SWITCH, LowRank
 
 Arrays = dict[str, mx.array]
 REST = ""  # the part of what no other part names
@@ -36,7 +38,73 @@ def learning_rate(settings: Optim, step: int, total: int) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * share
 
 
-def make_optimizer(settings: Optim) -> opt.Optimizer:
+class Muon(opt.AdamW):
+    """Muon for hidden matrices (Jordan et al. 2024), AdamW for all else.
+
+    A matrix's momentum is orthogonalised, and scaled so that the update of every shape has the root mean square that
+    AdamW's usually has, 0.2 (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4): one learning rate is right
+    for both parts. Weight decay is decoupled in both: w <- w - lr (0.2 sqrt(max(rows, columns)) O + decay w).
+
+    Args:
+        matrices: names of the parameters that Muon updates; the last two dimensions of each are a matrix's, those
+            before them count matrices (experts).
+    """
+
+    def __init__(self, matrices: Iterable[str], momentum: float, **adamw: Any) -> None:
+        super().__init__(**adamw)
+        self._matrices, self.momentum = frozenset(matrices), momentum
+
+    def init(self, parameters: Arrays) -> None:
+        """Prepare the state of parameters by name: of a matrix its momentum, of the others AdamW's moments."""
+        self.state |= {n: {"momentum": mx.zeros_like(p)} for n, p in parameters.items() if n in self._matrices}
+        super().init(parameters)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """Return the parameter after one update."""
+        if "momentum" not in state:
+            return super().apply_single(gradient, parameter, state)
+        b, lr = self.momentum, self.learning_rate
+        state["momentum"] = b * state["momentum"] + (1 - b) * gradient
+        update = orthogonalised((1 - b) * gradient + b * state["momentum"])  # Nesterov's
+        scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+        return parameter * (1 - lr * self.weight_decay) - lr * scale * update
+
+
+def orthogonalised(matrices: mx.array, steps: int = 5) -> mx.array:
+    """Return U V^T, nearly, of matrices U S V^T, shape (..., rows, columns), by Newton-Schulz steps (Jordan 2024).
+
+    Each step maps the singular values, at first divided by the Frobenius norm, by 3.4445 s - 4.775 s^3 + 2.0315 s^5;
+    five of them bring all but tiny ones to between 0.7 and 1.2. A matrix of zeros stays one.
+    """
+    x = matrices / (mx.sqrt(matrices.square().sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.swapaxes(-2, -1) if tall else x
+    for _ in range(steps):
+        gram = x @ x.swapaxes(-2, -1)
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * (gram @ gram)) @ x
+    return x.swapaxes(-2, -1) if tall else x
+
+
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Names of trainable matrices in the model's blocks: of linear layers and experts, and their low-rank factors.
+
+    Embeddings, the output layer, scalar heads, norms, biases, convolutions and a state space's own arrays are not
+    among them.
+    """
+    modules = dict(model.named_modules())
+    blocks = tuple(f"{path}." for path in layer_paths(model)) if hasattr(model, "layers") else ()
+    found = set()
+    for name in _flat(model.trainable_parameters()):
+        # The parameters of a separate critic are named by their places in the model.
+        path, _, leaf = name.removeprefix(f"{CRITIC}.role.").replace("/", ".").rpartition(".")
+        owner = modules.get(path)
+        layer = owner.base if isinstance(owner, LowRank) else owner
+        if path.startswith(blocks) and isinstance(layer, LINEAR + SWITCH) and leaf in ("weight", "lora_a", "lora_b"):
+            found.add(name)
+    return found
+
+
+def make_optimizer(settings: Optim, model: nn.Module) -> opt.Optimizer:
     """The mlx optimiser; its rate is set before each update. Bias correction is on."""
     s, lr = settings, settings.lr
     decay = s.weight_decay if s.weight_decay is not None else (0.01 if s.name == "adamw" else 0.0)
@@ -52,7 +120,7 @@ def make_optimizer(settings: Optim) -> opt.Optimizer:
     if s.name == "adafactor":
         return opt.Adafactor(lr, relative_step=False, scale_parameter=False, weight_decay=decay)
     momentum = 0.95 if s.momentum is None else s.momentum
-    return opt.Muon(lr, momentum=momentum, weight_decay=decay)
+    return Muon(hidden_matrices(model), momentum, learning_rate=lr, weight_decay=decay, bias_correction=True)
 
 
 class Bundle(NamedTuple):
@@ -114,7 +182,7 @@ class Optimizer:
 
     def __init__(self, settings: Optim, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
         self._settings = settings
-        self._opt = make_optimizer(settings)
+        self._opt = make_optimizer(settings, model)
         params = _flat(model.trainable_parameters())
         self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
         self._opt.init(params | self._master)
@@ -220,8 +288,16 @@ class Optimizer:
         return max((size(n, v) for n, v in _flat(model.trainable_parameters()).items()), default=0)
 
     def load(self, arrays: Arrays) -> None:
-        """Put back what `arrays` gave."""
-        assert set(arrays) == set(self.arrays()), "checkpoint of another optimiser"
+        """Put back what `arrays` gave.
+
+        Raises:
+            CheckpointError: they are another optimiser's, or this one's of another version of mlxft.
+        """
+        if set(arrays) != set(self.arrays()):
+            raise CheckpointError(
+                f"the checkpoint's optimiser state is not one of {self._settings.name} as this version of mlxft keeps "
+                "it; start a new run, from the result of this one (model.adapter, or model.path) if you like"
+            )
         # Parameter names hold dots, so the tree is walked as it is and not rebuilt from names.
         self._opt.state = tree_map_with_path(lambda n, _: arrays[f"state.{n}"], self._opt.state)
         self._steps = {part: arrays[f"steps.{part}"] for part in self._steps}

@@ -205,7 +205,8 @@ class LiveView:
         if t:
             grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e} {_norm(t)}")
             if "rollout" in t:
-                answers = f"KL {t['kl']:.3f}, {t['response_tokens']:.1f} tokens an answer"
+                far = f"KL {t['kl']:.3f}, " if "kl" in t else ""
+                answers = f"{far}{t['response_tokens']:.1f} tokens an answer"
                 grid.add_row("reward", f"{t['reward']:.4f}", answers)
             grid.add_row("speed", f"{t['trained_tokens_per_s']:.0f}", "trained tokens/s")
             grid.add_row("memory", f"{t['peak_memory_gb']:.2f}", "GB at most")

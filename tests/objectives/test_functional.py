@@ -602,3 +602,25 @@ def test_odds_ratio_of_a_response_known_by_heart() -> None:
         a, b = mx.array([chosen]), mx.array([rejected])
         grads = mx.grad(lambda x, y: F.odds_ratio(x, y, 0.1).sum(), argnums=(0, 1))(a, b)
         assert np.isfinite([F.odds_ratio(a, b, 0.1).item(), *(g.item() for g in grads)]).all()
+
+
+def test_what_is_no_more_than_rounding_is_a_tie() -> None:
+    """Sums of 300 have an ulp of 3e-5; a difference of a few of these says nothing, one of 1e-3 does."""
+    difference = mx.array([0.0, 3e-5, -6e-5, 1e-3, -1e-3, 1e-9, 2.0])
+    close(F.wins(difference, mx.array([600.0, 600.0, 600.0, 600.0, 600.0, 0.0, 1.0])), [0.5, 0.5, 0.5, 1, 0, 1, 1])
+    scores = mx.array([1.0, 1.0, 2.0])
+    got = F.bradley_terry(scores, mx.array([1.0 + 2.0**-23, 1.0 - 2.0**-23, 1.0]))
+    assert got.metrics["accuracy"].item() == 2
+
+
+# Mixtures of experts.
+
+
+def test_load_balance_by_hand() -> None:
+    """Four experts: f = (3/4, 1/4, 0, 0), P = (1/2, 1/4, 1/8, 1/8): 4 (3/8 + 1/16) = 1.75. Even 1, all to one 4."""
+    close(F.load_balance(mx.array([6, 2, 0, 0]), mx.array([4.0, 2.0, 1.0, 1.0])), 1.75)
+    close(F.load_balance(mx.array([3, 3, 3, 3]), mx.array([5.0, 5.0, 5.0, 5.0])), 1.0)
+    close(F.load_balance(mx.array([9, 0, 0, 0]), mx.array([9.0, 0.0, 0.0, 0.0])), 4.0)
+    # d/dP_i (sum 8) = 4 (f_i - sum f P) / 8.
+    slope = mx.grad(lambda p: F.load_balance(mx.array([6.0, 2.0, 0.0, 0.0]), p))(mx.array([4.0, 2.0, 1.0, 1.0]))
+    close(slope, [0.5 * (f - 0.4375) for f in (0.75, 0.25, 0.0, 0.0)])

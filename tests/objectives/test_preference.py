@@ -222,6 +222,42 @@ def test_the_first_loss_is_that_of_no_preference(settings: Recipe, tiny_model: L
         attach_nothing(tiny_model)
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "kto"])
+def test_a_margin_of_rounding_size_is_a_tie(loss: str, settings: Recipe, tiny_model: Loaded) -> None:
+    """A reference whose numbers were computed in batches of other shapes is the policy, but for the last bit or two."""
+    found = objective(settings(loss, **{"batch.rows": 24}), tiny_model)
+    batch = next(found.batches(tiny_model.model))
+    tokens = found._policy.logprobs(tiny_model.model, batch.arrays, False)
+    ulps = mx.where(mx.random.uniform(shape=tokens.shape, key=mx.random.key(0)) < 0.5, 1.0, -1.0) * 2.0**-23
+    batch.arrays["reference"] = tokens * (1 + ulps)
+    sums = found.loss(tiny_model.model, batch)
+    assert sums.metrics["margin"].item() != 0
+    assert (sums.metrics["accuracy"] / sums.weight).item() == 0.5
+    a = batch.arrays
+    better = a["good"][a["owners"]] if loss == "kto" else a["owners"] < a["lengths"].size // 2
+    a["reference"] = tokens - mx.where(better, 1e-3, -1e-3)
+    sums = found.loss(tiny_model.model, batch)
+    assert sums.metrics["accuracy"].item() == sums.weight.item()
+
+
+def test_ipo_is_of_means_over_tokens(settings: Recipe, tiny_model: Loaded) -> None:
+    """An answer twice as long, with the same log-ratio a token, has the same loss: (h - 1 / (2 beta))^2, h a token's.
+
+    With every token of the chosen answers 0.5 and of the rejected 0.1 nats above the reference, h is 0.4.
+    """
+    rows = [{"prompt": "the", "chosen": "in on at" * (1 + i), "rejected": "of" * (3 - i)} for i in range(3)]
+    found = objective(settings("ipo", rows, preference={"beta": 0.25}, **{"batch.rows": 3}), tiny_model)
+    batch = next(found.batches(tiny_model.model))
+    a = batch.arrays
+    tokens = found._policy.logprobs(tiny_model.model, a, False)
+    a["reference"] = tokens - mx.where(a["owners"] < 3, 0.5, 0.1)
+    sums = found.loss(tiny_model.model, batch)
+    assert (sums.total / sums.weight).item() == pytest.approx((0.4 - 2) ** 2, rel=1e-4)
+    names = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")
+    means = {name: (sums.metrics[name] / sums.weight).item() for name in names}
+    assert means == pytest.approx(dict(zip(names, (0.125, 0.025, 0.1, 1.0))), rel=1e-4)
+
+
 def attach_nothing(loaded: Loaded) -> None:
     """Take the adapter off again."""
     from mlx.utils import tree_unflatten
@@ -254,7 +290,7 @@ def test_losses_are_the_functions_of_sums_and_means(settings: Recipe, tiny_model
         mc, mr = mx.split(sums / a["lengths"], 2)
         losses = {
             "dpo": F.dpo(c, r, rc, rr, 0.3, 0.2) - 0.5 * mc,
-            "ipo": F.ipo(c, r, rc, rr, 0.3),
+            "ipo": F.ipo(mc, mr, *mx.split(ref / a["lengths"], 2), 0.3),
             "hinge": F.hinge(c, r, rc, rr, 0.3),
             "simpo": F.simpo(mc, mr, 2.0, 0.7),
             "orpo": F.odds_ratio(mc, mr, 0.1) - mc,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,8 +13,14 @@ import numpy as np
 import pytest
 
 from mlxft.config import Group, Optim
-from mlxft.errors import ConfigError
-from mlxft.train.optim import Optimizer, group_of, learning_rate
+from mlxft.errors import CheckpointError, ConfigError
+from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
+from mlxft.model.heads import ScoreHead, attach_head
+from mlxft.model.load import load
+from mlxft.model.logits import Split
+from mlxft.model.roles import Roles
+from mlxft.objectives.onpolicy.critic import add_critic
+from mlxft.train.optim import Optimizer, group_of, hidden_matrices, learning_rate, orthogonalised
 
 NAMES = ["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
 
@@ -141,6 +149,11 @@ def test_every_optimiser_descends_and_goes_on_from_its_arrays(name: str):
     assert second.vector.tolist() == whole.vector.tolist()
 
 
+def test_the_state_of_another_optimiser_is_refused():
+    with pytest.raises(CheckpointError, match="optimiser state is not one of muon as this version"):
+        Optimizer(Optim(name="muon"), fresh()).load(Optimizer(Optim(name="sgd"), fresh()).arrays())
+
+
 def test_master_weights_keep_small_updates():
     """1 - 100 * 0.0001 = 0.99. A bfloat16 next to 1 is 0.996: each single update would round to nothing."""
     assert (mx.array(1.0, mx.bfloat16) - mx.array(1e-4, mx.bfloat16)).item() == 1.0
@@ -264,3 +277,120 @@ def test_an_updates_peak_is_what_it_makes_anew_and_the_gradient_in_float32(dtype
         mx.eval(optimizer.step(model, grads, mx.array(1.0), 1e-3), model.parameters(), optimizer.arrays())
         found = mx.get_peak_memory() - before
     assert found == pytest.approx(optimizer.renewed(model) + 4 * 1024 * 1024, rel=0.15)
+
+
+# Muon.
+
+
+class Blocks(nn.Module):
+    """One block of a linear layer with a bias and a norm, behind an embedding."""
+
+    def __init__(self, weight: Any, bias: Any) -> None:
+        super().__init__()
+        out_dims, in_dims = np.shape(weight)
+        block = nn.Module()
+        block.proj = nn.Linear(in_dims, out_dims)
+        block.proj.weight, block.proj.bias = mx.array(weight, dtype=mx.float32), mx.array(bias, dtype=mx.float32)
+        self.embed_tokens = nn.Embedding(4, in_dims)
+        self.layers = [block]
+
+
+def newton_schulz(matrix: Any) -> Any:
+    """U p(p(p(p(p(S / |S|))))) V^T with p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5, by singular values in float64."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return (u * s) @ v
+
+
+def test_muon_equals_numpy_over_four_steps():
+    """torch.optim.Muon's algorithm (nesterov, adjust_lr_fn match_rms_adamw) on the matrix; on all else AdamW's.
+
+    B = b B + (1 - b) G; O = NS((1 - b) G + b B); W = W (1 - lr decay) - lr 0.2 sqrt(max(rows, columns)) O.
+    """
+    rng = np.random.default_rng(1)
+    weight, bias, table = rng.normal(size=(3, 5)), rng.normal(size=3), rng.normal(size=(4, 5))
+    model = Blocks(weight, bias)
+    model.embed_tokens.weight = mx.array(table, dtype=mx.float32)
+    opt = Optimizer(Optim(name="muon", lr=1.0, weight_decay=0.3, momentum=0.9, clip=None), model)
+    buffer = np.zeros_like(weight)
+    moments = {n: [np.zeros_like(p), np.zeros_like(p)] for n, p in (("bias", bias), ("table", table))}
+    for t in range(1, 5):
+        lr = 0.05 / t
+        g, gb, gt = rng.normal(size=weight.shape), rng.normal(size=3), rng.normal(size=table.shape)
+        grads = {"layers.0.proj.weight": g, "layers.0.proj.bias": gb, "embed_tokens.weight": gt}
+        opt.step(model, {n: mx.array(x, dtype=mx.float32) for n, x in grads.items()}, mx.array(1.0), lr)
+        buffer = 0.9 * buffer + 0.1 * g
+        weight = weight * (1 - lr * 0.3) - lr * 0.2 * math.sqrt(5) * newton_schulz(0.1 * g + 0.9 * buffer)
+        stepped = []
+        for name, value, slope in (("bias", bias, gb), ("table", table, gt)):
+            m, v = moments[name]
+            m[:], v[:] = 0.9 * m + 0.1 * slope, 0.999 * v + 0.001 * slope**2
+            update = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            stepped.append(value * (1 - lr * 0.3) - lr * update)
+        bias, table = stepped
+    np.testing.assert_allclose(np.array(model.layers[0].proj.weight), weight, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(model.layers[0].proj.bias), bias, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.array(model.embed_tokens.weight), table, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_does_not_turn_decay_into_a_direction():
+    """Without a gradient a matrix shrinks by 1 - lr x decay and by nothing else: decay does not go through NS."""
+    model = Blocks([[1.0, 2.0], [3.0, 4.0]], [1.0, 1.0])
+    opt = Optimizer(Optim(name="muon", lr=0.1, weight_decay=0.5), model)
+    grads = {"layers.0.proj.weight": mx.zeros((2, 2)), "layers.0.proj.bias": mx.zeros(2)}
+    opt.step(model, {**grads, "embed_tokens.weight": mx.zeros((4, 2))}, mx.array(1.0), 0.1)
+    np.testing.assert_allclose(np.array(model.layers[0].proj.weight), 0.95 * np.array([[1, 2], [3, 4]]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (64, 4), (16, 16), (3, 4, 64)], ids=str)
+def test_muons_update_is_as_large_in_every_shape(shape: tuple[int, ...]):
+    """(rank, in) and (out, rank) as well: its root mean square is about 0.2 of the rate, as AdamW's."""
+    x = orthogonalised(mx.random.normal(shape, key=mx.random.key(0)))
+    size = mx.sqrt((0.2 * math.sqrt(max(shape[-2:])) * x).square().mean()).item()
+    assert 0.7 * 0.2 < size < 1.25 * 0.2
+
+
+def test_experts_are_orthogonalised_one_by_one():
+    """As each alone: in one matrix together the larger gradient would drown the other."""
+    both = mx.random.normal((2, 6, 4), key=mx.random.key(1)) * mx.array([1.0, 1e-3])[:, None, None]
+    apart = mx.stack([orthogonalised(matrix) for matrix in both])
+    assert mx.allclose(orthogonalised(both), apart, atol=1e-5)
+    assert orthogonalised(mx.zeros((2, 3))).tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside"),
+    [
+        ("llama", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ("gpt_neox", {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        ("mixtral", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate"}),
+    ],
+)
+def test_what_muon_updates_of_whole_weights(
+    kind: str, inside: set[str], make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Matrices of the blocks; not the embedding (tied or not), the output layer, a scalar head, norms and biases."""
+    model = load(str(make_model_dir(tmp_path / kind, kind)), dtype="float32").model
+    prepare_full(model, "all", [], [])
+    attach_head(model, ScoreHead(32))
+    found = hidden_matrices(model)
+    assert {n.split(".")[-2] for n in found} == inside
+    assert all(n.endswith(".weight") for n in found)
+
+
+def test_what_muon_updates_of_adapters_and_a_critic(tiny_model_dir: Path) -> None:
+    """Factors of the blocks' layers, DoRA's magnitudes and an adapted embedding aside; of a critic the same."""
+    model = load(str(tiny_model_dir), dtype="float32").model
+    targets = select_targets(model, ["q_proj", "embed_tokens"], "all")
+    prepare_adapter(model, LoRASpec(tuple(targets), 2, 1.0), ["layers.0.mlp.up_proj", "model.norm"])
+    own = {f"model.layers.{i}.self_attn.q_proj.lora_{x}" for i in (0, 1) for x in "ab"}
+    own |= {"model.layers.0.mlp.up_proj.weight"}
+    assert hidden_matrices(model) == own
+    add_critic(model, Split(model), Roles(model, adopt="policy"), "policy", 32)
+    assert hidden_matrices(model) == own | {f"critic.role.{n.replace('.', '/')}" for n in own}
+    dora = load(str(tiny_model_dir), dtype="float32").model
+    prepare_adapter(dora, LoRASpec(("model.layers.0.mlp.up_proj",), 2, 1.0, dora=True), [])
+    assert {n.split(".")[-1] for n in hidden_matrices(dora)} == {"lora_a", "lora_b"}

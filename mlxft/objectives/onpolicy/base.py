@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlxft.config import Config
 from mlxft.data.dataset import fingerprint
@@ -38,6 +39,7 @@ from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.sft import load_splits
 
 M = TypeVar("M", bound=Method)
+FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, never below 0 (k3); approx_kl is k1
 _IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
 
 
@@ -70,22 +72,24 @@ class OnPolicy(Generic[M]):
         self.kl_coef: float = self.settings.kl_coef
         self._number, self._step = 0, 0  # of the rollout, and its next step
         self._rollout: Rollout | None = None
-        self._kl = 0.0  # of the newest step from the policy that sampled
-        self._sums: LossSum | None = None
+        # KL from the policy that sampled, over the pass at hand: sum and weight, and those of steps not looked at yet.
+        self._apart = [0.0, 0.0]
+        self._unread: list[tuple[mx.array, mx.array]] = []
         self._held_out = HeldOut(self)
         self._model: nn.Module | None = None
 
     # Roles
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Take note of the policy as it is: the reference."""
+        """Take note of the policy as it is: the reference, where anything asks it."""
         self._model = model
         self.split = Split(model)
         self.roles = Roles(model, adopt="policy")
-        whole = self.config.tune.method == "full"
-        self.reference = "reference" if whole or self.config.model.adapter is not None else None
-        if self.reference is not None:
-            self.roles.copy("policy", self.reference)
+        moved = self.config.tune.method == "full" or self.config.model.adapter is not None
+        self.reference = "reference" if moved else None  # a fresh adapter's reference is the bare base
+        self.has_reference = self.settings.refers or not moved
+        if moved and self.settings.refers:
+            self.roles.copy("policy", "reference")
         self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
         replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
         if self.rewards.role is not None and replaced:
@@ -136,9 +140,9 @@ class OnPolicy(Generic[M]):
         return f"nothing of {rollouts} rollouts is trained on"
 
     def _arrays(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> dict[str, mx.array]:
-        """ids, positions and labels of some completions."""
+        """ids, positions, labels and last of some completions."""
         arrays = stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
-        return {name: arrays[name] for name in ("ids", "positions", "labels")}
+        return {name: arrays[name] for name in ("ids", "positions", "labels", "last")}
 
     # Rollouts
 
@@ -178,7 +182,7 @@ class OnPolicy(Generic[M]):
         return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
 
     def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
-        """Log-probabilities of the tokens by the policy and by the reference; returns the mean entropy.
+        """Keep the tokens' log-probabilities, by the policy and the reference if it is asked; return the mean entropy.
 
         Args:
             micro: completions of which each batch is made: those of the first steps, so that their ratio is 1 to the
@@ -195,6 +199,8 @@ class OnPolicy(Generic[M]):
                 entropy += float(found.pop("entropy").sum())
                 for name, numbers in found.items():
                     self._keep(rollout, rows, name, numbers)
+                if not self.settings.refers:
+                    continue
                 with self.roles.use(self.reference):
                     ref = rows_logprobs(*asked, grad=False, draw=self.how)
                     mx.eval(ref)
@@ -252,7 +258,7 @@ class OnPolicy(Generic[M]):
             "reward": float(scores.total.mean()),
             "reward_std": float(scores.total.std()),
             **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
-            "kl": kl,
+            **kl,
             "kl_coef": self.kl_coef,
             "entropy": entropy,
             "response_tokens": float(rollout.sizes.mean()),
@@ -265,12 +271,14 @@ class OnPolicy(Generic[M]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
-        check_kl(kl, self.config.objective, self.settings.max_kl, bool(self.valid))
-        self.settle(kl, len(rollout))
+        if kl:
+            a_token = kl["kl"] / float(rollout.sizes.mean())
+            check_kl(a_token, self.config.objective, self.settings.highest_kl, bool(self.valid))
+            self.settle(kl["kl"], len(rollout))
         return rollout, event
 
     def settle(self, kl: float, count: int) -> None:
-        """After a rollout of `count` completions is ready: what changes for the next one."""
+        """After a rollout of `count` completions is ready, of known `kl`: what changes for the next one."""
 
     def _lengths(self, rollout: Rollout) -> Any:
         return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
@@ -278,10 +286,15 @@ class OnPolicy(Generic[M]):
     def _per_epoch(self, rollout: Rollout) -> int:
         return min(self.settings.minibatches, len(self.kept(rollout)))
 
-    def kl_of(self, rollout: Rollout) -> float:
-        """Nats from the reference, summed over a completion, mean over completions."""
+    @staticmethod
+    def kls(rollout: Rollout) -> npt.NDArray[np.float64]:
+        """(B,) log policy - log reference of each completion, in nats."""
         apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
-        return float(np.mean([float((old - ref).sum()) for old, ref in apart]))
+        return np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
+
+    def kl_of(self, rollout: Rollout) -> dict[str, float]:
+        """`kl`, nats from the reference of a completion, mean over completions; nothing where it is not asked."""
+        return {"kl": float(self.kls(rollout).mean())} if self.settings.refers else {}
 
     # What the loop asks for
 
@@ -303,7 +316,7 @@ class OnPolicy(Generic[M]):
                 raise TrainingError(self.why_idle(idle))
             while self._rollout is rollout:
                 at = self._step
-                if at and at % self._per_epoch(rollout) == 0 and self._strayed():
+                if at % self._per_epoch(rollout) == 0 and self._strayed() and at:
                     self._number, self._step, self._rollout = self._number + 1, 0, None
                     owed = owed or last_of_pass
                     break
@@ -332,15 +345,22 @@ class OnPolicy(Generic[M]):
     needs_reference = False  # whether the loss reads ref_logprobs
 
     def _strayed(self) -> bool:
-        """Whether the policy is too far from the one that sampled to use the rollout further."""
-        if self.settings.target_kl is None:
-            return False
-        if self._sums is not None:
-            self._kl = float(self._sums.metrics["approx_kl"]) / float(self._sums.weight)
-        return self._kl > 1.5 * self.settings.target_kl
+        """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
+        total, weight = self._read_apart()
+        self._apart = [0.0, 0.0]
+        most = self.settings.target_kl
+        return most is not None and weight > 0 and total / weight > 1.5 * most
+
+    def _read_apart(self) -> list[float]:
+        """Sum and weight of KL from the policy that sampled, over the steps of the pass so far."""
+        for total, weight in self._unread:
+            self._apart = [self._apart[0] + float(total), self._apart[1] + float(weight)]
+        self._unread.clear()
+        return self._apart
 
     def stepped(self, sums: LossSum) -> None:
-        self._sums = sums if self.settings.target_kl is not None and "approx_kl" in sums.metrics else None
+        if self.settings.target_kl is not None and FAR in sums.metrics:
+            self._unread.append((sums.metrics[FAR], sums.weight))
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         raise AssertionError(f"{type(self).__name__} has no loss")
@@ -357,12 +377,12 @@ class OnPolicy(Generic[M]):
         return sum(self.settings.epochs * min(self.settings.minibatches, size) for size in sizes)
 
     def state_dict(self) -> dict[str, Any]:
-        self._strayed()  # a number, in place of the sums it comes from
-        return {"rollout": self._number, "step": self._step, "kl": self._kl, "kl_coef": self.kl_coef}
+        apart = self._read_apart()
+        return {"rollout": self._number, "step": self._step, "apart": apart, "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._number, self._step = state["rollout"], state["step"]
-        self._kl, self.kl_coef = state["kl"], state["kl_coef"]
+        self._apart, self.kl_coef = state.get("apart", [0.0, 0.0]), state["kl_coef"]
 
     def arrays(self) -> dict[str, mx.array]:
         return self._rollout.arrays() if self._rollout is not None else {}

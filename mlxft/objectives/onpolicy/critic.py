@@ -25,7 +25,11 @@ class Critic(nn.Module):
 
     Args:
         weights: full name -> value of the role's parameters; empty for a head on the policy's trunk.
+    Attributes:
+        offset: added to what the head gives, which has no bias: where rewards lie that are normalised.
     """
+
+    offset = 0.0
 
     def __init__(self, weights: dict[str, mx.array], head: ScoreHead) -> None:
         super().__init__()
@@ -45,7 +49,7 @@ class Critic(nn.Module):
                 role.whole[name] = value
         try:
             with roles.use(ROLE):
-                return self.head(rows_hidden(split, ids, positions))
+                return self.head(rows_hidden(split, ids, positions)) + self.offset
         finally:
             role.whole.clear()  # or what an update replaces would stay in memory
 

@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import Field
 
 from mlxft.model.logprobs import row_sums
+from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.objectives.onpolicy.base import FAR, OnPolicy
 from mlxft.objectives.onpolicy.group import Floats, surrogate
 from mlxft.objectives.onpolicy.prompts import Method
 from mlxft.objectives.onpolicy.rollout import Rollout
@@ -78,13 +79,14 @@ class Reinforced(CriticFree[R], Generic[R]):
 
     def rewards_of(self, rollout: Rollout) -> Floats:
         """(B,) score - kl_coef x (log pi - log reference) of the completion."""
-        apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
-        kl = np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
-        return (rollout.scores - self.kl_coef * kl).astype(np.float32)
+        if not self.kl_coef:
+            return rollout.scores
+        return (rollout.scores - self.kl_coef * self.kls(rollout)).astype(np.float32)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         a, clip = batch.arrays, self.settings.clip
-        log_ratio = self.logprobs(a) - a["old_logprobs"]
+        logprobs = self.logprobs(a)
+        log_ratio = logprobs - a["old_logprobs"]
         if self.settings.ratio == "completion":
             losses, metrics = surrogate(self.of_rows(log_ratio, a), a["gains"], clip, clip)
         else:
@@ -93,6 +95,7 @@ class Reinforced(CriticFree[R], Generic[R]):
         if self.settings.ratio == "token":
             metrics = {name: self.row_means(values, a) for name, values in metrics.items()}
         metrics["approx_kl"] = self.row_means(-log_ratio, a)
+        metrics[FAR] = self.row_means(F.kl(a["old_logprobs"], logprobs, "k3"), a)
         sums = {name: mx.stop_gradient(values).sum() for name, values in metrics.items()}
         weight = mx.array(float(a["lengths"].shape[0]))
         return LossSum(losses.sum(), weight, {**sums, "ratio_max": mx.stop_gradient(highest)})

@@ -81,7 +81,8 @@ def residents(config: Config, model: nn.Module) -> Residents:
     policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
     whole = config.tune.method == "full"
     # A fresh adapter's reference is the bare base.
-    reference = policy if whole or config.model.adapter is not None else 0
+    refers = getattr(config, config.objective).refers
+    reference = policy if refers and (whole or config.model.adapter is not None) else 0
     reward, role, notes = _reward(config)
     separate = critic(config) == "separate"
     trained = (reward if role else _inside(model)) if separate else 0

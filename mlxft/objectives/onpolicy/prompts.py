@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -20,23 +20,38 @@ from mlxft.objectives.onpolicy.settings import RolloutSettings
 from mlxft.objectives.sft import of_valid
 
 NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
+MAX_KL = 4.0  # nats a token: of the text that is written, the reference would have drawn 2 % of the tokens
 
 
 class Method(Settings):
     """What every on-policy method has among its settings."""
 
-    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs.")
+    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs; 0: no reference is kept.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout.")
     minibatches: int = Field(1, ge=1, description="Steps (optimiser updates) that a pass is cut into.")
     target_kl: float | None = Field(
         None,
         gt=0,
-        description="End the passes over a rollout when the policy is 1.5 times so far, in nats a token, from the one "
-        "that sampled it; default: never.",
+        description="End the passes over a rollout after one in whose mean the policy is 1.5 times so far from the one "
+        "that sampled it, in nats a token (approx_kl_k3); default: never.",
     )
-    max_kl: float | None = Field(
-        200.0, gt=0, description="Stop the run when KL to the reference is above, in nats a completion; null: never."
+    max_kl: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description=f"Stop the run when KL to the reference is above, in nats a token, mean over a rollout; auto: "
+        f"{MAX_KL:g} where kl_coef is above 0, else never; null: never.",
     )
+
+    @property
+    def highest_kl(self) -> float | None:
+        """`max_kl` as a number, if there is a bound."""
+        if self.max_kl == "auto":
+            return MAX_KL if self.kl_coef else None
+        return self.max_kl
+
+    @property
+    def refers(self) -> bool:
+        """Whether anything needs the reference's log-probabilities."""
+        return self.kl_coef > 0 or self.highest_kl is not None
 
 
 def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> list[str]:
@@ -71,6 +86,10 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
     if problems:
         raise ConfigError("\n".join(problems))
     notes = [note] if (note := rollout.bias_note()) else []
+    if not getattr(config, name).refers:
+        notes.append(
+            f"{name}.kl_coef is 0: no reference is asked, and kl is not reported ({name}.max_kl: a number asks)"
+        )
     if config.run.steps is None and getattr(config, name).target_kl is not None:
         notes.append(
             f"run.epochs is counted in steps, as if {name}.target_kl ended no rollout early: those that it ends leave "
@@ -80,7 +99,7 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
 
 
 def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
-    """TrainingError where KL to the reference, in nats a completion, is above the objective's `max_kl`.
+    """TrainingError where KL to the reference, in nats a token, is above the objective's `max_kl`.
 
     Args:
         validated: whether there are held-out prompts, by which the best weights are known.
@@ -90,7 +109,7 @@ def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
         kept = "Checkpoints (run.save_every) stay as they were; with data.valid the best weights would be kept as well"
     if most is not None and kl > most:
         raise TrainingError(
-            f"the policy has run away from the reference: KL is {kl:.4g} nats a completion, {name}.max_kl is {most:g}. "
+            f"the policy has run away from the reference: KL is {kl:.4g} nats a token, {name}.max_kl is {most:g}. "
             f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look for what the reward is cheated by in "
             f"samples.jsonl. {kept}"
         )

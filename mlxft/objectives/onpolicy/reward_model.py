@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxft.data.encode import Reply
+from mlxft.data.encode import Ids, Reply
 from mlxft.data.formats import tools_of
 from mlxft.errors import ConfigError, RewardError
 from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
@@ -129,7 +129,7 @@ class RewardModel:
             RewardError: a score that is no number.
         """
         if self.role is not None:
-            answers = [Reply(item.prompt_ids, item.reply_ids) for item in items]
+            answers = [Reply(item.prompt_ids, self._sampled(item)) for item in items]
             with probing(self._roles.model), self._roles.use(self.role):
                 scores = self._scorer.scores(answers, tokens)
         else:
@@ -138,6 +138,11 @@ class RewardModel:
             if score - score != 0:  # NaN or infinite
                 raise RewardError(f"rewards.adapter: {item.where}: the reward model's score is {score}")
         return scores
+
+    def _sampled(self, item: Item) -> Ids:
+        """A completion's own ids; of one that a stop text ended those of the text before it, ended as answers are."""
+        ended = item.finished and item.reply_ids[-1] not in self._scorer.tokenizer.eos_token_ids
+        return self._encode(item).reply if ended else item.reply_ids
 
     def _encode(self, item: Item) -> Reply:
         """Prompt and completion as this model's own tokenizer and template have them."""

@@ -110,6 +110,12 @@ class Rewards:
         std = self._run.std if s.normalize and self._run is not None else None
         return s.adapter_weight / (std or 1.0)
 
+    @property
+    def offset(self) -> float:
+        """What a score of 0 of the reward model adds to a reward."""
+        mean = self._run.mean if self._settings.normalize and self._run is not None else None
+        return -self.slope * (mean or 0.0)
+
     def check_rows(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Whether rows, each with where it stands, have what the rules read.
 

@@ -17,6 +17,9 @@ import mlxft
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.load import base_fingerprint
 from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.onpolicy.memory import residents
+from mlxft.objectives.rloo import RLOO
+from mlxft.planning import base_skeleton
 from mlxft.recipe import parse_config
 from mlxft.run import load_base, make_objective, prepare
 
@@ -116,6 +119,66 @@ def test_the_known_optimum_is_reached(
     assert abs(score / best - 1) < (0.05 if objective == "ppo" else 0.1)
 
 
+# Two tokens of eight. After w1 the score is 0.8 whatever follows; after w0 it is 1 if w0 follows again, else 0. The
+# first token decides what the second's KL is worth: certainty of w0 costs ln 8. With a reference of equal chances the
+# best J = score - 0.2 KL is 0.2 ln E[exp(score / 0.2)] = 0.2 ln((8 e^4 + e^5 + 55) / 64) = 0.4606.
+TWO = "return [0.8 if a == 'w1' else float((a, b) == ('w0', 'w0')) for a, b in (c.split() for c in completions)]"
+BEST = 0.2 * np.log((8 * np.exp(4) + np.exp(5) + 55) / 64)
+
+
+def two_token_objective(folder: Path) -> float:
+    """J of a policy, by all 64 completions."""
+    model = mlxft.load(folder).model
+    first = np.array(mx.softmax(model(mx.array([[6, 7]]))[0, -1]), dtype=np.float64)
+    second = np.array(mx.softmax(model(mx.array([[6, 7, i] for i in range(8)]))[:, -1], axis=-1), dtype=np.float64)
+    p = first[:, None] * second
+    score = np.zeros((8, 8))
+    score[1], score[0, 0] = 0.8, 1
+    return float((p * (score - 0.2 * np.log(64 * p))).sum())
+
+
+@pytest.mark.parametrize(
+    ("objective", "own", "least", "most"),
+    [
+        ("grpo", {"kl_in": "advantages", "scale": "none"}, 0.995 * BEST, BEST),
+        pytest.param("rloo", {}, 0.995 * BEST, BEST, marks=pytest.mark.slow),
+        # As published, the first token is chosen as if the second's KL were free: always for the higher score.
+        pytest.param("grpo", {"scale": "none"}, 0.3, 0.92 * BEST, marks=pytest.mark.slow),
+    ],
+    ids=["grpo-advantages", "rloo", "grpo-loss"],
+)
+def test_a_token_that_decides_the_kl_of_the_next(
+    words: Words, on_policy: OnPolicy, tmp_path: Path, objective: str, own: dict[str, Any], least: float, most: float
+) -> None:
+    """KL of the tokens to come belongs into a token's advantage: with it the optimum is reached, without it is not."""
+    changes = {"rollout.prompts": 16, "rollout.samples": 16, "rollout.max_tokens": 2, "rollout.rows": 256}
+    changes |= {"batch.tokens": 8192, "optim.lr": 5e-3, "optim.schedule": "linear", "run.steps": 100}
+    settings = on_policy(objective, words(8), TWO, {"kl_coef": 0.2, **own}, **changes)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w6 w7"}\n' * 16)
+    found = two_token_objective(quietly(settings).dir)
+    assert least < found < most
+
+
+def test_kl_in_the_advantages_is_that_of_whole_completions(words: Words, on_policy: OnPolicy) -> None:
+    """grpo's gradient with scale: none and loss: constant is rloo's, over max_tokens: that of reward - kl_coef KL."""
+    slopes = []
+    exact = {"scale": "none", "loss": "constant", "kl_in": "advantages"}
+    for name, own in (("rloo", {}), ("grpo", exact), ("grpo", {**exact, "kl_in": "loss"})):
+        changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": 5}
+        settings = on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, {"kl_coef": 0.5, **own}, **changes)
+        objective, model = made(settings)
+        moved(model)  # away from the reference, before it samples
+        batches = parts_of(objective, model)
+        assert batches[0].event is not None
+        assert batches[0].event["kl"] > 0.01
+        sums, grads = sums_of(objective, model, batches)
+        slopes.append({n: g / float(sums.weight) for n, g in grads.items()})
+    for name, slope in slopes[0].items():
+        np.testing.assert_allclose(6 * slopes[1][name], slope, rtol=1e-3, atol=1e-6, err_msg=name)
+    apart = max(np.abs(6 * slopes[2][n] - slope).max() for n, slope in slopes[0].items())
+    assert apart > 0.05 * max(np.abs(slope).max() for slope in slopes[0].values())
+
+
 # The loss.
 
 
@@ -146,6 +209,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"loss": "token", "clip_high": 0.28, "kl_coef": 0.1, "kl_estimator": "k2"}),
     ("grpo", {"loss": "constant", "scale": "none"}),
     ("grpo", {"mask_truncated": True, "scale": "batch"}),
+    ("grpo", {"kl_in": "advantages", "kl_coef": 0.5}),
     ("rloo", {"ratio": "completion"}),
     ("rloo", {"ratio": "token", "clip": None}),
     ("reinforce", {"baseline": "average"}),
@@ -245,9 +309,11 @@ def test_the_first_step_of_a_rollout_has_ratio_one(words: Words, on_policy: OnPo
     steps = run.metrics("train")
     assert len(steps) == 8
     for first, second in zip(steps[::2], steps[1::2]):
-        assert [first[k] for k in ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl")] == [1, 1, 0, 0]
+        names = ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "approx_kl_k3")
+        assert [first[k] for k in names] == [1, 1, 0, 0, 0]
         assert second["ratio_mean"] != 1
         assert second["approx_kl"] != 0
+        assert second["approx_kl_k3"] > 0
 
 
 # Edges.
@@ -356,6 +422,99 @@ def test_groups_of_equal_scores_give_way(words: Words, on_policy: OnPolicy) -> N
         made(on_policy("grpo", words(2), body, {"resample": 1}, **{"rollout.prompts": 16}))
 
 
+def test_passes_end_by_a_kl_that_is_never_below_zero_and_the_mean_of_the_pass(
+    words: Words, on_policy: OnPolicy
+) -> None:
+    """k1 of a minibatch is of either sign, and that of the last step is not the pass's.
+
+    Of (weight, k1, k3) the first pass has k3 = (4 + 1) / 40 = 0.125, below 1.5 x 0.1; the second (1 + 9) / 40 = 0.25.
+    """
+    own = {"target_kl": 0.1, "epochs": 4, "minibatches": 2}
+    objective, model = made(on_policy("grpo", words(2), ARM, own))
+    batches, rollouts = objective.batches(model), []
+    for weight, k1, k3 in [(10, -3, 4), (30, -3, 1), (10, -1, 1), (30, -9, 9), (10, 9, 0)]:
+        batch = next(batches)
+        rollouts.append(objective.state_dict()["rollout"])
+        metrics = {"approx_kl": mx.array(float(k1)), "approx_kl_k3": mx.array(float(k3))}
+        objective.stepped(LossSum(mx.array(0.0), mx.array(float(weight)), metrics))
+        assert batch.ends_step
+        objective.load_state_dict(objective.state_dict())
+    assert rollouts == [0, 0, 0, 0, 1]
+
+
+# The reference.
+
+PLAIN = {"ppo": {"epochs": 1}, "grpo": {}, "rloo": {}, "reinforce": {}}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_a_kl_coef_no_reference_is_kept_or_asked(words: Words, on_policy: OnPolicy, name: str) -> None:
+    """No copy of the weights, no forward pass, none in the plan, no kl; it is said."""
+    settings = on_policy(name, words(8, spread=0.2), LENGTHS, {**PLAIN[name], "kl_coef": 0.0})
+    settings["data"]["valid"] = settings["data"]["train"]
+    objective, model = made(settings)
+    assert "reference" not in objective.roles.names
+    rollout, event = objective.roll(model)
+    assert "ref_logprobs" not in rollout.tokens
+    assert "kl" not in event
+    assert any(f"{name}.kl_coef is 0: no reference is asked" in note for note in objective.notes)
+    assert residents(objective.config, base_skeleton(objective.config)).reference == 0
+    run = quietly(settings | {"run": settings["run"] | {"steps": 4}})
+    found = run.metrics("eval")[-1]
+    assert not {"kl", "win_rate"} & set(found)
+    assert found["loss"] == -found["reward"]
+    kept = on_policy(name, words(8, spread=0.2), LENGTHS, {**PLAIN[name], "kl_coef": 0.0, "max_kl": 3.0})
+    objective, model = made(kept)
+    assert "reference" in objective.roles.names
+    assert "kl" in objective.roll(model)[1]
+    assert residents(objective.config, base_skeleton(objective.config)).reference > 0
+
+
+def test_a_fresh_adapters_reference_is_the_base_which_costs_nothing(words: Words, on_policy: OnPolicy) -> None:
+    """So the win rate against it stays, of what is asked once."""
+    settings = on_policy("rloo", words(8, eos=True, spread=0.2), LENGTHS, {"kl_coef": 0.0}, **{"run.steps": 2})
+    settings |= {"tune": {"rank": 2}}
+    settings["data"]["valid"] = settings["data"]["train"]
+    found = quietly(settings).metrics("eval")[-1]
+    assert "kl" not in found
+    assert 0 <= found["win_rate"] <= 1
+
+
+def test_max_kl_is_in_nats_a_token(words: Words, on_policy: OnPolicy) -> None:
+    """A long completion may be far from the reference as a whole."""
+    changes = {"rollout.max_tokens": 12, "rollout.stop_at_eos": True}
+    objective, model = made(on_policy("rloo", words(8, eos=True, spread=0.2), LENGTHS, {"max_kl": None}, **changes))
+    moved(model, 0.3)
+    rollout, event = objective.roll(model)
+    a_token = event["kl"] / rollout.sizes.mean()
+    assert event["kl"] > 2 * a_token > 0.01
+    for bound, stops in ((1.01 * a_token, False), (0.99 * a_token, True)):
+        settings = on_policy("rloo", words(8, eos=True, spread=0.2), LENGTHS, {"max_kl": bound}, **changes)
+        objective, model = made(settings)
+        moved(model, 0.3)
+        if not stops:
+            objective.roll(model)
+            continue
+        with pytest.raises(TrainingError, match=rf"KL is {a_token:.4g} nats a token, rloo.max_kl is {bound:g}"):
+            objective.roll(model)
+
+
+@pytest.mark.parametrize(
+    ("own", "bound", "refers"),
+    [
+        ({}, 4.0, True),
+        ({"kl_coef": 0.0}, None, False),
+        ({"max_kl": None}, None, True),
+        ({"kl_coef": 0.0, "max_kl": None}, None, False),
+        ({"kl_coef": 0.0, "max_kl": 1.5}, 1.5, True),
+        ({"max_kl": "auto"}, 4.0, True),
+    ],
+)
+def test_what_max_kl_bounds(own: dict[str, Any], bound: float | None, refers: bool) -> None:
+    found = RLOO.model_validate(own)
+    assert (found.highest_kl, found.refers) == (bound, refers)
+
+
 def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
     """Each rollout is held against the ones before it, the first against itself."""
     own = {"baseline": "average", "decay": 0.5, "kl_coef": 0.0}
@@ -381,6 +540,13 @@ def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
         ("reinforce", {"decay": 0.5}, {}, r"decay \(0.5\) is for baseline: average"),
         ("grpo", {"kl_estimator": "k1"}, {}, "kl_estimator"),
         ("grpo", {"kl_estimator": "k3", "kl_coef": 0}, {}, "nothing to act on where kl_coef is 0"),
+        (
+            "grpo",
+            {"kl_in": "advantages", "kl_coef": 0},
+            {},
+            "kl_in .advantages. has nothing to act on where kl_coef is",
+        ),
+        ("grpo", {"kl_in": "advantages", "kl_estimator": "k3"}, {}, r"kl_estimator \(k3\) is for kl_in: loss"),
         ("rloo", {"clip": 0}, {}, "clip"),
         ("grpo", {"gamma": 1}, {}, "no such setting"),
     ],

@@ -251,6 +251,24 @@ def test_values_are_on_the_scale_of_rewards(tiny: Recipe, reward_run: str) -> No
     assert mx.allclose(now(model)[2], 2.5 * head.weight).item()
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_critic_begins_with_the_scores_that_the_policy_is_trained_on(
+    tiny: Recipe, reward_run: str, normalize: bool
+) -> None:
+    """Its value of a whole completion is the reward, with the reward run's mean taken off where that is normalised."""
+    rewards = {"adapter": reward_run, "adapter_weight": 2.5, "normalize": normalize}
+    objective, _ = made(tiny({}, **{"rewards": rewards, "rollout.stop_at_eos": True}))
+    drawn = objective.draw(0)
+    rollout = drawn.rollout
+    rows = [np.concatenate([objective.prompts[p].ids, r]) for p, r in zip(rollout.prompts, rollout.replies)]
+    for row, score in zip(rows, drawn.scores.total):
+        values = objective.critic.values(
+            objective.split, objective.roles, mx.array(row[None]), mx.array([len(row) - 1])
+        )
+        assert values.item() == pytest.approx(float(score), abs=1e-4)
+    assert abs(objective.rewards.offset) > 0.01 or not normalize
+
+
 def test_a_critic_is_what_gives_values(words: Words, on_policy: OnPolicy) -> None:
     """The output layer is the policy's alone."""
     for tune in ({"method": "full"}, {"targets": ["lm_head", "attention"], "rank": 2}):

@@ -161,6 +161,23 @@ def test_a_completion_that_was_cut_off_is_scored_without_its_end(
     np.testing.assert_allclose(found.total, without, atol=1e-4)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["role", "another-base"])
+def test_a_completion_that_a_stop_text_ended_is_read_up_to_it_and_then_eos(
+    run: Run, wanted: list[float], beside: bool, tiny_model: Loaded, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As a whole answer, wherever the reward model is loaded; the stop text may share a token with what it follows."""
+    other = load(str(make_model_dir(tmp_path / "qwen3", "qwen3")), dtype="float32") if beside else tiny_model
+    rewards, _ = prepared(other, adapter=str(run.dir))
+    assert (rewards.role is None) == beside
+    for stop in ("\n\nthe", "s in", "z"):
+        asked = items(other.tokenizer)
+        sampled = [np.array(other.tokenizer.encode(i.completion + stop), dtype=np.int32) for i in asked]
+        stopped = [
+            Item(i.prompt_ids, ids, i.prompt, i.completion, i.row, True, i.where) for i, ids in zip(asked, sampled)
+        ]
+        np.testing.assert_allclose(rewards.score(stopped, tokens=64).total, wanted, atol=1e-4)
+
+
 def test_a_fine_tune_of_the_base_is_another_base(
     run: Run, wanted: list[float], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
