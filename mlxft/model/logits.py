@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.model.cpu import exp, logsumexp
 from mlxft.model.pack import Packing
-from mlxft.model.random import again, position, probing
+from mlxft.model.random import again, position, probing, repeatable
 
 CHUNK = 256  # most trained positions whose logits exist at one time
 
@@ -63,6 +63,7 @@ class Split:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        repeatable(model)  # the head is computed twice for a gradient
         self._width, self._dtype = 0, mx.float32  # of hidden states
         self.vocabulary = 0
         self._read: dict[frozenset[str], tuple[str, ...]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxft.model.random import again, position
+from mlxft.model.random import again, position, repeatable
 from mlxft.model.routers import collect, watched_masks, watching
 
 _CHECKPOINTED: dict[type, type] = {}
@@ -73,6 +73,7 @@ def checkpoint_layers(model: nn.Module, on: bool = True) -> None:
     Each block becomes an instance of a subclass of its own class, so any mix of classes will do, and switching
     twice is switching once.
     """
+    repeatable(model)
     for layer in model.layers:
         kind = getattr(type(layer), "checkpointed", None)
         if on and kind is None:

@@ -54,6 +54,13 @@ class Dropout(nn.Dropout):
         return (mask * x) * (1 / self._p_1)
 
 
+def repeatable(model: nn.Module) -> None:
+    """Let all of a model's dropout be drawn `again`, also what its architecture brought."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = Dropout
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """Whatever is drawn inside the block, the global random state is afterwards as it was."""

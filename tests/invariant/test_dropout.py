@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mlxft.errors import ConfigError
 from mlxft.model import logits as logits_module
-from mlxft.model.adapters import LoRASpec, attach, select_targets
+from mlxft.model.adapters import LoRASpec, attach, prepare_full, select_targets
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.logprobs import hidden_entropy, row_sums, rows_hidden, rows_logprobs
@@ -124,6 +124,20 @@ def test_the_gradient_is_of_the_masks_that_were_drawn(
         pytest.skip("its hidden states can not be had")
     model = adapted(name, targets, checkpoint)
     assert slope_error(model, loss(model)) < 0.01
+
+
+@pytest.mark.parametrize("loss", [nll, simpo])
+def test_so_it_is_with_an_architectures_own_dropout(loss: Callable[[nn.Module], Callable[[], mx.array]]) -> None:
+    model: Any = build("llama untied")
+    for layer in model.layers:
+        layer.mlp = nn.Sequential(nn.Dropout(0.3), layer.mlp)
+    model.lm_head = nn.Sequential(nn.Dropout(0.3), model.lm_head)
+    prepare_full(model, "all", [], [])
+    checkpoint_layers(model)
+    model.train()
+    found = loss(model)
+    assert float(found()) != float(found()), "there is dropout"
+    assert slope_error(model, found) < 0.01
 
 
 @pytest.mark.parametrize(
