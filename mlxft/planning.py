@@ -195,16 +195,21 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """`batch.tokens: auto` as a number: that of the run which is resumed, else the largest that fits.
+    """Settle what a recipe leaves open: `batch.tokens: auto`, by what fits.
+
+    A run that is resumed keeps what it began with: that number, and the optim.lr that its recipe did not give.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
         ConfigError: no row of data.max_length fits.
     """
+    file = config.run_dir / "config.yaml"
+    stored = load_config(file) if resume and file.exists() else None
+    if stored is not None:
+        config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
     if config.batch.tokens != "auto":
         return config
-    stored = config.run_dir / "config.yaml"
-    tokens: Any = load_config(stored).batch.tokens if resume and stored.exists() else _auto_tokens(config)
+    tokens: Any = _auto_tokens(config) if stored is None else stored.batch.tokens
     return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": tokens})})
 
 
