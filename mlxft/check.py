@@ -48,6 +48,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         "base": m.path,
         "steps": total,
         "steps_per_epoch": objective.steps_per_epoch(config.batch.accumulate),
+        "lr": config.optim.lr,
         "first_lr": float(f"{learning_rate(config.optim, 0, total):.4g}"),
         "trains": trains(config),
         "turn_ends_with": " ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(summary.ends)),

@@ -217,6 +217,10 @@ class Group(Settings):
         return self
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
+
+
 class Optim(Settings):
     """The optimiser and its learning rate."""
 
@@ -226,7 +230,13 @@ class Optim(Settings):
         "lr means what it means for adamw (Liu et al. 2025); AdamW at the same lr for embeddings, output layer, heads, "
         "norms and biases.",
     )
-    lr: float = Field(2e-4, gt=0, description="Highest learning rate.")
+    lr: float = Field(
+        2e-4,
+        gt=0,
+        description="Highest learning rate. Default, for adamw: sft 2e-5, reward 1e-5, ppo 3e-6, any other objective "
+        "1e-6; LoRA and DoRA take 10 times as much.",
+        json_schema_extra=_without_default,  # it is that of one objective and method
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course of the rate after warm-up.")
     warmup: int | float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: share of all steps.")
     min_lr: float = Field(0.0, ge=0, description="Rate at the end of a linear or cosine schedule.")
@@ -259,13 +269,26 @@ class Optim(Settings):
         decayed = [g.match for g in self.groups if g.weight_decay is not None]
         if decayed and self.name not in takes["weight_decay"]:
             raise ValueError(f"groups: {self.name} has no weight_decay; leave it out of {', '.join(decayed)}")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+        if "lr" in self.model_fields_set:
+            self.check_min_lr()
         if self.min_lr and self.schedule == "constant":
             raise ValueError("min_lr is for the linear and cosine schedules; constant keeps lr")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup is a number of steps or a share below 1, seen {self.warmup:g}")
         return self
+
+    def check_min_lr(self) -> None:
+        """ValueError where `min_lr` is above `lr`."""
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
+
+    def with_default(self, lr: float) -> Optim:
+        """With another rate where none is given, and it still counts as not given."""
+        if "lr" in self.model_fields_set:
+            return self
+        found = self.model_copy()
+        found.__dict__["lr"] = lr  # past model_copy's update, which would count it as given
+        return found
 
 
 class Run(Settings):
@@ -349,6 +372,16 @@ class Config(Settings):
     sweep: Sweep = Field(default_factory=Sweep)
     versions: dict[str, str] | None = Field(None, description="Written into config.yaml; not read.")
 
+    @model_validator(mode="after")
+    def _default_lr(self) -> Config:
+        optim = self.optim.with_default(default_lr(self.objective, self.tune.method))
+        object.__setattr__(self, "optim", optim)  # settings are frozen once they are made
+        try:
+            optim.check_min_lr()
+        except ValueError as e:
+            raise ValueError(f"optim: {e}") from None
+        return self
+
     def section(self, name: str, kind: type[S]) -> S:
         """The objective's own section `name`."""
         found = getattr(self, name)
@@ -373,6 +406,19 @@ def objective_sections(objective: str) -> dict[str, type[Settings]]:
     """The sections that an objective's file declares."""
     sections: dict[str, type[Settings]] = importlib.import_module(f"mlxft.objectives.{objective}").SETTINGS
     return sections
+
+
+def default_lr(objective: str, method: str) -> float:
+    """The rate of a recipe that gives none, which the objective's file declares for full fine-tuning.
+
+    A low-rank update wants some 10 times as much, whatever the objective (Schulman et al. 2025, "LoRA Without Regret").
+    """
+    try:
+        module = importlib.import_module(f"mlxft.objectives.{objective}")
+    except ModuleNotFoundError:  # the recipe is refused, and what else is wrong with it is looked for
+        module = None
+    full = float(getattr(module, "LEARNING_RATE", 2e-5))
+    return full if method == "full" else float(f"{10 * full:g}")  # 10 x 1e-6 is 9.999999999999999e-06
 
 
 def config_class(objective: str) -> type[Config]:

@@ -198,20 +198,24 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """What a run decides once, as the run that is resumed has it: `batch.tokens: auto` as a number, and the day.
+    """Settle what a recipe leaves open: `batch.tokens: auto`, by what fits, and the day.
+
+    A run that is resumed keeps what it began with: these two, and the optim.lr that its recipe did not give.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
         ConfigError: no row of data.max_length fits.
     """
-    stored = config.run_dir / "config.yaml"
-    before = load_config(stored) if resume and stored.exists() else None
+    file = config.run_dir / "config.yaml"
+    stored = load_config(file) if resume and file.exists() else None
+    if stored is not None:
+        config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
     if config.data.date is None:
-        day = (before and before.data.date) or date.today()
+        day = (stored and stored.data.date) or date.today()
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
     if config.batch.tokens != "auto":
         return config
-    tokens: Any = before.batch.tokens if before else _auto_tokens(config)
+    tokens: Any = _auto_tokens(config) if stored is None else stored.batch.tokens
     return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": tokens})})
 
 

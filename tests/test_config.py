@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from mlxft import config as config_module
 from mlxft import explain
-from mlxft.config import Config, Settings, config_class, objectives
+from mlxft.config import Config, Optim, Settings, config_class, objectives
 from mlxft.errors import ConfigError
 from mlxft.recipe import dump_config, load_config, parse_config, read_yaml
 
@@ -214,3 +216,47 @@ def test_what_is_not_a_mapping() -> None:
     for raw in ([1], "text", 3):
         with pytest.raises(ConfigError, match=f"^config: expected a mapping of settings, found {type(raw).__name__}$"):
             parse_config(raw)
+
+
+# The learning rate that a recipe leaves out.
+
+RATES = {"sft": 2e-5, "reward": 1e-5, "preference": 1e-6, "ppo": 3e-6, "grpo": 1e-6, "rloo": 1e-6, "reinforce": 1e-6}
+
+
+def bare(objective: str, **tune: Any) -> dict[str, Any]:
+    return {**LEAST, "objective": objective, "tune": tune}
+
+
+@pytest.mark.parametrize("objective", objectives())
+def test_the_default_rate_is_the_methods(objective: str) -> None:
+    """Of full fine-tuning as the field has it, times 10 for what is low-rank; in config.yaml as the number it is."""
+    rate = RATES[objective]
+    assert parse_config(bare(objective, method="full")).optim.lr == pytest.approx(rate)
+    for method in ("lora", "dora"):
+        config = parse_config(bare(objective, method=method))
+        assert config.optim.lr == float(f"{10 * rate:g}"), "without a tail of nines"
+        assert config_class(objective).model_validate(bare(objective, method=method)).optim.lr == config.optim.lr
+        written = yaml.safe_load(dump_config(config, {}))
+        assert written["optim"]["lr"] == config.optim.lr
+        assert parse_config(written | {"tune": {"method": "full"}}).optim.lr == config.optim.lr, "as it ran"
+    given = parse_config(bare(objective, method="full") | {"optim": {"lr": 0.5, "name": "muon"}})
+    assert given.optim.lr == 0.5
+    other = parse_config(bare(objective, method="full") | {"optim": {"name": "muon", "warmup": 3}})
+    assert (other.optim.lr, other.optim.warmup) == (pytest.approx(rate), 3)
+
+
+def test_the_help_says_the_default_rates() -> None:
+    said = Optim.model_fields["lr"].description or ""
+    for objective, rate in RATES.items():
+        stated = re.search(rf"\b{objective} (\S+?),", said) or re.search(r"any other objective (\S+?);", said)
+        assert stated is not None
+        assert float(stated[1]) == rate, objective
+    assert "default" not in Config.model_json_schema()["$defs"]["Optim"]["properties"]["lr"]
+
+
+def test_min_lr_is_held_against_the_rate_that_counts() -> None:
+    """1e-4 is below the default of LoRA, above that of full fine-tuning."""
+    optim = {"optim": {"min_lr": 1e-4}}
+    assert parse_config(bare("sft", method="lora") | optim).optim.min_lr == 1e-4
+    with pytest.raises(ConfigError, match=r"optim: min_lr \(0.0001\) is above lr \(2e-05\)"):
+        parse_config(bare("sft", method="full") | optim)

@@ -93,6 +93,7 @@ class GRPO(Method):
 
 
 SETTINGS: dict[str, type[Settings]] = sections({"grpo": GRPO})
+LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's GRPOConfig
 
 
 class Objective(CriticFree[GRPO]):

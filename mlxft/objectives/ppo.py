@@ -73,6 +73,7 @@ class PPO(Method):
 
 
 SETTINGS: dict[str, type[Settings]] = sections({"ppo": PPO})
+LEARNING_RATE = 3e-6  # of full fine-tuning, as TRL's PPOConfig
 
 
 class Objective(OnPolicy[PPO]):

@@ -84,6 +84,7 @@ class Preference(Settings):
 
 
 SETTINGS: dict[str, type[Settings]] = {"preference": Preference}
+LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's DPOConfig; these losses move fast
 
 
 def outline(config: Config) -> Outline:

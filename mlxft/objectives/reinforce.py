@@ -37,6 +37,7 @@ class Reinforce(InReward):
 
 
 SETTINGS: dict[str, type[Settings]] = sections({"reinforce": Reinforce})
+LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's RLOOConfig
 
 
 class Objective(Reinforced[Reinforce]):

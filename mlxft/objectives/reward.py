@@ -37,6 +37,7 @@ class Reward(Settings):
 
 
 SETTINGS: dict[str, type[Settings]] = {"reward": Reward}
+LEARNING_RATE = 1e-5  # of full fine-tuning, LoRA 1e-4, as TRL's RewardConfig
 
 
 def outline(config: Config) -> Outline:

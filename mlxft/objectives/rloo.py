@@ -20,6 +20,7 @@ class RLOO(InReward):
 
 
 SETTINGS: dict[str, type[Settings]] = sections({"rloo": RLOO})
+LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's RLOOConfig
 
 
 class Objective(Reinforced[RLOO]):

@@ -24,6 +24,7 @@ from mlxft.model.logits import Split, rows_nll
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary, beyond_context
 
 SETTINGS: dict[str, type[Settings]] = {}
+LEARNING_RATE = 2e-5  # of full fine-tuning, as most full fine-tuning has it; LoRA 2e-4
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 
 

@@ -71,6 +71,13 @@ def test_the_number_of_rows_shown(good: str, mlxft: Callable[..., Any]) -> None:
     assert [mlxft("check", good, "--rows", n).out.count("rows.jsonl:") for n in ("0", "1", "9")] == [0, 1, 2]
 
 
+def test_the_rate_that_a_recipe_leaves_out(write: Callable[..., Any], mlxft: Callable[..., Any]) -> None:
+    path = write(**{"optim.lr": None, "optim.warmup": 0})
+    for override, rate in (("tune.rank=4", 2e-4), ("tune={method: full}", 2e-5), ("optim.lr=0.5", 0.5)):
+        assert json.loads(mlxft("check", path, override, "--json").out)["lr"] == pytest.approx(rate)
+    assert "lr: 0.0002\n" in mlxft("check", path).out
+
+
 def test_what_would_be_trained_in_words(good: str, mlxft: Callable[..., Any]) -> None:
     def trains(*overrides: str) -> str:
         out = mlxft("check", good, *overrides, "--json").out

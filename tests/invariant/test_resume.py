@@ -264,6 +264,17 @@ def test_killed_is_uninterrupted_with_dropout_where_the_head_reads(
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
 
 
+def test_a_run_keeps_the_rate_that_its_recipe_left_to_the_default(recipe: Recipe, tmp_path: Path):
+    """It began when the default was another one: the stored rate counts, unless another one is asked for."""
+    changes: dict[str, Any] = {"run.steps": 6, "run.save_every": 2, "tune": {"method": "full"}}
+    train(recipe(**changes, **{"optim.lr": 2e-4}))
+    killed(5, recipe(**changes, **{"optim.lr": 2e-4, "run.name": "b"}))
+    train(recipe(**changes, **{"optim.lr": None, "run.name": "b"}), resume=True)
+    assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
+    with pytest.raises(ConfigError, match=r"optim.lr: the run has 0.0002, asked for is 2e-05"):
+        train(recipe(**changes, **{"optim.lr": 2e-5, "run.name": "b"}), resume=True)
+
+
 def test_killed_before_the_first_checkpoint_starts_over(recipe: Recipe, tmp_path: Path):
     changes: dict[str, Any] = {"tune.dropout": 0.3, "data.valid": 0.3, "run.eval_every": 1, "run.eval_at_start": True}
     train(recipe(**changes))
