@@ -297,7 +297,7 @@ def test_models(write: Write, refused: Refused, tmp_path: Path, monkeypatch: pyt
     hub = say("nobody/no-such-model")
     assert "the hub is switched off (HF_HUB_OFFLINE is set) and its cache does not hold it" in hub
     assert "not a path" in say("a" * 400)
-    assert "chat_template 'no.jinja': can not be read" in refused(2, "train", recipe, "model.chat_template=no.jinja")
+    assert "chat_template 'no.jinja': cannot be read" in refused(2, "train", recipe, "model.chat_template=no.jinja")
 
 
 def test_a_quantised_model_keeps_its_bits_and_groups(
