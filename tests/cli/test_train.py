@@ -243,6 +243,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
 ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "data.cache"}
 ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
 ELSEWHERE |= {"report.to", "report.project"}  # tests/train/test_trackers
+ELSEWHERE |= {"tune.router_aux"}  # of mixtures: tests/objectives/test_balance
 # tests/study/test_sweep
 ELSEWHERE |= {f"sweep.{k}" for k in ("space", "metric", "direction", "sampler", "pruner", "grace", "trials", "time")}
 
