@@ -19,22 +19,22 @@ def balanced_loss(objective: Objective, model: nn.Module, batch: Batch, weight: 
     Returns:
         The objective's LossSum; metric router_aux is the balance, 1 where tokens are spread evenly.
     """
-    with watching(real_tokens(batch.arrays)) as seen:
+    with watching(real_tokens(batch)) as seen:
         sums = objective.loss(model, batch)
     balance = mx.stack([load_balance(chosen, shares) for chosen, shares in seen.values()]).mean()
     added = balance * mx.stop_gradient(sums.weight)
     return LossSum(sums.total + weight * added, sums.weight, sums.metrics | {"router_aux": mx.stop_gradient(added)})
 
 
-def real_tokens(a: dict[str, mx.array]) -> dict[tuple[int, ...], mx.array]:
+def real_tokens(batch: Batch) -> dict[tuple[int, ...], mx.array]:
     """Masks of a batch's tokens by the shape of what goes through the model: rows, or prompts and answers to them."""
+    a = batch.arrays
     ids = a["ids"]
-    if "segments" in a:
-        return {ids.shape: a["segments"] > 0}
     if "prompts" in a:
         masks = [_before(a["prompts"], a["begins"]), _before(ids, a["lengths"])]
-        return {mask.shape: mask for mask in masks}
-    return {ids.shape: _before(ids, a["last"] + 1)}
+    else:
+        masks = [_before(ids, a["last"] + 1 if "last" in a else mx.array(batch.lengths))]
+    return {mask.shape: mask for mask in masks}
 
 
 def _before(ids: mx.array, lengths: mx.array) -> mx.array:

@@ -65,6 +65,7 @@ class Batch:
     counts: bool = True  # False: another pass over rows that were counted already
     event: dict[str, Any] | None = None  # what is to be reported before the step: of a rollout
     before_s: float = 0.0  # seconds of making it that are not training's: of sampling and scoring
+    lengths: tuple[int, ...] = ()  # real tokens of each row of `ids`, where no array says where they end
 
 
 class NoDropout(NamedTuple):

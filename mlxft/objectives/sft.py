@@ -237,7 +237,6 @@ def pack_batch(sequences: list[list[Encoded]], width: int, ends_epoch: bool = Fa
     }
     if segments:
         arrays["segments"] = mx.array(numbers)
-    else:
-        arrays["last"] = mx.array(np.array([len(row.ids) - 1 for (row,) in sequences], dtype=np.int32))
     rows = [row for sequence in sequences for row in sequence]
-    return Batch(arrays, sum(len(r.ids) for r in rows), len(where), tuple(r.where for r in rows), ends_epoch)
+    lengths = tuple(sum(len(row.ids) for row in sequence) for sequence in sequences)
+    return Batch(arrays, sum(lengths), len(where), tuple(r.where for r in rows), ends_epoch, lengths=lengths)

@@ -262,11 +262,11 @@ def test_completions_that_are_all_cut_off(ppo: Recipe, mlxft: Command, tmp_path:
 
 def test_a_policy_that_runs_away(ppo: Recipe, mlxft: Command, tmp_path: Path) -> None:
     """The run stops with advice, and the best weights by validation stay what they were."""
-    changes = {"optim.lr": 3.0, "run.steps": 9, "ppo.max_kl": 0.05, "data.valid": 0.25, "run.eval_every": 1}
+    changes = {"optim.lr": 3.0, "run.steps": 9, "ppo.max_kl": 0.1, "data.valid": 0.25, "run.eval_every": 1}
     done = mlxft("train", ppo(**changes))
     assert done.code == 1
     assert "TrainingError: the policy has run away from the reference: KL is " in done.err
-    assert "ppo.max_kl is 0.05. Raise ppo.kl_coef, lower optim.lr or ppo.epochs" in done.err
+    assert "nats a token, ppo.max_kl is 0.1. Raise ppo.kl_coef, lower optim.lr or ppo.epochs" in done.err
     run = open_run(tmp_path / "runs" / "a")
     assert run.metrics("failed")[0]["step"] < 9
     assert (run.dir / "adapter" / "adapters.safetensors").stat().st_size > 0

@@ -52,7 +52,6 @@ def alone(model: nn.Module) -> tuple[float, dict[str, mx.array]]:
     slopes: dict[str, mx.array] = {}
     for row in (row for sequence in sequences() for row in sequence):
         arrays = make_batch([row], len(row.ids)).arrays
-        del arrays["last"]
         value, more = value_and_gradient(model, lambda a=arrays: rows_nll(split, **a, grad=True))
         total += value
         slopes = {n: slopes[n] + g if n in slopes else g for n, g in more.items()}

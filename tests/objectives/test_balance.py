@@ -18,6 +18,7 @@ from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.load import load
 from mlxft.objectives.balance import balanced_loss, real_tokens
+from mlxft.objectives.base import Batch
 from mlxft.objectives.pairs import Answer, stack, stack_shared
 from mlxft.recipe import load_config, parse_config
 from mlxft.run import assemble, load_base, make_objective, train
@@ -81,7 +82,7 @@ def test_padding_is_not_counted(recipe: Recipe, mixture: Path, pack: bool) -> No
     changes = {"model.path": str(mixture), "tune.router_aux": 1.0, "batch": {"rows": 10, "pack": pack}}
     objective, model = ready(recipe(**changes))
     batch = next(objective.batches(model))
-    (mask,) = real_tokens(batch.arrays).values()
+    (mask,) = real_tokens(batch).values()
     assert mask.shape == batch.arrays["ids"].shape
     assert int(mask.sum()) == batch.tokens
     whole = balanced_loss(objective, model, batch, 1.0)
@@ -96,9 +97,9 @@ def test_masks_of_answers_and_of_shared_prompts() -> None:
     prompts, replies = ([1, 2, 3], [4]), ([5, 6], [7], [8, 9, 1], [2])
     ids = [np.array(x, dtype=np.int32) for x in (*prompts, *replies)]
     whole = stack([Answer(ids[i % 2], reply) for i, reply in enumerate(ids[2:])])
-    assert [m.sum(axis=1).tolist() for m in real_tokens(whole).values()] == [[5, 2, 6, 2]]
+    assert [m.sum(axis=1).tolist() for m in real_tokens(Batch(whole, 0, 0, ())).values()] == [[5, 2, 6, 2]]
     shared = stack_shared(ids[:2], [(i % 2, reply) for i, reply in enumerate(ids[2:])])
-    masks = real_tokens(shared)
+    masks = real_tokens(Batch(shared, 0, 0, ()))
     assert {shape: m.sum(axis=1).tolist() for shape, m in masks.items()} == {(2, 3): [3, 1], (4, 3): [2, 1, 3, 1]}
 
 
