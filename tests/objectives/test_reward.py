@@ -206,7 +206,7 @@ def test_the_adapter_alone_is_mlx_lms(settings: Recipe) -> None:
 
     run = train(settings())
     files = sorted(p.name for p in run.result.iterdir())
-    assert files == ["adapter_config.json", "adapters.safetensors", "head.safetensors"]
+    assert files == ["adapter_config.json", "adapters.safetensors", "chat_template.jinja", "head.safetensors"]
     base, _ = load_model(Path(run.config.model.path))
     assert load_adapters(base, str(run.result)) is not None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.formats import Prompt
+from mlxft.data.formats import Example, Prompt
 from mlxft.errors import DataError
 from mlxft.model.load import load_tokenizer
 from mlxft.objectives.onpolicy.prompts import encode_prompts
@@ -23,7 +23,7 @@ def test_tools_reach_the_template(
     tokenizer = load_tokenizer(str(tiny_model_dir))
     tokenizer.chat_template = TEMPLATE
     rows = [{"prompt": "on"}, {"prompt": "on", "tools": [{"name": "the"}]}]
-    examples = [(f"p:{i}", Prompt("on", row)) for i, row in enumerate(rows, 1)]
+    examples = [Example(f"p:{i}", Prompt("on", row)) for i, row in enumerate(rows, 1)]
     settings = on_policy("ppo", words(4), "return [0.0] * len(rows)", {}, **{"rollout.stop_at_eos": False})
     chat = parse_config({**settings, "data": {**settings["data"], "template": "auto"}})
     (without, with_tools), held_out = encode_prompts(examples, [], chat, tokenizer, [])
@@ -31,7 +31,7 @@ def test_tools_reach_the_template(
     assert tokenizer.decode(without.ids.tolist()).split() == ["on"]
     assert tokenizer.decode(with_tools.ids.tolist()).split() == ["the", "on"]
     plain = parse_config(settings)
-    with pytest.raises(DataError, match=r"^p:2: messages and tools need the chat template"):
+    with pytest.raises(DataError, match=r"^p:2: the chat template is not used .*, so messages and tools have no form"):
         encode_prompts(examples, [], plain, tokenizer, [])
-    with pytest.raises(DataError, match=r"^data\.valid: p:2: messages and tools need"):
+    with pytest.raises(DataError, match=r"^data\.valid: p:2: the chat template is not used"):
         encode_prompts(examples[:1], examples, plain, tokenizer, [])
