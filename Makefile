@@ -20,7 +20,7 @@ rlhf: .venv/.base
 	$(BIN)/mlxft rlhf $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
 import uuid
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Tests run side by side have a core each, and threads that wait for one another there only cost time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import mlxft  # noqa: F401  before MLX: it brings the fast BLAS
 from mlxft.model.load import Loaded, load
