@@ -518,4 +518,6 @@ def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) ->
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ModelError(f"{origin} does not fit this model:\n  " + "\n  ".join(problems[:10]) + more)
-    model.load_weights(list(weights.items()), strict=False)
+    # Low-rank factors are trained in float32, whatever type a file has them in.
+    full = {n: w.astype(mx.float32) for n, w in weights.items() if n in adapted}
+    model.load_weights(list((weights | full).items()), strict=False)

@@ -179,6 +179,12 @@ class LoRAEmbedding(LowRank):
         a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
         return self.embedding.as_linear(x) + ((self.dropout(x) @ b.T) * self._scale.astype(x.dtype)) @ a.T
 
+    @property
+    def weight(self) -> mx.array:
+        """The adapted weight, (tokens, D), without dropout, for architectures whose output layer reads it (minicpm)."""
+        weight = dense_weight(self.embedding)
+        return weight + self.delta().astype(weight.dtype)
+
     def delta(self) -> mx.array:
         return self._scale * (self.lora_a @ self.lora_b)
 

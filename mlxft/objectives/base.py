@@ -13,10 +13,12 @@ from mlxft.config import Config
 from mlxft.data.batching import IntArray, Slot, plan_epoch
 from mlxft.data.encode import Encoded
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair
-from mlxft.errors import ModelError
+from mlxft.errors import DataError, ModelError
 from mlxft.model.load import context_of, load_config
 from mlxft.model.lora import without_dropout
 
+# Architectures that look positions up in a table; MLX reads and writes memory beyond its end without a word.
+POSITION_TABLES = ("gpt2", "gpt_bigcode")
 MAX = "_max"  # metrics whose names end so are maxima, not sums
 
 
@@ -181,14 +183,22 @@ def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
 
     Args:
         lengths: tokens of each row.
+    Raises:
+        DataError: the model has no number at all for later positions.
     """
     try:
-        context = context_of(load_config(config.model.path))
+        about = load_config(config.model.path)
     except ModelError:  # whoever loads the model says why it can not be
         return []
+    context = context_of(about)
     long = [length for length in lengths if context is not None and length > context]
     if not long:
         return []
+    if about.get("model_type") in POSITION_TABLES:
+        raise DataError(
+            f"{len(long):,} rows are longer than the {context:,} positions that the model has an embedding for; the "
+            f"longest has {max(long):,}: set data.max_length to {context}, and see data.overflow"
+        )
     note = (
         f"{len(long):,} rows are longer than the model's context of {context:,} tokens (max_position_embeddings); the "
         f"longest has {max(long):,}: see data.max_length and data.overflow"

@@ -84,6 +84,11 @@ class GRPO(Method):
             raise ValueError(f"kl_in ({self.kl_in}) has nothing to act on where kl_coef is 0")
         if self.kl_in == "advantages" and self.kl_estimator != "k2":
             raise ValueError(f"kl_estimator ({self.kl_estimator}) is for kl_in: loss; leave it out")
+        if self.kl_in == "advantages" and self.skip_equal:
+            raise ValueError(
+                "skip_equal: with kl_in: advantages groups of equal scores have advantages too, those of their KL; "
+                "leave one of the two out"
+            )
         return self
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
@@ -31,6 +32,7 @@ from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
 from mlxft.model.random import probing
 from mlxft.model.sample import Sampling
+from mlxft.objectives.functional import wins
 from mlxft.objectives.onpolicy.rewards import Item
 from mlxft.objectives.sft import make_batch
 from mlxft.study.answers import Answer
@@ -122,7 +124,8 @@ def compare(a: Result, b: Result, *, seed: int = 0, confidence: float = 0.95) ->
             )
         interval = bootstrap(values, other, weights, seed=seed, confidence=confidence)
         better = other - values if a.kind == "loss" else values - other
-        won, lost = int((better > 0).sum()), int((better < 0).sum())
+        share = np.array(wins(mx.array(better, mx.float32), mx.array(np.abs(values) + np.abs(other), mx.float32)))
+        won, lost = int((share == 1).sum()), int((share == 0).sum())
         around = interval.difference, mean(values - other, weights).se, interval.low, interval.high
         found.append(Paired(name, len(values), *around, won, lost, len(values) - won - lost))
     return found

@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from mlxft.check import check
-from mlxft.recipe import load_config
+from mlxft.errors import DataError
+from mlxft.objectives.base import beyond_context
+from mlxft.recipe import load_config, parse_config
 
 Command = Callable[..., Any]
 HALF = "holds half of a character (U+D83D at "
@@ -300,3 +302,16 @@ def test_rows_beyond_the_models_context_are_counted(
     valid = mlxft("check", recipe, "data.valid=valid.jsonl").out
     assert "note: validation: 1 rows are longer than the model's context of 24 tokens" in valid
     assert "context" not in mlxft("check", recipe).out
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_bigcode"])
+def test_rows_beyond_a_table_of_positions_are_refused(
+    kind: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The model has no numbers for them: MLX would read, and in training write, what lies behind its table."""
+    about = {"model_type": kind, "n_positions": 16, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    config = parse_config(recipe(**{"model.path": str(tmp_path)}))
+    assert not beyond_context(config, [3, 16])
+    with pytest.raises(DataError, match=r"2 rows are longer than the 16 positions .*data\.max_length to 16"):
+        beyond_context(config, [3, 17, 16, 40])

@@ -117,6 +117,7 @@ def entropy(model: nn.Module) -> Callable[[], mx.array]:
         ("llama", [EMBEDDING, "all-linear"], True),
         ("mixtral", ["all-linear"], True),
         ("gemma2", [EMBEDDING, "all-linear"], True),
+        ("minicpm", [EMBEDDING, "all-linear"], True),
         ("gpt_neox", ["all-linear"], True),
     ],
 )

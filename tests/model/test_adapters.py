@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from architectures import build
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.errors import ConfigError, ModelError
@@ -28,6 +29,7 @@ from mlxft.model.adapters import (
     trainable_weights,
 )
 from mlxft.model.load import Loaded, base_fingerprint, load
+from mlxft.model.lora import plain
 
 Maker = Callable[..., Path]
 IDS = mx.array([[3, 40, 77, 5, 21, 9]])
@@ -271,6 +273,36 @@ def test_mlx_lms_adapter_in_ours(
     assert (spec.rank, spec.scale, spec.dora) == (4, 3.0, dora)
     assert set(trainable_weights(loaded.model)) == {n for n, _ in tree_flatten(theirs.trainable_parameters())}
     assert mx.allclose(loaded.model(IDS), theirs(IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["minicpm", "seed_oss", "llama"])
+def test_an_adapter_of_a_tied_embedding_is_its_head_too(name: str) -> None:
+    """Also where an architecture reads the embedding's weight: the fused model gives the same."""
+    model: Any = build(name)
+    attach(model, LoRASpec(("model.embed_tokens",), 4, 2.0))
+    scatter(model)
+    ids = IDS % 64
+    found = model(ids)
+    layer = model.model.embed_tokens
+    assert not mx.allclose(layer.embedding.weight, layer.fused_weight(), atol=1e-2)
+    model.model.embed_tokens = plain(layer.base, layer.fused_weight())
+    assert mx.allclose(found, model(ids), atol=1e-4)
+
+
+def test_factors_are_float32_whatever_a_file_has(model: nn.Module, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A sum of gradients in bfloat16 would stand still at 256: of a token's row, seen 1,024 times."""
+    spec = LoRASpec(("model.embed_tokens", "model.layers.0.self_attn.q_proj"), 2, 1.0)
+    attach(model, spec)
+    scatter(model)
+    folder = save(tmp_path / "adapter", model, spec)
+    file = folder / "adapters.safetensors"
+    half = {n: w.astype(mx.bfloat16) for n, w in mx.load(str(file)).items()}
+    mx.save_safetensors(str(file), half)
+    again = load(str(tiny_model_dir), dtype="bfloat16").model
+    load_adapter(again, folder)
+    found = trainable_weights(again)
+    assert {n: w.dtype for n, w in found.items()} == dict.fromkeys(half, mx.float32)
+    assert all(mx.array_equal(w, half[n]) for n, w in found.items())
 
 
 def test_whole_modules_are_saved_and_loaded(model: nn.Module, tiny_model_dir: Path, tmp_path: Path) -> None:

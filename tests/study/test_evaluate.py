@@ -320,6 +320,9 @@ def test_a_comparison_counts_rows_won_and_lost() -> None:
     (pair,) = compare(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2.4], [1, 3]))
     assert (pair.won, pair.lost) == (2, 0), "less loss is better"
     assert pair.difference == pytest.approx((-1 - 3 * 0.4) / 4)
+    ulp = 2.0**-23
+    (pair,) = compare(a_result("loss", [1 + ulp, 2, 3]), a_result("loss", [1, 2 + 2 * ulp, 2.9]))
+    assert (pair.won, pair.lost, pair.tied) == (0, 1, 2), "what is no more than rounding is a tie"
     with pytest.raises(ConfigError, match="other tokens"):
         compare(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2], [1, 2]))
     with pytest.raises(ConfigError, match="same rows"):

@@ -547,6 +547,7 @@ def test_the_moving_average(words: Words, on_policy: OnPolicy) -> None:
             "kl_in .advantages. has nothing to act on where kl_coef is",
         ),
         ("grpo", {"kl_in": "advantages", "kl_estimator": "k3"}, {}, r"kl_estimator \(k3\) is for kl_in: loss"),
+        ("grpo", {"kl_in": "advantages", "skip_equal": True}, {}, "skip_equal: with kl_in: advantages groups of equal"),
         ("rloo", {"clip": 0}, {}, "clip"),
         ("grpo", {"gamma": 1}, {}, "no such setting"),
     ],
