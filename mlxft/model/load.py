@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -324,10 +325,15 @@ def _outfit(tokenizer: Any, config: Mapping[str, Any], rows: int | None) -> None
         set_thinking(tokenizer, False)
 
 
+_POSITIONS = re.compile(r"(?:wpe|position\w*)$")
+
+
 def embedding_rows(config: Mapping[str, Any], model: nn.Module | None = None) -> int | None:
     """How many ids a model has: rows of its embedding, or what its config says; None where neither is known."""
-    tables = (nn.Embedding, nn.QuantizedEmbedding)
-    found = [m.weight.shape[0] for m in model.modules() if isinstance(m, tables)] if model is not None else []
+    named = model.named_modules() if model is not None else []
+    tables = {name: m for name, m in named if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)}
+    # Of ids, not of positions, whose table may be the longer one.
+    found = [m.weight.shape[0] for name, m in tables.items() if not _POSITIONS.search(name)]
     known = {**config, **(config.get("text_config") or {})}
     found = found or [n for key in ("vocab_size", "padded_vocab_size") if isinstance(n := known.get(key), int)]
     return max(found, default=None)

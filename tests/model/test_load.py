@@ -20,6 +20,7 @@ from mlxft.model.load import (
     Loaded,
     base_fingerprint,
     count_parameters,
+    embedding_rows,
     load,
     load_config,
     load_tokenizer,
@@ -398,3 +399,9 @@ def test_a_run_is_no_model_and_the_error_says_what_is(tiny_model_dir: Path, tmp_
         load(str(whole))
     with pytest.raises(ModelError, match=r"this is a run: give its base as model.path and the run as model.adapter"):
         load(str(adapted))
+
+
+def test_a_table_of_positions_says_nothing_of_ids() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4))
+    model.wpe = nn.Embedding(99, 4)
+    assert embedding_rows({}, model) == 10
