@@ -25,7 +25,6 @@ T = TypeVar("T")
 Tools = list[dict[str, Any]]
 # Names that a message's thoughts go by; templates read one of them.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-_CLOCKS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 class NotAPrefix(Exception):
@@ -157,6 +156,12 @@ class Chat:
                 "already; set data.template: none, or take the marks out",
                 index + 1,
             )
+        if trained and (mark := self._ends_twice(content.strip(), text)):
+            raise self.error(
+                f"{at} ends with {mark}, which the chat template writes behind it as well: take it out of the row, or "
+                "set data.template: none if the rest of the row has its marks too",
+                index + 1,
+            )
         answer = answer_of(content) if message["role"] == "assistant" else content
         thoughts = [content] if trained else []
         thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
@@ -173,16 +178,30 @@ class Chat:
         if problem:
             raise self.error(f"{at} {problem}", index + 1)
 
+    def _ends_twice(self, content: str, turn: str) -> str | None:
+        """The token that ends both the content of a turn and, behind that, the turn; None where there is none."""
+        marks = _marks(self.tokenizer, special_ids(self.tokenizer)[0])
+        if not content.endswith(marks):
+            return None
+        rest = turn.rpartition(content)[2].lstrip()
+        return next((mark for mark in marks if content.endswith(mark) and rest.startswith(mark)), None)
+
     def _lost_of_call(self, function: Mapping[str, Any], text: str) -> str | None:
         """What of a call is not in a text, or not as it should be; None where all is."""
         name, arguments = function["name"], function["arguments"]
-        missing = next((part for part in (name, *_leaves(arguments)) if not _is_in(part, text)), None)
+        # Text that stands there as the row wrote it holds all its values, however they are spelt: 1e5, \u00FC, \/.
+        as_text = self.form.text_arguments
+        missing = next(
+            (part for part in (name, *(() if as_text else _leaves(arguments))) if not _is_in(part, text)), None
+        )
         if missing is not None:
             what = f"calls {name}" if missing == name else f"calls {name} with {missing!r}"
             return f"{what}, {_NOT_WRITTEN}"
-        as_json, as_python, written = map(_squeezed, (_dumps(arguments), repr(arguments), text))
-        if self.form.text_arguments and _text_of(function).strip() not in text:
+        if as_text:
+            if _text_of(function).strip() in text:
+                return None
             return f"calls {name}, whose arguments this chat template does not write as they are: {_ADVICE}"
+        as_json, as_python, written = map(_squeezed, (_dumps(arguments), repr(arguments), text))
         if arguments and as_python in written and as_json not in written:
             return f"calls {name}, and this chat template writes its arguments as {as_python}, not as JSON: {_ADVICE}"
         return None
@@ -229,6 +248,13 @@ def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
         chat.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
     except Unwritten as exc:
         return exc
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and chat.render(messages[: i + 1]) == chat.render(messages[:i]):
+            return chat.error(
+                f"messages[{i}] is an empty turn, which this chat template leaves out: take it out of the row, or set "
+                "model.chat_template to one that writes it",
+                i + 1,
+            )
     word = "thoughtqzx"
     given = [{**m, THOUGHTS[0]: word} if m["role"] == "assistant" else m for m in messages]
     ways = ["give the turn its thoughts (reasoning_content)"] if word in chat.render(given) else []
@@ -349,20 +375,29 @@ def day_of(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "_mlxft_day", None) or date.today())
 
 
+# What a template may ask of its clock. An escaped % goes first, so that what follows it is not taken for a code.
+_CODES = (
+    "%%",
+    *(f"%-{code}" for code in "dmyHIMSj"),
+    *(f"%{code}" for code in "aAbBcCdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ"),
+)
+
+
 @lru_cache(maxsize=16)
 def _clock(template: str, day: date) -> str:
-    """What stands before a template to make its clock stand still; "" for one that has none.
+    """What stands before a template to make its clock stand still, at noon; "" for one that has none.
 
     Templates call `strftime_now`, which transformers gives them and does not let anyone replace; a macro of that name
-    comes before it. No macro can format a date, so each format that the template asks for is written out.
+    comes before it. No macro can format a date, so it puts what each code stands for into the format that is asked for.
     """
     if "strftime_now" not in template:
         return ""
-    formats = {"%Y-%m-%d", *(found[2] for found in _CLOCKS.finditer(template))}
-    days = _dumps({form: datetime.combine(day, time(12)).strftime(form) for form in sorted(formats)})
+    noon = datetime.combine(day, time(12))
+    codes = _dumps([["%%", "\0"], *((code, noon.strftime(code)) for code in _CODES[1:]), ["\0", "%"]])
     return (
-        f"{{%- set _days = {days} %}}{{%- macro strftime_now(form) %}}"
-        "{{- _days[form] if form in _days else _days['%Y-%m-%d'] }}{%- endmacro %}\n"  # Jinja takes this newline away
+        "{%- macro strftime_now(format) %}{%- set ns = namespace(text=format) %}"
+        f"{{%- for code, value in {codes} %}}{{%- set ns.text = ns.text | replace(code, value) %}}{{%- endfor %}}"
+        "{{- ns.text }}{%- endmacro %}\n"  # Jinja takes this newline away
     )
 
 
@@ -442,8 +477,7 @@ def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: Form, thinki
     head, answer, rest = whole.partition("textqz1x")
     if longer.startswith(whole) or not answer or not longer.startswith(head + answer):
         return ""
-    special = special_ids(tokenizer)[0]
-    marks = sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in special), key=len, reverse=True)
+    marks = _marks(tokenizer, special_ids(tokenizer)[0])
     ending = re.match(rf"\s*({'|'.join(map(re.escape, marks))})", rest) if marks else None
     if ending is None or not longer.startswith(head + answer + ending[0]):
         return ""
@@ -473,6 +507,12 @@ def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozens
         if closes in name and (opener := name.replace(closes, opens)) in names
     }
     return special, openers
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: Any, ids: frozenset[int]) -> tuple[str, ...]:
+    """The texts of control tokens, the longest first."""
+    return tuple(sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in ids), key=len, reverse=True))
 
 
 @lru_cache(maxsize=1024)

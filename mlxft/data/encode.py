@@ -449,7 +449,15 @@ def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
 
 
 def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> tuple[list[int], dict[int, _Turn]]:
-    """With an EOS after the final turn when the template ends it with no token of its own."""
+    """With an end for turns that the template ends with no token of their own.
+
+    That is the token that opens the next turn, where it is an EOS (GLM: <|user|>, <|observation|>); behind the final
+    turn an EOS is added. Other turns stay open.
+    """
+    eos = set(getattr(chat.tokenizer, "eos_token_ids", ()))
+    for i, turn in turns.items():
+        if not turn.closed and i != final and eos.intersection(ids[turn.stop : turn.stop + 1]):
+            turns = {**turns, i: _Turn(turn.first, turn.stop + 1, True)}
     if final not in turns or turns[final].closed:
         return ids, turns
     ids = [*ids, _eos(chat.tokenizer, chat.where)]
