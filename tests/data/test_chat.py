@@ -65,6 +65,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 CALLS = ("call-null", "call-text", "call-json-tools", "call-without-list")
 HIM, SEP = "<think>\n\n</think>\n\n", "||"  # an empty thought; a row of its own
+SHUT = "\n</think>\n\n"
 
 
 def two(end: str, opens: str = "") -> str:
@@ -109,6 +110,16 @@ EXPECTED: dict[str, dict[str, str]] = {
         "inline-thoughts": "<think>\nHm, so.\n</think>\n\nYes.<|im_end|>",
         "early-thoughts": "<think>\nHm, so.\n</think>\n\nYes.<|im_end|>||<think>\nMh.\n</think>\n\nNo.<|im_end|>",
         "empty-turn": f"{HIM}<|im_end|>{SEP}{HIM}No.<|im_end|>",
+    },
+    # The mark that opens a thought stands in the prompt; what follows it is trained.
+    "qwen-3-thinking": DROPPED_DEVELOPER
+    | dict.fromkeys(CALLS, f"{SHUT}{QWEN_CALL}<|im_end|>{SEP}{SHUT}No rain.<|im_end|>")
+    | dict.fromkeys(("thoughts", "inline-thoughts"), f"Hm, so.{SHUT}Yes.<|im_end|>")
+    | {
+        "plain": f"{SHUT}Yes.<|im_end|>{SEP}{SHUT}No.<|im_end|>",
+        "system": f"{SHUT}Yes.<|im_end|>",
+        "early-thoughts": f"Hm, so.{SHUT}Yes.<|im_end|>{SEP}Mh.{SHUT}No.<|im_end|>",
+        "empty-turn": f"{SHUT}<|im_end|>{SEP}{SHUT}No.<|im_end|>",
     },
     "mistral-0.3": outcomes("</s>", " ")
     | with_calls('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Ulm"}, "id": "abcdefghi"}]', "</s>", " ")
@@ -344,6 +355,20 @@ def test_bare_tools_are_wrapped_for_a_template_that_wants_it(families: dict[str,
     row = {"messages": [HI, YES], "tools": [bare]}
     assert trained(families["gpt-oss"], row) == f"{HARMONY}Yes.<|return|>"  # which reads tool.function.name
     assert trained(families["qwen-2.5"], row) == "Yes.<|im_end|>"
+
+
+def test_the_reason_is_that_of_the_choice_of_thinking_that_a_turn_follows(families: dict[str, Any]) -> None:
+    """With thinking off the turn does not begin as its prompt; that is not why the row cannot be trained."""
+    tok = copy.deepcopy(families["qwen-3-thinking"])
+    tok.chat_template = tok.chat_template.replace("said.lstrip('\\n')", "said[:10]").replace(
+        "<think>\\n' }}{% endif %}",
+        "' + ('<think>\\n' if enable_thinking is not defined or enable_thinking else '') }}{% endif %}",
+    )
+    assert trained(tok, ROWS["inline-thoughts"]) == f"Hm, so.{SHUT}Yes.<|im_end|>"
+    row = {"messages": [HI, {**YES, "content": "<think>\nHm, so.\n</think>\n\nYes, of course."}]}
+    assert trained(tok, row).startswith(
+        "! messages[1] (assistant) has content, which this chat template does not write"
+    )
 
 
 @pytest.mark.parametrize("key", THOUGHTS)
