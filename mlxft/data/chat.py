@@ -206,9 +206,11 @@ class Chat:
             if _text_of(function).strip() in text:
                 return None
             return f"calls {name}, whose arguments this chat template does not write as they are: {_ADVICE}"
-        as_json, as_python, written = map(_squeezed, (_dumps(arguments), repr(arguments), text))
-        if arguments and as_python in written and as_json not in written:
-            return f"calls {name}, and this chat template writes its arguments as {as_python}, not as JSON: {_ADVICE}"
+        written = _squeezed(text)
+        for part in _containers(arguments):
+            as_json, as_python = _dumps(part), repr(part)
+            if _squeezed(as_python) in written and _squeezed(as_json) not in written:
+                return f"calls {name}, and this chat template writes {as_python} for {as_json}: {_ADVICE}"
         return None
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
@@ -457,6 +459,14 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value
     elif value is not None and not isinstance(value, bool):  # True is true in JSON and True in Python
         yield _dumps(value)
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """The objects and lists of a call's arguments that hold something, at every depth."""
+    if isinstance(value, Mapping | list) and value:
+        yield value
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _containers(inner)
 
 
 class _Shape(NamedTuple):

@@ -330,6 +330,23 @@ def test_arguments_go_in_as_the_template_takes_them(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ({"of": {"city": "Ulm"}}, "! messages[1] calls weather, and this chat template writes {'city': 'Ulm'} for {"),
+        ({"of": {"at": [1, {"rain": True}]}}, "this chat template writes {'at': [1, {'rain': True}]} for {"),
+        ({"of": ["Ulm"]}, "this chat template writes ['Ulm'] for [\"Ulm\"]"),
+        ({"of": [1, 2]}, "weather of=[1, 2];<|im_end|>"),
+    ],
+)
+def test_a_value_within_arguments_is_not_written_as_python(families: dict[str, Any], arguments: Any, want: str) -> None:
+    tok = copy.deepcopy(families["smollm-2"])
+    calls = """{% for c in m.tool_calls or [] %}{{ c.function.name }} {% for k, v in c.function.arguments.items() -%}
+{{ k }}={{ v }};{% endfor %}{% endfor %}"""
+    tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    assert want in trained(tok, call_row(arguments))
+
+
+@pytest.mark.parametrize(
     "arguments", ['{"n": 1e5}', '{ "n":1E-3, "x": 1.50 }', '{"city": "M\\u00FCnchen"}', '{"p": "a\\/b"}']
 )
 def test_values_count_as_written_however_the_row_spells_them(families: dict[str, Any], arguments: str) -> None:
