@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 from mlxft.data.formats import ROLES, WRITTEN, Message
-from mlxft.data.thoughts import answer_of, opening_of
+from mlxft.data.thoughts import answer_of, opening_of, split_thoughts
 from mlxft.errors import DataError
 
 T = TypeVar("T")
@@ -167,6 +167,8 @@ class Chat:
                 "set data.template: none if the rest of the row has its marks too",
                 index + 1,
             )
+        if trained and split_thoughts(content)[0] and (key := next(filter(message.get, THOUGHTS), None)):
+            raise self.error(f"{at} has thoughts in content and in {key}; keep one of them", index + 1)
         answer = answer_of(content) if message["role"] == "assistant" else content
         thoughts = [content] if trained else []
         thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
@@ -292,8 +294,9 @@ def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[Form]:
 
 def _formed(message: Message, form: Form) -> Message:
     """A message as a template is given it."""
-    given = {key: value for key, value in message.items() if key != "weight"}
-    thoughts = next((given[key] for key in THOUGHTS if given.get(key) is not None), None)
+    # Of empty thoughts Qwen3's template takes note, and then leaves those in the content where they stand.
+    given = {key: value for key, value in message.items() if key != "weight" and (value or key not in THOUGHTS)}
+    thoughts = next((given[key] for key in THOUGHTS if key in given), None)
     if thoughts is not None:
         given |= dict.fromkeys(THOUGHTS[:2], thoughts)
     if "tool_calls" in given:

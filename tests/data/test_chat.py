@@ -389,6 +389,17 @@ def test_the_reason_is_that_of_the_choice_of_thinking_that_a_turn_follows(famili
 
 
 @pytest.mark.parametrize("key", THOUGHTS)
+def test_thoughts_stand_in_one_place(families: dict[str, Any], key: str) -> None:
+    """Qwen3's own template takes them from the content only where the message has no others, empty ones included."""
+    tok = copy.deepcopy(families["qwen-3"])
+    tok.chat_template = tok.chat_template.replace("if not thought and", "if m.reasoning_content is not string and")
+    said = {**YES, "content": "<think>\nHm, so.\n</think>\n\nYes."}
+    assert trained(tok, {"messages": [HI, {**said, key: ""}]}) == EXPECTED["qwen-3"]["inline-thoughts"]
+    both = trained(tok, {"messages": [HI, {**said, key: "Hm, so."}]})
+    assert both == f"! messages[1] has thoughts in content and in {key}; keep one of them"
+
+
+@pytest.mark.parametrize("key", THOUGHTS)
 def test_thoughts_by_any_name(families: dict[str, Any], key: str) -> None:
     for name in ("qwen-3", "gpt-oss"):
         row = {"messages": [HI, {**YES, key: "Hm, so."}]}
