@@ -138,6 +138,11 @@ QWEN_3 = """{%- if tools %}
     {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}
 {%- endif %}"""
 
+# The same, for a model that always thinks: the generation prompt opens the thought.
+_ASKS = """{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n"""
+QWEN_3_THINKING = QWEN_3.partition(_ASKS)[0] + _ASKS + "<think>\\n' }}{% endif %}"
+
 # Strict about roles and ids; tools before the last question; a system text only before a question that is last.
 MISTRAL_03 = """{{- bos_token }}
 {%- if messages[0].role == 'system' %}
@@ -301,6 +306,7 @@ FAMILIES = {
     "qwen-2.5": Family(QWEN_25, _CHATML, "<|im_end|>", added=_CALLS),
     "qwen-2.5-base": Family(QWEN_25, _CHATML, "<|endoftext|>", added=_CALLS),
     "qwen-3": Family(QWEN_3, _CHATML, "<|im_end|>", added=(*_CALLS, *_THINK)),
+    "qwen-3-thinking": Family(QWEN_3_THINKING, _CHATML, "<|im_end|>", added=(*_CALLS, *_THINK)),
     "mistral-0.3": Family(MISTRAL_03, ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]"), "</s>", "<s>"),
     "gemma-3": Family(GEMMA_3, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<bos>"),
     "phi-3": Family(PHI_3, ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"), "<|endoftext|>"),

@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 from mlxft.data.formats import ROLES, WRITTEN, Message
-from mlxft.data.thoughts import answer_of
+from mlxft.data.thoughts import answer_of, opening_of, split_thoughts
 from mlxft.errors import DataError
 
 T = TypeVar("T")
@@ -25,7 +25,6 @@ T = TypeVar("T")
 Tools = list[dict[str, Any]]
 # Names that a message's thoughts go by; templates read one of them.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-_CLOCKS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 class NotAPrefix(Exception):
@@ -126,12 +125,17 @@ class Chat:
             options["tools"] = tools
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
 
+    @staticmethod
+    def turn(prompt: str, ended: str) -> str:
+        """Return a turn's text, with the mark of the thought that its generation prompt has opened already."""
+        return opening_of(prompt) + ended[len(prompt) :]
+
     def check_written(self, messages: Sequence[Message], text: str, trained: Mapping[int, str]) -> None:
         """Find every part of a row in its rendered text.
 
         Args:
             text: what `render` gave for the messages, or what begins with it.
-            trained: index of a trained turn -> the part of the text that is the turn.
+            trained: index of a trained turn -> the part of the text that is the turn; see `turn`.
         Raises:
             DataError: the first part that is missing, by turn and name.
         """
@@ -157,6 +161,14 @@ class Chat:
                 "already; set data.template: none, or take the marks out",
                 index + 1,
             )
+        if trained and (mark := self._ends_twice(content.strip(), text)):
+            raise self.error(
+                f"{at} ends with {mark}, which the chat template writes behind it as well: take it out of the row, or "
+                "set data.template: none if the rest of the row has its marks too",
+                index + 1,
+            )
+        if trained and split_thoughts(content)[0] and (key := next(filter(message.get, THOUGHTS), None)):
+            raise self.error(f"{at} has thoughts in content and in {key}; keep one of them", index + 1)
         answer = answer_of(content) if message["role"] == "assistant" else content
         thoughts = [content] if trained else []
         thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
@@ -173,18 +185,34 @@ class Chat:
         if problem:
             raise self.error(f"{at} {problem}", index + 1)
 
+    def _ends_twice(self, content: str, turn: str) -> str | None:
+        """The token that ends both the content of a turn and, behind that, the turn; None where there is none."""
+        marks = _marks(self.tokenizer, special_ids(self.tokenizer)[0])
+        if not content.endswith(marks):
+            return None
+        rest = turn.rpartition(content)[2].lstrip()
+        return next((mark for mark in marks if content.endswith(mark) and rest.startswith(mark)), None)
+
     def _lost_of_call(self, function: Mapping[str, Any], text: str) -> str | None:
         """What of a call is not in a text, or not as it should be; None where all is."""
         name, arguments = function["name"], function["arguments"]
-        missing = next((part for part in (name, *_leaves(arguments)) if not _is_in(part, text)), None)
+        # Text that stands there as the row wrote it holds all its values, however they are spelt: 1e5, \u00FC, \/.
+        as_text = self.form.text_arguments
+        missing = next(
+            (part for part in (name, *(() if as_text else _leaves(arguments))) if not _is_in(part, text)), None
+        )
         if missing is not None:
             what = f"calls {name}" if missing == name else f"calls {name} with {missing!r}"
             return f"{what}, {_NOT_WRITTEN}"
-        as_json, as_python, written = map(_squeezed, (_dumps(arguments), repr(arguments), text))
-        if self.form.text_arguments and _text_of(function).strip() not in text:
+        if as_text:
+            if _text_of(function).strip() in text:
+                return None
             return f"calls {name}, whose arguments this chat template does not write as they are: {_ADVICE}"
-        if arguments and as_python in written and as_json not in written:
-            return f"calls {name}, and this chat template writes its arguments as {as_python}, not as JSON: {_ADVICE}"
+        written = _squeezed(text)
+        for part in _containers(arguments):
+            as_json, as_python = _dumps(part), repr(part)
+            if _squeezed(as_python) in written and _squeezed(as_json) not in written:
+                return f"calls {name}, and this chat template writes {as_python} for {as_json}: {_ADVICE}"
         return None
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
@@ -216,7 +244,13 @@ def by_template(
             return encode(chat)
         except (Unwritten, NotAPrefix) as exc:
             failed.append((chat, exc))
-    errors = [exc if isinstance(exc, Unwritten) else _apart(chat, messages, str(exc)) for chat, exc in failed]
+    # Where a turn follows its prompt with one choice of thinking, that it does not with the other is no reason.
+    follows = {chat.form for chat, exc in failed if isinstance(exc, Unwritten) and exc.reached}
+    errors = [
+        exc if isinstance(exc, Unwritten) else _apart(chat, messages, str(exc))
+        for chat, exc in failed
+        if isinstance(exc, Unwritten) or chat.form not in follows
+    ]
     raise max(errors, key=lambda error: error.reached)
 
 
@@ -229,6 +263,13 @@ def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
         chat.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
     except Unwritten as exc:
         return exc
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and chat.render(messages[: i + 1]) == chat.render(messages[:i]):
+            return chat.error(
+                f"messages[{i}] is an empty turn, which this chat template leaves out: take it out of the row, or set "
+                "model.chat_template to one that writes it",
+                i + 1,
+            )
     word = "thoughtqzx"
     given = [{**m, THOUGHTS[0]: word} if m["role"] == "assistant" else m for m in messages]
     ways = ["give the turn its thoughts (reasoning_content)"] if word in chat.render(given) else []
@@ -253,8 +294,9 @@ def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[Form]:
 
 def _formed(message: Message, form: Form) -> Message:
     """A message as a template is given it."""
-    given = {key: value for key, value in message.items() if key != "weight"}
-    thoughts = next((given[key] for key in THOUGHTS if given.get(key) is not None), None)
+    # Of empty thoughts Qwen3's template takes note, and then leaves those in the content where they stand.
+    given = {key: value for key, value in message.items() if key != "weight" and (value or key not in THOUGHTS)}
+    thoughts = next((given[key] for key in THOUGHTS if key in given), None)
     if thoughts is not None:
         given |= dict.fromkeys(THOUGHTS[:2], thoughts)
     if "tool_calls" in given:
@@ -349,20 +391,29 @@ def day_of(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "_mlxft_day", None) or date.today())
 
 
+# What a template may ask of its clock. An escaped % goes first, so that what follows it is not taken for a code.
+_CODES = (
+    "%%",
+    *(f"%-{code}" for code in "dmyHIMSj"),
+    *(f"%{code}" for code in "aAbBcCdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ"),
+)
+
+
 @lru_cache(maxsize=16)
 def _clock(template: str, day: date) -> str:
-    """What stands before a template to make its clock stand still; "" for one that has none.
+    """What stands before a template to make its clock stand still, at noon; "" for one that has none.
 
     Templates call `strftime_now`, which transformers gives them and does not let anyone replace; a macro of that name
-    comes before it. No macro can format a date, so each format that the template asks for is written out.
+    comes before it. No macro can format a date, so it puts what each code stands for into the format that is asked for.
     """
     if "strftime_now" not in template:
         return ""
-    formats = {"%Y-%m-%d", *(found[2] for found in _CLOCKS.finditer(template))}
-    days = _dumps({form: datetime.combine(day, time(12)).strftime(form) for form in sorted(formats)})
+    noon = datetime.combine(day, time(12))
+    codes = _dumps([["%%", "\0"], *((code, noon.strftime(code)) for code in _CODES[1:]), ["\0", "%"]])
     return (
-        f"{{%- set _days = {days} %}}{{%- macro strftime_now(form) %}}"
-        "{{- _days[form] if form in _days else _days['%Y-%m-%d'] }}{%- endmacro %}\n"  # Jinja takes this newline away
+        "{%- macro strftime_now(format) %}{%- set ns = namespace(text=format) %}"
+        f"{{%- for code, value in {codes} %}}{{%- set ns.text = ns.text | replace(code, value) %}}{{%- endfor %}}"
+        "{{- ns.text }}{%- endmacro %}\n"  # Jinja takes this newline away
     )
 
 
@@ -413,6 +464,14 @@ def _leaves(value: Any) -> Iterator[str]:
         yield _dumps(value)
 
 
+def _containers(value: Any) -> Iterator[Any]:
+    """The objects and lists of a call's arguments that hold something, at every depth."""
+    if isinstance(value, Mapping | list) and value:
+        yield value
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _containers(inner)
+
+
 class _Shape(NamedTuple):
     """What of a message a template may look at, beside its texts."""
 
@@ -442,8 +501,7 @@ def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: Form, thinki
     head, answer, rest = whole.partition("textqz1x")
     if longer.startswith(whole) or not answer or not longer.startswith(head + answer):
         return ""
-    special = special_ids(tokenizer)[0]
-    marks = sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in special), key=len, reverse=True)
+    marks = _marks(tokenizer, special_ids(tokenizer)[0])
     ending = re.match(rf"\s*({'|'.join(map(re.escape, marks))})", rest) if marks else None
     if ending is None or not longer.startswith(head + answer + ending[0]):
         return ""
@@ -473,6 +531,12 @@ def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozens
         if closes in name and (opener := name.replace(closes, opens)) in names
     }
     return special, openers
+
+
+@lru_cache(maxsize=8)
+def _marks(tokenizer: Any, ids: frozenset[int]) -> tuple[str, ...]:
+    """The texts of control tokens, the longest first."""
+    return tuple(sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in ids), key=len, reverse=True))
 
 
 @lru_cache(maxsize=1024)

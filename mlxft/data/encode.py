@@ -191,7 +191,7 @@ def _reply(messages: list[Message], chat: Chat) -> Reply:
     before, text = chat.render(messages[:-1], generation=True), chat.render(messages)
     if not text.startswith(before):
         raise NotAPrefix("the answer is not rendered as its generation prompt begins it")
-    chat.check_written(messages, text, {len(messages) - 1: text[len(before) :]})
+    chat.check_written(messages, text, {len(messages) - 1: chat.turn(before, text)})
     tokenizer, text = chat.tokenizer, text.removesuffix(chat.tail)
     prompt, ids = _tokenise(tokenizer, before).ids, _tokenise(tokenizer, text).ids
     reply = _going_on(tokenizer, prompt, ids, text[len(before) :], chat.where)
@@ -416,7 +416,7 @@ def _conversation(item: Conversation, chat: Chat, train_on: str) -> list[Encoded
         found[i] = _find(chat, whole, prompt, ended.removesuffix(chat.tail), i)
         if found[i] is None:
             break
-        texts[i] = ended[len(prompt) :]
+        texts[i] = chat.turn(prompt, ended)
     if all(found.values()):
         chat.check_written(messages, whole.text, {i: texts[i] for i in wanted})
         located = {i: turn for i, turn in found.items() if turn is not None}
@@ -442,14 +442,22 @@ def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
     turn = _find(chat, whole, prompt, whole.text.removesuffix(chat.tail), final)
     if turn is None:
         raise AssertionError("a text is always a prefix of itself")
-    chat.check_written(messages, whole.text, {final: whole.text[len(prompt) :]})
+    chat.check_written(messages, whole.text, {final: chat.turn(prompt, whole.text)})
     ids, located = _closed(whole.ids, {final: turn}, final, chat)
     last = located[final]
     return _encoded(ids, [last[:2]], chat.tokenizer, chat.where, ends=[ids[last.stop - 1]] if last.closed else ())
 
 
 def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> tuple[list[int], dict[int, _Turn]]:
-    """With an EOS after the final turn when the template ends it with no token of its own."""
+    """With an end for turns that the template ends with no token of their own.
+
+    That is the token that opens the next turn, where it is an EOS (GLM: <|user|>, <|observation|>); behind the final
+    turn an EOS is added. Other turns stay open.
+    """
+    eos = set(getattr(chat.tokenizer, "eos_token_ids", ()))
+    for i, turn in turns.items():
+        if not turn.closed and i != final and eos.intersection(ids[turn.stop : turn.stop + 1]):
+            turns = {**turns, i: _Turn(turn.first, turn.stop + 1, True)}
     if final not in turns or turns[final].closed:
         return ids, turns
     ids = [*ids, _eos(chat.tokenizer, chat.where)]

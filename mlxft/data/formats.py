@@ -239,6 +239,10 @@ def _function(given: dict[str, Any], at: str) -> dict[str, Any]:
         arguments, written = {}, None
     if not isinstance(arguments, dict):
         raise DataError(f"{at}.arguments is {type_name(arguments)}; expected an object")
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:  # NaN, Infinity, 1e400; a date, from parquet
+        raise DataError(f"{at}.arguments holds what JSON cannot write ({error}); make it null or a text") from error
     return {**function, "arguments": arguments, **({WRITTEN: written} if isinstance(written, str) else {})}
 
 

@@ -182,7 +182,8 @@ def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], l
         return None
     for i, x in enumerate(given):
         if x.get(rating) is None:
-            raise DataError(f"{name}[{i}] has no {rating}; it has {', '.join(x)}")
+            has = ", ".join(key for key, value in x.items() if value is not None)
+            raise DataError(f"{name}[{i}] has no {rating}; it has {has}")
     return [x[text] for x in given], [x[rating] for x in given]
 
 
@@ -224,6 +225,7 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
     "preference": (_shp, _responses, _hh, _orca, _asking),
     "ratings": (_ultrafeedback, _nectar, _distilabel, _asking),
     "unpaired": (_asking,),
+    "prompts": (_asking,),
 }
 """The layouts of each format, the one that says most of a row first."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mlxft.data.encode import turn_end
 from mlxft.errors import ExportError
 from mlxft.model.gguf_pretokenizers import PRE_TOKENIZERS, recognise
 from mlxft.model.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
@@ -171,10 +172,5 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         return None
     if len(others) == 1:
         return int(next(iter(others)))
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # a template may refuse anything; then llama.cpp finds the token by its name
-        return None
-    answered = text.rpartition("b")[2]
-    return next((int(i) for i in sorted(others) if tokenizer.convert_ids_to_tokens(int(i)) in answered), None)
+    # Where the template refuses to be asked, llama.cpp finds the token by its name.
+    return next((end for end in turn_end(tokenizer) if end in others), None)

@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any
 
 import pytest
-from families import FAMILIES, make_family, sentencepiece
+from families import FAMILIES, Family, make_family, sentencepiece
 
 from mlxft.data.chat import THOUGHTS, day_of, set_day, template_notes
 from mlxft.data.dataset import describe
@@ -65,6 +65,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 CALLS = ("call-null", "call-text", "call-json-tools", "call-without-list")
 HIM, SEP = "<think>\n\n</think>\n\n", "||"  # an empty thought; a row of its own
+SHUT = "\n</think>\n\n"
 
 
 def two(end: str, opens: str = "") -> str:
@@ -109,6 +110,16 @@ EXPECTED: dict[str, dict[str, str]] = {
         "inline-thoughts": "<think>\nHm, so.\n</think>\n\nYes.<|im_end|>",
         "early-thoughts": "<think>\nHm, so.\n</think>\n\nYes.<|im_end|>||<think>\nMh.\n</think>\n\nNo.<|im_end|>",
         "empty-turn": f"{HIM}<|im_end|>{SEP}{HIM}No.<|im_end|>",
+    },
+    # The mark that opens a thought stands in the prompt; what follows it is trained.
+    "qwen-3-thinking": DROPPED_DEVELOPER
+    | dict.fromkeys(CALLS, f"{SHUT}{QWEN_CALL}<|im_end|>{SEP}{SHUT}No rain.<|im_end|>")
+    | dict.fromkeys(("thoughts", "inline-thoughts"), f"Hm, so.{SHUT}Yes.<|im_end|>")
+    | {
+        "plain": f"{SHUT}Yes.<|im_end|>{SEP}{SHUT}No.<|im_end|>",
+        "system": f"{SHUT}Yes.<|im_end|>",
+        "early-thoughts": f"Hm, so.{SHUT}Yes.<|im_end|>{SEP}Mh.{SHUT}No.<|im_end|>",
+        "empty-turn": f"{SHUT}<|im_end|>{SEP}{SHUT}No.<|im_end|>",
     },
     "mistral-0.3": outcomes("</s>", " ")
     | with_calls('[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Ulm"}, "id": "abcdefghi"}]', "</s>", " ")
@@ -208,6 +219,54 @@ def test_a_mark_that_closes_what_the_turn_opened_does_not_end_it(families: dict[
     assert [tok.convert_ids_to_tokens(i) for i in found.ends] == ["<|im_end|>"]
 
 
+def glm() -> Any:
+    """Turns have no end of their own: the mark that opens the next one is an EOS. Empty turns are left out."""
+    template = """[gMASK]<sop>{% for m in messages %}{% if m.content or m.tool_calls %}<|
+{{- 'observation' if m.role == 'tool' else m.role }}|>
+{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+    marks = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    FAMILIES["glm"] = Family(template, ("[gMASK]", "<sop>", "<|endoftext|>", *marks), "<|endoftext|>")
+    try:
+        tok = make_family("glm")
+    finally:
+        del FAMILIES["glm"]
+    return tok
+
+
+def test_a_turn_ends_with_the_eos_that_opens_the_next_one() -> None:
+    tok = glm()
+    row = ROWS["call-without-list"]
+    # As long as the mark is no EOS it is the next turn's.
+    assert trained(tok, row) == '\nweather {"city": "Ulm"}|\nNo rain.<|endoftext|>'
+    for mark in ("<|user|>", "<|observation|>"):
+        tok.add_eos_token(mark)
+    assert trained(tok, row) == '\nweather {"city": "Ulm"}<|observation|>|\nNo rain.<|endoftext|>'
+    assert trained(tok, ROWS["plain"]) == "\nYes.<|user|>|\nNo.<|endoftext|>"
+    assert trained(tok, ROWS["plain"], "last") == "\nNo.<|endoftext|>"
+    off = {"messages": [HI, {**YES, "weight": 0}, AND, NO]}
+    assert trained(tok, off) == "\nNo.<|endoftext|>"
+    (found,) = encode(read_messages(row), tok, "x", "assistant")
+    assert {tok.convert_ids_to_tokens(i) for i in found.ends} == {"<|observation|>", "<|endoftext|>"}
+
+
+def test_an_empty_turn_that_the_template_leaves_out_is_the_reason() -> None:
+    assert "messages[1] is an empty turn, which this chat template leaves out" in trained(glm(), ROWS["empty-turn"])
+
+
+@pytest.mark.parametrize("name", ["qwen-2.5-base", "llama-3.0", "phi-3", "mistral-0.3"])
+def test_an_end_of_turn_is_not_written_twice(families: dict[str, Any], name: str) -> None:
+    """People write it into their rows for trainers whose templates do not."""
+    end = EXPECTED[name]["plain"].rpartition("No.")[2]
+    for content in (f"Yes.{end}", f"Yes. {end}\n"):
+        row = {"messages": [HI, {**YES, "content": content}, AND, NO]}
+        assert f"messages[1] ends with {end}, which the chat template writes" in trained(families[name], row)
+        # In what is not trained it is text; within a turn too.
+        row["messages"][1]["weight"] = 0
+        assert trained(families[name], row).endswith(f"No.{end}")
+    assert trained(families[name], {"messages": [HI, {**YES, "content": f"{end} ends."}]}).endswith(f"{end} ends.{end}")
+
+
 USER_CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "user", "arguments": {}}}]}
 
 
@@ -270,6 +329,32 @@ def test_arguments_go_in_as_the_template_takes_them(
     assert want[2:] in found if want.startswith("! ") else found == "weather " + want
 
 
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ({"of": {"city": "Ulm"}}, "! messages[1] calls weather, and this chat template writes {'city': 'Ulm'} for {"),
+        ({"of": {"at": [1, {"rain": True}]}}, "this chat template writes {'at': [1, {'rain': True}]} for {"),
+        ({"of": ["Ulm"]}, "this chat template writes ['Ulm'] for [\"Ulm\"]"),
+        ({"of": [1, 2]}, "weather of=[1, 2];<|im_end|>"),
+    ],
+)
+def test_a_value_within_arguments_is_not_written_as_python(families: dict[str, Any], arguments: Any, want: str) -> None:
+    tok = copy.deepcopy(families["smollm-2"])
+    calls = """{% for c in m.tool_calls or [] %}{{ c.function.name }} {% for k, v in c.function.arguments.items() -%}
+{{ k }}={{ v }};{% endfor %}{% endfor %}"""
+    tok.chat_template = tok.chat_template.replace("{{ m.content }}", "{{ m.content }}" + calls)
+    assert want in trained(tok, call_row(arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"n": 1e5}', '{ "n":1E-3, "x": 1.50 }', '{"city": "M\\u00FCnchen"}', '{"p": "a\\/b"}']
+)
+def test_values_count_as_written_however_the_row_spells_them(families: dict[str, Any], arguments: str) -> None:
+    """A template that takes arguments as text writes 1e5, not 100000.0, and an escape as it stands."""
+    call = f"<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜>"
+    assert trained(families["deepseek-v3"], call_row(arguments)) == f"{call}{DEEPSEEK_END}"
+
+
 def test_the_template_named_tool_use_writes_rows_with_calls(families: dict[str, Any]) -> None:
     """Also those without a list of tools, by which transformers goes."""
     tok = copy.deepcopy(families["smollm-2"])
@@ -287,6 +372,31 @@ def test_bare_tools_are_wrapped_for_a_template_that_wants_it(families: dict[str,
     row = {"messages": [HI, YES], "tools": [bare]}
     assert trained(families["gpt-oss"], row) == f"{HARMONY}Yes.<|return|>"  # which reads tool.function.name
     assert trained(families["qwen-2.5"], row) == "Yes.<|im_end|>"
+
+
+def test_the_reason_is_that_of_the_choice_of_thinking_that_a_turn_follows(families: dict[str, Any]) -> None:
+    """With thinking off the turn does not begin as its prompt; that is not why the row cannot be trained."""
+    tok = copy.deepcopy(families["qwen-3-thinking"])
+    tok.chat_template = tok.chat_template.replace("said.lstrip('\\n')", "said[:10]").replace(
+        "<think>\\n' }}{% endif %}",
+        "' + ('<think>\\n' if enable_thinking is not defined or enable_thinking else '') }}{% endif %}",
+    )
+    assert trained(tok, ROWS["inline-thoughts"]) == f"Hm, so.{SHUT}Yes.<|im_end|>"
+    row = {"messages": [HI, {**YES, "content": "<think>\nHm, so.\n</think>\n\nYes, of course."}]}
+    assert trained(tok, row).startswith(
+        "! messages[1] (assistant) has content, which this chat template does not write"
+    )
+
+
+@pytest.mark.parametrize("key", THOUGHTS)
+def test_thoughts_stand_in_one_place(families: dict[str, Any], key: str) -> None:
+    """Qwen3's own template takes them from the content only where the message has no others, empty ones included."""
+    tok = copy.deepcopy(families["qwen-3"])
+    tok.chat_template = tok.chat_template.replace("if not thought and", "if m.reasoning_content is not string and")
+    said = {**YES, "content": "<think>\nHm, so.\n</think>\n\nYes."}
+    assert trained(tok, {"messages": [HI, {**said, key: ""}]}) == EXPECTED["qwen-3"]["inline-thoughts"]
+    both = trained(tok, {"messages": [HI, {**said, key: "Hm, so."}]})
+    assert both == f"! messages[1] has thoughts in content and in {key}; keep one of them"
 
 
 @pytest.mark.parametrize("key", THOUGHTS)
@@ -317,6 +427,22 @@ def test_a_prompt_is_written_whole_too(families: dict[str, Any]) -> None:
         .decode(encode_prompt(turns, families["qwen-3"]))
         .endswith("And?<|im_end|>\n<|im_start|>assistant\n")
     )
+
+
+@pytest.mark.parametrize(
+    ("form", "written"),
+    [("%d %B %Y", "07 March 2026"), ("%-d.%m.", "7.03."), ("%A, 100% %%d %F", "Saturday, 100% %d 2026-03-07")],
+)
+def test_the_day_stands_still_whatever_the_template_asks_of_it(
+    families: dict[str, Any], form: str, written: str
+) -> None:
+    """The format may be a variable, a macro's argument or named."""
+    tok = copy.deepcopy(families["dated"])
+    calls = "{{ strftime_now(form) }}|{{ strftime_now(format=form) }}|{{ written(form) }}"
+    macro = "{% macro written(x) %}{{ strftime_now(x) }}{% endmacro %}"
+    tok.chat_template = f"{macro}{{% set form = {form!r} %}}{calls}|{{{{ messages[0].content }}}}"
+    set_day(tok, date(2026, 3, 7))
+    assert tok.decode(encode_prompt("Hi?", tok)) == f"{written}|{written}|{written}|Hi?"
 
 
 def test_the_day_stands_still(families: dict[str, Any]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date
 from typing import Any
 
 import pytest
 
 from mlxft.data.convert import FORMATS, convert, suggest_format
-from mlxft.data.formats import Completion, Conversation, Preference, Prompt, Ranked, Text, unwritten
+from mlxft.data.formats import Completion, Conversation, Preference, Prompt, Ranked, Text, read_messages, unwritten
 from mlxft.data.sources import Problem, Row
 from mlxft.errors import ConfigError, DataError
 
@@ -337,6 +338,15 @@ def test_a_call_in_many_forms(call: Any, written: str | None) -> None:
             "tool_calls": [{"id": "c1", "type": "function", "function": function}],
             "content": "",
         }
+
+
+@pytest.mark.parametrize("value", ['{"a": [1e400]}', '{"a": NaN}', {"a": float("inf")}, {"a": date(2026, 11, 26)}])
+def test_arguments_are_what_json_can_write(value: Any) -> None:
+    """Else the model would be trained to write Infinity, which no reader of JSON takes."""
+    call = {"function": {"name": "f", "arguments": value}}
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(DataError, match=r"messages\[1\]\.tool_calls\[0\]\.function\.arguments holds what JSON cannot"):
+        read_messages(row)
 
 
 @pytest.mark.parametrize("none", [{}, {"arguments": None}, {"arguments": ""}, {"arguments": "{}"}, {"arguments": []}])

@@ -174,7 +174,7 @@ def test_a_transcript_stays_text_where_there_is_no_chat() -> None:
     assert item == Preference("\n\nHuman: How far is Ulm?\n\nAssistant:", " An hour by train.", " Far.")
 
 
-@pytest.mark.parametrize("format", ["preference", "ratings", "unpaired"])
+@pytest.mark.parametrize("format", ["preference", "ratings", "unpaired", "prompts"])
 def test_a_prompt_that_is_a_transcript(format: str) -> None:
     row = {
         "prompt": "\n\nHuman: How far is Ulm?\n\nAssistant:",
@@ -249,7 +249,7 @@ def test_which_score_of_ultrafeedback() -> None:
     with pytest.raises(ConfigError, match=r"data\.fields\.ratings is 'score', which no row has"):
         one("ratings", ULTRAFEEDBACK, ratings="score")
     unrated = {**ULTRAFEEDBACK, "completions": [{"response": "Far.", "overall_score": None}]}
-    assert "completions[0] has no overall_score; it has response" in refusal("ratings", unrated)
+    assert refusal("ratings", unrated).endswith("completions[0] has no overall_score; it has response")
 
 
 def helpsteer(*rows: tuple[str, str, int]) -> list[Row]:

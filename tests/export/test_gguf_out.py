@@ -13,8 +13,10 @@ import pytest
 from gguf import GGUFReader
 from mlx.utils import tree_flatten
 
+from mlxft.data.encode import set_embedding_rows
 from mlxft.export.gguf import export_gguf
 from mlxft.export.gguf_tensors import quantize_q8_0
+from mlxft.export.gguf_vocab import vocabulary
 from mlxft.model.gguf_names import ARCHITECTURES, permute, unpermute
 from mlxft.model.load import load, load_tokenizer
 from mlxft.rundir import load as load_run
@@ -304,6 +306,20 @@ def test_phi3s_name_tells_llama_cpp_of_its_marks(make_model_dir: Callable[..., P
     """llama.cpp looks for Phi 3's tokens in any file of that name, and fails without them."""
     export_gguf(make_model_dir(tmp_path / "phi3-fine", "phi3"), tmp_path / "a.gguf", kind="f16")
     assert fields(tmp_path / "a.gguf")["general.name"] == "phi 3-fine"
+
+
+def test_of_several_ends_the_one_that_the_template_writes_is_the_turns(
+    make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Also where a mark's name holds the letters of the answer that the template is asked with."""
+    tokenizer = load_tokenizer(make_model_dir(tmp_path / "m", "llama"))
+    tokenizer._tokenizer.add_special_tokens({"additional_special_tokens": ["<|after|>", "<|end_of_block|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|end_of_block|>")
+    for end in ("<|after|>", "<|end_of_block|>"):
+        tokenizer.add_eos_token(end)
+    set_embedding_rows(tokenizer, len(tokenizer))
+    eot = vocabulary(tokenizer, len(tokenizer))["tokenizer.ggml.eot_token_id"]
+    assert tokenizer.convert_ids_to_tokens(eot) == "<|end_of_block|>"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
