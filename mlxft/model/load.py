@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.fingerprint import fingerprint, is_packed
-from mlxft.model.source import brief, folder_config, model_module, older_rope, resolve
+from mlxft.model.source import TRUSTED, brief, folder_config, model_module, older_rope, resolve
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -244,8 +245,8 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
     from mlx_lm.utils import load_model
 
     if (code := config.get("model_file")) is not None:
-        if not trust:
-            raise ModelError(f"model {name!r}: wants to run its own code ({code}): set trust_remote_code to let it")
+        if not (trust := trust or TRUSTED.get()):
+            raise _untrusted(name, code)
         extra = {}
     else:
         extra = older_rope(config, model_module(config, name))
@@ -254,6 +255,23 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise ModelError(f"model {name!r}: {folder} can not be loaded: {brief(error)}") from error
     return _freezable(model), loaded
+
+
+def _untrusted(name: str, code: object) -> ModelError:
+    """The refusal to run what a model brings along."""
+    return ModelError(
+        f"model {name!r}: wants to run its own code ({code}); if you have read it and trust it, allow it with "
+        "--trust-remote-code (in a recipe, or when a run is resumed: model.trust_remote_code=true)"
+    )
+
+
+def _tokenizer_code(folder: Path) -> str:
+    """The code that a tokenizer's configuration names; "" where it names none."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
 
 
 def _freezable(model: nn.Module) -> nn.Module:
@@ -266,10 +284,13 @@ def _freezable(model: nn.Module) -> nn.Module:
 def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bool) -> Any:
     from mlx_lm.utils import load_tokenizer as read_tokenizer
 
-    extra = {"trust_remote_code": True} if trust else {}
+    trust = trust or TRUSTED.get()
+    # False is said too: of None transformers makes a question at the terminal, and `y` runs the code.
     try:
-        return read_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+        return read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises many kinds here, its backends plain Exception
+        if not trust and (code := _tokenizer_code(folder)):
+            raise _untrusted(name, code) from error
         raise ModelError(
             f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json): "
             f"{brief(error)}"
