@@ -470,9 +470,9 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
         path = name
     elif str(path) != name:
         base = {}
-    base.pop("chat_template", None)
+    options = {**base, "chat_template": template_of(adapter), **options}
     try:
-        loaded = load_model(str(path), **{**base, "chat_template": template_of(adapter), **options})
+        loaded = load_model(str(path), **options)
     except ModelError as e:
         if named:
             raise

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxft.data.chat import complete_template, set_thinking
+from mlxft.data.chat import bound_templates, complete_template, set_thinking
 from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
@@ -312,6 +312,7 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     tokenizer.chat_template = named if others else texts[file]
     tokenizer.has_chat_template = True
     tokenizer._chat_template = None
+    bound_templates()
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:

@@ -123,7 +123,8 @@ def test_no_question_at_a_terminal(command: str, hostile: dict[str, str], marker
 def test_trust_is_given_by_name(hostile: dict[str, str], marker: Path, mlxft: Callable[..., Any]) -> None:
     """What is refused is named with the way to allow it; and the flag does, for that command alone."""
     said = mlxft("generate", "--model", hostile["run"], "hello").err
-    assert "code.py" in said and "--trust-remote-code" in said
+    assert "code.py" in said
+    assert "--trust-remote-code" in said
     assert not marker.exists()
     mlxft("generate", "--model", hostile["run"], "hello", "--trust-remote-code")
     assert marker.exists()
