@@ -261,7 +261,7 @@ class Bounded(ImmutableSandboxedEnvironment):
             self.foresee(operator, left, [right])
         return self.made(super().call_binop(context, operator, left, right))
 
-    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.pay(0)
         name = getattr(obj, "__name__", None)
         if name in GROWING and not isinstance(obj, jinja2.runtime.Macro):

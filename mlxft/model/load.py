@@ -25,7 +25,7 @@ from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.fingerprint import fingerprint, is_packed
-from mlxft.model.source import TRUSTED, brief, folder_config, model_module, older_rope, resolve
+from mlxft.model.source import TRUSTED, brief, folder_config, lies_in, model_module, older_rope, resolve
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -304,6 +304,8 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     folder = place if place.is_dir() else None
     file = place / TEMPLATE_FILE if folder else place
     others = sorted((folder / NAMED_TEMPLATES).glob("*.jinja")) if folder else []
+    if folder and (linked := [path for path in [file, *others] if not lies_in(folder, path)]):
+        raise ConfigError(f"chat_template {str(linked[0])!r}: is a link out of its folder, and is not read")
     try:
         texts = {path: path.read_text(encoding="utf-8") for path in [file, *others]}
     except (OSError, UnicodeDecodeError) as error:

@@ -131,3 +131,66 @@ def test_trust_is_given_by_name(hostile: dict[str, str], marker: Path, mlxft: Ca
     marker.unlink()
     mlxft("generate", "--model", hostile["run"], "hello")
     assert not marker.exists()
+
+
+OPENED = {
+    "generate": "generate --model runs/a hi --max-tokens 2",
+    "eval": "eval runs/a rows.jsonl",
+    "eval-against": "eval runs/a rows.jsonl --against base",
+    "fuse": "fuse runs/a fused --force",
+    "export": "export runs/a peft --format peft",
+    "show": "runs show runs/a",
+    "list": "runs list --dir runs",
+    "report": "runs report runs/a --out report.html",
+    "push": "push runs/a ada/a --dry-run",
+}
+
+
+@pytest.fixture
+def opened(write: Callable[..., Any], mlxft: Callable[..., Any], tmp_path: Path, marker: Path) -> None:
+    """A run in runs/a whose recipe names Python, which has become a stranger's."""
+    code = tmp_path / "reward.py"
+    code.write_text("def score(prompts, completions, rows):\n    return [0.0] * len(prompts)\n", "utf-8")
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "in"}, {"role": "assistant", "content": "on"}]
+    rows.write_text(json.dumps({"prompt": "in"}) + "\n", "utf-8")
+    changes: dict[str, Any] = {"objective": "grpo", "data.train": str(rows), "data.format": "prompts", "run.steps": 1}
+    changes |= {"rollout": {"prompts": 1, "samples": 2, "max_tokens": 2}, "data.max_length": 64}
+    changes |= {"rewards": {"function": f"{code}:score"}}
+    result = mlxft("train", write(**changes))
+    assert result.code == 0, result
+    rows.write_text(json.dumps({"messages": turns}) + "\n", "utf-8")
+    code.write_text(CODE.format(marker=str(marker)), "utf-8")
+
+
+def test_an_opened_run_does_not_run_its_recipe(opened: None, marker: Path, mlxft: Callable[..., Any]) -> None:
+    codes = {name: mlxft(*command.split()).code for name, command in OPENED.items()}
+    assert not marker.exists()
+    assert {codes[name] for name in ("generate", "fuse", "export", "show", "report", "push")} == {0}, codes
+
+
+def test_no_link_out_of_a_folder_is_read(opened: None, tmp_path: Path, mlxft: Callable[..., Any]) -> None:
+    """A kept template that is a link to a file of the user's would be written into what is fused and pushed."""
+    (tmp_path / "secret").write_text("secret", "utf-8")
+    kept = Path("runs/a/adapter/chat_template.jinja")
+    kept.unlink()
+    kept.symlink_to(tmp_path / "secret")
+    result = mlxft("fuse", "runs/a", "fused", "--force")
+    assert result.code == 2
+    assert "link" in result.err
+    assert not Path("fused").exists()
+
+
+def test_asking_the_hub_is_said(
+    hostile: dict[str, str], mlxft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter may name a hub id as its base: that it is asked for is seen, and offline it is an error."""
+    import huggingface_hub
+
+    file = Path(hostile["adapter"], "adapter_config.json")
+    about = json.loads(file.read_text("utf-8"))
+    about["mlxft"]["base"]["model"] = "ada/evil"
+    file.write_text(json.dumps(about), "utf-8")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hostile["evil"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert "ada/evil: from the Hugging Face hub" in mlxft("generate", "--model", hostile["run"], "hi").err
