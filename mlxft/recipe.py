@@ -230,13 +230,19 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return raw or {}
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Config:
     """Read a recipe and apply `KEY=VALUE` overrides.
 
+    Args:
+        of_run: the file is a run folder's, which may be someone else's: that it trusts a model's code is not taken from
+            it. What a run wrote is known by its `versions`, too.
     Raises:
         ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
     """
-    raw, problems = read_recipe(path, overrides)
+    raw = _read_mapping(path)
+    if (of_run or "versions" in raw) and isinstance(raw.get("model"), dict):
+        raw["model"].pop("trust_remote_code", None)
+    problems = _override_all(raw, overrides)
     try:
         config = parse_config(raw, str(path), path.stem)
     except ConfigError as e:

@@ -23,6 +23,7 @@ from mlxft.train.status import refuse_if_held
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
+    "model.trust_remote_code",
     "run.report_every",
     "run.save_every",
     "run.keep",
@@ -134,7 +135,7 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).expanduser()
     try:
-        config = load_config(folder / "config.yaml")
+        config = load_config(folder / "config.yaml", of_run=True)
     except MlxftError as e:
         raise CheckpointError(f"{folder} is no run folder: {e}") from e
     run = config.run.model_copy(update={"dir": folder.resolve().parent, "name": folder.resolve().name})
@@ -161,7 +162,7 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
         return
     stored = run.dir / "config.yaml"
     if stored.exists():
-        _check_same(load_config(stored), run.config)
+        _check_same(load_config(stored, of_run=True), run.config)
 
 
 def _check_replaceable(run: Run) -> None:

@@ -36,6 +36,23 @@ COMMANDS = {
 }
 
 
+def _trust(context: click.Context, _: click.Parameter, given: bool) -> None:
+    if given:
+        from mlxft.model.source import TRUSTED
+
+        token = TRUSTED.set(True)
+        context.call_on_close(lambda: TRUSTED.reset(token))
+
+
+TRUST = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Let a model that brings Python code along run it: read it before.",
+)
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

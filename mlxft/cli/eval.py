@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from mlxft.cli import TRUST
+
 
 @click.command()
 @click.argument("model")
@@ -55,6 +57,7 @@ import click
 @click.option("--tasks", "harness", metavar="NAMES", help="Tasks of lm-eval instead of FILE, with commas between.")
 @click.option("--include-path", metavar="DIR", help="With --tasks: where lm-eval finds more task files.")
 @click.option("--chat", is_flag=True, help="With --tasks: questions go through the chat template.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def eval(
     model: str,

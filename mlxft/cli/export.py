@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from mlxft.cli import TRUST
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -23,6 +25,7 @@ import click
 @click.option("--lora", is_flag=True, help="gguf: the adapter alone, for llama.cpp's --lora.")
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is of this format.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def export(
     run: Path, out: Path, form: str, kind: str | None, lora: bool, model: str | None, overwrite: bool, as_json: bool
@@ -69,6 +72,7 @@ def export(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is an adapter's folder.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: bool) -> None:
     """Read the PEFT adapter in the folder PEFT (LoRA, rsLoRA, DoRA) and write it as OUT, for mlxft and mlx-lm.

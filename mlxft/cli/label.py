@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mlxft.cli import TRUST
+
 
 @click.command()
 @click.argument("files", nargs=-1, metavar="[PROMPTS]")
@@ -21,6 +23,7 @@ import click
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
 @click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def label(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import click
 
+from mlxft.cli import TRUST
+
 
 @click.command()
 @click.argument("run")
 @click.argument("file")
 @click.option("--tokens", default=4096, show_default=True, type=click.IntRange(1), help="Of a batch, with padding.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row, and a last one with the summary.")
 def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     """Score the answers in FILE with the reward model of RUN.

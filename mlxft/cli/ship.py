@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxft.cli import TRUST
+
 
 @click.command()
 @click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -23,6 +25,7 @@ import click
 @click.option("--probe", metavar="FILE", help="Rows to measure on; default: the run's validation rows, or built-in.")
 @click.option("--force", is_flag=True, help="Write it even if less than --keep is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
+@TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
 def fuse(
     paths: tuple[Path, ...],
@@ -87,6 +90,7 @@ def fuse(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--dequantize", is_flag=True, help="Write float weights of a quantised SRC.")
+@TRUST
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 def convert(
     src: str, dst: Path, quantize: str | None, group_size: str | None, dtype: str, dequantize: bool, overwrite: bool

@@ -31,8 +31,9 @@ def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, o
     from mlxft.recipe import load_config
     from mlxft.run import train as run
 
-    config = load_config(path, overrides)
-    if path.name == "config.yaml" and resume is not None:  # a run folder may have been moved since
+    of_run = path.name == "config.yaml" and resume is not None
+    config = load_config(path, overrides, of_run=of_run)
+    if of_run:  # a run folder may have been moved since
         place = {"dir": path.resolve().parent.parent, "name": path.resolve().parent.name}
         config = config.model_copy(update={"run": config.run.model_copy(update=place)})
     run(config, resume=resume is not None, overwrite=overwrite)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mlxft.cli import TRUST
+
 
 class Text(click.ParamType[str]):
     """A text for a model. What is not UTF-8 on a command line comes as halves of characters."""
@@ -51,6 +53,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
             "--stop", multiple=True, type=Text(), help="Ends an answer, and is not shown; can be given several times."
         ),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
+        TRUST,
     ]
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:

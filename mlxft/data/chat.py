@@ -108,6 +108,7 @@ class Chat:
             ) from exc
 
     def _apply(self, messages: list[Message], tools: Tools | None, generation: bool) -> Any:
+        bound_templates()
         options: dict[str, Any] = {}
         template = getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, dict):
@@ -326,6 +327,7 @@ def complete_template(tokenizer: Any) -> None:
     Without it the marks that open an assistant turn would be trained as a part of the answer. They are what the
     template writes between a user turn and the content of the answer; one whose user turns end with them needs none.
     """
+    bound_templates()
     found = tokenizer.chat_template if getattr(tokenizer, "_chat_template", None) is None else None
     named = found if isinstance(found, dict) else {"default": found} if isinstance(found, str) else {}
     asked = [{"role": "user", "content": "textqz0x"}]
@@ -348,6 +350,13 @@ def complete_template(tokenizer: Any) -> None:
                 f"the chat template has no generation prompt; {opening!r} is added to it, and kept with the result"
             ]
             tokenizer.chat_template = named if isinstance(found, dict) else named["default"]
+
+
+def bound_templates() -> None:
+    """Let every chat template of this process be rendered in bounds (see sandbox.py), also by transformers itself."""
+    from mlxft.data import sandbox
+
+    sandbox.bound_templates()
 
 
 def template_notes(tokenizer: Any) -> list[str]:

@@ -34,6 +34,8 @@ Layers = Literal["all"] | int | list[int]
 TABLES = {nn.Embedding: "weight", SwitchLinear: "bias"}
 _COUNTING: dict[type, type] = {}
 
+_OF_BASE = ("model", "fingerprint", "dtype", "quantize", "group_size", "chat_template")
+
 GROUPS = {
     "attention": ("*attn*", "*attention*"),
     "mlp": ("*mlp*", "*ffn*", "*feed_forward*", "*moe*", "*expert*"),
@@ -366,9 +368,12 @@ def _check_config(config: dict[str, Any], file: str) -> None:
 
 
 def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's configuration says of its base: model, fingerprint, and how it was loaded; may be empty."""
+    """What an adapter's configuration says of its base: model, fingerprint, and how it was loaded; may be empty.
+
+    Nothing else is taken from it: an adapter that someone sends must not say that its base's code is trusted.
+    """
     found: dict[str, Any] = config.get("mlxft", {}).get("base", {})
-    return found
+    return {key: found[key] for key in _OF_BASE if key in found}
 
 
 def spec_of(config: dict[str, Any], model: nn.Module) -> LoRASpec | None:
@@ -465,9 +470,9 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
         path = name
     elif str(path) != name:
         base = {}
-    base.pop("chat_template", None)
+    options = {**base, "chat_template": template_of(adapter), **options}
     try:
-        loaded = load_model(str(path), **{**base, "chat_template": template_of(adapter), **options})
+        loaded = load_model(str(path), **options)
     except ModelError as e:
         if named:
             raise
@@ -479,12 +484,20 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
 def template_of(adapter: Path) -> Path | None:
     """Where the chat template is that the adapter in a folder was trained with; None: it is the base's own.
 
-    That is the folder itself. Adapters written before they kept it only name a file.
+    That is the folder itself.
+
+    Raises:
+        ModelError: it names a file in place of it, as adapters did before they kept it: no path out of a file that
+            someone may have sent is read.
     """
     if (adapter / TEMPLATE_FILE).is_file():
         return adapter
-    given = base_noted(read_adapter_config(adapter)).get("chat_template")
-    return Path(given) if given else None
+    if given := base_noted(read_adapter_config(adapter)).get("chat_template"):
+        raise ModelError(
+            f"{adapter}: was trained with the chat template {given}, which is not in the folder; copy it there as "
+            f"{TEMPLATE_FILE} if it is yours"
+        )
+    return None
 
 
 def ask_as_trained(tokenizer: Any, adapter: Path) -> list[str]:

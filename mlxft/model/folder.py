@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.data.chat import thinking_of
 from mlxft.errors import ExportError, ModelError
+from mlxft.model.source import lies_in
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -139,7 +140,10 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     tokenizer.save_pretrained(str(folder))
     generation = generation_settings(source)
     for code in source.glob("*.py") if source is not None else ():
-        shutil.copy(code, folder)
+        if lies_in(
+            code.parent, code
+        ):  # a link may lead to any file of this machine, which would travel with the result
+            shutil.copy(code, folder)
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation.setdefault(name, config[name])

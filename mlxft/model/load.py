@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import re
 from collections import Counter
@@ -20,12 +21,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlxft.data.chat import complete_template, set_thinking
+from mlxft.data.chat import bound_templates, complete_template, set_thinking
 from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.fingerprint import fingerprint, is_packed
-from mlxft.model.source import brief, folder_config, model_module, older_rope, resolve
+from mlxft.model.source import TRUSTED, brief, folder_config, lies_in, model_module, older_rope, resolve
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -245,8 +246,8 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
     from mlx_lm.utils import load_model
 
     if (code := config.get("model_file")) is not None:
-        if not trust:
-            raise ModelError(f"model {name!r}: wants to run its own code ({code}): set trust_remote_code to let it")
+        if not (trust := trust or TRUSTED.get()):
+            raise _untrusted(name, code)
         extra = {}
     else:
         extra = older_rope(config, model_module(config, name))
@@ -255,6 +256,23 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise ModelError(f"model {name!r}: {folder} can not be loaded: {brief(error)}") from error
     return _freezable(model), loaded
+
+
+def _untrusted(name: str, code: object) -> ModelError:
+    """The refusal to run what a model brings along."""
+    return ModelError(
+        f"model {name!r}: wants to run its own code ({code}); if you have read it and trust it, allow it with "
+        "--trust-remote-code (in a recipe, or when a run is resumed: model.trust_remote_code=true)"
+    )
+
+
+def _tokenizer_code(folder: Path) -> str:
+    """The code that a tokenizer's configuration names; "" where it names none."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
 
 
 def _freezable(model: nn.Module) -> nn.Module:
@@ -267,10 +285,13 @@ def _freezable(model: nn.Module) -> nn.Module:
 def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bool) -> Any:
     from mlx_lm.utils import load_tokenizer as read_tokenizer
 
-    extra = {"trust_remote_code": True} if trust else {}
+    trust = trust or TRUSTED.get()
+    # False is said too: of None transformers makes a question at the terminal, and `y` runs the code.
     try:
-        return read_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+        return read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises many kinds here, its backends plain Exception
+        if not trust and (code := _tokenizer_code(folder)):
+            raise _untrusted(name, code) from error
         raise ModelError(
             f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json): "
             f"{brief(error)}"
@@ -284,6 +305,8 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     folder = place if place.is_dir() else None
     file = place / TEMPLATE_FILE if folder else place
     others = sorted((folder / NAMED_TEMPLATES).glob("*.jinja")) if folder else []
+    if folder and (linked := [path for path in [file, *others] if not lies_in(folder, path)]):
+        raise ConfigError(f"chat_template {str(linked[0])!r}: is a link out of its folder, and is not read")
     try:
         texts = {path: path.read_text(encoding="utf-8") for path in [file, *others]}
     except (OSError, UnicodeDecodeError) as error:
@@ -292,6 +315,7 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     tokenizer.chat_template = named if others else texts[file]
     tokenizer.has_chat_template = True
     tokenizer._chat_template = None
+    bound_templates()
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:

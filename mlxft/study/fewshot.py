@@ -221,7 +221,11 @@ class _Study:
 
     def _base(self) -> Loaded:
         model = self.config.model
-        return load_base(self.config) if model.adapter is None else load(model.path, model.adapter, dtype=model.dtype)
+        return (
+            load_base(self.config)
+            if model.adapter is None
+            else load(model.path, model.adapter, dtype=model.dtype, trust_remote_code=model.trust_remote_code)
+        )
 
     def _tuned(self, config: Config) -> Loaded:
         """The trained model; what was trained before, or in part, is gone on with."""
@@ -229,7 +233,7 @@ class _Study:
         begun = (folder / "config.yaml").is_file()
         if not any(e["event"] == "end" for e in read_events(folder)):
             train(self._with_steps(config), resume=begun, overwrite=not begun and folder.exists(), console=self.console)
-        return load(folder)
+        return load(folder, trust_remote_code=config.model.trust_remote_code)
 
     def _with_steps(self, config: Config) -> Config:
         if config.run.steps is not None:

@@ -14,6 +14,7 @@ import yaml
 from families import FAMILIES
 
 from mlxft import planning
+from mlxft.errors import ModelError
 from mlxft.export.hub import pack
 from mlxft.model.load import load
 from mlxft.rundir import load as load_run
@@ -74,10 +75,14 @@ def test_named_templates_are_kept_by_name(tiny_model_dir: Path, write: Command, 
     assert {named, "chat_template.jinja"} < set(pack(Path("runs/a"), "ada/x").files)
 
 
-def test_an_adapter_from_before_still_finds_its_file(write: Command, mlxft: Command, tmp_path: Path) -> None:
+def test_an_adapter_from_before_asks_for_its_file(write: Command, mlxft: Command, tmp_path: Path) -> None:
+    """A path in an adapter, which may be a stranger's, is not read; the user brings the file."""
     Path("my.jinja").write_text(QWEN, "utf-8")
     assert mlxft("train", write(**{"model.chat_template": "my.jinja", **TWO_STEPS})).code == 0
     Path("runs/a/adapter/chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match=r"my\.jinja.*copy it there as chat_template\.jinja"):
+        load_run("runs/a")
+    Path("runs/a/adapter/chat_template.jinja").write_text(QWEN, "utf-8")
     assert load_run("runs/a").tokenizer.chat_template == QWEN
 
 

@@ -81,7 +81,9 @@ def reads_chat(folder: Path, about: dict[str, Any]) -> bool:
         about: noted with the head; before heads noted it, the run alone knew.
     """
     runs = [place for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
-    template = about.get("template") or (load_config(runs[0] / "config.yaml").data.template if runs else "auto")
+    template = about.get("template") or (
+        load_config(runs[0] / "config.yaml", of_run=True).data.template if runs else "auto"
+    )
     return bool(template == "auto")
 
 
