@@ -238,7 +238,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     raw, problems = read_recipe(path, overrides)
     try:
-        config = parse_config(raw, str(path), path.stem)
+        config = parse_config(raw, str(path), path.stem.lstrip("."))
     except ConfigError as e:
         problems.append(str(e))
     if problems:

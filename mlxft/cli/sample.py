@@ -20,6 +20,7 @@ from mlxft.cli.use import sampling
 @click.option("--function", metavar="FILE.py:NAME", help="Score by a function, as rewards.function in a recipe.")
 @click.option("--cut-off", is_flag=True, help="Keep answers cut off at --max-tokens too, which SFT takes for whole.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Rows for SFT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @sampling(temperature=1.0)
 def sample(
@@ -30,6 +31,7 @@ def sample(
     function: str | None,
     cut_off: bool,
     out: Path,
+    overwrite: bool,
     as_json: bool,
     model: str,
     adapter: str | None,
@@ -53,6 +55,9 @@ def sample(
         raise click.UsageError("--out is the file of prompts; choose another")
     import json
 
+    from mlxft.owned import check_file
+
+    check_file(out, overwrite)
     from rich.console import Console
 
     from mlxft.model.sample import Sampling

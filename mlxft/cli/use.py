@@ -65,12 +65,14 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 @click.argument("prompt", type=Text(), required=False)
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
 @click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")
 @sampling(temperature=0.0)
 def generate(
     prompt: str | None,
     batch: str | None,
     out: Path | None,
+    overwrite: bool,
     samples: int | None,
     model: str,
     adapter: str | None,
@@ -84,10 +86,14 @@ def generate(
     Example: mlxft generate --model runs/quickstart "How many days of leave are there?"
              mlxft generate --model runs/quickstart --batch prompts.jsonl --out answers.jsonl
     """
+    from mlxft.owned import check_file
+
     if batch is not None:
         _refuse(prompt, batch, out, samples, options["temperature"])
-    elif out is not None or samples is not None:
-        raise click.UsageError("--out and --samples go with --batch")
+        if out is not None:
+            check_file(out, overwrite)
+    elif out is not None or samples is not None or overwrite:
+        raise click.UsageError("--out, --overwrite and --samples go with --batch")
     elif prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("give a PROMPT, pipe one in, or name a file of them with --batch")
