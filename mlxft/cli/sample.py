@@ -51,13 +51,13 @@ def sample(
         raise click.UsageError("give --reward or --function, one of them: by it answers are scored")
     if n > 1 and options["temperature"] == 0:
         raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
+    from mlxft.owned import check_file
+
+    check_file(out, overwrite)
     if out.exists() and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
     import json
 
-    from mlxft.owned import check_file
-
-    check_file(out, overwrite)
     from rich.console import Console
 
     from mlxft.model.sample import Sampling

@@ -89,9 +89,9 @@ def generate(
     from mlxft.owned import check_file
 
     if batch is not None:
-        _refuse(prompt, batch, out, samples, options["temperature"])
         if out is not None:
             check_file(out, overwrite)
+        _refuse(prompt, batch, out, samples, options["temperature"])
     elif out is not None or samples is not None or overwrite:
         raise click.UsageError("--out, --overwrite and --samples go with --batch")
     elif prompt is None:

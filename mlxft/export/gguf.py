@@ -108,7 +108,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     if out.suffix != ".gguf":
         raise ConfigError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
-    check_file(out, overwrite, "OUT")
+    if out.parent.is_dir():  # else it is made
+        check_file(out, overwrite, "OUT")
     if out.is_file():
         with out.open("rb") as file:
             head = file.read(4096)

@@ -303,9 +303,9 @@ def test_other_commands_write_under_other_names(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_held_by_one_and_known_by_its_mark(tmp_path: Path) -> None:
-    with hold(tmp_path / "a/b"):
-        with pytest.raises(CheckpointError, match=f"in use now, by process {os.getpid()}"), hold(tmp_path / "a/b"):
-            pass
+    in_use = pytest.raises(CheckpointError, match=f"in use now, by process {os.getpid()}")
+    with hold(tmp_path / "a/b"), in_use, hold(tmp_path / "a/b"):
+        pass
     assert not (tmp_path / "a").exists()  # nothing came into it
     (tmp_path / ".mlxft.json").write_text('{"mlxft": "thesis", "files": []}')
     assert read_mark(tmp_path) is None
