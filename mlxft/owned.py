@@ -292,17 +292,17 @@ def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
     """
     try:
         if not path.name or path.is_dir():
-            raise ConfigError(f"{option}: {str(path)!r} is a folder or empty; give a file's name")
+            raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
         if is_stream(path):
             if not os.access(path, os.W_OK):
                 raise ConfigError(f"{option}: can not write to {path}")
             return
         if os.path.lexists(path) and not overwrite:
             raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
-        if not path.parent.is_dir():
-            raise ConfigError(f"{option}: there is no folder {path.parent}; make it first: mkdir -p {path.parent}")
-        beside(path).touch()
-        beside(path).unlink()
+        # Folders above it are made when it is written.
+        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / beside(path).name
+        probe.touch()
+        probe.unlink()
     except (OSError, ValueError) as e:
         if isinstance(e, ConfigError):
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,7 @@ def sample(
         raise click.UsageError("give --reward or --function, one of them: by it answers are scored")
     if n > 1 and options["temperature"] == 0:
         raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
-    from mlxft.owned import check_file
-
-    check_file(out, overwrite)
-    if out.exists() and Path(prompts).exists() and out.samefile(prompts):
+    if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
     import json
 
@@ -62,9 +60,11 @@ def sample(
 
     from mlxft.model.sample import Sampling
     from mlxft.objectives.onpolicy.settings import RewardSettings
+    from mlxft.owned import check_file
     from mlxft.rundir import load
     from mlxft.study.best import Choice, choose, read_keep
 
+    check_file(out, overwrite)
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,9 +90,9 @@ def generate(
     from mlxft.owned import check_file
 
     if batch is not None:
+        _refuse(prompt, batch, out, samples, options["temperature"])
         if out is not None:
             check_file(out, overwrite)
-        _refuse(prompt, batch, out, samples, options["temperature"])
     elif out is not None or samples is not None or overwrite:
         raise click.UsageError("--out, --overwrite and --samples go with --batch")
     elif prompt is None:
@@ -121,7 +122,7 @@ def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | Non
     """What does not go with --batch."""
     if prompt is not None:
         raise click.UsageError("give a PROMPT or --batch, not both")
-    if out is not None and out.exists() and Path(batch).exists() and out.samefile(batch):
+    if out is not None and os.path.exists(out) and Path(batch).exists() and out.samefile(batch):
         raise click.UsageError("--out is the file of prompts; choose another")
     if (samples or 1) > 1 and temperature == 0:
         raise click.UsageError(f"--samples {samples} at temperature 0 would be {samples} times the same; raise it")

@@ -36,9 +36,9 @@ from mlxft.model.heads import find_head
 from mlxft.model.load import Loaded
 from mlxft.model.lora import QUANTIZED, LowRank
 from mlxft.model.source import ALIASES, resolve
-from mlxft.owned import check_file
+from mlxft.owned import check_file, note
 from mlxft.rundir import find_adapter, load
-from mlxft.train.files import write_result
+from mlxft.train.files import write_beside
 
 MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
 
@@ -66,7 +66,9 @@ def export_gguf(
     check_output(out, overwrite)
     loaded = open_model(run, model)
     check_unused(out, [loaded.path])
-    return write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
+    said = write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
+    note(out)
+    return said
 
 
 def write_model(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
@@ -108,8 +110,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     """
     if out.suffix != ".gguf":
         raise ConfigError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
-    if out.parent.is_dir():  # else it is made
-        check_file(out, overwrite, "OUT")
+    check_file(out, overwrite, "OUT")
     if out.is_file():
         with out.open("rb") as file:
             head = file.read(4096)
@@ -243,7 +244,7 @@ def write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor])
     try:
         # The first, so that a look at the file's head tells whose it is.
         metadata = {MADE_BY: __version__, **metadata}
-        write_result(out, lambda part: _fill(part, arch, metadata, ordered))
+        write_beside(out, lambda part: _fill(part, arch, metadata, ordered))
     except CheckpointError as error:
         raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
     return out.stat().st_size

@@ -41,6 +41,7 @@ class Journal:
                 f"--out: {path} is a device or a pipe; judgements are gone on with, so give a file's name"
             )
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as e:
             raise ConfigError(f"--out: can not write {path}: {e.strerror or e}") from e

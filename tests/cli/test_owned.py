@@ -244,7 +244,7 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
     for command in commands:
         for out, said in {
             "mine.png": "exists already; give another name, or replace it with --overwrite",
-            "nowhere/x.png": "there is no folder nowhere",
+            "f.py/x.png": "can not write f.py/x.png: Not a directory",
             "": "give a file's name",
             "x" * 300 + ".png": "can not write",
         }.items():
@@ -284,7 +284,7 @@ def test_judgements_need_a_file(write: Write, refused: Refused, tmp_path: Path) 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answers": ["b", "c"]}\n', "utf-8")
     (tmp_path / "null").symlink_to("/dev/null")
     assert "is a device or a pipe" in refused(2, "label", "rows.jsonl", "--out", "null")
-    assert "there is no folder" in refused(2, "label", "rows.jsonl", "--out", "nowhere/x.jsonl")
+    assert "Not a directory" in refused(2, "label", "rows.jsonl", "--out", "rows.jsonl/x")
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 

@@ -193,8 +193,8 @@ def test_wrong_use_of_a_batch(trained: str, prompts: str, refused: Callable[...,
     use = ("generate", "--model", trained)
     batch = (*use, "--batch", prompts)
     assert "give a PROMPT or --batch, not both" in refused(2, *batch, "hi")
-    assert "--out and --samples go with --batch" in refused(2, *use, "hi", "--out", "x.jsonl")
-    assert "--out and --samples go with --batch" in refused(2, *use, "hi", "--samples", "2")
+    assert "--out, --overwrite and --samples go with --batch" in refused(2, *use, "hi", "--out", "x.jsonl")
+    assert "--out, --overwrite and --samples go with --batch" in refused(2, *use, "hi", "--samples", "2")
     assert "--samples 2 at temperature 0 would be 2 times the same" in refused(2, *batch, "--samples", "2")
     assert "--out is the file of prompts" in refused(2, *batch, "--out", f"./{prompts}")
     assert "nope.jsonl: no such file" in refused(2, *use, "--batch", "nope.jsonl")
@@ -204,4 +204,4 @@ def test_wrong_use_of_a_batch(trained: str, prompts: str, refused: Callable[...,
     assert "bad.jsonl:2: prompt is a number" in err
     assert "bad.jsonl:3: no field 'prompt'" in err
     (tmp_path / "file").write_text("")
-    assert "can not write file/out.jsonl" in refused(1, *batch, "--out", "file/out.jsonl")
+    assert "can not write file/out.jsonl" in refused(2, *batch, "--out", "file/out.jsonl")
