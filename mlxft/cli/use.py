@@ -93,8 +93,8 @@ def generate(
         _refuse(prompt, batch, out, samples, options["temperature"])
         if out is not None:
             check_file(out, overwrite)
-    elif out is not None or samples is not None or overwrite:
-        raise click.UsageError("--out, --overwrite and --samples go with --batch")
+    elif out is not None or samples is not None:
+        raise click.UsageError("--out and --samples go with --batch")
     elif prompt is None:
         if sys.stdin.isatty():
             raise click.UsageError("give a PROMPT, pipe one in, or name a file of them with --batch")

@@ -29,7 +29,7 @@ from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import json_text, write_text
+from mlxft.train.files import json_text, write_text, writing
 
 FILES = ("predictions.jsonl", "results.json")  # of an evaluation
 
@@ -112,6 +112,8 @@ class Evaluation:
             CheckpointError: they can not be written.
         """
         texts = ("".join(f"{json_text(_finite(line))}\n" for line in self.lines()), json_text(self.to_json(), 1) + "\n")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         with hold(out, wait=True):
             for name, text in zip(FILES, texts):
                 write_text(out / name, text)

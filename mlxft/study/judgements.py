@@ -34,8 +34,8 @@ class Journal:
         self.path = path
         self.rows: list[Row] = []
         self._starts: list[int] = []
-        self._made = not path.exists()
         check_file(path, overwrite=True)
+        self._theirs = path.exists() and not path.stat().st_size
         if is_stream(path):
             raise ConfigError(
                 f"--out: {path} is a device or a pipe; judgements are gone on with, so give a file's name"
@@ -95,8 +95,8 @@ class Journal:
         return self.rows.pop()
 
     def close(self) -> None:
-        """Let others write it. A file that was made for this and holds nothing is removed."""
-        if self._made and os.fstat(self._fd).st_size == 0:
+        """Let others write it. A file that holds nothing is removed, unless it was there like that."""
+        if not self._theirs and os.fstat(self._fd).st_size == 0:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
 

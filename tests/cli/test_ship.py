@@ -81,6 +81,6 @@ def test_convert(write: Callable[..., str], mlxft: Command, refused: Callable[..
     assert load("q4").config["quantization"]["group_size"] == 32
     assert mlxft("convert", "q4", "plain", "--dequantize", "--dtype", "bfloat16").code == 0
     assert "quantization" not in load("plain").config
-    assert "q4: exists already" in refused(1, "convert", str(tiny_model_dir), "q4")
+    assert "q4: exists already" in refused(2, "convert", str(tiny_model_dir), "q4")
     assert "no such file or folder" in refused(1, "convert", "./nope", "out")
     assert "is not one of" in refused(2, "convert", str(tiny_model_dir), "out", "--quantize", "7")
