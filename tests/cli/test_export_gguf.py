@@ -49,5 +49,5 @@ def test_what_export_refuses(trained: str, refused: Callable[..., str], tmp_path
     assert "--format" in refused(2, "export", trained, "o")
     (tmp_path / "mine.gguf").write_text("thesis")
     assert "exists already" in refused(2, "export", trained, "mine.gguf", "--format", "gguf")
-    assert "must end in .gguf" in refused(1, "export", trained, "mine", "--format", "gguf")
+    assert "must end in .gguf" in refused(2, "export", trained, "mine", "--format", "gguf")
     assert "ModelError" in refused(1, "export", "runs/nope", "o.gguf", "--format", "gguf")
