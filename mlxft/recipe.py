@@ -244,7 +244,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
         raw["model"].pop("trust_remote_code", None)
     problems = _override_all(raw, overrides)
     try:
-        config = parse_config(raw, str(path), path.stem)
+        config = parse_config(raw, str(path), path.stem.lstrip("."))
     except ConfigError as e:
         problems.append(str(e))
     if problems:

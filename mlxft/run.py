@@ -27,6 +27,7 @@ from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import Sampling, generate
 from mlxft.objectives.base import Objective
+from mlxft.owned import Held, hold
 from mlxft.parts import check_head, load_base, make_objective, prepare
 from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, flat, load_config, parse_config
@@ -35,7 +36,7 @@ from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state
 from mlxft.train.optim import Optimizer
-from mlxft.train.report import EventFile, Reporter, Sink, Stopped, terminal
+from mlxft.train.report import Event, EventFile, Reporter, Sink, Stopped, terminal
 from mlxft.train.status import recorded
 from mlxft.train.trackers import check_installed, make_trackers
 
@@ -74,12 +75,14 @@ class _Saver:
     """Writes what a run leaves: checkpoints and the result."""
 
     def __init__(
-        self, run: Run, loaded: Loaded, spec: LoRASpec | None, objective: Objective, optimizer: Optimizer
+        self, run: Run, held: Held, loaded: Loaded, spec: LoRASpec | None, objective: Objective, optimizer: Optimizer
     ) -> None:
+        self.held = held
         self.run, self.loaded, self.spec, self.objective, self.optimizer = run, loaded, spec, objective, optimizer
 
     def checkpoint(self, state: dict[str, Any]) -> None:
         """A checkpoint of now."""
+        self.held.check()
         weights, optimizer = trainable_weights(self.loaded.model), self.optimizer.arrays()
         snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
         folder = self.run.dir / "checkpoints"
@@ -87,6 +90,7 @@ class _Saver:
 
     def result(self) -> None:
         """adapter/ or model/ from the weights of now."""
+        self.held.check()
         model, config, out = self.loaded.model, self.run.config, self.run.result
         fingerprint, noted = base_fingerprint(self.loaded), self.objective.about()
         with without_head(model) as head:
@@ -157,6 +161,15 @@ def train(
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
+    with hold(run.dir) as held:
+        return _train_held(run, held, resume, overwrite, console, base, sinks)
+
+
+def _train_held(
+    run: Run, held: Held, resume: bool, overwrite: bool, console: Console, base: Loaded | None, sinks: Sequence[Sink]
+) -> Run:
+    """`train` in a folder that no other process works in."""
+    config = run.config
     loaded = base or load_base(config, lazy=True, template=run.template if resume else None)
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
@@ -165,14 +178,14 @@ def train(
     make_folder(run, resume, overwrite)
     notes: list[str] = []
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
-    saver = _Saver(run, loaded, spec, objective, optimizer)
+    saver = _Saver(run, held, loaded, spec, objective, optimizer)
     facts = describe_start(config, loaded, objective, total)
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
-    with recorded(run.dir):
+    with recorded(held):
         write_text(run.dir / "config.yaml", dump_config(config, versions()))
         _keep_template(loaded, run.dir)
-        reporter = _reporter(run, progress.step, total, console, sinks)
+        reporter = _reporter(run, held, progress.step, total, console, sinks)
         try:
             kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
             text = f"training{after}; everything is written to {run.dir}"
@@ -183,10 +196,23 @@ def train(
             reporter.close()
 
 
-def _reporter(run: Run, step: int, total: int, console: Console, sinks: Sequence[Sink]) -> Reporter:
+class _InPlace:
+    """Ends a run whose folder was taken away: what it writes would be found by nobody."""
+
+    def __init__(self, held: Held) -> None:
+        self._held = held
+
+    def event(self, event: Event) -> None:
+        self._held.check()
+
+    def close(self) -> None:
+        pass
+
+
+def _reporter(run: Run, held: Held, step: int, total: int, console: Console, sinks: Sequence[Sink]) -> Reporter:
     """Where the events of a run go that is at `step`."""
     since = step or None  # None: start over, nothing is kept
-    files: list[Sink] = [EventFile(run.dir / "metrics.jsonl", since)]
+    files: list[Sink] = [_InPlace(held), EventFile(run.dir / "metrics.jsonl", since)]
     files.append(EventFile(run.dir / "samples.jsonl", since, ("sample",)))
     settings = {
         k: v for k, v in flat(run.config.model_dump(mode="json", exclude={"versions"})).items() if v is not None

@@ -18,8 +18,8 @@ from mlxft.model.heads import HEAD_FILE, load_head
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
+from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
 from mlxft.recipe import flat, load_config
-from mlxft.train.status import refuse_if_held
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
@@ -143,36 +143,42 @@ def open_run(folder: str | Path) -> Run:
 
 
 def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    """Refuse before anything is loaded."""
+    """Refuse what may not be written to: before anything is loaded, and again before anything is written."""
     if resume and overwrite:
         raise ConfigError("give --resume or --overwrite, not both")
     if run.dir.exists() and not run.dir.is_dir():
         raise ConfigError(f"run.name: {run.dir} is a file")
     if not run.dir.exists():
         return
-    refuse_if_held(run.dir)
     if overwrite:
-        _check_replaceable(run)
+        check_replaceable(run.dir, "run")
+        _check_unused(run)
+    elif is_empty(run.dir):
         return
-    if not resume:
-        if any(run.dir.iterdir()):
-            raise ConfigError(
-                f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
-            )
-        return
-    stored = run.dir / "config.yaml"
-    if stored.exists():
-        _check_same(load_config(stored, of_run=True), run.config)
-
-
-def _check_replaceable(run: Run) -> None:
-    """Refuse to replace what is no run folder, or what holds the files that are to be trained on."""
-    foreign = [p.name for p in run.dir.iterdir() if not p.name.startswith(".")]
-    if foreign and not (run.dir / "config.yaml").exists():
+    elif not resume:
         raise ConfigError(
-            f"{run.dir}: is not a run folder (no config.yaml; it has {', '.join(sorted(foreign)[:5])}), so it is not "
-            "replaced; choose another run.name or run.dir"
+            f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
         )
+    else:
+        _check_resumable(run)
+
+
+def _check_resumable(run: Run) -> None:
+    """Refuse to go on in a folder that no run made, or with settings of another run."""
+    file = run.dir / "config.yaml"
+    stored = load_config(file, of_run=True) if file.is_file() else None
+    # An older version's run has no mark; what it ran under stands in no recipe that a person writes.
+    mark = read_mark(run.dir)
+    if not (stored and stored.versions) if mark is None else mark.kind != "run":
+        raise ConfigError(f"{run.dir}: is not a run folder that mlxft made, so nothing is written there")
+    if run.config.tune.method == "full":
+        check_replaceable(run.result, "model")
+    if stored is not None:
+        _check_same(stored, run.config)
+
+
+def _check_unused(run: Run) -> None:
+    """Refuse to replace a folder that holds the files that are to be trained on."""
     model, data = run.config.model, run.config.data
     used = {
         "model.path": model.path,
@@ -200,15 +206,14 @@ def _check_same(before: Config, now: Config) -> None:
 
 
 def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    """The run folder, ready to be written to; what it held is gone with `overwrite`."""
+    """Make the run folder, which is held, ready to be written to; what a run left in it is gone with `overwrite`."""
     try:
-        if overwrite and run.dir.exists():
-            shutil.rmtree(run.dir)
-        run.dir.mkdir(parents=True, exist_ok=True)
-        for leftover in run.dir.glob(".model.*"):  # a kill while a whole model was written
+        check_folder(run, resume, overwrite)
+        if overwrite:
+            empty(run.dir)
+        if not resume or is_empty(run.dir):
+            claim(run.dir, "run")
+        for leftover in run.dir.glob(".model.partial-*"):  # a kill while a whole model was written
             shutil.rmtree(leftover, ignore_errors=True)
-        probe = run.dir / ".tmp-probe"
-        probe.touch()
-        probe.unlink()
     except OSError as e:
         raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e

@@ -14,11 +14,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mlxft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import from rooms of a lower number and from itself; blas and config, study and export stand side by side.
+# A room may import from rooms of a lower number and from itself. Side by side stand blas, config and owned; and study
+# and export.
 ORDER = {
     "errors": 0,
     "blas": 1,
     "config": 1,
+    "owned": 1,
     "data": 2,
     "model": 3,
     "objectives": 4,

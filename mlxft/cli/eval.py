@@ -54,6 +54,7 @@ from mlxft.cli import TRUST
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for predictions.jsonl and results.json; default: of a run, its eval/FILE.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace what an evaluation left in the folder of --out.")
 @click.option("--tasks", "harness", metavar="NAMES", help="Tasks of lm-eval instead of FILE, with commas between.")
 @click.option("--include-path", metavar="DIR", help="With --tasks: where lm-eval finds more task files.")
 @click.option("--chat", is_flag=True, help="With --tasks: questions go through the chat template.")
@@ -63,6 +64,7 @@ def eval(
     model: str,
     file: str | None,
     out: Path | None,
+    overwrite: bool,
     against: str | None,
     adapter: str | None,
     tasks: tuple[str, ...],
@@ -94,9 +96,11 @@ def eval(
     from rich.console import Console
 
     from mlxft.study.eval_tables import show
-    from mlxft.study.evaluation import Asking, default_out, run_evaluation
+    from mlxft.study.evaluation import Asking, check_out, default_out, run_evaluation
     from mlxft.train.files import json_text
 
+    if out is not None:
+        check_out(out, overwrite)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
     found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=Console(stderr=True))

@@ -33,6 +33,7 @@ def _in(command: Callable[..., Any]) -> Callable[..., Any]:
 
 _NAME = click.argument("name", shell_complete=_names)
 _NAMES = click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=_names)
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -127,8 +128,9 @@ def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_j
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="File .png, .svg or .pdf.  [default: NAME.png]"
 )
+@_OVERWRITE
 @click.pass_context
-def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Path | None) -> None:
+def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Path | None, overwrite: bool) -> None:
     """Draw the curves of runs: loss, learning rate, gradient norm, memory, and what the objective reports.
 
     \b
@@ -137,7 +139,7 @@ def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Pa
     """
     from mlxft.study.compare import plot_runs
 
-    for path in plot_runs([*names], _place(ctx, place), out):
+    for path in plot_runs([*names], _place(ctx, place), out, overwrite):
         click.echo(f"wrote {path}")
 
 
@@ -147,8 +149,9 @@ def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Pa
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file.  [default: report.html in the run]"
 )
+@_OVERWRITE
 @click.pass_context
-def report(ctx: click.Context, name: str, place: Path | None, out: Path | None) -> None:
+def report(ctx: click.Context, name: str, place: Path | None, out: Path | None, overwrite: bool) -> None:
     """Write one self-contained HTML page about a run.
 
     Example: mlxft runs report sft-lora --out sft-lora.html
@@ -156,7 +159,7 @@ def report(ctx: click.Context, name: str, place: Path | None, out: Path | None) 
     from mlxft.study.html import write_report
     from mlxft.study.runs import find_run
 
-    click.echo(f"wrote {write_report(find_run(name, _place(ctx, place)), out)}")
+    click.echo(f"wrote {write_report(find_run(name, _place(ctx, place)), out, overwrite)}")
 
 
 @runs.command()

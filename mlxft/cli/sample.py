@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mlxft.cli.use import sampling
 @click.option("--function", metavar="FILE.py:NAME", help="Score by a function, as rewards.function in a recipe.")
 @click.option("--cut-off", is_flag=True, help="Keep answers cut off at --max-tokens too, which SFT takes for whole.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Rows for SFT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @sampling(temperature=1.0)
 def sample(
@@ -30,6 +32,7 @@ def sample(
     function: str | None,
     cut_off: bool,
     out: Path,
+    overwrite: bool,
     as_json: bool,
     model: str,
     adapter: str | None,
@@ -49,7 +52,7 @@ def sample(
         raise click.UsageError("give --reward or --function, one of them: by it answers are scored")
     if n > 1 and options["temperature"] == 0:
         raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
-    if out.exists() and Path(prompts).exists() and out.samefile(prompts):
+    if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
     import json
 
@@ -57,9 +60,11 @@ def sample(
 
     from mlxft.model.sample import Sampling
     from mlxft.objectives.onpolicy.settings import RewardSettings
+    from mlxft.owned import check_file
     from mlxft.rundir import load
     from mlxft.study.best import Choice, choose, read_keep
 
+    check_file(out, overwrite)
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)
     )

@@ -65,6 +65,7 @@ def sweep(
 @click.option("--max", "high", default=1.0, show_default=True, help="Last rate.")
 @click.option("--steps", default=100, show_default=True, help="Steps from the first rate to the last.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the loss over the rate: .png, .svg or .pdf.")
+@click.option("--overwrite", is_flag=True, help="Replace the picture if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print rates, losses and suggestion as JSON.")
 def lr_find(
     recipe: Path,
@@ -73,6 +74,7 @@ def lr_find(
     high: float,
     steps: int,
     plot: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
     """Suggest a learning rate for RECIPE: train at a rising one, and see where the loss falls (Smith 2015).
@@ -86,10 +88,13 @@ def lr_find(
     """
     from rich.console import Console
 
+    from mlxft.owned import check_file
     from mlxft.recipe import load_config
     from mlxft.study.lr_find import lr_find as run
 
     console = Console(stderr=as_json)
+    if plot is not None:
+        check_file(plot, overwrite, "--plot")
     found = run(load_config(recipe, overrides), low, high, steps, plot, console)
     if as_json:
         click.echo(json.dumps(found.to_json()))

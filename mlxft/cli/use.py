@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,12 +69,14 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 @click.argument("prompt", type=Text(), required=False)
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
 @click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")
 @sampling(temperature=0.0)
 def generate(
     prompt: str | None,
     batch: str | None,
     out: Path | None,
+    overwrite: bool,
     samples: int | None,
     model: str,
     adapter: str | None,
@@ -87,8 +90,12 @@ def generate(
     Example: mlxft generate --model runs/quickstart "How many days of leave are there?"
              mlxft generate --model runs/quickstart --batch prompts.jsonl --out answers.jsonl
     """
+    from mlxft.owned import check_file
+
     if batch is not None:
         _refuse(prompt, batch, out, samples, options["temperature"])
+        if out is not None:
+            check_file(out, overwrite)
     elif out is not None or samples is not None:
         raise click.UsageError("--out and --samples go with --batch")
     elif prompt is None:
@@ -118,7 +125,7 @@ def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | Non
     """What does not go with --batch."""
     if prompt is not None:
         raise click.UsageError("give a PROMPT or --batch, not both")
-    if out is not None and out.exists() and Path(batch).exists() and out.samefile(batch):
+    if out is not None and os.path.exists(out) and Path(batch).exists() and out.samefile(batch):
         raise click.UsageError("--out is the file of prompts; choose another")
     if (samples or 1) > 1 and temperature == 0:
         raise click.UsageError(f"--samples {samples} at temperature 0 would be {samples} times the same; raise it")

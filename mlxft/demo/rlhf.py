@@ -20,6 +20,7 @@ from mlxft.export.fuse import fuse
 from mlxft.model.batch_sample import sample_batch, text_of
 from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.settings import RolloutSettings
+from mlxft.owned import check_replaceable, claim, hold
 from mlxft.recipe import load_config
 from mlxft.run import Run, load, train
 
@@ -136,9 +137,21 @@ def distinct2(texts: Sequence[str]) -> float:
 
 
 def walk(folder: Path, file: str | None, overrides: Sequence[str], console: Console) -> Mapping[str, float]:
-    """The whole road below `folder`. Returns the last evaluation's numbers."""
+    """The whole road below `folder`. Returns the last evaluation's numbers.
+
+    Raises:
+        ConfigError: `folder` holds what no such walk made.
+    """
     configs = recipes(folder, overrides)
-    write(folder / "data", read_reviews(file or str(HERE / "reviews.jsonl")))
+    check_replaceable(folder, "rlhf")
+    reviews = read_reviews(file or str(HERE / "reviews.jsonl"))
+    with hold(folder):
+        claim(folder, "rlhf")
+        write(folder / "data", reviews)
+        return _walk(folder, configs, console)
+
+
+def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapping[str, float]:
     runs: dict[str, Run] = {}
     for (stage, config), title in zip(configs.items(), ("1. SFT", "2. A reward model from pairs", "3. PPO")):
         console.rule(title)

@@ -16,6 +16,7 @@ from rich.table import Table
 from mlxft.export.fuse import fuse
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling, generate
+from mlxft.owned import check_replaceable, claim, hold
 from mlxft.parts import load_base
 from mlxft.recipe import load_config
 from mlxft.run import load, train
@@ -48,7 +49,18 @@ def answers(loaded: Loaded, asked: Sequence[Question]) -> list[str]:
 
 
 def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
-    """Run the whole demo below `folder`. Returns how many held-out questions are right after training."""
+    """Run the whole demo below `folder`. Returns how many held-out questions are right after training.
+
+    Raises:
+        ConfigError: `folder` holds what no demo made.
+    """
+    check_replaceable(folder, "demo")
+    with hold(folder):
+        claim(folder, "demo")
+        return _walk(folder, overrides, console)
+
+
+def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     asked = questions()
     places = [
         f"data.train={HERE / 'rows.jsonl'}",

@@ -31,8 +31,8 @@ def convert(
     Returns:
         path, source, model_type, dtype, quantization (or None), parameters, bytes of weights, bits_per_weight.
     Raises:
-        ConfigError: settings that exclude each other.  ModelError: `src` can not be loaded.
-        ExportError: `dst` exists, the disk is too small or writing failed.
+        ConfigError: settings that exclude each other; or `dst` is there and may not be replaced.
+        ModelError: `src` can not be loaded.  ExportError: the disk is too small or writing failed.
     """
     from mlxft.model.load import count_parameters, load
 

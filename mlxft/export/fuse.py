@@ -222,7 +222,8 @@ def fuse(
     Raises:
         ModelError: no such run, or an adapter of another base.
         LostTooMuch: less than `keep` would be kept; nothing is written.
-        ExportError: `out` exists, or can not be written.
+        ConfigError: `out` is there and may not be replaced.
+        ExportError: it can not be written.
     """
     check_destination(out, overwrite)
     sources, base = find_sources(run, adapters)

@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxft.errors import CheckpointError, ExportError, missing_extra
+from mlxft import __version__
+from mlxft.errors import CheckpointError, ConfigError, ExportError, missing_extra
 from mlxft.export.gguf_adapter import adapter_tensors
 from mlxft.export.gguf_settings import Get, family, lookup, rope_tensors, settings
 from mlxft.export.gguf_tensors import (
@@ -35,8 +36,11 @@ from mlxft.model.heads import find_head
 from mlxft.model.load import Loaded
 from mlxft.model.lora import QUANTIZED, LowRank
 from mlxft.model.source import ALIASES, resolve
+from mlxft.owned import check_file, note
 from mlxft.rundir import find_adapter, load
 from mlxft.train.files import write_beside
+
+MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
 
 
 def export_gguf(
@@ -50,18 +54,21 @@ def export_gguf(
         kind: of the matrices: f32, f16, bf16 or q8_0; vectors are f32 always.
         lora: write the adapter alone, for llama.cpp's --lora.
         model: the base, where the adapter does not say or it has moved.
-        overwrite: replace `out` if it is a .gguf file.
+        overwrite: replace `out` if it is a .gguf file that mlxft wrote.
     Returns:
         What was done, a sentence each.
     Raises:
-        ExportError: an architecture, tokenizer, adapter or kind that .gguf can not hold; `out` exists; no space.
+        ConfigError: `out` is no file that may be written.
+        ExportError: an architecture, tokenizer, adapter or kind that .gguf can not hold; no space.
         ModelError: nothing there, or an adapter of another base.
     """
     check_arguments(kind, lora)
-    check_file(out, overwrite)
+    check_output(out, overwrite)
     loaded = open_model(run, model)
     check_unused(out, [loaded.path])
-    return write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
+    said = write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
+    note(out)
+    return said
 
 
 def write_model(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
@@ -95,19 +102,23 @@ def check_arguments(kind: str, lora: bool = False) -> None:
         raise ExportError(f"--format gguf: {missing_extra('gguf', 'gguf')}")
 
 
-def check_file(out: Path, overwrite: bool) -> None:
-    """ExportError unless the file may be written."""
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuse a file that may not be written.
+
+    Raises:
+        ConfigError: its name has another ending; or it is there, and not `overwrite` and a file that mlxft wrote.
+    """
     if out.suffix != ".gguf":
-        raise ExportError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
-    if not out.exists():
-        return
-    if not out.is_file():
-        raise ExportError(f"{out}: exists and is a folder; give a file's name")
-    if not overwrite:
-        raise ExportError(f"{out}: exists already; give another name, or overwrite it (--overwrite)")
-    with out.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ExportError(f"{out}: is not a .gguf file inside, so it is not overwritten; give another name")
+        raise ConfigError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
+    check_file(out, overwrite, "OUT")
+    if out.is_file():
+        with out.open("rb") as file:
+            head = file.read(4096)
+        if not head.startswith(b"GGUF") or MADE_BY.encode() not in head:
+            raise ConfigError(
+                f"{out}: is not a .gguf file that this version of mlxft wrote, so it is not overwritten; give another "
+                "name, or remove it yourself"
+            )
 
 
 def open_model(run: Path, model: str | None) -> Loaded:
@@ -231,6 +242,8 @@ def write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor])
     # The rope's tensors first, as llama.cpp's converter has them.
     ordered = sorted(tensors, key=lambda t: t.name not in ROPE_TENSORS)
     try:
+        # The first, so that a look at the file's head tells whose it is.
+        metadata = {MADE_BY: __version__, **metadata}
         write_beside(out, lambda part: _fill(part, arch, metadata, ordered))
     except CheckpointError as error:
         raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error

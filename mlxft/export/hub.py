@@ -22,6 +22,7 @@ from mlxft.export.card import Facts, Metadata, card, shortened
 from mlxft.model.heads import HEAD_FILE
 from mlxft.model.load import NAMED_TEMPLATES
 from mlxft.model.source import brief
+from mlxft.owned import MARK
 from mlxft.rundir import Run, open_run
 
 GOES = (
@@ -199,6 +200,8 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str], list[str]]
     inside = sorted([*folder.iterdir(), *folder.glob(f"{NAMED_TEMPLATES}/*.jinja")]) if folder.is_dir() else [folder]
     for file in inside:
         if file.is_dir() and file.name == NAMED_TEMPLATES:
+            continue
+        if file.name == MARK:
             continue
         name = file.relative_to(folder).as_posix() if file != folder else file.name
         if name.startswith(".") or not file.is_file() or not any(fnmatchcase(file.name, pattern) for pattern in GOES):

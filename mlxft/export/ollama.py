@@ -42,12 +42,12 @@ def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, 
         ExportError, ModelError: as for `export_gguf`.
     """
     gguf.check_arguments(kind)
-    check_destination(out, overwrite, "a folder for Ollama", "Modelfile")
+    check_destination(out, overwrite, "ollama")
     loaded = gguf.open_model(run, model)
     check_unused(out, [loaded.path, find_adapter(run)])
     chat = find_chat(loaded.tokenizer)
     text = modelfile(chat, stop_words(loaded.tokenizer), parameters(loaded))
-    with replace_folder(out) as part:
+    with replace_folder(out, "ollama") as part:
         said = gguf.write_model(run, loaded, part / "model.gguf", kind)
         (part / "Modelfile").write_text(text, encoding="utf-8")
     size = (out / "model.gguf").stat().st_size

@@ -38,7 +38,6 @@ from mlxft.train.files import flush, save_arrays
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ADAPTER = ("an adapter's folder", CONFIG)  # what may be overwritten
 
 # Architectures whose modules have the same names in mlx-lm and in transformers, with the class that gives scores.
 # Compared name by name and shape by shape: mlx-lm 0.32.2, transformers 5.23.
@@ -155,9 +154,10 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
         What was done, a sentence each.
     Raises:
         ModelError: no such adapter or base, or they do not belong together.
+        ConfigError: `out` is there and may not be replaced.
         ExportError: what was adapted has no counterpart in transformers, or `out` can not be written.
     """
-    check_destination(out, overwrite, *ADAPTER)
+    check_destination(out, overwrite, "adapter")
     check_unused(out, [find_adapter(run)])
     opened = open_adapter(run, model)
     tensors, saved = peft_tensors(opened)
@@ -166,7 +166,7 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
     tokenizer = load_tokenizer(opened.base, template_of(opened.folder))
     ends = ask_as_trained(tokenizer, opened.folder)
     pad = set_pad(tokenizer, opened.loaded.config) if opened.head is not None else None
-    with replace_folder(out) as part:
+    with replace_folder(out, "adapter") as part:
         save_arrays(part / WEIGHTS, tensors, {"format": "pt"})
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         tokenizer.save_pretrained(str(part))

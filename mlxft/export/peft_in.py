@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
-from mlxft.export.peft import ADAPTER, CONFIG, PREFIX, WEIGHTS, check_names
+from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
 from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
@@ -56,9 +56,10 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
         What was done, a sentence each.
     Raises:
         ModelError: the adapter can not be read, is of another kind, or does not fit the base.
-        ExportError: `out` exists or can not be written.
+        ConfigError: `out` is there and may not be replaced.
+        ExportError: `out` can not be written.
     """
-    check_destination(out, overwrite, *ADAPTER)
+    check_destination(out, overwrite, "adapter")
     check_unused(out, [folder])
     config = read_config(folder)
     arrays = _read_weights(folder)
@@ -79,7 +80,7 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
     load_trained(base.model, weights | whole, str(folder / WEIGHTS))
     unfreeze(base.model, list(whole), str(folder / CONFIG))
     about = {"base": {"model": str(name), "fingerprint": base.fingerprint}, "imported": "peft"}
-    with replace_folder(out) as part:
+    with replace_folder(out, "adapter") as part:
         text = json.dumps(adapter_config(spec, base.model, about), indent=2)
         (part / CONFIG).write_text(text + "\n", "utf-8")
         if head is not None:

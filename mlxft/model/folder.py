@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.data.chat import thinking_of
-from mlxft.errors import ExportError, ModelError
+from mlxft.errors import ConfigError, ExportError, ModelError
 from mlxft.model.source import lies_in
+from mlxft.owned import check_replaceable, claim, is_empty, note, remove
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -41,16 +42,17 @@ def save_folder(
     loaded weights are read on the way, also from `dst` itself.
 
     Args:
-        overwrite: replace `dst` if it is a model folder.
+        overwrite: replace `dst` if it is a model folder that mlxft made.
         source: what the model came from: a folder's generation settings, and the code of a model that has its own,
             are carried over.
         beside: writes what else belongs into the folder.
     Raises:
-        ExportError: `dst` exists, the disk is too small, or writing failed; then nothing is left behind.
+        ConfigError: `dst` exists and may not be replaced.
+        ExportError: the disk is too small, or writing failed; then nothing is left behind.
     """
     check_destination(dst, overwrite)
     check_space(dst, weight_bytes(model))
-    with replace_folder(dst) as part:
+    with replace_folder(dst, "model") as part:
         _write(part, model, tokenizer, config, source)
         if beside is not None:
             beside(part)
@@ -58,10 +60,13 @@ def save_folder(
 
 
 @contextmanager
-def replace_folder(dst: Path) -> Iterator[Path]:
+def replace_folder(dst: Path, kind: str) -> Iterator[Path]:
     """A hidden folder beside `dst`, to be filled inside the block; at its end it takes the name of `dst`.
 
+    Args:
+        kind: of mlxft.owned.KINDS.
     Raises:
+        ConfigError: `dst` is there, and is not one of its kind that mlxft made.
         ExportError: writing failed; nothing is left of it, and `dst` is as it was.
     """
     part = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
@@ -69,7 +74,10 @@ def replace_folder(dst: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
+        claim(part, kind, (p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file()))
+        check_replaceable(dst, kind)  # again: what was written may have taken hours
         _swap(part, dst)
+        note(dst)
     # MLX's writer raises RuntimeError where the disk is full.
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{dst}: writing failed, nothing is left of it: {error}") from error
@@ -82,22 +90,19 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
 
 
-def check_destination(dst: Path, overwrite: bool, kind: str = "a model folder", mark: str = "config.json") -> None:
-    """ExportError unless `dst` may be written: not there or empty, or `overwrite` and a folder of its kind.
+def check_destination(dst: Path, overwrite: bool, kind: str = "model") -> None:
+    """Refuse a folder that may not be written: it is there, and not empty or `overwrite` and of its kind and ours.
 
     Args:
-        kind, mark: what a folder is that may be replaced, and the file by which it is known.
+        kind: of mlxft.owned.KINDS.
+    Raises:
+        ConfigError: so it is.
     """
-    if not dst.exists():
-        return
-    if not dst.is_dir():
-        raise ExportError(f"{dst}: exists and is a file; give a folder's name")
-    if not any(dst.iterdir()):
-        return
-    if not overwrite:
-        raise ExportError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
-    if not (dst / mark).is_file():
-        raise ExportError(f"{dst}: is not {kind} (no {mark}), so it is not overwritten; give another name")
+    if dst.name in ("", ".."):
+        raise ConfigError(f"{str(dst)!r}: give the name of a folder to write")
+    if not overwrite and dst.is_dir() and not is_empty(dst):
+        raise ConfigError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
+    check_replaceable(dst, kind)
 
 
 def check_unused(dst: Path, used: Iterable[Path | None]) -> None:
@@ -177,4 +182,6 @@ def _swap(part: Path, dst: Path) -> None:
         if old.exists():
             old.rename(dst)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        with suppress(OSError):  # what has a new name is in its place
+            remove(old)

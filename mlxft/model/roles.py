@@ -242,7 +242,7 @@ class Roles:
         config = adapter_config(role.spec, self.model, about)
         if role.spec is None and not weights:  # a bare base with a head: an adapter of no layers
             config = adapter_config(LoRASpec((), 1, 1.0), self.model, about)
-        with replace_folder(folder) as part:
+        with replace_folder(folder, "adapter") as part:
             (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             arrays = dict(sorted(weights.items()))
             mx.save_safetensors(str(part / "adapters.safetensors"), arrays, adapter_metadata(role.head))

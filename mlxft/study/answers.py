@@ -20,7 +20,7 @@ from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
-from mlxft.train.files import json_text, write_beside
+from mlxft.train.files import json_text, write_result
 
 _BATCHES = 4  # that are sampled before their answers are given out
 
@@ -116,4 +116,4 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
     if out is None:
         lines(sys.stdout)
     else:
-        write_beside(out, write)
+        write_result(out, write)

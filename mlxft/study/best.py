@@ -20,6 +20,7 @@ from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.owned import note
 from mlxft.study.answers import Answer, Asked, drawn
 from mlxft.train.files import json_text, write_text
 
@@ -139,6 +140,7 @@ def choose(
         raise DataError(_nothing(choice, scores, cut, empty))
     kept = float(np.mean([line["score"] for line in lines]))
     write_text(out, "".join(json_text(line) + "\n" for line in lines))
+    note(out)
     return Chosen(len(asked.ids), len(scores), len(lines), cut, empty, float(np.mean(scores)), kept, str(out))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxft.errors import DataError, MlxftError
+from mlxft.owned import check_file
 from mlxft.recipe import flat
 from mlxft.study.runs import Event, RunInfo, find_run, finite, read_events, read_settings, run_info
 
@@ -188,13 +189,14 @@ def result(run: Details) -> dict[str, Any]:
     return found
 
 
-def plot_runs(names: Sequence[str], place: Path, out: Path | None) -> list[Path]:
+def plot_runs(names: Sequence[str], place: Path, out: Path | None, overwrite: bool = False) -> list[Path]:
     """Draw the curves of one run, or of several in one picture.
 
     Args:
         out: .png, .svg or .pdf; default: the run's name, or the names, .png in the working directory.
+        overwrite: replace the file.
     Raises:
-        ConfigError: no such run, another suffix, or matplotlib is not installed.
+        ConfigError: no such run, another suffix, matplotlib is not installed, or the file is there.
         DataError: a run has no metrics.
     """
     from mlxft.study.drawing import check_suffix
@@ -205,6 +207,7 @@ def plot_runs(names: Sequence[str], place: Path, out: Path | None) -> list[Path]
         Path(name).name if len({Path(n).name for n in names}) == len(names) else name: f for name, f in folders.items()
     }
     out = check_suffix(out or Path("-".join(t.replace("/", "-") for t in titles) + ".png"))
+    check_file(out, overwrite)
     runs = {title: read_events(folder) for title, folder in titles.items()}
     try:
         if len(runs) == 1:

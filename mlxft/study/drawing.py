@@ -45,7 +45,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(out: Path, make: Callable[[], Figure]) -> Path:
     """Write the figure that `make` draws to `out`, whole or not at all; the same numbers give the same bytes."""
-    from mlxft.train.files import write_beside
+    from mlxft.train.files import write_result
 
     fig = make()
     import matplotlib
@@ -53,7 +53,7 @@ def save(out: Path, make: Callable[[], Figure]) -> Path:
     kind = out.suffix.lower().removeprefix(".")
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with matplotlib.rc_context({"svg.hashsalt": "mlxft"}):
-        write_beside(out, lambda p: fig.savefig(p, format=kind, dpi=130, facecolor="white", metadata=undated))
+        write_result(out, lambda p: fig.savefig(p, format=kind, dpi=130, facecolor="white", metadata=undated))
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -22,12 +23,15 @@ from mlxft.data.thoughts import Thoughts
 from mlxft.errors import ConfigError, MlxftError, nearest
 from mlxft.model.adapters import base_noted, read_adapter_config, template_of
 from mlxft.model.load import Loaded
+from mlxft.owned import check_file, hold, note, read_mark
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import json_text, write_text
+from mlxft.train.files import json_text, write_text, writing
+
+FILES = ("predictions.jsonl", "results.json")  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -102,13 +106,28 @@ class Evaluation:
                 yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **also}
 
     def write(self, out: Path) -> None:
-        """predictions.jsonl and results.json in a folder.
+        """predictions.jsonl and results.json in a folder, both of them of one evaluation.
 
         Raises:
             CheckpointError: they can not be written.
         """
-        write_text(out / "predictions.jsonl", "".join(f"{json_text(_finite(line))}\n" for line in self.lines()))
-        write_text(out / "results.json", json_text(self.to_json(), indent=1) + "\n")
+        texts = ("".join(f"{json_text(_finite(line))}\n" for line in self.lines()), json_text(self.to_json(), 1) + "\n")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with hold(out, wait=True):
+            for name, text in zip(FILES, texts):
+                write_text(out / name, text)
+                note(out / name)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse, before the work, a folder that can not be written, or that holds what an evaluation would replace.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    for file in [out / name for name in FILES] if out.is_dir() else [out]:
+        check_file(file, overwrite)
 
 
 def _task_json(found: Compared) -> dict[str, Any]:
@@ -282,4 +301,8 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     names = [file.removeprefix("hf:") if file.startswith("hf:") else Path(file).stem]
     names += [task.result.task for task in found.tasks if task.result.task != "loss"]
     names += [f"{found.asking.shots}-shot"] if found.asking.shots else []
-    return folder / "eval" / re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".")
+    name = re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".") or "rows"
+    out = folder / "eval" / name
+    # What stands in a folder without a mark may be the user's.
+    numbered = (out.with_name(f"{name}-{n}") for n in itertools.count(2))
+    return out if read_mark(folder) or not out.exists() else next(f for f in numbered if not f.exists())

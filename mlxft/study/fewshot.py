@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
 from mlxft.model.load import Loaded, load_tokenizer
 from mlxft.objectives.sft import load_splits
+from mlxft.owned import check_replaceable, claim, empty, hold, is_empty
 from mlxft.parts import load_base, make_objective
 from mlxft.recipe import load_config
 from mlxft.run import total_steps, train
@@ -37,6 +37,8 @@ from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.train.files import json_text, write_text
+
+FILE = "study.json"  # what is compared, and with what
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,18 @@ def fewshot(
     """
     config = load_config(recipe, overrides)
     _check(config, plan)
-    return _Study(config, plan, out or config.run_dir.with_name(f"{config.run.name}-fewshot"), overwrite, console).run()
+    out = out or config.run_dir.with_name(f"{config.run.name}-fewshot")
+    _check_out(out, overwrite)
+    with hold(out):
+        return _Study(config, plan, out, overwrite, console).run()
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that is something else."""
+    if overwrite:
+        check_replaceable(out, "fewshot")
+    elif out.exists() and not (out / FILE).is_file() and not (out.is_dir() and is_empty(out)):
+        raise ConfigError(f"--out: {out} is not empty and holds no few-shot study; choose another folder")
 
 
 def _check(config: Config, plan: Plan) -> None:
@@ -180,9 +193,10 @@ class _Study:
             "rows": digest.hexdigest(),
         }
         about |= {"least_steps": self.plan.least_steps, "overflow": self.plan.overflow, "test": len(self.cases)}
-        file = self.out / "study.json"
-        if file.is_file() and overwrite:
-            shutil.rmtree(self.out)
+        file = self.out / FILE
+        _check_out(self.out, overwrite)
+        if overwrite:
+            empty(self.out)
         elif file.is_file():
             before = _read(file)
             if other := [name for name, value in about.items() if before.get(name) != value]:
@@ -190,8 +204,8 @@ class _Study:
                     f"{self.out} holds another study (other {', '.join(other)}); choose another --out, or replace it "
                     "with --overwrite"
                 )
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise ConfigError(f"--out: {self.out} is not empty and holds no few-shot study; choose another folder")
+        if is_empty(self.out):
+            claim(self.out, "fewshot")
         write_text(file, json_text(about, indent=1) + "\n")
 
     def run(self) -> Study:

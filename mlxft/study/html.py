@@ -9,6 +9,7 @@ from typing import Any
 
 from mlxft import __version__
 from mlxft.errors import DataError
+from mlxft.owned import check_file, note, read_mark
 from mlxft.study.compare import Details, details
 from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite
@@ -18,19 +19,23 @@ TEMPLATE = "report.html.jinja"
 NOT_NUMBERS = ("event", "best", "step", "text", "rollout")
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
+def write_report(folder: Path, out: Path | None = None, overwrite: bool = False) -> Path:
     """Write the page about a run.
 
     Args:
-        out: the file; default: report.html in the run folder.
+        out: the file; default: report.html in the run folder, where one that mlxft wrote is replaced.
+        overwrite: replace the file.
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or the file is there.
         CheckpointError: the file can not be written.
     """
     from mlxft.train.files import write_text
 
+    check_file(out or folder / "report.html", overwrite or (out is None and read_mark(folder) is not None))
+    text = render(details(folder))
     out = out or folder / "report.html"
-    write_text(out, render(details(folder)))
+    write_text(out, text)
+    note(out)
     return out
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.errors import ConfigError, DataError, MlxftError
+from mlxft.owned import check_file, is_stream
 
 Row = dict[str, Any]
 TIE = "tie"
@@ -33,6 +34,12 @@ class Journal:
         self.path = path
         self.rows: list[Row] = []
         self._starts: list[int] = []
+        check_file(path, overwrite=True)
+        self._theirs = path.exists() and not path.stat().st_size
+        if is_stream(path):
+            raise ConfigError(
+                f"--out: {path} is a device or a pipe; judgements are gone on with, so give a file's name"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -88,8 +95,8 @@ class Journal:
         return self.rows.pop()
 
     def close(self) -> None:
-        """Let others write it. A file that holds nothing is removed."""
-        if os.fstat(self._fd).st_size == 0:
+        """Let others write it. A file that holds nothing is removed, unless it was there like that."""
+        if not self._theirs and os.fstat(self._fd).st_size == 0:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
 

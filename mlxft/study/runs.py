@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -18,7 +17,8 @@ from typing import Any
 import yaml
 
 from mlxft.errors import CheckpointError, ConfigError, nearest
-from mlxft.train.status import is_held, read_status, refuse_if_held
+from mlxft.owned import check_replaceable, hold, is_held, refuse_if_held, remove
+from mlxft.train.status import read_status
 
 Event = dict[str, Any]
 PARTS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints", "adapter")  # one makes a folder a run's
@@ -92,7 +92,7 @@ def _folders(place: Path, every: bool) -> Iterator[Path]:
     for folder in inside:
         if is_run(folder):
             yield folder
-        if every and folder.name not in INSIDE:
+        if every and folder.name not in INSIDE and not folder.is_symlink():  # a link may lead round in a circle
             yield from _folders(folder, every)
 
 
@@ -285,40 +285,49 @@ def sure_place(place: Path) -> Path:
 
 
 def find_removable(names: list[str], place: Path) -> dict[Path, int]:
-    """The run folders that a user names -> bytes in them.
+    """The run folders below `place` that a user names -> bytes in them.
 
     Raises:
-        ConfigError: one is no run folder, or is a link.
+        ConfigError: one is no run folder below `place`, is a link, or holds what mlxft did not make.
         CheckpointError: one is being trained.
     """
-    folders = dict.fromkeys(find_run(name, place).resolve() for name in names)
+    folders = dict.fromkeys(_below(name, place) for name in names)
     for folder in folders:
-        if not _surely_run(folder):
-            raise ConfigError(
-                f"{folder}: has files that no run leaves, and none that only a run does; remove it by hand"
-            )
+        check_replaceable(folder, "run")
         refuse_if_held(folder)
     return {f: sum(p.lstat().st_size for p in f.rglob("*") if not p.is_dir()) for f in folders}
 
 
-def _surely_run(folder: Path) -> bool:
-    """Whether a folder is a run's beyond doubt: it is about to be removed."""
-    if read_status(folder) or _Metrics(folder).first() or (folder / "adapter/adapter_config.json").exists():
-        return True
-    return all(p.name in (*PARTS, "report.html") or p.name.startswith(".tmp-") for p in folder.iterdir())
+def _below(name: str, place: Path) -> Path:
+    """The run folder of this name, or with this path, below `place`."""
+    top = Path(os.path.abspath(place))
+    for found in (place / name, Path(name).expanduser()):
+        folder = Path(os.path.abspath(found))
+        if top not in folder.parents or not os.path.lexists(folder):
+            continue
+        if link := next(
+            (p for p in (folder, *folder.parents) if p != top and top in p.parents and p.is_symlink()), None
+        ):
+            raise ConfigError(f"{name}: {link} is a link; what is behind it is not removed, remove the link yourself")
+        return Path(os.path.abspath(find_run(str(folder), place)))
+    if os.path.lexists(place / name):
+        raise ConfigError(f"{name!r}: is not below {place}; name a run that is (mlxft runs --dir names another folder)")
+    find_run(name, place)
+    raise ConfigError(f"{name}: is not below {place}; give --dir {Path(name).parent}")
 
 
 def remove_run(folder: Path) -> None:
     """Remove a run folder. It is gone from its place at once, or stays whole.
 
     Raises:
-        CheckpointError: it can not be removed.
+        ConfigError: there is something in it by now that mlxft did not make.
+        CheckpointError: it is being trained by now, or can not be removed.
     """
-    away = folder.with_name(f".removed-{folder.name}")
-    try:
-        if away.exists():  # of a removal that was interrupted
-            shutil.rmtree(away)
-        folder.rename(away)
-        shutil.rmtree(away)
-    except OSError as e:
-        raise CheckpointError(f"{folder}: can not be removed: {e.strerror or e}") from e
+    away = folder.with_name(f".removed-{folder.name}-{os.getpid()}")
+    with hold(folder):
+        check_replaceable(folder, "run")
+        try:
+            folder.rename(away)
+            remove(away)
+        except OSError as e:
+            raise CheckpointError(f"{folder}: can not be removed: {e.strerror or e}") from e

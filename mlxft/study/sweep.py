@@ -13,9 +13,9 @@ import gc
 import io
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +29,15 @@ from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
 from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
 from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
-from mlxft.study.sweep_report import Outcome, Progress, Result, draw, write_best
-from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, held, reachable
+from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, draw
+from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
+from mlxft.train.files import digest, write_text
 from mlxft.train.optim import group_of
 from mlxft.train.report import Event, Stopped
 
@@ -80,30 +82,32 @@ def sweep(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     check_installed()
-    options = {"sweep.trials": trials, "sweep.time": limit}
+    named = None if name is None else json.dumps(name)  # as text, whatever YAML would take it for
+    options = {"sweep.trials": trials, "sweep.time": limit, "run.name": named}
     overrides = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
     config = load_config(path, overrides)
     raw = read_recipe(path, overrides)[0]
     if not config.sweep.space:
         raise ConfigError(f"{path}: sweep.space is needed: what to vary, e.g. {{optim.lr: {{log: [1e-5, 1e-3]}}}}")
-    if name is not None:
-        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     longest = math.inf if config.sweep.time is None else seconds(config.sweep.time)
     check_space(config, raw, str(path))
     folder = config.run_dir
     _check_folder(folder, overwrite)
-    made = not folder.exists()
-    job = _Job(config, raw, folder, console or Console())
-    try:
-        with held(folder):
-            if overwrite:
-                _empty(folder)
+    with hold(folder):
+        made = is_empty(folder)
+        job = _Job(config, raw, folder, console or Console())
+        _check_folder(folder, overwrite)
+        if overwrite:
+            empty(folder)
+        if is_empty(folder):
+            claim(folder, "sweep")
+        try:
             with reachable(folder / FILE):
                 return job.run(longest)
-    except ConfigError:
-        if made:  # nothing was learnt from it
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except ConfigError:
+            if made:  # nothing was learnt from it
+                remove(folder)
+            raise
 
 
 def check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
@@ -145,19 +149,10 @@ def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
-    if folder.exists() and not (folder / FILE).exists():
-        foreign = sorted(p.name for p in folder.iterdir() if p.name != "sweep.lock") if folder.is_dir() else [""]
-        if foreign:
-            raise ConfigError(f"{folder} exists and is no sweep (no {FILE}); give another --name")
-    elif overwrite and folder.is_symlink():
-        raise ConfigError(f"{folder} is a link, and is not replaced; give another --name")
-
-
-def _empty(folder: Path) -> None:
-    """Take away an earlier sweep, but for the lock that is held."""
-    for name in (FILE, f"{FILE}-journal", "best.yaml", "history.png", "importance.png"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "trials", ignore_errors=True)
+    if overwrite:
+        check_replaceable(folder, "sweep")
+    elif folder.exists() and not (folder / FILE).exists() and not (folder.is_dir() and is_empty(folder)):
+        raise ConfigError(f"{folder} exists and is no sweep (no {FILE}); give another --name")
 
 
 class Watch:
@@ -281,7 +276,7 @@ class _Job:
         from optuna.trial import TrialState
 
         place = self.folder / "trials" / str(trial.number)
-        shutil.rmtree(place, ignore_errors=True)
+        _take_away(place)
         attempts = trial.user_attrs.get("attempts", 0)
         trial.set_user_attr("attempts", attempts + 1)
         watch, began = Watch(trial, self.config.sweep.metric, deadline, self.progress), time.monotonic()
@@ -296,7 +291,7 @@ class _Job:
         except (KeyboardInterrupt, Stopped) as e:
             if not isinstance(e, Stopped) or e.run_status == "interrupted":
                 trial.set_user_attr("attempts", attempts)  # it is not the trial's doing
-                shutil.rmtree(place, ignore_errors=True)
+                _take_away(place)
                 if isinstance(e, Stopped):
                     return False
                 raise
@@ -317,15 +312,30 @@ class _Job:
         """Write the best recipe; leave no weights but those of complete trials (of whole models: of the best)."""
         result = self.result()
         if result.best is not None:
-            write_best(result, with_values(self.raw, self._values(result.best.params)), self.config)
+            self._write_best(best_recipe(result, with_values(self.raw, self._values(result.best.params)), self.config))
         for o in result.trials:
             place, is_best = self.folder / "trials" / str(o.number), result.best is o
             gone = ["checkpoints", *([] if o.state == "complete" else ["adapter"]), *([] if is_best else ["model"])]
             for name in gone:
-                shutil.rmtree(place / name, ignore_errors=True)
+                if read_mark(place) is not None:
+                    empty(place, name)
         gc.collect()
         mx.clear_cache()
         return result
+
+    def _write_best(self, text: str) -> None:
+        """best.yaml, unless somebody has changed it since it was written."""
+        file = self.folder / "best.yaml"
+        known = self.store.study.user_attrs.get("written", [])
+        if file.exists() and known and digest(file) not in known:
+            self.progress.say(
+                f"{file} was changed by hand and is left as it is; rename it to have the new best written"
+            )
+            return
+        # Known before it is written: a kill may come in between.
+        mine = blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+        self.store.study.set_user_attr("written", [*known[-1:], mine])
+        write_text(file, text)
 
     def _base(self) -> Loaded | None:
         return twin(self._loaded) if self._keeps else None
@@ -350,6 +360,17 @@ class _Job:
         config = parse_config(with_values(self.raw, self._values(params)), f"trial {number}")
         run = {"name": str(number), "dir": self.folder / "trials", "save_every": 2**62, "keep": 1}
         return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def _take_away(trial: Path) -> None:
+    """Remove the run of a trial that is begun again.
+
+    Raises:
+        ConfigError: it holds what mlxft did not make.
+    """
+    check_replaceable(trial, "run")
+    if trial.exists():
+        remove(trial)
 
 
 def _shared(config: Config) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from rich.text import Text
 from mlxft.config import Config
 from mlxft.errors import missing_extra
 from mlxft.study import plots
-from mlxft.train.files import write_text
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -191,8 +190,8 @@ def draw(result: Result, console: Console) -> None:
         plots.importance(result.importance, result.dir / "importance.png", metric=result.metric)
 
 
-def write_best(result: Result, raw: Mapping[str, Any], config: Config) -> None:
-    """best.yaml: the recipe with the best trial's settings, usable from any folder.
+def best_recipe(result: Result, raw: Mapping[str, Any], config: Config) -> str:
+    """The text of best.yaml: the recipe with the best trial's settings, usable from any folder.
 
     Args:
         raw: that recipe.
@@ -211,4 +210,4 @@ def write_best(result: Result, raw: Mapping[str, Any], config: Config) -> None:
                 recipe[section][key] = str(value) if isinstance(value, Path) else value
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     said = f"# Trial {best.number} of the sweep {result.dir}: {result.metric} {best.value!r}, which this trains to.\n"
-    write_text(result.recipe, said + text)
+    return said + text

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import math
-import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-FILE, LOCK = "sweep.db", "sweep.lock"
+FILE = "sweep.db"
 STARTUP = 5  # trials at random before TPE learns from them
 WHOLE = 2  # trials that the median pruner waits for
 MOST_COMBINATIONS = 10_000
@@ -32,33 +30,6 @@ def check_installed() -> None:
     """ConfigError without Optuna."""
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(missing_extra("optuna", "sweep"))
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Be the only process that sweeps in `folder`; the lock ends with its process, however that ends.
-
-    Raises:
-        CheckpointError: another one does, or the folder can not be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
-    except OSError as e:
-        raise CheckpointError(f"can not write to {folder}: {e.strerror or e}") from e
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(fd, 20).decode(errors="replace").strip() or "?"
-            raise CheckpointError(
-                f"{folder} is locked by another sweep (process {owner}); wait for it, or give another --name"
-            ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager

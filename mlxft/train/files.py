@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxft.errors import CheckpointError
+from mlxft.owned import beside, is_stream, note
 
 
 def flush(path: Path) -> None:
@@ -36,28 +37,37 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file through `write(temporary)`, and rename it into place once it is whole.
+    """Write a file through `write(temporary)`, and rename it into place once it is whole; a device or pipe as it is.
 
     Raises:
         CheckpointError: it can not be written (full disk, no permission); the file that was there stays.
     """
-    # The ending is kept: mlx wants .safetensors.
-    beside = path.with_name(f".tmp-{path.name}")
+    if is_stream(path):
+        with writing(path):
+            write(path)
+        return
+    part = beside(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(beside)
-            flush(beside)
-            os.replace(beside, path)
+            write(part)
+            flush(part)
+            os.replace(part, path)
             flush(path.parent)
     finally:
         with suppress(OSError):  # its folder may be no folder
-            beside.unlink()
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_beside(path, lambda p: _write_all(p, text))
+
+
+def write_result(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file that a command was asked for; in a folder of ours it counts as ours. See `write_beside`."""
+    write_beside(path, write)
+    note(path)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -69,7 +69,7 @@ def test_the_rows_are_read_as_prompt_completion(use: tuple[str, ...], mlxft: Com
 
 
 def test_with_system_the_row_has_it_too(use: tuple[str, ...], mlxft: Command, tmp_path: Path) -> None:
-    assert mlxft(*use, "--cut-off", "--system", "of the", "--out", "o.jsonl").code == 0
+    assert mlxft(*use, "--cut-off", "--system", "of the", "--overwrite", "--out", "o.jsonl").code == 0
     first, second, _ = lines(tmp_path / "o.jsonl")
     assert first["prompt"] == [{"role": "system", "content": "of the"}, {"role": "user", "content": "the in"}]
     assert second["prompt"] == [{"role": "system", "content": "of the"}, *TURNS]
@@ -77,12 +77,12 @@ def test_with_system_the_row_has_it_too(use: tuple[str, ...], mlxft: Command, tm
 
 def test_answers_that_did_not_end_are_left_out(use: tuple[str, ...], mlxft: Command, tmp_path: Path) -> None:
     """SFT would take them for whole."""
-    done = mlxft(*use, "--n", "60", "--keep", "all", "--max-tokens", "40", "--out", "o.jsonl", "--json")
+    done = mlxft(*use, "--n", "60", "--keep", "all", "--max-tokens", "40", "--overwrite", "--out", "o.jsonl", "--json")
     summary = json.loads(done.out)
     assert summary["answers"] == 180
     assert summary["cut_off"] > 0
     assert summary["kept"] == 180 - summary["cut_off"] - summary["empty"] == len(lines(tmp_path / "o.jsonl"))
-    text = mlxft(*use, "--n", "60", "--keep", "all", "--max-tokens", "40", "--out", "o.jsonl").out
+    text = mlxft(*use, "--n", "60", "--keep", "all", "--max-tokens", "40", "--overwrite", "--out", "o.jsonl").out
     assert f"{summary['kept']} of 180 answers to 3 prompts kept ({summary['cut_off']} cut off" in text
 
 
@@ -100,14 +100,14 @@ def test_by_a_reward_run(use: tuple[str, ...], mlxft: Command, tmp_path: Path, r
     (tmp_path / "texts.jsonl").write_text('{"prompt": "the in"}\n{"prompt": "on a"}\n')
     for model in (use[3], "runs/policy"):
         args = ("sample", "texts.jsonl", "--model", model, "--reward", "runs/rm", "--n", "3", "--keep", "all")
-        done = mlxft(*args, "--seed", "2", "--max-tokens", "5", "--cut-off", "--out", "o.jsonl")
+        done = mlxft(*args, "--seed", "2", "--max-tokens", "5", "--cut-off", "--overwrite", "--out", "o.jsonl")
         assert done.code == 0, done.err
         rows = lines(tmp_path / "o.jsonl")
         assert len({row["score"] for row in rows}) == len(rows) == 6
 
 
 def test_wrong_use(use: tuple[str, ...], refused: Callable[..., str], tmp_path: Path) -> None:
-    out = ("--out", "o.jsonl")
+    out = ("--overwrite", "--out", "o.jsonl")
     bare = use[:4]
     assert "give --reward or --function, one of them" in refused(2, *bare, *out)
     assert "give --reward or --function, one of them" in refused(2, *use, "--reward", "x", *out)

@@ -316,11 +316,11 @@ def test_run_folders_that_can_not_be_written(write: Write, refused: Refused, tmp
     (tmp_path / "file").touch()
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "thesis.txt").write_text("years of work", "utf-8")
-    assert "run.dir: can not write to file/a: Not a directory" in refused(2, "train", recipe, "run.dir=file")
+    assert "can not write to file/a: Not a directory" in refused(2, "train", recipe, "run.dir=file")
     exists = refused(2, "train", recipe, "run.name=mine")
     assert "mine exists; go on with --resume, replace it with --overwrite, or choose another run.name" in exists
     foreign = refused(2, "train", recipe, "run.name=mine", "--overwrite")
-    assert "is not a run folder (no config.yaml; it has thesis.txt), so it is not replaced" in foreign
+    assert "is not a run folder that this version of mlxft made (it has thesis.txt)" in foreign
 
 
 def test_a_run_is_not_replaced_when_its_own_files_are_used(

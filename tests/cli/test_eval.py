@@ -114,7 +114,8 @@ def test_shots_are_never_rows_that_are_asked(here: Path, tiny_model_dir: Path, m
         assert sorted(shown[1::2]) == ["bad", "good"]
         assert not {c.split("\n")[0] for c in shown[0:4:2]} & {row["text"] for row in REVIEWS[:3]}
     before = (here / "out/predictions.jsonl").read_bytes()
-    assert mlxft(*args, "--out", "out").code == 0
+    assert "exists already" in refused(2, *args, "--out", "out")
+    assert mlxft(*args, "--out", "out", "--overwrite").code == 0
     assert (here / "out/predictions.jsonl").read_bytes() == before, "the same seed shows the same rows"
     args[-3] = "6"
     assert "6 shots are asked for; reviews.jsonl has 5 rows" in refused(2, *args)

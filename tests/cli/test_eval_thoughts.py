@@ -95,7 +95,7 @@ METRICS = ("exact_match", "f1", "contains")
 def test_written_answers(learned: tuple[str, str], here: Path, mlxft: Callable[..., Any]) -> None:
     kind, model = learned
     asked = ["eval", model, "qa.jsonl", *(arg for metric in METRICS for arg in ("--task", metric)), "--json"]
-    assert figures(mlxft(*asked, "--out", "out")) == dict.fromkeys(METRICS, 1.0)
+    assert figures(mlxft(*asked, "--overwrite", "--out", "out")) == dict.fromkeys(METRICS, 1.0)
     first = lines(here / "out/predictions.jsonl")[0]
     assert (first["prediction"], first["answer"], first["target"]) == (SAID[kind], "on", "on")
     whole = figures(mlxft(*asked, "--thoughts", "keep", "--out", "whole"))
@@ -103,7 +103,7 @@ def test_written_answers(learned: tuple[str, str], here: Path, mlxft: Callable[.
     assert whole["contains"] == 1
     assert whole["f1"] < 1
     assert "answer" not in lines(here / "whole/predictions.jsonl")[0]
-    shown = mlxft(*asked[:-1], "--out", "out")
+    shown = mlxft(*asked[:-1], "--overwrite", "--out", "out")
     assert "thoughts without an answer" not in shown.out
 
 
@@ -111,7 +111,7 @@ def test_stop_texts_do_not_end_a_thought(learned: tuple[str, str], here: Path, m
     kind, model = learned
     task = {"prompt": "{prompt}", "answer": "answer", "metrics": ["exact_match"], "stop": ["\n\n", " "]}
     (here / "task.yaml").write_text(yaml.safe_dump(task), "utf-8")
-    asked = ["eval", model, "qa.jsonl", "--task", "task.yaml", "--json", "--out", "out"]
+    asked = ["eval", model, "qa.jsonl", "--task", "task.yaml", "--json", "--overwrite", "--out", "out"]
     assert figures(mlxft(*asked)) == {"exact_match": 0.5}, "the answers of two words end after the first"
     said = lines(here / "out/predictions.jsonl")
     assert [line["answer"] for line in said] == ["on", "an", "or", "re"]
@@ -138,7 +138,7 @@ def test_choices_stand_where_the_template_has_an_answer(
 ) -> None:
     """Right after the generation prompt the model is sure of a thought, and of no answer."""
     kind, model = learned
-    asked = ["eval", model, "choices.jsonl", "--task", "choice", "--json", "--out", "out"]
+    asked = ["eval", model, "choices.jsonl", "--task", "choice", "--json", "--overwrite", "--out", "out"]
     found = figures(mlxft(*asked))
     if kind == "qwen3":  # the other one has never answered without a thought
         assert found["accuracy"] == 1

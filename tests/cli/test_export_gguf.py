@@ -37,7 +37,7 @@ def test_a_run_goes_out_as_gguf_and_comes_back(trained: str, mlxft: Command, tmp
 def test_a_run_goes_out_for_ollama(trained: str, mlxft: Command, tmp_path: Path) -> None:
     done = mlxft("export", trained, "out", "--format", "ollama", "--type", "q8_0")
     assert (done.code, done.err) == (0, "")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".mlxft.json", "Modelfile", "model.gguf"]
     assert (tmp_path / "out" / "Modelfile").read_text("utf-8").splitlines()[0].startswith("FROM ./model.gguf")
     pushed = mlxft("push", "out", "ada/out", "--run", trained, "--dry-run")
     assert pushed.code == 0
@@ -48,6 +48,6 @@ def test_what_export_refuses(trained: str, refused: Callable[..., str], tmp_path
     assert "--lora is for --format gguf" in refused(2, "export", trained, "o", "--format", "ollama", "--lora")
     assert "--format" in refused(2, "export", trained, "o")
     (tmp_path / "mine.gguf").write_text("thesis")
-    assert "exists already" in refused(1, "export", trained, "mine.gguf", "--format", "gguf")
-    assert "must end in .gguf" in refused(1, "export", trained, "mine", "--format", "gguf")
+    assert "exists already" in refused(2, "export", trained, "mine.gguf", "--format", "gguf")
+    assert "must end in .gguf" in refused(2, "export", trained, "mine", "--format", "gguf")
     assert "ModelError" in refused(1, "export", "runs/nope", "o.gguf", "--format", "gguf")

@@ -78,7 +78,7 @@ def test_a_run_in_training_is_watched_and_a_killed_one_is_known(write: Command, 
         ):
             told = mlxft(*refused)
             assert told.code == 1
-            assert f"is being trained now, by process {training.pid}" in told.err
+            assert f"is in use now, by process {training.pid}" in told.err
         watching = subprocess.Popen(
             [*command, "runs", "watch", "a"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

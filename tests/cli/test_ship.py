@@ -37,16 +37,16 @@ def test_out_that_exists_stays_unless_it_may_go(
 ) -> None:
     assert mlxft("fuse", trained, "fused").code == 0
     assert "fused: exists already; give another name, or overwrite it (--overwrite)" in refused(
-        1, "fuse", trained, "fused"
+        2, "fuse", trained, "fused"
     )
     assert mlxft("fuse", trained, "fused", "--overwrite").code == 0
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     (tmp_path / "file").touch()
     for more in ((), ("--overwrite",)):
-        assert "file: exists and is a file" in refused(1, "fuse", trained, "file", *more)
-        assert "mine: " in refused(1, "convert", "fused", "mine", *more)
-    assert "is not a model folder (no config.json)" in refused(1, "fuse", trained, "mine", "--overwrite")
+        assert "file: exists and is a file" in refused(2, "fuse", trained, "file", *more)
+        assert "mine: " in refused(2, "convert", "fused", "mine", *more)
+    assert "is not a model folder that this" in refused(2, "fuse", trained, "mine", "--overwrite")
 
 
 def test_wrong_use_of_fuse(trained: str, refused: Callable[..., str], tiny_model_dir: Path) -> None:
@@ -81,6 +81,6 @@ def test_convert(write: Callable[..., str], mlxft: Command, refused: Callable[..
     assert load("q4").config["quantization"]["group_size"] == 32
     assert mlxft("convert", "q4", "plain", "--dequantize", "--dtype", "bfloat16").code == 0
     assert "quantization" not in load("plain").config
-    assert "q4: exists already" in refused(1, "convert", str(tiny_model_dir), "q4")
+    assert "q4: exists already" in refused(2, "convert", str(tiny_model_dir), "q4")
     assert "no such file or folder" in refused(1, "convert", "./nope", "out")
     assert "is not one of" in refused(2, "convert", str(tiny_model_dir), "out", "--quantize", "7")

@@ -88,7 +88,7 @@ def test_what_is_there_is_not_touched(tiny_model_dir: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     convert(str(tiny_model_dir), out)
     before = (out / "config.json").read_text("utf-8")
-    with pytest.raises(ExportError, match="exists already; give another name, or overwrite"):
+    with pytest.raises(ConfigError, match="exists already; give another name, or overwrite"):
         convert(str(tiny_model_dir), out, dtype="float16")
     assert (out / "config.json").read_text("utf-8") == before
     # Over itself: the weights are read before the old folder goes.
@@ -97,9 +97,9 @@ def test_what_is_there_is_not_touched(tiny_model_dir: Path, tmp_path: Path) -> N
     assert names(tmp_path) == ["out"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").write_text("x")
-    with pytest.raises(ExportError, match="not a model folder"):
+    with pytest.raises(ConfigError, match="not a model folder"):
         convert(str(tiny_model_dir), tmp_path / "photos", overwrite=True)
-    with pytest.raises(ExportError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         convert(str(tiny_model_dir), tmp_path / "photos/one.jpg", overwrite=True)
     assert names(tmp_path / "photos") == ["one.jpg"]
 

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import mlx_lm
 import pytest
 
 import mlxft
-from mlxft.errors import ExportError, ModelError
+from mlxft.errors import ConfigError, ExportError, ModelError
 from mlxft.export.fuse import LostTooMuch, fuse
-from mlxft.export.ollama import export_ollama
 from mlxft.export.peft import export_peft
 from mlxft.export.peft_in import import_peft
 from mlxft.model.folder import weight_bytes
 from mlxft.model.lora import QUANTIZED
+from mlxft.owned import claim
 from mlxft.rundir import Run
 
 Recipe = Callable[..., dict[str, Any]]
@@ -209,19 +208,14 @@ def test_what_it_is_made_of_is_not_overwritten(recipe: Recipe, make_model_dir: M
     """Neither the base, onto which the adapter would then come twice, nor the adapter."""
     base = make_model_dir(tmp_path / "base")
     run = train(recipe(**{"model.path": str(base)}))
+    for folder, kind in ((base, "model"), (run.result, "adapter")):  # even if they are ours
+        claim(folder, kind, [p.name for p in folder.iterdir()])
     before = {file.name: file.read_bytes() for file in base.iterdir()}
-    exports: list[Callable[..., object]] = [fuse, partial(export_ollama, kind="f16")]
-    for export in exports:
-        (base / "Modelfile").touch()  # all that the folder of another format is known by
-        with pytest.raises(ExportError, match="would be lost"):
-            export(run.dir, base, overwrite=True)
-        (base / "Modelfile").unlink()
     adapter = run.result
-    into: list[tuple[str, Callable[..., object]]] = [("config.json", fuse), ("adapter_config.json", export_peft)]
-    for name, export in into:
-        (adapter / name).touch()
+    into: list[tuple[Path, Callable[..., object]]] = [(base, fuse), (adapter, export_peft)]
+    for folder, export in into:
         with pytest.raises(ExportError, match="would be lost"):
-            export(run.dir, adapter, overwrite=True)
+            export(run.dir, folder, overwrite=True)
     with pytest.raises(ExportError, match="would be lost"):
         import_peft(adapter, adapter, overwrite=True)
     assert {file.name: file.read_bytes() for file in base.iterdir()} == before
@@ -241,6 +235,6 @@ def test_refusals(recipe: Recipe, tiny_model_dir: Path, tmp_path: Path, make_mod
         fuse(run.dir, tmp_path / "out", model=str(other))
     assert not (tmp_path / "out").exists()
     fuse(run.dir, tmp_path / "out")
-    with pytest.raises(ExportError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists already"):
         fuse(run.dir, tmp_path / "out")
     fuse(run.dir, tmp_path / "out", overwrite=True)

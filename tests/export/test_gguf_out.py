@@ -13,6 +13,7 @@ import pytest
 from gguf import GGUFReader
 from mlx.utils import tree_flatten
 
+from mlxft import __version__
 from mlxft.data.encode import set_embedding_rows
 from mlxft.export.gguf import export_gguf
 from mlxft.export.gguf_tensors import quantize_q8_0
@@ -161,6 +162,7 @@ def test_metadata_of_a_llama(make_model_dir: Callable[..., Path], tmp_path: Path
     kinds, template = seen.pop("tokenizer.ggml.token_type"), seen.pop("tokenizer.chat_template")
     assert seen == {
         "general.architecture": "llama",
+        "mlxft.version": __version__,
         "general.type": "model",
         "general.name": "Tiny",
         "general.file_type": 1,

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxft.errors import ExportError, ModelError
+from mlxft.errors import ConfigError, ExportError, ModelError
 from mlxft.export.gguf import export_gguf
 
 LLAMA3 = {
@@ -84,14 +84,14 @@ def test_reward_models_and_foreign_bases(
 def test_what_stands_there_is_safe(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.gguf"
     file.write_text("mine")
-    with pytest.raises(ExportError, match=r"exists already; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"exists already; .*--overwrite"):
         export_gguf(tiny_model_dir, file, kind="f16")
-    with pytest.raises(ExportError, match=r"is not a \.gguf file inside"):
+    with pytest.raises(ConfigError, match=r"is not a \.gguf file that this version of mlxft wrote"):
         export_gguf(tiny_model_dir, file, kind="f16", overwrite=True)
-    with pytest.raises(ExportError, match=r"must end in \.gguf.* try .*b\.gguf"):
+    with pytest.raises(ConfigError, match=r"must end in \.gguf.* try .*b\.gguf"):
         export_gguf(tiny_model_dir, tmp_path / "b", kind="f16")
     (tmp_path / "c.gguf").mkdir()
-    with pytest.raises(ExportError, match="is a folder"):
+    with pytest.raises(ConfigError, match="is a folder"):
         export_gguf(tiny_model_dir, tmp_path / "c.gguf", kind="f16")
     good = tmp_path / "d.gguf"
     export_gguf(tiny_model_dir, good, kind="f16")

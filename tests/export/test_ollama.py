@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from go_template import render
 
-from mlxft.errors import ExportError, ModelError
+from mlxft.errors import ConfigError, ExportError, ModelError
 from mlxft.export.ollama import Chat, export_ollama, find_chat, literal, modelfile, quoted
 from mlxft.model.load import load, load_tokenizer
 
@@ -116,19 +116,19 @@ def test_smollm2s_modelfile(smollm2: Any) -> None:
 def test_the_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny"
     said = export_ollama(tiny_model_dir, out, kind="q8_0")
-    assert sorted(p.name for p in out.iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(p.name for p in out.iterdir()) == [".mlxft.json", "Modelfile", "model.gguf"]
     assert said[-1] == f"next: ollama create tiny -f {out / 'Modelfile'}"
     text = (out / "Modelfile").read_text("utf-8")
     assert text.startswith("FROM ./model.gguf\nTEMPLATE ")
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')
     ids = mx.array([[5, 6, 7]])
     assert mx.allclose(load(str(out / "model.gguf")).model(ids), load(str(tiny_model_dir)).model(ids), atol=0.2)
-    with pytest.raises(ExportError, match=r"exists already; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"exists already; .*--overwrite"):
         export_ollama(tiny_model_dir, out, kind="f16")
     assert "f16" in export_ollama(tiny_model_dir, out, kind="f16", overwrite=True)[0]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
-    with pytest.raises(ExportError, match=r"\(no Modelfile\), so it is not overwritten"):
+    with pytest.raises(ConfigError, match="is not a folder for Ollama that this version of mlxft made"):
         export_ollama(tiny_model_dir, tmp_path / "mine", kind="f16", overwrite=True)
     with pytest.raises(ExportError, match="type 'q4_0' is not written"):
         export_ollama(tiny_model_dir, tmp_path / "other", kind="q4_0")

@@ -255,7 +255,11 @@ def test_a_role_is_saved_with_its_head_and_loaded_by_name(tiny_model: Loaded, tm
         wanted = read_scores(split, IDS, mx.array([4]))
     with roles.use("reward again"):
         assert mx.array_equal(read_scores(split, IDS, mx.array([4])), wanted).item()
-    assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "policy").iterdir()) == [
+        ".mlxft.json",
+        "adapter_config.json",
+        "adapters.safetensors",
+    ]
     assert body_width(split) == 32
 
 

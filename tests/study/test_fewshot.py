@@ -278,7 +278,7 @@ def test_another_study_in_the_folder_is_kept(reviews: Callable[..., Path], tmp_p
     assert more.lines[:2] == first.lines
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").touch()
-    with pytest.raises(ConfigError, match="holds no few-shot study"):
+    with pytest.raises(ConfigError, match="is not a few-shot study"):
         fewshot(file, [], plan, out=tmp_path / "full", overwrite=True, console=QUIET)
 
 

@@ -16,12 +16,13 @@ import yaml
 from rich.console import Console
 
 from mlxft.errors import CheckpointError, ConfigError, DataError
+from mlxft.owned import claim, hold, is_held
 from mlxft.study.compare import compare, details, plot_runs
 from mlxft.study.html import render, write_report
 from mlxft.study.run_tables import ending, show_comparison, show_details, show_list, span
 from mlxft.study.runs import find_removable, find_run, list_runs, read_events, remove_run, run_info
 from mlxft.study.watch import Tail, watch
-from mlxft.train.status import is_held, read_status, recorded
+from mlxft.train.status import read_status, recorded
 
 START = {"event": "start", "step": 0, "objective": "sft", "base": "org/base", "method": "lora", "steps": 20}
 START |= {"trainable_parameters": 10, "total_parameters": 1000, "data": {"rows": 7, "padding share": 0.25}}
@@ -146,15 +147,16 @@ def test_what_is_wrong_with_a_recipe_is_told_in_one_line(make: Make) -> None:
 
 def test_while_a_process_trains_a_folder_is_its_own(make: Make) -> None:
     folder = make("a", status=None)
-    with recorded(folder):
+    claim(folder, "run")
+    with hold(folder) as held, recorded(held):
         assert run_info(folder).status == "running"
         assert is_held(folder)
         with pytest.raises(ConfigError, match="no such run") as e:
             find_removable(["b"], folder.parent)
         assert "mlxft runs --all lists them" in str(e.value)
-        with pytest.raises(CheckpointError, match=rf"is being trained now, by process {os.getpid()}"):
+        with pytest.raises(CheckpointError, match=rf"is in use now, by process {os.getpid()}"):
             find_removable(["a"], folder.parent)
-        with pytest.raises(CheckpointError, match="is being trained now"), recorded(folder):
+        with pytest.raises(CheckpointError, match="is in use now"), hold(folder):
             raise AssertionError("two processes in one folder")
     assert not is_held(folder)
     assert run_info(folder).status == "done"
@@ -170,12 +172,12 @@ def test_while_a_process_trains_a_folder_is_its_own(make: Make) -> None:
 )
 def test_how_training_ended_is_written_down(error: BaseException, status: str, told: str | None, make: Make) -> None:
     folder = make("a", status=None)
-    with pytest.raises(type(error)), recorded(folder):
+    with hold(folder) as held, pytest.raises(type(error)), recorded(held):
         raise error
     record = read_status(folder)
     assert record is not None
     assert (record["status"], record.get("error")) == (status, told)
-    with recorded(folder):
+    with hold(folder) as held, recorded(held):
         pass
     again = read_status(folder)
     assert again is not None
@@ -188,7 +190,7 @@ def test_an_error_may_say_how_it_is_told(make: Make) -> None:
         run_status = "pruned"
 
     folder = make("a", status=None)
-    with pytest.raises(Pruned), recorded(folder):
+    with hold(folder) as held, pytest.raises(Pruned), recorded(held):
         raise Pruned
     assert run_info(folder).status == "pruned"
 
@@ -220,19 +222,38 @@ def test_a_run_is_found_by_name_or_path(make: Make, tmp_path: Path, monkeypatch:
 
 def test_only_what_surely_is_a_run_is_removed(make: Make, tmp_path: Path) -> None:
     place = tmp_path / "runs"
-    folder = make("a")
-    other = make("other", events=None, status=None)
-    (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match="files that no run leaves"):
-        find_removable(["a", "other"], place)
+    folder, other, old = make("a"), make("other", events=None, status=None), make("old")
     half = make("half", events=None, status=None, config="")
+    for run in (folder, other, half):
+        claim(run, "run")
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"what mlxft did not make \(thesis.txt\)"):
+        find_removable(["a", "other"], place)
+    with pytest.raises(ConfigError, match="old: is not a run folder that this version of mlxft made"):
+        find_removable(["a", "old"], place)
     (half / "report.html").touch()  # left by mlxft runs report
     assert find_removable(["half", "a", "a"], place) == {
-        half.resolve(): 0,
-        folder.resolve(): sum(p.stat().st_size for p in folder.iterdir()),
+        run: sum(p.stat().st_size for p in run.iterdir()) for run in (half, folder)
     }
     remove_run(folder)
-    assert [p.name for p in sorted(place.iterdir())] == ["half", "other"]
+    assert [p.name for p in sorted(place.iterdir())] == ["half", "old", "other"]
+    assert old.is_dir()
+
+
+def test_only_names_below_the_place_are_removed(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the place itself, nor what is beside it, nor what is behind a link."""
+    place = tmp_path / "runs"
+    for run in (make("."), make("a"), make("../home"), make("b/c")):
+        claim(run, "run")
+    (place / "link").symlink_to(tmp_path / "home")
+    (place / "far").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("../home", str(tmp_path / "home"), "home", "", ".", "a/..", "far/home", "link", "link/", "nope"):
+        with pytest.raises(ConfigError):
+            find_removable([name], Path("runs"))
+    for name in ("a", "runs/a", "b/c", str(place / "a")):
+        (found,) = find_removable([name], Path("runs"))
+        assert found == place / name.removeprefix(str(place) + "/").removeprefix("runs/")
 
 
 # One run, several, and the page

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from mlxft.errors import CheckpointError, ConfigError, DataError, TrainingError
+from mlxft.owned import claim, hold
 from mlxft.recipe import parse_config
 from mlxft.run import train
 from mlxft.rundir import open_run
@@ -169,22 +170,33 @@ def test_the_time_is_up_and_the_sweep_goes_on(write: Write, tmp_path: Path) -> N
     assert not (tmp_path / "runs/s/trials/1").exists()
 
 
-def test_a_locked_sweep_and_other_folders_are_refused(write: Write, tmp_path: Path) -> None:
+def test_a_sweep_in_use_and_other_folders_are_refused(write: Write, tmp_path: Path) -> None:
     path = write({"space": SPACE})
     folder = tmp_path / "runs/s"
-    folder.mkdir(parents=True)
-    with (folder / "sweep.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write("4711")
-        lock.flush()
-        with pytest.raises(CheckpointError, match=r"locked by another sweep .process 4711.*--name"):
+    with hold(folder):
+        with pytest.raises(CheckpointError, match=rf"s is in use now, by process {os.getpid()}"):
             quiet(path)
+        claim(folder, "sweep")
     (folder / "sweep.db").write_bytes(b"no database" * 1000)
     with pytest.raises(CheckpointError, match=r"sweep.db: file is not a database; begin again with --overwrite"):
         quiet(path)
     (folder / "sweep.db").rename(folder / "config.yaml")
     with pytest.raises(ConfigError, match=r"exists and is no sweep \(no sweep.db\); give another --name"):
+        quiet(path)
+    with pytest.raises(ConfigError, match=r"what mlxft did not make \(config.yaml\)"):
         quiet(path, overwrite=True)
+
+
+def test_a_best_recipe_that_was_changed_by_hand_stays(write: Write, tmp_path: Path) -> None:
+    path = write({"space": SPACE})
+    quiet(path, trials=1)
+    best = tmp_path / "runs/s/best.yaml"
+    best.write_text("mine", "utf-8")
+    quiet(path, trials=3)
+    assert best.read_text("utf-8") == "mine"
+    best.unlink()
+    quiet(path, trials=3)
+    assert "run:" in best.read_text("utf-8")
 
 
 BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {

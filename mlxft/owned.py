@@ -1,0 +1,363 @@
+"""What in a folder mlxft made itself, and the only way to replace or delete any of it.
+
+A folder is ours by its mark, `.mlxft.json`, which nothing else writes: it names the kind of the folder, from which the
+names follow that mlxft gives there, and whatever else mlxft wrote into it. All other files are the user's: they are
+named and kept, and the command that would have deleted them is refused. Folders of older versions have no mark.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from mlxft.errors import CheckpointError, ConfigError
+
+MARK, HOLDER = ".mlxft.json", ".mlxft.pid"
+# What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
+_ANYWHERE = (HOLDER, ".tmp-*-mark", ".DS_Store")
+_LITTER = (*_ANYWHERE, ".tmp-*", ".*.partial-*", ".*.old-*", ".removed-*", "__pycache__")
+_TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+_ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
+_CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
+_RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
+_SWEEP = ("sweep.db", "sweep.db-journal", "sweep.lock", "best.yaml", "history.png", "importance.png", "trials/*")
+_ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
+# Kind -> what it is called, and the names in it. A folder is named where it has a mark of its own, and with ** where
+# another program fills it. Folders that are written at once (models, adapters) have all their names in the mark.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "run": (
+        "a run folder",
+        (
+            *_RUN,
+            *_TEMPLATES,
+            *(f"adapter/{name}" for name in _ADAPTER),
+            *(f"checkpoints/step-*/{name}" for name in _CHECKPOINT),
+            *(f"eval/*/{name}" for name in ("predictions.jsonl", "results.json")),
+            *("model", "wandb/**", "tensorboard/**"),
+        ),
+    ),
+    "sweep": ("a sweep", _SWEEP),
+    "fewshot": (
+        "a few-shot study",
+        ("study.json", "fewshot.json", "fewshot.md", "fewshot.png", "cells/*.json", "runs/*"),
+    ),
+    "model": ("a model folder", ()),
+    "adapter": ("an adapter's folder", ()),
+    "ollama": ("a folder for Ollama", ()),
+    "demo": ("the folder of a demo", ("run", "fused")),
+    "rlhf": ("the folder of a walk of rlhf", ("sft", "reward", "ppo", "fused", *_ROWS)),
+}
+
+
+class Mark(NamedTuple):
+    """What a mark says: the folder's kind, and names in it beside those that the kind always has."""
+
+    kind: str
+    names: tuple[str, ...] = ()
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """The mark of a folder; None where there is none, or none that can be read."""
+    file = folder / MARK
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if stat.S_ISREG(file.lstat().st_mode) else {}
+        kind, names = found["mlxft"], found["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return Mark(kind, tuple(map(str, names))) if kind in KINDS and isinstance(names, list) else None
+
+
+def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
+    """Mark a folder, which is there and empty or ours, as made by mlxft."""
+    beside = folder / f".tmp-{os.getpid()}-mark"
+    text = json.dumps({"mlxft": kind, "files": sorted(names)}, indent=1) + "\n"
+    beside.write_text(text, "utf-8", "backslashreplace")
+    os.replace(beside, folder / MARK)
+
+
+def note(path: Path) -> None:
+    """Remember that mlxft has written `path`, if it lies in a folder of ours: it goes with the folder."""
+    path = path.absolute()
+    for folder in path.parents:
+        if (mark := read_mark(folder)) is not None:
+            name = path.relative_to(folder).as_posix()
+            if not _fits(name.split("/"), mark):
+                with suppress(OSError):  # then it is kept as if it were the user's
+                    claim(folder, mark.kind, {*mark.names, name})
+            return
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but a mark and what nobody misses."""
+    known = _ANYWHERE if read_mark(folder) is None else (*_LITTER, MARK)
+    return all(_is_any(p.name, known) for p in folder.iterdir())
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace or delete what mlxft did not make.
+
+    Raises:
+        ConfigError: `folder` is there, and is not an empty folder or one of this kind with nothing else in it.
+    """
+    try:
+        _check_replaceable(folder, kind)
+    except OSError as e:
+        raise ConfigError(f"{folder}: can not be read: {e.strerror or e}") from e
+
+
+def _check_replaceable(folder: Path, kind: str) -> None:
+    wanted, mine = KINDS[kind][0], "so it is neither replaced nor removed; choose another name, or remove it yourself"
+    if folder.is_symlink():
+        raise ConfigError(f"{folder}: is a link, {mine}")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: exists and is a file; give a folder's name")
+    if is_empty(folder):
+        return
+    mark = read_mark(folder)
+    if mark is None:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+        raise ConfigError(f"{folder}: is not {wanted} that this version of mlxft made (it has {there}), {mine}")
+    if mark.kind != kind:
+        raise ConfigError(f"{folder}: is {KINDS[mark.kind][0]}, not {wanted}, {mine}")
+    if foreign := _survey(folder)[1]:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise ConfigError(
+            f"{folder}: holds what mlxft did not make ({', '.join(foreign[:5])}{more}), so nothing in it is replaced "
+            "or removed; move that elsewhere first, or choose another name"
+        )
+
+
+def empty(folder: Path, part: str = "") -> None:
+    """Delete what mlxft made in a folder, or in one part of it. What is not ours stays, and the folder and its mark."""
+    below = folder / part
+    for path in _survey(folder)[0]:
+        if path not in (folder / MARK, folder / HOLDER) and below in path.parents:
+            path.unlink(missing_ok=True)
+    for at, _, _ in os.walk(below, topdown=False):
+        if Path(at) != folder:
+            with suppress(OSError):  # it is not empty
+                os.rmdir(at)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder of ours, or an empty one; what is not ours stays, and the folder with it."""
+    empty(folder)
+    if is_empty(folder):
+        for path in _survey(folder)[0]:
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+class Held(NamedTuple):
+    """A folder that this process alone works in. `locked` is False where its file system has no locks."""
+
+    folder: Path
+    fd: int
+    locked: bool
+
+    def check(self) -> None:
+        """CheckpointError where the folder is no longer in its place."""
+        if not _is_same(self.fd, self.folder):
+            raise CheckpointError(f"{self.folder} was removed or renamed while it was written to; start again")
+
+
+@contextmanager
+def hold(folder: Path, wait: bool = False) -> Iterator[Held]:
+    """Be the only mlxft that works in a folder, which is made if need be; if nothing comes into it, it goes again.
+
+    The lock lies on the folder itself and ends with its process, however that ends. It outlasts `empty`.
+
+    Args:
+        wait: until another one has done, in place of a refusal.
+    Raises:
+        CheckpointError: another process works there; it is named.
+        ConfigError: the folder can not be made or written.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    held = _take(folder, wait)
+    try:
+        with _writing(folder):
+            (folder / HOLDER).write_text(f"{os.getpid()} on {platform.node()}", "utf-8")
+        yield held
+    finally:
+        with suppress(OSError, CheckpointError):
+            held.check()
+            (folder / HOLDER).unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty
+            for path in made:
+                if path.exists():
+                    path.rmdir()
+        os.close(held.fd)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        kind = CheckpointError if e.errno == errno.ENOSPC else ConfigError
+        raise kind(f"can not write to {folder}: {e.strerror or e}") from e
+
+
+def _take(folder: Path, wait: bool) -> Held:
+    """Make, open and lock a folder."""
+    while True:
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            held = Held(folder, fd, _lock(fd, folder, wait))
+        except BaseException:
+            os.close(fd)
+            raise
+        if _is_same(fd, folder):
+            return held
+        os.close(fd)  # who had it has removed the folder
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works in this folder now."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def refuse_if_held(folder: Path) -> None:
+    """CheckpointError where another process works in this folder."""
+    if is_held(folder):
+        holder = ""
+        with suppress(OSError, ValueError):
+            holder = (folder / HOLDER).read_text("utf-8")
+        raise CheckpointError(
+            f"{folder} is in use now, by process {holder or '?'}; wait for it (mlxft runs watch shows a run), or "
+            "choose another name"
+        )
+
+
+def _is_same(fd: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(folder))
+    except OSError:
+        return False
+
+
+def _lock(fd: int, folder: Path, wait: bool) -> bool:
+    """Lock an open folder. False: its file system has no locks."""
+    for _ in range(100):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
+        except BlockingIOError:
+            time.sleep(0.01)  # a look from outside holds it for a moment
+        except OSError:
+            return False
+    refuse_if_held(folder)
+    return _lock(fd, folder, wait)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a device or a pipe: it is written to, and never replaced by a file."""
+    if str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):  # /dev/stdout may lead to a file
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
+    """Refuse, before the work, a file that can not be written, or that is there and may not be replaced.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    try:
+        if not path.name or path.is_dir():
+            raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
+        if is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise ConfigError(f"{option}: can not write to {path}")
+            return
+        if os.path.lexists(path) and not overwrite:
+            raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
+        # Folders above it are made when it is written.
+        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / beside(path).name
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it takes its name: of this process alone, and with its ending, which MLX wants."""
+    return path.with_name(f".tmp-{os.getpid()}-{path.name}")
+
+
+def _is_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _fits(at: list[str], mark: Mark, whole: bool = True) -> bool:
+    """Whether a name, cut at its slashes, is one that mlxft gives; or, where not `whole`, how one begins."""
+    given = [pattern.split("/") for pattern in KINDS[mark.kind][1]]
+    given = [parts for parts in given if len(parts) == len(at) or (len(parts) > len(at) and not whole)]
+    if any(all(map(fnmatchcase, at, parts)) and (whole or len(parts) > len(at)) for parts in given):
+        return True
+    name = "/".join(at)
+    return name in mark.names if whole else any(known.startswith(f"{name}/") for known in mark.names)
+
+
+def _all_below(path: Path) -> list[Path]:
+    """A file or link, or all files and links below a folder."""
+    if path.is_symlink() or not path.is_dir():
+        return [path]
+    return [found for below in path.iterdir() for found in _all_below(below)]
+
+
+def _survey(top: Path) -> tuple[list[Path], list[str]]:
+    """The files below a folder that mlxft made, and the names of the others; a folder stands for all in it."""
+    mark, ours, foreign = read_mark(top), [], []
+    known = _ANYWHERE if mark is None else (*_LITTER, MARK)
+
+    def look(folder: Path, above: list[str]) -> None:
+        for path in sorted(folder.iterdir()):
+            at, is_folder = [*above, path.name], path.is_dir() and not path.is_symlink()
+            name = "/".join(at)
+            if _is_any(path.name, known) or (mark and f"{name}/**" in KINDS[mark.kind][1]):
+                ours.extend(_all_below(path))
+            elif mark is None or not (path.is_symlink() or is_folder or path.is_file()):
+                foreign.append(name)
+            elif is_folder and _fits(at, mark) and (read_mark(path) or is_empty(path)):
+                inner = _survey(path)
+                ours.extend(inner[0])
+                foreign.extend(f"{name}/{below}" for below in inner[1])
+            elif is_folder and _fits(at, mark, whole=False):
+                look(path, at)
+            elif not is_folder and not path.is_symlink() and _fits(at, mark):
+                ours.append(path)
+            else:
+                foreign.append(name + "/" * is_folder)
+
+    look(top, [])
+    return ours, foreign
