@@ -31,6 +31,7 @@ from mlxft.parts import check_head, load_base, make_objective, prepare
 from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, flat, load_config, parse_config
 from mlxft.rundir import Run, check_folder, load, make_folder, open_run, versions
+from mlxft.text import make_console
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state
@@ -150,7 +151,7 @@ def train(
         KeyboardInterrupt: interrupted, after a checkpoint was saved.
     """
     config = as_config(config)
-    console = console or Console()
+    console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
     config = settled(config, resume)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxft.text import echo, json_text, make_console
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
@@ -61,10 +63,6 @@ def fewshot(
     Example: mlxft fewshot configs/fewshot-reviews.yaml --k 0,1,4,16,all --test test.jsonl
              mlxft fewshot configs/fewshot-reviews.yaml --in-context 4 --tuned 16,all --test test.jsonl
     """
-    import json
-
-    from rich.console import Console
-
     from mlxft.study.fewshot import Plan
     from mlxft.study.fewshot import fewshot as run
     from mlxft.study.fewshot_tables import draw, read_ks, show
@@ -72,10 +70,10 @@ def fewshot(
     given = {"in_context": in_context, "tuned": tuned, "both": both}
     numbers = read_ks(ks, given)
     plan = Plan(test, *numbers, seeds, limit, task, least_steps, overflow)
-    study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=Console(stderr=True))
+    study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=make_console(stderr=True))
     said = draw(study)
     if as_json:
-        click.echo(json.dumps(study.to_json(), ensure_ascii=False))
+        echo(json_text(study.to_json()))
         return
-    show(Console(), study)
-    click.echo(said)
+    show(make_console(), study)
+    echo(said)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mlxft.cli.use import sampling
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
@@ -51,10 +52,6 @@ def sample(
         raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
     if out.exists() and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
-    import json
-
-    from rich.console import Console
-
     from mlxft.model.sample import Sampling
     from mlxft.objectives.onpolicy.settings import RewardSettings
     from mlxft.rundir import load
@@ -63,5 +60,7 @@ def sample(
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)
     )
-    done = choose(prompts, load(model, adapter), choice, out, seed=seed, system=system, console=Console(stderr=True))
-    click.echo(json.dumps(done.to_json()) if as_json else str(done))
+    done = choose(
+        prompts, load(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)
+    )
+    echo(json_text(done.to_json()) if as_json else str(done))

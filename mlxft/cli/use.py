@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mlxft.text import echo, echo_completion
+
 
 class Text(click.ParamType[str]):
     """A text for a model. What is not UTF-8 on a command line comes as halves of characters."""
@@ -107,8 +109,8 @@ def generate(
         return
     ids = encode_prompt(prompt or "", loaded.tokenizer, system=system)
     for piece in stream(loaded.model, loaded.tokenizer, ids, how, seed=seed):
-        click.echo(piece, nl=False)
-    click.echo()
+        echo_completion(piece)
+    echo()
 
 
 def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | None, temperature: float) -> None:
@@ -138,7 +140,7 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
         try:
             said = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
         except click.Abort:
-            click.echo()
+            echo()
             return
         if not said.strip():
             return
@@ -147,6 +149,6 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
         pieces = []
         for piece in stream(loaded.model, loaded.tokenizer, messages, how, seed=seed):
             pieces.append(piece)
-            click.echo(piece, nl=False)
-        click.echo()
+            echo_completion(piece)
+        echo()
         messages.append({"role": "assistant", "content": "".join(pieces)})

@@ -27,7 +27,8 @@ from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import json_text, write_text
+from mlxft.text import json_text
+from mlxft.train.files import write_text
 
 
 @dataclass(frozen=True)

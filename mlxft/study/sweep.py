@@ -36,6 +36,7 @@ from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
 from mlxft.study.sweep_report import Outcome, Progress, Result, draw, write_best
 from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, held, reachable
+from mlxft.text import make_console
 from mlxft.train.optim import group_of
 from mlxft.train.report import Event, Stopped
 
@@ -93,7 +94,7 @@ def sweep(
     folder = config.run_dir
     _check_folder(folder, overwrite)
     made = not folder.exists()
-    job = _Job(config, raw, folder, console or Console())
+    job = _Job(config, raw, folder, console or make_console())
     try:
         with held(folder):
             if overwrite:
@@ -290,7 +291,7 @@ class _Job:
             if attempts >= ATTEMPTS:
                 raise TrainingError(f"its process ended {attempts} times in the midst of it: out of memory?")
             config = self._recipe(trial.number, params)
-            train(config, console=Console(file=io.StringIO()), base=self._base(), sinks=[watch])
+            train(config, console=make_console(file=io.StringIO()), base=self._base(), sinks=[watch])
             if watch.value is None:
                 raise TrainingError("no validation gave a finite loss")
         except (KeyboardInterrupt, Stopped) as e:

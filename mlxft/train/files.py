@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -58,16 +56,6 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_beside(path, lambda p: _write_all(p, text))
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """Return a value as JSON that a UTF-8 file can hold: where a text has a lone surrogate, with escapes throughout."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent)
-    return text
 
 
 def _write_all(path: Path, text: str) -> None:
