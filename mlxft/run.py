@@ -263,13 +263,19 @@ def _out_of_memory(progress: Progress, run: Run) -> TrainingError:
     )
 
 
+MOST_EPOCHS = 1000  # that are planned one by one; the mean of so many is the number of all
+
+
 def total_steps(config: Config, objective: Objective) -> int:
     """Optimiser updates of the whole run."""
     if config.run.steps is not None:
         return config.run.steps
     # Epochs are added up one by one: rows of other lengths meet in each, so their numbers of batches differ.
     part, whole = math.modf(config.run.epochs or 1.0)
-    steps = [objective.steps_per_epoch(config.batch.accumulate, e) for e in range(int(whole) + (part > 0))]
+    count = min(int(whole) + (part > 0), MOST_EPOCHS)
+    steps = [objective.steps_per_epoch(config.batch.accumulate, e) for e in range(count)]
+    if count == MOST_EPOCHS:
+        return round(sum(steps) / count * (whole + part))
     return max(1, sum(steps[: int(whole)]) + (round(part * steps[-1]) if part else 0))
 
 

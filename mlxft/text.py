@@ -6,13 +6,12 @@ What a row, a model or a name holds must not steer the terminal it is shown on. 
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from mlxft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-_MOST = 1 << 20  # characters of a recipe, template or schema: a thousand times what one has
+_MOST = 1 << 18  # characters of a recipe, template or schema: a thousand times what one has
 
 
 def printable(text: str) -> str:
@@ -72,26 +71,17 @@ def json_text(value: Any, indent: int | None = None, default: Any = None) -> str
     return _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
-def read_small(path: str | Path, what: str) -> str:
+def read_small(path: Path) -> str:
     """Read a text file that people write: a recipe, a template, a schema.
 
-    Args:
-        what: how an error calls it.
     Raises:
-        ConfigError: it can not be read, is no file (a device, a pipe), is too long for what it is, or is not UTF-8.
+        OSError: it can not be read, or is a device or a pipe, which may have no end.
+        ValueError: it is not UTF-8, or far longer than what people write.
     """
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise ConfigError(
-                f"{what}: {path} is {'a folder' if path.is_dir() else 'a device or pipe'}; expected a file"
-            )
-        with path.open(encoding="utf-8") as file:
-            text = file.read(_MOST + 1)
-    except (OSError, ValueError) as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise ConfigError(f"{what}: can not read {path}: {getattr(e, 'strerror', None) or e}") from e
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+    with path.open(encoding="utf-8") as file:
+        text = file.read(_MOST + 1)
     if len(text) > _MOST:
-        raise ConfigError(f"{what}: {path} has more than {_MOST:,} characters, and is none")
+        raise ValueError(f"it has more than {_MOST:,} characters")
     return text

@@ -94,4 +94,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone
         sys.exit(1)
+    except OSError as e:  # a name too long, no permission, no such file after all
+        echo(f"{type(e).__name__}: {e}", err=True)
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

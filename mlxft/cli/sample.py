@@ -13,7 +13,7 @@ from mlxft.text import echo, json_text, make_console
 
 @click.command()
 @click.argument("prompts")
-@click.option("--n", default=8, show_default=True, type=click.IntRange(1), help="Answers a prompt.")
+@click.option("--n", default=8, show_default=True, type=click.IntRange(1, 10_000), help="Answers a prompt.")
 @click.option(
     "--keep", default="best", show_default=True, help="best: one a prompt; all; above:X: those that score above X."
 )

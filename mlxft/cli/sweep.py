@@ -13,7 +13,7 @@ from mlxft.text import echo, json_text, make_console
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @OVERRIDES
-@click.option("--trials", type=click.IntRange(1), help="Trials in all, those of earlier calls included.")
+@click.option("--trials", type=click.IntRange(1, 10**6), help="Trials in all, those of earlier calls included.")
 @click.option("--time", "limit", metavar="TIME", help="Longest time of this call, e.g. 2h, 30m, 1h30m.")
 @click.option("--name", help="Folder below run.dir; default: the run's name.")
 @click.option("--overwrite", is_flag=True, help="Begin anew: the trials there are get lost.")

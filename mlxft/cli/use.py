@@ -67,7 +67,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 @click.argument("prompt", type=Text(), required=False)
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
-@click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")
+@click.option("--samples", type=click.IntRange(1, 10_000), help="With --batch: answers a prompt.  [default: 1]")
 @sampling(temperature=0.0)
 def generate(
     prompt: str | None,
