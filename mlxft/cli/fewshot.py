@@ -17,7 +17,9 @@ from mlxft.text import echo, json_text, make_console
 @click.option("--in-context", metavar="K,K,...", help="Those shown in the prompt, where they differ from --k.")
 @click.option("--tuned", metavar="K,K,...", help="Those trained on, of each label; all is every row.")
 @click.option("--both", metavar="K,K,...", help="Those trained on and shown.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 1000), help="Draws of examples; all: once.")
+@click.option(
+    "--seeds", default=3, show_default=True, type=click.IntRange(1, 1000), help="Draws of examples; all: once."
+)
 @click.option("--task", metavar="TASK", help="As for mlxft eval; default: as the recipe's rows ask and answer.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows.")
 @click.option(
