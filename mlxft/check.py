@@ -73,7 +73,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
             for line in value:
                 console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
         elif value:
-            console.print(f"{key}: {value}", markup=False, highlight=False)
+            console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
     for line in [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])]:
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
     for row in objective.previews(rows):

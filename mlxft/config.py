@@ -322,8 +322,9 @@ class Run(Settings):
     def _consistent(self) -> Run:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs:g})")
-        if len((self.name or "").encode("utf-8", "surrogatepass")) > 200:  # files beside it have a longer name
-            raise ValueError(f"name is longer than 200 bytes: {self.name[:40]!r}...")
+        name = self.name or ""
+        if len(name.encode("utf-8", "surrogatepass")) > 200:  # files beside it have a longer name
+            raise ValueError(f"name is longer than 200 bytes: {name[:40]!r}...")
         if self.sample_tokens is not None and not self.sample_prompts:
             raise ValueError(f"sample_tokens ({self.sample_tokens}) has nothing to act on without sample_prompts")
         return self

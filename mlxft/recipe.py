@@ -85,6 +85,7 @@ def read_yaml(text: str, origin: str) -> Any:
         size, depth = _extent(node, {})
         if size > _MOST or depth > _DEEPEST:
             seen = f"more than {_MOST:,} values, aliases counted out" if size > _MOST else "values nested too deep"
+            seen = "an alias holds itself" if size == math.inf else seen
             raise ConfigError(f"{origin}: {seen}; a recipe has some dozens, at most {_DEEPEST} deep")
         return loader.construct_document(node)
     except yaml.YAMLError as e:
@@ -244,9 +245,8 @@ def _absolute(value: Any) -> Any:
 
 def _check_paths(config: Config, origin: str) -> None:
     """ConfigError where a path is longer than any file system takes."""
-    model, data = config.model, config.data
-    paths = {"model.path": model.path, "model.adapter": model.adapter, "model.chat_template": model.chat_template}
-    paths |= {"data.train": data.train, "data.valid": data.valid, "run.dir": config.run.dir}
+    model = config.model  # its path, and the rows, are refused where they are opened
+    paths = {"model.adapter": model.adapter, "model.chat_template": model.chat_template, "run.dir": config.run.dir}
     wrong = [
         f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 a name): {shorten(str(path))}"
         for name, path in paths.items()

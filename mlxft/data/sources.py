@@ -169,7 +169,7 @@ def type_name(value: Any) -> str:
 def report_lines(lines: Sequence[str]) -> str:
     """The first problems of many, a line each, and how many more there are."""
     more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "\n".join([*lines[:_SHOWN], *more])
+    return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:_SHOWN]), *more])
 
 
 def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
