@@ -30,6 +30,7 @@ from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import load_base, make_objective, prepare
+from mlxft.planning import decide_checkpointing
 from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
@@ -227,6 +228,8 @@ class _Job:
         if not isinstance(objective, OnPolicy):  # which would load the models of its rewards
             objective.prepare(trained.model, base_fingerprint(trained))
             group_of(config.optim.groups, (n for n, _ in tree_flatten(trained.model.trainable_parameters())))
+            if all(k.startswith("optim.") for k in space):  # what else varies may need less than the recipe itself
+                decide_checkpointing(config, trained.model, objective)
         self._data = objective.fingerprint()
         self._totals = {self._length_key({}): total_steps(config, objective)}
 

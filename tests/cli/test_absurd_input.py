@@ -205,3 +205,14 @@ def test_counts_on_the_command_line(option: str, refused: Refused, tiny_model_di
     model = ["--model", str(tiny_model_dir), option, "1000000000000"]
     asked = ["sample", "p.jsonl", "--out", "o.jsonl"] if option == "--n" else ["generate", "--batch", "p.jsonl"]
     assert option in refused(2, *asked, *model)
+
+
+def test_what_fails_in_every_trial_is_refused_before_the_first(write: Callable[..., str], refused: Refused) -> None:
+    pytest.importorskip("optuna")
+    space = {"space": {"optim.lr": {"log": [1e-4, 1e-2]}}, "trials": 2}
+    recipe = write(sweep=space, **{"data.valid": 0.3, "run.name": "s"})
+    assert "training needs" in refused(2, "sweep", recipe, "memory.limit=0.0001")
+    endless = {"space": {"tune.rank": {"int": [1, 2**40]}}, "sampler": "grid"}
+    assert "tune.rank" in refused(2, "sweep", write(sweep=endless, **{"data.valid": 0.3}))
+    steps = {"space": {"run.steps": {"int": [1, 2**40]}}, "sampler": "grid"}
+    assert "combinations" in refused(2, "sweep", write(sweep=steps, **{"data.valid": 0.3}))
