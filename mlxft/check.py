@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from mlx.utils import tree_flatten
@@ -22,6 +21,7 @@ from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import make_objective
 from mlxft.planning import Planned, around_of, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
 from mlxft.run import total_steps
+from mlxft.text import json_text
 from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import group_of, learning_rate
 
@@ -62,7 +62,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
         facts |= {"time": took.to_json()} if took is not None else {}
         facts |= {"blas": blas.to_json()} if blas is not None else {}
-        console.out(json.dumps(facts, indent=2), highlight=False)  # never coloured: it is for programs
+        console.out(json_text(facts, indent=2), highlight=False)  # never coloured: it is for programs
         return facts
     colour = console.is_terminal and console.color_system is not None and not console.no_color
     for key, value in facts.items():

@@ -52,7 +52,7 @@ class Tune(Settings):
     """What is trained."""
 
     method: Literal["lora", "dora", "full"] = Field("lora", description="Low-rank update, DoRA, or the weights.")
-    rank: int = Field(8, ge=1, description="Rank of the update; 8 to 64 is usual.")
+    rank: int = Field(8, ge=1, le=2**16, description="Rank of the update; 8 to 64 is usual.")
     scale: float | None = Field(None, gt=0, description="Multiplier of the update; default alpha / rank.")
     alpha: float | None = Field(
         None, gt=0, description="The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank)); default 16."
@@ -93,6 +93,8 @@ class Tune(Settings):
         if self.scale is not None and (self.alpha is not None or self.rslora):
             other = "alpha" if self.alpha is not None else "rslora"
             raise ValueError(f"give scale or {other}, not both (scale={self.scale:g})")
+        if not self.targets:
+            raise ValueError("targets is empty: nothing would be adapted; leave it out, or name patterns")
         if isinstance(self.layers, int) and self.layers < 1:
             raise ValueError(f"layers must be all, a number of at least 1 (the last N), or a list; seen {self.layers}")
         return self
@@ -128,7 +130,7 @@ class Data(Settings):
         "label is the row's answer if there are at most 20 different ones and twice as many rows.",
     )
     label: str | None = Field(None, min_length=1, description="With shots: the rows' field that holds the label.")
-    max_length: int = Field(2048, ge=2, description="Longest row in tokens.")
+    max_length: int = Field(2048, ge=2, le=2**22, description="Longest row in tokens.")
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What becomes of a longer row; split is for text."
     )
@@ -296,13 +298,13 @@ class Run(Settings):
 
     name: str | None = Field(
         None,
-        pattern=r"^[^/\\.][^/\\]*$",
-        description="Folder name, no slash and no dot first; default: the recipe's file name.",
+        pattern=r"^[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$",
+        description="Folder name, at most 200 bytes, no slash and no dot first; default: the recipe's file name.",
     )
     dir: Path = Field(Path("runs"), description="Where run folders stand.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     steps: int | None = Field(None, ge=1, description="Optimiser updates.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the rows, in place of steps; default 1.")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="Passes over the rows, in place of steps; default 1.")
     report_every: int = Field(10, ge=1, description="Steps between reports.")
     eval_every: int | None = Field(None, ge=1, description="Steps between validations; default: once an epoch.")
     eval_at_start: bool = Field(False, description="Validate once before the first step: the loss to compare with.")
@@ -320,6 +322,9 @@ class Run(Settings):
     def _consistent(self) -> Run:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs:g})")
+        name = self.name or ""
+        if len(name.encode("utf-8", "surrogatepass")) > 200:  # files beside it have a longer name
+            raise ValueError(f"name is longer than 200 bytes: {name[:40]!r}...")
         if self.sample_tokens is not None and not self.sample_prompts:
             raise ValueError(f"sample_tokens ({self.sample_tokens}) has nothing to act on without sample_prompts")
         return self
@@ -333,8 +338,12 @@ class Memory(Settings):
         description="Keep only each block's input and compute the rest again for the gradient; auto: where the plan "
         "without it takes more than a third of the machine's memory.",
     )
-    limit: float | None = Field(None, gt=0, description="Refuse a plan above it; default: what the machine can give.")
-    cache: float | None = Field(None, ge=0, description="Freed memory kept for reuse; default: an eighth of the limit.")
+    limit: float | None = Field(
+        None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."
+    )
+    cache: float | None = Field(
+        None, ge=0, le=1e6, description="Freed memory kept for reuse; default: an eighth of the limit."
+    )
 
 
 class Report(Settings):

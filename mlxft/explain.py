@@ -21,6 +21,11 @@ def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """Cut what somebody gave to what a message has room for."""
+    return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
+
+
 def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     """One line a problem; the branches of a union become one problem."""
     problems: dict[str, list[tuple[str, Any]]] = {}
@@ -48,6 +53,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     for location, found in problems.items():
         texts = list(dict.fromkeys(text for text, _ in found))
         seen = f"; seen {found[0][1][0]!r}" if found[0][1] is not None else ""
+        location, seen = shorten(location), shorten(seen)
         lines.append(f"{location}: {' or '.join(texts)}{seen}" if location else " or ".join(texts))
     return lines
 

@@ -220,6 +220,11 @@ def settled(config: Config, resume: bool) -> Config:
 
 
 def _auto_tokens(config: Config) -> int:
+    if config.data.max_length > MOST_TOKENS:
+        raise ConfigError(
+            f"batch.tokens: auto: makes batches of at most {MOST_TOKENS:,} tokens, and data.max_length is "
+            f"{config.data.max_length:,}; lower it, or give batch.tokens as a number"
+        )
     model = base_skeleton(config)
     job, width, room = job_of(config, model), config.data.max_length, MARGIN * usable_bytes(config.memory.limit)
     if job.outline == onpolicy.OUTLINE:

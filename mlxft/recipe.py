@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -13,19 +15,27 @@ from pydantic import ValidationError
 
 from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError, half_character
-from mlxft.explain import explain
+from mlxft.explain import explain, shorten
 from mlxft.settings import Settings
+from mlxft.text import read_small
 
 S = TypeVar("S", bound=Settings)
+_MOST = 20_000  # values in a recipe: a thousand times what one has
+_DEEPEST = 100
+_LONGEST = 3000  # bytes of a path; 4096 with what stands below it
 # Settings of which one excludes the other.
 PAIRS = (("run.steps", "run.epochs"), ("batch.tokens", "batch.rows"), ("tune.scale", "tune.alpha"))
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error: the first would be ignored in silence."""
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.2, in which a key given twice is an error: the first would be ignored in silence."""
 
 
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would read as something else than a text."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
@@ -38,31 +48,74 @@ def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-# YAML 1.1 wants a dot in 2e-4 and else reads a text.
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+# YAML 1.1, which PyYAML reads, has octals in 010, minutes in 1:30, booleans in yes, no, on and off, and dates.
+_OTHERS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp", "value")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if tag not in _OTHERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _form, _first in (  # section 10.3.2 of YAML 1.2.2
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), list(_first))
 
 
 def read_yaml(text: str, origin: str) -> Any:
-    """Parse YAML; a key given twice, or bad syntax, is a ConfigError that names the line."""
+    """Parse YAML 1.2.
+
+    Raises:
+        ConfigError: bad syntax, a key given twice, or aliases that make much of little; it names the line.
+    """
     try:
-        return yaml.load(text, Loader=_UniqueKeys)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size, depth = _extent(node, {})
+        if size > _MOST or depth > _DEEPEST:
+            seen = f"more than {_MOST:,} values, aliases counted out" if size > _MOST else "values nested too deep"
+            seen = "an alias holds itself" if size == math.inf else seen
+            raise ConfigError(f"{origin}: {seen}; a recipe has some dozens, at most {_DEEPEST} deep")
+        return loader.construct_document(node)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         place = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{origin}{place}: not valid YAML: {getattr(e, 'problem', None) or e}") from e
-    except (ValueError, RecursionError) as e:  # a date that does not exist, or brackets without end
+        raise ConfigError(
+            f"{origin}{place}: not valid YAML: {getattr(e, 'problem', None) or ' '.join(str(e).split())}"
+        ) from e
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, RecursionError) as e:  # a number of 5,000 digits, or brackets without end
         raise ConfigError(f"{origin}: not valid YAML: {e}") from e
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values a node is once each alias is what it stands for, and how deep; endless if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf, math.inf
+        parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        below = [_extent(n, known) for n in parts] if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(n for n, _ in below), 1 + max((deep for _, deep in below), default=0)
+    return known[id(node)]
 
 
 def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
     """Put one KEY=VALUE into `raw`; `chosen` holds the keys of all overrides."""
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
-        raise ConfigError(f"override {text!r}: expected KEY=VALUE, for example tune.rank=16")
-    put(raw, key.strip(), read_yaml(value, f"override {key}"), chosen, f"override {text!r}")
+        raise ConfigError(f"override {shorten(text)!r}: expected KEY=VALUE, for example tune.rank=16")
+    put(raw, key.strip(), read_yaml(value, f"override {shorten(key)}"), chosen, f"override {shorten(text)!r}")
 
 
 def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str) -> None:
@@ -72,13 +125,15 @@ def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str
         ConfigError: there is a value where a section would have to be.
     """
     *sections, leaf = key.split(".")
+    if len(sections) > _DEEPEST // 2:
+        raise ConfigError(f"{origin}: a key of {len(sections) + 1:,} parts; no setting has so many")
     at = raw
     for name in sections:
         below = at.setdefault(name, {})
         if below is None:
             below = at[name] = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"{origin}: {name} is a value, not a section")
+            raise ConfigError(f"{origin}: {shorten(name)} is a value, not a section")
         at = below
     at[leaf] = value
     # `run.epochs=3` on the command line replaces the recipe's `run.steps`, and so on: the later choice wins.
@@ -114,6 +169,7 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
     config = _validate(raw, origin)
+    _check_paths(config, origin)
     run = {"name": config.run.name or name or config.objective, "dir": _expanded(config.run.dir)}
     model = {k: _absolute(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
@@ -131,7 +187,7 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
 def _validate(raw: dict[Any, Any], origin: str) -> Config:
     """A Config, or every problem in one ConfigError."""
     try:
-        kind = config_class(str(raw.get("objective") or "sft"))
+        kind = config_class(str("sft" if raw.get("objective") is None else raw["objective"]))
     except ConfigError as e:
         # What else is wrong can still be said, but not of the objective's own sections.
         known = {k: v for k, v in raw.items() if k in Config.model_fields and k != "objective"}
@@ -187,6 +243,20 @@ def _absolute(value: Any) -> Any:
         return value
 
 
+def _check_paths(config: Config, origin: str) -> None:
+    """ConfigError where a path is longer than any file system takes."""
+    model = config.model  # its path, and the rows, are refused where they are opened
+    paths = {"model.adapter": model.adapter, "model.chat_template": model.chat_template, "run.dir": config.run.dir}
+    wrong = [
+        f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 a name): {shorten(str(path))}"
+        for name, path in paths.items()
+        if isinstance(path, str | Path)
+        and (len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in Path(path).parts))
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
 def _expanded(path: str | Path) -> Path:
     """With `~` as the home folder, where there is one."""
     try:
@@ -221,8 +291,8 @@ def read_settings(path: Path, kind: type[S], example: str) -> S:
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_small(path)
+    except (OSError, ValueError) as e:
         raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict | None):
@@ -261,7 +331,12 @@ def dump_config(config: Config, versions: dict[str, str]) -> str:
     elif config.tune.method == "full":
         kept = {"method", "layers", "train", "freeze", "router_aux"}
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in kept}
-    return yaml.safe_dump(resolved | {"versions": versions}, sort_keys=False, allow_unicode=True)
+    return dump_yaml(resolved | {"versions": versions})
+
+
+def dump_yaml(value: Any) -> str:
+    """Write YAML that `read_yaml` reads as it was."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -32,6 +32,7 @@ from mlxft.parts import check_head, load_base, make_objective, prepare
 from mlxft.planning import decide_checkpointing, settled
 from mlxft.recipe import dump_config, flat, load_config, parse_config
 from mlxft.rundir import Run, check_folder, load, make_folder, open_run, versions
+from mlxft.text import make_console
 from mlxft.train import checkpoint
 from mlxft.train.files import save_arrays, write_beside, write_text
 from mlxft.train.loop import Hooks, Loop, Progress, loop_state
@@ -154,7 +155,7 @@ def train(
         KeyboardInterrupt: interrupted, after a checkpoint was saved.
     """
     config = as_config(config)
-    console = console or Console()
+    console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
     config = settled(config, resume)
@@ -288,13 +289,19 @@ def _out_of_memory(progress: Progress, run: Run) -> TrainingError:
     )
 
 
+MOST_EPOCHS = 1000  # that are planned one by one; the mean of so many is the number of all
+
+
 def total_steps(config: Config, objective: Objective) -> int:
     """Optimiser updates of the whole run."""
     if config.run.steps is not None:
         return config.run.steps
     # Epochs are added up one by one: rows of other lengths meet in each, so their numbers of batches differ.
     part, whole = math.modf(config.run.epochs or 1.0)
-    steps = [objective.steps_per_epoch(config.batch.accumulate, e) for e in range(int(whole) + (part > 0))]
+    count = min(int(whole) + (part > 0), MOST_EPOCHS)
+    steps = [objective.steps_per_epoch(config.batch.accumulate, e) for e in range(count)]
+    if count == MOST_EPOCHS:
+        return round(sum(steps) / count * (whole + part))
     return max(1, sum(steps[: int(whole)]) + (round(part * steps[-1]) if part else 0))
 
 

@@ -60,7 +60,7 @@ def _used_by(section: str) -> str:
 
 
 def _switches(node: Any) -> None:
-    """YAML 1.1 reads on and off as true and false, and so do recipes: both are right where on and off are."""
+    """Programs that write YAML 1.1 write on and off as true and false: both are right where on and off are."""
     if isinstance(node, dict):
         if {"on", "off"} <= set(node.get("enum", ())):
             node["enum"] = [*node["enum"], True, False]

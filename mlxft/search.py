@@ -78,7 +78,9 @@ class Sweep(Settings):
         "1, 2, 4, 8 ... validations), or worse than the median of finished ones at the same point.",
     )
     grace: int = Field(1, ge=1, description="Validations each trial has before it may be stopped.")
-    trials: int | None = Field(None, ge=1, description=f"Trials in all; default {DEFAULT_TRIALS}, with time: no limit.")
+    trials: int | None = Field(
+        None, ge=1, le=10**6, description=f"Trials in all; default {DEFAULT_TRIALS}, with time: no limit."
+    )
     time: str | None = Field(None, description="Longest time of one call, e.g. 2h, 30m, 1h30m.")
 
     @field_validator("time", mode="before")

@@ -34,6 +34,7 @@ ORDER = {
 }
 # Reading recipes and explaining their errors belongs to config; likewise run folders and checking a recipe, to run.
 SAME_ROOM = {
+    "text": "errors",
     "recipe": "config",
     "explain": "config",
     "schema": "config",
@@ -177,6 +178,17 @@ def test_no_pickle_and_no_default_device() -> None:
             bad |= {"allow_pickle"} if isinstance(node, ast.keyword) and node.arg == "allow_pickle" else set()
             offenders += [f"{relative(path)}:{getattr(node, 'lineno', 0)}: {name}" for name in sorted(bad)]
     assert not offenders, "neither pickle nor a default device:\n" + "\n".join(offenders)
+
+
+def test_text_is_printed_at_one_door() -> None:
+    """mlxft/text.py takes control characters and markup out of what rows, models and names bring along."""
+    offenders = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if called in ("Console", "print", "click.echo", "click.secho", "rich.print") and path.name != "text.py":
+                offenders.append(f"{relative(path)}:{node.lineno}: {called}")
+    assert not offenders, "print by mlxft.text's echo or make_console:\n" + "\n".join(offenders)
 
 
 def child_seconds() -> float:

@@ -10,6 +10,7 @@ import sys
 import click
 
 import mlxft
+from mlxft.text import echo
 
 # name -> (module, one line of help, shown without importing the module)
 COMMANDS = {
@@ -97,15 +98,20 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:
-        e.show()
+        text = io.StringIO()
+        e.show(text)
+        echo(text.getvalue(), nl=False, err=True)
         sys.exit(e.exit_code)
     except MlxftError as e:
-        click.echo(f"{type(e).__name__}: {e}", err=True)
+        echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+        echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone
+        sys.exit(1)
+    except OSError as e:  # a name too long, no permission, no such file after all
+        echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

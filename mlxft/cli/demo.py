@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxft.text import make_console
+
 
 @click.command()
 @click.option(
@@ -22,11 +24,9 @@ def demo(folder: Path, overrides: tuple[str, ...]) -> None:
 
     Example: mlxft demo
     """
-    from rich.console import Console
-
     from mlxft.demo.walk import walk
 
-    walk(folder, overrides, Console())
+    walk(folder, overrides, make_console())
 
 
 @click.command()
@@ -45,8 +45,6 @@ def rlhf(folder: Path, reviews: str | None, overrides: tuple[str, ...]) -> None:
 
     Example: mlxft rlhf ppo:run.steps=40
     """
-    from rich.console import Console
-
     from mlxft.demo.rlhf import walk
 
-    walk(folder, reviews, overrides, Console())
+    walk(folder, reviews, overrides, make_console())

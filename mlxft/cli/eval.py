@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mlxft.cli import TRUST
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
@@ -93,29 +94,24 @@ def eval(
         raise click.UsageError("--include-path and --chat go with --tasks")
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
-    from rich.console import Console
-
     from mlxft.study.eval_tables import show
     from mlxft.study.evaluation import Asking, check_out, default_out, run_evaluation
-    from mlxft.train.files import json_text
 
     if out is not None:
         check_out(out, overwrite)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
-    found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=Console(stderr=True))
+    found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=make_console(stderr=True))
     folder = out or default_out(adapter or model, file, found)
     # First on the screen: a disk that is full takes nothing away from what was found.
     if as_json:
-        click.echo(json_text(found.to_json()))
+        echo(json_text(found.to_json()))
     else:
-        show(Console(), found)
+        show(make_console(), found)
     if folder is not None:
         found.write(folder)
     if not as_json:
-        click.echo(
-            f"predictions: {folder / 'predictions.jsonl'}" if folder else "give --out DIR to keep the predictions"
-        )
+        echo(f"predictions: {folder / 'predictions.jsonl'}" if folder else "give --out DIR to keep the predictions")
 
 
 def _refuse_beside_tasks(
@@ -139,10 +135,6 @@ def _refuse_beside_tasks(
 def _by_harness(
     model: str, adapter: str | None, names: str, include_path: str | None, options: dict[str, Any], as_json: bool
 ) -> None:
-    import json
-
-    from rich.console import Console
-
     from mlxft.study.harness_tasks import run_tasks, show_tasks
 
     found = run_tasks(
@@ -151,11 +143,11 @@ def _by_harness(
         adapter=adapter,
         include_path=include_path,
         shots=options["shots"] or None,
-        console=Console(stderr=True),
+        console=make_console(stderr=True),
         thoughts=options["thoughts"] or "drop",
         **{name: options[name] for name in ("limit", "max_length", "tokens", "seed", "chat")},
     )
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        echo(json_text(found))
     else:
-        show_tasks(Console(), found)
+        show_tasks(make_console(), found)

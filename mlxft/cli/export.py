@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mlxft.cli import TRUST
+from mlxft.text import echo, json_text
 
 
 @click.command()
@@ -64,7 +64,7 @@ def export(
         said = export_ollama(run, out, kind=kind or "f16", model=model, overwrite=overwrite)
     types = {"type": kind or "f16"} if form in ("gguf", "ollama") else {}
     told = {"out": str(out), "format": form, **types, "said": said}
-    click.echo(json.dumps(told) if as_json else "\n".join(said))
+    echo(json_text(told) if as_json else "\n".join(said))
 
 
 @click.command("import")
@@ -82,4 +82,4 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
     from mlxft.export.peft_in import import_peft
 
     said = import_peft(peft, out, model=model, overwrite=overwrite)
-    click.echo(json.dumps({"out": str(out), "said": said}) if as_json else "\n".join(said))
+    echo(json_text({"out": str(out), "said": said}) if as_json else "\n".join(said))

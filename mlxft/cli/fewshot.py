@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxft.text import echo, json_text, make_console
+
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
@@ -15,7 +17,9 @@ import click
 @click.option("--in-context", metavar="K,K,...", help="Those shown in the prompt, where they differ from --k.")
 @click.option("--tuned", metavar="K,K,...", help="Those trained on, of each label; all is every row.")
 @click.option("--both", metavar="K,K,...", help="Those trained on and shown.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Draws of examples; all: once.")
+@click.option(
+    "--seeds", default=3, show_default=True, type=click.IntRange(1, 1000), help="Draws of examples; all: once."
+)
 @click.option("--task", metavar="TASK", help="As for mlxft eval; default: as the recipe's rows ask and answer.")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows.")
 @click.option(
@@ -61,10 +65,6 @@ def fewshot(
     Example: mlxft fewshot configs/fewshot-reviews.yaml --k 0,1,4,16,all --test test.jsonl
              mlxft fewshot configs/fewshot-reviews.yaml --in-context 4 --tuned 16,all --test test.jsonl
     """
-    import json
-
-    from rich.console import Console
-
     from mlxft.study.fewshot import Plan
     from mlxft.study.fewshot import fewshot as run
     from mlxft.study.fewshot_tables import draw, read_ks, show
@@ -72,10 +72,10 @@ def fewshot(
     given = {"in_context": in_context, "tuned": tuned, "both": both}
     numbers = read_ks(ks, given)
     plan = Plan(test, *numbers, seeds, limit, task, least_steps, overflow)
-    study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=Console(stderr=True))
+    study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=make_console(stderr=True))
     said = draw(study)
     if as_json:
-        click.echo(json.dumps(study.to_json(), ensure_ascii=False))
+        echo(json_text(study.to_json()))
         return
-    show(Console(), study)
-    click.echo(said)
+    show(make_console(), study)
+    echo(said)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from mlxft.cli import TRUST
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
@@ -52,7 +52,7 @@ def label(
         from mlxft.study.judgements import agreement as compare
 
         found = compare(Path(files[0]), Path(files[1]))
-        click.echo(json.dumps(found._asdict()) if as_json else str(found))
+        echo(json_text(found._asdict()) if as_json else str(found))
         return
     if recipe is not None:
         files, source = _with_recipe(recipe, files, source, given)
@@ -62,22 +62,20 @@ def label(
     out = source.pop("out")
     if len(files) != 1 or out is None:
         raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
-    from rich.console import Console
-
     from mlxft.model.sample import Sampling
     from mlxft.study.label import Source
     from mlxft.study.label import label as judge
 
     how = Sampling(source.pop("max_tokens"), source.pop("temperature"))
-    done = judge(files[0], out, Source(how, **source), Console(stderr=as_json))
+    done = judge(files[0], out, Source(how, **source), make_console(stderr=as_json))
     win = done.win_rate
     if as_json:
         rate = None if win is None else {**win._asdict(), "rate": win.rate, "interval": win.interval}
-        click.echo(json.dumps({**done._asdict(), "win_rate": rate}))
+        echo(json_text({**done._asdict(), "win_rate": rate}))
         return
-    click.echo(f"{done.judged} of {done.total} prompts judged, {done.skipped} skipped: {out}")
+    echo(f"{done.judged} of {done.total} prompts judged, {done.skipped} skipped: {out}")
     if win is not None:
-        click.echo(str(win))
+        echo(str(win))
 
 
 def _with_recipe(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import click
+
+from mlxft.text import echo, json_text
 
 
 @click.command()
@@ -50,14 +51,14 @@ def push(
     if as_json:
         files = [{"path": name, "bytes": size} for name, size in sizes.items()]
         told = {"repo": repo, "url": shipment.url, "public": public, "files": files, "left_out": shipment.left_out}
-        click.echo(json.dumps(told | {"notes": shipment.notes, "card": shipment.card, "commit": commit}, indent=2))
+        echo(json_text(told | {"notes": shipment.notes, "card": shipment.card, "commit": commit}, indent=2))
         return
-    click.echo(f"{'would push' if dry_run else 'pushed'} to {shipment.url} ({'public' if public else 'private'})")
+    echo(f"{'would push' if dry_run else 'pushed'} to {shipment.url} ({'public' if public else 'private'})")
     for name, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
-        click.echo(f"{_size(size):>12}  {name}")
+        echo(f"{_size(size):>12}  {name}")
     for line in ([f"stays here: {', '.join(shipment.left_out)}"] if shipment.left_out else []) + shipment.notes:
-        click.echo(line)
-    click.echo(f"\nREADME.md:\n\n{shipment.card}" if dry_run else f"commit: {commit}")
+        echo(line)
+    echo(f"\nREADME.md:\n\n{shipment.card}" if dry_run else f"commit: {commit}")
 
 
 def _size(size: int) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mlxft.text import echo, json_text, make_console
+
 DEFAULT = Path("runs")
 
 
@@ -38,9 +40,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _print_json(found: Any) -> None:
-    import json
-
-    click.echo(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+    echo(json_text(found, indent=2, default=str))
 
 
 @click.group(invoke_without_command=True)
@@ -63,8 +63,6 @@ def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> 
         if every or as_json:
             raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, where it has them")
         return
-    from rich.console import Console
-
     from mlxft.study.runs import list_runs, sure_place
 
     where = _place(ctx, place)
@@ -72,11 +70,11 @@ def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> 
     if as_json:
         _print_json([r.to_json() for r in found])
     elif not found:
-        click.echo(f"no runs in {where}; train one: mlxft train RECIPE")
+        echo(f"no runs in {where}; train one: mlxft train RECIPE")
     else:
         from mlxft.study.run_tables import show_list
 
-        show_list(Console(), found)
+        show_list(make_console(), found)
 
 
 @runs.command()
@@ -89,14 +87,12 @@ def show(ctx: click.Context, name: str, place: Path | None, as_json: bool) -> No
 
     Example: mlxft runs show sft-lora
     """
-    from rich.console import Console
-
     from mlxft.study.compare import details
     from mlxft.study.run_tables import show_details
     from mlxft.study.runs import find_run
 
     found = details(find_run(name, _place(ctx, place)))
-    _print_json(found.to_json()) if as_json else show_details(Console(), found)
+    _print_json(found.to_json()) if as_json else show_details(make_console(), found)
 
 
 @runs.command()
@@ -111,15 +107,13 @@ def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_j
     """
     if len(names) < 2:
         raise click.UsageError("name at least two runs")
-    from rich.console import Console
-
     from mlxft.study.compare import compare as compare_runs
     from mlxft.study.compare import details
     from mlxft.study.run_tables import show_comparison
     from mlxft.study.runs import find_run
 
     found = compare_runs([details(find_run(name, _place(ctx, place)), name) for name in names])
-    _print_json(found.to_json()) if as_json else show_comparison(Console(), found)
+    _print_json(found.to_json()) if as_json else show_comparison(make_console(), found)
 
 
 @runs.command()
@@ -140,7 +134,7 @@ def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Pa
     from mlxft.study.compare import plot_runs
 
     for path in plot_runs([*names], _place(ctx, place), out, overwrite):
-        click.echo(f"wrote {path}")
+        echo(f"wrote {path}")
 
 
 @runs.command()
@@ -159,7 +153,7 @@ def report(ctx: click.Context, name: str, place: Path | None, out: Path | None, 
     from mlxft.study.html import write_report
     from mlxft.study.runs import find_run
 
-    click.echo(f"wrote {write_report(find_run(name, _place(ctx, place)), out, overwrite)}")
+    echo(f"wrote {write_report(find_run(name, _place(ctx, place)), out, overwrite)}")
 
 
 @runs.command()
@@ -176,12 +170,12 @@ def rm(ctx: click.Context, names: tuple[str, ...], place: Path | None, yes: bool
 
     found = find_removable([*names], _place(ctx, place))
     for folder, size in found.items():
-        click.echo(f"{folder}: {size / 1e6:,.1f} MB")
+        echo(f"{folder}: {size / 1e6:,.1f} MB")
     if not yes:
         click.confirm(f"Remove {'it' if len(found) == 1 else f'these {len(found)} runs'}?", abort=True)
     for folder in found:
         remove_run(folder)
-        click.echo(f"removed {folder}")
+        echo(f"removed {folder}")
 
 
 @runs.command()
@@ -193,12 +187,10 @@ def watch(ctx: click.Context, name: str, place: Path | None) -> None:
 
     Example: mlxft runs watch sft-lora
     """
-    from rich.console import Console
-
     from mlxft.study.run_tables import ending
     from mlxft.study.runs import find_run
     from mlxft.study.watch import watch as watch_run
 
-    info = watch_run(find_run(name, _place(ctx, place)), Console())
-    click.echo(ending(info))
+    info = watch_run(find_run(name, _place(ctx, place)), make_console())
+    echo(ending(info))
     ctx.exit(0 if info.status == "done" else 1)

@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from mlxft.cli.use import sampling
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
 @click.argument("prompts")
-@click.option("--n", default=8, show_default=True, type=click.IntRange(1), help="Answers a prompt.")
+@click.option("--n", default=8, show_default=True, type=click.IntRange(1, 10_000), help="Answers a prompt.")
 @click.option(
     "--keep", default="best", show_default=True, help="best: one a prompt; all; above:X: those that score above X."
 )
@@ -54,10 +55,6 @@ def sample(
         raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
     if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
-    import json
-
-    from rich.console import Console
-
     from mlxft.model.sample import Sampling
     from mlxft.objectives.onpolicy.settings import RewardSettings
     from mlxft.owned import check_file
@@ -68,5 +65,7 @@ def sample(
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)
     )
-    done = choose(prompts, load(model, adapter), choice, out, seed=seed, system=system, console=Console(stderr=True))
-    click.echo(json.dumps(done.to_json()) if as_json else str(done))
+    done = choose(
+        prompts, load(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)
+    )
+    echo(json_text(done.to_json()) if as_json else str(done))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from mlxft.text import echo, json_text
+
 
 @click.command()
 def schema() -> None:
@@ -25,8 +27,6 @@ def schema() -> None:
         eval "$(_MLXFT_COMPLETE=zsh_source mlxft)"             # in ~/.zshrc
         _MLXFT_COMPLETE=fish_source mlxft | source             # in ~/.config/fish/config.fish
     """
-    import json
-
     from mlxft.schema import recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    echo(json_text(recipe_schema(), indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mlxft.cli import TRUST
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
@@ -20,21 +21,17 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 
     Example: mlxft score runs/reward-lora test.jsonl
     """
-    import json
-
-    from rich.console import Console
-
     from mlxft.study.score import score as run_score
     from mlxft.study.score import summarise, tables
 
-    rows = run_score(run, file, Console(stderr=True), tokens=tokens)
+    rows = run_score(run, file, make_console(stderr=True), tokens=tokens)
     for row in rows:
-        click.echo(json.dumps(row.to_json(), ensure_ascii=False) if as_json else str(row))
+        echo(json_text(row.to_json()) if as_json else str(row))
     summary = summarise(rows)
     if as_json:
-        click.echo(json.dumps({"summary": summary}))
+        echo(json_text({"summary": summary}))
         return
     for line in tables(summary):
-        click.echo(line)
+        echo(line)
     plain = {k: v for k, v in summary.items() if isinstance(v, int | float)}
-    click.echo(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in plain.items()))
+    echo(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in plain.items()))

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mlxft.cli import TRUST
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
@@ -51,15 +52,13 @@ def fuse(
         raise click.UsageError("give --dequantize or --bits, not both")
     if len(paths) > 2 or (len(paths) == 1 and not adapters):
         raise click.UsageError("give RUN and OUT, or OUT and --adapter RUN (once or more)")
-    import json
-
-    from rich.console import Console
+    from rich.text import Text
 
     from mlxft.export.fuse import LostTooMuch
     from mlxft.export.fuse import fuse as fuse_run
     from mlxft.export.sources import parse_adapter
 
-    with Console(stderr=True).status("loading") as status:
+    with make_console(stderr=True).status("loading") as status:
         try:
             fused = fuse_run(
                 paths[0] if len(paths) == 2 else None,
@@ -72,13 +71,13 @@ def fuse(
                 probe=probe,
                 force=force,
                 overwrite=overwrite,
-                tell=status.update,
+                tell=lambda said: status.update(Text(said)),
             )
         except LostTooMuch as lost:
             if as_json:
-                click.echo(json.dumps(lost.fused.to_json()))
+                echo(json_text(lost.fused.to_json()))
             raise
-    click.echo(json.dumps(fused.to_json()) if as_json else "\n".join(fused.lines()))
+    echo(json_text(fused.to_json()) if as_json else "\n".join(fused.lines()))
 
 
 @click.command()
@@ -103,4 +102,4 @@ def convert(
 
     bits, groups = (int(given) if given else None for given in (quantize, group_size))
     run(src, dst, dtype=dtype, quantize=bits, group_size=groups, dequantize=dequantize, overwrite=overwrite)
-    click.echo(f"wrote {dst}")
+    echo(f"wrote {dst}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from mlxft.cli.train import OVERRIDES
+from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @OVERRIDES
-@click.option("--trials", type=click.IntRange(1), help="Trials in all, those of earlier calls included.")
+@click.option("--trials", type=click.IntRange(1, 10**6), help="Trials in all, those of earlier calls included.")
 @click.option("--time", "limit", metavar="TIME", help="Longest time of this call, e.g. 2h, 30m, 1h30m.")
 @click.option("--name", help="Folder below run.dir; default: the run's name.")
 @click.option("--overwrite", is_flag=True, help="Begin anew: the trials there are get lost.")
@@ -46,14 +46,12 @@ def sweep(
     Example: mlxft sweep configs/sweep.yaml --trials 12
              mlxft sweep configs/sweep.yaml --time 2h data.train=my.jsonl
     """
-    from rich.console import Console
-
     from mlxft.study.sweep import sweep as run
 
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     found = run(recipe, overrides, trials=trials, limit=limit, name=name, overwrite=overwrite, console=console)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        echo(json_text(found.to_json()))
     else:
         found.print(console)
 
@@ -86,20 +84,18 @@ def lr_find(
     Example: mlxft lr-find configs/sft-lora.yaml --plot lr.png
              mlxft lr-find configs/sft-lora.yaml --min 1e-6 --max 1e-1 --steps 200
     """
-    from rich.console import Console
-
     from mlxft.owned import check_file
     from mlxft.recipe import load_config
     from mlxft.study.lr_find import lr_find as run
 
-    console = Console(stderr=as_json)
+    console = make_console(stderr=as_json)
     if plot is not None:
         check_file(plot, overwrite, "--plot")
     found = run(load_config(recipe, overrides), low, high, steps, plot, console)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        echo(json_text(found.to_json()))
         return
     for line in found.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if plot is not None:
-        click.echo(f"picture: {plot}")
+        echo(f"picture: {plot}")

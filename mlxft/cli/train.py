@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlxft.text import make_console
+
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -73,9 +75,7 @@ def check(recipe: Path, overrides: tuple[str, ...], rows: int, time: bool, as_js
     Example: mlxft check configs/sft-lora.yaml data.train=my.jsonl
              mlxft check configs/sft-lora.yaml --time
     """
-    from rich.console import Console
-
     from mlxft.check import check as run
     from mlxft.recipe import load_config
 
-    run(load_config(recipe, overrides), rows, Console(), as_json, time)
+    run(load_config(recipe, overrides), rows, make_console(), as_json, time)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mlxft.cli import TRUST
+from mlxft.text import echo, echo_completion
 
 
 class Text(click.ParamType[str]):
@@ -70,7 +71,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
-@click.option("--samples", type=click.IntRange(1), help="With --batch: answers a prompt.  [default: 1]")
+@click.option("--samples", type=click.IntRange(1, 10_000), help="With --batch: answers a prompt.  [default: 1]")
 @sampling(temperature=0.0)
 def generate(
     prompt: str | None,
@@ -117,8 +118,8 @@ def generate(
         return
     ids = encode_prompt(prompt or "", loaded.tokenizer, system=system)
     for piece in stream(loaded.model, loaded.tokenizer, ids, how, seed=seed):
-        click.echo(piece, nl=False)
-    click.echo()
+        echo_completion(piece)
+    echo()
 
 
 def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | None, temperature: float) -> None:
@@ -148,7 +149,7 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
         try:
             said = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
         except click.Abort:
-            click.echo()
+            echo()
             return
         if not said.strip():
             return
@@ -157,6 +158,6 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
         pieces = []
         for piece in stream(loaded.model, loaded.tokenizer, messages, how, seed=seed):
             pieces.append(piece)
-            click.echo(piece, nl=False)
-        click.echo()
+            echo_completion(piece)
+        echo()
         messages.append({"role": "assistant", "content": "".join(pieces)})

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from mlxft.data.sources import type_name
+from mlxft.data.sources import read_json, type_name
 from mlxft.errors import DataError, half_character, nearest
 
 Message: TypeAlias = dict[str, Any]
@@ -146,7 +146,7 @@ def list_at(value: Any, at: str, of: str) -> list[Any]:
 
 def _json(text: str, at: str) -> Any:
     try:
-        value = json.loads(text)
+        value = read_json(text)
     except (ValueError, RecursionError) as exc:
         raise DataError(f"{at} is a string that is not valid JSON: {exc}") from exc
     if half := half_character(value, at):

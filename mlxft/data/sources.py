@@ -41,7 +41,9 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 _SHOWN = 20
+_DEEPEST = 100
 _MAX_CSV_FIELD = 2**31 - 1
+_HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 # hf:org/name[:config][:split], where the split may carry a slice: train[:1000]
 _HUB = re.compile(r"hf:([^:\[\]]+)(?::([^:\[\]]+)(?=:|$))?(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?")
 
@@ -76,6 +78,8 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         path = found
     if not path.exists():
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
+    if not path.is_file():
+        raise ConfigError(f"{spec}: is a device or a pipe; expected a file, which is read more than once")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {_known()}")
@@ -112,10 +116,40 @@ def _some(rows: Iterator[Row | Problem], name: str) -> Iterator[Row | Problem]:
     empty = True
     for row in rows:
         empty = False
-        half = half_character(row.data) if isinstance(row, Row) else None
-        yield row if half is None else Problem(row.where, half)
+        wrong = (_too_deep(row.data) or half_character(row.data)) if isinstance(row, Row) else None
+        yield row if wrong is None else Problem(row.where, wrong)
     if empty:
         raise DataError(f"{name}: no rows; expected at least one")
+
+
+def _too_deep(data: dict[str, Any]) -> str | None:
+    """Say that a row is nested as no row is, which what reads it later could not follow."""
+    level: list[Any] = [data]
+    for _ in range(_DEEPEST):
+        level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
+        level = [v for v in level if isinstance(v, (dict, list))]
+        if not level:
+            return None
+    return f"the row is nested more than {_DEEPEST} deep"
+
+
+def read_json(text: str) -> Any:
+    """Read JSON of a row.
+
+    Raises:
+        ValueError: it is no JSON, or has a key twice, of which the first would be lost in silence.
+        RecursionError: it is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice in one object")
+    return found
 
 
 def _object(value: Any, where: str) -> Row | Problem:
@@ -135,7 +169,7 @@ def type_name(value: Any) -> str:
 def report_lines(lines: Sequence[str]) -> str:
     """The first problems of many, a line each, and how many more there are."""
     more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "\n".join([*lines[:_SHOWN], *more])
+    return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:_SHOWN]), *more])
 
 
 def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
@@ -155,7 +189,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
-                    yield _object(json.loads(line), where)
+                    yield _object(read_json(line), where)
             except UnicodeDecodeError as exc:
                 yield Problem(where, _not_utf8(exc))
             except (ValueError, RecursionError) as exc:
@@ -169,13 +203,13 @@ def _read_json(path: Path) -> Iterator[Row | Problem]:
         yield from _read_jsonl(path)
         return
     try:
-        values = json.loads(raw.decode("utf-8-sig"))
+        values = read_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as exc:
         line = raw.count(b"\n", 0, exc.start) + 1
         yield Problem(f"{path.name}:{line}", f"not UTF-8 (0x{raw[exc.start]:02x}); save the file as UTF-8")
     except json.JSONDecodeError as exc:
         yield Problem(f"{path.name}:{exc.lineno}", _json_problem(exc))
-    except RecursionError as exc:
+    except (ValueError, RecursionError) as exc:
         yield Problem(path.name, _json_problem(exc))
     else:
         for index, value in enumerate(values):
@@ -241,7 +275,11 @@ def _read_parquet(path: Path) -> Iterator[Row | Problem]:
         raise ConfigError(f"{path.name}: {missing_extra('pyarrow', 'data')}") from exc
     number = 0
     try:
-        for batch in pq.ParquetFile(path).iter_batches():
+        file = pq.ParquetFile(path)
+        names = file.schema_arrow.names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path.name}: has two columns {', '.join(map(repr, twice))}; expected each name once")
+        for batch in file.iter_batches():
             kind = pa.struct(batch.schema) if "map<" in str(batch.schema) else None
             for data in _batch_rows(batch):
                 number += 1
@@ -250,8 +288,10 @@ def _read_parquet(path: Path) -> Iterator[Row | Problem]:
                     yield Problem(where, _not_utf8(data, "a text"))
                 else:
                     yield Row(where, _without_gaps(data, kind))
-    except (pa.ArrowException, OSError) as exc:
-        raise DataError(f"{path.name}: not a readable parquet file: {exc}") from exc
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as exc:  # as it is damaged
+        raise DataError(f"{path.name}: not a readable parquet file: {' '.join(str(exc).split())[:300]}") from exc
 
 
 def _batch_rows(batch: Any) -> list[Any]:
@@ -312,6 +352,13 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
             f"{spec}: not a hub data set; expected hf:org/name, hf:org/name:split or hf:org/name:config:split"
         )
     name, config, split = match.groups()
+    if not _HUB_NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(f"{spec}: {name} is no name of a data set on the hub; a folder is named without hf:")
+    if Path(name).exists():  # which datasets would read in its place
+        raise ConfigError(
+            f"{spec}: there is a file or folder {name} here, which the library datasets takes for the data set; name "
+            f"it as ./{name} if it is meant, else call mlxft from another folder"
+        )
     if split is None and config in _SPLIT_NAMES:
         config, split = None, config
     return name, config, split

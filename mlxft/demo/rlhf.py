@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mlxft.config import Config
 from mlxft.data.sources import Problem, read_rows
@@ -166,7 +167,7 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
     before, after = (_answers(path, prompts, most) for path in (runs["sft"].dir, fused))
     console.rule("Openings that it was not trained on, before and after")
     for prompt, old, new in list(zip(prompts, before, after))[:SHOWN]:
-        console.print(f"[bold]{prompt.removeprefix(TOPIC).strip()}[/]", highlight=False)
+        console.print(Text(prompt.removeprefix(TOPIC).strip(), style="bold"))
         console.print(f"  before:{old}\n  after: {new}", highlight=False, markup=False)
     last = runs["ppo"].metrics("eval")[-1]
     console.print(_table(last, before, after))

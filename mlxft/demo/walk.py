@@ -12,6 +12,7 @@ from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mlxft.export.fuse import fuse
 from mlxft.model.load import Loaded
@@ -72,7 +73,7 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     console.rule("Before: what the model says of a company that it has never heard of")
     before = answers(load_base(config), asked)
     for q, answer in zip(asked, before):
-        console.print(f"[bold]{q.question}[/]\n  {answer}", highlight=False)
+        console.print(Text.assemble((q.question, "bold"), f"\n  {answer}"))
     console.rule("Training")
     run = train(config, overwrite=True, console=console)
     console.rule("After: questions that are phrased otherwise than the rows it learned from")
@@ -80,7 +81,7 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     table = Table("question", "before", "after", "")
     for q, old, new in zip(asked, before, after):
         old = shorten(old, 100, placeholder=" ...")  # an untrained answer rambles, and 80 columns are narrow
-        table.add_row(q.question, old, new, "[green]right[/]" if q.right(new) else "[red]wrong[/]")
+        table.add_row(q.question, old, new, Text("right", "green") if q.right(new) else Text("wrong", "red"))
     console.print(table)
     right = sum(q.right(a) for q, a in zip(asked, after))
     console.print(f"right before: {sum(q.right(a) for q, a in zip(asked, before))} of {len(asked)}")
@@ -90,7 +91,7 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     for line in fuse(run.dir, fused, overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     command = ["mlxft", "generate", "--model", str(fused), asked[0].question]
-    console.print(f"[bold]$ {' '.join(command[:-1])} {command[-1]!r}[/]", highlight=False)
+    console.print(Text(f"$ {' '.join(command[:-1])} {command[-1]!r}", style="bold"))
     subprocess.run([sys.executable, "-m", "mlxft", *command[1:]], check=True)
     console.print(f"Talk with it: mlxft chat --model {fused}", highlight=False)
     return right

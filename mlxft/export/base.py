@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from mlxft.export.card import HUB_ID, KNOWN, Base, Metadata
+from mlxft.export.card import HUB_ID, KNOWN, Base, Metadata, code
 from mlxft.model.source import ALIASES
 
 
@@ -25,11 +25,12 @@ def find_base(path: str | None, licence: str | None = None) -> Base | None:
         hub, known, _ = KNOWN[path]
         return Base(hub, hub, given or {"license": known}, alias=path)
     local = Path(path).expanduser()
-    if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(local)):  # of the hub's own cache
-        return Base("/".join(cached.groups()), "/".join(cached.groups()), given or folder_licence(local))
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(local))  # of the hub's own cache
+    if cached and HUB_ID.fullmatch(hub := "/".join(cached.groups())):
+        return Base(hub, hub, given or folder_licence(local))
     if local.exists() or path.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(path):
         found = folder_licence(local if local.is_dir() else local.parent) if local.exists() else {}
-        return Base(f"a local copy of `{local.name}`", None, given or found)
+        return Base(f"a local copy of {code(local.name)}", None, given or found)
     return Base(path, path, given or _cached_licence(path))
 
 

@@ -6,6 +6,7 @@ Nothing in a card leads back to the machine: of a path only its last part is tol
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from mlxft.config import Config
+from mlxft.text import printable
 
 Event = Mapping[str, Any]
 Metadata = dict[str, Any]
@@ -89,6 +91,16 @@ def shortened(value: Any) -> Any:
     return value
 
 
+def plain(text: Any) -> str:
+    """A text of the run's as Markdown that shows it as it is: no HTML, link, picture or line of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>&#!|~])", r"\\\1", " ".join(printable(str(text)).split()))
+
+
+def code(text: str) -> str:
+    """A name of the run's as code, within a line."""
+    return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"
+
+
 def front_matter(facts: Facts) -> Metadata:
     """The card's metadata, as the hub defines it."""
     config = facts.config
@@ -99,7 +111,7 @@ def front_matter(facts: Facts) -> Metadata:
         relation = "adapter" if facts.kind in ("adapter", "peft") else "finetune"
         data |= {"base_model": facts.base.hub, "base_model_relation": relation}
     if facts.base:
-        data |= facts.base.licence
+        data |= {k: " ".join(printable(v).split()) for k, v in facts.base.licence.items()}
     tags = [library, "mlxft"]
     if config:
         method = facts.method or config.tune.method
@@ -120,7 +132,8 @@ def _method(config: Config) -> str:
 
 def dataset_id(spec: str) -> str | None:
     """The id of a data set on the hub; None for a file."""
-    return spec.removeprefix("hf:").split(":")[0] if spec.startswith("hf:") else None
+    name = spec.removeprefix("hf:").split(":")[0]
+    return name if spec.startswith("hf:") and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) else None
 
 
 def card(facts: Facts, picture: str | None = None) -> str:
@@ -139,7 +152,9 @@ def card(facts: Facts, picture: str | None = None) -> str:
             sections += ["Evaluated by `mlxft eval`:", evaluated]
         if picture:
             sections += [f"![Curves of the training run]({picture})"]
-        sections += ["## Recipe", "What differs from mlxft's defaults:", f"```yaml\n{recipe(facts.config)}```"]
+        text = printable(recipe(facts.config))
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # a text in it may have one
+        sections += ["## Recipe", "What differs from mlxft's defaults:", f"{fence}yaml\n{text}{fence}"]
     sections += ["## Licence and limits", _licence(facts)]
     return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -222,7 +237,7 @@ def _use_model(facts: Facts, name: str) -> list[str]:
 def _use_export(facts: Facts, name: str) -> list[str]:
     if facts.kind == "gguf":
         files = [f for f in facts.files if f.endswith(".gguf")]
-        run = f'llama-cli -m {name}/{files[0]} -p "Your question"'
+        run = f'llama-cli -m {shlex.quote(f"{name}/{files[0]}")} -p "Your question"'
         ollama = (
             f"\nollama create {name} -f {name}/Modelfile && ollama run {name}" if "Modelfile" in facts.files else ""
         )
@@ -253,13 +268,14 @@ def _training(config: Config, events: Sequence[Event]) -> str:
     if config.model.path in KNOWN:
         rows.append(("weights of the base", KNOWN[config.model.path][2]))
     if config.model.adapter:
-        rows.append(("went on from", f"the run or adapter `{Path(config.model.adapter).name}`"))
+        rows.append(("went on from", f"the run or adapter {code(Path(config.model.adapter).name)}"))
     rows.append(("data", _data(config.data.train)))
     if config.data.valid is not None:
         share = isinstance(config.data.valid, float)
         rows.append(("validation", f"{config.data.valid:.3g} of the rows" if share else _data(str(config.data.valid))))
     counts = start.get("data") or {}
-    rows += [(k, f"{v:.1%}" if isinstance(v, float) else f"{v:,}") for k, v in counts.items()]
+    for name, v in counts.items():
+        rows.append((plain(name), f"{v:.1%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else plain(v)))
     if start:
         part = start["trainable_parameters"] / start["total_parameters"]
         shown = f" ({part:.2%})" if part <= 1 else ""  # a critic of its own stands beside the base
@@ -272,7 +288,7 @@ def _training(config: Config, events: Sequence[Event]) -> str:
         rows.append(("training time", f"{last['elapsed_s'] / 60:.1f} minutes"))
         rows.append(("peak memory", f"{max(e['peak_memory_gb'] for e in steps):.2f} GB"))
     rows.append(("seed", str(config.run.seed)))
-    rows += [("versions", ", ".join(f"{k} {v}" for k, v in (config.versions or {}).items()))]
+    rows += [("versions", plain(", ".join(f"{k} {v}" for k, v in (config.versions or {}).items())))]
     return _table(("", ""), rows)
 
 
@@ -281,8 +297,8 @@ def _data(spec: str) -> str:
     name = dataset_id(spec)
     if name:
         rest = spec.removeprefix(f"hf:{name}").strip(":").replace(":", ", ")
-        return f"[{name}](https://huggingface.co/datasets/{name})" + (f" ({rest})" if rest else "")
-    return f"`{Path(spec).name}`"
+        return f"[{name}](https://huggingface.co/datasets/{name})" + (f" ({plain(rest)})" if rest else "")
+    return code(Path(spec).name)
 
 
 def results(events: Sequence[Event]) -> str:
@@ -318,12 +334,12 @@ def evaluations(found: Sequence[Metadata]) -> str:
             for name, figure in task["figures"].items():
                 difference = "-"
                 if (p := paired.get(name)) and result["against"]:
-                    against = Path(result["against"]).name
+                    against = plain(Path(result["against"]).name)
                     difference = f"{_figure(p['difference'])} [{_figure(p['low'])}, {_figure(p['high'])}] to {against}"
                 rows.append(
                     (
-                        f"{Path(result['file']).name} ({figure['n']:,} rows)",
-                        name.replace("_", " "),
+                        f"{plain(Path(result['file']).name)} ({figure['n']:,} rows)",
+                        plain(name.replace("_", " ")),
                         f"{_figure(figure['value'])} ± {_figure(figure['se'])}",
                         difference,
                     )
@@ -350,8 +366,8 @@ def _licence(facts: Facts) -> str:
     base = facts.base
     if base and base.licence:
         name = base.licence.get("license_name") or base.licence["license"]
-        link = f" ({base.licence['license_link']})" if "license_link" in base.licence else ""
-        said = f"The base is licensed as {name}{link}; these weights are a work derived from it."
+        link = f" ({plain(base.licence['license_link'])})" if "license_link" in base.licence else ""
+        said = f"The base is licensed as {plain(name)}{link}; these weights are a work derived from it."
     else:
         said = "The licence of the base is not known here. **To be filled in by whoever publishes this.**"
     return (

@@ -27,6 +27,7 @@ from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.source import TRUSTED, brief, folder_config, lies_in, model_module, older_rope, resolve
+from mlxft.text import read_small
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -308,8 +309,8 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     if folder and (linked := [path for path in [file, *others] if not lies_in(folder, path)]):
         raise ConfigError(f"chat_template {str(linked[0])!r}: is a link out of its folder, and is not read")
     try:
-        texts = {path: path.read_text(encoding="utf-8") for path in [file, *others]}
-    except (OSError, UnicodeDecodeError) as error:
+        texts = {path: read_small(path) for path in [file, *others]}
+    except (OSError, ValueError) as error:
         raise ConfigError(f"chat_template {str(file)!r}: cannot be read: {brief(error)}") from error
     named = {"default" if path == file else path.stem: text for path, text in texts.items()}
     tokenizer.chat_template = named if others else texts[file]

@@ -41,7 +41,7 @@ class PPO(Method):
     kl_horizon: int | None = Field(
         None, ge=1, description="Completions over which kl_coef adapts; default 10000, with kl_target."
     )
-    epochs: int = Field(4, ge=1, description="Passes over each rollout.")
+    epochs: int = Field(4, ge=1, le=10**4, description="Passes over each rollout.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
     lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda: 0 trusts the critic, 1 the rewards.")
     clip: float = Field(0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip.")

@@ -20,7 +20,8 @@ from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
-from mlxft.train.files import json_text, write_result
+from mlxft.text import json_text, make_console
+from mlxft.train.files import write_result
 
 _BATCHES = 4  # that are sampled before their answers are given out
 
@@ -105,7 +106,7 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
     seed = drawn(seed)
 
     def lines(file: TextIO) -> None:
-        for line in asked.answers(sampling, samples, seed, Console(stderr=True)):
+        for line in asked.answers(sampling, samples, seed, make_console(stderr=True)):
             file.write(json_text(line) + "\n")
             file.flush()
 

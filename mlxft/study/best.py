@@ -22,7 +22,8 @@ from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.settings import RewardSettings
 from mlxft.owned import note
 from mlxft.study.answers import Answer, Asked, drawn
-from mlxft.train.files import json_text, write_text
+from mlxft.text import json_text
+from mlxft.train.files import write_text
 
 TOKENS = 4096  # most of a batch that a reward model reads
 KEEP = "best, all, or above:X with a number"

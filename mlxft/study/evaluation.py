@@ -29,7 +29,8 @@ from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import json_text, write_text, writing
+from mlxft.text import json_text
+from mlxft.train.files import write_text, writing
 
 FILES = ("predictions.jsonl", "results.json")  # of an evaluation
 

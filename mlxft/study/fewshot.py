@@ -36,7 +36,8 @@ from mlxft.study.fewshot_tables import ALL, Cell, K, Study, markdown, tabulate
 from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.train.files import json_text, write_text
+from mlxft.text import json_text
+from mlxft.train.files import write_text
 
 FILE = "study.json"  # what is compared, and with what
 

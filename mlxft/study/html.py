@@ -13,6 +13,7 @@ from mlxft.owned import check_file, note, read_mark
 from mlxft.study.compare import Details, details
 from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite
+from mlxft.text import printable
 from mlxft.train.status import now
 
 TEMPLATE = "report.html.jinja"
@@ -44,7 +45,11 @@ def render(run: Details) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("mlxft.study", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("mlxft.study", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda v: printable(v) if type(v) is str else v,  # what is markup already is of this page
     )
     curves, no_curves = _curves(run)
     return environment.get_template(TEMPLATE).render(

@@ -19,6 +19,7 @@ from mlxft.planning import settled
 from mlxft.run import assemble
 from mlxft.study import plots
 from mlxft.study.drawing import check_suffix
+from mlxft.text import make_console
 from mlxft.train.loop import Event, Hooks, Loop, Progress
 from mlxft.train.report import Stopped, sparkline
 
@@ -150,7 +151,7 @@ def lr_find(
         check_suffix(plot)
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(f"--plot: {missing_extra('matplotlib', 'plots')}")
-    rates, losses, diverged = _rise(settled(config, resume=False), low, high, steps, console or Console())
+    rates, losses, diverged = _rise(settled(config, resume=False), low, high, steps, console or make_console())
     found = judge(rates, losses, diverged)
     if plot is not None:
         plots.lr_curve(found.rates, found.smoothed, found.suggestion, plot)

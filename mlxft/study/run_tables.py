@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxft.study.runs import RunInfo
+from mlxft.text import printable
 
 if TYPE_CHECKING:
     from mlxft.study.compare import Comparison, Details
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 MOST_NAMES = 4  # in one remark
 WIDE = 100  # columns, from which dates are whole and methods are shown
-
-
-def printable(text: Any) -> str:
-    """Without control characters: what a model or a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def when(iso: str, short: bool = False) -> str:
@@ -44,7 +40,7 @@ def value(v: Any) -> str:
         return f"{v:,}"
     if isinstance(v, float):
         return f"{v:,.0f}" if 1000 <= abs(v) < 1e15 else f"{v:.4g}"
-    return printable(v).replace("\n", " ")
+    return printable(str(v)).replace("\n", " ")
 
 
 def span(seconds: float | None) -> str:
@@ -95,7 +91,7 @@ def show_list(console: Console, runs: Sequence[RunInfo]) -> None:
         base = run.base.rstrip("/").rpartition("/")[2]
         best = str(run.best) if run.best else "-"
         cells = (run.name, status(run), what, base, best, when(run.started, short=not wide))
-        table.add_row(*(c if isinstance(c, Text) else Text(printable(c)) for c in cells))
+        table.add_row(*(c if isinstance(c, Text) else Text(c) for c in cells))
     console.print(table)
     odd: dict[str, list[str]] = {}
     for run in runs:
@@ -104,7 +100,7 @@ def show_list(console: Console, runs: Sequence[RunInfo]) -> None:
     for why, names in odd.items():
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         line = f"{', '.join(names[:MOST_NAMES])}{more}: {why}"
-        console.print(Text(printable(line), style="dim"), soft_wrap=not console.is_terminal)
+        console.print(Text(line, style="dim"), soft_wrap=not console.is_terminal)
 
 
 def show_details(console: Console, run: Details) -> None:
@@ -112,7 +108,7 @@ def show_details(console: Console, run: Details) -> None:
     info = run.info
     console.print(Text.assemble((info.name, "bold"), "  ", status(info), f"  {info.dir}"), soft_wrap=True)
     if info.error or info.note:
-        console.print(Text(printable(info.error or info.note), style="red" if info.error else "yellow"))
+        console.print(Text(info.error or info.note, style="red" if info.error else "yellow"))
     _pairs(console, "", _facts(run))
     numbers = {"untrained": run.before, "kept": run.kept, "last training report": run.last}
     shown = {k: e for k, e in numbers.items() if e}
@@ -126,10 +122,10 @@ def show_details(console: Console, run: Details) -> None:
         console.print(table)
     _pairs(console, "settings that are not the default", run.differs)
     for sample in run.samples:
-        console.print(Text(f"\n{printable(sample.prompt)}", style="bold"))
+        console.print(Text(f"\n{sample.prompt}", style="bold"))
         if sample.first_step != sample.last_step:
-            console.print(Text(f"step {sample.first_step}: {printable(sample.first)}"))
-        console.print(Text(f"step {sample.last_step}: {printable(sample.last)}"))
+            console.print(Text(f"step {sample.first_step}: {sample.first}"))
+        console.print(Text(f"step {sample.last_step}: {sample.last}"))
     _pairs(console, "files", {k: size(v) for k, v in run.files.items()})
 
 
@@ -181,7 +177,7 @@ def show_comparison(console: Console, found: Comparison) -> None:
 def _table(columns: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for i, name in enumerate(columns):
-        table.add_column(Text(printable(name)), overflow="fold", justify="left" if i == 0 else "right")
+        table.add_column(Text(name), overflow="fold", justify="left" if i == 0 else "right")
     return table
 
 
@@ -192,7 +188,7 @@ def _pairs(console: Console, title: str, pairs: Mapping[str, Any]) -> None:
         console.print(Text(f"\n{title}", style="bold"))
     grid = Table.grid(padding=(0, 2))
     for name, v in pairs.items():
-        grid.add_row(Text(printable(name), style="dim"), Text(value(v), overflow="fold"))
+        grid.add_row(Text(name, style="dim"), Text(value(v), overflow="fold"))
     console.print(grid)
 
 
@@ -200,4 +196,4 @@ def ending(run: RunInfo) -> str:
     """How a run stands, in a line."""
     best = f"; {run.best}" if run.best else ""
     why = f": {run.error.splitlines()[0]}" if run.error else f" ({run.note})" if run.note else ""
-    return printable(f"{run.name}: {run.status} after step {run.step}{why}{best}")
+    return f"{run.name}: {run.status} after step {run.step}{why}{best}"

@@ -31,12 +31,14 @@ from mlxft.model.twin import twin
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
+from mlxft.planning import decide_checkpointing
 from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
 from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, draw
 from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
+from mlxft.text import make_console
 from mlxft.train.files import digest, write_text
 from mlxft.train.optim import group_of
 from mlxft.train.report import Event, Stopped
@@ -95,7 +97,7 @@ def sweep(
     _check_folder(folder, overwrite)
     with hold(folder):
         made = is_empty(folder)
-        job = _Job(config, raw, folder, console or Console())
+        job = _Job(config, raw, folder, console or make_console())
         _check_folder(folder, overwrite)
         if overwrite:
             empty(folder)
@@ -221,6 +223,8 @@ class _Job:
         if not isinstance(objective, OnPolicy):  # which would load the models of its rewards
             objective.prepare(trained.model, base_fingerprint(trained))
             group_of(config.optim.groups, (n for n, _ in tree_flatten(trained.model.trainable_parameters())))
+            if all(k.startswith("optim.") for k in space):  # what else varies may need less than the recipe itself
+                decide_checkpointing(config, trained.model, objective)
         self._data = objective.fingerprint()
         self._totals = {self._length_key({}): total_steps(config, objective)}
 
@@ -285,7 +289,7 @@ class _Job:
             if attempts >= ATTEMPTS:
                 raise TrainingError(f"its process ended {attempts} times in the midst of it: out of memory?")
             config = self._recipe(trial.number, params)
-            train(config, console=Console(file=io.StringIO()), base=self._base(), sinks=[watch])
+            train(config, console=make_console(file=io.StringIO()), base=self._base(), sinks=[watch])
             if watch.value is None:
                 raise TrainingError("no validation gave a finite loss")
         except (KeyboardInterrupt, Stopped) as e:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from mlxft.config import Config
 from mlxft.errors import missing_extra
+from mlxft.recipe import dump_yaml
 from mlxft.study import plots
 
 if TYPE_CHECKING:
@@ -208,6 +208,6 @@ def best_recipe(result: Result, raw: Mapping[str, Any], config: Config) -> str:
             if key in recipe[section] and f"{section}.{key}" not in best.params:
                 value = getattr(getattr(config, section), key)
                 recipe[section][key] = str(value) if isinstance(value, Path) else value
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(recipe)
     said = f"# Trial {best.number} of the sweep {result.dir}: {result.metric} {best.value!r}, which this trains to.\n"
     return said + text

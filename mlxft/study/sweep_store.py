@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,9 +173,9 @@ class Store:
         return {k: float(v) for k, v in found.items()}
 
 
-def _levels(r: Range) -> list[Any]:
+def _levels(r: Range) -> Sequence[Any]:
     """The values of a setting in a grid, as Optuna has them."""
-    return [_stored(v) for v in r.value] if r.kind == "choice" else list(range(r.value[0], r.value[1] + 1))
+    return [_stored(v) for v in r.value] if r.kind == "choice" else range(r.value[0], r.value[1] + 1)
 
 
 def check_grid(sweep: Sweep) -> None:

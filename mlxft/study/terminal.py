@@ -78,18 +78,13 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, now)
 
 
-def printable(text: str) -> str:
-    """Without control characters: what a model says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def show(console: Console, title: str, prompt: str | list[dict[str, Any]], answers: Sequence[str]) -> None:
     """A prompt and the answers to it, in the order given: side by side where there is room for that."""
     console.rule(Text(title))
     turns = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
-    console.print(Text(printable("\n".join(turns)), style="bold"))
+    console.print(Text("\n".join(turns), style="bold"))
     names = ["left (l)", "right (r)"] if len(answers) == 2 else [str(i) for i in range(1, len(answers) + 1)]
-    texts: list[RenderableType] = [Text(printable(answer)) for answer in answers]
+    texts: list[RenderableType] = [Text(answer) for answer in answers]
     if console.width < max(_NARROW, _COLUMN * len(answers)):
         for name, text in zip(names, texts):
             console.print(Panel(text, title=name, title_align="left"))

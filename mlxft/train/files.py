@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -68,16 +66,6 @@ def write_result(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file that a command was asked for; in a folder of ours it counts as ours. See `write_beside`."""
     write_beside(path, write)
     note(path)
-
-
-def json_text(value: Any, indent: int | None = None) -> str:
-    """Return a value as JSON that a UTF-8 file can hold: where a text has a lone surrogate, with escapes throughout."""
-    text = json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, indent=indent)
-    return text
 
 
 def _write_all(path: Path, text: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -145,7 +144,7 @@ class Plain:
         self._console = console
 
     def event(self, event: Event) -> None:
-        self._console.print(escape(describe(event)), highlight=False, soft_wrap=True)
+        self._console.print(describe(event), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         pass
@@ -193,7 +192,7 @@ class LiveView:
         elif kind == "eval":
             self._eval = event
         if kind not in ("train",):
-            self._live.console.print(escape(describe(event)), highlight=False)
+            self._live.console.print(describe(event), markup=False, highlight=False)
         self._live.update(self._view())
 
     def _view(self) -> Group:

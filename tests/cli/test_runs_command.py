@@ -251,7 +251,7 @@ def test_what_recipes_refuse_the_schema_refuses(
     "changes",
     [
         {"tune": None, "report": None},  # sections with nothing below them
-        {"memory": {"checkpoint": True}},  # how YAML reads on
+        {"memory": {"checkpoint": True}},  # how YAML 1.1 writes on
         {"memory": {"checkpoint": "auto"}, "tune": {"layers": [0, 2], "targets": "mlp"}},
         {"optim": {"betas": [0.9, 0.99], "warmup": 5}, "batch": {"tokens": "auto"}},
     ],

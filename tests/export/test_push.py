@@ -461,6 +461,38 @@ def test_data_sets_of_the_hub_are_linked(run: Run) -> None:
     assert yaml.safe_load(recipe(config))["data"]["train"] == "hf:org/rows:main:train"
 
 
+def test_nothing_put_into_a_card_becomes_html_markdown_or_yaml(run: Run) -> None:
+    bad = "x`|](http://evil)\n---\nlicense: mit\n```\n<script>alert(1)</script> **b** ![i](u)\u202e\x1b[2J"
+    name = bad.replace("/", "")
+    licence = {"license": "other", "license_name": bad, "license_link": bad}
+    data = run.config.data.model_copy(update={"train": f"hf:{bad}", "valid": f"/{name}"})
+    model = run.config.model.model_copy(update={"path": f"/models--a](u)--{name}/snapshots/1", "adapter": f"/{name}"})
+    settings = run.config.run.model_copy(update={"sample_prompts": [bad]})
+    update = {"data": data, "model": model, "run": settings, "versions": {bad: bad}}
+    start = next(e for e in run.metrics() if e["event"] == "start") | {"data": {bad: bad, "rows": 1}}
+    figure = {"value": 1.0, "se": 0.1, "n": 2}
+    measured = {"file": name, "against": None, "tasks": [{"figures": {bad: figure}}]}
+    base = find_base(model.path)
+    assert base is not None
+    base = Base(base.name, base.hub, licence)
+    config = run.config.model_copy(update=update)
+    text = card(Facts("ada/x", "adapter", base, config=config, events=[start], evaluations=[measured]))
+    head, body = parsed(text)
+    assert head["license_name"].startswith("x`|](http://evil) --- license: mit ```")
+    assert "datasets" not in head
+    assert "base_model" not in head
+    from markdown_it import MarkdownIt
+
+    shown = MarkdownIt("commonmark").enable("table").render(body)
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert 'evil"' not in shown
+    assert "\u202e" not in body
+    assert "\x1b" not in body
+    assert shown.count("<h1>") == 1
+    assert re.findall("<h2>(.*?)</h2>", shown) == ["How to use it", "Training", "Recipe", "Licence and limits"]
+
+
 def test_long_runs_have_short_tables() -> None:
     events = [{"event": "eval", "step": i, "loss": 9.0 - i / 10, "best": i == 41} for i in range(50)]
     lines = results(events).split("\n\n")[0].splitlines()

@@ -30,6 +30,7 @@ from mlxft.model.sample import Sampling
 from mlxft.study.judgements import Journal, agreement, cohens_kappa, wilson, win_rate
 from mlxft.study.label import Source, Summary, label, read_tasks
 from mlxft.study.terminal import show
+from mlxft.text import make_console
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -301,7 +302,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, sit: Sit, sampling: di
 def test_narrow_terminals_stack_and_nothing_steers_them() -> None:
     def screen(width: int) -> list[str]:
         out = io.StringIO()
-        show(Console(file=out, width=width), "1 of 1", "q", ["left\x1b[2J one", "[bold]right[/bold]"])
+        show(make_console(file=out, width=width), "1 of 1", "q", ["left\x1b[2J one", "[bold]right[/bold]"])
         assert "\x1b" not in out.getvalue()
         assert "[bold]right[/bold]" in out.getvalue()
         return out.getvalue().splitlines()

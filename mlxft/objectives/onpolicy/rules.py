@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlxft.data.thoughts import Thoughts, wanted_of
 from mlxft.errors import ConfigError, DataError, missing_extra
 from mlxft.objectives.onpolicy.settings import AnyRule, ExactMatch, JsonSchema, Length, Number, Regex, TextRule
+from mlxft.text import read_small
 
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
@@ -179,6 +180,8 @@ def _validator(at: str, rule: JsonSchema) -> Callable[[Any], bool] | None:
         raise ConfigError(f"{origin}: not a JSON Schema: {exc.message}{f' (at {place})' if place else ''}") from None
     except Unresolvable as exc:
         raise ConfigError(f"{origin}: $ref to {exc.ref!r}, which is not in the schema; put it under $defs") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: a $ref leads back to itself, or the schema is nested too deep") from None
 
     def fits(value: Any) -> bool:
         try:
@@ -198,7 +201,7 @@ def _read_schema(at: str, given: str | dict[str, Any]) -> tuple[Any, str]:
     if isinstance(given, dict):
         return given, f"{at}.schema"
     try:
-        schema = json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        schema = json.loads(read_small(Path(given).expanduser()))
     except OSError as exc:
         raise ConfigError(f"{at}.schema: can not read {given}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:

@@ -23,9 +23,9 @@ from mlxft.errors import nearest
 class RolloutSettings(Settings):
     """The section `rollout`: how completions are sampled."""
 
-    prompts: int = Field(32, ge=1, description="Rows of prompts a rollout.")
-    samples: int = Field(1, ge=1, description="Completions sampled of each prompt.")
-    max_tokens: int = Field(64, ge=1, description="Longest completion in tokens.")
+    prompts: int = Field(32, ge=1, le=10**6, description="Rows of prompts a rollout.")
+    samples: int = Field(1, ge=1, le=10**4, description="Completions sampled of each prompt.")
+    max_tokens: int = Field(64, ge=1, le=10**6, description="Longest completion in tokens.")
     temperature: float = Field(1.0, description="Sampling temperature, above 0; log-probabilities are taken at it too.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Sample from the likeliest tokens of this much mass; 1: from all."
