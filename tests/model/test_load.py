@@ -224,7 +224,7 @@ def test_broken_parts(copy: Path) -> None:
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match=r"can not be (loaded|read)"):
+    with pytest.raises(ModelError, match=r"can not be (loaded|read)|not a whole safetensors"):
         load(str(copy))
     weights.write_bytes(whole)
     change_config(copy, num_hidden_layers=3)
