@@ -19,6 +19,7 @@ from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.recipe import flat, load_config
+from mlxft.temporary import clear, temporary
 from mlxft.train.status import refuse_if_held
 
 # What may differ when a run goes on; all else would make it another run.
@@ -204,9 +205,9 @@ def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
         if overwrite and run.dir.exists():
             shutil.rmtree(run.dir)
         run.dir.mkdir(parents=True, exist_ok=True)
-        for leftover in run.dir.glob(".model.*"):  # a kill while a whole model was written
-            shutil.rmtree(leftover, ignore_errors=True)
-        probe = run.dir / ".tmp-probe"
+        for folder in (run.dir, run.result, run.dir / "checkpoints"):
+            clear(folder)
+        probe = temporary(run.dir / "probe")
         probe.touch()
         probe.unlink()
     except OSError as e:

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from rooms of a lower number and from itself; blas and config, study and export stand side by side.
 ORDER = {
     "errors": 0,
+    "temporary": 0,
     "blas": 1,
     "config": 1,
     "data": 2,

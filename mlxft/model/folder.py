@@ -15,7 +15,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.data.chat import thinking_of
-from mlxft.errors import ExportError, ModelError
+from mlxft.errors import ExportError
+from mlxft.model.declared import read_object
+from mlxft.temporary import clear
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -65,6 +67,7 @@ def replace_folder(dst: Path) -> Iterator[Path]:
     """
     part = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
     try:
+        clear(dst.parent)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
@@ -156,10 +159,7 @@ def generation_settings(folder: Path | None) -> dict[str, Any]:
     file = folder / "generation_config.json" if folder is not None else None
     if file is None or not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{file}: is no JSON object ({error}); mend it or take it away") from error
+    return read_object(file)
 
 
 def _swap(part: Path, dst: Path) -> None:

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 # Bytes of a metadata value by its type number; 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+_FARTHEST = 1 << 40  # file systems refuse to seek much further
 
 MOST_DIMENSIONS = 4  # of a tensor, as in ggml
 _BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
@@ -118,8 +119,15 @@ def _read(file: BinaryIO, length: int) -> bytes:
     return data
 
 
+def _skip(file: BinaryIO, length: int) -> None:
+    # One byte of it is read: a file may be sought beyond its end.
+    if length:
+        file.seek(min(length - 1, _FARTHEST), 1)
+        _read(file, 1)
+
+
 def _skip_string(file: BinaryIO) -> None:
-    file.seek(_unpack(file, "Q")[0], 1)
+    _skip(file, _unpack(file, "Q")[0])
 
 
 def _skip_value(file: BinaryIO, kind: int) -> None:
@@ -128,13 +136,13 @@ def _skip_value(file: BinaryIO, kind: int) -> None:
     elif kind == _ARRAY:
         inner, count = _unpack(file, "IQ")
         if inner in _SIZES:
-            file.seek(_SIZES[inner] * count, 1)
+            _skip(file, _SIZES[inner] * count)
         elif inner == _STRING:
             for _ in range(count):
                 _skip_string(file)
         else:  # nobody writes them, and MLX's reader calls itself for each level
             raise ValueError("broken: an array of arrays in its metadata")
     elif kind in _SIZES:
-        file.seek(_SIZES[kind], 1)
+        _skip(file, _SIZES[kind])
     else:
         raise ValueError(f"broken: a metadata value of type {kind}")

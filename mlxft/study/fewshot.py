@@ -36,6 +36,7 @@ from mlxft.study.fewshot_tables import ALL, Cell, K, Study, markdown, tabulate
 from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
+from mlxft.temporary import clear
 from mlxft.train.files import json_text, write_text
 
 
@@ -181,6 +182,7 @@ class _Study:
         }
         about |= {"least_steps": self.plan.least_steps, "overflow": self.plan.overflow, "test": len(self.cases)}
         file = self.out / "study.json"
+        clear(self.out)  # a kill at the first write
         if file.is_file() and overwrite:
             shutil.rmtree(self.out)
         elif file.is_file():

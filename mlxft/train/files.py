@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxft.errors import CheckpointError
+from mlxft.temporary import clear, temporary
 
 
 def flush(path: Path) -> None:
@@ -41,11 +43,11 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         CheckpointError: it can not be written (full disk, no permission); the file that was there stays.
     """
-    # The ending is kept: mlx wants .safetensors.
-    beside = path.with_name(f".tmp-{path.name}")
+    beside = temporary(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            clear(path.parent)
             write(beside)
             flush(beside)
             os.replace(beside, path)
@@ -78,11 +80,16 @@ def _write_all(path: Path, text: str) -> None:
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
     """Write arrays as safetensors. An OSError where the disk took less than all of it."""
     need = sum(v.nbytes for v in arrays.values())
-    if shutil.disk_usage(path.parent).free < need:  # mlx does not always notice a full disk
-        raise OSError(28, f"No space left on device ({need / 1e6:,.0f} MB needed)")
+    check_room(path.parent, need)  # mlx does not always notice a full disk
     mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
     if path.stat().st_size < need:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed)")
+
+
+def check_room(folder: Path, need: int) -> None:
+    """Raise an OSError where the disk of a folder has less than `need` bytes free."""
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed, {free:,} are free)")
 
 
 def digest(path: Path) -> str:

@@ -114,6 +114,13 @@ def interrupted(step: int, settings: dict[str, Any], said: list[str] | None = No
 # Killed from outside, through the command.
 
 
+def ended() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def last_step(run: Path) -> int:
     try:
         tail = (run / "metrics.jsonl").read_text().splitlines()[-2:]
@@ -124,7 +131,7 @@ def last_step(run: Path) -> int:
 
 def saving(run: Path) -> bool:
     try:
-        return any(name.startswith(".tmp-step-") for name in os.listdir(run / "checkpoints"))
+        return any(name.startswith(".tmp-mlxft-") for name in os.listdir(run / "checkpoints"))
     except OSError:
         return False
 
@@ -303,7 +310,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(recipe: Recipe, tmp_p
 def test_what_a_kill_amid_a_whole_model_left_is_cleared(recipe: Recipe, tmp_path: Path):
     settings = recipe(**{"tune": {"method": "full"}, "run.save_every": 2, "run.steps": 6})
     killed(5, settings)
-    half = tmp_path / "runs/a/.model.partial-123"
+    half = tmp_path / f"runs/a/.model.partial-{ended()}"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     train(settings, resume=True)
