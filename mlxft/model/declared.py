@@ -38,7 +38,8 @@ _SIZES: dict[Any, str] = {
     Experts: "num_experts num_local_experts n_routed_experts num_experts_per_tok num_key_value_heads num_kv_heads",
     Real: "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps",
 }
-_LISTED = "num_attention_heads num_key_value_heads num_heads num_kv_heads head_dim num_experts_per_tok"  # some architectures: for each layer
+# Some architectures list these, one for each layer.
+_LISTED = "num_attention_heads num_key_value_heads num_heads num_kv_heads head_dim num_experts_per_tok"
 
 
 class Lenient(BaseModel):
