@@ -385,19 +385,16 @@ for args in steps:
     mlxft.cli.cli.main(args, standalone_mode=False)
 """
     args = [sys.executable, "-c", work, str(path), str(run), str(tmp_path / "out")]
-    done = 0
-    while done < KILLS:
-        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            process.wait(timeout=2 + rng.random() * 12)
-            done += 1  # it was done before: once more over what is there
-            continue
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            done += 1
+    kills = 0
+    while kills < KILLS:
+        with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            try:
+                process.wait(timeout=2 + rng.random() * 8)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
         found = sorted((run / "checkpoints").glob("step-*")) if run.exists() else []
         if found:
             checkpoint.load(max(found, key=lambda p: int(p.name[5:])))
