@@ -158,7 +158,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise ModelError(f"{file}: is nested deeper than {MOST_DEPTH} levels") from None
     except ValueError as error:
-        raise ModelError(f"{file}: is not JSON: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"{file}: not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: is {type_name(found)}; expected a JSON object")
     return found

@@ -36,7 +36,7 @@ CONFIGS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: f.write_text("[1]"), "is a list"),
     (deep, "nested deeper"),
     (lambda f: (f.unlink(), os.mkfifo(f)), "pipe"),
-    (lambda f: f.write_bytes(b"\xff\x00"), "is not JSON"),
+    (lambda f: f.write_bytes(b"\xff\x00"), "not valid JSON"),
     (lambda f: change(f, num_hidden_layers=10**9), "num_hidden_layers is 1000000000"),
     (lambda f: change(f, vocab_size=10**12), "vocab_size is 1000000000000"),
     (lambda f: change(f, num_attention_heads=0), "num_attention_heads is 0"),

@@ -325,7 +325,7 @@ def test_folders_that_are_no_adapter(tmp_path: Path, model: nn.Module) -> None:
         read_adapter_config(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text("{nonsense")
-    with pytest.raises(ModelError, match="is not JSON"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         read_adapter_config(tmp_path)
     file.write_text('{"peft_type": "LORA"}')
     with pytest.raises(ModelError, match="looks like a PEFT adapter"):
