@@ -234,7 +234,7 @@ def test_broken_parts(copy: Path) -> None:
     with pytest.raises(ModelError, match="hidden_size"):
         load(str(copy))
     (copy / "config.json").write_text("{nonsense")
-    with pytest.raises(ModelError, match="is not JSON"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         load(str(copy))
 
 
