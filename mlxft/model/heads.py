@@ -207,8 +207,6 @@ def read_head(file: Path) -> Saved:
         about = json.loads(metadata.get("about", "{}"))
         if not isinstance(about, dict):
             raise ValueError("what it notes is not an object")
-    except ModelError:
-        raise
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not read the head: {e}") from e
     weight = arrays.get(_WEIGHT)
