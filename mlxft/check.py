@@ -15,7 +15,7 @@ from mlxft.data.encode import Encoded
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, shared_part
 from mlxft.data.encode_pairs import describe as describe_judged
 from mlxft.errors import ModelError
-from mlxft.model.load import load_tokenizer
+from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.plan import ShapeSplit
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import make_objective
@@ -36,6 +36,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
     Raises:
         ConfigError, DataError, ModelError: as training would.
     """
+    check_weights(config.model.path)
     config, m = settled(config, resume=False), config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)
@@ -137,7 +138,7 @@ def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, li
     """
     try:
         bare = bare_skeleton(config)
-    except ModelError as error:
+    except NotBeforeLoading as error:
         return None, str(error), []
     model = outfitted(config, bare)
     if not isinstance(objective, OnPolicy):  # a critic is added when training begins

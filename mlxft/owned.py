@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
+from mlxft.temporary import temporary
 
 MARK, HOLDER = ".mlxft.json", ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
-_ANYWHERE = (HOLDER, ".tmp-*-mark", ".DS_Store")
+_ANYWHERE = (HOLDER, ".tmp-mlxft-*-mark", ".DS_Store")
 _LITTER = (*_ANYWHERE, ".tmp-*", ".*.partial-*", ".*.old-*", ".removed-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
-_CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
+_CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
 _SWEEP = ("sweep.db", "sweep.db-journal", "sweep.lock", "best.yaml", "history.png", "importance.png", "trials/*")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
@@ -79,7 +80,7 @@ def read_mark(folder: Path) -> Mark | None:
 
 def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
     """Mark a folder, which is there and empty or ours, as made by mlxft."""
-    beside = folder / f".tmp-{os.getpid()}-mark"
+    beside = temporary(folder / "mark")
     text = json.dumps({"mlxft": kind, "files": sorted(names)}, indent=1) + "\n"
     beside.write_text(text, "utf-8", "backslashreplace")
     os.replace(beside, folder / MARK)
@@ -300,18 +301,13 @@ def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
         if os.path.lexists(path) and not overwrite:
             raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
         # Folders above it are made when it is written.
-        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / beside(path).name
+        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / temporary(path).name
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as e:
         if isinstance(e, ConfigError):
             raise
         raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
-
-
-def beside(path: Path) -> Path:
-    """Where a file is written before it takes its name: of this process alone, and with its ending, which MLX wants."""
-    return path.with_name(f".tmp-{os.getpid()}-{path.name}")
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:

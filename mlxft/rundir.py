@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
 from mlxft.recipe import flat, load_config
+from mlxft.temporary import clear
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
@@ -213,7 +213,7 @@ def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
             empty(run.dir)
         if not resume or is_empty(run.dir):
             claim(run.dir, "run")
-        for leftover in run.dir.glob(".model.partial-*"):  # a kill while a whole model was written
-            shutil.rmtree(leftover, ignore_errors=True)
+        for folder in (run.dir, run.result, run.dir / "checkpoints"):
+            clear(folder)
     except OSError as e:
         raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e

@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # and export.
 ORDER = {
     "errors": 0,
+    "temporary": 0,
     "blas": 1,
     "config": 1,
     "owned": 1,

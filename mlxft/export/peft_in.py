@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
+from mlxft.model.declared import check_arrays, read_object
 from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
@@ -112,13 +113,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = read_object(file)
     except OSError as e:
         raise ModelError(f"{folder} is no PEFT adapter: can not read {CONFIG} ({e.strerror})") from e
-    except ValueError as e:
-        raise ModelError(f"{file}: not valid JSON: {e}") from e
-    if not isinstance(config, dict) or "peft_type" not in config:
-        mine = isinstance(config, dict) and "fine_tune_type" in config
+    if "peft_type" not in config:
+        mine = "fine_tune_type" in config
         raise ModelError(
             f"{file}: has no peft_type"
             + ("; it is an adapter of mlxft or mlx-lm already" if mine else ", so it is not PEFT's")
@@ -151,6 +150,7 @@ def _read_weights(folder: Path) -> Arrays:
         seen = f" ({old} is a pickle, which may run code when opened: save it again as safetensors)"
         raise ModelError(f"{folder}: has no {WEIGHTS}{seen if (folder / old).exists() else ''}")
     try:
+        check_arrays(file)
         arrays = mx.load(str(file))
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not be read: {e}") from e

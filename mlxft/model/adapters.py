@@ -8,21 +8,21 @@ their own names; mlx-lm refuses those by name instead of leaving them out in sil
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
+from pydantic import Field
 
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
-from mlxft.data.sources import type_name
 from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.model.declared import Lenient, Real, check_arrays, read_object, validate
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
@@ -313,58 +313,46 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file)
     except OSError as e:
         raise ModelError(f"{folder} is no adapter: can not read adapter_config.json ({e.strerror})") from e
-    except ValueError as e:
-        raise ModelError(f"{file}: not valid JSON: {e}") from e
-    if not isinstance(config, dict) or "fine_tune_type" not in config:
-        peft = " (it looks like a PEFT adapter)" if isinstance(config, dict) and "peft_type" in config else ""
+    if "fine_tune_type" not in config:
+        peft = " (it looks like a PEFT adapter)" if "peft_type" in config else ""
         raise ModelError(f"{file}: not an adapter of mlxft or mlx-lm{peft}")
-    _check_config(config, str(file))
+    validate(_WholeConfig if config["fine_tune_type"] == "full" else _AdapterConfig, config, file)
     return config
 
 
-def _check_config(config: dict[str, Any], file: str) -> None:
-    """ModelError where what is read of an adapter's configuration is missing or is something else."""
-    kind = config["fine_tune_type"]
-    if kind not in ("lora", "dora", "full"):
-        raise ModelError(f"{file}: fine_tune_type is {kind!r}; expected lora, dora or full")
-    low_rank = kind != "full"
-    text, number = (str, type(None)), (int, float)
-    wanted: list[tuple[str, Any, bool, str]] = [  # name, types, whether it must be there, and the types in words
-        ("num_layers", int, False, "a whole number"),
-        ("lora_parameters", dict, low_rank, "an object with rank and scale"),
-        ("lora_parameters.rank", int, low_rank, "a whole number"),
-        ("lora_parameters.scale", number, low_rank, "a number"),
-        ("lora_parameters.dropout", number, False, "a number"),
-        ("lora_parameters.keys", (list, type(None)), False, "a list of names"),
-        ("mlxft", dict, False, "an object"),
-        ("mlxft.eos_tokens", list, False, "a list of tokens"),
-        ("mlxft.base", dict, False, "an object"),
-        ("mlxft.base.model", text, False, "a text"),
-        ("mlxft.base.fingerprint", text, False, "a text"),
-        ("mlxft.base.chat_template", text, False, "a text"),
-    ]
-    for name, types, needed, words in wanted:
-        if name.startswith("lora_parameters") and not low_rank:
-            continue  # whole weights have none, and what stands there is not read
-        at: Any = config
-        *sections, leaf = name.split(".")
-        for section in sections:
-            at = at.get(section, {})
-        if leaf not in at:
-            if needed:
-                raise ModelError(f"{file}: {name} is missing; expected {words}")
-        elif not isinstance(at[leaf], types) or isinstance(at[leaf], bool):
-            raise ModelError(f"{file}: {name} is {type_name(at[leaf])}; expected {words}")
-    parameters = config.get("lora_parameters", {})
-    if low_rank and parameters["rank"] < 1:
-        raise ModelError(f"{file}: lora_parameters.rank is {parameters['rank']}; expected at least 1")
-    if low_rank and not all(isinstance(key, str) for key in parameters.get("keys") or ()):
-        raise ModelError(f"{file}: lora_parameters.keys holds something else than names; expected a list of names")
-    if not all(isinstance(token, str) for token in config.get("mlxft", {}).get("eos_tokens", ())):
-        raise ModelError(f"{file}: mlxft.eos_tokens holds something else than tokens; expected a list of texts")
+class _Base(Lenient):
+    model: str | None = None
+    fingerprint: str | None = None
+    chat_template: str | None = None
+
+
+class _About(Lenient):
+    eos_tokens: list[str] = Field(default_factory=list)
+    base: _Base = _Base()
+
+
+class _LowRank(Lenient):
+    rank: Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
+    scale: Real
+    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    keys: list[str] | None = None
+
+
+class _WholeConfig(Lenient):
+    """What is read of adapter_config.json beside whole weights."""
+
+    fine_tune_type: Literal["lora", "dora", "full"]
+    num_layers: Annotated[int, Field(strict=True, ge=-1)] = 0
+    mlxft: _About = _About()
+
+
+class _AdapterConfig(_WholeConfig):
+    """What is read of adapter_config.json of a low-rank adapter."""
+
+    lora_parameters: _LowRank
 
 
 def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -418,6 +406,7 @@ def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any],
         )
     file = folder / "adapters.safetensors"
     try:
+        check_arrays(file)
         weights = mx.load(str(file))
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e

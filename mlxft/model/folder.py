@@ -15,9 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.data.chat import thinking_of
-from mlxft.errors import ConfigError, ExportError, ModelError
+from mlxft.errors import ConfigError, ExportError
+from mlxft.model.declared import read_object
 from mlxft.model.source import lies_in
 from mlxft.owned import check_replaceable, claim, is_empty, note, remove
+from mlxft.temporary import clear
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -71,8 +73,10 @@ def replace_folder(dst: Path, kind: str) -> Iterator[Path]:
     """
     part = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
     try:
+        clear(dst.parent)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+        claim(part, kind)  # by which `clear` knows it for ours after a kill
         yield part
         claim(part, kind, (p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file()))
         check_replaceable(dst, kind)  # again: what was written may have taken hours
@@ -145,9 +149,7 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     tokenizer.save_pretrained(str(folder))
     generation = generation_settings(source)
     for code in source.glob("*.py") if source is not None else ():
-        if lies_in(
-            code.parent, code
-        ):  # a link may lead to any file of this machine, which would travel with the result
+        if lies_in(code.parent, code):  # a link may lead to any file of this machine
             shutil.copy(code, folder)
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None:
@@ -165,10 +167,7 @@ def generation_settings(folder: Path | None) -> dict[str, Any]:
     file = folder / "generation_config.json" if folder is not None else None
     if file is None or not file.is_file():
         return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{file}: is no JSON object ({error}); mend it or take it away") from error
+    return read_object(file)
 
 
 def _swap(part: Path, dst: Path) -> None:

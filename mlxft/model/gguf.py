@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.errors import ModelError
+from mlxft.model.declared import ModelConfig, validate
 from mlxft.model.gguf_config import GgufFile, config, eos_ids
 from mlxft.model.gguf_header import Entry, tensor_table
 from mlxft.model.gguf_names import ARCHITECTURES, ROPE_TENSORS, architecture, unpermute
@@ -105,6 +106,7 @@ def build(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
     import importlib
 
     settings = config(file)
+    validate(ModelConfig, settings, file.path)
     tensors = weights(file, settings)
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))

@@ -7,6 +7,7 @@ Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -14,6 +15,10 @@ from typing import BinaryIO, NamedTuple
 # Bytes of a metadata value by its type number; 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+_FARTHEST = 1 << 40  # file systems refuse to seek much further
+
+MOST_DIMENSIONS = 4  # of a tensor, as in ggml
+_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
 
 TYPES = {
     0: "F32",
@@ -69,12 +74,28 @@ def tensor_table(path: Path) -> dict[str, Entry]:
         if not alignment:
             raise ValueError("broken: it aligns its data to 0 bytes")
         start = -(-file.tell() // alignment) * alignment
-    return {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}
+        end = file.seek(0, 2)
+    table = {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}
+    _check_places(table, start, end)
+    return table
+
+
+def _check_places(table: dict[str, Entry], free: int, end: int) -> None:
+    """ValueError where tensors overlap or reach beyond the file: MLX's reader believes what the table says."""
+    for name, (kind, shape, offset) in sorted(table.items(), key=lambda item: item[1].offset):
+        if offset < free:
+            raise ValueError(f"broken: the tensor {name[:80]!r} overlaps another one")
+        items, size = _BLOCKS.get(kind, (1, 0))
+        free = offset + -(-math.prod(shape) // items) * size
+        if free > end:
+            raise ValueError(f"broken or cut off: the tensor {name[:80]!r} reaches beyond the file's end")
 
 
 def _tensor(file: BinaryIO) -> tuple[str, Entry]:
     name = _string(file)
     (dimensions,) = _unpack(file, "I")
+    if dimensions > MOST_DIMENSIONS:
+        raise ValueError(f"broken: a tensor of {dimensions:,} dimensions; expected at most {MOST_DIMENSIONS}")
     # The innermost comes first.
     shape = struct.unpack(f"<{dimensions}Q", _read(file, 8 * dimensions))[::-1]
     kind, offset = _unpack(file, "IQ")
@@ -98,8 +119,15 @@ def _read(file: BinaryIO, length: int) -> bytes:
     return data
 
 
+def _skip(file: BinaryIO, length: int) -> None:
+    # One byte of it is read: a file may be sought beyond its end.
+    if length:
+        file.seek(min(length - 1, _FARTHEST), 1)
+        _read(file, 1)
+
+
 def _skip_string(file: BinaryIO) -> None:
-    file.seek(_unpack(file, "Q")[0], 1)
+    _skip(file, _unpack(file, "Q")[0])
 
 
 def _skip_value(file: BinaryIO, kind: int) -> None:
@@ -108,11 +136,13 @@ def _skip_value(file: BinaryIO, kind: int) -> None:
     elif kind == _ARRAY:
         inner, count = _unpack(file, "IQ")
         if inner in _SIZES:
-            file.seek(_SIZES[inner] * count, 1)
-        else:
+            _skip(file, _SIZES[inner] * count)
+        elif inner == _STRING:
             for _ in range(count):
-                _skip_value(file, inner)
+                _skip_string(file)
+        else:  # nobody writes them, and MLX's reader calls itself for each level
+            raise ValueError("broken: an array of arrays in its metadata")
     elif kind in _SIZES:
-        file.seek(_SIZES[kind], 1)
+        _skip(file, _SIZES[kind])
     else:
         raise ValueError(f"broken: a metadata value of type {kind}")

@@ -18,6 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError, ModelError
+from mlxft.model.declared import check_arrays
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
 from mlxft.model.random import probing
@@ -200,9 +201,12 @@ def read_head(file: Path) -> Saved:
         ModelError: the file can not be read, or holds no head.
     """
     try:
+        check_arrays(file)
         loaded: Any = mx.load(str(file), return_metadata=True)
         arrays, metadata = loaded
         about = json.loads(metadata.get("about", "{}"))
+        if not isinstance(about, dict):
+            raise ValueError("what it notes is not an object")
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not read the head: {e}") from e
     weight = arrays.get(_WEIGHT)

@@ -7,12 +7,14 @@ which numbers the weights are held.
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import math
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from mlxft.data.chat import bound_templates, complete_template, set_thinking
 from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
+from mlxft.model.declared import check_arrays, foreign
 from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.source import TRUSTED, brief, folder_config, lies_in, model_module, older_rope, resolve
 from mlxft.text import read_small
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "own", "float32", "bfloat16", "float16")
 BITS = (0, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+
+
+class NotBeforeLoading(ModelError):
+    """What a model takes is not known before it is loaded: it is not wrong."""
 
 
 @dataclass
@@ -86,9 +93,10 @@ def load(
     _check_arguments(dtype, quantize, group_size)
     where = resolve(path, revision)
     if where.suffix == ".gguf":
-        file = gguf.read(where)
-        model, config = gguf.build(file)
-        tokenizer = gguf.tokenizer(file)
+        with foreign(f"model {path!r}: its metadata cannot be used"):
+            file = gguf.read(where)
+            model, config = gguf.build(file)
+            tokenizer = gguf.tokenizer(file)
         quantize = 0 if quantize is None else quantize
         own = gguf.own_dtype(file)
         dtype = str(own).rpartition(".")[2] if dtype == "own" or (dtype == "auto" and not _on_cpu()) else dtype
@@ -120,8 +128,9 @@ def load_tokenizer(
     """Only the tokenizer, as `load` gives it; from the hub, only the small files are fetched."""
     where = resolve(path, revision, weights=False)
     if where.suffix == ".gguf":
-        file = gguf.read(where)
-        config, tokenizer = gguf.config(file), gguf.tokenizer(file)
+        with foreign(f"model {path!r}: its metadata cannot be used"):
+            file = gguf.read(where)
+            config, tokenizer = gguf.config(file), gguf.tokenizer(file)
     else:
         config = folder_config(where, path, weights=False)
         tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
@@ -135,7 +144,8 @@ def load_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """Only the config, as the checkpoint has it (a .gguf's quantisation is not in it); no weights are fetched."""
     where = resolve(path, revision, weights=False)
     if where.suffix == ".gguf":
-        return gguf.config(gguf.read(where))
+        with foreign(f"model {path!r}: its metadata cannot be used"):
+            return gguf.config(gguf.read(where))
     return folder_config(where, path, weights=False)
 
 
@@ -162,14 +172,16 @@ def skeleton(
     _check_arguments(dtype, quantize, group_size)
     where = resolve(path, weights=False)
     if where.suffix == ".gguf":
-        file = gguf.read(where)
-        model, config = gguf.build(file)
+        with foreign(f"model {path!r}: its metadata cannot be used"):
+            file = gguf.read(where)
+            model, config = gguf.build(file)
         quantize = 0 if quantize is None else quantize
         own = gguf.own_dtype(file)
     else:
         config = folder_config(where, path, weights=False)
         model = _untrained(config, path)
-        own = getattr(mx, str(config.get("dtype") or config.get("torch_dtype") or "float32").rpartition(".")[2])
+        declared = str(config.get("dtype") or config.get("torch_dtype") or "float32").rpartition(".")[2]
+        own = getattr(mx, declared, mx.bfloat16)  # of 8 bits, which MLX has no type for
     target = _target(dtype)
     _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
     model.eval()
@@ -181,13 +193,14 @@ def _untrained(config: dict[str, Any], name: str) -> nn.Module:
     other = (config.get("quantization_config") or {}).get("quant_method")
     if "model_file" in config or ("quantization" not in config and other):
         what = f"code of its own ({config['model_file']})" if "model_file" in config else f"weights packed by {other}"
-        raise ModelError(f"model {name!r}: has {what}; what it takes is not known before it is loaded")
+        raise NotBeforeLoading(f"model {name!r}: has {what}; what it takes is not known before it is loaded")
     module = model_module(config, name)
     config.update(older_rope(config, module))
-    try:
-        model: nn.Module = module.Model(module.ModelArgs.from_dict(config))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelError(f"model {name!r}: its config.json does not fit its architecture: {brief(error)}") from error
+    with foreign(f"model {name!r}: its config.json does not fit its architecture"):
+        return _freezable(_packed(module.Model(module.ModelArgs.from_dict(config)), config))
+
+
+def _packed(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     if packed := config.get("quantization"):
 
         def fits(path: str, layer: nn.Module) -> Any:
@@ -197,7 +210,20 @@ def _untrained(config: dict[str, Any], name: str) -> nn.Module:
         nn.quantize(
             model, packed["group_size"], packed["bits"], mode=packed.get("mode", "affine"), class_predicate=fits
         )
-    return _freezable(model)
+    return model
+
+
+def check_weights(path: str) -> None:
+    """Hold the weights of a local folder against its config.json; none are read, and no code of the model's is run.
+
+    Raises:
+        ModelError: some are missing, cut off or of another shape than the config says.
+    """
+    where = Path(path).expanduser()
+    if where.is_dir():
+        config = folder_config(where, path, weights=True)
+        if "model_file" not in config:
+            _folder_model(where, path, config, False)
 
 
 def base_fingerprint(loaded: Loaded) -> str:
@@ -252,10 +278,10 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
         extra = {}
     else:
         extra = older_rope(config, model_module(config, name))
-    try:
-        model, loaded = load_model(folder, lazy=True, model_config=extra, trust_remote_code=trust)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        raise ModelError(f"model {name!r}: {folder} can not be loaded: {brief(error)}") from error
+    with foreign(f"model {name!r}: {folder} can not be loaded"), _without_globs(folder) as plain:
+        for file in sorted(folder.glob("model*.safetensors")):
+            check_arrays(file)
+        model, loaded = load_model(plain, lazy=True, model_config=extra, trust_remote_code=trust)
     return _freezable(model), loaded
 
 
@@ -276,6 +302,17 @@ def _tokenizer_code(folder: Path) -> str:
     return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
 
 
+@contextlib.contextmanager
+def _without_globs(folder: Path) -> Iterator[Path]:
+    """A name of the folder that holds none of the characters that mlx-lm would take for a pattern: run[2]."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as beside:
+        (link := Path(beside) / "model").symlink_to(folder.resolve())
+        yield link
+
+
 def _freezable(model: nn.Module) -> nn.Module:
     """With what mlx-lm's recurrent_gemma leaves out, since it does not call Module's own constructor."""
     if not hasattr(model, "_no_grad"):
@@ -288,15 +325,13 @@ def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bo
 
     trust = trust or TRUSTED.get()
     # False is said too: of None transformers makes a question at the terminal, and `y` runs the code.
-    try:
-        return read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
-    except Exception as error:  # transformers raises many kinds here, its backends plain Exception
-        if not trust and (code := _tokenizer_code(folder)):
-            raise _untrusted(name, code) from error
-        raise ModelError(
-            f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json): "
-            f"{brief(error)}"
-        ) from error
+    with foreign(f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
+        try:
+            return read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
+        except Exception as error:
+            if not trust and (code := _tokenizer_code(folder)):
+                raise _untrusted(name, code) from error
+            raise
 
 
 def _set_chat_template(tokenizer: Any, place: Path) -> None:

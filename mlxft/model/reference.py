@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlxft.model.random import probing
 from mlxft.model.roles import Roles
 from mlxft.model.shared import Sharing
+from mlxft.temporary import clear, temporary
 
 FILE = "reference.npz"
 Stacked = Iterator[tuple[list[int], dict[str, mx.array]]]
@@ -102,9 +103,10 @@ class Reference:
         for i, rows in enumerate(found):
             arrays[f"values{i}"] = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
             arrays[f"lengths{i}"] = np.array([len(row) for row in rows], dtype=np.int64)
-        beside = path.with_name(f".tmp-{path.name}")
+        beside = temporary(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            clear(path.parent)
             np.savez(beside, **arrays)
             os.replace(beside, path)
         except OSError:  # it is only a cache: a resumed run computes them again

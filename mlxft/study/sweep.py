@@ -158,15 +158,17 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 class Watch:
-    """Follows a trial: tells Optuna of each validation, and ends what is not worth going on with.
+    """Follows a trial: tells its rival of each validation, and ends what is not worth going on with.
 
     Args:
+        number: of the trial.
+        rival: see `Store.rival`.
         deadline: by time.monotonic().
     """
 
-    def __init__(self, trial: Trial, metric: str, deadline: float, progress: Progress) -> None:
-        self._trial, self._metric, self._deadline, self._progress = trial, metric, deadline, progress
-        self._told = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+    def __init__(self, number: int, rival: Trial, metric: str, deadline: float, progress: Progress) -> None:
+        self._number, self._metric, self._deadline, self._progress = number, metric, deadline, progress
+        self.rival = rival
         self.step, self.total, self.evals = 0, 0, 0
         self.value: float | None = None  # of the weights that the run keeps
 
@@ -176,7 +178,7 @@ class Watch:
             self.total = event["steps"]
         elif kind in ("train", "eval"):
             self.step = event["step"]
-            self._progress.now(self._trial.number, self.step, self.total, event.get("loss"))
+            self._progress.now(self._number, self.step, self.total, event.get("loss"))
             if kind == "eval" and self.step:
                 self._judge(event)
             if time.monotonic() > self._deadline and self.step < self.total:
@@ -199,9 +201,8 @@ class Watch:
         self.evals += 1
         if event["best"]:
             self.value = value
-        if self.evals not in self._told:
-            self._trial.report(value, self.evals)
-        if self.step < self.total and self._trial.should_prune():
+        self.rival.report(value, self.evals)
+        if self.step < self.total and self.rival.should_prune():
             raise Stopped(f"pruned at step {self.step} of {self.total}: {self._metric} {value:.4g}")
 
 
@@ -283,7 +284,8 @@ class _Job:
         _take_away(place)
         attempts = trial.user_attrs.get("attempts", 0)
         trial.set_user_attr("attempts", attempts + 1)
-        watch, began = Watch(trial, self.config.sweep.metric, deadline, self.progress), time.monotonic()
+        watch = Watch(trial.number, self.store.rival(), self.config.sweep.metric, deadline, self.progress)
+        began = time.monotonic()
         state, error = TrialState.COMPLETE, None
         try:
             if attempts >= ATTEMPTS:
@@ -307,7 +309,7 @@ class _Job:
         facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}
         for key, value in facts.items():
             trial.set_user_attr(key, value)
-        self.store.study.tell(trial, watch.value if state == TrialState.COMPLETE else None, state)
+        self.store.tell(trial, watch.rival, watch.value if state == TrialState.COMPLETE else None, state)
         result = self._settle()
         self.progress.done(next(o for o in result.trials if o.number == trial.number), self.config.sweep.metric)
         return True

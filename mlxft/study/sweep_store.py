@@ -18,7 +18,7 @@ from mlxft.search import Range, Sweep
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
+    from optuna.trial import FrozenTrial, Trial, TrialState
 
 FILE = "sweep.db"
 STARTUP = 5  # trials at random before TPE learns from them
@@ -127,6 +127,32 @@ class Store:
                 self.study.enqueue_trial(self._combination(number))
             trial = self.study.ask()
         return trial, {key: _suggest(trial, key, r) for key, r in self.sweep.space.items()}
+
+    def rival(self) -> Trial:
+        """A trial in memory among copies of those that are finished, to be reported to and judged by the pruner.
+
+        The pruner notes in a trial which rungs it has passed. In the file such a note would outlive a kill, and the
+        trial that is begun anew would be judged by another rung than the first time.
+        """
+        import optuna
+
+        study = optuna.create_study(direction=self.study.direction, pruner=self._pruner())
+        study.add_trials(self.trials())
+        return study.ask()
+
+    def tell(self, trial: Trial, rival: Trial, value: float | None, state: TrialState) -> None:
+        """Record how a trial ended, with what its rival was told and what the pruner noted there.
+
+        A kill in the midst of it leaves an unfinished trial: it is run again, and the same is written once more.
+        """
+        judged = rival.study.get_trials(deepcopy=False)[-1]
+        storage, told = self.study._storage, self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        for step, seen in judged.intermediate_values.items():
+            if step not in told:
+                trial.report(seen, step)
+        for key, noted in judged.system_attrs.items():
+            storage.set_trial_system_attr(trial._trial_id, key, noted)
+        self.study.tell(trial, value, state)
 
     @property
     def combinations(self) -> int:

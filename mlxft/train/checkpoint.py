@@ -3,13 +3,13 @@
 weights.safetensors      trained parameters
 optimizer.safetensors    its state and master weights
 objective.safetensors    a rollout that is in use, where there is one
-state.json               step, data position, counters, best so far, random state, hashes of the files
+state.json               step, data position, counters, best so far, random state
+digests.json             a hash of each of these
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlxft.errors import CheckpointError
-from mlxft.train.files import digest, flush, save_arrays, writing
+from mlxft.temporary import clear, discard, temporary
+from mlxft.train.files import check_room, digest, flush, save_arrays, writing
 
-FORMAT = 2
+FORMAT = 3
+DIGESTS = "digests.json"
+PARTS = ("weights.safetensors", "optimizer.safetensors", "state.json")  # in every checkpoint
 
 
 @dataclass
@@ -39,31 +42,35 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
     Raises:
         CheckpointError: it can not be written; the older ones stay.
     """
-    final, beside = folder / f"step-{step}", folder / f".tmp-step-{step}"
+    final = folder / f"step-{step}"
+    beside = temporary(final)
     try:
         with writing(final):
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            clear(folder)
+            beside.mkdir()
             arrays = {"weights.safetensors": snapshot.weights, "optimizer.safetensors": snapshot.optimizer}
             if snapshot.objective:
                 arrays["objective.safetensors"] = snapshot.objective
+            check_room(folder, sum(v.nbytes for tree in arrays.values() for v in tree.values()))
             for name, tree in arrays.items():
                 save_arrays(beside / name, tree)
-            hashes = {name: digest(beside / name) for name in arrays}
-            state = {"format": FORMAT, "step": step, "files": hashes, **snapshot.state}
+            state = {"format": FORMAT, "step": step, **snapshot.state}
             (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            hashes = {name: digest(beside / name) for name in (*arrays, "state.json")}
+            (beside / DIGESTS).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             for file in beside.iterdir():
                 flush(file)
-            shutil.rmtree(final, ignore_errors=True)  # only there when a damaged one is being replaced
+            discard(final)  # only there when a damaged one is being replaced
             beside.rename(final)
             flush(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        discard(beside)
     found = checkpoints(folder)
     now = found.index(final)
     # Those of later steps are damaged ones that a resume has passed over: they must not count as the newest.
     for unwanted in found[: max(0, now + 1 - keep)] + found[now + 1 :]:
-        shutil.rmtree(unwanted, ignore_errors=True)
+        discard(unwanted)
     return final
 
 
@@ -79,8 +86,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
-    for leftover in folder.glob(".tmp-step-*") if folder.is_dir() else ():
-        shutil.rmtree(leftover, ignore_errors=True)
+    clear(folder)
     found = checkpoints(folder)
     for path in reversed(found):
         try:
@@ -97,22 +103,33 @@ def load(path: Path) -> Snapshot:
     """Read one checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed.
+        CheckpointError: a file is missing, cut short or changed, or something else stands in its place.
     """
+    own = "objective.safetensors"
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = state["files"]
-        for name, expected in files.items():
-            if digest(path / name) != expected:
+        if path.is_symlink():
+            raise CheckpointError(f"checkpoint {path.name} is damaged: it is a link")
+        for name in (DIGESTS, "state.json"):
+            _check_file(path / name)
+        state, files = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("state.json", DIGESTS))
+        if state.get("format") != FORMAT:
+            raise CheckpointError(f"checkpoint {path.name} has format {state.get('format')}, this mlxft reads {FORMAT}")
+        for name in {*PARTS, *files}:
+            _check_file(path / name)
+            if digest(path / name) != files[name]:
                 raise CheckpointError(f"checkpoint {path.name} is damaged: {name} is not what was written")
-        held: list[Any] = [mx.load(str(path / name)) for name in ("weights.safetensors", "optimizer.safetensors")]
-        own = "objective.safetensors"
+        held: list[Any] = [mx.load(str(path / name)) for name in PARTS[:2]]
         held.append(mx.load(str(path / own)) if own in files else {})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
-        if isinstance(e, CheckpointError):
-            raise
-        raise CheckpointError(f"checkpoint {path.name} is damaged: {e}") from e
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path.name} has format {state.get('format')}, this mlxft reads {FORMAT}")
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+        said = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
+        raise CheckpointError(f"checkpoint {path.name} is damaged: {said}") from e
     weights, optimizer, objective = held
     return Snapshot(weights, optimizer, state, objective)
+
+
+def _check_file(file: Path) -> None:
+    """CheckpointError for what is not a plain file: a link may lead anywhere, and a pipe never ends."""
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise CheckpointError(f"checkpoint {file.parent.name} is damaged: {file.name} is not a file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxft.errors import CheckpointError
-from mlxft.owned import beside, is_stream, note
+from mlxft.owned import is_stream, note
+from mlxft.temporary import clear, temporary
 
 
 def flush(path: Path) -> None:
@@ -44,10 +46,11 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
         with writing(path):
             write(path)
         return
-    part = beside(path)
+    part = temporary(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            clear(path.parent)
             write(part)
             flush(part)
             os.replace(part, path)
@@ -76,11 +79,16 @@ def _write_all(path: Path, text: str) -> None:
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
     """Write arrays as safetensors. An OSError where the disk took less than all of it."""
     need = sum(v.nbytes for v in arrays.values())
-    if shutil.disk_usage(path.parent).free < need:  # mlx does not always notice a full disk
-        raise OSError(28, f"No space left on device ({need / 1e6:,.0f} MB needed)")
+    check_room(path.parent, need)  # mlx does not always notice a full disk
     mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
     if path.stat().st_size < need:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed)")
+
+
+def check_room(folder: Path, need: int) -> None:
+    """Raise an OSError where the disk of a folder has less than `need` bytes free."""
+    if (free := shutil.disk_usage(folder).free) < need:
+        raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed, {free:,} are free)")
 
 
 def digest(path: Path) -> str:

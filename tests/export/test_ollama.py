@@ -149,7 +149,7 @@ def test_settings_of_the_makers(make_model_dir: Any, tmp_path: Path) -> None:
         "PARAMETER temperature 0.6\nPARAMETER top_p 0.9\nPARAMETER repeat_penalty 1.1\n"
     )
     (folder / "generation_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"generation_config\.json: is no JSON object"):
+    with pytest.raises(ModelError, match=r"generation_config\.json: "):
         export_ollama(folder, tmp_path / "again", kind="f16")
 
 

@@ -28,7 +28,7 @@ from mlxft.cli import cli as main
 from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError
 from mlxft.owned import MARK
 from mlxft.rundir import Run
-from mlxft.train import report
+from mlxft.train import checkpoint, report
 
 Recipe = Callable[..., dict[str, Any]]
 STEPS, SAVE_EVERY = 120, 7
@@ -115,6 +115,13 @@ def interrupted(step: int, settings: dict[str, Any], said: list[str] | None = No
 # Killed from outside, through the command.
 
 
+def ended() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def last_step(run: Path) -> int:
     try:
         tail = (run / "metrics.jsonl").read_text().splitlines()[-2:]
@@ -125,7 +132,7 @@ def last_step(run: Path) -> int:
 
 def saving(run: Path) -> bool:
     try:
-        return any(name.startswith(".tmp-step-") for name in os.listdir(run / "checkpoints"))
+        return any(name.startswith(".tmp-mlxft-") for name in os.listdir(run / "checkpoints"))
     except OSError:
         return False
 
@@ -304,7 +311,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(recipe: Recipe, tmp_p
 def test_what_a_kill_amid_a_whole_model_left_is_cleared(recipe: Recipe, tmp_path: Path):
     settings = recipe(**{"tune": {"method": "full"}, "run.save_every": 2, "run.steps": 6})
     killed(5, settings)
-    half = tmp_path / "runs/a/.model.partial-123"
+    half = tmp_path / f"runs/a/.model.partial-{ended()}"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     train(settings, resume=True)
@@ -326,6 +333,76 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_gives_the_same(recipe: 
     assert any("step-6 is damaged" in line and "using the one before it" in line for line in said)
     assert any(line.startswith("training after step 3 of 9") for line in said)
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "removed"])
+def test_every_file_of_a_checkpoint_in_turn(recipe: Recipe, tmp_path: Path, damage: str):
+    """Whatever becomes of one file of the newest checkpoint, training goes on from the one before."""
+    settings = recipe(**{"run.steps": 6, "run.save_every": 2, "tune.dropout": 0.3, "run.name": "b"})
+    killed(5, settings)
+    run = tmp_path / "runs/b"
+    shutil.copytree(run, tmp_path / "kept")
+    files = sorted(p.name for p in (run / "checkpoints/step-4").iterdir())
+    assert len(files) == 4
+    results = set()
+    for name in files:
+        shutil.rmtree(run)
+        shutil.copytree(tmp_path / "kept", run)
+        file = run / "checkpoints/step-4" / name
+        content = bytearray(file.read_bytes())
+        file.unlink()
+        if damage == "truncated":
+            file.write_bytes(content[: len(content) // 2])
+        if damage == "altered":
+            digit = next(i for i in reversed(range(len(content))) if chr(content[i]).isdigit() or name.endswith("rs"))
+            content[digit] ^= 1
+            file.write_bytes(content)
+        said: list[str] = []
+        train(settings, said, resume=True)
+        assert any("step-4 is damaged" in line for line in said), name
+        assert any(line.startswith("training after step 2 of 6") for line in said), name
+        results.add(result(run))
+    assert len(results) == 1
+
+
+KILLS = 40
+
+
+@pytest.mark.slow
+def test_killed_forty_times_while_saving_deleting_fusing_and_exporting(recipe: Recipe, tmp_path: Path):
+    """A child of this process trains with a checkpoint a step, then fuses and exports over what is there; it is killed
+    at random. What was whole stays whole, the run ends as one that was not killed, and no litter is left."""
+    changes: dict[str, Any] = {"run.steps": 30, "run.save_every": 1, "run.keep": 1}
+    train(recipe(**changes))
+    path, run = write_recipe(tmp_path / "b.yaml", recipe(**changes, **{"run.name": "b"})), tmp_path / "runs/b"
+    rng = random.Random(5)
+    work = """
+import sys, mlxft.cli
+recipe, run, out = sys.argv[1:]
+steps = [["train", recipe, "--resume"], ["fuse", run, out, "--overwrite", "--force"]]
+steps += [["export", run, out + ".gguf", "--format", "gguf", "--overwrite"]]
+print("ready", flush=True)
+for args in steps:
+    mlxft.cli.cli.main(args, standalone_mode=False)
+"""
+    args = [sys.executable, "-c", work, str(path), str(run), str(tmp_path / "out")]
+    kills = 0
+    while kills < KILLS:
+        with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            try:
+                process.wait(timeout=2 + rng.random() * 8)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+        found = sorted((run / "checkpoints").glob("step-*")) if run.exists() else []
+        if found:
+            checkpoint.load(max(found, key=lambda p: int(p.name[5:])))
+    finished = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert_same(tmp_path / "runs/a", run)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_all_damaged_is_refused_and_nothing_touched(recipe: Recipe, tmp_path: Path):

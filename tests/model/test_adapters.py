@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -383,25 +384,31 @@ def test_outputs_keep_the_models_type(name: str, dora: bool, tiny_model_dir: Pat
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lora_parameters": None}, "lora_parameters is null; expected an object with rank and scale"),
-        ({"lora_parameters": {"scale": 1.0}}, "lora_parameters.rank is missing; expected a whole number"),
-        ({"lora_parameters": {"rank": None, "scale": 1.0}}, "lora_parameters.rank is null; expected a whole number"),
-        ({"lora_parameters": {"rank": 2.5, "scale": 1.0}}, "lora_parameters.rank is a number; expected a whole number"),
-        ({"lora_parameters": {"rank": True, "scale": 1.0}}, "lora_parameters.rank is true or false"),
-        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "lora_parameters.rank is 0; expected at least 1"),
-        ({"lora_parameters": {"rank": 2}}, "lora_parameters.scale is missing; expected a number"),
-        ({"lora_parameters": {"rank": 2, "scale": "big"}}, "lora_parameters.scale is a string; expected a number"),
+        ({"lora_parameters": None}, "lora_parameters is null"),
+        ({"lora_parameters": {"scale": 1.0}}, "lora_parameters.rank is missing"),
+        ({"lora_parameters": {"rank": None, "scale": 1.0}}, "lora_parameters.rank is null; expected a valid integer"),
+        ({"lora_parameters": {"rank": 2.5, "scale": 1.0}}, "lora_parameters.rank is 2.5; expected a valid integer"),
+        ({"lora_parameters": {"rank": "8", "scale": 1.0}}, "lora_parameters.rank is '8'; expected a valid integer"),
+        ({"lora_parameters": {"rank": True, "scale": 1.0}}, "lora_parameters.rank is True"),
+        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "lora_parameters.rank is 0"),
+        ({"lora_parameters": {"rank": -1, "scale": 1.0}}, "lora_parameters.rank is -1"),
+        ({"lora_parameters": {"rank": 2**31, "scale": 1.0}}, "lora_parameters.rank is 2147483648"),
+        ({"lora_parameters": {"rank": 2}}, "lora_parameters.scale is missing"),
+        ({"lora_parameters": {"rank": 2, "scale": "big"}}, "lora_parameters.scale is 'big'"),
+        ({"lora_parameters": {"rank": 2, "scale": math.nan}}, "lora_parameters.scale is nan; expected a finite number"),
+        ({"lora_parameters": {"rank": 2, "scale": math.inf}}, "lora_parameters.scale is inf; expected a finite number"),
         ({"lora_parameters": {"rank": 2, "scale": 1, "dropout": None}}, "lora_parameters.dropout is null"),
-        ({"lora_parameters": {"rank": 2, "scale": 1, "keys": "q_proj"}}, "lora_parameters.keys is a string"),
-        ({"lora_parameters": {"rank": 2, "scale": 1, "keys": [1]}}, "lora_parameters.keys holds something else"),
-        ({"num_layers": "all"}, "num_layers is a string; expected a whole number"),
-        ({"fine_tune_type": "vera"}, "fine_tune_type is 'vera'; expected lora, dora or full"),
-        ({"mlxft": "0.1"}, "mlxft is a string; expected an object"),
-        ({"mlxft": {"base": None}}, "mlxft.base is null; expected an object"),
-        ({"mlxft": {"base": {"model": 3}}}, "mlxft.base.model is a number; expected a text"),
-        ({"mlxft": {"base": {"fingerprint": 3}}}, "mlxft.base.fingerprint is a number; expected a text"),
-        ({"mlxft": {"base": {"chat_template": {}}}}, "mlxft.base.chat_template is an object; expected a text"),
-        ({"lora_parameters": ...}, "lora_parameters is missing; expected an object with rank and scale"),
+        ({"lora_parameters": {"rank": 2, "scale": 1, "dropout": 1.5}}, "lora_parameters.dropout is 1.5"),
+        ({"lora_parameters": {"rank": 2, "scale": 1, "keys": "q_proj"}}, "lora_parameters.keys is 'q_proj'"),
+        ({"lora_parameters": {"rank": 2, "scale": 1, "keys": [1]}}, "lora_parameters.keys.0 is 1"),
+        ({"num_layers": "all"}, "num_layers is 'all'; expected a valid integer"),
+        ({"fine_tune_type": "vera"}, "fine_tune_type is 'vera'; expected 'lora', 'dora' or 'full'"),
+        ({"mlxft": "0.1"}, "mlxft is '0.1'"),
+        ({"mlxft": {"base": None}}, "mlxft.base is null"),
+        ({"mlxft": {"base": {"model": 3}}}, "mlxft.base.model is 3"),
+        ({"mlxft": {"base": {"fingerprint": 3}}}, "mlxft.base.fingerprint is 3"),
+        ({"mlxft": {"base": {"chat_template": {}}}}, "mlxft.base.chat_template is an object"),
+        ({"lora_parameters": ...}, "lora_parameters is missing"),
     ],
 )
 def test_a_configuration_that_lacks_something(change: Any, said: str, tmp_path: Path, model: nn.Module) -> None:

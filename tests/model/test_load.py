@@ -225,7 +225,7 @@ def test_broken_parts(copy: Path) -> None:
     weights = copy / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match=r"can not be (loaded|read)"):
+    with pytest.raises(ModelError, match=r"can not be (loaded|read)|not a whole safetensors"):
         load(str(copy))
     weights.write_bytes(whole)
     change_config(copy, num_hidden_layers=3)
@@ -235,7 +235,7 @@ def test_broken_parts(copy: Path) -> None:
     with pytest.raises(ModelError, match="hidden_size"):
         load(str(copy))
     (copy / "config.json").write_text("{nonsense")
-    with pytest.raises(ModelError, match="is not JSON"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         load(str(copy))
 
 

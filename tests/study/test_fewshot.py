@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,11 @@ def test_another_study_in_the_folder_is_kept(reviews: Callable[..., Path], tmp_p
         fewshot(file, ["optim.lr=3e-4"], plan, out=tmp_path / "study", console=QUIET)
     more = study(file, Plan(str(tmp_path / "test.jsonl"), [1, 3], [], [], seeds=1))
     assert more.lines[:2] == first.lines
+    process = subprocess.Popen(["true"])  # a study that was killed at its first write goes on
+    process.wait()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / f"begun/.tmp-mlxft-{process.pid}-study.json").touch()
+    assert fewshot(file, [], plan, out=tmp_path / "begun", console=QUIET).lines == first.lines
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine").touch()
     with pytest.raises(ConfigError, match="is not a few-shot study"):

@@ -342,3 +342,61 @@ def test_the_recipe_of_a_sweep(tiny_model_dir: Path, tmp_path: Path, monkeypatch
     run = train(found.recipe, console=Console(quiet=True))
     assert found.best is not None
     assert run.metrics("end")[0]["best_loss"] == found.best.value
+
+
+@pytest.mark.parametrize("moment", ["noted", "told"])
+def test_a_kill_around_the_pruners_note_changes_no_trial(
+    moment: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halving notes in a trial which rungs it has passed: begun anew, it is judged by the same rungs again."""
+    from optuna.pruners import SuccessiveHalvingPruner
+
+    class Killed(BaseException):
+        """Stands for a kill."""
+
+    settings = write({"space": {"optim.lr": {"log": [1e-5, 1e-1]}}, "pruner": "halving", "trials": 5, "grace": 1})
+
+    def trials(name: str) -> list[Any]:
+        config = parse_config(yaml.safe_load(settings.read_text()))
+        study = Store(tmp_path / "runs" / name, config.sweep, 0, json.loads(_about(tmp_path / "runs" / name))).study
+        found = study.get_trials(deepcopy=False)
+        return [(t.number, t.state, t.params, t.intermediate_values, sorted(t.system_attrs.items())) for t in found]
+
+    quiet(settings, name="a")
+    real, calls = SuccessiveHalvingPruner.prune, []
+
+    def prune(self: Any, study: Any, trial: Any) -> bool:
+        found: bool = real(self, study, trial)
+        calls.append(found)
+        if moment == "noted" and (len(calls) == 9 or (found and calls.count(True) == 1)):
+            raise Killed
+        return found
+
+    def tell(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(True)
+        if len(calls) == 2:
+            raise Killed
+        return real_tell(self, *args, **options)
+
+    import optuna
+
+    real_tell = optuna.study.Study.tell
+    monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
+    if moment == "told":
+        monkeypatch.setattr(SuccessiveHalvingPruner, "prune", real)
+        monkeypatch.setattr(optuna.study.Study, "tell", tell)
+    with pytest.raises(Killed):
+        quiet(settings, name="b")
+    while True:  # killed once or twice
+        try:
+            quiet(settings, name="b")
+            break
+        except Killed:
+            continue
+    assert trials("a") == trials("b")
+    assert any(state.name == "PRUNED" for _, state, *_ in trials("a"))
+
+
+def _about(folder: Path) -> str:
+    with sqlite3.connect(folder / "sweep.db") as file:
+        return str(file.execute("select value_json from study_user_attributes where key = 'about'").fetchone()[0])

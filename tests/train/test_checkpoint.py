@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +31,11 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "weights cut": lambda p: cut(p / "weights.safetensors"),
     "weights changed by one bit": lambda p: flip(p / "weights.safetensors"),
@@ -36,6 +44,16 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "state missing": lambda p: (p / "state.json").unlink(),
     "state cut": lambda p: cut(p / "state.json"),
     "state is a list": lambda p: (p / "state.json").write_text("[]") and None,
+    "a number of the state altered": lambda p: flip(p / "state.json"),
+    "a key of the state missing": lambda p: (p / "state.json").write_text('{"format": 3, "step": 10}') and None,
+    "digests missing": lambda p: (p / "digests.json").unlink(),
+    "digests are of other files": lambda p: (p / "digests.json").write_text('{"x": "y"}') and None,
+    "a link": lambda p: link(p / "weights.safetensors"),
+    "a link that leads nowhere": lambda p: (p / "state.json").unlink() or (p / "state.json").symlink_to("/none"),
+    "a folder in a file's place": lambda p: (p / "state.json").unlink() or (p / "state.json").mkdir(),
+    "a pipe in a file's place": lambda p: (p / "state.json").unlink() or os.mkfifo(p / "state.json"),
+    "all of it a link": lambda p: link(p),
+    "a file in its place": lambda p: shutil.rmtree(p) or (p.write_text("") and None),
 }
 
 
@@ -100,13 +118,17 @@ def test_a_damaged_one_is_replaced_by_a_whole_one_of_the_same_step(tmp_path: Pat
 
 def test_a_half_written_one_is_no_checkpoint_and_is_cleared_away(tmp_path: Path):
     save(tmp_path, 5, snapshot(5), keep=2)
-    half = tmp_path / ".tmp-step-10"
-    half.mkdir()
-    (half / "weights.safetensors").write_bytes(b"half")
+    process = subprocess.Popen(["true"])
+    process.wait()
+    half, busy = (tmp_path / f".tmp-mlxft-{pid}-step-10" for pid in (process.pid, os.getppid()))
+    for folder in (half, busy):
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"half")
     back = load_newest(tmp_path, pytest.fail)
     assert back is not None
     assert back.state["step"] == 5
     assert not half.exists()
+    assert busy.exists(), "a process that lives is writing it"
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -127,7 +149,7 @@ def test_another_format_is_refused_by_number(tmp_path: Path):
     said: list[str] = []
     save(tmp_path, 5, snapshot(5), keep=1)
     file = tmp_path / "step-5" / "state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))  # before its digest is looked at
     with pytest.raises(CheckpointError):
         load_newest(tmp_path, said.append)
     assert "format 99" in said[0]
