@@ -25,7 +25,7 @@ from mlxft.temporary import temporary
 
 MARK, HOLDER = ".mlxft.json", ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
-_ANYWHERE = (HOLDER, ".tmp-mlxft-*-mark", ".DS_Store")
+_ANYWHERE = (HOLDER, ".tmp-mlxft-*", ".DS_Store")
 _LITTER = (*_ANYWHERE, ".tmp-*", ".*.partial-*", ".*.old-*", ".removed-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)

@@ -10,6 +10,7 @@ import pytest
 
 from mlxft.errors import ExportError
 from mlxft.model.folder import replace_folder
+from mlxft.owned import claim
 from mlxft.temporary import clear, discard, temporary
 from mlxft.train.files import write_text
 
@@ -38,6 +39,10 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path, ended: int):
     for name in [*gone, *kept]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
+        if name.endswith(f".partial-{ended}"):
+            claim(tmp_path / name, "model")
+    (tmp_path / f".users.partial-{ended}").mkdir()  # it has no mark, so it may be anybody's
+    kept.append(f".users.partial-{ended}")
     (tmp_path / f".tmp-mlxft-{ended}-b.json").write_text("half")
     clear(tmp_path)
     assert names(tmp_path) == sorted(kept)
@@ -49,13 +54,15 @@ def test_only_what_dead_processes_left_is_removed(tmp_path: Path, ended: int):
 def test_a_folder_moved_aside_gets_its_name_back(tmp_path: Path, ended: int):
     """The kill came between the two renames: neither the old nor the new one had the name."""
     (tmp_path / f".m.old-{ended}").mkdir()
+    claim(tmp_path / f".m.old-{ended}", "model", ["config.json"])
     (tmp_path / f".m.old-{ended}" / "config.json").write_text("old")
-    with pytest.raises(ExportError), replace_folder(tmp_path / "m"):
+    with pytest.raises(ExportError), replace_folder(tmp_path / "m", "model"):
         raise OSError("a full disk")
     assert names(tmp_path) == ["m"]
     assert (tmp_path / "m/config.json").read_text() == "old"
     (tmp_path / f".m.old-{ended}").mkdir()
-    with replace_folder(tmp_path / "m") as part:
+    claim(tmp_path / f".m.old-{ended}", "model")
+    with replace_folder(tmp_path / "m", "model") as part:
         (part / "config.json").write_text("new")
     assert names(tmp_path) == ["m"]
 

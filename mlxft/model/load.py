@@ -29,6 +29,7 @@ from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.declared import check_arrays, foreign
 from mlxft.model.fingerprint import fingerprint, is_packed
+from mlxft.model.random import aside
 from mlxft.model.source import TRUSTED, brief, folder_config, lies_in, model_module, older_rope, resolve
 from mlxft.text import read_small
 
@@ -223,7 +224,8 @@ def check_weights(path: str) -> None:
     if where.is_dir():
         config = folder_config(where, path, weights=True)
         if "model_file" not in config:
-            _folder_model(where, path, config, False)
+            with aside():  # layers that are made draw their weights
+                _folder_model(where, path, config, False)
 
 
 def base_fingerprint(loaded: Loaded) -> str:

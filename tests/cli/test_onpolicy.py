@@ -84,7 +84,7 @@ def failed(mlxft: Command, tmp_path: Path) -> Callable[..., str]:
         assert done.code == 1, done
         assert "Traceback" not in done.err
         folder = tmp_path / "runs" / "a"
-        kept = {"config.yaml", "chat_template.jinja", "metrics.jsonl", "samples.jsonl", "status.json"}
+        kept = {".mlxft.json", "config.yaml", "chat_template.jinja", "metrics.jsonl", "samples.jsonl", "status.json"}
         assert {p.name for p in folder.iterdir()} <= kept
         (event,) = open_run(folder).metrics("failed")
         assert event["text"] in done.err

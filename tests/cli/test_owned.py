@@ -16,8 +16,9 @@ import yaml
 
 from mlxft import run
 from mlxft.errors import CheckpointError
-from mlxft.owned import HOLDER, beside, hold, read_mark
+from mlxft.owned import HOLDER, hold, read_mark
 from mlxft.run import train
+from mlxft.temporary import temporary
 from mlxft.train.report import Event
 
 Command = Callable[..., Any]
@@ -299,7 +300,7 @@ def test_names_made_of_file_names_are_names(write: Write, mlxft: Command, refuse
 
 def test_other_commands_write_under_other_names(tmp_path: Path) -> None:
     """So that two that write one file at once do not write into each other's."""
-    assert beside(tmp_path / "a.npz").name == f".tmp-{os.getpid()}-a.npz"
+    assert temporary(tmp_path / "a.npz").name == f".tmp-mlxft-{os.getpid()}-a.npz"
 
 
 def test_a_folder_is_held_by_one_and_known_by_its_mark(tmp_path: Path) -> None:

