@@ -105,7 +105,7 @@ def damaged(value: Any, rng: random.Random) -> Any:
             if rng.random() < 0.1:
                 del at[key]
             else:
-                at[key] = rng.choice(NASTY)
+                at[key] = json.loads(json.dumps(rng.choice(NASTY)))  # a copy: it may be damaged itself
     return value
 
 
