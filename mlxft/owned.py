@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.temporary import temporary
+from mlxft.temporary import MARK, temporary
 
-MARK, HOLDER = ".mlxft.json", ".mlxft.pid"
+HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
 _ANYWHERE = (HOLDER, ".tmp-mlxft-*", ".DS_Store")
-_LITTER = (*_ANYWHERE, ".tmp-*", ".*.partial-*", ".*.old-*", ".removed-*", "__pycache__")
+_LITTER = (*_ANYWHERE, ".*.partial-*", ".*.old-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
 _CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
-_SWEEP = ("sweep.db", "sweep.db-journal", "sweep.lock", "best.yaml", "history.png", "importance.png", "trials/*")
+_SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
 # Kind -> what it is called, and the names in it. A folder is named where it has a mark of its own, and with ** where
 # another program fills it. Folders that are written at once (models, adapters) have all their names in the mark.

@@ -11,6 +11,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+MARK = ".mlxft.json"  # of folders that mlxft made; see mlxft.owned
 # .tmp-mlxft-PID-NAME; .NAME.partial-PID, a folder being written; .NAME.old-PID, one that is being replaced.
 _OURS = re.compile(r"\.tmp-mlxft-(?P<pid>\d+)-.+|\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<by>\d+)", re.DOTALL)
 
@@ -38,7 +39,7 @@ def clear(folder: Path) -> None:
             found = _OURS.fullmatch(entry.name)
             if found is None or _lives(int(found["pid"] or found["by"])):
                 continue
-            if found["kind"] and not (entry / ".mlxft.json").is_file():  # mlxft.owned's mark: others may be the user's
+            if found["kind"] and not (entry / MARK).is_file():  # others may be the user's
                 continue
             whole = folder / found["name"] if found["kind"] == "old" else None
             if whole is not None and not os.path.lexists(whole):

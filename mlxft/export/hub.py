@@ -22,8 +22,8 @@ from mlxft.export.card import Facts, Metadata, card, shortened
 from mlxft.model.heads import HEAD_FILE
 from mlxft.model.load import NAMED_TEMPLATES
 from mlxft.model.source import brief
-from mlxft.owned import MARK
 from mlxft.rundir import Run, open_run
+from mlxft.temporary import MARK
 
 GOES = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile"),

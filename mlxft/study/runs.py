@@ -18,6 +18,7 @@ import yaml
 
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.owned import check_replaceable, hold, is_held, refuse_if_held, remove
+from mlxft.temporary import temporary
 from mlxft.train.status import read_status
 
 Event = dict[str, Any]
@@ -323,7 +324,7 @@ def remove_run(folder: Path) -> None:
         ConfigError: there is something in it by now that mlxft did not make.
         CheckpointError: it is being trained by now, or can not be removed.
     """
-    away = folder.with_name(f".removed-{folder.name}-{os.getpid()}")
+    away = temporary(folder)
     with hold(folder):
         check_replaceable(folder, "run")
         try:

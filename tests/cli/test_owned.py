@@ -158,8 +158,8 @@ def test_what_mlxft_wrote_into_a_folder_goes_with_it(
         done = mlxft(*command)
         assert done.code == 0, (command, done.err)
     (tmp_path / "runs/a/.DS_Store").write_bytes(b"\0")
-    (tmp_path / "runs/a/checkpoints/.tmp-step-9").mkdir()
-    (tmp_path / "runs/a/checkpoints/.tmp-step-9/weights.safetensors").touch()
+    (tmp_path / "runs/a/checkpoints/.tmp-mlxft-1-step-9").mkdir()
+    (tmp_path / "runs/a/checkpoints/.tmp-mlxft-1-step-9/weights.safetensors").touch()
     assert ".mlxft.json" not in mlxft("push", "runs/a", "ada/a", "--dry-run").out
     done = mlxft("train", file, "--overwrite")
     assert done.code == 0, done.err

@@ -26,8 +26,9 @@ from rich.console import Console
 import mlxft
 from mlxft.cli import cli as main
 from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError
-from mlxft.owned import MARK, claim
+from mlxft.owned import claim
 from mlxft.rundir import Run
+from mlxft.temporary import MARK
 from mlxft.train import checkpoint, report
 
 Recipe = Callable[..., dict[str, Any]]
