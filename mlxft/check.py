@@ -19,7 +19,17 @@ from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.plan import ShapeSplit
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import make_objective
-from mlxft.planning import Planned, around_of, bare_skeleton, batch_shapes, full_logits, outfitted, planned, settled
+from mlxft.planning import (
+    Planned,
+    around_of,
+    bare_skeleton,
+    batch_shapes,
+    check_room,
+    full_logits,
+    outfitted,
+    planned,
+    settled,
+)
 from mlxft.run import total_steps
 from mlxft.text import json_text
 from mlxft.timing import TimedSteps, timed_steps
@@ -34,7 +44,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         as_json: print all as JSON in place of that.
         time: load the weights and take a few steps, to tell how long training takes; nothing is written.
     Raises:
-        ConfigError, DataError, ModelError: as training would.
+        ConfigError, DataError, ModelError: as training would; that it does not fit here is said after all else.
     """
     check_weights(config.model.path)
     config, m = settled(config, resume=False), config.model
@@ -43,6 +53,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
     summary = objective.summary()
     total = total_steps(config, objective)
     found, reason, notes = memory_plan(config, objective)
+    fits = found is None or found.plan.fits(found.usable)
     facts = {
         "recipe": "valid",
         "objective": config.objective,
@@ -57,15 +68,38 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         "notes": [*summary.notes, *notes],
         "run_dir": str(config.run_dir),
     }
-    took, blas = timed_steps(config, objective, total) if time else None, in_use()
+    took, blas = timed_steps(config, objective, total) if time and fits else None, in_use()
     if as_json:
         facts["previews"] = [preview(row, tokenizer) for row in objective.previews(rows)]
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
         facts |= {"time": took.to_json()} if took is not None else {}
         facts |= {"blas": blas.to_json()} if blas is not None else {}
         console.out(json_text(facts, indent=2), highlight=False)  # never coloured: it is for programs
-        return facts
-    colour = console.is_terminal and console.color_system is not None and not console.no_color
+    else:
+        _print(facts, [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])], console)
+        colour = console.is_terminal and console.color_system is not None and not console.no_color
+        for row in objective.previews(rows):
+            show(preview(row, tokenizer), console, colour)
+    _check_room(config, found)
+    return facts
+
+
+def check_trains(config: Config, objective: Any) -> None:
+    """Refuse what training would refuse of a recipe and its objective, as far as can be told without weights.
+
+    Raises:
+        ConfigError, ModelError: as training would.
+    """
+    _check_room(config, memory_plan(config, objective)[0])
+
+
+def _check_room(config: Config, found: Planned | None) -> None:
+    if found is not None:
+        check_room(config, found.plan, found.rows, found.width)
+
+
+def _print(facts: dict[str, Any], lines: list[str], console: Console) -> None:
+    """Print the facts, then the lines."""
     for key, value in facts.items():
         if isinstance(value, dict):
             for name, number in value.items():
@@ -75,11 +109,8 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
                 console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
         elif value:
             console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
-    for line in [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])]:
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
-    for row in objective.previews(rows):
-        show(preview(row, tokenizer), console, colour)
-    return facts
 
 
 def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[str, Any]:

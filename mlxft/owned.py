@@ -75,7 +75,11 @@ def read_mark(folder: Path) -> Mark | None:
         kind, names = found["mlxft"], found["files"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return Mark(kind, tuple(map(str, names))) if kind in KINDS and isinstance(names, list) else None
+    return (
+        Mark(kind, tuple(map(str, names)))
+        if isinstance(kind, str) and kind in KINDS and isinstance(names, list)
+        else None
+    )
 
 
 def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:

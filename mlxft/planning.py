@@ -321,13 +321,22 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
             return config.memory.checkpoint == "on", [*notes, f"memory is not predicted: {error}"]
     if around is not None:
         notes += around.residents.notes
+    check_room(config, found, rows, width)
+    why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
+    said = f"expected peak memory: {amount(found.total)}"
+    return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
+
+
+def check_room(config: Config, found: Plan, rows: int, width: int) -> None:
+    """Refuse a recipe whose largest batch, of rows x width tokens, does not fit.
+
+    Raises:
+        ConfigError: it takes more than `memory.limit`, or than this machine has.
+    """
     room = usable_bytes(config.memory.limit)
     if not found.fits(room):
         limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
         raise ConfigError(f"{_needs(found, rows, width)}, or raise memory.limit; {limit} is {amount(room)}")
-    why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
-    said = f"expected peak memory: {amount(found.total)}"
-    return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
 
 
 def _needs(found: Plan, rows: int, width: int) -> str:

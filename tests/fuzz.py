@@ -3,7 +3,8 @@
     python tests/fuzz.py --folders 100 --recipes 1000 --rows 1000 --seed 0
 
 What must not be: a traceback, more than 10 seconds or 2 GB, an end by a signal, an open file outside of the case's
-folder and what it names, anything written or removed outside. The same seed gives the same cases.
+folder and what it names, anything written or removed outside, a recipe that check accepts and train refuses. The same
+seed gives the same cases.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import random
 import resource
@@ -21,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 SECONDS, BYTES = 10.0, 2 << 30
+ENOUGH = 4.0  # seconds of training, before Ctrl-C
 DEEP: Any = []
 for _ in range(400):
     DEEP = [DEEP]
@@ -71,6 +74,7 @@ NASTY += [
     "é" * 90,
     "!!python/object:os.system",
 ]
+LIKELY: list[Any] = [0, 1, 2, 3, 5, 0.1, 0.5, 1e-4, True, False, "auto", "none", "m", "rows.jsonl", "1h", ["the"], [4]]
 LINES = [b"%c: &%c [%s]" % (98 + i, 98 + i, b",".join([b"*%c" % (97 + i)] * 9)) for i in range(12)]
 TEXTS = [b"", b"\xff\xfe", b"- a", b"a: &a [*a]", b"? [a]: b", b"a: [" * 5000, b"\0" * 100]
 TEXTS += [b"x: !!python/object:os.system {}", b"\n".join([b"a: &a [1,1,1,1,1,1,1,1,1]", *LINES])]
@@ -134,35 +138,86 @@ def damage_file(file: Path, rng: random.Random) -> None:
         rng.choice(make)()
 
 
-def settings(data: str, form: str) -> dict[str, Any]:
-    objective = "preference" if form == "preference" else "sft"
+FORMS = {"sft": "messages", "preference": "preference", "reward": "preference"}
+FORMS |= dict.fromkeys(("ppo", "grpo", "rloo", "reinforce"), "prompts")
+
+
+def settings(data: str, form: str, objective: str | None = None) -> dict[str, Any]:
+    objective = objective or ("preference" if form == "preference" else "sft")
     made: dict[str, Any] = {"model": {"path": "m"}, "tune": {"rank": 2}, "data": {"train": data, "format": form}}
     return {"objective": objective, **made, "batch": {"rows": 2}, "run": {"name": "a", "steps": 2, "seed": 1}}
 
 
+ASK = "--max-tokens 2 the"
+OPENED = {
+    "m": ["check r.yaml", f"generate --model m {ASK}", f"generate --model runs/a {ASK}", "convert m out --quantize 4"],
+    "runs/a": [
+        f"generate --model runs/a {ASK}",
+        "train --resume runs/a",
+        "fuse runs/a out --force",
+        "runs show runs/a",
+        "runs report runs/a --out a.html",
+        "runs --all",
+        "eval runs/a rows.jsonl",
+        "export runs/a out --format peft",
+        "export runs/a out.gguf --format gguf",
+        "push runs/a ada/a --dry-run",
+    ],
+    "runs/r": [
+        "score runs/r pairs.jsonl",
+        "train --resume runs/r",
+        "runs show runs/r",
+        "export runs/r out --format seq-cls",
+    ],
+    "peft": ["import peft out", "import peft out --model m"],
+    "m.gguf": [f"generate --model m.gguf {ASK}", "convert m.gguf out", "check r.yaml model.path=m.gguf"],
+}
+
+
 def folder_case(place: Path, rng: random.Random) -> list[str]:
-    """A model, an adapter or a run in which a file is damaged."""
-    target = place / rng.choice(["m", "runs/a"])
-    files = sorted(
-        p for p in target.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".yaml", ".jinja")
-    )
-    damage_file(rng.choice(files), rng)
-    if target.name == "m":
-        (place / "r.yaml").write_text(yaml.safe_dump(settings("rows.jsonl", "messages")))
-        return rng.choice([["check", "r.yaml"], ["generate", "--model", "m", "--max-tokens", "2", "the"]])
-    commands = [["generate", "--model", "runs/a", "--max-tokens", "2", "the"], ["train", "--resume", "runs/a"]]
-    return rng.choice([*commands, ["fuse", "runs/a", "out", "--force"], ["runs", "show", "runs/a"]])
+    """A model, an adapter, a run or a GGUF file that is damaged."""
+    target = place / rng.choice(list(OPENED))
+    files = [p for p in target.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".yaml", ".jinja")]
+    damage_file(rng.choice(sorted(files) or [target]), rng)
+    (place / "r.yaml").write_text(yaml.safe_dump(settings("rows.jsonl", "messages")))
+    return rng.choice(OPENED[str(target.relative_to(place))]).split()
+
+
+def likely(kind: Any, key: str) -> list[Any]:
+    """Values that a setting may well have: its choices, and what others have."""
+    *sections, name = key.split(".")
+    for section in sections:
+        kind = kind.model_fields[section].annotation
+    found, todo = [kind.model_fields[name].default], [kind.model_fields[name].annotation]
+    while todo:
+        at = todo.pop()
+        if get_origin(at) is Literal:
+            found += get_args(at)
+        else:
+            todo += get_args(at)
+    found = [v for v in found if isinstance(v, str | int | float | bool)]
+    return found if len(found) > 2 else [*found, *LIKELY]
 
 
 def recipe_case(place: Path, rng: random.Random) -> list[str]:
     """A recipe in which settings are damaged, or overrides."""
-    from mlxft.config import Config
+    from mlxft.config import config_class
     from mlxft.explain import all_keys
 
-    found = settings("rows.jsonl", "messages")
+    objective = rng.choice(list(FORMS))
+    form = FORMS[objective]
+    found = settings("rows.jsonl" if form == "messages" else "pairs.jsonl", form, objective)
+    if form == "prompts":
+        found |= {"rollout": {"prompts": 2, "max_tokens": 3}, "rewards": {"rules": [{"kind": "length", "max": 2}]}}
+        found["rollout"] |= {"samples": 2} if objective in ("grpo", "rloo") else {}
+        found.pop("batch")
+    found["run"]["name"] = "b"
+    kind = config_class(objective)
+    keys = all_keys(kind)
     args = ["check", "r.yaml"]
     for _ in range(rng.randint(1, 2)):
-        key, value = rng.choice(all_keys(Config)), rng.choice(NASTY)
+        key = rng.choice(keys)
+        value = rng.choice(likely(kind, key) if rng.random() < 0.7 else NASTY)
         if rng.random() < 0.5:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
             args.append(f"{key}={text}".replace("\0", "\\0"))
@@ -213,8 +268,11 @@ def watch(place: Path, allowed: tuple[str, ...]) -> None:
     sys.addaudithook(hook)
 
 
-def in_child(work: Callable[[], None], seconds: float) -> tuple[int, float, int]:
-    """Exit code (negative: by that signal; -9 after `seconds`), seconds and bytes of a forked process."""
+def in_child(work: Callable[[], None], seconds: float, enough: float = math.inf) -> tuple[int, float, int]:
+    """Exit code (negative: by that signal; -9 after `seconds`), seconds and bytes of a forked process.
+
+    After `enough` seconds it gets Ctrl-C, once; its time counts from there.
+    """
     began = time.monotonic()
     if (pid := os.fork()) == 0:
         os.setsid()
@@ -232,6 +290,9 @@ def in_child(work: Callable[[], None], seconds: float) -> tuple[int, float, int]
         done, status, used = os.wait4(pid, os.WNOHANG)
         if done:
             break
+        if time.monotonic() - began > enough:
+            os.kill(pid, signal.SIGINT)
+            began, enough = time.monotonic(), math.inf
         if time.monotonic() - began > seconds:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
@@ -243,7 +304,9 @@ def command(place: Path, args: list[str]) -> Callable[[], None]:
         from mlxft.cli import main
 
         os.chdir(place)
-        os.environ.update(MLXFT_CACHE=str(place / "cache"), HF_HUB_OFFLINE="1", COLUMNS="200")
+        os.environ.update(
+            MLXFT_CACHE=str(place / "cache"), MPLCONFIGDIR=str(place / "cache"), HF_HUB_OFFLINE="1", COLUMNS="200"
+        )
         for number, name in ((1, "out.txt"), (2, "err.txt")):
             os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -270,9 +333,17 @@ def prepare(place: Path) -> None:
 
     assert in_child(work, 120)[0] == 0
     write_chat(place / "rows.jsonl", 6)
+    pairs = [{"prompt": f"the {w}", "chosen": f"in {w}", "rejected": "on"} for w in ("a", "or", "at", "to")]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (place / "good.yaml").write_text(yaml.safe_dump(settings("rows.jsonl", "messages")))
-    code = in_child(command(place, ["train", "good.yaml", "run.save_every=1"]), 120)[0]
-    assert code == 0, (place / "err.txt").read_text()
+    (place / "reward.yaml").write_text(yaml.safe_dump(settings("pairs.jsonl", "preference", "reward")))
+    for args in (
+        "train good.yaml run.save_every=1",
+        "train reward.yaml run.save_every=1 run.name=r",
+        "export runs/a peft --format peft",
+        "export runs/a m.gguf --format gguf",
+    ):
+        assert in_child(command(place, args.split()), 120)[0] == 0, (place / "err.txt").read_text()
 
 
 CASES = {"folders": folder_case, "recipes": recipe_case, "rows": row_case}
@@ -293,6 +364,7 @@ def fuzz(counts: dict[str, int], seed: int, say: Callable[[str], None] = print) 
         prepare(base)
         for kind, count in counts.items():
             codes: collections.Counter[int] = collections.Counter()
+            trained: collections.Counter[int] = collections.Counter()
             slowest, most, before = 0.0, 0, len(wrong)
             for number in range(count):
                 place = base.with_name("case")
@@ -301,9 +373,18 @@ def fuzz(counts: dict[str, int], seed: int, say: Callable[[str], None] = print) 
                 args = CASES[kind](place, random.Random(f"{seed} {kind} {number}"))
                 code, took, used = in_child(command(place, args), SECONDS)
                 codes[code], slowest, most = codes[code] + 1, max(slowest, took), max(most, used)
+                faults = []
+                if kind == "recipes" and code == 0:  # what check accepts train begins
+                    args[0] = "train"
+                    code, took, used = in_child(command(place, args), SECONDS, ENOUGH)
+                    trained[code], slowest, most = trained[code] + 1, max(slowest, took), max(most, used)
+                    faults += ["check accepts it"] if code == 2 else []
+                    code = 0 if code == 130 else code
                 err = (place / "err.txt").read_text("utf-8", "replace")
                 left = (place / "outside.txt").read_text() if (place / "outside.txt").exists() else ""
-                faults = [f"exit code {code}"] if code not in (0, 1, 2) else []
+                if kind == "recipes":  # the user's own, which may name any file to be read
+                    left = "".join(line for line in left.splitlines(True) if "/outside/" not in line)
+                faults += [f"exit code {code}"] if code not in (0, 1, 2) else []
                 faults += ["a traceback"] if "Traceback" in err else []
                 faults += [f"{used / 1e9:.1f} GB"] if used > BYTES else []
                 faults += [f"outside: {left.splitlines()[0]}"] if left else []
@@ -312,8 +393,9 @@ def fuzz(counts: dict[str, int], seed: int, say: Callable[[str], None] = print) 
                 if faults:
                     last = err.strip().splitlines()[-1:] or [""]
                     wrong.append(f"{kind} {number}: {', '.join(faults)}: mlxft {' '.join(args)[:200]}: {last[0][:200]}")
+            also = f", trained {dict(sorted(trained.items()))}" if trained else ""
             say(
-                f"{kind}: {count} cases, exit codes {dict(sorted(codes.items()))}, slowest {slowest:.1f} s, most "
+                f"{kind}: {count} cases, exit codes {dict(sorted(codes.items()))}{also}, slowest {slowest:.1f} s, most "
                 f"memory {most / 1e9:.2f} GB, {len(wrong) - before} wrong"
             )
     return wrong

@@ -18,12 +18,14 @@ from typing import Any
 import mlx.core as mx
 from rich.console import Console
 
+from mlxft.check import check_trains
 from mlxft.config import Config
 from mlxft.data.formats import Completion, Example
 from mlxft.data.shots import labels_of
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
 from mlxft.model.load import Loaded, load_tokenizer
+from mlxft.objectives.base import Objective
 from mlxft.objectives.sft import load_splits
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty
 from mlxft.parts import load_base, make_objective
@@ -143,6 +145,8 @@ class _Study:
         self.notes = self._notes(splits.train)
         self.shots = {c: self._shots(c) for c in self.cells if c.method in ("in context", "both")}
         self.configs = {c: self._cell_config(c) for c in self.cells if c.method in ("tuned", "both")}
+        for config in {c.k: config for c, config in self.configs.items()}.values():
+            check_trains(config, self._objective(config))
         self._claim(splits.train, overwrite)
 
     def _cells(self) -> list[Cell]:
@@ -252,12 +256,14 @@ class _Study:
             train(self._with_steps(config), resume=begun, overwrite=not begun and folder.exists(), console=self.console)
         return load(folder, trust_remote_code=config.model.trust_remote_code)
 
+    def _objective(self, config: Config) -> Objective:
+        m = config.model
+        return make_objective(config, load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code))
+
     def _with_steps(self, config: Config) -> Config:
         if config.run.steps is not None:
             return config
-        m = config.model
-        tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
-        if total_steps(config, make_objective(config, tokenizer)) >= self.plan.least_steps:
+        if total_steps(config, self._objective(config)) >= self.plan.least_steps:
             return config
         run = {"steps": self.plan.least_steps, "epochs": None}
         return config.model_copy(update={"run": config.run.model_copy(update=run)})

@@ -16,22 +16,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from rich.console import Console
 
+from mlxft.check import check_trains
 from mlxft.config import Config
-from mlxft.errors import ConfigError, MlxftError, TrainingError, nearest
+from mlxft.errors import ConfigError, DataError, MlxftError, ModelError, TrainingError, nearest
 from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
-from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.objectives.base import Objective
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
-from mlxft.planning import decide_checkpointing
+from mlxft.planning import settled
 from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
@@ -40,12 +41,13 @@ from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, dra
 from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
 from mlxft.text import make_console
 from mlxft.train.files import digest, write_text
-from mlxft.train.optim import group_of
 from mlxft.train.report import Event, Stopped
+from mlxft.train.validate import validate
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
+ENDS = 64  # combinations of the ends of ranges that are looked at before the first trial
 EVALS = 8  # validations of a trial where the recipe does not say: pruning needs some
 ATTEMPTS = 3  # of a trial whose process was killed in the midst of it, perhaps by it
 # They change how or where a figure is measured, or nothing that is learnt.
@@ -54,10 +56,6 @@ FIXED |= {"run.report_every", "run.eval_every", "run.eval_at_start", "run.sample
 FIXED_SECTIONS = ("sweep.", "report.", "memory.")
 # What may be another when a sweep goes on.
 FREE = {*FREE_ON_RESUME, "sweep.trials", "sweep.time", "memory.limit", "memory.cache", "report.to", "report.project"}
-
-
-class _NoSuchMetric(ConfigError):
-    """What the sweep looks for is not reported: no trial can help."""
 
 
 def sweep(
@@ -188,14 +186,7 @@ class Watch:
         pass
 
     def _judge(self, event: Event) -> None:
-        if self._metric not in event:
-            numbers = [k for k, v in event.items() if isinstance(v, (int, float))]
-            known = [k for k in numbers if k not in ("step", "elapsed_s", "best")]
-            raise _NoSuchMetric(
-                f"sweep.metric: {self._metric} is not what validation reports{nearest(self._metric, known)}; it "
-                f"reports {', '.join(known)}"
-            )
-        value = float(event[self._metric])
+        value = find_metric(event, self._metric)
         if not math.isfinite(value):
             raise TrainingError(f"step {self.step}: {self._metric} is {value}")
         self.evals += 1
@@ -204,6 +195,21 @@ class Watch:
         self.rival.report(value, self.evals)
         if self.step < self.total and self.rival.should_prune():
             raise Stopped(f"pruned at step {self.step} of {self.total}: {self._metric} {value:.4g}")
+
+
+def find_metric(reported: Mapping[str, Any], metric: str) -> float:
+    """The number of a validation by its name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    known = [k for k, v in reported.items() if isinstance(v, (int, float)) and k not in ("step", "elapsed_s", "best")]
+    if metric not in known:
+        raise ConfigError(
+            f"sweep.metric: {metric} is not what validation reports{nearest(metric, known)}; it reports "
+            f"{', '.join(known)}"
+        )
+    return float(reported[metric])
 
 
 class _Job:
@@ -216,27 +222,62 @@ class _Job:
         # Whole weights that are trained are twice in memory beside a base that is kept.
         self._keeps = not whole and not any(k.startswith("model.") for k in space)
         self._loaded = load_base(config, lazy=True)
+        if self._keeps:
+            try:
+                twin(self._loaded)
+            except TypeError:  # no copy of this architecture: each trial loads its own
+                self._keeps = False
         objective = make_objective(config, self._loaded.tokenizer)
         if not objective.summary().validates:
             raise ConfigError("a sweep compares by validation, and there is no validation data; give data.valid (0.05)")
-        # What is wrong with the recipe itself is said before any trial.
-        trained = self._prepared()
-        if not isinstance(objective, OnPolicy):  # which would load the models of its rewards
-            objective.prepare(trained.model, base_fingerprint(trained))
-            group_of(config.optim.groups, (n for n, _ in tree_flatten(trained.model.trainable_parameters())))
-            if all(k.startswith("optim.") for k in space):  # what else varies may need less than the recipe itself
-                decide_checkpointing(config, trained.model, objective)
+        self._check_trials(objective)
         self._data = objective.fingerprint()
         self._totals = {self._length_key({}): total_steps(config, objective)}
 
-    def _prepared(self) -> Loaded:
-        """A model as the recipe itself trains it."""
-        try:
-            model = twin(self._loaded)
-        except TypeError:  # no copy of this architecture: each trial loads its own
-            self._keeps, model = False, load_base(self.config, lazy=True)
-        prepare(self.config, model)
-        return model
+    def _check_trials(self, objective: Objective) -> None:
+        """Refuse what would fail in every trial: with the ends of all ranges, one after the other, until some train.
+
+        Raises:
+            ConfigError, DataError, ModelError: none does.
+        """
+        space, refused = self.config.sweep.space, None
+        ends = [
+            dict(zip(space, values, strict=True))
+            for values in islice(product(*(r.value for r in space.values())), ENDS + 1)
+        ]
+        for params in ends[:ENDS]:
+            try:
+                config, own = self._trial(params)
+                check_trains(config, own or objective)
+            except (ConfigError, DataError, ModelError) as error:
+                refused = refused or type(error)(f"no trial could be trained; with {_said(params)}: {error}")
+            else:
+                self._check_metric(config, own or objective)
+                return
+        if refused is not None and len(ends) <= ENDS:
+            raise refused
+
+    def _check_metric(self, config: Config, objective: Objective) -> None:
+        """Refuse a metric that validation does not report.
+
+        Raises:
+            ConfigError: so.
+        """
+        if self.config.sweep.metric == "loss":  # which all report
+            return
+        loaded = load_base(config, lazy=True)
+        prepare(config, loaded)
+        objective.prepare(loaded.model, base_fingerprint(loaded))
+        find_metric(validate(loaded.model, objective), self.config.sweep.metric)
+
+    def _trial(self, params: Mapping[str, Any]) -> tuple[Config, Objective | None]:
+        """A trial's recipe, and its objective where that is not the recipe's own."""
+        config = settled(parse_config(with_values(self.raw, params), "trial"), resume=False)
+        if self._length_key(params) == self._length_key({}):
+            return config, None
+        same = not any(k.startswith("model.") for k in params)
+        tokenizer = self._loaded.tokenizer if same else load_base(config, lazy=True).tokenizer
+        return config, make_objective(config, tokenizer)
 
     def run(self, longest: float) -> Result:
         """All trials; pictures and recipe of the best.
@@ -302,8 +343,6 @@ class _Job:
                     return False
                 raise
             state = TrialState.PRUNED
-        except _NoSuchMetric as e:
-            raise ConfigError(str(e)) from e
         except (MlxftError, RuntimeError, MemoryError, OSError) as e:
             state, error = TrialState.FAIL, str(e) or type(e).__name__
         facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}
@@ -356,16 +395,19 @@ class _Job:
             return dict(params)
         key = self._length_key(params)
         if key not in self._totals:
-            config = parse_config(with_values(self.raw, params), "trial")
-            same = not any(k.startswith("model.") for k in params)
-            tokenizer = self._loaded.tokenizer if same else load_base(config, lazy=True).tokenizer
-            self._totals[key] = total_steps(config, make_objective(config, tokenizer))
+            config, objective = self._trial(params)
+            assert objective is not None, "the recipe's own total is known"
+            self._totals[key] = total_steps(config, objective)
         return {**params, "run.eval_every": math.ceil(self._totals[key] / EVALS)}
 
     def _recipe(self, number: int, params: Mapping[str, Any]) -> Config:
         config = parse_config(with_values(self.raw, self._values(params)), f"trial {number}")
         run = {"name": str(number), "dir": self.folder / "trials", "save_every": 2**62, "keep": 1}
         return config.model_copy(update={"run": config.run.model_copy(update=run)})
+
+
+def _said(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in params.items())
 
 
 def _take_away(trial: Path) -> None:

@@ -236,6 +236,8 @@ def test_shots_are_never_evaluated_rows(reviews: Callable[..., Path], tmp_path: 
         ({"test": "train.jsonl"}, [], "is data.train itself"),
         ({}, ["data.shots=2"], "is set for each cell"),
         ({"test": "none.jsonl"}, [], "no such file"),
+        ({"tuned": [2]}, ["tune.targets=q_porj"], "matches no module"),
+        ({"both": [2]}, ["memory.limit=1e-4"], "training needs"),
     ],
 )
 def test_what_can_not_be_is_refused_first(

@@ -231,6 +231,12 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "no validation": ({"space": SPACE}, {"data.valid": None}, "there is no validation data; give data.valid"),
     "recipe": ({"space": SPACE}, {"tune": {"targets": "q_porj"}}, "tune.targets: 'q_porj' matches no module"),
     "groups": ({"space": SPACE}, {"optim.groups": [{"match": "lora_c", "scale": 2.0}]}, r"did you mean lora_a|lora_b"),
+    "memory": ({"space": {"tune.rank": {"int": [2, 8]}}}, {"memory.limit": 1e-4}, "with tune.rank=2: training needs"),
+    "no target": (
+        {"space": {"tune.targets": {"choice": ["q_porj", "k_porj"]}}},
+        {},
+        "no trial could be trained; with tune.targets=q_porj: .*matches no module",
+    ),
     "metric": (
         {"space": SPACE, "metric": "accurracy", "direction": "maximize"},
         {"run.steps": 2},
