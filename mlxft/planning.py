@@ -207,7 +207,7 @@ def settled(config: Config, resume: bool) -> Config:
         ConfigError: no row of data.max_length fits.
     """
     file = config.run_dir / "config.yaml"
-    stored = load_config(file, of_run=True) if resume and file.exists() else None
+    stored = load_config(file, looked_at=True) if resume and file.exists() else None
     if stored is not None:
         config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
     if config.data.date is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -272,7 +274,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, An
         ConfigError: missing file, bad YAML, or no mapping.
     """
     raw = _read_mapping(path)
-    return raw, _override_all(raw, overrides)
+    return raw, _settle(raw, overrides, "versions" in raw)
 
 
 def read_settings(path: Path, kind: type[S], example: str) -> S:
@@ -300,19 +302,35 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return raw or {}
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False) -> Config:
+def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_at: bool = False) -> list[str]:
+    """Apply overrides to settings; those of a run decide nothing that only the user does. Returns the problems."""
+    model, rewards = raw.get("model"), raw.get("rewards")
+    if of_run and isinstance(model, dict):
+        model.pop("trust_remote_code", None)
+    named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
+    problems = _override_all(raw, overrides)
+    if named is not None and "function" not in raw["rewards"]:
+        raw["rewards"]["function"] = named
+        given = shlex.quote(f"rewards.function={named if isinstance(named, str) else json.dumps(named)}")
+        problems.append(
+            f"rewards.function: the run folder names Python to be run, and may be someone else's; read it, and add "
+            f"{given}, or go on by your own recipe: mlxft train RECIPE --resume"
+        )
+    return problems
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False, looked_at: bool = False) -> Config:
     """Read a recipe and apply `KEY=VALUE` overrides.
 
     Args:
-        of_run: the file is a run folder's, which may be someone else's: that it trusts a model's code is not taken from
-            it. What a run wrote is known by its `versions`, too.
+        of_run: the file is a run folder's, which may be someone else's: it decides neither that a model's code is
+            trusted nor which Python gives rewards; overrides do. What a run wrote is known by its `versions`, too.
+        looked_at: so, and nothing is trained by it: the rewards that it names are not asked for.
     Raises:
         ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
     """
     raw = _read_mapping(path)
-    if (of_run or "versions" in raw) and isinstance(raw.get("model"), dict):
-        raw["model"].pop("trust_remote_code", None)
-    problems = _override_all(raw, overrides)
+    problems = _settle(raw, overrides, of_run or looked_at or "versions" in raw, looked_at)
     try:
         config = parse_config(raw, str(path), path.stem.lstrip("."))
     except ConfigError as e:

@@ -265,10 +265,7 @@ def _train(
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
         raise told from None
     if not finished:
-        text = (
-            f"stopped after step {progress.step} of {total}; a checkpoint is saved, go on with: "
-            f"mlxft train --resume {run.dir}"
-        )
+        text = f"stopped after step {progress.step} of {total}; a checkpoint is saved, go on with: {run.resume}"
         reporter.event({"event": "interrupted", "step": progress.step, "text": text})
         raise KeyboardInterrupt
     if progress.best_step is None:
@@ -285,7 +282,7 @@ def _out_of_memory(progress: Progress, run: Run) -> TrainingError:
     return TrainingError(
         f"out of memory after step {progress.step}; the last checkpoint is intact. What helps most: a smaller "
         "batch.tokens (with batch.accumulate for the same step), memory.checkpoint: on, and model.quantize: 4 or a "
-        f"shorter data.max_length; mlxft check shows what each saves. Then: mlxft train --resume {run.dir}"
+        f"shorter data.max_length; mlxft check shows what each saves. Then: {run.resume}"
     )
 
 

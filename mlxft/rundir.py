@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ class Run:
         """Where the chat template is that it was trained with: kept in the run's folder, or where the recipe says."""
         return self.dir if (self.dir / TEMPLATE_FILE).is_file() else self.config.model.chat_template
 
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it."""
+        function = getattr(getattr(self.config, "rewards", None), "function", None)
+        given = (
+            ""
+            if function is None
+            else f"rewards.function={function if isinstance(function, str) else json.dumps(function)}"
+        )
+        return shlex.join(["mlxft", "train", "--resume", str(self.dir), *([given] if given else [])])
+
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, all or of one kind."""
         lines = (self.dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -92,7 +104,7 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
     if adapter is None and is_run(folder):
         run = open_run(folder)
         if not run.result.exists():
-            raise ModelError(f"{folder} has no result yet; go on with mlxft train --resume {folder}")
+            raise ModelError(f"{folder} has no result yet; go on with {run.resume}")
         path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
     elif adapter is None and (folder / "adapter_config.json").exists():
         adapter = folder
@@ -135,7 +147,7 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder).expanduser()
     try:
-        config = load_config(folder / "config.yaml", of_run=True)
+        config = load_config(folder / "config.yaml", looked_at=True)
     except MlxftError as e:
         raise CheckpointError(f"{folder} is no run folder: {e}") from e
     run = config.run.model_copy(update={"dir": folder.resolve().parent, "name": folder.resolve().name})
@@ -166,7 +178,7 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
 def _check_resumable(run: Run) -> None:
     """Refuse to go on in a folder that no run made, or with settings of another run."""
     file = run.dir / "config.yaml"
-    stored = load_config(file, of_run=True) if file.is_file() else None
+    stored = load_config(file, looked_at=True) if file.is_file() else None
     # An older version's run has no mark; what it ran under stands in no recipe that a person writes.
     mark = read_mark(run.dir)
     if not (stored and stored.versions) if mark is None else mark.kind != "run":

@@ -43,7 +43,7 @@ NASTY: list[Any] = [
     "..",
     "../outside/secret.txt",
     "/dev/zero",
-    "~nobody",
+    "~noone",
     "010",
     "yes",
 ]

@@ -19,7 +19,7 @@ from mlxft.text import echo, json_text, make_console
 @click.option("--against", help="Another model or run: one answer from each, and the win rate at the end.")
 @click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Answers a prompt.")
 @click.option("--out", type=click.Path(path_type=Path), help="Judgements, a line each; gone on with if it exists.")
-@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1, 10**6))
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
 @click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")

@@ -44,7 +44,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
         click.option("--model", required=True, help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m."),
         click.option("--adapter", help="Adapter folder or run to put on the model."),
         click.option("--system", type=Text(), help="System prompt."),
-        click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1)),
+        click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1, 10**6)),
         click.option(
             "--temperature", default=temperature, show_default=True, type=click.FloatRange(0), help="0: most likely."
         ),

@@ -30,13 +30,12 @@ def write_report(folder: Path, out: Path | None = None, overwrite: bool = False)
         ConfigError: matplotlib is not installed, or the file is there.
         CheckpointError: the file can not be written.
     """
-    from mlxft.train.files import write_text
+    from mlxft.train.files import write_result, writer
 
     check_file(out or folder / "report.html", overwrite or (out is None and read_mark(folder) is not None))
     text = render(details(folder))
     out = out or folder / "report.html"
-    write_text(out, text)
-    note(out)
+    write_result(out, writer(text))
     return out
 
 

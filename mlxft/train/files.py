@@ -37,15 +37,11 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file through `write(temporary)`, and rename it into place once it is whole; a device or pipe as it is.
+    """Write a file through `write(temporary)`, and rename it into place once it is whole.
 
     Raises:
         CheckpointError: it can not be written (full disk, no permission); the file that was there stays.
     """
-    if is_stream(path):
-        with writing(path):
-            write(path)
-        return
     part = temporary(path)
     try:
         with writing(path):
@@ -62,18 +58,29 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_beside(path, lambda p: _write_all(p, text))
+    write_beside(path, writer(text))
 
 
 def write_result(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file that a command was asked for; in a folder of ours it counts as ours. See `write_beside`."""
+    """Write a file that a command was asked for; in a folder of ours it counts as ours. See `write_beside`.
+
+    A device or a pipe is written to as it is.
+    """
+    if is_stream(path):
+        with writing(path):
+            write(path)
+        return
     write_beside(path, write)
     note(path)
 
 
-def _write_all(path: Path, text: str) -> None:
-    # Half of a character, which UTF-8 has no form for, becomes the escape that JSON has for it.
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+def writer(text: str) -> Callable[[Path], None]:
+    """What writes a text: half of a character, which UTF-8 has no form for, as the escape that JSON has for it."""
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+    return write
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,25 @@ def test_rewards_that_are_no_numbers(function: str, said: str, ppo: Recipe, fail
     assert f"rewards.py:{function}" in err
     assert said in err
     assert err.startswith("RewardError: ")
+
+
+def test_a_run_folder_does_not_decide_which_python_runs(ppo: Recipe, mlxft: Command, tmp_path: Path) -> None:
+    """Resuming it asks for the reward function again, and so does training by its config.yaml; opening it does not."""
+    file = tmp_path / "rewards.py"
+    assert mlxft("train", ppo(**{"run.steps": 1, "optim.schedule": "constant", "optim.warmup": 0})).code == 0
+    named = open_run("runs/a").resume
+    assert named == "mlxft train --resume runs/a rewards.function=rewards.py:good"
+    file.write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).write_text('')\n{REWARDS}", "utf-8")
+    config = tmp_path / "runs/a/config.yaml"
+    for command in (["train", "--resume", "runs/a"], ["check", str(config)], ["train", str(config), "run.name=b"]):
+        done = mlxft(*command, "run.steps=2")
+        assert (done.code, "add rewards.function=rewards.py:good, or" in done.err) == (2, True), done.err
+    config.write_text(config.read_text("utf-8").partition("versions:")[0], "utf-8")  # a stranger may leave that out
+    assert mlxft("train", "--resume", "runs/a").code == 2
+    assert mlxft("generate", "--model", "runs/a", "--max-tokens", "1", "the").code == 0
+    assert not (tmp_path / "ran").exists()
+    done = mlxft(*shlex.split(named)[1:], "run.steps=2")
+    assert (tmp_path / "ran").exists(), done.err
 
 
 def test_completions_that_are_all_cut_off(ppo: Recipe, mlxft: Command, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def reads_chat(folder: Path, about: dict[str, Any]) -> bool:
     """
     runs = [place for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
     template = about.get("template") or (
-        load_config(runs[0] / "config.yaml", of_run=True).data.template if runs else "auto"
+        load_config(runs[0] / "config.yaml", looked_at=True).data.template if runs else "auto"
     )
     return bool(template == "auto")
 
