@@ -471,19 +471,24 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
 
 
 def template_of(adapter: Path) -> Path | None:
-    """Where the chat template is that the adapter in a folder was trained with; None: it is the base's own.
+    """`kept_template` of an adapter."""
+    return kept_template(adapter, base_noted(read_adapter_config(adapter)).get("chat_template"))
 
-    That is the folder itself.
 
+def kept_template(folder: Path, named: Any) -> Path | None:
+    """Where the chat template is that was trained with: the folder, if it keeps one; None: it is the base's own.
+
+    Args:
+        folder: an adapter's or a run's.
+        named: the file that the template was read from, by what stands in the folder.
     Raises:
-        ModelError: it names a file in place of it, as adapters did before they kept it: no path out of a file that
-            someone may have sent is read.
+        ModelError: only that is known, as before it was kept: no path out of a file that someone may have sent is read.
     """
-    if (adapter / TEMPLATE_FILE).is_file():
-        return adapter
-    if given := base_noted(read_adapter_config(adapter)).get("chat_template"):
+    if (folder / TEMPLATE_FILE).is_file():
+        return folder
+    if named:
         raise ModelError(
-            f"{adapter}: was trained with the chat template {given}, which is not in the folder; copy it there as "
+            f"{folder}: was trained with the chat template {named}, which is not in the folder; copy it there as "
             f"{TEMPLATE_FILE} if it is yours"
         )
     return None
