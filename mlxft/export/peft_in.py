@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
-from mlxft.model.declared import check_arrays, read_object
+from mlxft.model.declared import check_arrays, check_links, read_object
 from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
@@ -113,6 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
     try:
+        check_links(folder)
         config = read_object(file)
     except OSError as e:
         raise ModelError(f"{folder} is no PEFT adapter: can not read {CONFIG} ({e.strerror})") from e

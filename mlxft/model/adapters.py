@@ -22,7 +22,7 @@ from pydantic import Field
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.declared import Lenient, Real, check_arrays, read_object, validate
+from mlxft.model.declared import Lenient, Real, check_arrays, check_links, read_object, validate
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
@@ -313,6 +313,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     try:
+        check_links(folder)
         config = read_object(file)
     except OSError as e:
         raise ModelError(f"{folder} is no adapter: can not read adapter_config.json ({e.strerror})") from e
@@ -485,6 +486,7 @@ def kept_template(folder: Path, named: Any) -> Path | None:
         ModelError: only that is known, as before it was kept: no path out of a file that someone may have sent is read.
     """
     if (folder / TEMPLATE_FILE).is_file():
+        check_links(folder)
         return folder
     if named:
         raise ModelError(

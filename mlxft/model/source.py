@@ -64,12 +64,6 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     return _download(path, revision, weights)
 
 
-def lies_in(folder: Path, file: Path) -> bool:
-    """Whether a folder's file is its own, no link to a file elsewhere; links of the hub's cache are."""
-    real = file.resolve()
-    return folder.resolve() in real.parents or real.parent.name == "blobs"
-
-
 def _alias_file(name: str) -> Path:
     module, file, package = ALIASES[name]
     # Found, not imported: the package's own imports build llama.cpp.

@@ -191,16 +191,63 @@ def test_an_opened_run_does_not_run_its_recipe(opened: None, marker: Path, mlxft
     assert {codes[name] for name in ("generate", "fuse", "export", "show", "report", "push")} == {0}, codes
 
 
-def test_no_link_out_of_a_folder_is_read(opened: None, tmp_path: Path, mlxft: Callable[..., Any]) -> None:
-    """A kept template that is a link to a file of the user's would be written into what is fused and pushed."""
-    (tmp_path / "secret").write_text("secret", "utf-8")
-    kept = Path("runs/a/adapter/chat_template.jinja")
-    kept.unlink()
-    kept.symlink_to(tmp_path / "secret")
-    result = mlxft("fuse", "runs/a", "fused", "--force")
-    assert result.code == 2
-    assert "link" in result.err
-    assert not Path("fused").exists()
+LINKS = {
+    "template": ("runs/a/adapter/chat_template.jinja", "fuse runs/a fused --force"),
+    "adapter's config": ("runs/a/adapter/adapter_config.json", "generate --model runs/a hi"),
+    "generation settings": ("model/generation_config.json", "convert model fused"),
+    "tokenizer's config": ("model/tokenizer_config.json", "convert model fused"),
+    "named templates": ("model/additional_chat_templates", "convert model fused"),
+    "notice": ("runs/a/adapter/NOTICE", "push runs/a ada/a --dry-run"),
+    "pushed weights": ("runs/a/adapter/more.safetensors", "push runs/a ada/a --dry-run"),
+    "PEFT's config": ("peft/adapter_config.json", "import peft fused"),
+}
+
+
+def test_no_link_out_of_a_folder_is_read(
+    opened: None, tmp_path: Path, mlxft: Callable[..., Any], tiny_model_dir: Path
+) -> None:
+    """A link to a file of the user's would be written into what is fused and pushed: the key in it would be public."""
+    shutil.copytree(tiny_model_dir, "model")
+    Path("peft").mkdir()
+    secret = tmp_path / "secret"
+    for place, command in LINKS.values():
+        file = Path(place)
+        kept = file.read_bytes() if file.is_file() else None
+        file.unlink(missing_ok=True)
+        if file.name == "additional_chat_templates":
+            secret.mkdir()
+            (secret / "x.jinja").write_text("key", "utf-8")
+        else:
+            secret.write_bytes(kept or b"{}")
+        file.symlink_to(secret)
+        done = mlxft(*command.split())
+        assert done.code == 1, (place, done)
+        assert f"{file.name}: is a link out of its folder" in done.err
+        assert not Path("fused").exists()
+        file.unlink()
+        shutil.rmtree(secret) if secret.is_dir() else secret.unlink()
+        if kept is not None:
+            file.write_bytes(kept)
+
+
+def test_links_of_users_are_followed(
+    opened: None, tmp_path: Path, mlxft: Callable[..., Any], tiny_model_dir: Path
+) -> None:
+    """The hub's cache is made of links, whole folders may be linked, and weights may be kept elsewhere."""
+    blobs, snapshot = (tmp_path / "models--ada--tiny" / part for part in ("blobs", "snapshots/123"))
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(tiny_model_dir.iterdir()):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    mine = shutil.copytree(tiny_model_dir, tmp_path / "mine")
+    (mine / "model.safetensors").unlink()
+    (mine / "model.safetensors").symlink_to(tiny_model_dir / "model.safetensors")
+    Path("latest").symlink_to("runs/a")
+    Path("adapter").symlink_to("runs/a/adapter")
+    for model in (str(snapshot), "mine", "latest", "adapter"):
+        done = mlxft("generate", "--model", model, "hi", "--max-tokens", "2")
+        assert done.code == 0, done
 
 
 def test_asking_the_hub_is_said(
