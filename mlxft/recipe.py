@@ -171,10 +171,10 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
     config = _validate(raw, origin)
     _check_paths(config, origin)
     run = {"name": config.run.name or name or config.objective, "dir": _expanded(config.run.dir)}
-    model = {k: _absolute(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
+    model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
-    model["chat_template"] = None if template is None else Path(_absolute(template))
-    data = {k: _absolute(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    model["chat_template"] = None if template is None else Path(full_path(template))
+    data = {k: full_path(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
@@ -234,7 +234,7 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
     return found
 
 
-def _absolute(value: Any) -> Any:
+def full_path(value: Any) -> Any:
     """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
     path = _expanded(value) if isinstance(value, (str, Path)) else None
     try:

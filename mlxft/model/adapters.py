@@ -28,6 +28,7 @@ from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 from mlxft.model.routers import is_router
+from mlxft.model.source import stated_name
 
 Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
@@ -457,7 +458,7 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
     if not named:
         if name is None:
             raise ModelError(f"{adapter} does not say which base it is for; name it with --model")
-        path = name
+        path = stated_name(name)
     elif str(path) != name:
         base = {}
     options = {**base, "chat_template": template_of(adapter), **options}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,20 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     if looks_local or not _HUB_ID.fullmatch(path):
         raise ModelError(f"model {path!r}: no such file or folder{nearest(path, ALIASES) or neighbour(local)}")
     return _download(path, revision, weights)
+
+
+def stated_name(name: str) -> str:
+    """A model's name out of an adapter that someone may have sent; folders stand there by their full path.
+
+    Raises:
+        ModelError: it is a hub id, and a folder here has that name, which `resolve` would take for it.
+    """
+    if name not in ALIASES and _HUB_ID.fullmatch(name) and os.path.exists(name):
+        raise ModelError(
+            f"model {name!r}: is a hub id in a file that you may not have written, and there is a folder of that name "
+            f"here; if it is meant, name ./{name} as the adapter's base, else call mlxft from another folder"
+        )
+    return name
 
 
 def _alias_file(name: str) -> Path:

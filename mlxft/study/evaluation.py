@@ -23,6 +23,7 @@ from mlxft.data.thoughts import Thoughts
 from mlxft.errors import ConfigError, MlxftError, nearest
 from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.load import Loaded
+from mlxft.model.source import stated_name
 from mlxft.owned import check_file, hold, note, read_mark
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
@@ -287,7 +288,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
         options.pop("fingerprint", None)
         name = options.pop("model", None)
         if name is not None:
-            return str(name), {**options, "chat_template": template_of(find_adapter(folder))}
+            return stated_name(str(name)), {**options, "chat_template": template_of(find_adapter(folder))}
     elif is_run(folder):
         run = open_run(folder)
         return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}

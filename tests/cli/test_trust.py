@@ -250,6 +250,24 @@ def test_links_of_users_are_followed(
         assert done.code == 0, done
 
 
+def test_a_folder_here_is_not_taken_for_a_hub_id(
+    opened: None, mlxft: Callable[..., Any], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an adapter names by a hub id is not what lies here by that name, unless the user says so."""
+    file = Path("runs/a/adapter/adapter_config.json")
+    about = json.loads(file.read_text("utf-8"))
+    about["mlxft"]["base"]["model"] = "ada/tiny"
+    file.write_text(json.dumps(about), "utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "its cache does not hold it" in mlxft("generate", "--model", "runs/a", "hi").err
+    shutil.copytree(tiny_model_dir, "ada/tiny")
+    for command in (OPENED[name] for name in ("generate", "eval", "eval-against", "fuse", "export")):
+        done = mlxft(*command.split())
+        assert done.code == 1, done
+        assert "if it is meant, name ./ada/tiny as the adapter's base" in done.err
+    assert mlxft("fuse", "runs/a", "fused", "--force", "--model", "./ada/tiny").code == 0
+
+
 def test_asking_the_hub_is_said(
     hostile: dict[str, str], mlxft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
