@@ -11,7 +11,7 @@ import sys
 import click
 
 import mlxft
-from mlxft.text import echo
+from mlxft.text import echo, guard_messages
 
 # name -> (module, one line of help, shown without importing the module)
 COMMANDS = {
@@ -95,6 +95,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
             stream.reconfigure(errors="replace")
+    guard_messages()
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:
