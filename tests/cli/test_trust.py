@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
+from mlxft.export.fuse import fuse
+from mlxft.export.peft import export_peft
+from mlxft.recipe import parse_config
+from mlxft.run import train
+from mlxft.text import make_console
+
 CODE = "from pathlib import Path\nPath({marker!r}).write_text('ran')\nraise RuntimeError('code of a stranger ran')\n"
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CHAT = {"messages": TURNS, "prompt": "a"}
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c d"}
 
 
 @pytest.fixture
@@ -24,135 +29,168 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "ran"
 
 
-@pytest.fixture(params=["model_file", "auto_map"])
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+    return str(path)
+
+
+def name_code(folder: Path, kind: str, code: str) -> None:
+    """Let what looks like a model's folder bring Python along."""
+    (folder / "code.py").write_text(code, "utf-8")
+    if kind == "model_file":
+        changes: dict[str, dict[str, Any]] = {"config.json": {"model_file": "code.py"}}
+    else:
+        maps = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+        maps |= {"AutoModelForSequenceClassification": "code.Model"}
+        tokenizer = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+        changes = {"config.json": {"auto_map": maps}, "tokenizer_config.json": tokenizer}
+    for name, more in changes.items():
+        about = json.loads((folder / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps(about | more), "utf-8")
+
+
+def grant(value: Any) -> Any:
+    """JSON or YAML of a run in which everything says that code is trusted."""
+    if isinstance(value, dict):
+        given = {key: grant(part) for key, part in value.items()}
+        return given | {"trust_remote_code": True} if {"path", "fingerprint"} & set(value) else given
+    return value
+
+
+@pytest.fixture(scope="module", params=["model_file", "auto_map"])
 def hostile(
-    request: pytest.FixtureRequest, tmp_path: Path, marker: Path, make_model_dir: Callable[..., Path]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_model_dir: Callable[..., Path]
 ) -> dict[str, str]:
-    """A model with code of its own, an adapter and runs that say that it is trusted, and a recipe that does not."""
-    evil = make_model_dir(tmp_path / "evil")
-    (evil / "code.py").write_text(CODE.format(marker=str(marker)), "utf-8")
-    name, key, value = {
-        "model_file": ("config.json", "model_file", "code.py"),
-        "auto_map": ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["code.Tokenizer", None]}),
-    }[request.param]
-    about = json.loads((evil / name).read_text("utf-8")) | {key: value}
-    if key == "auto_map":
-        about["tokenizer_class"] = "Tokenizer"
-        config = json.loads((evil / "config.json").read_text("utf-8"))
-        config |= {"auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
-        (evil / "config.json").write_text(json.dumps(config), "utf-8")
-    (evil / name).write_text(json.dumps(about), "utf-8")
-    rows = tmp_path / "rows.jsonl"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows.write_text(json.dumps({"messages": turns, "prompt": "a"}) + "\n", "utf-8")
-    settings = {
-        "model": {"path": str(evil), "trust_remote_code": True},
-        "data": {"train": str(rows), "format": "messages"},
-        "run": {"steps": 1, "name": "run", "dir": str(tmp_path)},
+    """Runs of a base that was good when they were trained, and now brings code along; each says that it is trusted.
+
+    What stands in the runs fits, so that with trust the code runs: what is refused is refused for its code.
+    """
+    kind, here = request.param, tmp_path_factory.mktemp("hostile")
+    evil, marker = make_model_dir(here / "evil"), here / "ran"
+    rows, pairs = write_lines(here / "rows.jsonl", [CHAT] * 3), write_lines(here / "pairs.jsonl", [PAIR] * 3)
+    settings: dict[str, Any] = {
+        "model": {"path": str(evil)},
+        "tune": {"rank": 2},
+        "data": {"train": rows, "format": "messages"},
+        "optim": {"schedule": "constant", "warmup": 0},
+        "run": {"steps": 1, "dir": str(here)},
     }
-    run = tmp_path / "run"
-    adapter = run / "adapter"
-    adapter.mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(settings), "utf-8")
-    noted = {"base": {"model": str(evil), "trust_remote_code": True, "dtype": "float32"}}
-    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["model.layers.0.self_attn.q_proj"]}
-    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "mlxft": noted}
-    (adapter / "adapter_config.json").write_text(json.dumps(config), "utf-8")
-    (adapter / "adapters.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
-    settings["model"] = {"path": str(evil), "adapter": str(adapter)}
-    settings["run"]["name"] = "mine"
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings), "utf-8")
-    sweep = {**settings, "model": {"path": str(evil)}, "sweep": {"space": {"optim.lr": {"log": [1e-5, 1e-2]}}}}
-    sweep["data"] = {**settings["data"], "valid": str(rows)}
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep), "utf-8")
-    return {"evil": str(evil), "run": str(run), "adapter": str(adapter), "rows": str(rows), "here": str(tmp_path)}
+    console = make_console(quiet=True)
+    judged = {**settings, "objective": "reward", "data": {"train": pairs, "format": "preference"}}
+    for name, recipe in {"run": settings, "judge": judged}.items():
+        train(parse_config({**recipe, "run": {**recipe["run"], "name": name}}), console=console)
+    export_peft(here / "run", here / "peft")
+    export_peft(here / "judge", here / "judge-peft")
+    fuse(here / "judge", here / "scorer", force=True)
+    shutil.copytree(evil, here / "run/checkpoints/step-000001", dirs_exist_ok=True)
+    for folder in (evil, here / "scorer", here / "run/checkpoints/step-000001"):
+        name_code(folder, kind, CODE.format(marker=str(marker)))
+    for run in ("run", "judge"):
+        file, noted = here / run / "config.yaml", here / run / "adapter/adapter_config.json"
+        file.write_text(yaml.safe_dump(grant(yaml.safe_load(file.read_text("utf-8")))), "utf-8")
+        noted.write_text(json.dumps(grant(json.loads(noted.read_text("utf-8")))), "utf-8")
+    on = {**settings, "model": {"path": str(evil), "adapter": str(here / "run")}, "run": {**settings["run"]}}
+    on.pop("tune")
+    valid = {**settings, "data": {**settings["data"], "valid": rows}}
+    asked = {**settings, "objective": "grpo", "data": {"train": pairs, "format": "prompts", "max_length": 64}}
+    asked |= {"rollout": {"prompts": 1, "samples": 2, "max_tokens": 2}, "rewards": {"adapter": str(here / "judge")}}
+    asked["model"] = {"path": str(make_model_dir(here / "good"))}
+    sweep = {**valid, "sweep": {"space": {"optim.lr": {"log": [1e-5, 1e-2]}}}}
+    for name, recipe in {"plain": settings, "mine": on, "valid": valid, "grpo": asked, "sweep": sweep}.items():
+        (here / f"{name}.yaml").write_text(yaml.safe_dump(recipe), "utf-8")
+    write_lines(here / "test.jsonl", [CHAT])
+    (here / "f.py").write_text("def f(prompts, completions, rows):\n    return [0.0] * len(prompts)\n", "utf-8")
+    names = ("evil", "run", "judge", "peft", "judge-peft", "scorer")
+    return {name.replace("-", "_"): str(here / name) for name in names} | {"here": str(here), "kind": kind}
 
 
 COMMANDS = {
     "generate": "generate --model {run} hello",
-    "generate-adapter": "generate --model {adapter} hello",
+    "generate-adapter": "generate --model {run}/adapter hello",
     "generate-model": "generate --model {evil} hello",
-    "generate-on": "generate --model {evil} --adapter {adapter} hello",
+    "generate-on": "generate --model {evil} --adapter {run} hello",
+    "generate-batch": "generate --model {run} --batch {here}/rows.jsonl",
+    "generate-checkpoint": "generate --model {run}/checkpoints/step-000001 hello",
     "chat": "chat --model {run}",
-    "eval": "eval {run} {rows}",
-    "eval-against": "eval {run} {rows} --against base",
-    "score": "score {run} {rows}",
-    "sample": "sample {rows} --model {run} --function {here}/none.py:f --out {here}/out.jsonl",
-    "label": "label {rows} --model {run} --out {here}/out.jsonl",
-    "fuse": "fuse {run} {here}/out",
-    "convert": "convert {evil} {here}/out",
-    "export-gguf": "export {run} {here}/out.gguf --format gguf",
-    "export-peft": "export {run} {here}/out --format peft",
-    "export-ollama": "export {run} {here}/out --format ollama",
-    "train": "train {here}/recipe.yaml",
-    "check": "check {here}/recipe.yaml",
-    "resume": "train --resume {run}",
-    "train-run": "train {run}/config.yaml --resume",
+    "eval": "eval {run} {here}/rows.jsonl",
+    "eval-against": "eval {run} {here}/rows.jsonl --against base",
+    "score": "score {judge} {here}/pairs.jsonl",
+    "score-adapter": "score {judge}/adapter {here}/pairs.jsonl",
+    "score-model": "score {scorer} {here}/pairs.jsonl",
+    "sample": "sample {here}/rows.jsonl --model {run} --function {here}/f.py:f --cut-off --out {out}",
+    "sample-reward": "sample {here}/rows.jsonl --model {here}/good --reward {judge} --cut-off --out {out}",
+    "label": "label {here}/rows.jsonl --model {run} --out {out}",
+    "label-against": "label {here}/rows.jsonl --model {here}/good --against {run} --out {out}",
+    "fuse": "fuse {run} {out} --force",
+    "fuse-judge": "fuse {judge} {out} --force",
+    "convert": "convert {evil} {out}",
+    "export-gguf": "export {run} {out}.gguf --format gguf",
+    "export-lora": "export {run} {out}.gguf --format gguf --lora",
+    "export-peft": "export {run} {out} --format peft",
+    "export-seq-cls": "export {judge} {out} --format seq-cls",
+    "export-ollama": "export {run} {out} --format ollama",
+    "import": "import {peft} {out}",
+    "import-seq-cls": "import {judge_peft} {out}",
+    "push": "push {run} ada/a --dry-run",
+    "train": "train {here}/mine.yaml run.name=mine",
+    "train-reward": "train {here}/grpo.yaml run.name=grpo",
+    "check": "check {here}/plain.yaml",
+    "check-time": "check {here}/mine.yaml --time",
+    "resume": "train --resume {run} run.steps=2",
+    "train-run": "train {run}/config.yaml --resume run.steps=2",
     "sweep": "sweep {here}/sweep.yaml --trials 1",
+    "lr-find": "lr-find {here}/plain.yaml --steps 20",
+    "fewshot": "fewshot {here}/plain.yaml --test {here}/test.jsonl --k 0 --out {out}",
+}
+# What does not run a model's code whatever is given: by its config.json alone, or not loading it at all.
+NEVER = {
+    "model_file": {"export-peft", "import", "import-seq-cls", "push", "check"},
+    "auto_map": {"import", "import-seq-cls", "push"},
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_stranger_runs(command: str, hostile: dict[str, str], marker: Path, mlxft: Callable[..., Any]) -> None:
-    """Refused, or done without the code; it does not run, and nothing it would have made is left."""
-    result = mlxft(*COMMANDS[command].format(**hostile).split(), stdin="hello\n")
-    assert not marker.exists(), result
-    assert "Traceback" not in result.err
+def test_no_stranger_runs(
+    command: str,
+    hostile: dict[str, str],
+    mlxft: Callable[..., Any],
+    screen: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused by name, or done without the code; and it would run, were it trusted: the case comes that far.
 
+    At a terminal nothing is asked either: transformers does, of who does not tell it; `y` is typed.
+    """
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    marker, never = Path(hostile["here"], "ran"), command in NEVER[hostile["kind"]]
+    marker.unlink(missing_ok=True)
 
-@pytest.mark.parametrize("command", ["generate", "chat", "resume"])
-@pytest.mark.parametrize("hostile", ["auto_map"], indirect=True)
-def test_no_question_at_a_terminal(command: str, hostile: dict[str, str], marker: Path) -> None:
-    """transformers asks [y/N] of a terminal where it is not told; `y` is typed here, and nothing runs."""
-    ours, theirs = pty.openpty()
-    os.write(ours, b"y\ny\ny\n\n")
-    arguments = COMMANDS[command].format(**hostile).split()
-    done = subprocess.run(
-        [sys.executable, "-m", "mlxft", *arguments],
-        stdin=theirs,
-        capture_output=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        timeout=120,
-    )
-    os.close(ours)
-    os.close(theirs)
+    def given(out: str) -> list[str]:
+        return COMMANDS[command].format(**hostile, out=tmp_path / out).split()
+
+    done = mlxft(*given("piped"), stdin="hello\n")
+    assert not marker.exists(), done
+    assert "Traceback" not in done.err
+    assert never or "--trust-remote-code" in done.err, done
+    assert "[y/N]" not in screen(*given("shown"), typed=["y\n"])
     assert not marker.exists()
-    assert b"[y/N]" not in done.stdout + done.stderr
+    recipe = command.startswith(("train", "check", "resume", "sweep", "lr-find", "fewshot"))
+    if command != "push":
+        done = mlxft(*given("trusted"), "model.trust_remote_code=true" if recipe else "--trust-remote-code")
+    assert marker.exists() != never, done
 
 
 @pytest.mark.parametrize("hostile", ["model_file"], indirect=True)
-def test_trust_is_given_by_name(hostile: dict[str, str], marker: Path, mlxft: Callable[..., Any]) -> None:
-    """What is refused is named with the way to allow it; and the flag does, for that command alone."""
-    said = mlxft("generate", "--model", hostile["run"], "hello").err
+def test_trust_is_given_for_one_command(hostile: dict[str, str], mlxft: Callable[..., Any]) -> None:
+    marker, ask = Path(hostile["here"], "ran"), ("generate", "--model", hostile["run"], "hello")
+    mlxft(*ask, "--trust-remote-code")
+    assert marker.exists()
+    marker.unlink()
+    said = mlxft(*ask).err
     assert "code.py" in said
     assert "--trust-remote-code" in said
     assert not marker.exists()
-    mlxft("generate", "--model", hostile["run"], "hello", "--trust-remote-code")
-    assert marker.exists()
-    marker.unlink()
-    mlxft("generate", "--model", hostile["run"], "hello")
-    assert not marker.exists()
-
-
-def test_trust_counts_for_a_reward_model(
-    write: Callable[..., Any], mlxft: Callable[..., Any], tmp_path: Path, marker: Path, tiny_model_dir: Path
-) -> None:
-    """A recipe that trusts what it loads trusts the base of its reward model, too; one that does not, does not."""
-    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
-    rows = [{"prompt": f"{i} the", "chosen": "in", "rejected": "on z"} for i in range(4)]
-    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
-    pairs = {"objective": "reward", "data.train": "pairs.jsonl", "data.format": "preference", "run.steps": 1}
-    assert mlxft("train", write(**pairs, **{"model.path": str(base), "run.name": "judge"})).code == 0
-    about = json.loads((base / "config.json").read_text("utf-8"))
-    (base / "config.json").write_text(json.dumps(about | {"model_file": "code.py"}), "utf-8")
-    (base / "code.py").write_text(CODE.format(marker=str(marker)), "utf-8")
-    asked = {"objective": "grpo", "data.train": "pairs.jsonl", "data.format": "prompts", "data.max_length": 64}
-    asked |= {"rollout": {"prompts": 1, "samples": 2, "max_tokens": 2}, "rewards": {"adapter": "runs/judge"}}
-    done = mlxft("train", write(**asked, **{"run.steps": 1}))
-    assert "wants to run its own code (code.py)" in done.err
-    assert not marker.exists()
-    assert "code of a stranger ran" in mlxft("train", "recipe.yaml", "model.trust_remote_code=true").err
-    assert marker.exists()
 
 
 OPENED = {
