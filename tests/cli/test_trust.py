@@ -199,7 +199,9 @@ OPENED = {
     "eval-against": "eval runs/a rows.jsonl --against base",
     "fuse": "fuse runs/a fused --force",
     "export": "export runs/a peft --format peft",
+    "score": "score runs/a rows.jsonl",
     "show": "runs show runs/a",
+    "compare": "runs compare runs/a runs/a",
     "list": "runs list --dir runs",
     "report": "runs report runs/a --out report.html",
     "push": "push runs/a ada/a --dry-run",
@@ -223,9 +225,23 @@ def opened(write: Callable[..., Any], mlxft: Callable[..., Any], tmp_path: Path,
     code.write_text(CODE.format(marker=str(marker)), "utf-8")
 
 
-def test_an_opened_run_does_not_run_its_recipe(opened: None, marker: Path, mlxft: Callable[..., Any]) -> None:
-    codes = {name: mlxft(*command.split()).code for name, command in OPENED.items()}
+@pytest.mark.parametrize("objective", ["{code}:Objective", "{code}", "../../reward", "grpo"])
+def test_an_opened_run_does_not_run_its_recipe(
+    objective: str, opened: None, marker: Path, tmp_path: Path, mlxft: Callable[..., Any]
+) -> None:
+    file, noted = Path("runs/a/config.yaml"), Path("runs/a/adapter/adapter_config.json")
+    objective = objective.format(code=tmp_path / "reward.py")
+    recipe, about = (yaml.safe_load(path.read_text("utf-8")) for path in (file, noted))
+    recipe["objective"] = about["mlxft"]["objective"] = objective
+    file.write_text(yaml.safe_dump(recipe), "utf-8")
+    noted.write_text(json.dumps(about), "utf-8")
+    done = {name: mlxft(*command.split()) for name, command in OPENED.items()}
     assert not marker.exists()
+    assert not [result for result in done.values() if "Traceback" in result.err]
+    if objective != "grpo":
+        assert "no such objective" in done["generate"].err
+        return
+    codes = {name: result.code for name, result in done.items()}
     assert {codes[name] for name in ("generate", "fuse", "export", "show", "report", "push")} == {0}, codes
 
 
@@ -307,15 +323,15 @@ def test_a_folder_here_is_not_taken_for_a_hub_id(
 
 
 def test_asking_the_hub_is_said(
-    hostile: dict[str, str], mlxft: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    opened: None, mlxft: Callable[..., Any], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter may name a hub id as its base: that it is asked for is seen, and offline it is an error."""
-    import huggingface_hub
-
-    file = Path(hostile["adapter"], "adapter_config.json")
+    file = Path("runs/a/adapter/adapter_config.json")
     about = json.loads(file.read_text("utf-8"))
     about["mlxft"]["base"]["model"] = "ada/evil"
     file.write_text(json.dumps(about), "utf-8")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hostile["evil"])
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert "ada/evil: from the Hugging Face hub" in mlxft("generate", "--model", hostile["run"], "hi").err
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tiny_model_dir))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    done = mlxft(*OPENED["generate"].split())
+    assert done.code == 0
+    assert "ada/evil: from the Hugging Face hub" in done.err
