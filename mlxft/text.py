@@ -68,8 +68,9 @@ def make_console(**options: Any) -> Console:
 
 
 def guard_messages() -> None:
-    """Let what libraries log or warn of be printable in this process: they write of models without asking us."""
+    """Let what others print in this process be printable: log lines and warnings of libraries, a traceback."""
     import logging
+    import traceback
 
     class Record(logging.LogRecord):
         def getMessage(self) -> str:
@@ -77,6 +78,7 @@ def guard_messages() -> None:
 
     logging.setLogRecordFactory(Record)
     warnings.formatwarning = lambda *args, **options: printable(_format_warning(*args, **options))
+    sys.excepthook = lambda *error: echo("".join(traceback.format_exception(*error)), nl=False, err=True)
 
 
 def json_text(value: Any, indent: int | None = None, default: Any = None) -> str:

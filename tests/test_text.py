@@ -74,20 +74,24 @@ def test_completions_are_verbatim_but_for_a_terminal(terminal: bool, monkeypatch
     assert out.getvalue() == (printable(HOSTILE) if terminal else HOSTILE)
 
 
-def test_what_libraries_say(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Log lines of transformers name what stands in a model's files, and so do warnings."""
+def test_what_libraries_say(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Log lines of transformers name what stands in a model's files, and so do warnings and tracebacks."""
     import logging
     import warnings
 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     before = logging.getLogRecordFactory()
     try:
         guard_messages()
         logging.getLogger("transformers").warning("%s", HOSTILE)
         said = warnings.formatwarning(HOSTILE, UserWarning, "x.py", 1, "")
+        sys.excepthook(ValueError, ValueError(HOSTILE), None)
     finally:
         logging.setLogRecordFactory(before)
-    for text in (caplog.text, said):
+    for text in (caplog.text, said, capsys.readouterr().err):
         assert printable(HOSTILE) in text
         assert not HARMFUL & set(text)
 
