@@ -63,6 +63,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def shorten(text: str, most: int = 200) -> str:
+    """Cut what somebody gave to what a message has room for."""
+    return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
+
+
 def missing_extra(package: str, extra: str) -> str:
     """The sentence for a package that an extra would bring."""
     return f"this needs the package {package}: pip install 'mlxft[{extra}]'"

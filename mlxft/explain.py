@@ -7,7 +7,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from mlxft.config import objective_sections, objectives
-from mlxft.errors import nearest
+from mlxft.errors import nearest, shorten
 
 
 def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
@@ -19,11 +19,6 @@ def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
         else:
             names.append(prefix + name)
     return names
-
-
-def shorten(text: str, most: int = 200) -> str:
-    """Cut what somebody gave to what a message has room for."""
-    return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:

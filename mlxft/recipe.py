@@ -16,8 +16,8 @@ import yaml
 from pydantic import ValidationError
 
 from mlxft.config import Config, config_class
-from mlxft.errors import ConfigError, half_character
-from mlxft.explain import explain, shorten
+from mlxft.errors import ConfigError, half_character, shorten
+from mlxft.explain import explain
 from mlxft.settings import Settings
 from mlxft.text import read_small
 
@@ -173,10 +173,10 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
     config = _validate(raw, origin)
     _check_paths(config, origin)
     run = {"name": config.run.name or name or config.objective, "dir": _expanded(config.run.dir)}
-    model = {k: _absolute(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
+    model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
-    model["chat_template"] = None if template is None else Path(_absolute(template))
-    data = {k: _absolute(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    model["chat_template"] = None if template is None else Path(full_path(template))
+    data = {k: full_path(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
@@ -236,7 +236,7 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
     return found
 
 
-def _absolute(value: Any) -> Any:
+def full_path(value: Any) -> Any:
     """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
     path = _expanded(value) if isinstance(value, (str, Path)) else None
     try:
@@ -247,11 +247,16 @@ def _absolute(value: Any) -> Any:
 
 def _check_paths(config: Config, origin: str) -> None:
     """ConfigError where a path is longer than any file system takes."""
-    model = config.model  # its path, and the rows, are refused where they are opened
-    paths = {"model.adapter": model.adapter, "model.chat_template": model.chat_template, "run.dir": config.run.dir}
+    named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
+    paths: dict[str, Any] = {
+        f"{section}.{name}": getattr(getattr(config, section, None), name, None)
+        for section, names in named.items()
+        for name in names.split()
+    }
     wrong = [
         f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 a name): {shorten(str(path))}"
-        for name, path in paths.items()
+        for name, given in paths.items()
+        for path in (given if isinstance(given, Mapping) else [given])
         if isinstance(path, str | Path)
         and (len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in Path(path).parts))
     ]

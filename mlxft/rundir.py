@@ -13,9 +13,9 @@ from typing import Any
 from mlxft.config import Config
 from mlxft.data.encode import end_completions, turn_end
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
-from mlxft.model.adapters import load_with_adapter, read_adapter_config
+from mlxft.model.adapters import kept_template, load_with_adapter, read_adapter_config
 from mlxft.model.heads import HEAD_FILE, load_head
-from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
+from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
@@ -51,8 +51,8 @@ class Run:
 
     @property
     def template(self) -> Path | None:
-        """Where the chat template is that it was trained with: kept in the run's folder, or where the recipe says."""
-        return self.dir if (self.dir / TEMPLATE_FILE).is_file() else self.config.model.chat_template
+        """Where the chat template is that it was trained with, if it keeps one; see `kept_template`."""
+        return kept_template(self.dir, None)
 
     @property
     def resume(self) -> str:

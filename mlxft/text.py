@@ -10,6 +10,7 @@ import errno
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+_format_warning = warnings.formatwarning
 _MOST = 1 << 18  # characters of a recipe, template or schema: a thousand times what one has
 
 
@@ -63,6 +65,20 @@ def make_console(**options: Any) -> Console:
             return super().render_str(printable(text), **options)
 
     return Printable(markup=False, emoji=False, highlight=False, **options)
+
+
+def guard_messages() -> None:
+    """Let what others print in this process be printable: log lines and warnings of libraries, a traceback."""
+    import logging
+    import traceback
+
+    class Record(logging.LogRecord):
+        def getMessage(self) -> str:
+            return printable(super().getMessage())
+
+    logging.setLogRecordFactory(Record)
+    warnings.formatwarning = lambda *args, **options: printable(_format_warning(*args, **options))
+    sys.excepthook = lambda *error: echo("".join(traceback.format_exception(*error)), nl=False, err=True)
 
 
 def json_text(value: Any, indent: int | None = None, default: Any = None) -> str:

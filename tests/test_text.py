@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mlxft.text import echo, echo_completion, json_text, make_console, printable
+from mlxft.text import echo, echo_completion, guard_messages, json_text, make_console, printable
 
 # ESC and its 8-bit form (a title, a cleared screen, a link), BEL, DEL, bidi override and isolate, line separator, tags.
 HOSTILE = (
@@ -72,6 +72,28 @@ def test_completions_are_verbatim_but_for_a_terminal(terminal: bool, monkeypatch
     for piece in HOSTILE:
         echo_completion(piece)
     assert out.getvalue() == (printable(HOSTILE) if terminal else HOSTILE)
+
+
+def test_what_libraries_say(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Log lines of transformers name what stands in a model's files, and so do warnings and tracebacks."""
+    import logging
+    import warnings
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before = logging.getLogRecordFactory()
+    try:
+        guard_messages()
+        logging.getLogger("transformers").warning("%s", HOSTILE)
+        said = warnings.formatwarning(HOSTILE, UserWarning, "x.py", 1, "")
+        sys.excepthook(ValueError, ValueError(HOSTILE), None)
+    finally:
+        logging.setLogRecordFactory(before)
+    for text in (caplog.text, said, capsys.readouterr().err):
+        assert printable(HOSTILE) in text
+        assert not HARMFUL & set(text)
 
 
 def test_echo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import keyword
@@ -10,7 +11,7 @@ import sys
 import click
 
 import mlxft
-from mlxft.text import echo
+from mlxft.text import echo, guard_messages
 
 # name -> (module, one line of help, shown without importing the module)
 COMMANDS = {
@@ -39,10 +40,9 @@ COMMANDS = {
 
 def _trust(context: click.Context, _: click.Parameter, given: bool) -> None:
     if given:
-        from mlxft.model.source import TRUSTED
+        from mlxft.model.source import trusting
 
-        token = TRUSTED.set(True)
-        context.call_on_close(lambda: TRUSTED.reset(token))
+        context.with_resource(trusting(True))
 
 
 TRUST = click.option(
@@ -90,11 +90,12 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors as one message, and the exit codes 0, 1, 2 and 130."""
-    from mlxft.errors import MlxftError
+    from mlxft.errors import ConfigError, MlxftError, shorten
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
             stream.reconfigure(errors="replace")
+    guard_messages()
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:
@@ -112,6 +113,9 @@ def main() -> None:
         sys.stderr.close()  # whoever read our output is gone
         sys.exit(1)
     except OSError as e:  # a name too long, no permission, no such file after all
+        if e.errno == errno.ENAMETOOLONG:
+            echo(f"ConfigError: longer than a path can be: {shorten(str(e.filename))}", err=True)
+            sys.exit(ConfigError.exit_code)
         echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

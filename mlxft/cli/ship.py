@@ -23,7 +23,7 @@ from mlxft.text import echo, json_text, make_console
 )
 @click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Requantise all fused layers so.")
 @click.option("--dequantize", is_flag=True, help="Write float weights of a quantised base.")
-@click.option("--probe", metavar="FILE", help="Rows to measure on; default: the run's validation rows, or built-in.")
+@click.option("--probe", metavar="FILE", help="Rows to measure on; valid: its recipe's; default: built-in text.")
 @click.option("--force", is_flag=True, help="Write it even if less than --keep is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
 @TRUST

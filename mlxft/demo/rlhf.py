@@ -159,7 +159,7 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
         runs[stage] = train(config, overwrite=True, console=console)
     console.rule("4. Fusing")
     fused = folder / "fused"
-    for line in fuse(runs["ppo"].dir, fused, overwrite=True, force=True).lines():
+    for line in fuse(runs["ppo"].dir, fused, probe="valid", overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     lines = (folder / "data" / "held-out.jsonl").read_text("utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]

@@ -88,7 +88,7 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     console.print(f"right after:  {right} of {len(asked)}")
     console.rule("Fusing")
     fused = folder / "fused"
-    for line in fuse(run.dir, fused, overwrite=True, force=True).lines():
+    for line in fuse(run.dir, fused, probe="valid", overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     command = ["mlxft", "generate", "--model", str(fused), asked[0].question]
     console.print(Text(f"$ {' '.join(command[:-1])} {command[-1]!r}", style="bold"))

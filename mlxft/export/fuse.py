@@ -216,7 +216,7 @@ def fuse(
         adapters: more of them, each with the number its change is multiplied by; all changes add up.
         model: the base, where the adapter does not say or it has moved.
         dequantize, bits: decide the precision, in place of what keeps enough.
-        probe: a file of rows to measure on; default: validation rows of the runs, else built-in text.
+        probe: a file of rows to measure on, or "valid": the validation rows of the runs; default: built-in text.
         force: write even what keeps less than `keep`.
         tell: told what is being done.
     Raises:

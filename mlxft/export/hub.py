@@ -19,8 +19,8 @@ from typing import Any, Literal
 from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
 from mlxft.export.base import find_base
 from mlxft.export.card import Facts, Metadata, card, shortened
+from mlxft.model.declared import NAMED_TEMPLATES, lies_in
 from mlxft.model.heads import HEAD_FILE
-from mlxft.model.load import NAMED_TEMPLATES
 from mlxft.model.source import brief
 from mlxft.rundir import Run, open_run
 from mlxft.temporary import MARK
@@ -207,6 +207,8 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str], list[str]]
         if name.startswith(".") or not file.is_file() or not any(fnmatchcase(file.name, pattern) for pattern in GOES):
             left_out.append(name + ("/" if file.is_dir() else ""))
             continue
+        if file != folder and not lies_in(folder, file):  # it may lead to any file of this machine
+            raise ModelError(f"{file}: is a link out of its folder, and is not sent; put a copy there if it is yours")
         files[name] = file
         if name in MAY_HOLD_PATHS and (clean := _clean(file)) is not None:
             files[name] = clean

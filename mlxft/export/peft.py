@@ -32,7 +32,7 @@ from mlxft.model.folder import check_destination, check_space, check_unused, rep
 from mlxft.model.heads import HEAD_FILE, Saved, check_pair, read_head
 from mlxft.model.load import Loaded, load_tokenizer, skeleton
 from mlxft.model.lora import EMBEDDING, LEAVES, QUANTIZED, SWITCH, LowRank
-from mlxft.model.source import ALIASES
+from mlxft.model.source import ALIASES, stated_name
 from mlxft.rundir import find_adapter, open_run
 from mlxft.train.files import flush, save_arrays
 
@@ -102,9 +102,10 @@ def open_adapter(run: Path, model: str | None) -> Opened:
     """
     folder = adapter_of(run)
     about = base_noted(read_adapter_config(folder))
-    base = model or about.get("model")
-    if base is None:
+    named = model or about.get("model")
+    if named is None:
         raise ModelError(f"{folder} does not say which base it is for; name it with --model")
+    base = model or stated_name(named)
     loaded = skeleton(base)
     spec = load_adapter(loaded.model, folder, loaded.fingerprint)
     if spec is None:

@@ -14,11 +14,13 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
-from mlxft.model.declared import check_arrays, read_object
+from mlxft.model.declared import check_arrays, check_links, read_object
 from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
 from mlxft.model.lora import LINEAR, QUANTIZED, adaptable
+from mlxft.model.source import stated_name
+from mlxft.recipe import full_path
 from mlxft.train.files import flush, save_arrays
 
 # Settings that make of LoRA something else; each is refused where it is set.
@@ -67,7 +69,7 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
     name = model or config.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{folder / CONFIG}: names no base (base_model_name_or_path); name it with --model")
-    base = _base(str(name), model is None)
+    base = _base(model or stated_name(str(name)), model is None)
     low, whole = sort_arrays(arrays, folder)
     head = _take_head(whole, config, base.config, folder)
     _check_there(base, list(low), list(whole), folder)
@@ -80,7 +82,7 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
     attach(base.model, spec)
     load_trained(base.model, weights | whole, str(folder / WEIGHTS))
     unfreeze(base.model, list(whole), str(folder / CONFIG))
-    about = {"base": {"model": str(name), "fingerprint": base.fingerprint}, "imported": "peft"}
+    about = {"base": {"model": full_path(str(name)), "fingerprint": base.fingerprint}, "imported": "peft"}
     with replace_folder(out, "adapter") as part:
         text = json.dumps(adapter_config(spec, base.model, about), indent=2)
         (part / CONFIG).write_text(text + "\n", "utf-8")
@@ -113,6 +115,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
     try:
+        check_links(folder)
         config = read_object(file)
     except OSError as e:
         raise ModelError(f"{folder} is no PEFT adapter: can not read {CONFIG} ({e.strerror})") from e

@@ -1,4 +1,7 @@
-"""Rows on which a fused model is compared with what it was made of: held-out ones of a run, a file's, or built-in."""
+"""Rows on which a fused model is compared with what it was made of: built-in ones, a file's, or held-out ones of a run.
+
+A run's recipe names the last. It may be a stranger's, so what it names is read only where that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.objectives.sft import load_splits
 
 TOKENS = 512  # of all probe rows together: enough to tell the precisions apart, quick to go through
+VALID = "valid"  # in a file's place: the validation rows that the runs' recipes name
 LONGEST = 256  # of one row, so that no single one is the whole probe
 
 
@@ -30,7 +34,7 @@ class Probe:
 
     Attributes:
         source: where they are from, for messages.
-        notes: what could not be used, and why.
+        notes: what else there is to measure on.
     """
 
     rows: list[Encoded]
@@ -44,7 +48,7 @@ class Probe:
 
 
 def find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scores: bool) -> Probe:
-    """The rows to compare on: `file`'s, else the validation rows of the runs, else built-in text.
+    """The rows to compare on: built-in text, or `file`'s, which may be VALID.
 
     Rows that a run was trained on are never taken: on them it has learnt more than elsewhere.
 
@@ -54,23 +58,21 @@ def find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scor
     Raises:
         ConfigError, DataError: the file is not there, or no row of it can be used.
     """
-    if file is not None:
+    if file is None:
+        held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
+        hint = [f"--probe {VALID} measures on the run's own validation rows (of {', '.join(held)})"] if held else []
+        return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(hint))
+    if file != VALID:
         config = configs[0] if configs else None
         rows = _encode(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores)
         return Probe(rows, file)
     found: list[Encoded] = []
-    notes: list[str] = []
     for config in configs:
-        try:
-            examples = _held_out(config, tokenizer)
-            share = TOKENS // len(configs)
-            found += _encode(examples, tokenizer, config, scores, share) if examples else []
-        except (ConfigError, DataError) as error:
-            reason = str(error).splitlines()[0]
-            notes.append(f"the validation rows of {config.run.name} can not be used: {reason}")
-    if found:
-        return Probe(found, "validation rows", tuple(notes))
-    return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(notes))
+        examples = _held_out(config, tokenizer)
+        found += _encode(examples, tokenizer, config, scores, TOKENS // len(configs)) if examples else []
+    if not found:
+        raise ConfigError(f"--probe {VALID}: the run has no validation rows; name a file, or leave it out")
+    return Probe(found, "validation rows")
 
 
 def _chats(config: Config | None, tokenizer: Any) -> bool:

@@ -22,12 +22,13 @@ from pydantic import Field
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.declared import Lenient, Real, check_arrays, read_object, validate
+from mlxft.model.declared import Lenient, Real, check_arrays, check_links, read_object, validate
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 from mlxft.model.routers import is_router
+from mlxft.model.source import stated_name
 
 Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
@@ -313,6 +314,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "adapter_config.json"
     try:
+        check_links(folder)
         config = read_object(file)
     except OSError as e:
         raise ModelError(f"{folder} is no adapter: can not read adapter_config.json ({e.strerror})") from e
@@ -456,7 +458,7 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
     if not named:
         if name is None:
             raise ModelError(f"{adapter} does not say which base it is for; name it with --model")
-        path = name
+        path = stated_name(name)
     elif str(path) != name:
         base = {}
     options = {**base, "chat_template": template_of(adapter), **options}
@@ -471,19 +473,25 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
 
 
 def template_of(adapter: Path) -> Path | None:
-    """Where the chat template is that the adapter in a folder was trained with; None: it is the base's own.
+    """`kept_template` of an adapter."""
+    return kept_template(adapter, base_noted(read_adapter_config(adapter)).get("chat_template"))
 
-    That is the folder itself.
 
+def kept_template(folder: Path, named: Any) -> Path | None:
+    """Where the chat template is that was trained with: the folder, if it keeps one; None: it is the base's own.
+
+    Args:
+        folder: an adapter's or a run's.
+        named: the file that the template was read from, by what stands in the folder.
     Raises:
-        ModelError: it names a file in place of it, as adapters did before they kept it: no path out of a file that
-            someone may have sent is read.
+        ModelError: only that is known, as before it was kept: no path out of a file that someone may have sent is read.
     """
-    if (adapter / TEMPLATE_FILE).is_file():
-        return adapter
-    if given := base_noted(read_adapter_config(adapter)).get("chat_template"):
+    if (folder / TEMPLATE_FILE).is_file():
+        check_links(folder)
+        return folder
+    if named:
         raise ModelError(
-            f"{adapter}: was trained with the chat template {given}, which is not in the folder; copy it there as "
+            f"{folder}: was trained with the chat template {named}, which is not in the folder; copy it there as "
             f"{TEMPLATE_FILE} if it is yours"
         )
     return None

@@ -122,14 +122,37 @@ _FILES: dict[str, type[BaseModel]] = {
     "generation_config.json": GenerationConfig,
     "tokenizer_config.json": TokenizerConfig,
 }
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for those beside the default
+
+
+def lies_in(folder: Path, file: Path) -> bool:
+    """Whether a folder's file is its own, no link to a file elsewhere; links of the hub's cache are."""
+    real = file.resolve()
+    cached = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    return cached or folder.resolve() in real.parents
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links out of a folder that someone may have sent: what they lead to would be copied, shown and pushed.
+
+    Weights are let through: users keep them elsewhere, and nothing but weights can be read from them.
+
+    Raises:
+        ModelError: there is one.
+    """
+    for file in (*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*")):
+        read = file.is_dir() if file.name == NAMED_TEMPLATES else file.is_file() and file.suffix != ".safetensors"
+        if read and not lies_in(folder, file):
+            raise ModelError(f"{file}: is a link out of its folder, and is not read; put a copy there if it is yours")
 
 
 def check_files(folder: Path) -> None:
     """Hold the files of a model's folder against what they may declare.
 
     Raises:
-        ModelError: one is not a JSON object, or what it says is of the wrong kind or out of bounds.
+        ModelError: one is not a JSON object, what it says is of the wrong kind or out of bounds, or it is a link out.
     """
+    check_links(folder)
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
             raise ModelError(f"{file}: is a pipe or a device; expected a file")

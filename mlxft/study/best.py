@@ -20,7 +20,6 @@ from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.settings import RewardSettings
-from mlxft.owned import note
 from mlxft.study.answers import Answer, Asked, drawn
 from mlxft.text import json_text
 from mlxft.train.files import write_result, writer

@@ -21,8 +21,9 @@ from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.data.template import is_template
 from mlxft.data.thoughts import Thoughts
 from mlxft.errors import ConfigError, MlxftError, nearest
-from mlxft.model.adapters import base_noted, read_adapter_config, template_of
+from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.load import Loaded
+from mlxft.model.source import stated_name
 from mlxft.owned import check_file, hold, note, read_mark
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
@@ -287,10 +288,10 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
         options.pop("fingerprint", None)
         name = options.pop("model", None)
         if name is not None:
-            return str(name), {**options, "chat_template": template_of(find_adapter(folder))}
+            return stated_name(str(name)), {**options, "chat_template": template_of(find_adapter(folder))}
     elif is_run(folder):
         run = open_run(folder)
-        return run.config.model.path, {"chat_template": run.template}
+        return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
     raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
 
 

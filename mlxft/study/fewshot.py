@@ -123,7 +123,8 @@ def default_task(config: Config, train_rows: Sequence[Example]) -> Task:
     """How the recipe's rows are asked: by the likeliest label where they have labels, else by the written answer."""
     data = config.data
     how: dict[str, Any] = {"name": "few-shot", "format": data.format, "fields": data.fields, "template": data.template}
-    if labels_of(train_rows) is None:
+    labels = labels_of(train_rows)
+    if labels is None or len(set(labels)) < 2:  # there is nothing to choose between
         return Task.model_validate({**how, "metrics": ["exact_match"]})
     # As they stand: where a prompt is plain text, the space before an answer belongs to it.
     items = [item for _, item in train_rows]

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxft import __version__
 from mlxft.errors import DataError
-from mlxft.owned import check_file, note, read_mark
+from mlxft.owned import check_file, read_mark
 from mlxft.study.compare import Details, details
 from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite

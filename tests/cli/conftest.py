@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
+import select
 import subprocess
 import sys
-from collections.abc import Callable
+import termios
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +61,46 @@ def mlxft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
             main()
         assert isinstance(stop.value.code, int)
         return Result(stop.value.code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`screen("chat", ..., typed=["hi\\n", "\\n"])` in this process, at a terminal; returns what it showed.
+
+    The next text is typed whenever nothing more is shown, and the last one again and again.
+    """
+
+    def run(*args: str, typed: Sequence[str] = ("\n",)) -> str:
+        ours, theirs = pty.openpty()
+        settings = termios.tcgetattr(theirs)
+        settings[3] &= ~termios.ECHO
+        termios.tcsetattr(theirs, termios.TCSANOW, settings)
+        shown, done, keys = bytearray(), threading.Event(), [*reversed(typed)]
+
+        def sit() -> None:
+            while True:
+                if select.select([ours], [], [], 0.02)[0]:
+                    shown.extend(os.read(ours, 65536))
+                elif done.is_set():
+                    return
+                else:
+                    os.write(ours, (keys.pop() if len(keys) > 1 else keys[0]).encode())
+
+        sitting = threading.Thread(target=sit, daemon=True)
+        monkeypatch.setattr(sys, "argv", ["mlxft", *args])
+        monkeypatch.setenv("TERM", "xterm")
+        with open(theirs, "r+b", buffering=0) as raw, io.TextIOWrapper(raw, "utf-8", write_through=True) as terminal:
+            for name in ("stdin", "stdout", "stderr"):
+                monkeypatch.setattr(sys, name, terminal)
+            sitting.start()
+            with pytest.raises(SystemExit):
+                main()
+            done.set()
+            sitting.join()
+        os.close(ours)
+        return shown.decode("utf-8", "replace")
 
     return run
 

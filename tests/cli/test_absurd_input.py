@@ -50,6 +50,9 @@ def test_recipes_that_make_much_of_little(text: str, said: str, refused: Refused
         ('run.name="\\ud83d"', "half of a character"),
         (f"run.dir={'x' * 300}", "run.dir: longer than a path can be"),
         (f"model.adapter={'x/' * 3000}", "model.adapter: longer than a path can be"),
+        (f"model.path={'x' * 300}", "model.path: longer than a path can be"),
+        (f"data.train={'x/' * 3000}", "data.train: longer than a path can be"),
+        (f"data.valid={'x' * 300}", "data.valid: longer than a path can be"),
         ('model.path="a\\0"', "model.path: holds the character NUL"),
         ('run.sample_prompts=["\\ud83d"]', "half of a character"),
         ("memory.limit=1e308", "memory.limit: "),
@@ -86,6 +89,24 @@ def test_settings_that_no_one_means(
         assert said in err
         assert len(err) < 600
         assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rewards", [{"adapter": "x" * 5000}, {"function": "x" * 300 + ".py:f"}], ids=str)
+def test_rewards_of_names_that_no_file_can_have(
+    rewards: dict[str, str], write: Callable[..., str], refused: Refused
+) -> None:
+    recipe = write(objective="ppo", rewards=rewards, **{"data.format": "prompts"})
+    for command in ("check", "train"):
+        assert f"rewards.{next(iter(rewards))}: longer than a path can be" in refused(2, command, recipe)
+
+
+@pytest.mark.parametrize("command", ["generate hi --model", "push a/b", "train", "fuse out", "runs show"])
+def test_names_on_a_command_line_that_no_file_can_have(command: str, refused: Refused) -> None:
+    first, *rest = command.split()
+    at = {"push": 0, "fuse": 0}.get(first, len(rest))
+    err = refused(2, first, *rest[:at], "x" * 300, *rest[at:])
+    assert "longer than a path can be: " in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("kind", ["prompts", "samples", "max_tokens"])

@@ -35,7 +35,7 @@ def test_a_fused_reward_model_scores_as_its_run(
     data = {"objective": "reward", "data.train": "pairs.jsonl", "data.format": "preference", "data.valid": 0.3}
     done = mlxft("train", write(**data, **changes, **packed, **HIGH))
     assert done.code == 0, done.err
-    done = mlxft("fuse", "runs/a", "fused", "--json", "--keep", "0.99")
+    done = mlxft("fuse", "runs/a", "fused", "--json", "--keep", "0.99", "--probe", "valid")
     assert done.code == 0, done.err
     told = json.loads(done.out)
     assert told["measure"] == "squared score difference"
@@ -54,9 +54,10 @@ def test_a_fused_reward_model_scores_as_its_run(
 
 
 def test_rows_to_measure_on(write: Command, mlxft: Command, refused: Command, tmp_path: Path) -> None:
-    """Validation rows, a file's, or built-in ones where there are none; never the rows that were trained on."""
+    """Built-in ones, a file's, or validation rows; never the rows that were trained on, and no file unasked."""
     assert mlxft("train", write(**HIGH, **{"data.valid": 0.2})).code == 0
-    probes = {"validation rows": [], "other.jsonl": ["--probe", "other.jsonl"], "text.jsonl": ["--probe", "text.jsonl"]}
+    probes = {"built-in text": [], "validation rows": ["--probe", "valid"]}
+    probes |= {name: ["--probe", name] for name in ("other.jsonl", "text.jsonl")}
     write_rows(tmp_path / "other.jsonl", PAIRS)
     write_rows(tmp_path / "text.jsonl", [{"text": "the in of " * 300}])
     for source, options in probes.items():
@@ -68,12 +69,15 @@ def test_rows_to_measure_on(write: Command, mlxft: Command, refused: Command, tm
     assert "no such file" in refused(2, "fuse", "runs/a", "out", "--probe", "nope.jsonl")
     write_rows(tmp_path / "bad.jsonl", [{"words": "the"}])
     assert "a probe's have messages, text" in refused(1, "fuse", "runs/a", "out", "--probe", "bad.jsonl")
-    # The file of the run's validation rows is gone: said, and others are taken.
+    # What the recipe of a run names may be a stranger's choice: it is named, and left alone.
     assert mlxft("train", write("two.yaml", **HIGH, **{"data.valid": "rows-10.jsonl", "run.name": "b"})).code == 0
     (tmp_path / "rows-10.jsonl").rename(tmp_path / "gone.jsonl")
     done = mlxft("fuse", "runs/b", "built")
-    assert "the validation rows of b can not be used: " in done.out
+    assert "--probe valid measures on the run's own validation rows (of /" in done.out
     assert "built-in text" in done.out
+    assert "rows-10.jsonl: no such file" in refused(2, "fuse", "runs/b", "out", "--probe", "valid")
+    assert mlxft("train", write("three.yaml", **HIGH, **{"run.name": "c"})).code == 0
+    assert "has no validation rows" in refused(2, "fuse", "runs/c", "out", "--probe", "valid")
 
 
 def test_too_little_kept(write: Command, mlxft: Command, refused: Command, tmp_path: Path) -> None:

@@ -86,6 +86,21 @@ def test_an_adapter_from_before_asks_for_its_file(write: Command, mlxft: Command
     assert load_run("runs/a").tokenizer.chat_template == QWEN
 
 
+def test_a_run_does_not_say_which_file_is_read(write: Command, mlxft: Command, tmp_path: Path) -> None:
+    """The base that a whole run is compared with would get any file as its template."""
+    Path("my.jinja").write_text(QWEN, "utf-8")
+    whole = {"tune.method": "full", "tune.rank": None, "model.chat_template": "my.jinja"}
+    assert mlxft("train", write(**whole, **TWO_STEPS)).code == 0
+    against = ("eval", "runs/a", "rows-10.jsonl", "--against", "base")
+    assert mlxft(*against).code == 0
+    Path("runs/a/chat_template.jinja").unlink()
+    done = mlxft(*against)
+    assert done.code == 1
+    assert "copy it there as chat_template.jinja" in done.err
+    # To go on with it is to train by its recipe.
+    assert mlxft("train", "--resume", "runs/a", "run.steps=3").code == 0
+
+
 @pytest.mark.parametrize("objective", ["sft", "preference", "grpo"])
 def test_the_day_of_a_run_is_the_day_it_began(
     objective: str, write: Command, mlxft: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

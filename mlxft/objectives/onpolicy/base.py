@@ -28,6 +28,7 @@ from mlxft.model.logprobs import Draw, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.random import probing
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling, never_drawn
+from mlxft.model.source import trusting
 from mlxft.objectives.base import Batch, LossSum, Summary
 from mlxft.objectives.onpolicy.draw import Drawn
 from mlxft.objectives.onpolicy.held_out import HeldOut
@@ -90,7 +91,8 @@ class OnPolicy(Generic[M]):
         self.has_reference = self.settings.refers or not moved
         if moved and self.settings.refers:
             self.roles.copy("policy", "reference")
-        self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
+        with trusting(self.config.model.trust_remote_code):
+            self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
         replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
         if self.rewards.role is not None and replaced:
             seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
