@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlxft.errors import ModelError
+from mlxft.errors import ModelError, shorten
 from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
-from mlxft.model.declared import check_arrays, check_links, read_object
+from mlxft.model.declared import Lenient, Rank, Real, Share, check_arrays, check_links, read_object, validate
 from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
@@ -47,6 +47,30 @@ PARTS = {
     "lora_magnitude_vector.weight": "m",
 }
 Arrays = dict[str, mx.array]
+
+
+class _PeftConfig(Lenient):
+    """What is read of PEFT's adapter_config.json."""
+
+    base_model_name_or_path: str | None = None
+    r: Rank
+    lora_alpha: Real
+    lora_dropout: Share | None = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Real] | None = None
+
+
+def _wrong_pattern(pattern: str) -> list[str]:
+    """What is wrong with an expression of someone else's: matching it must end soon."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return [f"the pattern {shorten(pattern)!r} can not be read: {error}"]
+    repeats = len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern)))
+    nested = re.search(r"\)[*+?{]", pattern)
+    if len(pattern) > 200 or repeats > 3 or pattern.count("|") > 8 or nested:
+        return [f"the pattern {shorten(pattern)!r} may take for ever to match; write module names in its place"]
+    return []
 
 
 def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite: bool = False) -> list[str]:
@@ -125,6 +149,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file}: has no peft_type"
             + ("; it is an adapter of mlxft or mlx-lm already" if mine else ", so it is not PEFT's")
         )
+    validate(_PeftConfig, config, file)
     kind = config["peft_type"]
     if kind != "LORA":
         raise ModelError(f"{file}: peft_type is {kind!r}; expected 'LORA' (also with use_rslora and use_dora)")
@@ -139,8 +164,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base itself; save it from PEFT "
             "as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
-        problems.append(f"r and lora_alpha are {config.get('r')!r} and {config.get('lora_alpha')!r}; expected numbers")
+    for pattern in {**(config.get("rank_pattern") or {}), **(config.get("alpha_pattern") or {})}:
+        problems += _wrong_pattern(pattern)
     if problems:
         raise ModelError(f"{file}: can not be imported:\n  " + "\n  ".join(problems))
     return config
@@ -216,7 +241,7 @@ def to_mlx(low: dict[str, Arrays], config: dict[str, Any], folder: Path) -> tupl
         weights[f"{path}.lora_b"] = mx.contiguous(mx.pad(b, [(0, 0), (0, more)]).T)
         if dora:
             weights[f"{path}.m"] = parts["m"].astype(mx.float32).reshape(-1)
-    dropout = float(config.get("lora_dropout") or 0.0)
+    dropout = config.get("lora_dropout") or 0.0
     return LoRASpec(tuple(low), rank, scale, dropout, dora), weights
 
 

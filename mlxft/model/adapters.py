@@ -22,7 +22,7 @@ from pydantic import Field
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.declared import Lenient, Real, check_arrays, check_links, read_object, validate
+from mlxft.model.declared import Lenient, Rank, Real, Share, check_arrays, check_links, read_object, validate
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
@@ -337,9 +337,9 @@ class _About(Lenient):
 
 
 class _LowRank(Lenient):
-    rank: Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
+    rank: Rank
     scale: Real
-    dropout: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
+    dropout: Share = 0.0
     keys: list[str] | None = None
 
 

@@ -173,6 +173,13 @@ def test_a_quantised_base_is_said(recipe: Recipe, tmp_path: Path) -> None:
         ({"base_model_name_or_path": None}, r"names no base .*--model"),
         ({"base_model_name_or_path": "./gone"}, r"no such file or folder.*--model"),
         ({"task_type": "SEQ_CLS"}, r"expected one score.weight"),
+        ({"lora_dropout": [0.1]}, r"lora_dropout is a list"),
+        ({"r": "8", "lora_alpha": None}, r"r is '8'.*lora_alpha is null"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern.q_proj is 'x'"),
+        ({"rank_pattern": {"q_proj": 2**40}}, r"rank_pattern.q_proj is 1099511627776"),
+        ({"alpha_pattern": {"([\\w.]+)+!": 2}}, r"may take for ever to match"),
+        ({"alpha_pattern": {"(a|a)" * 30: 2}}, r"may take for ever to match"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' can not be read"),
     ],
 )
 def test_what_can_not_come_in(changes: dict[str, Any], message: str, golden: Any, tmp_path: Path) -> None:
