@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
 from mlxft.temporary import MARK, temporary
+from mlxft.text import read_file
 
 HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
@@ -254,7 +255,7 @@ def refuse_if_held(folder: Path) -> None:
     if is_held(folder):
         holder = ""
         with suppress(OSError, ValueError):
-            holder = (folder / HOLDER).read_text("utf-8")
+            holder = read_file(folder / HOLDER).decode()
         raise CheckpointError(
             f"{folder} is in use now, by process {holder or '?'}; wait for it (mlxft runs watch shows a run), or "
             "choose another name"

@@ -87,6 +87,21 @@ def json_text(value: Any, indent: int | None = None, default: Any = None) -> str
     return _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
+def _refuse_endless(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file that a program wrote into a folder.
+
+    Raises:
+        OSError: it can not be read, or is a device or a pipe, which may have no end.
+    """
+    _refuse_endless(path)
+    return path.read_bytes()
+
+
 def read_small(path: Path) -> str:
     """Read a text file that people write: a recipe, a template, a schema.
 
@@ -94,8 +109,7 @@ def read_small(path: Path) -> str:
         OSError: it can not be read, or is a device or a pipe, which may have no end.
         ValueError: it is not UTF-8, or far longer than what people write.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+    _refuse_endless(path)
     with path.open(encoding="utf-8") as file:
         text = file.read(_MOST + 1)
     if len(text) > _MOST:

@@ -148,6 +148,7 @@ def settings(data: str, form: str, objective: str | None = None) -> dict[str, An
     return {"objective": objective, **made, "batch": {"rows": 2}, "run": {"name": "a", "steps": 2, "seed": 1}}
 
 
+DAMAGED = (".json", ".jsonl", ".safetensors", ".yaml", ".jinja")
 ASK = "--max-tokens 2 the"
 OPENED = {
     "m": ["check r.yaml", f"generate --model m {ASK}", f"generate --model runs/a {ASK}", "convert m out --quantize 4"],
@@ -177,7 +178,7 @@ OPENED = {
 def folder_case(place: Path, rng: random.Random) -> list[str]:
     """A model, an adapter, a run or a GGUF file that is damaged."""
     target = place / rng.choice(list(OPENED))
-    files = [p for p in target.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors", ".yaml", ".jinja")]
+    files = [p for p in target.rglob("*") if p.is_file() and p.suffix in DAMAGED]
     damage_file(rng.choice(sorted(files) or [target]), rng)
     (place / "r.yaml").write_text(yaml.safe_dump(settings("rows.jsonl", "messages")))
     return rng.choice(OPENED[str(target.relative_to(place))]).split()
@@ -211,7 +212,7 @@ def recipe_case(place: Path, rng: random.Random) -> list[str]:
         found |= {"rollout": {"prompts": 2, "max_tokens": 3}, "rewards": {"rules": [{"kind": "length", "max": 2}]}}
         found["rollout"] |= {"samples": 2} if objective in ("grpo", "rloo") else {}
         found.pop("batch")
-    found["run"]["name"] = "b"
+    found["run"]["name"] = "new"
     kind = config_class(objective)
     keys = all_keys(kind)
     args = ["check", "r.yaml"]

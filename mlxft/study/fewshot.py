@@ -39,7 +39,7 @@ from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.temporary import clear
-from mlxft.text import json_text
+from mlxft.text import json_text, read_file
 from mlxft.train.files import write_text
 
 FILE = "study.json"  # what is compared, and with what
@@ -308,7 +308,7 @@ def _asked(item: Any) -> Any:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_file(file))
         assert isinstance(found, dict), "an object was written"
         return found
     except (OSError, ValueError) as e:

@@ -13,7 +13,7 @@ from mlxft.owned import check_file, read_mark
 from mlxft.study.compare import Details, details
 from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite
-from mlxft.text import printable
+from mlxft.text import printable, read_file
 from mlxft.train.status import now
 
 TEMPLATE = "report.html.jinja"
@@ -74,7 +74,7 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     tables = []
     for path in sorted(folder.glob("**/results.json")):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_file(path))
             tables += [_evaluation(found, task) for task in found["tasks"]]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue

@@ -5,6 +5,7 @@ Of metrics.jsonl only the lines that are needed are parsed, so that hundreds of 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import yaml
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.owned import check_replaceable, hold, is_held, refuse_if_held, remove
 from mlxft.temporary import temporary
+from mlxft.text import read_file
 from mlxft.train.status import read_status
 
 Event = dict[str, Any]
@@ -118,7 +120,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing or no mapping.
     """
     try:
-        found = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=_Loader)
+        found = yaml.load(read_file(folder / "config.yaml"), Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError) as e:
         reason = " ".join((getattr(e, "strerror", None) or str(e)).split())
         raise CheckpointError(f"{folder}: config.yaml can not be read: {reason}") from e
@@ -130,10 +132,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def read_events(folder: Path) -> list[Event]:
     """The events of metrics.jsonl; lines that a kill has cut short are left out. [] without the file."""
     try:
-        text = (folder / "metrics.jsonl").read_bytes()
+        return parse_events(read_file(folder / "metrics.jsonl"))
     except OSError:
         return []
-    return parse_events(text)
 
 
 def parse_events(text: bytes) -> list[Event]:
@@ -169,7 +170,7 @@ class _Metrics:
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.text = (folder / "metrics.jsonl").read_bytes()
+            self.text = read_file(folder / "metrics.jsonl")
         except OSError:
             self.text = b""
 
@@ -223,9 +224,9 @@ def run_info(folder: Path, name: str | None = None) -> RunInfo:
 def _settings(folder: Path, complete: bool) -> tuple[dict[str, Any], str]:
     """What is needed of config.yaml, and what is wrong with it. It is parsed only where events do not say the same."""
     try:
-        text = (folder / "config.yaml").read_bytes()
-    except OSError:
-        return {}, "no config.yaml"
+        text = read_file(folder / "config.yaml")
+    except OSError as e:
+        return {}, "no config.yaml" if e.errno == errno.ENOENT else f"config.yaml can not be read: {e.strerror}"
     if complete and b"\nversions:" in text:  # its last section: nothing was cut off
         return {}, ""
     try:

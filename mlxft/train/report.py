@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mlxft.text import read_file
 from mlxft.train.files import write_text, writing
 
 Event = dict[str, Any]
@@ -56,7 +57,8 @@ class EventFile:
         kept: list[str] = []
         if resume_at is not None and path.exists():
             # Steps after the checkpoint are trained again; their old lines would stand twice.
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _until(line, resume_at)]
+            with suppress(OSError, ValueError):  # what is no text of ours is replaced
+                kept = [line for line in read_file(path).decode().splitlines() if _until(line, resume_at)]
         if kinds is None or path.exists():
             write_text(path, "".join(f"{line}\n" for line in kept))
         self._path, self._kinds = path, kinds

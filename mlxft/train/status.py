@@ -16,6 +16,7 @@ from typing import Any
 
 from mlxft.errors import CheckpointError
 from mlxft.owned import Held
+from mlxft.text import read_file
 
 STATUS_FILE = "status.json"
 
@@ -23,7 +24,7 @@ STATUS_FILE = "status.json"
 def read_status(folder: Path) -> dict[str, Any] | None:
     """What status.json holds; None: there is none (an older version's run), or it is not one."""
     try:
-        found = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+        found = json.loads(read_file(folder / STATUS_FILE))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("status"), str) else None
