@@ -14,14 +14,14 @@ import os
 import platform
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.temporary import MARK, temporary
+from mlxft.temporary import MARK, discard, temporary
 
 HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
@@ -29,7 +29,7 @@ _ANYWHERE = (HOLDER, ".tmp-mlxft-*", ".DS_Store")
 _LITTER = (*_ANYWHERE, ".*.partial-*", ".*.old-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
-_CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
+CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
 _SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
             *_RUN,
             *_TEMPLATES,
             *(f"adapter/{name}" for name in _ADAPTER),
-            *(f"checkpoints/step-*/{name}" for name in _CHECKPOINT),
+            *(f"checkpoints/step-*/{name}" for name in CHECKPOINT),
             *(f"eval/*/{name}" for name in ("predictions.jsonl", "results.json")),
             *("model", "wandb/**", "tensorboard/**"),
         ),
@@ -159,6 +159,21 @@ def remove(folder: Path) -> None:
         for path in _survey(folder)[0]:
             path.unlink(missing_ok=True)
         folder.rmdir()
+
+
+def remove_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Delete the files of these names in a folder, and the folder with them: all at once, if nothing else is in it.
+
+    Returns:
+        What else is in it, and stays with the folder.
+    """
+    ours = {p for p in folder.iterdir() if p.name in names and p.is_file() and not p.is_symlink()}
+    foreign = sorted(p.name for p in folder.iterdir() if p not in ours and not _is_any(p.name, _ANYWHERE))
+    if not foreign:
+        discard(folder)
+    for path in sorted(ours, key=lambda p: names.index(p.name)) if foreign else ():
+        path.unlink()
+    return foreign
 
 
 class Held(NamedTuple):
