@@ -297,7 +297,23 @@ def is_stream(path: Path) -> bool:
     """Whether a path is a device or a pipe: it is written to, and never replaced by a file."""
     if str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):  # /dev/stdout may lead to a file
         return True
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse, before the work, a name that nothing can be written under. Folders above it are made when it is written.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()
+        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / temporary(path).name
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
 def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
@@ -306,23 +322,15 @@ def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
     Raises:
         ConfigError: so it is.
     """
-    try:
-        if not path.name or path.is_dir():
-            raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
-        if is_stream(path):
-            if not os.access(path, os.W_OK):
-                raise ConfigError(f"{option}: can not write to {path}")
-            return
-        if os.path.lexists(path) and not overwrite:
-            raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
-        # Folders above it are made when it is written.
-        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / temporary(path).name
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
+    if not path.name or os.path.isdir(path):
+        raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
+    if is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{option}: can not write to {path}")
+        return
+    if os.path.lexists(path) and not overwrite:
+        raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
+    check_writable(path, option)
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import re
@@ -108,6 +109,11 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
         below = [_extent(n, known) for n in parts] if isinstance(node, yaml.CollectionNode) else []
         known[id(node)] = 1 + sum(n for n, _ in below), 1 + max((deep for _, deep in below), default=0)
     return known[id(node)]
+
+
+def override(key: str, value: object) -> str:
+    """KEY=VALUE for a text or path, whatever YAML would take it for."""
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:

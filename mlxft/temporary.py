@@ -18,7 +18,8 @@ _OURS = re.compile(r"\.tmp-mlxft-(?P<pid>\d+)-.+|\.(?P<name>.+)\.(?P<kind>partia
 
 def temporary(path: Path) -> Path:
     """Return a name beside `path` for what is to take its place, with its ending (MLX wants .safetensors)."""
-    return path.with_name(f".tmp-mlxft-{os.getpid()}-{path.name[-100:]}")
+    end = os.fsencode(path.name)[-100:].decode("utf-8", "ignore")  # a name has 255 bytes at most
+    return path.with_name(f".tmp-mlxft-{os.getpid()}-{end}")
 
 
 def discard(path: Path) -> None:

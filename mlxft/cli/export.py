@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg
 from mlxft.text import echo, json_text
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("run", type=PathArg())
+@click.argument("out", type=PathArg())
 @click.option(
     "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Of OUT."
 )
@@ -68,8 +68,8 @@ def export(
 
 
 @click.command("import")
-@click.argument("peft", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("peft", type=PathArg())
+@click.argument("out", type=PathArg())
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is an adapter's folder.")
 @TRUST

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg
 from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
-@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=PathArg())
 @click.option("--adapter", "adapters", multiple=True, metavar="RUN[:W]", help="Merge: add W times its change (1).")
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
 @click.option(
@@ -82,7 +82,7 @@ def fuse(
 
 @click.command()
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst", type=PathArg())
 @click.option("--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; default 64.")
 @click.option(

@@ -18,7 +18,7 @@ from mlxft.data.chat import thinking_of
 from mlxft.errors import ConfigError, ExportError
 from mlxft.model.declared import read_object
 from mlxft.model.source import lies_in
-from mlxft.owned import check_replaceable, claim, is_empty, note, remove
+from mlxft.owned import check_replaceable, check_writable, claim, is_empty, note, remove
 from mlxft.temporary import clear
 
 if TYPE_CHECKING:
@@ -104,9 +104,12 @@ def check_destination(dst: Path, overwrite: bool, kind: str = "model") -> None:
     """
     if dst.name in ("", ".."):
         raise ConfigError(f"{str(dst)!r}: give the name of a folder to write")
-    if not overwrite and dst.is_dir() and not is_empty(dst):
+    if not overwrite and os.path.isdir(dst) and not is_empty(dst):
         raise ConfigError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
     check_replaceable(dst, kind)
+    check_writable(dst, "OUT")
+    if "\udc80" <= max(str(dst.absolute())) <= "\udcff":  # MLX writes under UTF-8 names alone
+        raise ConfigError(f"{dst}: is not UTF-8; give another name")
 
 
 def check_unused(dst: Path, used: Iterable[Path | None]) -> None:

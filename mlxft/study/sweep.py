@@ -32,7 +32,7 @@ from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
 from mlxft.planning import decide_checkpointing
-from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
+from mlxft.recipe import PAIRS, flat, load_config, override, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
@@ -84,9 +84,9 @@ def sweep(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     check_installed()
-    named = None if name is None else json.dumps(name)  # as text, whatever YAML would take it for
-    options = {"sweep.trials": trials, "sweep.time": limit, "run.name": named}
+    options = {"sweep.trials": trials, "sweep.time": limit}
     overrides = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    overrides += [] if name is None else [override("run.name", name)]
     config = load_config(path, overrides)
     raw = read_recipe(path, overrides)[0]
     if not config.sweep.space:

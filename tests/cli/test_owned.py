@@ -246,11 +246,9 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
         for out, said in {
             "mine.png": "exists already; give another name, or replace it with --overwrite",
             "f.py/x.png": "can not write f.py/x.png: Not a directory",
-            "": "give a file's name",
-            "x" * 300 + ".png": "can not write",
+            "": "it is empty; give a name",
+            "x" * 300 + ".png": "File name too long",
         }.items():
-            if out == "" and command[:2] in (["runs", "plot"], ["lr-find", file]):
-                continue  # a picture's ending is missed first
             assert said in refused(2, *command, out), (command, out)
     assert "mine/results.json exists already" in refused(2, "eval", "nope", "prompts.jsonl", "--out", "mine")
     assert mlxft("runs", "report", "a", "--out", "mine.png", "--overwrite").code == 0
@@ -259,6 +257,62 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
         assert mlxft("runs", "report", "a").code == 0
     (tmp_path / "runs/a/.mlxft.json").unlink()
     assert "report.html exists already" in refused(2, "runs", "report", "a")
+
+
+def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
+    write: Write, mlxft: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command that writes: with a model that is not there, or can not be loaded."""
+    file = write(**{"data.valid": 0.3})
+    assert mlxft("train", file).code == 0
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "sweep.yaml").write_text(
+        (tmp_path / file).read_text() + "sweep: {space: {optim.lr: {log: [1e-5, 1e-2]}}}"
+    )
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the in"}\n', "utf-8")
+    folder: dict[str, Callable[[str], list[str]]] = {
+        "train": lambda out: ["train", file, f"run.dir={out}"],
+        "sweep": lambda out: ["sweep", "sweep.yaml", f"run.dir={out}"],
+        "fewshot": lambda out: ["fewshot", file, "--test", "prompts.jsonl", "--out", out],
+        "eval": lambda out: ["eval", "nope", "prompts.jsonl", "--out", out],
+        "fuse": lambda out: ["fuse", "--force", "runs/a", "--", out],
+        "convert": lambda out: ["convert", "nope", "--", out],
+        "import": lambda out: ["import", "nope", "--", out],
+        **{
+            form: lambda out, form=form: ["export", "--format", form, "runs/a", "--", out]  # type: ignore[misc]
+            for form in ("peft", "seq-cls", "ollama")
+        },
+        "demo": lambda out: ["demo", "--dir", out],
+        "rlhf": lambda out: ["rlhf", "--dir", out],
+    }
+    plain: dict[str, Callable[[str], list[str]]] = {
+        "gguf": lambda out: ["export", "--format", "gguf", "runs/a", "--", out],
+        "generate": lambda out: ["generate", "--model", "nope", "--batch", "prompts.jsonl", "--out", out],
+        "label": lambda out: ["label", "prompts.jsonl", "--model", "nope", "--out", out],
+    }
+
+    def loads(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the work has begun")
+
+    for name in ("mlxft.run.load_base", "mlxft.parts.load_base", "mlxft.export.fuse.load_base", "mlxft.rundir.load"):
+        monkeypatch.setattr(name, loads)
+    monkeypatch.setattr("mlxft.study.sweep.load_base", loads)
+    for name, command in (folder | plain).items():
+        end = ".gguf" if name == "gguf" else ""
+        for out in ("", f"{file}/x{end}", f"{'x' * 300}{end}", f"/proc/none/x{end}"):
+            if out or name not in ("train", "sweep"):
+                assert refused(2, *command(out)).strip(), (name, out)
+    for name in ("eval", "fuse", "convert", "peft"):
+        assert "/dev/null" in refused(2, *folder[name]("/dev/null"))
+    assert "is a device or a pipe" in refused(2, *plain["gguf"]("pipe.gguf"))
+    assert "is not UTF-8" in refused(2, *folder["fuse"]("\udcff"))
+    assert "it is a device or a pipe" in refused(2, "push", "runs/a", "ada/a", "--dry-run", "--card", "/dev/zero")
+    # What an evaluation of a run is kept in by default.
+    (tmp_path / "runs/a/eval").write_text("mine", "utf-8")
+    assert "--out is not given: can not write" in refused(2, "eval", "runs/a", "prompts.jsonl")
+    (tmp_path / "[x]").write_text("mine", "utf-8")
+    for walk in ("demo", "rlhf"):
+        assert "[x]: exists and is a file" in refused(2, walk, "--dir", "[x]")
 
 
 def test_a_pipe_is_written_to_and_stays_one(write: Write, mlxft: Command, tmp_path: Path, tiny_model_dir: Path) -> None:
