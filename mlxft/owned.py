@@ -309,6 +309,8 @@ def check_writable(path: Path, option: str) -> None:
     try:
         with suppress(FileNotFoundError):
             path.lstat()
+        if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would replace it all the same
+            raise OSError(errno.EACCES, "it is read-only")
         probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / temporary(path).name
         probe.touch()
         probe.unlink()

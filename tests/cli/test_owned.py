@@ -307,6 +307,15 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
     assert "is a device or a pipe" in refused(2, *plain["gguf"]("pipe.gguf"))
     assert "is not UTF-8" in refused(2, *folder["fuse"]("\udcff"))
     assert "it is a device or a pipe" in refused(2, "push", "runs/a", "ada/a", "--dry-run", "--card", "/dev/zero")
+    # Root, as whom tests may run, can write everything.
+    access = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: (mode, str(path)[:4]) != (os.W_OK, "made") and access(path, mode)
+    )
+    for name in ("made", "made.gguf"):
+        (tmp_path / name).mkdir() if name == "made" else (tmp_path / name).write_text("")
+    assert "made: it is read-only" in refused(2, *folder["fuse"]("made"))
+    assert "made.gguf: it is read-only" in refused(2, *plain["generate"]("made.gguf"), "--overwrite")
     # What an evaluation of a run is kept in by default.
     (tmp_path / "runs/a/eval").write_text("mine", "utf-8")
     assert "--out is not given: can not write" in refused(2, "eval", "runs/a", "prompts.jsonl")
