@@ -79,11 +79,19 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
-    """Mark a folder, which is there and empty or ours, as made by mlxft."""
+    """Mark a folder, which is there and empty or ours, as made by mlxft.
+
+    Raises:
+        CheckpointError, ConfigError: it can not be written.
+    """
     beside = temporary(folder / "mark")
     text = json.dumps({"mlxft": kind, "files": sorted(names)}, indent=1) + "\n"
-    beside.write_text(text, "utf-8", "backslashreplace")
-    os.replace(beside, folder / MARK)
+    try:
+        with _writing(folder):
+            beside.write_text(text, "utf-8", "backslashreplace")
+            os.replace(beside, folder / MARK)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def note(path: Path) -> None:
@@ -93,7 +101,7 @@ def note(path: Path) -> None:
         if (mark := read_mark(folder)) is not None:
             name = path.relative_to(folder).as_posix()
             if not _fits(name.split("/"), mark):
-                with suppress(OSError):  # then it is kept as if it were the user's
+                with suppress(CheckpointError, ConfigError):  # then it is kept as if it were the user's
                     claim(folder, mark.kind, {*mark.names, name})
             return
 

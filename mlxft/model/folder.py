@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.data.chat import thinking_of
-from mlxft.errors import ConfigError, ExportError
+from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.model.declared import read_object
 from mlxft.model.source import lies_in
 from mlxft.owned import check_replaceable, check_writable, claim, is_empty, note, remove
@@ -83,8 +83,13 @@ def replace_folder(dst: Path, kind: str) -> Iterator[Path]:
         _swap(part, dst)
         note(dst)
     # MLX's writer raises RuntimeError where the disk is full.
-    except (OSError, RuntimeError) as error:
-        raise ExportError(f"{dst}: writing failed, nothing is left of it: {error}") from error
+    except (OSError, RuntimeError, CheckpointError) as error:
+        said = f"{dst}: writing failed, nothing is left of it: {error}"
+        raise ExportError(said.replace(str(part), str(dst))) from error
+    except ExportError as error:  # a file in it has no room
+        if str(part) not in str(error):
+            raise
+        raise ExportError(str(error).replace(str(part), str(dst))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.config import Config
-from mlxft.errors import ConfigError, MlxftError, TrainingError, nearest
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, TrainingError, nearest
 from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
@@ -304,7 +304,11 @@ class _Job:
             state = TrialState.PRUNED
         except _NoSuchMetric as e:
             raise ConfigError(str(e)) from e
-        except (MlxftError, RuntimeError, MemoryError, OSError) as e:
+        except (CheckpointError, OSError):  # a full disk fails every trial, and none for good
+            _take_away(place)
+            trial.set_user_attr("attempts", attempts)
+            raise
+        except (MlxftError, RuntimeError, MemoryError) as e:
             state, error = TrialState.FAIL, str(e) or type(e).__name__
         facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}
         for key, value in facts.items():

@@ -323,6 +323,24 @@ def test_a_trial_that_keeps_ending_its_process_is_given_up(write: Write, tmp_pat
     assert "ended 3 times" in (found.trials[1].error or "")
 
 
+def test_a_full_disk_fails_no_trial(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep ends there, and goes on with that trial once there is room."""
+    path, full = write({"space": SPACE, "trials": 3}, **{"run.steps": 2}), [False, True, False, False]
+
+    def check_room(folder: Path, need: int) -> None:
+        if full.pop(0):
+            raise OSError(28, f"No space left on device ({need} bytes are needed)")
+
+    monkeypatch.setattr("mlxft.train.checkpoint.check_room", check_room)
+    with pytest.raises(CheckpointError, match=r"trials/1/checkpoints/step-2: No space left on device \(\d+ bytes"):
+        quiet(path)
+    assert not (tmp_path / "runs/s/trials/1").exists()
+    found = quiet(path)
+    assert [(o.number, o.error) for o in found.trials] == [(0, None), (1, None), (2, None)]
+    with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
+        assert set(db.execute("select value_json from trial_user_attributes where key = 'attempts'")) == {("1",)}
+
+
 def test_a_recipe_with_a_sweep_is_a_recipe() -> None:
     raw = {"model": {"path": "m"}, "data": {"train": "t", "format": "text"}, "sweep": {"space": SPACE, "time": "2h"}}
     found = parse_config(raw).sweep
