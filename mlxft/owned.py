@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.temporary import MARK, discard, temporary
+from mlxft.temporary import MARK, discard, temporary, writer
 
 HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
@@ -301,6 +301,32 @@ def _lock(fd: int, folder: Path, wait: bool) -> bool:
     return _lock(fd, folder, wait)
 
 
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Be the only mlxft that works on a file or folder of this name. Who can not write there is told so by others.
+
+    Raises:
+        CheckpointError: another process does; it is named.
+    """
+    path = path.absolute()
+    made = [p for p in path.parents if not os.path.lexists(p)]
+    try:
+        if path.name and not is_stream(path):
+            with suppress(OSError, ValueError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary(path).touch()
+            if (pid := writer(path)) is not None:
+                raise CheckpointError(
+                    f"{path} is being written now, by process {pid}; wait for it, or give another name"
+                )
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            temporary(path).unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()  # unless something has come into it
+
+
 def is_stream(path: Path) -> bool:
     """Whether a path is a device or a pipe: it is written to, and never replaced by a file."""
     if str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):  # /dev/stdout may lead to a file
@@ -319,7 +345,7 @@ def check_writable(path: Path, option: str) -> None:
             path.lstat()
         if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would replace it all the same
             raise OSError(errno.EACCES, "it is read-only")
-        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / temporary(path).name
+        probe = temporary(next(p for p in path.absolute().parents if os.path.lexists(p)) / "probe")
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as e:

@@ -58,6 +58,13 @@ TRUST = click.option(
 )
 
 
+def reserve(path: Path) -> None:
+    """Refuse to work on what another mlxft works on; until this command ends, others are refused."""
+    from mlxft.owned import reserved
+
+    click.get_current_context().with_resource(reserved(path))
+
+
 class PathArg(click.Path):
     """A path that a command is given. "" is none: pathlib takes it for the working folder."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 
@@ -95,8 +95,10 @@ def eval(
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
     from mlxft.study.eval_tables import show
-    from mlxft.study.evaluation import Asking, check_out, default_out, run_evaluation
+    from mlxft.study.evaluation import FILES, Asking, check_out, default_out, run_evaluation
 
+    if out is not None:
+        reserve(out / FILES[0])
     check_out(out, overwrite, adapter or model)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST, PathArg
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text
 
 
@@ -46,6 +46,7 @@ def export(
         raise click.UsageError(f"--lora is for --format gguf, not {form}")
     if kind and form not in ("gguf", "ollama"):
         raise click.UsageError(f"--type is for --format gguf and ollama, not {form}")
+    reserve(out)
     if form == "peft":
         from mlxft.export.peft import export_peft
 
@@ -81,5 +82,6 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
     """
     from mlxft.export.peft_in import import_peft
 
+    reserve(out)
     said = import_peft(peft, out, model=model, overwrite=overwrite)
     echo(json_text({"out": str(out), "said": said}) if as_json else "\n".join(said))

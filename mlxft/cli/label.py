@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 
@@ -62,6 +62,7 @@ def label(
     out = source.pop("out")
     if len(files) != 1 or out is None:
         raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
+    reserve(out)
     from mlxft.model.sample import Sampling
     from mlxft.study.label import Source
     from mlxft.study.label import label as judge

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlxft.cli import PathArg
+from mlxft.cli import PathArg, reserve
 from mlxft.cli.use import sampling
 from mlxft.text import echo, json_text, make_console
 
@@ -62,6 +62,7 @@ def sample(
     from mlxft.rundir import load
     from mlxft.study.best import Choice, choose, read_keep
 
+    reserve(out)
     check_file(out, overwrite)
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST, PathArg
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 
@@ -52,6 +52,7 @@ def fuse(
         raise click.UsageError("give --dequantize or --bits, not both")
     if len(paths) > 2 or (len(paths) == 1 and not adapters):
         raise click.UsageError("give RUN and OUT, or OUT and --adapter RUN (once or more)")
+    reserve(paths[-1])
     from rich.text import Text
 
     from mlxft.export.fuse import LostTooMuch
@@ -100,6 +101,7 @@ def convert(
     """
     from mlxft.export.convert import convert as run
 
+    reserve(dst)
     bits, groups = (int(given) if given else None for given in (quantize, group_size))
     run(src, dst, dtype=dtype, quantize=bits, group_size=groups, dequantize=dequantize, overwrite=overwrite)
     echo(f"wrote {dst}")

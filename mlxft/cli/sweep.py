@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import PathArg
+from mlxft.cli import PathArg, reserve
 from mlxft.cli.train import OVERRIDES
 from mlxft.text import echo, json_text, make_console
 
@@ -91,6 +91,7 @@ def lr_find(
 
     console = make_console(stderr=as_json)
     if plot is not None:
+        reserve(plot)
         check_file(plot, overwrite, "--plot")
     found = run(load_config(recipe, overrides), low, high, steps, plot, console)
     if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, echo_completion
 
 
@@ -96,6 +96,7 @@ def generate(
     if batch is not None:
         _refuse(prompt, batch, out, samples, options["temperature"])
         if out is not None:
+            reserve(out)
             check_file(out, overwrite)
     elif out is not None or samples is not None:
         raise click.UsageError("--out and --samples go with --batch")

@@ -203,6 +203,57 @@ def test_a_second_command_on_a_run_is_refused_before_it_removes_anything(
     assert not (tmp_path / "runs/a" / HOLDER).exists()
 
 
+def test_a_second_command_on_a_file_or_folder_that_is_being_written_is_refused(
+    write: Write, mlxft: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the process id of the first, before a model is loaded; and the name is free once the command has ended."""
+    file, pid = write(**{"data.valid": 0.3}), os.getppid()
+    assert mlxft("train", file).code == 0
+    model = str(yaml.safe_load((tmp_path / file).read_text())["model"]["path"])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the in"}\n', "utf-8")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "answers": ["b", "c"]}\n', "utf-8")
+    (tmp_path / "f.py").write_text("def near(prompts, completions, rows): return [0.0 for _ in completions]\n")
+    shots = ["--test", "prompts.jsonl", "--k", "0", "--out"]
+    sample = ["sample", "prompts.jsonl", "--function", "f.py:near", "--cut-off", "--max-tokens", "2", "--model"]
+    commands = {
+        "out.jsonl": [
+            ["generate", "--model", model, "--max-tokens", "2", "--batch", "prompts.jsonl", "--out"],
+            [*sample, model, "--out"],
+            ["label", "pairs.jsonl", "--out"],
+        ],
+        "out": [
+            ["fuse", "runs/a"],
+            ["convert", model],
+            ["import", "nope"],
+            *(["export", "runs/a", "--format", form] for form in ("peft", "seq-cls", "ollama")),
+        ],
+        "out.gguf": [["export", "runs/a", "--format", "gguf"]],
+        "out.png": [["lr-find", file, "--steps", "20", "--plot"]],
+        "ev": [["eval", model, "rows-10.jsonl", "--out"]],
+    }
+    for out, all_of_them in commands.items():
+        name = tmp_path / out / "predictions.jsonl" if out == "ev" else tmp_path / out
+        name.parent.mkdir(exist_ok=True)
+        first = temporary(name, pid)
+        first.touch()
+        for command in all_of_them:
+            assert f"{name} is being written now, by process {pid}" in refused(1, *command, out), command
+        first.unlink()
+    for out in ("out.jsonl", "out.gguf", "ev"):
+        done = mlxft(*commands[out][0], out)
+        assert done.code == 0, done.err
+        assert not list(tmp_path.rglob(".tmp-*"))
+    assert "exists already" in refused(2, *commands["out.jsonl"][0], "out.jsonl")
+    # Those whose folder is theirs from the beginning.
+    for folder, command in {
+        "demo": ["demo", "--dir"],
+        "rlhf": ["rlhf", "--dir"],
+        "fs": ["fewshot", file, *shots],
+    }.items():
+        with hold(tmp_path / folder):
+            assert f"{folder} is in use now, by process {os.getpid()}" in refused(1, *command, folder), command
+
+
 def test_a_refused_run_leaves_no_folder_behind(write: Write, refused: Refused, tmp_path: Path) -> None:
     refused(1, "train", write(), "model.path=/nowhere/at/all")
     assert not (tmp_path / "runs").exists()

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mlxft.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mlxft.owned import claim, hold
-from mlxft.recipe import parse_config
+from mlxft.recipe import load_config, parse_config
 from mlxft.run import train
 from mlxft.rundir import open_run
 from mlxft.search import Sweep, seconds
@@ -197,6 +197,15 @@ def test_a_best_recipe_that_was_changed_by_hand_stays(write: Write, tmp_path: Pa
     best.unlink()
     quiet(path, trials=3)
     assert "run:" in best.read_text("utf-8")
+
+
+def test_the_best_recipe_of_a_folder_of_any_name(write: Write, tmp_path: Path) -> None:
+    """A line break in it ends no comment, and what YAML has a meaning for is a name."""
+    place = tmp_path / "a\nmodel: \u2028{x"
+    found = quiet(write({"space": SPACE}, **{"run.dir": str(place), "run.steps": 2}), trials=1, name="\U0001f600 [x]")
+    best = load_config(found.recipe)
+    assert best.run_dir == place / "\U0001f600 [x]-best"
+    assert len([line for line in found.recipe.read_text().splitlines() if line.startswith("#")]) == 1
 
 
 BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
