@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.temporary import MARK, discard, temporary, writer
+from mlxft.temporary import MARK, clear, discard, temporary, writer
 
 HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
@@ -314,6 +314,7 @@ def reserved(path: Path) -> Iterator[None]:
         if path.name and not is_stream(path):
             with suppress(OSError, ValueError):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                clear(path.parent)
                 temporary(path).touch()
             if (pid := writer(path)) is not None:
                 raise CheckpointError(
