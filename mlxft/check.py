@@ -18,6 +18,7 @@ from mlxft.errors import ModelError
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.plan import ShapeSplit
 from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.owned import check_writable
 from mlxft.parts import make_objective
 from mlxft.planning import (
     Planned,
@@ -47,6 +48,7 @@ def check(config: Config, rows: int, console: Console, as_json: bool, time: bool
         ConfigError, DataError, ModelError: as training would; that it does not fit here is said after all else.
     """
     check_weights(config.model.path)
+    check_writable(config.run_dir, "run.dir")
     config, m = settled(config, resume=False), config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)

@@ -14,14 +14,14 @@ import os
 import platform
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.temporary import MARK, temporary
+from mlxft.temporary import MARK, clear, discard, temporary, writer
 from mlxft.text import read_file
 
 HOLDER = ".mlxft.pid"
@@ -30,7 +30,7 @@ _ANYWHERE = (HOLDER, ".tmp-mlxft-*", ".DS_Store")
 _LITTER = (*_ANYWHERE, ".*.partial-*", ".*.old-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
-_CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
+CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
 _SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
             *_RUN,
             *_TEMPLATES,
             *(f"adapter/{name}" for name in _ADAPTER),
-            *(f"checkpoints/step-*/{name}" for name in _CHECKPOINT),
+            *(f"checkpoints/step-*/{name}" for name in CHECKPOINT),
             *(f"eval/*/{name}" for name in ("predictions.jsonl", "results.json")),
             *("model", "wandb/**", "tensorboard/**"),
         ),
@@ -84,11 +84,19 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
-    """Mark a folder, which is there and empty or ours, as made by mlxft."""
+    """Mark a folder, which is there and empty or ours, as made by mlxft.
+
+    Raises:
+        CheckpointError, ConfigError: it can not be written.
+    """
     beside = temporary(folder / "mark")
     text = json.dumps({"mlxft": kind, "files": sorted(names)}, indent=1) + "\n"
-    beside.write_text(text, "utf-8", "backslashreplace")
-    os.replace(beside, folder / MARK)
+    try:
+        with _writing(folder):
+            beside.write_text(text, "utf-8", "backslashreplace")
+            os.replace(beside, folder / MARK)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def note(path: Path) -> None:
@@ -98,7 +106,7 @@ def note(path: Path) -> None:
         if (mark := read_mark(folder)) is not None:
             name = path.relative_to(folder).as_posix()
             if not _fits(name.split("/"), mark):
-                with suppress(OSError):  # then it is kept as if it were the user's
+                with suppress(CheckpointError, ConfigError):  # then it is kept as if it were the user's
                     claim(folder, mark.kind, {*mark.names, name})
             return
 
@@ -164,6 +172,21 @@ def remove(folder: Path) -> None:
         for path in _survey(folder)[0]:
             path.unlink(missing_ok=True)
         folder.rmdir()
+
+
+def remove_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Delete the files of these names in a folder, and the folder with them: all at once, if nothing else is in it.
+
+    Returns:
+        What else is in it, and stays with the folder.
+    """
+    ours = {p for p in folder.iterdir() if p.name in names and p.is_file() and not p.is_symlink()}
+    foreign = sorted(p.name for p in folder.iterdir() if p not in ours and not _is_any(p.name, _ANYWHERE))
+    if not foreign:
+        discard(folder)
+    for path in sorted(ours, key=lambda p: names.index(p.name)) if foreign else ():
+        path.unlink()
+    return foreign
 
 
 class Held(NamedTuple):
@@ -283,11 +306,56 @@ def _lock(fd: int, folder: Path, wait: bool) -> bool:
     return _lock(fd, folder, wait)
 
 
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Be the only mlxft that works on a file or folder of this name. Who can not write there is told so by others.
+
+    Raises:
+        CheckpointError: another process does; it is named.
+    """
+    path = path.absolute()
+    made = [p for p in path.parents if not os.path.lexists(p)]
+    try:
+        if path.name and not is_stream(path):
+            with suppress(OSError, ValueError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                clear(path.parent)
+                temporary(path).touch()
+            if (pid := writer(path)) is not None:
+                raise CheckpointError(
+                    f"{path} is being written now, by process {pid}; wait for it, or give another name"
+                )
+        yield
+    finally:
+        with suppress(OSError, ValueError):
+            temporary(path).unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()  # unless something has come into it
+
+
 def is_stream(path: Path) -> bool:
     """Whether a path is a device or a pipe: it is written to, and never replaced by a file."""
     if str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):  # /dev/stdout may lead to a file
         return True
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuse, before the work, a name that nothing can be written under. Folders above it are made when it is written.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    try:
+        with suppress(FileNotFoundError):
+            path.lstat()
+        if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would replace it all the same
+            raise OSError(errno.EACCES, "it is read-only")
+        probe = temporary(next(p for p in path.absolute().parents if os.path.lexists(p)) / "probe")
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
 def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
@@ -296,23 +364,15 @@ def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
     Raises:
         ConfigError: so it is.
     """
-    try:
-        if not path.name or path.is_dir():
-            raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
-        if is_stream(path):
-            if not os.access(path, os.W_OK):
-                raise ConfigError(f"{option}: can not write to {path}")
-            return
-        if os.path.lexists(path) and not overwrite:
-            raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
-        # Folders above it are made when it is written.
-        probe = next(p for p in path.absolute().parents if os.path.lexists(p)) / temporary(path).name
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
+    if not path.name or os.path.isdir(path):
+        raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
+    if is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise ConfigError(f"{option}: can not write to {path}")
+        return
+    if os.path.lexists(path) and not overwrite:
+        raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
+    check_writable(path, option)
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:

@@ -112,6 +112,11 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
     return known[id(node)]
 
 
+def override(key: str, value: object) -> str:
+    """KEY=VALUE for a text or path, whatever YAML would take it for."""
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
+
+
 def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
     """Put one KEY=VALUE into `raw`; `chosen` holds the keys of all overrides."""
     key, eq, value = text.partition("=")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,13 @@ class _Saver:
         self.held = held
         self.run, self.loaded, self.spec, self.objective, self.optimizer = run, loaded, spec, objective, optimizer
 
-    def checkpoint(self, state: dict[str, Any]) -> None:
-        """A checkpoint of now."""
+    def checkpoint(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
+        """A checkpoint of now; see `checkpoint.save`."""
         self.held.check()
         weights, optimizer = trainable_weights(self.loaded.model), self.optimizer.arrays()
         snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
         folder = self.run.dir / "checkpoints"
-        checkpoint.save(folder, state["progress"]["step"], snapshot, self.run.config.run.keep)
+        checkpoint.save(folder, state["progress"]["step"], snapshot, self.run.config.run.keep, say)
 
     def result(self) -> None:
         """adapter/ or model/ from the weights of now."""
@@ -240,7 +240,7 @@ def _train(
     full = run.config.tune.method == "full"
 
     def on_checkpoint(p: Progress) -> None:
-        saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)})
+        saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)}, reporter.say)
         # Without validation the last is the best known; a whole model is written at the end only.
         if p.best_step is None and not full:
             saver.result()

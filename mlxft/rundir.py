@@ -186,6 +186,11 @@ def _check_resumable(run: Run) -> None:
         raise ConfigError(f"{run.dir}: is not a run folder that mlxft made, so nothing is written there")
     if run.config.tune.method == "full":
         check_replaceable(run.result, "model")
+    for folder in (run.result, run.dir / "checkpoints"):
+        if folder.is_symlink():
+            raise ConfigError(
+                f"{folder}: is a link; what is behind it is neither replaced nor removed, put it back here"
+            )
     if stored is not None:
         _check_same(stored, run.config)
 

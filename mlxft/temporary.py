@@ -16,9 +16,21 @@ MARK = ".mlxft.json"  # of folders that mlxft made; see mlxft.owned
 _OURS = re.compile(r"\.tmp-mlxft-(?P<pid>\d+)-.+|\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<by>\d+)", re.DOTALL)
 
 
-def temporary(path: Path) -> Path:
-    """Return a name beside `path` for what is to take its place, with its ending (MLX wants .safetensors)."""
-    return path.with_name(f".tmp-mlxft-{os.getpid()}-{path.name[-100:]}")
+def temporary(path: Path, pid: int | None = None) -> Path:
+    """Return a process's (this one's) name beside `path` for what is to take its place, with its ending for MLX."""
+    end = os.fsencode(path.name)[-100:].decode("utf-8", "ignore")  # a name has 255 bytes at most
+    return path.with_name(f".tmp-mlxft-{pid or os.getpid()}-{end}")
+
+
+def writer(path: Path) -> int | None:
+    """The other process that lives and has a temporary name for this path."""
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            found = _OURS.fullmatch(name)
+            pid = int(found["pid"] or 0) if found else 0
+            if pid not in (0, os.getpid()) and name == temporary(path, pid).name and _lives(pid):
+                return pid
+    return None
 
 
 def discard(path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
-from mlxft.errors import ExportError
+from mlxft.errors import CheckpointError, ExportError
 from mlxft.model.folder import replace_folder
 from mlxft.owned import claim
 from mlxft.temporary import clear, discard, temporary
-from mlxft.train.files import write_text
+from mlxft.train.files import save_arrays, write_beside, write_text
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +27,37 @@ def ended() -> int:
 
 def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_and_is_said_of_the_place_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def write() -> None:
+        with replace_folder(tmp_path / "m", "model") as part:
+            raise ExportError(f"{part}/model.gguf: needs 5 GB")
+
+    with pytest.raises(ExportError, match=rf"^{tmp_path}/m/model.gguf: needs 5 GB$"):
+        write()
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(CheckpointError, match=rf"can not write to {tmp_path}: No space"):
+        claim(tmp_path, "model")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 15))
+
+    def save(path: str, *_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 225 bytes to file.")
+
+    monkeypatch.setattr("mlx.core.save_safetensors", save)
+    with pytest.raises(CheckpointError, match=r"a.safetensors: No space left on device \(16 bytes are needed\)"):
+        write_beside(tmp_path / "a.safetensors", lambda p: save_arrays(p, {"w": mx.zeros(4)}))
+    assert names(tmp_path) == []
+
+
+def test_a_name_of_255_bytes_has_a_temporary_one(tmp_path: Path):
+    write_text(tmp_path / ("\N{GREEK SMALL LETTER ALPHA}" * 125 + ".json"), "whole")
 
 
 def test_only_what_dead_processes_left_is_removed(tmp_path: Path, ended: int):

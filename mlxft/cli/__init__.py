@@ -6,7 +6,11 @@ import errno
 import importlib
 import io
 import keyword
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -52,6 +56,30 @@ TRUST = click.option(
     callback=_trust,
     help="Let a model that brings Python code along run it: read it before.",
 )
+
+
+def reserve(path: Path) -> None:
+    """Refuse to work on what another mlxft works on; until this command ends, others are refused."""
+    from mlxft.owned import reserved
+
+    click.get_current_context().with_resource(reserved(path))
+
+
+class PathArg(click.Path):
+    """A path that a command is given. "" is none: pathlib takes it for the working folder."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("it is empty; give a name", param, ctx)
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                os.stat(value)
+        except (OSError, ValueError) as e:  # too long, a circle of links, no permission
+            self.fail(f"{os.fspath(value)!r}: {getattr(e, 'strerror', None) or e}", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class _Lazy(click.Group):

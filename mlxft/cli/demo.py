@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mlxft.cli import PathArg
 from mlxft.text import make_console
 
 
@@ -15,7 +16,7 @@ from mlxft.text import make_console
     "folder",
     default="demo-run",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=PathArg(),
     help="Where the run and the fused model go; what an earlier demo left there is replaced.",
 )
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -35,7 +36,7 @@ def demo(folder: Path, overrides: tuple[str, ...]) -> None:
     "folder",
     default="rlhf-run",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=PathArg(),
     help="Where the runs and the fused model go; what an earlier walk left there is replaced.",
 )
 @click.option("--reviews", help="File of rows with `review` and `label` (great or other); default: some built-in ones.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 
@@ -52,7 +52,7 @@ from mlxft.text import echo, json_text, make_console
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of shots, sampling and resamples.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathArg(file_okay=False),
     help="Folder for predictions.jsonl and results.json; default: of a run, its eval/FILE.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an evaluation left in the folder of --out.")
@@ -95,10 +95,11 @@ def eval(
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
     from mlxft.study.eval_tables import show
-    from mlxft.study.evaluation import Asking, check_out, default_out, run_evaluation
+    from mlxft.study.evaluation import FILES, Asking, check_out, default_out, run_evaluation
 
     if out is not None:
-        check_out(out, overwrite)
+        reserve(out / FILES[0])
+    check_out(out, overwrite, adapter or model)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
     found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=make_console(stderr=True))

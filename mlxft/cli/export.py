@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("run", type=PathArg())
+@click.argument("out", type=PathArg())
 @click.option(
     "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Of OUT."
 )
@@ -46,6 +46,7 @@ def export(
         raise click.UsageError(f"--lora is for --format gguf, not {form}")
     if kind and form not in ("gguf", "ollama"):
         raise click.UsageError(f"--type is for --format gguf and ollama, not {form}")
+    reserve(out)
     if form == "peft":
         from mlxft.export.peft import export_peft
 
@@ -68,8 +69,8 @@ def export(
 
 
 @click.command("import")
-@click.argument("peft", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("peft", type=PathArg())
+@click.argument("out", type=PathArg())
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is an adapter's folder.")
 @TRUST
@@ -81,5 +82,6 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
     """
     from mlxft.export.peft_in import import_peft
 
+    reserve(out)
     said = import_peft(peft, out, model=model, overwrite=overwrite)
     echo(json_text({"out": str(out), "said": said}) if as_json else "\n".join(said))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from mlxft.cli import PathArg
 from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathArg())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--test", required=True, metavar="FILE", help="The rows that are evaluated; never trained on or shown.")
 @click.option("--k", "ks", metavar="K,K,...", help="Numbers of examples for every method; default 0,1,4,16.")
@@ -36,7 +37,7 @@ from mlxft.text import echo, json_text, make_console
     show_default=True,
     help="What becomes of rows that do not fit the context behind their examples; drop counts them.",
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Default: the run's folder and -fewshot.")
+@click.option("--out", type=PathArg(file_okay=False), help="Default: the run's folder and -fewshot.")
 @click.option("--overwrite", is_flag=True, help="Replace another study in that folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def fewshot(

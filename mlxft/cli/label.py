@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
 @click.argument("files", nargs=-1, metavar="[PROMPTS]")
-@click.option("--recipe", type=click.Path(path_type=Path), help="File with these settings; options beat it.")
+@click.option("--recipe", type=PathArg(), help="File with these settings; options beat it.")
 @click.option("--model", help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m that answers.")
 @click.option("--adapter", help="Adapter folder or run to put on the model.")
 @click.option("--against", help="Another model or run: one answer from each, and the win rate at the end.")
 @click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Answers a prompt.")
-@click.option("--out", type=click.Path(path_type=Path), help="Judgements, a line each; gone on with if it exists.")
+@click.option("--out", type=PathArg(), help="Judgements, a line each; gone on with if it exists.")
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1, 10**6))
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
@@ -62,6 +62,7 @@ def label(
     out = source.pop("out")
     if len(files) != 1 or out is None:
         raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
+    reserve(out)
     from mlxft.model.sample import Sampling
     from mlxft.study.label import Source
     from mlxft.study.label import label as judge

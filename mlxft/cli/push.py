@@ -7,20 +7,21 @@ from typing import Literal
 
 import click
 
+from mlxft.cli import PathArg
 from mlxft.text import echo, json_text
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PathArg())
 @click.argument("repo")
 @click.option("--dry-run", is_flag=True, help="List the files and show the card; send nothing.")
 @click.option("--public", is_flag=True, help="All may read it; default: private.")
 @click.option("--update", is_flag=True, help="Add a commit to a repository that is there; its card is replaced.")
 @click.option("--message", default="Upload by mlxft", show_default=True, help="Of the commit.")
 @click.option("--what", type=click.Choice(["adapter", "model"]), help="Refuse to push anything else.")
-@click.option("--run", "of", type=click.Path(path_type=Path), help="The run that a fused or exported folder came from.")
+@click.option("--run", "of", type=PathArg(), help="The run that a fused or exported folder came from.")
 @click.option("--licence", "--license", help="Of the base, as the hub names it (apache-2.0), where it is not known.")
-@click.option("--card", "own", type=click.Path(path_type=Path), help="A README.md to use in place of the written one.")
+@click.option("--card", "own", type=PathArg(), help="A README.md to use in place of the written one.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def push(
     run: Path,

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mlxft.cli import PathArg
 from mlxft.text import echo, json_text, make_console
 
 DEFAULT = Path("runs")
@@ -28,9 +29,7 @@ def _place(ctx: click.Context, given: Path | None) -> Path:
 
 
 def _in(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--dir", "place", type=click.Path(path_type=Path, file_okay=False), help="Where run folders stand: runs."
-    )(command)
+    return click.option("--dir", "place", type=PathArg(file_okay=False), help="Where run folders stand: runs.")(command)
 
 
 _NAME = click.argument("name", shell_complete=_names)
@@ -119,9 +118,7 @@ def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_j
 @runs.command()
 @_NAMES
 @_in
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File .png, .svg or .pdf.  [default: NAME.png]"
-)
+@click.option("--out", type=PathArg(dir_okay=False), help="File .png, .svg or .pdf.  [default: NAME.png]")
 @_OVERWRITE
 @click.pass_context
 def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Path | None, overwrite: bool) -> None:
@@ -140,9 +137,7 @@ def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Pa
 @runs.command()
 @_NAME
 @_in
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="HTML file.  [default: report.html in the run]"
-)
+@click.option("--out", type=PathArg(dir_okay=False), help="HTML file.  [default: report.html in the run]")
 @_OVERWRITE
 @click.pass_context
 def report(ctx: click.Context, name: str, place: Path | None, out: Path | None, overwrite: bool) -> None:

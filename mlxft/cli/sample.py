@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from mlxft.cli import PathArg, reserve
 from mlxft.cli.use import sampling
 from mlxft.text import echo, json_text, make_console
 
@@ -21,7 +22,7 @@ from mlxft.text import echo, json_text, make_console
 @click.option("--reward", metavar="RUN", help="Score by a reward run.")
 @click.option("--function", metavar="FILE.py:NAME", help="Score by a function, as rewards.function in a recipe.")
 @click.option("--cut-off", is_flag=True, help="Keep answers cut off at --max-tokens too, which SFT takes for whole.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Rows for SFT.")
+@click.option("--out", required=True, type=PathArg(dir_okay=False), help="Rows for SFT.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @sampling(temperature=1.0)
@@ -61,6 +62,7 @@ def sample(
     from mlxft.rundir import load
     from mlxft.study.best import Choice, choose, read_keep
 
+    reserve(out)
     check_file(out, overwrite)
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
-@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=PathArg())
 @click.option("--adapter", "adapters", multiple=True, metavar="RUN[:W]", help="Merge: add W times its change (1).")
 @click.option("--model", help="The base, where the adapter does not say or it has moved.")
 @click.option(
@@ -52,6 +52,7 @@ def fuse(
         raise click.UsageError("give --dequantize or --bits, not both")
     if len(paths) > 2 or (len(paths) == 1 and not adapters):
         raise click.UsageError("give RUN and OUT, or OUT and --adapter RUN (once or more)")
+    reserve(paths[-1])
     from rich.text import Text
 
     from mlxft.export.fuse import LostTooMuch
@@ -82,7 +83,7 @@ def fuse(
 
 @click.command()
 @click.argument("src")
-@click.argument("dst", type=click.Path(path_type=Path))
+@click.argument("dst", type=PathArg())
 @click.option("--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; default 64.")
 @click.option(
@@ -100,6 +101,7 @@ def convert(
     """
     from mlxft.export.convert import convert as run
 
+    reserve(dst)
     bits, groups = (int(given) if given else None for given in (quantize, group_size))
     run(src, dst, dtype=dtype, quantize=bits, group_size=groups, dequantize=dequantize, overwrite=overwrite)
     echo(f"wrote {dst}")

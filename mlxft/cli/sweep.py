@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from mlxft.cli import PathArg, reserve
 from mlxft.cli.train import OVERRIDES
 from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathArg())
 @OVERRIDES
 @click.option("--trials", type=click.IntRange(1, 10**6), help="Trials in all, those of earlier calls included.")
 @click.option("--time", "limit", metavar="TIME", help="Longest time of this call, e.g. 2h, 30m, 1h30m.")
@@ -57,12 +58,12 @@ def sweep(
 
 
 @click.command("lr-find")
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathArg())
 @OVERRIDES
 @click.option("--min", "low", default=1e-7, show_default=True, help="First rate.")
 @click.option("--max", "high", default=1.0, show_default=True, help="Last rate.")
 @click.option("--steps", default=100, show_default=True, help="Steps from the first rate to the last.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the loss over the rate: .png, .svg or .pdf.")
+@click.option("--plot", type=PathArg(), help="Draw the loss over the rate: .png, .svg or .pdf.")
 @click.option("--overwrite", is_flag=True, help="Replace the picture if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print rates, losses and suggestion as JSON.")
 def lr_find(
@@ -90,6 +91,7 @@ def lr_find(
 
     console = make_console(stderr=as_json)
     if plot is not None:
+        reserve(plot)
         check_file(plot, overwrite, "--plot")
     found = run(load_config(recipe, overrides), low, high, steps, plot, console)
     if as_json:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from mlxft.cli import PathArg
 from mlxft.text import make_console
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@click.argument("recipe", type=PathArg(), required=False)
 @OVERRIDES
 @click.option(
     "--resume",
@@ -61,7 +62,7 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=PathArg())
 @OVERRIDES
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Rows to show.")
 @click.option("--time", is_flag=True, help="Load the weights and time a few steps: how long training will take.")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mlxft.cli import TRUST
+from mlxft.cli import TRUST, PathArg, reserve
 from mlxft.text import echo, echo_completion
 
 
@@ -69,7 +69,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 @click.command()
 @click.argument("prompt", type=Text(), required=False)
 @click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="With --batch: write the lines there.")
+@click.option("--out", type=PathArg(dir_okay=False), help="With --batch: write the lines there.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
 @click.option("--samples", type=click.IntRange(1, 10_000), help="With --batch: answers a prompt.  [default: 1]")
 @sampling(temperature=0.0)
@@ -96,6 +96,7 @@ def generate(
     if batch is not None:
         _refuse(prompt, batch, out, samples, options["temperature"])
         if out is not None:
+            reserve(out)
             check_file(out, overwrite)
     elif out is not None or samples is not None:
         raise click.UsageError("--out and --samples go with --batch")

@@ -22,7 +22,7 @@ from mlxft.model.batch_sample import sample_batch, text_of
 from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.settings import RolloutSettings
 from mlxft.owned import check_replaceable, claim, hold
-from mlxft.recipe import load_config
+from mlxft.recipe import load_config, override
 from mlxft.run import Run, load, train
 
 HERE = Path(__file__).parent
@@ -114,21 +114,21 @@ def recipes(folder: Path, overrides: Sequence[str]) -> dict[str, Config]:
     """
     data = folder / "data"
     places = {
-        "sft": [f"data.train={data / 'sft.jsonl'}"],
-        "reward": [f"data.train={data / 'pairs.jsonl'}"],
+        "sft": [override("data.train", data / "sft.jsonl")],
+        "reward": [override("data.train", data / "pairs.jsonl")],
         "ppo": [
-            f"data.train={data / 'prompts.jsonl'}",
-            f"data.valid={data / 'held-out.jsonl'}",
-            f"model.adapter={folder / 'sft'}",
-            f"rewards.adapter={folder / 'reward'}",
+            override("data.train", data / "prompts.jsonl"),
+            override("data.valid", data / "held-out.jsonl"),
+            override("model.adapter", folder / "sft"),
+            override("rewards.adapter", folder / "reward"),
         ],
     }
-    for override in overrides:
-        stage, _, setting = override.partition(":")
+    for text in overrides:
+        stage, _, setting = text.partition(":")
         if stage not in places or "=" not in setting:
-            raise ConfigError(f"{override}: expected RUN:KEY=VALUE with a run of {', '.join(places)}")
+            raise ConfigError(f"{text}: expected RUN:KEY=VALUE with a run of {', '.join(places)}")
         places[stage].append(setting)
-    return {s: load_config(HERE / f"rlhf-{s}.yaml", [f"run.dir={folder}", *more]) for s, more in places.items()}
+    return {s: load_config(HERE / f"rlhf-{s}.yaml", [override("run.dir", folder), *more]) for s, more in places.items()}
 
 
 def distinct2(texts: Sequence[str]) -> float:

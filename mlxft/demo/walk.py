@@ -19,7 +19,7 @@ from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling, generate
 from mlxft.owned import check_replaceable, claim, hold
 from mlxft.parts import load_base
-from mlxft.recipe import load_config
+from mlxft.recipe import load_config, override
 from mlxft.run import load, train
 
 HERE = Path(__file__).parent
@@ -64,9 +64,9 @@ def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
 def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     asked = questions()
     places = [
-        f"data.train={HERE / 'rows.jsonl'}",
-        f"data.valid={HERE / 'valid.jsonl'}",
-        f"run.dir={folder}",
+        override("data.train", HERE / "rows.jsonl"),
+        override("data.valid", HERE / "valid.jsonl"),
+        override("run.dir", folder),
         "run.name=run",
     ]
     config = load_config(HERE / "recipe.yaml", [*places, *overrides])

@@ -36,7 +36,7 @@ from mlxft.model.heads import find_head
 from mlxft.model.load import Loaded
 from mlxft.model.lora import QUANTIZED, LowRank
 from mlxft.model.source import ALIASES, resolve
-from mlxft.owned import check_file, note
+from mlxft.owned import check_file, is_stream, note
 from mlxft.rundir import find_adapter, load
 from mlxft.train.files import write_beside
 
@@ -111,6 +111,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.suffix != ".gguf":
         raise ConfigError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
     check_file(out, overwrite, "OUT")
+    if is_stream(out):
+        raise ConfigError(f"{out}: is a device or a pipe, which a .gguf can not be written to; give a file's name")
     if out.is_file():
         with out.open("rb") as file:
             head = file.read(4096)

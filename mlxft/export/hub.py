@@ -24,6 +24,7 @@ from mlxft.model.heads import HEAD_FILE
 from mlxft.model.source import brief
 from mlxft.rundir import Run, open_run
 from mlxft.temporary import MARK
+from mlxft.text import read_small
 
 GOES = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile"),
@@ -236,8 +237,8 @@ def without_home(text: str) -> str:
 
 def _own(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        return read_small(file)
+    except (OSError, ValueError) as e:
         raise ConfigError(f"--card: can not read {file}: {brief(e)}") from e
 
 

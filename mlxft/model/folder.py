@@ -15,9 +15,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.data.chat import thinking_of
-from mlxft.errors import ConfigError, ExportError
+from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.model.declared import read_object
-from mlxft.owned import check_replaceable, claim, is_empty, note, remove
+from mlxft.owned import check_replaceable, check_writable, claim, is_empty, note, remove
 from mlxft.temporary import clear
 
 if TYPE_CHECKING:
@@ -82,8 +82,13 @@ def replace_folder(dst: Path, kind: str) -> Iterator[Path]:
         _swap(part, dst)
         note(dst)
     # MLX's writer raises RuntimeError where the disk is full.
-    except (OSError, RuntimeError) as error:
-        raise ExportError(f"{dst}: writing failed, nothing is left of it: {error}") from error
+    except (OSError, RuntimeError, CheckpointError) as error:
+        said = f"{dst}: writing failed, nothing is left of it: {error}"
+        raise ExportError(said.replace(str(part), str(dst))) from error
+    except ExportError as error:  # a file in it has no room
+        if str(part) not in str(error):
+            raise
+        raise ExportError(str(error).replace(str(part), str(dst))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -103,9 +108,12 @@ def check_destination(dst: Path, overwrite: bool, kind: str = "model") -> None:
     """
     if dst.name in ("", ".."):
         raise ConfigError(f"{str(dst)!r}: give the name of a folder to write")
-    if not overwrite and dst.is_dir() and not is_empty(dst):
+    if not overwrite and os.path.isdir(dst) and not is_empty(dst):
         raise ConfigError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
     check_replaceable(dst, kind)
+    check_writable(dst, "OUT")
+    if "\udc80" <= max(str(dst.absolute())) <= "\udcff":  # MLX writes under UTF-8 names alone
+        raise ConfigError(f"{dst}: is not UTF-8; give another name")
 
 
 def check_unused(dst: Path, used: Iterable[Path | None]) -> None:

@@ -22,7 +22,7 @@ from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.settings import RewardSettings
 from mlxft.study.answers import Answer, Asked, drawn
 from mlxft.text import json_text
-from mlxft.train.files import write_result, writer
+from mlxft.train.files import text_writer, write_result
 
 TOKENS = 4096  # most of a batch that a reward model reads
 KEEP = "best, all, or above:X with a number"
@@ -139,7 +139,7 @@ def choose(
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
     kept = float(np.mean([line["score"] for line in lines]))
-    write_result(out, writer("".join(json_text(line) + "\n" for line in lines)))
+    write_result(out, text_writer("".join(json_text(line) + "\n" for line in lines)))
     return Chosen(len(asked.ids), len(scores), len(lines), cut, empty, float(np.mean(scores)), kept, str(out))
 
 

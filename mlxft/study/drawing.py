@@ -53,7 +53,13 @@ def save(out: Path, make: Callable[[], Figure]) -> Path:
     kind = out.suffix.lower().removeprefix(".")
     undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with matplotlib.rc_context({"svg.hashsalt": "mlxft"}):
-        write_result(out, lambda p: fig.savefig(p, format=kind, dpi=130, facecolor="white", metadata=undated))
+        drawn = io.BytesIO()  # a pipe, to which it may be written, has no way back
+        fig.savefig(drawn, format=kind, dpi=130, facecolor="white", metadata=undated)
+
+    def write(path: Path) -> None:
+        path.write_bytes(drawn.getvalue())
+
+    write_result(out, write)
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from mlxft.errors import ConfigError, MlxftError, nearest
 from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.load import Loaded
 from mlxft.model.source import stated_name
-from mlxft.owned import check_file, hold, note, read_mark
+from mlxft.owned import check_file, check_writable, hold, is_stream, note, read_mark
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
@@ -122,13 +123,21 @@ class Evaluation:
                 note(out / name)
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def check_out(out: Path | None, overwrite: bool, model: str) -> None:
     """Refuse, before the work, a folder that can not be written, or that holds what an evaluation would replace.
 
+    Args:
+        out: None: `default_out` of the model.
     Raises:
         ConfigError: so it is.
     """
-    for file in [out / name for name in FILES] if out.is_dir() else [out]:
+    if out is None:
+        if is_run(folder := Path(model).expanduser()):
+            check_writable(folder / "eval" / FILES[0], "--out is not given")
+        return
+    if is_stream(out):
+        raise ConfigError(f"--out: {out} is a device or a pipe; give a folder's name")
+    for file in [out / name for name in FILES] if os.path.isdir(out) else [out]:
         check_file(file, overwrite)
 
 

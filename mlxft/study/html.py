@@ -30,12 +30,12 @@ def write_report(folder: Path, out: Path | None = None, overwrite: bool = False)
         ConfigError: matplotlib is not installed, or the file is there.
         CheckpointError: the file can not be written.
     """
-    from mlxft.train.files import write_result, writer
+    from mlxft.train.files import text_writer, write_result
 
     check_file(out or folder / "report.html", overwrite or (out is None and read_mark(folder) is not None))
     text = render(details(folder))
     out = out or folder / "report.html"
-    write_result(out, writer(text))
+    write_result(out, text_writer(text))
     return out
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,7 +77,7 @@ class RunInfo:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's, or was about to become one."""
-    return any((folder / part).exists() for part in PARTS)
+    return any(os.path.exists(folder / part) for part in PARTS)
 
 
 def list_runs(place: Path, every: bool = False) -> list[RunInfo]:
@@ -90,7 +91,8 @@ def list_runs(place: Path, every: bool = False) -> list[RunInfo]:
 
 
 def _folders(place: Path, every: bool) -> Iterator[Path]:
-    with os.scandir(place) as entries:
+    inside: list[Path] = []
+    with suppress(PermissionError), os.scandir(place) as entries:  # other folders can be read
         inside = [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")]
     for folder in inside:
         if is_run(folder):

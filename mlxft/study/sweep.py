@@ -25,7 +25,7 @@ from rich.console import Console
 
 from mlxft.check import check_trains
 from mlxft.config import Config
-from mlxft.errors import ConfigError, DataError, MlxftError, ModelError, TrainingError, nearest
+from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, TrainingError, nearest
 from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
@@ -33,7 +33,7 @@ from mlxft.objectives.base import Objective
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
 from mlxft.planning import settled
-from mlxft.recipe import PAIRS, flat, load_config, parse_config, put, read_recipe
+from mlxft.recipe import PAIRS, flat, load_config, override, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
 from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
@@ -82,9 +82,9 @@ def sweep(
         KeyboardInterrupt: interrupted; the same call goes on.
     """
     check_installed()
-    named = None if name is None else json.dumps(name)  # as text, whatever YAML would take it for
-    options = {"sweep.trials": trials, "sweep.time": limit, "run.name": named}
+    options = {"sweep.trials": trials, "sweep.time": limit}
     overrides = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    overrides += [] if name is None else [override("run.name", name)]
     config = load_config(path, overrides)
     raw = read_recipe(path, overrides)[0]
     if not config.sweep.space:
@@ -343,7 +343,11 @@ class _Job:
                     return False
                 raise
             state = TrialState.PRUNED
-        except (MlxftError, RuntimeError, MemoryError, OSError) as e:
+        except (CheckpointError, OSError):  # a full disk fails every trial, and none for good
+            _take_away(place)
+            trial.set_user_attr("attempts", attempts)
+            raise
+        except (MlxftError, RuntimeError, MemoryError) as e:
             state, error = TrialState.FAIL, str(e) or type(e).__name__
         facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}
         for key, value in facts.items():

@@ -209,5 +209,6 @@ def best_recipe(result: Result, raw: Mapping[str, Any], config: Config) -> str:
                 value = getattr(getattr(config, section), key)
                 recipe[section][key] = str(value) if isinstance(value, Path) else value
     text = dump_yaml(recipe)
-    said = f"# Trial {best.number} of the sweep {result.dir}: {result.metric} {best.value!r}, which this trains to.\n"
+    place = repr(str(result.dir))  # a line break in it would end the comment
+    said = f"# Trial {best.number} of the sweep {place}: {result.metric} {best.value!r}, which this trains to.\n"
     return said + text

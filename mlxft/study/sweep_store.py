@@ -42,7 +42,9 @@ def reachable(file: Path) -> Iterator[None]:
         yield
     except (SQLAlchemyError, StorageInternalError) as e:
         reason = str(getattr(e, "orig", None) or e.__cause__ or e).splitlines()[0]
-        hint = "close what has it open" if "locked" in reason else "begin again with --overwrite, or another --name"
+        hints = {"locked": "close what has it open", "full": "free some space, and the same command goes on"}
+        begin = "begin again with --overwrite, or another --name"
+        hint = next((hint for word, hint in hints.items() if word in reason), begin)
         raise CheckpointError(f"can not use {file}: {reason}; {hint}") from e
 
 

@@ -9,8 +9,11 @@ digests.json             a hash of each of these
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxft.errors import CheckpointError
+from mlxft.owned import CHECKPOINT, remove_files
 from mlxft.temporary import clear, discard, temporary
 from mlxft.train.files import check_room, digest, flush, save_arrays, writing
 
@@ -36,9 +40,11 @@ class Snapshot:
     objective: dict[str, mx.array] = field(default_factory=dict)
 
 
-def save(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
-    """Write checkpoints/step-N and drop all but the newest `keep`.
+def save(folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Write checkpoints/step-N and drop all but the newest `keep`; what mlxft did not write there stays.
 
+    Args:
+        say: hears what stays.
     Raises:
         CheckpointError: it can not be written; the older ones stay.
     """
@@ -61,23 +67,41 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int) -> Path:
             (beside / DIGESTS).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             for file in beside.iterdir():
                 flush(file)
-            discard(final)  # only there when a damaged one is being replaced
+            _drop(final, say)  # only there when a damaged one is being replaced
+            if os.path.lexists(final):
+                aside = next(
+                    p for n in itertools.count(1) if not os.path.lexists(p := folder / f"{final.name}.kept-{n}")
+                )
+                final.rename(aside)
+                say(f"{final} was in the way of a checkpoint, and is {aside.name} now")
             beside.rename(final)
             flush(folder)
     finally:
         discard(beside)
-    found = checkpoints(folder)
+    found = [p for p in checkpoints(folder) if p.is_dir() and not p.is_symlink()]
     now = found.index(final)
     # Those of later steps are damaged ones that a resume has passed over: they must not count as the newest.
     for unwanted in found[: max(0, now + 1 - keep)] + found[now + 1 :]:
-        discard(unwanted)
+        _drop(unwanted, say)
     return final
 
 
+def _drop(path: Path, say: Callable[[str], None]) -> None:
+    if path.is_dir() and not path.is_symlink() and (others := remove_files(path, CHECKPOINT)):
+        say(f"{path}: the checkpoint is removed, and what mlxft did not write there stays: {', '.join(others)}")
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first."""
+    """Checkpoint folders, oldest first; one in which only the user's files are left is none."""
     found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    return sorted((p for p in found if not _is_left(p)), key=lambda p: int(p.name[5:]))
+
+
+def _is_left(path: Path) -> bool:
+    with suppress(OSError):
+        names = os.listdir(path)
+        return bool(names) and set(names).isdisjoint(CHECKPOINT)
+    return False
 
 
 def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:

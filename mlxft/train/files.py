@@ -58,7 +58,7 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    write_beside(path, writer(text))
+    write_beside(path, text_writer(text))
 
 
 def write_result(path: Path, write: Callable[[Path], None]) -> None:
@@ -74,7 +74,7 @@ def write_result(path: Path, write: Callable[[Path], None]) -> None:
     note(path)
 
 
-def writer(text: str) -> Callable[[Path], None]:
+def text_writer(text: str) -> Callable[[Path], None]:
     """What writes a text: half of a character, which UTF-8 has no form for, as the escape that JSON has for it."""
 
     def write(path: Path) -> None:
@@ -87,8 +87,14 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     """Write arrays as safetensors. An OSError where the disk took less than all of it."""
     need = sum(v.nbytes for v in arrays.values())
     check_room(path.parent, need)  # mlx does not always notice a full disk
-    mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
-    if path.stat().st_size < need:
+    try:
+        mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
+        whole = path.stat().st_size >= need
+    except RuntimeError:  # or says how many bytes it could not write
+        whole = False
+        if shutil.disk_usage(path.parent).free > 1 << 16:
+            raise
+    if not whole:
         raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed)")
 
 

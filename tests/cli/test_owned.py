@@ -203,6 +203,57 @@ def test_a_second_command_on_a_run_is_refused_before_it_removes_anything(
     assert not (tmp_path / "runs/a" / HOLDER).exists()
 
 
+def test_a_second_command_on_a_file_or_folder_that_is_being_written_is_refused(
+    write: Write, mlxft: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the process id of the first, before a model is loaded; and the name is free once the command has ended."""
+    file, pid = write(**{"data.valid": 0.3}), os.getppid()
+    assert mlxft("train", file).code == 0
+    model = str(yaml.safe_load((tmp_path / file).read_text())["model"]["path"])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the in"}\n', "utf-8")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "answers": ["b", "c"]}\n', "utf-8")
+    (tmp_path / "f.py").write_text("def near(prompts, completions, rows): return [0.0 for _ in completions]\n")
+    shots = ["--test", "prompts.jsonl", "--k", "0", "--out"]
+    sample = ["sample", "prompts.jsonl", "--function", "f.py:near", "--cut-off", "--max-tokens", "2", "--model"]
+    commands = {
+        "out.jsonl": [
+            ["generate", "--model", model, "--max-tokens", "2", "--batch", "prompts.jsonl", "--out"],
+            [*sample, model, "--out"],
+            ["label", "pairs.jsonl", "--out"],
+        ],
+        "out": [
+            ["fuse", "runs/a"],
+            ["convert", model],
+            ["import", "nope"],
+            *(["export", "runs/a", "--format", form] for form in ("peft", "seq-cls", "ollama")),
+        ],
+        "out.gguf": [["export", "runs/a", "--format", "gguf"]],
+        "out.png": [["lr-find", file, "--steps", "20", "--plot"]],
+        "ev": [["eval", model, "rows-10.jsonl", "--out"]],
+    }
+    for out, all_of_them in commands.items():
+        name = tmp_path / out / "predictions.jsonl" if out == "ev" else tmp_path / out
+        name.parent.mkdir(exist_ok=True)
+        first = temporary(name, pid)
+        first.touch()
+        for command in all_of_them:
+            assert f"{name} is being written now, by process {pid}" in refused(1, *command, out), command
+        first.unlink()
+    for out in ("out.jsonl", "out.gguf", "ev"):
+        done = mlxft(*commands[out][0], out)
+        assert done.code == 0, done.err
+        assert not list(tmp_path.rglob(".tmp-*"))
+    assert "exists already" in refused(2, *commands["out.jsonl"][0], "out.jsonl")
+    # Those whose folder is theirs from the beginning.
+    for folder, command in {
+        "demo": ["demo", "--dir"],
+        "rlhf": ["rlhf", "--dir"],
+        "fs": ["fewshot", file, *shots],
+    }.items():
+        with hold(tmp_path / folder):
+            assert f"{folder} is in use now, by process {os.getpid()}" in refused(1, *command, folder), command
+
+
 def test_a_refused_run_leaves_no_folder_behind(write: Write, refused: Refused, tmp_path: Path) -> None:
     refused(1, "train", write(), "model.path=/nowhere/at/all")
     assert not (tmp_path / "runs").exists()
@@ -246,11 +297,9 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
         for out, said in {
             "mine.png": "exists already; give another name, or replace it with --overwrite",
             "f.py/x.png": "can not write f.py/x.png: Not a directory",
-            "": "give a file's name",
-            "x" * 300 + ".png": "can not write",
+            "": "it is empty; give a name",
+            "x" * 300 + ".png": "File name too long",
         }.items():
-            if out == "" and command[:2] in (["runs", "plot"], ["lr-find", file]):
-                continue  # a picture's ending is missed first
             assert said in refused(2, *command, out), (command, out)
     assert "mine/results.json exists already" in refused(2, "eval", "nope", "prompts.jsonl", "--out", "mine")
     assert mlxft("runs", "report", "a", "--out", "mine.png", "--overwrite").code == 0
@@ -259,6 +308,71 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
         assert mlxft("runs", "report", "a").code == 0
     (tmp_path / "runs/a/.mlxft.json").unlink()
     assert "report.html exists already" in refused(2, "runs", "report", "a")
+
+
+def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
+    write: Write, mlxft: Command, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command that writes: with a model that is not there, or can not be loaded."""
+    file = write(**{"data.valid": 0.3})
+    assert mlxft("train", file).code == 0
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "sweep.yaml").write_text(
+        (tmp_path / file).read_text() + "sweep: {space: {optim.lr: {log: [1e-5, 1e-2]}}}"
+    )
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the in"}\n', "utf-8")
+    folder: dict[str, Callable[[str], list[str]]] = {
+        "train": lambda out: ["train", file, f"run.dir={out}"],
+        "sweep": lambda out: ["sweep", "sweep.yaml", f"run.dir={out}"],
+        "fewshot": lambda out: ["fewshot", file, "--test", "prompts.jsonl", "--out", out],
+        "eval": lambda out: ["eval", "nope", "prompts.jsonl", "--out", out],
+        "fuse": lambda out: ["fuse", "--force", "runs/a", "--", out],
+        "convert": lambda out: ["convert", "nope", "--", out],
+        "import": lambda out: ["import", "nope", "--", out],
+        **{
+            form: lambda out, form=form: ["export", "--format", form, "runs/a", "--", out]  # type: ignore[misc]
+            for form in ("peft", "seq-cls", "ollama")
+        },
+        "demo": lambda out: ["demo", "--dir", out],
+        "rlhf": lambda out: ["rlhf", "--dir", out],
+    }
+    plain: dict[str, Callable[[str], list[str]]] = {
+        "gguf": lambda out: ["export", "--format", "gguf", "runs/a", "--", out],
+        "generate": lambda out: ["generate", "--model", "nope", "--batch", "prompts.jsonl", "--out", out],
+        "label": lambda out: ["label", "prompts.jsonl", "--model", "nope", "--out", out],
+    }
+
+    def loads(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the work has begun")
+
+    for name in ("mlxft.run.load_base", "mlxft.parts.load_base", "mlxft.export.fuse.load_base", "mlxft.rundir.load"):
+        monkeypatch.setattr(name, loads)
+    monkeypatch.setattr("mlxft.study.sweep.load_base", loads)
+    for name, command in (folder | plain).items():
+        end = ".gguf" if name == "gguf" else ""
+        for out in ("", f"{file}/x{end}", f"{'x' * 300}{end}", f"/proc/none/x{end}"):
+            if out or name not in ("train", "sweep"):
+                assert refused(2, *command(out)).strip(), (name, out)
+    for name in ("eval", "fuse", "convert", "peft"):
+        assert "/dev/null" in refused(2, *folder[name]("/dev/null"))
+    assert "is a device or a pipe" in refused(2, *plain["gguf"]("pipe.gguf"))
+    assert "is not UTF-8" in refused(2, *folder["fuse"]("\udcff"))
+    assert "it is a device or a pipe" in refused(2, "push", "runs/a", "ada/a", "--dry-run", "--card", "/dev/zero")
+    # Root, as whom tests may run, can write everything.
+    access = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: (mode, str(path)[:4]) != (os.W_OK, "made") and access(path, mode)
+    )
+    for name in ("made", "made.gguf"):
+        (tmp_path / name).mkdir() if name == "made" else (tmp_path / name).write_text("")
+    assert "made: it is read-only" in refused(2, *folder["fuse"]("made"))
+    assert "made.gguf: it is read-only" in refused(2, *plain["generate"]("made.gguf"), "--overwrite")
+    # What an evaluation of a run is kept in by default.
+    (tmp_path / "runs/a/eval").write_text("mine", "utf-8")
+    assert "--out is not given: can not write" in refused(2, "eval", "runs/a", "prompts.jsonl")
+    (tmp_path / "[x]").write_text("mine", "utf-8")
+    for walk in ("demo", "rlhf"):
+        assert "[x]: exists and is a file" in refused(2, walk, "--dir", "[x]")
 
 
 def test_a_pipe_is_written_to_and_stays_one(write: Write, mlxft: Command, tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -370,6 +370,28 @@ def test_every_file_of_a_checkpoint_in_turn(recipe: Recipe, tmp_path: Path, dama
 KILLS = int(os.environ.get("MLXFT_KILLS", "4"))
 
 
+def kill_at_random(work: str, args: list[str], kills: int, seed: int) -> Iterator[bool]:
+    """Run `work`, which says when it begins, again and again, killed at random moments; True where it has ended first.
+
+    The moments lie within what the work took the first time that it ended, and at first within four seconds.
+    """
+    rng, longest = random.Random(seed), 4.0
+    for _ in range(kills):
+        with subprocess.Popen(
+            [sys.executable, "-c", work, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            began = time.monotonic()
+            try:
+                process.wait(timeout=longest * rng.random())
+                longest = time.monotonic() - began
+            except subprocess.TimeoutExpired:
+                process.kill()
+                longest *= 1.2
+        yield process.returncode != -signal.SIGKILL
+
+
 @pytest.mark.slow
 def test_killed_again_and_again_while_saving_deleting_fusing_and_exporting(recipe: Recipe, tmp_path: Path):
     """A child of this process trains with a checkpoint a step, then fuses and exports over what is there; it is killed
@@ -377,7 +399,6 @@ def test_killed_again_and_again_while_saving_deleting_fusing_and_exporting(recip
     changes: dict[str, Any] = {"run.steps": 30, "run.save_every": 1, "run.keep": 1}
     train(recipe(**changes))
     path, run = write_recipe(tmp_path / "b.yaml", recipe(**changes, **{"run.name": "b"})), tmp_path / "runs/b"
-    rng = random.Random(5)
     work = """
 import sys, mlxft.cli
 recipe, run, out = sys.argv[1:]
@@ -387,26 +408,80 @@ print("ready", flush=True)
 for args in steps:
     mlxft.cli.cli.main(args, standalone_mode=False)
 """
-    args = [sys.executable, "-c", work, str(path), str(run), str(tmp_path / "out")]
-    longest = 4.0  # seconds; of the first one that ends by itself from then on
-    for _ in range(KILLS):
-        began = time.monotonic()
-        with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            try:
-                process.wait(timeout=longest * rng.random())
-                longest = time.monotonic() - began
-            except subprocess.TimeoutExpired:
-                process.kill()
-                longest *= 1.2
+    args = [str(path), str(run), str(tmp_path / "out")]
+    for _ in kill_at_random(work, args, KILLS - KILLS // 4, 5):
         found = sorted((run / "checkpoints").glob("step-*")) if run.exists() else []
         if found:
             checkpoint.load(max(found, key=lambda p: int(p.name[5:])))
-    finished = subprocess.run(args, capture_output=True, text=True, check=False)
+    finished = subprocess.run([sys.executable, "-c", work, *args], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert_same(tmp_path / "runs/a", run)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+SWEEP = {"space": {"optim.lr": {"log": [1e-5, 1e-1]}, "tune.rank": {"choice": [2, 4]}}, "trials": 6, "grace": 2}
+
+
+def swept(sweep: Path) -> tuple[list[Any], dict[str, Any], dict[str, bytes]]:
+    """Trials, best recipe and weights of a sweep that is finished, in which nothing half-written is left."""
+    import optuna
+
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{sweep / 'sweep.db'}")
+    trials = [
+        (t.number, t.state.name, t.params, t.value, t.intermediate_values, sorted(t.system_attrs.items()))
+        for t in study.get_trials(deepcopy=False)
+    ]
+    best = yaml.safe_load((sweep / "best.yaml").read_text())
+    best["run"].pop("name")
+    weights = {str(p.relative_to(sweep)): p.read_bytes() for p in sweep.rglob("adapters.safetensors")}
+    left = [p.name for p in sweep.rglob("*") if p.name.startswith(".") and p.name != MARK]
+    assert not [*left, *sweep.glob("trials/*/checkpoints"), *sweep.glob("*-journal"), *sweep.parent.glob(".*")]
+    return trials, best, weights
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_while_sweeping(recipe: Recipe, tmp_path: Path):
+    """A quarter of the kills, between a sweep's first and last write: a sweep that has come to its end all the same has
+    the trials, in every number, of one that was not killed; the next one is begun then."""
+    settings = recipe(
+        **{"run.steps": 40, "run.eval_every": 4, "data.valid": 0.3, "tune.rank": None, "run.seed": 5, "sweep": SWEEP}
+    )
+    path = write_recipe(tmp_path / "sweep.yaml", settings)
+    work = """
+import sys, mlxft.cli, mlxft.study.sweep, optuna
+mlxft.study.sweep.ATTEMPTS = 10**6  # or a trial that is killed three times counts as failed
+print("ready", flush=True)
+mlxft.cli.cli.main(["sweep", sys.argv[1], "--name", open(sys.argv[2]).read()], standalone_mode=False)
+"""
+    name, number, within = tmp_path / "name", 0, 0
+    name.write_text("s0")
+    for ended in kill_at_random(work, [str(path), str(name)], max(1, KILLS // 4), 7):
+        within += not ended and (tmp_path / f"runs/s{number}/sweep.db").exists()
+        number += ended
+        name.write_text(f"s{number}")
+    print(f"{within} kills within {number + 1} sweeps")  # pytest -s
+    finished = subprocess.run([sys.executable, "-c", work, path, name], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    main.main(["sweep", str(path), "--name", "whole"], standalone_mode=False)
+    whole = swept(tmp_path / "runs/whole")
+    assert {"PRUNED", "COMPLETE"} == {state for _, state, *_ in whole[0]}
+    assert [n for n, *_ in whole[0]] == list(range(6))
+    for i in range(number + 1):
+        assert swept(tmp_path / f"runs/s{i}") == whole
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter"])
+def test_nothing_behind_a_link_is_replaced_or_removed(recipe: Recipe, tmp_path: Path, name: str):
+    settings = recipe(**{"run.save_every": 1, "run.keep": 1})
+    killed(3, settings)
+    place = tmp_path / "runs/a" / name
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    before = {p: p.read_bytes() for p in (tmp_path / "elsewhere").rglob("*") if p.is_file()}
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match="is a link" if "resume" in options else name):
+            train(settings, **options)
+    assert {p: p.read_bytes() for p in (tmp_path / "elsewhere").rglob("*") if p.is_file()} == before
 
 
 def test_all_damaged_is_refused_and_nothing_touched(recipe: Recipe, tmp_path: Path):

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mlxft.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mlxft.owned import claim, hold
-from mlxft.recipe import parse_config
+from mlxft.recipe import load_config, parse_config
 from mlxft.run import train
 from mlxft.rundir import open_run
 from mlxft.search import Sweep, seconds
@@ -199,6 +199,15 @@ def test_a_best_recipe_that_was_changed_by_hand_stays(write: Write, tmp_path: Pa
     assert "run:" in best.read_text("utf-8")
 
 
+def test_the_best_recipe_of_a_folder_of_any_name(write: Write, tmp_path: Path) -> None:
+    """A line break in it ends no comment, and what YAML has a meaning for is a name."""
+    place = tmp_path / "a\nmodel: \u2028{x"
+    found = quiet(write({"space": SPACE}, **{"run.dir": str(place), "run.steps": 2}), trials=1, name="\U0001f600 [x]")
+    best = load_config(found.recipe)
+    assert best.run_dir == place / "\U0001f600 [x]-best"
+    assert len([line for line in found.recipe.read_text().splitlines() if line.startswith("#")]) == 1
+
+
 BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "no section": (None, {}, r"sweep.space is needed"),
     "no space": ({"trials": 3}, {}, r"sweep: space is needed"),
@@ -327,6 +336,24 @@ def test_a_trial_that_keeps_ending_its_process_is_given_up(write: Write, tmp_pat
     found = quiet(path, trials=2)
     assert [o.state for o in found.trials] == ["complete", "failed"]
     assert "ended 3 times" in (found.trials[1].error or "")
+
+
+def test_a_full_disk_fails_no_trial(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep ends there, and goes on with that trial once there is room."""
+    path, full = write({"space": SPACE, "trials": 3}, **{"run.steps": 2}), [False, True, False, False]
+
+    def check_room(folder: Path, need: int) -> None:
+        if full.pop(0):
+            raise OSError(28, f"No space left on device ({need} bytes are needed)")
+
+    monkeypatch.setattr("mlxft.train.checkpoint.check_room", check_room)
+    with pytest.raises(CheckpointError, match=r"trials/1/checkpoints/step-2: No space left on device \(\d+ bytes"):
+        quiet(path)
+    assert not (tmp_path / "runs/s/trials/1").exists()
+    found = quiet(path)
+    assert [(o.number, o.error) for o in found.trials] == [(0, None), (1, None), (2, None)]
+    with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
+        assert set(db.execute("select value_json from trial_user_attributes where key = 'attempts'")) == {("1",)}
 
 
 def test_a_recipe_with_a_sweep_is_a_recipe() -> None:

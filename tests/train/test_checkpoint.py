@@ -116,6 +116,36 @@ def test_a_damaged_one_is_replaced_by_a_whole_one_of_the_same_step(tmp_path: Pat
     assert load_newest(tmp_path, pytest.fail) is not None
 
 
+def test_what_the_user_put_into_a_checkpoint_stays(tmp_path: Path):
+    """Be it rotated away, passed over, or in the way of one of the same step; what is kept is counted without it."""
+    said: list[str] = []
+    for step in (2, 4, 20):
+        save(tmp_path, step, snapshot(step), keep=5)
+        (tmp_path / f"step-{step}/notes.txt").write_text(f"mine {step}")
+    cut(tmp_path / "step-20" / "weights.safetensors")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "step-4", elsewhere)
+    (tmp_path / "step-3").symlink_to(elsewhere)
+    (tmp_path / "step-6").symlink_to(elsewhere)
+    for step in (4, 5, 6):
+        save(tmp_path, step, snapshot(step), keep=2, say=said.append)
+    assert len([line for line in said if "stays: notes.txt" in line]) == 3, said
+    assert [line.split()[-2] for line in said if "in the way" in line] == ["step-4.kept-1", "step-6.kept-1"]
+    assert {
+        str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.glob("step*/notes.txt") if "3" not in str(p)
+    } == {
+        "step-2/notes.txt": "mine 2",
+        "step-4.kept-1/notes.txt": "mine 4",
+        "step-6.kept-1/notes.txt": "mine 4",
+        "step-20/notes.txt": "mine 20",
+    }
+    assert len(list(elsewhere.iterdir())) == 5
+    back = load_newest(tmp_path, pytest.fail)
+    assert back is not None
+    assert back.state["step"] == 6
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-3", "step-5", "step-6"]
+
+
 def test_a_half_written_one_is_no_checkpoint_and_is_cleared_away(tmp_path: Path):
     save(tmp_path, 5, snapshot(5), keep=2)
     process = subprocess.Popen(["true"])
