@@ -211,6 +211,18 @@ def test_a_reward_model_that_can_not_be_is_refused_by_check_as_by_training(
         assert "this model (gpt_neox) does not keep its body apart from its output layer" in said
 
 
+def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
+    good: str, mlxft: Callable[..., Any], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    plain, planned = mlxft("check", good, "memory.limit=1e-4"), mlxft("check", good, "memory.limit=1e-4", "--json")
+    assert (plain.code, "DOES NOT FIT" in plain.out, CHECKED in plain.out) == (2, True, True)
+    assert (planned.code, json.loads(planned.out)["memory"]["fits"]) == (2, False)
+    assert plain.err == planned.err == mlxft("train", good, "memory.limit=1e-4").err
+    assert "What helps: a smaller" in plain.err
+    (tmp_path / "file").touch()
+    assert "run.dir: can not write" in refused(2, "check", good, "run.dir=file/runs")
+
+
 def test_the_plan_of_pairs_is_shown(write: Callable[..., str], mlxft: Callable[..., Any], refused: Any) -> None:
     row = json.dumps({"prompt": "the in", "chosen": "on it", "rejected": "at a"})
     Path("pairs.jsonl").write_text(f"{row}\n" * 8, "utf-8")
