@@ -87,7 +87,10 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[
 
 
 def _drop(path: Path, say: Callable[[str], None]) -> None:
-    if path.is_dir() and not path.is_symlink() and (others := remove_files(path, CHECKPOINT)):
+    others: list[str] = []
+    with suppress(OSError):  # what can not be removed is no reason to end a training
+        others = remove_files(path, CHECKPOINT) if path.is_dir() and not path.is_symlink() else []
+    if others:
         say(f"{path}: the checkpoint is removed, and what mlxft did not write there stays: {', '.join(others)}")
 
 

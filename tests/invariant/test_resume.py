@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -370,51 +371,72 @@ def test_every_file_of_a_checkpoint_in_turn(recipe: Recipe, tmp_path: Path, dama
 KILLS = int(os.environ.get("MLXFT_KILLS", "4"))
 
 
-def kill_at_random(work: str, args: list[str], kills: int, seed: int) -> Iterator[bool]:
-    """Run `work`, which says when it begins, again and again, killed at random moments; True where it has ended first.
+# What is slow to import stands before the work, so that a kill seldom falls into it.
+WORK = """
+import sys, mlxft.cli, mlxft.run, mlxft.export.fuse, mlxft.export.gguf, mlxft.study.sweep, optuna
+mlxft.study.sweep.ATTEMPTS = 10**6  # or a trial that is killed three times counts as failed
+for args in eval(sys.argv[1]):
+    print("at", args[0], flush=True)
+    mlxft.cli.cli.main(args, standalone_mode=False)
+print("at end", flush=True)
+"""
 
-    The moments lie within what the work took the first time that it ended, and at first within four seconds.
+
+def kill_at_random(commands: list[list[str]], kills: int, seed: int, first: float) -> Iterator[str]:
+    """Run commands in a child, again and again, killed at a random moment of one: where it was then, or "at end".
+
+    The moments lie within what the command took the last time that it was over by then, and within `first` seconds.
     """
-    rng, longest = random.Random(seed), 4.0
+    rng, longest = random.Random(seed), {args[0]: first for args in commands}
     for _ in range(kills):
+        name = rng.choice(list(longest))
         with subprocess.Popen(
-            [sys.executable, "-c", work, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-c", WORK, repr(commands)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as process:
             assert process.stdout is not None
-            process.stdout.readline()
+            said: list[str] = []
+            while said[-1:] not in ([f"at {name}\n"], [""]):
+                said.append(process.stdout.readline())
             began = time.monotonic()
             try:
-                process.wait(timeout=longest * rng.random())
-                longest = time.monotonic() - began
+                process.wait(timeout=longest[name] * rng.random())
             except subprocess.TimeoutExpired:
                 process.kill()
-                longest *= 1.2
-        yield process.returncode != -signal.SIGKILL
+            took = time.monotonic() - began
+            said += process.stdout
+        where = [line for line in said if line.startswith("at ")][-1].strip()
+        longest[name] = took if where != f"at {name}" else longest[name] * 1.1
+        yield where
+
+
+def finish(commands: list[list[str]]) -> None:
+    """Run commands in a child to their end."""
+    done = subprocess.run([sys.executable, "-c", WORK, repr(commands)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_killed_again_and_again_while_saving_deleting_fusing_and_exporting(recipe: Recipe, tmp_path: Path):
-    """A child of this process trains with a checkpoint a step, then fuses and exports over what is there; it is killed
-    at random. What was whole stays whole, the run ends as one that was not killed, and no litter is left."""
+    """A child of this process trains with a checkpoint a step, then fuses and exports over what is there, and replaces a
+    run that has ended; it is killed at random. What was whole stays whole, the run ends as one that was not killed, and
+    no litter is left."""
     changes: dict[str, Any] = {"run.steps": 30, "run.save_every": 1, "run.keep": 1}
     train(recipe(**changes))
     path, run = write_recipe(tmp_path / "b.yaml", recipe(**changes, **{"run.name": "b"})), tmp_path / "runs/b"
-    work = """
-import sys, mlxft.cli
-recipe, run, out = sys.argv[1:]
-steps = [["train", recipe, "--resume"], ["fuse", run, out, "--overwrite", "--force"]]
-steps += [["export", run, out + ".gguf", "--format", "gguf", "--overwrite"]]
-print("ready", flush=True)
-for args in steps:
-    mlxft.cli.cli.main(args, standalone_mode=False)
-"""
-    args = [str(path), str(run), str(tmp_path / "out")]
-    for _ in kill_at_random(work, args, KILLS - KILLS // 4, 5):
+    work = [["train", str(path), "--resume"], ["fuse", str(run), str(tmp_path / "out"), "--overwrite", "--force"]]
+    work += [["export", str(run), str(tmp_path / "out.gguf"), "--format", "gguf", "--overwrite"]]
+    seen: Counter[str] = Counter()
+    for place in kill_at_random(work, KILLS - KILLS // 4, 5, first=0.4):
+        seen[place] += 1
+        told = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+        work[0][-1] = "--resume" if told and '"event": "end"' not in told else "--overwrite"
+        if work[0][-1] == "--overwrite":  # half of it may be deleted
+            continue
         found = sorted((run / "checkpoints").glob("step-*")) if run.exists() else []
         if found:
             checkpoint.load(max(found, key=lambda p: int(p.name[5:])))
-    finished = subprocess.run([sys.executable, "-c", work, *args], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    print(dict(seen))  # pytest -s
+    finish(work)
     assert_same(tmp_path / "runs/a", run)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -447,21 +469,13 @@ def test_killed_again_and_again_while_sweeping(recipe: Recipe, tmp_path: Path):
         **{"run.steps": 40, "run.eval_every": 4, "data.valid": 0.3, "tune.rank": None, "run.seed": 5, "sweep": SWEEP}
     )
     path = write_recipe(tmp_path / "sweep.yaml", settings)
-    work = """
-import sys, mlxft.cli, mlxft.study.sweep, optuna
-mlxft.study.sweep.ATTEMPTS = 10**6  # or a trial that is killed three times counts as failed
-print("ready", flush=True)
-mlxft.cli.cli.main(["sweep", sys.argv[1], "--name", open(sys.argv[2]).read()], standalone_mode=False)
-"""
-    name, number, within = tmp_path / "name", 0, 0
-    name.write_text("s0")
-    for ended in kill_at_random(work, [str(path), str(name)], max(1, KILLS // 4), 7):
-        within += not ended and (tmp_path / f"runs/s{number}/sweep.db").exists()
-        number += ended
-        name.write_text(f"s{number}")
+    work, number, within = [["sweep", str(path), "--name", "s0"]], 0, 0
+    for place in kill_at_random(work, max(1, KILLS // 4), 7, first=1.0):
+        within += place == "at sweep" and (tmp_path / f"runs/s{number}/sweep.db").exists()
+        number += place == "at end"
+        work[0][-1] = f"s{number}"
     print(f"{within} kills within {number + 1} sweeps")  # pytest -s
-    finished = subprocess.run([sys.executable, "-c", work, path, name], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    finish(work)
     main.main(["sweep", str(path), "--name", "whole"], standalone_mode=False)
     whole = swept(tmp_path / "runs/whole")
     assert {"PRUNED", "COMPLETE"} == {state for _, state, *_ in whole[0]}
