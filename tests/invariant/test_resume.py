@@ -417,9 +417,9 @@ def finish(commands: list[list[str]]) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again_while_saving_deleting_fusing_and_exporting(recipe: Recipe, tmp_path: Path):
-    """A child of this process trains with a checkpoint a step, then fuses and exports over what is there, and replaces
-    a run that has ended; it is killed at random. What was whole stays whole, the run ends as one that was not killed,
-    and no litter is left."""
+    """A child trains with a checkpoint a step, then fuses and exports over what is there, and replaces a run that has
+    ended; it is killed at random. What was whole stays whole, the run ends as one that was not killed, and no litter is
+    left."""
     changes: dict[str, Any] = {"run.steps": 30, "run.save_every": 1, "run.keep": 1}
     train(recipe(**changes))
     path, run = write_recipe(tmp_path / "b.yaml", recipe(**changes, **{"run.name": "b"})), tmp_path / "runs/b"
