@@ -27,7 +27,11 @@ class _BeforeMLX:
             load_blas()
 
 
-if sys.platform == "linux":
+if sys.platform == "darwin":
+    from mlxft.device import relax_watchdog
+
+    relax_watchdog()
+elif sys.platform == "linux":
     sys.meta_path.insert(0, _BeforeMLX)
 
 

@@ -314,6 +314,7 @@ class Run(Settings):
         None, ge=1, description="Stop after so many validations without a better loss; default: never."
     )
     sample_prompts: list[str] = Field(default_factory=list, description="Prompts answered at each validation.")
+    keep_awake: bool = Field(True, description="Keep a Mac from falling asleep while it trains.")
     sample_tokens: int | None = Field(
         None, ge=1, description="Longest answer to a sample prompt, in tokens; default 64."
     )
@@ -342,7 +343,7 @@ class Memory(Settings):
         None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."
     )
     cache: float | None = Field(
-        None, ge=0, le=1e6, description="Freed memory kept for reuse; default: an eighth of the limit."
+        None, ge=0, le=1e6, description="Freed memory kept for reuse; default: as MLX does, up to the limit."
     )
 
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from mlxft.config import Config
+from mlxft.device import machine_bytes, usable_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
 from mlxft.model.logits import Split
 from mlxft.model.lora import without_dropout
-from mlxft.model.memory import machine_bytes, usable_bytes
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
 from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
 from mlxft.model.random import aside

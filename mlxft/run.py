@@ -16,13 +16,14 @@ from mlxft.blas import Blas, in_use
 from mlxft.config import Config
 from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
+from mlxft.device import FAILURES, Failure, awake, gpu_failure
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters
-from mlxft.model.memory import checkpoint_layers, is_out_of_memory, limits
+from mlxft.model.memory import checkpoint_layers, limits
 from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import Sampling, generate
@@ -191,7 +192,7 @@ def _train_held(
             kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
             text = f"training{after}; everything is written to {run.dir}"
             reporter.event({"event": kind, "step": progress.step, **facts, "text": text})
-            with limits(config.memory.limit, config.memory.cache):
+            with limits(config.memory.limit, config.memory.cache), awake(config.run.keep_awake):
                 return _train(run, loaded, objective, optimizer, total, progress, saver, reporter)
         finally:
             reporter.close()
@@ -261,7 +262,7 @@ def _train(
         reporter.event({"event": e.run_status, "step": progress.step, "text": str(e)})
         raise
     except (MlxftError, RuntimeError, MemoryError) as e:
-        told = _out_of_memory(progress, run) if is_out_of_memory(e) else e
+        told = _gpu_failed(failure, progress, run) if (failure := gpu_failure(e)) is not None else e
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
         raise told from None
     if not finished:
@@ -278,11 +279,11 @@ def _train(
     return run
 
 
-def _out_of_memory(progress: Progress, run: Run) -> TrainingError:
+def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError:
+    what, helps = FAILURES[failure]
     return TrainingError(
-        f"out of memory after step {progress.step}; the last checkpoint is intact. What helps most: a smaller "
-        "batch.tokens (with batch.accumulate for the same step), memory.checkpoint: on, and model.quantize: 4 or a "
-        f"shorter data.max_length; mlxft check shows what each saves. Then: {run.resume}"
+        f"{what} after step {progress.step}; the last checkpoint is intact. What helps most: {helps}. "
+        f"Then: {run.resume}"
     )
 
 

@@ -29,6 +29,7 @@ FREE_ON_RESUME = {
     "run.report_every",
     "run.save_every",
     "run.keep",
+    "run.keep_awake",
     "run.dir",
     "run.name",
     "run.sample_prompts",

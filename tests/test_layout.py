@@ -20,6 +20,7 @@ ORDER = {
     "errors": 0,
     "temporary": 0,
     "blas": 1,
+    "device": 1,
     "config": 1,
     "owned": 1,
     "data": 2,

@@ -7,6 +7,7 @@ import importlib
 import io
 import keyword
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import click
 
 import mlxft
+from mlxft.device import FAILURES, gpu_failure
 from mlxft.errors import ConfigError, MlxftError, shorten
 from mlxft.text import echo, guard_messages
 
@@ -123,6 +125,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
             stream.reconfigure(errors="replace")
     guard_messages()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is there is saved
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:
@@ -138,6 +141,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output is gone
+        sys.exit(1)
+    except (RuntimeError, MemoryError) as e:
+        failure = gpu_failure(e)
+        if failure is None:
+            raise
+        echo(f"{type(e).__name__}: {FAILURES[failure][0]}: {shorten(' '.join(str(e).split()))}", err=True)
         sys.exit(1)
     except OSError as e:  # a name too long, no permission, no such file after all
         if e.errno == errno.ENAMETOOLONG:

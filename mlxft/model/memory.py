@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -11,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.device import backend, usable_bytes
 from mlxft.model.random import again, position, repeatable
 from mlxft.model.routers import collect, watched_masks, watching
 
@@ -87,40 +87,23 @@ def is_checkpointed(model: nn.Module) -> bool:
     return all(hasattr(type(layer), "checkpointed") for layer in model.layers)
 
 
-def machine_bytes() -> int:
-    """Memory of this machine: of a Mac all of it, which the GPU shares."""
-    return int(mx.device_info().get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def usable_bytes(limit_gb: float | None = None) -> int:
-    """What a job may take: `limit_gb` (10^9 bytes), else what the system lends the GPU, else nine tenths."""
-    if limit_gb is not None:
-        return int(limit_gb * 1e9)
-    lent = mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
-    return int(lent or 0.9 * machine_bytes())
-
-
 @contextmanager
 def limits(limit_gb: float | None, cache_gb: float | None) -> Iterator[None]:
     """Hold MLX to limits inside the block; to be entered once the weights are loaded.
 
-    The memory limit makes MLX wait for running work before it allocates more; the wired limit keeps weights resident
-    on Metal; the cache of freed buffers would grow with rows of ever new lengths.
+    The memory limit makes MLX wait for running work before it allocates more, and give back freed buffers that it keeps
+    for reuse; a limit of these alone would have it allocate anew each step. The wired limit keeps weights resident on
+    Metal.
     """
     limit = usable_bytes(limit_gb)
     memory = mx.set_memory_limit(limit)
-    cache = mx.set_cache_limit(int(cache_gb * 1e9) if cache_gb is not None else limit // 8)
-    wired = mx.set_wired_limit(min(limit, usable_bytes())) if mx.metal.is_available() else None
+    cache = mx.set_cache_limit(int(cache_gb * 1e9)) if cache_gb is not None else None
+    wired = mx.set_wired_limit(min(limit, usable_bytes())) if backend() == "metal" else None
     try:
         yield
     finally:
         mx.set_memory_limit(memory)
-        mx.set_cache_limit(cache)
+        if cache is not None:
+            mx.set_cache_limit(cache)
         if wired is not None:
             mx.set_wired_limit(wired)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "allocat" in text or "insufficient memory" in text or "bad_alloc" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -21,7 +22,13 @@ def flush(path: Path) -> None:
     """Make a file or folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        full = getattr(fcntl, "F_FULLFSYNC", None)  # of macOS, where fsync leaves it in the drive's own memory
+        try:
+            os.fsync(fd) if full is None else fcntl.fcntl(fd, full)
+        except OSError as e:
+            if full is None or e.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system has it
+                raise
+            os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -1,0 +1,95 @@
+"""The machine that MLX computes on: its backend, the memory it lends, what kills long work there, and what helps."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+Backend = Literal["metal", "cuda", "cpu"]
+Failure = Literal["memory", "watchdog"]
+# What has happened, and what helps where it was in training.
+FAILURES: dict[Failure, tuple[str, str]] = {
+    "memory": (
+        "out of memory",
+        (
+            "a smaller batch.tokens (with batch.accumulate for the same step), memory.checkpoint: on, and "
+            "model.quantize: 4 or a shorter data.max_length; mlxft check shows what each saves"
+        ),
+    ),
+    "watchdog": (
+        "macOS has ended the GPU's work, since it kept the display waiting",
+        (
+            "a smaller batch.tokens (with batch.accumulate for the same step), or to let the display sleep (Control, "
+            "Shift and Eject or Power) while it trains"
+        ),
+    ),
+}
+
+# macOS ends a kernel that keeps the display waiting; with this set before Metal starts, later (mlx issue 3267).
+WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
+_NO_ROOM = re.compile(
+    r"allocat|insufficient memory|out of memory|bad_alloc|resource limit|\[malloc|cudamalloc|cudaerrormemory", re.I
+)
+_ENDED = re.compile(r"impacting interactivity|gpu timeout|victim of gpu error|innocent victim|\(victim", re.I)
+
+
+def relax_watchdog() -> None:
+    """Let kernels run longer on a Mac than its display likes, unless the user has said something else."""
+    if sys.platform == "darwin":
+        os.environ.setdefault(WATCHDOG, "1")
+
+
+def backend() -> Backend:
+    """What new arrays are computed by."""
+    import mlx.core as mx
+
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def machine_bytes() -> int:
+    """Memory of what computes: of a Mac all of it, which the GPU shares; of CUDA the card's own."""
+    import mlx.core as mx
+
+    about = mx.device_info()
+    own = about.get("total_memory") if backend() == "cuda" else about.get("memory_size")
+    return int(own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def usable_bytes(limit_gb: float | None = None) -> int:
+    """What a job may take: `limit_gb` (10^9 bytes), else what the system lends the GPU, else nine tenths."""
+    import mlx.core as mx
+
+    if limit_gb is not None:
+        return int(limit_gb * 1e9)
+    lent = mx.device_info().get("max_recommended_working_set_size") if backend() == "metal" else None
+    return int(lent or 0.9 * machine_bytes())
+
+
+def gpu_failure(error: BaseException) -> Failure | None:
+    """What an error of MLX says has happened: no memory was left, or macOS has ended the work; None: neither."""
+    text = str(error)
+    if isinstance(error, MemoryError) or _NO_ROOM.search(text):
+        return "memory"
+    return "watchdog" if _ENDED.search(text) else None
+
+
+@contextmanager
+def awake(wanted: bool) -> Iterator[None]:
+    """Keep a Mac from falling asleep inside the block, or until this process is killed. Nothing happens elsewhere."""
+    process: subprocess.Popen[bytes] | None = None
+    if wanted and sys.platform == "darwin":
+        with suppress(OSError):  # then it sleeps as it would
+            process = subprocess.Popen(["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())])
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.terminate()
+            process.wait()
