@@ -178,9 +178,9 @@ def test_sigterm_is_as_ctrl_c_before_training_too() -> None:
 
 
 def test_a_failure_outside_of_training_is_one_line_too() -> None:
-    code = "import mlxft.cli as c\ndef work(**_): raise RuntimeError('[metal::malloc] Resource limit (499000) exceeded.')\n"
+    text = "[metal::malloc] Resource limit (499000) exceeded."
+    code = f"import mlxft.cli as c\ndef work(**_): raise RuntimeError('{text}')\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{code}c.cli.main = work\nc.main()"], capture_output=True, text=True, check=False
     )
-    said = "RuntimeError: out of memory: [metal::malloc] Resource limit (499000) exceeded.\n"
-    assert (done.returncode, done.stderr) == (1, said)
+    assert (done.returncode, done.stderr) == (1, f"RuntimeError: out of memory: {text}\n")

@@ -1,13 +1,14 @@
-"""Attention and SwiGLU for MLX's CPU backend, where an exponential is the dearest operation of all.
+"""What a model's own code calls in place of mlx-lm's functions: the delta rule on every device, the rest on a CPU.
 
-`mx.exp` and what is made of it (softmax, sigmoid) take 12 to 18 ns an element there, two thirds of a training step in
-float32; `mx.power(2, x)` takes 4 to 6. On a GPU nothing here is used.
+On MLX's CPU backend an exponential is the dearest operation of all. `mx.exp` and what is made of it (softmax, sigmoid)
+take 12 to 18 ns an element there, two thirds of a training step in float32; `mx.power(2, x)` takes 4 to 6.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.device import backend
+from mlxft.model.delta import gated_delta
+
 LOG2E = math.log2(math.e)
 BLOCK = 64  # queries of one attention block
 _HIDDEN = -1e30  # a masked score: finite, so that a row that sees nothing is no NaN
 
 
 def on_cpu() -> bool:
-    """Whether new arrays are computed by the CPU backend."""
-    return mx.default_device().type == mx.DeviceType.cpu
+    """Whether new arrays are computed by the CPU backend, and what is quicker there is wanted (MLXFT_CPU=off: not)."""
+    return backend() == "cpu" and os.environ.get("MLXFT_CPU") != "off"
 
 
 def exp(x: mx.array) -> mx.array:
@@ -115,11 +119,43 @@ def _mlx_lm(name: str) -> ModuleType:
     return importlib.import_module(f"mlx_lm.models.{name}")
 
 
+def gated_delta_update(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
+    *,
+    lower_bound: float | None = None,
+    allow_neg_eigval: bool = False,
+    **own: Any,
+) -> tuple[mx.array, mx.array]:
+    """The gated delta rule as mlx-lm's layers call it, see `gated_delta`; one token alone goes on to mlx-lm's own."""
+    theirs = _mlx_lm("gated_delta")
+    how: dict[str, Any] = {"lower_bound": lower_bound, "allow_neg_eigval": allow_neg_eigval}
+    if q.shape[1] == 1:
+        found: tuple[mx.array, mx.array] = theirs.gated_delta_update(
+            q, k, v, a, b, A_log, dt_bias, state, mask, **own, **how
+        )
+        return found
+    beta = mx.sigmoid(b) * (2.0 if allow_neg_eigval else 1.0)
+    g = (
+        theirs.compute_g(A_log, a, dt_bias)
+        if lower_bound is None
+        else theirs.compute_lower_bound_g(A_log, a, dt_bias, lower_bound)
+    )
+    return gated_delta(q, k, v, g, beta, state, mask)
+
+
 @contextmanager
 def quicker(model: nn.Module) -> Iterator[None]:
-    """On the CPU, the model's own code calls the functions above inside the block; nothing changes elsewhere."""
+    """The model's own code calls the functions above inside the block, those of them that this device wants."""
     replaced: list[tuple[ModuleType, str, Any]] = []
-    for name, home, function in OURS if on_cpu() else ():
+    for name, home, function in (*DELTA, *(OURS if on_cpu() else ())):
         theirs = getattr(_mlx_lm(home), name)
         for module in _modules(model):
             if getattr(module, name, None) is theirs:
@@ -132,6 +168,8 @@ def quicker(model: nn.Module) -> Iterator[None]:
             setattr(module, name, theirs)
 
 
+# mlx-lm 0.32 trains the delta rule by a loop over tokens, on every device.
+DELTA = (("gated_delta_update", "gated_delta", gated_delta_update),)
 OURS = (("swiglu", "activations", swiglu), ("scaled_dot_product_attention", "base", attention))
 
 
