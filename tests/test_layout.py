@@ -45,6 +45,7 @@ SAME_ROOM = {
     "rundir": "run",
     "parts": "run",
     "check": "run",
+    "doctor": "run",
     "planning": "run",
     "timing": "run",
 }

@@ -1,0 +1,192 @@
+"""mlxft doctor: the machine, its Python and its packages, as far as training depends on them, and what mends what is
+wrong. Nothing is computed: `mlxft selftest` does that."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlxft import __version__
+from mlxft.blas import in_use
+from mlxft.device import WATCHDOG, backend, machine_bytes, usable_bytes
+
+PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
+LEAST_FREE = 10e9  # bytes of a disk: a model of 3B in bfloat16 and its checkpoints
+OLDEST_MACOS = 14  # that MLX's wheels are made for
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table.
+
+    Attributes:
+        state: wrong: training does not work, or falls far short of the machine.
+        mend: what to do about it, a command where there is one.
+    """
+
+    name: str
+    value: str
+    state: Literal["ok", "note", "wrong"] = "ok"
+    mend: str = ""
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Look at this machine.
+
+    Args:
+        folder: where runs will be written.
+    """
+    return [*_machine(), *_software(), *_memory(), *_disks(folder), *_extras()]
+
+
+def to_json(findings: list[Finding]) -> dict[str, Any]:
+    """As JSON."""
+    return {"mlxft": __version__, "sound": sound(findings), "findings": [asdict(f) for f in findings]}
+
+
+def sound(findings: list[Finding]) -> bool:
+    """Whether nothing is wrong."""
+    return all(f.state != "wrong" for f in findings)
+
+
+def ask(*command: str) -> str:
+    """What a program of the system prints; "" where it is not there, fails, or takes ten seconds."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return ""
+
+
+def _machine() -> Iterator[Finding]:
+    if sys.platform == "darwin":
+        yield Finding("chip", ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine())
+        cores = re.search(r'"gpu-core-count"\s*=\s*(\d+)', ask("ioreg", "-rc", "AGXAccelerator", "-d", "1"))
+        yield Finding("GPU cores", cores[1] if cores else "unknown")
+        version = platform.mac_ver()[0]
+        old = int(version.partition(".")[0] or 0) < OLDEST_MACOS
+        state: Literal["ok", "wrong"] = "wrong" if old else "ok"
+        yield Finding("macOS", version, state, f"MLX wants macOS {OLDEST_MACOS}: update it" if old else "")
+        return
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    yield Finding("CPU", f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores")
+    if backend() == "cuda":
+        yield Finding("GPU", ask("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or "unknown")
+    yield Finding("system", platform.platform())
+
+
+def _software() -> Iterator[Finding]:
+    version = f"{platform.python_version()} ({platform.machine()}), {sys.executable}"
+    if sys.platform == "darwin" and (
+        ask("sysctl", "-n", "sysctl.proc_translated") == "1" or platform.machine() != "arm64"
+    ):
+        way = "this Python is for Intel, and MLX has no GPU in it: brew install python, then make a new environment"
+        yield Finding("Python", version, "wrong", way)
+    else:
+        yield Finding("Python", version)
+    wanted = dict(_wanted())
+    for name in PACKAGES:
+        found = importlib.metadata.version(name)
+        old = name in wanted and _numbers(found) < _numbers(wanted[name])
+        mend = f"pip install -U '{name}>={wanted[name]}'" if old else ""
+        yield Finding(name, found, "wrong" if old else "ok", mend)
+    kind = backend()
+    if kind == "cpu" and sys.platform == "darwin":
+        yield Finding(
+            "MLX computes on", "the CPU", "wrong", "training wants the GPU: leave mx.set_default_device alone"
+        )
+    else:
+        yield Finding("MLX computes on", {"metal": "the GPU (Metal)", "cuda": "the GPU (CUDA)", "cpu": "the CPU"}[kind])
+    if (blas := in_use()) is not None:
+        said = blas.lines()[0].removeprefix("blas: ")
+        yield Finding("BLAS", said, "wrong" if blas.warning else "ok", blas.warning)
+    if sys.platform == "darwin":
+        relaxed = os.environ.get(WATCHDOG) == "1"
+        yield Finding("display watchdog", "relaxed" if relaxed else "as strict as macOS has it", *_strict(relaxed))
+
+
+def _strict(relaxed: bool) -> tuple[Literal["ok", "note"], str]:
+    return ("ok", "") if relaxed else ("note", f"long steps may be ended: unset {WATCHDOG}, and mlxft sets it")
+
+
+def _wanted() -> Iterator[tuple[str, str]]:
+    """Package -> its least version, as mlxft asks for it."""
+    for line in importlib.metadata.requires("mlxft") or []:
+        found = re.match(r"([\w-]+)(?:\[\w+\])?\s*>=\s*([\d.]+)", line)
+        if found and "extra ==" not in line:
+            yield found[1], found[2]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", re.split(r"[a-z+-]", version)[0])]
+
+
+def _memory() -> Iterator[Finding]:
+    yield Finding("memory", _gb(machine_bytes()))
+    what = "working set that Metal recommends" if backend() == "metal" else "memory for training"
+    yield Finding(what, _gb(usable_bytes()))
+    used = _swap()
+    if used > 1e9:
+        yield Finding("swap", f"{_gb(used)} in use", "note", "other programs crowd the memory: close some, or restart")
+    else:
+        yield Finding("swap", f"{_gb(used)} in use")
+
+
+def _swap() -> float:
+    """Bytes of swap in use."""
+    if sys.platform == "darwin":
+        used = re.search(r"used = ([\d.]+)M", ask("sysctl", "-n", "vm.swapusage"))
+        return float(used[1]) * 1e6 if used else 0.0
+    sizes = dict(re.findall(r"^(Swap\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    return 1024.0 * (int(sizes.get("SwapTotal", 0)) - int(sizes.get("SwapFree", 0)))
+
+
+def _disks(folder: Path) -> Iterator[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for name, place in (("free for runs", folder), ("free for models of the hub", Path(HF_HUB_CACHE))):
+        there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(there).free
+        little = free < LEAST_FREE
+        mend = "free some: hf cache scan, hf cache prune; mlxft runs rm" if little else ""
+        yield Finding(name, f"{_gb(free)} at {place}", "note" if little else "ok", mend)
+
+
+def _extras() -> Iterator[Finding]:
+    """Which extras are installed."""
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("mlxft") or []:
+        named = re.match(r"([\w-]+).*extra == ['\"](\w+)['\"]", line)
+        if named and named[2] not in ("cuda", "demo", "dev"):
+            found.setdefault(named[2], []).append(named[1])
+    there = {extra for extra, packages in found.items() if all(map(_is_installed, packages))}
+    yield Finding("extras", ", ".join(sorted(there)) or "none")
+    if missing := sorted(found.keys() - there):
+        yield Finding("extras not installed", ", ".join(missing), mend=f"pip install 'mlxft[{missing[0]}]' adds one")
+
+
+def _is_installed(package: str) -> bool:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(package))
+    return False
+
+
+def _read(path: str) -> str:
+    with suppress(OSError):
+        return Path(path).read_text("utf-8", "replace")
+    return ""
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
