@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Literal
 
 Backend = Literal["metal", "cuda", "cpu"]
@@ -51,6 +52,29 @@ def backend() -> Backend:
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+_PLANNED: ContextVar[Backend | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def planning_for(kind: Backend | None) -> Iterator[None]:
+    """Inside the block plans are those of another backend, None: of this machine's."""
+    token = _PLANNED.set(kind)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def planned_backend() -> Backend:
+    """The backend that plans are made for."""
+    return _PLANNED.get() or backend()
+
+
+def elsewhere() -> bool:
+    """Whether plans are made for a machine that is not this one: how much memory it has is not known."""
+    return planned_backend() != backend()
 
 
 def machine_bytes() -> int:

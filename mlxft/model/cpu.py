@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxft.device import backend
+from mlxft.device import planned_backend
 from mlxft.model.delta import gated_delta
 
 LOG2E = math.log2(math.e)
@@ -29,7 +29,7 @@ _HIDDEN = -1e30  # a masked score: finite, so that a row that sees nothing is no
 
 def on_cpu() -> bool:
     """Whether new arrays are computed by the CPU backend, and what is quicker there is wanted (MLXFT_CPU=off: not)."""
-    return backend() == "cpu" and os.environ.get("MLXFT_CPU") != "off"
+    return planned_backend() == "cpu" and os.environ.get("MLXFT_CPU") != "off"
 
 
 def exp(x: mx.array) -> mx.array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlxft.device import backend
+from mlxft.device import planned_backend
 
 CHUNK = 64  # tokens; a chunk's matrices have CHUNK x CHUNK numbers a head
 CHUNK_BY_CHANNEL = 16  # where each channel decays by itself they have CHUNK x CHUNK x Dk
@@ -76,7 +76,7 @@ def gated_delta(
 
 def _is_fused(q: mx.array, v: mx.array) -> bool:
     """Whether Metal has a kernel for it, forward and backward."""
-    return backend() == "metal" and q.shape[3] == v.shape[3] == 128 and (q.shape[2], v.shape[2]) in _FUSED
+    return planned_backend() == "metal" and q.shape[3] == v.shape[3] == 128 and (q.shape[2], v.shape[2]) in _FUSED
 
 
 def _chunks(x: mx.array, size: int) -> mx.array:

@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxft.data.chat import bound_templates, complete_template, set_thinking
 from mlxft.data.encode import set_embedding_rows
+from mlxft.device import planned_backend
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
 from mlxft.model.declared import NAMED_TEMPLATES, check_arrays, foreign
@@ -261,7 +262,7 @@ def _check_arguments(dtype: str, quantize: int | None, group_size: int | None) -
 
 
 def _on_cpu() -> bool:
-    return bool(mx.default_device().type == mx.DeviceType.cpu)
+    return planned_backend() == "cpu"
 
 
 def _target(dtype: str) -> Any:

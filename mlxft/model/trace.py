@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
+from mlxft.device import planned_backend
 from mlxft.errors import ModelError
 from mlxft.model.cpu import quicker
+from mlxft.model.fused import fused_on
 from mlxft.model.random import aside
 
 # How far MLX runs ahead of a CPU: 10 tasks of 10 pieces of work each; an operation is two, a view one.
@@ -120,7 +122,7 @@ class Graph:
             ahead: as MLX works while memory lasts on a CPU: it prepares operations before those in front are done, and
                 holds their buffers as long. Else each waits for the one before, as where memory is short.
         """
-        return _Run(self, QUEUE if ahead else 0).peak
+        return _Run(self, QUEUE if ahead and planned_backend() == "cpu" else 0).peak
 
     def pruned(self) -> Graph:
         """Without what the outputs do not depend on."""
@@ -339,7 +341,12 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
     graph = Graph()
     try:
         # Aside: a dropout would leave its tracer in the random state.
-        with aside(), quicker(model), _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}):
+        with (
+            aside(),
+            quicker(model),
+            fused_on(planned_backend()),
+            _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}),
+        ):
             mx.export_function(graph.receive, whole, *arguments, *values)
     except (ValueError, RuntimeError) as error:
         raise ModelError(f"memory can not be predicted for this architecture: {error}") from error

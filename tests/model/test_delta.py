@@ -105,7 +105,7 @@ def test_metals_kernel_takes_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> N
         return fused(q, *args)
 
     monkeypatch.setattr(mx.fast, "gated_delta_update", watched)
-    monkeypatch.setattr(delta, "backend", lambda: "metal")
+    monkeypatch.setattr(delta, "planned_backend", lambda: "metal")
     for heads, width, mask in (((16, 32), 128, None), ((16, 32), 64, None), ((16, 16), 128, mx.ones((1, 3), mx.bool_))):
         q, k, v, *_ = draw(1, 3, heads, (width, width), False, False)
         g = beta = mx.full((1, 3, heads[1]), 0.5)
