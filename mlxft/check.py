@@ -14,6 +14,7 @@ from mlxft.data.dataset import describe
 from mlxft.data.encode import Encoded
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, shared_part
 from mlxft.data.encode_pairs import describe as describe_judged
+from mlxft.device import Backend, planning_for
 from mlxft.errors import ModelError
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.plan import ShapeSplit
@@ -37,16 +38,29 @@ from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import group_of, learning_rate
 
 
-def check(config: Config, rows: int, console: Console, as_json: bool, time: bool = False) -> dict[str, Any]:
+def check(
+    config: Config,
+    rows: int,
+    console: Console,
+    as_json: bool,
+    time: bool = False,
+    device: Backend | None = None,
+) -> dict[str, Any]:
     """Validate, load the tokenizer and the data; print counts, the memory plan and the first rows as trained.
 
     Args:
         rows: how many to show, with trained tokens marked.
         as_json: print all as JSON in place of that.
         time: load the weights and take a few steps, to tell how long training takes; nothing is written.
+        device: what the plan is for, default: this machine's.
     Raises:
         ConfigError, DataError, ModelError: as training would; that it does not fit here is said after all else.
     """
+    with planning_for(device):
+        return _check(config, rows, console, as_json, time)
+
+
+def _check(config: Config, rows: int, console: Console, as_json: bool, time: bool) -> dict[str, Any]:
     check_weights(config.model.path)
     check_writable(config.run_dir, "run.dir")
     config, m = settled(config, resume=False), config.model

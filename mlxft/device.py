@@ -31,6 +31,7 @@ FAILURES: dict[Failure, tuple[str, str]] = {
     ),
 }
 
+UNKNOWN = 1 << 60  # bytes of a machine that is not this one
 # macOS ends a kernel that keeps the display waiting; with this set before Metal starts, later (mlx issue 3267).
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _NO_ROOM = re.compile(
@@ -78,9 +79,11 @@ def elsewhere() -> bool:
 
 
 def machine_bytes() -> int:
-    """Memory of what computes: of a Mac all of it, which the GPU shares; of CUDA the card's own."""
+    """Memory of what computes: of a Mac all that there is; of CUDA the card's own; elsewhere `UNKNOWN`."""
     import mlx.core as mx
 
+    if elsewhere():
+        return UNKNOWN
     about = mx.device_info()
     own = about.get("total_memory") if backend() == "cuda" else about.get("memory_size")
     return int(own or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -90,8 +93,8 @@ def usable_bytes(limit_gb: float | None = None) -> int:
     """What a job may take: `limit_gb` (10^9 bytes), else what the system lends the GPU, else nine tenths."""
     import mlx.core as mx
 
-    if limit_gb is not None:
-        return int(limit_gb * 1e9)
+    if limit_gb is not None or elsewhere():
+        return UNKNOWN if limit_gb is None else int(limit_gb * 1e9)
     lent = mx.device_info().get("max_recommended_working_set_size") if backend() == "metal" else None
     return int(lent or 0.9 * machine_bytes())
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
 from mlxft.config import Config
-from mlxft.device import machine_bytes, usable_bytes
+from mlxft.device import UNKNOWN, machine_bytes, planned_backend, usable_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
@@ -42,6 +42,7 @@ class Planned:
         rows, width: of that batch.
         usable: bytes that training may take here.
         tokens: the largest batch.tokens that fits here, of rows of that width; 0 if none does.
+        others: setting -> bytes that it would take instead, where this machine does not decide between them.
     """
 
     plan: Plan
@@ -49,6 +50,7 @@ class Planned:
     width: int
     usable: int
     tokens: int
+    others: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON, in bytes."""
@@ -63,8 +65,9 @@ class Planned:
             "checkpoint": p.checkpoint,
             "rows": self.rows,
             "width": self.width,
-            "usable": self.usable,
-            "fits": p.fits(self.usable),
+            "usable": None if self.usable == UNKNOWN else self.usable,
+            "fits": None if self.usable == UNKNOWN else p.fits(self.usable),
+            "device": planned_backend(),
             "macs": p.macs(),
             "largest_tokens": self.tokens,
         }
@@ -73,24 +76,27 @@ class Planned:
         """In words."""
         p = self.plan
         macs = ", ".join(map(str, p.macs())) or "none of up to 128"
-        here = "fits" if p.fits(self.usable) else "DOES NOT FIT"
+        fits = f"{'fits' if p.fits(self.usable) else 'DOES NOT FIT'} here ({amount(self.usable)})"
+        where = f"on {NAMES[planned_backend()]}" if self.usable == UNKNOWN else fits
         largest = f"batch.tokens up to {self.tokens:,}" if self.tokens else "not even one row of this length"
         on = "on" if p.checkpoint else "off"
         batch = f"{self.rows} x {self.width} tokens"
         phases = p.phases() if isinstance(p, PhasedPlan) else {}
         roles = {k: v for k, v in p.roles.items() if v} if isinstance(p, PhasedPlan) else {}
         return [
-            f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {here} here ({amount(self.usable)})",
+            f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {where}",
             *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[:2]),
             *(f"  {k} (a role): {amount(v)}" for k, v in roles.items()),
             *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[2:-1]),
             *(f"  peak of {k}: {amount(v)}" for k, v in phases.items()),
             f"  peak where there is room to work ahead: {amount(p.total)}",
             f"fits on Macs of (GB): {macs}",
-            f"would fit here: {largest}",
+            *([] if self.usable == UNKNOWN else [f"would fit here: {largest}"]),
+            *(f"with {other}: {amount(needed)}" for other, needed in self.others.items()),
         ]
 
 
+NAMES = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
 
 
@@ -191,6 +197,13 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
     """
     found, rows, width = plan_batches(config, model, shapes, around)
     room = usable_bytes(config.memory.limit)
+    if room == UNKNOWN:
+        others = {}
+        if config.memory.checkpoint == "auto":
+            memory = config.memory.model_copy(update={"checkpoint": "on"})
+            on = plan_batches(config.model_copy(update={"memory": memory}), model, shapes, around)[0]
+            others["memory.checkpoint: on"] = on.needed
+        return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
     beside = around.residents.with_training(job) if around is not None else 0
     tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside)
@@ -220,6 +233,8 @@ def settled(config: Config, resume: bool) -> Config:
 
 
 def _auto_tokens(config: Config) -> int:
+    if usable_bytes(config.memory.limit) == UNKNOWN:
+        raise ConfigError("batch.tokens: auto: the other machine's memory is not known; give memory.limit too")
     if config.data.max_length > MOST_TOKENS:
         raise ConfigError(
             f"batch.tokens: auto: makes batches of at most {MOST_TOKENS:,} tokens, and data.max_length is "

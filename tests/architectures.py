@@ -372,11 +372,14 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str) -> nn.Module:
-    """A tiny model of an architecture of mlx-lm, with random weights."""
+def build(name: str, **sizes: Any) -> nn.Module:
+    """A tiny model of an architecture of mlx-lm, with random weights; `sizes` beat those of all."""
     module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
     known = {field.name for field in dataclasses.fields(module.ModelArgs)}
-    settings = {k: v for k, v in SIZES.items() if k in known} | {"model_type": name} | {**MORE, **ARCHITECTURES}[name]
+    own = {**MORE, **ARCHITECTURES}[name]
+    if "text_config" in own:
+        own = own | {"text_config": own["text_config"] | sizes}
+    settings = {k: v for k, v in (SIZES | sizes).items() if k in known} | {"model_type": name} | own
     model = module.Model(module.ModelArgs.from_dict(settings))
     scatter(model, seed=1)
     model.eval()

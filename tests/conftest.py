@@ -72,6 +72,21 @@ _EXTRA: dict[str, dict[str, Any]] = {
     # Its head stands within its body.
     "gpt_neox": {"layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 1.0, "num_key_value_heads": 4},
     "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    # A hybrid: layers of the gated delta rule, and of attention.
+    "qwen3_5": {
+        "text_config": {
+            "model_type": "qwen3_5_text",
+            "head_dim": 8,
+            "num_experts": 0,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {"type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        }
+    },
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "head_dim": 8,
@@ -116,6 +131,9 @@ def build_model_dir(folder: Path, model_type: str = "llama", **overrides: Any) -
     tokenizer = make_tokenizer()
     config = {"model_type": model_type, "vocab_size": len(tokenizer), **_BASE, **_EXTRA[model_type], **overrides}
     config.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, torch_dtype="float32")
+    if "text_config" in config:
+        config["text_config"] = {**config, **_EXTRA[model_type]["text_config"], **overrides}
+        config["text_config"].pop("text_config", None)
     module = importlib.import_module(f"mlx_lm.models.{ {'mistral': 'llama'}.get(model_type, model_type) }")
     model = module.Model(module.ModelArgs.from_dict(config))
     # Keys of its own: a fixture must not move the random state that a test has seeded.

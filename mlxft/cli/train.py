@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -66,8 +67,18 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
 @OVERRIDES
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Rows to show.")
 @click.option("--time", is_flag=True, help="Load the weights and time a few steps: how long training will take.")
+@click.option(
+    "--device", type=click.Choice(["metal", "cuda", "cpu"]), help="What memory is planned for; default: this machine's."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print counts, plan and rows as JSON.")
-def check(recipe: Path, overrides: tuple[str, ...], rows: int, time: bool, as_json: bool) -> None:
+def check(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    rows: int,
+    time: bool,
+    device: Literal["metal", "cuda", "cpu"] | None,
+    as_json: bool,
+) -> None:
     """Validate RECIPE and its data; show what would be trained and the memory it takes. Nothing is written.
 
     Without --time no weights are loaded.
@@ -75,8 +86,11 @@ def check(recipe: Path, overrides: tuple[str, ...], rows: int, time: bool, as_js
     \b
     Example: mlxft check configs/sft-lora.yaml data.train=my.jsonl
              mlxft check configs/sft-lora.yaml --time
+             mlxft check configs/sft-lora.yaml --device metal
     """
+    if time and device:
+        raise click.UsageError("--time is of this machine: give --device or --time, not both")
     from mlxft.check import check as run
     from mlxft.recipe import load_config
 
-    run(load_config(recipe, overrides), rows, make_console(), as_json, time)
+    run(load_config(recipe, overrides), rows, make_console(), as_json, time, device)

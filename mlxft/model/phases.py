@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.errors import ModelError
 from mlxft.model.kv import PREFILL, takes_rows
 from mlxft.model.logits import chunk_size
 from mlxft.model.logprobs import rows_logprobs_entropy
@@ -129,6 +130,7 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
     Raises:
         ModelError: the architecture's memory can not be predicted.
     """
+    _check_caches(model)
     with probing(model):
         rows, group = (rolling.rows, rolling.group) if takes_rows(model) else (1, 1)
         room = _rounded(rolling.prompt)
@@ -164,6 +166,23 @@ def _scored(model: nn.Module, shape: Shape) -> int:
     # Hidden states at positions beyond the traced chunks.
     more = (shape.trained - n) * split._width * split._dtype.size if split.separable else 0
     return graph.peak() + max(0, more)
+
+
+def _check_caches(model: nn.Module) -> None:
+    """Refuse what keeps more than keys and values while it samples.
+
+    Raises:
+        ModelError: so it is.
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    kinds = {type(c) for c in make_prompt_cache(model)}
+    if other := sorted(k.__name__ for k in kinds if not issubclass(k, (KVCache, RotatingKVCache))):
+        name = getattr(model, "model_type", type(model).__name__)
+        raise ModelError(
+            f"what sampling takes is predicted for transformers only, and {name} keeps another state "
+            f"({', '.join(other)}); mlxft check --time says what it takes"
+        )
 
 
 def _rounded(tokens: int) -> int:

@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxft.errors import ModelError
 from mlxft.model.blocks import Blocks
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
 from mlxft.model.logprobs import hidden_logprobs
@@ -165,7 +164,6 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
 
 def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
     model = job.model
-    _check_kind(model)
     held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
     adapters = sum(n for key, n in held if key in LEAVES)
     weights = sum(n for _, n in held) - adapters
@@ -225,27 +223,6 @@ def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float) -> int:
         rows = min(max(int(guess), fits[0] + 1), over[0] - 1)
     tokens = fits[0] * together * width
     return tokens // 64 * 64 if tokens >= 64 else tokens
-
-
-def _check_kind(model: nn.Module) -> None:
-    """Refuse what is no plain transformer.
-
-    Raises:
-        ModelError: the model keeps a recurrent state, or its blocks are not found.
-    """
-    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-
-    kinds = {type(c) for c in make_prompt_cache(model)}
-    other = sorted(k.__name__ for k in kinds if not issubclass(k, (KVCache, RotatingKVCache)))
-    if other:
-        raise ModelError(
-            f"memory is predicted for transformers only, and {_name(model)} keeps another state ({', '.join(other)}); "
-            "give batch.tokens and memory.checkpoint as on or off, and see mlxft check --time for what it takes"
-        )
-
-
-def _name(model: nn.Module) -> str:
-    return str(getattr(model, "model_type", type(model).__name__))
 
 
 class ShapeSplit(Split):

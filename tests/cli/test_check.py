@@ -223,6 +223,17 @@ def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
     assert "run.dir: can not write" in refused(2, "check", good, "run.dir=file/runs")
 
 
+def test_a_plan_for_a_mac(good: str, mlxft: Callable[..., Any]) -> None:
+    """From a machine that is none: how much memory it has is not known, unless memory.limit says so."""
+    told = json.loads(mlxft("check", good, "--device", "metal", "--json").out)["memory"]
+    assert (told["device"], told["usable"], told["fits"]) == ("metal", None, None)
+    shown = mlxft("check", good, "--device", "metal")
+    assert (shown.code, "on a Mac's GPU" in shown.out, "with memory.checkpoint: on:" in shown.out) == (0, True, True)
+    limited = mlxft("check", good, "--device", "metal", "memory.limit=1e-4")
+    assert (limited.code, "DOES NOT FIT" in limited.out) == (2, True)
+    assert mlxft("check", good, "--device", "metal", "--time").code == 2
+
+
 def test_the_plan_of_pairs_is_shown(write: Callable[..., str], mlxft: Callable[..., Any], refused: Any) -> None:
     row = json.dumps({"prompt": "the in", "chosen": "on it", "rejected": "at a"})
     Path("pairs.jsonl").write_text(f"{row}\n" * 8, "utf-8")

@@ -12,12 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from architectures import build
 from mlx.utils import tree_flatten
 
 from mlxft.config import Optim
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.fingerprint import without_weights
 from mlxft.model.load import load, load_tokenizer, skeleton
+from mlxft.model.phases import Rolling, sampling_bytes
 from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, ShapeSplit, largest_tokens, plan
 from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
 from mlxft.recipe import parse_config
@@ -150,23 +152,13 @@ def test_macs_are_those_with_room() -> None:
     assert Plan(10**12, 0, 0, 0, 0, 0, 0, 0, False).macs() == []
 
 
-def test_what_is_no_transformer_is_refused() -> None:
-    from mlx_lm.models import mamba
-
-    args = mamba.ModelArgs(
-        model_type="mamba",
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        state_size=4,
-        num_hidden_layers=2,
-        conv_kernel=2,
-        use_bias=False,
-        use_conv_bias=False,
-        time_step_rank=4,
-    )
-    with pytest.raises(ModelError, match="transformers only, and mamba keeps another state"):
-        plan(Job(mamba.Model(args), 0), 1, 8, False)
+def test_sampling_of_what_is_no_transformer_is_refused() -> None:
+    """Its training is planned; what it keeps of a prompt is no row of keys and values."""
+    model = build("mamba2")
+    model.train()
+    assert plan(Job(model, 0), 1, 8, False).activations > 0
+    with pytest.raises(ModelError, match=r"transformers only, and mamba2 keeps another state \(ArraysCache"):
+        sampling_bytes(model, Rolling(1, 1, 8, 8, False, []))
 
 
 def test_planning_leaves_no_trace(recipe: Make, tiny_model_dir: Path) -> None:
@@ -205,6 +197,9 @@ print(max(e["peak_memory_gb"] for e in run.metrics("train")))
         ("qwen3", {"memory": {"checkpoint": "on"}}),
         ("gemma2", {"tune": {"method": "full"}}),
         ("mixtral", {}),
+        ("qwen3_5", {}),
+        ("qwen3_5", {"memory": {"checkpoint": "on"}}),
+        ("qwen3_5", {"tune": {"method": "full"}}),
         ("llama", {"tune": {"rank": 4, "dropout": 0.1, "targets": ["all-linear", "embed_tokens"]}}),
         ("llama", {"tune": {"rank": 4, "dropout": 0.1}, "memory": {"checkpoint": "on"}}),
         ("llama", {"tune": {"method": "full"}, "model.dtype": "bfloat16"}),
