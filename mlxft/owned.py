@@ -387,7 +387,7 @@ def _fits(at: list[str], mark: Mark, whole: bool = True) -> bool:
     if any(all(map(fnmatchcase, at, parts)) and (whole or len(parts) > len(at)) for parts in given):
         return True
     name = "/".join(at)
-    return name in mark.names if whole else any(known.startswith(f"{name}/") for known in mark.names)
+    return name.rstrip("/") in mark.names if whole else any(known.startswith(f"{name}/") for known in mark.names)
 
 
 def _all_below(path: Path) -> list[Path]:
