@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "own", "float32", "bfloat16", "float16")
 BITS = (0, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+_MOST_GROWTH = 1 << 10  # of a text by a tokenizer's replacements; usual ones put a character for another
 
 
 class NotBeforeLoading(ModelError):
@@ -329,11 +330,32 @@ def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bo
     # False is said too: of None transformers makes a question at the terminal, and `y` runs the code.
     with foreign(f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
         try:
-            return read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
+            found = read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
+            _check_growth(found)
+            return found
         except Exception as error:
             if not trust and (code := _tokenizer_code(folder)):
                 raise _untrusted(name, code) from error
             raise
+
+
+def _check_growth(tokenizer: Any) -> None:
+    """Refuse replacements, one upon the other, that would make a text thousands of times as long.
+
+    Raises:
+        ModelError: the tokenizer's normalizer or decoder has such.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
+        growth, todo = 1, [json.loads(part.__getstate__()) if part is not None else None]
+        while todo:
+            at = todo.pop()
+            todo += at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()
+            if isinstance(at, dict) and at.get("type") == "Replace":
+                # A regex may match between all characters.
+                growth *= max(1, len(at["content"]) + ("String" not in at["pattern"]))
+            if growth > _MOST_GROWTH:
+                raise ModelError(f"its replacements would make a text more than {_MOST_GROWTH:,} times as long")
 
 
 def _set_chat_template(tokenizer: Any, place: Path) -> None:

@@ -32,6 +32,12 @@ def deep(file: Path) -> None:
     file.write_text('{"model_type": "llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}")
 
 
+def growing(file: Path, part: str) -> None:
+    """A text of a letter becomes one of 10^9."""
+    tens = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10} for _ in range(9)]
+    change(file, **{part: {"type": "Sequence", f"{part}s": tens}})
+
+
 CONFIGS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: f.write_text("[1]"), "is a list"),
     (deep, "nested deeper"),
@@ -58,6 +64,8 @@ CONFIGS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f.with_name("tokenizer_config.json"), model_max_length="x"), "model_max_length is 'x'"),
     (lambda f: deep(f.with_name("tokenizer_config.json")), "tokenizer_config.json: is nested deeper"),
     (lambda f: deep(f.with_name("tokenizer.json")), "no tokenizer"),
+    (lambda f: growing(f.with_name("tokenizer.json"), "normalizer"), "its replacements would make a text"),
+    (lambda f: growing(f.with_name("tokenizer.json"), "decoder"), "its replacements would make a text"),
     (lambda f: f.with_name("model.safetensors").unlink(), "no model*.safetensors"),
 ]
 
@@ -80,6 +88,14 @@ def test_a_damaged_model_is_refused_by_name(
         assert "Traceback" not in done.err
     assert not Path("out").exists()
     assert not Path("runs/a").exists()
+
+
+def test_a_special_token_that_the_vocabulary_has_not(
+    model: Path, tmp_path: Path, write: Write, mlxft: Callable[..., Any]
+) -> None:
+    """transformers gives it the number None."""
+    change(model / "tokenizer_config.json", pad_token="")
+    assert mlxft("check", write(**{"model.path": str(model)})).code == 0
 
 
 def safetensors(header: dict[str, Any], data: bytes) -> bytes:
