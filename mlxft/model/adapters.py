@@ -329,6 +329,9 @@ class _Base(Lenient):
     model: str | None = None
     fingerprint: str | None = None
     chat_template: str | None = None
+    dtype: Literal["auto", "own", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal[0, 2, 3, 4, 5, 6, 8] | None = None
+    group_size: Literal[32, 64, 128] | None = None
 
 
 class _About(Lenient):
