@@ -22,7 +22,17 @@ from pydantic import Field
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.declared import Lenient, Rank, Real, Share, check_arrays, check_links, read_object, validate
+from mlxft.model.declared import (
+    Lenient,
+    Rank,
+    Real,
+    Share,
+    check_arrays,
+    check_links,
+    check_numbers,
+    read_object,
+    validate,
+)
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
@@ -416,6 +426,7 @@ def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any],
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e
     assert isinstance(weights, dict)
+    check_numbers(file, weights)
     return config, weights
 
 

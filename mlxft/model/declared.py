@@ -18,6 +18,7 @@ from mlxft.data.sources import type_name
 from mlxft.errors import MlxftError, ModelError
 
 MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a JSON file; real ones have some kilobytes and five levels
+NO_NUMBERS = "the model computes NaN: its weights, its adapter or a scale are damaged"
 MOST_NUMBER = 1 << 31  # of a size that the schema does not name
 
 Layers = Annotated[int, Field(strict=True, ge=1, le=2_000)]
@@ -269,3 +270,12 @@ def check_arrays(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"{file}: is not a whole safetensors file ({error}); download it again") from error
+
+
+def check_numbers(file: Path, arrays: Mapping[str, Any]) -> None:
+    """ModelError where arrays of a file hold NaN or infinity, of which a model computes nothing, in silence."""
+    import mlx.core as mx
+
+    for name, value in arrays.items():
+        if not mx.isfinite(value).all().item():
+            raise ModelError(f"{file}: {name[:80]} holds NaN or infinity; the training that wrote it has failed")

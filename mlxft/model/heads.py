@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.declared import check_arrays
+from mlxft.model.declared import check_arrays, check_numbers
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
 from mlxft.model.random import probing
@@ -212,6 +212,7 @@ def read_head(file: Path) -> Saved:
     weight = arrays.get(_WEIGHT)
     if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
         raise ModelError(f"{file}: holds no head; expected {_WEIGHT} of shape (1, width), it has {sorted(arrays)}")
+    check_numbers(file, arrays)
     return Saved(weight, metadata.get("fingerprint"), about)
 
 

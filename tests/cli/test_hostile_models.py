@@ -98,6 +98,35 @@ def test_a_special_token_that_the_vocabulary_has_not(
     assert mlxft("check", write(**{"model.path": str(model)})).code == 0
 
 
+def test_weights_that_are_no_numbers_are_said(
+    model: Path, tmp_path: Path, write: Write, mlxft: Callable[..., Any]
+) -> None:
+    """Neither empty answers nor a dash in place of a loss, in silence."""
+    import mlx.core as mx
+
+    def spoil(file: Path) -> None:
+        arrays, about = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+        mx.save_safetensors(str(file), {k: v * float("nan") for k, v in arrays.items()}, about)
+
+    recipe = write(**{"model.path": str(model), "run.steps": 1})
+    assert mlxft("train", recipe).code == 0
+    for args in (["export", "runs/a", "peft", "--format", "peft"], ["fuse", "runs/a", "fused", "--force"]):
+        assert mlxft(*args).code == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the in"}\n', "utf-8")
+    spoil(tmp_path / "runs/a/adapter/adapters.safetensors")
+    spoil(tmp_path / "peft/adapter_model.safetensors")
+    spoil(tmp_path / "fused/model.safetensors")
+    for said, args in (
+        ("holds NaN", ["generate", "--model", "runs/a", "a"]),
+        ("holds NaN", ["import", "peft", "again"]),
+        ("computes NaN", ["generate", "--model", "fused", "a", "--max-tokens", "4"]),
+        ("computes NaN", ["generate", "--model", "fused", "--batch", "prompts.jsonl", "--temperature", "1"]),
+        ("computes NaN", ["eval", "fused", "rows-10.jsonl"]),
+    ):
+        done = mlxft(*args)
+        assert (done.code, said in done.err) == (1, True), (args, done)
+
+
 def safetensors(header: dict[str, Any], data: bytes) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
