@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
 from mlxft.temporary import MARK, clear, discard, temporary, writer
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 
 HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
@@ -73,7 +73,7 @@ def read_mark(folder: Path) -> Mark | None:
     """The mark of a folder; None where there is none, or none that can be read."""
     file = folder / MARK
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if stat.S_ISREG(file.lstat().st_mode) else {}
+        found = parse_json(file.read_text(encoding="utf-8")) if stat.S_ISREG(file.lstat().st_mode) else {}
         kind, names = found["mlxft"], found["files"]
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -21,7 +21,7 @@ from mlxft.model.logits import Split
 from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
 from mlxft.recipe import flat, load_config
 from mlxft.temporary import clear
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
@@ -69,7 +69,7 @@ class Run:
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, all or of one kind."""
         lines = read_file(self.dir / "metrics.jsonl").decode().splitlines()
-        found = [json.loads(line) for line in lines if line.endswith("}")]
+        found = [parse_json(line) for line in lines if line.endswith("}")]
         return [e for e in found if event in (None, e["event"])]
 
 

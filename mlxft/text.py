@@ -87,6 +87,24 @@ def json_text(value: Any, indent: int | None = None, default: Any = None) -> str
     return _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
+class TooDeep(ValueError):
+    """JSON is nested deeper than Python can follow."""
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Parse JSON out of a file.
+
+    Args:
+        options: of json.loads, which nothing else calls.
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise TooDeep("it is nested too deep") from error
+
+
 def _refuse_endless(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
+from mlxft.text import parse_json
 
 
 class Row(NamedTuple):
@@ -140,10 +141,9 @@ def read_json(text: str) -> Any:
     """Read JSON of a row.
 
     Raises:
-        ValueError: it is no JSON, or has a key twice, of which the first would be lost in silence.
-        RecursionError: it is nested too deep.
+        ValueError: it is no JSON, is nested too deep, or has a key twice, of which the first would be lost in silence.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    return parse_json(text, object_pairs_hook=_once)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ for every command; what only another library's reader finds is named by `foreign
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mlxft.data.sources import type_name
-from mlxft.errors import MlxftError, ModelError
+from mlxft.errors import MlxftError, ModelError, half_character
+from mlxft.text import TooDeep, parse_json
 
 MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a JSON file; real ones have some kilobytes and five levels
 NO_NUMBERS = "the model computes NaN: its weights, its adapter or a scale are damaged"
@@ -176,17 +176,19 @@ def read_object(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > MOST_BYTES:
         raise ModelError(f"{file}: has {size:,} bytes; expected at most {MOST_BYTES:,}")
     try:
-        found = json.loads(file.read_bytes())
+        found = parse_json(file.read_bytes())
         depth, level = 0, [found]
         while level := [v for at in level for v in (at.values() if isinstance(at, dict) else at if _deep(at) else ())]:
             if (depth := depth + 1) > MOST_DEPTH:
-                raise RecursionError
-    except RecursionError:
+                raise TooDeep
+    except TooDeep:
         raise ModelError(f"{file}: is nested deeper than {MOST_DEPTH} levels") from None
     except ValueError as error:
         raise ModelError(f"{file}: not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: is {type_name(found)}; expected a JSON object")
+    if half := half_character(found):
+        raise ModelError(f"{file}: {half}")
     return found
 
 

@@ -22,6 +22,7 @@ from mlxft.model.declared import check_arrays, check_numbers
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
 from mlxft.model.random import probing
+from mlxft.text import parse_json
 
 HEAD = "score_head"
 CRITIC = "critic"  # what PPO trains beside a policy stands here
@@ -204,7 +205,7 @@ def read_head(file: Path) -> Saved:
         check_arrays(file)
         loaded: Any = mx.load(str(file), return_metadata=True)
         arrays, metadata = loaded
-        about = json.loads(metadata.get("about", "{}"))
+        about = parse_json(metadata.get("about", "{}"))
         if not isinstance(about, dict):
             raise ValueError("what it notes is not an object")
     except (OSError, RuntimeError, ValueError) as e:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
-import json
 import math
 import re
 import tempfile
@@ -31,7 +30,7 @@ from mlxft.model.declared import NAMED_TEMPLATES, check_arrays, foreign
 from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.random import aside
 from mlxft.model.source import TRUSTED, brief, folder_config, model_module, older_rope, resolve
-from mlxft.text import read_small
+from mlxft.text import parse_json, read_small
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -110,6 +109,7 @@ def load(
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
     _outfit(tokenizer, config, embedding_rows(config, model))
+    _try_out(model, path)
     try:
         _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
         if not lazy:
@@ -184,6 +184,7 @@ def skeleton(
         model = _untrained(config, path)
         declared = str(config.get("dtype") or config.get("torch_dtype") or "float32").rpartition(".")[2]
         own = getattr(mx, declared, mx.bfloat16)  # of 8 bits, which MLX has no type for
+    _try_out(model, path)
     target = _target(dtype)
     _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
     model.eval()
@@ -299,7 +300,7 @@ def _untrusted(name: str, code: object) -> ModelError:
 def _tokenizer_code(folder: Path) -> str:
     """The code that a tokenizer's configuration names; "" where it names none."""
     try:
-        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
+        named = parse_json((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
     except (OSError, ValueError, AttributeError):
         return ""
     return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
@@ -314,6 +315,16 @@ def _without_globs(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as beside:
         (link := Path(beside) / "model").symlink_to(folder.resolve())
         yield link
+
+
+def _try_out(model: nn.Module, name: str) -> None:
+    """Put a token's logits together, and never compute them: so settings of a wrong kind come up.
+
+    Raises:
+        ModelError: a setting is none that its layers can take.
+    """
+    with foreign(f"model {name!r}: its config does not fit its architecture"), contextlib.suppress(RuntimeError):
+        model(mx.array([[0]]))  # a RuntimeError: there is no kernel for it here, and to convert it needs none
 
 
 def _freezable(model: nn.Module) -> nn.Module:
@@ -347,7 +358,7 @@ def _check_growth(tokenizer: Any) -> None:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
-        growth, todo = 1, [json.loads(part.__getstate__()) if part is not None else None]
+        growth, todo = 1, [parse_json(part.__getstate__()) if part is not None else None]
         while todo:
             at = todo.pop()
             todo += at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()

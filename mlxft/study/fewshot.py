@@ -41,7 +41,7 @@ from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.temporary import clear
-from mlxft.text import json_text, read_file
+from mlxft.text import json_text, parse_json, read_file
 from mlxft.train.files import write_text
 
 FILE = "study.json"  # what is compared, and with what
@@ -325,7 +325,7 @@ class _Kept(BaseModel):
 
 def _read(file: Path, schema: type[BaseModel] | None = None) -> dict[str, Any]:
     try:
-        found = json.loads(read_file(file))
+        found = parse_json(read_file(file))
         if not isinstance(found, dict):
             raise ValueError("an object was written")
         if schema is not None:

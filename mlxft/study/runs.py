@@ -6,7 +6,6 @@ Of metrics.jsonl only the lines that are needed are parsed, so that hundreds of 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import yaml
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.owned import check_replaceable, hold, is_held, refuse_if_held, remove
 from mlxft.temporary import temporary
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 from mlxft.train.status import read_status
 
 Event = dict[str, Any]
@@ -146,7 +145,7 @@ def parse_events(text: bytes) -> list[Event]:
 
 def _event(line: bytes) -> Event | None:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError:
         return None
     sound = isinstance(found, dict) and isinstance(found.get("event"), str) and type(found.get("step", 0)) is int

@@ -60,6 +60,8 @@ CONFIGS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f, num_hidden_layers=3), "parameters"),
     (lambda f: change(f, rms_norm_eps=None), ""),
     (lambda f: change(f, eos_token_id=["x"]), "eos_token_id"),
+    (lambda f: change(f, rope_theta="x"), "its config does not fit its architecture"),
+    (lambda f: change(f.with_name("tokenizer_config.json"), mask_token="\ud800"), "half of a character"),
     (lambda f: f.with_name("generation_config.json").write_text("[1]"), "generation_config.json: is a list"),
     (lambda f: change(f.with_name("tokenizer_config.json"), model_max_length="x"), "model_max_length is 'x'"),
     (lambda f: deep(f.with_name("tokenizer_config.json")), "tokenizer_config.json: is nested deeper"),
