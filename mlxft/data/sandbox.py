@@ -36,7 +36,7 @@ _GROWING = (
 )
 GROWING = frozenset(_GROWING.split())
 # Filters that do much for each character, so that one alone would outlast SECONDS; they may be given so many.
-SLOW = frozenset("sort urlize max min title striptags unique pprint".split())
+SLOW = frozenset(["sort", "urlize", "max", "min", "title", "striptags", "unique", "pprint"])
 MOST_SLOW = 1 << 19
 NESTED = re.compile(r"\{[^{}]*\{")
 NUMBERS = re.compile(r"\d{5,}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
-from mlxft.text import parse_json
+from mlxft.text import home_path, parse_json
 
 
 class Row(NamedTuple):
@@ -66,9 +66,9 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
     if spec.startswith("hf:"):
         return _some(_read_hub(spec, split), spec)
     try:
-        path = Path(spec).expanduser()
+        path = home_path(spec)
         folder = path.is_dir()
-    except (OSError, RuntimeError) as exc:  # too long for a path, or the home of nobody
+    except OSError as exc:  # too long for a path
         raise ConfigError(f"{spec[:80]}: not a path: {getattr(exc, 'strerror', None) or exc}") from exc
     if folder:
         found = find_split(path, split)

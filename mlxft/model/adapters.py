@@ -39,6 +39,7 @@ from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 from mlxft.model.routers import is_router
 from mlxft.model.source import stated_name
+from mlxft.text import home_path
 
 Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
@@ -468,7 +469,7 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
     base = dict(base_noted(read_adapter_config(adapter)))
     base.pop("fingerprint", None)
     name = base.pop("model", None)
-    named = Path(path).expanduser() not in (adapter, adapter.parent)
+    named = home_path(path) not in (adapter, adapter.parent)
     if not named:
         if name is None:
             raise ModelError(f"{adapter} does not say which base it is for; name it with --model")

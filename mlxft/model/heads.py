@@ -22,7 +22,7 @@ from mlxft.model.declared import check_arrays, check_numbers
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
 from mlxft.model.random import probing
-from mlxft.text import parse_json
+from mlxft.text import home_path, parse_json
 
 HEAD = "score_head"
 CRITIC = "critic"  # what PPO trains beside a policy stands here
@@ -161,7 +161,7 @@ def find_head(path: str | Path | None) -> Path | None:
     """head.safetensors of a run, an adapter folder or a model folder; None where there is none."""
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     found = [folder / part / HEAD_FILE for part in ("", "adapter", "model")]
     return next((file for file in found if file.is_file()), None)
 

@@ -30,7 +30,7 @@ from mlxft.model.declared import NAMED_TEMPLATES, check_arrays, foreign
 from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.random import aside
 from mlxft.model.source import TRUSTED, brief, folder_config, model_module, older_rope, resolve
-from mlxft.text import parse_json, read_small
+from mlxft.text import home_path, parse_json, read_small
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -222,7 +222,7 @@ def check_weights(path: str) -> None:
     Raises:
         ModelError: some are missing, cut off or of another shape than the config says.
     """
-    where = Path(path).expanduser()
+    where = home_path(path)
     if where.is_dir():
         config = folder_config(where, path, weights=True)
         if "model_file" not in config:

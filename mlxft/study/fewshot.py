@@ -41,7 +41,7 @@ from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.temporary import clear
-from mlxft.text import json_text, parse_json, read_file
+from mlxft.text import home_path, json_text, parse_json, read_file
 from mlxft.train.files import write_text
 
 FILE = "study.json"  # what is compared, and with what
@@ -114,7 +114,7 @@ def _check(config: Config, plan: Plan) -> None:
         problems.append(f"data.shots ({config.data.shots}): is set for each cell; leave it out")
     if config.data.format not in READ or config.data.format == "text":
         problems.append(f"data.format: {config.data.format} has no answers to compare with")
-    train_file, test = Path(config.data.train), Path(plan.test).expanduser()
+    train_file, test = Path(config.data.train), home_path(plan.test)
     if test.is_file() and train_file.is_file() and test.samefile(train_file):
         problems.append(f"--test: {plan.test} is data.train itself; name rows that nothing is trained on")
     if problems:

@@ -193,7 +193,7 @@ def test_absurd_metadata_of_a_whole_gguf(
         refused(1, "generate", "--model", str(file), "a")
 
 
-@pytest.mark.parametrize("name", ["m[v2]", "full[1]", "a*b?"])
+@pytest.mark.parametrize("name", ["m[v2]", "full[1]", "a*b?", "~x"])
 def test_a_name_that_looks_like_a_pattern(name: str, model: Path, write: Write, mlxft: Callable[..., Any]) -> None:
     place = model.rename(model.with_name(name))
     recipe = write(tune={"method": "full"}, **{"model.path": str(place), "run.name": "f[1]", "run.steps": 1})
@@ -203,6 +203,7 @@ def test_a_name_that_looks_like_a_pattern(name: str, model: Path, write: Write, 
         ["generate", "--model", "runs/f[1]", "a", "--max-tokens", "2"],
         ["convert", "runs/f[1]/model", "out[2]"],
         ["generate", "--model", "out[2]", "a", "--max-tokens", "2"],
+        ["generate", "--model", name, "a", "--max-tokens", "2"],  # ~x is the home of nobody
     ):
         done = mlxft(*args)
         assert done.code == 0, (args, done)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxft.data.thoughts import Thoughts, wanted_of
 from mlxft.errors import ConfigError, DataError, missing_extra
 from mlxft.objectives.onpolicy.settings import AnyRule, ExactMatch, JsonSchema, Length, Number, Regex, TextRule
-from mlxft.text import parse_json, read_small
+from mlxft.text import home_path, parse_json, read_small
 
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
@@ -200,7 +199,7 @@ def _read_schema(at: str, given: str | dict[str, Any]) -> tuple[Any, str]:
     if isinstance(given, dict):
         return given, f"{at}.schema"
     try:
-        schema = parse_json(read_small(Path(given).expanduser()))
+        schema = parse_json(read_small(home_path(given)))
     except OSError as exc:
         raise ConfigError(f"{at}.schema: can not read {given}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
