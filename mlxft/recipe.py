@@ -19,7 +19,7 @@ from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError, half_character, shorten
 from mlxft.explain import explain
 from mlxft.settings import Settings
-from mlxft.text import read_small
+from mlxft.text import home_path, read_small
 
 S = TypeVar("S", bound=Settings)
 _MOST = 20_000  # values in a recipe: a thousand times what one has
@@ -177,7 +177,7 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
         raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
     config = _validate(raw, origin)
     _check_paths(config, origin)
-    run = {"name": config.run.name or name or config.objective, "dir": _expanded(config.run.dir)}
+    run = {"name": config.run.name or name or config.objective, "dir": home_path(config.run.dir)}
     model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
     model["chat_template"] = None if template is None else Path(full_path(template))
@@ -243,7 +243,7 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
 
 def full_path(value: Any) -> Any:
     """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
-    path = _expanded(value) if isinstance(value, (str, Path)) else None
+    path = home_path(value) if isinstance(value, (str, Path)) else None
     try:
         return str(path.resolve()) if path is not None and path.exists() else value
     except (OSError, ValueError):  # too long for a path
@@ -267,14 +267,6 @@ def _check_paths(config: Config, origin: str) -> None:
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
-
-
-def _expanded(path: str | Path) -> Path:
-    """With `~` as the home folder, where there is one."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, Any], list[str]]:

@@ -31,7 +31,7 @@ from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.text import json_text
+from mlxft.text import home_path, json_text
 from mlxft.train.files import write_text, writing
 
 FILES = ("predictions.jsonl", "results.json")  # of an evaluation
@@ -132,7 +132,7 @@ def check_out(out: Path | None, overwrite: bool, model: str) -> None:
         ConfigError: so it is.
     """
     if out is None:
-        if is_run(folder := Path(model).expanduser()):
+        if is_run(folder := home_path(model)):
             check_writable(folder / "eval" / FILES[0], "--out is not given")
         return
     if is_stream(out):
@@ -234,7 +234,7 @@ def _same_rows(a: Result, b: Result) -> tuple[Result, Result]:
 
 def _run_data(model: str) -> Data | None:
     """How the rows of a run are read; None for what is no run."""
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     try:
         return open_run(folder).config.data if (folder / "config.yaml").is_file() else None
     except MlxftError:
@@ -291,7 +291,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     """
     if adapter is not None:
         return model, {}
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     if (find_adapter(folder) / "adapter_config.json").is_file():
         options = dict(base_noted(read_adapter_config(find_adapter(folder))))
         options.pop("fingerprint", None)
@@ -306,7 +306,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     """Where a run's evaluations are kept, one folder for each file, tasks and shots; None for what is no run."""
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     if not is_run(folder):
         return None
     names = [file.removeprefix("hf:") if file.startswith("hf:") else Path(file).stem]

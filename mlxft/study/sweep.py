@@ -39,7 +39,7 @@ from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
 from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, draw
 from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
-from mlxft.text import make_console
+from mlxft.text import make_console, parse_json
 from mlxft.train.files import digest, write_text
 from mlxft.train.report import Event, Stopped
 from mlxft.train.validate import validate
@@ -287,7 +287,7 @@ class _Job:
         """
         sweep, began = self.config.sweep, time.monotonic()
         about = {k: v for k, v in flat(_shared(self.config)).items() if k not in FREE} | {"data": self._data}
-        self.store = Store(self.folder, sweep, self.config.run.seed, json.loads(json.dumps(about)))
+        self.store = Store(self.folder, sweep, self.config.run.seed, parse_json(json.dumps(about)))
         count = sweep.trials or (None if sweep.time else DEFAULT_TRIALS)
         if sweep.sampler == "grid":
             count = min(count or self.store.combinations, self.store.combinations)
