@@ -33,6 +33,7 @@ _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *
 CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
 _SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*/")
+EVALUATION = ("predictions.jsonl", "results.json")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
 # Kind -> what it is called, and the names in it. A folder is named, with a slash behind it, where it has a mark of its
 # own, and with ** where another program fills it. Folders that are written at once (models, adapters) have all their
@@ -45,7 +46,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
             *_TEMPLATES,
             *(f"adapter/{name}" for name in _ADAPTER),
             *(f"checkpoints/step-*/{name}" for name in CHECKPOINT),
-            *(f"eval/*/{name}" for name in ("predictions.jsonl", "results.json")),
+            *(f"eval/*/{name}" for name in EVALUATION),
             *("model/", "wandb/**", "tensorboard/**"),
         ),
     ),
@@ -54,6 +55,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "a few-shot study",
         ("study.json", "fewshot.json", "fewshot.md", "fewshot.png", "cells/*.json", "runs/*/"),
     ),
+    "eval": ("an evaluation", EVALUATION),
     "model": ("a model folder", ()),
     "adapter": ("an adapter's folder", ()),
     "ollama": ("a folder for Ollama", ()),
@@ -112,10 +114,29 @@ def note(path: Path) -> None:
             return
 
 
+def our_folder(path: Path) -> Path | None:
+    """The nearest folder of ours that a path lies in."""
+    return next((folder for folder in path.absolute().parents if read_mark(folder) is not None), None)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether mlxft has written a file, which lies in a folder of ours."""
+    folder = our_folder(path)
+    mark = read_mark(folder) if folder is not None else None
+    return mark is not None and folder is not None and _fits([*path.absolute().relative_to(folder).parts], mark)
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but a mark and what nobody misses."""
     known = _ANYWHERE if read_mark(folder) is None else (*_LITTER, MARK)
     return all(_is_any(p.name, known) for p in folder.iterdir())
+
+
+def is_of_kind(folder: Path, kind: str, file: str) -> bool:
+    """Whether a folder is empty or, by its mark, of this kind, with this file in it."""
+    mark = read_mark(folder)
+    ours = mark is not None and mark.kind == kind
+    return folder.is_dir() and ((is_empty(folder) and (mark is None or ours)) or (ours and (folder / file).is_file()))
 
 
 def check_replaceable(folder: Path, kind: str) -> None:

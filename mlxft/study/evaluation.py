@@ -21,11 +21,24 @@ from mlxft.data.formats import unwritten
 from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.data.template import is_template
 from mlxft.data.thoughts import Thoughts
-from mlxft.errors import ConfigError, MlxftError, nearest
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, nearest
 from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.load import Loaded
 from mlxft.model.source import stated_name
-from mlxft.owned import check_file, check_writable, hold, is_stream, note, read_mark
+from mlxft.owned import (
+    EVALUATION,
+    check_file,
+    check_writable,
+    claim,
+    hold,
+    is_empty,
+    is_ours,
+    is_stream,
+    note,
+    our_folder,
+    read_mark,
+    remove,
+)
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
@@ -33,8 +46,6 @@ from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.text import home_path, json_text
 from mlxft.train.files import write_text, writing
-
-FILES = ("predictions.jsonl", "results.json")  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,17 @@ class Evaluation:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         with hold(out, wait=True):
-            for name, text in zip(FILES, texts):
-                write_text(out / name, text)
-                note(out / name)
+            fresh = is_empty(out) and our_folder(out) is None
+            if fresh:
+                claim(out, "eval")
+            try:
+                for name, text in zip(EVALUATION, texts):
+                    write_text(out / name, text)
+                    note(out / name)
+            except CheckpointError:
+                if fresh and is_empty(out):
+                    remove(out)
+                raise
 
 
 def check_out(out: Path | None, overwrite: bool, model: str) -> None:
@@ -133,12 +152,14 @@ def check_out(out: Path | None, overwrite: bool, model: str) -> None:
     """
     if out is None:
         if is_run(folder := home_path(model)):
-            check_writable(folder / "eval" / FILES[0], "--out is not given")
+            check_writable(folder / "eval" / EVALUATION[0], "--out is not given")
         return
     if is_stream(out):
         raise ConfigError(f"--out: {out} is a device or a pipe; give a folder's name")
-    for file in [out / name for name in FILES] if os.path.isdir(out) else [out]:
+    for file in [out / name for name in EVALUATION] if os.path.isdir(out) else [out]:
         check_file(file, overwrite)
+        if file.exists() and not is_ours(file):
+            raise ConfigError(f"--out: {file} is not what this version of mlxft made; choose another folder")
 
 
 def _task_json(found: Compared) -> dict[str, Any]:

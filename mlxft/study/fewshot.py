@@ -29,7 +29,7 @@ from mlxft.model.load import Loaded, load_tokenizer
 from mlxft.model.source import brief
 from mlxft.objectives.base import Objective
 from mlxft.objectives.sft import load_splits
-from mlxft.owned import check_replaceable, claim, empty, hold, is_empty
+from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind
 from mlxft.parts import load_base, make_objective
 from mlxft.recipe import load_config
 from mlxft.run import total_steps, train
@@ -102,8 +102,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
     if overwrite:
         check_replaceable(out, "fewshot")
-    elif out.exists() and not (out / FILE).is_file() and not (out.is_dir() and is_empty(out)):
-        raise ConfigError(f"--out: {out} is not empty and holds no few-shot study; choose another folder")
+    elif out.exists() and not is_of_kind(out, "fewshot", FILE):
+        raise ConfigError(
+            f"--out: {out} is not empty, and holds no few-shot study that this version of mlxft made; choose another"
+        )
 
 
 def _check(config: Config, plan: Plan) -> None:

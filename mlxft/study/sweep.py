@@ -30,7 +30,7 @@ from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
 from mlxft.objectives.base import Objective
-from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
+from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
 from mlxft.planning import settled
 from mlxft.recipe import PAIRS, flat, load_config, override, parse_config, put, read_recipe
@@ -151,8 +151,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
     if overwrite:
         check_replaceable(folder, "sweep")
-    elif folder.exists() and not (folder / FILE).exists() and not (folder.is_dir() and is_empty(folder)):
-        raise ConfigError(f"{folder} exists and is no sweep (no {FILE}); give another --name")
+    elif folder.exists() and not is_of_kind(folder, "sweep", FILE):
+        raise ConfigError(f"{folder} exists and is no sweep that this version of mlxft made; give another --name")
 
 
 class Watch:
