@@ -79,14 +79,16 @@ for _name, _form, _first in (  # section 10.3.2 of YAML 1.2.2
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), list(_first))
 
 
-def read_yaml(text: str, origin: str) -> Any:
+def read_yaml(text: str | bytes, origin: str, kind: Any = _Loader) -> Any:
     """Parse YAML 1.2.
 
+    Args:
+        kind: the loader, where YAML 1.1 will do and speed counts.
     Raises:
         ConfigError: bad syntax, a key given twice, or aliases that make much of little; it names the line.
     """
     try:
-        loader = _Loader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None

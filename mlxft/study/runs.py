@@ -120,9 +120,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no mapping.
     """
+    from mlxft.recipe import read_yaml  # it takes pydantic, which listing has no need of
+
     try:
-        found = yaml.load(read_file(folder / "config.yaml"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError) as e:
+        found = read_yaml(read_file(folder / "config.yaml"), "config.yaml", _Loader)
+    except (OSError, ValueError) as e:
         reason = " ".join((getattr(e, "strerror", None) or str(e)).split())
         raise CheckpointError(f"{folder}: config.yaml can not be read: {reason}") from e
     if not isinstance(found, dict):
