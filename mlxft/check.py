@@ -36,6 +36,7 @@ from mlxft.run import total_steps
 from mlxft.text import json_text
 from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import group_of, learning_rate
+from mlxft.train.trackers import check_installed
 
 
 def check(
@@ -63,6 +64,7 @@ def check(
 def _check(config: Config, rows: int, console: Console, as_json: bool, time: bool) -> dict[str, Any]:
     check_weights(config.model.path)
     check_writable(config.run_dir, "run.dir")
+    check_installed(config.report.to)
     config, m = settled(config, resume=False), config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)

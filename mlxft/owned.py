@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError
 from mlxft.temporary import MARK, clear, discard, temporary, writer
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 
 HOLDER = ".mlxft.pid"
 # What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
@@ -32,10 +32,12 @@ _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
 _ADAPTER = ("adapter_config.json", "adapters.safetensors", "head.safetensors", *_TEMPLATES)
 CHECKPOINT = ("digests.json", "state.json", "weights.safetensors", "optimizer.safetensors", "objective.safetensors")
 _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "trackers.json", "reference.npz", "report.html")
-_SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*")
+_SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*/")
+EVALUATION = ("predictions.jsonl", "results.json")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
-# Kind -> what it is called, and the names in it. A folder is named where it has a mark of its own, and with ** where
-# another program fills it. Folders that are written at once (models, adapters) have all their names in the mark.
+# Kind -> what it is called, and the names in it. A folder is named, with a slash behind it, where it has a mark of its
+# own, and with ** where another program fills it. Folders that are written at once (models, adapters) have all their
+# names in the mark.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": (
         "a run folder",
@@ -44,20 +46,21 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
             *_TEMPLATES,
             *(f"adapter/{name}" for name in _ADAPTER),
             *(f"checkpoints/step-*/{name}" for name in CHECKPOINT),
-            *(f"eval/*/{name}" for name in ("predictions.jsonl", "results.json")),
-            *("model", "wandb/**", "tensorboard/**"),
+            *(f"eval/*/{name}" for name in EVALUATION),
+            *("model/", "wandb/**", "tensorboard/**"),
         ),
     ),
     "sweep": ("a sweep", _SWEEP),
     "fewshot": (
         "a few-shot study",
-        ("study.json", "fewshot.json", "fewshot.md", "fewshot.png", "cells/*.json", "runs/*"),
+        ("study.json", "fewshot.json", "fewshot.md", "fewshot.png", "cells/*.json", "runs/*/"),
     ),
+    "eval": ("an evaluation", EVALUATION),
     "model": ("a model folder", ()),
     "adapter": ("an adapter's folder", ()),
     "ollama": ("a folder for Ollama", ()),
-    "demo": ("the folder of a demo", ("run", "fused")),
-    "rlhf": ("the folder of a walk of rlhf", ("sft", "reward", "ppo", "fused", *_ROWS)),
+    "demo": ("the folder of a demo", ("run/", "fused/")),
+    "rlhf": ("the folder of a walk of rlhf", ("sft/", "reward/", "ppo/", "fused/", *_ROWS)),
 }
 
 
@@ -72,7 +75,7 @@ def read_mark(folder: Path) -> Mark | None:
     """The mark of a folder; None where there is none, or none that can be read."""
     file = folder / MARK
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if stat.S_ISREG(file.lstat().st_mode) else {}
+        found = parse_json(file.read_text(encoding="utf-8")) if stat.S_ISREG(file.lstat().st_mode) else {}
         kind, names = found["mlxft"], found["files"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -111,10 +114,29 @@ def note(path: Path) -> None:
             return
 
 
+def our_folder(path: Path) -> Path | None:
+    """The nearest folder of ours that a path lies in."""
+    return next((folder for folder in path.absolute().parents if read_mark(folder) is not None), None)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether mlxft has written a file, which lies in a folder of ours."""
+    folder = our_folder(path)
+    mark = read_mark(folder) if folder is not None else None
+    return mark is not None and folder is not None and _fits([*path.absolute().relative_to(folder).parts], mark)
+
+
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but a mark and what nobody misses."""
     known = _ANYWHERE if read_mark(folder) is None else (*_LITTER, MARK)
     return all(_is_any(p.name, known) for p in folder.iterdir())
+
+
+def is_of_kind(folder: Path, kind: str, file: str) -> bool:
+    """Whether a folder is empty or, by its mark, of this kind, with this file in it."""
+    mark = read_mark(folder)
+    ours = mark is not None and mark.kind == kind
+    return folder.is_dir() and ((is_empty(folder) and (mark is None or ours)) or (ours and (folder / file).is_file()))
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
@@ -382,11 +404,11 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
 def _fits(at: list[str], mark: Mark, whole: bool = True) -> bool:
     """Whether a name, cut at its slashes, is one that mlxft gives; or, where not `whole`, how one begins."""
     given = [pattern.split("/") for pattern in KINDS[mark.kind][1]]
-    given = [parts for parts in given if len(parts) == len(at) or (len(parts) > len(at) and not whole)]
+    given = [parts for parts in given if len(parts) == len(at) or (not whole and any(parts[len(at) :]))]
     if any(all(map(fnmatchcase, at, parts)) and (whole or len(parts) > len(at)) for parts in given):
         return True
     name = "/".join(at)
-    return name in mark.names if whole else any(known.startswith(f"{name}/") for known in mark.names)
+    return name.rstrip("/") in mark.names if whole else any(known.startswith(f"{name}/") for known in mark.names)
 
 
 def _all_below(path: Path) -> list[Path]:
@@ -409,7 +431,7 @@ def _survey(top: Path) -> tuple[list[Path], list[str]]:
                 ours.extend(_all_below(path))
             elif mark is None or not (path.is_symlink() or is_folder or path.is_file()):
                 foreign.append(name)
-            elif is_folder and _fits(at, mark) and (read_mark(path) or is_empty(path)):
+            elif is_folder and _fits([*at, ""], mark) and (read_mark(path) or is_empty(path)):
                 inner = _survey(path)
                 ours.extend(inner[0])
                 foreign.extend(f"{name}/{below}" for below in inner[1])

@@ -19,7 +19,7 @@ from mlxft.config import Config, config_class
 from mlxft.errors import ConfigError, half_character, shorten
 from mlxft.explain import explain
 from mlxft.settings import Settings
-from mlxft.text import read_small
+from mlxft.text import home_path, read_small
 
 S = TypeVar("S", bound=Settings)
 _MOST = 20_000  # values in a recipe: a thousand times what one has
@@ -55,8 +55,14 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
 
 
+def _str(loader: _Loader, node: yaml.ScalarNode) -> str:
+    # JSON, which YAML 1.2 holds, writes characters beyond 16 bits as two escapes.
+    return str(loader.construct_scalar(node)).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _str)
 # YAML 1.1, which PyYAML reads, has octals in 010, minutes in 1:30, booleans in yes, no, on and off, and dates.
 _OTHERS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp", "value")}
 _Loader.yaml_implicit_resolvers = {
@@ -73,14 +79,16 @@ for _name, _form, _first in (  # section 10.3.2 of YAML 1.2.2
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), list(_first))
 
 
-def read_yaml(text: str, origin: str) -> Any:
+def read_yaml(text: str | bytes, origin: str, kind: Any = _Loader) -> Any:
     """Parse YAML 1.2.
 
+    Args:
+        kind: the loader, where YAML 1.1 will do and speed counts.
     Raises:
         ConfigError: bad syntax, a key given twice, or aliases that make much of little; it names the line.
     """
     try:
-        loader = _Loader(text)
+        loader = kind(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -177,7 +185,7 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
         raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
     config = _validate(raw, origin)
     _check_paths(config, origin)
-    run = {"name": config.run.name or name or config.objective, "dir": _expanded(config.run.dir)}
+    run = {"name": config.run.name or name or config.objective, "dir": home_path(config.run.dir)}
     model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
     model["chat_template"] = None if template is None else Path(full_path(template))
@@ -243,7 +251,7 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
 
 def full_path(value: Any) -> Any:
     """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
-    path = _expanded(value) if isinstance(value, (str, Path)) else None
+    path = home_path(value) if isinstance(value, (str, Path)) else None
     try:
         return str(path.resolve()) if path is not None and path.exists() else value
     except (OSError, ValueError):  # too long for a path
@@ -267,14 +275,6 @@ def _check_paths(config: Config, origin: str) -> None:
     ]
     if wrong:
         raise ConfigError("\n".join(wrong))
-
-
-def _expanded(path: str | Path) -> Path:
-    """With `~` as the home folder, where there is one."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, Any], list[str]]:

@@ -21,7 +21,7 @@ from mlxft.model.logits import Split
 from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
 from mlxft.recipe import flat, load_config
 from mlxft.temporary import clear
-from mlxft.text import read_file
+from mlxft.text import home_path, parse_json, read_file
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
@@ -70,7 +70,7 @@ class Run:
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, all or of one kind."""
         lines = read_file(self.dir / "metrics.jsonl").decode().splitlines()
-        found = [json.loads(line) for line in lines if line.endswith("}")]
+        found = [parse_json(line) for line in lines if line.endswith("}")]
         return [e for e in found if event in (None, e["event"])]
 
 
@@ -102,7 +102,7 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
         ModelError: nothing there, the adapter belongs to another base, or it is not of the wanted kind.
     """
     path = path.dir if isinstance(path, Run) else path
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     if adapter is None and is_run(folder):
         run = open_run(folder)
         if not run.result.exists():
@@ -111,10 +111,10 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
     elif adapter is None and (folder / "adapter_config.json").exists():
         adapter = folder
     if adapter is None:
-        head = _checked_head(Path(path).expanduser(), scores)
+        head = _checked_head(home_path(path), scores)
         loaded = load_model(str(path), **options)
     else:
-        adapter = find_adapter(Path(adapter).expanduser())
+        adapter = find_adapter(home_path(adapter))
         head = _checked_head(adapter, scores)
         loaded = load_with_adapter(path, adapter, options)
     if head is not None:
@@ -147,7 +147,7 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         CheckpointError: it is no run folder.
     """
-    folder = Path(folder).expanduser()
+    folder = home_path(folder)
     try:
         config = load_config(folder / "config.yaml", looked_at=True)
     except MlxftError as e:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import sys
 import warnings
@@ -85,6 +86,29 @@ def json_text(value: Any, indent: int | None = None, default: Any = None) -> str
     """Return a value as JSON that is fit for a terminal and a UTF-8 file: what is not `printable` stands escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=default)
     return _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def home_path(path: str | Path) -> Path:
+    """Return a path with ~ as the home; as in a shell, ~ of nobody stays as it is, which pathlib takes for an error."""
+    return Path(os.path.expanduser(path))
+
+
+class TooDeep(ValueError):
+    """JSON is nested deeper than Python can follow."""
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Parse JSON out of a file.
+
+    Args:
+        options: of json.loads, which nothing else calls.
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise TooDeep("it is nested too deep") from error
 
 
 def _refuse_endless(path: Path) -> None:

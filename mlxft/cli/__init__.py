@@ -135,7 +135,8 @@ def main() -> None:
         echo(text.getvalue(), nl=False, err=True)
         sys.exit(e.exit_code)
     except MlxftError as e:
-        echo(f"{type(e).__name__}: {e}", err=True)
+        known = next(kind for kind in type(e).__mro__ if kind.__module__ == MlxftError.__module__)  # as README names it
+        echo(f"{known.__name__}: {e}", err=True)
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, click.Abort):
         echo("interrupted", err=True)

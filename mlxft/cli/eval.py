@@ -94,11 +94,12 @@ def eval(
         raise click.UsageError("--include-path and --chat go with --tasks")
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
+    from mlxft.owned import EVALUATION
     from mlxft.study.eval_tables import show
-    from mlxft.study.evaluation import FILES, Asking, check_out, default_out, run_evaluation
+    from mlxft.study.evaluation import Asking, check_out, default_out, run_evaluation
 
     if out is not None:
-        reserve(out / FILES[0])
+        reserve(out / EVALUATION[0])
     check_out(out, overwrite, adapter or model)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlxft.cli import PathArg
-from mlxft.text import echo, json_text, make_console
+from mlxft.text import echo, home_path, json_text, make_console
 
 DEFAULT = Path("runs")
 
@@ -25,7 +25,7 @@ def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
 def _place(ctx: click.Context, given: Path | None) -> Path:
     """Where run folders stand: --dir may be given before or after the subcommand."""
     above = ctx.parent.params.get("place") if ctx.parent else None
-    return Path(given or above or DEFAULT).expanduser()
+    return home_path(given or above or DEFAULT)
 
 
 def _in(command: Callable[..., Any]) -> Callable[..., Any]:

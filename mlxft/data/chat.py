@@ -531,7 +531,8 @@ def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozens
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {index for index, token in added.items() if getattr(token, "special", False)}
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    special = frozenset(marked.union(getattr(tokenizer, "all_special_ids", ()), eos_token_ids, eos))
+    named = (index for index in getattr(tokenizer, "all_special_ids", ()) if index is not None)  # a token it has not
+    special = frozenset(marked.union(named, eos_token_ids, eos))
     names = {str(token): index for index, token in added.items()}
     openers = {
         index: names[opener]

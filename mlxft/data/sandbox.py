@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 BUDGET = 1 << 28  # characters, roughly, of all that one rendering makes
 STEP = 64  # what a step costs beside what it makes
 LARGEST = 1 << 24  # size of a single value
-SECONDS = 10.0  # for what costs time and makes nothing, such as comparing long lists
+SECONDS = 5.0  # for what costs time and makes nothing, such as comparing long lists
 DEPTH = 64  # of lists within lists
 LONGEST = 1 << 18  # characters of a template
 COUNT = 100_000  # a number that says how often or how wide, as of jinja2's own range
@@ -35,6 +35,9 @@ _GROWING = (
     "truncate round tojson xmlattr urlize pprint sum fromkeys"
 )
 GROWING = frozenset(_GROWING.split())
+# Filters that do much for each character, so that one alone would outlast SECONDS; they may be given so many.
+SLOW = frozenset(["sort", "urlize", "max", "min", "title", "striptags", "unique", "pprint"])
+MOST_SLOW = 1 << 19
 NESTED = re.compile(r"\{[^{}]*\{")
 NUMBERS = re.compile(r"\d{5,}")
 
@@ -144,6 +147,8 @@ class _Filters(dict[str, Callable[..., Any]]):
         @functools.wraps(function)
         def paid(*args: Any, **kwargs: Any) -> Any:
             owner.pay(0)
+            if name in SLOW and args[skip:] and size_of(args[skip]) > MOST_SLOW:
+                raise TemplateTooLarge(f"{name} is given more than {MOST_SLOW:,} characters")
             if name in GROWING:
                 given = [owner.listed(arg) for arg in args[skip:]]
                 owner.foresee(name, given[0] if given else None, [*given[1:], *kwargs.values()])

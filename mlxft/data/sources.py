@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
+from mlxft.text import home_path, parse_json
 
 
 class Row(NamedTuple):
@@ -42,6 +43,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 _SHOWN = 20
 _DEEPEST = 100
+_LONGEST = 1 << 22  # characters of a text; tokenizers hold some 200 bytes for each
 _MAX_CSV_FIELD = 2**31 - 1
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 # hf:org/name[:config][:split], where the split may carry a slice: train[:1000]
@@ -64,9 +66,9 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
     if spec.startswith("hf:"):
         return _some(_read_hub(spec, split), spec)
     try:
-        path = Path(spec).expanduser()
+        path = home_path(spec)
         folder = path.is_dir()
-    except (OSError, RuntimeError) as exc:  # too long for a path, or the home of nobody
+    except OSError as exc:  # too long for a path
         raise ConfigError(f"{spec[:80]}: not a path: {getattr(exc, 'strerror', None) or exc}") from exc
     if folder:
         found = find_split(path, split)
@@ -89,7 +91,7 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
 def find_split(folder: Path, split: str) -> Path | None:
     """The file of a folder that holds a split, or None. Two that could be it are a ConfigError."""
     candidates = [folder / f"{name}{suffix}" for name in SPLITS[split] for suffix in READERS]
-    found = [path for path in candidates if path.is_file()]
+    found = [path for path in candidates if path.exists() and not path.is_dir()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise ConfigError(f"{folder}: {names} could both be the {split} split; name the file instead of the folder")
@@ -116,17 +118,19 @@ def _some(rows: Iterator[Row | Problem], name: str) -> Iterator[Row | Problem]:
     empty = True
     for row in rows:
         empty = False
-        wrong = (_too_deep(row.data) or half_character(row.data)) if isinstance(row, Row) else None
+        wrong = (_too_large(row.data) or half_character(row.data)) if isinstance(row, Row) else None
         yield row if wrong is None else Problem(row.where, wrong)
     if empty:
         raise DataError(f"{name}: no rows; expected at least one")
 
 
-def _too_deep(data: dict[str, Any]) -> str | None:
-    """Say that a row is nested as no row is, which what reads it later could not follow."""
+def _too_large(data: dict[str, Any]) -> str | None:
+    """Say that a row is nested, or as long, as no row is, which what reads it later could not follow."""
     level: list[Any] = [data]
     for _ in range(_DEEPEST):
         level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
+        if most := max((len(v) for v in level if isinstance(v, str) and len(v) > _LONGEST), default=0):
+            return f"the row has a text of {most:,} characters; expected at most {_LONGEST:,}: make several rows of it"
         level = [v for v in level if isinstance(v, (dict, list))]
         if not level:
             return None
@@ -137,10 +141,9 @@ def read_json(text: str) -> Any:
     """Read JSON of a row.
 
     Raises:
-        ValueError: it is no JSON, or has a key twice, of which the first would be lost in silence.
-        RecursionError: it is nested too deep.
+        ValueError: it is no JSON, is nested too deep, or has a key twice, of which the first would be lost in silence.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    return parse_json(text, object_pairs_hook=_once)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

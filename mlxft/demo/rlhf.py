@@ -24,6 +24,7 @@ from mlxft.objectives.onpolicy.settings import RolloutSettings
 from mlxft.owned import check_replaceable, claim, hold
 from mlxft.recipe import load_config, override
 from mlxft.run import Run, load, train
+from mlxft.text import parse_json
 
 HERE = Path(__file__).parent
 TOPIC = "Food review:"
@@ -162,7 +163,7 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
     for line in fuse(runs["ppo"].dir, fused, probe="valid", overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     lines = (folder / "data" / "held-out.jsonl").read_text("utf-8").splitlines()
-    prompts = [json.loads(line)["prompt"] for line in lines]
+    prompts = [parse_json(line)["prompt"] for line in lines]
     most = configs["ppo"].section("rollout", RolloutSettings).max_tokens
     before, after = (_answers(path, prompts, most) for path in (runs["sft"].dir, fused))
     console.rule("Openings that it was not trained on, before and after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from mlxft.owned import check_replaceable, claim, hold
 from mlxft.parts import load_base
 from mlxft.recipe import load_config, override
 from mlxft.run import load, train
+from mlxft.text import parse_json
 
 HERE = Path(__file__).parent
 
@@ -40,7 +40,7 @@ class Question:
 def questions() -> list[Question]:
     """The held-out questions: phrased otherwise than any training row."""
     lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Question(**json.loads(line)) for line in lines]
+    return [Question(**parse_json(line)) for line in lines]
 
 
 def answers(loaded: Loaded, asked: Sequence[Question]) -> list[str]:

@@ -9,6 +9,7 @@ import yaml
 
 from mlxft.export.card import HUB_ID, KNOWN, Base, Metadata, code
 from mlxft.model.source import ALIASES
+from mlxft.text import home_path
 
 
 def find_base(path: str | None, licence: str | None = None) -> Base | None:
@@ -24,7 +25,7 @@ def find_base(path: str | None, licence: str | None = None) -> Base | None:
     if path in ALIASES and path in KNOWN:
         hub, known, _ = KNOWN[path]
         return Base(hub, hub, given or {"license": known}, alias=path)
-    local = Path(path).expanduser()
+    local = home_path(path)
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(local))  # of the hub's own cache
     if cached and HUB_ID.fullmatch(hub := "/".join(cached.groups())):
         return Base(hub, hub, given or folder_licence(local))

@@ -9,6 +9,7 @@ from mlxft.data.encode import turn_end
 from mlxft.errors import ExportError
 from mlxft.model.gguf_pretokenizers import PRE_TOKENIZERS, recognise
 from mlxft.model.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
+from mlxft.text import parse_json
 
 # Of a token that no merge makes; far below any rank.
 _NO_SCORE = -1e6
@@ -46,7 +47,7 @@ def _spec(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ExportError("the tokenizer has no tokenizer.json (it is not a fast one); .gguf files need it")
-    spec: dict[str, Any] = json.loads(backend.to_str())
+    spec: dict[str, Any] = parse_json(backend.to_str())
     return spec
 
 

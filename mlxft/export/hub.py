@@ -19,12 +19,12 @@ from typing import Any, Literal
 from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
 from mlxft.export.base import find_base
 from mlxft.export.card import Facts, Metadata, card, shortened
-from mlxft.model.declared import NAMED_TEMPLATES, lies_in
+from mlxft.model.declared import NAMED_TEMPLATES, foreign, lies_in
 from mlxft.model.heads import HEAD_FILE
 from mlxft.model.source import brief
 from mlxft.rundir import Run, open_run
 from mlxft.temporary import MARK
-from mlxft.text import read_small
+from mlxft.text import parse_json, read_small
 
 GOES = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile"),
@@ -105,21 +105,23 @@ def pack(
     picture = None if own_card or not trained else _picture(events, draw, notes)
     if picture:
         files[PICTURE] = picture
-    facts = Facts(
-        repo=repo,
-        kind=kind,
-        base=find_base(_base_path(about, trained), licence),
-        scores=(folder / HEAD_FILE).exists() or kind == "classifier" or about.get("task_type") == "SEQ_CLS",
-        config=trained.config if trained else None,
-        events=events,
-        method=about.get("fine_tune_type") if kind == "adapter" else None,
-        quantized=(about.get("quantization") or {}).get("bits"),
-        evaluations=_evaluations(trained) if trained else [],
-        files=sorted(files),
-    )
+    with foreign(f"{trained.dir if trained else folder}: what it says of itself can not be read"):
+        facts = Facts(
+            repo=repo,
+            kind=kind,
+            base=find_base(_base_path(about, trained), licence),
+            scores=(folder / HEAD_FILE).exists() or kind == "classifier" or about.get("task_type") == "SEQ_CLS",
+            config=trained.config if trained else None,
+            events=events,
+            method=about.get("fine_tune_type") if kind == "adapter" else None,
+            quantized=(about.get("quantization") or {}).get("bits"),
+            evaluations=_evaluations(trained) if trained else [],
+            files=sorted(files),
+        )
     text = _own(own_card or folder / "README.md") if own_card or "README.md" in files else None
     if text is None:
-        text = without_home(card(facts, PICTURE if picture else None))
+        with foreign(f"{trained.dir if trained else folder}: its metrics.jsonl can not be read"):
+            text = without_home(card(facts, PICTURE if picture else None))
         if facts.base is None or not facts.base.licence:
             notes.append("the licence of the base is not known: give --licence, or fill it in on the card")
         if facts.config is None:
@@ -186,7 +188,7 @@ def _json(file: Path) -> Metadata | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ModelError(f"{file}: can not be read: {brief(e)}") from e
     if not isinstance(found, dict):

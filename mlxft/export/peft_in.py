@@ -14,7 +14,17 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError, shorten
 from mlxft.export.peft import CONFIG, PREFIX, WEIGHTS, check_names
 from mlxft.model.adapters import LoRASpec, adapter_config, attach, load_trained, unfreeze
-from mlxft.model.declared import Lenient, Rank, Real, Share, check_arrays, check_links, read_object, validate
+from mlxft.model.declared import (
+    Lenient,
+    Rank,
+    Real,
+    Share,
+    check_arrays,
+    check_links,
+    check_numbers,
+    read_object,
+    validate,
+)
 from mlxft.model.folder import check_destination, check_unused, replace_folder
 from mlxft.model.heads import HEAD_FILE, ScoreHead, adapter_metadata, head_arrays, head_metadata
 from mlxft.model.load import Loaded, load, skeleton
@@ -185,6 +195,7 @@ def _read_weights(folder: Path) -> Arrays:
     assert isinstance(arrays, dict)
     if not arrays:
         raise ModelError(f"{file}: is empty")
+    check_numbers(file, arrays)
     return arrays
 
 

@@ -5,7 +5,6 @@ A run's recipe names the last. It may be a stranger's, so what it names is read 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from mlxft.data.formats import Completion, Conversation, Example, Judged, Prefer
 from mlxft.data.sources import Problem, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.objectives.sft import load_splits
+from mlxft.text import parse_json
 
 TOKENS = 512  # of all probe rows together: enough to tell the precisions apart, quick to go through
 VALID = "valid"  # in a file's place: the validation rows that the runs' recipes name
@@ -120,7 +120,7 @@ def _built_in(scores: bool) -> list[Example]:
         return convert(read_rows(str(folder / "pairs.jsonl"), "valid"), "preference")
     examples: list[Example] = []
     lines = [(folder / name).read_text("utf-8").splitlines()[:60] for name in ("rows.jsonl", "reviews.jsonl")]
-    for i, (chat, review) in enumerate(zip(*(map(json.loads, part) for part in lines)), 1):
+    for i, (chat, review) in enumerate(zip(*(map(parse_json, part) for part in lines)), 1):
         question, answer = (turn["content"] for turn in chat["messages"])
         examples.append(Example(f"rows.jsonl:{i}", Completion(question, answer)))
         examples.append(Example(f"reviews.jsonl:{i}", Text(review["review"])))

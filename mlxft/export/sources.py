@@ -17,6 +17,7 @@ from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
 from mlxft.model.merge import merge_adapters
 from mlxft.rundir import find_adapter, open_run
+from mlxft.text import home_path
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ def parse_adapter(text: str) -> tuple[Path, float]:
         ConfigError: what stands behind the colon is no number.
     """
     name, colon, number = text.rpartition(":")
-    if not colon or Path(text).expanduser().exists():
-        return Path(text).expanduser(), 1.0
+    if not colon or home_path(text).exists():
+        return home_path(text), 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight) or not name:
         raise ConfigError(f"--adapter {text}: {number!r} is no weight; expected FOLDER or FOLDER:NUMBER, as in a:0.7")
-    return Path(name).expanduser(), weight
+    return home_path(name), weight
 
 
 def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tuple[list[Source], str | None]:
@@ -69,14 +70,14 @@ def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tu
     named = [(folder, weight) for folder, weight in adapters]
     base = None
     if run is not None:
-        place = run.expanduser()
+        place = home_path(run)
         if not adapters or _is_run(place) or (find_adapter(place) / "adapter_config.json").exists():
             named.insert(0, (run, 1.0))
         else:
             base = str(run)
     if not named:
         raise ConfigError("nothing to fuse: name a run, or adapters with --adapter")
-    sources = [_source(path.expanduser(), weight) for path, weight in named]
+    sources = [_source(home_path(path), weight) for path, weight in named]
     seen: dict[Path, Path] = {}
     for (path, _), source in zip(named, sources):
         if (real := source.folder.resolve()) in seen:

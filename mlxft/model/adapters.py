@@ -22,13 +22,24 @@ from pydantic import Field
 from mlxft.data.chat import set_thinking
 from mlxft.data.encode import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.declared import Lenient, Rank, Real, Share, check_arrays, check_links, read_object, validate
+from mlxft.model.declared import (
+    Lenient,
+    Rank,
+    Real,
+    Share,
+    check_arrays,
+    check_links,
+    check_numbers,
+    read_object,
+    validate,
+)
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, wrap
 from mlxft.model.routers import is_router
 from mlxft.model.source import stated_name
+from mlxft.text import home_path
 
 Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
@@ -329,6 +340,9 @@ class _Base(Lenient):
     model: str | None = None
     fingerprint: str | None = None
     chat_template: str | None = None
+    dtype: Literal["auto", "own", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal[0, 2, 3, 4, 5, 6, 8] | None = None
+    group_size: Literal[32, 64, 128] | None = None
 
 
 class _About(Lenient):
@@ -413,6 +427,7 @@ def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any],
     except (OSError, RuntimeError, ValueError) as e:
         raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e
     assert isinstance(weights, dict)
+    check_numbers(file, weights)
     return config, weights
 
 
@@ -454,7 +469,7 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
     base = dict(base_noted(read_adapter_config(adapter)))
     base.pop("fingerprint", None)
     name = base.pop("model", None)
-    named = Path(path).expanduser() not in (adapter, adapter.parent)
+    named = home_path(path) not in (adapter, adapter.parent)
     if not named:
         if name is None:
             raise ModelError(f"{adapter} does not say which base it is for; name it with --model")

@@ -12,7 +12,7 @@ from mlxft.data.thoughts import opening_after, until_stop
 from mlxft.errors import ConfigError, DataError
 from mlxft.model import kv
 from mlxft.model.random import evaluating
-from mlxft.model.sample import Noise, Sampling, never_drawn, pick
+from mlxft.model.sample import Noise, Sampling, checked, never_drawn, pick
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -164,7 +164,7 @@ class _Decoding:
             ended = 0
             for i, token in zip(rows, cast("list[int]", drawn.tolist())):
                 if finish[i] is None:
-                    ids[i].append(token)
+                    ids[i].append(checked(token))
                     finish[i] = self._end(ids[i], self._openings[i])
                     ended += finish[i] is not None
             if ended:

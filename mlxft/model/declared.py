@@ -6,7 +6,6 @@ for every command; what only another library's reader finds is named by `foreign
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from mlxft.data.sources import type_name
-from mlxft.errors import MlxftError, ModelError
+from mlxft.errors import MlxftError, ModelError, half_character
+from mlxft.text import TooDeep, parse_json
 
 MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a JSON file; real ones have some kilobytes and five levels
+NO_NUMBERS = "the model computes NaN: its weights, its adapter or a scale are damaged"
 MOST_NUMBER = 1 << 31  # of a size that the schema does not name
 
 Layers = Annotated[int, Field(strict=True, ge=1, le=2_000)]
@@ -175,17 +176,19 @@ def read_object(file: Path) -> dict[str, Any]:
     if (size := file.stat().st_size) > MOST_BYTES:
         raise ModelError(f"{file}: has {size:,} bytes; expected at most {MOST_BYTES:,}")
     try:
-        found = json.loads(file.read_bytes())
+        found = parse_json(file.read_bytes())
         depth, level = 0, [found]
         while level := [v for at in level for v in (at.values() if isinstance(at, dict) else at if _deep(at) else ())]:
             if (depth := depth + 1) > MOST_DEPTH:
-                raise RecursionError
-    except RecursionError:
+                raise TooDeep
+    except TooDeep:
         raise ModelError(f"{file}: is nested deeper than {MOST_DEPTH} levels") from None
     except ValueError as error:
         raise ModelError(f"{file}: not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: is {type_name(found)}; expected a JSON object")
+    if half := half_character(found):
+        raise ModelError(f"{file}: {half}")
     return found
 
 
@@ -269,3 +272,12 @@ def check_arrays(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(found.get_slice(name).get_shape()) for name in found.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ModelError(f"{file}: is not a whole safetensors file ({error}); download it again") from error
+
+
+def check_numbers(file: Path, arrays: Mapping[str, Any]) -> None:
+    """ModelError where arrays of a file hold NaN or infinity, of which a model computes nothing, in silence."""
+    import mlx.core as mx
+
+    for name, value in arrays.items():
+        if not mx.isfinite(value).all().item():
+            raise ModelError(f"{file}: {name[:80]} holds NaN or infinity; the training that wrote it has failed")

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mlxft.text import parse_json
+
 
 @dataclass(frozen=True)
 class PreTokenizer:
@@ -116,4 +118,4 @@ def signature_of(rule: PreTokenizer) -> list[Any]:
 
     probe = Tokenizer(models.BPE())
     probe.pre_tokenizer = pre_tokenizers.Sequence(rule.steps())
-    return signature(json.loads(probe.to_str())["pre_tokenizer"])
+    return signature(parse_json(probe.to_str())["pre_tokenizer"])

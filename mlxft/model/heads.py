@@ -18,10 +18,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.declared import check_arrays
+from mlxft.model.declared import check_arrays, check_numbers
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.logits import Split
 from mlxft.model.random import probing
+from mlxft.text import home_path, parse_json
 
 HEAD = "score_head"
 CRITIC = "critic"  # what PPO trains beside a policy stands here
@@ -160,7 +161,7 @@ def find_head(path: str | Path | None) -> Path | None:
     """head.safetensors of a run, an adapter folder or a model folder; None where there is none."""
     if path is None:
         return None
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     found = [folder / part / HEAD_FILE for part in ("", "adapter", "model")]
     return next((file for file in found if file.is_file()), None)
 
@@ -204,7 +205,7 @@ def read_head(file: Path) -> Saved:
         check_arrays(file)
         loaded: Any = mx.load(str(file), return_metadata=True)
         arrays, metadata = loaded
-        about = json.loads(metadata.get("about", "{}"))
+        about = parse_json(metadata.get("about", "{}"))
         if not isinstance(about, dict):
             raise ValueError("what it notes is not an object")
     except (OSError, RuntimeError, ValueError) as e:
@@ -212,6 +213,7 @@ def read_head(file: Path) -> Saved:
     weight = arrays.get(_WEIGHT)
     if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
         raise ModelError(f"{file}: holds no head; expected {_WEIGHT} of shape (1, width), it has {sorted(arrays)}")
+    check_numbers(file, arrays)
     return Saved(weight, metadata.get("fingerprint"), about)
 
 

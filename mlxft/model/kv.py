@@ -24,6 +24,9 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from mlxft.errors import ModelError
+from mlxft.model.declared import NO_NUMBERS
+
 PREFILL = 4096  # most tokens, padding included, that go through the model in one call
 _PADDING = 64  # tokens of padding that cost less than one more call of the model
 _PADDED = (KVCache, RotatingKVCache)
@@ -52,6 +55,8 @@ def _agrees(model: nn.Module) -> bool:
         alone = mx.concatenate([prefill(model, [prompt])[1] for prompt in prompts])
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False
+    if mx.isnan(alone).any().item():  # nothing to learn from, for models of the same parts
+        raise ModelError(NO_NUMBERS)
     apart = mx.abs(together.astype(mx.float32) - alone.astype(mx.float32)).max()
     # What rounding may do; a wrong mask or position does more.
     rounding = 1e-2 if alone.dtype == mx.float32 else 5e-2

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
-import json
 import math
 import re
 import tempfile
@@ -32,7 +31,7 @@ from mlxft.model.declared import NAMED_TEMPLATES, check_arrays, foreign
 from mlxft.model.fingerprint import fingerprint, is_packed
 from mlxft.model.random import aside
 from mlxft.model.source import TRUSTED, brief, folder_config, model_module, older_rope, resolve
-from mlxft.text import read_small
+from mlxft.text import home_path, parse_json, read_small
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "own", "float32", "bfloat16", "float16")
 BITS = (0, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+_MOST_GROWTH = 1 << 10  # of a text by a tokenizer's replacements; usual ones put a character for another
 
 
 class NotBeforeLoading(ModelError):
@@ -110,6 +110,7 @@ def load(
     if chat_template is not None:
         _set_chat_template(tokenizer, chat_template)
     _outfit(tokenizer, config, embedding_rows(config, model))
+    _try_out(model, path)
     try:
         _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
         if not lazy:
@@ -184,6 +185,7 @@ def skeleton(
         model = _untrained(config, path)
         declared = str(config.get("dtype") or config.get("torch_dtype") or "float32").rpartition(".")[2]
         own = getattr(mx, declared, mx.bfloat16)  # of 8 bits, which MLX has no type for
+    _try_out(model, path)
     target = _target(dtype)
     _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
     model.eval()
@@ -221,7 +223,7 @@ def check_weights(path: str) -> None:
     Raises:
         ModelError: some are missing, cut off or of another shape than the config says.
     """
-    where = Path(path).expanduser()
+    where = home_path(path)
     if where.is_dir():
         config = folder_config(where, path, weights=True)
         if "model_file" not in config:
@@ -299,7 +301,7 @@ def _untrusted(name: str, code: object) -> ModelError:
 def _tokenizer_code(folder: Path) -> str:
     """The code that a tokenizer's configuration names; "" where it names none."""
     try:
-        named = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
+        named = parse_json((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
     except (OSError, ValueError, AttributeError):
         return ""
     return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
@@ -316,6 +318,16 @@ def _without_globs(folder: Path) -> Iterator[Path]:
         yield link
 
 
+def _try_out(model: nn.Module, name: str) -> None:
+    """Put a token's logits together, and never compute them: so settings of a wrong kind come up.
+
+    Raises:
+        ModelError: a setting is none that its layers can take.
+    """
+    with foreign(f"model {name!r}: its config does not fit its architecture"), contextlib.suppress(RuntimeError):
+        model(mx.array([[0]]))  # a RuntimeError: there is no kernel for it here, and to convert it needs none
+
+
 def _freezable(model: nn.Module) -> nn.Module:
     """With what mlx-lm's recurrent_gemma leaves out, since it does not call Module's own constructor."""
     if not hasattr(model, "_no_grad"):
@@ -330,11 +342,32 @@ def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bo
     # False is said too: of None transformers makes a question at the terminal, and `y` runs the code.
     with foreign(f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
         try:
-            return read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
+            found = read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
+            _check_growth(found)
+            return found
         except Exception as error:
             if not trust and (code := _tokenizer_code(folder)):
                 raise _untrusted(name, code) from error
             raise
+
+
+def _check_growth(tokenizer: Any) -> None:
+    """Refuse replacements, one upon the other, that would make a text thousands of times as long.
+
+    Raises:
+        ModelError: the tokenizer's normalizer or decoder has such.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
+        growth, todo = 1, [parse_json(part.__getstate__()) if part is not None else None]
+        while todo:
+            at = todo.pop()
+            todo += at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()
+            if isinstance(at, dict) and at.get("type") == "Replace":
+                # A regex may match between all characters.
+                growth *= max(1, len(at["content"]) + ("String" not in at["pattern"]))
+            if growth > _MOST_GROWTH:
+                raise ModelError(f"its replacements would make a text more than {_MOST_GROWTH:,} times as long")
 
 
 def _set_chat_template(tokenizer: Any, place: Path) -> None:

@@ -16,8 +16,9 @@ import mlx.nn as nn
 
 from mlxft.data.encode import encode_prompt
 from mlxft.data.formats import message_at
-from mlxft.errors import ConfigError, DataError
+from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.cpu import exp
+from mlxft.model.declared import NO_NUMBERS
 from mlxft.model.random import evaluating
 
 if TYPE_CHECKING:
@@ -151,12 +152,28 @@ def never_drawn(tokenizer: TokenizerWrapper, sampling: Sampling) -> int | None:
 
 
 def pick(logits: mx.array, sampling: Sampling, noise: Noise, without: int | None = None) -> mx.array:
-    """(B, V) logits -> (B,) ids, by the sampling's filters and temperature, and none of them `without`."""
+    """(B, V) logits -> (B,) ids, by the sampling's filters and temperature, and none of them `without`.
+
+    A row of logits that are no numbers gives -1, which `checked` refuses.
+    """
     if without is not None:
         logits = mx.where(mx.arange(logits.shape[-1]) == without, -math.inf, logits)
     if sampling.temperature == 0:
-        return mx.argmax(logits, axis=-1)
-    return _draw(_filtered(logits.astype(mx.float32), sampling) / sampling.temperature, noise())
+        ids = mx.argmax(logits, axis=-1)
+    else:
+        ids = _draw(_filtered(logits.astype(mx.float32), sampling) / sampling.temperature, noise())
+    return mx.where(mx.isnan(logits).any(axis=-1), -1, ids.astype(mx.int32))
+
+
+def checked(token: int) -> int:
+    """Return an id that was picked.
+
+    Raises:
+        ModelError: there was none to pick: an answer would be made of nothing, in silence.
+    """
+    if token < 0:
+        raise ModelError(NO_NUMBERS)
+    return token
 
 
 def _filtered(logits: mx.array, sampling: Sampling) -> mx.array:
@@ -210,7 +227,7 @@ def _pieces(
     ends = tokenizer.eos_token_ids if sampling.stop_at_eos else ()
     with evaluating(model), wired_limit(model):
         for token, _ in generate_step(mx.array(ids), model, max_tokens=sampling.max_tokens, sampler=sampler):
-            if token in ends:
+            if checked(token) in ends:
                 break
             text.add_token(token)
             if piece := text.last_segment:

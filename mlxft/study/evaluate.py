@@ -24,9 +24,10 @@ from mlxft.data.encode import context_ids, prompt_text
 from mlxft.data.formats import Example, Message
 from mlxft.data.sources import report_lines
 from mlxft.data.thoughts import opening_of
-from mlxft.errors import ConfigError, DataError
+from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.batch_sample import ROWS, sample_batch, text_of
 from mlxft.model.cpu import quicker
+from mlxft.model.declared import NO_NUMBERS
 from mlxft.model.load import Loaded, context_of
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums, rows_logprobs
@@ -251,6 +252,8 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
     by_place = {case.where: case for case in cases}
     places = [case.where for case in cases if case.where in counts]
     losses = np.array([sums[w] / counts[w] for w in places])
+    if np.isnan(losses).any():
+        raise ModelError(NO_NUMBERS)
     lines = [
         {
             "row": w,

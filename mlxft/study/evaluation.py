@@ -21,20 +21,31 @@ from mlxft.data.formats import unwritten
 from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.data.template import is_template
 from mlxft.data.thoughts import Thoughts
-from mlxft.errors import ConfigError, MlxftError, nearest
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, nearest
 from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.load import Loaded
 from mlxft.model.source import stated_name
-from mlxft.owned import check_file, check_writable, hold, is_stream, note, read_mark
+from mlxft.owned import (
+    EVALUATION,
+    check_file,
+    check_writable,
+    claim,
+    hold,
+    is_empty,
+    is_ours,
+    is_stream,
+    note,
+    our_folder,
+    read_mark,
+    remove,
+)
 from mlxft.rundir import find_adapter, is_run, load, open_run, versions
 from mlxft.study.cases import READ, Case, make_cases
 from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
-from mlxft.text import json_text
+from mlxft.text import home_path, json_text
 from mlxft.train.files import write_text, writing
-
-FILES = ("predictions.jsonl", "results.json")  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -118,9 +129,17 @@ class Evaluation:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         with hold(out, wait=True):
-            for name, text in zip(FILES, texts):
-                write_text(out / name, text)
-                note(out / name)
+            fresh = is_empty(out) and our_folder(out) is None
+            if fresh:
+                claim(out, "eval")
+            try:
+                for name, text in zip(EVALUATION, texts):
+                    write_text(out / name, text)
+                    note(out / name)
+            except CheckpointError:
+                if fresh and is_empty(out):
+                    remove(out)
+                raise
 
 
 def check_out(out: Path | None, overwrite: bool, model: str) -> None:
@@ -132,13 +151,15 @@ def check_out(out: Path | None, overwrite: bool, model: str) -> None:
         ConfigError: so it is.
     """
     if out is None:
-        if is_run(folder := Path(model).expanduser()):
-            check_writable(folder / "eval" / FILES[0], "--out is not given")
+        if is_run(folder := home_path(model)):
+            check_writable(folder / "eval" / EVALUATION[0], "--out is not given")
         return
     if is_stream(out):
         raise ConfigError(f"--out: {out} is a device or a pipe; give a folder's name")
-    for file in [out / name for name in FILES] if os.path.isdir(out) else [out]:
+    for file in [out / name for name in EVALUATION] if os.path.isdir(out) else [out]:
         check_file(file, overwrite)
+        if file.exists() and not is_ours(file):
+            raise ConfigError(f"--out: {file} is not what this version of mlxft made; choose another folder")
 
 
 def _task_json(found: Compared) -> dict[str, Any]:
@@ -234,7 +255,7 @@ def _same_rows(a: Result, b: Result) -> tuple[Result, Result]:
 
 def _run_data(model: str) -> Data | None:
     """How the rows of a run are read; None for what is no run."""
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     try:
         return open_run(folder).config.data if (folder / "config.yaml").is_file() else None
     except MlxftError:
@@ -291,7 +312,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     """
     if adapter is not None:
         return model, {}
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     if (find_adapter(folder) / "adapter_config.json").is_file():
         options = dict(base_noted(read_adapter_config(find_adapter(folder))))
         options.pop("fingerprint", None)
@@ -306,7 +327,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     """Where a run's evaluations are kept, one folder for each file, tasks and shots; None for what is no run."""
-    folder = Path(model).expanduser()
+    folder = home_path(model)
     if not is_run(folder):
         return None
     names = [file.removeprefix("hf:") if file.startswith("hf:") else Path(file).stem]

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
+from pydantic import BaseModel, Field
 from rich.console import Console
 
 from mlxft.check import check_trains
@@ -25,9 +26,10 @@ from mlxft.data.shots import labels_of
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
 from mlxft.model.load import Loaded, load_tokenizer
+from mlxft.model.source import brief
 from mlxft.objectives.base import Objective
 from mlxft.objectives.sft import load_splits
-from mlxft.owned import check_replaceable, claim, empty, hold, is_empty
+from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind
 from mlxft.parts import load_base, make_objective
 from mlxft.recipe import load_config
 from mlxft.run import total_steps, train
@@ -39,7 +41,7 @@ from mlxft.study.runs import read_events
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.temporary import clear
-from mlxft.text import json_text, read_file
+from mlxft.text import home_path, json_text, parse_json, read_file
 from mlxft.train.files import write_text
 
 FILE = "study.json"  # what is compared, and with what
@@ -100,8 +102,10 @@ def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
     if overwrite:
         check_replaceable(out, "fewshot")
-    elif out.exists() and not (out / FILE).is_file() and not (out.is_dir() and is_empty(out)):
-        raise ConfigError(f"--out: {out} is not empty and holds no few-shot study; choose another folder")
+    elif out.exists() and not is_of_kind(out, "fewshot", FILE):
+        raise ConfigError(
+            f"--out: {out} is not empty, and holds no few-shot study that this version of mlxft made; choose another"
+        )
 
 
 def _check(config: Config, plan: Plan) -> None:
@@ -112,7 +116,7 @@ def _check(config: Config, plan: Plan) -> None:
         problems.append(f"data.shots ({config.data.shots}): is set for each cell; leave it out")
     if config.data.format not in READ or config.data.format == "text":
         problems.append(f"data.format: {config.data.format} has no answers to compare with")
-    train_file, test = Path(config.data.train), Path(plan.test).expanduser()
+    train_file, test = Path(config.data.train), home_path(plan.test)
     if test.is_file() and train_file.is_file() and test.samefile(train_file):
         problems.append(f"--test: {plan.test} is data.train itself; name rows that nothing is trained on")
     if problems:
@@ -292,7 +296,9 @@ class _Study:
 
     def _finish(self) -> Study:
         """The table of all cells, as JSON, text and a picture."""
-        kept = {cell: _read(self._file(cell)) for cell in self.cells}
+        kept = {cell: _read(self._file(cell), _Kept) for cell in self.cells}
+        if len({tuple(row["scores"]) for found in kept.values() for row in found["rows"]}) > 1:
+            raise ConfigError(f"{self.out / 'cells'}: not all have the same scores; delete those that were altered")
         notes = [*self.notes]
         for cell, found in kept.items():
             notes += [f"{cell.name}: {note}" for note in found["notes"]]
@@ -306,10 +312,26 @@ def _asked(item: Any) -> Any:
     return item.prompt if isinstance(item, Completion) else item.messages[:-1]
 
 
-def _read(file: Path) -> dict[str, Any]:
+class _Row(BaseModel):
+    row: str | int
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(min_length=1)
+
+
+class _Kept(BaseModel):
+    """What the file of a cell must hold."""
+
+    rows: list[_Row] = Field(min_length=1)
+    trained_rows: int
+    notes: list[str]
+
+
+def _read(file: Path, schema: type[BaseModel] | None = None) -> dict[str, Any]:
     try:
-        found = json.loads(read_file(file))
-        assert isinstance(found, dict), "an object was written"
+        found = parse_json(read_file(file))
+        if not isinstance(found, dict):
+            raise ValueError("an object was written")
+        if schema is not None:
+            schema.model_validate(found)
         return found
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{file}: can not be read ({e}); delete it, and the cell is run again") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise ConfigError(f"{file}: can not be read ({brief(e)}); delete it, and the cell is run again") from e

@@ -24,6 +24,7 @@ from mlxft.model.logits import Split
 from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
 from mlxft.study.choice import Request, encode_choices, loglikelihoods
+from mlxft.text import parse_json
 
 MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
 NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -134,7 +135,7 @@ class Model(TemplateLM):
         texts = [""] * len(requests)
         with bar(self._console, len(requests), "answers") as advance:
             for how, members in groups.items():
-                sampling = replace(self._sampling(json.loads(how)), stop_in_answer=self._drops)
+                sampling = replace(self._sampling(parse_json(how)), stop_in_answer=self._drops)
                 room = max(1, self.limit - sampling.max_tokens)
                 prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
                 self.cut += sum(len(ids) > room for ids in prompts)

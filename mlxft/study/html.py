@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mlxft.owned import check_file, read_mark
 from mlxft.study.compare import Details, details
 from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite
-from mlxft.text import printable, read_file
+from mlxft.text import parse_json, printable, read_file
 from mlxft.train.status import now
 
 TEMPLATE = "report.html.jinja"
@@ -74,7 +73,7 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     tables = []
     for path in sorted(folder.glob("**/results.json")):
         try:
-            found = json.loads(read_file(path))
+            found = parse_json(read_file(path))
             tables += [_evaluation(found, task) for task in found["tasks"]]
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mlxft.errors import ConfigError, DataError, MlxftError
 from mlxft.owned import check_file, is_stream
+from mlxft.text import parse_json
 
 Row = dict[str, Any]
 TIE = "tie"
@@ -119,7 +120,7 @@ class Journal:
 
 def _object(line: bytes) -> Row | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

@@ -6,7 +6,6 @@ Of metrics.jsonl only the lines that are needed are parsed, so that hundreds of 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import yaml
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.owned import check_replaceable, hold, is_held, refuse_if_held, remove
 from mlxft.temporary import temporary
-from mlxft.text import read_file
+from mlxft.text import home_path, parse_json, read_file
 from mlxft.train.status import read_status
 
 Event = dict[str, Any]
@@ -107,7 +106,7 @@ def find_run(name: str, place: Path) -> Path:
     Raises:
         ConfigError: there is none; the nearest name is given.
     """
-    for folder in (place / name, Path(name).expanduser()):
+    for folder in (place / name, home_path(name)):
         if folder.is_dir() and is_run(folder):
             return folder
     there = [str(f.relative_to(place)) for f in _folders(place, True)] if place.is_dir() else []
@@ -121,9 +120,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no mapping.
     """
+    from mlxft.recipe import read_yaml  # it takes pydantic, which listing has no need of
+
     try:
-        found = yaml.load(read_file(folder / "config.yaml"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError) as e:
+        found = read_yaml(read_file(folder / "config.yaml"), "config.yaml", _Loader)
+    except (OSError, ValueError) as e:
         reason = " ".join((getattr(e, "strerror", None) or str(e)).split())
         raise CheckpointError(f"{folder}: config.yaml can not be read: {reason}") from e
     if not isinstance(found, dict):
@@ -146,7 +147,7 @@ def parse_events(text: bytes) -> list[Event]:
 
 def _event(line: bytes) -> Event | None:
     try:
-        found = json.loads(line)
+        found = parse_json(line)
     except ValueError:
         return None
     sound = isinstance(found, dict) and isinstance(found.get("event"), str) and type(found.get("step", 0)) is int
@@ -305,7 +306,7 @@ def find_removable(names: list[str], place: Path) -> dict[Path, int]:
 def _below(name: str, place: Path) -> Path:
     """The run folder of this name, or with this path, below `place`."""
     top = Path(os.path.abspath(place))
-    for found in (place / name, Path(name).expanduser()):
+    for found in (place / name, home_path(name)):
         folder = Path(os.path.abspath(found))
         if top not in folder.parents or not os.path.lexists(folder):
             continue

@@ -25,6 +25,7 @@ from mlxft.objectives.onpolicy.reward_model import reads_chat
 from mlxft.objectives.reward import figures, measure, thirds_of
 from mlxft.rundir import load
 from mlxft.study.bar import bar
+from mlxft.text import home_path
 
 FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
 
@@ -72,12 +73,12 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     Raises:
         ConfigError: no such folder. ModelError: it is none, or does not fit its base.
     """
-    if not Path(path).expanduser().exists():
+    if not home_path(path).exists():
         raise ConfigError(f"{path}: no such run; name one of objective: reward")
     loaded = load(path, scores=True, **options)
     loaded.model.eval()
     mx.eval(loaded.model.parameters())
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     head = find_head(folder)
     assert head is not None, "load has found it"
     about = read_head(head).about

@@ -30,7 +30,7 @@ from mlxft.explain import all_keys, nearest_key
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.twin import twin
 from mlxft.objectives.base import Objective
-from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, read_mark, remove
+from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind, read_mark, remove
 from mlxft.parts import load_base, make_objective, prepare
 from mlxft.planning import settled
 from mlxft.recipe import PAIRS, flat, load_config, override, parse_config, put, read_recipe
@@ -39,7 +39,7 @@ from mlxft.rundir import FREE_ON_RESUME
 from mlxft.search import DEFAULT_TRIALS, Range, seconds
 from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, draw
 from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
-from mlxft.text import make_console
+from mlxft.text import make_console, parse_json
 from mlxft.train.files import digest, write_text
 from mlxft.train.report import Event, Stopped
 from mlxft.train.validate import validate
@@ -151,8 +151,8 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
     if overwrite:
         check_replaceable(folder, "sweep")
-    elif folder.exists() and not (folder / FILE).exists() and not (folder.is_dir() and is_empty(folder)):
-        raise ConfigError(f"{folder} exists and is no sweep (no {FILE}); give another --name")
+    elif folder.exists() and not is_of_kind(folder, "sweep", FILE):
+        raise ConfigError(f"{folder} exists and is no sweep that this version of mlxft made; give another --name")
 
 
 class Watch:
@@ -287,7 +287,7 @@ class _Job:
         """
         sweep, began = self.config.sweep, time.monotonic()
         about = {k: v for k, v in flat(_shared(self.config)).items() if k not in FREE} | {"data": self._data}
-        self.store = Store(self.folder, sweep, self.config.run.seed, json.loads(json.dumps(about)))
+        self.store = Store(self.folder, sweep, self.config.run.seed, parse_json(json.dumps(about)))
         count = sweep.trials or (None if sweep.time else DEFAULT_TRIALS)
         if sweep.sampler == "grid":
             count = min(count or self.store.combinations, self.store.combinations)

@@ -17,6 +17,7 @@ from mlxft.data.template import names_in
 from mlxft.data.thoughts import Thoughts, keeps_thoughts
 from mlxft.errors import ConfigError, nearest
 from mlxft.recipe import read_settings
+from mlxft.text import home_path
 
 Kind = Literal["exact_match", "contains", "regex", "number", "f1", "json", "function", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -199,7 +200,7 @@ def read_task(given: str) -> Task:
     """
     head, colon, rest = given.partition(":")
     if Path(given).suffix in (".yaml", ".yml"):
-        path = Path(given).expanduser()
+        path = home_path(given)
         task = read_settings(path, Task, "configs/eval-reviews.yaml shows a task of mlxft eval")
         return task if task.name else task.model_copy(update={"name": path.stem})
     if given in NAMED:

@@ -23,6 +23,7 @@ import mlx.core as mx
 from mlxft.errors import CheckpointError
 from mlxft.owned import CHECKPOINT, remove_files
 from mlxft.temporary import clear, discard, temporary
+from mlxft.text import parse_json
 from mlxft.train.files import check_room, digest, flush, save_arrays, writing
 
 FORMAT = 3
@@ -138,7 +139,7 @@ def load(path: Path) -> Snapshot:
             raise CheckpointError(f"checkpoint {path.name} is damaged: it is a link")
         for name in (DIGESTS, "state.json"):
             _check_file(path / name)
-        state, files = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("state.json", DIGESTS))
+        state, files = (parse_json((path / name).read_text(encoding="utf-8")) for name in ("state.json", DIGESTS))
         if state.get("format") != FORMAT:
             raise CheckpointError(f"checkpoint {path.name} has format {state.get('format')}, this mlxft reads {FORMAT}")
         for name in {*PARTS, *files}:

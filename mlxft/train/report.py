@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 from mlxft.train.files import write_text, writing
 
 Event = dict[str, Any]
@@ -82,7 +82,7 @@ class EventFile:
 
 def _until(line: str, step: int) -> bool:
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:  # cut short by a kill
         return False
     return bool(event.get("step", 0) <= step and event.get("event") not in ("end", "interrupted"))

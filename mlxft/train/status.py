@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxft.errors import CheckpointError
 from mlxft.owned import Held
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 
 STATUS_FILE = "status.json"
 
@@ -24,7 +24,7 @@ STATUS_FILE = "status.json"
 def read_status(folder: Path) -> dict[str, Any] | None:
     """What status.json holds; None: there is none (an older version's run), or it is not one."""
     try:
-        found = json.loads(read_file(folder / STATUS_FILE))
+        found = parse_json(read_file(folder / STATUS_FILE))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("status"), str) else None

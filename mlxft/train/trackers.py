@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from mlxft.config import Report
 from mlxft.errors import ConfigError, missing_extra
-from mlxft.text import read_file
+from mlxft.text import parse_json, read_file
 from mlxft.train.files import write_text
 
 IDS_FILE = "trackers.json"
@@ -239,7 +239,7 @@ def make_trackers(report: Report, folder: Path, settings: dict[str, Any], step: 
     """
     ids: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):
-        ids = dict(json.loads(read_file(folder / IDS_FILE)))
+        ids = dict(parse_json(read_file(folder / IDS_FILE)))
 
     def remember(name: str, found: str) -> None:
         ids[name] = found

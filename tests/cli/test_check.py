@@ -212,7 +212,7 @@ def test_a_reward_model_that_can_not_be_is_refused_by_check_as_by_training(
 
 
 def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
-    good: str, mlxft: Callable[..., Any], refused: Callable[..., str], tmp_path: Path
+    good: str, mlxft: Callable[..., Any], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, planned = mlxft("check", good, "memory.limit=1e-4"), mlxft("check", good, "memory.limit=1e-4", "--json")
     assert (plain.code, "DOES NOT FIT" in plain.out, CHECKED in plain.out) == (2, True, True)
@@ -221,6 +221,8 @@ def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
     assert "What helps: a smaller" in plain.err
     (tmp_path / "file").touch()
     assert "run.dir: can not write" in refused(2, "check", good, "run.dir=file/runs")
+    monkeypatch.setattr("mlxft.train.trackers.importlib.util.find_spec", lambda name: None)
+    assert "needs the package trackio" in refused(2, "check", good, "report.to=[trackio]")
 
 
 def test_a_plan_for_a_mac(good: str, mlxft: Callable[..., Any]) -> None:

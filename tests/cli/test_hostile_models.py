@@ -32,6 +32,12 @@ def deep(file: Path) -> None:
     file.write_text('{"model_type": "llama", "a": ' + "[" * 100_000 + "]" * 100_000 + "}")
 
 
+def growing(file: Path, part: str) -> None:
+    """A text of a letter becomes one of 10^9."""
+    tens = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10} for _ in range(9)]
+    change(file, **{part: {"type": "Sequence", f"{part}s": tens}})
+
+
 CONFIGS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: f.write_text("[1]"), "is a list"),
     (deep, "nested deeper"),
@@ -54,10 +60,14 @@ CONFIGS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: change(f, num_hidden_layers=3), "parameters"),
     (lambda f: change(f, rms_norm_eps=None), ""),
     (lambda f: change(f, eos_token_id=["x"]), "eos_token_id"),
+    (lambda f: change(f, rope_theta="x"), "its config does not fit its architecture"),
+    (lambda f: change(f.with_name("tokenizer_config.json"), mask_token="\ud800"), "half of a character"),
     (lambda f: f.with_name("generation_config.json").write_text("[1]"), "generation_config.json: is a list"),
     (lambda f: change(f.with_name("tokenizer_config.json"), model_max_length="x"), "model_max_length is 'x'"),
     (lambda f: deep(f.with_name("tokenizer_config.json")), "tokenizer_config.json: is nested deeper"),
     (lambda f: deep(f.with_name("tokenizer.json")), "no tokenizer"),
+    (lambda f: growing(f.with_name("tokenizer.json"), "normalizer"), "its replacements would make a text"),
+    (lambda f: growing(f.with_name("tokenizer.json"), "decoder"), "its replacements would make a text"),
     (lambda f: f.with_name("model.safetensors").unlink(), "no model*.safetensors"),
 ]
 
@@ -80,6 +90,43 @@ def test_a_damaged_model_is_refused_by_name(
         assert "Traceback" not in done.err
     assert not Path("out").exists()
     assert not Path("runs/a").exists()
+
+
+def test_a_special_token_that_the_vocabulary_has_not(
+    model: Path, tmp_path: Path, write: Write, mlxft: Callable[..., Any]
+) -> None:
+    """transformers gives it the number None."""
+    change(model / "tokenizer_config.json", pad_token="")
+    assert mlxft("check", write(**{"model.path": str(model)})).code == 0
+
+
+def test_weights_that_are_no_numbers_are_said(
+    model: Path, tmp_path: Path, write: Write, mlxft: Callable[..., Any]
+) -> None:
+    """Neither empty answers nor a dash in place of a loss, in silence."""
+    import mlx.core as mx
+
+    def spoil(file: Path) -> None:
+        arrays, about = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+        mx.save_safetensors(str(file), {k: v * float("nan") for k, v in arrays.items()}, about)
+
+    recipe = write(**{"model.path": str(model), "run.steps": 1})
+    assert mlxft("train", recipe).code == 0
+    for args in (["export", "runs/a", "peft", "--format", "peft"], ["fuse", "runs/a", "fused", "--force"]):
+        assert mlxft(*args).code == 0
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the in"}\n', "utf-8")
+    spoil(tmp_path / "runs/a/adapter/adapters.safetensors")
+    spoil(tmp_path / "peft/adapter_model.safetensors")
+    spoil(tmp_path / "fused/model.safetensors")
+    for said, args in (
+        ("holds NaN", ["generate", "--model", "runs/a", "a"]),
+        ("holds NaN", ["import", "peft", "again"]),
+        ("computes NaN", ["generate", "--model", "fused", "a", "--max-tokens", "4"]),
+        ("computes NaN", ["generate", "--model", "fused", "--batch", "prompts.jsonl", "--temperature", "1"]),
+        ("computes NaN", ["eval", "fused", "rows-10.jsonl"]),
+    ):
+        done = mlxft(*args)
+        assert (done.code, said in done.err) == (1, True), (args, done)
 
 
 def safetensors(header: dict[str, Any], data: bytes) -> bytes:
@@ -146,7 +193,7 @@ def test_absurd_metadata_of_a_whole_gguf(
         refused(1, "generate", "--model", str(file), "a")
 
 
-@pytest.mark.parametrize("name", ["m[v2]", "full[1]", "a*b?"])
+@pytest.mark.parametrize("name", ["m[v2]", "full[1]", "a*b?", "~x"])
 def test_a_name_that_looks_like_a_pattern(name: str, model: Path, write: Write, mlxft: Callable[..., Any]) -> None:
     place = model.rename(model.with_name(name))
     recipe = write(tune={"method": "full"}, **{"model.path": str(place), "run.name": "f[1]", "run.steps": 1})
@@ -156,6 +203,7 @@ def test_a_name_that_looks_like_a_pattern(name: str, model: Path, write: Write, 
         ["generate", "--model", "runs/f[1]", "a", "--max-tokens", "2"],
         ["convert", "runs/f[1]/model", "out[2]"],
         ["generate", "--model", "out[2]", "a", "--max-tokens", "2"],
+        ["generate", "--model", name, "a", "--max-tokens", "2"],  # ~x is the home of nobody
     ):
         done = mlxft(*args)
         assert done.code == 0, (args, done)

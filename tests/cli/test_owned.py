@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from mlxft import run
-from mlxft.errors import CheckpointError
-from mlxft.owned import HOLDER, hold, read_mark
+from mlxft.errors import CheckpointError, ConfigError
+from mlxft.owned import HOLDER, KINDS, check_replaceable, claim, empty, hold, read_mark
 from mlxft.run import train
 from mlxft.temporary import temporary
 from mlxft.train.report import Event
@@ -43,6 +43,8 @@ def their_folder(folder: Path, recipe: dict[str, Any]) -> Path:
         "Modelfile": "FROM x",
         "sweep.db": "theirs",
         "study.json": "{}",
+        "predictions.jsonl": "theirs",
+        "results.json": "{}",
         "best.yaml": "theirs",
         "data/pairs.jsonl": "theirs",
         "run/config.yaml": "theirs",
@@ -74,6 +76,9 @@ def replacing(recipe: str, target: str) -> dict[str, list[str]]:
         "import": ["import", "peft", target, "--overwrite"],
         "sweep": ["sweep", recipe, *run, *sweep, "--overwrite"],
         "fewshot": ["fewshot", recipe, "--test", "test.jsonl", "--k", "0,1", "--out", target, "--overwrite"],
+        "sweep, on": ["sweep", recipe, *run, *sweep],
+        "fewshot, on": ["fewshot", recipe, "--test", "test.jsonl", "--k", "0,1", "--out", target],
+        "eval": ["eval", "runs/base", "test.jsonl", "--out", target, "--overwrite"],
         "runs rm": ["runs", "--dir", str(Path(target).parent), "rm", Path(target).name, "--yes"],
         "demo": ["demo", "--dir", target],
         "rlhf": ["rlhf", "--dir", target],
@@ -424,3 +429,18 @@ def test_a_folder_is_held_by_one_and_known_by_its_mark(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()  # nothing came into it
     (tmp_path / ".mlxft.json").write_text('{"mlxft": "thesis", "files": []}')
     assert read_mark(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_with_the_name_of_a_folder_of_ours_is_the_users(kind: str, tmp_path: Path) -> None:
+    """Such as notes that lie beside the trials of a sweep."""
+    claim(tmp_path, kind)
+    for name in KINDS[kind][1]:
+        path = tmp_path / name.replace("**", "").replace("*", "mine").rstrip("/")
+        if name.endswith("/"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("years of work", "utf-8")
+            with pytest.raises(ConfigError, match=f"did not make .*{path.name}"):
+                check_replaceable(tmp_path, kind)
+            empty(tmp_path)
+            assert path.read_text("utf-8") == "years of work"

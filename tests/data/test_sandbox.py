@@ -50,6 +50,8 @@ HOSTILE = {
     "round": "{{ 1|round(999999999, 'ceil') }}",
     "slice": "{{ 'a'|slice(999999999)|list|length }}",
     "block": "{% filter center(999999999) %}a{% endfilter %}",
+    "sort": "{% for i in range(9) %}{{ ('a'*99999*99)|sort|length }}{% endfor %}",
+    "urlize": "{{ ('http://a.b '*99999)|urlize }}",
     "literal": "{% for i in range(99999) %}" + "x" * 200_000 + "{% endfor %}",
     "brackets": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
     "long": "x" * 10**6,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -368,3 +369,19 @@ def test_a_map_of_arrow_is_a_mapping_and_its_nulls_are_meant(tmp_path: Path) -> 
         [{"name": "weather", "arguments": {"city": "Ulm", "day": None}}],
         [{"name": "weather", "arguments": {}}],
     ]
+
+
+def test_a_text_too_long_to_be_tokenized_at_once(tmp_path: Path) -> None:
+    """Tokenizers would take gigabytes for it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "a" * 2**22}) + "\n" + json.dumps({"x": {"text": "a" * (2**22 + 1)}}) + "\n")
+    whole, long = read_rows(str(path), "train")
+    assert isinstance(whole, Row)
+    assert isinstance(long, Problem)
+    assert "4,194,305 characters" in long.text
+
+
+def test_a_pipe_in_a_folder_of_rows_is_refused_by_name(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(ConfigError, match="device or a pipe"):
+        read_rows(str(tmp_path), "train")

@@ -336,6 +336,17 @@ def test_what_can_not_be_pushed(run: Run, tmp_path: Path) -> None:
         pack(tmp_path, "ada/x")
 
 
+@pytest.mark.parametrize("line", ['{"event": "train", "step": 1}', '{"event": "start", "data": 3}', "[" * 100_000])
+def test_events_that_were_altered_are_named_by_their_file(run: Run, tmp_path: Path, line: str) -> None:
+    copy = Path(shutil.copytree(run.dir, tmp_path / "copy"))
+    (copy / "metrics.jsonl").write_text(line + "\n", "utf-8")
+    if line.startswith("["):  # left out, as what a kill has cut short
+        pack(copy, "ada/a")
+    else:
+        with pytest.raises(ModelError, match=r"metrics\.jsonl can not be read"):
+            pack(copy, "ada/a")
+
+
 def test_a_fused_folder_goes_as_it_is(run: Run, tmp_path: Path) -> None:
     fuse(run.dir, tmp_path / "fused")
     bare = pack(tmp_path / "fused", "ada/fused")

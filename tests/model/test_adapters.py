@@ -408,6 +408,9 @@ def test_outputs_keep_the_models_type(name: str, dora: bool, tiny_model_dir: Pat
         ({"mlxft": {"base": {"model": 3}}}, "mlxft.base.model is 3"),
         ({"mlxft": {"base": {"fingerprint": 3}}}, "mlxft.base.fingerprint is 3"),
         ({"mlxft": {"base": {"chat_template": {}}}}, "mlxft.base.chat_template is an object"),
+        ({"mlxft": {"base": {"dtype": -1}}}, "mlxft.base.dtype is -1"),
+        ({"mlxft": {"base": {"quantize": 7}}}, "mlxft.base.quantize is 7"),
+        ({"mlxft": {"base": {"group_size": "64"}}}, "mlxft.base.group_size is '64'"),
         ({"lora_parameters": ...}, "lora_parameters is missing"),
     ],
 )

@@ -214,6 +214,14 @@ def test_a_study_learns_goes_on_and_is_the_same_again(reviews: Callable[..., Pat
     assert json.loads(cells[0].read_text("utf-8"))["rows"] == before["rows"]
     assert {cell: cell.stat().st_mtime_ns for cell in cells[1:]} == {cell: times[cell] for cell in cells[1:]}
     assert "| tuned | all | 40 |" in (tmp_path / "study/fewshot.md").read_text("utf-8")
+    whole = cells[0].read_text("utf-8")
+    for damaged in ("[]", "{}", json.dumps(before | {"rows": [{"row": "a"}]}), json.dumps(before | {"notes": 3})):
+        cells[0].write_text(damaged, "utf-8")
+        with pytest.raises(ConfigError, match=f"{cells[0].name}: can not be read.*delete it"):
+            study(file, plan)
+    cells[0].write_text(whole.replace('"scores": {"', '"scores": {"other '), "utf-8")
+    with pytest.raises(ConfigError, match="not all have the same scores"):
+        study(file, plan)
 
 
 def test_shots_are_never_evaluated_rows(reviews: Callable[..., Path], tmp_path: Path) -> None:

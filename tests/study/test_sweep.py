@@ -181,7 +181,7 @@ def test_a_sweep_in_use_and_other_folders_are_refused(write: Write, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"sweep.db: file is not a database; begin again with --overwrite"):
         quiet(path)
     (folder / "sweep.db").rename(folder / "config.yaml")
-    with pytest.raises(ConfigError, match=r"exists and is no sweep \(no sweep.db\); give another --name"):
+    with pytest.raises(ConfigError, match=r"exists and is no sweep that this version of mlxft made; give another"):
         quiet(path)
     with pytest.raises(ConfigError, match=r"what mlxft did not make \(config.yaml\)"):
         quiet(path, overwrite=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxft.errors import ConfigError, RewardError, nearest
+from mlxft.text import home_path
 
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
@@ -118,7 +119,7 @@ def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]
         path, colon, _ = spec.rpartition(":")
         if not (path and colon and name):
             raise ConfigError(f"rewards.function: {spec!r} names no function; expected file.py:name, called as {CALL}")
-        file = Path(path).expanduser()
+        file = home_path(path)
         if file not in modules:
             modules[file] = _run_file(spec, file)
         # A plain name is easier to read in reports, where it can mean one function only.

@@ -23,6 +23,7 @@ from mlxft.model.roles import Roles
 from mlxft.model.scorer import Scorer
 from mlxft.model.source import resolve
 from mlxft.recipe import load_config
+from mlxft.text import home_path
 
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
@@ -53,7 +54,7 @@ def find_reward_run(path: str, normalize: bool) -> RewardRun:
         ConfigError: not there, no reward run, or `normalize` and it stored no mean and standard deviation.
         ModelError: its head can not be read.
     """
-    place = Path(path).expanduser()
+    place = home_path(path)
     file = find_head(path)
     if file is None:
         if not place.exists():

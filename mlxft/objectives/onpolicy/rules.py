@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxft.data.thoughts import Thoughts, wanted_of
 from mlxft.errors import ConfigError, DataError, missing_extra
 from mlxft.objectives.onpolicy.settings import AnyRule, ExactMatch, JsonSchema, Length, Number, Regex, TextRule
-from mlxft.text import read_small
+from mlxft.text import home_path, parse_json, read_small
 
 if TYPE_CHECKING:
     from mlxft.objectives.onpolicy.rewards import Item
@@ -41,7 +39,7 @@ def find_json(text: str) -> tuple[bool, Any]:
     """Whether a text, or the last of its ``` fences that does, holds JSON; and its value."""
     for part in (text, *reversed(_FENCE.findall(text))):
         try:
-            return True, json.loads(part, parse_constant=_no_json)
+            return True, parse_json(part, parse_constant=_no_json)
         except (ValueError, RecursionError):
             continue
     return False, None
@@ -201,7 +199,7 @@ def _read_schema(at: str, given: str | dict[str, Any]) -> tuple[Any, str]:
     if isinstance(given, dict):
         return given, f"{at}.schema"
     try:
-        schema = json.loads(read_small(Path(given).expanduser()))
+        schema = parse_json(read_small(home_path(given)))
     except OSError as exc:
         raise ConfigError(f"{at}.schema: can not read {given}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
