@@ -4,12 +4,13 @@
 BIN := .venv/bin
 ARGS :=
 
-.PHONY: help demo rlhf test fuzz check clean
+.PHONY: help demo rlhf test test-gpu fuzz check clean
 
 help:
 	@echo 'make demo    install, then fine-tune a small model in a few minutes'
 	@echo 'make rlhf    the whole road to PPO: SFT, a reward model, PPO on built-in reviews'
 	@echo 'make test    install with the development tools, then run every test  (ARGS="-k gae" picks)'
+	@echo 'make test-gpu  hold what this machine computes against the CPU'\''s numbers (mlxft selftest)'
 	@echo 'make fuzz    10,000 hostile folders, recipes and rows through the commands  (ARGS="--seed 1" makes others)'
 	@echo 'make check   style, types and layout'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
@@ -22,6 +23,9 @@ rlhf: .venv/.base
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-gpu: .venv/.base
+	$(BIN)/mlxft selftest $(ARGS)
 
 fuzz: .venv/.dev
 	$(BIN)/python tests/fuzz.py --folders 1000 --recipes 4500 --rows 4500 $(ARGS)

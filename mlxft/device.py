@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 Backend = Literal["metal", "cuda", "cpu"]
+NAMES: dict[Backend, str] = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
 Failure = Literal["memory", "watchdog"]
 # What has happened, and what helps where it was in training.
 FAILURES: dict[Failure, tuple[str, str]] = {

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from mlxft.config import Config
-from mlxft.device import UNKNOWN, machine_bytes, planned_backend, usable_bytes
+from mlxft.device import NAMES, UNKNOWN, machine_bytes, planned_backend, usable_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
@@ -96,7 +96,6 @@ class Planned:
         ]
 
 
-NAMES = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
 
 

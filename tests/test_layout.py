@@ -46,6 +46,7 @@ SAME_ROOM = {
     "parts": "run",
     "check": "run",
     "doctor": "run",
+    "selftest": "demo",
     "planning": "run",
     "timing": "run",
 }
