@@ -339,6 +339,11 @@ class Memory(Settings):
         description="Keep only each block's input and compute the rest again for the gradient; auto: where the plan "
         "without it takes more than a third of the machine's memory.",
     )
+    measure: bool = Field(
+        True,
+        description="Compute one step of the largest batch before training, throw its gradient away, and decide "
+        "checkpoint: auto by what it took.",
+    )
     limit: float | None = Field(
         None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."
     )

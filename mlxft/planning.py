@@ -212,7 +212,8 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
 def settled(config: Config, resume: bool) -> Config:
     """Settle what a recipe leaves open: `batch.tokens: auto`, by what fits, and the day.
 
-    A run that is resumed keeps what it began with: these two, and the optim.lr that its recipe did not give.
+    A run that is resumed keeps what it began with: these two, the optim.lr that its recipe did not give, and whether
+    blocks are checkpointed.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
@@ -221,7 +222,11 @@ def settled(config: Config, resume: bool) -> Config:
     file = config.run_dir / "config.yaml"
     stored = load_config(file, looked_at=True) if resume and file.exists() else None
     if stored is not None:
-        config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
+        memory: dict[str, Any] = {"measure": False}  # it was done
+        if config.memory.checkpoint == "auto":
+            memory["checkpoint"] = stored.memory.checkpoint
+        optim, kept = config.optim.with_default(stored.optim.lr), config.memory.model_copy(update=memory)
+        config = config.model_copy(update={"optim": optim, "memory": kept})
     if config.data.date is None:
         day = (stored and stored.data.date) or date.today()
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})

@@ -18,12 +18,13 @@ from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
 from mlxft.device import FAILURES, Failure, awake, gpu_failure
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
+from mlxft.measure import settle_by_measure
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters
-from mlxft.model.memory import checkpoint_layers, limits
+from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
 from mlxft.model.pack import Packing
 from mlxft.model.random import set_random_state
 from mlxft.model.sample import Sampling, generate
@@ -70,7 +71,8 @@ def assemble(config: Config, loaded: Loaded, objective: Objective) -> tuple[LoRA
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
     checkpoint_layers(loaded.model, checkpointing)
-    return spec, Optimizer(config.optim, loaded.model, objective.parts()), notes
+    optimizer = Optimizer(config.optim, loaded.model, objective.parts())
+    return spec, optimizer, notes + settle_by_measure(config, loaded.model, objective, optimizer)
 
 
 class _Saver:
@@ -176,6 +178,10 @@ def _train_held(
     objective = make_objective(config, loaded.tokenizer)
     total = total_steps(config, objective)
     spec, optimizer, expected = assemble(config, loaded, objective)
+    # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
+    memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
+    config = config.model_copy(update={"memory": memory})
+    run = Run(run.dir, config)
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)
     notes: list[str] = []

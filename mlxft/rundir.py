@@ -30,6 +30,7 @@ FREE_ON_RESUME = {
     "run.save_every",
     "run.keep",
     "run.keep_awake",
+    "memory.measure",
     "run.dir",
     "run.name",
     "run.sample_prompts",

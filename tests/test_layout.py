@@ -48,6 +48,7 @@ SAME_ROOM = {
     "doctor": "run",
     "selftest": "demo",
     "planning": "run",
+    "measure": "run",
     "timing": "run",
 }
 MAX_FUNCTION_LINES = 60

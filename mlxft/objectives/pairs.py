@@ -209,6 +209,12 @@ class Judged(OffPolicy, Generic[Row]):
                 self.begin_step(model, slots[at : at + accumulate], valid=False)
             yield self.make(model, slots[at].rows, slots[at].width, valid=False, ends_epoch=at + 1 == len(slots))
 
+    def largest(self, model: nn.Module) -> Batch | None:
+        """The first epoch's batch that takes most."""
+        slot = max(self.plan(0), key=lambda s: len(s.rows) * s.width)
+        self.begin_step(model, [slot], valid=False)
+        return self.make(model, slot.rows, slot.width, valid=False, ends_epoch=False)
+
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         if not self.valid:
             return

@@ -146,6 +146,9 @@ class _Pairs(Judged[EncodedPair]):
             data = [[a for row in rows for a in answers_of(row)] for rows in (self.rows, self.valid)]
             self._policy.reference.precompute([_stacked(d, self.most) for d in data], self.config.run_dir, key)
 
+    def largest(self, model: nn.Module) -> Batch | None:
+        return None if self._settings.precompute else super().largest(model)  # its numbers are not there yet
+
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
         arrays = stack_pairs(pairs, width, self._policy.of(model))
@@ -240,6 +243,9 @@ class _Single(Judged[EncodedAnswer]):
         rows = self.valid if valid else self.rows
         prompt, reply = rows[row].prompt_ids, rows[self._partners[valid][row]].completion_ids
         return Answer(prompt, reply[: max(1, self.config.data.max_length - len(prompt))])
+
+    def largest(self, model: nn.Module) -> Batch | None:
+        return None if self._settings.precompute else super().largest(model)
 
     def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
         """The reference point of a whole step: the mean log-ratio of answers to other prompts, by the policy of now."""

@@ -148,8 +148,15 @@ class Objective(OffPolicy):
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         for slots, at in self.places():
-            sequences = [[self.train.rows[i] for i in rows] for rows in slots[at].sequences]
-            yield pack_batch(sequences, slots[at].width, at + 1 == len(slots), segments=self._width is not None)
+            yield self._make(slots[at], at + 1 == len(slots))
+
+    def largest(self, model: nn.Module) -> Batch | None:
+        """The first epoch's batch that takes most."""
+        return self._make(max(self.plan(0), key=lambda s: len(s.sequences) * s.width), False)
+
+    def _make(self, slot: Slot, ends_epoch: bool) -> Batch:
+        sequences = [[self.train.rows[i] for i in rows] for rows in slot.sequences]
+        return pack_batch(sequences, slot.width, ends_epoch, segments=self._width is not None)
 
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         if self.valid is None:

@@ -173,8 +173,7 @@ class Loop:
                 continue
             part, more = self._gradient(batch)
             sums = part if sums is None else sums.plus(part)
-            # In float32: a sum in bfloat16 has 8 bits, and stands still at 256 times what is added to it.
-            grads |= {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
+            grads = summed(grads, more)
             # Together, and before anything else is asked for: what only one of them needs would keep the others'
             # activations alive.
             mx.async_eval(sums, grads)
@@ -206,19 +205,7 @@ class Loop:
         self.progress.about = {k: v for k, v in event.items() if isinstance(v, (int, float))}
 
     def _gradient(self, batch: Batch) -> tuple[LossSum, dict[str, mx.array]]:
-        def loss(params: dict[str, mx.array]) -> LossSum:
-            self.model.update(tree_unflatten(list(params.items())))
-            if aux is not None:
-                return balanced_loss(self.objective, self.model, batch, aux)
-            return self.objective.loss(self.model, batch)
-
-        aux = self.config.tune.router_aux
-        params = dict(tree_flatten(self.model.trainable_parameters()))
-        if batch.trains is not None:
-            params = {n: v for n, v in params.items() if batch.trains(n)}
-        sums, grads = mx.value_and_grad(loss)(params)
-        self.model.update(tree_unflatten(list(params.items())))
-        return sums, grads
+        return gradient(self.model, self.objective, batch, self.config.tune.router_aux)
 
     def _drain(self) -> None:
         """Look at the steps since the last time: the only place where the loop waits for numbers.
@@ -321,6 +308,35 @@ class Loop:
         away = time.perf_counter() - began
         self._started += away
         self._reported += away
+
+
+def gradient(
+    model: nn.Module, objective: Objective, batch: Batch, aux: float | None
+) -> tuple[LossSum, dict[str, mx.array]]:
+    """The sums of a micro-batch, and the gradient of their total in what it trains, by name.
+
+    Args:
+        aux: tune.router_aux.
+    """
+
+    def loss(params: dict[str, mx.array]) -> LossSum:
+        model.update(tree_unflatten(list(params.items())))
+        if aux is not None:
+            return balanced_loss(objective, model, batch, aux)
+        return objective.loss(model, batch)
+
+    params = dict(tree_flatten(model.trainable_parameters()))
+    if batch.trains is not None:
+        params = {n: v for n, v in params.items() if batch.trains(n)}
+    sums, grads = mx.value_and_grad(loss)(params)
+    model.update(tree_unflatten(list(params.items())))
+    return sums, grads
+
+
+def summed(grads: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The gradients of micro-batches so far, and those of one more."""
+    # In float32: a sum in bfloat16 has 8 bits, and stands still at 256 times what is added to it.
+    return grads | {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
 
 
 def loop_state(loop: Loop) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""One real step of the largest batch, before training: what it takes decides where a plan only predicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxft.config import Config
+from mlxft.device import gpu_failure, machine_bytes, usable_bytes
+from mlxft.errors import ConfigError
+from mlxft.model.cpu import quicker
+from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
+from mlxft.model.plan import CHECKPOINT_ABOVE
+from mlxft.model.random import probing
+from mlxft.planning import amount
+from mlxft.train.loop import gradient, summed
+from mlxft.train.optim import Optimizer
+
+
+def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> list[str]:
+    """Measure a step, and switch gradient checkpointing on where it is left open and the step takes too much.
+
+    Returns:
+        What there is to say of it; nothing where the objective's batches are not known before it runs.
+    Raises:
+        ConfigError: it takes more than `memory.limit`, or than this machine has.
+    """
+    if not config.memory.measure or not hasattr(objective, "largest"):
+        return []
+    taken = measured_bytes(config, model, objective, optimizer)
+    room, open_ = usable_bytes(config.memory.limit), config.memory.checkpoint == "auto"
+    most = min(room, machine_bytes() * CHECKPOINT_ABOVE)
+    if open_ and not is_checkpointed(model) and taken is not None and taken > most:
+        checkpoint_layers(model)
+        taken = measured_bytes(config, model, objective, optimizer)
+    if taken is None:
+        return []
+    if taken > room:
+        limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
+        raise ConfigError(
+            f"a step takes {amount(taken)}, and {limit} is {amount(room)}. What helps: a smaller batch.tokens (with "
+            "batch.accumulate for the same step), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length"
+        )
+    on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
+    return [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
+
+
+def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> int | None:
+    """Peak of a step of the largest batch, weights included; None if there is no batch to take.
+
+    Its gradient is thrown away, and the random state is afterwards as it was. Without memory for it, all there is.
+    """
+    try:
+        with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+            batch = objective.largest(model)
+            if batch is None:
+                return None
+            mx.eval(model.parameters(), optimizer.arrays(), batch.arrays)
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            grads: dict[str, mx.array] = {}
+            for _ in range(min(2, config.batch.accumulate)):  # the second stands for all further ones
+                sums, more = gradient(model, objective, batch, config.tune.router_aux)
+                grads = summed(grads, more)
+                mx.eval(sums, grads)
+                del more
+            # The update holds the square of the largest parameter for the norm, and what it makes anew.
+            largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
+            update = mx.get_active_memory() + 4 * largest + optimizer.renewed(model)
+            return max(mx.get_peak_memory(), update)
+    except (RuntimeError, MemoryError) as error:
+        if gpu_failure(error) != "memory":
+            raise
+        mx.clear_cache()
+        return 1 << 62
