@@ -47,6 +47,7 @@ SAME_ROOM = {
     "check": "run",
     "doctor": "run",
     "selftest": "demo",
+    "bench": "demo",
     "planning": "run",
     "measure": "run",
     "timing": "run",

@@ -41,6 +41,7 @@ COMMANDS = {
     "runs": ("runs", "List, show, compare, plot, report, watch and remove runs."),
     "doctor": ("doctor", "Look at this machine: what is wrong, and what mends it."),
     "selftest": ("doctor", "Hold this machine's numbers against the CPU's, in some minutes."),
+    "bench": ("doctor", "Time training on this machine, on models of known shapes."),
     "schema": ("schema", "Print the JSON schema of recipes, for editors."),
     "demo": ("demo", "See it work: train a small model on built-in rows."),
     "rlhf": ("demo", "See the whole road: SFT, a reward model, PPO, fuse."),

@@ -1,8 +1,9 @@
-"""mlxft doctor, mlxft selftest."""
+"""mlxft doctor, mlxft selftest, mlxft bench."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -68,4 +69,46 @@ def selftest(as_json: bool) -> None:
     if as_json:
         echo(json_text(to_json(checks), indent=2))
     if not all(check.passed for check in checks):
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, metavar="[JOB]...")
+@click.option("--shape", default="smollm2-135m", show_default=True, help="Of the model; its weights are random.")
+@click.option("--steps", default=8, show_default=True, type=click.IntRange(2, 1000), help="Counted ones of each job.")
+@click.option("--against", type=click.Choice(["mlx_lm"]), help="Its trainer takes a turn behind each SFT job.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as_json: bool) -> None:
+    """Time training on this machine: SFT by LoRA and QLoRA, plain, packed and checkpointed, DPO, GRPO and PPO.
+
+    JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo; default: all. --shape
+    takes smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b or qwen3-8b. Nothing is downloaded; the rows at the end
+    are for docs/performance.md.
+
+    \b
+    Example: mlxft bench --shape qwen3-0.6b --against mlx_lm
+             mlxft bench sft-qlora --shape llama-3.2-3b
+    """
+    from mlxft.bench import JOBS, markdown
+    from mlxft.bench import bench as run
+
+    console = make_console()
+
+    def tell(found: dict[str, Any]) -> None:
+        if as_json:
+            return
+        said = found.get("error") or f"{found['tokens_per_s']:.0f} tokens/s, {found['peak_gb']:.2f} GB"
+        more = f", {found['share']:.0%} of the machine's products" if "share" in found else ""
+        more += f", {found['sampled_per_s']:.0f} sampled/s" if "sampled_per_s" in found else ""
+        console.print(f"{found['side']:>6}  {found['job']}: {said}{more}", soft_wrap=True)
+
+    found = run(jobs or tuple(JOBS), shape, steps, against is not None, tell)
+    if as_json:
+        echo(json_text(found, indent=2))
+        return
+    command = " ".join(
+        ["mlxft bench", *jobs, f"--shape {shape} --steps {steps}", *(["--against mlx_lm"] if against else [])]
+    )
+    echo("\n".join(["", *markdown(found, command)]))
+    if any("error" in job for job in found["jobs"]):
         raise SystemExit(1)

@@ -1,0 +1,70 @@
+"""mlxft bench: every job runs, here on a tiny shape, and its figures become rows of the page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxft import bench
+from mlxft.bench import JOBS, SHAPES, markdown, work
+from mlxft.errors import ConfigError
+
+TINY = {**SHAPES["qwen3-0.6b"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY |= {"num_key_value_heads": 1, "intermediate_size": 128, "vocab_size": 512, "head_dim": 64}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    for job in ("grpo", "ppo"):
+        monkeypatch.setitem(JOBS[job], "rollout", {**JOBS[job]["rollout"], "max_tokens": 4})
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_each_job_runs(job: str) -> None:
+    found = work(job, "tiny", 2, "mlxft")
+    assert found["tokens_per_s"] > 0
+    assert found["peak_gb"] > 0
+    # Attention and SwiGLU of two layers, their norms, and an embedding that is the head too.
+    layer = 64 * 128 + 2 * 64 * 64 + 128 * 64 + 3 * 64 * 128 + 2 * 64 + 2 * 64
+    assert found["parameters"] == 2 * layer + 512 * 64 + 64
+    assert ("sampled_per_s" in found) == (job in ("grpo", "ppo"))
+
+
+@pytest.mark.parametrize("job", ["sft-lora", "sft-qlora", "sft-lora-checkpointed"])
+def test_mlx_lm_takes_its_turn(job: str) -> None:
+    assert work(job, "tiny", 2, "mlx_lm")["tokens_per_s"] > 0
+
+
+def test_the_shapes_are_those_of_the_models() -> None:
+    """Numbers of parameters in millions, as their makers give them."""
+
+    def size(about: dict[str, Any]) -> float:
+        width, layers, heads = about["hidden_size"], about["num_hidden_layers"], about["num_attention_heads"]
+        head = about.get("head_dim", width // heads)
+        attention = 2 * width * head * (heads + about["num_key_value_heads"])
+        ends = about["vocab_size"] * width * (1 if about["tie_word_embeddings"] else 2)
+        return (layers * (attention + 3 * width * about["intermediate_size"]) + ends) / 1e6
+
+    known = {"smollm2-135m": 134.5, "qwen3-0.6b": 596, "qwen2.5-1.5b": 1544, "llama-3.2-3b": 3213, "qwen3-8b": 8191}
+    for name, millions in known.items():
+        assert size(SHAPES[name]) == pytest.approx(millions, rel=0.01), name
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sft-lroa: is none of .*did you mean sft-lora"):
+        bench.bench(["sft-lroa"], "tiny", 2, False, print)
+    with pytest.raises(ConfigError, match=r"qwen3-9b: is none of .*did you mean qwen3-8b"):
+        bench.bench(["sft-lora"], "qwen3-9b", 2, False, print)
+
+
+def test_a_job_that_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WORK", "raise SystemExit('no memory')")
+    found = bench.bench(["sft-lora", "dpo"], "tiny", 2, True, lambda job: None)
+    assert [(j["job"], j["side"], j["error"]) for j in found["jobs"]] == [
+        ("sft-lora", "mlxft", "no memory"),
+        ("sft-lora", "mlx_lm", "no memory"),
+        ("dpo", "mlxft", "no memory"),
+    ]
+    assert "| tiny | dpo | mlxft | no memory |  |  | `mlxft bench` |" in markdown(found, "mlxft bench")[-1]
