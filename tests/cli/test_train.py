@@ -240,6 +240,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
 # cache (tests/data), memory (tests/model); versions is not read, and says so.
 ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "data.cache"}
 ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
+ELSEWHERE |= {"memory.measure", "run.keep_awake"}  # tests/test_measure, tests/test_device
 ELSEWHERE |= {"report.to", "report.project"}  # tests/train/test_trackers
 ELSEWHERE |= {"data.invalid"}  # tests/cli/test_rows: where it drops nothing, it changes nothing
 ELSEWHERE |= {"data.date"}  # tests/cli/test_kept_template: of templates that write one
