@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -15,6 +15,20 @@ Parameters = dict[str, mx.array]
 Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers
 
 _OUT = -1e30  # a logit without probability
+K = TypeVar("K")
+A = TypeVar("A")
+V = TypeVar("V")
+
+
+def ahead(batches: Iterable[tuple[K, A]], read: Callable[[A], V]) -> Iterator[tuple[K, V]]:
+    """`read` of each batch, the next one asked for before one is handed out: the device computes it meanwhile."""
+    before: list[tuple[K, V]] = []
+    for key, arrays in batches:
+        before.append((key, read(arrays)))
+        mx.async_eval(before[-1][1])
+        if len(before) > 1:
+            yield before.pop(0)
+    yield from before
 
 
 def _picked(logits: mx.array, labels: mx.array) -> mx.array:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxft.model.logprobs import ahead
 from mlxft.model.random import probing
 from mlxft.model.roles import Roles
 from mlxft.model.shared import Sharing
@@ -52,7 +53,7 @@ class Reference:
         self._file = folder / FILE, key
 
     def logprobs(self, arrays: dict[str, mx.array], which: int, places: Sequence[int]) -> mx.array:
-        """(N,) float32, evaluated, of the answers' tokens, in the order of `arrays["labels"]`.
+        """(N,) float32, on their way, of the answers' tokens, in the order of `arrays["labels"]`.
 
         Args:
             arrays: of a batch, as `Sharing` takes them.
@@ -70,7 +71,8 @@ class Reference:
         assert self._roles is not None
         with probing(self._roles.model), self._roles.use(self._name):
             values = self._sharing.logprobs(arrays, grad=False)
-            mx.eval(values)
+        # Before anything else is asked for, so that its activations never stand beside the policy's; not waited for.
+        mx.async_eval(values)
         return values
 
     def _digest(self, key: str) -> str:
@@ -88,10 +90,10 @@ class Reference:
         found: list[list[Any]] = []
         for job in self._jobs:
             rows: dict[int, Any] = {}
-            for places, arrays in job:
-                values = np.array(self._ask(arrays))
-                ends = np.cumsum(np.array(arrays["lengths"]).astype(np.int64))[:-1]
-                rows |= dict(zip(places, np.split(values, ends)))
+            batches = (((places, arrays["lengths"]), arrays) for places, arrays in job)
+            for (places, lengths), values in ahead(batches, self._ask):
+                ends = np.cumsum(np.array(lengths).astype(np.int64))[:-1]
+                rows |= dict(zip(places, np.split(np.array(values), ends)))
             found.append([rows[i] for i in range(len(rows))])
         self._write(found)
         return found

@@ -9,10 +9,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxft.data.batching import plan_epoch
+from mlxft.data.batching import Slot, plan_epoch
 from mlxft.data.encode import Reply, encode_reply
 from mlxft.model.heads import read_scores
 from mlxft.model.logits import Split
+from mlxft.model.logprobs import ahead
 
 TOKENS = 4096  # of a batch, padding included
 
@@ -48,14 +49,18 @@ class Scorer:
             return []
         lengths = np.array([len(a.prompt) + len(a.reply) for a in answers], dtype=np.int64)
         found = np.zeros(len(answers))
-        for slot in plan_epoch(lengths, tokens=tokens, seed=None):
-            rows = list(slot.rows)
+
+        def read(slot: Slot) -> mx.array:
             # Padded on the right, where causal attention never sees it.
-            ids = np.zeros((len(rows), slot.width), dtype=np.int32)
-            for b, i in enumerate(rows):
+            ids = np.zeros((len(slot.rows), slot.width), dtype=np.int32)
+            for b, i in enumerate(slot.rows):
                 ids[b, : lengths[i]] = np.concatenate(answers[i])
-            last = mx.array((lengths[rows] - 1).astype(np.int32))
-            found[rows] = np.array(read_scores(self.split, mx.array(ids), last))
+            last = mx.array((lengths[list(slot.rows)] - 1).astype(np.int32))
+            return read_scores(self.split, mx.array(ids), last)
+
+        slots = plan_epoch(lengths, tokens=tokens, seed=None)
+        for rows, values in ahead(((list(slot.rows), slot) for slot in slots), read):
+            found[rows] = np.array(values)
             if on_done is not None:
                 on_done(len(rows))
         return [float(value) for value in found]

@@ -117,10 +117,7 @@ class Objective(OnPolicy[PPO]):
         s = self.settings
         if s.critic == "separate":
             with probing(self.split.model):
-                for rows in micro:
-                    values = self._values(self._arrays(rollout, rows, self.prompts))
-                    mx.eval(values)
-                    self._keep(rollout, rows, "values", values)
+                self.keep(rollout, self.prompts, micro, lambda a: {"values": self._values(a)})
         values, mask = rollout.grid("values"), rollout.mask
         rewards = mx.zeros(mask.shape)
         if self.kl_coef:

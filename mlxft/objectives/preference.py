@@ -225,7 +225,7 @@ class _Single(Judged[EncodedAnswer]):
         self._partners = [_partners(rows, config.run.seed), _partners(valid, config.run.seed)]
         if self._partners[0] == list(range(len(rows))):
             self.notes.append("all answers are to one prompt: kto's reference point, of other prompts' answers, is 0")
-        self._point = 0.0
+        self._point = mx.array(0.0)
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         super().prepare(model, base)
@@ -252,12 +252,13 @@ class _Single(Judged[EncodedAnswer]):
         assert self._policy.reference is not None
         every = len(self.valid if valid else self.rows)
         rows = [i for slot in slots for i in slot.rows if self._partners[valid][i] != i]
-        total = 0.0
+        total = mx.array(0.0)
         with probing(model):
             for places, arrays in _stacked([self._mismatched(i, valid) for i in rows], self.most):
                 ref = self._policy.reference.logprobs(arrays, int(valid), [every + rows[i] for i in places])
-                total += float((self._policy.logprobs(model, arrays, False) - ref).sum())
-        self._point = max(0.0, total / len(rows)) if rows else 0.0
+                total = total + (self._policy.logprobs(model, arrays, False) - ref).sum()
+                mx.async_eval(total)  # one batch's activations at a time; the number stays on the device
+        self._point = mx.maximum(total / max(1, len(rows)), 0.0)
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         chosen = [(self.valid if valid else self.rows)[i] for i in rows]
@@ -265,7 +266,7 @@ class _Single(Judged[EncodedAnswer]):
         arrays = stack(answers, width)
         arrays["good"] = mx.array([float(row.label) for row in chosen])
         arrays["weights"] = mx.array([row.weight for row in chosen])
-        arrays["point"] = mx.array(self._point)
+        arrays["point"] = self._point
         assert self._policy.reference is not None
         arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), list(rows))
         tokens = sum(len(a.prompt) + len(a.reply) for a in answers)

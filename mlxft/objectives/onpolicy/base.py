@@ -7,7 +7,7 @@ step, for some epochs. All that frozen roles say of a completion is in its batch
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -24,7 +24,7 @@ from mlxft.data.thoughts import decode_completion, opening_after, until_stop
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
 from mlxft.model.logits import Split
-from mlxft.model.logprobs import Draw, rows_logprobs, rows_logprobs_entropy
+from mlxft.model.logprobs import Draw, ahead, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.random import probing
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling, never_drawn
@@ -191,23 +191,13 @@ class OnPolicy(Generic[M]):
                 last bit.
         """
         assert self._model is not None
-        entropy = 0.0
         with probing(self._model):
-            for rows in micro:
-                a = self._arrays(rollout, rows, prompts)
-                asked = (self.split, a["ids"], a["positions"], a["labels"])
-                found = self.read(a)
-                mx.eval(found)
-                entropy += float(found.pop("entropy").sum())
-                for name, numbers in found.items():
-                    self._keep(rollout, rows, name, numbers)
-                if not self.settings.refers:
-                    continue
+            self.keep(rollout, prompts, micro, self.read)
+            if self.settings.refers:
                 with self.roles.use(self.reference):
-                    ref = rows_logprobs(*asked, grad=False, draw=self.how)
-                    mx.eval(ref)
-                self._keep(rollout, rows, "ref_logprobs", ref)
-        return entropy / float(rollout.sizes.sum())
+                    self.keep(rollout, prompts, micro, lambda a: {"ref_logprobs": self.logprobs(a, grad=False)})
+        entropy = rollout.tokens.pop("entropy")
+        return float(np.concatenate(entropy).mean(dtype=np.float64))
 
     def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
         """What the policy of now says of each token, (N,): entropy, old_logprobs, and what else a subclass keeps."""
@@ -215,11 +205,21 @@ class OnPolicy(Generic[M]):
         logprobs, entropy = rows_logprobs_entropy(*asked, draw=self.how)
         return {"old_logprobs": logprobs, "entropy": entropy}
 
-    def _keep(self, rollout: Rollout, rows: Sequence[int], name: str, values: mx.array) -> None:
-        kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
-        ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
-        for i, part in zip(rows, np.split(np.array(values), ends)):
-            kept[i] = part
+    def keep(
+        self,
+        rollout: Rollout,
+        prompts: Sequence[EncodedPrompt],
+        micro: Sequence[Sequence[int]],
+        read: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+    ) -> None:
+        """Keep what `read` gives of each token, by name: (N,) of the arrays of each batch of completions."""
+        batches = ((rows, self._arrays(rollout, rows, prompts)) for rows in micro)
+        for rows, found in ahead(batches, read):
+            ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
+            for name, values in found.items():
+                kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
+                for i, part in zip(rows, np.split(np.array(values), ends)):
+                    kept[i] = part
 
     def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
         """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
@@ -367,10 +367,10 @@ class OnPolicy(Generic[M]):
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         raise AssertionError(f"{type(self).__name__} has no loss")
 
-    def logprobs(self, a: dict[str, mx.array]) -> mx.array:
-        """(N,) of a batch's tokens, by the policy of now."""
+    def logprobs(self, a: dict[str, mx.array], grad: bool = True) -> mx.array:
+        """(N,) of a batch's tokens, by the role of now."""
         asked = (self.split, a["ids"], a["positions"], a["labels"])
-        return rows_logprobs(*asked, grad=True, draw=self.how)
+        return rows_logprobs(*asked, grad=grad, draw=self.how)
 
     def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
         """At most: epochs over a rollout end early where `target_kl` says so."""
