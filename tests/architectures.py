@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxft.model.load import mended
 
 # What mlx-lm's architectures call their sizes; each takes those that its ModelArgs has.
 SIZES: dict[str, Any] = {
@@ -214,7 +217,7 @@ MORE: dict[str, dict[str, Any]] = {
         hidden_size_per_layer_input=8,
         altup_num_inputs=2,
         altup_coef_clip=120.0,
-        altup_correct_scale=True,
+        altup_correct_scale=False,
         altup_active_idx=0,
         laurel_rank=4,
     ),
@@ -404,9 +407,9 @@ NOT = {
 
 
 def names() -> list[str]:
-    """Every module of mlx-lm that defines an architecture; no module is run, for some leave the process."""
+    """Every module of mlx-lm that has an architecture; none is imported, for olmo's ends the process."""
     found = sorted(Path(mlx_lm.models.__path__[0]).glob("*.py"))
-    return [f.stem for f in found if "\nclass Model(" in f.read_text() and "\nclass ModelArgs(" in f.read_text()]
+    return [f.stem for f in found if {"Model", "ModelArgs"} <= set(re.findall(r"\w+", f.read_text("utf-8")))]
 
 
 def settings(name: str, **sizes: Any) -> dict[str, Any]:
@@ -423,9 +426,7 @@ def build(name: str, **sizes: Any) -> nn.Module:
     """A tiny model of these `settings`, with random weights."""
     module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
     model = module.Model(module.ModelArgs.from_dict(settings(name, **sizes)))
-    if not hasattr(model, "_no_grad"):  # recurrent_gemma leaves Module's own constructor out
-        model._no_grad = set()
-    scatter(model, seed=1)
+    scatter(mended(model), seed=1)
     model.eval()
     return model
 
