@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxft.model.load import mended
 
 # What mlx-lm's architectures call their sizes; each takes those that its ModelArgs has.
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
+    "num_vocab": 64,
+    "vocab_size_per_layer_input": 64,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "intermediate_size": 48,
@@ -116,7 +123,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "apertus": {"post_norm": False, "qk_norm": True},
     "deepseek_v2": {"rope_scaling": _YARN, "topk_method": "greedy"},
     "deepseek_v3": {"rope_scaling": _YARN, "topk_method": "noaux_tc"},
-    "exaone4": {"sliding_window_pattern": "LG"},
+    "exaone4": {"sliding_window_pattern": "LG", "layer_types": ["sliding_attention", "full_attention"]},
     "glm4_moe": {"use_qk_norm": True},
     "gpt_neox": {"rotary_emb_base": 10000},
     "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"]},
@@ -157,7 +164,6 @@ _GEMMA4 = {
     "num_kv_shared_layers": 0,
     "global_head_dim": 8,
     "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 64,
 }
 _LFM2 = {
     "conv_bias": False,
@@ -201,6 +207,20 @@ MORE: dict[str, dict[str, Any]] = {
     "exaone_moe": {"num_shared_experts": 1, "is_moe_layer": [False, True], "layer_types": ["full_attention"] * 2},
     "gear": {},
     "gemma3": _text("gemma3_text"),
+    "gemma3n": _text(
+        "gemma3n",
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        rope_local_base_freq=10000.0,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        altup_coef_clip=120.0,
+        altup_correct_scale=False,
+        altup_active_idx=0,
+        laurel_rank=4,
+    ),
     "gemma4": _text("gemma4_text", **_GEMMA4),
     "gemma4_text": _GEMMA4,
     "gemma4_text moe": {
@@ -348,7 +368,7 @@ MORE: dict[str, dict[str, Any]] = {
         "ff_intermediate_size": 48,
         "gegelu_limit": 20.0,
     },
-    "phixtral": {"num_vocab": 64, "model_dim": 32, "num_heads": 4, "num_layers": 2, "rotary_dim": 4},
+    "phixtral": {"model_dim": 32, "num_heads": 4, "num_layers": 2, "rotary_dim": 4},
     "plamo": {"n_shared_head": 2},
     "plamo2": {},
     "plamo3": {},
@@ -359,6 +379,12 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_LINEAR, "full_attention_interval": 2},
     "qwen3_vl": _text("qwen3_vl"),
     "qwen3_vl_moe": _text("qwen3_vl_moe"),
+    "recurrent_gemma": {
+        "conv1d_width": 4,
+        "logits_soft_cap": 30.0,
+        "attention_window_size": 16,
+        "block_types": ["recurrent", "attention"],
+    },
     "solar_open": {},
     "spark2_5": {"rope_parameters": {"full_attention": _ROPE}, "hidden_act": "gelu"},
     "step3p5": {
@@ -371,17 +397,36 @@ MORE: dict[str, dict[str, Any]] = {
     "talkie": {},
 }
 
+# Which of mlx-lm's are not built, and why.
+NOT = {
+    "bitnet": "its layers are a Metal kernel over packed weights, which has no gradient and which LoRA cannot wrap",
+    "muse_spark": "its norms, positions and routing are Metal kernels without a gradient",
+    "olmo": "mlx-lm ends the process where the package ai2-olmo is not installed",
+    "prism_hadamard_qwen35": "its packed layers rotate their input, and LoRA cannot wrap them; else it is qwen3_5",
+}
 
-def build(name: str, **sizes: Any) -> nn.Module:
-    """A tiny model of an architecture of mlx-lm, with random weights; `sizes` beat those of all."""
+
+def names() -> list[str]:
+    """Every module of mlx-lm that has an architecture; none is imported, for olmo's ends the process."""
+    found = sorted(Path(mlx_lm.models.__path__[0]).glob("*.py"))
+    return [f.stem for f in found if {"Model", "ModelArgs"} <= set(re.findall(r"\w+", f.read_text("utf-8")))]
+
+
+def settings(name: str, **sizes: Any) -> dict[str, Any]:
+    """config.json of a tiny model of an architecture of mlx-lm; `sizes` beat those of all."""
     module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
     known = {field.name for field in dataclasses.fields(module.ModelArgs)}
     own = {**MORE, **ARCHITECTURES}[name]
     if "text_config" in own:
         own = own | {"text_config": own["text_config"] | sizes}
-    settings = {k: v for k, v in (SIZES | sizes).items() if k in known} | {"model_type": name} | own
-    model = module.Model(module.ModelArgs.from_dict(settings))
-    scatter(model, seed=1)
+    return {k: v for k, v in (SIZES | sizes).items() if k in known} | {"model_type": name} | own
+
+
+def build(name: str, **sizes: Any) -> nn.Module:
+    """A tiny model of these `settings`, with random weights."""
+    module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
+    model = module.Model(module.ModelArgs.from_dict(settings(name, **sizes)))
+    scatter(mended(model), seed=1)
     model.eval()
     return model
 

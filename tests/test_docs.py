@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import click
 import pytest
+from architectures import names
 
 from mlxft.cli import cli
 from mlxft.recipe import load_config
@@ -85,3 +87,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_recipes_named_are_there(page: Path) -> None:
     named = set(re.findall(r"\bconfigs/([\w-]+\.(?:yaml|py))", page.read_text("utf-8")))
     assert named <= {p.name for p in (ROOT / "configs").iterdir()}
+
+
+def test_architectures_are_those_of_mlx_lm() -> None:
+    """The table is of the mlx-lm that is installed, names all it has, and counts what it says."""
+    page = (ROOT / "docs/architectures.md").read_text("utf-8")
+    about = re.search(r"^# Architectures of mlx-lm (\S+)\n\n(\d+) of (\d+) ", page)
+    assert about is not None
+    if about[1] != version("mlx-lm"):
+        pytest.skip(f"the page is of mlx-lm {about[1]}")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"][2:]
+    assert [row[0] for row in rows] == names()
+    whole = [row for row in rows if row[1:5] == ["yes"] * 4]
+    assert (int(about[2]), int(about[3])) == (len(whole), len(rows))
+    assert all(row[5] for row in rows if row not in whole), "a reason for each that is not"
+    assert len(whole) >= 115

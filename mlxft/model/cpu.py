@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -155,12 +155,17 @@ def gated_delta_update(
 def quicker(model: nn.Module) -> Iterator[None]:
     """The model's own code calls the functions above inside the block, those of them that this device wants."""
     replaced: list[tuple[ModuleType, str, Any]] = []
+    modules = _modules(model)
     for name, home, function in (*DELTA, *(OURS if on_cpu() else ())):
         theirs = getattr(_mlx_lm(home), name)
-        for module in _modules(model):
+        for module in modules:
             if getattr(module, name, None) is theirs:
                 replaced.append((module, name, theirs))
                 setattr(module, name, function)
+    for module in modules:
+        if module.__name__.rpartition(".")[2] in INDICES:
+            replaced.append((module, "mx", mx))
+            module.mx = _constant_indices()  # type: ignore[attr-defined]
     try:
         yield
     finally:
@@ -170,7 +175,18 @@ def quicker(model: nn.Module) -> Iterator[None]:
 
 # mlx-lm 0.32 trains the delta rule by a loop over tokens, on every device.
 DELTA = (("gated_delta_update", "gated_delta", gated_delta_update),)
+# mlx-lm 0.32 takes weights of experts by indices that it asks for a gradient, of which there is none.
+INDICES = ("deepseek_v41",)
 OURS = (("swiglu", "activations", swiglu), ("scaled_dot_product_attention", "base", attention))
+
+
+@cache
+def _constant_indices() -> ModuleType:
+    """mlx.core, but what is chosen is a constant of the gradient."""
+    ours = ModuleType("mlx.core")
+    vars(ours).update(vars(mx))
+    ours.argpartition = lambda *a, **k: mx.stop_gradient(mx.argpartition(*a, **k))  # type: ignore[attr-defined]
+    return ours
 
 
 def _modules(model: nn.Module) -> list[ModuleType]:

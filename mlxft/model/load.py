@@ -201,7 +201,7 @@ def _untrained(config: dict[str, Any], name: str) -> nn.Module:
     module = model_module(config, name)
     config.update(older_rope(config, module))
     with foreign(f"model {name!r}: its config.json does not fit its architecture"):
-        return _freezable(_packed(module.Model(module.ModelArgs.from_dict(config)), config))
+        return mended(_packed(module.Model(module.ModelArgs.from_dict(config)), config))
 
 
 def _packed(model: nn.Module, config: dict[str, Any]) -> nn.Module:
@@ -287,7 +287,7 @@ def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) 
         for file in sorted(folder.glob("model*.safetensors")):
             check_arrays(file)
         model, loaded = load_model(plain, lazy=True, model_config=extra, trust_remote_code=trust)
-    return _freezable(model), loaded
+    return mended(model), loaded
 
 
 def _untrusted(name: str, code: object) -> ModelError:
@@ -328,10 +328,14 @@ def _try_out(model: nn.Module, name: str) -> None:
         model(mx.array([[0]]))  # a RuntimeError: there is no kernel for it here, and to convert it needs none
 
 
-def _freezable(model: nn.Module) -> nn.Module:
-    """With what mlx-lm's recurrent_gemma leaves out, since it does not call Module's own constructor."""
-    if not hasattr(model, "_no_grad"):
+def mended(model: nn.Module) -> nn.Module:
+    """With what some of mlx-lm's architectures leave out."""
+    if not hasattr(model, "_no_grad"):  # recurrent_gemma does not call Module's own constructor
         model._no_grad = set()
+    if type(model).__module__ == "mlx_lm.models.gemma3n":
+        from mlxft.model.gemma3n import share_without_cache
+
+        share_without_cache(model)
     return model
 
 

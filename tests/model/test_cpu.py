@@ -9,10 +9,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from architectures import build
+from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu as plain_swiglu
 from mlx_lm.models.base import scaled_dot_product_attention as plain_attention
 
 from mlxft.model import cpu
+from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.load import load
 
 
@@ -127,3 +130,23 @@ def test_only_inside_the_block_and_only_where_the_model_looks(tiny_model_dir: An
     assert (module.swiglu, module.scaled_dot_product_attention) == before
     assert not mx.array_equal(plain, quick)
     np.testing.assert_allclose(np.array(plain), np.array(quick), atol=1e-5)
+
+
+def test_what_is_chosen_is_a_constant_of_the_gradient() -> None:
+    """deepseek_v41 of mlx-lm 0.32.2 asks for the gradient of the numbers of experts."""
+    model = build("deepseek_v41")
+    ids, module = mx.array([[3, 40, 12, 5, 21, 9]]), importlib.import_module("mlx_lm.models.deepseek_v41")
+    attach(model, LoRASpec(tuple(select_targets(model, "all-linear", "all")), 2, 2.0))
+
+    def loss(params: Any) -> mx.array:
+        model.update(params)
+        return model(ids).sum()
+
+    params = model.trainable_parameters()
+    with pytest.raises(ValueError, match="VJP with respect to indices"):
+        mx.grad(loss)(params)
+    with cpu.quicker(model):
+        slopes = dict(tree_flatten(mx.grad(loss)(params)))
+    assert module.mx is mx
+    # LoRA's A has none at first, and what chooses has none at all.
+    assert all(mx.abs(v).max().item() > 0 for n, v in slopes.items() if n.endswith("lora_b") and "indexer" not in n)

@@ -386,7 +386,7 @@ def test_a_model_that_skips_modules_constructor_can_be_frozen() -> None:
     bare = Bare()
     with pytest.raises(AttributeError, match="_no_grad"):
         bare.freeze()
-    load_module._freezable(bare).freeze()
+    load_module.mended(bare).freeze()
     assert not tree_flatten(bare.trainable_parameters())
 
 
