@@ -23,6 +23,7 @@ from mlxft.device import WATCHDOG, backend, machine_bytes, usable_bytes
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
 LEAST_FREE = 10e9  # bytes of a disk: a model of 3B in bfloat16 and its checkpoints
+CROWDED = 1e9  # bytes of swap in use from which on the memory is short
 OLDEST_MACOS = 14  # that MLX's wheels are made for
 
 
@@ -136,14 +137,14 @@ def _memory() -> Iterator[Finding]:
     yield Finding("memory", _gb(machine_bytes()))
     what = "working set that Metal recommends" if backend() == "metal" else "memory for training"
     yield Finding(what, _gb(usable_bytes()))
-    used = _swap()
-    if used > 1e9:
+    used = swap_bytes()
+    if used > CROWDED:
         yield Finding("swap", f"{_gb(used)} in use", "note", "other programs crowd the memory: close some, or restart")
     else:
         yield Finding("swap", f"{_gb(used)} in use")
 
 
-def _swap() -> float:
+def swap_bytes() -> float:
     """Bytes of swap in use."""
     if sys.platform == "darwin":
         used = re.search(r"used = ([\d.]+)M", ask("sysctl", "-n", "vm.swapusage"))

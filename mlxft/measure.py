@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.config import Config
 from mlxft.device import gpu_failure, machine_bytes, usable_bytes
+from mlxft.doctor import CROWDED, swap_bytes
 from mlxft.errors import ConfigError
 from mlxft.model.cpu import quicker
 from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
@@ -46,6 +47,20 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
         )
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
     return [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
+
+
+def crowded(config: Config) -> list[str]:
+    """What there is to warn of before training: swap in use, and a limit above what the system recommends."""
+    limit, lent = config.memory.limit, usable_bytes()
+    notes = (
+        []
+        if limit is None or limit * 1e9 <= lent
+        else [f"warning: memory.limit is above the {amount(lent)} that this machine lends"]
+    )
+    used = swap_bytes()
+    return notes + (
+        [f"warning: {amount(used)} of swap are in use: close what crowds the memory"] if used > CROWDED else []
+    )
 
 
 def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> int | None:

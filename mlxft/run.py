@@ -18,7 +18,7 @@ from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
 from mlxft.device import FAILURES, Failure, awake, gpu_failure
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
-from mlxft.measure import settle_by_measure
+from mlxft.measure import crowded, settle_by_measure
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
@@ -188,7 +188,7 @@ def _train_held(
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     saver = _Saver(run, held, loaded, spec, objective, optimizer)
     facts = describe_start(config, loaded, objective, total)
-    for line in [*start_lines(facts), *objective.summary().notes, *expected, *notes]:
+    for line in [*start_lines(facts), *objective.summary().notes, *expected, *crowded(config), *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(held):
         write_text(run.dir / "config.yaml", dump_config(config, versions()))

@@ -124,3 +124,13 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     said = "[matmul] shapes"
     with pytest.raises(RuntimeError, match="shapes"):
         measure.measured_bytes(config, loaded.model, objective, optimizer)
+
+
+def test_a_crowded_memory_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(recipe(**{"memory.limit": 10**5}))
+    monkeypatch.setattr(measure, "swap_bytes", lambda: 3e9)
+    above, swap = measure.crowded(config)
+    assert above.startswith("warning: memory.limit is above the ")
+    assert swap == "warning: 3.00 GB of swap are in use: close what crowds the memory"
+    monkeypatch.setattr(measure, "swap_bytes", lambda: 0.0)
+    assert measure.crowded(parse_config(recipe())) == []
