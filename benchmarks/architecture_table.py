@@ -30,7 +30,7 @@ def check(name: str, folder: Path) -> dict[str, str]:
     """What went wrong in each stage that was reached: "" nothing."""
     import mlxft  # noqa: F401  isort: skip - before MLX, for its BLAS
     import mlx.core as mx
-    from architectures import build, scatter, settings
+    from architectures import ARCHITECTURES, build, scatter, settings
     from conftest import make_tokenizer, write_chat
 
     from mlxft.export.fuse import fuse_layers
@@ -41,6 +41,8 @@ def check(name: str, folder: Path) -> dict[str, str]:
 
     found: dict[str, str] = {}
     sizes = dict.fromkeys(("vocab_size", "num_vocab", "vocab_size_per_layer_input"), 320)
+    # Where there are both: mlx-lm 0.32 reads no minicpm whose embedding is its head.
+    name = f"{name} untied" if f"{name} untied" in ARCHITECTURES else name
     config = settings(name, **sizes)
     make_tokenizer().save_pretrained(str(folder / "tokenizer"))
     (folder / "tokenizer/config.json").write_text(json.dumps({"model_type": "llama"}))

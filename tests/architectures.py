@@ -161,7 +161,9 @@ _BAILING = {"num_shared_experts": 1, "layer_group_size": 2, "group_norm_size": 2
 
 _KIMI = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
 _GEMMA4 = {
-    "num_kv_shared_layers": 0,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
     "global_head_dim": 8,
     "hidden_size_per_layer_input": 8,
 }
@@ -289,6 +291,7 @@ MORE: dict[str, dict[str, Any]] = {
         "llama4_text",
         num_experts_per_tok=1,
         num_hidden_layers=4,
+        layer_types=["full_attention"] * 4,
         attention_chunk_size=16,
         interleave_moe_layer_step=1,
         intermediate_size_mlp=48,
@@ -378,7 +381,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _text("qwen3_5_moe", **_LINEAR, full_attention_interval=2, rope_parameters=_ROPE),
     "qwen3_next": {**_LINEAR, "full_attention_interval": 2},
     "qwen3_vl": _text("qwen3_vl"),
-    "qwen3_vl_moe": _text("qwen3_vl_moe"),
+    "qwen3_vl_moe": _text("qwen3_vl_moe", **UNTIED),  # mlx-lm 0.32 reads no other
     "recurrent_gemma": {
         "conv1d_width": 4,
         "logits_soft_cap": 30.0,
@@ -419,7 +422,7 @@ def settings(name: str, **sizes: Any) -> dict[str, Any]:
     own = {**MORE, **ARCHITECTURES}[name]
     if "text_config" in own:
         own = own | {"text_config": own["text_config"] | sizes}
-    return {k: v for k, v in (SIZES | sizes).items() if k in known} | {"model_type": name} | own
+    return {k: v for k, v in (SIZES | sizes).items() if k in known} | {"model_type": name.split(" ")[0]} | own
 
 
 def build(name: str, **sizes: Any) -> nn.Module:

@@ -44,6 +44,11 @@ from mlxft.text import home_path
 Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
 TABLES = {nn.Embedding: "weight", SwitchLinear: "bias"}
+# Layers whose weights the model's own code reads past them: Gemma 3n's AltUp, Kimi K3's attention over blocks.
+READ_PAST = (
+    *("prediction_coefs", "correction_coefs"),
+    *("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"),
+)
 _COUNTING: dict[type, type] = {}
 
 _OF_BASE = ("model", "fingerprint", "dtype", "quantize", "group_size", "chat_template")
@@ -115,7 +120,9 @@ def select_targets(model: nn.Module, targets: str | Sequence[str], layers: Layer
     candidates = {
         name: module
         for name, module in model.named_modules()
-        if adaptable(module) and (name.startswith(chosen) or not name.startswith(blocks))
+        if adaptable(module)
+        and (name.startswith(chosen) or not name.startswith(blocks))
+        and name.rpartition(".")[2] not in READ_PAST
     }
     found: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:

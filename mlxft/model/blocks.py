@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlxft.errors import ModelError
 from mlxft.model.trace import Graph, Op, arrays_of, trace
@@ -29,7 +29,7 @@ class _Call:
     kwargs: dict[str, Any]
 
     def arrays(self) -> dict[str, mx.array]:
-        """Key -> array among the arguments; the hidden states are "0"."""
+        """Key -> array among the arguments and in their tuples; the hidden states are "0"."""
         return {k: a for k, a in self._all() if isinstance(a, mx.array)}
 
     def signature(self) -> tuple[Any, ...]:
@@ -42,12 +42,18 @@ class _Call:
 
     def run(self, arrays: dict[str, mx.array]) -> mx.array:
         """The hidden states that come out."""
-        given = dict(self._all()) | arrays
-        out = self.layer(*(given[str(i)] for i in range(len(self.args))), **{k: given[k] for k in self.kwargs})
-        return first(out)
+        args, kwargs = (
+            tree_map_with_path(lambda key, value: arrays.get(key, value), given, is_leaf=_is_module)
+            for given in (self.args, self.kwargs)
+        )
+        return first(self.layer(*args, **kwargs))
 
     def _all(self) -> list[tuple[str, Any]]:
-        return [*((str(i), a) for i, a in enumerate(self.args)), *self.kwargs.items()]
+        return [pair for given in (self.args, self.kwargs) for pair in tree_flatten(given, is_leaf=_is_module)]
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
 
 
 def first(out: Any) -> mx.array:

@@ -37,8 +37,7 @@ _watch: _Watch | None = None
 
 def is_router(path: str) -> bool:
     """Whether a module, by its full name, is a router or part of one."""
-    # Gemma 3n's altup weighs its streams; the code reads and clips its weights past the layers that hold them.
-    return any(part in (*NAMES, "altup") for part in path.split("."))
+    return any(part in NAMES for part in path.split("."))
 
 
 @contextmanager

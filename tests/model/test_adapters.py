@@ -434,3 +434,12 @@ def test_a_configuration_with_the_least(tmp_path: Path, model: nn.Module, tiny_m
     assert (spec.rank, spec.scale, spec.dropout, len(spec.paths)) == (4, 2, 0.0, 14)
     (saved / "adapter_config.json").write_text('{"fine_tune_type": "full", "lora_parameters": null}', "utf-8")
     assert read_adapter_config(saved) == {"fine_tune_type": "full", "lora_parameters": None}
+
+
+@pytest.mark.parametrize(("name", "layer"), [("kimi_k3", "mlp_res_proj"), ("gemma3n", "prediction_coefs")])
+def test_layers_whose_weights_are_read_past_them_are_not_adapted(name: str, layer: str) -> None:
+    model = build(name)
+    assert any(path.endswith(layer) for path, _ in model.named_modules())
+    assert not [path for path in select_targets(model, "all-linear", "all") if path.endswith(layer)]
+    with pytest.raises(ConfigError, match=f"'{layer}' matches no module"):
+        select_targets(model, [layer], "all")

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.config import Optim
 from mlxft.errors import ConfigError, ModelError
+from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.fingerprint import without_weights
 from mlxft.model.load import load, load_tokenizer, skeleton
 from mlxft.model.phases import Rolling, sampling_bytes
@@ -159,6 +160,15 @@ def test_sampling_of_what_is_no_transformer_is_refused() -> None:
     assert plan(Job(model, 0), 1, 8, False).activations > 0
     with pytest.raises(ModelError, match=r"transformers only, and mamba2 keeps another state \(ArraysCache"):
         sampling_bytes(model, Rolling(1, 1, 8, 8, False, []))
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4_text"])
+def test_checkpointed_blocks_that_are_handed_keys_and_values_in_a_tuple(name: str, recipe: Make) -> None:
+    config = parse_config(recipe())
+    model = build(name)
+    attach(model, LoRASpec(tuple(select_targets(model, "all-linear", "all")), 2, 2.0))
+    found = job_of(config, model)
+    assert plan(found, 2, 64, True).activations < plan(found, 2, 64, False).activations
 
 
 def test_planning_leaves_no_trace(recipe: Make, tiny_model_dir: Path) -> None:
