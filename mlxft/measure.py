@@ -73,9 +73,12 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
             batch = objective.largest(model)
             if batch is None:
                 return None
-            mx.eval(model.parameters(), optimizer.arrays(), batch.arrays)
+            held = [model.parameters(), optimizer.arrays(), batch.arrays]
+            mx.eval(held)
             mx.clear_cache()
             mx.reset_peak_memory()
+            # What else stands in this process is not this run's.
+            others = max(0, mx.get_active_memory() - sum(v.nbytes for _, v in tree_flatten(held)))
             grads: dict[str, mx.array] = {}
             for _ in range(min(2, config.batch.accumulate)):  # the second stands for all further ones
                 sums, more = gradient(model, objective, batch, config.tune.router_aux)
@@ -85,7 +88,7 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
             # The update holds the square of the largest parameter for the norm, and what it makes anew.
             largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
             update = mx.get_active_memory() + 4 * largest + optimizer.renewed(model)
-            return max(mx.get_peak_memory(), update)
+            return max(mx.get_peak_memory(), update) - others
     except (RuntimeError, MemoryError) as error:
         if gpu_failure(error) != "memory":
             raise
