@@ -357,3 +357,19 @@ def test_refusals(tiny_model: Any) -> None:
         sample_batch(model, tokenizer, [[1]], Sampling(1), seed=0, rows=0)
     with pytest.raises(ConfigError, match=r"set rollout\.stop_at_eos to false"):
         sample_batch(Cycle(), Words(), [[1]], Sampling(1), seed=0)  # type: ignore[arg-type]
+
+
+def test_the_trial_takes_tokens_that_every_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond an embedding MLX reads what lies in memory: of a vocabulary of two, NaN once in a while."""
+    asked: list[int] = []
+    prefill = kv.prefill
+
+    def watched(model: nn.Module, prompts: Any) -> Any:
+        asked.extend(token for prompt in prompts for token in prompt)
+        return prefill(model, prompts)
+
+    monkeypatch.setattr(kv, "prefill", watched)
+    monkeypatch.setattr(kv, "_TRIED", {})
+    model = build("llama", vocab_size=2)
+    assert kv.pads(model)
+    assert set(asked) == {0, 1}
