@@ -14,9 +14,10 @@ from mlxft.data.dataset import describe
 from mlxft.data.encode import Encoded
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, shared_part
 from mlxft.data.encode_pairs import describe as describe_judged
-from mlxft.device import Backend, planning_for
+from mlxft.device import Backend, elsewhere, planning_for
 from mlxft.errors import ModelError
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
+from mlxft.model.pack import refuse_states
 from mlxft.model.plan import ShapeSplit
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.owned import check_writable
@@ -86,7 +87,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         "notes": [*summary.notes, *notes],
         "run_dir": str(config.run_dir),
     }
-    took, blas = timed_steps(config, objective, total) if time and fits else None, in_use()
+    took, blas = timed_steps(config, objective, total) if time and fits else None, None if elsewhere() else in_use()
     if as_json:
         facts["previews"] = [preview(row, tokenizer) for row in objective.previews(rows)]
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
@@ -190,6 +191,8 @@ def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, li
     except NotBeforeLoading as error:
         return None, str(error), []
     model = outfitted(config, bare)
+    if config.batch.pack:
+        refuse_states(model)
     if not isinstance(objective, OnPolicy):  # a critic is added when training begins
         group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))

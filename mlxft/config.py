@@ -342,7 +342,7 @@ class Memory(Settings):
     measure: bool = Field(
         True,
         description="Compute one step of the largest batch before training, throw its gradient away, and decide "
-        "checkpoint: auto by what it took.",
+        "checkpoint: auto by what it took; not of on-policy objectives and with a precomputed reference.",
     )
     limit: float | None = Field(
         None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."

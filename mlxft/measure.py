@@ -9,16 +9,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.config import Config
-from mlxft.device import gpu_failure, machine_bytes, usable_bytes
+from mlxft.device import FAILURES, gpu_failure, machine_bytes, usable_bytes
 from mlxft.doctor import CROWDED, swap_bytes
 from mlxft.errors import ConfigError
 from mlxft.model.cpu import quicker
 from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
 from mlxft.model.plan import CHECKPOINT_ABOVE
 from mlxft.model.random import probing
-from mlxft.planning import amount
+from mlxft.planning import amount, room_of
 from mlxft.train.loop import gradient, summed
 from mlxft.train.optim import Optimizer
+
+ALL = 1 << 62  # bytes of a step that no memory was left for
 
 
 def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> list[str]:
@@ -40,11 +42,8 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
     if taken is None:
         return []
     if taken > room:
-        limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
-        raise ConfigError(
-            f"a step takes {amount(taken)}, and {limit} is {amount(room)}. What helps: a smaller batch.tokens (with "
-            "batch.accumulate for the same step), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length"
-        )
+        takes = "found no room" if taken == ALL else f"takes {amount(taken)}"
+        raise ConfigError(f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}")
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
     return [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
 
@@ -93,4 +92,4 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
         if gpu_failure(error) != "memory":
             raise
         mx.clear_cache()
-        return 1 << 62
+        return ALL

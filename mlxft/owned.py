@@ -104,26 +104,22 @@ def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
 
 def note(path: Path) -> None:
     """Remember that mlxft has written `path`, if it lies in a folder of ours: it goes with the folder."""
-    path = path.absolute()
-    for folder in path.parents:
-        if (mark := read_mark(folder)) is not None:
-            name = path.relative_to(folder).as_posix()
-            if not _fits(name.split("/"), mark):
-                with suppress(CheckpointError, ConfigError):  # then it is kept as if it were the user's
-                    claim(folder, mark.kind, {*mark.names, name})
-            return
+    if (found := our_folder(path)) is not None and not is_ours(path):
+        folder, mark = found
+        with suppress(CheckpointError, ConfigError):  # then it is kept as if it were the user's
+            claim(folder, mark.kind, {*mark.names, path.absolute().relative_to(folder).as_posix()})
 
 
-def our_folder(path: Path) -> Path | None:
-    """The nearest folder of ours that a path lies in."""
-    return next((folder for folder in path.absolute().parents if read_mark(folder) is not None), None)
+def our_folder(path: Path) -> tuple[Path, Mark] | None:
+    """The nearest folder of ours that a path lies in, and its mark."""
+    marks = ((folder, read_mark(folder)) for folder in path.absolute().parents)
+    return next(((folder, mark) for folder, mark in marks if mark is not None), None)
 
 
 def is_ours(path: Path) -> bool:
     """Whether mlxft has written a file, which lies in a folder of ours."""
-    folder = our_folder(path)
-    mark = read_mark(folder) if folder is not None else None
-    return mark is not None and folder is not None and _fits([*path.absolute().relative_to(folder).parts], mark)
+    found = our_folder(path)
+    return found is not None and _fits([*path.absolute().relative_to(found[0]).parts], found[1])
 
 
 def is_empty(folder: Path) -> bool:
@@ -135,8 +131,9 @@ def is_empty(folder: Path) -> bool:
 def is_of_kind(folder: Path, kind: str, file: str) -> bool:
     """Whether a folder is empty or, by its mark, of this kind, with this file in it."""
     mark = read_mark(folder)
-    ours = mark is not None and mark.kind == kind
-    return folder.is_dir() and ((is_empty(folder) and (mark is None or ours)) or (ours and (folder / file).is_file()))
+    if not folder.is_dir() or (mark is not None and mark.kind != kind):
+        return False
+    return is_empty(folder) or (mark is not None and (folder / file).is_file())
 
 
 def check_replaceable(folder: Path, kind: str) -> None:

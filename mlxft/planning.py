@@ -352,10 +352,14 @@ def check_room(config: Config, found: Plan, rows: int, width: int) -> None:
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
-    room = usable_bytes(config.memory.limit)
-    if not found.fits(room):
-        limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
-        raise ConfigError(f"{_needs(found, rows, width)}, or raise memory.limit; {limit} is {amount(room)}")
+    if not found.fits(usable_bytes(config.memory.limit)):
+        raise ConfigError(f"{_needs(found, rows, width)}, or raise memory.limit; {room_of(config)}")
+
+
+def room_of(config: Config) -> str:
+    """What a recipe's training may take, in words."""
+    limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
+    return f"{limit} is {amount(usable_bytes(config.memory.limit))}"
 
 
 def _needs(found: Plan, rows: int, width: int) -> str:

@@ -125,6 +125,11 @@ def override(key: str, value: object) -> str:
     return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
+def function_override(function: Any) -> str:
+    """KEY=VALUE for a `rewards.function`, which may be a mapping."""
+    return f"rewards.function={function if isinstance(function, str) else json.dumps(function)}"
+
+
 def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
     """Put one KEY=VALUE into `raw`; `chosen` holds the keys of all overrides."""
     key, eq, value = text.partition("=")
@@ -321,7 +326,7 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     problems = _override_all(raw, overrides)
     if named is not None and "function" not in raw["rewards"]:
         raw["rewards"]["function"] = named
-        given = shlex.quote(f"rewards.function={named if isinstance(named, str) else json.dumps(named)}")
+        given = shlex.quote(function_override(named))
         problems.append(
             f"rewards.function: the run folder names Python to be run, and may be someone else's; read it, and add "
             f"{given}, or go on by your own recipe: mlxft train RECIPE --resume"

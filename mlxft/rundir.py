@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shlex
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
-from mlxft.recipe import flat, load_config
+from mlxft.recipe import flat, function_override, load_config
 from mlxft.temporary import clear
 from mlxft.text import home_path, parse_json, read_file
 
@@ -61,12 +60,8 @@ class Run:
     def resume(self) -> str:
         """The command that goes on with it."""
         function = getattr(getattr(self.config, "rewards", None), "function", None)
-        given = (
-            ""
-            if function is None
-            else f"rewards.function={function if isinstance(function, str) else json.dumps(function)}"
-        )
-        return shlex.join(["mlxft", "train", "--resume", str(self.dir), *([given] if given else [])])
+        given = [] if function is None else [function_override(function)]
+        return shlex.join(["mlxft", "train", "--resume", str(self.dir), *given])
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, all or of one kind."""

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_and_off_is_off(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "measured_bytes", lambda *args: 1 << 62)
-    with pytest.raises(ConfigError, match=r"a step takes .* What helps: a smaller batch.tokens"):
+    with pytest.raises(ConfigError, match=r"a step found no room; .* What helps: a smaller batch.tokens"):
         train(recipe())
     assert not (tmp_path / "runs/a").exists()
     monkeypatch.setattr(measure, "measured_bytes", lambda *args: machine_bytes() // 2)

@@ -48,6 +48,30 @@ class PackCache:
         return keys, values
 
 
+def _kind(model: nn.Module) -> str:
+    return str(getattr(model, "model_type", type(model).__name__))
+
+
+def refuse_states(model: nn.Module) -> int:
+    """Refuse to pack rows for what keeps more than keys and values, which is known without weights.
+
+    Returns:
+        How many layers keep such.
+    Raises:
+        ModelError: so it is.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    others = sorted({type(c).__name__ for c in caches} - set(ATTENTION))
+    if others:
+        raise ModelError(
+            f"batch.pack: {_kind(model)} carries more than keys and values from token to token ({', '.join(others)}): "
+            "a state that no mask divides, so that rows would see the ones before them; leave batch.pack out"
+        )
+    return len(caches)
+
+
 class Packing:
     """How a model takes packed rows.
 
@@ -59,17 +83,7 @@ class Packing:
     """
 
     def __init__(self, model: nn.Module, width: int = 0) -> None:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        caches = make_prompt_cache(model)
-        kind = getattr(model, "model_type", type(model).__name__)
-        others = sorted({type(c).__name__ for c in caches} - set(ATTENTION))
-        if others:
-            raise ModelError(
-                f"batch.pack: {kind} carries more than keys and values from token to token ({', '.join(others)}): "
-                "a state that no mask divides, so that rows would see the ones before them; leave batch.pack out"
-            )
-        self._count = len(caches)
+        kind, self._count = _kind(model), refuse_states(model)
         with probing(model):
             reasons = [self._trial(model, axes, width) for axes in (1, 2)]
         if all(reasons):

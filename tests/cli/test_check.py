@@ -225,6 +225,15 @@ def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
     assert "needs the package trackio" in refused(2, "check", good, "report.to=[trackio]")
 
 
+def test_what_can_not_pack_is_refused_by_check_too(
+    write: Callable[..., str], refused: Callable[..., str], make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    hybrid = str(make_model_dir(tmp_path / "hybrid", "qwen3_5"))
+    file = write(**{"model.path": hybrid, "batch": {"tokens": 64, "pack": True}})
+    assert refused(1, "check", file) == refused(1, "train", file)
+    assert "carries more than keys and values" in refused(1, "check", file)
+
+
 def test_a_plan_for_a_mac(good: str, mlxft: Callable[..., Any]) -> None:
     """From a machine that is none: how much memory it has is not known, unless memory.limit says so."""
     told = json.loads(mlxft("check", good, "--device", "metal", "--json").out)["memory"]
