@@ -82,8 +82,9 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
             for _ in range(min(2, config.batch.accumulate)):  # the second stands for all further ones
                 sums, more = gradient(model, objective, batch, config.tune.router_aux)
                 grads = summed(grads, more)
-                mx.eval(sums, grads)
+                mx.async_eval(sums, grads)  # as the loop does
                 del more
+            mx.eval(sums, grads)
             # The update holds the square of the largest parameter for the norm, and what it makes anew.
             largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
             update = mx.get_active_memory() + 4 * largest + optimizer.renewed(model)
