@@ -62,18 +62,21 @@ class CompiledGradient:
     it, is part of the trace, by reference.
 
     Attributes:
-        traces: how many there are.
+        traces: the shapes of each that there is, as `shapes_of`.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
-        self._model, self._objective, self.traces = model, objective, 0
+        self._model, self._objective = model, objective
         self._known: set[str] = set()
-        self._function: Callable[..., Any] = mx.compile(self._traced)
+        self.traces = traces = list[str]()
 
-    def _traced(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> Found:
-        self.traces += 1
-        # Of the batch nothing else: the trace would keep it for all that are to come.
-        return gradient(self._model, self._objective, Batch(arrays, 0, 0, ()), None, params)
+        # No method: what is compiled keeps what it reads, and a model that is done with should go at once.
+        def traced(params: dict[str, mx.array], arrays: dict[str, mx.array]) -> Found:
+            batch = Batch(arrays, 0, 0, ())  # nothing else of it: the trace would keep it for all that are to come
+            traces.append(shapes_of(batch))
+            return gradient(model, objective, batch, None, params)
+
+        self._function: Callable[..., Any] = mx.compile(traced)
 
     def __call__(self, batch: Batch) -> Found:
         """As `gradient`.
