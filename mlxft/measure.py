@@ -55,7 +55,8 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
         raise ConfigError(f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}")
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
     notes = [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
-    # A CPU's kernels are compiled by a C++ compiler, which takes longer than what many a run saves.
+    # Not on a CPU: 0.84 to 0.92 of the eager time (llamas of 8 and 30 layers, float32), but a C++ compiler makes the
+    # kernels, some 20 s the first time.
     if config.run.compile == "auto" and backend() != "cpu":
         notes.append(eager or _settle_compiling(config, model, objective, optimizer, room))
     return notes
