@@ -73,7 +73,9 @@ def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimize
             said = f"{'' if objective.compiled else 'not '}compiled where shapes come again"
             return f"the step is {said}: its gradient took {compiled:.3g} s so, {eager:.3g} s eager"
         said = f"the step is not compiled: it would take {amount(taken or 0)}"
-    except ModelError as error:
+    except (ModelError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, ModelError) and gpu_failure(error) != "memory":
+            raise
         said = f"the step is not compiled: {error}"
     objective.compiled = False
     return said
