@@ -27,7 +27,7 @@ MAC_SHARE = 0.7
 CHECKPOINT_ABOVE = 1 / 3
 MOST_ROWS = 1 << 16
 # Chunks of the loss that are traced; they run one after the other, so more of them add only what each leaves.
-TRACED_CHUNKS = 3
+TRACED_CHUNKS = 24
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,19 @@ class Graph:
                 names += op.inputs
         return Graph(self.inputs, self.outputs, [op for op in self.ops if id(op) in found], self.sizes)
 
+    def unmerged(self) -> Graph:
+        """With arrays of one value made anew for each use: the exporter makes those that are alike once."""
+        made, ops = {op.outputs[0]: op for op in self.ops if op.name == "Full"}, list[Op]()
+        for op in self.ops:
+            names = list(op.inputs)
+            for i, name in enumerate(names):
+                if name in made:
+                    names[i] = f"{name} of {op.outputs[0]}"
+                    self.sizes[names[i]] = self.sizes[name]
+                    ops.append(Op("Full", made[name].inputs, [names[i]], made[name].arguments))
+            ops.append(Op(op.name, names, op.outputs, op.arguments))
+        return Graph(self.inputs, self.outputs, ops, self.sizes)
+
     def order(self) -> list[Op]:
         """The operations as MLX evaluates them: breadth first from the outputs up to a width, then turned round."""
         maker = {out: op for op in self.ops for out in op.outputs}
@@ -352,7 +365,7 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
         raise ModelError(f"memory can not be predicted for this architecture: {error}") from error
     finally:
         put(values)
-    return graph.pruned(), graph.inputs[: len(arguments)]
+    return graph.unmerged().pruned(), graph.inputs[: len(arguments)]
 
 
 @contextmanager
@@ -375,7 +388,7 @@ def _exportable(trained: set[int]) -> Iterator[None]:
             return gather_mm(a, b, *args, **kwargs)
         out = gather_mm(a, mx.stop_gradient(b), *args, **kwargs)
         one = mx.ones((1, 1, 1), b.dtype)
-        dense = a.reshape(-1, a.shape[-1]) @ (b * one).sum(axis=0)
+        dense = mx.stop_gradient(a).reshape(-1, a.shape[-1]) @ (b * one).sum(axis=0)
         return out + (dense.reshape(out.shape) if dense.size == out.size else dense.mean())
 
     mx.depends, mx.gather_mm = after, product  # type: ignore[assignment]
