@@ -112,7 +112,7 @@ def attention(
         # Heads that share keys are rows of one product.
         rows = queries[:, :, start:stop].reshape(b, groups, -1, queries.shape[-1]) * (scale * LOG2E)
         if outs:  # one block after the other: MLX would else hold the scores of all
-            (rows,) = mx.depends([rows], outs[-1:])
+            (rows,) = mx.depends([rows], [mx.stop_gradient(outs[-1])])
         scores = rows @ keys[:, :, :end].swapaxes(-1, -2)
         if hiding is not None:
             split = scores.reshape(b, groups, -1, stop - start, end)
