@@ -17,11 +17,12 @@ from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, skeleton
 from mlxft.model.logits import Split
-from mlxft.model.lora import without_dropout
+from mlxft.model.lora import dropouts, without_dropout
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
 from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
 from mlxft.model.random import aside
 from mlxft.model.shared import Sharing
+from mlxft.objectives.base import Objective
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import check_head, prepare
@@ -219,7 +220,7 @@ def settled(config: Config, resume: bool) -> Config:
     """Settle what a recipe leaves open: `batch.tokens: auto`, by what fits, and the day.
 
     A run that is resumed keeps what it began with: these two, the optim.lr that its recipe did not give, and whether
-    blocks are checkpointed.
+    blocks are checkpointed and the step is compiled.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
@@ -232,7 +233,9 @@ def settled(config: Config, resume: bool) -> Config:
         if config.memory.checkpoint == "auto":
             memory["checkpoint"] = stored.memory.checkpoint
         optim, kept = config.optim.with_default(stored.optim.lr), config.memory.model_copy(update=memory)
-        config = config.model_copy(update={"optim": optim, "memory": kept})
+        compile_ = stored.run.compile if config.run.compile == "auto" else config.run.compile
+        run = config.run.model_copy(update={"compile": compile_})
+        config = config.model_copy(update={"optim": optim, "memory": kept, "run": run})
     if config.data.date is None:
         day = (stored and stored.data.date) or date.today()
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
@@ -350,6 +353,24 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
     said = f"expected peak memory: {amount(found.total)}"
     return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
+
+
+def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:
+    """What to say where the step of a recipe and its prepared model can not be compiled; empty if it can.
+
+    Raises:
+        ConfigError: it can not, and `run.compile` asks for it.
+    """
+    why = ""
+    if not objective.traceable:
+        why = f"the loss of objective {config.objective} reads more than the arrays of a batch"
+    elif config.tune.router_aux is not None:
+        why = "tune.router_aux reads more of a batch than its arrays"
+    elif dropouts(model):
+        why = "dropout draws anew in each step (tune.dropout, or what the model or model.adapter brings)"
+    if why and config.run.compile == "on":
+        raise ConfigError(f"run.compile: on: {why}; leave it out")
+    return why and f"the step is not compiled: {why}"
 
 
 def check_room(config: Config, found: Plan, rows: int, width: int) -> None:

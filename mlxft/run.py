@@ -56,7 +56,7 @@ def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequen
 
 
 def assemble(config: Config, loaded: Loaded, objective: Objective) -> tuple[LoRASpec | None, Optimizer, list[str]]:
-    """Make model and objective ready for the loop.
+    """Make model and objective ready for the loop; whether it compiles is `objective.compiled` then.
 
     Returns:
         What `prepare` does; the optimiser; what to say of the memory that training will take.
@@ -180,7 +180,8 @@ def _train_held(
     spec, optimizer, expected = assemble(config, loaded, objective)
     # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
     memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
-    config = config.model_copy(update={"memory": memory})
+    settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
+    config = config.model_copy(update={"memory": memory, "run": settings})
     run = Run(run.dir, config)
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)

@@ -227,13 +227,16 @@ def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]
     compared = {
         "SFT against the CPU": recipe(folder, "sft", "sft"),
         "DPO against the CPU": recipe(folder, "preference", "dpo"),
+        "SFT compiled against the CPU": recipe(folder, "sft", "compiled", batch__rows=16, run__compile="on"),
         "SFT in bfloat16 against float32": recipe(folder, "sft", "half", model__dtype="bfloat16"),
     }
     known: dict[str, list[float]] = {}
 
     def prepare() -> float:
         write_tiny(folder)
-        on_cpu = [{**s, "run": {**s["run"], "name": f"{s['run']['name']}-cpu"}} for s in compared.values()]
+        on_cpu = [
+            {**s, "run": {**s["run"], "name": f"{s['run']['name']}-cpu", "compile": "off"}} for s in compared.values()
+        ]
         on_cpu = [{**s, "model": {**s["model"], "dtype": "float32"}} for s in on_cpu]
         command = [sys.executable, "-c", ON_CPU]
         done = subprocess.run(command, input=json.dumps(on_cpu), capture_output=True, text=True, check=False)

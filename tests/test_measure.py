@@ -46,8 +46,9 @@ def pairs(tmp_path: Path) -> str:
         {"tune": {"method": "full"}},
         {"tune": {"method": "full"}, "memory": {"checkpoint": "on"}},
         {"tune": {"method": "full"}, "batch": {"rows": 4, "accumulate": 3}},
+        {"tune": {"method": "full"}, "run.compile": "on"},
     ],
-    ids=["lora", "full", "checkpointed", "accumulated"],
+    ids=["lora", "full", "checkpointed", "accumulated", "compiled"],
 )
 def test_what_is_measured_is_what_the_run_takes(
     changes: dict[str, Any], recipe: Make, make_model_dir: Callable[..., Path], tmp_path: Path

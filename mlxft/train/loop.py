@@ -13,14 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlxft.config import Config
 from mlxft.errors import TrainingError
 from mlxft.model.cpu import quicker
 from mlxft.model.random import random_state
-from mlxft.objectives.balance import balanced_loss
 from mlxft.objectives.base import MAX, Batch, LossSum, Objective
+from mlxft.train.gradient import Gradients, summed
 from mlxft.train.optim import Optimizer, learning_rate
 from mlxft.train.validate import validate
 
@@ -48,6 +48,8 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
     about: dict[str, float] = field(default_factory=dict)  # the newest event's numbers, which go into each report
     stopped_early: bool = False
+    shapes_seen: list[str] = field(default_factory=list)  # of micro-batches: once, and to be compiled
+    shapes_compiled: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -118,6 +120,9 @@ class Loop:
     ) -> None:
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.config, self.total_steps, self.progress, self.hooks = config, total_steps, progress, hooks
+        self.gradients = Gradients(
+            model, objective, config.tune.router_aux, progress.shapes_seen, progress.shapes_compiled
+        )
         self._pending: list[_Step] = []
         self._started = time.perf_counter() - progress.elapsed_s
         self._reported = time.perf_counter()
@@ -174,7 +179,7 @@ class Loop:
             if batch.trained_tokens == 0:
                 self.progress.skipped_batches += 1
                 continue
-            part, more = self._gradient(batch)
+            part, more = self.gradients(batch)
             sums = part if sums is None else sums.plus(part)
             grads = summed(grads, more)
             # Together, and before anything else is asked for: what only one of them needs would keep the others'
@@ -206,9 +211,6 @@ class Loop:
         self.progress.window["seconds"] -= before_s  # speed is of training alone
         self.hooks.event({**event, "step": self.progress.step + 1, "elapsed_s": self.progress.elapsed_s})
         self.progress.about = {k: v for k, v in event.items() if isinstance(v, (int, float))}
-
-    def _gradient(self, batch: Batch) -> tuple[LossSum, dict[str, mx.array]]:
-        return gradient(self.model, self.objective, batch, self.config.tune.router_aux)
 
     def _drain(self) -> None:
         """Look at the steps since the last time: the only place where the loop waits for numbers.
@@ -315,35 +317,6 @@ class Loop:
         away = time.perf_counter() - began
         self._started += away
         self._reported += away
-
-
-def gradient(
-    model: nn.Module, objective: Objective, batch: Batch, aux: float | None
-) -> tuple[LossSum, dict[str, mx.array]]:
-    """The sums of a micro-batch, and the gradient of their total in what it trains, by name.
-
-    Args:
-        aux: tune.router_aux.
-    """
-
-    def loss(params: dict[str, mx.array]) -> LossSum:
-        model.update(tree_unflatten(list(params.items())))
-        if aux is not None:
-            return balanced_loss(objective, model, batch, aux)
-        return objective.loss(model, batch)
-
-    params = dict(tree_flatten(model.trainable_parameters()))
-    if batch.trains is not None:
-        params = {n: v for n, v in params.items() if batch.trains(n)}
-    sums, grads = mx.value_and_grad(loss)(params)
-    model.update(tree_unflatten(list(params.items())))
-    return sums, grads
-
-
-def summed(grads: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The gradients of micro-batches so far, and those of one more."""
-    # In float32: a sum in bfloat16 has 8 bits, and stands still at 256 times what is added to it.
-    return grads | {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
 
 
 def loop_state(loop: Loop) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class OnPolicy(Generic[M]):
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    traceable = False  # PPO's loss asks what a batch trains; and hardly two batches of completions have one shape
+    compiled = False
     grouped = False  # whether completions are compared with others of their prompt
 
     def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
