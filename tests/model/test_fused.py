@@ -121,7 +121,7 @@ def test_without_stand_ins_it_could_not_be(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_step_with_kernels_takes_what_is_planned(name: str, checkpoint: bool) -> None:
-    """To a tenth, with LoRA on every layer: the step measured with kernels that compute, and hold what a GPU's would."""
+    """To a tenth, with LoRA on every layer: the step measured with kernels that compute and hold what a GPU's would."""
     model = model_of(name)
     model.freeze()
     attach(model, LoRASpec(tuple(select_targets(model, "all-linear", "all", False)), 4, 2.0, 0.0, False))

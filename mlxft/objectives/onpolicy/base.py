@@ -23,8 +23,8 @@ from mlxft.data.formats import tools_of
 from mlxft.data.thoughts import decode_completion, opening_after, until_stop
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
-from mlxft.model.logits import Split
 from mlxft.model.cpu import as_trained
+from mlxft.model.logits import Split
 from mlxft.model.logprobs import Draw, ahead, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.random import probing
 from mlxft.model.roles import Roles
