@@ -110,7 +110,8 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     optim = config.optim.model_copy(update={"groups": []})  # they may name what the objective adds later
     optimizer = Optimizer(optim, model)
     state = sum(v.nbytes for v in optimizer.arrays().values())
-    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), optimizer.renewed(model))
+    renewed, packed = optimizer.renewed(model), config.batch.pack
+    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), renewed, packed)
 
 
 def outline_of(config: Config) -> Outline:
@@ -196,18 +197,23 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
         ModelError: this architecture's memory can not be predicted.
     """
     found, rows, width = plan_batches(config, model, shapes, around)
-    room = usable_bytes(config.memory.limit)
+    room, others = usable_bytes(config.memory.limit), dict[str, int]()
+
+    def other(said: str, section: str, setting: str, value: Any) -> None:
+        changed = getattr(config, section).model_copy(update={setting: value})
+        there = plan_batches(config.model_copy(update={section: changed}), model, shapes, around)[0]
+        others[said] = there.needed
+
+    if config.batch.pack and planned_backend() != "cpu":
+        other("batches as large of rows that are not packed, whose attention is fused", "batch", "pack", False)
     if room == UNKNOWN:
-        others = {}
         if config.memory.checkpoint == "auto":
-            memory = config.memory.model_copy(update={"checkpoint": "on"})
-            on = plan_batches(config.model_copy(update={"memory": memory}), model, shapes, around)[0]
-            others["memory.checkpoint: on"] = on.needed
+            other("memory.checkpoint: on", "memory", "checkpoint", "on")
         return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
     beside = around.residents.with_training(job) if around is not None else 0
     tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside)
-    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS))
+    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others)
 
 
 def settled(config: Config, resume: bool) -> Config:

@@ -25,6 +25,7 @@ from mlxft.train.optim import Optimizer, learning_rate
 from mlxft.train.validate import validate
 
 Event = dict[str, Any]
+MOST_PENDING = 64  # steps whose numbers stay on the device: each is a buffer, and Metal has a limit of those
 ADVICE = (
     "What was saved before is intact. Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
     "model.dtype: float32, or look at the rows"
@@ -148,6 +149,8 @@ class Loop:
                 if len(self._pending) > 1:
                     # Wait for the step before: the device is kept busy by one step, never by a growing queue.
                     mx.eval(self._pending[-2].sums.total)
+                if len(self._pending) > MOST_PENDING:
+                    self._look(self._pending[:-1])  # they are done
                 last = p.step == self.total_steps
                 if p.step % settings.report_every == 0 or last:
                     self._report()
@@ -215,8 +218,16 @@ class Loop:
         Raises:
             TrainingError: one is not finite.
         """
+        self._look(self._pending)
+        window, now = self.progress.window, time.perf_counter()
+        window["seconds"] = window.get("seconds", 0.0) + now - self._reported
+        self._reported = now
+        self.progress.elapsed_s = now - self._started
+
+    def _look(self, steps: list[_Step]) -> None:
+        """Add the numbers of some pending steps, the oldest, to the window; TrainingError where one is not finite."""
         window = self.progress.window
-        for step in self._pending:
+        for step in steps:
             total, weight = float(step.sums.total), float(step.sums.weight)
             norms = {k: float(v) for k, v in step.norms.items()}
             if not all(map(math.isfinite, (total, *norms.values()))):
@@ -229,11 +240,7 @@ class Loop:
             window |= {"lr": step.lr, **{f"norm:{k}": v for k, v in norms.items()}}
             window["tokens"] = window.get("tokens", 0) + step.tokens
             window["trained"] = window.get("trained", 0) + step.trained_tokens
-        self._pending.clear()
-        now = time.perf_counter()
-        window["seconds"] = window.get("seconds", 0.0) + now - self._reported
-        self._reported = now
-        self.progress.elapsed_s = now - self._started
+        del self._pending[: len(steps)]
 
     def _report(self) -> None:
         self._drain()
