@@ -23,7 +23,9 @@ from mlxft import __version__
 from mlxft.device import NAMES, backend
 from mlxft.doctor import examine
 from mlxft.errors import ConfigError, nearest
+from mlxft.model.batch_sample import sample_batch
 from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
+from mlxft.model.sample import Sampling
 from mlxft.model.tiny import write_tiny
 from mlxft.recipe import parse_config
 from mlxft.run import train
@@ -71,7 +73,10 @@ JOBS: dict[str, dict[str, Any]] = {
         "ppo": {"epochs": 1, "minibatches": 1},
         **_RULES,
     },
+    "sampling": {},
 }
+AGAINST = ("sft-lora", "sft-lora-checkpointed", "sft-qlora", "sampling")  # what mlx_lm does too
+PROMPTS, ANSWER = 16, 64  # of the job sampling: answered at once, tokens of each answer
 
 
 def bench(
@@ -81,7 +86,7 @@ def bench(
 
     Args:
         steps: counted ones, beside the first.
-        against: whether mlx_lm's trainer takes its turn behind each SFT job that it can do.
+        against: whether mlx_lm takes its turn behind each job that it can do.
     Returns:
         All there is to report, as JSON.
     Raises:
@@ -92,10 +97,7 @@ def bench(
             raise ConfigError(f"{name}: is none of {', '.join(known)}{nearest(name, known)}")
     rate, found = matmul_rate(), []
     for job in jobs:
-        sides = (
-            ["mlxft", "mlx_lm"] if against and job in ("sft-lora", "sft-lora-checkpointed", "sft-qlora") else ["mlxft"]
-        )
-        for side in sides:
+        for side in ["mlxft", "mlx_lm"] if against and job in AGAINST else ["mlxft"]:
             asked = json.dumps({"job": job, "shape": shape, "steps": steps, "side": side})
             done = subprocess.run([sys.executable, "-c", WORK, asked], capture_output=True, text=True, check=False)
             line = (done.stdout.strip().splitlines() or [""])[-1]
@@ -103,18 +105,33 @@ def bench(
             why = (done.stderr.strip().splitlines() or ["no word"])[-1]
             figures = figures or {"error": why[:300]}
             if "tokens_per_s" in figures:  # forward, and the gradient in what comes in: 2 operations a number each
-                figures["share"] = 4 * figures.pop("parameters") * figures["tokens_per_s"] / rate
+                operations = (2 if job == "sampling" else 4) * figures.pop("parameters")
+                figures["share"] = operations * figures["tokens_per_s"] / rate
             found.append({"job": job, "shape": shape, "side": side, **figures})
             tell(found[-1])
     machine = {f.name: f.value for f in examine(Path())}
-    return {"mlxft": __version__, "device": NAMES[backend()], "matmul_per_s": rate, "machine": machine, "jobs": found}
+    about = {"mlxft": __version__, "commit": _commit(), "device": NAMES[backend()], "matmul_per_s": rate}
+    return {**about, "machine": machine, "jobs": found}
+
+
+def _commit() -> str:
+    """Of the clone that mlxft runs from; empty where it was installed."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def markdown(found: dict[str, Any], command: str) -> list[str]:
     """Rows for docs/performance.md."""
     about = found["machine"]
     chip = about.get("chip") or about.get("GPU") or about.get("CPU")
-    machine = f"{chip}, {about['memory']}; mlxft {found['mlxft']}, mlx {about['mlx']}"
+    version = f"{found['mlxft']} {found['commit']}".strip()
+    machine = f"{chip}, {about['memory']}; mlxft {version}, mlx {about['mlx']}"
     lines = []
     for job in found["jobs"]:
         figures = job.get("error") or f"{job['tokens_per_s']:.0f}"
@@ -161,7 +178,10 @@ def work(job: str, shape: str, steps: int, side: str) -> dict[str, Any]:
         base = _made(place / "model", settings["model"].get("quantize"))
         size = count_parameters(base.model)
         mx.reset_peak_memory()
-        figures = _theirs(base, settings, steps, place) if side == "mlx_lm" else _ours(base, settings)
+        if job == "sampling":
+            figures = _sampled(base, settings, steps, side)
+        else:
+            figures = _theirs(base, settings, steps, place) if side == "mlx_lm" else _ours(base, settings)
         return {"parameters": size, "peak_gb": mx.get_peak_memory() / 1e9, **figures}
 
 
@@ -211,6 +231,25 @@ def _ours(base: Loaded, settings: dict[str, Any]) -> dict[str, Any]:
     rolled = run.metrics("rollout")
     more = {"sampled_per_s": rolled[-1]["sampling_tokens_per_s"]} if rolled else {}
     return {"tokens_per_s": (last["tokens"] - first["tokens"]) / seconds, **more}
+
+
+def _sampled(base: Loaded, settings: dict[str, Any], steps: int, side: str) -> dict[str, Any]:
+    """Answers to prompts side by side, prompts included in the time; the first round is not counted."""
+    from mlx_lm import batch_generate
+
+    lines = Path(settings["data"]["train"]).read_text("utf-8").splitlines()[:PROMPTS]
+    prompts = [base.tokenizer.encode(parse_json(line)["prompt"]) for line in lines]
+    base.model.eval()
+    how = Sampling(ANSWER, 0.0, stop_at_eos=False)
+    base.tokenizer.eos_token_ids = ()  # of batch_generate, which has no setting for it
+    for turn in range(steps + 1):
+        if side == "mlx_lm":
+            batch_generate(base.model, base.tokenizer, prompts, max_tokens=ANSWER, completion_batch_size=PROMPTS)
+        else:
+            sample_batch(base.model, base.tokenizer, prompts, how, seed=turn, rows=PROMPTS)
+        if not turn:
+            began = time.perf_counter()
+    return {"tokens_per_s": steps * PROMPTS * ANSWER / (time.perf_counter() - began)}
 
 
 def _theirs(base: Loaded, settings: dict[str, Any], steps: int, place: Path) -> dict[str, Any]:

@@ -76,14 +76,14 @@ def selftest(as_json: bool) -> None:
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Of the model; its weights are random.")
 @click.option("--steps", default=8, show_default=True, type=click.IntRange(2, 1000), help="Counted ones of each job.")
-@click.option("--against", type=click.Choice(["mlx_lm"]), help="Its trainer takes a turn behind each SFT job.")
+@click.option("--against", type=click.Choice(["mlx_lm"]), help="It takes a turn behind each job that it does.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as_json: bool) -> None:
-    """Time training on this machine: SFT by LoRA and QLoRA, plain, packed and checkpointed, DPO, GRPO and PPO.
+    """Time this machine: SFT by LoRA and QLoRA, plain, packed and checkpointed, DPO, GRPO, PPO, and sampling.
 
-    JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo; default: all. --shape
-    takes smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b or qwen3-8b. Nothing is downloaded; the rows at the end
-    are for docs/performance.md.
+    JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo, sampling; default: all.
+    --shape takes smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b or qwen3-8b. Nothing is downloaded; the rows at
+    the end are for docs/performance.md.
 
     \b
     Example: mlxft bench --shape qwen3-0.6b --against mlx_lm

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models import qwen3
 
 from mlxft import bench
-from mlxft.bench import JOBS, SHAPES, markdown, work
+from mlxft.bench import AGAINST, JOBS, SHAPES, markdown, work
 from mlxft.errors import ConfigError
 
 TINY = {**SHAPES["qwen3-0.6b"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -33,7 +33,7 @@ def test_each_job_runs(job: str) -> None:
     assert ("sampled_per_s" in found) == (job in ("grpo", "ppo"))
 
 
-@pytest.mark.parametrize("job", ["sft-lora", "sft-qlora", "sft-lora-checkpointed"])
+@pytest.mark.parametrize("job", AGAINST)
 def test_mlx_lm_takes_its_turn(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its trainer checkpoints the class of the layers, for the rest of the process; a job has one of its own.
     monkeypatch.setattr(qwen3.TransformerBlock, "__call__", qwen3.TransformerBlock.__call__)
