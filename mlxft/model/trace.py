@@ -145,9 +145,7 @@ class Graph:
         made = {out: op for op in self.ops for out in op.outputs}
         waits = dict[int, tuple[str, str]]()  # id of an Add -> what waits, and for what
         for mark in (op for op in self.ops if op.name == MARK):
-            awaited, reached = mark.inputs[0], [mark.outputs[0]]
-            while awaited in made and made[awaited].name in ("Squeeze", "Slice"):
-                awaited = made[awaited].inputs[0]
+            awaited, reached = made[mark.inputs[0]].inputs[0], [mark.outputs[0]]
             while reached:
                 name = reached.pop()
                 for op in users[name]:
@@ -226,9 +224,9 @@ class _Run:
     def _new(self, name: str, held: bool = False, view: Any = None) -> None:
         shape, item = self.graph.sizes[name]
         buffer = len(self.buffers)
-        size = math.prod(shape) * item
-        self.buffers[buffer] = [size, 1]
         view = _dense(shape) if view is None else view
+        size = _apart(view).size * item
+        self.buffers[buffer] = [size, 1]
         self.arrays[name] = _Array(view, buffer, self.users[name], held or name in self.kept)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -289,8 +287,8 @@ class _Run:
                 return False
         strided = self._strided_copies(op)
         self.now += strided
-        if op.name in _UNARY and _is_dense(first):
-            self._new(out, view=first)  # in the order of its input
+        if op.name in _UNARY and _is_dense(_apart(first)):
+            self._new(out, view=first)  # in the order of its input, and as often the same
         else:
             self._new(out)
         self.now -= strided
@@ -317,6 +315,11 @@ def _dense(shape: Sequence[int]) -> Any:
 
 def _strided(shape: Sequence[int], strides: Any) -> Any:
     return np.lib.stride_tricks.as_strided(_BYTE, tuple(shape), tuple(int(s) for s in strides))
+
+
+def _apart(view: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """What a broadcast view repeats."""
+    return view[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in view.strides)]
 
 
 def _is_dense(view: npt.NDArray[np.uint8]) -> bool:
@@ -399,7 +402,7 @@ def _exportable(trained: set[int]) -> Iterator[None]:
 
     def after(arrays: Sequence[mx.array], others: Sequence[mx.array]) -> list[mx.array]:
         for other in others:
-            mark = mx.erfinv(mx.stop_gradient(other).reshape(-1)[0])
+            mark = mx.erfinv(mx.stop_gradient(other).max())
             arrays = [a + mark.astype(a.dtype) for a in arrays]
         return list(arrays)
 
