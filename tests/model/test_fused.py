@@ -146,15 +146,18 @@ def measured(model: Any, ids: mx.array, checkpoint: bool, segments: mx.array | N
     checkpoint_layers(model, checkpoint)
     mx.eval(places, weights)
     before = mx.get_active_memory()
-    limit = mx.set_memory_limit(before)  # MLX works ahead of itself as long as there is room
-    mx.reset_peak_memory()
+    limit = mx.set_memory_limit(before)  # MLX works ahead of itself as long as there is room, and always by a little:
+    taken = []  # the least of several is nearest to what must be
     try:
         with quicker(model):
-            mx.eval(mx.value_and_grad(loss)(model.trainable_parameters()))
+            for _ in range(4):
+                mx.reset_peak_memory()
+                mx.eval(mx.value_and_grad(loss)(model.trainable_parameters()))
+                taken.append(mx.get_peak_memory() - before)
     finally:
         mx.set_memory_limit(limit)
         checkpoint_layers(model, False)
-    return mx.get_peak_memory() - before
+    return min(taken)
 
 
 @pytest.mark.parametrize("device", ["cpu", "metal"])
