@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,9 @@ from mlxft.model.cpu import quicker
 from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
 from mlxft.model.plan import CHECKPOINT_ABOVE
 from mlxft.model.random import probing
+from mlxft.objectives.base import Batch, LossSum, MakesStep
+from mlxft.objectives.onpolicy import memory as onpolicy
+from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.planning import amount, room_of
 from mlxft.train.loop import gradient, summed
 from mlxft.train.optim import Optimizer
@@ -31,7 +35,7 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
-    if not config.memory.measure or not hasattr(objective, "largest"):
+    if not config.memory.measure or not (isinstance(objective, OnPolicy) or hasattr(objective, "largest")):
         return []
     taken = measured_bytes(config, model, objective, optimizer)
     room, open_ = usable_bytes(config.memory.limit), config.memory.checkpoint == "auto"
@@ -42,10 +46,14 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
     if taken is None:
         return []
     if taken > room:
-        takes = "found no room" if taken == ALL else f"takes {amount(taken)}"
-        raise ConfigError(f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}")
+        raise ConfigError(_too_much(config, taken))
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
     return [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
+
+
+def _too_much(config: Config, taken: int) -> str:
+    takes = "found no room" if taken == ALL else f"takes {amount(taken)}"
+    return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
 
 
 def crowded(config: Config) -> list[str]:
@@ -63,34 +71,62 @@ def crowded(config: Config) -> list[str]:
 
 
 def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> int | None:
-    """Peak of a step of the largest batch, weights included; None if there is no batch to take.
+    """Peak of training on the batches that may take most, weights included; None if there is none to take.
 
-    Its gradient is thrown away, and the random state is afterwards as it was. Without memory for it, all there is.
+    It is two steps as the loop makes them, with a learning rate of 0: weights, random state and the objective's state
+    are afterwards as they were, and the optimiser begins anew. Without memory for them, all there is.
+
+    Raises:
+        ConfigError: no memory was left amid an update, when it is not known what has become of the weights.
     """
     try:
         with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
-            batch = objective.largest(model)
-            if batch is None:
-                return None
-            held = [model.parameters(), optimizer.arrays(), batch.arrays]
-            mx.eval(held)
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            # What else stands in this process is not this run's.
-            others = max(0, mx.get_active_memory() - sum(v.nbytes for _, v in tree_flatten(held)))
-            grads: dict[str, mx.array] = {}
-            for _ in range(min(2, config.batch.accumulate)):  # the second stands for all further ones
-                sums, more = gradient(model, objective, batch, config.tune.router_aux)
-                grads = summed(grads, more)
-                mx.async_eval(sums, grads)  # as the loop does
-                del more
-            mx.eval(sums, grads)
-            # The update holds the square of the largest parameter for the norm, and what it makes anew.
-            largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
-            update = mx.get_active_memory() + 4 * largest + optimizer.renewed(model)
-            return max(mx.get_peak_memory(), update) - others
+            steps = onpolicy.largest(objective) if isinstance(objective, OnPolicy) else objective.largest(model)
+            return max((_peak(config, model, objective, optimizer, step) for step in steps), default=None)
     except (RuntimeError, MemoryError) as error:
         if gpu_failure(error) != "memory":
             raise
         mx.clear_cache()
         return ALL
+
+
+def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, step: MakesStep) -> int:
+    """Peak of two steps in a row, without what else stands in this process."""
+    beside = objective.held() if isinstance(objective, OnPolicy) else []
+    held = [model.parameters(), optimizer.arrays(), beside]
+    mx.eval(held)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    own = {id(v): v.nbytes for _, v in tree_flatten(held)}  # a critic may begin as the policy's very arrays
+    others = max(0, mx.get_active_memory() - sum(own.values()))
+    del held
+    sums, grads = _gradients(config, model, objective, step())
+    mx.eval(sums, grads)
+    # A rate of 0 times what is not finite would be no 0; the run ends at such a step.
+    if all(mx.isfinite(g.square().sum()).item() for g in grads.values()):
+        try:
+            mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
+            # The next step's forward pass begins while old and new parameters stand side by side.
+            sums, grads = _gradients(config, model, objective, step())
+            mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
+            mx.eval(sums, model.parameters(), optimizer.arrays())
+        except (RuntimeError, MemoryError) as error:
+            if gpu_failure(error) != "memory":
+                raise
+            raise ConfigError(_too_much(config, ALL)) from error
+        finally:
+            optimizer.begin(model)
+    return mx.get_peak_memory() - others
+
+
+def _gradients(
+    config: Config, model: nn.Module, objective: Any, batches: Iterator[Batch]
+) -> tuple[LossSum, dict[str, mx.array]]:
+    """Sums and gradients of a step's micro-batches, on their way as the loop has them."""
+    grads: dict[str, mx.array] = {}
+    for batch in batches:
+        sums, more = gradient(model, objective, batch, config.tune.router_aux)
+        grads = summed(grads, more)
+        mx.async_eval(sums, grads)
+        del more
+    return sums, grads
