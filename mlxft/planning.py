@@ -205,7 +205,7 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
         return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
     beside = around.residents.with_training(job) if around is not None else 0
-    tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside)
+    tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside, MOST_TOKENS)
     return Planned(found, rows, width, room, min(tokens, MOST_TOKENS))
 
 
@@ -253,9 +253,9 @@ def _auto_tokens(config: Config) -> int:
     if setting != "on":
         # On its own, checkpointing is left off up to a share of the machine: larger batches would switch it on.
         most = room if setting == "off" else min(room, machine_bytes() * CHECKPOINT_ABOVE)
-        found = largest_tokens(job, width, False, most)
+        found = largest_tokens(job, width, False, most, MOST_TOKENS)
     if setting != "off" and found < LEAST_TOKENS:
-        found = largest_tokens(job, width, True, room)
+        found = largest_tokens(job, width, True, room, MOST_TOKENS)
     if not found:
         raise ConfigError(
             f"batch.tokens: auto: not even one row of data.max_length ({width}) fits in {amount(room)}; lower "
