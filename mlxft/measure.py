@@ -20,27 +20,33 @@ from mlxft.model.random import probing
 from mlxft.objectives.base import Batch, LossSum, MakesStep
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
-from mlxft.planning import amount, room_of
+from mlxft.planning import LEAST_TOKENS, MOST_TOKENS, amount, batch_shapes, room_of, with_tokens
 from mlxft.train.loop import gradient, summed
 from mlxft.train.optim import Optimizer
 
 ALL = 1 << 62  # bytes of a step that no memory was left for
+MEASURED = 3  # times, at most, that a step is measured for batch.tokens: auto
+FILLED = 0.95  # of the room is what it aims at: the run agrees with what was measured within a few percent
+ENOUGH = 1.15  # times as many tokens would fit: below that, they are not tried
 
 
-def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> list[str]:
+def settle_by_measure(
+    config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, taken: int | None = None
+) -> list[str]:
     """Measure a step, and switch gradient checkpointing on where it is left open and the step takes too much.
 
+    Args:
+        taken: what it takes, where that was measured already.
     Returns:
         What there is to say of it; nothing where the objective's batches are not known before it runs.
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
-    if not config.memory.measure or not (isinstance(objective, OnPolicy) or hasattr(objective, "largest")):
+    if not config.memory.measure or not _measurable(objective):
         return []
-    taken = measured_bytes(config, model, objective, optimizer)
-    room, open_ = usable_bytes(config.memory.limit), config.memory.checkpoint == "auto"
-    most = min(room, machine_bytes() * CHECKPOINT_ABOVE)
-    if open_ and not is_checkpointed(model) and taken is not None and taken > most:
+    taken = measured_bytes(config, model, objective, optimizer) if taken is None else taken
+    room = usable_bytes(config.memory.limit)
+    if taken is not None and taken > room_for_step(config, model):
         checkpoint_layers(model)
         taken = measured_bytes(config, model, objective, optimizer)
     if taken is None:
@@ -48,7 +54,89 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
     if taken > room:
         raise ConfigError(_too_much(config, taken))
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
-    return [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
+    beside = "; sampling is by the plan" if isinstance(objective, OnPolicy) else ""
+    return [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}{beside}"]
+
+
+def _measurable(objective: Any) -> bool:
+    return isinstance(objective, OnPolicy) or hasattr(objective, "largest")
+
+
+def room_for_step(config: Config, model: nn.Module) -> float:
+    """Bytes that a step may take with the blocks as they are: beyond a share of the machine they are checkpointed,
+    where that is left open."""
+    room = usable_bytes(config.memory.limit)
+    if config.memory.checkpoint != "auto" or is_checkpointed(model):
+        return room
+    return min(room, machine_bytes() * CHECKPOINT_ABOVE)
+
+
+def fit_tokens(
+    config: Config, model: nn.Module, objective: Any, optimizer: Optimizer
+) -> tuple[Config, int | None, list[str]]:
+    """Correct what the plan has made of `batch.tokens: auto` by what the largest batch takes; the objective's batches
+    are made by it from then on.
+
+    Returns:
+        The recipe with the number; what was measured with it, None if nothing was; what to say of it.
+    """
+    tokens, tried, said = config.batch.budget, dict[int, int](), list[str]()
+    if not (_measurable(objective) and hasattr(objective, "rebatch")):
+        return config, None, [f"batch.tokens: auto is {tokens:,}: objective {config.objective} has no step to measure"]
+    for _ in range(MEASURED):
+        config = _rebatched(config, objective, tokens)
+        taken = measured_bytes(config, model, objective, optimizer)
+        if taken is None:
+            return config, None, [f"batch.tokens: auto is {tokens:,}: there is no batch to measure"]
+        tried[tokens] = taken
+        said.append(f"{tokens:,} takes {'more than there is' if taken == ALL else amount(taken)}")
+        most = room_for_step(config, model)
+        largest = max(shape.rows * shape.width for shape in batch_shapes(objective))
+        wanted = _corrected(tokens, largest, taken, most, _lasting(model, optimizer))
+        open_ = config.memory.checkpoint == "auto" and not is_checkpointed(model)
+        if open_ and taken > most and wanted < LEAST_TOKENS:
+            checkpoint_layers(model)  # rather than smaller batches
+            tried.clear()
+            said[-1] += ", and less with gradient checkpointing"
+        elif wanted in tried:
+            break
+        else:
+            tokens = wanted
+    fitting = [n for n, taken in tried.items() if taken <= most]
+    tokens = max(fitting, default=min(tried, default=tokens))
+    note = f"batch.tokens: auto is {tokens:,}, by measured steps with room for {amount(most)}: {'; '.join(said)}"
+    return _rebatched(config, objective, tokens), tried.get(tokens), [note]
+
+
+def _rebatched(config: Config, objective: Any, tokens: int) -> Config:
+    """The recipe with this batch.tokens, by which the objective makes its batches from then on."""
+    if tokens != config.batch.budget:
+        config = with_tokens(config, tokens)
+        objective.rebatch(config)
+    return config
+
+
+def _corrected(tokens: int, largest: int, taken: int, most: float, lasting: int) -> int:
+    """The batch.tokens to try next; the same where it is good.
+
+    Args:
+        largest: tokens of the largest batch that was made of `tokens`, padding included.
+        taken: what its step takes, of `most`.
+        lasting: bytes of it that do not grow with the batch.
+    """
+    if taken == ALL:
+        return max(64, tokens // 4)
+    share = (FILLED * most - lasting) / max(1, taken - lasting)
+    if taken <= most and (share < ENOUGH or 2 * largest < tokens):  # there may be no larger batch
+        return tokens
+    found = int(min(max(share, 1 / 16), 16) * largest) // 64 * 64
+    return max(64, min(found, MOST_TOKENS))
+
+
+def _lasting(model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of weights, gradients and the optimiser."""
+    arrays = tree_flatten([model.parameters(), model.trainable_parameters(), optimizer.arrays()])
+    return sum(v.nbytes for _, v in arrays)
 
 
 def _too_much(config: Config, taken: int) -> str:

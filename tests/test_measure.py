@@ -114,7 +114,7 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     config = parse_config(recipe(**{"memory.measure": False}))
     loaded = load_base(config)
     objective = make_objective(config, loaded.tokenizer)
-    _, optimizer, _ = assemble(config, loaded, objective)
+    _, optimizer, _, _ = assemble(config, loaded, objective)
 
     def fails(*args: Any) -> Any:
         raise RuntimeError(said)
