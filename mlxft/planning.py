@@ -353,9 +353,13 @@ def full_logits(split: Split) -> list[str]:
     return [text]
 
 
-def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tuple[bool, list[str]]:
+def decide_checkpointing(
+    config: Config, model: nn.Module, objective: Any, refuse: bool = True
+) -> tuple[bool, list[str]]:
     """Whether to checkpoint, and what to say of the memory that training will take.
 
+    Args:
+        refuse: whether a plan of the steps may refuse them; else what is measured does, or it was when the run began.
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
@@ -375,7 +379,9 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
             return config.memory.checkpoint == "on", [*notes, _unpredicted(config, str(error))]
     if around is not None:
         notes += around.residents.notes
-    check_room(config, found, rows, width)
+    phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
+    if refuse or max((v for k, v in phases.items() if k != "training"), default=0) > usable_bytes(config.memory.limit):
+        check_room(config, found, rows, width)
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
     said = f"expected peak memory: {amount(found.total)}"
     return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]

@@ -74,21 +74,22 @@ def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool
     """Make model and objective ready for the loop.
 
     Args:
-        correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`).
+        correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`), or was when
+            the run began that is resumed.
     Raises:
         ConfigError, ModelError: they do not fit each other, the recipe or the machine.
     """
     spec = prepare(config, loaded)
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
-    checkpointing, notes = decide_checkpointing(config, loaded.model, objective)
+    checkpointing, notes = decide_checkpointing(config, loaded.model, objective, refuse=not correct)
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
     checkpoint_layers(loaded.model, checkpointing)
     optimizer = Optimizer(config.optim, loaded.model, objective.parts())
     taken = None
-    if correct:
+    if correct and config.memory.measure:
         config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)
         notes += said
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
@@ -183,8 +184,7 @@ def train(
     console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
-    asked, config = config, settled(config, resume)
-    correct = is_open(asked) and config.memory.measure  # a resumed run keeps its number
+    correct, config = is_open(config), settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
