@@ -343,8 +343,8 @@ class Memory(Settings):
     measure: bool = Field(
         True,
         description="Compute steps of the largest batch before training, throw their gradients away, and decide "
-        "checkpoint: auto and batch.tokens: auto by what they take. Of on-policy objectives completions are made up, and "
-        "sampling goes by the plan.",
+        "checkpoint: auto and batch.tokens: auto by what they take. Of on-policy objectives completions are made up, "
+        "and sampling goes by the plan.",
     )
     limit: float | None = Field(
         None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."
