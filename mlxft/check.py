@@ -33,6 +33,7 @@ from mlxft.planning import (
     outfitted,
     planned,
     settled,
+    why_eager,
 )
 from mlxft.run import total_steps
 from mlxft.text import json_text
@@ -202,6 +203,7 @@ def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, li
     model = outfitted(config, bare)
     if config.batch.pack:
         refuse_states(model)
+    why_eager(config, model, objective)
     if not isinstance(objective, OnPolicy):  # a critic is added when training begins
         group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))

@@ -316,6 +316,12 @@ class Run(Settings):
     )
     sample_prompts: list[str] = Field(default_factory=list, description="Prompts answered at each validation.")
     keep_awake: bool = Field(True, description="Keep a Mac from falling asleep while it trains.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compile forward and backward for shapes of batches that come again, as packed ones do (batch.pack)"
+        "; the first 16 of them. auto: where the measured step (memory.measure) is quicker so, never on a CPU; not of "
+        "on-policy objectives, with dropout or with tune.router_aux.",
+    )
     sample_tokens: int | None = Field(
         None, ge=1, description="Longest answer to a sample prompt, in tokens; default 64."
     )

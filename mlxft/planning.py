@@ -17,11 +17,12 @@ from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
 from mlxft.model.load import Loaded, NotBeforeLoading, skeleton
 from mlxft.model.logits import Split
-from mlxft.model.lora import without_dropout
+from mlxft.model.lora import dropouts, without_dropout
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
 from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
 from mlxft.model.random import aside
 from mlxft.model.shared import Sharing
+from mlxft.objectives.base import Objective
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import check_head, prepare
@@ -109,7 +110,8 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     optim = config.optim.model_copy(update={"groups": []})  # they may name what the objective adds later
     optimizer = Optimizer(optim, model)
     state = sum(v.nbytes for v in optimizer.arrays().values())
-    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), optimizer.renewed(model))
+    renewed, packed = optimizer.renewed(model), config.batch.pack
+    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), renewed, packed)
 
 
 def outline_of(config: Config) -> Outline:
@@ -196,25 +198,30 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
         ModelError: this architecture's memory can not be predicted.
     """
     found, rows, width = plan_batches(config, model, shapes, around)
-    room = usable_bytes(config.memory.limit)
+    room, others = usable_bytes(config.memory.limit), dict[str, int]()
+
+    def other(said: str, section: str, setting: str, value: Any) -> None:
+        changed = getattr(config, section).model_copy(update={setting: value})
+        there = plan_batches(config.model_copy(update={section: changed}), model, shapes, around)[0]
+        others[said] = there.needed
+
+    if config.batch.pack and planned_backend() != "cpu":
+        other("batches as large of rows that are not packed, whose attention is fused", "batch", "pack", False)
     if room == UNKNOWN:
-        others = {}
         if config.memory.checkpoint == "auto":
-            memory = config.memory.model_copy(update={"checkpoint": "on"})
-            on = plan_batches(config.model_copy(update={"memory": memory}), model, shapes, around)[0]
-            others["memory.checkpoint: on"] = on.needed
+            other("memory.checkpoint: on", "memory", "checkpoint", "on")
         return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
     beside = around.residents.with_training(job) if around is not None else 0
     tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside, MOST_TOKENS)
-    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS))
+    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others)
 
 
 def settled(config: Config, resume: bool) -> Config:
     """Settle what a recipe leaves open: `batch.tokens: auto`, by what a plan says fits, and the day.
 
     A run that is resumed keeps what it began with: these two, the optim.lr that its recipe did not give, and whether
-    blocks are checkpointed.
+    blocks are checkpointed and the step is compiled.
 
     Raises:
         ModelError: the model can not be had.
@@ -227,7 +234,9 @@ def settled(config: Config, resume: bool) -> Config:
         if config.memory.checkpoint == "auto":
             memory["checkpoint"] = stored.memory.checkpoint
         optim, kept = config.optim.with_default(stored.optim.lr), config.memory.model_copy(update=memory)
-        config = config.model_copy(update={"optim": optim, "memory": kept})
+        compile_ = stored.run.compile if config.run.compile == "auto" else config.run.compile
+        run = config.run.model_copy(update={"compile": compile_})
+        config = config.model_copy(update={"optim": optim, "memory": kept, "run": run})
     if config.data.date is None:
         day = (stored and stored.data.date) or date.today()
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
@@ -393,6 +402,24 @@ def _unpredicted(config: Config, why: str) -> str:
         return f"memory is not predicted: {why}"
     then = "a measured step decides" if config.memory.measure else "set memory.checkpoint: on where memory runs out"
     return f"memory is not predicted: {why}; gradient checkpointing is off: {then}"
+
+
+def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:
+    """What to say where the step of a recipe and its prepared model can not be compiled; empty if it can.
+
+    Raises:
+        ConfigError: it can not, and `run.compile` asks for it.
+    """
+    why = ""
+    if not objective.traceable:
+        why = f"the loss of objective {config.objective} reads more than the arrays of a batch"
+    elif config.tune.router_aux is not None:
+        why = "tune.router_aux reads more of a batch than its arrays"
+    elif dropouts(model):
+        why = "dropout draws anew in each step (tune.dropout, or what the model or model.adapter brings)"
+    if why and config.run.compile == "on":
+        raise ConfigError(f"run.compile: on: {why}; leave it out")
+    return why and f"the step is not compiled: {why}"
 
 
 def check_room(config: Config, found: Plan, rows: int, width: int) -> None:

@@ -71,7 +71,7 @@ class Assembled(NamedTuple):
 
 
 def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool = False) -> Assembled:
-    """Make model and objective ready for the loop.
+    """Make model and objective ready for the loop; whether it compiles is `objective.compiled` then.
 
     Args:
         correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`), or was when
@@ -95,7 +95,8 @@ def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
     # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
     memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
-    return Assembled(spec, optimizer, config.model_copy(update={"memory": memory}), notes)
+    settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
+    return Assembled(spec, optimizer, config.model_copy(update={"memory": memory, "run": settings}), notes)
 
 
 class _Saver:

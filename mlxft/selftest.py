@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from mlxft.device import NAMES, backend
 from mlxft.doctor import examine
 from mlxft.errors import MlxftError
 from mlxft.export.fuse import fuse
+from mlxft.model.cpu import cross_entropy
 from mlxft.model.delta import gated_delta
 from mlxft.model.tiny import write_tiny
 from mlxft.planning import base_skeleton, batch_shapes, plan_batches
@@ -166,11 +168,11 @@ def _entropy(dtype: mx.Dtype) -> float:
     hidden, head = _draw((32, 256), (50_000, 256))
     labels = mx.array(np.random.default_rng(0).integers(0, 50_000, 32))
 
-    def entropy(h: mx.array, w: mx.array) -> mx.array:
-        logits = (h @ (w.T * 0.1)).astype(mx.float32)
+    def plain(h: mx.array, w: mx.array) -> mx.array:
+        logits = h @ (w.T * 0.1)
         return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
-    return _compare(entropy, [hidden, head], dtype)
+    return _compare(lambda h, w: cross_entropy(h @ (w.T * 0.1), labels), [hidden, head], dtype, plain)
 
 
 def _delta() -> float:
@@ -227,13 +229,16 @@ def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]
     compared = {
         "SFT against the CPU": recipe(folder, "sft", "sft"),
         "DPO against the CPU": recipe(folder, "preference", "dpo"),
+        "SFT compiled against the CPU": recipe(folder, "sft", "compiled", batch__rows=16, run__compile="on"),
         "SFT in bfloat16 against float32": recipe(folder, "sft", "half", model__dtype="bfloat16"),
     }
     known: dict[str, list[float]] = {}
 
     def prepare() -> float:
         write_tiny(folder)
-        on_cpu = [{**s, "run": {**s["run"], "name": f"{s['run']['name']}-cpu"}} for s in compared.values()]
+        on_cpu = [
+            {**s, "run": {**s["run"], "name": f"{s['run']['name']}-cpu", "compile": "off"}} for s in compared.values()
+        ]
         on_cpu = [{**s, "model": {**s["model"], "dtype": "float32"}} for s in on_cpu]
         command = [sys.executable, "-c", ON_CPU]
         done = subprocess.run(command, input=json.dumps(on_cpu), capture_output=True, text=True, check=False)
@@ -249,10 +254,16 @@ def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]
     yield "a tiny model, and its losses on the CPU", 0.0, prepare
     for name in compared:
         yield name, LOSSES, partial(against, name)
+    yield "DPO in bfloat16 begins at ln 2", FLOAT, partial(_begins, folder)
     yield "PPO: the ratio of sampling and training is 1", FLOAT, partial(_ppo, folder)
     yield "a resumed run is the run", FLOAT if backend() != "cpu" else 0.0, partial(_resumed, folder)
     yield "a fused model answers as the adapter", FLOAT, partial(_fused, folder)
     yield "memory measured against planned", PLANNED, partial(_memory, folder)
+
+
+def _begins(folder: Path) -> float:
+    first = losses(recipe(folder, "preference", "begins", model__dtype="bfloat16"))[0]
+    return abs(first - math.log(2)) / math.log(2)
 
 
 def _ppo(folder: Path) -> float:

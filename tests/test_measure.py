@@ -53,8 +53,9 @@ def pairs(tmp_path: Path) -> str:
         {"tune": {"method": "full"}, "memory": {"checkpoint": "on"}},
         {"tune": {"method": "full"}, "batch": {"rows": 4, "accumulate": 3}},
         {"tune": {"method": "full"}, "batch": {"rows": 1}},
+        {"tune": {"method": "full"}, "run.compile": "on"},
     ],
-    ids=["lora", "full", "checkpointed", "accumulated", "update"],
+    ids=["lora", "full", "checkpointed", "accumulated", "update", "compiled"],
 )
 def test_what_is_measured_is_what_the_run_takes(
     changes: dict[str, Any], recipe: Make, make_model_dir: Callable[..., Path], tmp_path: Path

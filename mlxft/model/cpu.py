@@ -10,11 +10,11 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,7 @@ from mlxft.model.delta import gated_delta
 LOG2E = math.log2(math.e)
 BLOCK = 64  # queries of one attention block
 _HIDDEN = -1e30  # a masked score: finite, so that a row that sees nothing is no NaN
+T = TypeVar("T")
 
 
 def on_cpu() -> bool:
@@ -43,6 +44,32 @@ def logsumexp(x: mx.array) -> mx.array:
         return mx.logsumexp(x, axis=-1)
     largest = mx.stop_gradient(x.max(axis=-1, keepdims=True))
     return mx.log(exp(x - largest).sum(axis=-1)) + largest.squeeze(-1)
+
+
+def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+    """-log softmax of (n, V) logits at (n,) labels, (n,) float32, by the fused kernel where the device has one."""
+    if on_cpu():
+        logits = logits.astype(mx.float32)
+        return logsumexp(logits) - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    # The kernels sum in float32; a CPU sums in the type that it is given.
+    return mx.fast.cross_entropy(logits.astype(mx.float32) if planned_backend() == "cpu" else logits, labels)
+
+
+def as_trained(read: Callable[[], T]) -> T:
+    """What `read` gives, by the kernels that it is computed with where a gradient is asked for.
+
+    MLX takes other kernels for attention while a gradient is traced (with a mask that is an array, by the width of the
+    heads, on CUDA by the number of tokens); in bfloat16 their log-probabilities differ by up to 0.3 nats. Numbers that
+    training compares with its own (a reference's, a rollout's) are to be read by the same ones.
+    """
+    found: list[T] = []
+
+    def inside(x: mx.array) -> mx.array:
+        found.append(read())
+        return x
+
+    mx.vjp(inside, [mx.array(0.0)], [mx.array(0.0)])
+    return found[0]
 
 
 @partial(mx.compile, shapeless=True)
@@ -85,7 +112,7 @@ def attention(
         # Heads that share keys are rows of one product.
         rows = queries[:, :, start:stop].reshape(b, groups, -1, queries.shape[-1]) * (scale * LOG2E)
         if outs:  # one block after the other: MLX would else hold the scores of all
-            (rows,) = mx.depends([rows], outs[-1:])
+            (rows,) = mx.depends([rows], [mx.stop_gradient(outs[-1])])
         scores = rows @ keys[:, :, :end].swapaxes(-1, -2)
         if hiding is not None:
             split = scores.reshape(b, groups, -1, stop - start, end)

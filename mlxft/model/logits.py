@@ -17,11 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxft.model.cpu import exp, logsumexp
+from mlxft.device import planned_backend
+from mlxft.model.cpu import cross_entropy, exp, on_cpu
 from mlxft.model.pack import Packing
 from mlxft.model.random import again, position, probing, repeatable
 
-CHUNK = 256  # most trained positions whose logits exist at one time
+# Trained positions whose logits exist at one time: most of them, and bytes of their logits in float32. Each chunk reads
+# the whole head; a GPU computes a product of a thousand rows in not much more time than that takes.
+CHUNK, GPU_CHUNK = (256, 32 << 20), (1024, 256 << 20)
 
 
 class _Given:
@@ -192,9 +195,7 @@ class Split:
 
 
 def _nll(logits: mx.array, labels: mx.array, weights: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    picked = mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return ((logsumexp(logits) - picked) * weights).sum()
+    return (cross_entropy(logits, labels) * weights).sum()
 
 
 def _nll_slopes(
@@ -202,10 +203,17 @@ def _nll_slopes(
 ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
     """`_nll` of (n, D) hidden states with its gradient in them and in the head's parameters.
 
-    By hand from the logits' own gradient, weights x (softmax - onehot): one exponential of each logit serves value and
-    gradient, where automatic differentiation would take two.
+    On a CPU by hand from the logits' own gradient, weights x (softmax - onehot): one exponential of each logit serves
+    value and gradient, where automatic differentiation would take two.
     """
     names = list(parameters)
+    if not on_cpu():
+
+        def loss(h: mx.array, values: list[mx.array]) -> mx.array:
+            return _nll(split.logits(h, dict(zip(names, values))), labels, weights)
+
+        value, (slope, more) = mx.value_and_grad(loss, argnums=(0, 1))(hidden, list(parameters.values()))
+        return value, slope, dict(zip(names, more))
 
     def head(h: mx.array, *values: mx.array) -> mx.array:
         return split.logits(h, dict(zip(names, values))).astype(mx.float32)
@@ -291,5 +299,6 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Positions whose logits exist at one time: about 32 MB of float32, at most CHUNK."""
-    return max(32, min(CHUNK, (32 << 20) // (4 * vocabulary) // 32 * 32))
+    """Positions whose logits exist at one time on this device, or on the one that is planned for."""
+    most, size = CHUNK if planned_backend() == "cpu" else GPU_CHUNK
+    return max(32, min(most, size // (4 * vocabulary) // 32 * 32))

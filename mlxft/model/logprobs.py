@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 
-from mlxft.model.cpu import exp, logsumexp
+from mlxft.model.cpu import cross_entropy, exp, logsumexp
 from mlxft.model.logits import Split, chunk_size
 from mlxft.model.random import again, position
 
@@ -32,8 +32,7 @@ def ahead(batches: Iterable[tuple[K, A]], read: Callable[[A], V]) -> Iterator[tu
 
 
 def _picked(logits: mx.array, labels: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0] - logsumexp(logits)
+    return -cross_entropy(logits, labels)
 
 
 def _entropy(logits: mx.array) -> mx.array:

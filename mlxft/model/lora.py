@@ -23,9 +23,14 @@ QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 LEAVES = ("lora_a", "lora_b", "m")
 
 
+def dropouts(*modules: nn.Module) -> list[nn.Dropout]:
+    """The dropout that acts in modules and what they hold."""
+    return [m for module in modules for m in module.modules() if isinstance(m, nn.Dropout) and m._p_1 < 1]
+
+
 def without_dropout(*modules: nn.Module) -> bool:
     """Take the dropout out of modules and what they hold; whether there was any."""
-    found = [m for module in modules for m in module.modules() if isinstance(m, nn.Dropout) and m._p_1 < 1]
+    found = dropouts(*modules)
     for dropout in found:
         dropout._p_1 = 1.0
     return bool(found)

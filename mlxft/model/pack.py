@@ -78,14 +78,16 @@ class Packing:
     Args:
         model: any mlx-lm model, with or without adapters.
         width: positions that there will be; where given, the trial reaches up to there.
+        weights: whether the model has weights; without, only shapes are tried.
     Raises:
         ModelError: the model can not keep the rows of a sequence apart.
     """
 
-    def __init__(self, model: nn.Module, width: int = 0) -> None:
+    def __init__(self, model: nn.Module, width: int = 0, weights: bool = True) -> None:
         kind, self._count = _kind(model), refuse_states(model)
         with probing(model):
-            reasons = [self._trial(model, axes, width) for axes in (1, 2)]
+            trial = self._trial if weights else self._shapes
+            reasons = [trial(model, axes, width) for axes in (1, 2)]
         if all(reasons):
             raise ModelError(f"batch.pack: {kind} does not keep packed rows apart: {reasons[0]}; leave batch.pack out")
         self._axes = 1 + reasons.index("")
@@ -93,6 +95,15 @@ class Packing:
     def caches(self, segments: mx.array) -> list[Any]:
         """What the model takes as `cache` to keep apart the rows that `segments` (B, T) numbers; 0 is padding."""
         return [PackCache(segments, self._axes)] * self._count
+
+    def _shapes(self, model: nn.Module, axes: int, width: int) -> str:
+        """Why the model does not take a mask of so many axes of heads; empty if it does. Nothing is computed."""
+        ids = mx.zeros((3, 5), dtype=mx.int32)
+        try:
+            model(ids, cache=[PackCache(ids, axes)] * self._count)
+        except Exception as e:  # whatever a model's own code raises on being called so
+            return _said(e)
+        return ""
 
     def _trial(self, model: nn.Module, axes: int, width: int) -> str:
         """What is wrong with packed logits next to those of each row alone; empty if nothing."""
@@ -118,8 +129,12 @@ class Packing:
                 if not wrong <= bound:
                     return f"logits of a packed row differ by {wrong:.1%} from those of the row alone"
         except Exception as e:  # whatever a model's own code raises on being called so
-            return f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no reason given'}"
+            return _said(e)
         return ""
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
 def _difference(a: mx.array, b: mx.array) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlxft.model.blocks import Blocks
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
 from mlxft.model.logprobs import hidden_logprobs
 from mlxft.model.lora import LEAVES
+from mlxft.model.pack import Packing
 from mlxft.model.random import probing
 from mlxft.model.shared import Sharing
 from mlxft.model.trace import Graph, arrays_of, trace
@@ -29,7 +31,7 @@ MOST_ROWS = 1 << 16
 SHORT = 512  # tokens of a row that is planned quickly
 SURELY = 1.1  # times the memory there is: what is predicted from shorter rows to take more is not planned
 # Chunks of the loss that are traced; they run one after the other, so more of them add only what each leaves.
-TRACED_CHUNKS = 3
+TRACED_CHUNKS = 24
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Job:
         accumulate: micro-batches a step.
         outline: what a step is.
         update: bytes that the optimiser makes anew at one time.
+        packed: whether rows are packed, which takes a mask for each sequence.
     """
 
     model: nn.Module
@@ -119,6 +122,7 @@ class Job:
     accumulate: int = 1
     outline: Outline = PLAIN
     update: int = 0
+    packed: bool = False
 
     @property
     def gradients(self) -> int:
@@ -173,6 +177,8 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
     prompt, answer = shared
     ids = {"ids": mx.zeros((rows, answer or width), dtype=mx.int32)}
+    if job.packed:
+        ids |= {"segments": mx.zeros((rows, width), dtype=mx.int32)}
     if prompt:
         prompts = rows // job.outline.together
         ids |= {"prompts": mx.zeros((prompts, prompt), dtype=mx.int32)}
@@ -255,6 +261,10 @@ def _too_long(job: Job, width: int, checkpoint: bool, limit: float) -> bool:
 class ShapeSplit(Split):
     """Body and head of a model whose weights are not there: nothing is evaluated."""
 
+    @cached_property
+    def packing(self) -> Packing:
+        return Packing(self.model, weights=False)
+
     def _agrees(self) -> bool:
         ids = mx.array([[1, 0, 2]])
         try:
@@ -288,6 +298,8 @@ class _Step:
     def __init__(self, model: nn.Module, reads: str, ids: dict[str, mx.array], positions: int) -> None:
         self.model, self.reads, self.ids, self.positions = model, reads, ids, positions
         self.split = ShapeSplit(model)
+        if "segments" in ids:
+            _ = self.split.packing  # it calls the model, and so before blocks are replaced
 
     def peaks(self, checkpoint: bool) -> tuple[int, int]:
         """Bytes beside weights and batch: what must be, and what will be where there is room to work ahead."""
@@ -341,7 +353,8 @@ class _Step:
         if self.reads == "scores":
             return sharing.scores(a).square().sum()
         if not split.separable:
-            return rows_nll(split, a["ids"], a["positions"], a["labels"], a["weights"], grad=True)
+            given = (a["ids"], a["positions"], a["labels"], a["weights"])
+            return rows_nll(split, *given, grad=True, segments=a.get("segments"))
         # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it
         # computes chunks as the sum's does, and holds as much.
         if self.reads == "nll" or split.trained_head():

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxft.model.cpu import as_trained
 from mlxft.model.logprobs import ahead
 from mlxft.model.random import probing
 from mlxft.model.roles import Roles
@@ -83,7 +84,7 @@ class Reference:
     def _ask(self, arrays: dict[str, mx.array]) -> mx.array:
         assert self._roles is not None
         with probing(self._roles.model), self._roles.use(self._name):
-            values = self._sharing.logprobs(arrays, grad=False)
+            values = as_trained(lambda: self._sharing.logprobs(arrays, grad=False))
         # Before anything else is asked for, so that its activations never stand beside the policy's; not waited for.
         mx.async_eval(values)
         return values

@@ -129,9 +129,9 @@ class Sharing:
         return list(make_prompt_cache(self.split.model))
 
     def hidden(self, a: Arrays) -> mx.array:
-        """Hidden states of a batch, flat: (B x T, D) of whole rows, else (B x P + R x A, D)."""
+        """Hidden states of a batch, flat: (B x T, D) of whole or packed rows, else (B x P + R x A, D)."""
         if "prompts" not in a:
-            whole = self.split.hidden(a["ids"])
+            whole = self.split.hidden(a["ids"], a.get("segments"))
             return whole.reshape(-1, whole.shape[-1])
         first = [_Prompt() for _ in self._caches()]
         before = self.split.hidden(a["prompts"], caches=first)

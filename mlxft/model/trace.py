@@ -8,7 +8,7 @@ that views share, inputs whose memory becomes an output's, copies that an operat
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ _BINARY = {
     *("LogAddExp", "LogicalAnd", "LogicalOr", "Maximum", "Minimum", "Multiply", "NotEqual", "Power", "Remainder"),
     "Subtract",
 }
+MARK = "ErfInv"  # stands for `mx.depends` in a graph that is exported
 _UPDATES = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"}
 
 
@@ -134,6 +135,38 @@ class Graph:
                 found[id(op)] = op
                 names += op.inputs
         return Graph(self.inputs, self.outputs, [op for op in self.ops if id(op) in found], self.sizes)
+
+    def as_run(self) -> Graph:
+        """As MLX builds it: the exporter makes arrays of one value once that are alike, and knows no `mx.depends`."""
+        users = defaultdict[str, list[Op]](list)
+        for op in self.ops:
+            for name in op.inputs:
+                users[name].append(op)
+        made = {out: op for op in self.ops for out in op.outputs}
+        waits = dict[int, tuple[str, str]]()  # id of an Add -> what waits, and for what
+        for mark in (op for op in self.ops if op.name == MARK):
+            awaited, reached = mark.inputs[0], [mark.outputs[0]]
+            while awaited in made and made[awaited].name in ("Squeeze", "Slice"):
+                awaited = made[awaited].inputs[0]
+            while reached:
+                name = reached.pop()
+                for op in users[name]:
+                    if op.name == "Add":
+                        waits[id(op)] = next(n for n in op.inputs if n != name), awaited
+                    else:
+                        reached += op.outputs
+        ops = list[Op]()
+        for op in self.ops:
+            name, inputs = op.name, list(op.inputs)
+            if id(op) in waits:
+                name, inputs = "Depends", list(waits[id(op)])
+            for i, source in enumerate(inputs):
+                if source in made and made[source].name == "Full":
+                    inputs[i] = f"{source} of {op.outputs[0]}"
+                    self.sizes[inputs[i]] = self.sizes[source]
+                    ops.append(Op("Full", made[source].inputs, [inputs[i]], made[source].arguments))
+            ops.append(Op(name, inputs, op.outputs, op.arguments))
+        return Graph(self.inputs, self.outputs, ops, self.sizes)
 
     def order(self) -> list[Op]:
         """The operations as MLX evaluates them: breadth first from the outputs up to a width, then turned round."""
@@ -352,7 +385,7 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
         raise ModelError(f"memory can not be predicted for this architecture: {error}") from error
     finally:
         put(values)
-    return graph.pruned(), graph.inputs[: len(arguments)]
+    return graph.as_run().pruned(), graph.inputs[: len(arguments)]
 
 
 @contextmanager
@@ -366,7 +399,8 @@ def _exportable(trained: set[int]) -> Iterator[None]:
 
     def after(arrays: Sequence[mx.array], others: Sequence[mx.array]) -> list[mx.array]:
         for other in others:
-            arrays = [a + other.reshape(-1)[0].astype(a.dtype) for a in arrays]
+            mark = mx.erfinv(mx.stop_gradient(other).reshape(-1)[0])
+            arrays = [a + mark.astype(a.dtype) for a in arrays]
         return list(arrays)
 
     def product(a: mx.array, b: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -375,7 +409,7 @@ def _exportable(trained: set[int]) -> Iterator[None]:
             return gather_mm(a, b, *args, **kwargs)
         out = gather_mm(a, mx.stop_gradient(b), *args, **kwargs)
         one = mx.ones((1, 1, 1), b.dtype)
-        dense = a.reshape(-1, a.shape[-1]) @ (b * one).sum(axis=0)
+        dense = mx.stop_gradient(a).reshape(-1, a.shape[-1]) @ (b * one).sum(axis=0)
         return out + (dense.reshape(out.shape) if dense.size == out.size else dense.mean())
 
     mx.depends, mx.gather_mm = after, product  # type: ignore[assignment]

@@ -104,7 +104,15 @@ class Summary:
 
 
 class Objective(Protocol):
-    """One way to train. The loop pulls batches, adds their LossSums, and never looks inside."""
+    """One way to train. The loop pulls batches, adds their LossSums, and never looks inside.
+
+    Attributes:
+        traceable: whether `loss` reads the model and `batch.arrays` alone, and nothing of Python that changes.
+        compiled: whether the loop compiles it where shapes come again: batches should have few.
+    """
+
+    traceable: bool
+    compiled: bool
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         """Once, when the model has what the recipe trains and before a checkpoint is put back: add what the objective
@@ -235,6 +243,9 @@ class OffPolicy:
         lengths: (N,) tokens of each row.
         per_row: rows of a batch that one of the data set becomes: two of a pair.
     """
+
+    traceable = False  # a subclass says so
+    compiled = False
 
     def __init__(self, config: Config, lengths: IntArray, per_row: int = 1) -> None:
         self._lengths, self._seed, self._per_row = lengths, config.run.seed, per_row

@@ -168,6 +168,8 @@ class Judged(OffPolicy, Generic[Row]):
         per_row: rows of a batch that one of the data set becomes: two of a pair.
     """
 
+    traceable = True  # the reference's numbers, and KTO's point, are in the batch
+
     def __init__(self, config: Config, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int) -> None:
         self.counts = counts
         self.rows: list[Row] = rows

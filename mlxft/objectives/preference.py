@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ from mlxft.config import Config, Settings
 from mlxft.data.batching import Slot
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, build_pairs, length
 from mlxft.errors import DataError
+from mlxft.model.cpu import as_trained
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import row_sums
 from mlxft.model.plan import Outline
@@ -265,7 +267,8 @@ class _Single(Judged[EncodedAnswer]):
         with probing(model):
             for places, arrays in _stacked([self._mismatched(i, valid) for i in rows], self.most):
                 ref = self._policy.reference.logprobs(arrays, int(valid), [every + rows[i] for i in places])
-                total = total + (self._policy.logprobs(model, arrays, False) - ref).sum()
+                now = as_trained(partial(self._policy.logprobs, model, arrays, False))
+                total = total + (now - ref).sum()
                 mx.async_eval(total)  # one batch's activations at a time; the number stays on the device
         self._point = mx.maximum(total / max(1, len(rows)), 0.0)
 

@@ -113,6 +113,8 @@ class Objective(OffPolicy):
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    traceable = True
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
         data = config.data
         if data.format not in FORMATS:
@@ -159,7 +161,7 @@ class Objective(OffPolicy):
 
     def _make(self, slot: Slot, ends_epoch: bool) -> Batch:
         sequences = [[self.train.rows[i] for i in rows] for rows in slot.sequences]
-        return pack_batch(sequences, slot.width, ends_epoch, segments=self._width is not None)
+        return pack_batch(sequences, slot.width, ends_epoch, segments=self._width is not None, few=self.compiled)
 
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         if self.valid is None:
@@ -217,11 +219,14 @@ def make_batch(rows: list[Encoded], width: int, ends_epoch: bool = False) -> Bat
     return pack_batch([[row] for row in rows], width, ends_epoch, segments=False)
 
 
-def pack_batch(sequences: list[list[Encoded]], width: int, ends_epoch: bool = False, *, segments: bool = True) -> Batch:
+def pack_batch(
+    sequences: list[list[Encoded]], width: int, ends_epoch: bool = False, *, segments: bool = True, few: bool = False
+) -> Batch:
     """The same with several rows a sequence, one after the other.
 
     Args:
         segments: whether to number the rows in their sequence, from 1 with 0 for padding, as `rows_nll` takes it.
+        few: whether trained positions are filled up to one of few numbers, by such as count for nothing.
     """
     ids = np.zeros((len(sequences), width), dtype=np.int32)
     numbers = np.zeros_like(ids)
@@ -238,15 +243,22 @@ def pack_batch(sequences: list[list[Encoded]], width: int, ends_epoch: bool = Fa
             positions.append(b * width + start + at - 1)
             labels.append(row.ids[at])
             start = stop
-    where = np.concatenate(positions).astype(np.int32)
+    count = sum(map(len, labels))
+    fill = (0, one_of_few(count) - count if few else 0)
     arrays = {
         "ids": mx.array(ids),
-        "positions": mx.array(where),
-        "labels": mx.array(np.concatenate(labels).astype(np.int32)),
-        "weights": mx.ones(len(where), dtype=mx.float32),
+        "positions": mx.array(np.pad(np.concatenate(positions).astype(np.int32), fill)),
+        "labels": mx.array(np.pad(np.concatenate(labels).astype(np.int32), fill)),
+        "weights": mx.array(np.pad(np.ones(count, dtype=np.float32), fill)),
     }
     if segments:
         arrays["segments"] = mx.array(numbers)
     rows = [row for sequence in sequences for row in sequence]
     lengths = tuple(sum(len(row.ids) for row in sequence) for sequence in sequences)
-    return Batch(arrays, sum(lengths), len(where), tuple(r.where for r in rows), ends_epoch, lengths=lengths)
+    return Batch(arrays, sum(lengths), count, tuple(r.where for r in rows), ends_epoch, lengths=lengths)
+
+
+def one_of_few(count: int) -> int:
+    """The next of few numbers, 16 from each power of two to the next: less than a sixteenth more."""
+    step = max(1, (1 << (count - 1).bit_length()) // 32)
+    return -(-count // step) * step

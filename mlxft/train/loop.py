@@ -13,18 +13,19 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlxft.config import Config
 from mlxft.errors import TrainingError
 from mlxft.model.cpu import quicker
 from mlxft.model.random import random_state
-from mlxft.objectives.balance import balanced_loss
 from mlxft.objectives.base import MAX, Batch, LossSum, Objective
+from mlxft.train.gradient import Gradients, summed
 from mlxft.train.optim import Optimizer, learning_rate
 from mlxft.train.validate import validate
 
 Event = dict[str, Any]
+MOST_PENDING = 64  # steps whose numbers stay on the device: each is a buffer, and Metal has a limit of those
 ADVICE = (
     "What was saved before is intact. Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
     "model.dtype: float32, or look at the rows"
@@ -47,6 +48,8 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
     about: dict[str, float] = field(default_factory=dict)  # the newest event's numbers, which go into each report
     stopped_early: bool = False
+    shapes_seen: list[str] = field(default_factory=list)  # of micro-batches: once, and to be compiled
+    shapes_compiled: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -117,6 +120,9 @@ class Loop:
     ) -> None:
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self.config, self.total_steps, self.progress, self.hooks = config, total_steps, progress, hooks
+        self.gradients = Gradients(
+            model, objective, config.tune.router_aux, progress.shapes_seen, progress.shapes_compiled
+        )
         self._pending: list[_Step] = []
         self._started = time.perf_counter() - progress.elapsed_s
         self._reported = time.perf_counter()
@@ -143,6 +149,8 @@ class Loop:
                 if len(self._pending) > 1:
                     # Wait for the step before: the device is kept busy by one step, never by a growing queue.
                     mx.eval(self._pending[-2].sums.total)
+                if len(self._pending) > MOST_PENDING:
+                    self._look(self._pending[:-1])  # they are done
                 last = p.step == self.total_steps
                 if p.step % settings.report_every == 0 or last:
                     self._report()
@@ -171,7 +179,7 @@ class Loop:
             if batch.trained_tokens == 0:
                 self.progress.skipped_batches += 1
                 continue
-            part, more = self._gradient(batch)
+            part, more = self.gradients(batch)
             sums = part if sums is None else sums.plus(part)
             grads = summed(grads, more)
             # Together, and before anything else is asked for: what only one of them needs would keep the others'
@@ -204,17 +212,22 @@ class Loop:
         self.hooks.event({**event, "step": self.progress.step + 1, "elapsed_s": self.progress.elapsed_s})
         self.progress.about = {k: v for k, v in event.items() if isinstance(v, (int, float))}
 
-    def _gradient(self, batch: Batch) -> tuple[LossSum, dict[str, mx.array]]:
-        return gradient(self.model, self.objective, batch, self.config.tune.router_aux)
-
     def _drain(self) -> None:
         """Look at the steps since the last time: the only place where the loop waits for numbers.
 
         Raises:
             TrainingError: one is not finite.
         """
+        self._look(self._pending)
+        window, now = self.progress.window, time.perf_counter()
+        window["seconds"] = window.get("seconds", 0.0) + now - self._reported
+        self._reported = now
+        self.progress.elapsed_s = now - self._started
+
+    def _look(self, steps: list[_Step]) -> None:
+        """Add the numbers of some pending steps, the oldest, to the window; TrainingError where one is not finite."""
         window = self.progress.window
-        for step in self._pending:
+        for step in steps:
             total, weight = float(step.sums.total), float(step.sums.weight)
             norms = {k: float(v) for k, v in step.norms.items()}
             if not all(map(math.isfinite, (total, *norms.values()))):
@@ -227,11 +240,7 @@ class Loop:
             window |= {"lr": step.lr, **{f"norm:{k}": v for k, v in norms.items()}}
             window["tokens"] = window.get("tokens", 0) + step.tokens
             window["trained"] = window.get("trained", 0) + step.trained_tokens
-        self._pending.clear()
-        now = time.perf_counter()
-        window["seconds"] = window.get("seconds", 0.0) + now - self._reported
-        self._reported = now
-        self.progress.elapsed_s = now - self._started
+        del self._pending[: len(steps)]
 
     def _report(self) -> None:
         self._drain()
@@ -308,35 +317,6 @@ class Loop:
         away = time.perf_counter() - began
         self._started += away
         self._reported += away
-
-
-def gradient(
-    model: nn.Module, objective: Objective, batch: Batch, aux: float | None
-) -> tuple[LossSum, dict[str, mx.array]]:
-    """The sums of a micro-batch, and the gradient of their total in what it trains, by name.
-
-    Args:
-        aux: tune.router_aux.
-    """
-
-    def loss(params: dict[str, mx.array]) -> LossSum:
-        model.update(tree_unflatten(list(params.items())))
-        if aux is not None:
-            return balanced_loss(objective, model, batch, aux)
-        return objective.loss(model, batch)
-
-    params = dict(tree_flatten(model.trainable_parameters()))
-    if batch.trains is not None:
-        params = {n: v for n, v in params.items() if batch.trains(n)}
-    sums, grads = mx.value_and_grad(loss)(params)
-    model.update(tree_unflatten(list(params.items())))
-    return sums, grads
-
-
-def summed(grads: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The gradients of micro-batches so far, and those of one more."""
-    # In float32: a sum in bfloat16 has 8 bits, and stands still at 256 times what is added to it.
-    return grads | {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
 
 
 def loop_state(loop: Loop) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxft.model.cpu import as_trained
 from mlxft.model.random import probing
 from mlxft.objectives.base import LossSum, Objective
 
@@ -22,7 +24,7 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
         if own is not None:
             return own
         for batch in objective.valid_batches(model):
-            part = objective.loss(model, batch)
+            part = as_trained(partial(objective.loss, model, batch))
             sums = part if sums is None else sums.plus(part)
             mx.eval(sums)  # one batch's activations at a time
     if sums is None:

@@ -240,6 +240,8 @@ def test_a_plan_for_a_mac(good: str, mlxft: Callable[..., Any]) -> None:
     assert (told["device"], told["usable"], told["fits"]) == ("metal", None, None)
     shown = mlxft("check", good, "--device", "metal")
     assert (shown.code, "on a Mac's GPU" in shown.out, "with memory.checkpoint: on:" in shown.out) == (0, True, True)
+    packed = mlxft("check", good, "--device", "metal", "batch.pack=true", "batch.rows=null", "batch.tokens=128")
+    assert (packed.code, "with batches as large of rows that are not packed" in packed.out) == (0, True)
     limited = mlxft("check", good, "--device", "metal", "memory.limit=1e-4")
     assert (limited.code, "DOES NOT FIT" in limited.out) == (2, True)
     assert mlxft("check", good, "--device", "metal", "--time").code == 2

@@ -242,6 +242,7 @@ ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "
 ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
 ELSEWHERE |= {"memory.measure", "run.keep_awake"}  # tests/test_measure, tests/test_device
 ELSEWHERE |= {"report.to", "report.project"}  # tests/train/test_trackers
+ELSEWHERE |= {"run.compile"}  # tests/train/test_gradient
 ELSEWHERE |= {"data.invalid"}  # tests/cli/test_rows: where it drops nothing, it changes nothing
 ELSEWHERE |= {"data.date"}  # tests/cli/test_kept_template: of templates that write one
 ELSEWHERE |= {"tune.router_aux"}  # of mixtures: tests/objectives/test_balance

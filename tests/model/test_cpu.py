@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from architectures import build
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu as plain_swiglu
 from mlx_lm.models.base import scaled_dot_product_attention as plain_attention
 
+from mlxft.device import planning_for
 from mlxft.model import cpu
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.load import load
@@ -102,6 +104,30 @@ def test_exponentials() -> None:
     np.testing.assert_allclose(np.array(cpu.logsumexp(rows)), np.array(mx.logsumexp(rows, axis=-1)), rtol=1e-6)
     slope = mx.grad(lambda r: cpu.logsumexp(r).sum())(rows[:2])
     np.testing.assert_allclose(np.array(slope), np.array(mx.softmax(rows[:2], axis=-1)), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu off", "metal"])
+def test_cross_entropy_of_each_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient; in bfloat16 a CPU sums in float32, and a GPU's kernel is given what there is."""
+    given: list[mx.Dtype] = []
+    kernel = mx.fast.cross_entropy
+    monkeypatch.setattr(mx.fast, "cross_entropy", lambda x, y: given.append(x.dtype) or kernel(x, y))
+    monkeypatch.setenv("MLXFT_CPU", "off" if device == "cpu off" else "on")
+    logits, labels = mx.random.normal((5, 300)) * 4, mx.array([0, 299, 7, 7, 31])
+    weights = mx.arange(1.0, 6.0)
+
+    def plain(x: mx.array) -> mx.array:
+        return (-nn.log_softmax(x)[mx.arange(5), labels] * weights).sum()
+
+    def ours(x: mx.array) -> mx.array:
+        return (cpu.cross_entropy(x, labels) * weights).sum()
+
+    with planning_for("metal" if device == "metal" else "cpu"):
+        for one, other in zip(mx.value_and_grad(ours)(logits), mx.value_and_grad(plain)(logits)):
+            np.testing.assert_allclose(np.array(one), np.array(other), rtol=1e-5, atol=1e-5)
+        half = cpu.cross_entropy(logits.astype(mx.bfloat16), labels)
+    assert given == {"cpu": [], "cpu off": 2 * [mx.float32], "metal": [mx.float32, mx.bfloat16]}[device]
+    assert half.dtype == mx.float32
 
 
 def test_only_inside_the_block_and_only_where_the_model_looks(tiny_model_dir: Any) -> None:

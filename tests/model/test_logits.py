@@ -82,7 +82,7 @@ def adapt(model: nn.Module, targets: str | list[str], dora: bool = False) -> Non
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine positions are three chunks, the last one partial."""
-    monkeypatch.setattr(logits_module, "CHUNK", 4)
+    monkeypatch.setattr(logits_module, "CHUNK", (4, 32 << 20))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -207,7 +207,7 @@ def test_quantised_head(tmp_path: Path, make_model_dir: Callable[..., Path]) -> 
 @pytest.mark.parametrize("whole", [False, True])
 def test_logits_of_all_positions_never_exist(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """1024 positions of a vocabulary of 16,384 are 67 MB of logits, and as much of their gradient; 16 are trained."""
-    monkeypatch.setattr(logits_module, "CHUNK", 128)
+    monkeypatch.setattr(logits_module, "CHUNK", (128, 32 << 20))
     monkeypatch.setitem(ARCHITECTURES, "llama", {"vocab_size": 16384})
     model = build("llama")
     if whole:

@@ -133,6 +133,7 @@ OFF_POLICY: list[dict[str, Any]] = [
     {},
     {"tune.method": "full", "tune.rank": None, "memory.checkpoint": True},
     {"batch.pack": True, "batch.rows": None, "batch.tokens": 64, "run.steps": 4},
+    {"run.compile": "on", "batch.pack": True, "batch.rows": None, "batch.tokens": 64, "run.steps": 7},
     *({"objective": "preference", "preference": {"loss": loss}} for loss in ("dpo", "kto", "simpo")),
     {"objective": "preference", "preference": {"loss": "dpo", "precompute": True}},
     {"objective": "reward"},

@@ -23,6 +23,7 @@ from mlxft.data.formats import tools_of
 from mlxft.data.thoughts import decode_completion, opening_after, until_stop
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
+from mlxft.model.cpu import as_trained
 from mlxft.model.logits import Split
 from mlxft.model.logprobs import Draw, ahead, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.random import probing
@@ -53,6 +54,8 @@ class OnPolicy(Generic[M]):
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    traceable = False  # PPO's loss asks what a batch trains; and hardly two batches of completions have one shape
+    compiled = False
     grouped = False  # whether completions are compared with others of their prompt
 
     def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
@@ -214,7 +217,7 @@ class OnPolicy(Generic[M]):
     ) -> None:
         """Keep what `read` gives of each token, by name: (N,) of the arrays of each batch of completions."""
         batches = ((rows, self._arrays(rollout, rows, prompts)) for rows in micro)
-        for rows, found in ahead(batches, read):
+        for rows, found in ahead(batches, lambda arrays: as_trained(lambda: read(arrays))):
             ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
             for name, values in found.items():
                 kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
