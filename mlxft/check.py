@@ -29,6 +29,7 @@ from mlxft.planning import (
     batch_shapes,
     check_room,
     full_logits,
+    is_open,
     outfitted,
     planned,
     settled,
@@ -39,6 +40,8 @@ from mlxft.text import json_text
 from mlxft.timing import TimedSteps, timed_steps
 from mlxft.train.optim import group_of, learning_rate
 from mlxft.train.trackers import check_installed
+
+TO_COME = "; a measured step corrects it when training begins"
 
 
 def check(
@@ -67,12 +70,15 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
     check_weights(config.model.path)
     check_writable(config.run_dir, "run.dir")
     check_installed(config.report.to)
-    config, m = settled(config, resume=False), config.model
+    asked, config, m = config, settled(config, resume=False), config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)
     summary = objective.summary()
     total = total_steps(config, objective)
     found, reason, notes = memory_plan(config, objective)
+    if asked.batch.tokens == "auto":
+        by = "the plan" if found is not None else "no plan, to begin with"
+        notes.append(f"batch.tokens: auto is {config.batch.budget:,} by {by}{TO_COME if is_open(asked) else ''}")
     fits = found is None or found.plan.fits(found.usable)
     facts = {
         "recipe": "valid",
@@ -88,7 +94,10 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         "notes": [*summary.notes, *notes],
         "run_dir": str(config.run_dir),
     }
-    took, blas = timed_steps(config, objective, total) if time and fits else None, None if elsewhere() else in_use()
+    took, blas = (
+        timed_steps(config, objective, is_open(asked)) if time and fits else None,
+        None if elsewhere() else in_use(),
+    )
     if as_json:
         facts["previews"] = [preview(row, tokenizer) for row in objective.previews(rows)]
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}

@@ -172,7 +172,8 @@ class Batch(Settings):
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
         description="Tokens a micro-batch, padding included; rows of like length share one. Default 2048; auto: as "
-        "many as fit in memory by the plan, at most 65536.",
+        "many as fit in memory, at most 65536: by the plan, corrected by measured steps (memory.measure) where a run "
+        "or a range test begins.",
     )
     rows: int | None = Field(None, ge=1, description="Rows a micro-batch, in place of tokens.")
     accumulate: int = Field(1, ge=1, description="Micro-batches a step.")
@@ -342,13 +343,14 @@ class Memory(Settings):
 
     checkpoint: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Keep only each block's input and compute the rest again for the gradient; auto: where the plan "
-        "without it takes more than a third of the machine's memory.",
+        description="Keep only each block's input and compute the rest again for the gradient; auto: where a step "
+        "without it takes more than a third of the machine's memory, or than limit, by the plan or as measured.",
     )
     measure: bool = Field(
         True,
-        description="Compute one step of the largest batch before training, throw its gradient away, and decide "
-        "checkpoint: auto by what it took; not of on-policy objectives and with a precomputed reference.",
+        description="Compute steps of the largest batch before training, throw their gradients away, and decide "
+        "checkpoint: auto and batch.tokens: auto by what they take. Of on-policy objectives completions are made up, "
+        "and sampling goes by the plan.",
     )
     limit: float | None = Field(
         None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."

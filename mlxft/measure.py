@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -18,20 +18,29 @@ from mlxft.model.cpu import quicker
 from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
 from mlxft.model.plan import CHECKPOINT_ABOVE
 from mlxft.model.random import probing
-from mlxft.objectives.base import Batch
-from mlxft.planning import amount, room_of, why_eager
+from mlxft.objectives.base import Batch, MakesStep
+from mlxft.objectives.onpolicy import memory as onpolicy
+from mlxft.objectives.onpolicy.base import OnPolicy
+from mlxft.planning import LEAST_TOKENS, MOST_TOKENS, amount, batch_shapes, room_of, why_eager, with_tokens
 from mlxft.train.gradient import CompiledGradient, Found, gradient, summed
 from mlxft.train.optim import Optimizer
 
 ALL = 1 << 62  # bytes of a step that no memory was left for
+MEASURED = 3  # times, at most, that a step is measured for batch.tokens: auto
 TIMED = 4  # gradients, after the first, which makes caches and kernels
 QUICKER = 0.95  # share of the eager gradient's time below which the compiled one is taken: above lies noise
+FILLED = 0.95  # of the room is what it aims at: the run agrees with what was measured within a few percent
+ENOUGH = 1.15  # times as many tokens would fit: below that, they are not tried
 
 
-def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> list[str]:
+def settle_by_measure(
+    config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, taken: int | None = None
+) -> list[str]:
     """Measure a step, and settle by it what is left open: gradient checkpointing, where it takes too much, and on a
     GPU whether the loop compiles (`objective.compiled`).
 
+    Args:
+        taken: what it takes, where that was measured already.
     Returns:
         What there is to say of it; nothing where the objective's batches are not known before it runs.
     Raises:
@@ -40,26 +49,112 @@ def settle_by_measure(config: Config, model: nn.Module, objective: Any, optimize
     """
     eager = why_eager(config, model, objective)
     objective.compiled = config.run.compile == "on"
-    if not config.memory.measure or not hasattr(objective, "largest"):
+    if not config.memory.measure or not _measurable(objective):
         return []
-    taken = measured_bytes(config, model, objective, optimizer)
-    room, open_ = usable_bytes(config.memory.limit), config.memory.checkpoint == "auto"
-    most = min(room, machine_bytes() * CHECKPOINT_ABOVE)
-    if open_ and not is_checkpointed(model) and taken is not None and taken > most:
+    taken = measured_bytes(config, model, objective, optimizer) if taken is None else taken
+    room = usable_bytes(config.memory.limit)
+    if taken is not None and taken > room_for_step(config, model):
         checkpoint_layers(model)
         taken = measured_bytes(config, model, objective, optimizer)
     if taken is None:
         return []
     if taken > room:
-        takes = "found no room" if taken == ALL else f"takes {amount(taken)}"
-        raise ConfigError(f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}")
+        raise ConfigError(_too_much(config, taken))
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
-    notes = [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}"]
+    beside = "; sampling is by the plan" if isinstance(objective, OnPolicy) else ""
+    notes = [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}{beside}"]
     # Not on a CPU: 0.84 to 0.92 of the eager time (llamas of 8 and 30 layers, float32), but a C++ compiler makes the
     # kernels, some 20 s the first time.
     if config.run.compile == "auto" and backend() != "cpu":
         notes.append(eager or _settle_compiling(config, model, objective, optimizer, room))
     return notes
+
+
+def _measurable(objective: Any) -> bool:
+    return isinstance(objective, OnPolicy) or hasattr(objective, "largest")
+
+
+def room_for_step(config: Config, model: nn.Module) -> float:
+    """Bytes that a step may take with the blocks as they are: beyond a share of the machine they are checkpointed,
+    where that is left open."""
+    room = usable_bytes(config.memory.limit)
+    if config.memory.checkpoint != "auto" or is_checkpointed(model):
+        return room
+    return min(room, machine_bytes() * CHECKPOINT_ABOVE)
+
+
+def fit_tokens(
+    config: Config, model: nn.Module, objective: Any, optimizer: Optimizer
+) -> tuple[Config, int | None, list[str]]:
+    """Correct what the plan has made of `batch.tokens: auto` by what the largest batch takes; the objective's batches
+    are made by it from then on.
+
+    Returns:
+        The recipe with the number; what was measured with it, None if nothing was; what to say of it.
+    """
+    objective.compiled = config.run.compile == "on"
+    tokens, tried, said = config.batch.budget, dict[int, int](), list[str]()
+    if not (_measurable(objective) and hasattr(objective, "rebatch")):
+        return config, None, [f"batch.tokens: auto is {tokens:,}: objective {config.objective} has no step to measure"]
+    for _ in range(MEASURED):
+        config = _rebatched(config, objective, tokens)
+        taken = measured_bytes(config, model, objective, optimizer)
+        if taken is None:
+            return config, None, [f"batch.tokens: auto is {tokens:,}: there is no batch to measure"]
+        tried[tokens] = taken
+        said.append(f"{tokens:,} takes {'more than there is' if taken == ALL else amount(taken)}")
+        most = room_for_step(config, model)
+        largest = max(shape.rows * shape.width for shape in batch_shapes(objective))
+        wanted = _corrected(tokens, largest, taken, most, _lasting(model, optimizer))
+        open_ = config.memory.checkpoint == "auto" and not is_checkpointed(model)
+        if open_ and taken > most and wanted < LEAST_TOKENS:
+            checkpoint_layers(model)  # rather than smaller batches
+            tried.clear()
+            said[-1] += ", and less with gradient checkpointing"
+        elif wanted in tried:
+            break
+        else:
+            tokens = wanted
+    fitting = [n for n, taken in tried.items() if taken <= most]
+    tokens = max(fitting, default=min(tried, default=tokens))
+    note = f"batch.tokens: auto is {tokens:,}, by measured steps with room for {amount(most)}: {'; '.join(said)}"
+    return _rebatched(config, objective, tokens), tried.get(tokens), [note]
+
+
+def _rebatched(config: Config, objective: Any, tokens: int) -> Config:
+    """The recipe with this batch.tokens, by which the objective makes its batches from then on."""
+    if tokens != config.batch.budget:
+        config = with_tokens(config, tokens)
+        objective.rebatch(config)
+    return config
+
+
+def _corrected(tokens: int, largest: int, taken: int, most: float, lasting: int) -> int:
+    """The batch.tokens to try next; the same where it is good.
+
+    Args:
+        largest: tokens of the largest batch that was made of `tokens`, padding included.
+        taken: what its step takes, of `most`.
+        lasting: bytes of it that do not grow with the batch.
+    """
+    if taken == ALL:
+        return max(64, tokens // 4)
+    share = (FILLED * most - lasting) / max(1, taken - lasting)
+    if taken <= most and (share < ENOUGH or 2 * largest < tokens):  # there may be no larger batch
+        return tokens
+    found = int(min(max(share, 1 / 16), 16) * largest) // 64 * 64
+    return max(64, min(found, MOST_TOKENS))
+
+
+def _lasting(model: nn.Module, optimizer: Optimizer) -> int:
+    """Bytes of weights, gradients and the optimiser."""
+    arrays = tree_flatten([model.parameters(), model.trainable_parameters(), optimizer.arrays()])
+    return sum(v.nbytes for _, v in arrays)
+
+
+def _too_much(config: Config, taken: int) -> str:
+    takes = "found no room" if taken == ALL else f"takes {amount(taken)}"
+    return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
 
 
 def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, room: int) -> str:
@@ -85,7 +180,7 @@ def gradient_seconds(config: Config, model: nn.Module, objective: Any, compiled:
     """Seconds of a gradient of the largest batch, of several in a row; the random state is afterwards as it was."""
     objective.compiled = compiled  # its batches are filled up then
     with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
-        batch, compute = objective.largest(model), _computing(config, model, objective)
+        (batch, *_), compute = objective.largest(model)[0](), _computing(config, model, objective)
         mx.eval(compute(batch))
         began, before = time.perf_counter(), mx.array(0.0)
         for _ in range(TIMED):
@@ -121,35 +216,61 @@ def crowded(config: Config) -> list[str]:
 
 
 def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> int | None:
-    """Peak of a step of the largest batch, weights included; None if there is no batch to take.
+    """Peak of training on the batches that may take most, weights included; None if there is none to take.
 
-    Its gradient is thrown away, and the random state is afterwards as it was. Without memory for it, all there is.
+    It is two steps as the loop makes them, with a learning rate of 0: weights, random state and the objective's state
+    are afterwards as they were, and the optimiser begins anew. Without memory for them, all there is.
+
+    Raises:
+        ConfigError: no memory was left amid an update, when it is not known what has become of the weights.
     """
     try:
         with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
-            batch = objective.largest(model)
-            if batch is None:
-                return None
-            held = [model.parameters(), optimizer.arrays(), batch.arrays]
-            mx.eval(held)
-            mx.clear_cache()
-            mx.reset_peak_memory()
-            # What else stands in this process is not this run's.
-            others = max(0, mx.get_active_memory() - sum(v.nbytes for _, v in tree_flatten(held)))
-            grads: dict[str, mx.array] = {}
-            compute = _computing(config, model, objective)
-            for _ in range(min(2, config.batch.accumulate)):  # the second stands for all further ones
-                sums, more = compute(batch)
-                grads = summed(grads, more)
-                mx.async_eval(sums, grads)  # as the loop does
-                del more
-            mx.eval(sums, grads)
-            # The update holds the square of the largest parameter for the norm, and what it makes anew.
-            largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
-            update = mx.get_active_memory() + 4 * largest + optimizer.renewed(model)
-            return max(mx.get_peak_memory(), update) - others
+            steps = onpolicy.largest(objective) if isinstance(objective, OnPolicy) else objective.largest(model)
+            return max((_peak(config, model, objective, optimizer, step) for step in steps), default=None)
     except (RuntimeError, MemoryError) as error:
         if gpu_failure(error) != "memory":
             raise
         mx.clear_cache()
         return ALL
+
+
+def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, step: MakesStep) -> int:
+    """Peak of two steps in a row, without what else stands in this process."""
+    beside = objective.held() if isinstance(objective, OnPolicy) else []
+    held = [model.parameters(), optimizer.arrays(), beside]
+    mx.eval(held)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    own = {id(v): v.nbytes for _, v in tree_flatten(held)}  # a critic may begin as the policy's very arrays
+    others = max(0, mx.get_active_memory() - sum(own.values()))
+    del held
+    compute = _computing(config, model, objective)
+    sums, grads = _gradients(compute, step())
+    mx.eval(sums, grads)
+    # A rate of 0 times what is not finite would be no 0; the run ends at such a step.
+    if all(mx.isfinite(g.square().sum()).item() for g in grads.values()):
+        try:
+            mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
+            # The next step's forward pass begins while old and new parameters stand side by side.
+            sums, grads = _gradients(compute, step())
+            mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
+            mx.eval(sums, model.parameters(), optimizer.arrays())
+        except (RuntimeError, MemoryError) as error:
+            if gpu_failure(error) != "memory":
+                raise
+            raise ConfigError(_too_much(config, ALL)) from error
+        finally:
+            optimizer.begin(model)
+    return mx.get_peak_memory() - others
+
+
+def _gradients(compute: Callable[[Batch], Found], batches: Iterator[Batch]) -> Found:
+    """Sums and gradients of a step's micro-batches, on their way as the loop has them."""
+    grads: dict[str, mx.array] = {}
+    for batch in batches:
+        sums, more = compute(batch)
+        grads = summed(grads, more)
+        mx.async_eval(sums, grads)
+        del more
+    return sums, grads

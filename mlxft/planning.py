@@ -15,7 +15,7 @@ from mlxft.config import Config
 from mlxft.device import NAMES, UNKNOWN, machine_bytes, planned_backend, usable_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
-from mlxft.model.load import Loaded, skeleton
+from mlxft.model.load import Loaded, NotBeforeLoading, skeleton
 from mlxft.model.logits import Split
 from mlxft.model.lora import dropouts, without_dropout
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
@@ -178,7 +178,8 @@ def plan_batches(
 
     setting = config.memory.checkpoint
     off = most(plans(False)) if setting != "on" else None
-    if off is not None and (setting == "off" or off[0].fits(machine_bytes() * CHECKPOINT_ABOVE)):
+    room = min(usable_bytes(config.memory.limit), machine_bytes() * CHECKPOINT_ABOVE)
+    if off is not None and (setting == "off" or off[0].fits(room)):
         return off
     return most(plans(True))
 
@@ -212,19 +213,19 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: A
         return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
     beside = around.residents.with_training(job) if around is not None else 0
-    tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside)
+    tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside, MOST_TOKENS)
     return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others)
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """Settle what a recipe leaves open: `batch.tokens: auto`, by what fits, and the day.
+    """Settle what a recipe leaves open: `batch.tokens: auto`, by what a plan says fits, and the day.
 
     A run that is resumed keeps what it began with: these two, the optim.lr that its recipe did not give, and whether
     blocks are checkpointed and the step is compiled.
 
     Raises:
-        ModelError: this architecture's memory can not be predicted.
-        ConfigError: no row of data.max_length fits.
+        ModelError: the model can not be had.
+        ConfigError: no row of data.max_length fits; memory can not be predicted, and `memory.measure` is off.
     """
     file = config.run_dir / "config.yaml"
     stored = load_config(file, looked_at=True) if resume and file.exists() else None
@@ -241,36 +242,69 @@ def settled(config: Config, resume: bool) -> Config:
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
     if config.batch.tokens != "auto":
         return config
-    tokens: Any = _auto_tokens(config) if stored is None else stored.batch.tokens
+    return with_tokens(config, _auto_tokens(config) if stored is None else stored.batch.tokens)
+
+
+def with_tokens(config: Config, tokens: Any) -> Config:
+    """The recipe with another batch.tokens."""
     return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": tokens})})
 
 
+def is_open(config: Config) -> bool:
+    """Whether a recipe, before it was `settled`, leaves batch.tokens to what is measured."""
+    return config.batch.tokens == "auto" and config.memory.measure
+
+
 def _auto_tokens(config: Config) -> int:
-    if usable_bytes(config.memory.limit) == UNKNOWN:
+    """By the plan; where there can be none, what the first measured step is of."""
+    width, usable = config.data.max_length, usable_bytes(config.memory.limit)
+    if usable == UNKNOWN:
         raise ConfigError("batch.tokens: auto: the other machine's memory is not known; give memory.limit too")
-    if config.data.max_length > MOST_TOKENS:
+    if width > MOST_TOKENS:
         raise ConfigError(
             f"batch.tokens: auto: makes batches of at most {MOST_TOKENS:,} tokens, and data.max_length is "
-            f"{config.data.max_length:,}; lower it, or give batch.tokens as a number"
+            f"{width:,}; lower it, or give batch.tokens as a number"
         )
-    model = base_skeleton(config)
-    job, width, room = job_of(config, model), config.data.max_length, MARGIN * usable_bytes(config.memory.limit)
-    if job.outline == onpolicy.OUTLINE:
-        room -= onpolicy.residents(config, model).with_training(job)
-    setting = config.memory.checkpoint
-    found = 0
-    if setting != "on":
-        # On its own, checkpointing is left off up to a share of the machine: larger batches would switch it on.
-        most = room if setting == "off" else min(room, machine_bytes() * CHECKPOINT_ABOVE)
-        found = largest_tokens(job, width, False, most)
-    if setting != "off" and found < LEAST_TOKENS:
-        found = largest_tokens(job, width, True, room)
+    try:
+        bare = bare_skeleton(config)
+    except NotBeforeLoading as error:
+        return _unplanned_tokens(config, error)
+    model = outfitted(config, bare)
+    try:
+        found, room = _planned_tokens(config, model, MARGIN * usable)
+    except ModelError as error:
+        return _unplanned_tokens(config, error)
     if not found:
         raise ConfigError(
             f"batch.tokens: auto: not even one row of data.max_length ({width}) fits in {amount(room)}; lower "
             "data.max_length or tune.rank, or set model.quantize: 4 or memory.checkpoint: on; mlxft check shows a plan"
         )
     return min(found, MOST_TOKENS)
+
+
+def _unplanned_tokens(config: Config, error: ModelError) -> int:
+    if config.memory.measure:
+        return LEAST_TOKENS
+    raise ConfigError(f"batch.tokens: auto: {error}; give it as a number, or set memory.measure: true") from error
+
+
+def _planned_tokens(config: Config, model: nn.Module, room: float) -> tuple[int, float]:
+    """The largest batch.tokens that fits, 0 if none does; and the bytes of `room` that steps may take.
+
+    Raises:
+        ModelError: this architecture's memory can not be predicted.
+    """
+    job, width, setting = job_of(config, model), config.data.max_length, config.memory.checkpoint
+    if job.outline == onpolicy.OUTLINE:
+        room -= onpolicy.residents(config, model).with_training(job)
+    found = 0
+    if setting != "on":
+        # On its own, checkpointing is left off up to a share of the machine: larger batches would switch it on.
+        most = room if setting == "off" else min(room, machine_bytes() * CHECKPOINT_ABOVE)
+        found = largest_tokens(job, width, False, most, MOST_TOKENS)
+    if setting != "off" and found < LEAST_TOKENS:
+        found = largest_tokens(job, width, True, room, MOST_TOKENS)
+    return found, room
 
 
 def base_skeleton(config: Config) -> nn.Module:
@@ -328,9 +362,13 @@ def full_logits(split: Split) -> list[str]:
     return [text]
 
 
-def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tuple[bool, list[str]]:
+def decide_checkpointing(
+    config: Config, model: nn.Module, objective: Any, refuse: bool = True
+) -> tuple[bool, list[str]]:
     """Whether to checkpoint, and what to say of the memory that training will take.
 
+    Args:
+        refuse: whether a plan of the steps may refuse them; else what is measured does, or it was when the run began.
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
@@ -339,20 +377,31 @@ def decide_checkpointing(config: Config, model: nn.Module, objective: Any) -> tu
     if any(shape.prompt for shape in shapes) and Sharing(split).reason:
         shapes = [Shape(*shape[:3]) for shape in shapes]
     if not shapes:
-        return config.memory.checkpoint == "on", notes
+        unknown = f"the batches of objective {config.objective} are not known before it runs"
+        return config.memory.checkpoint == "on", [*notes, _unpredicted(config, unknown)]
     # A critic stands in the model by now: it is counted among the roles.
     with without_head(model) if isinstance(objective, OnPolicy) else nullcontext():
         try:
             around = around_of(config, model, objective)
             found, rows, width = plan_batches(config, model, shapes, around)
         except ModelError as error:
-            return config.memory.checkpoint == "on", [*notes, f"memory is not predicted: {error}"]
+            return config.memory.checkpoint == "on", [*notes, _unpredicted(config, str(error))]
     if around is not None:
         notes += around.residents.notes
-    check_room(config, found, rows, width)
+    phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
+    if refuse or max((v for k, v in phases.items() if k != "training"), default=0) > usable_bytes(config.memory.limit):
+        check_room(config, found, rows, width)
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
     said = f"expected peak memory: {amount(found.total)}"
     return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
+
+
+def _unpredicted(config: Config, why: str) -> str:
+    """What to say where there is no plan: what then becomes of gradient checkpointing."""
+    if config.memory.checkpoint != "auto":
+        return f"memory is not predicted: {why}"
+    then = "a measured step decides" if config.memory.measure else "set memory.checkpoint: on where memory runs out"
+    return f"memory is not predicted: {why}; gradient checkpointing is off: {then}"
 
 
 def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:

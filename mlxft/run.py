@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -18,7 +18,7 @@ from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
 from mlxft.device import FAILURES, Failure, awake, gpu_failure
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
-from mlxft.measure import crowded, settle_by_measure
+from mlxft.measure import crowded, fit_tokens, settle_by_measure
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
@@ -31,7 +31,7 @@ from mlxft.model.sample import Sampling, generate
 from mlxft.objectives.base import Objective
 from mlxft.owned import Held, hold
 from mlxft.parts import check_head, load_base, make_objective, prepare
-from mlxft.planning import decide_checkpointing, settled
+from mlxft.planning import decide_checkpointing, is_open, settled
 from mlxft.recipe import dump_config, flat, load_config, parse_config
 from mlxft.rundir import Run, check_folder, load, make_folder, open_run, versions
 from mlxft.text import make_console
@@ -55,24 +55,48 @@ def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequen
     return parse_config(dict(config))
 
 
-def assemble(config: Config, loaded: Loaded, objective: Objective) -> tuple[LoRASpec | None, Optimizer, list[str]]:
+class Assembled(NamedTuple):
+    """What the loop works with.
+
+    Attributes:
+        spec: what `prepare` gives.
+        config: the recipe with what this machine has decided: batch.tokens and memory.checkpoint.
+        notes: what to say of the memory that training will take.
+    """
+
+    spec: LoRASpec | None
+    optimizer: Optimizer
+    config: Config
+    notes: list[str]
+
+
+def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool = False) -> Assembled:
     """Make model and objective ready for the loop; whether it compiles is `objective.compiled` then.
 
-    Returns:
-        What `prepare` does; the optimiser; what to say of the memory that training will take.
+    Args:
+        correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`), or was when
+            the run began that is resumed.
     Raises:
         ConfigError, ModelError: they do not fit each other, the recipe or the machine.
     """
     spec = prepare(config, loaded)
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
-    checkpointing, notes = decide_checkpointing(config, loaded.model, objective)
+    checkpointing, notes = decide_checkpointing(config, loaded.model, objective, refuse=not correct)
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
     checkpoint_layers(loaded.model, checkpointing)
     optimizer = Optimizer(config.optim, loaded.model, objective.parts())
-    return spec, optimizer, notes + settle_by_measure(config, loaded.model, objective, optimizer)
+    taken = None
+    if correct and config.memory.measure:
+        config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)
+        notes += said
+    notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
+    # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
+    memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
+    settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
+    return Assembled(spec, optimizer, config.model_copy(update={"memory": memory, "run": settings}), notes)
 
 
 class _Saver:
@@ -161,27 +185,29 @@ def train(
     console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
-    config = settled(config, resume)
+    correct, config = is_open(config), settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
     with hold(run.dir) as held:
-        return _train_held(run, held, resume, overwrite, console, base, sinks)
+        return _train_held(run, held, resume, overwrite, console, base, sinks, correct)
 
 
 def _train_held(
-    run: Run, held: Held, resume: bool, overwrite: bool, console: Console, base: Loaded | None, sinks: Sequence[Sink]
+    run: Run,
+    held: Held,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
+    base: Loaded | None,
+    sinks: Sequence[Sink],
+    correct: bool,
 ) -> Run:
     """`train` in a folder that no other process works in."""
-    config = run.config
-    loaded = base or load_base(config, lazy=True, template=run.template if resume else None)
-    objective = make_objective(config, loaded.tokenizer)
+    loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
+    objective = make_objective(run.config, loaded.tokenizer)
+    spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct)
     total = total_steps(config, objective)
-    spec, optimizer, expected = assemble(config, loaded, objective)
-    # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
-    memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
-    settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
-    config = config.model_copy(update={"memory": memory, "run": settings})
     run = Run(run.dir, config)
     mx.reset_peak_memory()
     make_folder(run, resume, overwrite)

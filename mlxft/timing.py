@@ -17,7 +17,7 @@ from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.memory import rollout_steps
 from mlxft.parts import load_base
 from mlxft.planning import amount
-from mlxft.run import assemble
+from mlxft.run import assemble, total_steps
 from mlxft.train.loop import Event, Hooks, Loop, Progress
 
 STEPS = 4  # the first one is not timed: it compiles
@@ -64,18 +64,21 @@ def duration(seconds: float) -> str:
 
 
 @aside()
-def timed_steps(config: Config, objective: Any, total: int) -> TimedSteps:
-    """Load the weights, take a few steps of a run of `total`, and tell from them how long all will take.
+def timed_steps(config: Config, objective: Any, correct: bool) -> TimedSteps:
+    """Load the weights, take a few steps, and tell from them how long a run will take.
 
     Of on-policy training it is the steps of one whole rollout, which is sampled and scored for it.
 
+    Args:
+        correct: see `assemble`.
     Raises:
         ModelError: the weights can not be loaded.
         RewardError: a reward gives no number.
         TrainingError: the loss is no number.
     """
     loaded = load_base(config, lazy=True)
-    _, optimizer, _ = assemble(config, loaded, objective)
+    _, optimizer, config, _ = assemble(config, loaded, objective, correct)
+    total = total_steps(config, objective)
     events: list[Event] = []
     settings = {"report_every": 1, "eval_at_start": False, "eval_every": None, "patience": None}
     config = config.model_copy(update={"run": config.run.model_copy(update=settings)})

@@ -11,13 +11,19 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
-from mlxft import measure
+from mlxft import measure, planning
+from mlxft.check import check
 from mlxft.device import machine_bytes
-from mlxft.errors import ConfigError
+from mlxft.errors import ConfigError, ModelError
 from mlxft.model.memory import is_checkpointed
+from mlxft.model.random import random_state
+from mlxft.objectives.onpolicy import memory
+from mlxft.planning import settled
 from mlxft.recipe import load_config, parse_config
 from mlxft.run import assemble, load_base, make_objective, train
+from mlxft.text import make_console
 
 Make = Callable[..., dict[str, Any]]
 MEASURE = """
@@ -46,9 +52,10 @@ def pairs(tmp_path: Path) -> str:
         {"tune": {"method": "full"}},
         {"tune": {"method": "full"}, "memory": {"checkpoint": "on"}},
         {"tune": {"method": "full"}, "batch": {"rows": 4, "accumulate": 3}},
+        {"tune": {"method": "full"}, "batch": {"rows": 1}},
         {"tune": {"method": "full"}, "run.compile": "on"},
     ],
-    ids=["lora", "full", "checkpointed", "accumulated", "compiled"],
+    ids=["lora", "full", "checkpointed", "accumulated", "update", "compiled"],
 )
 def test_what_is_measured_is_what_the_run_takes(
     changes: dict[str, Any], recipe: Make, make_model_dir: Callable[..., Path], tmp_path: Path
@@ -65,14 +72,15 @@ def test_what_is_measured_is_what_the_run_takes(
     assert measured == pytest.approx(taken, rel=0.15)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "kto", "reward"])
+@pytest.mark.parametrize("objective", ["sft", "dpo", "kto", "precomputed", "reward"])
 def test_a_run_that_was_measured_is_the_run(objective: str, pairs: str, recipe: Make) -> None:
     """Weights and losses to the bit, dropout and the reference point included."""
     changes: dict[str, Any] = {"run.steps": 3, "tune.dropout": 0.2}
     if objective != "sft":
         changes = {"run.steps": 3, "data": {"train": pairs, "format": "preference"}}
         changes["objective"] = "reward" if objective == "reward" else "preference"
-        changes |= {"preference": {"loss": "kto"}} if objective == "kto" else {}
+        settings = {"kto": {"loss": "kto"}, "precomputed": {"loss": "kto", "precompute": True}}.get(objective)
+        changes |= {"preference": settings} if settings else {}
     runs = [train(recipe(**changes, **{"memory.measure": m, "run.name": f"m-{m}"})) for m in (False, True)]
     one, other = (mx.load(str(run.result / "adapters.safetensors")) for run in runs)
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
@@ -115,7 +123,7 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     config = parse_config(recipe(**{"memory.measure": False}))
     loaded = load_base(config)
     objective = make_objective(config, loaded.tokenizer)
-    _, optimizer, _ = assemble(config, loaded, objective)
+    _, optimizer, _, _ = assemble(config, loaded, objective)
 
     def fails(*args: Any) -> Any:
         raise RuntimeError(said)
@@ -136,3 +144,148 @@ def test_a_crowded_memory_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyP
     assert swap == "warning: 3.00 GB of swap are in use: close what crowds the memory"
     monkeypatch.setattr(measure, "swap_bytes", lambda: 0.0)
     assert measure.crowded(parse_config(recipe())) == []
+
+
+def made(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """Config, model, objective and optimiser as the loop has them."""
+    config = parse_config(settings)
+    loaded = load_base(config)
+    objective = make_objective(config, loaded.tokenizer)
+    return config, loaded.model, objective, assemble(config, loaded, objective).optimizer
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "lion", "sgd", "adafactor", "muon"])
+def test_nothing_is_left_of_it(name: str, recipe: Make) -> None:
+    optim = {"name": name, "lr": 1e-2} | ({"momentum": 0.9} if name == "sgd" else {})
+    optim |= {"weight_decay": 0.1} if name not in ("adam", "lion") else {}
+    changes = {"optim": optim, "tune": {"method": "full"}, "model.dtype": "bfloat16", "memory.measure": False}
+    config, model, objective, optimizer = made(recipe(**changes))
+    before = {n: mx.array(v) for n, v in tree_flatten([model.parameters(), optimizer.arrays()])}
+    random, state = random_state(), objective.state_dict()
+    assert measure.measured_bytes(config, model, objective, optimizer) is not None
+    after = dict(tree_flatten([model.parameters(), optimizer.arrays()]))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[n], after[n]).item() for n in before)
+    assert (random_state(), objective.state_dict()) == (random, state)
+
+
+ON_POLICY: dict[str, dict[str, Any]] = {
+    "ppo": {"ppo": {"epochs": 1, "minibatches": 1, "critic_warmup": 1}},
+    "shared": {"ppo": {"epochs": 1, "minibatches": 1, "critic": "shared"}},
+    "grpo": {"objective": "grpo", "rollout.samples": 2},
+    "rloo": {"objective": "rloo", "rollout.samples": 2},
+    "reinforce": {"objective": "reinforce", "reinforce": {"baseline": "average"}},
+}
+
+
+@pytest.fixture
+def on_policy(recipe: Make, tmp_path: Path) -> Make:
+    def make(kind: str, **changes: Any) -> dict[str, Any]:
+        rows = [{"prompt": "the in " * (1 + i)} for i in range(4)]
+        (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
+        source = "def length(prompts, completions, rows):\n    return [float(len(c)) for c in completions]\n"
+        (tmp_path / "rewards.py").write_text(source, "utf-8")
+        settings = {
+            "objective": "ppo",
+            "data": {"train": str(tmp_path / "prompts.jsonl"), "format": "prompts"},
+            "rollout": {"prompts": 4, "max_tokens": 6, "stop_at_eos": False},
+            "rewards": {"function": f"{tmp_path / 'rewards.py'}:length"},
+            "run.steps": 2,
+        }
+        return recipe(**{**settings, **ON_POLICY[kind], **changes})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ON_POLICY)
+def test_made_up_completions_are_as_sampled_ones(kind: str, on_policy: Make) -> None:
+    """The same arrays, of the same types, and as large as the longest completions make them."""
+    _, model, objective, _ = made(on_policy(kind, **{"memory.measure": False}))
+    made_up = [batch for step in memory.largest(objective) for batch in step()]
+    sampled = objective.batches(model)
+    while objective._number < objective.first_whole:
+        next(sampled)
+    seen = [next(sampled) for _ in range(4)]
+
+    def kinds(batches: list[Any]) -> set[Any]:
+        return {(b.trains, frozenset((n, v.dtype, v.ndim) for n, v in b.arrays.items())) for b in batches}
+
+    assert kinds(made_up) == kinds(seen)
+    assert max(b.arrays["ids"].size for b in made_up) >= max(b.arrays["ids"].size for b in seen)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "reinforce"])
+def test_an_on_policy_run_that_was_measured_is_the_run(kind: str, on_policy: Make) -> None:
+    runs = [train(on_policy(kind, **{"memory.measure": m, "run.name": f"m-{m}"})) for m in (False, True)]
+    assert [e["loss"] for e in runs[0].metrics("train")] == [e["loss"] for e in runs[1].metrics("train")]
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, per_token: float) -> list[int]:
+    """A machine on which a step takes so many bytes for each token of its batch. Returns the budgets it was asked."""
+    asked: list[int] = []
+
+    def pretend(config: Any, model: Any, objective: Any, optimizer: Any) -> int:
+        asked.append(objective._budget["tokens"])
+        return int(per_token * max(s.rows * s.width for s in objective.shapes()))
+
+    monkeypatch.setattr(measure, "measured_bytes", pretend)
+    monkeypatch.setattr(measure, "_lasting", lambda *args: 0)
+    return asked
+
+
+@pytest.mark.parametrize("factor", [0.3, 2.0])
+def test_auto_is_corrected_by_what_is_measured(
+    factor: float, recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up and down, to what fills the room; the batches, the number of steps and config.yaml go by it."""
+    changes = {"batch": {"tokens": "auto"}, "data.max_length": 128, "run.steps": None, "run.epochs": 1}
+    settings = recipe(rows=200, **changes, memory={"limit": 0.02, "checkpoint": "on"})
+    planned = settled(parse_config(settings), resume=False).batch.budget
+    asked = fake(monkeypatch, factor * 2e7 / planned)
+    run = train(settings)
+    found = load_config(run.dir / "config.yaml").batch.tokens
+    assert asked[0] == planned
+    assert len(asked) <= 3
+    assert isinstance(found, int)
+    assert 0.7 * planned / factor <= found <= planned / factor
+    assert run.metrics("train")[-1]["epoch"] == 1.0
+    assert f"batch.tokens: auto is {found:,}, by measured steps" in " ".join(capsys.readouterr().out.split())
+    count = len(asked)
+    assert settled(parse_config(settings), resume=True).batch.tokens == found
+    train(settings, resume=True)
+    assert len(asked) == count, "a resumed run keeps its number"
+
+
+def test_auto_goes_by_the_plan_where_nothing_is_measured(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"batch": {"tokens": "auto"}, "data.max_length": 128, "run.steps": 1}
+    settings = recipe(**changes, memory={"limit": 0.02, "measure": False})
+    planned = settled(parse_config(settings), resume=False).batch.tokens
+    asked = fake(monkeypatch, 1e9)
+    assert load_config(train(settings).dir / "config.yaml").batch.tokens == planned
+    assert not asked
+
+
+def test_what_can_not_be_planned_is_said_and_measured(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise ModelError("memory can not be predicted for this architecture")
+
+    monkeypatch.setattr(planning, "plan_batches", fails)
+    monkeypatch.setattr(planning, "largest_tokens", fails)
+    auto = {"batch": {"tokens": "auto"}, "run.steps": 1}
+
+    def said(**changes: Any) -> str:
+        train(recipe(**{**auto, **changes}), overwrite=True)
+        return " ".join(capsys.readouterr().out.split())
+
+    fake(monkeypatch, 1.0)
+    found = said()
+    assert "gradient checkpointing is off: a measured step decides" in found
+    assert "batch.tokens: auto is 2,048, by measured steps" in found
+    with pytest.raises(ConfigError, match=r"batch\.tokens: auto: memory can not .* memory\.measure: true"):
+        said(memory={"measure": False})
+    found = said(memory={"measure": False}, batch={"tokens": 512})
+    assert "gradient checkpointing is off: set memory.checkpoint: on where memory runs out" in found
+    check(parse_config(recipe(**auto)), 0, make_console(), False)
+    assert "auto is 2,048 by no plan, to begin with; a measured step" in " ".join(capsys.readouterr().out.split())

@@ -28,6 +28,8 @@ MAC_SHARE = 0.7
 # With every activation kept, no more than this share of the machine: beyond it, checkpointing costs less than swapping.
 CHECKPOINT_ABOVE = 1 / 3
 MOST_ROWS = 1 << 16
+SHORT = 512  # tokens of a row that is planned quickly
+SURELY = 1.1  # times the memory there is: what is predicted from shorter rows to take more is not planned
 # Chunks of the loss that are traced; they run one after the other, so more of them add only what each leaves.
 TRACED_CHUNKS = 24
 
@@ -205,17 +207,23 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     )
 
 
-def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float) -> int:
+def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float, most: int | None = None) -> int:
     """The largest `batch.tokens`, a multiple of 64, of which a batch of rows of `width` tokens fits in `limit` bytes.
 
     0 where not even one row, or a pair of them, fits.
+
+    Args:
+        most: tokens beyond which none are looked for.
     """
     together = job.outline.together
 
     def needed(rows: int) -> int:
         return plan(job, together * rows, width, checkpoint).needed
 
-    fits, over = (1, needed(1)), (MOST_ROWS, math.inf)
+    if _too_long(job, width, checkpoint, limit):
+        return 0
+    rows = MOST_ROWS if most is None else max(1, most // (together * width))
+    fits, over = (1, needed(1)), (rows + 1, math.inf)
     if fits[1] > limit:
         return 0
     known, rows = [fits], 2
@@ -229,6 +237,25 @@ def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float) -> int:
         rows = min(max(int(guess), fits[0] + 1), over[0] - 1)
     tokens = fits[0] * together * width
     return tokens // 64 * 64 if tokens >= 64 else tokens
+
+
+def _too_long(job: Job, width: int, checkpoint: bool, limit: float) -> bool:
+    """Whether shorter rows show that one of `width` tokens does not fit: its own plan may take minutes.
+
+    What is needed grows at least in proportion to the width, so a line through two widths is never above it.
+    """
+    known: list[tuple[int, int]] = []
+    short = SHORT
+    while 4 * short <= width:
+        known.append((short, plan(job, job.outline.together, short, checkpoint).needed))
+        if known[-1][1] > limit:
+            return True
+        if len(known) > 1:
+            (w0, n0), (w1, n1) = known[-2:]
+            if n1 + (n1 - n0) * (width - w1) / (w1 - w0) > SURELY * limit:
+                return True
+        short *= 2
+    return False
 
 
 class ShapeSplit(Split):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -16,10 +17,13 @@ from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair
 from mlxft.errors import DataError, ModelError
 from mlxft.model.load import context_of, load_config
 from mlxft.model.lora import without_dropout
+from mlxft.model.plan import Shape
 
 # Architectures that look positions up in a table; MLX reads and writes memory beyond its end without a word.
 POSITION_TABLES = ("gpt2", "gpt_bigcode")
 MAX = "_max"  # metrics whose names end so are maxima, not sums
+# Makes the micro-batches of a step, each when it is asked for, as `batches` does.
+MakesStep = Callable[[], Iterator["Batch"]]
 
 
 class LossSum(NamedTuple):
@@ -214,6 +218,24 @@ def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
     return [note]
 
 
+def heaviest(shapes: Sequence[Shape], together: int = 1) -> list[int]:
+    """Which batches may take most memory.
+
+    Args:
+        together: see `Shape.computed`.
+    """
+    # Some parts of a step grow with the tokens, attention's with rows x width x width, the loss's with what is trained.
+    costs: list[Callable[[Shape], int]] = [
+        lambda s: s.computed(together),
+        lambda s: s.computed(together) * s.width,
+        lambda s: s.trained,
+    ]
+    by_size = sorted(range(len(shapes)), key=lambda i: (shapes[i].rows * shapes[i].width, shapes[i].trained))
+    found = [max(reversed(by_size), key=lambda i: cost(shapes[i])) for cost in costs]
+    of_shape = {shapes[i][:2]: i for i in found}  # of those of one shape the one that trains most
+    return list(of_shape.values())
+
+
 class OffPolicy:
     """What objectives over rows that are there from the start share: the order of their batches, and a place in it.
 
@@ -226,11 +248,16 @@ class OffPolicy:
     compiled = False
 
     def __init__(self, config: Config, lengths: IntArray, per_row: int = 1) -> None:
-        rows, tokens = config.batch.rows, max(1, config.batch.budget // per_row)
-        self._budget: dict[str, Any] = {"rows": rows, "tokens": None if rows else tokens}
-        self._lengths, self._seed = lengths, config.run.seed
-        self._sizes: dict[int, int] = {}  # batches of an epoch
+        self._lengths, self._seed, self._per_row = lengths, config.run.seed, per_row
         self._epoch, self._next = 0, 0
+        self.rebatch(config)
+
+    def rebatch(self, config: Config) -> None:
+        """Make batches as this recipe has it from now on, which differs in batch.tokens only; before the first."""
+        rows, tokens = config.batch.rows, max(1, config.batch.budget // self._per_row)
+        self._budget: dict[str, Any] = {"rows": rows, "tokens": None if rows else tokens}
+        self._accumulate = config.batch.accumulate
+        self._sizes: dict[int, int] = {}  # batches of an epoch
 
     def plan(self, epoch: int) -> list[Slot]:
         """The batches of one epoch."""
@@ -239,6 +266,21 @@ class OffPolicy:
     def plan_valid(self, lengths: IntArray) -> list[Slot]:
         """The batches of validation rows of these lengths."""
         return plan_epoch(lengths, **self._budget, seed=None)
+
+    def shapes(self) -> list[Shape]:
+        """Of the first epoch's batches, for a plan of the memory they take; none where it does not say."""
+        return []
+
+    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
+        """The micro-batches of a step."""
+        raise AssertionError(f"{type(self).__name__} makes no batches")
+
+    def largest(self, model: nn.Module) -> list[MakesStep]:
+        """Steps of the first epoch's batches that may take most."""
+        slots = self.plan(0)
+        # The second micro-batch stands for all further ones.
+        steps = [[slots[i]] * min(2, self._accumulate) for i in heaviest(self.shapes(), self._per_row)]
+        return [partial(self.rehearsed, model, step) for step in steps]
 
     def places(self) -> Iterator[tuple[list[Slot], int]]:
         """Each epoch's batches, and the number of the one to make; without end, from where `state_dict` says."""

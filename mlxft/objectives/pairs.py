@@ -171,7 +171,7 @@ class Judged(OffPolicy, Generic[Row]):
     traceable = True  # the reference's numbers, and KTO's point, are in the batch
 
     def __init__(self, config: Config, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int) -> None:
-        self.config, self.counts = config, counts
+        self.counts = counts
         self.rows: list[Row] = rows
         self.valid: list[Row] = valid
         self.notes: list[str] = counts.notes()
@@ -189,8 +189,12 @@ class Judged(OffPolicy, Generic[Row]):
     def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
         """Before the first micro-batch of a step, with all of its slots; of validation, with all there are."""
 
+    def rebatch(self, config: Config) -> None:
+        super().rebatch(config)
+        self.config = config
+        self.__dict__.pop("most", None)
+
     def shapes(self) -> list[Shape]:
-        """Of the first epoch's batches, for a plan of the memory they take."""
         found = []
         for slot in self.plan(0):
             rows = [self.rows[i] for i in slot.rows]
@@ -211,11 +215,10 @@ class Judged(OffPolicy, Generic[Row]):
                 self.begin_step(model, slots[at : at + accumulate], valid=False)
             yield self.make(model, slots[at].rows, slots[at].width, valid=False, ends_epoch=at + 1 == len(slots))
 
-    def largest(self, model: nn.Module) -> Batch | None:
-        """The first epoch's batch that takes most."""
-        slot = max(self.plan(0), key=lambda s: len(s.rows) * s.width)
-        self.begin_step(model, [slot], valid=False)
-        return self.make(model, slot.rows, slot.width, valid=False, ends_epoch=False)
+    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
+        self.begin_step(model, slots, valid=False)
+        for slot in slots:
+            yield self.make(model, slot.rows, slot.width, valid=False, ends_epoch=False)
 
     def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
         if not self.valid:

@@ -79,8 +79,11 @@ LEARNING_RATE = 3e-6  # of full fine-tuning, as TRL's PPOConfig
 class Objective(OnPolicy[PPO]):
     """PPO with a critic and GAE."""
 
+    reads = ("old_logprobs", "advantages", "values", "returns")
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
         super().__init__(config, tokenizer, PPO)
+        self.first_whole = self.settings.critic_warmup
         self._critic: Critic | None = None
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -111,6 +112,10 @@ class _Policy:
             # An adapter that is trained further began as it is now; a fresh one as the bare base.
             self.reference = Reference(self.sharing, self.config.model.adapter is not None)
 
+    def unasked(self) -> AbstractContextManager[None]:
+        """Inside the block zeros stand for numbers of the reference that are yet to be computed beforehand."""
+        return nullcontext() if self.reference is None else self.reference.unasked()
+
     def notes(self, answers: int) -> list[str]:
         """What there is to wait for before the first step, which may be long."""
         if not self.settings.precompute:
@@ -148,8 +153,9 @@ class _Pairs(Judged[EncodedPair]):
             data = [[a for row in rows for a in answers_of(row)] for rows in (self.rows, self.valid)]
             self._policy.reference.precompute([_stacked(d, self.most) for d in data], self.config.run_dir, key)
 
-    def largest(self, model: nn.Module) -> Batch | None:
-        return None if self._settings.precompute else super().largest(model)  # its numbers are not there yet
+    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
+        with self._policy.unasked():
+            yield from super().rehearsed(model, slots)
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
@@ -246,8 +252,11 @@ class _Single(Judged[EncodedAnswer]):
         prompt, reply = rows[row].prompt_ids, rows[self._partners[valid][row]].completion_ids
         return Answer(prompt, reply[: max(1, self.config.data.max_length - len(prompt))])
 
-    def largest(self, model: nn.Module) -> Batch | None:
-        return None if self._settings.precompute else super().largest(model)
+    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
+        point = self._point
+        with self._policy.unasked():
+            yield from super().rehearsed(model, slots)
+        self._point = point
 
     def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
         """The reference point of a whole step: the mean log-ratio of answers to other prompts, by the policy of now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from mlxft.data.shots import choose, labels_of
 from mlxft.data.sources import Problem, Row, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
+from mlxft.model.plan import Shape
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary, beyond_context
 
 SETTINGS: dict[str, type[Settings]] = {}
@@ -135,26 +136,28 @@ class Objective(OffPolicy):
         self._notes += beyond_context(config, self._lengths.tolist())
         if self.valid is not None:
             self._notes += [f"validation: {n}" for n in beyond_context(config, _lengths(self.valid).tolist())]
-        self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
         self._split: Split | None = None
+
+    def rebatch(self, config: Config) -> None:
+        super().rebatch(config)
+        self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
 
     def plan(self, epoch: int) -> list[Slot]:
         if self._width is not None:
             return pack_epoch(self._lengths, width=self._width, **self._budget, seed=self._seed, epoch=epoch)
         return super().plan(epoch)
 
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """Rows, width and trained tokens of the first epoch's batches, for a plan of the memory they take."""
+    def shapes(self) -> list[Shape]:
         trained = [int(r.trained.sum()) for r in self.train.rows]
-        return [(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
+        return [Shape(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         for slots, at in self.places():
             yield self._make(slots[at], at + 1 == len(slots))
 
-    def largest(self, model: nn.Module) -> Batch | None:
-        """The first epoch's batch that takes most."""
-        return self._make(max(self.plan(0), key=lambda s: len(s.sequences) * s.width), False)
+    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
+        for slot in slots:
+            yield self._make(slot, False)
 
     def _make(self, slot: Slot, ends_epoch: bool) -> Batch:
         sequences = [[self.train.rows[i] for i in rows] for rows in slot.sequences]

@@ -15,7 +15,7 @@ from mlxft.errors import ConfigError, TrainingError, missing_extra
 from mlxft.model.memory import limits
 from mlxft.model.random import aside
 from mlxft.parts import load_base, make_objective
-from mlxft.planning import settled
+from mlxft.planning import is_open, settled
 from mlxft.run import assemble
 from mlxft.study import plots
 from mlxft.study.drawing import check_suffix
@@ -151,7 +151,7 @@ def lr_find(
         check_suffix(plot)
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(f"--plot: {missing_extra('matplotlib', 'plots')}")
-    rates, losses, diverged = _rise(settled(config, resume=False), low, high, steps, console or make_console())
+    rates, losses, diverged = _rise(config, low, high, steps, console or make_console())
     found = judge(rates, losses, diverged)
     if plot is not None:
         plots.lr_curve(found.rates, found.smoothed, found.suggestion, plot)
@@ -178,9 +178,10 @@ def _rise(
         if len(losses) == steps:
             raise Stopped("done", "done")
 
+    correct, config = is_open(config), settled(config, resume=False)
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
-    _, optimizer, _ = assemble(config, loaded, objective)
+    _, optimizer, config, _ = assemble(config, loaded, objective, correct)
     run: dict[str, Any] = {"report_every": 1, "eval_at_start": False, "patience": None}
     run |= {"eval_every": steps + 1, "save_every": steps + 1}
     config = config.model_copy(update={"run": config.run.model_copy(update=run)})

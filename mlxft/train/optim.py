@@ -182,12 +182,10 @@ class Optimizer:
 
     def __init__(self, settings: Optim, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
         self._settings = settings
-        self._opt = make_optimizer(settings, model)
-        params = _flat(model.trainable_parameters())
-        self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
-        self._opt.init(params | self._master)
         rates = {REST: 1.0, **(parts or {})}
-        self._steps = {part: mx.array(0, mx.uint64) for part in rates}
+        self._steps = dict.fromkeys(rates, mx.array(0, mx.uint64))
+        self.begin(model)
+        params = _flat(model.trainable_parameters())
         owners = {n: next((p for p in parts or () if n.startswith(p)), REST) for n in params}
         self.scales = {g.match: _scale(g, settings) for g in settings.groups}
         grouped = group_of(settings.groups, params)
@@ -199,6 +197,14 @@ class Optimizer:
         # Compiled once for each decay: the optimiser reads it as a Python number while it is traced.
         decays = {b.decay for bundles in self._bundles.values() for b in bundles}
         self._apply: dict[float | None, Callable[..., Any]] = {d: mx.compile(self._update_by(d)) for d in decays}
+
+    def begin(self, model: nn.Module) -> None:
+        """Begin anew from the model's parameters as they are, as if there had been no update."""
+        params = _flat(model.trainable_parameters())
+        self._opt = make_optimizer(self._settings, model)
+        self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
+        self._opt.init(params | self._master)
+        self._steps = {part: mx.array(0, mx.uint64) for part in self._steps}
 
     def _norm_and_factor(self, squares: list[mx.array], weight: mx.array) -> tuple[mx.array, mx.array]:
         # Divide once, by the whole step's weight: micro-batches differ in trained tokens, and a mean of means would

@@ -322,6 +322,22 @@ def test_a_plan_above_the_limit_is_refused_before_anything_is_written(recipe: Ma
     assert not (tmp_path / "runs").exists()
 
 
+def test_rows_that_are_far_too_long_are_refused_by_shorter_ones(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of such a row takes minutes; of those that fit, none is looked for beyond what is asked."""
+    seen: list[int] = []
+
+    def noted(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
+        seen.append(rows * width)
+        return plan(job, rows, width, checkpoint)
+
+    monkeypatch.setattr("mlxft.model.plan.plan", noted)
+    assert largest_tokens(job(recipe), 1 << 15, False, 1e8) == 0
+    assert max(seen) <= 1 << 12
+    seen.clear()
+    assert largest_tokens(job(recipe), 64, False, 1e12, 512) == 512
+    assert max(seen) <= 512
+
+
 def test_scores_grow_with_the_square_of_the_length(recipe: Make) -> None:
     """Attention keeps T x T scores for the gradient, whatever the budget: fewer longer rows take more."""
     small = job(recipe)

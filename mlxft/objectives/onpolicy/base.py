@@ -348,6 +348,32 @@ class OnPolicy(Generic[M]):
         return [Batch(arrays, tokens, int(rollout.sizes[list(rows)].sum()), where)]
 
     needs_reference = False  # whether the loss reads ref_logprobs
+    reads: tuple[str, ...] = ("old_logprobs", "advantages")  # of each token, by the loss, beside ref_logprobs
+
+    def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The batches of a step over made-up completions, each as long as may be.
+
+        Args:
+            chosen: of each micro-batch the prompts of its completions.
+        """
+        most = self.rollouts.max_tokens
+        for prompts in chosen:
+            rollout = Rollout(
+                max(self._number, self.first_whole), [*prompts], [np.zeros(most, np.int32)] * len(prompts), []
+            )
+            names = (*self.reads, "ref_logprobs") if self.needs_reference else self.reads
+            rollout.tokens = {name: [np.zeros(most, np.float32)] * len(prompts) for name in names}
+            yield from self.micro(rollout, range(len(prompts)))
+
+    first_whole = 0  # the first rollout by which all is trained
+
+    def rebatch(self, config: Config) -> None:
+        """Make micro-batches as this recipe has it from now on, which differs in batch.tokens only."""
+        self.config = config
+
+    def held(self) -> list[mx.array]:
+        """What it holds beside the model that is trained: the reward model's arrays."""
+        return self.rewards.held()
 
     def _strayed(self) -> bool:
         """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -18,6 +19,7 @@ from mlxft.model.load import skeleton
 from mlxft.model.phases import Residents, Rolling
 from mlxft.model.plan import Outline, Shape, ShapeSplit
 from mlxft.model.random import aside
+from mlxft.objectives.base import MakesStep, heaviest
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.reward_model import find_reward_run, same_base
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
@@ -29,7 +31,15 @@ OUTLINE = Outline(reads="logprobs")
 def shapes(objective: OnPolicy[Any]) -> list[Shape]:
     """Micro-batches of a step at their largest: of the longest prompts, and of the shortest, which are more of them;
     each completion as long as it may be."""
-    return [shape for step in _steps(objective) for shape in step]
+    return [shape for step in _steps(objective) for shape, _ in step]
+
+
+def largest(objective: OnPolicy[Any]) -> list[MakesStep]:
+    """Steps over made-up completions that may take most; where a step has several micro-batches, two stand for all."""
+    cut = [(shape, asked) for step in _steps(objective) for shape, asked in step]
+    times = 2 if parted(objective) else 1
+    chosen = heaviest([shape for shape, _ in cut])
+    return [partial(objective.rehearsed, [cut[i][1]] * times) for i in chosen]
 
 
 def parted(objective: OnPolicy[Any]) -> bool:
@@ -45,9 +55,9 @@ def rolling(objective: OnPolicy[Any]) -> Rolling:
     rows = min(most, max(prompts * r.samples, len(objective.valid)))
     group = max(min(prompts, max(1, most // r.samples)), min(len(objective.valid), most))
     longest = max(len(p.ids) for p in (*objective.prompts, *objective.valid))
-    scored = [shape for step in _steps(objective) for shape in step]
+    scored = shapes(objective)
     if objective.valid:
-        scored += _cut(objective, objective.valid)
+        scored += [shape for shape, _ in _cut(objective, objective.valid, range(len(objective.valid)))]
     if objective.config.section("rewards", RewardSettings).adapter is not None:
         scored += _rewarded(objective)
     filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
@@ -99,34 +109,37 @@ def _count(objective: OnPolicy[Any]) -> int:
 
 
 def _longest(prompts: Sequence[EncodedPrompt], samples: int, count: int, shortest: bool = False) -> list[int]:
-    """Tokens of the prompts of `count` completions."""
-    sizes = sorted((len(p.ids) for p in prompts), reverse=not shortest)
-    return [size for size in sizes for _ in range(samples)][:count]
+    """The prompts of `count` completions."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=not shortest)
+    return [i for i in order for _ in range(samples)][:count]
 
 
-def _steps(objective: OnPolicy[Any]) -> list[list[Shape]]:
+def _steps(objective: OnPolicy[Any]) -> list[list[tuple[Shape, list[int]]]]:
+    """Of each kind of step the micro-batches, with the prompts of their completions."""
     r = objective.rollouts
     whole = _count(objective)
     count = -(-whole // min(objective.settings.minibatches, whole))
     asked = [_longest(objective.prompts, r.samples, count, shortest) for shortest in (False, True)]
-    return [_shapes(objective, sizes) for sizes in asked]
+    return [_cut(objective, objective.prompts, chosen) for chosen in asked]
 
 
-def _cut(objective: OnPolicy[Any], prompts: Sequence[EncodedPrompt]) -> list[Shape]:
-    return _shapes(objective, [len(p.ids) for p in prompts])
-
-
-def _shapes(objective: OnPolicy[Any], sizes: Sequence[int]) -> list[Shape]:
+def _cut(
+    objective: OnPolicy[Any], prompts: Sequence[EncodedPrompt], asked: Sequence[int]
+) -> list[tuple[Shape, list[int]]]:
+    """Micro-batches of completions of these prompts, each as long as may be."""
     answer = objective.rollouts.max_tokens
-    lengths = np.array(sizes, dtype=np.int64) + answer
+    lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + answer
     batches = objective.cut(range(len(lengths)), lengths)
-    return [Shape(len(rows), int(lengths[rows].max()), len(rows) * answer) for rows in batches]
+    return [
+        (Shape(len(rows), int(lengths[rows].max()), len(rows) * answer), [asked[i] for i in rows]) for rows in batches
+    ]
 
 
 def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
     """What a reward model reads in one go: it has a budget of tokens even where steps have one of rows."""
     r = objective.rollouts
-    lengths = np.array(_longest(objective.prompts, r.samples, _count(objective)), dtype=np.int64) + r.max_tokens
+    asked = _longest(objective.prompts, r.samples, _count(objective))
+    lengths = np.array([len(objective.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
     slots = plan_epoch(lengths, tokens=objective.config.batch.budget, seed=None)
     return [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxft.data.encode import Ids, Reply
 from mlxft.data.formats import tools_of
@@ -123,6 +124,13 @@ class RewardModel:
         loaded.model.eval()
         mx.eval(loaded.model.parameters())
         self._scorer = Scorer(own, loaded.tokenizer, run.chat, *moments)
+
+    def held(self) -> list[mx.array]:
+        """Its arrays: of its role, or of the model that it is."""
+        if self.role is None:
+            return [value for _, value in tree_flatten(self._scorer.split.model.parameters())]
+        head = self._roles[self.role].head
+        return [*self._roles.weights(self.role).values(), *([head.weight] if head is not None else [])]
 
     def score(self, items: Sequence[Item], tokens: int) -> list[float]:
         """Scores of completions, in batches of at most `tokens` tokens.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -141,6 +142,10 @@ class Rewards:
         if self._run is not None:
             self._model = RewardModel(self._run, self._tokenizer, roles, split, fingerprint, base)
             self.role = self._model.role
+
+    def held(self) -> list[mx.array]:
+        """Arrays of the reward model, if there is one."""
+        return [] if self._model is None else self._model.held()
 
     def score(self, items: Sequence[Item], *, tokens: int) -> Scores:
         """Rewards of completions, in their order.
