@@ -21,7 +21,7 @@ from mlxft.device import Failure, awake, gpu_failure, machine_bytes, relax_watch
 from mlxft.errors import TrainingError
 from mlxft.run import train
 from mlxft.train.files import flush
-from mlxft.train.loop import Loop
+from mlxft.train.gradient import Gradients
 
 GB = 10**9
 
@@ -85,14 +85,14 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
     """The GPU fails in the third step: one error, and the run goes on to the very weights of one that did not fail."""
     settings = {"run.steps": 4, "run.save_every": 2}
     whole = train(recipe(**settings))
-    gradient, calls = Loop._gradient, iter(range(9))
+    gradient, calls = Gradients.__call__, iter(range(9))
 
-    def failing(self: Loop, batch: Any) -> Any:
+    def failing(self: Gradients, batch: Any) -> Any:
         if next(calls) == 2:
             raise RuntimeError(said)
         return gradient(self, batch)
 
-    monkeypatch.setattr(Loop, "_gradient", failing)
+    monkeypatch.setattr(Gradients, "__call__", failing)
     with pytest.raises(
         TrainingError, match=f"after step 2; the last checkpoint is intact.*{helps}.*mlxft train --resume"
     ):
