@@ -56,7 +56,7 @@ def ours(job: dict[str, Any]) -> None:
     from mlxft.model.logits import Split, rows_nll
     from mlxft.model.memory import checkpoint_layers
     from mlxft.objectives.base import LossSum
-    from mlxft.train.optim import Optimizer
+    from mlxft.trainer.optim import Optimizer
 
     model = build(job)
     attach(model, LoRASpec(tuple(select_targets(model, "all-linear", "all")), 8, 2.0))

@@ -60,14 +60,14 @@ class Looped(Side):
     """Steps by the loop."""
 
     def __init__(self, config: Any) -> None:
-        from mlxft.train.optim import Optimizer
+        from mlxft.trainer.optim import Optimizer
 
         super().__init__(config)
         self.optimizer = Optimizer(config.optim, self.model)
 
     def seconds(self, steps: int) -> float:
         """Of `steps` steps, as the loop reports them."""
-        from mlxft.train.loop import Hooks, Loop, Progress
+        from mlxft.trainer.loop import Hooks, Loop, Progress
 
         events: list[dict[str, Any]] = []
         hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)

@@ -38,8 +38,8 @@ from mlxft.planning import (
 from mlxft.run import total_steps
 from mlxft.text import json_text
 from mlxft.timing import TimedSteps, timed_steps
-from mlxft.train.optim import group_of, learning_rate
-from mlxft.train.trackers import check_installed
+from mlxft.trainer.optim import group_of, learning_rate
+from mlxft.trainer.trackers import check_installed
 
 TO_COME = "; a measured step corrects it when training begins"
 

@@ -22,8 +22,8 @@ from mlxft.objectives.base import Batch, MakesStep
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.planning import LEAST_TOKENS, MOST_TOKENS, amount, batch_shapes, room_of, why_eager, with_tokens
-from mlxft.train.gradient import CompiledGradient, Found, gradient, summed
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.gradient import CompiledGradient, Found, gradient, summed
+from mlxft.trainer.optim import Optimizer
 
 ALL = 1 << 62  # bytes of a step that no memory was left for
 MEASURED = 3  # times, at most, that a step is measured for batch.tokens: auto

@@ -27,7 +27,7 @@ from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import check_head, prepare
 from mlxft.recipe import load_config
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.optim import Optimizer
 
 MARGIN = 0.9  # of what is usable: the prediction is good to a tenth
 LEAST_TOKENS = 2048  # below it, `auto` would rather checkpoint

@@ -35,13 +35,13 @@ from mlxft.planning import decide_checkpointing, is_open, settled
 from mlxft.recipe import dump_config, flat, load_config, parse_config
 from mlxft.rundir import Run, check_folder, load, make_folder, open_run, versions
 from mlxft.text import make_console
-from mlxft.train import checkpoint
-from mlxft.train.files import save_arrays, write_beside, write_text
-from mlxft.train.loop import Hooks, Loop, Progress, loop_state
-from mlxft.train.optim import Optimizer
-from mlxft.train.report import Event, EventFile, Reporter, Sink, Stopped, terminal
-from mlxft.train.status import recorded
-from mlxft.train.trackers import check_installed, make_trackers
+from mlxft.trainer import checkpoint
+from mlxft.trainer.files import save_arrays, write_beside, write_text
+from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
+from mlxft.trainer.optim import Optimizer
+from mlxft.trainer.report import Event, EventFile, Reporter, Sink, Stopped, terminal
+from mlxft.trainer.status import recorded
+from mlxft.trainer.trackers import check_installed, make_trackers
 
 __all__ = ["Run", "load", "load_base", "make_objective", "open_run", "prepare", "train"]
 

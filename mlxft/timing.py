@@ -18,7 +18,7 @@ from mlxft.objectives.onpolicy.memory import rollout_steps
 from mlxft.parts import load_base
 from mlxft.planning import amount
 from mlxft.run import assemble, total_steps
-from mlxft.train.loop import Event, Hooks, Loop, Progress
+from mlxft.trainer.loop import Event, Hooks, Loop, Progress
 
 STEPS = 4  # the first one is not timed: it compiles
 LOOKED_AT = 64  # batches among which the largest is found

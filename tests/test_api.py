@@ -14,7 +14,7 @@ import pytest
 import mlxft
 from mlxft.errors import ConfigError
 from mlxft.model.sample import Sampling, generate
-from mlxft.train.loop import Loop
+from mlxft.trainer.loop import Loop
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"What is {w}?"}, {"role": "assistant", "content": f"It is the {w}."}]}
@@ -40,19 +40,20 @@ def weights(run: mlxft.Run) -> dict[str, mx.array]:
 
 
 def test_the_name_train_is_the_function_whatever_was_imported_before() -> None:
-    """The package mlxft.train must not stand in the function's way, before it is imported or after."""
+    """With its signature, before its modules are imported and after."""
     code = """if True:
         import mlxft, mlxft.errors
         {first}
-        for _ in range(2):  # the first call imports the package mlxft.train
+        for _ in range(2):  # the first call imports what trains
             try:
                 mlxft.train({{}})
             except mlxft.errors.ConfigError as e:
                 print("model.path: is needed" in str(e))
+        import inspect
         from mlxft import train
-        print(callable(train))
+        print(list(inspect.signature(train).parameters)[0] == "config")
     """
-    for first in ("pass", "import mlxft.train.loop"):
+    for first in ("pass", "import mlxft.trainer.loop"):
         ran = subprocess.run([sys.executable, "-c", code.format(first=first)], capture_output=True, text=True)
         assert (ran.stdout.split(), ran.stderr) == (["True"] * 3, "")
 
@@ -88,7 +89,7 @@ def test_validation_at_the_start_is_reported_and_changes_nothing_else(settings: 
 
 def test_the_untrained_model_is_never_the_best(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([1.0, 3.0, 2.0])  # it was better before training
-    monkeypatch.setattr("mlxft.train.loop.validate", lambda *_: {"loss": next(losses)})
+    monkeypatch.setattr("mlxft.trainer.loop.validate", lambda *_: {"loss": next(losses)})
     settings["run"] |= {"eval_at_start": True, "patience": 1}
     run = mlxft.train(settings)
     assert [(e["step"], e["loss"], e["best"]) for e in run.metrics("eval")] == [

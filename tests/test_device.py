@@ -20,8 +20,8 @@ from mlxft import device
 from mlxft.device import Failure, awake, gpu_failure, machine_bytes, relax_watchdog, usable_bytes
 from mlxft.errors import TrainingError
 from mlxft.run import train
-from mlxft.train.files import flush
-from mlxft.train.gradient import Gradients
+from mlxft.trainer.files import flush
+from mlxft.trainer.gradient import Gradients
 
 GB = 10**9
 

@@ -26,7 +26,7 @@ ORDER = {
     "data": 2,
     "model": 3,
     "objectives": 4,
-    "train": 5,
+    "trainer": 5,
     "run": 6,
     "study": 7,
     "export": 7,

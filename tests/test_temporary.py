@@ -14,7 +14,7 @@ from mlxft.errors import CheckpointError, ExportError
 from mlxft.model.folder import replace_folder
 from mlxft.owned import claim
 from mlxft.temporary import clear, discard, temporary
-from mlxft.train.files import save_arrays, write_beside, write_text
+from mlxft.trainer.files import save_arrays, write_beside, write_text
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
 from mlxft.model.lora import QUANTIZED, dense_weight, plain
 from mlxft.objectives.onpolicy.reward_model import reads_chat
-from mlxft.train.files import save_arrays
+from mlxft.trainer.files import save_arrays
 
 KEEP = 0.95  # share of the adaptation that is to be kept
 

@@ -38,7 +38,7 @@ from mlxft.model.lora import QUANTIZED, LowRank
 from mlxft.model.source import ALIASES, resolve
 from mlxft.owned import check_file, is_stream, note
 from mlxft.rundir import find_adapter, load
-from mlxft.train.files import write_beside
+from mlxft.trainer.files import write_beside
 
 MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
 

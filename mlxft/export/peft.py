@@ -34,7 +34,7 @@ from mlxft.model.load import Loaded, load_tokenizer, skeleton
 from mlxft.model.lora import EMBEDDING, LEAVES, QUANTIZED, SWITCH, LowRank
 from mlxft.model.source import ALIASES, stated_name
 from mlxft.rundir import find_adapter, open_run
-from mlxft.train.files import flush, save_arrays
+from mlxft.trainer.files import flush, save_arrays
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

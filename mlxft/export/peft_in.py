@@ -31,7 +31,7 @@ from mlxft.model.load import Loaded, load, skeleton
 from mlxft.model.lora import LINEAR, QUANTIZED, adaptable
 from mlxft.model.source import stated_name
 from mlxft.recipe import full_path
-from mlxft.train.files import flush, save_arrays
+from mlxft.trainer.files import flush, save_arrays
 
 # Settings that make of LoRA something else; each is refused where it is set.
 OTHER = (

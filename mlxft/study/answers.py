@@ -21,7 +21,7 @@ from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling
 from mlxft.study.bar import bar
 from mlxft.text import json_text, make_console
-from mlxft.train.files import write_result
+from mlxft.trainer.files import write_result
 
 _BATCHES = 4  # that are sampled before their answers are given out
 

@@ -22,7 +22,7 @@ from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.settings import RewardSettings
 from mlxft.study.answers import Answer, Asked, drawn
 from mlxft.text import json_text
-from mlxft.train.files import text_writer, write_result
+from mlxft.trainer.files import text_writer, write_result
 
 TOKENS = 4096  # most of a batch that a reward model reads
 KEEP = "best, all, or above:X with a number"

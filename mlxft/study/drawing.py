@@ -45,7 +45,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save(out: Path, make: Callable[[], Figure]) -> Path:
     """Write the figure that `make` draws to `out`, whole or not at all; the same numbers give the same bytes."""
-    from mlxft.train.files import write_result
+    from mlxft.trainer.files import write_result
 
     fig = make()
     import matplotlib

@@ -45,7 +45,7 @@ from mlxft.study.evaluate import TOKENS, Paired, Result, compare, evaluate
 from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.text import home_path, json_text
-from mlxft.train.files import write_text, writing
+from mlxft.trainer.files import write_text, writing
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from mlxft.study.shots import choose_shots
 from mlxft.study.tasks import Task, read_task
 from mlxft.temporary import clear
 from mlxft.text import home_path, json_text, parse_json, read_file
-from mlxft.train.files import write_text
+from mlxft.trainer.files import write_text
 
 FILE = "study.json"  # what is compared, and with what
 

@@ -13,7 +13,7 @@ from mlxft.study.compare import Details, details
 from mlxft.study.run_tables import counted, size, span, value, when
 from mlxft.study.runs import finite
 from mlxft.text import parse_json, printable, read_file
-from mlxft.train.status import now
+from mlxft.trainer.status import now
 
 TEMPLATE = "report.html.jinja"
 NOT_NUMBERS = ("event", "best", "step", "text", "rollout")
@@ -29,7 +29,7 @@ def write_report(folder: Path, out: Path | None = None, overwrite: bool = False)
         ConfigError: matplotlib is not installed, or the file is there.
         CheckpointError: the file can not be written.
     """
-    from mlxft.train.files import text_writer, write_result
+    from mlxft.trainer.files import text_writer, write_result
 
     check_file(out or folder / "report.html", overwrite or (out is None and read_mark(folder) is not None))
     text = render(details(folder))

@@ -20,8 +20,8 @@ from mlxft.run import assemble
 from mlxft.study import plots
 from mlxft.study.drawing import check_suffix
 from mlxft.text import make_console
-from mlxft.train.loop import Event, Hooks, Loop, Progress
-from mlxft.train.report import Stopped, sparkline
+from mlxft.trainer.loop import Event, Hooks, Loop, Progress
+from mlxft.trainer.report import Stopped, sparkline
 
 SMOOTHING = 0.9  # of the running mean: about ten steps count
 WARMUP = 10  # steps before the running mean is judged

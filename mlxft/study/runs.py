@@ -21,7 +21,7 @@ from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.owned import check_replaceable, hold, is_held, refuse_if_held, remove
 from mlxft.temporary import temporary
 from mlxft.text import home_path, parse_json, read_file
-from mlxft.train.status import read_status
+from mlxft.trainer.status import read_status
 
 Event = dict[str, Any]
 PARTS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints", "adapter")  # one makes a folder a run's

@@ -40,9 +40,9 @@ from mlxft.search import DEFAULT_TRIALS, Range, seconds
 from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, draw
 from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
 from mlxft.text import make_console, parse_json
-from mlxft.train.files import digest, write_text
-from mlxft.train.report import Event, Stopped
-from mlxft.train.validate import validate
+from mlxft.trainer.files import digest, write_text
+from mlxft.trainer.report import Event, Stopped
+from mlxft.trainer.validate import validate
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

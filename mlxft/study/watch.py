@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mlxft.study.runs import Event, RunInfo, parse_events, run_info
-from mlxft.train.report import LiveView, terminal
+from mlxft.trainer.report import LiveView, terminal
 
 EARLIER = 10  # events that a log is shown of what was before
 

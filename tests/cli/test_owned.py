@@ -19,7 +19,7 @@ from mlxft.errors import CheckpointError, ConfigError
 from mlxft.owned import HOLDER, KINDS, check_replaceable, claim, empty, hold, read_mark
 from mlxft.run import train
 from mlxft.temporary import temporary
-from mlxft.train.report import Event
+from mlxft.trainer.report import Event
 
 Command = Callable[..., Any]
 Write = Callable[..., str]

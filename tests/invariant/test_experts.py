@@ -19,7 +19,7 @@ from mlxft.model.cpu import quicker
 from mlxft.model.load import load
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.lora import SWITCH, LoRASwitchLinear, LowRank
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.optim import Optimizer
 
 EXPERTS = 128  # of which 2 x 40 choices can not take all
 STEPS = 10

@@ -17,7 +17,7 @@ import mlxft
 from mlxft.errors import ConfigError, ModelError
 from mlxft.objectives import sft
 from mlxft.rundir import Run
-from mlxft.train import report
+from mlxft.trainer import report
 
 Recipe = Callable[..., dict[str, Any]]
 

@@ -30,7 +30,7 @@ from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError
 from mlxft.owned import claim
 from mlxft.rundir import Run
 from mlxft.temporary import MARK
-from mlxft.train import checkpoint, report
+from mlxft.trainer import checkpoint, report
 
 Recipe = Callable[..., dict[str, Any]]
 STEPS, SAVE_EVERY = 120, 7

@@ -11,7 +11,7 @@ import pytest
 import mlxft
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.optim import Optimizer
 
 
 @pytest.mark.parametrize("method", [{"rank": 4}, {"method": "full"}])

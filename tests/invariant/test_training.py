@@ -24,9 +24,9 @@ from mlxft.objectives.sft import Objective, make_batch
 from mlxft.recipe import parse_config
 from mlxft.run import as_config, load_base, make_objective, prepare, total_steps
 from mlxft.rundir import Run
-from mlxft.train.loop import Hooks, Loop, Progress
-from mlxft.train.optim import Optimizer
-from mlxft.train.validate import validate
+from mlxft.trainer.loop import Hooks, Loop, Progress
+from mlxft.trainer.optim import Optimizer
+from mlxft.trainer.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 Arrays = dict[str, mx.array]

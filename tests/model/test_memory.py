@@ -104,7 +104,7 @@ def test_limits_end_with_their_block() -> None:
 def test_running_out_says_what_helps(recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The three settings that help most, and nothing of the run is lost."""
     import mlxft
-    from mlxft.train.loop import Loop
+    from mlxft.trainer.loop import Loop
 
     def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("[malloc] Unable to allocate 99999999999 bytes.")

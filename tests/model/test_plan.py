@@ -25,7 +25,7 @@ from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, ShapeSplit, largest_tok
 from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, open_run, prepare
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.optim import Optimizer
 
 Make = Callable[..., dict[str, Any]]
 MB = 10**6

@@ -29,7 +29,7 @@ from mlxft.planning import base_skeleton, decide_checkpointing
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, prepare
 from mlxft.study.lr_find import lr_find
-from mlxft.train.validate import validate
+from mlxft.trainer.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 

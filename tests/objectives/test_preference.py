@@ -24,7 +24,7 @@ from mlxft.objectives.pairs import Answer, answers_of, stack
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, prepare, train
 from mlxft.rundir import Run
-from mlxft.train.validate import validate
+from mlxft.trainer.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 LOSSES = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto")

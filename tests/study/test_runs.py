@@ -22,7 +22,7 @@ from mlxft.study.html import render, write_report
 from mlxft.study.run_tables import ending, show_comparison, show_details, show_list, span
 from mlxft.study.runs import find_removable, find_run, list_runs, read_events, remove_run, run_info
 from mlxft.study.watch import Tail, watch
-from mlxft.train.status import read_status, recorded
+from mlxft.trainer.status import read_status, recorded
 
 START = {"event": "start", "step": 0, "objective": "sft", "base": "org/base", "method": "lora", "steps": 20}
 START |= {"trainable_parameters": 10, "total_parameters": 1000, "data": {"rows": 7, "padding share": 0.25}}

@@ -346,7 +346,7 @@ def test_a_full_disk_fails_no_trial(write: Write, tmp_path: Path, monkeypatch: p
         if full.pop(0):
             raise OSError(28, f"No space left on device ({need} bytes are needed)")
 
-    monkeypatch.setattr("mlxft.train.checkpoint.check_room", check_room)
+    monkeypatch.setattr("mlxft.trainer.checkpoint.check_room", check_room)
     with pytest.raises(CheckpointError, match=r"trials/1/checkpoints/step-2: No space left on device \(\d+ bytes"):
         quiet(path)
     assert not (tmp_path / "runs/s/trials/1").exists()

@@ -23,8 +23,8 @@ from mlxft.model.heads import CRITIC
 from mlxft.model.load import load as load_model
 from mlxft.model.lora import LowRank
 from mlxft.objectives.onpolicy.critic import is_critic
-from mlxft.train.loop import Hooks, Loop, Progress
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.loop import Hooks, Loop, Progress
+from mlxft.trainer.optim import Optimizer
 
 from .test_kin import OnPolicy, Words, made, moved, quietly
 from .test_rewards import trained

@@ -20,7 +20,7 @@ from mlxft.model.load import load
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
 from mlxft.objectives.onpolicy.critic import add_critic
-from mlxft.train.optim import Optimizer, group_of, hidden_matrices, learning_rate, orthogonalised
+from mlxft.trainer.optim import Optimizer, group_of, hidden_matrices, learning_rate, orthogonalised
 
 NAMES = ["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
 

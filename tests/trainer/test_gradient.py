@@ -19,8 +19,8 @@ from mlxft.objectives.base import Batch, LossSum, OffPolicy
 from mlxft.objectives.sft import one_of_few
 from mlxft.recipe import load_config, parse_config
 from mlxft.run import assemble, load_base, make_objective, train
-from mlxft.train import gradient as module
-from mlxft.train.gradient import TRACES, CompiledGradient, Gradients, gradient
+from mlxft.trainer import gradient as module
+from mlxft.trainer.gradient import TRACES, CompiledGradient, Gradients, gradient
 
 Make = Callable[..., dict[str, Any]]
 PACKED = {"batch": {"rows": 1, "pack": True}, "data.max_length": 64}

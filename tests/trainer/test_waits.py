@@ -14,7 +14,7 @@ import pytest
 
 from mlxft.model.logprobs import ahead
 from mlxft.run import train
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.optim import Optimizer
 
 Recipe = Callable[..., dict[str, Any]]
 # What returns only when an array is computed. `mx.async_eval` does not, and a function of arrays is lazy.

@@ -13,8 +13,8 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import CheckpointError
-from mlxft.train import checkpoint
-from mlxft.train.checkpoint import Snapshot, checkpoints, load_newest, save
+from mlxft.trainer import checkpoint
+from mlxft.trainer.checkpoint import Snapshot, checkpoints, load_newest, save
 
 
 def snapshot(value: float) -> Snapshot:

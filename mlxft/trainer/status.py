@@ -41,7 +41,7 @@ def recorded(held: Held) -> Iterator[None]:
 
     An exception may say how it is to be told, by an attribute `run_status`.
     """
-    from mlxft.train.files import write_text
+    from mlxft.trainer.files import write_text
 
     folder = held.folder
 

@@ -17,8 +17,8 @@ from mlxft.config import Config
 from mlxft.errors import TrainingError
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
 from mlxft.recipe import parse_config
-from mlxft.train.loop import Hooks, Loop, Progress, loop_state
-from mlxft.train.optim import Optimizer
+from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
+from mlxft.trainer.optim import Optimizer
 
 
 class Number(nn.Module):

@@ -24,7 +24,7 @@ from mlxft.errors import CheckpointError
 from mlxft.owned import CHECKPOINT, remove_files
 from mlxft.temporary import clear, discard, temporary
 from mlxft.text import parse_json
-from mlxft.train.files import check_room, digest, flush, save_arrays, writing
+from mlxft.trainer.files import check_room, digest, flush, save_arrays, writing
 
 FORMAT = 3
 DIGESTS = "digests.json"

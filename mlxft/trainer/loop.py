@@ -20,9 +20,9 @@ from mlxft.errors import TrainingError
 from mlxft.model.cpu import quicker
 from mlxft.model.random import random_state
 from mlxft.objectives.base import MAX, Batch, LossSum, Objective
-from mlxft.train.gradient import Gradients, summed
-from mlxft.train.optim import Optimizer, learning_rate
-from mlxft.train.validate import validate
+from mlxft.trainer.gradient import Gradients, summed
+from mlxft.trainer.optim import Optimizer, learning_rate
+from mlxft.trainer.validate import validate
 
 Event = dict[str, Any]
 MOST_PENDING = 64  # steps whose numbers stay on the device: each is a buffer, and Metal has a limit of those

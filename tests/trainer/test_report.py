@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from mlxft.errors import CheckpointError
-from mlxft.train.report import EventFile, LiveView, Plain, describe, sparkline
+from mlxft.trainer.report import EventFile, LiveView, Plain, describe, sparkline
 
 TRAIN: dict[str, Any] = {
     "event": "train",

@@ -15,7 +15,7 @@ from mlxft.model.load import Loaded
 from mlxft.model.random import random_state
 from mlxft.objectives.sft import Objective
 from mlxft.recipe import parse_config
-from mlxft.train.validate import validate
+from mlxft.trainer.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 
