@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.config import Config
-from mlxft.device import FAILURES, backend, gpu_failure, machine_bytes, usable_bytes
+from mlxft.device import FAILURES, backend, gpu_failed, gpu_failure, machine_bytes, usable_bytes
 from mlxft.doctor import CROWDED, swap_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.cpu import quicker
@@ -179,7 +180,7 @@ def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimize
 def gradient_seconds(config: Config, model: nn.Module, objective: Any, compiled: bool) -> float:
     """Seconds of a gradient of the largest batch, of several in a row; the random state is afterwards as it was."""
     objective.compiled = compiled  # its batches are filled up then
-    with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+    with _probed(config, model):
         (batch, *_), compute = objective.largest(model)[0](), _computing(config, model, objective)
         mx.eval(compute(batch))
         began, before = time.perf_counter(), mx.array(0.0)
@@ -223,9 +224,10 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
 
     Raises:
         ConfigError: no memory was left amid an update, when it is not known what has become of the weights.
+        TrainingError: macOS has ended the GPU's work.
     """
     try:
-        with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+        with _probed(config, model):
             steps = onpolicy.largest(objective) if isinstance(objective, OnPolicy) else objective.largest(model)
             return max((_peak(config, model, objective, optimizer, step) for step in steps), default=None)
     except (RuntimeError, MemoryError) as error:
@@ -233,6 +235,18 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
             raise
         mx.clear_cache()
         return ALL
+
+
+@contextmanager
+def _probed(config: Config, model: nn.Module) -> Iterator[None]:
+    """The model inside the block is as the loop has it, and what macOS ends there is told as it is of the loop."""
+    try:
+        with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+            yield
+    except RuntimeError as error:
+        if gpu_failure(error) != "watchdog":
+            raise
+        raise gpu_failed("watchdog", "in a step that is measured before training") from error
 
 
 def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, step: MakesStep) -> int:

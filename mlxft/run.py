@@ -16,7 +16,7 @@ from mlxft.blas import Blas, in_use
 from mlxft.config import Config
 from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
-from mlxft.device import FAILURES, Failure, awake, gpu_failure
+from mlxft.device import Failure, awake, gpu_failed, gpu_failure
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.measure import crowded, fit_tokens, settle_by_measure
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
@@ -178,7 +178,7 @@ def train(
     Raises:
         ConfigError, DataError, ModelError: before anything is written.
         CheckpointError: saving or resuming is not possible; what was saved before stays.
-        TrainingError: the loss is no longer a number.
+        TrainingError: the loss is no longer a number, memory has run out, or macOS has ended the GPU's work.
         KeyboardInterrupt: interrupted, after a checkpoint was saved.
     """
     config = as_config(config)
@@ -313,11 +313,13 @@ def _train(
 
 
 def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError:
-    what, helps = FAILURES[failure]
-    return TrainingError(
-        f"{what} after step {progress.step}; the last checkpoint is intact. What helps most: {helps}. "
-        f"Then: {run.resume}"
-    )
+    when, saved = f"after step {progress.step}", checkpoint.checkpoints(run.dir / "checkpoints")
+    anew = "another run.name or --overwrite"
+    if not saved:
+        return gpu_failed(failure, f"{when}; there is no checkpoint yet", f". Then begin anew, with {anew}")
+    when += f"; the checkpoint of step {saved[-1].name.removeprefix('step-')} is intact"
+    others = f"Other settings of these make another run, with {anew}"
+    return gpu_failed(failure, when, f". {others}; with the same it goes on: {run.resume}")
 
 
 MOST_EPOCHS = 1000  # that are planned one by one; the mean of so many is the number of all

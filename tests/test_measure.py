@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlxft import measure, planning
 from mlxft.check import check
 from mlxft.device import machine_bytes
-from mlxft.errors import ConfigError, ModelError
+from mlxft.errors import ConfigError, ModelError, TrainingError
 from mlxft.model.memory import is_checkpointed
 from mlxft.model.random import random_state
 from mlxft.objectives.onpolicy import memory
@@ -134,6 +134,10 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     said = "[matmul] shapes"
     with pytest.raises(RuntimeError, match="shapes"):
         measure.measured_bytes(config, loaded.model, objective, optimizer)
+    said = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e)"
+    for work in (measure.measured_bytes, lambda c, m, o, _: measure.gradient_seconds(c, m, o, False)):
+        with pytest.raises(TrainingError, match=r"measured before training\. What helps most: .* the display sleep"):
+            work(config, loaded.model, objective, optimizer)
 
 
 def test_a_crowded_memory_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
