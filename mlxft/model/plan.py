@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxft.errors import ModelError
 from mlxft.model.blocks import Blocks
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
 from mlxft.model.logprobs import hidden_logprobs
@@ -298,8 +299,12 @@ class _Step:
     def __init__(self, model: nn.Module, reads: str, ids: dict[str, mx.array], positions: int) -> None:
         self.model, self.reads, self.ids, self.positions = model, reads, ids, positions
         self.split = ShapeSplit(model)
+        self.sharing = Sharing(self.split)
+        # Both call the model to find how many axes their masks have, and so before blocks are replaced.
         if "segments" in ids:
-            _ = self.split.packing  # it calls the model, and so before blocks are replaced
+            _ = self.split.packing
+        if "prompts" in ids and not self.sharing.thinkable:
+            raise ModelError("memory can not be predicted: the model can not read answers behind a shared prompt")
 
     def peaks(self, checkpoint: bool) -> tuple[int, int]:
         """Bytes beside weights and batch: what must be, and what will be where there is room to work ahead."""
@@ -349,7 +354,7 @@ class _Step:
 
     def _loss(self, a: dict[str, mx.array]) -> mx.array:
         """A number that depends on what the objective reads as its loss does."""
-        split, sharing = self.split, Sharing(self.split)
+        split, sharing = self.split, self.sharing
         if self.reads == "scores":
             return sharing.scores(a).square().sum()
         if not split.separable:
