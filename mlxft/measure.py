@@ -27,11 +27,12 @@ from mlxft.train.gradient import CompiledGradient, Found, gradient, summed
 from mlxft.train.optim import Optimizer
 
 ALL = 1 << 62  # bytes of a step that no memory was left for
-MEASURED = 3  # times, at most, that a step is measured for batch.tokens: auto
+MEASURED = 5  # times, at most, that a step is measured for batch.tokens: auto
 TIMED = 4  # gradients, after the first, which makes caches and kernels
 QUICKER = 0.95  # share of the eager gradient's time below which the compiled one is taken: above lies noise
 FILLED = 0.95  # of the room is what it aims at: the run agrees with what was measured within a few percent
 ENOUGH = 1.15  # times as many tokens would fit: below that, they are not tried
+OVER = 1.05  # times a limit: MLX works ahead until it is reached, and a little beyond, before it waits
 
 
 def settle_by_measure(
@@ -53,7 +54,7 @@ def settle_by_measure(
     if not config.memory.measure or not _measurable(objective):
         return []
     taken = measured_bytes(config, model, objective, optimizer) if taken is None else taken
-    room = usable_bytes(config.memory.limit)
+    room = room_of_all(config)
     if taken is not None and taken > room_for_step(config, model):
         checkpoint_layers(model)
         taken = measured_bytes(config, model, objective, optimizer)
@@ -75,10 +76,15 @@ def _measurable(objective: Any) -> bool:
     return isinstance(objective, OnPolicy) or hasattr(objective, "largest")
 
 
+def room_of_all(config: Config) -> float:
+    """Bytes that training may be measured to take."""
+    return OVER * usable_bytes(config.memory.limit)
+
+
 def room_for_step(config: Config, model: nn.Module) -> float:
     """Bytes that a step may take with the blocks as they are: beyond a share of the machine they are checkpointed,
     where that is left open."""
-    room = usable_bytes(config.memory.limit)
+    room = room_of_all(config)
     if config.memory.checkpoint != "auto" or is_checkpointed(model):
         return room
     return min(room, machine_bytes() * CHECKPOINT_ABOVE)
@@ -158,7 +164,7 @@ def _too_much(config: Config, taken: int) -> str:
     return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
 
 
-def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, room: int) -> str:
+def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, room: float) -> str:
     """Compile where the largest batch's gradient is quicker so, and its step fits into `room`. Returns what to say."""
     objective.compiled = True
     try:
@@ -251,8 +257,7 @@ def _probed(config: Config, model: nn.Module) -> Iterator[None]:
 
 def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, step: MakesStep) -> int:
     """Peak of two steps in a row, without what else stands in this process."""
-    beside = objective.held() if isinstance(objective, OnPolicy) else []
-    held = [model.parameters(), optimizer.arrays(), beside]
+    held = [model.parameters(), optimizer.arrays(), objective.held()]
     mx.eval(held)
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -70,15 +70,21 @@ class Assembled(NamedTuple):
     notes: list[str]
 
 
-def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool = False) -> Assembled:
+def assemble(
+    config: Config, loaded: Loaded, objective: Objective, correct: bool = False, begun: bool = False
+) -> Assembled:
     """Make model and objective ready for the loop; whether it compiles is `objective.compiled` then.
 
     Args:
         correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`), or was when
             the run began that is resumed.
+        begun: whether that run is gone on with, which was measured when it began.
     Raises:
         ConfigError, ModelError: they do not fit each other, the recipe or the machine.
     """
+    measure = config.memory.measure
+    if begun:
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"measure": False})})
     spec = prepare(config, loaded)
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
@@ -94,7 +100,8 @@ def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool
         notes += said
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
     # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
-    memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
+    checkpoint = "on" if is_checkpointed(loaded.model) else "off"
+    memory = config.memory.model_copy(update={"checkpoint": checkpoint, "measure": measure})
     settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
     return Assembled(spec, optimizer, config.model_copy(update={"memory": memory, "run": settings}), notes)
 
@@ -185,12 +192,13 @@ def train(
     console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
-    correct, config = is_open(config), settled(config, resume)
+    correct, begun = is_open(config), resume and (config.run_dir / "config.yaml").exists()
+    config = settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
     with hold(run.dir) as held:
-        return _train_held(run, held, resume, overwrite, console, base, sinks, correct)
+        return _train_held(run, held, resume, overwrite, console, base, sinks, correct, begun)
 
 
 def _train_held(
@@ -202,11 +210,12 @@ def _train_held(
     base: Loaded | None,
     sinks: Sequence[Sink],
     correct: bool,
+    begun: bool,
 ) -> Run:
     """`train` in a folder that no other process works in."""
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
-    spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct)
+    spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct, begun)
     total = total_steps(config, objective)
     run = Run(run.dir, config)
     mx.reset_peak_memory()
