@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,8 +103,7 @@ def bench(
             done = subprocess.run([sys.executable, "-c", WORK, asked], capture_output=True, text=True, check=False)
             line = (done.stdout.strip().splitlines() or [""])[-1]
             figures = parse_json(line) if done.returncode == 0 else {}
-            why = (done.stderr.strip().splitlines() or ["no word"])[-1]
-            figures = figures or {"error": why[:300]}
+            figures = figures or {"error": _why(done.returncode, done.stderr)}
             if "tokens_per_s" in figures:  # forward, and the gradient in what comes in: 2 operations a number each
                 operations = (2 if job == "sampling" else 4) * figures.pop("parameters")
                 figures["share"] = operations * figures["tokens_per_s"] / rate
@@ -112,6 +112,16 @@ def bench(
     machine = {f.name: f.value for f in examine(Path())}
     about = {"mlxft": __version__, "commit": _commit(), "device": NAMES[backend()], "matmul_per_s": rate}
     return {**about, "machine": machine, "jobs": found}
+
+
+def _why(code: int, said: str) -> str:
+    """What a job's process died of: its last line, and what ended it where it can not have said that itself."""
+    last = (said.strip().splitlines() or [""])[-1][:300]
+    if code < 0:
+        name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+        memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        return f"ended by {name}{memory}" + (f"; it said last: {last}" if last else "")
+    return last or f"exit code {code}, without a word"
 
 
 def _commit() -> str:

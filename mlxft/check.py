@@ -109,7 +109,8 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         colour = console.is_terminal and console.color_system is not None and not console.no_color
         for row in objective.previews(rows):
             show(preview(row, tokenizer), console, colour)
-    _check_room(config, found)
+    if not is_open(asked):  # what is planned too large is corrected
+        _check_room(config, found)
     return facts
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Literal
 
+from mlxft.errors import MlxftError, TrainingError
+
 Backend = Literal["metal", "cuda", "cpu"]
 NAMES: dict[Backend, str] = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
 Failure = Literal["memory", "watchdog"]
@@ -36,9 +38,15 @@ UNKNOWN = 1 << 60  # bytes of a machine that is not this one
 # macOS ends a kernel that keeps the display waiting; with this set before Metal starts, later (mlx issue 3267).
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _NO_ROOM = re.compile(
-    r"allocat|insufficient memory|out of memory|bad_alloc|resource limit|\[malloc|cudamalloc|cudaerrormemory", re.I
+    r"(unable|attempting) to allocate|insufficient memory|out.?of.?memory|bad_alloc|resource limit \("
+    r"|\[(metal::)?malloc|cudamalloc|cudaerrormemory|_status_\w*alloc(ation)?_failed",
+    re.I,
 )
-_ENDED = re.compile(r"impacting interactivity|gpu timeout|victim of gpu error|innocent victim|\(victim", re.I)
+_ENDED = re.compile(
+    r"impacting interactivity|gpu timeout|gpu hang|callbackerror(timeout|hang)|(prior|excessive)\S* gpu errors"
+    r"|victim of gpu error|innocent victim|\(victim",
+    re.I,
+)
 
 
 def relax_watchdog() -> None:
@@ -101,11 +109,20 @@ def usable_bytes(limit_gb: float | None = None) -> int:
 
 
 def gpu_failure(error: BaseException) -> Failure | None:
-    """What an error of MLX says has happened: no memory was left, or macOS has ended the work; None: neither."""
+    """What an error says has happened: no memory was left, or macOS has ended the work; None: neither, as of all of
+    mlxft's own, whose texts may quote anything."""
+    if isinstance(error, MlxftError):
+        return None
     text = str(error)
     if isinstance(error, MemoryError) or _NO_ROOM.search(text):
         return "memory"
     return "watchdog" if _ENDED.search(text) else None
+
+
+def gpu_failed(failure: Failure, when: str, then: str = "") -> TrainingError:
+    """The error that says so: what has happened `when`, what helps, and what to do `then`."""
+    what, helps = FAILURES[failure]
+    return TrainingError(f"{what} {when}. What helps most: {helps}{then}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.config import Config
-from mlxft.device import FAILURES, backend, gpu_failure, machine_bytes, usable_bytes
+from mlxft.device import FAILURES, backend, gpu_failed, gpu_failure, machine_bytes, usable_bytes
 from mlxft.doctor import CROWDED, swap_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.cpu import quicker
@@ -26,11 +27,12 @@ from mlxft.trainer.gradient import CompiledGradient, Found, gradient, summed
 from mlxft.trainer.optim import Optimizer
 
 ALL = 1 << 62  # bytes of a step that no memory was left for
-MEASURED = 3  # times, at most, that a step is measured for batch.tokens: auto
+MEASURED = 5  # times, at most, that a step is measured for batch.tokens: auto
 TIMED = 4  # gradients, after the first, which makes caches and kernels
 QUICKER = 0.95  # share of the eager gradient's time below which the compiled one is taken: above lies noise
 FILLED = 0.95  # of the room is what it aims at: the run agrees with what was measured within a few percent
 ENOUGH = 1.15  # times as many tokens would fit: below that, they are not tried
+OVER = 1.05  # times a limit: MLX works ahead until it is reached, and a little beyond, before it waits
 
 
 def settle_by_measure(
@@ -52,7 +54,7 @@ def settle_by_measure(
     if not config.memory.measure or not _measurable(objective):
         return []
     taken = measured_bytes(config, model, objective, optimizer) if taken is None else taken
-    room = usable_bytes(config.memory.limit)
+    room = room_of_all(config)
     if taken is not None and taken > room_for_step(config, model):
         checkpoint_layers(model)
         taken = measured_bytes(config, model, objective, optimizer)
@@ -74,10 +76,15 @@ def _measurable(objective: Any) -> bool:
     return isinstance(objective, OnPolicy) or hasattr(objective, "largest")
 
 
+def room_of_all(config: Config) -> float:
+    """Bytes that training may be measured to take."""
+    return OVER * usable_bytes(config.memory.limit)
+
+
 def room_for_step(config: Config, model: nn.Module) -> float:
     """Bytes that a step may take with the blocks as they are: beyond a share of the machine they are checkpointed,
     where that is left open."""
-    room = usable_bytes(config.memory.limit)
+    room = room_of_all(config)
     if config.memory.checkpoint != "auto" or is_checkpointed(model):
         return room
     return min(room, machine_bytes() * CHECKPOINT_ABOVE)
@@ -157,7 +164,7 @@ def _too_much(config: Config, taken: int) -> str:
     return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
 
 
-def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, room: int) -> str:
+def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, room: float) -> str:
     """Compile where the largest batch's gradient is quicker so, and its step fits into `room`. Returns what to say."""
     objective.compiled = True
     try:
@@ -179,7 +186,7 @@ def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimize
 def gradient_seconds(config: Config, model: nn.Module, objective: Any, compiled: bool) -> float:
     """Seconds of a gradient of the largest batch, of several in a row; the random state is afterwards as it was."""
     objective.compiled = compiled  # its batches are filled up then
-    with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+    with _probed(config, model):
         (batch, *_), compute = objective.largest(model)[0](), _computing(config, model, objective)
         mx.eval(compute(batch))
         began, before = time.perf_counter(), mx.array(0.0)
@@ -223,9 +230,10 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
 
     Raises:
         ConfigError: no memory was left amid an update, when it is not known what has become of the weights.
+        TrainingError: macOS has ended the GPU's work.
     """
     try:
-        with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+        with _probed(config, model):
             steps = onpolicy.largest(objective) if isinstance(objective, OnPolicy) else objective.largest(model)
             return max((_peak(config, model, objective, optimizer, step) for step in steps), default=None)
     except (RuntimeError, MemoryError) as error:
@@ -235,10 +243,21 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
         return ALL
 
 
+@contextmanager
+def _probed(config: Config, model: nn.Module) -> Iterator[None]:
+    """The model inside the block is as the loop has it, and what macOS ends there is told as it is of the loop."""
+    try:
+        with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
+            yield
+    except RuntimeError as error:
+        if gpu_failure(error) != "watchdog":
+            raise
+        raise gpu_failed("watchdog", "in a step that is measured before training") from error
+
+
 def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, step: MakesStep) -> int:
     """Peak of two steps in a row, without what else stands in this process."""
-    beside = objective.held() if isinstance(objective, OnPolicy) else []
-    held = [model.parameters(), optimizer.arrays(), beside]
+    held = [model.parameters(), optimizer.arrays(), objective.held()]
     mx.eval(held)
     mx.clear_cache()
     mx.reset_peak_memory()

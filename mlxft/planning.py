@@ -19,7 +19,18 @@ from mlxft.model.load import Loaded, NotBeforeLoading, skeleton
 from mlxft.model.logits import Split
 from mlxft.model.lora import dropouts, without_dropout
 from mlxft.model.phases import PhasedPlan, Residents, sampling_bytes, scoring_bytes, with_phases
-from mlxft.model.plan import CHECKPOINT_ABOVE, PLAIN, Job, Outline, Plan, Shape, ShapeSplit, largest_tokens, plan
+from mlxft.model.plan import (
+    CHECKPOINT_ABOVE,
+    PLAIN,
+    Job,
+    Outline,
+    Plan,
+    Shape,
+    ShapeSplit,
+    largest_packed,
+    largest_tokens,
+    plan,
+)
 from mlxft.model.random import aside
 from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Objective
@@ -230,13 +241,12 @@ def settled(config: Config, resume: bool) -> Config:
     file = config.run_dir / "config.yaml"
     stored = load_config(file, looked_at=True) if resume and file.exists() else None
     if stored is not None:
-        memory: dict[str, Any] = {"measure": False}  # it was done
-        if config.memory.checkpoint == "auto":
-            memory["checkpoint"] = stored.memory.checkpoint
-        optim, kept = config.optim.with_default(stored.optim.lr), config.memory.model_copy(update=memory)
+        checkpoint = stored.memory.checkpoint if config.memory.checkpoint == "auto" else config.memory.checkpoint
+        memory = config.memory.model_copy(update={"checkpoint": checkpoint})
         compile_ = stored.run.compile if config.run.compile == "auto" else config.run.compile
         run = config.run.model_copy(update={"compile": compile_})
-        config = config.model_copy(update={"optim": optim, "memory": kept, "run": run})
+        optim = config.optim.with_default(stored.optim.lr)
+        config = config.model_copy(update={"optim": optim, "memory": memory, "run": run})
     if config.data.date is None:
         day = (stored and stored.data.date) or date.today()
         config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
@@ -295,15 +305,16 @@ def _planned_tokens(config: Config, model: nn.Module, room: float) -> tuple[int,
         ModelError: this architecture's memory can not be predicted.
     """
     job, width, setting = job_of(config, model), config.data.max_length, config.memory.checkpoint
-    if job.outline == onpolicy.OUTLINE:
+    if job.outline is onpolicy.OUTLINE:  # others may be alike
         room -= onpolicy.residents(config, model).with_training(job)
+    largest = largest_packed if job.packed else largest_tokens
     found = 0
     if setting != "on":
         # On its own, checkpointing is left off up to a share of the machine: larger batches would switch it on.
         most = room if setting == "off" else min(room, machine_bytes() * CHECKPOINT_ABOVE)
-        found = largest_tokens(job, width, False, most, MOST_TOKENS)
+        found = largest(job, width, False, most, MOST_TOKENS)
     if setting != "off" and found < LEAST_TOKENS:
-        found = largest_tokens(job, width, True, room, MOST_TOKENS)
+        found = largest(job, width, True, room, MOST_TOKENS)
     return found, room
 
 

@@ -16,7 +16,7 @@ from mlxft.blas import Blas, in_use
 from mlxft.config import Config
 from mlxft.data.chat import thinking_of
 from mlxft.data.encode import encode_prompt
-from mlxft.device import FAILURES, Failure, awake, gpu_failure
+from mlxft.device import Failure, awake, gpu_failed, gpu_failure
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
 from mlxft.measure import crowded, fit_tokens, settle_by_measure
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
@@ -70,15 +70,21 @@ class Assembled(NamedTuple):
     notes: list[str]
 
 
-def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool = False) -> Assembled:
+def assemble(
+    config: Config, loaded: Loaded, objective: Objective, correct: bool = False, begun: bool = False
+) -> Assembled:
     """Make model and objective ready for the loop; whether it compiles is `objective.compiled` then.
 
     Args:
         correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`), or was when
             the run began that is resumed.
+        begun: whether that run is gone on with, which was measured when it began.
     Raises:
         ConfigError, ModelError: they do not fit each other, the recipe or the machine.
     """
+    measure = config.memory.measure
+    if begun:
+        config = config.model_copy(update={"memory": config.memory.model_copy(update={"measure": False})})
     spec = prepare(config, loaded)
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
@@ -94,7 +100,8 @@ def assemble(config: Config, loaded: Loaded, objective: Objective, correct: bool
         notes += said
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
     # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
-    memory = config.memory.model_copy(update={"checkpoint": "on" if is_checkpointed(loaded.model) else "off"})
+    checkpoint = "on" if is_checkpointed(loaded.model) else "off"
+    memory = config.memory.model_copy(update={"checkpoint": checkpoint, "measure": measure})
     settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
     return Assembled(spec, optimizer, config.model_copy(update={"memory": memory, "run": settings}), notes)
 
@@ -178,19 +185,20 @@ def train(
     Raises:
         ConfigError, DataError, ModelError: before anything is written.
         CheckpointError: saving or resuming is not possible; what was saved before stays.
-        TrainingError: the loss is no longer a number.
+        TrainingError: the loss is no longer a number, memory has run out, or macOS has ended the GPU's work.
         KeyboardInterrupt: interrupted, after a checkpoint was saved.
     """
     config = as_config(config)
     console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
-    correct, config = is_open(config), settled(config, resume)
+    correct, begun = is_open(config), resume and (config.run_dir / "config.yaml").exists()
+    config = settled(config, resume)
     run = Run(config.run_dir, config)
     check_folder(run, resume, overwrite)
     check_installed(config.report.to)
     with hold(run.dir) as held:
-        return _train_held(run, held, resume, overwrite, console, base, sinks, correct)
+        return _train_held(run, held, resume, overwrite, console, base, sinks, correct, begun)
 
 
 def _train_held(
@@ -202,11 +210,12 @@ def _train_held(
     base: Loaded | None,
     sinks: Sequence[Sink],
     correct: bool,
+    begun: bool,
 ) -> Run:
     """`train` in a folder that no other process works in."""
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
-    spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct)
+    spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct, begun)
     total = total_steps(config, objective)
     run = Run(run.dir, config)
     mx.reset_peak_memory()
@@ -313,11 +322,13 @@ def _train(
 
 
 def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError:
-    what, helps = FAILURES[failure]
-    return TrainingError(
-        f"{what} after step {progress.step}; the last checkpoint is intact. What helps most: {helps}. "
-        f"Then: {run.resume}"
-    )
+    when, saved = f"after step {progress.step}", checkpoint.checkpoints(run.dir / "checkpoints")
+    anew = "another run.name or --overwrite"
+    if not saved:
+        return gpu_failed(failure, f"{when}; there is no checkpoint yet", f". Then begin anew, with {anew}")
+    when += f"; the checkpoint of step {saved[-1].name.removeprefix('step-')} is intact"
+    others = f"Other settings of these make another run, with {anew}"
+    return gpu_failed(failure, when, f". {others}; with the same it goes on: {run.resume}")
 
 
 MOST_EPOCHS = 1000  # that are planned one by one; the mean of so many is the number of all

@@ -63,13 +63,28 @@ def test_memory_is_that_of_what_computes(
             "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommandBuffer)",
             "watchdog",
         ),
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Hang Error (00000003:kIOGPUCommandBuffer)",
+            "watchdog",
+        ),
+        (
+            "Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPU)",
+            "watchdog",
+        ),
+        ("Command buffer execution failed: Internal (00000002:kIOGPUCommandBufferCallbackErrorTimeout)", "watchdog"),
         ("Command buffer execution failed: Discarded (victim of GPU error/recovery) (00000005:kIOGPU)", "watchdog"),
+        ("[metal::malloc] Attempting to allocate 99999999999 bytes which is greater than the maximum", "memory"),
+        ("cuMemCreate(&handle, size, &prop, 0) failed: CUDA_ERROR_OUT_OF_MEMORY", "memory"),
+        ("cublasLtCreate(&handle) failed: CUBLAS_STATUS_ALLOC_FAILED", "memory"),
+        ("cudnn failed: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "memory"),
         ("[matmul] Last dimension of first input with shape (2,3)", None),
+        ("[load] Failed to open file allocations.jsonl, on node allocated to another job", None),
     ],
 )
 def test_failures_are_known_by_what_backends_say(said: str, failure: Failure | None) -> None:
     assert gpu_failure(RuntimeError(said)) == failure
     assert gpu_failure(MemoryError()) == "memory"
+    assert gpu_failure(TrainingError(said)) is None, "an error of mlxft says itself what has happened"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,7 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
 
     monkeypatch.setattr(Gradients, "__call__", failing)
     with pytest.raises(
-        TrainingError, match=f"after step 2; the last checkpoint is intact.*{helps}.*mlxft train --resume"
+        TrainingError, match=f"after step 2; the checkpoint of step 2 is intact.*{helps}.*goes on: mlxft train --resume"
     ):
         train(recipe(**settings, **{"run.name": "b"}))
     assert json.loads((tmp_path / "runs/b/status.json").read_text("utf-8"))["status"] == "failed"
@@ -102,6 +117,22 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
     again = train(recipe(**settings, **{"run.name": "b"}), resume=True)
     one, other = (mx.load(str(run.result / "adapters.safetensors")) for run in (whole, again))
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+
+
+def test_without_a_checkpoint_none_is_promised(
+    recipe: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Gradients, batch: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Gradients, "__call__", failing)
+    error: Exception = MemoryError()
+    with pytest.raises(TrainingError, match=r"after step 0; there is no checkpoint yet.*begin anew") as told:
+        train(recipe())
+    assert "--resume" not in str(told.value)
+    error = TrainingError("step 1: the loss is nan; its rows: allocations.jsonl:1, out of memory.jsonl:2")
+    with pytest.raises(TrainingError, match=r"^step 1: the loss is nan; its rows: allocations\.jsonl:1"):
+        train(recipe(), overwrite=True)
 
 
 def test_a_mac_is_kept_awake_as_long_as_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlxft import measure, planning
 from mlxft.check import check
 from mlxft.device import machine_bytes
-from mlxft.errors import ConfigError, ModelError
+from mlxft.errors import ConfigError, ModelError, TrainingError
 from mlxft.model.memory import is_checkpointed
 from mlxft.model.random import random_state
 from mlxft.objectives.onpolicy import memory
@@ -104,7 +104,8 @@ def test_a_step_that_takes_too_much_is_checkpointed_and_stays_so(
     again = recipe(**{"run.steps": 3, "optim.schedule": "constant", "optim.warmup": 0})
     train(again, resume=True)
     assert asked == [False, True], "a resumed run is not measured again"
-    assert load_config(run.dir / "config.yaml").memory.checkpoint == "on"
+    kept = load_config(run.dir / "config.yaml").memory
+    assert (kept.checkpoint, kept.measure) == ("on", True)
 
 
 def test_what_does_not_fit_is_refused_and_off_is_off(
@@ -134,6 +135,10 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     said = "[matmul] shapes"
     with pytest.raises(RuntimeError, match="shapes"):
         measure.measured_bytes(config, loaded.model, objective, optimizer)
+    said = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e)"
+    for work in (measure.measured_bytes, lambda c, m, o, _: measure.gradient_seconds(c, m, o, False)):
+        with pytest.raises(TrainingError, match=r"measured before training\. What helps most: .* the display sleep"):
+            work(config, loaded.model, objective, optimizer)
 
 
 def test_a_crowded_memory_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,3 +294,53 @@ def test_what_can_not_be_planned_is_said_and_measured(
     assert "gradient checkpointing is off: set memory.checkpoint: on where memory runs out" in found
     check(parse_config(recipe(**auto)), 0, make_console(), False)
     assert "auto is 2,048 by no plan, to begin with; a measured step" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_measured_again_it_takes_as_much(loss: str, pairs: str, recipe: Make, tmp_path: Path) -> None:
+    """Also where a reference holds the weights that the first measurement has made anew."""
+    data = {"train": pairs, "format": "preference", "max_length": 64}
+    settings = recipe(objective="preference", preference={"loss": loss}, data=data, tune=None)
+    config = parse_config({**settings, "tune": {"method": "full"}, "memory": {"measure": False}})
+    loaded = load_base(config)
+    objective = make_objective(config, loaded.tokenizer)
+    _, optimizer, config, _ = assemble(config, loaded, objective)
+    first, second = (measure.measured_bytes(config, loaded.model, objective, optimizer) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert second > 0.9 * first
+
+
+def test_kto_with_auto_is_no_on_policy_objective(pairs: str, recipe: Make) -> None:
+    """Its outline is like theirs."""
+    data = {"train": pairs, "format": "preference", "max_length": 64}
+    own = {"objective": "preference", "preference": {"loss": "kto"}, "data": data, "batch": {"tokens": "auto"}}
+    assert isinstance(train(recipe(**own, **{"run.steps": 1})).config.batch.tokens, int)
+
+
+def test_a_little_over_the_limit_is_at_the_limit(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX works ahead until a limit is reached, and waits then."""
+    taken = [1.03]
+    monkeypatch.setattr(measure, "measured_bytes", lambda *args: int(taken[0] * 10**9))
+    limited = {"memory.limit": 1.0, "memory.checkpoint": "off", "run.steps": 1}
+    train(recipe(**limited))
+    taken[0] = 1.2
+    with pytest.raises(ConfigError, match=r"a step takes 1\.20 GB; memory\.limit is 1\.00 GB"):
+        train(recipe(**limited), overwrite=True)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_auto_of_packed_rows_is_planned_with_their_mask(measured: bool, recipe: Make) -> None:
+    """What the plan finds fits by the plan that training makes of its batches."""
+    settings = recipe(
+        60,
+        **{
+            "batch": {"tokens": "auto", "pack": True},
+            "data.max_length": 64,
+            "memory": {"limit": 0.004, "measure": measured, "checkpoint": "off"},
+            "run.steps": 1,
+        },
+    )
+    found = train(settings).config.batch.tokens
+    assert isinstance(found, int)
+    assert found >= 64

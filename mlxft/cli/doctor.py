@@ -83,7 +83,7 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
 
     JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo, sampling; default: all.
     --shape takes smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b or qwen3-8b. Nothing is downloaded; the rows at
-    the end are for docs/performance.md.
+    the end are for docs/performance.md. Exit code 1 if a job fails.
 
     \b
     Example: mlxft bench --shape qwen3-0.6b --against mlx_lm
@@ -105,10 +105,10 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
     found = run(jobs or tuple(JOBS), shape, steps, against is not None, tell)
     if as_json:
         echo(json_text(found, indent=2))
-        return
-    command = " ".join(
-        ["mlxft bench", *jobs, f"--shape {shape} --steps {steps}", *(["--against mlx_lm"] if against else [])]
-    )
-    echo("\n".join(["", *markdown(found, command)]))
+    else:
+        command = " ".join(
+            ["mlxft bench", *jobs, f"--shape {shape} --steps {steps}", *(["--against mlx_lm"] if against else [])]
+        )
+        echo("\n".join(["", *markdown(found, command)]))
     if any("error" in job for job in found["jobs"]):
         raise SystemExit(1)

@@ -134,7 +134,8 @@ class Packing:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+    cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    return f"its own code fails where a mask stands in for its layers' caches ({cause})"
 
 
 def _difference(a: mx.array, b: mx.array) -> float:

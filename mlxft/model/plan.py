@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlxft.errors import ModelError
 from mlxft.model.blocks import Blocks
 from mlxft.model.logits import Split, chunk_size, hidden_nll, rows_nll
 from mlxft.model.logprobs import hidden_logprobs
@@ -112,7 +113,7 @@ class Job:
         trained_share: share of a batch's tokens that are predicted; of the fullest batch, to be safe.
         accumulate: micro-batches a step.
         outline: what a step is.
-        update: bytes that the optimiser makes anew at one time.
+        update: bytes that the optimiser makes anew at one time: that must be, and where there is room to work ahead.
         packed: whether rows are packed, which takes a mask for each sequence.
     """
 
@@ -121,7 +122,7 @@ class Job:
     trained_share: float = 1.0
     accumulate: int = 1
     outline: Outline = PLAIN
-    update: int = 0
+    update: tuple[int, int] = (0, 0)
     packed: bool = False
 
     @property
@@ -191,7 +192,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     # The update holds all gradients, the square of the largest parameter for the norm or its gradient in float32, and
     # what it makes anew.
     largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
-    update = (earlier or gradients) + 4 * largest + job.update
+    update, renewed = ((earlier or gradients) + 4 * largest + anew for anew in job.update)
     transient = max(peak, update)
     logits = min(step.head_peak(), max(0, transient - gradients - earlier))
     return Plan(
@@ -202,7 +203,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
         activations=max(0, transient - gradients - earlier - logits),
         logits=logits,
         batch=batch,
-        ahead=max(queued, transient) - transient,
+        ahead=max(queued, renewed, transient) - transient,
         checkpoint=checkpoint,
     )
 
@@ -237,6 +238,21 @@ def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float, most: i
         rows = min(max(int(guess), fits[0] + 1), over[0] - 1)
     tokens = fits[0] * together * width
     return tokens // 64 * 64 if tokens >= 64 else tokens
+
+
+def largest_packed(job: Job, width: int, checkpoint: bool, limit: float, most: int) -> int:
+    """The same for packed rows of up to `width` tokens, which may all be packed into one sequence."""
+    fits, over = 0, most + 64
+    tokens = max(64, -(-width // 64) * 64)
+    while over - fits > max(64, fits // 16):
+        if plan(job, 1, tokens, checkpoint).needed <= limit:
+            fits, tokens = tokens, min(2 * tokens, (tokens + over) // 2)
+        elif not fits:  # not even the longest row
+            return 0
+        else:
+            over, tokens = tokens, (fits + tokens) // 2
+        tokens = tokens // 64 * 64
+    return fits
 
 
 def _too_long(job: Job, width: int, checkpoint: bool, limit: float) -> bool:
@@ -298,8 +314,12 @@ class _Step:
     def __init__(self, model: nn.Module, reads: str, ids: dict[str, mx.array], positions: int) -> None:
         self.model, self.reads, self.ids, self.positions = model, reads, ids, positions
         self.split = ShapeSplit(model)
+        self.sharing = Sharing(self.split)
+        # Both call the model to find how many axes their masks have, and so before blocks are replaced.
         if "segments" in ids:
-            _ = self.split.packing  # it calls the model, and so before blocks are replaced
+            _ = self.split.packing
+        if "prompts" in ids and not self.sharing.thinkable:
+            raise ModelError("memory can not be predicted: the model can not read answers behind a shared prompt")
 
     def peaks(self, checkpoint: bool) -> tuple[int, int]:
         """Bytes beside weights and batch: what must be, and what will be where there is room to work ahead."""
@@ -349,7 +369,7 @@ class _Step:
 
     def _loss(self, a: dict[str, mx.array]) -> mx.array:
         """A number that depends on what the objective reads as its loss does."""
-        split, sharing = self.split, Sharing(self.split)
+        split, sharing = self.split, self.sharing
         if self.reads == "scores":
             return sharing.scores(a).square().sum()
         if not split.separable:

@@ -55,6 +55,10 @@ class Reference:
         self._jobs = list(data)
         self._file = folder / FILE, key
 
+    def held(self) -> list[mx.array]:
+        """Its arrays, and those that the model had when training began."""
+        return [] if self._roles is None else self._roles.arrays()
+
     @contextmanager
     def unasked(self) -> Iterator[None]:
         """Inside the block numbers that are to be precomputed, and are not known yet, are zeros."""

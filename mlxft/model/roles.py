@@ -109,6 +109,15 @@ class Roles:
     def __getitem__(self, name: str) -> Role:
         return self._roles[name]
 
+    def arrays(self) -> list[mx.array]:
+        """All that roles hold, and what the base had where they differ."""
+        found = list(self._own.values())
+        for role in self._roles.values():
+            layers = [layer.parameters() for layer in role.layers.values()]
+            held = [layers, role.whole, {} if role.head is None else role.head.parameters()]
+            found += [value for _, value in tree_flatten(held)]
+        return found
+
     def _learn(self, path: str, base: nn.Module) -> None:
         """Note where a layer stands."""
         holder: Any = self.model

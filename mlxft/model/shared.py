@@ -91,16 +91,26 @@ class Sharing:
         """Whether prompts may be shared now: what a checkpointed block computes again would not know its prompt."""
         return not self.reason and not is_checkpointed(self.split.model)
 
-    @property
+    @cached_property
     def thinkable(self) -> bool:
-        """Whether the model is of the kind, as far as that is known without its weights."""
+        """Whether prompts may be shared, as far as shapes tell, and then with how many axes of heads; the model needs
+        no weights, and its own layers."""
+        if not self._of_the_kind():
+            return False
+        with probing(self.split.model):
+            for self._axes in (2, 1):
+                if self._shapes():
+                    return True
+        return False
+
+    def _of_the_kind(self) -> bool:
         return self.split.separable and not {type(c).__name__ for c in self._caches()} - set(ATTENTION)
 
     @cached_property
     def reason(self) -> str:
         """Why the model can not share prompts; empty if it can."""
         model = self.split.model
-        if not self.thinkable:
+        if not self._of_the_kind():
             return "the body is not separable, or keeps more than keys and values"
         with probing(model):
             for self._axes in (2, 1):
@@ -137,6 +147,15 @@ class Sharing:
         before = self.split.hidden(a["prompts"], caches=first)
         after = self.split.hidden(a["ids"], caches=[_Answer(p, a["begins"], a["of"], self._axes) for p in first])
         return mx.concatenate([h.reshape(-1, h.shape[-1]) for h in (before, after)])
+
+    def _shapes(self) -> bool:
+        """Whether the model takes masks of so many axes of heads; nothing is computed."""
+        zeros = {"prompts": mx.zeros((2, 5)), "begins": mx.zeros(2), "ids": mx.zeros((4, 3)), "of": mx.zeros(4)}
+        try:
+            found = self.hidden({k: v.astype(mx.int32) for k, v in zeros.items()})
+        except Exception:  # whatever a model's own code raises on being called so
+            return False
+        return found.shape[0] == 2 * 5 + 4 * 3
 
     def _trial(self) -> str:
         """What is wrong with the answers' hidden states next to those of each row as a whole; empty if nothing."""

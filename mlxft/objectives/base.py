@@ -282,6 +282,10 @@ class OffPolicy:
         steps = [[slots[i]] * min(2, self._accumulate) for i in heaviest(self.shapes(), self._per_row)]
         return [partial(self.rehearsed, model, step) for step in steps]
 
+    def held(self) -> list[mx.array]:
+        """Arrays that it holds beside the model's own."""
+        return []
+
     def places(self) -> Iterator[tuple[list[Slot], int]]:
         """Each epoch's batches, and the number of the one to make; without end, from where `state_dict` says."""
         while True:

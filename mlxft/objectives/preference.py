@@ -112,6 +112,10 @@ class _Policy:
             # An adapter that is trained further began as it is now; a fresh one as the bare base.
             self.reference = Reference(self.sharing, self.config.model.adapter is not None)
 
+    def held(self) -> list[mx.array]:
+        """The reference's arrays."""
+        return [] if self.reference is None else self.reference.held()
+
     def unasked(self) -> AbstractContextManager[None]:
         """Inside the block zeros stand for numbers of the reference that are yet to be computed beforehand."""
         return nullcontext() if self.reference is None else self.reference.unasked()
@@ -156,6 +160,9 @@ class _Pairs(Judged[EncodedPair]):
     def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
         with self._policy.unasked():
             yield from super().rehearsed(model, slots)
+
+    def held(self) -> list[mx.array]:
+        return self._policy.held()
 
     def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
@@ -257,6 +264,9 @@ class _Single(Judged[EncodedAnswer]):
         with self._policy.unasked():
             yield from super().rehearsed(model, slots)
         self._point = point
+
+    def held(self) -> list[mx.array]:
+        return self._policy.held()
 
     def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
         """The reference point of a whole step: the mean log-ratio of answers to other prompts, by the policy of now."""

@@ -31,6 +31,7 @@ from mlxft.objectives.base import Objective
 from mlxft.objectives.sft import load_splits
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind
 from mlxft.parts import load_base, make_objective
+from mlxft.planning import settled
 from mlxft.recipe import load_config
 from mlxft.run import total_steps, train
 from mlxft.rundir import load
@@ -150,7 +151,7 @@ class _Study:
         self.notes = self._notes(splits.train)
         self.shots = {c: self._shots(c) for c in self.cells if c.method in ("in context", "both")}
         self.configs = {c: self._cell_config(c) for c in self.cells if c.method in ("tuned", "both")}
-        for config in {c.k: config for c, config in self.configs.items()}.values():
+        for config in {c.k: settled(config, resume=False) for c, config in self.configs.items()}.values():
             check_trains(config, self._objective(config))
         self._claim(splits.train, overwrite)
 
@@ -268,7 +269,8 @@ class _Study:
     def _with_steps(self, config: Config) -> Config:
         if config.run.steps is not None:
             return config
-        if total_steps(config, self._objective(config)) >= self.plan.least_steps:
+        plain = settled(config, resume=False)
+        if total_steps(plain, self._objective(plain)) >= self.plan.least_steps:
             return config
         run = {"steps": self.plan.least_steps, "epochs": None}
         return config.model_copy(update={"run": config.run.model_copy(update=run)})

@@ -227,12 +227,13 @@ class _Job:
                 twin(self._loaded)
             except TypeError:  # no copy of this architecture: each trial loads its own
                 self._keeps = False
-        objective = make_objective(config, self._loaded.tokenizer)
+        plain = settled(config, resume=False)
+        objective = make_objective(plain, self._loaded.tokenizer)
         if not objective.summary().validates:
             raise ConfigError("a sweep compares by validation, and there is no validation data; give data.valid (0.05)")
         self._check_trials(objective)
         self._data = objective.fingerprint()
-        self._totals = {self._length_key({}): total_steps(config, objective)}
+        self._totals = {self._length_key({}): total_steps(plain, objective)}
 
     def _check_trials(self, objective: Objective) -> None:
         """Refuse what would fail in every trial: with the ends of all ranges, one after the other, until some train.

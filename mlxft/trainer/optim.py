@@ -284,14 +284,19 @@ class Optimizer:
         steps = {f"steps.{part}": v for part, v in self._steps.items()}
         return state | steps | {f"master.{n}": v for n, v in self._master.items()}
 
-    def renewed(self, model: nn.Module) -> int:
-        """Bytes that an update makes anew before it lets go of the old: a parameter's, its master's and its state's."""
+    def renewed(self, model: nn.Module) -> tuple[int, int]:
+        """Bytes that an update makes anew, masters and state included, before it lets go of the old.
 
-        def size(name: str, value: mx.array) -> int:
+        Returns:
+            Of the largest parameter, which must be; of the largest bundle, where there is room to work ahead.
+        """
+        sizes: dict[str, int] = {}
+        for name, value in _flat(model.trainable_parameters()).items():
+            master = self._master[name].nbytes if name in self._master else 0
             state = sum(v.nbytes for _, v in tree_flatten(self._opt.state[name]))
-            return value.nbytes + (self._master[name].nbytes if name in self._master else 0) + state
-
-        return max((size(n, v) for n, v in _flat(model.trainable_parameters()).items()), default=0)
+            sizes[name] = value.nbytes + master + state
+        bundles = [bundle.names for bundles in self._bundles.values() for bundle in bundles]
+        return max(sizes.values(), default=0), max((sum(sizes[n] for n in names) for names in bundles), default=0)
 
     def load(self, arrays: Arrays) -> None:
         """Put back what `arrays` gave.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from mlx_lm.models import qwen3
 
 from mlxft import bench
 from mlxft.bench import AGAINST, JOBS, SHAPES, markdown, work
+from mlxft.cli.doctor import bench as command
 from mlxft.errors import ConfigError
 
 TINY = {**SHAPES["qwen3-0.6b"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -71,3 +75,33 @@ def test_a_job_that_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.Monke
         ("dpo", "mlxft", "no memory"),
     ]
     assert "| tiny | dpo | mlxft | no memory |  |  | `mlxft bench` |" in markdown(found, "mlxft bench")[-1]
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            "ended by SIGKILL, as the system does where memory",
+        ),
+        ("import os; os.write(2, b'mlx: x'); os.abort()", "SIGABRT; it .* mlx: x$"),
+        ("import os; os._exit(7)", "^exit code 7, without a word$"),
+    ],
+)
+def test_a_job_that_dies_without_a_word_is_told_by_its_end(
+    work: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "WORK", work)
+    (found,) = bench.bench(["dpo"], "tiny", 2, False, lambda job: None)["jobs"]
+    assert re.search(said, found["error"])
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_failed_job_is_a_failed_bench(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "WORK", "raise SystemExit('no memory')")
+    done = CliRunner().invoke(command, ["dpo", "--shape", "tiny", *options])
+    assert done.exit_code == 1
+    if options:
+        assert json.loads(done.stdout)["jobs"][0]["error"] == "no memory"
+    monkeypatch.setattr(bench, "WORK", 'print(\'{"tokens_per_s": 1.0, "peak_gb": 1.0, "parameters": 2}\')')
+    assert CliRunner().invoke(command, ["dpo", "--shape", "tiny", *options]).exit_code == 0

@@ -10,11 +10,12 @@ import mlx.core as mx
 import pytest
 from architectures import build
 
-from mlxft.device import UNKNOWN, machine_bytes, planning_for, usable_bytes
+from mlxft.device import UNKNOWN, Backend, machine_bytes, planning_for, usable_bytes
 from mlxft.errors import ModelError
+from mlxft.model import fused
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.cpu import quicker
-from mlxft.model.fused import HEADS
+from mlxft.model.fused import HEADS, plain_attention
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import checkpoint_layers
 from mlxft.model.plan import Job, plan
@@ -110,6 +111,57 @@ def test_a_gpu_is_planned_where_its_kernels_can_not_be_exported(name: str, check
         found = plan(job, 4, 128, checkpoint)
     assert (found.weights, found.gradients) == (own.weights, own.gradients)
     assert 0.4 * own.activations < found.activations <= 1.1 * own.activations
+
+
+@pytest.mark.parametrize(("own", "kind"), [("metal", "cuda"), ("metal", "cpu"), ("cuda", "cpu"), ("cuda", "metal")])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_a_gpu_plans_for_another_machine_as_any_machine_does(
+    name: str, own: Backend, kind: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the other has no kernel (CUDA for 100 tokens, a CPU in bfloat16), this one's must not be in the graph."""
+    monkeypatch.setenv("MLXFT_CPU", "off")  # the loss, too, is then a kernel's on this machine
+    model = model_of(name)
+    model.set_dtype(mx.bfloat16)
+    with planning_for(kind):
+        here = plan(Job(model, 0), 2, 100, False)
+    monkeypatch.setattr(fused, "backend", lambda: own)
+    with opaque(), planning_for(kind):
+        assert plan(Job(model, 0), 2, 100, False) == here
+
+
+MASKS: dict[str, Any] = {
+    "none": None,
+    "causal": "causal",
+    "bool": mx.arange(5)[:, None] + 2 >= mx.arange(7),
+    "bool of rows": (mx.arange(70).reshape(2, 1, 5, 7) % 3) != 1,
+    "bool of heads": (mx.arange(280).reshape(2, 4, 5, 7) % 3) != 1,
+    "added": mx.sin(mx.arange(70)).reshape(2, 1, 5, 7),
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_in_operations_is_mlxs_own(mask: str, sinks: bool, heads: int, dtype: mx.Dtype) -> None:
+    """Value and gradients, where mx.fast is operations too."""
+    key = mx.random.key(0)
+    shapes = [(2, 4, 5, 8), (2, heads, 7, 8), (2, heads, 7, 6), (4,)][: 4 if sinks else 3]
+    given = [mx.random.normal(s, key=k).astype(dtype) for s, k in zip(shapes, mx.random.split(key, 4))]
+    hiding = MASKS[mask].astype(dtype) if mask == "added" else MASKS[mask]
+
+    def read(attention: Callable[..., mx.array]) -> list[mx.array]:
+        def values(q: mx.array, k: mx.array, v: mx.array, s: mx.array | None = None) -> list[mx.array]:
+            return [attention(q, k, v, scale=0.3, mask=hiding, sinks=s)]
+
+        cotangent = mx.cos(mx.arange(2 * 4 * 5 * 6)).reshape(2, 4, 5, 6).astype(dtype)
+        (out,), slopes = mx.vjp(values, given, [cotangent])
+        return [out, *slopes]
+
+    with mx.stream(mx.cpu):
+        for ours, theirs in zip(read(plain_attention), read(mx.fast.scaled_dot_product_attention), strict=True):
+            assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+            assert mx.allclose(ours, theirs, rtol=1e-5, atol=1e-6 if dtype == mx.float32 else 2e-2)
 
 
 def test_without_stand_ins_it_could_not_be(monkeypatch: pytest.MonkeyPatch) -> None:

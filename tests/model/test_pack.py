@@ -148,8 +148,17 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
         def __call__(self, ids: mx.array) -> mx.array:
             return self.layers[0](self.embed(ids))
 
-    with pytest.raises(ModelError, match=r"Plain does not keep packed rows apart: TypeError: .*cache"):
+    with pytest.raises(
+        ModelError, match=r"Plain does not keep packed rows apart: its own code fails .*\(TypeError: .*cache"
+    ):
         Packing(Plain())
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_model_that_asks_its_caches_for_more_is_refused_by_a_sentence(weights: bool) -> None:
+    said = r"gemma3n does not keep packed rows apart: its own code fails .* caches \(AttributeError: .*keys_and_values"
+    with pytest.raises(ModelError, match=rf"^batch\.pack: {said}'\); leave batch\.pack out$"):
+        Packing(build("gemma3n"), weights=weights)
 
 
 def test_positions_that_change_attention_far_out_are_refused() -> None:

@@ -19,9 +19,11 @@ from mlxft.config import Optim
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.fingerprint import without_weights
+from mlxft.model.heads import ScoreHead, attach_head
 from mlxft.model.load import load, load_tokenizer, skeleton
 from mlxft.model.phases import Rolling, sampling_bytes
-from mlxft.model.plan import MAC_SHARE, MACS, Job, Plan, ShapeSplit, largest_tokens, plan
+from mlxft.model.plan import MAC_SHARE, MACS, Job, Outline, Plan, ShapeSplit, largest_tokens, plan
+from mlxft.model.shared import Sharing
 from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
 from mlxft.recipe import parse_config
 from mlxft.run import make_objective, open_run, prepare
@@ -346,3 +348,23 @@ def test_scores_grow_with_the_square_of_the_length(recipe: Make) -> None:
     kept = 4 * 2 * 4 * (2 * 512 * (512 + 64) // 2 - 16 * 64**2)
     assert few.needed - many.needed > kept
     assert math.isclose(few.batch, many.batch)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+@pytest.mark.parametrize("reads", ["logprobs", "scores"])
+def test_shared_prompts_are_planned_with_the_masks_that_the_model_takes(name: str, reads: Any) -> None:
+    """Gemma 2 groups query heads by hand, so that its scores have an axis more; twice the prompts' tokens cost more."""
+    model = build(name, num_attention_heads=2, num_key_value_heads=1)
+    attach_head(model, ScoreHead(32))
+    model.train()
+    pairs = Job(model, 0, outline=Outline(reads, 2))
+    long, short = (plan(pairs, 4, p + 16, False, (p, 16)) for p in (128, 64))
+    assert short.activations < long.activations < plan(pairs, 4, 144, False).activations
+    assert model.training
+
+
+def test_what_can_not_share_prompts_is_known_without_weights() -> None:
+    model = build("gemma3n")  # its shared layers ask their caches for what a stand-in does not have
+    assert not Sharing(ShapeSplit(model)).thinkable
+    with pytest.raises(ModelError, match="can not read answers behind a shared prompt"):
+        plan(Job(model, 0, outline=Outline("logprobs", 2)), 4, 48, False, (32, 16))

@@ -433,3 +433,9 @@ def test_a_kill_around_the_pruners_note_changes_no_trial(
 def _about(folder: Path) -> str:
     with sqlite3.connect(folder / "sweep.db") as file:
         return str(file.execute("select value_json from study_user_attributes where key = 'about'").fetchone()[0])
+
+
+def test_a_sweep_leaves_the_budget_to_each_trial(write: Write, tmp_path: Path) -> None:
+    space = {"optim.lr": {"choice": [1e-4, 1e-3]}}
+    found = quiet(write({"space": space}, batch={"tokens": "auto"}), trials=1)
+    assert [outcome.state for outcome in found.trials] == ["complete"]

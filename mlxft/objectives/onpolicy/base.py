@@ -372,8 +372,8 @@ class OnPolicy(Generic[M]):
         self.config = config
 
     def held(self) -> list[mx.array]:
-        """What it holds beside the model that is trained: the reward model's arrays."""
-        return self.rewards.held()
+        """Arrays that it holds beside the model's own: of its roles, and of the reward model."""
+        return [*self.roles.arrays(), *self.rewards.held()]
 
     def _strayed(self) -> bool:
         """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
