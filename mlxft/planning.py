@@ -171,7 +171,7 @@ def plan_batches(
         ModelError: this architecture's memory can not be predicted.
     """
     together = outline_of(config).together
-    if not Sharing(ShapeSplit(model)).thinkable:
+    if any(s.prompt for s in shapes) and not Sharing(ShapeSplit(model)).thinkable:
         shapes = [Shape(*s[:3]) for s in shapes]
     # Some parts grow with the tokens, the scores of attention with rows x width x width.
     costs = (lambda s: s.computed(together), lambda s: s.computed(together) * s.width, lambda s: s.rows * s.width)
