@@ -64,18 +64,11 @@ def plain_attention(
 
 def _attention(kind: Backend, plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def attention(
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None = None,
-        sinks: mx.array | None = None,
-        **other: Any,
+        q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, sinks: Any = None, **how: Any
     ) -> mx.array:
         fused = sinks is None and not isinstance(mask, mx.array) and {q.shape[-1], v.shape[-1]} <= set(HEADS)
         if not fused or (kind == "cuda" and q.shape[2] % CUDA_TOKENS):
-            return plain(q, k, v, scale=scale, mask=mask, sinks=sinks, **other)
+            return plain(q, k, v, mask=mask, sinks=sinks, **how)
         factor = mx.repeat(_sum(k) * _sum(v), q.shape[1] // k.shape[1], axis=1)
         return mx.exp(_as_wide(q, v.shape[-1]) * factor)  # whose gradient needs the output, as the kernel's does
 

@@ -43,7 +43,7 @@ _BINARY = {
     *("LogAddExp", "LogicalAnd", "LogicalOr", "Maximum", "Minimum", "Multiply", "NotEqual", "Power", "Remainder"),
     "Subtract",
 }
-MARK = "ErfInv"  # stands for `mx.depends` in a graph that is exported
+_MARK = "ErfInv"  # stands for `mx.depends` in a graph that is exported
 _UPDATES = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"}
 
 
@@ -144,7 +144,7 @@ class Graph:
                 users[name].append(op)
         made = {out: op for op in self.ops for out in op.outputs}
         waits = dict[int, tuple[str, str]]()  # id of an Add -> what waits, and for what
-        for mark in (op for op in self.ops if op.name == MARK):
+        for mark in (op for op in self.ops if op.name == _MARK):
             awaited, reached = made[mark.inputs[0]].inputs[0], [mark.outputs[0]]
             while reached:
                 name = reached.pop()
