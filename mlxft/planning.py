@@ -33,7 +33,7 @@ from mlxft.model.plan import (
 )
 from mlxft.model.random import aside
 from mlxft.model.shared import Sharing
-from mlxft.objectives.base import Objective
+from mlxft.objectives.base import Objective, heaviest
 from mlxft.objectives.onpolicy import memory as onpolicy
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.parts import check_head, prepare
@@ -173,12 +173,10 @@ def plan_batches(
     together = outline_of(config).together
     if any(s.prompt for s in shapes) and not Sharing(ShapeSplit(model)).thinkable:
         shapes = [Shape(*s[:3]) for s in shapes]
-    # Some parts grow with the tokens, the scores of attention with rows x width x width.
-    costs = (lambda s: s.computed(together), lambda s: s.computed(together) * s.width, lambda s: s.rows * s.width)
 
     def plans(checkpoint: bool) -> list[tuple[Plan, int, int]]:
         found = []
-        for s in {max(shapes, key=cost) for cost in costs}:
+        for s in (shapes[i] for i in heaviest(shapes, together)):
             job = job_of(config, model, s.trained / (s.rows * s.width))
             shared = (0, 0) if checkpoint else (s.prompt, s.answer)
             found.append((_planned(job, s, checkpoint, shared, around), s.rows, s.width))

@@ -297,18 +297,18 @@ def test_what_can_not_be_planned_is_said_and_measured(
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
-def test_measured_again_it_takes_as_much(loss: str, pairs: str, recipe: Make, tmp_path: Path) -> None:
-    """Also where a reference holds the weights that the first measurement has made anew."""
+def test_what_a_reference_holds_is_counted(loss: str, pairs: str, recipe: Make) -> None:
+    """The weights as they began, of which the first measurement makes new ones: measured again, they are the run's."""
     data = {"train": pairs, "format": "preference", "max_length": 64}
     settings = recipe(objective="preference", preference={"loss": loss}, data=data, tune=None)
     config = parse_config({**settings, "tune": {"method": "full"}, "memory": {"measure": False}})
     loaded = load_base(config)
-    objective = make_objective(config, loaded.tokenizer)
+    objective: Any = make_objective(config, loaded.tokenizer)
     _, optimizer, config, _ = assemble(config, loaded, objective)
-    first, second = (measure.measured_bytes(config, loaded.model, objective, optimizer) for _ in range(2))
-    assert first is not None
-    assert second is not None
-    assert second > 0.9 * first
+    began = {n: id(v) for n, v in tree_flatten(loaded.model.trainable_parameters())}
+    assert measure.measured_bytes(config, loaded.model, objective, optimizer) is not None
+    assert not set(began.values()) & {id(v) for _, v in tree_flatten(loaded.model.trainable_parameters())}
+    assert set(began.values()) <= {id(v) for v in objective.held()}
 
 
 def test_kto_with_auto_is_no_on_policy_objective(pairs: str, recipe: Make) -> None:

@@ -228,11 +228,12 @@ def heaviest(shapes: Sequence[Shape], together: int = 1) -> list[int]:
     costs: list[Callable[[Shape], int]] = [
         lambda s: s.computed(together),
         lambda s: s.computed(together) * s.width,
+        lambda s: s.rows * s.width,  # where blocks are checkpointed no prompt is shared
         lambda s: s.trained,
     ]
     by_size = sorted(range(len(shapes)), key=lambda i: (shapes[i].rows * shapes[i].width, shapes[i].trained))
     found = [max(reversed(by_size), key=lambda i: cost(shapes[i])) for cost in costs]
-    of_shape = {shapes[i][:2]: i for i in found}  # of those of one shape the one that trains most
+    of_shape = {shapes[i]._replace(trained=0): i for i in found}  # of those of one shape the one that trains most
     return list(of_shape.values())
 
 
