@@ -1,0 +1,72 @@
+"""How many files of mlxft a reader passes who follows one run: those of which a function is called in it.
+
+    python benchmarks/files_passed.py
+
+Class bodies and module code do not count; lambdas do. Each job runs in a process of its own, through
+the command line, on the tiny model of digests.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import digests
+
+RECORDER = """
+import json, sys, threading
+from pathlib import Path
+out, *sys.argv = sys.argv[1:]
+import mlxft
+ROOT = str(Path(mlxft.__file__).parent) + "/"
+seen = {}
+def record(frame, event, arg):
+    code = frame.f_code
+    # Bodies of modules and classes run when they are imported; inspect.CO_OPTIMIZED is set for functions only.
+    if event == "call" and code.co_flags & 1 and code.co_filename.startswith(ROOT):
+        seen.setdefault(code.co_filename.removeprefix(ROOT), code.co_name)
+threading.setprofile(record)
+sys.setprofile(record)
+from mlxft.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+finally:
+    sys.setprofile(None)
+    Path(out).write_text(json.dumps(seen))
+"""
+
+
+def passed(*arguments: str) -> dict[str, str]:
+    """Files of which a function was called in `mlxft ARGUMENTS`, and the first of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "files.json"
+        done = subprocess.run(
+            [sys.executable, "-c", RECORDER, str(out), "mlxft", *arguments], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"mlxft {' '.join(arguments)}\n{done.stdout}\n{done.stderr}")
+        found: dict[str, str] = json.loads(out.read_text("utf-8"))
+        return found
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        digests.inputs(folder)
+        jobs: dict[str, list[str]] = {}
+        for name in ("sft", "ppo"):
+            jobs[name] = ["train", str(digests.write_recipe(folder, name, folder / "runs", 4))]
+        jobs["adapter to GGUF"] = ["export", str(folder / "runs/sft"), str(folder / "a.gguf"), "--format", "gguf"]
+        for name, arguments in jobs.items():
+            files = passed(*arguments)
+            print(f"{name}: {len(files)} files")
+            print("   ", " ".join(sorted(files)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
