@@ -2,14 +2,12 @@
 
 A recipe is YAML. Overrides (`tune.rank=16`) beat the recipe, the recipe beats the defaults, and the run folder's
 config.yaml shows what won (recipe.py reads and writes them). An objective's own sections are declared in its own
-file (`objective: reward` is objectives/reward.py, which lists them in SETTINGS); this file asks it and knows none
-by name.
+class, which OBJECTIVES finds by the recipe's `objective`.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 from datetime import date as Date
 from pathlib import Path
@@ -22,6 +20,16 @@ from mlxft.search import Sweep
 from mlxft.settings import Settings as Settings
 
 S = TypeVar("S", bound=Settings)
+# name -> module of mlxft.objectives, and the class in it
+OBJECTIVES = {
+    "grpo": "grpo:GRPO",
+    "ppo": "ppo:PPO",
+    "preference": "preference:Preference",
+    "reinforce": "reinforce:Reinforce",
+    "reward": "reward:Reward",
+    "rloo": "rloo:RLOO",
+    "sft": "sft:SFT",
+}
 
 
 class Model(Settings):
@@ -420,27 +428,28 @@ class Config(Settings):
 
 def objectives() -> list[str]:
     """Names of the objectives there are."""
-    package = importlib.import_module("mlxft.objectives")
-    found = (m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
-    return [name for name in found if name not in ("balance", "base", "functional", "pairs")]
+    return list(OBJECTIVES)
+
+
+def objective_class(name: str) -> Any:
+    """The class of an objective, imported now: it needs mlx."""
+    module, _, attribute = OBJECTIVES[name].partition(":")
+    return getattr(importlib.import_module(f"mlxft.objectives.{module}"), attribute)
 
 
 def objective_sections(objective: str) -> dict[str, type[Settings]]:
-    """The sections that an objective's file declares."""
-    sections: dict[str, type[Settings]] = importlib.import_module(f"mlxft.objectives.{objective}").SETTINGS
+    """The sections that an objective declares."""
+    sections: dict[str, type[Settings]] = objective_class(objective).sections
     return sections
 
 
 def default_lr(objective: str, method: str) -> float:
-    """The rate of a recipe that gives none, which the objective's file declares for full fine-tuning.
+    """The rate of a recipe that gives none, which the objective declares for full fine-tuning.
 
     A low-rank update wants some 10 times as much, whatever the objective (Schulman et al. 2025, "LoRA Without Regret").
     """
-    try:
-        module = importlib.import_module(f"mlxft.objectives.{objective}")
-    except ModuleNotFoundError:  # the recipe is refused, and what else is wrong with it is looked for
-        module = None
-    full = float(getattr(module, "LEARNING_RATE", 2e-5))
+    # Where there is no such objective the recipe is refused, and what else is wrong with it is looked for.
+    full: float = objective_class(objective).learning_rate if objective in OBJECTIVES else 2e-5
     return full if method == "full" else float(f"{10 * full:g}")  # 10 x 1e-6 is 9.999999999999999e-06
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxft.config import Config
+from mlxft.config import Config, objective_class
 from mlxft.data.chat import set_day
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, select_targets
@@ -47,7 +46,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     """
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
-    objective: Objective = importlib.import_module(f"mlxft.objectives.{config.objective}").Objective(config, tokenizer)
+    objective: Objective = objective_class(config.objective)(config, tokenizer)
     run = config.run
     needing = {"patience": run.patience is not None}
     if not run.sample_prompts:  # these are answered at each validation, with or without held-out rows

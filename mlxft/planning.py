@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from mlxft.config import Config
+from mlxft.config import Config, objective_class
 from mlxft.device import NAMES, UNKNOWN, machine_bytes, planned_backend, usable_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.heads import begin_head, body_width, head_of, without_head
@@ -127,8 +126,8 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
 
 def outline_of(config: Config) -> Outline:
     """What a step of the recipe's objective is; an objective that does not say trains log-likelihoods."""
-    objective = importlib.import_module(f"mlxft.objectives.{config.objective}")
-    if isinstance(objective.Objective, type) and issubclass(objective.Objective, OnPolicy):
+    objective = objective_class(config.objective)
+    if issubclass(objective, OnPolicy):
         return onpolicy.OUTLINE
     outline: Outline = objective.outline(config) if hasattr(objective, "outline") else PLAIN
     return outline

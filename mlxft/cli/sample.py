@@ -57,7 +57,7 @@ def sample(
     if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
     from mlxft.model.sample import Sampling
-    from mlxft.objectives.onpolicy.settings import RewardSettings
+    from mlxft.objectives.onpolicy.settings import RewardsSettings
     from mlxft.owned import check_file
     from mlxft.rundir import load
     from mlxft.study.best import Choice, choose, read_keep
@@ -65,7 +65,7 @@ def sample(
     reserve(out)
     check_file(out, overwrite)
     choice = Choice(
-        n, read_keep(keep, n), cut_off, Sampling(**options), RewardSettings(adapter=reward, function=function)
+        n, read_keep(keep, n), cut_off, Sampling(**options), RewardsSettings(adapter=reward, function=function)
     )
     done = choose(
         prompts, load(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)

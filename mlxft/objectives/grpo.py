@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlxft.config import Config, Settings
+from mlxft.config import Config
 from mlxft.errors import ConfigError
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
@@ -29,7 +29,7 @@ from mlxft.objectives.onpolicy.rollout import Rollout
 from mlxft.objectives.onpolicy.settings import sections
 
 
-class GRPO(Method):
+class GRPOSettings(Method):
     """Settings of objective grpo."""
 
     kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference; 0: no such term.")
@@ -77,7 +77,7 @@ class GRPO(Method):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> GRPO:
+    def _consistent(self) -> GRPOSettings:
         if self.kl_coef == 0 and self.kl_estimator != "k2":
             raise ValueError(f"kl_estimator ({self.kl_estimator}) has nothing to act on where kl_coef is 0")
         if self.kl_coef == 0 and self.kl_in != "loss":
@@ -97,17 +97,16 @@ class GRPO(Method):
         return self.scale == "none" if self.baseline is None else self.baseline == "others"
 
 
-SETTINGS: dict[str, type[Settings]] = sections({"grpo": GRPO})
-LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's GRPOConfig
-
-
-class Objective(CriticFree[GRPO]):
+class GRPO(CriticFree[GRPOSettings]):
     """GRPO."""
+
+    sections = sections({"grpo": GRPOSettings})
+    learning_rate = 1e-6  # of full fine-tuning, as TRL's GRPOConfig
 
     grouped = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        super().__init__(config, tokenizer, GRPO)
+        super().__init__(config, tokenizer, GRPOSettings)
         self.needs_reference = self.settings.kl_coef > 0 and self.settings.kl_in == "loss"
         if self.settings.resample and self.rollouts.prompts >= len(self.prompts):
             raise ConfigError(

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlxft.config import Config, Settings
+from mlxft.config import Config
 from mlxft.model.heads import CRITIC, body_width
 from mlxft.model.logprobs import hidden_entropy, hidden_logprobs, hidden_logprobs_entropy, rows_hidden
 from mlxft.model.random import probing
@@ -29,7 +29,7 @@ from mlxft.objectives.onpolicy.rollout import Rollout
 from mlxft.objectives.onpolicy.settings import sections
 
 
-class PPO(Method):
+class PPOSettings(Method):
     """Settings of objective ppo."""
 
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
@@ -64,7 +64,7 @@ class PPO(Method):
     critic_warmup: int = Field(0, ge=0, description="Rollouts in which the critic alone is trained.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> PPO:
+    def _consistent(self) -> PPOSettings:
         if self.kl_horizon is not None and self.kl_target is None:
             raise ValueError(f"kl_horizon ({self.kl_horizon}) is for an adaptive kl_coef; give kl_target too")
         if self.kl_target is not None and self.kl_coef == 0:
@@ -72,17 +72,16 @@ class PPO(Method):
         return self
 
 
-SETTINGS: dict[str, type[Settings]] = sections({"ppo": PPO})
-LEARNING_RATE = 3e-6  # of full fine-tuning, as TRL's PPOConfig
-
-
-class Objective(OnPolicy[PPO]):
+class PPO(OnPolicy[PPOSettings]):
     """PPO with a critic and GAE."""
+
+    sections = sections({"ppo": PPOSettings})
+    learning_rate = 3e-6  # of full fine-tuning, as TRL's PPOConfig
 
     reads = ("old_logprobs", "advantages", "values", "returns")
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        super().__init__(config, tokenizer, PPO)
+        super().__init__(config, tokenizer, PPOSettings)
         self.first_whole = self.settings.critic_warmup
         self._critic: Critic | None = None
 

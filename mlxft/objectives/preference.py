@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,7 +32,7 @@ REFERRED = ("dpo", "ipo", "hinge", "kto")  # measured against the policy that tr
 SMOOTHED = ("dpo", "cpo")
 
 
-class Preference(Settings):
+class PreferenceSettings(Settings):
     """The loss on judged answers."""
 
     loss: Literal["dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto"] = Field(
@@ -60,7 +60,7 @@ class Preference(Settings):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Preference:
+    def _consistent(self) -> PreferenceSettings:
         takes = {
             "label_smoothing": SMOOTHED,
             "gamma": ("simpo",),
@@ -86,23 +86,11 @@ class Preference(Settings):
         return self.nll if self.nll is not None else 1.0 if self.loss in ("orpo", "cpo") else 0.0
 
 
-SETTINGS: dict[str, type[Settings]] = {"preference": Preference}
-LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's DPOConfig; these losses move fast
-
-
-def outline(config: Config) -> Outline:
-    """For a plan of the memory it takes."""
-    settings = config.section("preference", Preference)
-    # Precomputed, the reference is gone before the first step.
-    kept = config.model.adapter is not None and settings.loss in REFERRED and not settings.precompute
-    return Outline("logprobs", together=1 if settings.loss == "kto" else 2, copies=int(kept))
-
-
 class _Policy:
     """The settings, the model taken apart, and the reference; what both kinds of rows share."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.settings = config, config.section("preference", Preference)
+        self.config, self.settings = config, config.section("preference", PreferenceSettings)
         self.sharing: Sharing | None = None
         self.reference: Reference | None = None
 
@@ -136,7 +124,30 @@ class _Policy:
         return self.of(model).logprobs(a, grad=grad)
 
 
-class _Pairs(Judged[EncodedPair]):
+class Preference:
+    """Losses on pairs or, for KTO, on completions that are good or bad by themselves: which, the recipe's loss says.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+
+    sections: ClassVar[dict[str, type[Settings]]] = {"preference": PreferenceSettings}
+    learning_rate = 1e-6  # of full fine-tuning, as TRL's DPOConfig; these losses move fast
+
+    def __new__(cls, config: Config, tokenizer: Any) -> Preference:
+        kto = config.section("preference", PreferenceSettings).loss == "kto"
+        return object.__new__((_Single if kto else _Pairs) if cls is Preference else cls)
+
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        """For a plan of the memory it takes."""
+        settings = config.section("preference", PreferenceSettings)
+        # Precomputed, the reference is gone before the first step.
+        kept = config.model.adapter is not None and settings.loss in REFERRED and not settings.precompute
+        return Outline("logprobs", together=1 if settings.loss == "kto" else 2, copies=int(kept))
+
+
+class _Pairs(Judged[EncodedPair], Preference):
     """Losses on pairs."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -215,7 +226,7 @@ class _Pairs(Judged[EncodedPair]):
         return (F.ipo if s.loss == "ipo" else F.hinge)(chosen, rejected, ref_c, ref_r, s.strength)
 
 
-class _Single(Judged[EncodedAnswer]):
+class _Single(Judged[EncodedAnswer], Preference):
     """KTO: answers that are good or bad by themselves. Pairs are taken apart into both."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -325,15 +336,6 @@ class _Single(Judged[EncodedAnswer]):
         if share < 1:
             found["rewards_rejected"] = means["good/rejected"] / (1 - share)
         return found
-
-
-def Objective(config: Config, tokenizer: Any) -> _Pairs | _Single:
-    """The objective for the loss that the recipe names.
-
-    Raises:
-        ConfigError, DataError: settings or rows do not fit.
-    """
-    return (_Single if config.section("preference", Preference).loss == "kto" else _Pairs)(config, tokenizer)
 
 
 def _halves(x: mx.array) -> tuple[mx.array, mx.array]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlxft.config import Config, Settings
+from mlxft.config import Config
 from mlxft.errors import ConfigError
 from mlxft.objectives.onpolicy.critic_free import InReward, Reinforced
 from mlxft.objectives.onpolicy.group import Floats
@@ -16,7 +16,7 @@ from mlxft.objectives.onpolicy.settings import sections
 DECAY = 0.9
 
 
-class Reinforce(InReward):
+class ReinforceSettings(InReward):
     """Settings of objective reinforce."""
 
     kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs, of the reward.")
@@ -30,21 +30,20 @@ class Reinforce(InReward):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Reinforce:
+    def _consistent(self) -> ReinforceSettings:
         if self.decay is not None and self.baseline != "average":
             raise ValueError(f"decay ({self.decay:g}) is for baseline: average; set that, or leave decay out")
         return self
 
 
-SETTINGS: dict[str, type[Settings]] = sections({"reinforce": Reinforce})
-LEARNING_RATE = 1e-6  # of full fine-tuning, as TRL's RLOOConfig
-
-
-class Objective(Reinforced[Reinforce]):
+class Reinforce(Reinforced[ReinforceSettings]):
     """REINFORCE."""
 
+    sections = sections({"reinforce": ReinforceSettings})
+    learning_rate = 1e-6  # of full fine-tuning, as TRL's RLOOConfig
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        super().__init__(config, tokenizer, Reinforce)
+        super().__init__(config, tokenizer, ReinforceSettings)
         self.average: float | None = None
         count = min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
         if self.settings.baseline == "batch" and count < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,7 @@ BINS = 10  # of confidence, from 1/2 to 1
 THIRDS = ("short", "middle", "long")
 
 
-class Reward(Settings):
+class RewardSettings(Settings):
     """The reward model's loss."""
 
     centering: float = Field(
@@ -36,28 +36,27 @@ class Reward(Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the judgements taken to be wrong.")
 
 
-SETTINGS: dict[str, type[Settings]] = {"reward": Reward}
-LEARNING_RATE = 1e-5  # of full fine-tuning, LoRA 1e-4, as TRL's RewardConfig
-
-
-def outline(config: Config) -> Outline:
-    """For a plan of the memory it takes."""
-    return Outline("scores", together=2)
-
-
-class Objective(Judged[EncodedPair]):
+class Reward(Judged[EncodedPair]):
     """Pairs held in memory. A tie is trained as a judgement that is right half the time; validation leaves ties out.
 
     Raises:
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    sections: ClassVar[dict[str, type[Settings]]] = {"reward": RewardSettings}
+    learning_rate = 1e-5  # of full fine-tuning, LoRA 1e-4, as TRL's RewardConfig
+
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        """For a plan of the memory it takes."""
+        return Outline("scores", together=2)
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_recipe(config, FORMATS)
         if config.run.sample_prompts:
             raise ConfigError("run.sample_prompts: a reward model gives scores, not text; leave it out")
         rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
-        self._settings = config.section("reward", Reward)
+        self._settings = config.section("reward", RewardSettings)
         super().__init__(config, rows, counts, [row for row in valid if not row.tie], per_row=2)
         if valid and not self.valid:
             raise DataError("data.valid: has ties only, by which a reward model can not be measured")

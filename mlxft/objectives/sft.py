@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,8 +24,6 @@ from mlxft.model.logits import Split, rows_nll
 from mlxft.model.plan import Shape
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary, beyond_context
 
-SETTINGS: dict[str, type[Settings]] = {}
-LEARNING_RATE = 2e-5  # of full fine-tuning, as most full fine-tuning has it; LoRA 2e-4
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 
 
@@ -106,13 +104,15 @@ def load_splits(
     return Splits([train[i] for i in shots.rows], valid, [*notes, shots.note])
 
 
-class Objective(OffPolicy):
+class SFT(OffPolicy):
     """SFT over rows held in memory as token ids and masks.
 
     Raises:
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    sections: ClassVar[dict[str, type[Settings]]] = {}
+    learning_rate = 2e-5  # of full fine-tuning, as most full fine-tuning has it; LoRA 2e-4
     traceable = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:

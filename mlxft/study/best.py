@@ -19,7 +19,7 @@ from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
 from mlxft.model.sample import Sampling
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
-from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings
 from mlxft.study.answers import Answer, Asked, drawn
 from mlxft.text import json_text
 from mlxft.trainer.files import text_writer, write_result
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     keep: Keep
     cut_off: bool
     sampling: Sampling
-    rewards: RewardSettings
+    rewards: RewardsSettings
 
 
 def read_keep(text: str, n: int) -> Keep:

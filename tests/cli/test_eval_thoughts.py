@@ -187,13 +187,13 @@ def test_best_of_n_by_rules(learned: tuple[str, str], here: Path) -> None:
 
     from mlxft import load
     from mlxft.model.sample import Sampling
-    from mlxft.objectives.onpolicy.settings import RewardSettings
+    from mlxft.objectives.onpolicy.settings import RewardsSettings
     from mlxft.study.best import Choice, Keep, choose
 
     kind, model = learned
 
     def mean(rewards: dict[str, Any], tokens: int) -> float:
-        given = RewardSettings.model_validate(rewards)
+        given = RewardsSettings.model_validate(rewards)
         how = Choice(1, Keep(False), True, Sampling(tokens, temperature=0.0), given)
         return choose("qa.jsonl", load(model), how, here / "best.jsonl", seed=0, console=Console(quiet=True)).mean
 

@@ -101,8 +101,8 @@ def test_an_architecture_that_can_not_is_refused_before_anything_is_written(
 
 def test_an_objective_that_can_not_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one is that knows nothing of packing."""
-    summary = sft.Objective.summary
-    monkeypatch.setattr(sft.Objective, "summary", lambda self: replace(summary(self), packed=0))
+    summary = sft.SFT.summary
+    monkeypatch.setattr(sft.SFT, "summary", lambda self: replace(summary(self), packed=0))
     with pytest.raises(ConfigError, match=r"^batch\.pack: objective sft does not pack rows"):
         train(recipe(**{"batch.pack": True}))
 

@@ -20,7 +20,7 @@ from rich.console import Console
 import mlxft
 from mlxft.model.adapters import trainable_weights
 from mlxft.model.load import Loaded
-from mlxft.objectives.sft import Objective, make_batch
+from mlxft.objectives.sft import SFT, make_batch
 from mlxft.recipe import parse_config
 from mlxft.run import as_config, load_base, make_objective, prepare, total_steps
 from mlxft.rundir import Run
@@ -85,7 +85,7 @@ def test_one_batch_of_eight_is_four_of_two(recipe: Recipe, method: str):
 
 def test_padding_changes_nothing(recipe: Recipe, tiny_model: Loaded):
     """Rows padded together to any width: loss and gradient are those of the rows one by one."""
-    objective = Objective(parse_config(recipe(rows=5)), tiny_model.tokenizer)
+    objective = SFT(parse_config(recipe(rows=5)), tiny_model.tokenizer)
     rows, model = objective.train.rows, tiny_model.model
     assert len({len(r.ids) for r in rows}) > 2
 

@@ -15,7 +15,7 @@ from mlxft.errors import DataError
 from mlxft.model.load import Loaded
 from mlxft.model.sample import Sampling
 from mlxft.model.scorer import Scorer
-from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings
 from mlxft.study.answers import Asked
 from mlxft.study.best import Choice, Keep, choose
 from mlxft.study.cases import make_cases
@@ -109,7 +109,7 @@ def test_chosen_answers_keep_what_they_were_asked_with(
     save: Callable[..., str], telling: Loaded, tmp_path: Path
 ) -> None:
     (tmp_path / "f.py").write_text("def one(prompts, completions, rows):\n    return [1.0] * len(rows)\n")
-    choice = Choice(1, Keep(True, 0.0), True, Sampling(4), RewardSettings(function=f"{tmp_path}/f.py:one"))
+    choice = Choice(1, Keep(True, 0.0), True, Sampling(4), RewardsSettings(function=f"{tmp_path}/f.py:one"))
     spec = save({"prompt": ASKED, "system": "of", "tools": TOOLS}, {"prompt": "in"})
     choose(spec, telling, choice, tmp_path / "out.jsonl", seed=1, console=Console(quiet=True))
     first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]

@@ -13,15 +13,15 @@ import pytest
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets, trainable_weights
 from mlxft.model.load import Loaded
 from mlxft.model.random import random_state
-from mlxft.objectives.sft import Objective
+from mlxft.objectives.sft import SFT
 from mlxft.recipe import parse_config
 from mlxft.trainer.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 
 
-def objective(settings: dict[str, Any], loaded: Loaded) -> Objective:
-    return Objective(parse_config(settings), loaded.tokenizer)
+def objective(settings: dict[str, Any], loaded: Loaded) -> SFT:
+    return SFT(parse_config(settings), loaded.tokenizer)
 
 
 def test_it_is_the_mean_over_all_tokens(recipe: Recipe, tiny_model: Loaded):

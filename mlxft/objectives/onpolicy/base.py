@@ -36,7 +36,7 @@ from mlxft.objectives.onpolicy.held_out import HeldOut
 from mlxft.objectives.onpolicy.prompts import NO_DROPOUT, Method, check_kl, check_recipe, encode_prompts
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
-from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings, RolloutSettings
 from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.sft import load_splits
 
@@ -63,7 +63,7 @@ class OnPolicy(Generic[M]):
         self.settings = config.section(config.objective, section)
         self.rollouts = config.section("rollout", RolloutSettings)
         self.notes = check_recipe(config, self.rollouts, self.grouped)
-        self.rewards = Rewards(config.section("rewards", RewardSettings), tokenizer)
+        self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
         train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=self.rewards.columns)
         self.notes += said
         self._data = fingerprint(train, valid)

@@ -23,7 +23,7 @@ from mlxft.objectives.base import MakesStep, heaviest
 from mlxft.objectives.onpolicy.base import OnPolicy
 from mlxft.objectives.onpolicy.reward_model import find_reward_run, same_base
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
-from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings
 
 OUTLINE = Outline(reads="logprobs")
 
@@ -58,7 +58,7 @@ def rolling(objective: OnPolicy[Any]) -> Rolling:
     scored = shapes(objective)
     if objective.valid:
         scored += [shape for shape, _ in _cut(objective, objective.valid, range(len(objective.valid)))]
-    if objective.config.section("rewards", RewardSettings).adapter is not None:
+    if objective.config.section("rewards", RewardsSettings).adapter is not None:
         scored += _rewarded(objective)
     filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
     return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
@@ -147,7 +147,7 @@ def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
 @aside()
 def _reward(config: Config) -> tuple[int, bool, list[str]]:
     """Bytes of the reward model, whether it is a role on the policy's base, and what is to be said of it."""
-    settings = config.section("rewards", RewardSettings)
+    settings = config.section("rewards", RewardsSettings)
     if settings.adapter is None:
         return 0, False, []
     folder = find_reward_run(settings.adapter, settings.normalize).folder

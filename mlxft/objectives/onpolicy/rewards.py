@@ -20,7 +20,7 @@ from mlxft.model.roles import Roles
 from mlxft.objectives.onpolicy.functions import MISSING_EOS, MODEL, ScoredFunction, load_functions
 from mlxft.objectives.onpolicy.reward_model import RewardModel, find_reward_run
 from mlxft.objectives.onpolicy.rules import ScoredRule
-from mlxft.objectives.onpolicy.settings import ExactMatch, Number, RewardSettings
+from mlxft.objectives.onpolicy.settings import ExactMatch, Number, RewardsSettings
 
 Values = npt.NDArray[np.float32]
 
@@ -79,7 +79,7 @@ class Rewards:
         ConfigError: no source is given, or one can not be used. The reward run itself is loaded by `prepare`.
     """
 
-    def __init__(self, settings: RewardSettings, tokenizer: Any) -> None:
+    def __init__(self, settings: RewardsSettings, tokenizer: Any) -> None:
         if not settings.given:
             raise ConfigError("rewards: give adapter, function or rules")
         self.role: str | None = None

@@ -176,7 +176,7 @@ KINDS: dict[str, type[AnyRule]] = {
 }
 
 
-class RewardSettings(Settings):
+class RewardsSettings(Settings):
     """The section `rewards`: what a completion is worth, the weighted sum of a reward model, functions and rules."""
 
     SOURCES: ClassVar[tuple[str, ...]] = ("adapter", "function", "rules")
@@ -235,7 +235,7 @@ class RewardSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> RewardSettings:
+    def _consistent(self) -> RewardsSettings:
         # By value: config.yaml holds every setting, also those that nobody gave.
         idle = [k for k, off in (("adapter_weight", 1.0), ("normalize", False)) if getattr(self, k) != off]
         if idle and self.adapter is None:
@@ -284,4 +284,4 @@ def _problem(at: str, kind: type[Rule], e: Any) -> str:
 
 def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
     """The sections of an on-policy objective's recipe."""
-    return {**own, "rollout": RolloutSettings, "rewards": RewardSettings}
+    return {**own, "rollout": RolloutSettings, "rewards": RewardsSettings}

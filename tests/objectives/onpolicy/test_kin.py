@@ -18,7 +18,7 @@ from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.load import base_fingerprint
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.onpolicy.memory import residents
-from mlxft.objectives.rloo import RLOO
+from mlxft.objectives.rloo import RLOOSettings
 from mlxft.planning import base_skeleton
 from mlxft.recipe import parse_config
 from mlxft.run import load_base, make_objective, prepare
@@ -511,7 +511,7 @@ def test_max_kl_is_in_nats_a_token(words: Words, on_policy: OnPolicy) -> None:
     ],
 )
 def test_what_max_kl_bounds(own: dict[str, Any], bound: float | None, refers: bool) -> None:
-    found = RLOO.model_validate(own)
+    found = RLOOSettings.model_validate(own)
     assert (found.highest_kl, found.refers) == (bound, refers)
 
 

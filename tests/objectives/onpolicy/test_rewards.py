@@ -24,7 +24,7 @@ from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
 from mlxft.objectives.onpolicy.functions import as_number
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
-from mlxft.objectives.onpolicy.settings import RewardSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings
 from mlxft.run import train
 from mlxft.rundir import Run
 from mlxft.study.score import open_scorer, score
@@ -92,7 +92,7 @@ def policy(loaded: Loaded) -> tuple[Roles, Split]:
 
 
 def prepared(loaded: Loaded, base: str | None = None, **settings: Any) -> tuple[Rewards, Roles]:
-    rewards = Rewards(RewardSettings.model_validate(settings), loaded.tokenizer)
+    rewards = Rewards(RewardsSettings.model_validate(settings), loaded.tokenizer)
     roles, split = policy(loaded)
     rewards.prepare(roles, split, base_fingerprint(loaded), base)
     return rewards, roles
@@ -248,7 +248,7 @@ def test_components_are_normalised_weighted_added_penalised_and_clipped(
 def test_reward_runs_that_are_none(run: Run, tiny_model: Loaded, tiny_model_dir: Path, tmp_path: Path) -> None:
     def refused(**settings: Any) -> str:
         with pytest.raises(ConfigError) as raised:
-            Rewards(RewardSettings.model_validate(settings), tiny_model.tokenizer)
+            Rewards(RewardsSettings.model_validate(settings), tiny_model.tokenizer)
         return str(raised.value)
 
     assert refused() == "rewards: give adapter, function or rules"
@@ -287,7 +287,7 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     def make(body: str, **settings: Any) -> Rewards:
         code = "".join(f"    {line}\n" for line in body.splitlines())
         (tmp_path / "r.py").write_text(f"import math\n\n\ndef f(prompts, completions, rows):\n{code}", "utf-8")
-        return Rewards(RewardSettings.model_validate({"function": "r.py:f", **settings}), None)
+        return Rewards(RewardsSettings.model_validate({"function": "r.py:f", **settings}), None)
 
     return make
 
@@ -380,7 +380,7 @@ def test_functions_are_loaded_at_once_or_refused(tmp_path: Path, monkeypatch: py
 
     def refused(function: Any) -> str:
         with pytest.raises(ConfigError) as raised:
-            Rewards(RewardSettings.model_validate({"function": function}), None)
+            Rewards(RewardsSettings.model_validate({"function": function}), None)
         return str(raised.value)
 
     path = list(sys.path)
@@ -410,7 +410,7 @@ def test_a_file_is_read_anew_and_has_dataclasses(rewards: Callable[..., Rewards]
         "\n\ndef f(p, c, r):\n    return [A(2.0).x for _ in p]\n",
         "utf-8",
     )
-    both = Rewards(RewardSettings.model_validate({"function": {"r.py:f": 1, "d.py:f": 10}}), None)
+    both = Rewards(RewardsSettings.model_validate({"function": {"r.py:f": 1, "d.py:f": 10}}), None)
     assert both.names == ["r.py:f", "d.py:f"], "one name for two functions would be none"
     assert both.score(asked(), tokens=1).total.tolist() == [22.0] * 3
 
@@ -422,14 +422,14 @@ def test_a_file_may_import_what_stands_beside_it(tmp_path: Path) -> None:
     code = "import json\nfrom beside_me import ONE\n\n\ndef f(p, c, r):\n    return [ONE] * len(c)\n"
     (tmp_path / "r.py").write_text(code)
     before = sys.path.copy()
-    made = Rewards(RewardSettings(function=f"{tmp_path}/r.py:f"), None)
+    made = Rewards(RewardsSettings(function=f"{tmp_path}/r.py:f"), None)
     assert made.score(asked(), tokens=1).total.tolist() == [1.0] * 3
     assert sys.path == before
 
 
 def test_rows_that_lack_what_rules_read_are_all_named() -> None:
     rules = [{"kind": "exact_match"}, {"kind": "number", "field": "n"}]
-    found = Rewards(RewardSettings.model_validate({"rules": rules}), None)
+    found = Rewards(RewardsSettings.model_validate({"rules": rules}), None)
     found.check_rows([("a:1", {"answer": "x", "n": 1})])
     with pytest.raises(DataError) as raised:
         found.check_rows([("a:1", {"answer": "x", "n": 1}), ("a:2", {"n": 1}), ("a:3", {"answer": "x", "n": "none"})])

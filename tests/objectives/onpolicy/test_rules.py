@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mlxft.errors import ConfigError, DataError
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
 from mlxft.objectives.onpolicy.rules import ScoredRule, find_json, last_number
-from mlxft.objectives.onpolicy.settings import RewardSettings, RolloutSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings, RolloutSettings
 
 
 def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, where: str = "p.jsonl:1") -> Item:
@@ -24,7 +24,7 @@ def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, wh
 
 
 def rule(**settings: Any) -> ScoredRule:
-    (made,) = RewardSettings.model_validate({"rules": [settings]}).rules
+    (made,) = RewardsSettings.model_validate({"rules": [settings]}).rules
     return ScoredRule(0, made)
 
 
@@ -81,13 +81,13 @@ def test_what_is_judged_can_be_chosen() -> None:
     ]
 
     def scores(thoughts: str) -> list[list[float]]:
-        settings = RewardSettings.model_validate({"rules": rules, "thoughts": thoughts})
+        settings = RewardsSettings.model_validate({"rules": rules, "thoughts": thoughts})
         made = [ScoredRule(i, one, settings.thoughts) for i, one in enumerate(settings.rules)]
         return [values(one, said, {"answer": 42}) for one in made]
 
     assert scores("drop") == [[1, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0]]
     assert scores("keep") == [[0, 1, 0], [0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1], [0, 1, 0]]
-    whole = Rewards(RewardSettings.model_validate({"rules": rules[4:5], "thoughts": "keep"}), None)
+    whole = Rewards(RewardsSettings.model_validate({"rules": rules[4:5], "thoughts": "keep"}), None)
     assert whole.score([item(text, {"answer": 42}) for text in said], tokens=8).total.tolist() == [0, 1, 0]
 
 
@@ -105,7 +105,7 @@ def test_functions_are_given_whole_completions(tmp_path: Path) -> None:
     body += "\ndef g(prompts, completions, rows):\n    return [len(answer_of(c)) for c in completions]\n"
     (tmp_path / "r.py").write_text(body)
     for name, sizes in (("f", [19, 2]), ("g", [2, 2])):
-        made = Rewards(RewardSettings(function=f"{tmp_path}/r.py:{name}"), None)
+        made = Rewards(RewardsSettings(function=f"{tmp_path}/r.py:{name}"), None)
         found = made.score([item("<think>41</think>42"), item("42")], tokens=8)
         assert found.total.tolist() == sizes
 
@@ -215,7 +215,7 @@ def test_rows_without_what_a_rule_reads() -> None:
 
 def problems(**settings: Any) -> str:
     with pytest.raises(ValidationError) as raised:
-        RewardSettings.model_validate(settings)
+        RewardsSettings.model_validate(settings)
     return str(raised.value)
 
 
@@ -269,10 +269,10 @@ def test_settings_are_the_same_after_they_are_written_and_read() -> None:
         {"kind": "number"},
         {"kind": "exact_match"},
     ]
-    given = RewardSettings.model_validate({"rules": rules, "function": {"a.py:f": 0.5}, "clip": 3})
+    given = RewardsSettings.model_validate({"rules": rules, "function": {"a.py:f": 0.5}, "clip": 3})
     written = json.loads(json.dumps(given.model_dump(mode="json")))
     assert written["rules"][0]["schema"] == {"type": "object"}
-    assert RewardSettings.model_validate(written) == given
+    assert RewardsSettings.model_validate(written) == given
 
 
 def test_rollouts_sample() -> None:
