@@ -71,7 +71,7 @@ def _load_with_best_kernel(name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     if "OPENBLAS_CORETYPE" in os.environ or not is_sse(_text(library, "openblas_get_corename")):
         return library
-    kernel = best_kernel(_read(Path("/proc/cpuinfo")))
+    kernel = best_kernel(read_or_nothing("/proc/cpuinfo"))
     if not kernel:
         return library
     # OpenBLAS reads the variable once, while it is loaded. Processes that start from this one must not inherit it.
@@ -86,7 +86,7 @@ def _load_with_best_kernel(name: str) -> ctypes.CDLL:
 def _limit_threads(library: ctypes.CDLL) -> None:
     """Lower OpenBLAS's threads to the CPU time that a container has: OpenBLAS counts the CPUs alone."""
     files = [CGROUP / "cpu.max"], [CGROUP / "cpu/cpu.cfs_quota_us", CGROUP / "cpu/cpu.cfs_period_us"]  # version 2, 1
-    quotas = [quota for paths in files if (quota := cpu_quota(" ".join(map(_read, paths))))]
+    quotas = [quota for paths in files if (quota := cpu_quota(" ".join(map(read_or_nothing, paths))))]
     user_has_set = any(name in os.environ for name in THREAD_VARIABLES)
     if user_has_set or not quotas or not hasattr(library, "openblas_get_num_threads"):
         return
@@ -188,7 +188,7 @@ def _described(path: str) -> Blas:
 
 
 def _sse_warning(kernel: str) -> str:
-    why, best = f"OpenBLAS's {kernel} kernel uses SSE alone", best_kernel(_read(Path("/proc/cpuinfo")))
+    why, best = f"OpenBLAS's {kernel} kernel uses SSE alone", best_kernel(read_or_nothing("/proc/cpuinfo"))
     if not best:
         return f"{why}, and this CPU has no AVX: matrix products are slow on it"
     chosen = os.environ.get("OPENBLAS_CORETYPE")
@@ -212,8 +212,9 @@ def _text(library: ctypes.CDLL, name: str) -> str:
     return os.fsdecode(function() or b"")
 
 
-def _read(path: Path) -> str:
+def read_or_nothing(path: str | Path) -> str:
+    """The text of a file of the system, or ''."""
     try:
-        return path.read_text("utf-8", "replace")
+        return Path(path).read_text("utf-8", "replace")
     except OSError:
         return ""

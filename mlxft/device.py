@@ -11,7 +11,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Literal
 
+from mlxft.blas import read_or_nothing
 from mlxft.errors import MlxftError, TrainingError
+
+CROWDED = 1e9  # bytes of swap in use from which on the memory is short
 
 Backend = Literal["metal", "cuda", "cpu"]
 NAMES: dict[Backend, str] = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
@@ -138,3 +141,21 @@ def awake(wanted: bool) -> Iterator[None]:
         if process is not None:
             process.terminate()
             process.wait()
+
+
+def ask(*command: str) -> str:
+    """What a program of the system prints; "" where it is not there, fails, or takes ten seconds."""
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return ""
+
+
+def swap_bytes() -> float:
+    """Bytes of swap in use."""
+    if sys.platform == "darwin":
+        used = re.search(r"used = ([\d.]+)M", ask("sysctl", "-n", "vm.swapusage"))
+        return float(used[1]) * 1e6 if used else 0.0
+    sizes = dict(re.findall(r"^(Swap\w+):\s+(\d+) kB", read_or_nothing("/proc/meminfo"), re.MULTILINE))
+    return 1024.0 * (int(sizes.get("SwapTotal", 0)) - int(sizes.get("SwapFree", 0)))

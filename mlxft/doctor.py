@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlxft import __version__
-from mlxft.blas import in_use
-from mlxft.device import WATCHDOG, backend, machine_bytes, usable_bytes
+from mlxft.blas import in_use, read_or_nothing
+from mlxft.device import CROWDED, WATCHDOG, ask, backend, machine_bytes, swap_bytes, usable_bytes
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
 LEAST_FREE = 10e9  # bytes of a disk: a model of 3B in bfloat16 and its checkpoints
-CROWDED = 1e9  # bytes of swap in use from which on the memory is short
 OLDEST_MACOS = 14  # that MLX's wheels are made for
 
 
@@ -61,15 +59,6 @@ def sound(findings: list[Finding]) -> bool:
     return all(f.state != "wrong" for f in findings)
 
 
-def ask(*command: str) -> str:
-    """What a program of the system prints; "" where it is not there, fails, or takes ten seconds."""
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        if done.returncode == 0:
-            return done.stdout.strip()
-    return ""
-
-
 def _machine() -> Iterator[Finding]:
     if sys.platform == "darwin":
         yield Finding("chip", ask("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine())
@@ -80,7 +69,7 @@ def _machine() -> Iterator[Finding]:
         state: Literal["ok", "wrong"] = "wrong" if old else "ok"
         yield Finding("macOS", version, state, f"MLX wants macOS {OLDEST_MACOS}: update it" if old else "")
         return
-    model = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", read_or_nothing("/proc/cpuinfo"), re.MULTILINE)
     yield Finding("CPU", f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores")
     if backend() == "cuda":
         yield Finding("GPU", ask("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader") or "unknown")
@@ -144,15 +133,6 @@ def _memory() -> Iterator[Finding]:
         yield Finding("swap", f"{_gb(used)} in use")
 
 
-def swap_bytes() -> float:
-    """Bytes of swap in use."""
-    if sys.platform == "darwin":
-        used = re.search(r"used = ([\d.]+)M", ask("sysctl", "-n", "vm.swapusage"))
-        return float(used[1]) * 1e6 if used else 0.0
-    sizes = dict(re.findall(r"^(Swap\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
-    return 1024.0 * (int(sizes.get("SwapTotal", 0)) - int(sizes.get("SwapFree", 0)))
-
-
 def _disks(folder: Path) -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -181,12 +161,6 @@ def _is_installed(package: str) -> bool:
     with suppress(importlib.metadata.PackageNotFoundError):
         return bool(importlib.metadata.version(package))
     return False
-
-
-def _read(path: str) -> str:
-    with suppress(OSError):
-        return Path(path).read_text("utf-8", "replace")
-    return ""
 
 
 def _gb(size: float) -> str:

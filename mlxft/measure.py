@@ -12,8 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxft.config import Config
-from mlxft.device import FAILURES, backend, gpu_failed, gpu_failure, machine_bytes, usable_bytes
-from mlxft.doctor import CROWDED, swap_bytes
+from mlxft.device import CROWDED, FAILURES, backend, gpu_failed, gpu_failure, machine_bytes, swap_bytes, usable_bytes
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.cpu import quicker
 from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits

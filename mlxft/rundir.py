@@ -7,20 +7,16 @@ import platform
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlxft.config import Config
-from mlxft.data.encode import end_completions, turn_end
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError
-from mlxft.model.adapters import kept_template, load_with_adapter, read_adapter_config
-from mlxft.model.heads import HEAD_FILE, load_head
-from mlxft.model.load import Loaded, base_fingerprint
-from mlxft.model.load import load as load_model
-from mlxft.model.logits import Split
 from mlxft.owned import check_replaceable, claim, empty, is_empty, read_mark
-from mlxft.recipe import flat, function_override, load_config
 from mlxft.temporary import clear
 from mlxft.text import home_path, parse_json, read_file
+
+if TYPE_CHECKING:
+    from mlxft.config import Config
+    from mlxft.model.load import Loaded
 
 # What may differ when a run goes on; all else would make it another run.
 FREE_ON_RESUME = {
@@ -54,11 +50,15 @@ class Run:
     @property
     def template(self) -> Path | None:
         """Where the chat template is that it was trained with, if it keeps one; see `kept_template`."""
+        from mlxft.model.adapters import kept_template
+
         return kept_template(self.dir, None)
 
     @property
     def resume(self) -> str:
         """The command that goes on with it."""
+        from mlxft.recipe import function_override
+
         function = getattr(getattr(self.config, "rewards", None), "function", None)
         given = [] if function is None else [function_override(function)]
         return shlex.join(["mlxft", "train", "--resume", str(self.dir), *given])
@@ -97,6 +97,13 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
     Raises:
         ModelError: nothing there, the adapter belongs to another base, or it is not of the wanted kind.
     """
+    from mlxft.data.encode import end_completions, turn_end
+    from mlxft.model.adapters import load_with_adapter
+    from mlxft.model.heads import load_head
+    from mlxft.model.load import base_fingerprint
+    from mlxft.model.load import load as load_model
+    from mlxft.model.logits import Split
+
     path = path.dir if isinstance(path, Run) else path
     folder = home_path(path)
     if adapter is None and is_run(folder):
@@ -123,6 +130,9 @@ def load(path: str | Path | Run, adapter: str | Path | None = None, *, scores: b
 
 def _checked_head(folder: Path, scores: bool) -> Path | None:
     """The head in a folder, which is there if and only if `scores` are wanted."""
+    from mlxft.model.adapters import read_adapter_config
+    from mlxft.model.heads import HEAD_FILE
+
     head = folder / HEAD_FILE if (folder / HEAD_FILE).is_file() else None
     noted = read_adapter_config(folder).get("mlxft", {}) if (folder / "adapter_config.json").is_file() else {}
     if head is None and noted.get("objective") == "reward":
@@ -143,6 +153,8 @@ def open_run(folder: str | Path) -> Run:
     Raises:
         CheckpointError: it is no run folder.
     """
+    from mlxft.recipe import load_config
+
     folder = home_path(folder)
     try:
         config = load_config(folder / "config.yaml", looked_at=True)
@@ -175,6 +187,8 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
 
 def _check_resumable(run: Run) -> None:
     """Refuse to go on in a folder that no run made, or with settings of another run."""
+    from mlxft.recipe import load_config
+
     file = run.dir / "config.yaml"
     stored = load_config(file, looked_at=True) if file.is_file() else None
     # An older version's run has no mark; what it ran under stands in no recipe that a person writes.
@@ -210,6 +224,8 @@ def _check_unused(run: Run) -> None:
 
 def _check_same(before: Config, now: Config) -> None:
     """Refuse a setting that makes it another run, by name."""
+    from mlxft.recipe import flat
+
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     free = set(FREE_ON_RESUME)
     if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):

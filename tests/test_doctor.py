@@ -32,7 +32,8 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: (said.get("version", "15.5"), ("", "", ""), "arm64"))
     monkeypatch.setattr(platform, "machine", lambda: said.get("machine", "arm64"))
-    monkeypatch.setattr(doctor, "ask", lambda *command: said.get(" ".join(command), ""))
+    for module in (device, doctor):
+        monkeypatch.setattr(module, "ask", lambda *command: said.get(" ".join(command), ""))
     monkeypatch.setattr(doctor, "in_use", lambda: None)
     for module in (doctor, device):
         monkeypatch.setattr(module, "backend", lambda: said.get("backend", "metal"))
@@ -96,8 +97,8 @@ def test_an_old_package_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_program_that_is_not_there_says_nothing() -> None:
-    assert doctor.ask("no-such-program-of-ours") == ""
-    assert doctor.ask(sys.executable, "-c", "raise SystemExit(1)") == ""
+    assert device.ask("no-such-program-of-ours") == ""
+    assert device.ask(sys.executable, "-c", "raise SystemExit(1)") == ""
 
 
 def test_the_command(tmp_path: Path) -> None:

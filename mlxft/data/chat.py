@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, datetime
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
@@ -352,13 +352,6 @@ def complete_template(tokenizer: Any) -> None:
             tokenizer.chat_template = named if isinstance(found, dict) else named["default"]
 
 
-def bound_templates() -> None:
-    """Let every chat template of this process be rendered in bounds (see sandbox.py), also by transformers itself."""
-    from mlxft.data import sandbox
-
-    sandbox.bound_templates()
-
-
 def template_notes(tokenizer: Any) -> list[str]:
     """What `complete_template` did, a sentence each."""
     return list(getattr(tokenizer, "_mlxft_notes", ()))
@@ -417,7 +410,7 @@ def _clock(template: str, day: date) -> str:
     """
     if "strftime_now" not in template:
         return ""
-    noon = datetime.combine(day, time(12))
+    noon = datetime(day.year, day.month, day.day, 12)
     codes = _dumps([["%%", "\0"], *((code, noon.strftime(code)) for code in _CODES[1:]), ["\0", "%"]])
     return (
         "{%- macro strftime_now(format) %}{%- set ns = namespace(text=format) %}"

@@ -20,7 +20,7 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.export.fuse import fuse
 from mlxft.model.batch_sample import sample_batch, text_of
 from mlxft.model.sample import Sampling
-from mlxft.objectives.onpolicy.settings import RolloutSettings
+from mlxft.objectives.onpolicy.rolled import RolloutSettings
 from mlxft.owned import check_replaceable, claim, hold
 from mlxft.recipe import load_config, override
 from mlxft.run import Run, load, train

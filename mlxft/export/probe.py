@@ -19,8 +19,8 @@ from mlxft.data.convert import convert, suggest_format
 from mlxft.data.encode import Encoded, Reply, encode, encode_reply, prompt_text
 from mlxft.data.formats import Completion, Conversation, Example, Judged, Preference, Prompt, Ranked, Text
 from mlxft.data.sources import Problem, find_split, read_rows
+from mlxft.data.splits import load_splits
 from mlxft.errors import ConfigError, DataError
-from mlxft.objectives.sft import load_splits
 from mlxft.text import parse_json
 
 TOKENS = 512  # of all probe rows together: enough to tell the precisions apart, quick to go through

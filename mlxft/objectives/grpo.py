@@ -25,8 +25,8 @@ from mlxft.objectives.onpolicy.critic_free import CriticFree
 from mlxft.objectives.onpolicy.draw import Drawn, resample
 from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
 from mlxft.objectives.onpolicy.prompts import Method
+from mlxft.objectives.onpolicy.rolled import sections
 from mlxft.objectives.onpolicy.rollout import Rollout
-from mlxft.objectives.onpolicy.settings import sections
 
 
 class GRPOSettings(Method):

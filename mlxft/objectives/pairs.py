@@ -17,11 +17,11 @@ from mlxft.data.dataset import fingerprint
 from mlxft.data.encode import Ids, chat_notes
 from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, ends_of, ids_fingerprint, length
 from mlxft.data.formats import Example
+from mlxft.data.splits import load_splits, of_valid
 from mlxft.errors import ConfigError
 from mlxft.model.plan import Shape
 from mlxft.model.shared import Sharing
 from mlxft.objectives.base import Batch, NoDropout, OffPolicy, Summary, beyond_context
-from mlxft.objectives.sft import load_splits, of_valid
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
 # A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a

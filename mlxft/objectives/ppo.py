@@ -25,8 +25,8 @@ from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.onpolicy.base import FAR, OnPolicy
 from mlxft.objectives.onpolicy.critic import Critic, add_critic, explained_variance, is_critic, of_policy
 from mlxft.objectives.onpolicy.prompts import Method
+from mlxft.objectives.onpolicy.rolled import sections
 from mlxft.objectives.onpolicy.rollout import Rollout
-from mlxft.objectives.onpolicy.settings import sections
 
 
 class PPOSettings(Method):

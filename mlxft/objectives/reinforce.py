@@ -10,8 +10,8 @@ from mlxft.config import Config
 from mlxft.errors import ConfigError
 from mlxft.objectives.onpolicy.critic_free import InReward, Reinforced
 from mlxft.objectives.onpolicy.group import Floats
+from mlxft.objectives.onpolicy.rolled import sections
 from mlxft.objectives.onpolicy.rollout import Rollout
-from mlxft.objectives.onpolicy.settings import sections
 
 DECAY = 0.9
 

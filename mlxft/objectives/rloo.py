@@ -9,8 +9,8 @@ from pydantic import Field
 from mlxft.config import Config
 from mlxft.objectives.onpolicy.critic_free import InReward, Reinforced
 from mlxft.objectives.onpolicy.group import Floats, leave_one_out
+from mlxft.objectives.onpolicy.rolled import sections
 from mlxft.objectives.onpolicy.rollout import Rollout
-from mlxft.objectives.onpolicy.settings import sections
 
 
 class RLOOSettings(InReward):

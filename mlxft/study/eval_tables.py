@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from rich import text
 from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from mlxft.study.evaluation import Compared, Evaluation
 from mlxft.study.stats import Figure
@@ -29,25 +29,25 @@ def show(console: Console, found: Evaluation) -> None:
     for task in found.tasks:
         shots = f", {found.asking.shots} shots" if found.asking.shots else ""
         console.print(
-            Text(f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error", style="bold")
+            text.Text(f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error", style="bold")
         )
         console.print(_figures(found, task))
         if task.paired:
             console.print(_differences(found, task))
         for note in task.result.notes:
-            console.print(Text(f"note: {note}"))
+            console.print(text.Text(f"note: {note}"))
         for note in task.other.notes if task.other else []:
-            console.print(Text(f"note ({found.against}): {note}"))
+            console.print(text.Text(f"note ({found.against}): {note}"))
 
 
 def _figures(found: Evaluation, task: Compared) -> Table:
     others = task.other.figures() if task.other else {}
     table = Table("", Column("model", justify="right"))
     if others:
-        table.add_column(Text(found.against or ""), justify="right", overflow="fold")
+        table.add_column(text.Text(found.against or ""), justify="right", overflow="fold")
     for name, figure in task.result.figures().items():
         cells = [name, with_error(figure)] + ([with_error(others[name])] if others else [])
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(text.Text, cells))
     return table
 
 
@@ -58,5 +58,5 @@ def _differences(found: Evaluation, task: Compared) -> Table:
     for pair in task.paired:
         interval = "-" if math.isnan(pair.low) else f"[{pair.low:+.4f}, {pair.high:+.4f}]"
         rows = f"{pair.won}/{pair.lost}/{pair.tied}"
-        table.add_row(*map(Text, (pair.metric, f"{pair.difference:+.4f} ± {number(pair.se)}", interval, rows)))
+        table.add_row(*map(text.Text, (pair.metric, f"{pair.difference:+.4f} ± {number(pair.se)}", interval, rows)))
     return table

@@ -24,11 +24,11 @@ from mlxft.config import Config
 from mlxft.data.formats import Completion, Example
 from mlxft.data.shots import labels_of
 from mlxft.data.sources import read_rows
+from mlxft.data.splits import load_splits
 from mlxft.errors import ConfigError
 from mlxft.model.load import Loaded, load_tokenizer
 from mlxft.model.source import brief
 from mlxft.objectives.base import Objective
-from mlxft.objectives.sft import load_splits
 from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind
 from mlxft.parts import load_base, make_objective
 from mlxft.planning import settled

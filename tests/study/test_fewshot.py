@@ -17,9 +17,9 @@ from rich.console import Console
 
 from mlxft.data.formats import Completion, Conversation, Example
 from mlxft.data.shots import balanced, choose, labels_of
+from mlxft.data.splits import load_splits
 from mlxft.data.template import fill, is_template, names_in
 from mlxft.errors import CheckpointError, ConfigError, DataError
-from mlxft.objectives.sft import load_splits
 from mlxft.recipe import load_config
 from mlxft.run import train
 from mlxft.study.crossed import crossed, t_quantile

@@ -20,6 +20,7 @@ from mlxft.config import Config
 from mlxft.data.dataset import fingerprint
 from mlxft.data.encode import Encoded, turn_end
 from mlxft.data.formats import tools_of
+from mlxft.data.splits import load_splits
 from mlxft.data.thoughts import decode_completion, opening_after, until_stop
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.batch_sample import sample_batch
@@ -35,10 +36,10 @@ from mlxft.objectives.onpolicy.draw import Drawn
 from mlxft.objectives.onpolicy.held_out import HeldOut
 from mlxft.objectives.onpolicy.prompts import NO_DROPOUT, Method, check_kl, check_recipe, encode_prompts
 from mlxft.objectives.onpolicy.rewards import Item, Rewards, Scores
+from mlxft.objectives.onpolicy.rolled import RolloutSettings
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt, Rollout, micro_batches, minibatches
-from mlxft.objectives.onpolicy.settings import RewardsSettings, RolloutSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings
 from mlxft.objectives.pairs import Answer, stack
-from mlxft.objectives.sft import load_splits
 
 M = TypeVar("M", bound=Method)
 FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, never below 0 (k3); approx_kl is k1

@@ -12,12 +12,12 @@ from mlxft.config import Config, Settings
 from mlxft.data.encode import chat_notes, encode_prompt, turn_end
 from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
+from mlxft.data.splits import of_valid
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.load import context_of, load_config
 from mlxft.objectives.base import NoDropout
+from mlxft.objectives.onpolicy.rolled import RolloutSettings
 from mlxft.objectives.onpolicy.rollout import EncodedPrompt
-from mlxft.objectives.onpolicy.settings import RolloutSettings
-from mlxft.objectives.sft import of_valid
 
 NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
 MAX_KL = 4.0  # nats a token: of the text that is written, the reference would have drawn 2 % of the tokens

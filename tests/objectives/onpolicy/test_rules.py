@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from mlxft.errors import ConfigError, DataError
 from mlxft.objectives.onpolicy.rewards import Item, Rewards
+from mlxft.objectives.onpolicy.rolled import RolloutSettings
 from mlxft.objectives.onpolicy.rules import ScoredRule, find_json, last_number
-from mlxft.objectives.onpolicy.settings import RewardsSettings, RolloutSettings
+from mlxft.objectives.onpolicy.settings import RewardsSettings
 
 
 def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, where: str = "p.jsonl:1") -> Item:
