@@ -25,9 +25,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import mlxft  # noqa: F401  isort: skip - before MLX, for its BLAS
     import mlx.core as mx
 
+    from mlxft.build import load_base, make_objective, prepare
     from mlxft.model.cpu import quicker
-    from mlxft.model.memory import checkpoint_layers
-    from mlxft.run import as_config, load_base, make_objective, prepare
+    from mlxft.model.layers import checkpoint_layers
+    from mlxft.run import as_config
 
     recipe = {
         "model": {"path": job["model"], "dtype": "float32"},

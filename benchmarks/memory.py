@@ -53,8 +53,8 @@ def ours(job: dict[str, Any]) -> None:
     from mlxft.config import Optim
     from mlxft.model.adapters import LoRASpec, attach, select_targets
     from mlxft.model.cpu import quicker
+    from mlxft.model.layers import checkpoint_layers
     from mlxft.model.logits import Split, rows_nll
-    from mlxft.model.memory import checkpoint_layers
     from mlxft.objectives.base import LossSum
     from mlxft.trainer.optim import Optimizer
 

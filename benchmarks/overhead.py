@@ -45,7 +45,7 @@ class Side:
     def __init__(self, config: Any) -> None:
         import mlx.core as mx
 
-        from mlxft.run import load_base, make_objective, prepare
+        from mlxft.build import load_base, make_objective, prepare
 
         self.config = config
         loaded = load_base(config)

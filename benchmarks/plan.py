@@ -90,10 +90,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from rich.console import Console
 
     import mlxft
-    from mlxft.model import memory
+    from mlxft.build import base_skeleton, batch_shapes, make_objective, plan_batches
+    from mlxft.model import layers
     from mlxft.model.load import load_tokenizer
-    from mlxft.planning import base_skeleton, batch_shapes, plan_batches
-    from mlxft.run import as_config, make_objective
+    from mlxft.run import as_config
 
     config = as_config(recipe(job))
     shapes = batch_shapes(make_objective(config, load_tokenizer(job["model"])))
@@ -102,7 +102,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     untouched = mx.get_peak_memory()
     if job["tight"]:
-        setattr(memory, "usable_bytes", lambda limit_gb=None: 1 if limit_gb is None else int(limit_gb * 1e9))  # noqa: B010
+        setattr(layers, "usable_bytes", lambda limit_gb=None: 1 if limit_gb is None else int(limit_gb * 1e9))  # noqa: B010
     run = mlxft.train(config, overwrite=True, console=Console(quiet=True))
     measured = max(e["peak_memory_gb"] for e in run.metrics("train")) * 1e9
     return {

@@ -82,9 +82,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Predict, then train."""
     from rich.console import Console
 
+    from mlxft.build import around_of, base_skeleton, batch_shapes, make_objective, plan_batches
     from mlxft.model.load import load_tokenizer
-    from mlxft.planning import around_of, base_skeleton, batch_shapes, plan_batches
-    from mlxft.run import as_config, make_objective
+    from mlxft.run import as_config
 
     config = as_config(recipe(job, job["objective"]))
     objective = make_objective(config, load_tokenizer(config.model.path))
@@ -110,8 +110,9 @@ def resident(job: dict[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
+    from mlxft.build import load_base, make_objective, prepare
     from mlxft.model.load import base_fingerprint
-    from mlxft.run import as_config, load_base, make_objective, prepare
+    from mlxft.run import as_config
 
     config = as_config(recipe(job, "ppo"))
     loaded = load_base(config, lazy=True)

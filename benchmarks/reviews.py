@@ -196,8 +196,7 @@ def ppo(data: Path, settings: Sequence[str]) -> None:
 def answers(run: str, prompts: Sequence[str]) -> list[str]:
     """A sample to each prompt."""
     from mlxft import load
-    from mlxft.model.batch_sample import sample_batch, text_of
-    from mlxft.model.sample import Sampling
+    from mlxft.model.sampling import Sampling, sample_batch, text_of
 
     loaded = load(PLACE / run)
     how = Sampling(32)

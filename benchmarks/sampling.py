@@ -23,8 +23,7 @@ def sides(loaded: Any, prompts: list[list[int]], tokens: int, temperature: float
     from mlx_lm import batch_generate
     from mlx_lm.sample_utils import make_sampler
 
-    from mlxft.model.batch_sample import sample_batch
-    from mlxft.model.sample import Sampling
+    from mlxft.model.sampling import Sampling, sample_batch
 
     model, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.eos_token_ids = ()  # of batch_generate, which has no setting for it

@@ -156,10 +156,10 @@ def alternate(args: argparse.Namespace, folder: str) -> dict[str, list[dict[str,
     write_rows(rows, lengths(kind, 400), share if share < 1 else 0.8)
     model = args.model
     if model is None:
-        from mlxft.export.convert import convert
+        from mlxft.export.fuse import convert_model
 
         model = str(Path(folder) / "model")
-        convert("smollm2-135m", Path(model), dtype="float32")
+        convert_model("smollm2-135m", Path(model), dtype="float32")
     job = {"model": model, "rows": str(rows), "dir": folder, "steps": args.steps, "tokens": args.tokens}
     job |= {"by_rows": args.rows == "equal", "all": share == 1}
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}

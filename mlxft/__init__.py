@@ -9,8 +9,10 @@ __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "answer_of", "load", "train"]
 
 if TYPE_CHECKING:
-    from mlxft.data.thoughts import answer_of
-    from mlxft.run import Run, load, train
+    from mlxft.data.chat import answer_of
+    from mlxft.run import train
+    from mlxft.runs import Run
+    from mlxft.runs import load_run as load
 
 
 class _BeforeMLX:
@@ -22,7 +24,7 @@ class _BeforeMLX:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         if name == "mlx.core":
-            from mlxft.blas import load as load_blas
+            from mlxft.device import load as load_blas
 
             load_blas()
 
@@ -37,12 +39,20 @@ elif sys.platform == "linux":
 
 def __getattr__(name: str) -> Any:
     """The Python API, imported when first used: `import mlxft` stays fast."""
-    if name in ("Run", "load", "train"):
-        from mlxft import run
+    if name == "Run":
+        from mlxft.runs import Run
 
-        return getattr(run, name)
+        return Run
+    if name == "load":
+        from mlxft.runs import load_run
+
+        return load_run
+    if name == "train":
+        from mlxft.run import train
+
+        return train
     if name == "answer_of":
-        from mlxft.data.thoughts import answer_of
+        from mlxft.data.chat import answer_of
 
         return answer_of
     raise AttributeError(f"module 'mlxft' has no attribute {name!r}")

@@ -1,23 +1,188 @@
-"""Every setting, declared once: its type, default, bounds and help.
+"""Every shared setting, declared once; recipes read, overridden, explained when wrong, and described as a JSON schema.
 
 A recipe is YAML. Overrides (`tune.rank=16`) beat the recipe, the recipe beats the defaults, and the run folder's
-config.yaml shows what won (recipe.py reads and writes them). An objective's own sections are declared in its own
-class, which OBJECTIVES finds by the recipe's `objective`.
+config.yaml shows what won. An objective declares its own sections in its class, which OBJECTIVES finds by the recipe's
+`objective`.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
+import math
+import os
 import re
+import shlex
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import date as Date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import Field, create_model, model_validator
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from mlxft.errors import ConfigError, nearest
-from mlxft.search import Sweep
-from mlxft.settings import Settings as Settings
+from mlxft.errors import ConfigError, half_character, nearest, shorten
+from mlxft.text import home_path, read_small
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+# What every section of a recipe is.
+
+
+class Settings(BaseModel):
+    """A section of a recipe: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _takes(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would take true for 1; in YAML 1.1, which other programs write, on and off are true and false.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and {"on", "off"} <= set(get_args(kind)):
+            return "on" if value else "off"
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"expected another value than {str(value).lower()}")
+        for part in value if isinstance(value, list) else (value,):
+            if isinstance(part, int) and abs(part) >= 2**63:
+                raise ValueError(f"a number of {len(str(part))} digits; expected one below 2^63")
+            if isinstance(part, str | Path) and "\0" in str(part):
+                raise ValueError(f"holds the character NUL; seen {part!r:.60}")
+        return value
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+# The `sweep:` section: which settings `mlxft sweep` varies, within what, and what it looks for.
+
+UNITS = {"h": 3600, "m": 60, "s": 1}
+LOWER_IS_BETTER = ("loss", "perplexity")
+DEFAULT_TRIALS = 20
+
+
+class Range(Settings):
+    """What one setting may be: exactly one of these."""
+
+    log: tuple[float, float] | None = Field(None, description="[low, high], evenly in the logarithm: learning rates.")
+    float_: tuple[float, float] | None = Field(None, alias="float", description="[low, high], evenly.")
+    int_: tuple[int, int] | None = Field(None, alias="int", description="[low, high], whole numbers, both included.")
+    log_int: tuple[int, int] | None = Field(None, description="[low, high], whole numbers, evenly in the logarithm.")
+    choice: list[Any] | None = Field(None, description="The values themselves.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Range:
+        given = {k.rstrip("_"): v for k, v in self if v is not None}
+        if len(given) != 1:
+            seen = f"seen {', '.join(given)}" if given else "none is given"
+            raise ValueError(f"give exactly one of log, float, int, log_int, choice; {seen}")
+        ((kind, value),) = given.items()
+        if kind == "choice":
+            different = {json.dumps(v, sort_keys=True, default=str) for v in value}
+            if len(different) < len(value):
+                raise ValueError(f"choice names a value twice: {value}")
+            if len(value) < 2:
+                raise ValueError(f"a choice of {len(value)} leaves nothing to vary; give at least 2 values, or set it")
+            return self
+        low, high = value
+        if not low < high:
+            raise ValueError(f"the range {kind}: [{low:g}, {high:g}] is empty; give [low, high] with low below high")
+        if kind.startswith("log") and low <= 0:
+            raise ValueError(f"{kind}: [{low:g}, {high:g}] begins at {low:g}, which has no logarithm; begin above 0")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Which one it is: log, float, int, log_int or choice."""
+        return next(k.rstrip("_") for k, v in self if v is not None)
+
+    @property
+    def value(self) -> Any:
+        """[low, high], or the choices."""
+        return next(v for _, v in self if v is not None)
+
+
+class Sweep(Settings):
+    """What `mlxft sweep` varies and looks for; `mlxft train` takes no recipe that has it."""
+
+    space: dict[str, Range] = Field(
+        default_factory=dict,
+        description="Setting -> its range, e.g. optim.lr: {log: [1e-5, 1e-3]}, tune.rank: {choice: [4, 16, 64]}.",
+    )
+    metric: str = Field(
+        "loss", min_length=1, description="A number of validation (`eval` in metrics.jsonl), of the weights kept."
+    )
+    direction: Literal["minimize", "maximize"] | None = Field(
+        None, description="What is better; loss and perplexity: minimize, others have to say."
+    )
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="Where trials lie: learnt from those before (TPE), at random, or every combination."
+    )
+    pruner: Literal["halving", "median", "none"] = Field(
+        "halving",
+        description="Trials stopped at a validation: those not among the better half of all that came so far (after "
+        "1, 2, 4, 8 ... validations), or worse than the median of finished ones at the same point.",
+    )
+    grace: int = Field(1, ge=1, description="Validations each trial has before it may be stopped.")
+    trials: int | None = Field(
+        None, ge=1, le=10**6, description=f"Trials in all; default {DEFAULT_TRIALS}, with time: no limit."
+    )
+    time: str | None = Field(None, description="Longest time of one call, e.g. 2h, 30m, 1h30m.")
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _is_time(cls, value: Any) -> Any:
+        if value is not None:
+            seconds(value)
+        return None if value is None else str(value)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Sweep:
+        given = self.model_fields_set
+        if given and not self.space:
+            raise ValueError("space is needed: the settings to vary, e.g. space: {optim.lr: {log: [1e-5, 1e-3]}}")
+        if given and self.direction is None and not self.metric.endswith(LOWER_IS_BETTER):
+            raise ValueError(f"direction is needed for metric {self.metric}: minimize or maximize")
+        if self.pruner == "none" and "grace" in given:
+            raise ValueError(f"grace ({self.grace}) is for a pruner; leave it out with pruner: none")
+        if self.sampler == "grid":
+            endless = [k for k, r in self.space.items() if r.kind in ("log", "float")]
+            if endless:
+                raise ValueError(f"grid has every combination of int and choice; {', '.join(endless)}: give a choice")
+        return self
+
+    @property
+    def minimize(self) -> bool:
+        """Whether less is better."""
+        return self.direction != "maximize"
+
+
+def seconds(text: Any) -> float:
+    """Of a length of time such as 90s, 30m, 2h or 1h30m.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", str(text).strip())
+    total = sum(float(v) * u for v, u in zip(found.groups(), UNITS.values()) if v) if found else 0.0
+    if total <= 0:
+        raise ValueError(f"{text!r} is no length of time; expected such as 2h, 30m, 1h30m or 90s")
+    return total
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+# Every setting, declared once: its type, default, bounds and help.
+#
+# A recipe is YAML. Overrides (`tune.rank=16`) beat the recipe, the recipe beats the defaults, and the run folder's
+# config.yaml shows what won (recipe.py reads and writes them). An objective's own sections are declared in its own
+# class, which OBJECTIVES finds by the recipe's `objective`.
 
 S = TypeVar("S", bound=Settings)
 # name -> module of mlxft.objectives, and the class in it
@@ -25,9 +190,9 @@ OBJECTIVES = {
     "grpo": "grpo:GRPO",
     "ppo": "ppo:PPO",
     "preference": "preference:Preference",
-    "reinforce": "reinforce:Reinforce",
+    "reinforce": "grpo:Reinforce",
     "reward": "reward:Reward",
-    "rloo": "rloo:RLOO",
+    "rloo": "grpo:RLOO",
     "sft": "sft:SFT",
 }
 
@@ -469,3 +634,560 @@ def config_class(objective: str) -> type[Config]:
         return Config
     fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in sections.items()}
     return create_model("Config", __base__=Config, **fields)
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+# What is wrong with a recipe, in words: one line a problem, with the value seen and the nearest right name.
+
+
+def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of every setting below `kind`."""
+    names: list[str] = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += all_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    """One line a problem; the branches of a union become one problem."""
+    problems: dict[str, list[tuple[str, Any]]] = {}
+    for e in error.errors():
+        location = _location(e["loc"], kind)
+        if e["type"] == "extra_forbidden":
+            text = "no such setting" + nearest_key(location, kind)
+            problems.setdefault(location, []).append((text, None))
+        elif e["type"] == "missing":
+            for needed in _needed(location, kind):
+                problems.setdefault(needed, []).append(("is needed" + _help(needed, kind), None))
+        elif e["type"] == "string_pattern_mismatch":
+            problems.setdefault(location, []).append(("does not fit" + _help(location, kind), (e["input"],)))
+        elif e["type"] in ("model_type", "model_attributes_type"):
+            text = f"is a section; expected settings below it, such as {_first_keys(location, kind)}"
+            problems.setdefault(location, []).append((text, (e["input"],)))
+        elif e["type"] == "value_error":
+            problems.setdefault(location, []).append((str(e["ctx"]["error"]), None))
+        elif e["type"] == "literal_error" and isinstance(e["input"], str):
+            text = f"expected {e['ctx']['expected']}" + nearest(e["input"], e["ctx"]["expected"].split("'"))
+            problems.setdefault(location, []).append((text, (e["input"],)))
+        else:
+            problems.setdefault(location, []).append((e["msg"][0].lower() + e["msg"][1:], (e["input"],)))
+    lines = []
+    for location, found in problems.items():
+        texts = list(dict.fromkeys(text for text, _ in found))
+        seen = f"; seen {found[0][1][0]!r}" if found[0][1] is not None else ""
+        location, seen = shorten(location), shorten(seen)
+        lines.append(f"{location}: {' or '.join(texts)}{seen}" if location else " or ".join(texts))
+    return lines
+
+
+def _location(loc: tuple[int | str, ...], kind: type[BaseModel]) -> str:
+    """The dotted setting of a pydantic location, without the names of union branches."""
+    parts: list[str] = []
+    at: Any = kind
+    for part in loc:
+        if at is None:
+            break
+        parts.append(str(part))
+        if isinstance(at, type) and issubclass(at, BaseModel):
+            names = {f.alias or name: f for name, f in at.model_fields.items()}
+            at = _section(names[str(part)].annotation) if str(part) in names else None
+        else:  # a key or a number within dict[str, Section] or list[Section]
+            at = get_args(at)[-1]
+    return ".".join(parts)
+
+
+def _section(annotation: Any) -> Any:
+    """The annotation if it is a section, or a list or mapping of sections; else None."""
+    inner = get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else annotation
+    return annotation if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+
+
+def nearest_key(location: str, kind: type[BaseModel]) -> str:
+    """The nearest right name: within the section, then the same leaf in another section, then anywhere."""
+    keys = all_keys(kind)
+    section, _, leaf = location.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
+    siblings |= {k: k for k in kind.model_fields if not section}
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == leaf]
+    owners = [] if section else [name for name in objectives() if leaf in objective_sections(name)]
+    if owners:
+        return f" for this objective; it belongs to {' and '.join(owners)}"
+    inner = _inner(location, kind)
+    if inner is not None:
+        return nearest(leaf, [f.alias or name for name, f in inner.model_fields.items()])
+    # The section's name would make all of its settings look alike: leaves are compared with leaves.
+    close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")
+    found = elsewhere or ([siblings[close]] if close else [])
+    return f" (did you mean {' or '.join(found)}?)" if found else nearest(location, keys)
+
+
+def _inner(location: str, kind: type[BaseModel]) -> type[BaseModel] | None:
+    """The section of which a location within a list or mapping of sections is a setting."""
+    at: Any = kind
+    for name in location.split("."):
+        field = at.model_fields.get(name)
+        at = _section(field.annotation) if field else None
+        if get_origin(at) in (list, dict):
+            found: type[BaseModel] = get_args(at)[-1]
+            return found
+        if at is None:
+            return None
+    return None
+
+
+def _needed(location: str, kind: type[BaseModel]) -> list[str]:
+    """The missing setting; of a missing section, what must stand in it."""
+    field = kind.model_fields.get(location)
+    below = field.annotation if field else None
+    if not (isinstance(below, type) and issubclass(below, BaseModel)):
+        return [location]
+    return [f"{location}.{name}" for name, inner in below.model_fields.items() if inner.is_required()]
+
+
+def _first_keys(location: str, kind: type[BaseModel]) -> str:
+    inner = _inner(location, kind)
+    if inner is not None:
+        return ", ".join([f.alias or name for name, f in inner.model_fields.items()][:3])
+    return ", ".join([k for k in all_keys(kind) if k.startswith(f"{location}.")][:3])
+
+
+def _help(location: str, kind: type[BaseModel]) -> str:
+    at: Any = _inner(location, kind) or kind
+    for part in location.split(".") if at is kind else location.split(".")[-1:]:
+        field = at.model_fields.get(part)
+        if field is None:
+            return ""
+        description, at = field.description, field.annotation
+    return f": {description}" if description else ""
+
+
+# --- recipe -----------------------------------------------------------------------------------------------------------
+# Recipes: YAML and KEY=VALUE overrides in, a validated Config out, and back to YAML for the run folder.
+
+_MOST = 20_000  # values in a recipe: a thousand times what one has
+_DEEPEST = 100
+_LONGEST = 3000  # bytes of a path; 4096 with what stands below it
+# Settings of which one excludes the other.
+PAIRS = (("run.steps", "run.epochs"), ("batch.tokens", "batch.rows"), ("tune.scale", "tune.alpha"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML 1.2, in which a key given twice is an error: the first would be ignored in silence."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would read as something else than a text."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+def _str(loader: _Loader, node: yaml.ScalarNode) -> str:
+    # JSON, which YAML 1.2 holds, writes characters beyond 16 bits as two escapes.
+    return str(loader.construct_scalar(node)).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _str)
+# YAML 1.1, which PyYAML reads, has octals in 010, minutes in 1:30, booleans in yes, no, on and off, and dates.
+_OTHERS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp", "value")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if tag not in _OTHERS]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _form, _first in (  # section 10.3.2 of YAML 1.2.2
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), list(_first))
+
+
+def read_yaml(text: str | bytes, origin: str, kind: Any = _Loader) -> Any:
+    """Parse YAML 1.2.
+
+    Args:
+        kind: the loader, where YAML 1.1 will do and speed counts.
+    Raises:
+        ConfigError: bad syntax, a key given twice, or aliases that make much of little; it names the line.
+    """
+    try:
+        loader = kind(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size, depth = _extent(node, {})
+        if size > _MOST or depth > _DEEPEST:
+            seen = f"more than {_MOST:,} values, aliases counted out" if size > _MOST else "values nested too deep"
+            seen = "an alias holds itself" if size == math.inf else seen
+            raise ConfigError(f"{origin}: {seen}; a recipe has some dozens, at most {_DEEPEST} deep")
+        return loader.construct_document(node)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        place = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{origin}{place}: not valid YAML: {getattr(e, 'problem', None) or ' '.join(str(e).split())}"
+        ) from e
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, RecursionError) as e:  # a number of 5,000 digits, or brackets without end
+        raise ConfigError(f"{origin}: not valid YAML: {e}") from e
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values a node is once each alias is what it stands for, and how deep; endless if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf, math.inf
+        parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        below = [_extent(n, known) for n in parts] if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(n for n, _ in below), 1 + max((deep for _, deep in below), default=0)
+    return known[id(node)]
+
+
+def override(key: str, value: object) -> str:
+    """KEY=VALUE for a text or path, whatever YAML would take it for."""
+    return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
+
+
+def function_override(function: Any) -> str:
+    """KEY=VALUE for a `rewards.function`, which may be a mapping."""
+    return f"rewards.function={function if isinstance(function, str) else json.dumps(function)}"
+
+
+def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
+    """Put one KEY=VALUE into `raw`; `chosen` holds the keys of all overrides."""
+    key, eq, value = text.partition("=")
+    if not eq or not key.strip():
+        raise ConfigError(f"override {shorten(text)!r}: expected KEY=VALUE, for example tune.rank=16")
+    put(raw, key.strip(), read_yaml(value, f"override {shorten(key)}"), chosen, f"override {shorten(text)!r}")
+
+
+def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str) -> None:
+    """Set a dotted `key` in `raw`; `chosen` holds all keys that are being set.
+
+    Raises:
+        ConfigError: there is a value where a section would have to be.
+    """
+    *sections, leaf = key.split(".")
+    if len(sections) > _DEEPEST // 2:
+        raise ConfigError(f"{origin}: a key of {len(sections) + 1:,} parts; no setting has so many")
+    at = raw
+    for name in sections:
+        below = at.setdefault(name, {})
+        if below is None:
+            below = at[name] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"{origin}: {shorten(name)} is a value, not a section")
+        at = below
+    at[leaf] = value
+    # `run.epochs=3` on the command line replaces the recipe's `run.steps`, and so on: the later choice wins.
+    for pair in PAIRS:
+        if key in pair and at[leaf] is not None:
+            other = pair[1 - pair.index(key)]
+            if other not in chosen:  # both on the command line exclude each other, as both in a recipe do
+                at.pop(other.rpartition(".")[2], None)
+
+
+def _override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply all overrides. Returns what is wrong with some."""
+    problems = []
+    chosen = {text.partition("=")[0] for text in overrides}
+    for text in overrides:
+        try:
+            _override(raw, text, chosen)
+        except ConfigError as e:
+            problems.append(str(e))
+    return problems
+
+
+def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> Config:
+    """Validate a mapping; all errors are reported at once, with the value seen and the nearest right name.
+
+    Args:
+        raw: what the YAML held, overrides applied.
+        origin: the file named in errors.
+        name: the run's name where the recipe gives none.
+    Raises:
+        ConfigError: every problem, one a line.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
+    config = _validate(raw, origin)
+    _check_paths(config, origin)
+    run = {"name": config.run.name or name or config.objective, "dir": home_path(config.run.dir)}
+    model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
+    template = config.model.chat_template
+    model["chat_template"] = None if template is None else Path(full_path(template))
+    data = {k: full_path(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update=run),
+            "model": config.model.model_copy(update=model),
+            "data": config.data.model_copy(update=data),
+        }
+    )
+
+
+def _validate(raw: dict[Any, Any], origin: str) -> Config:
+    """A Config, or every problem in one ConfigError."""
+    try:
+        kind = config_class(str("sft" if raw.get("objective") is None else raw["objective"]))
+    except ConfigError as e:
+        # What else is wrong can still be said, but not of the objective's own sections.
+        known = {k: v for k, v in raw.items() if k in Config.model_fields and k != "objective"}
+        problems = [f"{origin}: {e}"]
+        try:
+            validated(Config, known, origin)
+        except ConfigError as more:
+            problems.append(str(more))
+        raise ConfigError("\n".join(problems)) from e
+    return validated(kind, raw, origin)
+
+
+def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
+    """A mapping as settings.
+
+    Args:
+        origin: the file named in errors.
+    Raises:
+        ConfigError: every problem, one a line.
+    """
+    if half := half_character(raw):
+        raise ConfigError(f"{origin}: {half}")
+    # `tune:` with nothing below it is an empty section.
+    raw = {k: v for k, v in raw.items() if v is not None or k not in kind.model_fields}
+    problems: dict[str, None] = {}
+    while True:
+        try:
+            found = kind.model_validate(raw)
+            break
+        except ValidationError as e:
+            problems |= dict.fromkeys(explain(e, kind))
+            unknown = [error["loc"] for error in e.errors() if error["type"] == "extra_forbidden"]
+            if not unknown:
+                break
+            # A section's keys are held against each other only where all are known: look again without the others.
+            raw = copy.deepcopy(raw)
+            for *place, leaf in unknown:
+                at: Any = raw
+                for name in place:
+                    at = at[name]
+                del at[leaf]
+    if problems:
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in problems))
+    return found
+
+
+def full_path(value: Any) -> Any:
+    """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
+    path = home_path(value) if isinstance(value, (str, Path)) else None
+    try:
+        return str(path.resolve()) if path is not None and path.exists() else value
+    except (OSError, ValueError):  # too long for a path
+        return value
+
+
+def _check_paths(config: Config, origin: str) -> None:
+    """ConfigError where a path is longer than any file system takes."""
+    named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
+    paths: dict[str, Any] = {
+        f"{section}.{name}": getattr(getattr(config, section, None), name, None)
+        for section, names in named.items()
+        for name in names.split()
+    }
+    wrong = [
+        f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 a name): {shorten(str(path))}"
+        for name, given in paths.items()
+        for path in (given if isinstance(given, Mapping) else [given])
+        if isinstance(path, str | Path)
+        and (len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in Path(path).parts))
+    ]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, Any], list[str]]:
+    """What a recipe says, overrides applied, and what is wrong with some of these.
+
+    Raises:
+        ConfigError: missing file, bad YAML, or no mapping.
+    """
+    raw = _read_mapping(path)
+    return raw, _settle(raw, overrides, "versions" in raw)
+
+
+def read_settings(path: Path, kind: type[S], example: str) -> S:
+    """Settings of another kind than a Config from a YAML file.
+
+    Args:
+        example: where one can be seen, in words, for who gives a recipe instead.
+    Raises:
+        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+    """
+    raw = _read_mapping(path)
+    if {"objective", "data", "tune"} & raw.keys():
+        raise ConfigError(f"{path}: is a recipe of mlxft train; {example}")
+    return validated(kind, raw, str(path))
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        text = read_small(path)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
+    raw = read_yaml(text, str(path))
+    if not isinstance(raw, dict | None):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+    return raw or {}
+
+
+def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_at: bool = False) -> list[str]:
+    """Apply overrides to settings; those of a run decide nothing that only the user does. Returns the problems."""
+    model, rewards = raw.get("model"), raw.get("rewards")
+    if of_run and isinstance(model, dict):
+        model.pop("trust_remote_code", None)
+    named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
+    problems = _override_all(raw, overrides)
+    if named is not None and "function" not in raw["rewards"]:
+        raw["rewards"]["function"] = named
+        given = shlex.quote(function_override(named))
+        problems.append(
+            f"rewards.function: the run folder names Python to be run, and may be someone else's; read it, and add "
+            f"{given}, or go on by your own recipe: mlxft train RECIPE --resume"
+        )
+    return problems
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False, looked_at: bool = False) -> Config:
+    """Read a recipe and apply `KEY=VALUE` overrides.
+
+    Args:
+        of_run: the file is a run folder's, which may be someone else's: it decides neither that a model's code is
+            trusted nor which Python gives rewards; overrides do. What a run wrote is known by its `versions`, too.
+        looked_at: so, and nothing is trained by it: the rewards that it names are not asked for.
+    Raises:
+        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+    """
+    raw = _read_mapping(path)
+    problems = _settle(raw, overrides, of_run or looked_at or "versions" in raw, looked_at)
+    try:
+        config = parse_config(raw, str(path), path.stem.lstrip("."))
+    except ConfigError as e:
+        problems.append(str(e))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def dump_config(config: Config, versions: dict[str, str]) -> str:
+    """The full resolved configuration as YAML, with the versions it ran under."""
+    resolved = config.model_dump(mode="json", exclude={"versions", "sweep"})
+    # Settings that do not apply would be refused when this is read again.
+    if config.model.adapter is not None:  # it brings its own rank, targets and so on
+        resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in config.tune.model_fields_set}
+    elif config.tune.method == "full":
+        kept = {"method", "layers", "train", "freeze", "router_aux"}
+        resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in kept}
+    return dump_yaml(resolved | {"versions": versions})
+
+
+def dump_yaml(value: Any) -> str:
+    """Write YAML that `read_yaml` reads as it was."""
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value, of sections within sections."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
+
+
+# --- schema -----------------------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+
+
+def recipe_schema() -> Schema:
+    """The schema (draft 2020-12) of a recipe of any objective.
+
+    An objective's own sections are there for it only, with its own defaults; unknown settings are refused.
+    """
+    root = Config.model_json_schema()
+    defs: Schema = root["$defs"]
+    required = set(root["required"])
+    rules = []
+    names = objectives()
+    everyone = list(dict.fromkeys(s for name in names for s in objective_sections(name)))
+    for name in names:
+        own = objective_sections(name)
+        sections: Schema = {}
+        for section in everyone:
+            if section not in own:
+                sections[section] = False
+                continue
+            found = own[section].model_json_schema()
+            defs |= found.pop("$defs", {})
+            defs[f"{name}.{section}"] = _or_empty(found)
+            sections[section] = {"$ref": f"#/$defs/{name}.{section}"}
+        # Without objective a recipe is of the default one, for which the condition holds then.
+        condition: Schema = {"properties": {"objective": {"const": name}}}
+        if name != Config.model_fields["objective"].default:
+            condition["required"] = ["objective"]
+        rules.append({"if": condition, "then": {"properties": sections}})
+    root["properties"]["objective"]["enum"] = names
+    root["properties"] |= {s: {"description": _used_by(s)} for s in everyone}
+    root |= {"allOf": rules, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mlxft recipe"}
+    for section, place in root["properties"].items():
+        if section not in required and "$ref" in place:
+            _or_empty(defs[place["$ref"].rpartition("/")[2]])
+    _switches(root)
+    return root
+
+
+def _or_empty(section: Schema) -> Schema:
+    """`tune:` with nothing below it is an empty section."""
+    section["type"] = [section["type"], "null"]
+    return section
+
+
+def _used_by(section: str) -> str:
+    """What a section of some objectives is for."""
+    kinds = {name: objective_sections(name)[section] for name in objectives() if section in objective_sections(name)}
+    about = (next(iter(kinds.values())).__doc__ or "").strip().splitlines()[0]
+    return f"{about} For objective {', '.join(kinds)}."
+
+
+def _switches(node: Any) -> None:
+    """Programs that write YAML 1.1 write on and off as true and false: both are right where on and off are."""
+    if isinstance(node, dict):
+        if {"on", "off"} <= set(node.get("enum", ())):
+            node["enum"] = [*node["enum"], True, False]
+            node.pop("type", None)
+        for part in node.values():
+            _switches(part)
+    elif isinstance(node, list):
+        for part in node:
+            _switches(part)

@@ -1,7 +1,9 @@
-"""The machine that MLX computes on: its backend, the memory it lends, what kills long work there, and what helps."""
+"""The machine: which device MLX uses, its memory, how its failures look, and a fast BLAS on Linux."""
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 import re
 import subprocess
@@ -9,10 +11,222 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from mlxft.blas import read_or_nothing
-from mlxft.errors import MlxftError, TrainingError
+from mlxft.errors import ConfigError, MlxftError, TrainingError
+
+# --- blas -------------------------------------------------------------------------------------------------------------
+# The BLAS behind MLX's CPU backend on Linux: load a fast one before MLX, and say which one is in use.
+#
+# MLX's Linux wheel links the reference BLAS, which is tens of times slower than OpenBLAS. But MLX binds to another
+# `cblas_sgemm` if the process has one among its global symbols when it loads MLX.
+
+VARIABLE = "MLXFT_BLAS"
+EXPECTED = "expected the path of a BLAS library, or off for MLX's own"
+# Fedora's libopenblas.so.0 has one thread, its libopenblasp.so.0 has all.
+SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
+# OpenBLAS's x86 kernels from before AVX, a closed set: none is written any more.
+INTEL_SSE = {
+    "katmai",
+    "coppermine",
+    "northwood",
+    "prescott",
+    "banias",
+    "atom",
+    "core2",
+    "penryn",
+    "dunnington",
+    "nehalem",
+}
+OTHER_SSE = {"athlon", "opteron", "opteron_sse3", "barcelona", "bobcat", "nano", "generic"}
+THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
+CGROUP = Path("/sys/fs/cgroup")
+INSTALL = "sudo apt-get install libopenblas0-pthread"
+
+
+def load() -> None:
+    """Load the fastest BLAS there is, unless the process has one already (LD_PRELOAD).
+
+    Raises:
+        ConfigError: MLXFT_BLAS names a library that cannot be loaded.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off" or hasattr(ctypes.CDLL(None), "cblas_sgemm"):
+        return
+    for name in (wanted,) if wanted else SYSTEM:
+        try:
+            library = _load_with_best_kernel(name)
+        except OSError as e:
+            if wanted:
+                raise ConfigError(f"{VARIABLE}: {e}; {EXPECTED}") from e
+            continue
+        if wanted and not hasattr(library, "cblas_sgemm"):
+            raise ConfigError(f"{VARIABLE}: {name} has no function cblas_sgemm; {EXPECTED}")
+        _limit_threads(library)
+        return
+
+
+def _load_with_best_kernel(name: str) -> ctypes.CDLL:
+    """Load a library. Where its OpenBLAS falls back to SSE on a CPU with AVX, load it again with the kernel named.
+
+    Raises:
+        OSError: there is no such library.
+    """
+    library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    if "OPENBLAS_CORETYPE" in os.environ or not is_sse(_text(library, "openblas_get_corename")):
+        return library
+    kernel = best_kernel(read_or_nothing("/proc/cpuinfo"))
+    if not kernel:
+        return library
+    # OpenBLAS reads the variable once, while it is loaded. Processes that start from this one must not inherit it.
+    ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
+    os.environ["OPENBLAS_CORETYPE"] = kernel
+    try:
+        return ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    finally:
+        del os.environ["OPENBLAS_CORETYPE"]
+
+
+def _limit_threads(library: ctypes.CDLL) -> None:
+    """Lower OpenBLAS's threads to the CPU time that a container has: OpenBLAS counts the CPUs alone."""
+    files = [CGROUP / "cpu.max"], [CGROUP / "cpu/cpu.cfs_quota_us", CGROUP / "cpu/cpu.cfs_period_us"]  # version 2, 1
+    quotas = [quota for paths in files if (quota := cpu_quota(" ".join(map(read_or_nothing, paths))))]
+    user_has_set = any(name in os.environ for name in THREAD_VARIABLES)
+    if user_has_set or not quotas or not hasattr(library, "openblas_get_num_threads"):
+        return
+    if quotas[0] < library.openblas_get_num_threads():
+        library.openblas_set_num_threads(quotas[0])
+
+
+def is_sse(kernel: str) -> bool:
+    """Tell whether a kernel of OpenBLAS is for x86 CPUs without AVX."""
+    return kernel.lower() in INTEL_SSE | OTHER_SSE
+
+
+def best_kernel(cpuinfo: str) -> str:
+    """Name OpenBLAS's kernel for an x86 CPU with AVX, from the text of /proc/cpuinfo; "" for any other CPU."""
+    found = dict(re.findall(r"^(flags|vendor_id)\s*:\s*(.*)$", cpuinfo, re.MULTILINE))
+    flags = set(found.get("flags", "").split())
+    if flags >= {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}:
+        return "SkylakeX"
+    if flags >= {"avx2", "fma"}:
+        return "Haswell" if found.get("vendor_id") == "GenuineIntel" else "Zen"
+    return "Sandybridge" if "avx" in flags else ""
+
+
+def cpu_quota(text: str) -> int | None:
+    """Read how many CPUs a control group may keep busy, from "quota period"; None where there is no limit."""
+    numbers = text.split()
+    if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):  # "max 100000", "-1 100000"
+        return None
+    return max(1, math.ceil(int(numbers[0]) / int(numbers[1])))
+
+
+@dataclass(frozen=True)
+class Blas:
+    """A BLAS in use.
+
+    Attributes:
+        library: OpenBLAS, MKL, "reference BLAS", or the name of its file.
+        kernel: the code that OpenBLAS has chosen for this CPU; "" for other libraries, as is the version.
+        threads: None where the library does not tell.
+        warning: why it is slow, and the way out; "" where it is not.
+    """
+
+    library: str
+    version: str = ""
+    kernel: str = ""
+    threads: int | None = None
+    warning: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, without what is not known."""
+        return {name: value for name, value in vars(self).items() if value not in ("", None)}
+
+    def lines(self) -> list[str]:
+        """In words."""
+        parts = [f"{self.library} {self.version}".strip()]
+        parts += [f"{self.kernel} kernel"] if self.kernel else []
+        parts += [f"{self.threads} thread{'s' if self.threads != 1 else ''}"] if self.threads else []
+        return [f"blas: {', '.join(parts)}", *([f"warning: {self.warning}"] if self.warning else [])]
+
+
+def in_use() -> Blas | None:
+    """Find out which BLAS MLX calls; None where MLX computes without one: on a Mac and on a GPU."""
+    import mlx.core as mx
+
+    if sys.platform != "linux" or mx.default_device().type != mx.DeviceType.cpu:
+        return None
+    # Where MLX has bound to: a global symbol, else that of the libraries it was linked to.
+    scopes = ctypes.CDLL(None), ctypes.CDLL(mx.__file__)
+    functions = [scope.cblas_sgemm for scope in scopes if hasattr(scope, "cblas_sgemm")]
+    path = _file_of(functions[0]) if functions else ""
+    return _described(path) if path else None
+
+
+class _SymbolInfo(ctypes.Structure):  # Dl_info of dlfcn.h
+    _fields_ = (
+        ("path", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _file_of(function: Any) -> str:
+    """The library that a function is from."""
+    info = _SymbolInfo()
+    ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
+    return os.fsdecode(info.path or b"")
+
+
+def _described(path: str) -> Blas:
+    library, name = ctypes.CDLL(path), Path(path).name
+    if config := _text(library, "openblas_get_config"):  # "OpenBLAS 0.3.21 DYNAMIC_ARCH NO_AFFINITY Zen MAX_THREADS=64"
+        version = (re.search(r"OpenBLAS (\S+)", config) or ["", ""])[1]
+        kernel, threads = _text(library, "openblas_get_corename"), int(library.openblas_get_num_threads())
+        return Blas("OpenBLAS", version, kernel, threads, _sse_warning(kernel) if is_sse(kernel) else "")
+    if name.startswith("libblas"):
+        return Blas("reference BLAS", warning=_reference_warning())
+    return Blas("MKL" if name.startswith("libmkl") else name)
+
+
+def _sse_warning(kernel: str) -> str:
+    why, best = f"OpenBLAS's {kernel} kernel uses SSE alone", best_kernel(read_or_nothing("/proc/cpuinfo"))
+    if not best:
+        return f"{why}, and this CPU has no AVX: matrix products are slow on it"
+    chosen = os.environ.get("OPENBLAS_CORETYPE")
+    way = f"unset OPENBLAS_CORETYPE, which is {chosen}" if chosen else f"set OPENBLAS_CORETYPE={best}"
+    return f"{why}, several times slower than what this CPU can do: {way}"
+
+
+def _reference_warning() -> str:
+    why = "matrices are multiplied by the reference BLAS, tens of times slower than OpenBLAS"
+    if os.environ.get(VARIABLE) == "off":
+        return f"{why}: {VARIABLE} is off"
+    return f"{why}: install it (Debian: {INSTALL}), and in Python import mlxft before mlx"
+
+
+def _text(library: ctypes.CDLL, name: str) -> str:
+    """Call a function of OpenBLAS that returns a text; "" where the library has none of that name."""
+    function = getattr(library, name, None)
+    if function is None:
+        return ""
+    function.restype = ctypes.c_char_p
+    return os.fsdecode(function() or b"")
+
+
+def read_or_nothing(path: str | Path) -> str:
+    """The text of a file of the system, or ''."""
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
 
 CROWDED = 1e9  # bytes of swap in use from which on the memory is short
 

@@ -17,8 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlxft import __version__
-from mlxft.blas import in_use, read_or_nothing
-from mlxft.device import CROWDED, WATCHDOG, ask, backend, machine_bytes, swap_bytes, usable_bytes
+from mlxft.device import (
+    CROWDED,
+    WATCHDOG,
+    ask,
+    backend,
+    in_use,
+    machine_bytes,
+    read_or_nothing,
+    swap_bytes,
+    usable_bytes,
+)
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
 LEAST_FREE = 10e9  # bytes of a disk: a model of 3B in bfloat16 and its checkpoints
@@ -49,7 +58,7 @@ def examine(folder: Path) -> list[Finding]:
     return [*_machine(), *_software(), *_memory(), *_disks(folder), *_extras()]
 
 
-def to_json(findings: list[Finding]) -> dict[str, Any]:
+def doctor_report(findings: list[Finding]) -> dict[str, Any]:
     """As JSON."""
     return {"mlxft": __version__, "sound": sound(findings), "findings": [asdict(f) for f in findings]}
 

@@ -12,38 +12,40 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from rich.console import Console
 
-from mlxft.blas import Blas, in_use
-from mlxft.config import Config
+from mlxft.build import (
+    check_head,
+    crowded,
+    decide_checkpointing,
+    fit_tokens,
+    is_open,
+    load_base,
+    make_objective,
+    prepare,
+    settle_by_measure,
+    settled,
+)
+from mlxft.config import Config, dump_config, flat, load_config, parse_config
 from mlxft.data.chat import thinking_of
-from mlxft.data.encode import encode_prompt
-from mlxft.device import Failure, awake, gpu_failed, gpu_failure
+from mlxft.data.dataset import encode_prompt
+from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
-from mlxft.measure import crowded, fit_tokens, settle_by_measure
+from mlxft.files import Held, hold, save_arrays, write_beside, write_text
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
+from mlxft.model.layers import checkpoint_layers, is_checkpointed, limits, set_random_state
 from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters
-from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
-from mlxft.model.pack import Packing
-from mlxft.model.random import set_random_state
-from mlxft.model.sample import Sampling, generate
+from mlxft.model.logits import Packing
+from mlxft.model.sampling import Sampling, generate
 from mlxft.objectives.base import Objective
-from mlxft.owned import Held, hold
-from mlxft.parts import check_head, load_base, make_objective, prepare
-from mlxft.planning import decide_checkpointing, is_open, settled
-from mlxft.recipe import dump_config, flat, load_config, parse_config
-from mlxft.rundir import Run, check_folder, load, make_folder, open_run, versions
+from mlxft.runs import Run, check_folder, make_folder, recorded, versions
 from mlxft.text import make_console
 from mlxft.trainer import checkpoint
-from mlxft.trainer.files import save_arrays, write_beside, write_text
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
 from mlxft.trainer.report import Event, EventFile, Reporter, Sink, Stopped, terminal
-from mlxft.trainer.status import recorded
 from mlxft.trainer.trackers import check_installed, make_trackers
-
-__all__ = ["Run", "load", "load_base", "make_objective", "open_run", "prepare", "train"]
 
 
 def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,36 +1,104 @@
-"""mlxft selftest: what training is made of, computed by this machine's device and held against float32 on the CPU."""
+"""`mlxft selftest` and `mlxft bench`: hold this machine's numbers against the CPU's, and time training on it."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft import __version__
+from mlxft.build import base_skeleton, batch_shapes, make_objective, plan_batches
+from mlxft.config import parse_config
 from mlxft.device import NAMES, backend
 from mlxft.doctor import examine
-from mlxft.errors import MlxftError
+from mlxft.errors import ConfigError, MlxftError, nearest
 from mlxft.export.fuse import fuse
-from mlxft.model.cpu import cross_entropy
-from mlxft.model.delta import gated_delta
-from mlxft.model.tiny import write_tiny
-from mlxft.planning import base_skeleton, batch_shapes, plan_batches
-from mlxft.recipe import parse_config
-from mlxft.run import load, make_objective, train
-from mlxft.text import make_console, parse_json
+from mlxft.model.cpu import cross_entropy, gated_delta
+from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
+from mlxft.model.sampling import Sampling, sample_batch
+from mlxft.run import train
+from mlxft.runs import load_run
+from mlxft.text import json_text, make_console, parse_json
+
+# --- tiny -------------------------------------------------------------------------------------------------------------
+# A tiny model with a tokenizer and rows, made on the spot: what selftest trains.
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' + m['content'] + '</s>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,  # whose attention has a kernel
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
+
+def write_tiny(folder: Path) -> None:
+    """Write model/, messages.jsonl, preference.jsonl and prompts.jsonl, the same each time."""
+    from mlx_lm.models import llama
+    from mlx_lm.utils import save_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(names[:3])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+    config = {**CONFIG, "vocab_size": len(names), "bos_token_id": 1, "eos_token_id": 2}
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    rng = np.random.default_rng(0)
+    leaves = [
+        (name, mx.array((0.05 * rng.standard_normal(v.shape)).astype(np.float32)) if v.ndim > 1 else v)
+        for name, v in sorted(tree_flatten(model.parameters()))
+    ]
+    model.update(tree_unflatten(leaves))
+    place = folder / "model"
+    place.mkdir(parents=True, exist_ok=True)
+    save_model(place, model)
+    (place / "config.json").write_text(json.dumps(config), "utf-8")
+    tokenizer.save_pretrained(str(place))
+    words = ["the", "sea", "is", "grey", "and", "the", "sand", "is", "warm", "under", "a", "white", "sky"]
+    texts = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(48)]
+    asked, told, other = texts[:16], texts[16:32], texts[32:]
+    turns = [[("user", a), ("assistant", b)] for a, b in zip(asked, told)]
+    chats = [{"messages": [{"role": r, "content": c} for r, c in pair]} for pair in turns]
+    pairs = [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(asked, told, other)]
+    for name, rows in (("messages", chats), ("preference", pairs), ("prompts", [{"prompt": a} for a in asked])):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json_text(row)}\n" for row in rows), "utf-8")
+
+
+# --- selftest ---------------------------------------------------------------------------------------------------------
+# mlxft selftest: what training is made of, computed by this machine's device and held against float32 on the CPU.
 
 Arrays = list[mx.array]
 # Largest difference, as a share of the largest number: of float32, which GPUs multiply in fewer bits, and of bfloat16.
@@ -76,7 +144,7 @@ def selftest(tell: Callable[[Check], object] = lambda check: None) -> list[Check
     return found
 
 
-def to_json(checks: Sequence[Check]) -> dict[str, Any]:
+def selftest_report(checks: Sequence[Check]) -> dict[str, Any]:
     """As JSON, for an issue report."""
     lines = [{**asdict(c), "passed": c.passed} for c in checks]
     machine = {f.name: f.value for f in examine(Path())}
@@ -187,7 +255,7 @@ def _delta() -> float:
     return _compare(by(gated_delta), [q, k, v, g, beta], mx.float32, by(gated_delta_ops))
 
 
-def recipe(folder: Path, objective: str, name: str, **more: Any) -> dict[str, Any]:
+def selftest_recipe(folder: Path, objective: str, name: str, **more: Any) -> dict[str, Any]:
     """A few steps on the tiny model."""
     form = {"sft": "messages", "preference": "preference", "ppo": "prompts"}[objective]
     made: dict[str, Any] = {
@@ -227,10 +295,10 @@ print(json.dumps([losses(settings) for settings in json.loads(sys.stdin.read())]
 def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]:
     """Name, what is allowed, and the work of each training."""
     compared = {
-        "SFT against the CPU": recipe(folder, "sft", "sft"),
-        "DPO against the CPU": recipe(folder, "preference", "dpo"),
-        "SFT compiled against the CPU": recipe(folder, "sft", "compiled", batch__rows=16, run__compile="on"),
-        "SFT in bfloat16 against float32": recipe(folder, "sft", "half", model__dtype="bfloat16"),
+        "SFT against the CPU": selftest_recipe(folder, "sft", "sft"),
+        "DPO against the CPU": selftest_recipe(folder, "preference", "dpo"),
+        "SFT compiled against the CPU": selftest_recipe(folder, "sft", "compiled", batch__rows=16, run__compile="on"),
+        "SFT in bfloat16 against float32": selftest_recipe(folder, "sft", "half", model__dtype="bfloat16"),
     }
     known: dict[str, list[float]] = {}
 
@@ -258,16 +326,16 @@ def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]
     yield "PPO: the ratio of sampling and training is 1", FLOAT, partial(_ppo, folder)
     yield "a resumed run is the run", FLOAT if backend() != "cpu" else 0.0, partial(_resumed, folder)
     yield "a fused model answers as the adapter", FLOAT, partial(_fused, folder)
-    yield "memory measured against planned", PLANNED, partial(_memory, folder)
+    yield "memory measured against planned", PLANNED, partial(_memory_error, folder)
 
 
 def _begins(folder: Path) -> float:
-    first = losses(recipe(folder, "preference", "begins", model__dtype="bfloat16"))[0]
+    first = losses(selftest_recipe(folder, "preference", "begins", model__dtype="bfloat16"))[0]
     return abs(first - math.log(2)) / math.log(2)
 
 
 def _ppo(folder: Path) -> float:
-    settings = recipe(folder, "ppo", "ppo")
+    settings = selftest_recipe(folder, "ppo", "ppo")
     run = train(settings, overwrite=True, console=make_console(file=io.StringIO()))
     events = run.metrics("train")
     if not any(e["grad_norm"] > 0 for e in events):
@@ -277,10 +345,10 @@ def _ppo(folder: Path) -> float:
 
 def _resumed(folder: Path) -> float:
     """Two steps, and two more after a resume, against four at once."""
-    settings = recipe(folder, "sft", "whole")
+    settings = selftest_recipe(folder, "sft", "whole")
     quiet = make_console(file=io.StringIO())
     whole = train(settings, overwrite=True, console=quiet)
-    parted = recipe(folder, "sft", "parted", run__save_every=2)
+    parted = selftest_recipe(folder, "sft", "parted", run__save_every=2)
 
     class Interrupt:
         def event(self, event: dict[str, Any]) -> None:
@@ -303,16 +371,283 @@ def _fused(folder: Path) -> float:
     run = folder / "runs" / "sft"
     fuse(run, folder / "fused", force=True, overwrite=True)
     ids = mx.array([[1, 5, 9, 20, 30]])
-    adapted, fused = load(run), load(folder / "fused")
+    adapted, fused = load_run(run), load_run(folder / "fused")
     return _difference([fused.model(ids)], [adapted.model(ids)])
 
 
-def _memory(folder: Path) -> float:
-    settings = recipe(folder, "sft", "memory", batch__rows=16)
+def _memory_error(folder: Path) -> float:
+    settings = selftest_recipe(folder, "sft", "memory", batch__rows=16)
     config = parse_config(settings)
     before = mx.get_active_memory()
     run = train(settings, overwrite=True, console=make_console(file=io.StringIO()))
-    objective = make_objective(config, load(run).tokenizer)
+    objective = make_objective(config, load_run(run).tokenizer)
     plan = plan_batches(config, base_skeleton(config), batch_shapes(objective))[0]
     measured = max(e["peak_memory_gb"] for e in run.metrics("train")) * 1e9 - before
     return abs(plan.total - measured) / measured
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+_LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True}
+_QWEN = {"model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": True, "head_dim": 128}
+
+
+def _shape(base: dict[str, Any], *sizes: int, **own: Any) -> dict[str, Any]:
+    names = [
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "vocab_size",
+    ]
+    return {**base, **dict(zip(names, sizes, strict=True)), "max_position_embeddings": 40960, **own}
+
+
+# Models for which figures of Macs are published, and the one of the demo.
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": _shape(_LLAMA, 576, 30, 9, 3, 1536, 49152),
+    "qwen3-0.6b": _shape(_QWEN, 1024, 28, 16, 8, 3072, 151936),
+    "qwen2.5-1.5b": _shape({**_QWEN, "model_type": "qwen2"}, 1536, 28, 12, 2, 8960, 151936),
+    "llama-3.2-3b": _shape(_LLAMA, 3072, 28, 24, 8, 8192, 128256, head_dim=128),
+    "qwen3-8b": _shape({**_QWEN, "tie_word_embeddings": False}, 4096, 36, 32, 8, 12288, 151936),
+}
+_GROUPS: dict[str, Any] = {"rollout": {"prompts": 2, "samples": 4, "max_tokens": 64}}
+_RULES: dict[str, Any] = {"rewards": {"rules": [{"kind": "regex", "pattern": "[a-z]"}]}}
+# Job -> the sections of its recipe that are not those of all.
+JOBS: dict[str, dict[str, Any]] = {
+    "sft-lora": {},
+    "sft-lora-packed": {"batch": {"tokens": 2048, "pack": True}},
+    "sft-lora-checkpointed": {"memory": {"checkpoint": "on"}},
+    "sft-qlora": {"model": {"quantize": 4}},
+    "dpo": {"objective": "preference", "data": {"format": "preference"}},
+    "grpo": {"objective": "grpo", "data": {"format": "prompts"}, "batch": {}, **_GROUPS, **_RULES},
+    "ppo": {
+        "objective": "ppo",
+        "data": {"format": "prompts"},
+        "batch": {},
+        "rollout": {"prompts": 8, "max_tokens": 64},
+        "ppo": {"epochs": 1, "minibatches": 1},
+        **_RULES,
+    },
+    "sampling": {},
+}
+AGAINST = ("sft-lora", "sft-lora-checkpointed", "sft-qlora", "sampling")  # what mlx_lm does too
+PROMPTS, ANSWER = 16, 64  # of the job sampling: answered at once, tokens of each answer
+
+
+def bench(
+    jobs: Sequence[str], shape: str, steps: int, against: bool, tell: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Run jobs, one after the other, and tell each one's figures.
+
+    Args:
+        steps: counted ones, beside the first.
+        against: whether mlx_lm takes its turn behind each job that it can do.
+    Returns:
+        All there is to report, as JSON.
+    Raises:
+        ConfigError: no such job or shape.
+    """
+    for name, known in [*((job, JOBS) for job in jobs), (shape, SHAPES)]:
+        if name not in known:
+            raise ConfigError(f"{name}: is none of {', '.join(known)}{nearest(name, known)}")
+    rate, found = matmul_rate(), []
+    for job in jobs:
+        for side in ["mlxft", "mlx_lm"] if against and job in AGAINST else ["mlxft"]:
+            asked = json.dumps({"job": job, "shape": shape, "steps": steps, "side": side})
+            done = subprocess.run([sys.executable, "-c", WORK, asked], capture_output=True, text=True, check=False)
+            line = (done.stdout.strip().splitlines() or [""])[-1]
+            figures = parse_json(line) if done.returncode == 0 else {}
+            figures = figures or {"error": _why(done.returncode, done.stderr)}
+            if "tokens_per_s" in figures:  # forward, and the gradient in what comes in: 2 operations a number each
+                operations = (2 if job == "sampling" else 4) * figures.pop("parameters")
+                figures["share"] = operations * figures["tokens_per_s"] / rate
+            found.append({"job": job, "shape": shape, "side": side, **figures})
+            tell(found[-1])
+    machine = {f.name: f.value for f in examine(Path())}
+    about = {"mlxft": __version__, "commit": _commit(), "device": NAMES[backend()], "matmul_per_s": rate}
+    return {**about, "machine": machine, "jobs": found}
+
+
+def _why(code: int, said: str) -> str:
+    """What a job's process died of: its last line, and what ended it where it can not have said that itself."""
+    last = (said.strip().splitlines() or [""])[-1][:300]
+    if code < 0:
+        name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+        memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
+        return f"ended by {name}{memory}" + (f"; it said last: {last}" if last else "")
+    return last or f"exit code {code}, without a word"
+
+
+def _commit() -> str:
+    """Of the clone that mlxft runs from; empty where it was installed."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""
+
+
+def markdown(found: dict[str, Any], command: str) -> list[str]:
+    """Rows for docs/performance.md."""
+    about = found["machine"]
+    chip = about.get("chip") or about.get("GPU") or about.get("CPU")
+    version = f"{found['mlxft']} {found['commit']}".strip()
+    machine = f"{chip}, {about['memory']}; mlxft {version}, mlx {about['mlx']}"
+    lines = []
+    for job in found["jobs"]:
+        figures = job.get("error") or f"{job['tokens_per_s']:.0f}"
+        peak, share = (f"{job[k]:{form}}" if k in job else "" for k, form in (("peak_gb", ".2f"), ("share", ".0%")))
+        lines.append(
+            "| "
+            + " | ".join([machine, job["shape"], job["job"], job["side"], figures, peak, share, f"`{command}`"])
+            + " |"
+        )
+    return lines
+
+
+def matmul_rate() -> float:
+    """Operations a second of a large product, in what training computes in."""
+    dtype = mx.float32 if backend() == "cpu" else mx.bfloat16
+    size = 1024 if backend() == "cpu" else 4096
+    a = mx.random.normal((size, size)).astype(dtype)
+    times = []
+    for _ in range(5):
+        mx.eval(a)
+        began = time.perf_counter()
+        mx.eval(a @ a)
+        times.append(time.perf_counter() - began)
+    return float(2 * size**3 / min(times))
+
+
+# What a job's process runs.
+WORK = """
+import json, sys
+from mlxft.bench import work
+print(json.dumps(work(**json.loads(sys.argv[1]))))
+"""
+
+
+def work(job: str, shape: str, steps: int, side: str) -> dict[str, Any]:
+    """Run one job in this process; its figures as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_tiny(place)
+        about = {**SHAPES[shape], "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16"}
+        (place / "model" / "config.json").write_text(json.dumps(about), "utf-8")
+        _write_rows(place)
+        settings = bench_recipe(place, job, steps)
+        base = _made(place / "model", settings["model"].get("quantize"))
+        size = count_parameters(base.model)
+        mx.reset_peak_memory()
+        if job == "sampling":
+            figures = _sampled(base, settings, steps, side)
+        else:
+            figures = _theirs(base, settings, steps, place) if side == "mlx_lm" else _ours(base, settings)
+        return {"parameters": size, "peak_gb": mx.get_peak_memory() / 1e9, **figures}
+
+
+def bench_recipe(place: Path, job: str, steps: int) -> dict[str, Any]:
+    """A job's recipe."""
+    own = JOBS[job]
+    form = own.get("data", {}).get("format", "prompt-completion")
+    made: dict[str, Any] = {
+        "objective": "sft",
+        "model": {"path": str(place / "model")},
+        "tune": {"rank": 8, "targets": "attention"},
+        "data": {"train": str(place / f"{form}.jsonl"), "format": form, "cache": False},
+        "batch": {"rows": 4},
+        "optim": {"lr": 1e-4, "schedule": "constant", "warmup": 0},
+        "memory": {"checkpoint": "off", "measure": False},
+        "run": {"name": "a", "dir": str(place / "runs"), "steps": steps + 1, "report_every": 1, "save_every": 10**6},
+    }
+    if form == "prompt-completion":
+        made["data"]["train_on"] = "all"  # as mlx_lm's trainer does
+    return made | {k: made[k] | v if k in ("model", "data", "memory") else v for k, v in own.items()}
+
+
+def _write_rows(place: Path) -> None:
+    """Rows as long as Alpaca's: of a token a character, some hundred in the median, with a long tail."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.6, 0.7, 256), 20, 800).astype(int)
+    text = "the sea is grey and the sand is warm under a white sky " * 20
+    rows = [{"prompt": text[: n // 3], "completion": text[: n - n // 3]} for n in lengths]
+    pairs = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["completion"][::-1]} for r in rows]
+    for name, found in (("prompt-completion", rows), ("preference", pairs), ("prompts", rows)):
+        (place / f"{name}.jsonl").write_text("".join(f"{json_text(row)}\n" for row in found), "utf-8")
+
+
+def _made(folder: Path, quantize: int | None) -> Loaded:
+    """A model with random weights."""
+    loaded = skeleton(str(folder), quantize=quantize)
+    mx.eval(loaded.model.parameters())
+    mx.clear_cache()
+    return replace(loaded, tokenizer=load_tokenizer(str(folder)))
+
+
+def _ours(base: Loaded, settings: dict[str, Any]) -> dict[str, Any]:
+    run = train(parse_config(settings), base=base, overwrite=True, console=make_console(file=io.StringIO()))
+    events = run.metrics("train")
+    first, last = events[0], events[-1]
+    seconds = last["elapsed_s"] - first["elapsed_s"]
+    rolled = run.metrics("rollout")
+    more = {"sampled_per_s": rolled[-1]["sampling_tokens_per_s"]} if rolled else {}
+    return {"tokens_per_s": (last["tokens"] - first["tokens"]) / seconds, **more}
+
+
+def _sampled(base: Loaded, settings: dict[str, Any], steps: int, side: str) -> dict[str, Any]:
+    """Answers to prompts side by side, prompts included in the time; the first round is not counted."""
+    from mlx_lm import batch_generate
+
+    lines = Path(settings["data"]["train"]).read_text("utf-8").splitlines()[:PROMPTS]
+    prompts = [base.tokenizer.encode(parse_json(line)["prompt"]) for line in lines]
+    base.model.eval()
+    how = Sampling(ANSWER, 0.0, stop_at_eos=False)
+    base.tokenizer.eos_token_ids = ()  # of batch_generate, which has no setting for it
+    for turn in range(steps + 1):
+        if side == "mlx_lm":
+            batch_generate(base.model, base.tokenizer, prompts, max_tokens=ANSWER, completion_batch_size=PROMPTS)
+        else:
+            sample_batch(base.model, base.tokenizer, prompts, how, seed=turn, rows=PROMPTS)
+        if not turn:
+            began = time.perf_counter()
+    return {"tokens_per_s": steps * PROMPTS * ANSWER / (time.perf_counter() - began)}
+
+
+def _theirs(base: Loaded, settings: dict[str, Any], steps: int, place: Path) -> dict[str, Any]:
+    """mlx_lm's own trainer on the same weights and rows."""
+    import mlx.optimizers as opt
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
+    from mlx_lm.tuner.trainer import TrainingArgs
+    from mlx_lm.tuner.trainer import train as their_train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model = base.model
+    model.freeze()
+    keys = {f"self_attn.{name}_proj" for name in "qkvo"}
+    linear_to_lora_layers(model, -1, {"rank": 8, "scale": 2.0, "dropout": 0.0, "keys": keys})
+    rows = [parse_json(line) for line in Path(settings["data"]["train"]).read_text("utf-8").splitlines()]
+    reports: list[tuple[float, int]] = []
+
+    class Watch(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            reports.append((time.perf_counter(), train_info["trained_tokens"]))
+
+    args = TrainingArgs(
+        batch_size=4,
+        iters=steps + 1,
+        steps_per_report=1,
+        steps_per_eval=10**6,
+        steps_per_save=10**6,
+        adapter_file=str(place / "theirs.safetensors"),
+        grad_checkpoint=settings["memory"]["checkpoint"] == "on",
+    )
+    data = CacheDataset(CompletionsDataset(rows, base.tokenizer, "prompt", "completion", mask_prompt=False))
+    their_train(model, opt.AdamW(learning_rate=1e-4), data, None, args, training_callback=Watch())
+    (began, before), (ended, after) = reports[0], reports[-1]
+    return {"tokens_per_s": (after - before) / (ended - began)}

@@ -1,7 +1,5 @@
-"""Text on its way to a terminal, into JSON, and out of small files.
-
-What a row, a model or a name holds must not steer the terminal it is shown on. All that mlxft prints goes through
-`echo`, or through a console of `make_console`; tests/test_layout.py holds it to that.
+"""Text in and out: JSON and small files read with limits, and the one place that prints, without control characters or
+markup.
 """
 
 from __future__ import annotations
@@ -12,11 +10,20 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+# Text on its way to a terminal, into JSON, and out of small files.
+#
+# What a row, a model or a name holds must not steer the terminal it is shown on. All that mlxft prints goes through
+# `echo`, or through a console of `make_console`; tests/test_layout.py holds it to that.
 
 # Control characters but \n and \t (ESC among them, and C1, which some terminals obey alike), what reorders or breaks
 # lines (bidi embeddings, overrides and isolates, U+2028), what is there and not seen (zero-width space, tags), and
@@ -139,3 +146,18 @@ def read_small(path: Path) -> str:
     if len(text) > _MOST:
         raise ValueError(f"it has more than {_MOST:,} characters")
     return text
+
+
+# --- bar --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def bar(console: Console | None, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, nothing elsewhere. Yields what is to be told of how many more are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+    shown = console is not None and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda n: progress.advance(task, n)

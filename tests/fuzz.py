@@ -202,8 +202,7 @@ def likely(kind: Any, key: str) -> list[Any]:
 
 def recipe_case(place: Path, rng: random.Random) -> list[str]:
     """A recipe in which settings are damaged, or overrides."""
-    from mlxft.config import config_class
-    from mlxft.explain import all_keys
+    from mlxft.config import all_keys, config_class
 
     objective = rng.choice(list(FORMS))
     form = FORMS[objective]

@@ -13,7 +13,7 @@ import pytest
 
 import mlxft
 from mlxft.errors import ConfigError
-from mlxft.model.sample import Sampling, generate
+from mlxft.model.sampling import Sampling, generate
 from mlxft.trainer.loop import Loop
 
 ROWS = [

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 import mlxft
-from mlxft import blas
+from mlxft import device
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere MLX brings its own")
 
@@ -57,7 +57,7 @@ ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd evtstrm aes sve 
     ],
 )
 def test_the_kernel_is_named_by_the_flags(text: str, kernel: str) -> None:
-    assert blas.best_kernel(text) == kernel
+    assert device.best_kernel(text) == kernel
 
 
 @pytest.mark.parametrize(
@@ -72,19 +72,19 @@ def test_the_kernel_is_named_by_the_flags(text: str, kernel: str) -> None:
     ],
 )
 def test_the_quota_of_a_container(text: str, cpus: int | None) -> None:
-    assert blas.cpu_quota(text) == cpus
+    assert device.cpu_quota(text) == cpus
 
 
 def process(code: str, **env: str) -> Any:
     """The last line that a fresh process prints, read as JSON; it has no variables of OpenBLAS and mlxft but `env`."""
-    ours = ("OPENBLAS_", "MLXFT_BLAS", "LD_PRELOAD", *blas.THREAD_VARIABLES)
+    ours = ("OPENBLAS_", "MLXFT_BLAS", "LD_PRELOAD", *device.THREAD_VARIABLES)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     done = subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-USED = "from mlxft.blas import in_use; import json; print(json.dumps(in_use().to_json()))"
+USED = "from mlxft.device import in_use; import json; print(json.dumps(in_use().to_json()))"
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def openblas() -> dict[str, Any]:
 
 @pytest.fixture
 def avx() -> None:
-    if not blas.best_kernel(blas._read(Path("/proc/cpuinfo"))):
+    if not device.best_kernel(device._read(Path("/proc/cpuinfo"))):
         pytest.skip("this CPU has no AVX")
 
 
@@ -120,27 +120,27 @@ def test_a_cpu_that_openblas_does_not_know_gets_the_kernel_of_its_flags(openblas
     code = (
         "import ctypes, json, subprocess, sys\n"
         "ctypes.CDLL(None).setenv(b'OPENBLAS_CORETYPE', b'Prescott', 1)\n"
-        "import mlxft; from mlxft.blas import in_use; used = in_use()\n"
+        "import mlxft; from mlxft.device import in_use; used = in_use()\n"
         "child = 'import os; print(os.environ.get(\"OPENBLAS_CORETYPE\"))'\n"
         "heard = subprocess.run([sys.executable, '-c', child], capture_output=True, text=True).stdout.strip()\n"
         "print(json.dumps([used.kernel, used.warning, heard]))"
     )
     kernel, warning, heard = process(code)
-    assert not blas.is_sse(kernel)
+    assert not device.is_sse(kernel)
     assert (warning, heard) == ("", "None")
 
 
 @pytest.mark.usefixtures("avx", "openblas")
 def test_the_kernel_that_the_user_names_stays_and_is_warned_of() -> None:
     used = process(f"import mlxft; {USED}", OPENBLAS_CORETYPE="Prescott")
-    assert blas.is_sse(used["kernel"])
+    assert device.is_sse(used["kernel"])
     assert "OPENBLAS_CORETYPE, which is Prescott" in used["warning"]
 
 
 def test_which_kernels_are_slow() -> None:
     slow = ["Prescott", "Generic", "Core2", "Nehalem", "Katmai", "Opteron_SSE3"]
     quick = ["Sandybridge", "Haswell", "Zen", "Excavator", "SkylakeX", "Cooperlake", "SapphireRapids", "neoversen1", ""]
-    assert [blas.is_sse(name) for name in slow + quick] == [True] * len(slow) + [False] * len(quick)
+    assert [device.is_sse(name) for name in slow + quick] == [True] * len(slow) + [False] * len(quick)
 
 
 @linux
@@ -161,7 +161,7 @@ def test_a_blas_that_the_process_has_already_is_left_in_use() -> None:
         "packages = Path(importlib.util.find_spec('mlx').submodule_search_locations[0]).parent\n"
         "for path in packages.glob('mlx_cpu.libs/libblas*'):\n"
         "    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)\n"
-        "import json, mlxft; from mlxft.blas import in_use; used = in_use()\n"
+        "import json, mlxft; from mlxft.device import in_use; used = in_use()\n"
         "print(json.dumps([used.library, 'openblas' in open('/proc/self/maps').read()]))"
     )
     assert process(code) == ["reference BLAS", False]
@@ -174,8 +174,8 @@ def test_a_library_that_is_none_is_refused(name: str, why: str, monkeypatch: pyt
     bare = SimpleNamespace()
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name, *a, **k: bare if name is None else real(name, *a, **k))
-    with pytest.raises(mlxft.blas.ConfigError, match=f"MLXFT_BLAS.*{why}"):
-        blas.load()
+    with pytest.raises(mlxft.device.ConfigError, match=f"MLXFT_BLAS.*{why}"):
+        device.load()
 
 
 class FakeOpenBLAS:
@@ -208,22 +208,22 @@ def test_no_more_threads_than_a_container_may_keep_busy(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(blas, "CGROUP", tmp_path)
-    for name in blas.THREAD_VARIABLES:
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    for name in device.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     library = FakeOpenBLAS()
-    blas._limit_threads(library)  # type: ignore[arg-type]
+    device._limit_threads(library)  # type: ignore[arg-type]
     assert library.threads == threads
 
 
 def test_nothing_is_said_on_a_gpu_or_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
-        assert blas.in_use() is None
+        assert device.in_use() is None
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert blas.in_use() is None
+    assert device.in_use() is None
 
 
 @pytest.mark.parametrize("slow", [True, False])
@@ -238,7 +238,7 @@ def test_check_train_and_the_start_event_name_it(
     import mlxft.check
     import mlxft.run
 
-    used = blas.Blas("OpenBLAS", "0.3.21", "Prescott" if slow else "Zen", 2, "it is slow" if slow else "")
+    used = device.Blas("OpenBLAS", "0.3.21", "Prescott" if slow else "Zen", 2, "it is slow" if slow else "")
     monkeypatch.setattr(mlxft.run, "in_use", lambda: used)
     monkeypatch.setattr(mlxft.check, "in_use", lambda: used)
     said = [f"blas: OpenBLAS 0.3.21, {used.kernel} kernel, 2 threads", *(["warning: it is slow"] if slow else [])]

@@ -11,10 +11,18 @@ import yaml
 from pydantic import BaseModel
 
 from mlxft import config as config_module
-from mlxft import explain
-from mlxft.config import Config, Optim, Settings, config_class, objectives
+from mlxft.config import (
+    Config,
+    Optim,
+    Settings,
+    config_class,
+    dump_config,
+    load_config,
+    objectives,
+    parse_config,
+    read_yaml,
+)
 from mlxft.errors import ConfigError
-from mlxft.recipe import dump_config, load_config, parse_config, read_yaml
 
 LEAST: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "t.jsonl", "format": "text"}}
 
@@ -175,8 +183,8 @@ def prize(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"prize": Prize} if objective == "prize" else {}
 
     monkeypatch.setattr(config_module, "objectives", lambda: ["sft", "prize"])
-    monkeypatch.setattr(explain, "objectives", lambda: ["sft", "prize"])
-    for module in (config_module, explain):
+    monkeypatch.setattr(config_module, "objectives", lambda: ["sft", "prize"])
+    for module in (config_module, config_module):
         monkeypatch.setattr(module, "objective_sections", sections)
 
 
@@ -185,7 +193,7 @@ def test_an_objective_declares_its_own_sections() -> None:
     config = parse_config({**LEAST, "objective": "prize", "prize": {"margin": 2}})
     assert config.section("prize", Prize).margin == 2.0
     assert parse_config({**LEAST, "objective": "prize"}).section("prize", Prize).margin == 0.5
-    assert "prize.margin" in explain.all_keys(config_class("prize"))
+    assert "prize.margin" in config_module.all_keys(config_class("prize"))
     with pytest.raises(ConfigError, match=r"^config: prize: no such setting for this objective; it belongs to prize$"):
         parse_config({**LEAST, "prize": {"margin": 2}})
     with pytest.raises(ConfigError, match=r"prize\.margn: no such setting \(did you mean prize\.margin\?\)"):

@@ -14,19 +14,18 @@ import pytest
 import yaml
 from mlx.utils import tree_flatten
 
-from mlxft.cli.label import label
-from mlxft.config import Config, config_class
+from mlxft.build import make_objective
+from mlxft.cli.use import label
+from mlxft.config import Config, config_class, load_config
 from mlxft.data.sources import Row
 from mlxft.errors import ConfigError
+from mlxft.model.layers import LowRank
 from mlxft.model.load import load as load_model
-from mlxft.model.lora import LowRank
-from mlxft.objectives.onpolicy.functions import load_functions
-from mlxft.objectives.onpolicy.rewards import Item
-from mlxft.recipe import load_config
-from mlxft.run import load, make_objective, train
-from mlxft.study.cases import make_cases
-from mlxft.study.label_recipe import read_label_recipe
-from mlxft.study.tasks import Task, read_task
+from mlxft.objectives.rewards import Scored, load_functions
+from mlxft.run import train
+from mlxft.runs import load_run
+from mlxft.study.label import read_label_recipe
+from mlxft.study.tasks import Task, make_cases, read_task
 
 ROOT = Path(__file__).parents[1]
 LABEL = ROOT / "configs/label.yaml"
@@ -107,7 +106,7 @@ def trained(
             config = load_config(ROOT / f"configs/{name}.yaml", [few(o) for o in overrides])
             run = train(config)
             assert [e["step"] for e in run.metrics("end")] == [2]
-            done[name] = config, load(run, scores=config.objective == "reward").model
+            done[name] = config, load_run(run, scores=config.objective == "reward").model
         return done[name]
 
     return get
@@ -261,7 +260,7 @@ def test_recipes_by_a_function_train_an_adapter(
     run = train(load_config(ROOT / f"configs/{name}.yaml", overrides))
     assert run.metrics("rollout")[0]["reward/size"] > 0
     assert "win_rate" in run.metrics("eval")[-1]
-    assert all(mx.any(m.lora_b != 0).item() for m in adapted(load(run).model)), "every layer has learnt something"
+    assert all(mx.any(m.lora_b != 0).item() for m in adapted(load_run(run).model)), "every layer has learnt something"
 
 
 def test_the_example_of_a_reward_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +268,6 @@ def test_the_example_of_a_reward_function(monkeypatch: pytest.MonkeyPatch) -> No
     (function,) = load_functions("configs/rewards.py:overlap")
     ids = np.zeros(1, dtype=np.int32)
     said = ["The 9th.", "it is the 9th.", "", "no"]
-    items = [Item(ids, ids, "When?", text, {"chosen": "The 9th."}, True, "rows:1") for text in said]
+    items = [Scored(ids, ids, "When?", text, {"chosen": "The 9th."}, True, "rows:1") for text in said]
     # 2 words of 4 and 2 are in common: precision 1 / 2, recall 1.
     assert function.score(items) == pytest.approx([1, 2 / 3, 0, 0])

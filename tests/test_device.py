@@ -19,9 +19,9 @@ import pytest
 from mlxft import device
 from mlxft.device import Failure, awake, gpu_failure, machine_bytes, relax_watchdog, usable_bytes
 from mlxft.errors import TrainingError
+from mlxft.files import flush
 from mlxft.run import train
-from mlxft.trainer.files import flush
-from mlxft.trainer.gradient import Gradients
+from mlxft.trainer.loop import Gradients
 
 GB = 10**9
 

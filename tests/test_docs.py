@@ -13,7 +13,7 @@ import pytest
 from architectures import names
 
 from mlxft.cli import cli
-from mlxft.recipe import load_config
+from mlxft.config import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,43 +14,28 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mlxft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import from rooms of a lower number and from itself. Side by side stand blas, config and owned; and study
-# and export.
+# A room may import from rooms of a lower number and from itself.
 ORDER = {
     "errors": 0,
-    "temporary": 0,
-    "blas": 1,
-    "device": 1,
-    "config": 1,
-    "owned": 1,
-    "data": 2,
-    "model": 3,
-    "objectives": 4,
-    "trainer": 5,
-    "run": 6,
-    "study": 7,
-    "export": 7,
-    "demo": 8,
-    "cli": 9,
-    "__main__": 10,
-}
-# Reading recipes and explaining their errors belongs to config; likewise run folders and checking a recipe, to run.
-SAME_ROOM = {
-    "text": "errors",
-    "recipe": "config",
-    "explain": "config",
-    "schema": "config",
-    "settings": "config",
-    "search": "config",
-    "rundir": "run",
-    "parts": "run",
-    "check": "run",
-    "doctor": "run",
-    "selftest": "demo",
-    "bench": "demo",
-    "planning": "run",
-    "measure": "run",
-    "timing": "run",
+    "text": 1,
+    "files": 2,
+    "device": 2,
+    "config": 3,
+    "data": 4,
+    "model": 5,
+    "objectives": 6,
+    "trainer": 7,
+    "runs": 8,
+    "build": 9,
+    "doctor": 9,
+    "run": 10,
+    "check": 11,
+    "export": 12,
+    "study": 12,
+    "selftest": 13,
+    "demo": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 MAX_FUNCTION_LINES = 60
 HELP_SECONDS = 0.3
@@ -82,16 +67,15 @@ def imported_modules(tree: ast.Module, package: list[str]) -> Iterator[tuple[int
 
 
 def wrong_imports(source: str, path: str) -> list[str]:
-    """The imports of the module at `path` (such as 'mlxft/data/encode.py') that go against the order."""
+    """The imports of the module at `path` (such as 'mlxft/data/dataset.py') that go against the order."""
     *package, _ = path.split("/")
     room = package[1] if len(package) > 1 else path.rsplit("/", 1)[1].removesuffix(".py")
-    room = SAME_ROOM.get(room, room)
     if room not in ORDER:
         return [f"{path}: {room} is not in the order of rooms ({', '.join(ORDER)})"]
     offenders = []
     for line, name in imported_modules(ast.parse(source), package):
         head, _, rest = name.partition(".")
-        target = SAME_ROOM.get(first := rest.split(".")[0], first)
+        target = rest.split(".")[0]
         # What is not a room is a name of mlxft/__init__.py, as in `from mlxft import __version__`.
         if head != "mlxft" or target not in ORDER or target == room or ORDER[target] < ORDER[room]:
             continue
@@ -115,22 +99,22 @@ def relative(path: Path) -> str:
 @pytest.mark.parametrize(
     ("path", "source", "wrong"),
     [
-        ("mlxft/data/encode.py", "from mlxft.model.load import load", True),
-        ("mlxft/data/encode.py", "from mlxft.errors import DataError\nfrom mlxft.data import sources", False),
-        ("mlxft/data/encode.py", "def f():\n    import mlxft.model.load", True),
-        ("mlxft/data/encode.py", "from ..model import load", True),
-        ("mlxft/data/encode.py", "from . import sources\nfrom .formats import FORMATS", False),
-        ("mlxft/data/encode.py", "from mlxft import model", True),
-        ("mlxft/data/encode.py", "if TYPE_CHECKING:\n    from mlxft.model.load import Loaded", False),
-        ("mlxft/data/encode.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import mlxft.run", True),
+        ("mlxft/data/dataset.py", "from mlxft.model.load import load", True),
+        ("mlxft/data/dataset.py", "from mlxft.errors import DataError\nfrom mlxft.data import sources", False),
+        ("mlxft/data/dataset.py", "def f():\n    import mlxft.model.load", True),
+        ("mlxft/data/dataset.py", "from ..model import load", True),
+        ("mlxft/data/dataset.py", "from . import sources\nfrom .formats import FORMATS", False),
+        ("mlxft/data/dataset.py", "from mlxft import model", True),
+        ("mlxft/data/dataset.py", "if TYPE_CHECKING:\n    from mlxft.model.load import Loaded", False),
+        ("mlxft/data/dataset.py", "if TYPE_CHECKING:\n    pass\nelse:\n    import mlxft.run", True),
         ("mlxft/export/fuse.py", "from mlxft.study import runs", True),
         ("mlxft/study/sweep.py", "from mlxft.export import fuse", True),
         ("mlxft/run.py", "from mlxft.demo import walk", True),
         ("mlxft/demo/walk.py", "from mlxft.run import run\nfrom mlxft import __version__", False),
         ("mlxft/config.py", "def f():\n    import mlxft.objectives", True),
-        ("mlxft/recipe.py", "from mlxft.config import Config\nfrom mlxft.explain import explain", False),
-        ("mlxft/data/encode.py", "from mlxft.recipe import load_config", False),
-        ("mlxft/recipe.py", "from mlxft.data import sources", True),
+        ("mlxft/config.py", "from mlxft.config import Config\nfrom mlxft.config import explain", False),
+        ("mlxft/data/dataset.py", "from mlxft.config import load_config", False),
+        ("mlxft/config.py", "from mlxft.data import sources", True),
         ("mlxft/attic/old.py", "import json", True),
     ],
 )
@@ -145,6 +129,45 @@ def test_imports_go_one_way() -> None:
     modules = [f for f in FILES if f != PACKAGE / "__init__.py"]
     offenders = [line for f in modules for line in wrong_imports(f.read_text(), relative(f))]
     assert not offenders, "imports against the order of rooms:\n" + "\n".join(offenders)
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, directly or not, inside functions included (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in imports.get(name, ()):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            at = stack.index(name)
+            found.append(stack[at:])
+            del stack[at:]
+
+    for name in imports:
+        if name not in index:
+            visit(name)
+    return [sorted(group) for group in found if len(group) > 1]
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}})
+    names = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
+    names.pop("mlxft")  # the Python API, which names everything
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        package = list(path.relative_to(PACKAGE.parent).parts[:-1])
+        seen = {target for _, target in imported_modules(ast.parse(path.read_text()), package)}
+        found[name] = {n if n in names else n.rpartition(".")[0] for n in seen} & names.keys() - {name}
+    assert not circles(found), f"import circles: {circles(found)}"
 
 
 def test_data_needs_no_mlx() -> None:

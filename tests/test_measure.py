@@ -13,16 +13,15 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxft import measure, planning
+from mlxft import build
+from mlxft.build import load_base, make_objective, settled
 from mlxft.check import check
+from mlxft.config import load_config, parse_config
 from mlxft.device import machine_bytes
 from mlxft.errors import ConfigError, ModelError, TrainingError
-from mlxft.model.memory import is_checkpointed
-from mlxft.model.random import random_state
-from mlxft.objectives.onpolicy import memory
-from mlxft.planning import settled
-from mlxft.recipe import load_config, parse_config
-from mlxft.run import assemble, load_base, make_objective, train
+from mlxft.model.layers import is_checkpointed, random_state
+from mlxft.objectives import rollouts
+from mlxft.run import assemble, train
 from mlxft.text import make_console
 
 Make = Callable[..., dict[str, Any]]
@@ -97,7 +96,7 @@ def test_a_step_that_takes_too_much_is_checkpointed_and_stays_so(
         asked.append(is_checkpointed(model))
         return 10**6 if asked[-1] else machine_bytes() // 2
 
-    monkeypatch.setattr(measure, "measured_bytes", pretend)
+    monkeypatch.setattr(build, "measured_bytes", pretend)
     run = train(recipe(**{"run.steps": 2, "optim.schedule": "constant", "optim.warmup": 0}))
     assert asked == [False, True]
     assert load_config(run.dir / "config.yaml").memory.checkpoint == "on"
@@ -111,11 +110,11 @@ def test_a_step_that_takes_too_much_is_checkpointed_and_stays_so(
 def test_what_does_not_fit_is_refused_and_off_is_off(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "measured_bytes", lambda *args: 1 << 62)
+    monkeypatch.setattr(build, "measured_bytes", lambda *args: 1 << 62)
     with pytest.raises(ConfigError, match=r"a step found no room; .* What helps: a smaller batch.tokens"):
         train(recipe())
     assert not (tmp_path / "runs/a").exists()
-    monkeypatch.setattr(measure, "measured_bytes", lambda *args: machine_bytes() // 2)
+    monkeypatch.setattr(build, "measured_bytes", lambda *args: machine_bytes() // 2)
     run = train(recipe(**{"memory.checkpoint": "off", "run.steps": 1}))
     assert load_config(run.dir / "config.yaml").memory.checkpoint == "off"
 
@@ -129,26 +128,26 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     def fails(*args: Any) -> Any:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(measure, "gradient", fails)
+    monkeypatch.setattr(build, "gradient", fails)
     said = "[metal::malloc] Resource limit (499000) exceeded."
-    assert measure.measured_bytes(config, loaded.model, objective, optimizer) == 1 << 62
+    assert build.measured_bytes(config, loaded.model, objective, optimizer) == 1 << 62
     said = "[matmul] shapes"
     with pytest.raises(RuntimeError, match="shapes"):
-        measure.measured_bytes(config, loaded.model, objective, optimizer)
+        build.measured_bytes(config, loaded.model, objective, optimizer)
     said = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e)"
-    for work in (measure.measured_bytes, lambda c, m, o, _: measure.gradient_seconds(c, m, o, False)):
+    for work in (build.measured_bytes, lambda c, m, o, _: build.gradient_seconds(c, m, o, False)):
         with pytest.raises(TrainingError, match=r"measured before training\. What helps most: .* the display sleep"):
             work(config, loaded.model, objective, optimizer)
 
 
 def test_a_crowded_memory_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse_config(recipe(**{"memory.limit": 10**5}))
-    monkeypatch.setattr(measure, "swap_bytes", lambda: 3e9)
-    above, swap = measure.crowded(config)
+    monkeypatch.setattr(build, "swap_bytes", lambda: 3e9)
+    above, swap = build.crowded(config)
     assert above.startswith("warning: memory.limit is above the ")
     assert swap == "warning: 3.00 GB of swap are in use: close what crowds the memory"
-    monkeypatch.setattr(measure, "swap_bytes", lambda: 0.0)
-    assert measure.crowded(parse_config(recipe())) == []
+    monkeypatch.setattr(build, "swap_bytes", lambda: 0.0)
+    assert build.crowded(parse_config(recipe())) == []
 
 
 def made(settings: dict[str, Any]) -> tuple[Any, ...]:
@@ -167,7 +166,7 @@ def test_nothing_is_left_of_it(name: str, recipe: Make) -> None:
     config, model, objective, optimizer = made(recipe(**changes))
     before = {n: mx.array(v) for n, v in tree_flatten([model.parameters(), optimizer.arrays()])}
     random, state = random_state(), objective.state_dict()
-    assert measure.measured_bytes(config, model, objective, optimizer) is not None
+    assert build.measured_bytes(config, model, objective, optimizer) is not None
     after = dict(tree_flatten([model.parameters(), optimizer.arrays()]))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[n], after[n]).item() for n in before)
@@ -206,7 +205,7 @@ def on_policy(recipe: Make, tmp_path: Path) -> Make:
 def test_made_up_completions_are_as_sampled_ones(kind: str, on_policy: Make) -> None:
     """The same arrays, of the same types, and as large as the longest completions make them."""
     _, model, objective, _ = made(on_policy(kind, **{"memory.measure": False}))
-    made_up = [batch for step in memory.largest(objective) for batch in step()]
+    made_up = [batch for step in rollouts.largest(objective) for batch in step()]
     sampled = objective.batches(model)
     while objective._number < objective.first_whole:
         next(sampled)
@@ -233,8 +232,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, per_token: float) -> list[int]:
         asked.append(objective._budget["tokens"])
         return int(per_token * max(s.rows * s.width for s in objective.shapes()))
 
-    monkeypatch.setattr(measure, "measured_bytes", pretend)
-    monkeypatch.setattr(measure, "_lasting", lambda *args: 0)
+    monkeypatch.setattr(build, "measured_bytes", pretend)
+    monkeypatch.setattr(build, "_lasting", lambda *args: 0)
     return asked
 
 
@@ -276,8 +275,8 @@ def test_what_can_not_be_planned_is_said_and_measured(
     def fails(*args: Any) -> Any:
         raise ModelError("memory can not be predicted for this architecture")
 
-    monkeypatch.setattr(planning, "plan_batches", fails)
-    monkeypatch.setattr(planning, "largest_tokens", fails)
+    monkeypatch.setattr(build, "plan_batches", fails)
+    monkeypatch.setattr(build, "largest_tokens", fails)
     auto = {"batch": {"tokens": "auto"}, "run.steps": 1}
 
     def said(**changes: Any) -> str:
@@ -306,7 +305,7 @@ def test_what_a_reference_holds_is_counted(loss: str, pairs: str, recipe: Make) 
     objective: Any = make_objective(config, loaded.tokenizer)
     _, optimizer, config, _ = assemble(config, loaded, objective)
     began = {n: id(v) for n, v in tree_flatten(loaded.model.trainable_parameters())}
-    assert measure.measured_bytes(config, loaded.model, objective, optimizer) is not None
+    assert build.measured_bytes(config, loaded.model, objective, optimizer) is not None
     assert not set(began.values()) & {id(v) for _, v in tree_flatten(loaded.model.trainable_parameters())}
     assert set(began.values()) <= {id(v) for v in objective.held()}
 
@@ -321,7 +320,7 @@ def test_kto_with_auto_is_no_on_policy_objective(pairs: str, recipe: Make) -> No
 def test_a_little_over_the_limit_is_at_the_limit(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX works ahead until a limit is reached, and waits then."""
     taken = [1.03]
-    monkeypatch.setattr(measure, "measured_bytes", lambda *args: int(taken[0] * 10**9))
+    monkeypatch.setattr(build, "measured_bytes", lambda *args: int(taken[0] * 10**9))
     limited = {"memory.limit": 1.0, "memory.checkpoint": "off", "run.steps": 1}
     train(recipe(**limited))
     taken[0] = 1.2

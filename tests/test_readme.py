@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxft.config import Config
-from mlxft.data.convert import FORMATS
-from mlxft.explain import all_keys
+from mlxft.config import Config, all_keys, read_yaml
+from mlxft.data.formats import FORMATS
 from mlxft.objectives.sft import FORMATS as SFT_FORMATS
-from mlxft.recipe import read_yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

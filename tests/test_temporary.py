@@ -11,10 +11,8 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import CheckpointError, ExportError
+from mlxft.files import claim, clear, discard, save_arrays, temporary, write_beside, write_text
 from mlxft.model.folder import replace_folder
-from mlxft.owned import claim
-from mlxft.temporary import clear, discard, temporary
-from mlxft.trainer.files import save_arrays, write_beside, write_text
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +103,7 @@ def test_what_is_discarded_is_renamed_first(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "step-3").mkdir()
     (tmp_path / "step-3/weights").write_text("")
     with monkeypatch.context() as patch:
-        patch.setattr("mlxft.temporary._remove", lambda path: None)
+        patch.setattr("mlxft.files._remove", lambda path: None)
         discard(tmp_path / "step-3")
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(f".tmp-mlxft-{os.getpid()}-")

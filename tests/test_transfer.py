@@ -10,10 +10,11 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+from mlxft.config import load_config
+from mlxft.model.layers import LowRank
 from mlxft.model.load import load as load_model
-from mlxft.model.lora import LowRank
-from mlxft.recipe import load_config
-from mlxft.run import load, train
+from mlxft.run import train
+from mlxft.runs import load_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,13 +50,13 @@ def test_answers_go_on_from_texts(base: Path, tmp_path: Path, monkeypatch: pytes
     )
     start = second.metrics("eval")[0]
     assert start["step"] == 0, "what the texts alone have taught is told"
-    before, after = (dict(tree_flatten(load(run).model.trainable_parameters())) for run in (first, second))
+    before, after = (dict(tree_flatten(load_run(run).model.trainable_parameters())) for run in (first, second))
     assert before.keys() == after.keys()
     assert not any(mx.array_equal(before[n], after[n]).item() for n in before if "lora" in n)
     # The second run began where the first one ended: it is nearer to it than to nothing.
     moved = sum((after[n] - before[n]).square().sum().item() for n in before if "lora_b" in n)
     assert moved < sum(after[n].square().sum().item() for n in after if "lora_b" in n)
-    assert next(m for _, m in load(second).model.named_modules() if isinstance(m, LowRank)).lora_a.shape[-1] == 8
+    assert next(m for _, m in load_run(second).model.named_modules() if isinstance(m, LowRank)).lora_a.shape[-1] == 8
 
 
 def test_lower_layers_learn_more_slowly(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,7 @@ def test_lower_layers_learn_more_slowly(base: Path, tmp_path: Path, monkeypatch:
     steps = ["run.epochs=null", "run.steps=1", "optim.warmup=0"]
     config = load_config(Path("configs/transfer-groups.yaml"), [f"model.path={base}", f"run.dir={tmp_path}", *steps])
     before = dict(tree_flatten(load_model(str(base)).model.parameters()))
-    after = dict(tree_flatten(load(train(config)).model.parameters()))
+    after = dict(tree_flatten(load_run(train(config)).model.parameters()))
 
     def largest(part: str) -> float:
         """The largest change: Adam's first step is the learning rate, whatever the gradient."""

@@ -26,31 +26,31 @@ COMMANDS = {
     "check": ("train", "Validate a recipe; show its rows as trained. Trains nothing."),
     "generate": ("use", "Answer a prompt."),
     "chat": ("use", "Talk with a model."),
-    "sample": ("sample", "Best of n, or rejection sampling: scored answers as rows for SFT."),
-    "label": ("label", "Judge answers by hand, for a reward model or preference training."),
-    "score": ("score", "Score or rank answers with a reward run."),
-    "eval": ("eval", "How good a model is on a file: loss, or a task, with errors and differences."),
-    "sweep": ("sweep", "Find better settings: trials, the worse ones stopped early."),
-    "lr-find": ("sweep", "Suggest a learning rate by a range test."),
-    "fewshot": ("fewshot", "Zero-shot, examples in the prompt, and tuned on a few: a table with intervals."),
-    "fuse": ("ship", "Fuse a run's adapter into its base."),
-    "convert": ("ship", "Write a model as an MLX folder, quantised or not."),
+    "sample": ("use", "Best of n, or rejection sampling: scored answers as rows for SFT."),
+    "label": ("use", "Judge answers by hand, for a reward model or preference training."),
+    "score": ("use", "Score or rank answers with a reward run."),
+    "eval": ("use", "How good a model is on a file: loss, or a task, with errors and differences."),
+    "sweep": ("train", "Find better settings: trials, the worse ones stopped early."),
+    "lr-find": ("train", "Suggest a learning rate by a range test."),
+    "fewshot": ("use", "Zero-shot, examples in the prompt, and tuned on a few: a table with intervals."),
+    "fuse": ("export", "Fuse a run's adapter into its base."),
+    "convert": ("export", "Write a model as an MLX folder, quantised or not."),
     "export": ("export", "Write a result for PEFT, transformers, llama.cpp or Ollama."),
     "import": ("export", "Read a PEFT adapter in."),
-    "push": ("push", "Push a result to the Hugging Face hub, with a model card."),
-    "runs": ("runs", "List, show, compare, plot, report, watch and remove runs."),
-    "doctor": ("doctor", "Look at this machine: what is wrong, and what mends it."),
-    "selftest": ("doctor", "Hold this machine's numbers against the CPU's, in some minutes."),
-    "bench": ("doctor", "Time training on this machine, on models of known shapes."),
-    "schema": ("schema", "Print the JSON schema of recipes, for editors."),
-    "demo": ("demo", "See it work: train a small model on built-in rows."),
-    "rlhf": ("demo", "See the whole road: SFT, a reward model, PPO, fuse."),
+    "push": ("export", "Push a result to the Hugging Face hub, with a model card."),
+    "runs": ("study", "List, show, compare, plot, report, watch and remove runs."),
+    "doctor": ("study", "Look at this machine: what is wrong, and what mends it."),
+    "selftest": ("study", "Hold this machine's numbers against the CPU's, in some minutes."),
+    "bench": ("study", "Time training on this machine, on models of known shapes."),
+    "schema": ("train", "Print the JSON schema of recipes, for editors."),
+    "demo": ("train", "See it work: train a small model on built-in rows."),
+    "rlhf": ("train", "See the whole road: SFT, a reward model, PPO, fuse."),
 }
 
 
 def _trust(context: click.Context, _: click.Parameter, given: bool) -> None:
     if given:
-        from mlxft.model.source import trusting
+        from mlxft.model.load import trusting
 
         context.with_resource(trusting(True))
 
@@ -66,7 +66,7 @@ TRUST = click.option(
 
 def reserve(path: Path) -> None:
     """Refuse to work on what another mlxft works on; until this command ends, others are refused."""
-    from mlxft.owned import reserved
+    from mlxft.files import reserved
 
     click.get_current_context().with_resource(reserved(path))
 

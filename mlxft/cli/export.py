@@ -1,13 +1,117 @@
-"""mlxft export, mlxft import."""
+"""Commands that export: fuse, convert, export, import, push."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from mlxft.cli import TRUST, PathArg, reserve
-from mlxft.text import echo, json_text
+from mlxft.text import echo, json_text, make_console
+
+# --- ship -------------------------------------------------------------------------------------------------------------
+# mlxft fuse, mlxft convert.
+
+
+@click.command()
+@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=PathArg())
+@click.option("--adapter", "adapters", multiple=True, metavar="RUN[:W]", help="Merge: add W times its change (1).")
+@click.option("--model", help="The base, where the adapter does not say or it has moved.")
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Share of the adaptation that must be kept; on a quantised base the fewest bits that do are taken.",
+)
+@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Requantise all fused layers so.")
+@click.option("--dequantize", is_flag=True, help="Write float weights of a quantised base.")
+@click.option("--probe", metavar="FILE", help="Rows to measure on; valid: its recipe's; default: built-in text.")
+@click.option("--force", is_flag=True, help="Write it even if less than --keep is kept.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
+@TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+def fuse(
+    paths: tuple[Path, ...],
+    adapters: tuple[str, ...],
+    model: str | None,
+    keep: float,
+    bits: str | None,
+    dequantize: bool,
+    probe: str | None,
+    force: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Fuse RUN's adapter into its base and write the folder OUT, for mlx-lm, LM Studio and transformers.
+
+    What was kept of the fine-tune is measured; where less than --keep would be, nothing is written.
+
+    Example: mlxft fuse runs/quickstart fused
+
+    Example: mlxft fuse merged --adapter runs/a:0.7 --adapter runs/b:0.3
+    """
+    if dequantize and bits:
+        raise click.UsageError("give --dequantize or --bits, not both")
+    if len(paths) > 2 or (len(paths) == 1 and not adapters):
+        raise click.UsageError("give RUN and OUT, or OUT and --adapter RUN (once or more)")
+    reserve(paths[-1])
+    from rich.text import Text
+
+    from mlxft.export.fuse import LostTooMuch, parse_adapter
+    from mlxft.export.fuse import fuse as fuse_run
+
+    with make_console(stderr=True).status("loading") as status:
+        try:
+            fused = fuse_run(
+                paths[0] if len(paths) == 2 else None,
+                paths[-1],
+                adapters=[parse_adapter(text) for text in adapters],
+                model=model,
+                dequantize=dequantize,
+                bits=int(bits) if bits else None,
+                keep=keep,
+                probe=probe,
+                force=force,
+                overwrite=overwrite,
+                tell=lambda said: status.update(Text(said)),
+            )
+        except LostTooMuch as lost:
+            if as_json:
+                echo(json_text(lost.fused.to_json()))
+            raise
+    echo(json_text(fused.to_json()) if as_json else "\n".join(fused.lines()))
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", type=PathArg())
+@click.option("--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; default 64.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--dequantize", is_flag=True, help="Write float weights of a quantised SRC.")
+@TRUST
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
+def convert(
+    src: str, dst: Path, quantize: str | None, group_size: str | None, dtype: str, dequantize: bool, overwrite: bool
+) -> None:
+    """Write SRC (hub id, folder, .gguf, smollm2-135m) as an MLX folder DST.
+
+    Example: mlxft convert smollm2-135m smollm2 --dtype float32
+    """
+    from mlxft.export.fuse import convert_model as run
+
+    reserve(dst)
+    bits, groups = (int(given) if given else None for given in (quantize, group_size))
+    run(src, dst, dtype=dtype, quantize=bits, group_size=groups, dequantize=dequantize, overwrite=overwrite)
+    echo(f"wrote {dst}")
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+# mlxft export, mlxft import.
 
 
 @click.command()
@@ -52,7 +156,7 @@ def export(
 
         said = export_peft(run, out, model=model, overwrite=overwrite)
     elif form == "seq-cls":
-        from mlxft.export.seqcls import export_seqcls
+        from mlxft.export.peft import export_seqcls
 
         said = export_seqcls(run, out, model=model, overwrite=overwrite)
     elif form == "gguf":
@@ -80,8 +184,67 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
 
     Example: mlxft import their-adapter adapter --model their-base
     """
-    from mlxft.export.peft_in import import_peft
+    from mlxft.export.peft import import_peft
 
     reserve(out)
     said = import_peft(peft, out, model=model, overwrite=overwrite)
     echo(json_text({"out": str(out), "said": said}) if as_json else "\n".join(said))
+
+
+# --- push -------------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("run", type=PathArg())
+@click.argument("repo")
+@click.option("--dry-run", is_flag=True, help="List the files and show the card; send nothing.")
+@click.option("--public", is_flag=True, help="All may read it; default: private.")
+@click.option("--update", is_flag=True, help="Add a commit to a repository that is there; its card is replaced.")
+@click.option("--message", default="Upload by mlxft", show_default=True, help="Of the commit.")
+@click.option("--what", type=click.Choice(["adapter", "model"]), help="Refuse to push anything else.")
+@click.option("--run", "of", type=PathArg(), help="The run that a fused or exported folder came from.")
+@click.option("--licence", "--license", help="Of the base, as the hub names it (apache-2.0), where it is not known.")
+@click.option("--card", "own", type=PathArg(), help="A README.md to use in place of the written one.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def push(
+    run: Path,
+    repo: str,
+    dry_run: bool,
+    public: bool,
+    update: bool,
+    message: str,
+    what: Literal["adapter", "model"] | None,
+    of: Path | None,
+    licence: str | None,
+    own: Path | None,
+    as_json: bool,
+) -> None:
+    """Push RUN, or what fuse or export wrote, to REPO (owner/name) on the Hugging Face hub, with a model card.
+
+    Weights, tokenizer, configuration and card go; checkpoints, data, metrics and samples stay here. The token is
+    that of HF_TOKEN or `hf auth login`.
+
+    Example: mlxft push runs/quickstart ada/quickstart --dry-run
+    """
+    from mlxft.export.hub import pack, upload
+    from mlxft.study.plots import curves
+
+    shipment = pack(run, repo, what=what, run=of, licence=licence, own_card=own, draw=curves)
+    commit = None if dry_run else upload(shipment, public=public, update=update, message=message)
+    sizes = shipment.sizes()
+    if as_json:
+        files = [{"path": name, "bytes": size} for name, size in sizes.items()]
+        told = {"repo": repo, "url": shipment.url, "public": public, "files": files, "left_out": shipment.left_out}
+        echo(json_text(told | {"notes": shipment.notes, "card": shipment.card, "commit": commit}, indent=2))
+        return
+    echo(f"{'would push' if dry_run else 'pushed'} to {shipment.url} ({'public' if public else 'private'})")
+    for name, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
+        echo(f"{_size(size):>12}  {name}")
+    for line in ([f"stays here: {', '.join(shipment.left_out)}"] if shipment.left_out else []) + shipment.notes:
+        echo(line)
+    echo(f"\nREADME.md:\n\n{shipment.card}" if dry_run else f"commit: {commit}")
+
+
+def _size(size: int) -> str:
+    """Bytes as people say it."""
+    return f"{size:,} B" if size < 1000 else f"{size / 1e3:,.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"

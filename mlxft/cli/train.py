@@ -1,4 +1,4 @@
-"""mlxft train, mlxft check."""
+"""Commands that train: train, check, sweep, lr-find, schema, demo, rlhf."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Literal
 
 import click
 
-from mlxft.cli import PathArg
-from mlxft.text import make_console
+from mlxft.cli import PathArg, reserve
+from mlxft.text import echo, json_text, make_console
+
+# --- train ------------------------------------------------------------------------------------------------------------
+# mlxft train, mlxft check.
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
@@ -32,7 +35,7 @@ def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, o
              mlxft train --resume runs/sft-lora
     """
     path, overrides = _recipe(recipe, overrides, resume)
-    from mlxft.recipe import load_config
+    from mlxft.config import load_config
     from mlxft.run import train as run
 
     of_run = path.name == "config.yaml" and resume is not None
@@ -91,6 +94,175 @@ def check(
     if time and device:
         raise click.UsageError("--time is of this machine: give --device or --time, not both")
     from mlxft.check import check as run
-    from mlxft.recipe import load_config
+    from mlxft.config import load_config
 
     run(load_config(recipe, overrides), rows, make_console(), as_json, time, device)
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------------
+# mlxft sweep, mlxft lr-find.
+
+
+@click.command()
+@click.argument("recipe", type=PathArg())
+@OVERRIDES
+@click.option("--trials", type=click.IntRange(1, 10**6), help="Trials in all, those of earlier calls included.")
+@click.option("--time", "limit", metavar="TIME", help="Longest time of this call, e.g. 2h, 30m, 1h30m.")
+@click.option("--name", help="Folder below run.dir; default: the run's name.")
+@click.option("--overwrite", is_flag=True, help="Begin anew: the trials there are get lost.")
+@click.option("--json", "as_json", is_flag=True, help="Print trials, best and importance as JSON.")
+def sweep(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    trials: int | None,
+    limit: str | None,
+    name: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Find better settings for RECIPE: train it with others, and stop early what falls behind.
+
+    What is varied stands in the recipe, beside what `mlxft train` takes:
+
+    \b
+      sweep:
+        space:
+          optim.lr: {log: [1.0e-5, 1.0e-2]}    # also float, int, log_int: [low, high]
+          tune.rank: {choice: [4, 8, 16, 32]}
+        metric: loss        # of validation; others need direction: minimize or maximize
+        sampler: tpe        # or random, grid
+        pruner: halving     # or median, none
+
+    A sweep that was killed or interrupted goes on with the same command. The best is written as best.yaml.
+
+    \b
+    Example: mlxft sweep configs/sweep.yaml --trials 12
+             mlxft sweep configs/sweep.yaml --time 2h data.train=my.jsonl
+    """
+    from mlxft.study.sweep import sweep as run
+
+    console = make_console(stderr=as_json)
+    found = run(recipe, overrides, trials=trials, limit=limit, name=name, overwrite=overwrite, console=console)
+    if as_json:
+        echo(json_text(found.to_json()))
+    else:
+        found.print(console)
+
+
+@click.command("lr-find")
+@click.argument("recipe", type=PathArg())
+@OVERRIDES
+@click.option("--min", "low", default=1e-7, show_default=True, help="First rate.")
+@click.option("--max", "high", default=1.0, show_default=True, help="Last rate.")
+@click.option("--steps", default=100, show_default=True, help="Steps from the first rate to the last.")
+@click.option("--plot", type=PathArg(), help="Draw the loss over the rate: .png, .svg or .pdf.")
+@click.option("--overwrite", is_flag=True, help="Replace the picture if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print rates, losses and suggestion as JSON.")
+def lr_find(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    low: float,
+    high: float,
+    steps: int,
+    plot: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Suggest a learning rate for RECIPE: train at a rising one, and see where the loss falls (Smith 2015).
+
+    The suggestion is a tenth of the rate at which the smoothed loss was lowest, before it first rose by a quarter of
+    its whole fall. The test ends where the loss runs away, and leaves no run behind.
+
+    \b
+    Example: mlxft lr-find configs/sft-lora.yaml --plot lr.png
+             mlxft lr-find configs/sft-lora.yaml --min 1e-6 --max 1e-1 --steps 200
+    """
+    from mlxft.config import load_config
+    from mlxft.files import check_file
+    from mlxft.study.lr_find import lr_find as run
+
+    console = make_console(stderr=as_json)
+    if plot is not None:
+        reserve(plot)
+        check_file(plot, overwrite, "--plot")
+    found = run(load_config(recipe, overrides), low, high, steps, plot, console)
+    if as_json:
+        echo(json_text(found.to_json()))
+        return
+    for line in found.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if plot is not None:
+        echo(f"picture: {plot}")
+
+
+# --- schema -----------------------------------------------------------------------------------------------------------
+# mlxft schema.
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of recipes: editors that read it complete and check YAML as it is typed.
+
+    \b
+    Example: mlxft schema > recipe.schema.json
+
+    VS Code (with its YAML extension), Neovim, Helix and others that use yaml-language-server then need one line at the
+    top of a recipe:
+
+    \b
+        # yaml-language-server: $schema=recipe.schema.json
+
+    The shell completes commands, options and names of runs after one of:
+
+    \b
+        eval "$(_MLXFT_COMPLETE=bash_source mlxft)"            # in ~/.bashrc
+        eval "$(_MLXFT_COMPLETE=zsh_source mlxft)"             # in ~/.zshrc
+        _MLXFT_COMPLETE=fish_source mlxft | source             # in ~/.config/fish/config.fish
+    """
+    from mlxft.config import recipe_schema
+
+    echo(json_text(recipe_schema(), indent=2))
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "folder",
+    default="demo-run",
+    show_default=True,
+    type=PathArg(),
+    help="Where the run and the fused model go; what an earlier demo left there is replaced.",
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def demo(folder: Path, overrides: tuple[str, ...]) -> None:
+    """Teach SmolLM2-135M ten facts that it can not know, fuse, and let the fused model answer.
+
+    Example: mlxft demo
+    """
+    from mlxft.demo.walk import walk
+
+    walk(folder, overrides, make_console())
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "folder",
+    default="rlhf-run",
+    show_default=True,
+    type=PathArg(),
+    help="Where the runs and the fused model go; what an earlier walk left there is replaced.",
+)
+@click.option("--reviews", help="File of rows with `review` and `label` (great or other); default: some built-in ones.")
+@click.argument("overrides", nargs=-1, metavar="[RUN:KEY=VALUE]...")
+def rlhf(folder: Path, reviews: str | None, overrides: tuple[str, ...]) -> None:
+    """Walk the whole road on SmolLM2-135M: SFT, a reward model from pairs of reviews, PPO, fuse, before and after.
+
+    Example: mlxft rlhf ppo:run.steps=40
+    """
+    from mlxft.demo.rlhf import walk
+
+    walk(folder, reviews, overrides, make_console())

@@ -1,4 +1,4 @@
-"""mlxft generate, mlxft chat."""
+"""Commands that use a model: generate, chat, sample, score, eval, label, fewshot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import click
 
 from mlxft.cli import TRUST, PathArg, reserve
-from mlxft.text import echo, echo_completion
+from mlxft.text import echo, echo_completion, json_text, make_console
+
+# --- use --------------------------------------------------------------------------------------------------------------
+# mlxft generate, mlxft chat.
 
 
 class Text(click.ParamType[str]):
@@ -91,7 +94,7 @@ def generate(
     Example: mlxft generate --model runs/quickstart "How many days of leave are there?"
              mlxft generate --model runs/quickstart --batch prompts.jsonl --out answers.jsonl
     """
-    from mlxft.owned import check_file
+    from mlxft.files import check_file
 
     if batch is not None:
         _refuse(prompt, batch, out, samples, options["temperature"])
@@ -106,14 +109,14 @@ def generate(
         prompt = _utf8(sys.stdin.buffer.read())
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
-    from mlxft.data.encode import encode_prompt
-    from mlxft.model.sample import Sampling, stream
-    from mlxft.rundir import load
+    from mlxft.data.dataset import encode_prompt
+    from mlxft.model.sampling import Sampling, stream
+    from mlxft.runs import load_run
 
     how = Sampling(**options)
-    loaded = load(model, adapter)
+    loaded = load_run(model, adapter)
     if batch is not None:
-        from mlxft.study.answers import Asked, write_answers
+        from mlxft.study.generate import Asked, write_answers
 
         write_answers(Asked(batch, loaded, system), how, samples or 1, seed, out)
         return
@@ -140,11 +143,11 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
 
     Example: mlxft chat --model runs/quickstart
     """
-    from mlxft.model.sample import Sampling, stream
-    from mlxft.rundir import load
+    from mlxft.model.sampling import Sampling, stream
+    from mlxft.runs import load_run
 
     how = Sampling(**options)
-    loaded = load(model, adapter)
+    loaded = load_run(model, adapter)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -162,3 +165,405 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
             echo_completion(piece)
         echo()
         messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+# --- sample -----------------------------------------------------------------------------------------------------------
+# mlxft sample.
+
+
+@click.command()
+@click.argument("prompts")
+@click.option("--n", default=8, show_default=True, type=click.IntRange(1, 10_000), help="Answers a prompt.")
+@click.option(
+    "--keep", default="best", show_default=True, help="best: one a prompt; all; above:X: those that score above X."
+)
+@click.option("--reward", metavar="RUN", help="Score by a reward run.")
+@click.option("--function", metavar="FILE.py:NAME", help="Score by a function, as rewards.function in a recipe.")
+@click.option("--cut-off", is_flag=True, help="Keep answers cut off at --max-tokens too, which SFT takes for whole.")
+@click.option("--out", required=True, type=PathArg(dir_okay=False), help="Rows for SFT.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@sampling(temperature=1.0)
+def sample(
+    prompts: str,
+    n: int,
+    keep: str,
+    reward: str | None,
+    function: str | None,
+    cut_off: bool,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    model: str,
+    adapter: str | None,
+    system: str | None,
+    seed: int | None,
+    **options: Any,
+) -> None:
+    """Sample answers to the PROMPTS of a file, score them, and write the good ones to train on.
+
+    OUT is of data.format: prompt-completion, each row with its score.
+
+    \b
+    Example: mlxft sample prompts.jsonl --model runs/sft --reward runs/reward-lora --out best.jsonl
+             mlxft sample prompts.jsonl --model runs/sft --function rewards.py:score --keep above:0.5 --out good.jsonl
+    """
+    if (reward is None) == (function is None):
+        raise click.UsageError("give --reward or --function, one of them: by it answers are scored")
+    if n > 1 and options["temperature"] == 0:
+        raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
+    if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
+        raise click.UsageError("--out is the file of prompts; choose another")
+    from mlxft.files import check_file
+    from mlxft.model.sampling import Sampling
+    from mlxft.objectives.rewards import RewardsSettings
+    from mlxft.runs import load_run
+    from mlxft.study.generate import Choice, choose, read_keep
+
+    reserve(out)
+    check_file(out, overwrite)
+    choice = Choice(
+        n, read_keep(keep, n), cut_off, Sampling(**options), RewardsSettings(adapter=reward, function=function)
+    )
+    done = choose(
+        prompts, load_run(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)
+    )
+    echo(json_text(done.to_json()) if as_json else str(done))
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+# mlxft score.
+
+
+@click.command()
+@click.argument("run")
+@click.argument("file")
+@click.option("--tokens", default=4096, show_default=True, type=click.IntRange(1), help="Of a batch, with padding.")
+@TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row, and a last one with the summary.")
+def score(run: str, file: str, tokens: int, as_json: bool) -> None:
+    """Score the answers in FILE with the reward model of RUN.
+
+    A row is messages, or prompt and completion: one score; chosen and rejected: both; prompt and answers: a ranking.
+
+    Example: mlxft score runs/reward-lora test.jsonl
+    """
+    from mlxft.study.score import score as run_score
+    from mlxft.study.score import summarise, tables
+
+    rows = run_score(run, file, make_console(stderr=True), tokens=tokens)
+    for row in rows:
+        echo(json_text(row.to_json()) if as_json else str(row))
+    summary = summarise(rows)
+    if as_json:
+        echo(json_text({"summary": summary}))
+        return
+    for line in tables(summary):
+        echo(line)
+    plain = {k: v for k, v in summary.items() if isinstance(v, int | float)}
+    echo(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}" for k, v in plain.items()))
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+# mlxft eval.
+
+
+@click.command()
+@click.argument("model")
+@click.argument("file", required=False)
+@click.option("--adapter", help="Adapter folder or run to put on the model.")
+@click.option(
+    "--format", "format_", help="How rows are read, as data.format; default: the run's, or what they look like."
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="TASK",
+    help="loss (default), choice, exact_match, contains, number, f1, json, file.py:function, reward:RUN, or a file of "
+    "YAML; can be given several times.",
+)
+@click.option(
+    "--template",
+    type=click.Choice(["auto", "none"]),
+    help="none: prompts as plain text, as lm-eval asks; default: the task's, the run's, else auto, the chat template.",
+)
+@click.option(
+    "--thoughts",
+    type=click.Choice(["drop", "keep"]),
+    help="drop: judge written answers without the thoughts before them; keep: whole; default: the task's, else drop.",
+)
+@click.option("--shots", default=0, show_default=True, type=click.IntRange(0), help="Solved rows shown before each.")
+@click.option("--shots-from", metavar="FILE", help="Where these are taken from.")
+@click.option("--against", metavar="MODEL", help="base, or another run or model: the paired difference.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first rows (of lm-eval: of each task).")
+@click.option("--max-length", type=click.IntRange(2), help="Most tokens of a row; default: the model's context.")
+@click.option(
+    "--overflow",
+    default="error",
+    show_default=True,
+    type=click.Choice(["error", "drop", "truncate", "split"]),
+    help="What becomes of longer rows; truncate and split (texts) only for a loss.",
+)
+@click.option("--tokens", default=2048, show_default=True, type=click.IntRange(1), help="Of a batch, with padding.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of shots, sampling and resamples.")
+@click.option(
+    "--out",
+    type=PathArg(file_okay=False),
+    help="Folder for predictions.jsonl and results.json; default: of a run, its eval/FILE.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what an evaluation left in the folder of --out.")
+@click.option("--tasks", "harness", metavar="NAMES", help="Tasks of lm-eval instead of FILE, with commas between.")
+@click.option("--include-path", metavar="DIR", help="With --tasks: where lm-eval finds more task files.")
+@click.option("--chat", is_flag=True, help="With --tasks: questions go through the chat template.")
+@TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def eval(
+    model: str,
+    file: str | None,
+    out: Path | None,
+    overwrite: bool,
+    against: str | None,
+    adapter: str | None,
+    tasks: tuple[str, ...],
+    harness: str | None,
+    include_path: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """How good MODEL (a run, adapter, fused or any other model) is on FILE: loss and perplexity, or a task.
+
+    Each figure comes with its standard error. A task with choices goes by log-likelihood, the others by what the model
+    writes; configs/eval-reviews.yaml shows a task in YAML.
+
+    \b
+    Example: mlxft eval runs/quickstart mlxft/demo/valid.jsonl --against base
+             mlxft eval runs/a test.jsonl --task f1 --task contains --json
+             mlxft eval runs/a --tasks arc_easy,hellaswag --limit 100
+    """
+    if harness is not None:
+        _refuse_beside_tasks(file, out, against, tasks, options)
+        _by_harness(model, adapter, harness, include_path, options, as_json)
+        return
+    if file is None:
+        raise click.UsageError("give a FILE, or tasks of lm-eval with --tasks")
+    if include_path is not None or options.pop("chat"):
+        raise click.UsageError("--include-path and --chat go with --tasks")
+    if bool(options["shots"]) != (options["shots_from"] is not None):
+        raise click.UsageError("--shots and --shots-from go together")
+    from mlxft.files import EVALUATION
+    from mlxft.study.evaluate import Asking, check_out, default_out, run_evaluation, show
+
+    if out is not None:
+        reserve(out / EVALUATION[0])
+    check_out(out, overwrite, adapter or model)
+    options["format"] = options.pop("format_")
+    asking = Asking(tasks or ("loss",), **options)
+    found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=make_console(stderr=True))
+    folder = out or default_out(adapter or model, file, found)
+    # First on the screen: a disk that is full takes nothing away from what was found.
+    if as_json:
+        echo(json_text(found.to_json()))
+    else:
+        show(make_console(), found)
+    if folder is not None:
+        found.write(folder)
+    if not as_json:
+        echo(f"predictions: {folder / 'predictions.jsonl'}" if folder else "give --out DIR to keep the predictions")
+
+
+def _refuse_beside_tasks(
+    file: str | None, out: Path | None, against: str | None, tasks: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    """What lm-eval's tasks have no use for."""
+    given = {
+        "FILE": file,
+        "--task": tasks,
+        "--against": against,
+        "--format": options["format_"],
+        "--template": options["template"],
+        "--shots-from": options["shots_from"],
+        "--out": out,
+        "--overflow": options["overflow"] != "error",
+    }
+    if idle := [name for name, value in given.items() if value]:
+        raise click.UsageError(f"{', '.join(idle)}: not with --tasks, which are lm-eval's and bring their own rows")
+
+
+def _by_harness(
+    model: str, adapter: str | None, names: str, include_path: str | None, options: dict[str, Any], as_json: bool
+) -> None:
+    from mlxft.study.lm_eval import run_tasks, show_tasks
+
+    found = run_tasks(
+        model,
+        [name.strip() for name in names.split(",") if name.strip()],
+        adapter=adapter,
+        include_path=include_path,
+        shots=options["shots"] or None,
+        console=make_console(stderr=True),
+        thoughts=options["thoughts"] or "drop",
+        **{name: options[name] for name in ("limit", "max_length", "tokens", "seed", "chat")},
+    )
+    if as_json:
+        echo(json_text(found))
+    else:
+        show_tasks(make_console(), found)
+
+
+# --- label ------------------------------------------------------------------------------------------------------------
+# mlxft label.
+
+
+@click.command()
+@click.argument("files", nargs=-1, metavar="[PROMPTS]")
+@click.option("--recipe", type=PathArg(), help="File with these settings; options beat it.")
+@click.option("--model", help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m that answers.")
+@click.option("--adapter", help="Adapter folder or run to put on the model.")
+@click.option("--against", help="Another model or run: one answer from each, and the win rate at the end.")
+@click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Answers a prompt.")
+@click.option("--out", type=PathArg(), help="Judgements, a line each; gone on with if it exists.")
+@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1, 10**6))
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
+@click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")
+@TRUST
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.pass_context
+def label(
+    context: click.Context,
+    /,
+    files: tuple[str, ...],
+    recipe: Path | None,
+    agreement: bool,
+    as_json: bool,
+    **source: Any,
+) -> None:
+    """Judge answers to the PROMPTS of a file by hand, blind; OUT is then a file of data.format: preference.
+
+    Rows are {"prompt": ...}; those with "answers", or "chosen" and "rejected", are judged as they are, without a model.
+
+    \b
+    Example: mlxft label prompts.jsonl --model runs/sft --out pairs.jsonl
+             mlxft label --recipe configs/label.yaml --model runs/sft
+             mlxft label --agreement ann.jsonl ben.jsonl
+    """
+    typed = click.core.ParameterSource.COMMANDLINE
+    given = {name for name in context.params if context.get_parameter_source(name) == typed}
+    if agreement:
+        if len(files) != 2 or given - {"files", "agreement", "as_json"}:
+            raise click.UsageError("--agreement takes two files of judgements, and nothing else")
+        from mlxft.study.label import agreement as compare
+
+        found = compare(Path(files[0]), Path(files[1]))
+        echo(json_text(found._asdict()) if as_json else str(found))
+        return
+    if recipe is not None:
+        files, source = _with_recipe(recipe, files, source, given)
+    if source["model"] is None and (unused := sorted(given & {"n", "max_tokens", "temperature"})):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise click.UsageError(f"{names}: without --model no answers are sampled; name one, or leave it out")
+    out = source.pop("out")
+    if len(files) != 1 or out is None:
+        raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
+    reserve(out)
+    from mlxft.model.sampling import Sampling
+    from mlxft.study.label import Source
+    from mlxft.study.label import label as judge
+
+    how = Sampling(source.pop("max_tokens"), source.pop("temperature"))
+    done = judge(files[0], out, Source(how, **source), make_console(stderr=as_json))
+    win = done.win_rate
+    if as_json:
+        rate = None if win is None else {**win._asdict(), "rate": win.rate, "interval": win.interval}
+        echo(json_text({**done._asdict(), "win_rate": rate}))
+        return
+    echo(f"{done.judged} of {done.total} prompts judged, {done.skipped} skipped: {out}")
+    if win is not None:
+        echo(str(win))
+
+
+def _with_recipe(
+    recipe: Path, files: tuple[str, ...], source: dict[str, Any], given: set[str]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """What the command line gives, and for the rest what the recipe does."""
+    from mlxft.study.label import read_label_recipe
+
+    settings = read_label_recipe(recipe)
+    prompts = settings.pop("prompts", None)
+    source |= {k: v for k, v in settings.items() if k not in given}
+    return files or (() if prompts is None else (prompts,)), source
+
+
+# --- fewshot ----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("recipe", type=PathArg())
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--test", required=True, metavar="FILE", help="The rows that are evaluated; never trained on or shown.")
+@click.option("--k", "ks", metavar="K,K,...", help="Numbers of examples for every method; default 0,1,4,16.")
+@click.option("--in-context", metavar="K,K,...", help="Those shown in the prompt, where they differ from --k.")
+@click.option("--tuned", metavar="K,K,...", help="Those trained on, of each label; all is every row.")
+@click.option("--both", metavar="K,K,...", help="Those trained on and shown.")
+@click.option(
+    "--seeds", default=3, show_default=True, type=click.IntRange(1, 1000), help="Draws of examples; all: once."
+)
+@click.option("--task", metavar="TASK", help="As for mlxft eval; default: as the recipe's rows ask and answer.")
+@click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows.")
+@click.option(
+    "--least-steps",
+    default=30,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Of training, where the recipe's epochs over few rows give less.",
+)
+@click.option(
+    "--overflow",
+    type=click.Choice(["error", "drop"]),
+    default="error",
+    show_default=True,
+    help="What becomes of rows that do not fit the context behind their examples; drop counts them.",
+)
+@click.option("--out", type=PathArg(file_okay=False), help="Default: the run's folder and -fewshot.")
+@click.option("--overwrite", is_flag=True, help="Replace another study in that folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def fewshot(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    test: str,
+    ks: str | None,
+    in_context: str | None,
+    tuned: str | None,
+    both: str | None,
+    seeds: int,
+    task: str | None,
+    limit: int | None,
+    least_steps: int,
+    overflow: str,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """What a few examples bring: shown in the prompt, trained on by RECIPE, and both, next to none.
+
+    Without --k, only the methods that are given are run, beside zero-shot. Started again, it goes on where it was
+    stopped.
+
+    \b
+    Example: mlxft fewshot configs/fewshot-reviews.yaml --k 0,1,4,16,all --test test.jsonl
+             mlxft fewshot configs/fewshot-reviews.yaml --in-context 4 --tuned 16,all --test test.jsonl
+    """
+    from mlxft.study.fewshot import Plan, draw, read_ks, show
+    from mlxft.study.fewshot import fewshot as run
+
+    given = {"in_context": in_context, "tuned": tuned, "both": both}
+    numbers = read_ks(ks, given)
+    plan = Plan(test, *numbers, seeds, limit, task, least_steps, overflow)
+    study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=make_console(stderr=True))
+    said = draw(study)
+    if as_json:
+        echo(json_text(study.to_json()))
+        return
+    show(make_console(), study)
+    echo(said)

@@ -1,24 +1,456 @@
-"""A tokenizer's chat template: messages to text, and every part of a row found again in that text.
-
-A template is a program of the model's makers. It may drop what it does not know (tool calls, a system turn, thoughts),
-and it may take tool calls in one form only. So the forms that people's rows come in are tried, and a row of which no
-form is written whole is refused: what is missing from the text cannot be learnt, and shows in no loss.
-"""
+"""Chat templates: messages to token ids and the mask of what is trained, thoughts included."""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from functools import lru_cache
-from itertools import product
-from typing import Any, NamedTuple, TypeVar
+from itertools import islice, product
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlxft.data.formats import ROLES, WRITTEN, Message
-from mlxft.data.thoughts import answer_of, opening_of, split_thoughts
 from mlxft.errors import DataError
+
+# --- thoughts ---------------------------------------------------------------------------------------------------------
+# Where a reasoning model's thoughts end in a completion, and its answer begins.
+#
+# Marks are looked for in text, not in token ids: a model that learned `<think>` from its rows may write it letter by
+# letter.
+
+Thoughts = Literal["drop", "keep"]
+
+_TAGS = ("think", "thinking", "thought", "reasoning", "longcat_think", "seed:think", "mm:think")
+# What opens and what closes a thought: the marks that mlx-lm's TokenizerWrapper and vLLM's reasoning parsers know, and
+# those of data sets to fine-tune on.
+MARKS: tuple[tuple[str, str], ...] = (
+    *((f"<{tag}>", f"</{tag}>") for tag in _TAGS),
+    ("[THINK]", "[/THINK]"),  # Mistral
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi-VL
+    ("<|think:start|>", "<|think:end|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),  # Kimi K3
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts
+)
+_CLOSING = dict(MARKS)
+# What stands around an answer beside the thoughts; made of special tokens, so never text of the answer.
+_FRAMES = (
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
+)
+# gpt-oss writes messages, each with its channel: analysis (thoughts), commentary (calls of tools) or final.
+_ANALYSIS = "<|channel|>analysis<|message|>"
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
+_MESSAGE_END = re.compile(r"<\|(?:end|return|call|start)\|>")
+
+
+def _any_of(marks: Sequence[str]) -> str:
+    return "|".join(re.escape(mark) for mark in marks)
+
+
+_OPENS = re.compile(rf"\s*({_any_of(list(_CLOSING))})")
+_OPENED = re.compile(rf"({_any_of([*_CLOSING, _ANALYSIS])})\s*\Z")
+_ANY_MARK = re.compile(_any_of([mark for pair in MARKS for mark in pair]))
+_IN_PATTERN = re.compile(r"[<\[\u25c1][^>\]]*(?:think|thought|reason)|<\|(?:channel|inner)", re.IGNORECASE)
+_SPACE = re.compile(r"\s*")
+
+
+def split_thoughts(text: str, opening: str = "") -> tuple[str, str]:
+    """Cut a completion into its thoughts, marks and white space after them included, and its answer.
+
+    Thoughts stand at the beginning, in one block or several. Pairs of marks within a thought are part of it; once the
+    answer has begun, marks are text that it quotes. A closing mark that no opening one precedes ends a thought that was
+    opened out of sight. A thought that never ends leaves no answer.
+
+    Args:
+        opening: the mark by which the prompt has opened a thought already; see `opening_of`.
+    """
+    end = _end_of_thoughts(opening + text) - len(opening)  # a mark that opens a thought does not end it
+    return text[:end], text[end:]
+
+
+def _end_of_thoughts(text: str) -> int:
+    if channels := list(_CHANNEL.finditer(text)):
+        said = [c for c in channels if c[1] == "final"] or [c for c in channels if c[1] != "analysis"]
+        return said[-1].end() if said else len(text)
+    end = 0
+    if not _OPENS.match(text):
+        first = _ANY_MARK.search(text)
+        if first is None or first[0] in _CLOSING:
+            return 0
+        end = first.end()
+    while opened := _OPENS.match(text, end):
+        closed = _closed(text, opened.end(), opened[1])
+        if closed is None:
+            return len(text)
+        end = closed
+    spaces = _SPACE.match(text, end)
+    assert spaces is not None
+    return spaces.end()
+
+
+def _closed(text: str, start: int, opening: str) -> int | None:
+    """Where the thought ends that `opening` began before `start`: at its own closing mark, or else at the first."""
+    closing, depth, first = _CLOSING[opening], 1, None
+    for mark in re.finditer(_any_of([opening, closing]), text[start:]):
+        depth += 1 if mark[0] == opening else -1
+        if mark[0] == closing and first is None:
+            first = start + mark.end()
+        if depth == 0:
+            return start + mark.end()
+    return first
+
+
+def until_stop(text: str, stop: Sequence[str], opening: str = "", in_answer: bool = True) -> str:
+    """Return a completion up to its first stop text.
+
+    Args:
+        opening: the mark by which the prompt has opened a thought already.
+        in_answer: whether a stop text counts in the answer only, not in the thoughts before it; one that holds a mark
+            of thoughts counts everywhere.
+    """
+    answer = len(split_thoughts(text, opening)[0]) if in_answer and stop else 0
+    ends = (text.find(end, 0 if _ANY_MARK.search(end) else answer) for end in stop)
+    return text[: min((at for at in ends if at >= 0), default=len(text))]
+
+
+def answer_of(text: str, opening: str = "") -> str:
+    """Return a completion without its thoughts; a text without marks as it is.
+
+    Args:
+        opening: the mark by which the prompt has opened a thought already; see `opening_of`.
+    """
+    thoughts, answer = split_thoughts(text, opening)
+    if "<|channel|>" in opening + thoughts:
+        answer = _MESSAGE_END.split(answer, maxsplit=1)[0]
+    for begin, end in _FRAMES:
+        if answer.startswith(begin):
+            answer = answer[len(begin) :].partition(end)[0]
+    return answer
+
+
+def wanted_of(text: str) -> str:
+    """Return a row's wanted text without its thoughts; where nothing would be left, as it is."""
+    return answer_of(text) or text
+
+
+def opening_of(prompt: str) -> str:
+    """Return the mark of the thought that a rendered prompt leaves open at its end, as DeepSeek R1's does, or ''."""
+    opened = _OPENED.search(prompt)
+    return opened[1] if opened else ""
+
+
+def opening_after(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return `opening_of` a prompt of token ids."""
+    # No mark is longer, in tokens of a character each.
+    longest = 2 * max(map(len, [*_CLOSING, _ANALYSIS]))
+    return opening_of(str(tokenizer.decode(list(ids[-longest:]))))
+
+
+def keeps_thoughts(own: Thoughts | None, general: Thoughts, pattern: str | None = None) -> bool:
+    """Return whether a rule or metric judges the whole completion.
+
+    Args:
+        own, general: its own setting, and the one that holds where it has none.
+        pattern: its regular expression: one that names the marks of thoughts is about them.
+    """
+    if own is None and pattern is not None and _IN_PATTERN.search(pattern.replace("\\", "")):
+        return True
+    return (own or general) == "keep"
+
+
+def decode_completion(tokenizer: Any, ids: Iterable[int]) -> str:
+    """Decode a completion without special tokens, but for those that mark its thoughts."""
+    left_out = _left_out(tokenizer)
+    return str(tokenizer.decode([i for i in ids if i not in left_out]))
+
+
+@lru_cache(maxsize=4)
+def _left_out(tokenizer: Any) -> frozenset[int]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    added = {i: str(token) for i, token in added if getattr(token, "special", False)}
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens)) | added
+    marks = [mark for pair in (*MARKS, *_FRAMES) for mark in pair] + [_ANALYSIS]
+    return frozenset(i for i, text in special.items() if not any(text in mark for mark in marks))
+
+
+# --- sandbox ----------------------------------------------------------------------------------------------------------
+# Chat templates in bounds: a template is a program that came with a model, and it may take no more than a rendering.
+#
+# jinja2's sandbox keeps a template from reading and running things, not from filling the memory or going on for ever.
+# Here everything that a template makes is paid for out of a budget for each rendering: a step of a loop, a call, a
+# filter and a text by their size. What can grow by far more than what it is given (`*`, `**`, `%`, join, center, ...)
+# is estimated before it is made. A list counts as often as it is met: one that holds a list twice, forty times over, is
+# never made.
+
+BUDGET = 1 << 28  # characters, roughly, of all that one rendering makes
+STEP = 64  # what a step costs beside what it makes
+LARGEST = 1 << 24  # size of a single value
+SECONDS = 5.0  # for what costs time and makes nothing, such as comparing long lists
+DEPTH = 64  # of lists within lists
+LONGEST = 1 << 18  # characters of a template
+COUNT = 100_000  # a number that says how often or how wide, as of jinja2's own range
+# Methods, filters and functions whose result can be larger than what they are given.
+_GROWING = (
+    "center ljust rjust zfill expandtabs join replace translate format format_map to_bytes batch slice indent wordwrap "
+    "truncate round tojson xmlattr urlize pprint sum fromkeys"
+)
+GROWING = frozenset(_GROWING.split())
+# Filters that do much for each character, so that one alone would outlast SECONDS; they may be given so many.
+SLOW = frozenset(["sort", "urlize", "max", "min", "title", "striptags", "unique", "pprint"])
+MOST_SLOW = 1 << 19
+NESTED = re.compile(r"\{[^{}]*\{")
+NUMBERS = re.compile(r"\d{5,}")
+
+
+class TemplateTooLarge(jinja2.TemplateError):
+    """A template takes more than a rendering may."""
+
+
+def bound_templates() -> None:
+    """Let transformers, and mlx-lm by it, render every template of this process in bounds."""
+    from transformers.utils import chat_template_utils
+
+    if chat_template_utils.ImmutableSandboxedEnvironment is not Bounded:
+        chat_template_utils.ImmutableSandboxedEnvironment = Bounded
+        chat_template_utils._compile_jinja_template.cache_clear()
+
+
+def size_of(value: Any, number: bool = False, depth: int = 0) -> int:
+    """Characters of a value's text, roughly: each list counts as often as it is met. A `number` is as much as it says.
+
+    Raises:
+        TemplateTooLarge: it is too large, or nests too deep.
+    """
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, int):
+        return min(abs(value), LARGEST + 1) if number else value.bit_length()
+    if not isinstance(value, list | tuple | set | frozenset | Mapping):
+        return 1
+    if depth > DEPTH:
+        raise TemplateTooLarge(f"it nests values deeper than {DEPTH}")
+    total = 16
+    parts = value if not isinstance(value, Mapping) else (part for pair in value.items() for part in pair)
+    for part in parts:
+        total += 16 + size_of(part, number, depth + 1)
+        if total > LARGEST:
+            raise TemplateTooLarge(f"it makes a value of more than {LARGEST:,} characters")
+    return total
+
+
+class _Generator(CodeGenerator):
+    """Writes the budget's calls into a template's code."""
+
+    def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
+        written = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
+        self.writeline(f"environment.pay({written})", node)
+        if node.nodes:
+            super().visit_Output(node, frame)
+
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        node.body.insert(0, nodes.Output([], lineno=node.lineno))  # each step pays
+        super().visit_For(node, frame)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.concat((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+def _paying(name: str) -> Callable[..., None]:
+    visit = getattr(CodeGenerator, name)
+
+    def visitor(self: _Generator, node: nodes.Expr, frame: Frame) -> None:
+        if getattr(node, "ctx", "load") != "load":  # the names that are set
+            visit(self, node, frame)
+            return
+        self.write("environment.made(")
+        visit(self, node, frame)
+        self.write(")")
+
+    return visitor
+
+
+for _name in ("visit_List", "visit_Tuple", "visit_Dict", "visit_Compare"):
+    setattr(_Generator, _name, _paying(_name))
+
+
+class _Rendered(jinja2.Template):
+    def render(self, *args: Any, **kwargs: Any) -> str:
+        owner = cast(Bounded, self.environment)
+        owner.begin()
+        try:
+            return super().render(*args, **kwargs)
+        except TemplateTooLarge as error:
+            owner.refuse(str(error))
+            raise
+
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+        cast(Bounded, self.environment).begin()
+        return super().generate(*args, **kwargs)
+
+
+class _Filters(dict[str, Callable[..., Any]]):
+    """Filters that pay: whatever is entered."""
+
+    def __init__(self, owner: Bounded, given: Mapping[str, Callable[..., Any]]) -> None:
+        self._owner = owner
+        super().__init__()
+        for name, function in given.items():
+            self[name] = function
+
+    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
+        owner, skip = self._owner, int(hasattr(function, "jinja_pass_arg"))
+
+        @functools.wraps(function)
+        def paid(*args: Any, **kwargs: Any) -> Any:
+            owner.pay(0)
+            if name in SLOW and args[skip:] and size_of(args[skip]) > MOST_SLOW:
+                raise TemplateTooLarge(f"{name} is given more than {MOST_SLOW:,} characters")
+            if name in GROWING:
+                given = [owner.listed(arg) for arg in args[skip:]]
+                owner.foresee(name, given[0] if given else None, [*given[1:], *kwargs.values()])
+                args = (*args[:skip], *given)
+            return owner.made(function(*args, **kwargs))
+
+        super().__setitem__(name, paid)
+
+
+class Bounded(ImmutableSandboxedEnvironment):
+    """The sandbox that transformers renders chat templates in, with a budget.
+
+    A template that took long until it was refused is refused at once from then on: it is asked again for each row.
+    """
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    code_generator_class = _Generator
+    template_class = _Rendered
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.globals.pop("lipsum", None)
+        self.optimized = False  # constants would be computed while it compiles, unpaid
+        self.filters = _Filters(self, self.filters)
+        self.finalize = self._written
+        self._refused: str | None = None
+        self.begin()
+
+    def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(source, str) and len(source) > LONGEST:
+            raise TemplateTooLarge(f"the template has {len(source):,} characters; at most {LONGEST:,} are read")
+        # A namespace within namespaces would be written as often as it is met; nobody writes one.
+        short = {"__repr__": lambda self: "<Namespace>"}
+        self.globals["namespace"] = type("Namespace", (cast(type, self.globals["namespace"]),), short)
+        return super().from_string(source, *args, **kwargs)
+
+    def begin(self) -> None:
+        """A rendering begins."""
+        if self._refused is not None:
+            raise TemplateTooLarge(self._refused)
+        self._left, self._until = BUDGET, time.monotonic() + SECONDS
+
+    def refuse(self, why: str) -> None:
+        """Let no more be rendered, if it took long."""
+        if time.monotonic() > self._until - SECONDS + 1:
+            self._refused = why
+
+    def pay(self, size: int) -> None:
+        """Take a step that makes something of a size.
+
+        Raises:
+            TemplateTooLarge: there is nothing left to pay with.
+        """
+        self._left -= STEP + size
+        if self._left < 0 or time.monotonic() > self._until:
+            raise TemplateTooLarge("it takes more steps, or makes more text, than a rendering may")
+
+    def made(self, value: Any) -> Any:
+        """Pay for a value, and give it back."""
+        size = size_of(value)
+        if size > LARGEST:
+            raise TemplateTooLarge(f"it makes a value of {size:,} characters; at most {LARGEST:,} are taken")
+        self.pay(size)
+        return value
+
+    def concat(self, parts: tuple[Any, ...]) -> str:  # type: ignore[override]
+        """What `~` makes."""
+        texts = [self._written(None, part) for part in parts]
+        return cast(str, self.made("".join(texts)))
+
+    @jinja2.pass_context
+    def _written(self, _: Any, value: Any) -> str:
+        text = str(value)
+        self.pay(len(text))
+        return text
+
+    def listed(self, value: Any) -> Any:
+        """What is counted before it is used: the list of an iterator."""
+        return self.made(list(islice(value, LARGEST))) if isinstance(value, Iterator) else value
+
+    def foresee(self, name: str, value: Any, given: list[Any]) -> None:
+        """Refuse what would grow too large, before it is made.
+
+        Args:
+            name: of an operator, a filter or a method.
+            value: what it is applied to.
+        """
+        many: list[Any] = [arg for arg in given if isinstance(arg, int | float) and name != "%" and abs(arg) > COUNT]
+        if name == "round" and any(isinstance(arg, int) and arg > 1000 for arg in given):
+            many = given
+        size = size_of(value)
+        if name in ("format", "format_map", "%") and isinstance(value, str):
+            places = value.count("%") + value.count("{")
+            wide = NUMBERS.search(value) or NESTED.search(value) or ("*" in value and name != "format_map")
+            many = [*many, value] if wide else many
+            size += places * sum(map(size_of, given))
+        elif name == "replace" and isinstance(value, str) and len(given) > 1:
+            size += value.count(str(given[0])) * size_of(given[1])
+        elif name != "%":
+            size = math.prod([size + 1, *(size_of(arg, number=True) + 1 for arg in given)])
+            size *= DEPTH if name in ("tojson", "pprint") and given else 1
+        if many or size > LARGEST:
+            raise TemplateTooLarge(f"{name} would make a value of more than {LARGEST:,} characters")
+        self.pay(0)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * (max(right, 1) if operator == "**" else 1) + right.bit_length()
+            if bits > COUNT:
+                raise TemplateTooLarge(f"{operator} would make a number of {bits:,} bits")
+        elif operator == "*" and not (isinstance(left, float) or isinstance(right, float)):
+            value, count = (right, left) if isinstance(left, int) else (left, right)
+            self.foresee(operator, value, [count])
+        elif operator == "%" and isinstance(left, str | bytes):
+            self.foresee(operator, left, [right])
+        return self.made(super().call_binop(context, operator, left, right))
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.pay(0)
+        name = getattr(obj, "__name__", None)
+        if name in GROWING and not isinstance(obj, jinja2.runtime.Macro):
+            given = tuple(map(self.listed, args))
+            owner = getattr(obj, "__self__", None) or getattr(getattr(obj, "__wrapped__", None), "__self__", None)
+            self.foresee(name, owner, [*given, *kwargs.values()])
+            args = given
+        return self.made(super().call(context, obj, *args, **kwargs))
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
 
 T = TypeVar("T")
 

@@ -1,18 +1,72 @@
-"""Row formats: what rows become, and one function per format that reads a row's fields (of pairs: preference.py).
-
-A format never guesses: a row either is in the format that the recipe names or is refused with the place, what was
-seen and what is wanted.
-"""
+"""Row formats: one function a format turns a row (a dict) into a typed item, or says what is wrong with it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import random
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
-from mlxft.data.sources import read_json, type_name
-from mlxft.errors import DataError, half_character, nearest
+from mlxft.data.sources import Problem, Row, read_json, report_lines, type_name
+from mlxft.errors import ConfigError, DataError, half_character, nearest
+
+# --- template ---------------------------------------------------------------------------------------------------------
+# Texts made of a row's fields: `Review: {review}` says where each goes.
+
+
+def is_template(text: str) -> bool:
+    """Whether a text has places for fields; `{{` and `}}` stand for braces."""
+    return "{" in text.replace("{{", "")
+
+
+def names_in(template: str, setting: str) -> list[str]:
+    """The fields that a template names, each once.
+
+    Args:
+        setting: where it stands, for messages.
+    Raises:
+        ConfigError: braces that do not match, or more than a field's name between them.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as e:
+        raise ConfigError(f"{setting} is {template!r}: {e}; write {{{{ and }}}} for braces of the text") from e
+    names = [name for _, name, _, _ in parts if name is not None]
+    wrong = [name for _, name, how, as_ in parts if name is not None and (not name.strip() or how or as_)]
+    if wrong:
+        raise ConfigError(f"{setting} is {template!r}: expected a field's name between braces, as in {{review}}")
+    return list(dict.fromkeys(names))
+
+
+def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
+    """The template with the row's fields in place; what is no text is written as JSON.
+
+    Raises:
+        ConfigError: a template that is none. DataError: the row has no such field, or has it as null.
+    """
+    names_in(template, setting)
+    text = []
+    for before, name, _, _ in string.Formatter().parse(template):
+        text.append(before)
+        if name is None:
+            continue
+        value = row.get(name)
+        if value is None:
+            seen = f"{nearest(name, map(str, row))}; the row has {', '.join(map(str, row)) or 'none'}"
+            raise DataError(f"no field {name!r}, which {setting} names{seen}")
+        text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return "".join(text)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+# Row formats: what rows become, and one function per format that reads a row's fields (of pairs: preference.py).
+#
+# A format never guesses: a row either is in the format that the recipe names or is refused with the place, what was
+# seen and what is wanted.
 
 Message: TypeAlias = dict[str, Any]
 WRITTEN = "_written"
@@ -452,3 +506,837 @@ def read_prompts(row: dict[str, Any]) -> Prompt:
     if not isinstance(prompt, list):
         raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
     return Prompt(with_system(row, messages_at(prompt, "prompt", ("user", "tool"))), row)
+
+
+# --- published --------------------------------------------------------------------------------------------------------
+# Preference data as it is published: rows of well-known sets, told by their columns, in our own fields.
+#
+# A layout is looked for within the format that the recipe names, and which one was found is said in a note.
+
+Fields = Mapping[str, Any]
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+_ANSWER = "\n\nAssistant:"
+
+
+class Published(NamedTuple):
+    """A row of a published set in our own fields.
+
+    Attributes:
+        says: which set's layout it has, for a note.
+        columns: of the row, those that were read.
+        fields: ours, in their place.
+    """
+
+    says: str
+    columns: tuple[str, ...]
+    fields: dict[str, Any]
+
+
+def as_published(row: Fields, format: str, chat: bool = True, names: Fields | None = None) -> Published | None:
+    """Read a row by the layout that it has; None where it has none, and is in our own fields or wrong.
+
+    Args:
+        format: the format of ours that it shall be in.
+        chat: whether texts go through a chat template: then a transcript becomes its turns.
+        names: data.fields.
+    Raises:
+        DataError: it has the columns of a layout, and they do not hold what they should.
+    """
+    found = (read(row, chat, names or {}) for read in LAYOUTS.get(format, ()))
+    return next((published for published in found if published is not None), None)
+
+
+def in_our_fields(row: Fields, formats: Iterable[str], chat: bool = True) -> dict[str, Any]:
+    """A row by the first of the formats that has a layout for it; as it is where none has."""
+    found = next((found for name in formats if (found := as_published(row, name, chat)) is not None), None)
+    if found is None:
+        return dict(row)
+    return {name: value for name, value in row.items() if name not in found.columns} | found.fields
+
+
+def _has(row: Fields, *names: str) -> bool:
+    return all(row.get(name) is not None for name in names)
+
+
+class _Prompt(NamedTuple):
+    """The columns that hold the prompt, and what it is."""
+
+    columns: tuple[str, ...]
+    prompt: Any
+
+
+def _prompt_of(row: Fields, chat: bool) -> _Prompt | None:
+    """The prompt by one of the names that published sets have for it. Alpaca's `input` is what an instruction is about.
+
+    Raises:
+        DataError: there are several.
+    """
+    if _has(row, "prompt"):
+        return _Prompt(("prompt",), (_turns_asked(row["prompt"]) if chat else []) or row["prompt"])
+    names = tuple(name for name in ("question", "instruction", "input") if _has(row, name))
+    if not names or _has(row, "conversations"):
+        return None
+    if len(names) == 1:
+        return _Prompt(names, row[names[0]])
+    texts = [row[name] for name in names if name != "input" or row[name] != ""]
+    if "question" in names or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"the row has {' and '.join(names)}; say which is the prompt: data.fields: {{prompt: {names[0]}}}"
+        )
+    return _Prompt(names, "\n\n".join(texts))
+
+
+# Anthropic's HH
+
+
+def _transcript(text: Any) -> list[Message]:
+    """The turns of "Human: ...\\n\\nAssistant: ..."; none where it is no such text.
+
+    What one of the two says twice in a row is one turn.
+    """
+    before, *parts = _TURN.split(text.lstrip()) if isinstance(text, str) else [""]
+    turns: list[Message] = []
+    for speaker, said in zip(parts[::2], parts[1::2]):
+        role, said = _SPEAKERS[speaker], said.strip()
+        if turns and turns[-1]["role"] == role:
+            said = f"{turns.pop()['content']}\n\n{said}".strip()
+        turns.append({"role": role, "content": said})
+    return turns if not before and turns and turns[0]["role"] == "user" else []
+
+
+def _turns_asked(text: Any) -> list[Message]:
+    """The turns of a transcript up to where the assistant is to answer; none where a text is no such transcript."""
+    if not isinstance(text, str) or not text.rstrip().endswith(_ANSWER):
+        return []
+    return _transcript(text.rstrip().removesuffix(_ANSWER))
+
+
+def _hh(row: Fields, chat: bool, names: Fields) -> Published | None:
+    sides = {name: row.get(name) for name in ("chosen", "rejected")}
+    if _has(row, "prompt") or _has(row, "conversations") or not all(_transcript(text) for text in sides.values()):
+        return None
+    says = "Anthropic's HH: chosen and rejected are whole transcripts"
+    if chat:
+        return Published(says, tuple(sides), {name: _transcript(text) for name, text in sides.items()})
+    cuts = {name: str(text).rpartition(_ANSWER) for name, text in sides.items()}
+    if len({prompt for prompt, _, _ in cuts.values()}) > 1:
+        raise DataError("chosen and rejected differ before the last answer; expected two answers to the same prompt")
+    prompt = cuts["chosen"][0] + _ANSWER
+    return Published(says, tuple(sides), {"prompt": prompt, **{name: cut[2] for name, cut in cuts.items()}})
+
+
+def _asking(row: Fields, chat: bool, names: Fields) -> Published | None:
+    # A prompt that a template wrote is as it was asked for.
+    turns = _turns_asked(row.get("prompt")) if chat and not is_template(str(names.get("prompt", ""))) else []
+    return Published("Anthropic's HH: the prompt is a transcript", ("prompt",), {"prompt": turns}) if turns else None
+
+
+# Pairs
+
+
+def _orca(row: Fields, chat: bool, names: Fields) -> Published | None:
+    sides = [row.get("chosen"), row.get("rejected")]
+    # Whole conversations hold their prompt: another column may say something else.
+    if _has(row, "prompt") or None in sides or all(isinstance(side, list) and len(side) > 1 for side in sides):
+        return None
+    asked = _prompt_of(row, chat)
+    if asked is None:
+        return None
+    return Published(f"Orca: prompt is {' and '.join(asked.columns)}", asked.columns, {"prompt": asked.prompt})
+
+
+def _responses(row: Fields, chat: bool, names: Fields) -> Published | None:
+    pair = ("chosen_response", "rejected_response")
+    if not _has(row, *pair) or _has(row, "chosen") or (asked := _prompt_of(row, chat)) is None:
+        return None
+    fields = {"prompt": asked.prompt, "chosen": row[pair[0]], "rejected": row[pair[1]]}
+    return Published(
+        f"UltraFeedback of Argilla: prompt is {' and '.join(asked.columns)}, chosen is chosen_response",
+        (*asked.columns, *pair),
+        fields,
+    )
+
+
+def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
+    columns = ("history", "human_ref_A", "human_ref_B", "labels")
+    if not _has(row, *columns):
+        return None
+    history, *pair, label = (row[name] for name in columns)
+    chosen, rejected = pair if flag_at(label, "labels") else reversed(pair)
+    return Published(
+        "SHP: prompt is history, chosen is human_ref_A where labels is 1, else human_ref_B",
+        columns,
+        {"prompt": history, "chosen": chosen, "rejected": rejected},
+    )
+
+
+# Several answers, and what each is worth
+
+
+def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], list[Any]] | None:
+    """The texts and the ratings of a list of objects; None where a column is none with such texts."""
+    given = row.get(name)
+    if not isinstance(given, list) or not given or not all(isinstance(x, dict) and text in x for x in given):
+        return None
+    for i, x in enumerate(given):
+        if x.get(rating) is None:
+            has = ", ".join(key for key, value in x.items() if value is not None)
+            raise DataError(f"{name}[{i}] has no {rating}; it has {has}")
+    return [x[text] for x in given], [x[rating] for x in given]
+
+
+def _ultrafeedback(row: Fields, chat: bool, names: Fields) -> Published | None:
+    score = str(names.get("ratings", "overall_score"))
+    asked, rated = _prompt_of(row, chat), _rated(row, "completions", "response", score)
+    if asked is None or rated is None:
+        return None
+    return Published(
+        f"UltraFeedback: prompt is {' and '.join(asked.columns)}, answers are completions' response, ratings {score}",
+        (*asked.columns, "completions", score),
+        {"prompt": asked.prompt, "answers": rated[0], "ratings": rated[1]},
+    )
+
+
+def _nectar(row: Fields, chat: bool, names: Fields) -> Published | None:
+    asked, rated = _prompt_of(row, chat), _rated(row, "answers", "answer", "rank")
+    if asked is None or rated is None:
+        return None
+    return Published(
+        "Nectar: answers' answer and rank, of which 1 is the best",
+        (*asked.columns, "answers"),
+        {"prompt": asked.prompt, "answers": rated[0], "ratings": [-float(rank) for rank in rated[1]]},
+    )
+
+
+def _distilabel(row: Fields, chat: bool, names: Fields) -> Published | None:
+    rating = next((name for name in ("ratings", "rating") if isinstance(row.get(name), list)), None)
+    if rating is None or not _has(row, "generations") or (asked := _prompt_of(row, chat)) is None:
+        return None
+    return Published(
+        f"distilabel: prompt is {' and '.join(asked.columns)}, answers are generations, ratings is {rating}",
+        (*asked.columns, "generations", rating),
+        {"prompt": asked.prompt, "answers": row["generations"], "ratings": row[rating]},
+    )
+
+
+LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...]] = {
+    "preference": (_shp, _responses, _hh, _orca, _asking),
+    "ratings": (_ultrafeedback, _nectar, _distilabel, _asking),
+    "unpaired": (_asking,),
+    "prompts": (_asking,),
+}
+"""The layouts of each format, the one that says most of a row first."""
+
+
+def together(rows: Iterable[Row | Problem], rating: str, prompt: str) -> Iterator[Row | Problem]:
+    """Rows of one response each as one row for each prompt, as HelpSteer has them: one after the other.
+
+    Args:
+        rating: the column that says what a response is worth.
+        prompt: the column that holds the prompt.
+    """
+    held: list[Row] = []
+    for row in rows:
+        data = row.data if isinstance(row, Row) and _has(row.data, prompt, "response", rating) else {}
+        if held and data.get(prompt) != held[0].data[prompt]:
+            yield _one_row(held, rating)
+            held = []
+        if isinstance(row, Row) and data and not isinstance(data[rating], list):
+            held.append(row)
+        else:
+            yield row
+    if held:
+        yield _one_row(held, rating)
+
+
+def _one_row(rows: list[Row], rating: str) -> Row:
+    first = {name: value for name, value in rows[0].data.items() if name != "response"}
+    lists = {"answers": [row.data["response"] for row in rows], rating: [row.data[rating] for row in rows]}
+    return Row(rows[0].where, first | lists)
+
+
+# --- preference -------------------------------------------------------------------------------------------------------
+# Formats of judgements: pairs of answers, several answers with ratings, single answers with a label.
+
+_ASKING = ("user", "tool")
+_DIFFERENCE = re.compile(r"\s*(-?[\d.]+(?:[eE][-+]?\d+)?) - (-?[\d.]+(?:[eE][-+]?\d+)?)\s*")
+_LARGEST = 3.4e38  # beyond it a number is infinite in float32, which losses are computed in
+
+
+def read_preference(row: dict[str, Any]) -> Preference | Ranked:
+    """{"prompt", "chosen", "rejected", "system"?, "margin"?, "tie"?, "preferred"?, "tools"?}
+
+    Prompt and answers are texts; or messages, where an answer is a text, an assistant message, or a list: that message
+    alone or the whole conversation. Without a prompt both are whole conversations that differ in the last turn only.
+    ShareGPT's pairs have `conversations` as the prompt, and any message may be written as its turns are, by from and
+    value. `rejected` may be a list of texts: one pair for each of them.
+    """
+    rejected = row["rejected"]
+    if isinstance(rejected, list) and rejected and all(isinstance(text, str) for text in rejected):
+        pairs = [_pair(row, text, f"rejected[{i}]", 1 / len(rejected)) for i, text in enumerate(rejected)]
+        return Ranked(tuple(pairs))
+    return _pair(row, rejected, "rejected", 1.0)
+
+
+def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Preference:
+    sides = {"chosen": _side(row["chosen"], "chosen"), at: _side(rejected, at)}
+    good, bad = sides.values()
+    prompt = _context(row)
+    if prompt is None:
+        prompt = _shared(good, bad)
+    elif isinstance(prompt, str) and not (isinstance(good, str) and isinstance(bad, str)):
+        prompt = _shared(*(_whole(prompt, side, name) for name, side in sides.items()))
+    tie, margin = _tie(row), _margin(row)
+    if tie and margin:
+        raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
+    prompt, answers = _asked(row, prompt, [_reply(side, prompt, name) for name, side in sides.items()])
+    if _same(*answers) and not tie:
+        raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
+    return Preference(prompt, answers[0], answers[1], margin, weight, tie, tools_of(row))
+
+
+def _asked(
+    row: dict[str, Any], prompt: str | list[Message], answers: list[str | Message]
+) -> tuple[str | list[Message], list[str | Message]]:
+    """Prompt and answers as they are asked and given: as turns, where the row has a system text."""
+    if isinstance(prompt, str):
+        if not system_turn(row):
+            return prompt, answers
+        prompt = [{"role": "user", "content": prompt}]
+        answers = [{"role": "assistant", "content": answer} for answer in answers]
+    return with_system(row, prompt), answers
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(unwritten(one) == unwritten(other))
+
+
+def _parting(one: list[Message], other: list[Message]) -> int:
+    """The first place at which two lists of messages differ."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if not _same(a, b)), min(len(one), len(other)))
+
+
+def _side(value: Any, at: str) -> str | list[Message]:
+    """An answer as given: a text, or messages."""
+    if isinstance(value, str):
+        return string_at(value, at)
+    if isinstance(value, dict):
+        return [_message(value, at)]
+    if not isinstance(value, list):
+        raise DataError(f"{at} is {type_name(value)}; expected text, a message or a list of messages")
+    turns = list_at(value, at, "messages")
+    return [_message(turn, f"{at}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _message(value: Any, at: str) -> Message:
+    """A message by role and content, or as ShareGPT writes it."""
+    sharegpt = isinstance(value, dict) and value.get("role") is None and value.get("from") is not None
+    return _unweighted((sharegpt_turn if sharegpt else message_at)(value, at))
+
+
+def _unweighted(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _context(row: dict[str, Any]) -> str | list[Message] | None:
+    """The prompt that the row itself names."""
+    if row.get("conversations") is not None:
+        if row.get("prompt") is not None:
+            raise DataError("the row has prompt and conversations; expected one of them")
+        turns = list_at(row["conversations"], "conversations", "turns")
+        at = [f"conversations[{i}]" for i in range(len(turns))]
+        messages = [_message(turn, place) for turn, place in zip(turns, at)]
+        check_order(messages, at, _ASKING, told=True)
+        return messages
+    return None if row.get("prompt") is None else _prompt(row["prompt"])
+
+
+def _prompt(prompt: Any) -> str | list[Message]:
+    if isinstance(prompt, str):
+        return string_at(prompt, "prompt")
+    if not isinstance(prompt, list):
+        raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
+    turns = list_at(prompt, "prompt", "messages")
+    return messages_at([_message(turn, f"prompt[{i}]") for i, turn in enumerate(turns)], "prompt", _ASKING)
+
+
+def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message]:
+    """What two whole conversations have in common: all but the last turn, or they answer different prompts."""
+    if isinstance(good, str) or isinstance(bad, str):
+        raise DataError("no field 'prompt', and the answers are texts; give the prompt, or whole conversations")
+    prompt, other = good[:-1], bad[:-1]
+    if not _same(prompt, other):
+        at = _parting(prompt, other)
+        raise DataError(
+            f"chosen[{at}] and rejected[{at}] differ before the last turn; expected two answers to the same prompt"
+        )
+    if not prompt:
+        raise DataError("no field 'prompt', and chosen has one message only; give the prompt, or whole conversations")
+    return prompt
+
+
+def _whole(prompt: str, side: str | list[Message], at: str) -> list[Message]:
+    """The conversation of a prompt that is a text and an answer that is messages: one of its user turns is the text."""
+    if isinstance(side, str):
+        raise DataError(f"{at} is a string, and the other answer is messages; expected both alike")
+    whole = [{"role": "user", "content": prompt}, *side] if len(side) == 1 else side
+    asked = [message["content"] for message in whole if message["role"] == "user"]
+    if prompt.strip() not in map(str.strip, asked):
+        raise DataError(f"{at} answers another prompt: no user turn of it is the text of prompt")
+    return whole
+
+
+def _reply(side: str | list[Message], prompt: str | list[Message], at: str) -> str | Message:
+    """The answer alone: the last turn."""
+    if isinstance(prompt, str):
+        if isinstance(side, str):
+            return side
+        raise AssertionError("a text is answered by texts here")
+    if isinstance(side, str):
+        return {"role": "assistant", "content": side}
+    if len(side) > 1 and not _same(side[:-1], prompt):
+        place = _parting(side[:-1], prompt)
+        raise DataError(f"{at}[{place}] is not as in the prompt; expected the prompt's messages and one answer")
+    reply = side[-1]
+    check_order([*prompt, reply], ["prompt"] * len(prompt) + [f"{at}[{len(side) - 1}]" if len(side) > 1 else at])
+    if not reply["content"].strip() and "tool_calls" not in reply:
+        raise DataError(f"{at} is empty; expected text")
+    return reply
+
+
+def _number(value: Any, at: str) -> float:
+    """A finite number; csv holds it as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _LARGEST:
+        raise DataError(f"{at} is {value!r}; expected a finite number")
+    return number
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    """How much better the chosen answer is: a number, or the difference of two that data.fields wrote into a text."""
+    given = row.get("margin")
+    if given in (None, ""):
+        return None
+    if isinstance(given, str) and (of := _DIFFERENCE.fullmatch(given)):
+        return _number(of[1], "margin") - _number(of[2], "margin")
+    return _number(given, "margin")
+
+
+def _tie(row: dict[str, Any]) -> bool:
+    preferred = row.get("preferred") or "chosen"
+    if preferred not in ("chosen", "tie"):
+        raise DataError(f"preferred is {preferred!r}; expected 'tie' or 'chosen' (the fields say which it is)")
+    said = row.get("tie")
+    tie = preferred == "tie" if said in (None, "") else flag_at(said, "tie")
+    if preferred == "tie" and not tie:
+        raise DataError("preferred is 'tie' and tie is false; expected the two to agree")
+    return tie
+
+
+def read_ratings(row: dict[str, Any]) -> Ranked:
+    """{"prompt", "answers" or "completions", "ratings" or "scores": numbers, or "ranking": best first, ...}
+
+    It may have `system` and `tools`; prompt and answers are as in a preference. Every two answers with different
+    ratings are a pair, the higher one chosen; the pairs' weights add up to 1, so that a prompt with many answers counts
+    as much as one with few. `ranking` holds the answers' indices, from 0.
+    """
+    name, given = _one_of(row, ("answers", "completions"))
+    places = {f"{name}[{i}]": side for i, side in enumerate(list_at(given, name, "answers"))}
+    sides = {at: _side(side, at) for at, side in places.items()}
+    if len(sides) < 2:
+        raise DataError(f"{name} has one answer; expected two or more to compare")
+    ratings = _ratings(row, len(sides), name)
+    prompt, tools = _prompt(row["prompt"]), tools_of(row)
+    if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
+        wholes = [_whole(prompt, side, at) for at, side in sides.items()]
+        prompt = wholes[0][:-1]
+    prompt, turns = _asked(row, prompt, [_reply(side, prompt, at) for at, side in sides.items()])
+    order = sorted(range(len(turns)), key=lambda i: -ratings[i])
+    better = [(a, b) for n, a in enumerate(order) for b in order[n + 1 :] if ratings[a] > ratings[b]]
+    for a, b in better:
+        if _same(turns[a], turns[b]):
+            first, second = sorted((a, b))
+            raise DataError(f"{name}[{first}] and {name}[{second}] are the same text, with different ratings")
+    weight = 1 / max(1, len(better))
+    return Ranked(tuple(Preference(prompt, turns[a], turns[b], None, weight, False, tools) for a, b in better))
+
+
+def _one_of(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
+    given = [name for name in names if row.get(name) is not None]
+    if len(given) != 1:
+        raise DataError(f"the row has {' and '.join(given)}; expected one of them")
+    return given[0], row[given[0]]
+
+
+def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
+    name, given = _one_of(row, ("ratings", "scores", "ranking"))
+    values = [_number(value, f"{name}[{i}]") for i, value in enumerate(list_at(given, name, "numbers"))]
+    if len(values) != count:
+        raise DataError(f"{name} has {len(values)} numbers for {count} {answers}; expected one for each")
+    if name != "ranking":
+        return values
+    if sorted(values) != list(range(count)):
+        raise DataError(f"ranking is {given}; expected each index from 0 to {count - 1} once, the best answer's first")
+    return [-float(values.index(i)) for i in range(count)]
+
+
+def read_unpaired(row: dict[str, Any]) -> Judged:
+    """{"prompt", "completion", "label": true or false, "system"?, "tools"?}: the first two as in a preference."""
+    prompt, completion = _prompt(row["prompt"]), _side(row["completion"], "completion")
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        prompt = _whole(prompt, completion, "completion")[:-1]
+    prompt, (reply,) = _asked(row, prompt, [_reply(completion, prompt, "completion")])
+    return Judged(prompt, reply, flag_at(row["label"], "label"), tools_of(row))
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+# Rows of a source into the items of one format. `suggest_format` says what a row looks like, for messages only.
+
+_NAMED = 12  # columns that a note names
+
+
+class Format(NamedTuple):
+    """How a row is read, which fields it must have ("a|b" is one of the two), and which it may have."""
+
+    read: Callable[[dict[str, Any]], Item]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def missing(self, row: Mapping[str, Any]) -> list[str]:
+        """The required fields that a row does not have, or has as null."""
+        return [name for name in self.required if all(row.get(part) is None for part in name.split("|"))]
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(read_messages, ("messages",), ("tools", "system")),
+    "prompt-completion": Format(read_prompt_completion, ("prompt", "completion"), ("tools", "system")),
+    "text": Format(read_text, ("text",)),
+    "sharegpt": Format(read_sharegpt, ("conversations",), ("tools", "system")),
+    "alpaca": Format(read_alpaca, ("instruction", "output"), ("input", "system", "history")),
+    "prompts": Format(read_prompts, ("prompt",), ("tools", "system")),
+    "preference": Format(
+        read_preference,
+        ("chosen", "rejected"),
+        ("prompt", "conversations", "tools", "system", "margin", "tie", "preferred"),
+    ),
+    "ratings": Format(
+        read_ratings,
+        ("prompt", "answers|completions", "ratings|scores|ranking"),
+        ("tools", "system"),
+    ),
+    "unpaired": Format(read_unpaired, ("prompt", "completion", "label"), ("tools", "system")),
+}
+
+
+def suggest_format(row: dict[str, Any]) -> str | None:
+    """The format that a row looks like, or None. For messages; nothing is read by it."""
+    fitting = [name for name, form in FORMATS.items() if not form.missing(row) or _fits_published(row, name)]
+    # The one that says most of the row: the fields of one format may be among those of another.
+    return max(fitting, key=lambda name: len(FORMATS[name].required), default=None)
+
+
+def _fits_published(row: dict[str, Any], format: str) -> bool:
+    try:
+        return not FORMATS[format].missing(in_our_fields(row, (format,)))
+    except DataError:  # it has the columns of a layout, and something else in them
+        return False
+
+
+@dataclass
+class Columns:
+    """What became of the columns of a source's rows.
+
+    Attributes:
+        seen: those that hold something in a row, in their order.
+        read: those that are read.
+        layouts: of published sets, that rows were read by.
+    """
+
+    seen: dict[str, None] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
+    layouts: dict[str, None] = field(default_factory=dict)
+
+    def notes(self, also: Iterable[str] | None = ()) -> list[str]:
+        """By which layouts rows were read, and the columns that nothing reads.
+
+        Args:
+            also: columns that something else reads; None: it may read every one.
+        """
+        unused = [name for name in self.seen if also is not None and name not in self.read.union(also)]
+        more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+        names = [f"columns not used: {', '.join(unused[:_NAMED])}{more}"] if unused else []
+        return [*(f"rows are read as published: {layout}" for layout in self.layouts), *names]
+
+
+class _NoField(DataError):
+    """A row lacks a field of its format."""
+
+
+class _Reader:
+    """From rows to the items of a format.
+
+    Attributes:
+        columns: what became of the rows' columns.
+        names: every column that there is.
+    """
+
+    def __init__(self, format: str, fields: Mapping[str, str], chat: bool, columns: Columns) -> None:
+        self.form, self.format, self.chat, self.columns = _format(format), format, chat, columns
+        _check_fields(fields, format)
+        self.fields = fields
+        self.templates = {ours: text for ours, text in fields.items() if is_template(text)}
+        self.renamed = {ours: theirs for ours, theirs in fields.items() if ours not in self.templates}
+        self.named = {ours: names_in(text, f"data.fields.{ours}") for ours, text in self.templates.items()}
+        # A system text that a template has written into a field would else be said twice.
+        self.told = "system" not in fields and any("system" in names for names in self.named.values())
+        self.names: set[str] = set()
+        declared = "|".join(self.form.required + self.form.optional).split("|")
+        columns.read |= {name for name in declared if name not in fields}.union(
+            self.renamed.values(), *self.named.values()
+        )
+
+    def gathered(self, rows: Iterable[Row | Problem]) -> Iterable[Row | Problem]:
+        """The rows, where the format has them so several of the source as one."""
+        rating = next((self.renamed[name] for name in ("ratings", "scores") if name in self.renamed), None)
+        if self.format != "ratings" or rating is None:
+            return rows
+        return together(rows, rating, self.renamed.get("prompt", "prompt"))
+
+    def item(self, row: dict[str, Any]) -> Item:
+        """What a row becomes.
+
+        Raises:
+            DataError: it does not fit.
+        """
+        self.names.update(row)
+        self.columns.seen |= {name: None for name, value in row.items() if value not in (None, "", [], {})}
+        data = {key: value for key, value in row.items() if key not in self.renamed or self.renamed[key] == key}
+        data |= {ours: row[theirs] for ours, theirs in self.renamed.items() if theirs in row}
+        data |= {ours: fill(text, row, f"data.fields.{ours}") for ours, text in self.templates.items()}
+        asked = {name: value for name, value in data.items() if name != "system"} if self.told else data
+        published = as_published(asked, self.format, self.chat, self.fields)
+        if published is not None:
+            asked = {name: value for name, value in asked.items() if name not in published.columns} | published.fields
+            self.names.update(published.columns)
+            self.columns.read.update(published.columns)
+            self.columns.layouts[published.says] = None
+        if missing := self.form.missing(asked):
+            named = [" or ".join(repr(self.renamed.get(part, part)) for part in name.split("|")) for name in missing]
+            has = ", ".join(map(str, row)) or "none"
+            single = self.format == "ratings" and isinstance(row.get("response"), str)
+            way = "; where a row has one response, name what rates it: data.fields: {ratings: ...}" if single else ""
+            raise _NoField(f"no field {' and no '.join(named)}; the row has {has}{way}")
+        if not self.chat and isinstance(asked.get("prompt"), str) and not is_text(asked):
+            what = "system has" if system_turn(asked) else "tools have"
+            raise DataError(
+                f"{what} no place in plain text (no chat template, or data.template: none); leave the column out, or "
+                "write it into the prompt, as in data.fields: {prompt: '{system} {prompt}'}"
+            )
+        item = self.form.read(asked)
+        self.columns.read |= {"functions"} if "tools" in self.form.optional and functions_of(asked) else set()
+        return replace(item, row=data) if isinstance(item, Prompt) else item
+
+    def check_names(self) -> None:
+        """ConfigError where data.fields names a column that no row has."""
+        named = [(ours, name) for ours, given in self.named.items() for name in given]
+        for ours, theirs in [*self.renamed.items(), *named]:
+            if self.names and theirs not in self.names:
+                seen = f"no row has{nearest(theirs, self.names)}; rows have {', '.join(sorted(self.names))}"
+                verb = "names" if ours in self.templates else "is"
+                raise ConfigError(f"data.fields.{ours} {verb} {theirs!r}, which {seen}")
+
+
+def convert(
+    rows: Iterable[Row | Problem],
+    format: str,
+    fields: Mapping[str, str] | None = None,
+    skipped: list[Problem] | None = None,
+    *,
+    chat: bool = True,
+    columns: Columns | None = None,
+) -> list[Example]:
+    """All rows of a source in one format.
+
+    Args:
+        format: a name of `FORMATS`.
+        fields: the format's field name -> the row's name of it, where the two differ, or a text with the names of
+            the row's fields between braces, to be filled with them.
+        skipped: takes the rows that do not fit, which then are left out; without it, and when no row fits, they raise.
+        chat: whether texts can become turns of a chat template; without, a row's system text has no place.
+        columns: takes what became of the rows' columns.
+    Raises:
+        ConfigError: no such format; or `fields` names a field that the format, or every row, does not have.
+        DataError: rows that can not be read or do not fit; all of them in one.
+    """
+    reader = _Reader(format, dict(fields or {}), chat, Columns() if columns is None else columns)
+    examples: list[Example] = []
+    problems: list[Problem] = []
+    looks: list[str | None] = []
+    for row in reader.gathered(rows):
+        try:
+            if isinstance(row, Problem):
+                raise DataError(row.text)
+            examples.append(Example(row.where, reader.item(row.data)))
+        except DataError as exc:
+            problems.append(Problem(row.where, str(exc)))
+            if isinstance(exc, _NoField) and isinstance(row, Row):
+                looks.append(suggest_format(row.data))
+    reader.check_names()
+    total = len(examples) + len(problems)
+    if problems and (skipped is None or not examples):
+        raise DataError(_report(problems, [name for name in looks if name and name != format], total))
+    if skipped is not None:
+        skipped.extend(problems)
+    return examples
+
+
+def _report(problems: list[Problem], looks: list[str], total: int) -> str:
+    text = report_lines([f"{problem.where}: {problem.text}" for problem in problems])
+    likely = max(looks, key=looks.count, default=None)
+    if likely and 2 * looks.count(likely) >= total:
+        text += f"\nthis file looks like data.format: {likely}"
+    return text
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ConfigError(f"data.format is {name!r}; expected one of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+    return FORMATS[name]
+
+
+def _check_fields(fields: Mapping[str, str], format: str) -> None:
+    known = "|".join(FORMATS[format].required + FORMATS[format].optional).split("|")
+    unknown = [
+        f"data.fields.{name}: format {format} has no field {name!r}{nearest(name, known)}"
+        for name in fields
+        if name not in known
+    ]
+    if unknown:
+        raise ConfigError("\n".join([*unknown, f"the fields of {format} are {', '.join(known)}"]))
+
+
+# --- shots ------------------------------------------------------------------------------------------------------------
+
+MOST_LABELS = 20
+
+
+class Shots(NamedTuple):
+    """The chosen rows' indices, in order; and what was done, in a sentence."""
+
+    rows: list[int]
+    note: str
+
+
+def answer_of(item: Item) -> str | None:
+    """What a row answers: its completion, its last assistant turn, or whether its answer is good; else None."""
+    if isinstance(item, Completion):
+        return item.completion.strip()
+    if isinstance(item, Judged):
+        return "good" if item.label else "bad"
+    if isinstance(item, Conversation) and item.messages[-1]["role"] == "assistant":
+        return str(item.messages[-1]["content"]).strip()
+    return None
+
+
+def few_of(answers: Sequence[str | None]) -> list[str] | None:
+    """The answers as labels: every row has one, and they are few."""
+    labels = [answer for answer in answers if answer is not None]
+    different = len(set(labels))
+    few = different <= MOST_LABELS and 2 * different <= len(labels)
+    return labels if few and len(labels) == len(answers) else None
+
+
+def labels_of(
+    examples: Sequence[Example], rows: Sequence[dict[str, Any]] | None = None, field: str | None = None
+) -> list[str] | None:
+    """A label for each row, or None where rows have none.
+
+    Args:
+        rows: the examples' rows as they were read; needed with `field`.
+        field: the rows' field that holds it, as a text, a number, or true or false.
+    Raises:
+        ConfigError: no row has the field. DataError: some rows lack it.
+    """
+    if field is None:
+        return few_of([answer_of(item) for _, item in examples])
+    assert rows is not None, "the field is in the rows"
+    assert len(rows) == len(examples), "each example comes from a row"
+    found: list[str] = []
+    for (where, _), row in zip(examples, rows):
+        value = row.get(field)
+        if value is None or isinstance(value, (list, dict)):
+            names = sorted({name for row in rows for name in row})
+            if field not in names:
+                seen = f"no row has{nearest(field, names)}; rows have {', '.join(names)}"
+                raise ConfigError(f"data.label is {field!r}, which {seen}")
+            seen = "missing" if value is None else json.dumps(value)[:40]
+            raise DataError(f"{where}: {field} is {seen}; data.label: {field} wants a text or a number")
+        found.append(value if isinstance(value, str) else json.dumps(value))
+    return found
+
+
+def choose(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> Shots:
+    """`shots` rows of each label, or of all where there are none. Fewer shots of the same seed are among more.
+
+    Args:
+        count: rows there are.
+        setting: what asks for them, for messages.
+    Raises:
+        ConfigError: there are not as many.
+    """
+    rng = random.Random(seed)
+    order = rng.sample(range(count), count)
+    if labels is None:
+        if shots > count:
+            raise ConfigError(f"{setting}: {shots} rows are asked for, and there are {count}")
+        return Shots(sorted(order[:shots]), f"{shots:,} of {count:,} rows are used ({setting})")
+    groups = grouped(labels, order)
+    short = [f"{len(rows)} of {name!r}" for name, rows in groups.items() if len(rows) < shots]
+    if short:
+        raise ConfigError(
+            f"{setting}: {shots} rows of each label are asked for, and there are only {', '.join(short)}; there are "
+            f"{count} rows of {len(groups)} labels"
+        )
+    rows = sorted(row for group in groups.values() for row in group[:shots])
+    names = ", ".join(repr(name) for name in groups)
+    return Shots(rows, f"{len(rows):,} of {count:,} rows are used: {shots} of each label, {names} ({setting})")
+
+
+def balanced(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> list[int]:
+    """`shots` rows in all, mixed; the labels' numbers differ by one at most. Fewer of the same seed are among more.
+
+    Raises:
+        ConfigError: there are not as many rows, or not as many of a label.
+    """
+    rng = random.Random(seed)
+    order = rng.sample(range(count), count)
+    if shots > count:
+        raise ConfigError(f"{setting}: {shots} shots are asked for, and there are {count} rows to take them from")
+    if labels is None:
+        return order[:shots]
+    groups = grouped(labels, order)
+    # Which label has one more than another is left to the seed.
+    turns = rng.sample(sorted(groups), len(groups))
+    wanted = {name: len(range(i, shots, len(turns))) for i, name in enumerate(turns)}
+    short = [f"{len(groups[name])} of {name!r}" for name, most in wanted.items() if len(groups[name]) < most]
+    if short:
+        raise ConfigError(
+            f"{setting}: {shots} shots of {len(turns)} labels are asked for, and there are only {', '.join(short)} to "
+            "take them from"
+        )
+    chosen = [groups[turns[i % len(turns)]][i // len(turns)] for i in range(shots)]
+    # The labels must not take turns: a model would see the pattern and go on with it.
+    rng.shuffle(chosen)
+    return chosen
+
+
+def grouped(labels: Sequence[str], order: Sequence[int]) -> dict[str, list[int]]:
+    """The rows of each label, in `order`; labels in alphabetical order."""
+    groups: dict[str, list[int]] = {name: [] for name in sorted(set(labels))}
+    for row in order:
+        groups[labels[row]].append(row)
+    return groups

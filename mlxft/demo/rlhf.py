@@ -14,16 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxft.config import Config
+from mlxft.config import Config, load_config, override
 from mlxft.data.sources import Problem, read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.export.fuse import fuse
-from mlxft.model.batch_sample import sample_batch, text_of
-from mlxft.model.sample import Sampling
-from mlxft.objectives.onpolicy.rolled import RolloutSettings
-from mlxft.owned import check_replaceable, claim, hold
-from mlxft.recipe import load_config, override
-from mlxft.run import Run, load, train
+from mlxft.files import check_replaceable, claim, hold
+from mlxft.model.sampling import Sampling, sample_batch, text_of
+from mlxft.objectives.rollouts import RolloutSettings
+from mlxft.run import train
+from mlxft.runs import Run, load_run
 from mlxft.text import parse_json
 
 HERE = Path(__file__).parent
@@ -176,7 +175,7 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
 
 
 def _answers(path: Path, prompts: Sequence[str], most: int) -> list[str]:
-    loaded = load(path)
+    loaded = load_run(path)
     sampling = Sampling(most)
     ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
     found = sample_batch(loaded.model, loaded.tokenizer, ids, sampling, seed=0)

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlxft.build import load_base
+from mlxft.config import load_config, override
 from mlxft.export.fuse import fuse
+from mlxft.files import check_replaceable, claim, hold
 from mlxft.model.load import Loaded
-from mlxft.model.sample import Sampling, generate
-from mlxft.owned import check_replaceable, claim, hold
-from mlxft.parts import load_base
-from mlxft.recipe import load_config, override
-from mlxft.run import load, train
+from mlxft.model.sampling import Sampling, generate
+from mlxft.run import train
+from mlxft.runs import load_run
 from mlxft.text import parse_json
 
 HERE = Path(__file__).parent
@@ -77,7 +78,7 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     console.rule("Training")
     run = train(config, overwrite=True, console=console)
     console.rule("After: questions that are phrased otherwise than the rows it learned from")
-    after = answers(load(run.dir), asked)
+    after = answers(load_run(run.dir), asked)
     table = Table("question", "before", "after", "")
     for q, old, new in zip(asked, before, after):
         old = shorten(old, 100, placeholder=" ...")  # an untrained answer rambles, and 80 columns are narrow

@@ -1,9 +1,12 @@
-"""A run, an adapter or a model as one .gguf file, for llama.cpp and what is built on it."""
+"""Write .gguf files: settings, vocabulary, tensors, and adapters for llama.cpp."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,31 +17,556 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft import __version__
+from mlxft.data.dataset import turn_end
 from mlxft.errors import CheckpointError, ConfigError, ExportError, missing_extra
-from mlxft.export.gguf_adapter import adapter_tensors
-from mlxft.export.gguf_settings import Get, family, lookup, rope_tensors, settings
-from mlxft.export.gguf_tensors import (
-    FILE_TYPES,
-    KINDS,
-    Tensor,
-    Weight,
-    encode,
-    model_weights,
-    stored_bytes,
-    stored_kind,
-)
-from mlxft.export.gguf_vocab import vocabulary
+from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
+from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused
-from mlxft.model.gguf_names import ROPE_LONG, ROPE_TENSORS, Architecture, permute
-from mlxft.model.gguf_tokenizer import SPACE
+from mlxft.model.gguf import (
+    ARCHITECTURES,
+    BYTE,
+    CONTROL,
+    GEMMA_SCALED_BY_WIDTH,
+    MODEL_TYPES,
+    NORMAL,
+    PRE_TOKENIZERS,
+    ROPE_FREQS,
+    ROPE_LONG,
+    ROPE_SHORT,
+    ROPE_TENSORS,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Architecture,
+    llama3_divisors,
+    permute,
+    recognise,
+)
 from mlxft.model.heads import find_head
-from mlxft.model.load import Loaded
-from mlxft.model.lora import QUANTIZED, LowRank
-from mlxft.model.source import ALIASES, resolve
-from mlxft.owned import check_file, is_stream, note
-from mlxft.rundir import find_adapter, load
-from mlxft.trainer.files import write_beside
+from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
+from mlxft.model.load import ALIASES, Loaded, resolve
+from mlxft.runs import find_adapter, load_run
+from mlxft.text import parse_json
+
+# --- gguf settings ----------------------------------------------------------------------------------------------------
+# A config.json's hyper-parameters as the metadata of a .gguf file, and the tensors that belong to the rope.
+
+Get = Callable[..., Any]  # (name, default)
+# Whose rope llama.cpp scales by each rule.
+_SCALABLE = {
+    "linear": ("llama", "qwen2", "qwen3", "gemma3"),
+    "llama3": ("llama",),
+    "yarn": ("llama", "qwen2", "qwen3"),
+    "longrope": ("phi3",),
+}
+
+
+def family(config: dict[str, Any]) -> Architecture:
+    """The family that a config belongs to.
+
+    Raises:
+        ExportError: not one that is written as .gguf here.
+    """
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ExportError(
+            f"architecture {kind!r} is not written as .gguf, only {', '.join(MODEL_TYPES)}; use the fused folder "
+            "(mlxft fuse), which mlx-lm and LM Studio load, and llama.cpp's own convert_hf_to_gguf.py reads"
+        )
+    return ARCHITECTURES[MODEL_TYPES[kind]]
+
+
+def lookup(model: Any, config: dict[str, Any]) -> Get:
+    """Hyper-parameters by name: as mlx-lm runs the model, and from its config.json what mlx-lm has no use for."""
+    args = getattr(model, "language_model", model).args
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+
+    def get(key: str, default: Any = None) -> Any:
+        found = getattr(args, key, None)
+        found = text.get(key) if found is None else found
+        return default if found is None else found
+
+    return get
+
+
+def settings(arch: Architecture, get: Get) -> dict[str, Any]:
+    """Metadata under `<architecture>.`; Python's int, float, bool and str say how a value is stored.
+
+    Raises:
+        ExportError: a setting that llama.cpp has not, by name.
+    """
+    heads, own, head_dim = get("num_attention_heads"), _own_width(get), head_width(arch, get)
+    out: dict[str, Any] = {
+        "context_length": get("max_position_embeddings", 8192),
+        "embedding_length": get("hidden_size"),
+        "block_count": get("num_hidden_layers"),
+        "feed_forward_length": get("intermediate_size"),
+        "attention.head_count": heads,
+        "attention.head_count_kv": get("num_key_value_heads", heads),
+        "attention.layer_norm_rms_epsilon": float(get("rms_norm_eps")),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "rope.dimension_count": int(head_dim * get("partial_rotary_factor", 1.0)) if arch.name == "phi3" else head_dim,
+        "rope.freq_base": float(get("rope_theta", 10000.0)),
+    }
+    if get("rope_traditional"):
+        raise ExportError("rope_traditional is set, which .gguf files of this family can not say; use the fused folder")
+    if "sliding_attention" in (get("layer_types") or []) and arch.name in ("llama", "qwen2", "qwen3"):
+        raise ExportError(f"layers with sliding attention are not written for {arch.name}; use the fused folder")
+    if arch.name.startswith("gemma"):
+        out.update(_gemma(arch, get, head_dim, own))
+    if arch.name == "phi3":
+        out["rope.scaling.original_context_length"] = get("original_max_position_embeddings", out["context_length"])
+        out["attention.sliding_window"] = get("sliding_window", 0)
+    out.update(_scaling(arch, get, out))
+    return {f"{arch.name}.{key}": value for key, value in out.items()}
+
+
+def _own_width(get: Get) -> int:
+    return int(get("hidden_size") // get("num_attention_heads"))
+
+
+def head_width(arch: Architecture, get: Get) -> int:
+    """Width of an attention head."""
+    own = _own_width(get)
+    return own if arch.name in ("qwen2", "phi3") else int(get("head_dim", own))
+
+
+def _gemma(arch: Architecture, get: Get, head_dim: int, own: int) -> dict[str, Any]:
+    scaled = own if get("num_hidden_layers") == GEMMA_SCALED_BY_WIDTH[arch.name] else head_dim
+    if get("query_pre_attn_scalar") != scaled:
+        raise ExportError(
+            f"query_pre_attn_scalar is {get('query_pre_attn_scalar')}; llama.cpp takes {scaled} for a {arch.name} of "
+            f"{get('num_hidden_layers')} layers, and a .gguf file can not say otherwise; use the fused folder"
+        )
+    out: dict[str, Any] = {"attention.sliding_window": get("sliding_window", 4096)}
+    if arch.name == "gemma2":
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            out[name] = float(get(name))
+        return out
+    out["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
+    out["attention.sliding_window_pattern"] = get("sliding_window_pattern")
+    return out
+
+
+def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
+    scaling = scaling or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return {"su": "longrope"}.get(kind, kind), scaling
+
+
+def _scaling(arch: Architecture, get: Get, out: dict[str, Any]) -> dict[str, Any]:
+    kind, scaling = _rope_kind(get("rope_scaling"))
+    if kind == "default":
+        return {}
+    if arch.name not in _SCALABLE.get(kind, ()):
+        known = [k for k, names in _SCALABLE.items() if arch.name in names]
+        raise ExportError(
+            f"rope scaling {kind!r} of {arch.name} is not written as .gguf, only {', '.join(known) or 'none'}; use the "
+            "fused folder (mlxft fuse)"
+        )
+    if kind == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+    if kind == "yarn":
+        usual = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0}
+        odd = [k for k, v in usual.items() if scaling.get(k, v) != v] + ["attention_factor"] * (
+            scaling.get("attention_factor") is not None
+        )
+        if odd:
+            raise ExportError(f"rope scaling 'yarn' with {', '.join(odd)} of its own is not written as .gguf")
+        original = scaling.get("original_max_position_embeddings", 4096)
+        return {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(scaling["factor"]),
+            "rope.scaling.original_context_length": original,
+        }
+    if kind == "longrope":
+        original = out["rope.scaling.original_context_length"]
+        stretch = out["context_length"] / original
+        loudness = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        return {"rope.scaling.attn_factor": loudness}
+    return {}
+
+
+def rope_tensors(arch: Architecture, get: Get) -> dict[str, mx.array]:
+    """What llama.cpp keeps of the rope as tensors, float32: Llama 3's divisors, Phi 3's long and short factors."""
+    kind, scaling = _rope_kind(get("rope_scaling"))
+    if kind == "llama3":
+        divisors = llama3_divisors(scaling, float(get("rope_theta", 10000.0)), head_width(arch, get))
+        return {ROPE_FREQS: mx.array(divisors, dtype=mx.float32)}
+    if kind == "longrope" and arch.name == "phi3":
+        pairs = ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor"))
+        return {name: mx.array(scaling[key], dtype=mx.float32) for name, key in pairs}
+    return {}
+
+
+# --- gguf vocab -------------------------------------------------------------------------------------------------------
+# A tokenizer as llama.cpp wants it in a .gguf file: tokens, their kinds, merges or scores, chat template.
+
+# Of a token that no merge makes; far below any rank.
+_NO_SCORE = -1e6
+
+
+def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
+    """The `tokenizer.*` metadata.
+
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper, or transformers' own.
+        rows: of the embedding; ids that the tokenizer does not use are filled up, tokens beyond are left out.
+    Raises:
+        ExportError: a tokenizer of a kind that llama.cpp does not have, or one that it would run otherwise.
+    """
+    spec = _spec(tokenizer)
+    model = spec["model"]
+    if model["type"] != "BPE":
+        raise ExportError(f"the tokenizer is of the kind {model['type']}; .gguf files are written for BPE only")
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    tokens = _tokens(model["vocab"], added, rows)
+    types = [_kind(i, token, added, model) for i, token in enumerate(tokens)]
+    texts = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)]
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
+    if model.get("byte_fallback"):
+        out = _sentencepiece(spec, texts, types, merges, chat_template(tokenizer) is not None)
+    else:
+        out = _byte_level(spec, merges)
+    out["tokenizer.ggml.tokens"] = texts
+    out["tokenizer.ggml.token_type"] = types
+    return out | _marks(tokenizer, rows)
+
+
+def _spec(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer.json."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError("the tokenizer has no tokenizer.json (it is not a fast one); .gguf files need it")
+    spec: dict[str, Any] = parse_json(backend.to_str())
+    return spec
+
+
+def _tokens(vocab: dict[str, int], added: dict[int, dict[str, Any]], rows: int) -> list[str | None]:
+    """Text of each id of the embedding, None where none has it."""
+    by_id = {i: token for token, i in vocab.items()} | {i: token["content"] for i, token in added.items()}
+    beyond = [i for i in by_id if i >= rows and i not in added]
+    if beyond:
+        raise ExportError(f"the tokenizer has {max(by_id) + 1} tokens, the embedding {rows} rows; they do not fit")
+    return [by_id.get(i) for i in range(rows)]
+
+
+def _kind(number: int, token: str | None, added: dict[int, dict[str, Any]], model: dict[str, Any]) -> int:
+    if token is None:
+        return UNUSED
+    if token == model.get("unk_token") and model.get("byte_fallback"):
+        return UNKNOWN
+    if number in added:
+        return CONTROL if added[number]["special"] or _looks_special(token) else USER_DEFINED
+    if model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return BYTE
+    return NORMAL
+
+
+def _looks_special(token: str) -> bool:
+    """Marks that some makers did not declare special; llama.cpp's converter takes them for such, too."""
+    fences = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        token.startswith(left) and token.endswith(right) for left, right in fences
+    )
+
+
+def _byte_level(spec: dict[str, Any], merges: list[Any]) -> dict[str, Any]:
+    name = recognise(spec)
+    normal = _flat(spec.get("normalizer"), "normalizers")
+    if name is None or any(step["type"] != "NFC" for step in normal):
+        what = json.dumps(spec.get("pre_tokenizer") if name is None else spec["normalizer"])
+        raise ExportError(
+            f"the tokenizer cuts text in a way that has no name in llama.cpp here: {what[:200]}; known are "
+            f"{', '.join(PRE_TOKENIZERS)}. llama.cpp's own convert_hf_to_gguf.py may know it: give it the fused folder "
+            "(mlxft fuse)"
+        )
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+    }
+
+
+def _sentencepiece(
+    spec: dict[str, Any], texts: list[str], types: list[int], merges: list[Any], chats: bool
+) -> dict[str, Any]:
+    """llama.cpp merges the pair whose token scores highest: scores fall with the first merge that makes a token."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    scores = [0.0] * len(texts)
+    for i, (text, kind) in enumerate(zip(texts, types)):
+        if kind == NORMAL:
+            scores[i] = -float(ranks[text]) if text in ranks else _NO_SCORE
+        elif kind == USER_DEFINED:
+            texts[i] = text.replace(SPACE, " ")
+    steps = [*_flat(spec.get("normalizer"), "normalizers"), *_flat(spec.get("pre_tokenizer"), "pretokenizers")]
+    known = ("Prepend", "Replace", "Metaspace", "Split")
+    odd = [step["type"] for step in steps if step["type"] not in known]
+    if odd:
+        raise ExportError(
+            f"the tokenizer changes text by {', '.join(odd)} before it cuts it, which llama.cpp's SentencePiece "
+            "vocabulary does not do; use the fused folder (mlxft fuse)"
+        )
+    # llama.cpp sets a space before every stretch of text or before none. Metaspace's "first" sets one at the very
+    # start only: with a chat template a mark stands there, so none is right.
+    always = "always" if chats else "first"
+    prefixed = any(
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") in ("always", always))
+        for step in steps
+    )
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": prefixed,
+    }
+
+
+def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    return [part for s in step[inner] for part in _flat(s, inner)] if step["type"] == "Sequence" else [step]
+
+
+def _marks(tokenizer: Any, rows: int) -> dict[str, Any]:
+    """Ids with a meaning, what an encoded text begins and ends with, and the chat template."""
+    out: dict[str, Any] = {}
+    eos = tokenizer.eos_token_id
+    roles = {"bos": tokenizer.bos_token_id, "eos": eos, "unknown": tokenizer.unk_token_id}
+    roles["padding"] = tokenizer.pad_token_id
+    if (turn := _end_of_turn(tokenizer)) is not None:
+        roles["eot"] = turn
+    for role, number in roles.items():
+        if number is not None and number < rows:
+            out[f"tokenizer.ggml.{role}_token_id"] = int(number)
+    ids = list(tokenizer.encode("a"))
+    out["tokenizer.ggml.add_bos_token"] = roles["bos"] is not None and ids[0] == roles["bos"]
+    out["tokenizer.ggml.add_eos_token"] = len(ids) > 1 and eos is not None and ids[-1] == eos
+    if (template := chat_template(tokenizer)) is not None:
+        out["tokenizer.chat_template"] = template
+    return out
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """The tokenizer's Jinja template, the default one of several."""
+    found = tokenizer.chat_template
+    if isinstance(found, dict):
+        found = found.get("default") or next(iter(found.values()), None)
+    return found or None
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The token that ends an answer in the chat template, where it is another than eos."""
+    others = set(getattr(tokenizer, "eos_token_ids", ())) - {tokenizer.eos_token_id}
+    if not others or chat_template(tokenizer) is None:
+        return None
+    if len(others) == 1:
+        return int(next(iter(others)))
+    # Where the template refuses to be asked, llama.cpp finds the token by its name.
+    return next((end for end in turn_end(tokenizer) if end in others), None)
+
+
+# --- gguf tensors -----------------------------------------------------------------------------------------------------
+# A model's weights one by one, in the numbers of a .gguf file.
+
+BLOCK = 32  # numbers that share a scale in q8_0
+_Q8_BYTES = BLOCK + 2
+# Bytes of a number; general.file_type as llama.cpp counts them.
+KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": _Q8_BYTES / BLOCK}
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One array of a model: its name without wrappers, its shape unpacked, and how to get it (float32, fused)."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], mx.array]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file; `read` gives it as numpy, in its kind."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    read: Callable[[], Any]
+
+
+def model_weights(model: nn.Module) -> Iterator[Weight]:
+    """All weights, adapters fused and packed layers unpacked, none of them read yet.
+
+    What `read` gives is taken out of the model, so that no more than one stands in memory unpacked.
+    """
+    inside: tuple[str, ...] = ()
+    for path, module in list(model.named_modules()):
+        if path.startswith(inside) and inside:
+            continue
+        base = module
+        if isinstance(module, LowRank):
+            inside = (*inside, f"{path}.")
+            base = module.base
+        packed = isinstance(base, QUANTIZED)
+        for leaf in [k for k, v in base.items() if isinstance(v, mx.array) and not k.startswith("_")]:
+            if packed and leaf in ("scales", "biases"):
+                continue
+            shape = dense_weight(base).shape if leaf == "weight" and packed else base[leaf].shape
+            yield Weight(f"{path}.{leaf}", tuple(shape), _reader(module, base, leaf))
+
+
+def _reader(module: nn.Module, base: nn.Module, leaf: str) -> Callable[[], mx.array]:
+    def read() -> mx.array:
+        if leaf != "weight":
+            return base.pop(leaf).astype(mx.float32)
+        # Unpacked in float32: the file's own rounding is to be the only one.
+        value = module.fused_weight(exact=True) if isinstance(module, LowRank) else dense_weight(base, exact=True)
+        mx.eval(value)
+        for owner in {id(m): m for m in (module, base)}.values():
+            for own in ("weight", "scales", "biases", "lora_a", "lora_b", "m"):
+                owner.pop(own, None)
+        return value
+
+    return read
+
+
+def stored_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """The kind that a tensor is stored in: vectors (norms, biases) stay float32.
+
+    Raises:
+        ExportError: rows that q8_0's blocks do not fill.
+    """
+    if len(shape) < 2:
+        return "f32"
+    if kind == "q8_0" and shape[-1] % BLOCK:
+        raise ExportError(
+            f"{name}: rows of {shape[-1]} numbers can not be packed as q8_0, which takes {BLOCK} at a time; "
+            "take f16 or bf16"
+        )
+    return kind
+
+
+def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor in a file."""
+    return int(np.prod(shape) * KINDS[kind])
+
+
+def encode(value: mx.array, kind: str, name: str) -> Any:
+    """A float32 array as numpy has a kind: bf16 as uint16, q8_0 as rows of bytes.
+
+    Raises:
+        ExportError: numbers that are not finite in this kind.
+    """
+    if kind == "q8_0":
+        _check_finite(value, name, kind)
+        return np.array(quantize_q8_0(value))
+    if kind == "bf16":
+        value = value.astype(mx.bfloat16)
+        _check_finite(value, name, kind)
+        return np.array(value.view(mx.uint16))
+    value = value.astype(mx.float16 if kind == "f16" else mx.float32)
+    _check_finite(value, name, kind)
+    return np.array(value)
+
+
+def _check_finite(value: mx.array, name: str, kind: str) -> None:
+    if mx.isfinite(value).all().item():
+        return
+    hint = "; its numbers are too large for f16, take bf16" if kind == "f16" else "; the model is broken"
+    raise ExportError(f"{name}: holds numbers that are not finite as {kind}{hint}")
+
+
+def quantize_q8_0(value: mx.array) -> mx.array:
+    """Rows in blocks of 32 numbers: a float16 scale, and 32 whole numbers of 8 bits.
+
+    (..., D) float32 -> (..., D / 32 * 34) uint8. Source: ggml's quantize_row_q8_0_ref.
+    """
+    blocks = value.astype(mx.float32).reshape(-1, BLOCK)
+    scale = mx.abs(blocks).max(axis=1, keepdims=True) / 127
+    turned = blocks * mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
+    # Halves go away from zero, as C's roundf has it.
+    whole = mx.floor(mx.abs(turned))
+    rounded = mx.sign(turned) * (whole + mx.floor(2 * (mx.abs(turned) - whole)))
+    parts = [scale.astype(mx.float16).view(mx.uint8), rounded.astype(mx.int8).view(mx.uint8)]
+    return mx.concatenate(parts, axis=1).reshape(*value.shape[:-1], -1)
+
+
+# --- gguf adapter -----------------------------------------------------------------------------------------------------
+# A LoRA adapter as a .gguf file for llama.cpp's --lora.
+#
+# Layout: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp: NAME.weight.lora_a (rank, in) and .lora_b
+# (out, rank), whose product counts alpha / rank times.
+
+_WHOLE = "export the whole model instead (without --lora), or fuse it (mlxft fuse)"
+
+
+def adapter_tensors(
+    run: Path, loaded: Loaded, arch: Architecture, kind: str
+) -> tuple[list[Tensor], dict[str, Any], list[str]]:
+    """Tensors, metadata and what is to be said of an adapter.
+
+    Raises:
+        ExportError: no adapter, or one that llama.cpp has no form for.
+    """
+    folder = find_adapter(run)
+    if not (folder / "adapter_config.json").is_file():
+        raise ExportError(f"--lora: {run} holds no adapter; leave --lora out")
+    tuned = read_adapter_config(folder)["fine_tune_type"]
+    if tuned != "lora":
+        what = "DoRA rescales rows of the base" if tuned == "dora" else "its weights were trained whole"
+        raise ExportError(f"--lora: {folder}: {what}, which a .gguf adapter can not say; {_WHOLE}")
+    trained = [n for n in trainable_weights(loaded.model) if n.rpartition(".")[2] not in LEAVES]
+    if trained:
+        raise ExportError(
+            f"--lora: {trained[0]} was trained whole, and a .gguf adapter holds low-rank updates only; {_WHOLE}"
+        )
+    tensors: list[Tensor] = []
+    scales, ranks = set(), set()
+    for path, layer in loaded.model.named_modules():
+        if not isinstance(layer, LowRank):
+            continue
+        name = arch.theirs(f"{path.removeprefix('language_model.')}.weight")
+        if not isinstance(layer, LoRALinear) or name is None:
+            raise ExportError(f"--lora: {path} is no linear layer that llama.cpp adapts; {_WHOLE}")
+        scales.add(layer.scale)
+        ranks.add(layer.lora_a.shape[1])
+        tensors += _pair(layer, name, arch, loaded.config, kind)
+    if not tensors:
+        raise ExportError(f"--lora: {folder} adapts no layer")
+    scale, rank = scales.pop(), ranks.pop()
+    if scale == 0:
+        raise ExportError("--lora: the adapter's scale is 0: it does nothing, and llama.cpp would read 0 as 1")
+    assert not scales | ranks, "an adapter has one scale and one rank"
+    metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(scale * rank)}
+    return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
+
+
+def _pair(layer: LoRALinear, name: str, arch: Architecture, config: dict[str, Any], kind: str) -> list[Tensor]:
+    (width, rank), height = layer.lora_a.shape, layer.lora_b.shape[1]
+    heads = arch.heads(name, config)
+
+    def down() -> Any:
+        return encode(layer.lora_a.T.astype(mx.float32), kind, f"{name}.lora_a")
+
+    def up() -> Any:
+        value = layer.lora_b.T.astype(mx.float32)
+        return encode(value if heads is None else permute(value, heads), kind, f"{name}.lora_b")
+
+    pair: tuple[tuple[str, tuple[int, ...], Callable[[], Any]], ...] = (
+        ("lora_a", (rank, width), down),
+        ("lora_b", (height, rank), up),
+    )
+    return [Tensor(f"{name}.{part}", shape, kind, read) for part, shape, read in pair]
+
+
+# --- gguf -------------------------------------------------------------------------------------------------------------
 
 MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
 
@@ -137,13 +665,13 @@ def open_model(run: Path, model: str | None) -> Loaded:
         folder = find_adapter(run)
         if not (folder / "adapter_config.json").is_file():
             raise ExportError(f"--model: {run} holds no adapter that would want a base; leave it out")
-        return load(model, folder, lazy=True)
+        return load_run(model, folder, lazy=True)
     if run.suffix == ".gguf" or str(run) in ALIASES:
         where = resolve(str(run))
         file = gguf.read(where)
         network, config = gguf.build(file)
         return Loaded(network, gguf.tokenizer(file), config, str(run), where)
-    return load(run, lazy=True)
+    return load_run(run, lazy=True)
 
 
 def about(run: Path, arch: Architecture, kind: str, tokenizer: Any) -> dict[str, Any]:
@@ -184,7 +712,7 @@ def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> 
             unknown.append(weight.name)
             continue
         stored = stored_kind(name, weight.shape, kind)
-        tensors.append(Tensor(name, weight.shape, stored, _reader(weight, name, stored, arch, heads)))
+        tensors.append(Tensor(name, weight.shape, stored, _tensor_reader(weight, name, stored, arch, heads)))
     if unknown:
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
@@ -196,7 +724,9 @@ def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> 
     return tensors, said
 
 
-def _reader(weight: Weight, name: str, kind: str, arch: Architecture, config: dict[str, Any]) -> Callable[[], Any]:
+def _tensor_reader(
+    weight: Weight, name: str, kind: str, arch: Architecture, config: dict[str, Any]
+) -> Callable[[], Any]:
     def read() -> Any:
         value = weight.read()
         if (heads := arch.heads(name, config)) is not None:

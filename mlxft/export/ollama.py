@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from mlxft.errors import ExportError
 from mlxft.export import gguf
-from mlxft.export.gguf_vocab import chat_template
+from mlxft.export.gguf import chat_template
 from mlxft.model.folder import check_destination, check_unused, generation_settings, replace_folder
 from mlxft.model.load import Loaded
-from mlxft.rundir import find_adapter
+from mlxft.runs import find_adapter
 
 # What generation_config.json calls a setting -> what a Modelfile does.
 _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}

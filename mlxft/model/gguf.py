@@ -1,27 +1,754 @@
-"""Reads a .gguf file: weights under Hugging Face's names, config, tokenizer.
-
-MLX reads the container (`mx.load(..., return_metadata=True)`): Q4_0 and Q4_1 come out as affine 4-bit and Q8_0 as
-affine 8-bit, all in groups of 32 (weight, scales, biases), F16 and F32 as they are; BF16 is read here.
-What differs from a Hugging Face folder stands in the tables of gguf_names and gguf_pretokenizers.
-Layout: ggml/docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
-"""
+"""Read .gguf files: header, names, settings, tokenizer and tensors."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlxft.errors import ModelError
-from mlxft.model.declared import ModelConfig, validate
-from mlxft.model.gguf_config import GgufFile, config, eos_ids
-from mlxft.model.gguf_header import Entry, tensor_table
-from mlxft.model.gguf_names import ARCHITECTURES, ROPE_TENSORS, architecture, unpermute
-from mlxft.model.gguf_tokenizer import tokenizer
+from mlxft.model.folder import ModelConfig, validate
+from mlxft.text import parse_json
+
+# --- gguf header ------------------------------------------------------------------------------------------------------
+# The table of tensors at the head of a .gguf file: which quantisation each one has.
+#
+# MLX gives tensors without their type, and reads some types wrongly in silence (in mlx 0.32.4 Q4_K, and BF16 by way of
+# float16, where large numbers become infinite), so the types are looked at before.
+# Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
+
+# Bytes of a metadata value by its type number; 8 is a string, 9 an array.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_FARTHEST = 1 << 40  # file systems refuse to seek much further
+
+MOST_DIMENSIONS = 4  # of a tensor, as in ggml
+_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
+
+TYPES = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    15: "Q8_K",
+    20: "IQ4_NL",
+    23: "IQ4_XS",
+    30: "BF16",
+    39: "MXFP4",
+}
+
+
+class Entry(NamedTuple):
+    """A line of the table: type of a tensor ("Q4_1"; "type 99" where it has no name here), shape, place in the file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def tensor_table(path: Path) -> dict[str, Entry]:
+    """Tensor name -> what the table says of it.
+
+    Raises:
+        ValueError: not GGUF of version 2 or 3, or cut off within its head.
+    """
+    with open(path, "rb") as file:
+        if (magic := file.read(4)) != b"GGUF":
+            raise ValueError(f"not a GGUF file: it starts with {magic!r}")
+        version, tensors, pairs = _unpack(file, "IQQ")
+        if version not in (2, 3):
+            raise ValueError(f"GGUF version {version}; only 2 and 3 are known")
+        alignment = 32
+        for _ in range(pairs):
+            key = _string(file)
+            (kind,) = _unpack(file, "I")
+            if key == "general.alignment" and kind == _UINT32:
+                (alignment,) = _unpack(file, "I")
+            else:
+                _skip_value(file, kind)
+        table = dict(_tensor(file) for _ in range(tensors))
+        # Offsets count from where the data begins, on a full multiple.
+        if not alignment:
+            raise ValueError("broken: it aligns its data to 0 bytes")
+        start = -(-file.tell() // alignment) * alignment
+        end = file.seek(0, 2)
+    table = {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}
+    _check_places(table, start, end)
+    return table
+
+
+def _check_places(table: dict[str, Entry], free: int, end: int) -> None:
+    """ValueError where tensors overlap or reach beyond the file: MLX's reader believes what the table says."""
+    for name, (kind, shape, offset) in sorted(table.items(), key=lambda item: item[1].offset):
+        if offset < free:
+            raise ValueError(f"broken: the tensor {name[:80]!r} overlaps another one")
+        items, size = _BLOCKS.get(kind, (1, 0))
+        free = offset + -(-math.prod(shape) // items) * size
+        if free > end:
+            raise ValueError(f"broken or cut off: the tensor {name[:80]!r} reaches beyond the file's end")
+
+
+def _tensor(file: BinaryIO) -> tuple[str, Entry]:
+    name = _string(file)
+    (dimensions,) = _unpack(file, "I")
+    if dimensions > MOST_DIMENSIONS:
+        raise ValueError(f"broken: a tensor of {dimensions:,} dimensions; expected at most {MOST_DIMENSIONS}")
+    # The innermost comes first.
+    shape = struct.unpack(f"<{dimensions}Q", _read(file, 8 * dimensions))[::-1]
+    kind, offset = _unpack(file, "IQ")
+    return name, Entry(TYPES.get(kind, f"type {kind}"), shape, offset)
+
+
+def _string(file: BinaryIO) -> str:
+    (length,) = _unpack(file, "Q")
+    return _read(file, length).decode("utf-8", "replace")
+
+
+def _unpack(file: BinaryIO, form: str) -> tuple[int, ...]:
+    return struct.unpack("<" + form, _read(file, struct.calcsize("<" + form)))
+
+
+def _read(file: BinaryIO, length: int) -> bytes:
+    # No name, number or list of sizes is long; a broken file may claim petabytes.
+    data = file.read(length) if length < 1 << 16 else b""
+    if len(data) != length:
+        raise ValueError("cut off or broken within its head")
+    return data
+
+
+def _skip(file: BinaryIO, length: int) -> None:
+    # One byte of it is read: a file may be sought beyond its end.
+    if length:
+        file.seek(min(length - 1, _FARTHEST), 1)
+        _read(file, 1)
+
+
+def _skip_string(file: BinaryIO) -> None:
+    _skip(file, _unpack(file, "Q")[0])
+
+
+def _skip_value(file: BinaryIO, kind: int) -> None:
+    if kind == _STRING:
+        _skip_string(file)
+    elif kind == _ARRAY:
+        inner, count = _unpack(file, "IQ")
+        if inner in _SIZES:
+            _skip(file, _SIZES[inner] * count)
+        elif inner == _STRING:
+            for _ in range(count):
+                _skip_string(file)
+        else:  # nobody writes them, and MLX's reader calls itself for each level
+            raise ValueError("broken: an array of arrays in its metadata")
+    elif kind in _SIZES:
+        _skip(file, _SIZES[kind])
+    else:
+        raise ValueError(f"broken: a metadata value of type {kind}")
+
+
+# --- gguf names -------------------------------------------------------------------------------------------------------
+# Names and layouts of the model families in .gguf files, for reading and writing alike.
+#
+# Source of the names: llama.cpp's src/llama-arch.cpp; of the layouts: its convert_hf_to_gguf.py.
+
+# Tensors that belong to the rope; in a config they are settings.
+ROPE_FREQS = "rope_freqs.weight"
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One value of `general.architecture`: how its tensors are called and laid out.
+
+    Attributes:
+        outer, block: their name -> ours (without `model.layers.N.`), each without .weight or .bias.
+        permuted: projections whose rows llama.cpp reorders for its rope -> the config key of their number of heads.
+        shifted: norms that the model adds 1 to are stored with the 1 added.
+    """
+
+    name: str
+    model_type: str
+    hf_class: str
+    outer: dict[str, str]
+    block: dict[str, str]
+    permuted: dict[str, str]
+    shifted: bool = False
+
+    def ours(self, theirs: str) -> str | None:
+        """Our name of a tensor, None where the family has no such."""
+        stem, _, part = theirs.rpartition(".")
+        if stem in self.outer:
+            return f"{self.outer[stem]}.{part}"
+        head, _, rest = stem.partition(".")
+        number, _, inner = rest.partition(".")
+        if head == "blk" and number.isdigit() and inner in self.block:
+            return f"model.layers.{number}.{self.block[inner]}.{part}"
+        return None
+
+    def theirs(self, ours: str) -> str | None:
+        """Their name of a tensor, None where the family has no such."""
+        stem, _, part = ours.rpartition(".")
+        for name, mine in self.outer.items():
+            if mine == stem:
+                return f"{name}.{part}"
+        number, _, inner = stem.removeprefix("model.layers.").partition(".")
+        for name, mine in self.block.items():
+            if mine == inner and number.isdigit() and stem.startswith("model.layers."):
+                return f"blk.{number}.{name}.{part}"
+        return None
+
+    def heads(self, theirs: str, config: dict[str, Any]) -> int | None:
+        """How many heads the rows of a tensor are reordered within; None where they are not."""
+        key = self.permuted.get(theirs.rpartition(".")[0].rpartition(".")[2])
+        return None if key is None else int(config.get(key) or config["num_attention_heads"])
+
+    def is_shifted(self, theirs: str) -> bool:
+        """Whether a tensor is a norm's that is stored with 1 added."""
+        return self.shifted and theirs.endswith("_norm.weight")
+
+
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_PHI3 = {
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+ARCHITECTURES = {
+    a.name: a
+    for a in (
+        Architecture(
+            "llama",
+            "llama",
+            "LlamaForCausalLM",
+            _OUTER,
+            _NORMS | _ATTENTION | _MLP,
+            {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
+        ),
+        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _OUTER, _NORMS | _ATTENTION | _MLP, {}),
+        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _OUTER, _NORMS | _ATTENTION | _HEAD_NORMS | _MLP, {}),
+        Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", _OUTER, _GEMMA_NORMS | _ATTENTION | _MLP, {}, True),
+        Architecture(
+            "gemma3",
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            _OUTER,
+            _GEMMA_NORMS | _ATTENTION | _HEAD_NORMS | _MLP,
+            {},
+            True,
+        ),
+        Architecture("phi3", "phi3", "Phi3ForCausalLM", _OUTER, _NORMS | _PHI3, {}),
+    )
+}
+# model_type in config.json -> general.architecture
+MODEL_TYPES = {a.model_type: a.name for a in ARCHITECTURES.values()} | {"mistral": "llama", "gemma3": "gemma3"}
+# Gemma sets the scale of its attention itself; llama.cpp knows it by the number of layers: these take hidden / heads,
+# all others the width of a head.
+GEMMA_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+
+
+def permute(tensor: mx.array, heads: int) -> mx.array:
+    """Rows (heads, 2, half) to (heads, half, 2): Hugging Face's rope turns halves, llama.cpp's turns neighbours.
+
+    Packed weights, scales, biases and bias vectors all have the output rows first, so one rule serves them.
+    """
+    rows = tensor.shape[0]
+    return tensor.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def unpermute(tensor: mx.array, heads: int) -> mx.array:
+    """The way back from `permute`."""
+    rows = tensor.shape[0]
+    return tensor.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def architecture(name: object, what: str) -> Architecture:
+    """The family of a `general.architecture`.
+
+    Raises:
+        ModelError: not one of those known here; `what` says where it stands.
+    """
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ModelError(
+            f"{what}: architecture {name!r} is not read from .gguf files, only {', '.join(ARCHITECTURES)}; "
+            "use the model's safetensors folder or hub id instead"
+        )
+    return ARCHITECTURES[name]
+
+
+# --- gguf config ------------------------------------------------------------------------------------------------------
+# The hyper-parameters of a .gguf file as a config.json.
+
+
+@dataclass
+class GgufFile:
+    """A file as read: tensors under llama.cpp's names, and the key-value metadata."""
+
+    path: Path
+    tensors: dict[str, mx.array]
+    metadata: dict[str, Any]
+    architecture: Architecture
+
+    def has(self, key: str) -> bool:
+        return self._full(key) in self.metadata
+
+    def _full(self, key: str) -> str:
+        common = key.startswith(("general.", "tokenizer.", "split."))
+        return key if common else f"{self.metadata['general.architecture']}.{key}"
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A metadata value as Python has it; ModelError where it is missing and has no default."""
+        full = self._full(key)
+        if full not in self.metadata:
+            if default is None:
+                raise ModelError(f"{self.path}: the metadata has no {full}; the file is incomplete, convert it anew")
+            return default
+        found = self.metadata[full]
+        return found.tolist() if isinstance(found, mx.array) else found
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        found = self.value(key, default)
+        if not isinstance(found, int):
+            raise ModelError(f"{self.path}: {self._full(key)} is not one whole number: {found}")
+        return found
+
+    def number(self, key: str, default: float | None = None) -> float:
+        # Stored as float32: 7 digits give back the 1e-05 that was meant.
+        return float(f"{self.value(key, default):.7g}")
+
+
+def config(file: GgufFile) -> dict[str, Any]:
+    """A config.json that transformers and mlx-lm both read (rope under its older, common names)."""
+    if "token_embd.weight" not in file.tensors:
+        raise ModelError(f"{file.path}: no token_embd.weight; this is not a language model's file")
+    hidden, heads = file.integer("embedding_length"), file.integer("attention.head_count")
+    theta = file.number("rope.freq_base", 10000.0)
+    phi3 = file.architecture.name == "phi3"
+    # Phi 3 turns only a part of each head.
+    rope_dims = None if phi3 else file.integer("rope.dimension_count", hidden // heads)
+    head_dim = file.integer("attention.key_length", rope_dims or hidden // heads)
+    out: dict[str, Any] = {
+        "architectures": [file.architecture.hf_class],
+        "model_type": file.architecture.model_type,
+        "hidden_size": hidden,
+        "intermediate_size": file.integer("feed_forward_length"),
+        "num_hidden_layers": file.integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": file.integer("context_length"),
+        "rope_theta": int(theta) if theta.is_integer() else theta,
+        "rope_scaling": _phi3_scaling(file) if phi3 else _rope_scaling(file, theta, head_dim),
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": "float16",
+    }
+    out.update(_FAMILIES.get(file.architecture.name, lambda *_: {})(file, out))
+    for name in ("bos", "eos", "padding"):
+        if file.has(f"tokenizer.ggml.{name}_token_id"):
+            out[f"{'pad' if name == 'padding' else name}_token_id"] = file.integer(f"tokenizer.ggml.{name}_token_id")
+    if len(stops := eos_ids(file)) > 1:
+        out["eos_token_id"] = stops
+    return out
+
+
+def eos_ids(file: GgufFile) -> list[int]:
+    """Ids that end an answer: end of text and, where the file has one of its own, end of turn."""
+    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    return list(dict.fromkeys(file.integer(key) for key in keys if file.has(key)))
+
+
+def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    layers = GEMMA_SCALED_BY_WIDTH[file.architecture.name]
+    by_width = config["num_hidden_layers"] == layers
+    own = config["hidden_size"] // config["num_attention_heads"] if by_width else config["head_dim"]
+    out = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": own,
+        "sliding_window": file.integer("attention.sliding_window", 4096),
+    }
+    if file.architecture.name == "gemma2":
+        out["attn_logit_softcapping"] = file.number("attn_logit_softcapping", 50.0)
+        out["final_logit_softcapping"] = file.number("final_logit_softcapping", 30.0)
+    else:
+        out["rope_local_base_freq"] = file.number("rope.freq_base_swa", 10000.0)
+        out["sliding_window_pattern"] = file.integer("attention.sliding_window_pattern", 6)
+    return out
+
+
+def _phi3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    turned = file.integer("rope.dimension_count", config["head_dim"])
+    out: dict[str, Any] = {
+        "original_max_position_embeddings": file.integer(
+            "rope.scaling.original_context_length", config["max_position_embeddings"]
+        ),
+        "partial_rotary_factor": turned / config["head_dim"],
+    }
+    if window := file.integer("attention.sliding_window", 0):
+        out["sliding_window"] = window
+    return out
+
+
+_FAMILIES = {"gemma2": _gemma, "gemma3": _gemma, "phi3": _phi3}
+
+
+def _phi3_scaling(file: GgufFile) -> dict[str, Any] | None:
+    """The divisors of the rope, which stand in tensors of their own."""
+    if ROPE_LONG not in file.tensors:
+        return None
+    factors = {
+        name: file.tensors[key].astype(mx.float32).tolist()
+        for name, key in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT))
+    }
+    return {"type": "longrope", **factors}
+
+
+def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
+    kind = file.value("rope.scaling.type", "none")
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": file.number("rope.scaling.factor")}
+    if kind == "yarn":
+        return {
+            "rope_type": "yarn",
+            "factor": file.number("rope.scaling.factor"),
+            "original_max_position_embeddings": file.integer("rope.scaling.original_context_length"),
+        }
+    if kind != "none":
+        raise ModelError(f"{file.path}: rope scaling {kind!r} is not read from .gguf files; use the safetensors folder")
+    if ROPE_FREQS not in file.tensors:
+        return None
+    # llama.cpp stores only the resulting divisors. Llama 3.1 to 3.3 share all constants but the factor.
+    seen = file.tensors[ROPE_FREQS].astype(mx.float32)
+    factor, original = float(mx.max(seen).item()), 8192  # type: ignore[arg-type]
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    expected = llama3_divisors(scaling, theta, head_dim)
+    if seen.shape != (head_dim // 2,) or not mx.allclose(seen, mx.array(expected), rtol=1e-3).item():
+        raise ModelError(f"{file.path}: {ROPE_FREQS} does not follow Llama 3's rule; use the safetensors folder")
+    return scaling
+
+
+def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> list[float]:
+    """What the frequencies of a rope are divided by (Llama 3.1's rope): long waves are stretched by the factor, short
+    ones not, those between smoothly. head_dim / 2 numbers.
+    """
+    factor, original = scaling["factor"], scaling.get("original_max_position_embeddings", 8192)
+    low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
+    out = []
+    for i in range(head_dim // 2):
+        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
+        if wavelength < original / high:
+            out.append(1.0)
+        elif wavelength > original / low:
+            out.append(float(factor))
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return out
+
+
+# --- gguf pretokenizers -----------------------------------------------------------------------------------------------
+# What `tokenizer.ggml.pre` stands for, in the steps of the `tokenizers` library; read in both directions.
+#
+# Source of the patterns: llama.cpp's src/llama-vocab.cpp and the tokenizer.json files of the models it names.
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is cut before byte-level BPE.
+
+    Attributes:
+        steps: the pre-tokenizers, in their order.
+        ignore_merges: a piece that is a token is taken whole.
+        add_bos: what llama.cpp does where a file does not say.
+    """
+
+    steps: Callable[[], list[Any]]
+    ignore_merges: bool = False
+    add_bos: bool = False
+    nfc: bool = False
+
+
+def _byte_level_split(regex: bool) -> Any:
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+
+
+def _smollm() -> list[Any]:
+    from tokenizers import pre_tokenizers
+
+    return [pre_tokenizers.Digits(individual_digits=True), _byte_level_split(True)]
+
+
+_SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# The same, as some files spell it.
+_SPELLED_OUT = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_SPACES = r"]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _split(pattern: str) -> Callable[[], list[Any]]:
+    def steps() -> list[Any]:
+        from tokenizers import Regex, pre_tokenizers
+
+        return [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), _byte_level_split(False)]
+
+    return steps
+
+
+def _gpt4(digits: str) -> Callable[[], list[Any]]:
+    """GPT-4's pattern; families differ in how many digits stand together."""
+    return _split(_SHORT_FORMS + _LETTERS + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n" + _SPACES)
+
+
+def _gpt4o(short_forms: str, digits: str) -> Callable[[], list[Any]]:
+    """GPT-4o's pattern, which parts words at a change from small to capital letters."""
+    start, capitals, small = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+    words = f"{start}{capitals}*{small}+{short_forms}|{start}{capitals}+{small}*{short_forms}|"
+    return _split(words + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n/" + _SPACES)
+
+
+_LLAMA3 = PreTokenizer(_gpt4(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
+# The first name of several that mean the same is the one that is written.
+PRE_TOKENIZERS = {
+    "smollm": PreTokenizer(_smollm),
+    "gpt-2": PreTokenizer(lambda: [_byte_level_split(True)]),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": PreTokenizer(_gpt4(r"\p{N}"), nfc=True),
+    "deepseek-r1-qwen": PreTokenizer(_gpt4(r"\p{N}")),
+    "dbrx": PreTokenizer(_gpt4(r"\p{N}{1,3}")),
+    "tekken": PreTokenizer(_gpt4o("", r"\p{N}"), ignore_merges=True, add_bos=True),
+    "gpt-4o": PreTokenizer(_gpt4o(f"{_SHORT_FORMS}?", r"\p{N}{1,3}")),
+}
+
+
+def recognise(tokenizer: dict[str, Any]) -> str | None:
+    """The name of the pre-tokenizer in a tokenizer.json, by what it does; None where it is none of these."""
+    seen = signature(tokenizer.get("pre_tokenizer"))
+    ignoring = bool(tokenizer["model"].get("ignore_merges"))
+    found = [
+        name for name, rule in PRE_TOKENIZERS.items() if rule.ignore_merges == ignoring and seen == signature_of(rule)
+    ]
+    # llama.cpp does not compose letters and their marks (NFC) for any; the name keeps who does.
+    nfc = "NFC" in json.dumps(tokenizer.get("normalizer"))
+    return min(found, key=lambda name: PRE_TOKENIZERS[name].nfc != nfc, default=None)
+
+
+def signature(step: dict[str, Any] | None) -> list[Any]:
+    """What steps of a tokenizer.json do, whatever else they say."""
+    if step is None:
+        return []
+    kind = step["type"]
+    if kind == "Sequence":
+        return [part for inner in step["pretokenizers"] for part in signature(inner)]
+    if kind == "Split":
+        pattern = step["pattern"].get("Regex", step["pattern"].get("String"))
+        return [(kind, pattern.replace(_SPELLED_OUT, _SHORT_FORMS), step["behavior"], step["invert"])]
+    if kind == "ByteLevel":
+        return [(kind, step["add_prefix_space"], step.get("use_regex", True))]
+    return [(kind, json.dumps({k: v for k, v in sorted(step.items()) if k != "type"}))]
+
+
+def signature_of(rule: PreTokenizer) -> list[Any]:
+    """The same of one of those above."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    probe = Tokenizer(models.BPE())
+    probe.pre_tokenizer = pre_tokenizers.Sequence(rule.steps())
+    return signature(parse_json(probe.to_str())["pre_tokenizer"])
+
+
+# --- gguf tokenizer ---------------------------------------------------------------------------------------------------
+# The tokenizer in a .gguf file: byte-level BPE, or SentencePiece's BPE by its scores.
+
+# token_type in the file: 3 is a control token, 4 one that the maker added as it stands.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = "▁"  # how SentencePiece writes a space
+
+
+def tokenizer(file: GgufFile) -> Any:
+    """The file's tokenizer, as mlx-lm's TokenizerWrapper around a transformers one.
+
+    Raises:
+        ModelError: a vocabulary or pre-tokenizer that is not known here.
+    """
+    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer, TokenizerWrapper
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = file.value("tokenizer.ggml.tokens")
+    names: dict[str, str] = {}
+    for role, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        if file.has(f"tokenizer.ggml.{key}_token_id"):
+            names[f"{role}_token"] = tokens[file.integer(f"tokenizer.ggml.{key}_token_id")]
+    kind = file.value("tokenizer.ggml.model")
+    if kind not in _BACKENDS:
+        raise ModelError(
+            f"{file.path}: a {kind!r} vocabulary is not read from .gguf files, only byte-level BPE ('gpt2') and "
+            "SentencePiece's BPE ('llama'); use the model's safetensors folder or hub id"
+        )
+    backend, add_bos = _BACKENDS[kind](file, tokens)
+    _add_marks(file, backend, tokens)
+    if (bos := names.get("bos_token")) is not None and file.value("tokenizer.ggml.add_bos_token", add_bos):
+        _begin_with(backend, bos, tokens.index(bos))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=file.integer("context_length"),
+        clean_up_tokenization_spaces=False,
+        **names,
+    )
+    if file.has("tokenizer.chat_template"):
+        fast.chat_template = file.value("tokenizer.chat_template")
+    pieces = partial(SPMStreamingDetokenizer, trim_space=_prefixed(file))
+    streaming = BPEStreamingDetokenizer if kind == "gpt2" else pieces
+    return TokenizerWrapper(fast, streaming, eos_token_ids=eos_ids(file))
+
+
+def _types(file: GgufFile, tokens: list[str]) -> list[int]:
+    return list(file.value("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
+
+
+def _vocab(file: GgufFile, tokens: list[str]) -> dict[str, int]:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ModelError(f"{file.path}: the vocabulary has tokens twice; convert it anew")
+    return vocab
+
+
+def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
+    """Byte-level BPE with the file's merges and pre-tokenizer; whether it begins with bos by itself."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = file.value("tokenizer.ggml.pre", "none")
+    if pre not in PRE_TOKENIZERS:
+        raise ModelError(
+            f"{file.path}: pre-tokenizer {pre!r} is not known, only {', '.join(PRE_TOKENIZERS)}; "
+            "use the model's safetensors folder or hub id"
+        )
+    rule = PRE_TOKENIZERS[pre]
+    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
+    if any(len(pair) != 2 for pair in merges):
+        raise ModelError(f"{file.path}: the vocabulary has a merge that is not of two; convert it anew")
+    model = models.BPE(vocab=_vocab(file, tokens), merges=merges, fuse_unk=False, ignore_merges=rule.ignore_merges)
+    out = Tokenizer(model)
+    out.pre_tokenizer = pre_tokenizers.Sequence(rule.steps())
+    out.decoder = decoders.ByteLevel()
+    if rule.nfc:
+        out.normalizer = normalizers.NFC()
+    return out, rule.add_bos
+
+
+def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
+    """SentencePiece's BPE: the pair whose token scores highest is merged first; unknown letters become bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    types, vocab = _types(file, tokens), _vocab(file, tokens)
+    unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
+    scores = file.value("tokenizer.ggml.scores")
+    merges = _merges(vocab, types, scores)
+    out = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefixed = _prefixed(file)
+    steps: list[Any] = [normalizers.Prepend(SPACE)] if prefixed else []
+    out.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefixed:
+        undo.append(decoders.Strip(" ", 1, 0))
+    out.decoder = decoders.Sequence(undo)
+    return out, True
+
+
+def _prefixed(file: GgufFile) -> bool:
+    """Whether text is given a space before it, which is taken off again where tokens become text."""
+    return bool(file.value("tokenizer.ggml.add_space_prefix", True))
+
+
+def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a token, in the order in which its score lets them merge."""
+    found: list[tuple[float, int, int, str, str]] = []
+    for token, number in vocab.items():
+        if types[number] != NORMAL:
+            continue
+        for cut in range(1, len(token)):
+            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
+            if left is not None and right is not None:
+                found.append((-scores[number], left, right, token[:cut], token[cut:]))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+_BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def _add_marks(file: GgufFile, backend: Any, tokens: list[str]) -> None:
+    """Tokens that are never cut: special ones, and those that the maker added."""
+    from tokenizers import AddedToken
+
+    types = _types(file, tokens)
+    control = [token for token, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
+    # Phi 3's marks take the space behind them with them; the file says so by its name alone, as for llama.cpp.
+    phi3 = re.search("phi-?3", str(file.value("general.name", "")), re.IGNORECASE) is not None
+    greedy = [phi3 and token not in ("<unk>", "<s>", "<|endoftext|>") for token in control]
+    marks = [AddedToken(token, normalized=False, special=True, rstrip=g) for token, g in zip(control, greedy)]
+    backend.add_special_tokens(marks)
+    # Runs of spaces would never be met as they stand: the normalizer writes spaces otherwise, and merges make them.
+    added = [token for token, kind in zip(tokens, types) if kind == USER_DEFINED and token.strip(f" {SPACE}")]
+    backend.add_tokens([AddedToken(token, normalized=False) for token in added])
+
+
+def _begin_with(backend: Any, bos: str, number: int) -> None:
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, number)]
+    )
+
+
+# --- gguf -------------------------------------------------------------------------------------------------------------
 
 __all__ = ["ARCHITECTURES", "GgufFile", "build", "config", "eos_ids", "own_dtype", "read", "tokenizer", "weights"]
 

@@ -1,13 +1,12 @@
-"""Scalar heads: one number from the hidden state of a token. A head stands in the model beside its body, as
-`score_head`, where the loop trains it and checkpoints hold it; on disk it is head.safetensors beside what it reads.
-"""
+"""Scalar heads on a model's body: reward models and critics, their files, and scoring with them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlxft.data.batching import Slot, plan_epoch
+from mlxft.data.dataset import Reply, encode_reply
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.declared import check_arrays, check_numbers
 from mlxft.model.fingerprint import fits_base
-from mlxft.model.logits import Split
-from mlxft.model.random import probing
+from mlxft.model.folder import check_arrays, check_numbers
+from mlxft.model.layers import probing
+from mlxft.model.logits import Split, ahead
 from mlxft.text import home_path, parse_json
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+# Scalar heads: one number from the hidden state of a token. A head stands in the model beside its body, as
+# `score_head`, where the loop trains it and checkpoints hold it; on disk it is head.safetensors beside what it reads.
 
 HEAD = "score_head"
 CRITIC = "critic"  # what PPO trains beside a policy stands here
@@ -240,3 +245,56 @@ def trained_without_head(model: nn.Module) -> dict[str, mx.array]:
     """Trainable parameters without the head's: what an adapter's own file holds."""
     beside = (f"{HEAD}.", f"{CRITIC}.")
     return {n: v for n, v in tree_flatten(model.trainable_parameters()) if not n.startswith(beside)}
+
+
+# --- scorer -----------------------------------------------------------------------------------------------------------
+
+TOKENS = 4096  # of a batch, padding included
+
+
+@dataclass
+class Scorer:
+    """A reward model, ready to score.
+
+    Attributes:
+        chat: whether texts become a user and an assistant turn when there is a chat template.
+        mean, std: of the scores on the run's validation rows; None where it had none.
+    """
+
+    split: Split
+    tokenizer: Any
+    chat: bool
+    mean: float | None
+    std: float | None
+
+    def encode(self, prompt: Any, reply: Any, where: str, tools: Any = None) -> Reply:
+        """An answer as it is scored: the very tokens that training reads."""
+        return encode_reply(prompt, reply, self.tokenizer, where, tools, self.chat)
+
+    def scores(
+        self, answers: Sequence[Reply], tokens: int = TOKENS, on_done: Callable[[int], None] | None = None
+    ) -> list[float]:
+        """The score of each answer; those of like length share a batch of `tokens`.
+
+        Args:
+            on_done: told after each batch how many answers it had.
+        """
+        if not answers:
+            return []
+        lengths = np.array([len(a.prompt) + len(a.reply) for a in answers], dtype=np.int64)
+        found = np.zeros(len(answers))
+
+        def read(slot: Slot) -> mx.array:
+            # Padded on the right, where causal attention never sees it.
+            ids = np.zeros((len(slot.rows), slot.width), dtype=np.int32)
+            for b, i in enumerate(slot.rows):
+                ids[b, : lengths[i]] = np.concatenate(answers[i])
+            last = mx.array((lengths[list(slot.rows)] - 1).astype(np.int32))
+            return read_scores(self.split, mx.array(ids), last)
+
+        slots = plan_epoch(lengths, tokens=tokens, seed=None)
+        for rows, values in ahead(((list(slot.rows), slot) for slot in slots), read):
+            found[rows] = np.array(values)
+            if on_done is not None:
+                on_done(len(rows))
+        return [float(value) for value in found]

@@ -1,109 +1,1319 @@
-"""Gradient checkpointing and limits; plan.py says what a job will need."""
+"""Plan the memory of a step: trace its graph, walk what lives when, and extrapolate to other shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import count
-from typing import Any
+import contextlib
+import math
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from mlxft.device import backend, usable_bytes
-from mlxft.model.random import again, position, repeatable
-from mlxft.model.routers import collect, watched_masks, watching
+from mlxft.device import Backend, backend, planned_backend
+from mlxft.errors import ModelError
+from mlxft.model.cpu import quicker
+from mlxft.model.layers import LEAVES, aside, probing
+from mlxft.model.logits import Packing, Split, chunk_size, hidden_logprobs, hidden_nll, rows_logprobs_entropy, rows_nll
+from mlxft.model.prefix import Sharing
+from mlxft.model.sampling import PREFILL, takes_rows
 
-_CHECKPOINTED: dict[type, type] = {}
+# --- fused ------------------------------------------------------------------------------------------------------------
+# Stand-ins for what a GPU computes in one kernel, so that a step's graph can be had and planned on any machine.
+#
+# MLX's exporter does not know the gradients of these kernels, and on a CPU they are many operations. A stand-in
+# computes something else of the same shapes: what it keeps for its gradient, and what it makes, is as much as the
+# kernel's.
 
-
-def _checkpointed(kind: type) -> type:
-    """A subclass of a layer's class that keeps only its inputs, and computes the rest again for the gradient."""
-    if kind not in _CHECKPOINTED:
-
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.training:
-                return kind.__call__(self, *args, **kwargs)
-
-            # For the gradient it is called again, when another role may stand in the block and nobody watches.
-            own, masks, calls = _contents(self), watched_masks(), count()
-
-            def inner(params: Any, drawn: mx.array, *inputs: Any, **named: Any) -> Any:
-                before = _contents(self)
-                _put(own)
-                try:
-                    self.update(params)
-                    with again(drawn) if next(calls) else nullcontext(), watching(masks) as seen:
-                        return kind.__call__(self, *inputs, **named), seen
-                finally:
-                    _put(before)  # no tracers are left, and the role that was there
-
-            # Given as an argument, the position is not there before the block's output: masks wait for their turn.
-            out, seen = mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
-            collect(seen)
-            return out
-
-        _CHECKPOINTED[kind] = type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
-    return _CHECKPOINTED[kind]
+HEADS = (64, 72, 80, 96, 128, 192, 256)  # widths of the heads whose attention is fused for a gradient too (MLX 0.32)
+CUDA_TOKENS = 128  # there only for a multiple of so many queries
 
 
-def _contents(part: Any) -> list[tuple[Any, Any]]:
-    """A module and all in it that holds parameters or modules, each with what it holds now."""
-    held = list(part) if isinstance(part, list) else dict(part)
-    found = [(part, held)]
-    for child in held if isinstance(held, list) else held.values():
-        if isinstance(child, (dict, list)):
-            found += _contents(child)
-    return found
+def _sum(x: mx.array) -> mx.array:
+    """(B, H, T, D) -> (B, H, 1, 1), which needs x for its gradient."""
+    return mx.square(x).sum(axis=(-2, -1), keepdims=True)
 
 
-def _put(contents: list[tuple[Any, Any]]) -> None:
-    """Give all of them back what they held."""
-    for part, held in contents:
-        if isinstance(part, list):
-            part[:] = held
-        else:  # past the module's own setters
-            dict.clear(part)
-            dict.update(part, held)
+def _as_wide(x: mx.array, width: int) -> mx.array:
+    return x[..., :width] if width <= x.shape[-1] else mx.concatenate([x] * -(-width // x.shape[-1]), -1)[..., :width]
 
 
-def checkpoint_layers(model: nn.Module, on: bool = True) -> None:
-    """Switch gradient checkpointing of the model's blocks on or off; other models of the same classes are untouched.
+def plain_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+    **other: Any,
+) -> mx.array:
+    """Attention in the operations that MLX takes where it has no kernel for it; arguments as of mx.fast's."""
+    dtype = mx.result_type(q, k, v)
+    q, k, v = q.astype(dtype) * mx.array(scale, dtype), k.astype(dtype), v.astype(dtype)
+    groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
+    queries, keys = q.shape[2], k.shape[2]
+    if isinstance(mask, mx.array):
+        mask = mx.broadcast_to(mask, (*q.shape[:3], keys))
+        mask = mask if repeats == 1 else mx.unflatten(mask, 1, (groups, repeats))
+    elif mask is not None:  # "causal" is the only one that there is
+        mask = mx.arange(keys - queries, keys)[:, None] >= mx.arange(keys)[None]
+    if repeats > 1:
+        q, k, v = mx.unflatten(q, 1, (groups, repeats)), mx.expand_dims(k, 2), mx.expand_dims(v, 2)
+    scores = q @ k.swapaxes(-1, -2)
+    if mask is not None:
+        hidden = mx.array(mx.finfo(dtype).min, dtype)
+        scores = mx.where(mask, scores, hidden) if mask.dtype == mx.bool_ else scores + mask.astype(dtype)
+    if sinks is not None:  # one more column, seen by all
+        column = mx.expand_dims(sinks.astype(dtype), (0, 2, 3))
+        column = column if repeats == 1 else mx.unflatten(column, 1, (groups, repeats))
+        scores = mx.concatenate([mx.broadcast_to(column, (*scores.shape[:-1], 1)), scores], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    out = (weights if sinks is None else weights[..., 1:]) @ v
+    return out if repeats == 1 else mx.flatten(out, 1, 2)
 
-    Each block becomes an instance of a subclass of its own class, so any mix of classes will do, and switching
-    twice is switching once.
-    """
-    repeatable(model)
-    for layer in model.layers:
-        kind = getattr(type(layer), "checkpointed", None)
-        if on and kind is None:
-            layer.__class__ = _checkpointed(type(layer))
-        elif not on and kind is not None:
-            layer.__class__ = kind
+
+def _attention(kind: Backend, plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def attention(
+        q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, sinks: Any = None, **how: Any
+    ) -> mx.array:
+        fused = sinks is None and not isinstance(mask, mx.array) and {q.shape[-1], v.shape[-1]} <= set(HEADS)
+        if not fused or (kind == "cuda" and q.shape[2] % CUDA_TOKENS):
+            return plain(q, k, v, mask=mask, sinks=sinks, **how)
+        factor = mx.repeat(_sum(k) * _sum(v), q.shape[1] // k.shape[1], axis=1)
+        return mx.exp(_as_wide(q, v.shape[-1]) * factor)  # whose gradient needs the output, as the kernel's does
+
+    return attention
 
 
-def is_checkpointed(model: nn.Module) -> bool:
-    """Whether the model's blocks are checkpointed."""
-    return all(hasattr(type(layer), "checkpointed") for layer in model.layers)
+def _cross_entropy(logits: mx.array, targets: mx.array, **other: Any) -> mx.array:
+    return mx.logsumexp(logits, axis=-1).astype(mx.float32)  # its gradient is as large as the logits, and of their type
+
+
+def _plain_cross_entropy(logits: mx.array, targets: mx.array, **other: Any) -> mx.array:
+    return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+
+
+def _gated_delta(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    gamma: mx.array,
+    beta: mx.array,
+    initial_state: mx.array | None = None,
+    mask: mx.array | None = None,
+    **other: Any,
+) -> list[mx.array]:
+    factor = mx.square(q).sum() * mx.square(k).sum() * mx.square(gamma).sum() * mx.square(beta).sum()
+    y = mx.exp(v * factor.astype(v.dtype))
+    b, _, heads, width = v.shape
+    state = mx.zeros((b, heads, width, q.shape[-1])) if initial_state is None else initial_state
+    return [y, state * y.sum()]
 
 
 @contextmanager
-def limits(limit_gb: float | None, cache_gb: float | None) -> Iterator[None]:
-    """Hold MLX to limits inside the block; to be entered once the weights are loaded.
-
-    The memory limit makes MLX wait for running work before it allocates more, and give back freed buffers that it keeps
-    for reuse; a limit of these alone would have it allocate anew each step. The wired limit keeps weights resident on
-    Metal.
-    """
-    limit = usable_bytes(limit_gb)
-    memory = mx.set_memory_limit(limit)
-    cache = mx.set_cache_limit(int(cache_gb * 1e9)) if cache_gb is not None else None
-    wired = mx.set_wired_limit(min(limit, usable_bytes())) if backend() == "metal" else None
+def fused_on(kind: Backend) -> Iterator[None]:
+    """Inside the block `mx.fast` stands for the kernels of this backend; nothing changes for a CPU's own."""
+    theirs: dict[str, Callable[..., Any]] = {}
+    if kind != "cpu":
+        # What this machine has a kernel for is not what another has: where that has none, it is operations.
+        plain = mx.fast.scaled_dot_product_attention if kind == backend() else plain_attention
+        theirs["scaled_dot_product_attention"] = _attention(kind, plain)
+        theirs["cross_entropy"] = _cross_entropy
+    elif backend() != "cpu":
+        theirs["scaled_dot_product_attention"] = plain_attention
+        theirs["cross_entropy"] = _plain_cross_entropy
+    if kind == "metal":
+        theirs["gated_delta_update"] = _gated_delta
+    before = {name: getattr(mx.fast, name) for name in theirs}
+    for name, stand_in in theirs.items():
+        setattr(mx.fast, name, stand_in)
     try:
         yield
     finally:
-        mx.set_memory_limit(memory)
-        if cache is not None:
-            mx.set_cache_limit(cache)
-        if wired is not None:
-            mx.set_wired_limit(wired)
+        for name, function in before.items():
+            setattr(mx.fast, name, function)
+
+
+# --- trace ------------------------------------------------------------------------------------------------------------
+# What a step of training would hold in memory, found from its graph and never run.
+#
+# MLX is lazy: a model whose weights were never read can be called, differentiated, and its graph exported, with the
+# shape of every array. `Graph.peak` walks that graph in the order in which MLX evaluates it and counts bytes: buffers
+# that views share, inputs whose memory becomes an output's, copies that an operation makes of strided inputs.
+
+# How far MLX runs ahead of a CPU: 10 tasks of 10 pieces of work each; an operation is two, a view one.
+QUEUE, TASK = 100, 10
+WIDTH = 20  # MLX_BFS_MAX_WIDTH: how far MLX goes in breadth when it orders a graph
+# No array holds data here: shapes and strides only, in elements, over this one byte.
+_BYTE: npt.NDArray[np.uint8] = np.zeros(1, np.uint8)
+
+_VIEWS = ("StopGradient", "CustomTransforms", "Depends", "Copy", "AsStrided", "View")
+# May put their result where an input was that nobody else needs.
+_UNARY = {
+    *("Abs", "AsType", "Cos", "Erf", "Exp", "Expm1", "Log", "Log1p", "LogicalNot", "Negative", "Round", "Rsqrt"),
+    *("Sigmoid", "Sign", "Sin", "Softmax", "Sqrt", "Square", "Tanh"),
+}
+_BINARY = {
+    *("Add", "ArcTan2", "BitwiseBinary", "Divide", "Equal", "Greater", "GreaterEqual", "Less", "LessEqual"),
+    *("LogAddExp", "LogicalAnd", "LogicalOr", "Maximum", "Minimum", "Multiply", "NotEqual", "Power", "Remainder"),
+    "Subtract",
+}
+_MARK = "ErfInv"  # stands for `mx.depends` in a graph that is exported
+_UPDATES = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"}
+
+
+@dataclass
+class Op:
+    """One operation of a graph."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    arguments: list[Any]
+
+    def shares(self, out: str) -> int:
+        """Which input an output is a view of, if it is one."""
+        if self.name == "CustomTransforms":  # its inputs are arguments, and then what they became
+            return len(self.inputs) - len(self.outputs) + self.outputs.index(out)
+        return self.outputs.index(out) if self.name == "Depends" else 0
+
+
+@dataclass
+class _Array:
+    view: npt.NDArray[np.uint8]
+    buffer: int
+    users: int
+    held: bool
+
+
+@dataclass
+class Graph:
+    """Operations with the shapes of all arrays.
+
+    Attributes:
+        inputs: names of the arguments, in order.
+        outputs: names of the results.
+        sizes: name -> (shape, bytes of an item).
+    """
+
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    sizes: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+
+    def receive(self, item: dict[str, Any]) -> None:
+        """Take one item of `mx.export_function`'s callback."""
+        kind = item["type"]
+        if kind == "inputs":
+            self.inputs = self._names(item["inputs"])
+        elif kind == "outputs":
+            self.outputs = self._names(item["outputs"])
+        elif kind == "constants":
+            for name, value in item["constants"]:
+                self.sizes[name] = (tuple(value.shape), value.dtype.size)
+        elif kind == "primitive":
+            names = self._names(item["inputs"]), self._names(item["outputs"])
+            self.ops.append(Op(item["name"], *names, item["arguments"]))
+
+    def _names(self, arrays: Iterable[tuple[str, Any, Any]]) -> list[str]:
+        names = []
+        for name, shape, dtype in arrays:
+            self.sizes[name] = (tuple(shape), dtype.size)
+            names.append(name)
+        return names
+
+    def nbytes(self, names: Iterable[str]) -> int:
+        """Bytes of arrays."""
+        return sum(math.prod(self.sizes[n][0]) * self.sizes[n][1] for n in names)
+
+    def read(self) -> set[str]:
+        """The inputs that the outputs depend on."""
+        used = {n for op in self.ops for n in op.inputs} | set(self.outputs)
+        return {n for n in self.inputs if n in used}
+
+    def peak(self, ahead: bool = False) -> int:
+        """Most bytes that exist at one time beside the inputs.
+
+        Args:
+            ahead: as MLX works while memory lasts on a CPU: it prepares operations before those in front are done, and
+                holds their buffers as long. Else each waits for the one before, as where memory is short.
+        """
+        return _Run(self, QUEUE if ahead and planned_backend() == "cpu" else 0).peak
+
+    def pruned(self) -> Graph:
+        """Without what the outputs do not depend on."""
+        maker = {out: op for op in self.ops for out in op.outputs}
+        found, names = dict[int, Op](), list(self.outputs)
+        while names:
+            op = maker.get(names.pop())
+            if op is not None and id(op) not in found:
+                found[id(op)] = op
+                names += op.inputs
+        return Graph(self.inputs, self.outputs, [op for op in self.ops if id(op) in found], self.sizes)
+
+    def as_run(self) -> Graph:
+        """As MLX builds it: the exporter makes arrays of one value once that are alike, and knows no `mx.depends`."""
+        users = defaultdict[str, list[Op]](list)
+        for op in self.ops:
+            for name in op.inputs:
+                users[name].append(op)
+        made = {out: op for op in self.ops for out in op.outputs}
+        waits = dict[int, tuple[str, str]]()  # id of an Add -> what waits, and for what
+        for mark in (op for op in self.ops if op.name == _MARK):
+            awaited, reached = made[mark.inputs[0]].inputs[0], [mark.outputs[0]]
+            while reached:
+                name = reached.pop()
+                for op in users[name]:
+                    if op.name == "Add":
+                        waits[id(op)] = next(n for n in op.inputs if n != name), awaited
+                    else:
+                        reached += op.outputs
+        ops = list[Op]()
+        for op in self.ops:
+            name, inputs = op.name, list(op.inputs)
+            if id(op) in waits:
+                name, inputs = "Depends", list(waits[id(op)])
+            for i, source in enumerate(inputs):
+                if source in made and made[source].name == "Full":
+                    inputs[i] = f"{source} of {op.outputs[0]}"
+                    self.sizes[inputs[i]] = self.sizes[source]
+                    ops.append(Op("Full", made[source].inputs, [inputs[i]], made[source].arguments))
+            ops.append(Op(name, inputs, op.outputs, op.arguments))
+        return Graph(self.inputs, self.outputs, ops, self.sizes)
+
+    def order(self) -> list[Op]:
+        """The operations as MLX evaluates them: breadth first from the outputs up to a width, then turned round."""
+        maker = {out: op for op in self.ops for out in op.outputs}
+        root = Op("", self.outputs, [], [])
+        waits = Counter(id(maker[n]) for op in [*self.ops, root] for n in op.inputs if n in maker)
+        tape, stack = [root], list[tuple[Op, int]]()
+        at = 0
+        while at < len(tape) or stack:
+            if at < len(tape):
+                op, begin = tape[at], 0
+                at += 1
+            else:
+                op, begin = stack.pop()
+            for j in range(begin, len(op.inputs)):
+                made_by = maker.get(op.inputs[j])
+                if made_by is None:
+                    continue
+                if len(tape) - at >= WIDTH:
+                    stack.append((op, j))
+                    break
+                waits[id(made_by)] -= 1
+                if not waits[id(made_by)]:
+                    tape.append(made_by)
+        assert len(tape) == len(self.ops) + 1, "operations that no output depends on"
+        return tape[:0:-1]
+
+
+class _Run:
+    """A graph's evaluation, counted and not carried out."""
+
+    def __init__(self, graph: Graph, queue: int) -> None:
+        self.graph, self.now, self.peak = graph, 0, 0
+        self.queue, self.given = queue, 0
+        self.waiting: deque[tuple[int, set[int]]] = deque()  # work given so far, and the buffers it holds
+        self.users = Counter(n for op in graph.ops for n in op.inputs)
+        self.arrays: dict[str, _Array] = {}
+        self.buffers: dict[int, list[int]] = {}  # buffer -> [bytes, arrays that share it]
+        self.kept = set(graph.outputs)
+        made = {n for op in graph.ops for n in op.outputs}
+        for name in graph.sizes:
+            if name not in made:
+                self._new(name, held=True)
+        self.now = self.peak = 0
+        for op in graph.order():
+            buffers = {self.arrays[name].buffer for name in op.inputs}
+            views = False
+            for out in op.outputs:
+                views = self._evaluate(op, out)
+            self._hold(buffers - {self.arrays[out].buffer for out in op.outputs}, 1 if views else 2)
+            for name in op.inputs:
+                self._release(name)
+            for name in op.outputs:
+                if not self.users[name] and name not in self.kept:
+                    self._drop(name)
+
+    def _new(self, name: str, held: bool = False, view: Any = None) -> None:
+        shape, item = self.graph.sizes[name]
+        buffer = len(self.buffers)
+        view = _dense(shape) if view is None else view
+        size = _apart(view).size * item
+        self.buffers[buffer] = [size, 1]
+        self.arrays[name] = _Array(view, buffer, self.users[name], held or name in self.kept)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _share(self, name: str, other: str, view: Any) -> None:
+        buffer = self.arrays[other].buffer
+        self.buffers[buffer][1] += 1
+        self.arrays[name] = _Array(view, buffer, self.users[name], name in self.kept)
+
+    def _release(self, name: str) -> None:
+        array = self.arrays[name]
+        array.users -= 1
+        if not array.users and not array.held:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._let_go(self.arrays.pop(name).buffer)
+
+    def _donates(self, op: Op, name: str, out: str) -> bool:
+        """Whether the memory of an input that nobody else needs becomes the output's."""
+        array = self.arrays[name]
+        alone = array.users == op.inputs.count(name) and not array.held and self.buffers[array.buffer][1] == 1
+        shape, item = self.graph.sizes[out]
+        fits = self.buffers[array.buffer][0] == math.prod(shape) * item
+        return alone and fits and self.graph.sizes[name][1] == item and _is_dense(array.view)
+
+    def _hold(self, buffers: set[int], work: int) -> None:
+        """Hold an operation's buffers until its work, and all before it, can be taken as done."""
+        if not self.queue:
+            return
+        self.given += work
+        for buffer in buffers:
+            self.buffers[buffer][1] += 1
+        self.waiting.append((self.given, buffers))
+        while self.waiting and self.waiting[0][0] <= self.given // TASK * TASK - self.queue:
+            for buffer in self.waiting.popleft()[1]:
+                self._let_go(buffer)
+
+    def _let_go(self, buffer: int) -> None:
+        self.buffers[buffer][1] -= 1
+        if not self.buffers[buffer][1]:
+            self.now -= self.buffers[buffer][0]
+
+    def _evaluate(self, op: Op, out: str) -> bool:
+        """Make one output. Returns whether it is a view."""
+        shape, _ = self.graph.sizes[out]
+        source = op.inputs[op.shares(out)] if op.inputs else ""
+        first = self.arrays[source].view if source else _BYTE
+        if source and (view := _as_view(op, first, shape)) is not None:
+            self._share(out, source, view)
+            return True
+        candidates = op.inputs[:1] if op.name in _UNARY | _UPDATES else op.inputs if op.name in _BINARY else []
+        if op.name == "Select":
+            candidates = op.inputs[1:]
+        for name in candidates:
+            if self._donates(op, name, out):
+                self._share(out, name, self.arrays[name].view)
+                return False
+        strided = self._strided_copies(op)
+        self.now += strided
+        if op.name in _UNARY and _is_dense(_apart(first)):
+            self._new(out, view=first)  # in the order of its input, and as often the same
+        else:
+            self._new(out)
+        self.now -= strided
+        return False
+
+    def _strided_copies(self, op: Op) -> int:
+        """Bytes that a matrix product copies, since it wants its last two dimensions dense."""
+        if op.name not in ("Matmul", "QuantizedMatmul", "GatherMM", "GatherQMM", "AddMM"):
+            return 0
+        total = 0
+        for name in op.inputs[:2]:
+            view = self.arrays[name].view
+            if view.ndim < 2:
+                continue
+            rows, columns = view.strides[-2:]
+            dense = (columns == 1 and rows == view.shape[-1]) or (rows == 1 and columns == view.shape[-2])
+            total += 0 if dense or 1 in view.shape[-2:] else view.size * self.graph.sizes[name][1]
+        return total
+
+
+def _dense(shape: Sequence[int]) -> Any:
+    return _strided(shape, np.cumprod([1, *reversed(shape[1:])])[::-1] if shape else ())
+
+
+def _strided(shape: Sequence[int], strides: Any) -> Any:
+    return np.lib.stride_tricks.as_strided(_BYTE, tuple(shape), tuple(int(s) for s in strides))
+
+
+def _apart(view: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """What a broadcast view repeats."""
+    return view[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in view.strides)]
+
+
+def _is_dense(view: npt.NDArray[np.uint8]) -> bool:
+    """Whether the elements lie side by side, in whatever order."""
+    expected = 1
+    for stride, count in sorted((s, n) for s, n in zip(view.strides, view.shape) if n > 1):
+        if stride != expected:
+            return False
+        expected *= count
+    return True
+
+
+def _as_view(op: Op, array: Any, shape: tuple[int, ...]) -> Any:
+    """The output where it is a view of the first input, else None."""
+    if op.name == "Broadcast":
+        return np.broadcast_to(array, shape)
+    if op.name == "Transpose":
+        return array.transpose(op.arguments[0])
+    if op.name == "Slice":
+        return array[tuple(slice(*bounds) for bounds in zip(*op.arguments))]
+    if op.name in ("ExpandDims", "Squeeze", "Unflatten", "Flatten", "Reshape", *_VIEWS):
+        try:
+            return np.reshape(array, shape, copy=False)
+        except ValueError:  # the strides do not allow it: a copy
+            return None
+    if op.name == "Contiguous" and array.flags.c_contiguous:
+        return array
+    return None
+
+
+def arrays_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the model holds arrays, also those that are no parameters: (module, key)."""
+    return [(m, key) for _, m in model.named_modules() for key, value in m.items() if isinstance(value, mx.array)]
+
+
+def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.array]) -> tuple[Graph, list[str]]:
+    """The graph of `fun(*arguments)`, a list of arrays, with all arrays of the model as further inputs.
+
+    Returns:
+        The graph, and the inputs that are `arguments`.
+    Raises:
+        ModelError: the graph can not be had.
+    """
+    slots = arrays_of(model)
+    values = [module[key] for module, key in slots]
+
+    def put(arrays: Iterable[mx.array]) -> None:
+        for (module, key), value in zip(slots, arrays):
+            dict.__setitem__(module, key, value)
+
+    def whole(*given: mx.array) -> Any:
+        put(given[len(arguments) :])
+        return fun(*given[: len(arguments)])
+
+    graph = Graph()
+    try:
+        # Aside: a dropout would leave its tracer in the random state.
+        with (
+            aside(),
+            quicker(model),
+            fused_on(planned_backend()),
+            _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}),
+        ):
+            mx.export_function(graph.receive, whole, *arguments, *values)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(f"memory can not be predicted for this architecture: {error}") from error
+    finally:
+        put(values)
+    return graph.as_run().pruned(), graph.inputs[: len(arguments)]
+
+
+@contextmanager
+def _exportable(trained: set[int]) -> Iterator[None]:
+    """Stand-ins for what can not be exported, of the same shapes and dependencies.
+
+    Args:
+        trained: sizes of the trained parameters.
+    """
+    depends, gather_mm = mx.depends, mx.gather_mm
+
+    def after(arrays: Sequence[mx.array], others: Sequence[mx.array]) -> list[mx.array]:
+        for other in others:
+            mark = mx.erfinv(mx.stop_gradient(other).max())
+            arrays = [a + mark.astype(a.dtype) for a in arrays]
+        return list(arrays)
+
+    def product(a: mx.array, b: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        # With sorted indices, the gradient of the experts' weights is a product by segments, which has no export.
+        if not kwargs.get("sorted_indices") or b.size not in trained:
+            return gather_mm(a, b, *args, **kwargs)
+        out = gather_mm(a, mx.stop_gradient(b), *args, **kwargs)
+        one = mx.ones((1, 1, 1), b.dtype)
+        dense = mx.stop_gradient(a).reshape(-1, a.shape[-1]) @ (b * one).sum(axis=0)
+        return out + (dense.reshape(out.shape) if dense.size == out.size else dense.mean())
+
+    mx.depends, mx.gather_mm = after, product  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        mx.depends, mx.gather_mm = depends, gather_mm
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+# The graph of checkpointed blocks.
+#
+# `mx.checkpoint` can not be exported. So blocks are traced one by one, forward and backward; in the model's graph a
+# stand-in takes their place, and then their graphs are put where it stands, as MLX builds them: the forward pass
+# keeps its arguments only, and the backward pass begins with computing it again.
+
+
+@dataclass
+class _Call:
+    """One block as the model calls it."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Key -> array among the arguments and in their tuples; the hidden states are "0"."""
+        return {k: a for k, a in self._all() if isinstance(a, mx.array)}
+
+    def signature(self) -> tuple[Any, ...]:
+        """The same for calls whose graphs are alike."""
+        arrays = tuple((k, a.shape, a.dtype) for k, a in self.arrays().items())
+        other = tuple((k, repr(a)) for k, a in self._all() if not isinstance(a, mx.array))
+        trained = tuple(n for n, _ in tree_flatten(self.layer.trainable_parameters()))
+        held = tuple((type(m), key, m[key].shape, m[key].dtype) for m, key in arrays_of(self.layer))
+        return (type(self.layer), arrays, other, trained, held)
+
+    def run(self, arrays: dict[str, mx.array]) -> mx.array:
+        """The hidden states that come out."""
+        args, kwargs = (
+            tree_map_with_path(lambda key, value: arrays.get(key, value), given, is_leaf=_is_module)
+            for given in (self.args, self.kwargs)
+        )
+        return first(self.layer(*args, **kwargs))
+
+    def _all(self) -> list[tuple[str, Any]]:
+        return [pair for given in (self.args, self.kwargs) for pair in tree_flatten(given, is_leaf=_is_module)]
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def first(out: Any) -> mx.array:
+    """The first array of what a block returns: the hidden states."""
+    found: Any = out if isinstance(out, mx.array) else tree_flatten(out)[0][1]
+    assert isinstance(found, mx.array)
+    return found
+
+
+class Blocks:
+    """The blocks of a model that will be checkpointed.
+
+    Attributes:
+        tap: added to the first block's input. Its gradient makes one flow through all blocks, as their parameters do
+            where they are checkpointed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tap = mx.zeros((1, 1, 1))
+        self._calls: list[_Call] = []
+        self._known: dict[Any, tuple[Graph, Graph]] = {}
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Stand-ins in place of the blocks: |x|, whose gradient is the incoming one times sign(x)."""
+        layers = list(self.model.layers)
+        kinds = [type(layer) for layer in layers]
+        for layer, kind in zip(layers, kinds):
+            layer.__class__ = type(kind.__name__, (kind,), {"__call__": self._stand_in(kind)})
+        try:
+            yield
+        finally:
+            for layer, kind in zip(layers, kinds):
+                layer.__class__ = kind
+
+    def _stand_in(self, kind: type) -> Callable[..., Any]:
+        def call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+            out = kind.__call__(layer, x, *args, **kwargs)
+            if not isinstance(x, mx.array) or first(out).shape != x.shape or first(out).dtype != x.dtype:
+                raise ModelError("memory with checkpointing can not be predicted for this architecture's blocks")
+            stand = mx.abs(x if self._calls else x + self.tap.astype(x.dtype))
+            self._calls.append(_Call(layer, (x, *args), kwargs))
+            if isinstance(out, mx.array):
+                return stand
+            flat = tree_flatten(out)
+            return tree_unflatten([(flat[0][0], stand), *flat[1:]])
+
+        return call
+
+    def spliced(self, graph: Graph, trained: Sequence[str]) -> Graph:
+        """The model's graph with the blocks' own graphs in it.
+
+        Args:
+            graph: with stand-ins; its outputs are the loss, the gradients of `trained`, and the tap's.
+        """
+        marks = [op for op in graph.ops if op.name == "Abs"]
+        signs = {op.inputs[0]: op for op in graph.ops if op.name == "Sign"}
+        if len(marks) != len(self._calls):
+            raise ModelError("memory with checkpointing can not be predicted for this architecture")
+        users = {name: op for op in graph.ops for name in op.inputs}
+        held = arrays_of(self.model)
+        names = dict(zip(((id(m), k) for m, k in held), graph.inputs[len(graph.inputs) - len(held) :]))
+        paths = {id(module): name for name, module in self.model.named_modules()}
+        gone, ops, outputs = set[int](), list[Op](), list(graph.outputs)
+        for i, (mark, call) in enumerate(zip(marks, self._calls)):
+            forward, backward = self._graphs(call)
+            sign = signs[mark.inputs[0]]
+            product = users[sign.outputs[0]]
+            gone |= {id(mark), id(sign), id(product)}
+            (cotangent,) = (n for n in product.inputs if n != sign.outputs[0])
+            own = [names[id(m), k] for m, k in arrays_of(call.layer)]
+            others = {k: f"argument {id(a)}" for k, a in call.arrays().items() if k != "0"}
+            for key, name in others.items():
+                graph.sizes[name] = (tuple(call.arrays()[key].shape), call.arrays()[key].dtype.size)
+            leaves = [n for n, _ in tree_flatten(call.layer.trainable_parameters())]
+            arguments = [mark.inputs[0], *others.values()]
+            ops += _inlined(graph, forward, f"{i}f", [*arguments, *own], [out := f"{i}out"])
+            ops.append(Op("CustomTransforms", [*arguments, out], list(mark.outputs), []))
+            # The block's arguments again, but not before its output is there.
+            again = [f"{i}again{k}" for k in range(len(arguments))]
+            for new, old in zip(again, arguments):
+                graph.sizes[new] = graph.sizes[old]
+            ops.append(Op("Depends", [*arguments, *mark.outputs], again, []))
+            path = paths[id(call.layer)]
+            at = [1 + trained.index(f"{path}.{leaf}") for leaf in leaves]
+            gradients = [f"{i}g{k}" for k in range(len(leaves))]
+            results = [*product.outputs, *gradients]
+            ops += _inlined(graph, backward, f"{i}b", [cotangent, *again, *own], results)
+            for k, gradient in zip(at, gradients):
+                outputs[k] = gradient
+        rest = [op for op in graph.ops if id(op) not in gone]
+        return Graph(graph.inputs, outputs[:-1], rest + ops, graph.sizes).pruned()
+
+    def _graphs(self, call: _Call) -> tuple[Graph, Graph]:
+        """Forward: arguments -> hidden states. Backward: their gradient, arguments -> the input's, the parameters'."""
+        key = call.signature()
+        if key in self._known:
+            return self._known[key]
+        layer, spots = call.layer, call.arrays()
+        leaves = [n for n, _ in tree_flatten(layer.trainable_parameters())]
+        x, fresh = call.args[0], [mx.zeros(a.shape, a.dtype) for a in spots.values()]
+
+        def forward(*arrays: mx.array) -> list[mx.array]:
+            return [call.run(dict(zip(spots, arrays)))]
+
+        def backward(cotangent: mx.array, *arrays: mx.array) -> list[mx.array]:
+            def again(x: mx.array, *values: mx.array) -> list[mx.array]:
+                layer.update(tree_unflatten(list(zip(leaves, values))))
+                return forward(x, *arrays[1:])
+
+            primals = [arrays[0], *(v for _, v in tree_flatten(layer.trainable_parameters()))]
+            return list(mx.vjp(again, primals, [cotangent])[1])
+
+        cotangent = mx.zeros(x.shape, x.dtype)
+        self._known[key] = trace(layer, forward, fresh)[0], trace(layer, backward, [cotangent, *fresh])[0]
+        return self._known[key]
+
+
+def _inlined(into: Graph, part: Graph, prefix: str, arguments: Sequence[str], results: Sequence[str]) -> list[Op]:
+    """The operations of `part` under names of its own, from `arguments` to `results`."""
+    names = {n: f"{prefix} {n}" for n in part.sizes} | dict(zip(part.inputs, arguments))
+    for name, size in part.sizes.items():
+        into.sizes.setdefault(names[name], size)
+    ops = [Op(o.name, [names[n] for n in o.inputs], [names[n] for n in o.outputs], o.arguments) for o in part.ops]
+    for inner, outer in zip(part.outputs, results):
+        into.sizes[outer] = part.sizes[inner]
+        ops.append(Op("Copy", [names[inner]], [outer], []))
+    return ops
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+# How much memory a training step needs: predicted from config.json, without weights.
+
+GB = 10**9
+MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128)  # GB of memory that Macs are sold with
+# Share of its memory that macOS lets a GPU hold: `max_recommended_working_set_size` of Metal is about 2/3 on Macs of up
+# to 36 GB and 3/4 on larger ones; the system and other programs want the rest.
+MAC_SHARE = 0.7
+# With every activation kept, no more than this share of the machine: beyond it, checkpointing costs less than swapping.
+CHECKPOINT_ABOVE = 1 / 3
+MOST_ROWS = 1 << 16
+SHORT = 512  # tokens of a row that is planned quickly
+SURELY = 1.1  # times the memory there is: what is predicted from shorter rows to take more is not planned
+# Chunks of the loss that are traced; they run one after the other, so more of them add only what each leaves.
+TRACED_CHUNKS = 24
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peak memory of training, in bytes, by what takes it.
+
+    Attributes:
+        weights: the base, as it is held (packed if quantised).
+        adapters: low-rank matrices.
+        gradients: of all that is trained; with accumulation, the sum of the earlier micro-batches too.
+        optimizer: its state and float32 master weights.
+        activations: what the backward pass needs of the forward pass, and its temporaries, at the peak.
+        logits: of one chunk of positions, with their gradient and the head's.
+        batch: token ids, labels and weights.
+        ahead: of operations that MLX prepares before those in front of them are done; it does without near a limit.
+        checkpoint: whether activations are those of gradient checkpointing.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    batch: int
+    ahead: int
+    checkpoint: bool
+
+    @property
+    def total(self) -> int:
+        """The peak where there is room."""
+        return sum(v for k, v in asdict(self).items() if k != "checkpoint")
+
+    @property
+    def needed(self) -> int:
+        """The peak where MLX has to wait for memory."""
+        return self.total - self.ahead
+
+    def fits(self, limit: float) -> bool:
+        """Whether `limit` bytes will do."""
+        return self.needed <= limit
+
+    def macs(self) -> list[int]:
+        """Macs on which it fits, by their memory in GB."""
+        return [gb for gb in MACS if self.fits(MAC_SHARE * gb * 2**30)]
+
+
+class Outline(NamedTuple):
+    """What an objective's step is, as far as memory goes.
+
+    Attributes:
+        reads: of the model: a sum of negative log-likelihoods, log-probabilities of single tokens, or rows' scores.
+        together: rows of a batch that can not be parted: two of a pair.
+        copies: adapters beside the trained one, a reference's, of the same size.
+    """
+
+    reads: Literal["nll", "logprobs", "scores"] = "nll"
+    together: int = 1
+    copies: int = 0
+
+    @property
+    def dropout(self) -> bool:
+        """Whether dropout is drawn: log-probabilities and scores are compared, and read without."""
+        return self.reads == "nll"
+
+
+PLAIN = Outline()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same for batches of every size.
+
+    Attributes:
+        model: with adapters, its trainable parameters unfrozen; nothing of it need be evaluated. With its head, where
+            scores are read.
+        optimizer: bytes of the optimiser's state and master weights.
+        trained_share: share of a batch's tokens that are predicted; of the fullest batch, to be safe.
+        accumulate: micro-batches a step.
+        outline: what a step is.
+        update: bytes that the optimiser makes anew at one time: that must be, and where there is room to work ahead.
+        packed: whether rows are packed, which takes a mask for each sequence.
+    """
+
+    model: nn.Module
+    optimizer: int
+    trained_share: float = 1.0
+    accumulate: int = 1
+    outline: Outline = PLAIN
+    update: tuple[int, int] = (0, 0)
+    packed: bool = False
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradient of all that is trained."""
+        return sum(v.nbytes for _, v in tree_flatten(self.model.trainable_parameters()))
+
+    @property
+    def sums(self) -> int:
+        """Bytes of a sum of such gradients, which is in float32."""
+        return sum(4 * v.size for _, v in tree_flatten(self.model.trainable_parameters()))
+
+
+class Shape(NamedTuple):
+    """A batch as it will be.
+
+    Attributes:
+        rows, width: with its padding.
+        trained: tokens that are predicted.
+        prompt, answer: widths of the prompts, each for `Outline.together` rows, and of the answers to them, where
+            prompts are computed once; 0: they are not.
+    """
+
+    rows: int
+    width: int
+    trained: int
+    prompt: int = 0
+    answer: int = 0
+
+    def computed(self, together: int) -> int:
+        """Tokens that go through the model."""
+        return self.rows // together * self.prompt + self.rows * (self.answer or self.width)
+
+
+def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int] = (0, 0)) -> Plan:
+    """Predict the peak of training on batches of `rows` x `width` tokens.
+
+    Args:
+        shared: widths of prompts and answers, see `Shape`; not together with checkpointing.
+    Raises:
+        ModelError: the architecture's memory can not be predicted.
+    """
+    with probing(job.model, training=True):
+        return _plan(job, rows, width, checkpoint, shared)
+
+
+def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
+    model = job.model
+    held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
+    adapters = sum(n for key, n in held if key in LEAVES)
+    weights = sum(n for _, n in held) - adapters
+    gradients = job.gradients
+    positions = rows if job.outline.reads == "scores" else max(1, math.ceil(job.trained_share * rows * width))
+    prompt, answer = shared
+    ids = {"ids": mx.zeros((rows, answer or width), dtype=mx.int32)}
+    if job.packed:
+        ids |= {"segments": mx.zeros((rows, width), dtype=mx.int32)}
+    if prompt:
+        prompts = rows // job.outline.together
+        ids |= {"prompts": mx.zeros((prompts, prompt), dtype=mx.int32)}
+        ids |= {"begins": mx.zeros(prompts, dtype=mx.int32), "of": mx.zeros(rows, dtype=mx.int32)}
+    step = _Step(model, job.outline.reads, ids, positions)
+    batch = sum(v.nbytes for v in ids.values()) + 12 * step.positions
+    # The peak of the gradient: all of it stands at the end; the earlier micro-batches' sum all the time.
+    earlier = job.sums if job.accumulate > 1 else 0
+    peak, queued = (size + earlier for size in step.peaks(checkpoint))
+    # The update holds all gradients, the square of the largest parameter for the norm or its gradient in float32, and
+    # what it makes anew.
+    largest = max((v.size for _, v in tree_flatten(model.trainable_parameters())), default=0)
+    update, renewed = ((earlier or gradients) + 4 * largest + anew for anew in job.update)
+    transient = max(peak, update)
+    logits = min(step.head_peak(), max(0, transient - gradients - earlier))
+    return Plan(
+        weights=weights,
+        adapters=adapters * (1 + job.outline.copies),
+        gradients=gradients + earlier,
+        optimizer=job.optimizer,
+        activations=max(0, transient - gradients - earlier - logits),
+        logits=logits,
+        batch=batch,
+        ahead=max(queued, renewed, transient) - transient,
+        checkpoint=checkpoint,
+    )
+
+
+def largest_tokens(job: Job, width: int, checkpoint: bool, limit: float, most: int | None = None) -> int:
+    """The largest `batch.tokens`, a multiple of 64, of which a batch of rows of `width` tokens fits in `limit` bytes.
+
+    0 where not even one row, or a pair of them, fits.
+
+    Args:
+        most: tokens beyond which none are looked for.
+    """
+    together = job.outline.together
+
+    def needed(rows: int) -> int:
+        return plan(job, together * rows, width, checkpoint).needed
+
+    if _too_long(job, width, checkpoint, limit):
+        return 0
+    rows = MOST_ROWS if most is None else max(1, most // (together * width))
+    fits, over = (1, needed(1)), (rows + 1, math.inf)
+    if fits[1] > limit:
+        return 0
+    known, rows = [fits], 2
+    # What is needed grows nearly in proportion to the rows: a line through two counts soon leads there.
+    while over[0] - fits[0] > max(1, fits[0] // 50):
+        now = (rows, needed(rows))
+        fits, over = (now, over) if now[1] <= limit else (fits, now)
+        (r0, n0), (r1, n1) = known[-1], now
+        known.append(now)
+        guess = r1 + (limit - n1) * (r1 - r0) / (n1 - n0) if n1 != n0 and r1 != r0 else over[0]
+        rows = min(max(int(guess), fits[0] + 1), over[0] - 1)
+    tokens = fits[0] * together * width
+    return tokens // 64 * 64 if tokens >= 64 else tokens
+
+
+def largest_packed(job: Job, width: int, checkpoint: bool, limit: float, most: int) -> int:
+    """The same for packed rows of up to `width` tokens, which may all be packed into one sequence."""
+    fits, over = 0, most + 64
+    tokens = max(64, -(-width // 64) * 64)
+    while over - fits > max(64, fits // 16):
+        if plan(job, 1, tokens, checkpoint).needed <= limit:
+            fits, tokens = tokens, min(2 * tokens, (tokens + over) // 2)
+        elif not fits:  # not even the longest row
+            return 0
+        else:
+            over, tokens = tokens, (fits + tokens) // 2
+        tokens = tokens // 64 * 64
+    return fits
+
+
+def _too_long(job: Job, width: int, checkpoint: bool, limit: float) -> bool:
+    """Whether shorter rows show that one of `width` tokens does not fit: its own plan may take minutes.
+
+    What is needed grows at least in proportion to the width, so a line through two widths is never above it.
+    """
+    known: list[tuple[int, int]] = []
+    short = SHORT
+    while 4 * short <= width:
+        known.append((short, plan(job, job.outline.together, short, checkpoint).needed))
+        if known[-1][1] > limit:
+            return True
+        if len(known) > 1:
+            (w0, n0), (w1, n1) = known[-2:]
+            if n1 + (n1 - n0) * (width - w1) / (w1 - w0) > SURELY * limit:
+                return True
+        short *= 2
+    return False
+
+
+class ShapeSplit(Split):
+    """Body and head of a model whose weights are not there: nothing is evaluated."""
+
+    @cached_property
+    def packing(self) -> Packing:
+        return Packing(self.model, weights=False)
+
+    def _agrees(self) -> bool:
+        ids = mx.array([[1, 0, 2]])
+        try:
+            with probing(self.model):
+                whole, hidden = self._watched(ids)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            return False
+        # A body that gives the logits themselves has its head inside.
+        if hidden is whole or hidden.ndim != 3 or hidden.shape[:2] != ids.shape:
+            return False
+        self._width, self._dtype, self.vocabulary = hidden.shape[-1], hidden.dtype, whole.shape[-1]
+        return True
+
+    def _readers(self, names: list[str]) -> list[str]:
+        values = self._values(names)
+        if not values:
+            return []
+        states = mx.zeros((1, self._width), self._dtype)
+
+        def logits(h: mx.array, *given: mx.array) -> list[mx.array]:
+            return [self.logits(h, dict(zip(values, given)))]
+
+        graph, inputs = trace(self.model, logits, [states, *values.values()])
+        read = graph.read()
+        return [name for name, given in zip(values, inputs[1:]) if given in read]
+
+
+class _Step:
+    """One micro-batch's loss and gradient."""
+
+    def __init__(self, model: nn.Module, reads: str, ids: dict[str, mx.array], positions: int) -> None:
+        self.model, self.reads, self.ids, self.positions = model, reads, ids, positions
+        self.split = ShapeSplit(model)
+        self.sharing = Sharing(self.split)
+        # Both call the model to find how many axes their masks have, and so before blocks are replaced.
+        if "segments" in ids:
+            _ = self.split.packing
+        if "prompts" in ids and not self.sharing.thinkable:
+            raise ModelError("memory can not be predicted: the model can not read answers behind a shared prompt")
+
+    def peaks(self, checkpoint: bool) -> tuple[int, int]:
+        """Bytes beside weights and batch: what must be, and what will be where there is room to work ahead."""
+        if not checkpoint:
+            graph = self._graph()
+        else:
+            blocks = Blocks(self.model)
+            with blocks.replaced():
+                graph = self._graph(blocks)
+            graph = blocks.spliced(graph, self._names())  # traces the blocks themselves
+        more = self._untraced()
+        return graph.peak() + more, graph.peak(ahead=True) + more
+
+    def head_peak(self) -> int:
+        """Bytes of the head and the loss alone."""
+        if not self.split.separable or self.reads == "scores":
+            return 0
+        n = self._traced()
+        hidden = mx.zeros((n, self.split._width), self.split._dtype)
+
+        def loss(h: mx.array, labels: mx.array, weights: mx.array) -> list[mx.array]:
+            if self.reads == "nll" or self.split.trained_head():
+                return [hidden_nll(self.split, h, labels, weights, grad=True)]
+            return [(hidden_logprobs(self.split, h, labels, grad=True) * weights).sum()]
+
+        places = self._places(n)
+        return trace(self.model, loss, [hidden, places["labels"], places["weights"]])[0].peak()
+
+    def _untraced(self) -> int:
+        """Hidden states and their gradients at positions beyond the traced chunks: four arrays stand at the peak."""
+        return 4 * (self.positions - self._traced()) * self.split._width * self.split._dtype.size
+
+    def _traced(self) -> int:
+        if not self.split.separable or self.reads == "scores":
+            return self.positions
+        return min(self.positions, TRACED_CHUNKS * chunk_size(self.split.vocabulary))
+
+    def _names(self) -> list[str]:
+        return [n for n, _ in tree_flatten(self.model.trainable_parameters())]
+
+    def _places(self, n: int) -> dict[str, mx.array]:
+        """What `_loss` takes beside the ids."""
+        places = mx.zeros((n,), dtype=mx.int32)
+        if self.reads == "scores":
+            return {"last": places}
+        return {"positions": places, "labels": places, "weights": mx.zeros((n,))}
+
+    def _loss(self, a: dict[str, mx.array]) -> mx.array:
+        """A number that depends on what the objective reads as its loss does."""
+        split, sharing = self.split, self.sharing
+        if self.reads == "scores":
+            return sharing.scores(a).square().sum()
+        if not split.separable:
+            given = (a["ids"], a["positions"], a["labels"], a["weights"])
+            return rows_nll(split, *given, grad=True, segments=a.get("segments"))
+        # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it
+        # computes chunks as the sum's does, and holds as much.
+        if self.reads == "nll" or split.trained_head():
+            return hidden_nll(split, sharing.hidden(a)[a["positions"]], a["labels"], a["weights"], grad=True)
+        return (sharing.logprobs(a, grad=True) * a["weights"]).sum()
+
+    def _graph(self, blocks: Blocks | None = None) -> Graph:
+        """The graph of the loss and the gradient of all trained parameters; with blocks, their tap's comes last."""
+
+        batch = self.ids | self._places(self._traced())
+
+        def step(*arrays: mx.array) -> list[mx.array]:
+            def loss(params: Any) -> mx.array:
+                self.model.update(params["model"])
+                if blocks is not None:
+                    blocks.tap = params["tap"]
+                return self._loss(dict(zip(batch, arrays)))
+
+            trained = {"model": self.model.trainable_parameters()}
+            if blocks is not None:
+                trained["tap"] = mx.zeros((1, 1, 1), self.split._dtype)
+            value, grads = mx.value_and_grad(loss)(trained)
+            return [value, *(g for _, g in tree_flatten(grads))]
+
+        if self.split.separable:
+            self.split.trained_head()  # before the trace: it makes one of its own
+        return trace(self.model, step, list(batch.values()))[0]
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+_STEP = 256  # positions by which mlx-lm's caches grow
+# (B, V) float32 arrays that drawing a token takes beside the logits: divided by the temperature, their mass, its padded
+# copy, and what the step ahead has begun with; the filters hold them sorted and with their places too.
+_DRAWN, _FILTERED = 4, 6
+
+
+class Rolling(NamedTuple):
+    """A rollout at its largest.
+
+    Attributes:
+        rows: completions decoded at once.
+        group: prompts whose caches stand beside theirs.
+        prompt, answer: longest prompt and completion, in tokens.
+        filtered: whether top_p, top_k or min_p leave tokens out.
+        scored: batches whose log-probabilities are read, and those that a reward model reads.
+    """
+
+    rows: int
+    group: int
+    prompt: int
+    answer: int
+    filtered: bool
+    scored: Sequence[Shape]
+
+
+class Residents(NamedTuple):
+    """Bytes of the roles that stand in memory beside the policy, in every phase.
+
+    Attributes:
+        reference, reward: frozen.
+        critic: of its own parameters; trained too, so that each has a gradient and the optimiser's state.
+        notes: what is worth saying of them.
+    """
+
+    reference: int = 0
+    reward: int = 0
+    critic: int = 0
+    notes: tuple[str, ...] = ()
+
+    def with_training(self, job: Job) -> int:
+        """All of them, with the critic's share of the optimiser's state, its gradient, and the sum of earlier ones."""
+        own = job.gradients
+        more = self.critic * (job.optimizer + job.sums) // own if own else 0
+        return self.reference + self.reward + 2 * self.critic + more
+
+
+@dataclass(frozen=True)
+class PhasedPlan(Plan):
+    """A plan of which the training step is one phase.
+
+    Attributes:
+        roles: name -> bytes, see `Residents`.
+        sampling: caches, logits and what a part of the prompts takes on its way through the model.
+        scoring: of the largest batch, forward only.
+    """
+
+    roles: Mapping[str, int] = field(default_factory=dict)
+    sampling: int = 0
+    scoring: int = 0
+
+    @property
+    def held(self) -> int:
+        """What stands in memory all the time."""
+        return self.weights + self.adapters + sum(self.roles.values()) + self.optimizer
+
+    def phases(self, ahead: bool = True) -> dict[str, int]:
+        """Peak of each phase, in the order they come."""
+        step = self.gradients + self.activations + self.logits + self.batch + (self.ahead if ahead else 0)
+        return {
+            "sampling": self.held + self.sampling,
+            "scoring": self.held + self.scoring,
+            "training": self.held + step,
+        }
+
+    @property
+    def total(self) -> int:
+        return max(self.phases().values())
+
+    @property
+    def needed(self) -> int:
+        return max(self.phases(ahead=False).values())
+
+
+def with_phases(step: Plan, residents: Residents, sampling: int, scoring: int, sums: int) -> PhasedPlan:
+    """The plan of a training step as that of training with rollouts.
+
+    Args:
+        step: of the policy's largest micro-batch, as if it were alone in its step.
+        sampling, scoring: of these phases, beside what stands in memory all the time.
+        sums: of the policy's gradients, where a step has several micro-batches; else 0.
+    """
+    own, critic = step.gradients, residents.critic
+    before = sums + (critic * sums // own if own else 0)
+    # The critic's batch comes after the policy's, whose gradient waits for it, and has no logits.
+    first = replace(step, gradients=before + own)
+    second = replace(step, gradients=max(before, own) + critic, logits=0)
+    both = max(first, second, key=lambda part: part.needed) if critic else first
+    state = critic * step.optimizer // own if own else 0
+    roles = {"reference": residents.reference, "reward": residents.reward, "critic": critic}
+    given = asdict(both) | {"optimizer": step.optimizer + state}
+    return PhasedPlan(**given, roles=roles, sampling=sampling, scoring=scoring)
+
+
+def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
+    """Peak of sampling, beside the weights.
+
+    Raises:
+        ModelError: the architecture's memory can not be predicted.
+    """
+    _check_caches(model)
+    with probing(model):
+        rows, group = (rolling.rows, rolling.group) if takes_rows(model) else (1, 1)
+        room = _rounded(rolling.prompt)
+        before = min(rolling.prompt - 1, max(3, PREFILL // group))
+        first = _cached(model, group, before, rolling.prompt - 1 - before, room)
+        prefill = first.peak() if before else 0
+        last = _cached(model, rows, 1, rolling.prompt + rolling.answer - 1, _rounded(rolling.prompt + rolling.answer))
+        drawn = 4 * rows * _vocabulary(model) * (_FILTERED if rolling.filtered else _DRAWN)
+        return max(prefill, _held_by(model, group, room) + last.peak() + drawn)
+
+
+def scoring_bytes(model: nn.Module, shapes: Sequence[Shape]) -> int:
+    """Peak of scoring the largest of these batches, beside the weights.
+
+    Raises:
+        ModelError: the architecture's memory can not be predicted.
+    """
+    largest = {max(shapes, key=lambda s: s.rows * s.width), max(shapes, key=lambda s: s.rows * s.width * s.width)}
+    with probing(model):
+        return max(_scored(model, shape) for shape in largest)
+
+
+def _scored(model: nn.Module, shape: Shape) -> int:
+    split = ShapeSplit(model)
+    most = TRACED_CHUNKS * chunk_size(split.vocabulary) if split.separable else shape.trained
+    n = max(1, min(shape.trained, most))
+    ids, places = mx.zeros((shape.rows, shape.width), dtype=mx.int32), mx.zeros((n,), dtype=mx.int32)
+
+    def read(ids: mx.array, positions: mx.array, labels: mx.array) -> list[mx.array]:
+        return list(rows_logprobs_entropy(split, ids, positions, labels))
+
+    graph, _ = trace(model, read, [ids, places, places])
+    # Hidden states at positions beyond the traced chunks.
+    more = (shape.trained - n) * split._width * split._dtype.size if split.separable else 0
+    return graph.peak() + max(0, more)
+
+
+def _check_caches(model: nn.Module) -> None:
+    """Refuse what keeps more than keys and values while it samples.
+
+    Raises:
+        ModelError: so it is.
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    kinds = {type(c) for c in make_prompt_cache(model)}
+    if other := sorted(k.__name__ for k in kinds if not issubclass(k, (KVCache, RotatingKVCache))):
+        name = getattr(model, "model_type", type(model).__name__)
+        raise ModelError(
+            f"what sampling takes is predicted for transformers only, and {name} keeps another state "
+            f"({', '.join(other)}); mlxft check --time says what it takes"
+        )
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _STEP) * _STEP
+
+
+def _caches(model: nn.Module) -> list[Any]:
+    """A model's caches after a token, never evaluated."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=caches)
+    return list(caches)
+
+
+def _sizes(model: nn.Module, rows: int, room: int) -> list[mx.array]:
+    """Keys and values of each layer for `room` positions, or as many as a sliding window has."""
+    found = []
+    for cache in _caches(model):
+        size = min(room, getattr(cache, "max_size", room))
+        for part in (cache.keys, cache.values):
+            found.append(mx.zeros((rows, part.shape[1], size, part.shape[-1]), part.dtype))
+    return found
+
+
+def _held_by(model: nn.Module, rows: int, room: int) -> int:
+    return sum(part.nbytes for part in _sizes(model, rows, room))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+
+
+def _cached(model: nn.Module, rows: int, columns: int, offset: int, room: int) -> Graph:
+    """The graph of `columns` further tokens of each row behind `offset` of them; what it makes includes the caches."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    def step(ids: mx.array, *held: mx.array) -> list[mx.array]:
+        caches = make_prompt_cache(model)
+        for cache, keys, values in zip(caches, held[::2], held[1::2]):
+            cache.keys, cache.values, cache.offset = keys, values, offset
+            if hasattr(cache, "_idx"):
+                cache._idx = min(offset, keys.shape[2])
+        logits = model(ids, cache=caches)
+        kept = [part for cache in caches for part in (cache.keys, cache.values)]
+        return [*kept, logits[:, -1]] if columns == 1 else kept
+
+    ids = mx.zeros((rows, max(1, columns)), dtype=mx.int32)
+    return trace(model, step, [ids, *_sizes(model, rows, room)])[0]

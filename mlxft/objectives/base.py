@@ -12,12 +12,11 @@ import mlx.nn as nn
 
 from mlxft.config import Config
 from mlxft.data.batching import IntArray, Slot, plan_epoch
-from mlxft.data.encode import Encoded
-from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair
+from mlxft.data.dataset import Encoded, EncodedAnswer, EncodedPair
 from mlxft.errors import DataError, ModelError
+from mlxft.model.layers import without_dropout
 from mlxft.model.load import context_of, load_config
-from mlxft.model.lora import without_dropout
-from mlxft.model.plan import Shape
+from mlxft.model.memory import Shape
 
 # Architectures that look positions up in a table; MLX reads and writes memory beyond its end without a word.
 POSITION_TABLES = ("gpt2", "gpt_bigcode")

@@ -1,15 +1,10 @@
-"""Group relative policy optimisation (Shao et al. 2024), with the switches of Dr. GRPO (Liu et al. 2025) and DAPO
-(Yu et al. 2025).
-
-Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, as published, or
-of the advantages, which is exact.
-Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, resample, skip_equal
-and mask_truncated (or, for its soft punishment of overlong answers, a rule of kind length).
-"""
+"""Critic-free on-policy objectives: GRPO, RLOO and REINFORCE."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Generic, Literal, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,15 +13,105 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError
+from mlxft.model.logits import row_sums
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.base import FAR
-from mlxft.objectives.onpolicy.critic_free import CriticFree
-from mlxft.objectives.onpolicy.draw import Drawn, resample
-from mlxft.objectives.onpolicy.group import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
-from mlxft.objectives.onpolicy.prompts import Method
-from mlxft.objectives.onpolicy.rolled import sections
-from mlxft.objectives.onpolicy.rollout import Rollout
+from mlxft.objectives.functional import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
+from mlxft.objectives.rollouts import FAR, Drawn, Method, OnPolicy, Rollout, resample, sections
+
+# --- critic free ------------------------------------------------------------------------------------------------------
+# What on-policy methods without a critic share: one advantage a completion, from its score and those of others.
+
+M = TypeVar("M", bound=Method)
+
+
+class CriticFree(OnPolicy[M], Generic[M]):
+    """An on-policy objective that gives each completion one advantage. A subclass says which, and the loss."""
+
+    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+        """(B,) advantages, and what is worth reporting."""
+        raise AssertionError(f"{type(self).__name__} has no advantages")
+
+    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+        advantages, event = self.worth(rollout)
+        rollout.tokens["advantages"] = [np.full(n, a, np.float32) for n, a in zip(rollout.sizes, advantages)]
+        return {"advantage_mean": float(advantages.mean()), "advantage_std": float(advantages.std()), **event}
+
+    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
+        (batch,) = super().micro(rollout, rows)
+        sizes = rollout.sizes[list(rows)]
+        arrays = {
+            "owners": mx.array(np.repeat(np.arange(len(rows)), sizes).astype(np.int32)),
+            "lengths": mx.array(sizes.astype(np.float32)),
+            "gains": mx.array(np.array([rollout.tokens["advantages"][i][0] for i in rows])),
+        }
+        return [replace(batch, arrays=batch.arrays | arrays)]
+
+    @staticmethod
+    def of_rows(values: mx.array, a: dict[str, mx.array]) -> mx.array:
+        """(N,) numbers of a batch's tokens -> (B,) sums over completions."""
+        return row_sums(values, a["owners"], a["lengths"].shape[0])
+
+    def row_means(self, values: mx.array, a: dict[str, mx.array]) -> mx.array:
+        """(B,) means over a completion's tokens, exactly 1 of ones."""
+        return self.of_rows(values, a) / a["lengths"]
+
+
+class InReward(Method):
+    """Settings of methods whose KL is part of the reward."""
+
+    ratio: Literal["completion", "token"] = Field(
+        "completion",
+        description="What is compared with the policy that sampled, and clipped: a completion's probability or each "
+        "token's. All the same where a rollout is one step.",
+    )
+    clip: float | None = Field(
+        0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip; null: no clipping."
+    )
+
+
+R = TypeVar("R", bound=InReward)
+
+
+class Reinforced(CriticFree[R], Generic[R]):
+    """Policy gradient (Williams 1992) with rewards of whole completions, each less a baseline.
+
+    The loss is a sum over a completion's tokens, mean over completions: with one step a rollout its gradient is
+    -A grad log pi(completion), that of the objective reward - kl_coef KL itself.
+    """
+
+    def rewards_of(self, rollout: Rollout) -> Floats:
+        """(B,) score - kl_coef x (log pi - log reference) of the completion."""
+        if not self.kl_coef:
+            return rollout.scores
+        return (rollout.scores - self.kl_coef * self.kls(rollout)).astype(np.float32)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        a, clip = batch.arrays, self.settings.clip
+        logprobs = self.logprobs(a)
+        log_ratio = logprobs - a["old_logprobs"]
+        if self.settings.ratio == "completion":
+            losses, metrics = surrogate(self.of_rows(log_ratio, a), a["gains"], clip, clip)
+        else:
+            losses, metrics = surrogate(log_ratio, a["advantages"], clip, clip)
+        highest = metrics["ratio_mean"].max()
+        if self.settings.ratio == "token":
+            metrics = {name: self.row_means(values, a) for name, values in metrics.items()}
+        metrics["approx_kl"] = self.row_means(-log_ratio, a)
+        metrics[FAR] = self.row_means(F.kl(a["old_logprobs"], logprobs, "k3"), a)
+        sums = {name: mx.stop_gradient(values).sum() for name, values in metrics.items()}
+        weight = mx.array(float(a["lengths"].shape[0]))
+        return LossSum(losses.sum(), weight, {**sums, "ratio_max": mx.stop_gradient(highest)})
+
+
+# --- grpo -------------------------------------------------------------------------------------------------------------
+# Group relative policy optimisation (Shao et al. 2024), with the switches of Dr. GRPO (Liu et al. 2025) and DAPO
+# (Yu et al. 2025).
+#
+# Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, as published, or
+# of the advantages, which is exact.
+# Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, resample,
+# skip_equal and mask_truncated (or, for its soft punishment of overlong answers, a rule of kind length).
 
 
 class GRPOSettings(Method):
@@ -173,3 +258,88 @@ class GRPO(CriticFree[GRPOSettings]):
         # Metrics are means over tokens as elsewhere: only the loss is over tokens that might have been.
         most = self.rollouts.max_tokens
         return losses.sum(), mx.array(float(count * most)), {name: most * value for name, value in means.items()}
+
+
+# --- rloo -------------------------------------------------------------------------------------------------------------
+# REINFORCE leave-one-out (Ahmadian et al. 2024): a completion's baseline is the mean reward of its prompt's others.
+
+
+class RLOOSettings(InReward):
+    """Settings of objective rloo."""
+
+    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs, of the reward.")
+
+
+class RLOO(Reinforced[RLOOSettings]):
+    """RLOO."""
+
+    sections = sections({"rloo": RLOOSettings})
+    learning_rate = 1e-6  # of full fine-tuning, as TRL's RLOOConfig
+
+    grouped = True
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer, RLOOSettings)
+
+    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+        return leave_one_out(self.rewards_of(rollout), self.rollouts.samples), {}
+
+
+# --- reinforce --------------------------------------------------------------------------------------------------------
+
+DECAY = 0.9
+
+
+class ReinforceSettings(InReward):
+    """Settings of objective reinforce."""
+
+    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs, of the reward.")
+    baseline: Literal["batch", "average"] = Field(
+        "batch",
+        description="What is taken off a reward: the rollout's mean; or an exponential moving average of the rollouts "
+        "before, which works with one completion too.",
+    )
+    decay: float | None = Field(
+        None, ge=0, lt=1, description=f"What the moving average keeps of itself at each rollout; default {DECAY}."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ReinforceSettings:
+        if self.decay is not None and self.baseline != "average":
+            raise ValueError(f"decay ({self.decay:g}) is for baseline: average; set that, or leave decay out")
+        return self
+
+
+class Reinforce(Reinforced[ReinforceSettings]):
+    """REINFORCE."""
+
+    sections = sections({"reinforce": ReinforceSettings})
+    learning_rate = 1e-6  # of full fine-tuning, as TRL's RLOOConfig
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer, ReinforceSettings)
+        self.average: float | None = None
+        count = min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
+        if self.settings.baseline == "batch" and count < 2:
+            raise ConfigError(
+                "reinforce.baseline: a rollout of one completion is its own mean, and nothing would be learnt; raise "
+                "rollout.prompts or rollout.samples, or set baseline: average"
+            )
+
+    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+        rewards = self.rewards_of(rollout)
+        mean = float(rewards.mean())
+        if self.settings.baseline == "batch":
+            return rewards - rewards.mean(), {}
+        # The first rollout has none before it; its own mean is nearer to what is to be expected than 0.
+        before = mean if self.average is None else self.average
+        decay = DECAY if self.settings.decay is None else self.settings.decay
+        self.average = decay * before + (1 - decay) * mean
+        return (rewards - before).astype("float32"), {"baseline": before}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.average = state["average"]

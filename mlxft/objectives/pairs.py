@@ -13,14 +13,23 @@ import numpy as np
 
 from mlxft.config import Config
 from mlxft.data.batching import Slot, padding_share
-from mlxft.data.dataset import fingerprint
-from mlxft.data.encode import Ids, chat_notes
-from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, PairCounts, ends_of, ids_fingerprint, length
+from mlxft.data.dataset import (
+    EncodedAnswer,
+    EncodedPair,
+    Ids,
+    PairCounts,
+    chat_notes,
+    ends_of,
+    fingerprint,
+    ids_fingerprint,
+    length,
+    load_splits,
+    of_valid,
+)
 from mlxft.data.formats import Example
-from mlxft.data.splits import load_splits, of_valid
 from mlxft.errors import ConfigError
-from mlxft.model.plan import Shape
-from mlxft.model.shared import Sharing
+from mlxft.model.memory import Shape
+from mlxft.model.prefix import Sharing
 from mlxft.objectives.base import Batch, NoDropout, OffPolicy, Summary, beyond_context
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)

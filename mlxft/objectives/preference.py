@@ -15,15 +15,14 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.data.batching import Slot
-from mlxft.data.encode_pairs import EncodedAnswer, EncodedPair, build_answers, build_pairs, length
+from mlxft.data.dataset import EncodedAnswer, EncodedPair, build_answers, build_pairs, length
 from mlxft.errors import DataError
 from mlxft.model.cpu import as_trained
-from mlxft.model.logits import Split
-from mlxft.model.logprobs import row_sums
-from mlxft.model.plan import Outline
-from mlxft.model.random import probing
-from mlxft.model.reference import Reference
-from mlxft.model.shared import Sharing
+from mlxft.model.layers import probing
+from mlxft.model.logits import Split, row_sums
+from mlxft.model.memory import Outline
+from mlxft.model.prefix import Sharing
+from mlxft.model.roles import Reference
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.pairs import Answer, Judged, answers_of, check_recipe, encode_splits, stack, stack_pairs

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field
 
 from mlxft.config import Config, Settings
-from mlxft.data.encode_pairs import EncodedPair, build_pairs
+from mlxft.data.dataset import EncodedPair, build_pairs
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import begin_head
 from mlxft.model.logits import Split
-from mlxft.model.plan import Outline
-from mlxft.model.shared import Sharing
+from mlxft.model.memory import Outline
+from mlxft.model.prefix import Sharing
 from mlxft.objectives.base import Batch, LossSum
 from mlxft.objectives.functional import bradley_terry, wins
 from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack_pairs

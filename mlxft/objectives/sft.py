@@ -11,12 +11,10 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.batching import IntArray, Slot, pack_epoch, pack_width, padding_share
-from mlxft.data.dataset import Dataset, build, fingerprint
-from mlxft.data.encode import Encoded, chat_notes
-from mlxft.data.splits import load_splits, of_valid
+from mlxft.data.dataset import Dataset, Encoded, build, chat_notes, fingerprint, load_splits, of_valid
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
-from mlxft.model.plan import Shape
+from mlxft.model.memory import Shape
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary, beyond_context
 
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")

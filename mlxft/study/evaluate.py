@@ -1,48 +1,336 @@
-"""What a model makes of a task's rows: a score for each row, figures with their errors, and differences of two models.
-
-task = read_task("configs/eval-reviews.yaml")
-cases = make_cases(read_rows("test.jsonl", "test"), task)
-result = evaluate(load("runs/a"), cases, task)          # shots=[...] are cases too, of other rows
-print(result.figures()["accuracy"], compare(result, other)[0])
-"""
+"""Evaluate a model on a file: loss and perplexity, or a task, with standard errors and paired differences."""
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
-from collections.abc import Sequence, Set
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
+from rich import text
 from rich.console import Console
+from rich.table import Column, Table
 
+from mlxft.config import Data
 from mlxft.data.batching import plan_epoch
-from mlxft.data.chat import by_template
-from mlxft.data.dataset import OVERFLOW, build
-from mlxft.data.encode import context_ids, prompt_text
-from mlxft.data.formats import Example, Message
-from mlxft.data.sources import report_lines
-from mlxft.data.thoughts import opening_of
-from mlxft.errors import ConfigError, DataError, ModelError
-from mlxft.model.batch_sample import ROWS, sample_batch, text_of
+from mlxft.data.chat import Thoughts, by_template, opening_of
+from mlxft.data.dataset import OVERFLOW, build, context_ids, prompt_text
+from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten
+from mlxft.data.sources import Problem, Row, read_rows, report_lines
+from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
+from mlxft.files import (
+    EVALUATION,
+    check_file,
+    check_writable,
+    claim,
+    hold,
+    is_empty,
+    is_ours,
+    is_stream,
+    note,
+    our_folder,
+    read_mark,
+    remove,
+    write_text,
+    writing,
+)
+from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.cpu import quicker
-from mlxft.model.declared import NO_NUMBERS
-from mlxft.model.load import Loaded, context_of
-from mlxft.model.logits import Split
-from mlxft.model.logprobs import row_sums, rows_logprobs
-from mlxft.model.random import probing
-from mlxft.model.sample import Sampling
+from mlxft.model.folder import NO_NUMBERS
+from mlxft.model.layers import probing
+from mlxft.model.load import Loaded, context_of, stated_name
+from mlxft.model.logits import Split, hidden_logprobs_greedy, row_sums, rows_logprobs, rows_logprobs_greedy
+from mlxft.model.prefix import Sharing
+from mlxft.model.sampling import ROWS, Sampling, sample_batch, text_of
 from mlxft.objectives.functional import wins
-from mlxft.objectives.onpolicy.rewards import Item
+from mlxft.objectives.rewards import Scored
 from mlxft.objectives.sft import make_batch
-from mlxft.study.answers import Answer
-from mlxft.study.bar import bar
-from mlxft.study.cases import Case, delimiter, with_shots
-from mlxft.study.choice import EncodedChoices, encode_choices, loglikelihoods
-from mlxft.study.judges import items_of, judges
+from mlxft.runs import find_adapter, is_run, load_run, open_run, versions
+from mlxft.study.generate import Answer
 from mlxft.study.stats import Figure, Floats, bootstrap, mean
-from mlxft.study.tasks import Task
+from mlxft.study.tasks import (
+    READ,
+    Case,
+    Task,
+    choose_shots,
+    delimiter,
+    items_of,
+    judges,
+    make_cases,
+    read_task,
+    with_shots,
+)
+from mlxft.text import bar, home_path, json_text
+
+# --- choice -----------------------------------------------------------------------------------------------------------
+# Log-likelihoods of continuations: of choices after a prompt, and of whatever else is asked so.
+#
+# No token goes through the model twice where that can be helped: continuations that begin alike share a row, and rows
+# that begin alike (the choices of one prompt, or all rows behind the same shots) share what they begin with.
+
+_PADDING = 64  # tokens of padding that cost less than one more call of the model
+_GAIN = 0.75  # share of the tokens that may be left for sharing to be worth its masks, which are slower than "causal"
+
+
+class Request(NamedTuple):
+    """What stands before, as ids, at least one; and how it may go on."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+class Likelihood(NamedTuple):
+    """Of a continuation: its log-likelihood in nats, and whether each token of it is the likeliest one."""
+
+    logprob: float
+    greedy: bool
+
+
+class EncodedChoices(NamedTuple):
+    """Continuations of one context, as ids.
+
+    Attributes:
+        requests: one for each continuation, all after the same ids.
+        joint: characters of the context that are scored along with every continuation; 0 where none joins its last
+            token.
+    """
+
+    requests: list[Request]
+    joint: int
+
+
+def encode_choices(
+    tokenizer: Any, context: str, continuations: Sequence[str], *, plain: bool, special: bool | None = None
+) -> EncodedChoices:
+    """Encode a text with each of its continuations, cut where the context's own ids end.
+
+    A tokenizer may join the beginning of a continuation to the context's last token: the context's own ids are then
+    not the beginning of the whole's, and no cut of the whole is the continuation alone. All continuations are then cut
+    after the ids that the context has in common with every whole, and log p(rest of the context + continuation) is
+    scored. It differs from the log-probability of the whole text, as the tokenizer writes it, by a term that is the
+    same for all of them, so that they compare; tokenised apart, a continuation would be scored in a spelling that no
+    model has seen.
+
+    Args:
+        plain: a text as it stands: the tokenizer adds what it adds by itself (a BOS), and white space that ends the
+            context goes to the continuation, which may have it within a token, as lm-eval does. Otherwise it is a
+            rendered chat, which has both its BOS and the place where an answer begins.
+        special: whether the tokenizer adds what it adds by itself; default: as plain.
+    Raises:
+        DataError: a context without tokens, or a continuation without any of its own.
+    """
+    bare = context.rstrip() if plain else context
+    moved = context[len(bare) :]
+    special = plain if special is None else special
+    before = context_ids(tokenizer, bare, plain=special)
+    if not before:
+        raise DataError("the prompt is empty: there is no token to go on from")
+    wholes = [context_ids(tokenizer, bare + moved + continuation, plain=special) for continuation in continuations]
+    cut = min(_common(before, whole) for whole in wholes)
+    sizes = [len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (before, before[:cut])]
+    joint = max(1, sizes[0] - sizes[1]) if cut < len(before) else 0
+    first = before[:cut] or [_start(tokenizer)]
+    for continuation, whole in zip(continuations, wholes):
+        if len(whole) <= cut and continuation:
+            raise DataError(f"{continuation!r:.60} adds no token to the prompt: the tokenizer leaves it out")
+    return EncodedChoices([Request(tuple(first), tuple(whole[cut:])) for whole in wholes], joint)
+
+
+def _start(tokenizer: Any) -> int:
+    """The token before a text whose first token joins a continuation."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise DataError("a choice joins the prompt's first token, and the tokenizer has no BOS or EOS to begin a text with")
+
+
+class _Unit(NamedTuple):
+    """Ids that go through the model once, and the rests of the rows that begin with them."""
+
+    prompt: tuple[int, ...]
+    rests: tuple[tuple[int, ...], ...] = ()
+
+
+def loglikelihoods(
+    split: Split, requests: Sequence[Request], tokens: int, on_done: Callable[[int], None] | None = None
+) -> list[Likelihood]:
+    """The log-likelihood of each continuation after its context.
+
+    Args:
+        tokens: of a batch, padding included; a longer row is a batch of its own.
+        on_done: told how many continuations were finished since it was told last.
+    """
+    found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)  # what an empty continuation has
+    members = _members(requests)
+    sharing = Sharing(split)
+    if on_done is not None and (empty := sum(not request.continuation for request in requests)):
+        on_done(empty)
+    if not members:
+        return found
+    with probing(split.model):
+        for batch in _batches(_units(members, requests, tokens, sharing), tokens):
+            own, positions, labels = _asked(batch, members, requests)
+            logprobs, greedy = _read(sharing, batch, positions, labels)
+            at = 0
+            for i in own:
+                end = at + len(requests[i].continuation)
+                found[i] = Likelihood(float(logprobs[at:end].sum()), bool(greedy[at:end].all()))
+                at = end
+            if on_done is not None:
+                on_done(len(own))
+    return found
+
+
+def _members(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
+    """Rows of ids that go through the model -> the requests that each answers; no row is the beginning of another."""
+    needed = [request.context + request.continuation[:-1] for request in requests]
+    asking = [i for i, request in enumerate(requests) if request.continuation]
+    members: dict[tuple[int, ...], list[int]] = {}
+    last: tuple[int, ...] = ()
+    # In this order a row stands right behind the ones that begin with it.
+    for i in sorted(asking, key=lambda i: needed[i], reverse=True):
+        if last[: len(needed[i])] != needed[i]:
+            last = needed[i]
+            members[last] = []
+        members[last].append(i)
+    return members
+
+
+def _units(
+    members: dict[tuple[int, ...], list[int]], requests: Sequence[Request], tokens: int, sharing: Sharing
+) -> list[_Unit]:
+    """The rows, cut the way that leaves the fewest tokens to compute: not at all, after each context, or all at once
+    after what all of them begin with."""
+    plain = [_Unit(row) for row in members]
+    by_context: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for row, asking in members.items():
+        begins = min(len(requests[i].context) for i in asking)
+        by_context.setdefault(row[:begins], []).append(row[begins:])
+    contexts = []
+    for prompt, rests in by_context.items():
+        one = [_Unit(prompt + rest) for rest in rests]
+        contexts += one if len(one) == 1 else [_Unit(prompt, tuple(rests))]
+    common = min(_common(min(members), max(members)), min(map(len, members)) - 1)
+    plans = [contexts]
+    if common > 0:
+        plans.append(list(_behind(min(members)[:common], [row[common:] for row in members], tokens)))
+    best = min(plans, key=_cost)
+    if _cost(best) > _GAIN * _cost(plain) or not (sharing.split.separable and sharing.possible):
+        return plain
+    return best
+
+
+def _behind(prompt: tuple[int, ...], rests: Sequence[tuple[int, ...]], tokens: int) -> Iterator[_Unit]:
+    """All rests behind one prompt, which is computed again for each batch of `tokens`."""
+    batch: list[tuple[int, ...]] = []
+    for rest in sorted(rests, key=len):
+        size, real = (len(batch) + 1) * len(rest), sum(map(len, batch)) + len(rest)
+        # Here one more call costs the prompt once more.
+        padded = size - real > max(_PADDING + len(prompt), real // 10)
+        if batch and (len(prompt) + size > tokens or padded):
+            yield _Unit(prompt, tuple(batch))
+            batch = []
+        batch.append(rest)
+    yield _Unit(prompt, tuple(batch))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two rows have in common at the beginning; of the first and last in order: all between them too."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _cost(units: Sequence[_Unit]) -> int:
+    return sum(len(unit.prompt) + sum(map(len, unit.rests)) for unit in units)
+
+
+def _batches(units: Sequence[_Unit], tokens: int) -> Iterator[list[_Unit]]:
+    """Units of like length share a batch of so many tokens, little of which is padding."""
+    batch: list[_Unit] = []
+    for unit in sorted(units, key=lambda unit: (len(unit.prompt), max(map(len, unit.rests), default=0))):
+        size = _size([*batch, unit])
+        real = _cost([*batch, unit])
+        if batch and (size > tokens or size - real > max(_PADDING, real // 10)):
+            yield batch
+            batch = []
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def _size(batch: Sequence[_Unit]) -> int:
+    """Tokens that are computed, padding included."""
+    rests = [rest for unit in batch for rest in unit.rests]
+    return len(batch) * max(len(unit.prompt) for unit in batch) + len(rests) * max(map(len, rests), default=0)
+
+
+def _asked(
+    batch: Sequence[_Unit], members: dict[tuple[int, ...], list[int]], requests: Sequence[Request]
+) -> tuple[list[int], list[int], list[int]]:
+    """The requests that a batch answers, in order; the flat positions of all their tokens, and the tokens."""
+    prompts = max(len(unit.prompt) for unit in batch)
+    rests = max((len(rest) for unit in batch for rest in unit.rests), default=0)
+    own: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    row = 0
+    for b, unit in enumerate(batch):
+        # A prompt without rests, or one whose own ids are a row too, is answered by itself.
+        for rest in unit.rests or ((),):
+            begins = len(batch) * prompts + row * rests - len(unit.prompt)
+            row += bool(rest)
+            for i in members[unit.prompt + rest]:
+                first = len(requests[i].context) - 1
+                for at in range(first, first + len(requests[i].continuation)):
+                    positions.append(b * prompts + at if at < len(unit.prompt) else begins + at)
+                own.append(i)
+                labels += requests[i].continuation
+    return own, positions, labels
+
+
+def _read(
+    sharing: Sharing, batch: Sequence[_Unit], positions: list[int], labels: list[int]
+) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Log-probabilities of the labels, and whether each is the likeliest token."""
+    where, wanted = mx.array(positions, dtype=mx.int32), mx.array(labels, dtype=mx.int32)
+    prompts = _padded([unit.prompt for unit in batch])
+    rests = [rest for unit in batch for rest in unit.rests]
+    if not rests:
+        logprobs, greedy = rows_logprobs_greedy(sharing.split, prompts, where, wanted)
+    else:
+        arrays = {
+            "prompts": prompts,
+            "begins": mx.array([len(unit.prompt) for unit in batch]),
+            "ids": _padded(rests),
+            "of": mx.array([b for b, unit in enumerate(batch) for _ in unit.rests]),
+        }
+        logprobs, greedy = hidden_logprobs_greedy(sharing.split, sharing.hidden(arrays)[where], wanted)
+    mx.eval(logprobs, greedy)
+    return np.array(logprobs, dtype=np.float64), np.array(greedy)
+
+
+def _padded(rows: Sequence[tuple[int, ...]]) -> mx.array:
+    """(B, T) int32, padded on the right, where causal attention never sees it."""
+    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)] = row
+    return mx.array(ids)
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+# What a model makes of a task's rows: a score for each row, figures with their errors, and differences of two models.
+#
+# task = read_task("configs/eval-reviews.yaml")
+# cases = make_cases(read_rows("test.jsonl", "test"), task)
+# result = evaluate(load("runs/a"), cases, task)          # shots=[...] are cases too, of other rows
+# print(result.figures()["accuracy"], compare(result, other)[0])
 
 TOKENS = 2048  # of a batch, padding included
 MAX_TOKENS = 256
@@ -265,7 +553,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
         for w, x in zip(places, losses.tolist())
     ]
     weights = {"loss": np.array([counts[w] for w in places], dtype=np.float64)}
-    notes = [_in_own_words(note) for note in data.counts.notes()]
+    notes = [_in_own_words(line) for line in data.counts.notes()]
     return Result(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
 
 
@@ -372,7 +660,7 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
     return Result(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
 
 
-def _answer_notes(items: Sequence[Item], most: int, drops: bool) -> list[str]:
+def _answer_notes(items: Sequence[Scored], most: int, drops: bool) -> list[str]:
     """What there is to say of answers that are none, or not whole."""
     total, empty = len(items), sum(not item.completion.strip() for item in items)
     cut, thoughts = sum(not item.finished for item in items), 0
@@ -389,3 +677,352 @@ def _answer_notes(items: Sequence[Item], most: int, drops: bool) -> list[str]:
 
 def _target(case: Case) -> str | list[str] | None:
     return list(case.answers) if len(case.answers) > 1 else case.label
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+# `mlxft eval`: models opened one after the other, the same rows asked of each, and what comes of it kept.
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is asked, and how.
+
+    Attributes:
+        tasks: names, files, or Task.
+        format: how rows are read; None: as a run's own rows are, else what they look like.
+        template: as data.template, before what a task or a run says.
+        thoughts: what is judged of written answers, before what a task says; see Task.
+        shots: solved rows of the file `shots_from` shown before each prompt.
+        limit: only the first rows.
+        max_length, overflow, tokens, seed: see `evaluate`; the seed also chooses shots and resamples.
+    """
+
+    tasks: Sequence[str | Task] = ("loss",)
+    format: str | None = None
+    template: str | None = None
+    thoughts: Thoughts | None = None
+    shots: int = 0
+    shots_from: str | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    overflow: str = "error"
+    tokens: int = TOKENS
+    seed: int = 0
+    confidence: float = 0.95
+
+
+class Compared(NamedTuple):
+    """A task's result, and where there is another model its result and the differences."""
+
+    result: Result
+    other: Result | None
+    paired: list[Paired]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `mlxft eval` found; `against` is None where nothing was compared."""
+
+    model: str
+    file: str
+    against: str | None
+    asking: Asking
+    tasks: list[Compared]
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json has it; what is not a number is null."""
+        found: dict[str, Any] = {
+            "model": self.model,
+            "file": self.file,
+            "against": self.against,
+            "shots": self.asking.shots,
+            "seed": self.asking.seed,
+            "confidence": self.asking.confidence,
+            "tasks": [_task_json(found) for found in self.tasks],
+            "versions": versions(),
+        }
+        finite: dict[str, Any] = _finite(found)
+        return finite
+
+    def lines(self) -> Iterable[dict[str, Any]]:
+        """As predictions.jsonl has them: each row of each task, with what the other model said."""
+        for result, other, _ in self.tasks:
+            for i, line in enumerate(result.predictions):
+                also = {}
+                if other is not None:
+                    kept = ("prediction", "answer", "logprobs", "finish", "scores")
+                    also = {"against": {k: v for k, v in other.predictions[i].items() if k in kept}}
+                yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **also}
+
+    def write(self, out: Path) -> None:
+        """predictions.jsonl and results.json in a folder, both of them of one evaluation.
+
+        Raises:
+            CheckpointError: they can not be written.
+        """
+        texts = ("".join(f"{json_text(_finite(line))}\n" for line in self.lines()), json_text(self.to_json(), 1) + "\n")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with hold(out, wait=True):
+            fresh = is_empty(out) and our_folder(out) is None
+            if fresh:
+                claim(out, "eval")
+            try:
+                for name, text in zip(EVALUATION, texts):
+                    write_text(out / name, text)
+                    note(out / name)
+            except CheckpointError:
+                if fresh and is_empty(out):
+                    remove(out)
+                raise
+
+
+def check_out(out: Path | None, overwrite: bool, model: str) -> None:
+    """Refuse, before the work, a folder that can not be written, or that holds what an evaluation would replace.
+
+    Args:
+        out: None: `default_out` of the model.
+    Raises:
+        ConfigError: so it is.
+    """
+    if out is None:
+        if is_run(folder := home_path(model)):
+            check_writable(folder / "eval" / EVALUATION[0], "--out is not given")
+        return
+    if is_stream(out):
+        raise ConfigError(f"--out: {out} is a device or a pipe; give a folder's name")
+    for file in [out / name for name in EVALUATION] if os.path.isdir(out) else [out]:
+        check_file(file, overwrite)
+        if file.exists() and not is_ours(file):
+            raise ConfigError(f"--out: {file} is not what this version of mlxft made; choose another folder")
+
+
+def _task_json(found: Compared) -> dict[str, Any]:
+    result, other, paired = found
+    task: dict[str, Any] = {"task": result.task, "kind": result.kind, "rows": len(result.rows)}
+    task["figures"] = {name: figure._asdict() for name, figure in result.figures().items()}
+    task["notes"] = result.notes
+    if other is not None:
+        task["against"] = {name: figure._asdict() for name, figure in other.figures().items()}
+        task["paired"] = [pair._asdict() for pair in paired]
+    return task
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run_evaluation(
+    model: str, file: str, asking: Asking, *, adapter: str | None = None, against: str | None = None, console: Console
+) -> Evaluation:
+    """Evaluate a model on a file, and another one on the same rows.
+
+    Args:
+        model: run, adapter, fused or any other model; with an adapter if one is named.
+        file: a file, folder (its test split) or hub data set, as data.train takes it.
+        against: another model, or "base": what the run or adapter started from.
+    Raises:
+        ConfigError, DataError, ModelError: something given can not be used; what does not need a model is found first.
+    """
+    named = adapter or model
+    rows = list(read_rows(file, "test"))
+    if asking.limit is not None:
+        rows = rows[: asking.limit]
+    data = _run_data(named)
+    tasks = merged([_settled(task, asking, data, rows) for task in asking.tasks])
+    if asking.thoughts is not None and all(task.kind != "generate" for task in tasks):
+        raise ConfigError(f"--thoughts {asking.thoughts}: only for metrics of written answers; leave it out")
+    asked = [make_cases(rows, task) for task in tasks]
+    shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
+    other, options = _base(model, adapter) if against == "base" else (against, {})
+    if other is not None:
+        load_run(other, lazy=True, **options)  # what is wrong with it shows now, not when the first model is done
+
+    def answered(loaded: Loaded) -> list[Result]:
+        how: dict[str, Any] = {"tokens": asking.tokens, "overflow": asking.overflow, "seed": asking.seed}
+        how |= {"max_length": asking.max_length, "console": console}
+        return [evaluate(loaded, cases, t, shots=s, **how) for t, cases, s in zip(tasks, asked, shots)]
+
+    results = answered(load_run(model, adapter))
+    if other is None:
+        return Evaluation(named, file, None, asking, [Compared(result, None, []) for result in results])
+    gc.collect()  # the first model's weights, before the second's
+    mx.clear_cache()
+    others = answered(load_run(other, **options))
+    found = []
+    for result, second in zip(results, others):
+        first, second = _same_rows(result, second)
+        paired = compare(first, second, seed=asking.seed, confidence=asking.confidence)
+        found.append(Compared(first, second, paired))
+    return Evaluation(named, file, against, asking, found)
+
+
+def merged(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks that differ only in how answers are judged as one, so that a model answers once.
+
+    Raises:
+        ConfigError: a task is given twice.
+    """
+    found: dict[str, list[Task]] = {}
+    for task in tasks:
+        how = task.model_dump_json(exclude={"name", "metrics"})
+        found.setdefault(f"{task.kind} {how}", []).append(task)
+    every = []
+    for alike in found.values():
+        labels = [metric.label for task in alike for metric in task.metrics or []]
+        if len(alike) > 1 and (alike[0].kind != "generate" or len(set(labels)) < len(labels)):
+            raise ConfigError(f"--task: {alike[0].name} is given twice")
+        update = {"metrics": [m for t in alike for m in t.metrics or []], "name": "+".join(t.name or "" for t in alike)}
+        every.append(alike[0].model_copy(update=update) if len(alike) > 1 else alike[0])
+    return every
+
+
+def _same_rows(a: Result, b: Result) -> tuple[Result, Result]:
+    """Both without the rows that the other's context had no room for."""
+    common = set(a.rows) & set(b.rows)
+    return a.only(common), b.only(common)
+
+
+def _run_data(model: str) -> Data | None:
+    """How the rows of a run are read; None for what is no run."""
+    folder = home_path(model)
+    try:
+        return open_run(folder).config.data if (folder / "config.yaml").is_file() else None
+    except MlxftError:
+        return None  # loading it will say what is wrong
+
+
+def _settled(given: str | Task, asking: Asking, data: Data | None, rows: Sequence[Row | Problem]) -> Task:
+    """A task with what the command and the run say of how rows are read."""
+    task = read_task(given) if isinstance(given, str) else given
+    if asking.format is not None:
+        if task.prompt is not None:
+            raise ConfigError(f"--format {asking.format}: task {task.name} has a prompt of its own; leave it out")
+        if asking.format not in FORMATS:
+            hint = nearest(asking.format, FORMATS)
+            raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
+        task = task.model_copy(update={"format": asking.format})
+    if asking.template is not None:
+        task = task.model_copy(update={"template": asking.template})
+    if asking.thoughts is not None and task.kind == "generate":
+        task = task.model_copy(update={"thoughts": asking.thoughts})
+    if data is None:
+        return task
+    update: dict[str, Any] = {}
+    if "template" not in task.model_fields_set:
+        update["template"] = data.template
+    fits = task.prompt is None and data.format in READ and task.format in (None, data.format)
+    if fits and not task.fields and _fits(data, rows):
+        update |= {"format": data.format, "fields": data.fields}
+        if task.kind == "loss" and task.train_on is None:
+            update["train_on"] = data.train_on
+    return task.model_copy(update=update)
+
+
+def _fits(data: Data, rows: Sequence[Row | Problem]) -> bool:
+    """Whether the first row has what a run's rows have."""
+    first = next((row.data for row in rows if isinstance(row, Row)), {})
+    names = dict.fromkeys(first, "there")
+    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
+    return not FORMATS[data.format].missing(names)
+
+
+def _shots(asking: Asking, task: Task, cases: Sequence[Case]) -> list[Case]:
+    """Solved cases to show, of other rows than the evaluated ones."""
+    if not asking.shots:
+        return []
+    return choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed)
+
+
+def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
+    """The bare base of a run or adapter, and how it is loaded.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    if adapter is not None:
+        return model, {}
+    folder = home_path(model)
+    if (find_adapter(folder) / "adapter_config.json").is_file():
+        options = dict(base_noted(read_adapter_config(find_adapter(folder))))
+        options.pop("fingerprint", None)
+        name = options.pop("model", None)
+        if name is not None:
+            return stated_name(str(name)), {**options, "chat_template": template_of(find_adapter(folder))}
+    elif is_run(folder):
+        run = open_run(folder)
+        return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
+    raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
+
+
+def default_out(model: str, file: str, found: Evaluation) -> Path | None:
+    """Where a run's evaluations are kept, one folder for each file, tasks and shots; None for what is no run."""
+    folder = home_path(model)
+    if not is_run(folder):
+        return None
+    names = [file.removeprefix("hf:") if file.startswith("hf:") else Path(file).stem]
+    names += [task.result.task for task in found.tasks if task.result.task != "loss"]
+    names += [f"{found.asking.shots}-shot"] if found.asking.shots else []
+    name = re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".") or "rows"
+    out = folder / "eval" / name
+    # What stands in a folder without a mark may be the user's.
+    numbered = (out.with_name(f"{name}-{n}") for n in itertools.count(2))
+    return out if read_mark(folder) or not out.exists() else next(f for f in numbered if not f.exists())
+
+
+# --- eval tables ------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Four digits after the point, fewer of large numbers; a dash for what is not known."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def with_error(figure: Figure) -> str:
+    """A figure and its standard error."""
+    return f"{number(figure.value)} ± {number(figure.se)}"
+
+
+def show(console: Console, found: Evaluation) -> None:
+    """A table for each task, one more for the differences, and what there is to say of the rows."""
+    for task in found.tasks:
+        shots = f", {found.asking.shots} shots" if found.asking.shots else ""
+        console.print(
+            text.Text(f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error", style="bold")
+        )
+        console.print(_figures(found, task))
+        if task.paired:
+            console.print(_differences(found, task))
+        for line in task.result.notes:
+            console.print(text.Text(f"note: {line}"))
+        for line in task.other.notes if task.other else []:
+            console.print(text.Text(f"note ({found.against}): {line}"))
+
+
+def _figures(found: Evaluation, task: Compared) -> Table:
+    others = task.other.figures() if task.other else {}
+    table = Table("", Column("model", justify="right"))
+    if others:
+        table.add_column(text.Text(found.against or ""), justify="right", overflow="fold")
+    for name, figure in task.result.figures().items():
+        cells = [name, with_error(figure)] + ([with_error(others[name])] if others else [])
+        table.add_row(*map(text.Text, cells))
+    return table
+
+
+def _differences(found: Evaluation, task: Compared) -> Table:
+    """Of the model less the other; less loss is better."""
+    heads = ("difference", f"{found.asking.confidence:.0%} interval", "won/lost/tied")
+    table = Table("", *(Column(head, justify="right") for head in heads))
+    for pair in task.paired:
+        interval = "-" if math.isnan(pair.low) else f"[{pair.low:+.4f}, {pair.high:+.4f}]"
+        rows = f"{pair.won}/{pair.lost}/{pair.tied}"
+        table.add_row(*map(text.Text, (pair.metric, f"{pair.difference:+.4f} ± {number(pair.se)}", interval, rows)))
+    return table

@@ -10,15 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
+from mlxft.build import is_open, load_base, make_objective, settled
 from mlxft.config import Config
 from mlxft.errors import ConfigError, TrainingError, missing_extra
-from mlxft.model.memory import limits
-from mlxft.model.random import aside
-from mlxft.parts import load_base, make_objective
-from mlxft.planning import is_open, settled
+from mlxft.model.layers import aside, limits
 from mlxft.run import assemble
 from mlxft.study import plots
-from mlxft.study.drawing import check_suffix
+from mlxft.study.plots import check_suffix
 from mlxft.text import make_console
 from mlxft.trainer.loop import Event, Hooks, Loop, Progress
 from mlxft.trainer.report import Stopped, sparkline

@@ -11,21 +11,17 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlxft.data.convert import FORMATS
-from mlxft.data.encode import Reply
-from mlxft.data.formats import Completion, Conversation, Judged, Preference, Ranked
-from mlxft.data.published import in_our_fields
+from mlxft.data.dataset import Reply
+from mlxft.data.formats import FORMATS, Completion, Conversation, Judged, Preference, Ranked, in_our_fields
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.heads import find_head, read_head
+from mlxft.model.heads import TOKENS, Scorer, find_head, read_head
 from mlxft.model.logits import Split
-from mlxft.model.scorer import TOKENS, Scorer
 from mlxft.objectives.functional import wins
-from mlxft.objectives.onpolicy.reward_model import reads_chat
 from mlxft.objectives.reward import figures, measure, thirds_of
-from mlxft.rundir import load
-from mlxft.study.bar import bar
-from mlxft.text import home_path
+from mlxft.objectives.rewards import reads_chat
+from mlxft.runs import load_run
+from mlxft.text import bar, home_path
 
 FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
 
@@ -75,7 +71,7 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     """
     if not home_path(path).exists():
         raise ConfigError(f"{path}: no such run; name one of objective: reward")
-    loaded = load(path, scores=True, **options)
+    loaded = load_run(path, scores=True, **options)
     loaded.model.eval()
     mx.eval(loaded.model.parameters())
     folder = home_path(path)

@@ -10,42 +10,500 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import io
 import json
 import math
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from itertools import islice, product
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import yaml
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
+from mlxft.build import load_base, make_objective, prepare, settled
 from mlxft.check import check_trains
-from mlxft.config import Config
-from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, TrainingError, nearest
-from mlxft.explain import all_keys, nearest_key
-from mlxft.model.load import Loaded, base_fingerprint
-from mlxft.model.twin import twin
+from mlxft.config import (
+    DEFAULT_TRIALS,
+    PAIRS,
+    Config,
+    Range,
+    Sweep,
+    all_keys,
+    dump_yaml,
+    flat,
+    load_config,
+    nearest_key,
+    override,
+    parse_config,
+    put,
+    read_recipe,
+    seconds,
+)
+from mlxft.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MlxftError,
+    ModelError,
+    TrainingError,
+    missing_extra,
+    nearest,
+)
+from mlxft.files import (
+    check_replaceable,
+    claim,
+    digest,
+    empty,
+    hold,
+    is_empty,
+    is_of_kind,
+    read_mark,
+    remove,
+    write_text,
+)
+from mlxft.model.load import Loaded, base_fingerprint, twin
 from mlxft.objectives.base import Objective
-from mlxft.owned import check_replaceable, claim, empty, hold, is_empty, is_of_kind, read_mark, remove
-from mlxft.parts import load_base, make_objective, prepare
-from mlxft.planning import settled
-from mlxft.recipe import PAIRS, flat, load_config, override, parse_config, put, read_recipe
 from mlxft.run import total_steps, train
-from mlxft.rundir import FREE_ON_RESUME
-from mlxft.search import DEFAULT_TRIALS, Range, seconds
-from mlxft.study.sweep_report import Outcome, Progress, Result, best_recipe, draw
-from mlxft.study.sweep_store import FILE, Store, check_grid, check_installed, reachable
+from mlxft.runs import FREE_ON_RESUME
+from mlxft.study import plots
 from mlxft.text import make_console, parse_json
-from mlxft.trainer.files import digest, write_text
+from mlxft.trainer.loop import validate
 from mlxft.trainer.report import Event, Stopped
-from mlxft.trainer.validate import validate
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial, TrialState
+
+
+# --- sweep store ------------------------------------------------------------------------------------------------------
+# A sweep's trials in an SQLite file, by Optuna; one process at a time.
+
+FILE = "sweep.db"
+STARTUP = 5  # trials at random before TPE learns from them
+WHOLE = 2  # trials that the median pruner waits for
+MOST_COMBINATIONS = 10_000
+
+
+def check_installed() -> None:
+    """ConfigError without Optuna."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError(missing_extra("optuna", "sweep"))
+
+
+@contextmanager
+def reachable(file: Path) -> Iterator[None]:
+    """A database that fails is a CheckpointError that says why."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as e:
+        reason = str(getattr(e, "orig", None) or e.__cause__ or e).splitlines()[0]
+        hints = {"locked": "close what has it open", "full": "free some space, and the same command goes on"}
+        begin = "begin again with --overwrite, or another --name"
+        hint = next((hint for word, hint in hints.items() if word in reason), begin)
+        raise CheckpointError(f"can not use {file}: {reason}; {hint}") from e
+
+
+class Store:
+    """The trials of one sweep.
+
+    Args:
+        seed: of the sampler. A trial depends on it, on its own number and on those before, so that a sweep that was
+            killed and went on has the trials of one that was not.
+        about: the settings that all of its trials share, dotted; those of a sweep that goes on must be the same.
+    Raises:
+        ConfigError: the sweep there is has other settings.
+        CheckpointError: the file can not be used.
+    """
+
+    def __init__(self, folder: Path, sweep: Sweep, seed: int, about: Mapping[str, Any]) -> None:
+        import optuna
+        from sqlalchemy import URL
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.sweep, self.seed = sweep, seed
+        self._levels = {k: _levels(r) for k, r in sweep.space.items()} if sweep.sampler == "grid" else {}
+        url = URL.create("sqlite", database=str(folder / FILE)).render_as_string()
+        self.study: Study = optuna.create_study(
+            storage=optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 5}}),
+            study_name="sweep",
+            direction="minimize" if sweep.minimize else "maximize",
+            pruner=self._pruner(),
+            load_if_exists=True,
+        )
+        stored = self.study.user_attrs.get("about")
+        if stored is None:
+            self.study.set_user_attr("about", dict(about))
+        elif stored != dict(about):
+            keys = [k for k in {**stored, **about} if stored.get(k) != about.get(k)]
+            lines = [f"{k}: the sweep has {_short(stored.get(k))}, asked for is {_short(about.get(k))}" for k in keys]
+            raise ConfigError(
+                f"{folder} is a sweep of another recipe; begin again with --overwrite, or give another --name:\n  "
+                + "\n  ".join(lines)
+            )
+
+    def _pruner(self) -> Any:
+        from optuna.pruners import MedianPruner, NopPruner, SuccessiveHalvingPruner
+
+        if self.sweep.pruner == "halving":
+            return SuccessiveHalvingPruner(min_resource=self.sweep.grace, reduction_factor=2)
+        if self.sweep.pruner == "median":
+            return MedianPruner(n_startup_trials=WHOLE, n_warmup_steps=self.sweep.grace)
+        return NopPruner()
+
+    def _sampler(self, number: int) -> BaseSampler:
+        from optuna.samplers import RandomSampler, TPESampler
+
+        seed = random.Random(f"{self.seed} {number}").randrange(2**32)
+        return (
+            RandomSampler(seed) if self.sweep.sampler == "random" else TPESampler(n_startup_trials=STARTUP, seed=seed)
+        )
+
+    def trials(self) -> list[FrozenTrial]:
+        """All that are finished: complete, pruned or failed."""
+        return [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
+
+    def unfinished(self) -> list[FrozenTrial]:
+        """Those that a killed or interrupted sweep had begun."""
+        from optuna.trial import TrialState
+
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    def ask(self) -> tuple[Trial, dict[str, Any]] | None:
+        """The next trial and its settings: first what was not finished, as it was. None: the grid has no more."""
+        from optuna.trial import Trial, TrialState
+
+        begun = self.unfinished()
+        number = begun[0].number if begun else len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = self._sampler(number)
+        if begun:
+            trial = Trial(self.study, begun[0]._trial_id)
+        else:
+            if self._levels and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                if number >= self.combinations:
+                    return None
+                self.study.enqueue_trial(self._combination(number))
+            trial = self.study.ask()
+        return trial, {key: _suggest(trial, key, r) for key, r in self.sweep.space.items()}
+
+    def rival(self) -> Trial:
+        """A trial in memory among copies of those that are finished, to be reported to and judged by the pruner.
+
+        The pruner notes in a trial which rungs it has passed. In the file such a note would outlive a kill, and the
+        trial that is begun anew would be judged by another rung than the first time.
+        """
+        import optuna
+
+        study = optuna.create_study(direction=self.study.direction, pruner=self._pruner())
+        study.add_trials(self.trials())
+        return study.ask()
+
+    def tell(self, trial: Trial, rival: Trial, value: float | None, state: TrialState) -> None:
+        """Record how a trial ended, with what its rival was told and what the pruner noted there.
+
+        A kill in the midst of it leaves an unfinished trial: it is run again, and the same is written once more.
+        """
+        judged = rival.study.get_trials(deepcopy=False)[-1]
+        storage, told = self.study._storage, self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        for step, seen in judged.intermediate_values.items():
+            if step not in told:
+                trial.report(seen, step)
+        for key, noted in judged.system_attrs.items():
+            storage.set_trial_system_attr(trial._trial_id, key, noted)
+        self.study.tell(trial, value, state)
+
+    @property
+    def combinations(self) -> int:
+        """Of a grid."""
+        return math.prod(len(v) for v in self._levels.values())
+
+    def _combination(self, number: int) -> dict[str, Any]:
+        # Not one setting after the other: a sweep that ends early has seen something of all.
+        order = list(range(self.combinations))
+        random.Random(self.seed).shuffle(order)
+        rest, found = order[number], {}
+        for key, values in self._levels.items():
+            rest, i = divmod(rest, len(values))
+            found[key] = values[i]
+        return found
+
+    def params(self, trial: FrozenTrial) -> dict[str, Any]:
+        """A trial's settings as a recipe has them, in the recipe's order."""
+        return {k: _plain(trial.params[k], r) for k, r in self.sweep.space.items() if k in trial.params}
+
+    def importance(self) -> dict[str, float]:
+        """Share of each setting in which trials are among the best (PED-ANOVA, Watanabe et al. 2023), largest first;
+        pruned trials count by their last validation. {} where fewer than 4 trials or one setting tell nothing."""
+        import warnings
+
+        import optuna
+
+        def last(t: FrozenTrial) -> float | None:
+            found = t.value if t.value is not None else t.intermediate_values.get(t.last_step or 0)
+            return found if found is not None and math.isfinite(found) else None
+
+        known = [(t, v) for t in self.trials() if t.params and (v := last(t)) is not None]
+        if len(known) < 4 or len(self.sweep.space) < 2:
+            return {}
+        study = optuna.create_study(direction=self.study.direction)
+        for t, value in known:
+            made = optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value)
+            study.add_trial(made)
+        share = max(0.1, min(0.5, 5 / len(known)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        return {k: float(v) for k, v in found.items()}
+
+
+def _levels(r: Range) -> Sequence[Any]:
+    """The values of a setting in a grid, as Optuna has them."""
+    return [_stored(v) for v in r.value] if r.kind == "choice" else range(r.value[0], r.value[1] + 1)
+
+
+def check_grid(sweep: Sweep) -> None:
+    """ConfigError where a grid has no end in sight."""
+    if sweep.sampler == "grid":
+        count = math.prod(len(_levels(r)) for r in sweep.space.values())
+        if count > MOST_COMBINATIONS:
+            raise ConfigError(f"sweep.sampler: the grid has {count:,} combinations; give choices, or use tpe or random")
+
+
+def _suggest(trial: Trial, key: str, r: Range) -> Any:
+    if r.kind == "choice":
+        return _plain(trial.suggest_categorical(key, [_stored(v) for v in r.value]), r)
+    low, high = r.value
+    if r.kind in ("int", "log_int"):
+        return trial.suggest_int(key, low, high, log=r.kind == "log_int")
+    return trial.suggest_float(key, low, high, log=r.kind == "log")
+
+
+def _stored(value: Any) -> Any:
+    """A choice as a database takes it: lists and mappings as text."""
+    return value if isinstance(value, (str, int, float, type(None))) else f"yaml:{yaml.safe_dump(value)}"
+
+
+def _plain(value: Any, r: Range) -> Any:
+    return next(v for v in r.value if _stored(v) == value) if r.kind == "choice" else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# --- sweep report -----------------------------------------------------------------------------------------------------
+# What a sweep found: on the way, as a table, as JSON, as pictures and as a recipe.
+
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished trial.
+
+    Attributes:
+        state: complete, pruned or failed.
+        value: the metric of the weights kept; of a pruned trial at its last validation.
+        steps, total: taken, and what all of it would have been (0: it failed before that was known).
+    """
+
+    number: int
+    state: str
+    value: float | None
+    params: dict[str, Any]
+    steps: int
+    total: int
+    seconds: float
+    error: str | None
+
+    @classmethod
+    def of(cls, trial: FrozenTrial, params: dict[str, Any]) -> Outcome:
+        """From what is stored of it."""
+        known = trial.user_attrs
+        state = STATES[trial.state.name]
+        value = trial.value if state != "failed" else None
+        numbers = known.get("steps", 0), known.get("total", 0), known.get("seconds", 0.0)
+        return cls(trial.number, state, value, params, *numbers, known.get("error"))
+
+    def settings(self) -> str:
+        """Its settings in one line."""
+        return " ".join(f"{k}={shown(v)}" for k, v in self.params.items())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sweep found.
+
+    Attributes:
+        importance: setting -> share, {} where the trials are too few to tell.
+    """
+
+    dir: Path
+    metric: str
+    minimize: bool
+    trials: list[Outcome]
+    importance: dict[str, float]
+
+    @property
+    def best(self) -> Outcome | None:
+        """The best of the complete trials; the first of equals."""
+        done = [o for o in self.trials if o.state == "complete" and o.value is not None]
+        sign = 1 if self.minimize else -1
+        return min(done, key=lambda o: (sign * (o.value or 0.0), o.number)) if done else None
+
+    @property
+    def recipe(self) -> Path:
+        """The best as a recipe."""
+        return self.dir / "best.yaml"
+
+    def steps(self) -> dict[str, float]:
+        """Steps of complete and pruned trials: taken, of all, and the share that pruning saved."""
+        judged = [o for o in self.trials if o.state != "failed"]
+        taken, of = sum(o.steps for o in judged), sum(o.total for o in judged)
+        # An early stop by run.patience saves steps, too, but is not pruning's doing.
+        saved = sum(o.total - o.steps for o in judged if o.state == "pruned")
+        return {"taken": taken, "all": of, "saved": saved / of if of else 0.0}
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        best = self.best
+        found: dict[str, Any] = {"number": best.number, "value": best.value, "params": best.params} if best else {}
+        return {
+            "dir": str(self.dir),
+            "metric": self.metric,
+            "direction": "minimize" if self.minimize else "maximize",
+            "trials": [asdict(o) for o in self.trials],
+            "best": {**found, "recipe": str(self.recipe)} if found else None,
+            "steps": self.steps(),
+            "importance": self.importance,
+        }
+
+    def print(self, console: Console) -> None:
+        """As a table, and what follows from it."""
+        console.print(self.table())
+        steps, best = self.steps(), self.best
+        lines = [f"{steps['taken']:,} of {steps['all']:,} steps taken; pruning saved {steps['saved']:.0%}"]
+        if self.importance:
+            lines.append("what matters: " + ", ".join(f"{k} {v:.2f}" for k, v in self.importance.items()))
+        if best is not None:
+            lines.append(f"best: trial {best.number}, {self.metric} {best.value:.6g}, {best.settings()}")
+            lines.append(f"train it with: mlxft train {self.recipe}")
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self) -> Table:
+        """A row a trial."""
+        keys = list(dict.fromkeys(k for o in self.trials for k in o.params))
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("trial", *keys, self.metric):
+            table.add_column(column, justify="right", overflow="fold")
+        table.add_column("state")
+        table.add_column("steps", justify="right")
+        table.add_column("time", justify="right")
+        best = self.best
+        for o in self.trials:
+            value = "" if o.value is None else f"{o.value:.4f}"
+            cells = [str(o.number), *(shown(o.params.get(k, "")) for k in keys), value]
+            state = "best" if best is not None and o.number == best.number else o.state
+            cells += [state, f"{o.steps}/{o.total}" if o.total else "", f"{o.seconds:.0f} s"]
+            table.add_row(*map(Text, cells), style="bold green" if state == "best" else "")
+        return table
+
+
+def shown(value: Any) -> str:
+    """A setting for people."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Progress:
+    """A line for each trial that is done; in a terminal a bar below them with the one at hand and the time left."""
+
+    def __init__(self, console: Console, count: int | None, done: int) -> None:
+        self._console = console
+        columns = (TextColumn("[bold]trials"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Bar(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("trials", total=count, completed=done, now="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line."""
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def now(self, number: int, step: int, total: int, loss: float | None) -> None:
+        """Where the trial at hand is."""
+        at = f"trial {number}: step {step} of {total}" + ("" if loss is None else f", loss {loss:.4f}")
+        self._bar.update(self._task, now=at)
+
+    def done(self, o: Outcome, metric: str) -> None:
+        """A trial is finished."""
+        value = "" if o.value is None else f" {metric} {o.value:.4f}"
+        why = f": {o.error.splitlines()[0]}" if o.error else ""
+        at = f" at step {o.steps} of {o.total}" if o.state == "pruned" else ""
+        self.say(f"trial {o.number} {o.state}{at}{value} ({o.settings()}, {o.seconds:.0f} s){why}")
+        self._bar.advance(self._task)
+
+
+def draw(result: Result, console: Console) -> None:
+    """history.png and importance.png beside the trials."""
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(f"no pictures: {missing_extra('matplotlib', 'plots')}", markup=False, highlight=False)
+        return
+    rows = [asdict(o) for o in result.trials]
+    history = result.dir / "history.png"
+    plots.sweep_history(rows, history, metric=result.metric, lower_is_better=result.minimize)
+    if result.importance:
+        plots.importance(result.importance, result.dir / "importance.png", metric=result.metric)
+
+
+def best_recipe(result: Result, raw: Mapping[str, Any], config: Config) -> str:
+    """The text of best.yaml: the recipe with the best trial's settings, usable from any folder.
+
+    Args:
+        raw: that recipe.
+        config: the sweep's own, whose paths are whole.
+    """
+    best = result.best
+    assert best is not None
+    assert config.run.name is not None
+    recipe = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items() if v is not None}
+    run = {"name": f"{config.run.name}-best", "dir": str(config.run.dir.absolute())}
+    recipe["run"] = {**run, **{k: v for k, v in recipe.get("run", {}).items() if k not in run}}
+    for section, keys in (("model", ("path", "adapter", "chat_template")), ("data", ("train", "valid"))):
+        for key in keys:
+            if key in recipe[section] and f"{section}.{key}" not in best.params:
+                value = getattr(getattr(config, section), key)
+                recipe[section][key] = str(value) if isinstance(value, Path) else value
+    text = dump_yaml(recipe)
+    place = repr(str(result.dir))  # a line break in it would end the comment
+    said = f"# Trial {best.number} of the sweep {place}: {result.metric} {best.value!r}, which this trains to.\n"
+    return said + text
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------------
 
 ENDS = 64  # combinations of the ends of ranges that are looked at before the first trial
 EVALS = 8  # validations of a trial where the recipe does not say: pruning needs some

@@ -1,23 +1,111 @@
-"""Tasks: what is asked of a model and how its answers are judged, by a name or by a few lines of YAML.
-
-A task with `choices` is multiple choice by log-likelihood, one with `metrics` has the model write an answer, and one
-with neither measures the loss of the rows' answers.
-"""
+"""Evaluation tasks: their recipes, cases, few-shot examples, metrics and judges."""
 
 from __future__ import annotations
 
+import json
 import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mlxft.config import Data, Settings
-from mlxft.data.template import names_in
-from mlxft.data.thoughts import Thoughts, keeps_thoughts
-from mlxft.errors import ConfigError, nearest
-from mlxft.recipe import read_settings
+from mlxft.config import Data, Settings, read_settings
+from mlxft.data.chat import Thoughts, keeps_thoughts, wanted_of
+from mlxft.data.formats import (
+    FORMATS,
+    Completion,
+    Conversation,
+    Item,
+    Message,
+    Prompt,
+    Text,
+    balanced,
+    convert,
+    few_of,
+    fill,
+    is_template,
+    message_at,
+    names_in,
+    read_prompts,
+    suggest_format,
+    tools_of,
+)
+from mlxft.data.sources import Problem, Row, read_rows, report_lines, type_name
+from mlxft.errors import ConfigError, DataError, nearest
+from mlxft.objectives.rewards import JsonSchema, Scored, ScoredRule, last_number, load_functions
+from mlxft.study.score import open_scorer
 from mlxft.text import home_path
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+# What an answer is worth next to the wanted one, from 0 to 1: pure functions of two texts.
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(said: str, wanted: str, ignore_case: bool = False) -> float:
+    """1 if the two are the same, white space around them aside."""
+    if ignore_case:
+        said, wanted = said.casefold(), wanted.casefold()
+    return float(said.strip() == wanted.strip())
+
+
+def contains(said: str, wanted: str, ignore_case: bool = False) -> float:
+    """1 if the wanted text stands somewhere in what was said; an empty one only in nothing."""
+    if ignore_case:
+        said, wanted = said.casefold(), wanted.casefold()
+    return float(wanted.strip() in said if wanted.strip() else not said.strip())
+
+
+def number(said: str, wanted: str, tolerance: float = 1e-6, pattern: str | None = None) -> float:
+    """1 if the last number said is the (last) wanted one; commas, currency and percent signs do not count.
+
+    Args:
+        tolerance: largest difference between the two.
+        pattern: where to look: the last match of this regular expression, or of its first group.
+    """
+    if pattern is not None:
+        every = list(re.finditer(pattern, said))
+        said = (every[-1].group(1 if every[-1].re.groups else 0) or "") if every else ""
+    one, two = last_number(said), last_number(wanted)
+    return float(one is not None and two is not None and abs(one - two) <= tolerance)
+
+
+def regex(said: str, pattern: str) -> float:
+    """1 if the regular expression is found."""
+    return float(re.search(pattern, said) is not None)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation and articles, as SQuAD 1.1 normalises answers (Rajpurkar et al. 2016)."""
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def f1(said: str, wanted: str) -> float:
+    """F1 of the words that the two have in common, each as often as it stands in both: SQuAD's."""
+    one, two = words(said), words(wanted)
+    common = sum((Counter(one) & Counter(two)).values())
+    if not one or not two:  # SQuAD 2.0: nothing is right where nothing was wanted
+        return float(one == two)
+    return 2 * common / (len(one) + len(two))
+
+
+def best(score: Callable[[str, str], float], said: str, wanted: tuple[str, ...]) -> float:
+    """The score of the wanted text that suits best, where several are right."""
+    return max(score(said, text) for text in wanted)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+# Tasks: what is asked of a model and how its answers are judged, by a name or by a few lines of YAML.
+#
+# A task with `choices` is multiple choice by log-likelihood, one with `metrics` has the model write an answer, and one
+# with neither measures the loss of the rows' answers.
 
 Kind = Literal["exact_match", "contains", "regex", "number", "f1", "json", "function", "reward"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -215,3 +303,380 @@ def read_task(given: str) -> Task:
         f"--task {given!r}: no such task{nearest(given, NAMED)}; there are {', '.join(NAMED)}, file.py:function, "
         "reward:RUN, and files of YAML (configs/eval-reviews.yaml is one); tasks of lm-eval go to --tasks"
     )
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+# Rows as a task asks them: prompt, wanted answers, choices; and shots set before a prompt.
+
+READ = ("messages", "prompt-completion", "text", "sharegpt", "alpaca", "prompts")
+_QUESTIONS = ("prompt", "question")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row as a task asks it.
+
+    Attributes:
+        where: the row's place, for messages.
+        row: its fields.
+        prompt: a text, or messages up to a user or tool turn.
+        answers: the wanted answers, of which one is enough; of choices the right one.
+        choices: to choose from; `right` is the index of the wanted one.
+        item: what a loss is of.
+        tools: that a chat template is told of.
+    """
+
+    where: str
+    row: dict[str, Any]
+    prompt: str | list[Message]
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    right: int = -1
+    item: Item | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The (first) wanted answer."""
+        return self.answers[0] if self.answers else None
+
+
+def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
+    """A case for each row, in order.
+
+    Raises:
+        ConfigError: a format that can not be asked, or a field that no row has.
+        DataError: rows that can not be read or do not fit, all of them in one, with their places.
+    """
+    rows = list(rows)
+    problems = [f"{row.where}: {row.text}" for row in rows if isinstance(row, Problem)]
+    sound = [row for row in rows if isinstance(row, Row)]
+    if not sound:
+        raise DataError(report_lines(problems) or "there are no rows to evaluate")
+    _check_fields(task, sound)
+    items: Sequence[Item | None] = [None] * len(sound)
+    if task.prompt is None and not (task.kind == "choice" and task.format is None and _is_question(sound, task)):
+        items = [item for _, item in convert(rows, _format(task, sound), task.fields)]
+    cases = []
+    for row, item in zip(sound, items):
+        try:
+            cases.append(_case(row, item, task))
+        except DataError as e:
+            problems.append(f"{row.where}: {e}")
+    if problems:
+        raise DataError(report_lines(problems))
+    return cases
+
+
+def _is_question(rows: Sequence[Row], task: Task) -> bool:
+    """Whether rows ask and answer in fields of their own, in none of the formats for training."""
+    asks = any(row.data.get(name) is not None for row in rows[:1] for name in _QUESTIONS)
+    return asks and any(row.data.get(task.answer or "answer") is not None for row in rows)
+
+
+def _format(task: Task, rows: Sequence[Row]) -> str:
+    """The format that rows are read by: the task's, else what the first row looks like."""
+    looks = task.format or suggest_format(rows[0].data)
+    if looks in READ and not (looks == "text" and task.kind != "loss"):
+        return str(looks)
+    if looks is None:
+        has = ", ".join(rows[0].data) or "no fields"
+        raise DataError(
+            f"{rows[0].where}: the row has {has}, which is none of the formats "
+            f"{', '.join(READ)}; name one with --format, or say what to ask in a task's prompt (--task TASK.yaml)"
+        )
+    what = f"a {task.kind} task" if task.kind != "loss" else "a loss"
+    more = "; mlxft score takes pairs and rankings" if looks in FORMATS and looks not in READ else ""
+    raise ConfigError(f"format {looks} is not for {what}{more}; it takes {', '.join(READ)}")
+
+
+def _check_fields(task: Task, rows: Sequence[Row]) -> None:
+    """A field that the task names and no row has is a mistake in the task, not in each row."""
+    names = {name for row in rows for name in row.data}
+    named = {"answer": task.answer, "choices": task.choices}
+    for setting, field in named.items():
+        if isinstance(field, str) and not is_template(field) and names and field not in names:
+            raise ConfigError(
+                f"{setting} is {field!r}, which no row has{nearest(field, names)}; rows have {', '.join(sorted(names))}"
+            )
+
+
+def _case(row: Row, item: Item | None, task: Task) -> Case:
+    prompt, own = _asked(row.data, item, task)
+    tools = item.tools if isinstance(item, Conversation) else tools_of(row.data) if isinstance(item, Prompt) else None
+    if task.kind == "loss":
+        if item is None or isinstance(item, Prompt):
+            item = _completion(row.data, prompt, task)
+            own = _texts(_value(row.data, task.answer or "answer"), task.answer or "answer")
+        return Case(row.where, row.data, prompt, own, item=item)
+    if task.kind == "choice":
+        choices = _choices(row.data, task)
+        wanted = own[0] if own and task.answer is None else _value(row.data, task.answer or "answer")
+        right = _right(wanted, choices, task.answer or "answer")
+        return Case(row.where, row.data, prompt, (choices[right],), choices, right, tools=tools)
+    if task.answer is not None:
+        own = _texts(_value(row.data, task.answer), task.answer)
+    elif isinstance(item, Prompt) and row.data.get("answer") is not None:
+        own = _texts(row.data["answer"], "answer")
+    if task.compares and not own:
+        has = ", ".join(row.data)
+        raise DataError(
+            f"no wanted answer to compare with: no field 'answer'; the row has {has} (a task's answer: names one)"
+        )
+    return Case(row.where, row.data, prompt, own, tools=tools)
+
+
+def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | list[Message], tuple[str, ...]]:
+    """The prompt, and the wanted answers where the format says what they are."""
+    if isinstance(task.prompt, str):
+        return fill(task.prompt, row, "prompt"), ()
+    if task.prompt is not None:
+        turns = [{**m, "content": fill(m.get("content", ""), row, f"prompt[{i}]")} for i, m in enumerate(task.prompt)]
+        return [message_at(turn, f"prompt[{i}]") for i, turn in enumerate(turns)], ()
+    if isinstance(item, Completion):
+        return item.prompt, (item.completion,)
+    if isinstance(item, Conversation):
+        *before, last = ({k: v for k, v in m.items() if k != "weight"} for m in item.messages)
+        return before, (str(last["content"]),)
+    if isinstance(item, Prompt):
+        return item.prompt, ()
+    if isinstance(item, Text):
+        return "", ()
+    name = next((name for name in _QUESTIONS if row.get(name) is not None), None)
+    if name is None:
+        raise DataError(
+            f"no field {' or '.join(_QUESTIONS)}; the row has {', '.join(row)} (a task's prompt: says what to ask)"
+        )
+    return read_prompts({"prompt": row[name], "system": row.get("system")}).prompt, ()
+
+
+def _completion(row: dict[str, Any], prompt: str | list[Message], task: Task) -> Item:
+    """What a loss is of, where a template says what is asked."""
+    (text, *_) = _texts(_value(row, task.answer or "answer"), task.answer or "answer")
+    if isinstance(prompt, str) and task.system is None:
+        return Completion(prompt, text)
+    return Conversation([*as_messages(prompt, task.system), {"role": "assistant", "content": text}])
+
+
+def _value(row: dict[str, Any], field: str) -> Any:
+    """A field of the row, or a template filled from it."""
+    if is_template(field):
+        return fill(field, row, "answer")
+    if row.get(field) is None:
+        raise DataError(f"no field {field!r}; the row has {', '.join(row) or 'none'}")
+    return row[field]
+
+
+def _texts(value: Any, field: str) -> tuple[str, ...]:
+    """The wanted answers: a text, a number, or a list of them."""
+    every = value if isinstance(value, list) else [value]
+    if not every or any(isinstance(v, bool) or not isinstance(v, str | int | float) for v in every):
+        seen = "an empty list" if value == [] else type_name(value)
+        raise DataError(f"{field} is {seen}; expected a text, a number, or a list of them")
+    return tuple(str(v) for v in every)
+
+
+def _choices(row: dict[str, Any], task: Task) -> tuple[str, ...]:
+    if isinstance(task.choices, list):
+        return tuple(task.choices)
+    name = task.choices or "choices"
+    value = row.get(name)
+    if value is None:
+        raise DataError(f"no field {name!r}; the row has {', '.join(row) or 'none'}")
+    if not isinstance(value, list):
+        raise DataError(f"{name} is {type_name(value)}; expected a list of texts")
+    for i, choice in enumerate(value):
+        if isinstance(choice, bool) or not isinstance(choice, str | int | float) or not str(choice).strip():
+            seen = "empty" if choice == "" or isinstance(choice, str) else type_name(choice)
+            raise DataError(f"{name}[{i}] is {seen}; expected a text")
+    texts = tuple(str(choice) for choice in value)
+    if len(texts) < 2:
+        raise DataError(f"{name} has {len(texts)} texts; expected at least two to choose from")
+    if len(set(texts)) < len(texts):
+        raise DataError(f"{name} has the same text twice: {value!r:.80}")
+    return texts
+
+
+def _right(value: Any, choices: tuple[str, ...], field: str) -> int:
+    """The wanted choice, given as its text or, as a number, its index."""
+    if value is None:
+        raise DataError(f"no field {field!r}, which says which choice is right")
+    if isinstance(value, str) and value in choices:
+        return choices.index(value)
+    if isinstance(value, str) and value.strip() in [c.strip() for c in choices]:
+        return [c.strip() for c in choices].index(value.strip())
+    if isinstance(value, (str, bool)) or not isinstance(value, int):
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        raise DataError(f"{field} is {value!r:.60}{near}; expected one of the choices, or its index from 0 as a number")
+    if not 0 <= value < len(choices):
+        raise DataError(
+            f"{field} is {value}; out of range: there are {len(choices)} choices, from 0 to {len(choices) - 1}"
+        )
+    return value
+
+
+def as_messages(prompt: str | list[Message], system: str | None = None) -> list[Message]:
+    """The turns that a prompt is in a chat."""
+    turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is None:
+        return turns
+    if turns and turns[0]["role"] == "system":
+        raise ConfigError("system is given, and the messages start with one of their own; keep one of them")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def with_shots(case: Case, shots: Sequence[Case], task: Task, chat: bool) -> str | list[Message]:
+    """A case's prompt after solved ones: earlier turns of the chat, or blocks of text with an empty line between.
+
+    Args:
+        shots: cases with an answer; their first one is shown.
+        chat: whether the prompt goes through a chat template.
+    Raises:
+        ConfigError: a system prompt, or messages, where there is no chat.
+    """
+    if missing := [shot.where for shot in shots if shot.label is None]:
+        raise DataError(f"{missing[0]}: has no answer, so it can not be shown as an example")
+    if chat:
+        turns: list[Message] = []
+        for shot in shots:
+            own = as_messages(shot.prompt)
+            turns += [m for m in own if m["role"] != "system"] + [{"role": "assistant", "content": shot.label}]
+        last = as_messages(case.prompt)
+        opening = [m for m in last[:1] if m["role"] == "system"]
+        return as_messages([*opening, *turns, *last[len(opening) :]], task.system)
+    if task.system is not None:
+        raise ConfigError(
+            "system has no place in plain text (no chat template, or template: none); write it into prompt"
+        )
+    texts = [case.prompt, *(shot.prompt for shot in shots)]
+    if any(not isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{case.where}: messages need a chat template; this model has none, or the task's template is none"
+        )
+    blocks = [f"{shot.prompt}{delimiter(task)}{shot.label}" for shot in shots]
+    return "\n\n".join([*blocks, str(case.prompt)])
+
+
+def delimiter(task: Task) -> str:
+    """Plain text: what stands between a prompt and its answer. Rows of prompt-completion bring their own."""
+    if task.delimiter is not None:
+        return task.delimiter
+    return "" if task.prompt is None and task.kind != "choice" else " "
+
+
+# --- shots ------------------------------------------------------------------------------------------------------------
+# Solved rows to show before a prompt: chosen from a file, never one of the rows that are asked.
+
+
+def choose_shots(
+    spec: str, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
+) -> list[Case]:
+    """`shots` cases of a file, mixed, with the same number (or one more) of each label where there are few labels.
+
+    Args:
+        spec: a file, folder (its train split) or hub data set.
+        asked: the evaluated cases: rows that are equal to one of them, or have its prompt, are left out.
+        setting: what asks for them, for messages.
+    Raises:
+        ConfigError: no such file, or not as many other rows. DataError: rows that do not fit the task.
+    """
+    cases = make_cases(read_rows(spec, "train"), task)
+    prompts = {_key(case) for case in asked}
+    others = [case for case in cases if _key(case) not in prompts]
+    if len(others) < shots:
+        left = f" ({len(cases) - len(others)} are among the evaluated rows)" if len(others) < len(cases) else ""
+        raise ConfigError(
+            f"{setting}: {shots} shots are asked for; {spec} has {len(others)} rows to take them from{left}"
+        )
+    labels = few_of([case.label for case in others])
+    return [others[i] for i in balanced(labels, len(others), shots, seed, setting)]
+
+
+def _key(case: Case) -> str:
+    return json.dumps(case.prompt, sort_keys=True, ensure_ascii=False)
+
+
+# --- judges -----------------------------------------------------------------------------------------------------------
+
+Judge = Callable[[Sequence[Case], Sequence[Scored]], Sequence[float]]
+
+
+def judges(task: Task) -> dict[str, Judge]:
+    """Metric -> what gives a score to each of a task's cases for the answers to them.
+
+    Functions are loaded now, so that a mistake in one shows before a model answers anything; a reward run is loaded
+    when it judges, and checked now.
+
+    Raises:
+        ConfigError, ModelError: a function, a schema or a reward run can not be used.
+    """
+    return {metric.label: _judge(metric, task.judged) for metric in task.metrics or []}
+
+
+def _judge(metric: Metric, thoughts: Thoughts) -> Judge:
+    if metric.kind == "function":
+        (function,) = _functions(metric)
+        return lambda cases, items: function.score(items)
+    if metric.kind == "json":
+        rule = _rule(metric, thoughts)
+        return lambda cases, items: rule.score(items)
+    if metric.kind == "reward":
+        return partial(_rewards, open_scorer(metric.run or ""))
+    compare, whole = _comparing(metric), metric.keeps_thoughts(thoughts)
+
+    def score(case: Case, item: Scored) -> float:
+        if whole:
+            return best(compare, item.completion, case.answers or ("",))
+        return best(compare, item.answer, tuple(map(wanted_of, case.answers)) or ("",))
+
+    return lambda cases, items: [score(case, item) for case, item in zip(cases, items)]
+
+
+def _comparing(metric: Metric) -> Callable[[str, str], float]:
+    if metric.kind == "exact_match":
+        return partial(exact_match, ignore_case=metric.ignore_case)
+    if metric.kind == "contains":
+        return partial(contains, ignore_case=metric.ignore_case)
+    if metric.kind == "number":
+        return partial(number, tolerance=metric.tolerance, pattern=metric.pattern)
+    if metric.kind == "regex":
+        pattern = metric.pattern or ""
+        return lambda said, _: regex(said, pattern)
+    return f1
+
+
+def _functions(metric: Metric) -> Any:
+    try:
+        return load_functions(metric.function)
+    except ConfigError as e:
+        raise ConfigError(str(e).replace("rewards.function", "function", 1)) from e
+
+
+def _rule(metric: Metric, thoughts: Thoughts) -> ScoredRule:
+    try:
+        rule = JsonSchema.model_validate({"schema": metric.schema_, "thoughts": metric.thoughts})
+        return ScoredRule(0, rule, thoughts)
+    except ConfigError as e:
+        raise ConfigError(str(e).replace("rewards.rules[0].schema", "json: schema")) from e
+
+
+def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[Scored]) -> Sequence[float]:
+    """A reward model's scores, by its own template. An answer without text is one: its end."""
+    answers = []
+    for case, item in zip(cases, items):
+        chat: bool = isinstance(case.prompt, list)
+        reply: str | Message = {"role": "assistant", "content": item.completion} if chat else item.completion
+        prompt = as_messages(case.prompt) if chat else case.prompt
+        answers.append(scorer.encode(prompt, reply, case.where, case.tools))
+    return scorer.scores(answers)
+
+
+def items_of(
+    cases: Sequence[Case], prompts: Sequence[Any], answers: Sequence[Any], openings: Sequence[str]
+) -> list[Scored]:
+    """What functions and rules are given: prompts as text, answers, the rows' fields, and thoughts begun by prompts."""
+    empty = np.zeros(0, dtype=np.int32)
+    return [
+        Scored(empty, np.array(a.ids, dtype=np.int32), p, a.text, c.row, a.finish != "length", c.where, opening=opening)
+        for c, p, a, opening in zip(cases, prompts, answers, openings)
+    ]

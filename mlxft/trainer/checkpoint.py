@@ -21,10 +21,19 @@ from typing import Any
 import mlx.core as mx
 
 from mlxft.errors import CheckpointError
-from mlxft.owned import CHECKPOINT, remove_files
-from mlxft.temporary import clear, discard, temporary
+from mlxft.files import (
+    CHECKPOINT,
+    check_room,
+    clear,
+    digest,
+    discard,
+    flush,
+    remove_files,
+    save_arrays,
+    temporary,
+    writing,
+)
 from mlxft.text import parse_json
-from mlxft.trainer.files import check_room, digest, flush, save_arrays, writing
 
 FORMAT = 3
 DIGESTS = "digests.json"

@@ -16,7 +16,7 @@ from mlxft.config import Group, Optim
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.model.adapters import layer_paths, matches
 from mlxft.model.heads import CRITIC
-from mlxft.model.lora import LINEAR, SWITCH, LowRank
+from mlxft.model.layers import LINEAR, SWITCH, LowRank
 
 Arrays = dict[str, mx.array]
 REST = ""  # the part of what no other part names

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from mlxft.files import write_text, writing
 from mlxft.text import parse_json, read_file
-from mlxft.trainer.files import write_text, writing
 
 Event = dict[str, Any]
 LOSS_METRICS = ("approx_kl", "clip_fraction", "ratio_mean", "value_loss")  # of a step, beside those of its rollout

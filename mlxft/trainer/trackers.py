@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from mlxft.config import Report
 from mlxft.errors import ConfigError, missing_extra
+from mlxft.files import write_text
 from mlxft.text import parse_json, read_file
-from mlxft.trainer.files import write_text
 
 IDS_FILE = "trackers.json"
 KINDS = ("train", "eval", "rollout")  # events with numbers; the others are words

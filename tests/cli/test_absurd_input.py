@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxft.recipe import dump_yaml, load_config, read_yaml
+from mlxft.config import dump_yaml, load_config, read_yaml
 
 Refused = Callable[..., str]
 NESTED = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 from mlx_lm.models import qwen3
 
-from mlxft import bench
-from mlxft.bench import AGAINST, JOBS, SHAPES, markdown, work
-from mlxft.cli.doctor import bench as command
+from mlxft import selftest
+from mlxft.cli.study import bench as command
 from mlxft.errors import ConfigError
+from mlxft.selftest import AGAINST, JOBS, SHAPES, markdown, work
 
 TINY = {**SHAPES["qwen3-0.6b"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 1, "intermediate_size": 128, "vocab_size": 512, "head_dim": 64}
@@ -61,14 +61,14 @@ def test_the_shapes_are_those_of_the_models() -> None:
 
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sft-lroa: is none of .*did you mean sft-lora"):
-        bench.bench(["sft-lroa"], "tiny", 2, False, print)
+        selftest.bench(["sft-lroa"], "tiny", 2, False, print)
     with pytest.raises(ConfigError, match=r"qwen3-9b: is none of .*did you mean qwen3-8b"):
-        bench.bench(["sft-lora"], "qwen3-9b", 2, False, print)
+        selftest.bench(["sft-lora"], "qwen3-9b", 2, False, print)
 
 
 def test_a_job_that_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "WORK", "raise SystemExit('no memory')")
-    found = bench.bench(["sft-lora", "dpo"], "tiny", 2, True, lambda job: None)
+    monkeypatch.setattr(selftest, "WORK", "raise SystemExit('no memory')")
+    found = selftest.bench(["sft-lora", "dpo"], "tiny", 2, True, lambda job: None)
     assert [(j["job"], j["side"], j["error"]) for j in found["jobs"]] == [
         ("sft-lora", "mlxft", "no memory"),
         ("sft-lora", "mlx_lm", "no memory"),
@@ -91,17 +91,17 @@ def test_a_job_that_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.Monke
 def test_a_job_that_dies_without_a_word_is_told_by_its_end(
     work: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "WORK", work)
-    (found,) = bench.bench(["dpo"], "tiny", 2, False, lambda job: None)["jobs"]
+    monkeypatch.setattr(selftest, "WORK", work)
+    (found,) = selftest.bench(["dpo"], "tiny", 2, False, lambda job: None)["jobs"]
     assert re.search(said, found["error"])
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_failed_job_is_a_failed_bench(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "WORK", "raise SystemExit('no memory')")
+    monkeypatch.setattr(selftest, "WORK", "raise SystemExit('no memory')")
     done = CliRunner().invoke(command, ["dpo", "--shape", "tiny", *options])
     assert done.exit_code == 1
     if options:
         assert json.loads(done.stdout)["jobs"][0]["error"] == "no memory"
-    monkeypatch.setattr(bench, "WORK", 'print(\'{"tokens_per_s": 1.0, "peak_gb": 1.0, "parameters": 2}\')')
+    monkeypatch.setattr(selftest, "WORK", 'print(\'{"tokens_per_s": 1.0, "peak_gb": 1.0, "parameters": 2}\')')
     assert CliRunner().invoke(command, ["dpo", "--shape", "tiny", *options]).exit_code == 0

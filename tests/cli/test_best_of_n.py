@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.convert import convert
+from mlxft.data.formats import convert
 from mlxft.data.sources import read_rows
-from mlxft.study.best import Keep, read_keep
+from mlxft.study.generate import Keep, read_keep
 
 Command = Callable[..., Any]
 TURNS = [

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from mlxft.check import check
 from mlxft.check import trains as words
-from mlxft.recipe import load_config
+from mlxft.config import load_config
 
 ROW = {"messages": [{"role": "user", "content": "the in"}, {"role": "assistant", "content": "on [red] it"}]}
 CHECKED = "rows.jsonl:1: "

@@ -239,7 +239,7 @@ def test_a_task_with_a_mistake(
 def test_a_failure_to_write_takes_no_result_away(
     here: Path, tiny_model_dir: Path, mlxft: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlxft.trainer import files
+    from mlxft import files
 
     flush = files.flush
 

@@ -186,9 +186,9 @@ def test_best_of_n_by_rules(learned: tuple[str, str], here: Path) -> None:
     from rich.console import Console
 
     from mlxft import load
-    from mlxft.model.sample import Sampling
-    from mlxft.objectives.onpolicy.settings import RewardsSettings
-    from mlxft.study.best import Choice, Keep, choose
+    from mlxft.model.sampling import Sampling
+    from mlxft.objectives.rewards import RewardsSettings
+    from mlxft.study.generate import Choice, Keep, choose
 
     kind, model = learned
 

@@ -72,7 +72,7 @@ def not_obeyed(shown: str) -> bool:
 def test_a_model_that_writes_escapes(
     tiny_model_dir: Path, mlxft: Callable[..., Any], screen: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlxft.model.sample.stream", lambda *args, **options: iter(["a\x1b[31", "m" + BAD]))
+    monkeypatch.setattr("mlxft.model.sampling.stream", lambda *args, **options: iter(["a\x1b[31", "m" + BAD]))
     ask = ("generate", "--model", str(tiny_model_dir), "hi")
     assert mlxft(*ask).out == f"a\x1b[31m{BAD}\n", "a pipe is given what the model wrote"
     seen = screen(*ask)

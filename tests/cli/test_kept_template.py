@@ -13,11 +13,11 @@ import pytest
 import yaml
 from families import FAMILIES
 
-from mlxft import planning
+from mlxft import build
 from mlxft.errors import ModelError
 from mlxft.export.hub import pack
 from mlxft.model.load import load
-from mlxft.rundir import load as load_run
+from mlxft.runs import load_run
 
 Command = Callable[..., Any]
 QWEN, DATED = FAMILIES["qwen-2.5"].template, FAMILIES["dated"].template
@@ -124,10 +124,10 @@ def test_the_day_of_a_run_is_the_day_it_began(
             return first
 
     recipe = write(**changes)
-    monkeypatch.setattr(planning, "date", Today)
+    monkeypatch.setattr(build, "date", Today)
     assert mlxft("train", recipe).code == 0
     assert mlxft("train", recipe, "run.name=b", "run.steps=4").code == 0
-    monkeypatch.setattr(planning, "date", date)
+    monkeypatch.setattr(build, "date", date)
     done = mlxft("train", "--resume", "runs/a", "run.steps=4")
     assert done.code == 0, done.err
     assert yaml.safe_load(Path("runs/a/config.yaml").read_text("utf-8"))["data"]["date"] == str(first)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.model.sample import Sampling
+from mlxft.model.sampling import Sampling
 from mlxft.study.label import Source, Summary
 
 Command = Callable[..., Any]

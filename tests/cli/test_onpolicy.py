@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.rundir import open_run
+from mlxft.runs import open_run
 
 Command = Callable[..., Any]
 Refused = Callable[..., str]

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlxft.config import config_class
-from mlxft.explain import all_keys
-from mlxft.rundir import open_run
+from mlxft.config import all_keys, config_class
+from mlxft.runs import open_run
 
 Command = Callable[..., Any]
 Write = Callable[..., str]

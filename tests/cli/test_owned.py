@@ -16,9 +16,8 @@ import yaml
 
 from mlxft import run
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.owned import HOLDER, KINDS, check_replaceable, claim, empty, hold, read_mark
+from mlxft.files import HOLDER, KINDS, check_replaceable, claim, empty, hold, read_mark, temporary
 from mlxft.run import train
-from mlxft.temporary import temporary
 from mlxft.trainer.report import Event
 
 Command = Callable[..., Any]
@@ -350,7 +349,7 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
     def loads(*_: Any, **__: Any) -> Any:
         raise AssertionError("the work has begun")
 
-    for name in ("mlxft.run.load_base", "mlxft.parts.load_base", "mlxft.export.fuse.load_base", "mlxft.rundir.load"):
+    for name in ("mlxft.run.load_base", "mlxft.build.load_base", "mlxft.export.fuse.load_base", "mlxft.runs.load"):
         monkeypatch.setattr(name, loads)
     monkeypatch.setattr("mlxft.study.sweep.load_base", loads)
     for name, command in (folder | plain).items():

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from mlxft.check import check
+from mlxft.config import load_config, parse_config
 from mlxft.errors import DataError
 from mlxft.objectives.base import beyond_context
-from mlxft.recipe import load_config, parse_config
 
 Command = Callable[..., Any]
 HALF = "holds half of a character (U+D83D at "

@@ -19,11 +19,8 @@ import jsonschema
 import pytest
 import yaml
 
-from mlxft.config import config_class, objectives
+from mlxft.config import all_keys, config_class, objectives, parse_config, read_yaml, recipe_schema
 from mlxft.errors import ConfigError
-from mlxft.explain import all_keys
-from mlxft.recipe import parse_config, read_yaml
-from mlxft.schema import recipe_schema
 
 Command = Callable[..., Any]
 ROOT = Path(__file__).parents[2]
@@ -168,7 +165,7 @@ def test_five_hundred_runs_are_listed_within_a_second(write: Command, mlxft: Com
         if times[-1] < 1.0:
             break
     assert min(times) < 1.0, times
-    code = "import sys, mlxft.cli.runs, mlxft.study.runs, mlxft.study.run_tables; print(*sys.modules)"
+    code = "import sys, mlxft.cli.study, mlxft.runs, mlxft.study.run_tables; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"mlx", "transformers", "pydantic", "matplotlib"} & set(modules)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.rundir import load
+from mlxft.runs import load_run
 
 Command = Callable[..., Any]
 SHORT = ("--max-tokens", "6")
@@ -71,16 +71,16 @@ def test_options_of_fuse_on_a_quantised_base(write: Callable[..., str], mlxft: C
     assert config("plain")["quantization"]["bits"] == 4
     assert config("eight")["quantization"][layer]["bits"] == 8
     assert "quantization" not in config("wide")
-    assert load("wide").model.layers[0].self_attn.q_proj.weight.shape == (32, 32)
+    assert load_run("wide").model.layers[0].self_attn.q_proj.weight.shape == (32, 32)
 
 
 def test_convert(write: Callable[..., str], mlxft: Command, refused: Callable[..., str], tiny_model_dir: Path) -> None:
     write()
     done = mlxft("convert", str(tiny_model_dir), "q4", "--quantize", "4", "--group-size", "32")
     assert (done.code, done.out, done.err) == (0, "wrote q4\n", "")
-    assert load("q4").config["quantization"]["group_size"] == 32
+    assert load_run("q4").config["quantization"]["group_size"] == 32
     assert mlxft("convert", "q4", "plain", "--dequantize", "--dtype", "bfloat16").code == 0
-    assert "quantization" not in load("plain").config
+    assert "quantization" not in load_run("plain").config
     assert "q4: exists already" in refused(2, "convert", str(tiny_model_dir), "q4")
     assert "no such file or folder" in refused(1, "convert", "./nope", "out")
     assert "is not one of" in refused(2, "convert", str(tiny_model_dir), "out", "--quantize", "7")

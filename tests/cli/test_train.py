@@ -12,9 +12,8 @@ import mlx.core as mx
 import pytest
 import yaml
 
-from mlxft.config import Config, config_class
-from mlxft.explain import all_keys
-from mlxft.rundir import open_run
+from mlxft.config import Config, all_keys, config_class
+from mlxft.runs import open_run
 
 Command = Callable[..., Any]
 Write = Callable[..., str]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from mlxft.config import parse_config
 from mlxft.export.fuse import fuse
 from mlxft.export.peft import export_peft
-from mlxft.recipe import parse_config
 from mlxft.run import train
 from mlxft.text import make_console
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.encode import encode, encode_prompt
+from mlxft.data.dataset import encode, encode_prompt
 from mlxft.data.formats import Conversation
 from mlxft.model.load import load
-from mlxft.rundir import load as load_run
+from mlxft.runs import load_run
 
 Command = Callable[..., Any]
 QA = [("in", "on"), ("the", "an the"), ("or", "or er"), ("he", "re")]

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data import cache, dataset
+from mlxft.data import dataset
 from mlxft.data.chat import set_day
-from mlxft.data.dataset import Dataset, build, fingerprint
-from mlxft.data.encode import Encoded
+from mlxft.data.dataset import Dataset, Encoded, build, fingerprint
 from mlxft.data.formats import Completion, Conversation, Example, Text
 from mlxft.errors import DataError
 
@@ -63,7 +62,7 @@ def same(a: Dataset, b: Dataset) -> bool:
 
 
 def key(rows: list[Example], tok: Any, train_on: str, chat: bool) -> str | None:
-    return cache.encoding_key(fingerprint(rows), tok, train_on, chat)
+    return dataset.encoding_key(fingerprint(rows), tok, train_on, chat)
 
 
 def test_the_second_time_nothing_is_encoded(tokenizer: Make, folder: Path, encoded: list[str]) -> None:
@@ -115,7 +114,7 @@ def test_whatever_encoding_depends_on_is_seen(
         key([Example("a", Text("xy"))], tok, "assistant", True),
         key([Example("a", Completion("x", "y"))], tok, "assistant", True),
     ]
-    monkeypatch.setattr(cache, "version", lambda package: "0")
+    monkeypatch.setattr(dataset, "version", lambda package: "0")
     keys.append(key(examples(), tok, "assistant", True))
     assert None not in keys
     assert len(set(keys)) == len(keys)
@@ -236,7 +235,7 @@ def test_the_entries_used_last_stay(tokenizer: Make, folder: Path, monkeypatch: 
     (folder / ".tmp-busy").write_bytes(b"x")
     size = (folder / names[0]).stat().st_size
     make(examples(answer="a"), tok)  # used: now the newest
-    monkeypatch.setattr(cache, "LIMIT", 3 * size + size // 2)
+    monkeypatch.setattr(dataset, "LIMIT", 3 * size + size // 2)
     make(examples(answer="d"), tok)
     left = {p.name for p in folder.iterdir()}
     assert len(left) == 4
@@ -245,10 +244,10 @@ def test_the_entries_used_last_stay(tokenizer: Make, folder: Path, monkeypatch: 
 
 def test_where_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MLXFT_CACHE", str(tmp_path))
-    assert cache.cache_folder() == tmp_path
+    assert dataset.cache_folder() == tmp_path
     monkeypatch.delenv("MLXFT_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache.cache_folder() == tmp_path / "home" / ".cache" / "mlxft" / "tokens"
+    assert dataset.cache_folder() == tmp_path / "home" / ".cache" / "mlxft" / "tokens"
 
 
 _WRITER = """
@@ -268,7 +267,7 @@ def test_two_processes_write_one_entry(folder: Path) -> None:
     entry, seen, deadline = folder / "entry.npz", 0, time.monotonic() + 60
     while any(w.poll() is None for w in writers) and time.monotonic() < deadline:
         if entry.exists():
-            rows = cache.read("entry", places)
+            rows = dataset.read("entry", places)
             assert rows is not None
             assert len(rows) == 40
             assert rows[39].ids.tolist() == list(range(5000))

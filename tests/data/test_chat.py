@@ -12,8 +12,8 @@ import pytest
 from families import FAMILIES, Family, make_family, sentencepiece
 
 from mlxft.data.chat import THOUGHTS, day_of, set_day, template_notes
-from mlxft.data.dataset import describe
-from mlxft.data.encode import (
+from mlxft.data.dataset import (
+    describe,
     encode,
     encode_prompt,
     encode_reply,

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.dataset import Counts, build, describe, fingerprint, split_valid
-from mlxft.data.encode import Encoded, encode
+from mlxft.data.dataset import Counts, Encoded, build, describe, encode, fingerprint, split_valid
 from mlxft.data.formats import Completion, Conversation, Example, Preference, Prompt, Ranked, Text
 from mlxft.errors import ConfigError, DataError
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.dataset import describe
-from mlxft.data.encode import Encoded, encode, encode_prompt
+from mlxft.data.dataset import Encoded, describe, encode, encode_prompt
 from mlxft.data.formats import Completion, Conversation, Prompt, Text
 from mlxft.errors import ConfigError, DataError
 

@@ -9,8 +9,19 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.convert import FORMATS, convert, suggest_format
-from mlxft.data.formats import Completion, Conversation, Preference, Prompt, Ranked, Text, read_messages, unwritten
+from mlxft.data.formats import (
+    FORMATS,
+    Completion,
+    Conversation,
+    Preference,
+    Prompt,
+    Ranked,
+    Text,
+    convert,
+    read_messages,
+    suggest_format,
+    unwritten,
+)
 from mlxft.data.sources import Problem, Row
 from mlxft.errors import ConfigError, DataError
 

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.convert import convert, suggest_format
-from mlxft.data.encode import encode, encode_reply
-from mlxft.data.encode_pairs import build_answers, build_pairs, ids_fingerprint
-from mlxft.data.formats import Conversation, Example, Judged, Preference, Ranked
+from mlxft.data.dataset import build_answers, build_pairs, encode, encode_reply, ids_fingerprint
+from mlxft.data.formats import Conversation, Example, Judged, Preference, Ranked, convert, suggest_format
 from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.convert import Columns, convert, suggest_format
-from mlxft.data.formats import Judged, Preference, Ranked
+from mlxft.data.formats import Columns, Judged, Preference, Ranked, convert, suggest_format
 from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
 

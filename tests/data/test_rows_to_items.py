@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.convert import FORMATS, Columns, convert
-from mlxft.data.formats import Completion, Preference, Prompt
+from mlxft.data.formats import FORMATS, Columns, Completion, Preference, Prompt, convert
 from mlxft.data.sources import Row
 from mlxft.errors import DataError
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.chat import Chat, complete_template
-from mlxft.data.sandbox import Bounded
+from mlxft.data.chat import Bounded, Chat, complete_template
 from mlxft.errors import DataError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -60,7 +59,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_template_out_of_bounds_is_refused(kind: str, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxft.data.sandbox.BUDGET", 1 << 25)
+    monkeypatch.setattr("mlxft.data.chat.BUDGET", 1 << 25)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     for _ in range(3):  # it is asked again for each row and form

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.thoughts import (
+from mlxft.data.chat import (
     MARKS,
     answer_of,
     decode_completion,

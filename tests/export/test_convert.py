@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import ConfigError, ExportError
-from mlxft.export.convert import convert
+from mlxft.export.fuse import convert_model
 from mlxft.model.fingerprint import fits_base
 from mlxft.model.folder import save_folder
 from mlxft.model.load import base_fingerprint, load
@@ -29,7 +29,7 @@ def test_gguf_becomes_a_folder_for_mlx_lm_and_transformers(smollm2: Any, tmp_pat
     import mlx_lm
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    told = convert("smollm2-135m", tmp_path / "out", quantize=4)
+    told = convert_model("smollm2-135m", tmp_path / "out", quantize=4)
     assert told["bytes"] < 120e6
     assert (told["parameters"], told["dtype"]) == (134_515_008, "float16")
     assert names(tmp_path) == ["out"]
@@ -50,7 +50,7 @@ def test_gguf_becomes_a_folder_for_mlx_lm_and_transformers(smollm2: Any, tmp_pat
 
 
 def test_dequantised_folder_is_the_direct_load(smollm2: Any, tmp_path: Path) -> None:
-    told = convert("smollm2-135m", tmp_path / "out")
+    told = convert_model("smollm2-135m", tmp_path / "out")
     assert (told["dtype"], told["quantization"], told["bits_per_weight"]) == ("float16", None, 16.0)
     back = load(str(tmp_path / "out"), dtype="float32")
     assert base_fingerprint(back) == base_fingerprint(smollm2)
@@ -63,10 +63,10 @@ def test_dequantised_folder_is_the_direct_load(smollm2: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
 def test_quantise_and_back(kind: str, make_model_dir: Any, tmp_path: Path) -> None:
     source = make_model_dir(tmp_path / kind, kind)
-    packed = convert(str(source), tmp_path / "q8", quantize=8, group_size=32)
+    packed = convert_model(str(source), tmp_path / "q8", quantize=8, group_size=32)
     assert packed["quantization"]["bits"] == 8
     assert packed["bits_per_weight"] < 16
-    plain = convert(str(tmp_path / "q8"), tmp_path / "plain", dequantize=True, dtype="float32")
+    plain = convert_model(str(tmp_path / "q8"), tmp_path / "plain", dequantize=True, dtype="float32")
     assert plain["quantization"] is None
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text("utf-8"))
     first, last = load(str(source), dtype="float32"), load(str(tmp_path / "plain"), dtype="float32")
@@ -77,36 +77,36 @@ def test_quantise_and_back(kind: str, make_model_dir: Any, tmp_path: Path) -> No
 
 
 def test_dtype_is_the_checkpoints_own_unless_given(tiny_model_dir: Path, tmp_path: Path) -> None:
-    told = convert(str(tiny_model_dir), tmp_path / "own")
+    told = convert_model(str(tiny_model_dir), tmp_path / "own")
     assert told["dtype"] == "float32"
     assert (tmp_path / "own/model.safetensors").stat().st_size > 4 * told["parameters"]
-    assert convert(str(tiny_model_dir), tmp_path / "half", dtype="bfloat16")["dtype"] == "bfloat16"
+    assert convert_model(str(tiny_model_dir), tmp_path / "half", dtype="bfloat16")["dtype"] == "bfloat16"
     assert mx.load(str(tmp_path / "half/model.safetensors"))["model.norm.weight"].dtype == mx.bfloat16
 
 
 def test_what_is_there_is_not_touched(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(str(tiny_model_dir), out)
+    convert_model(str(tiny_model_dir), out)
     before = (out / "config.json").read_text("utf-8")
     with pytest.raises(ConfigError, match="exists already; give another name, or overwrite"):
-        convert(str(tiny_model_dir), out, dtype="float16")
+        convert_model(str(tiny_model_dir), out, dtype="float16")
     assert (out / "config.json").read_text("utf-8") == before
     # Over itself: the weights are read before the old folder goes.
-    convert(str(out), out, dtype="float16", overwrite=True)
+    convert_model(str(out), out, dtype="float16", overwrite=True)
     assert load(str(out), dtype="own").config["torch_dtype"] == "float16"
     assert names(tmp_path) == ["out"]
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/one.jpg").write_text("x")
     with pytest.raises(ConfigError, match="not a model folder"):
-        convert(str(tiny_model_dir), tmp_path / "photos", overwrite=True)
+        convert_model(str(tiny_model_dir), tmp_path / "photos", overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
-        convert(str(tiny_model_dir), tmp_path / "photos/one.jpg", overwrite=True)
+        convert_model(str(tiny_model_dir), tmp_path / "photos/one.jpg", overwrite=True)
     assert names(tmp_path / "photos") == ["one.jpg"]
 
 
 def test_settings_that_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
-        convert("nowhere", tmp_path / "out", quantize=4, dequantize=True)
+        convert_model("nowhere", tmp_path / "out", quantize=4, dequantize=True)
 
 
 def test_full_disk_is_seen_before_writing(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_model_and_config_are_left_as_they_were(tiny_model: Any, tmp_path: Path)
     generation = json.loads((out / "generation_config.json").read_text("utf-8"))
     assert (generation["temperature"], generation["eos_token_id"]) == (0.6, [tiny_model.tokenizer.eos_token_id])
     assert (out / "own.py").exists()
-    told = convert(str(out), tmp_path / "again")
+    told = convert_model(str(out), tmp_path / "again")
     assert json.loads((Path(told["path"]) / "generation_config.json").read_text("utf-8")) == generation
 
 

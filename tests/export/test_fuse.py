@@ -16,12 +16,11 @@ import pytest
 import mlxft
 from mlxft.errors import ConfigError, ExportError, ModelError
 from mlxft.export.fuse import LostTooMuch, fuse
-from mlxft.export.peft import export_peft
-from mlxft.export.peft_in import import_peft
+from mlxft.export.peft import export_peft, import_peft
+from mlxft.files import claim
 from mlxft.model.folder import weight_bytes
-from mlxft.model.lora import QUANTIZED
-from mlxft.owned import claim
-from mlxft.rundir import Run
+from mlxft.model.layers import QUANTIZED
+from mlxft.runs import Run
 
 Recipe = Callable[..., dict[str, Any]]
 Maker = Callable[..., Path]
@@ -199,9 +198,9 @@ def test_an_adapter_that_changes_nothing(recipe: Recipe, tmp_path: Path) -> None
 
 
 def mlxft_convert(src: Path, dst: Path) -> None:
-    from mlxft.export.convert import convert
+    from mlxft.export.fuse import convert_model
 
-    convert(str(src), dst, dtype="float32", quantize=8, group_size=32)
+    convert_model(str(src), dst, dtype="float32", quantize=8, group_size=32)
 
 
 def test_what_it_is_made_of_is_not_overwritten(recipe: Recipe, make_model_dir: Maker, tmp_path: Path) -> None:

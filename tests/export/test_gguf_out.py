@@ -14,13 +14,11 @@ from gguf import GGUFReader
 from mlx.utils import tree_flatten
 
 from mlxft import __version__
-from mlxft.data.encode import set_embedding_rows
-from mlxft.export.gguf import export_gguf
-from mlxft.export.gguf_tensors import quantize_q8_0
-from mlxft.export.gguf_vocab import vocabulary
-from mlxft.model.gguf_names import ARCHITECTURES, permute, unpermute
+from mlxft.data.dataset import set_embedding_rows
+from mlxft.export.gguf import export_gguf, quantize_q8_0, vocabulary
+from mlxft.model.gguf import ARCHITECTURES, permute, unpermute
 from mlxft.model.load import load, load_tokenizer
-from mlxft.rundir import load as load_run
+from mlxft.runs import load_run
 
 IDS = mx.array([[3, 40, 77, 5, 9, 120, 11, 12, 250, 31, 32, 33]])
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
@@ -220,9 +218,9 @@ def test_an_adapter_is_fused(
 
 
 def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_path: Path, save_adapter: Any) -> None:
-    from mlxft.export.convert import convert
+    from mlxft.export.fuse import convert_model
 
-    convert(str(make_model_dir(tmp_path / "m", "llama", **WIDE)), tmp_path / "q", quantize=4, group_size=32)
+    convert_model(str(make_model_dir(tmp_path / "m", "llama", **WIDE)), tmp_path / "q", quantize=4, group_size=32)
     adapted = save_adapter(tmp_path / "q", tmp_path / "adapter")
     said = export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32")
     assert any("the base is quantised: 15 layers were dequantised" in line for line in said)

@@ -14,9 +14,8 @@ from mlx.utils import tree_flatten
 
 import mlxft
 from mlxft.errors import ConfigError, ModelError
-from mlxft.export.fuse import fuse
-from mlxft.export.sources import find_sources, load_base, parse_adapter
-from mlxft.rundir import Run
+from mlxft.export.fuse import find_sources, fuse, load_base, parse_adapter
+from mlxft.runs import Run
 
 Recipe = Callable[..., dict[str, Any]]
 IDS = mx.array([[3, 40, 77, 5, 21, 9]])

@@ -14,9 +14,7 @@ from mlx_lm import load as mlx_lm_load
 
 import mlxft
 from mlxft.errors import ExportError, ModelError
-from mlxft.export.peft import CONFIG, WEIGHTS, export_peft
-from mlxft.export.peft_in import import_peft
-from mlxft.export.seqcls import export_seqcls
+from mlxft.export.peft import CONFIG, WEIGHTS, export_peft, export_seqcls, import_peft
 from mlxft.model.heads import read_scores
 from mlxft.model.logits import Split
 from mlxft.study.score import open_scorer

@@ -20,12 +20,24 @@ import pytest
 import yaml
 
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.export.base import find_base, folder_licence
-from mlxft.export.card import Base, Facts, card, front_matter, recipe, results, shortened
 from mlxft.export.fuse import fuse
-from mlxft.export.hub import check_repo, pack, upload
-from mlxft.model.sample import Sampling, generate
-from mlxft.run import Run, load, train
+from mlxft.export.hub import (
+    Base,
+    Facts,
+    card,
+    check_repo,
+    find_base,
+    folder_licence,
+    front_matter,
+    pack,
+    recipe,
+    results,
+    shortened,
+    upload,
+)
+from mlxft.model.sampling import Sampling, generate
+from mlxft.run import train
+from mlxft.runs import Run, load_run
 from mlxft.study.plots import curves
 
 TOKEN = "hf_" + "s3cret" * 5
@@ -368,10 +380,10 @@ def test_what_arrives_answers_as_the_run(run: Run, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     ask = Sampling(8, temperature=0.0)
     base = run.config.model.path
-    arrived, own = load(base, adapter=tmp_path), load(run)
+    arrived, own = load_run(base, adapter=tmp_path), load_run(run)
     told = [generate(m.model, m.tokenizer, "the in", ask) for m in (arrived, own)]
     assert told[0] == told[1]
-    assert told[0] != generate(load(base).model, own.tokenizer, "the in", ask)
+    assert told[0] != generate(load_run(base).model, own.tokenizer, "the in", ask)
 
 
 def test_without_matplotlib_the_card_has_no_picture(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,7 +457,7 @@ def test_evaluations_stand_in_the_card(run: Run) -> None:
 
 
 def test_preference_training_is_called_by_its_loss(run: Run) -> None:
-    from mlxft.recipe import parse_config
+    from mlxft.config import parse_config
 
     settings = {"objective": "preference", "preference": {"loss": "ipo"}, "model": {"path": "org/base"}}
     config = parse_config(settings | {"data": {"train": "x.jsonl", "format": "preference"}})

@@ -16,16 +16,16 @@ from architectures import build, scatter
 from mlx.utils import tree_flatten, tree_map
 from rich.console import Console
 
+from mlxft.build import make_objective, prepare
+from mlxft.config import parse_config
 from mlxft.errors import ConfigError
 from mlxft.model import logits as logits_module
 from mlxft.model.adapters import LoRASpec, attach, prepare_full, select_targets
+from mlxft.model.layers import checkpoint_layers
 from mlxft.model.load import Loaded
-from mlxft.model.logits import Split, rows_nll
-from mlxft.model.logprobs import hidden_entropy, row_sums, rows_hidden, rows_logprobs
-from mlxft.model.memory import checkpoint_layers
+from mlxft.model.logits import Split, hidden_entropy, row_sums, rows_hidden, rows_logprobs, rows_nll
 from mlxft.objectives import functional as F
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective, prepare, train
+from mlxft.run import train
 
 Recipe = Callable[..., dict[str, Any]]
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
@@ -81,7 +81,7 @@ def slope_error(model: nn.Module, f: Callable[[], mx.array]) -> float:
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """36 positions are five chunks, the last one partial."""
     monkeypatch.setattr(logits_module, "chunk_size", lambda vocabulary: 8)
-    monkeypatch.setattr("mlxft.model.logprobs.chunk_size", lambda vocabulary: 8)
+    monkeypatch.setattr("mlxft.model.logits.chunk_size", lambda vocabulary: 8)
 
 
 def nll(model: nn.Module) -> Callable[[], mx.array]:

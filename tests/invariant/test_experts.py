@@ -16,9 +16,9 @@ from mlxft.config import Optim
 from mlxft.export.fuse import fuse_layers
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.cpu import quicker
+from mlxft.model.layers import SWITCH, LoRASwitchLinear, LowRank
 from mlxft.model.load import load
 from mlxft.model.logits import Split, rows_nll
-from mlxft.model.lora import SWITCH, LoRASwitchLinear, LowRank
 from mlxft.trainer.optim import Optimizer
 
 EXPERTS = 128  # of which 2 x 40 choices can not take all

@@ -13,10 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxft.model import logits as logits_module
-from mlxft.model import logprobs as logprobs_module
+from mlxft.model import logits as logprobs_module
 from mlxft.model.adapters import prepare_full, unfreeze
-from mlxft.model.logits import Split, hidden_nll
-from mlxft.model.logprobs import hidden_logprobs
+from mlxft.model.logits import Split, hidden_logprobs, hidden_nll
 
 HALVES = [mx.bfloat16, mx.float16]  # whose sums of ones end at 256 and 2,048
 EMBEDDING = "model.embed_tokens.weight"

@@ -12,11 +12,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.config import Tune
-from mlxft.export.fuse import fuse_layers
-from mlxft.export.precision import FLOAT
+from mlxft.export.fuse import FLOAT, fuse_layers
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
+from mlxft.model.layers import LowRank, dense_weight
 from mlxft.model.load import load
-from mlxft.model.lora import LowRank, dense_weight
 
 Maker = Callable[..., Path]
 IDS = mx.array([[3, 40, 77, 5, 21, 9, 250, 3]])

@@ -7,11 +7,9 @@ import mlx.nn as nn
 import pytest
 from architectures import ARCHITECTURES, MORE, NOT, build, names, scatter
 
-from mlxft.export.fidelity import standing_in, unpacked
-from mlxft.export.fuse import fuse_layers
-from mlxft.export.precision import standins, uniform
+from mlxft.export.fuse import fuse_layers, standing_in, standins, uniform, unpacked
 from mlxft.model.adapters import LoRASpec, attach, select_targets
-from mlxft.model.lora import LINEAR, LowRank
+from mlxft.model.layers import LINEAR, LowRank
 
 IDS = mx.array([[3, 40, 12, 5, 21, 9]])
 

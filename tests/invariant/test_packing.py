@@ -16,7 +16,7 @@ from rich.console import Console
 import mlxft
 from mlxft.errors import ConfigError, ModelError
 from mlxft.objectives import sft
-from mlxft.rundir import Run
+from mlxft.runs import Run
 from mlxft.trainer import report
 
 Recipe = Callable[..., dict[str, Any]]

@@ -27,9 +27,8 @@ from rich.console import Console
 import mlxft
 from mlxft.cli import cli as main
 from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError
-from mlxft.owned import claim
-from mlxft.rundir import Run
-from mlxft.temporary import MARK
+from mlxft.files import MARK, claim
+from mlxft.runs import Run
 from mlxft.trainer import checkpoint, report
 
 Recipe = Callable[..., dict[str, Any]]
@@ -293,7 +292,7 @@ def test_killed_before_the_first_checkpoint_starts_over(recipe: Recipe, tmp_path
     train(recipe(**changes, **{"run.name": "b"}), said, resume=True)
     assert "no checkpoint yet: starting over" in said
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
-    assert len(mlxft.run.open_run(tmp_path / "runs/b").metrics("start")) == 1
+    assert len(mlxft.runs.open_run(tmp_path / "runs/b").metrics("start")) == 1
 
 
 def test_killed_between_the_last_checkpoint_and_the_result(recipe: Recipe, tmp_path: Path):

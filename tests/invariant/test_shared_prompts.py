@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-from mlxft.data.encode_pairs import EncodedPair
+from mlxft.build import make_objective, prepare
+from mlxft.config import parse_config
+from mlxft.data.dataset import EncodedPair
 from mlxft.model.adapters import LoRASpec, attach, prepare_full, select_targets
 from mlxft.model.heads import ScoreHead, attach_head, body_width
+from mlxft.model.layers import checkpoint_layers
 from mlxft.model.load import load
 from mlxft.model.logits import Split
-from mlxft.model.memory import checkpoint_layers
-from mlxft.model.shared import Sharing
+from mlxft.model.prefix import Sharing
 from mlxft.objectives import pairs as pairs_module
 from mlxft.objectives.pairs import stack_pairs
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective, prepare, train
+from mlxft.run import train
 
 KINDS = ("llama", "qwen3", "gemma2", "phi3", "mixtral", "qwen3_moe", "mistral", "qwen2")
 # Windows that end within the prompts and reach over from the answers.

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import mlxft
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective
+from mlxft.build import make_objective
+from mlxft.config import parse_config
 from mlxft.trainer.optim import Optimizer
 
 

@@ -18,15 +18,15 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 import mlxft
+from mlxft.build import load_base, make_objective, prepare
+from mlxft.config import parse_config
 from mlxft.model.adapters import trainable_weights
 from mlxft.model.load import Loaded
 from mlxft.objectives.sft import SFT, make_batch
-from mlxft.recipe import parse_config
-from mlxft.run import as_config, load_base, make_objective, prepare, total_steps
-from mlxft.rundir import Run
-from mlxft.trainer.loop import Hooks, Loop, Progress
+from mlxft.run import as_config, total_steps
+from mlxft.runs import Run
+from mlxft.trainer.loop import Hooks, Loop, Progress, validate
 from mlxft.trainer.optim import Optimizer
-from mlxft.trainer.validate import validate
 
 Recipe = Callable[..., dict[str, Any]]
 Arrays = dict[str, mx.array]

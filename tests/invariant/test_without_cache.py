@@ -10,8 +10,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxft.model.adapters import LoRASpec, attach, select_targets
+from mlxft.model.layers import checkpoint_layers
 from mlxft.model.logits import Split, rows_nll
-from mlxft.model.memory import checkpoint_layers
 
 IDS = mx.array([[3, 40, 12, 5, 21, 9]])
 

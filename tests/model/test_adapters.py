@@ -29,8 +29,8 @@ from mlxft.model.adapters import (
     select_targets,
     trainable_weights,
 )
+from mlxft.model.layers import plain
 from mlxft.model.load import Loaded, base_fingerprint, load
-from mlxft.model.lora import plain
 
 Maker = Callable[..., Path]
 IDS = mx.array([[3, 40, 77, 5, 21, 9]])

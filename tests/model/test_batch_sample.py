@@ -14,10 +14,9 @@ from architectures import build, scatter
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.errors import ConfigError, DataError
-from mlxft.model import batch_sample, kv
-from mlxft.model.batch_sample import Sampled, sample_batch, text_of
+from mlxft.model import sampling as sampling_module
 from mlxft.model.load import load
-from mlxft.model.sample import Sampling, generate
+from mlxft.model.sampling import Sampled, Sampling, generate, sample_batch, text_of
 
 PROMPTS = [[3], [5, 6, 7, 8, 9, 10, 11], [4, 20], list(range(20, 60)), [7, 8, 9], [8, 7, 9]]
 GREEDY = Sampling(12, temperature=0.0, stop_at_eos=False)
@@ -115,7 +114,7 @@ def test_greedy_in_a_batch_is_greedy_alone(
     expected = one_by_one(loaded.model, PROMPTS, 12)
     found = sample_batch(loaded.model, loaded.tokenizer, PROMPTS, GREEDY, seed=0)
     assert found == [[Sampled(ids, "length")] for ids in expected]
-    assert kv.pads(loaded.model) is padded
+    assert sampling_module.pads(loaded.model) is padded
 
 
 @pytest.mark.parametrize("prefill", [4096, 12])
@@ -124,9 +123,9 @@ def test_windows_and_recurrent_states(
     make: Callable[[], nn.Module], padded: bool, prefill: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts beyond the window, and decoding past it; prompts in one go and in pieces."""
-    monkeypatch.setattr(kv, "PREFILL", prefill)
+    monkeypatch.setattr(sampling_module, "PREFILL", prefill)
     model = make()
-    assert kv.pads(model) is padded
+    assert sampling_module.pads(model) is padded
     found = sample_batch(model, Words(), PROMPTS, GREEDY, seed=0)  # type: ignore[arg-type]
     assert [answer.ids for (answer,) in found] == one_by_one(model, PROMPTS, 12)
     twice = sample_batch(model, Words(), PROMPTS, GREEDY, seed=0, samples=2)  # type: ignore[arg-type]
@@ -137,7 +136,7 @@ def test_layers_that_share_keys_take_no_padding() -> None:
     """mlx-lm's afm7 turns their queries by the place in the row, padding included: lengths stay apart."""
     model = build("afm7")
     scatter(model, 0)
-    assert not kv.pads(model)
+    assert not sampling_module.pads(model)
     found = sample_batch(model, Words(), PROMPTS, GREEDY, seed=0)  # type: ignore[arg-type]
     assert [answer.ids for (answer,) in found] == one_by_one(model, PROMPTS, 12)
 
@@ -166,8 +165,8 @@ def test_logits_of_each_step_are_those_of_a_full_pass(tiny_model: Any, monkeypat
         seen.append(logits)
         return drawn(logits, *args)
 
-    drawn = batch_sample.pick
-    monkeypatch.setattr(batch_sample, "pick", record)
+    drawn = sampling_module.pick
+    monkeypatch.setattr(sampling_module, "pick", record)
     sampling = Sampling(10, stop_at_eos=False)
     found = sample_batch(tiny_model.model, tiny_model.tokenizer, PROMPTS, sampling, samples=2, seed=3)
     order = sorted(range(len(PROMPTS)), key=lambda i: len(PROMPTS[i]))
@@ -362,14 +361,14 @@ def test_refusals(tiny_model: Any) -> None:
 def test_the_trial_takes_tokens_that_every_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond an embedding MLX reads what lies in memory: of a vocabulary of two, NaN once in a while."""
     asked: list[int] = []
-    prefill = kv.prefill
+    prefill = sampling_module.prefill
 
     def watched(model: nn.Module, prompts: Any) -> Any:
         asked.extend(token for prompt in prompts for token in prompt)
         return prefill(model, prompts)
 
-    monkeypatch.setattr(kv, "prefill", watched)
-    monkeypatch.setattr(kv, "_TRIED", {})
+    monkeypatch.setattr(sampling_module, "prefill", watched)
+    monkeypatch.setattr(sampling_module, "_TRIED", {})
     model = build("llama", vocab_size=2)
-    assert kv.pads(model)
+    assert sampling_module.pads(model)
     assert set(asked) == {0, 1}

@@ -13,10 +13,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import gated_delta as loop
 from mlx_lm.models import qwen3_5
 
-from mlxft.model import delta
-from mlxft.model.cpu import gated_delta_update, quicker
-from mlxft.model.delta import gated_delta
-from mlxft.model.trace import trace
+from mlxft.model import cpu
+from mlxft.model.cpu import gated_delta, gated_delta_update, quicker
+from mlxft.model.memory import trace
 
 TODAY = 139_635  # operations of the loop, forward and backward, of the model below
 
@@ -105,7 +104,7 @@ def test_metals_kernel_takes_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> N
         return fused(q, *args)
 
     monkeypatch.setattr(mx.fast, "gated_delta_update", watched)
-    monkeypatch.setattr(delta, "planned_backend", lambda: "metal")
+    monkeypatch.setattr(cpu, "planned_backend", lambda: "metal")
     for heads, width, mask in (((16, 32), 128, None), ((16, 32), 64, None), ((16, 16), 128, mx.ones((1, 3), mx.bool_))):
         q, k, v, *_ = draw(1, 3, heads, (width, width), False, False)
         g = beta = mx.full((1, 3, heads[1]), 0.5)

@@ -12,13 +12,12 @@ from architectures import build
 
 from mlxft.device import UNKNOWN, Backend, machine_bytes, planning_for, usable_bytes
 from mlxft.errors import ModelError
-from mlxft.model import fused
+from mlxft.model import memory
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.cpu import quicker
-from mlxft.model.fused import HEADS, plain_attention
+from mlxft.model.layers import checkpoint_layers
 from mlxft.model.logits import Split, rows_nll
-from mlxft.model.memory import checkpoint_layers
-from mlxft.model.plan import Job, plan
+from mlxft.model.memory import HEADS, Job, plain_attention, plan
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "qwen3_5", "gpt_oss")
 WIDE = {"head_dim": 64, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -86,7 +85,7 @@ def opaque() -> Iterator[None]:
         forward, back = by_blocks(attention, how)
         return sealed(forward, q, k, v, back=back)
 
-    mx.fast.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    mx.fast.scaled_dot_product_attention = memory  # type: ignore[assignment]
     mx.fast.gated_delta_update = lambda *a: sealed(lambda *b: tuple(delta(*b)), *(x for x in a if x is not None))  # type: ignore[assignment]
     mx.fast.cross_entropy = lambda *a: sealed(entropy, *a, back=slopes)  # type: ignore[assignment]
     try:
@@ -124,7 +123,7 @@ def test_a_gpu_plans_for_another_machine_as_any_machine_does(
     model.set_dtype(mx.bfloat16)
     with planning_for(kind):
         here = plan(Job(model, 0), 2, 100, False)
-    monkeypatch.setattr(fused, "backend", lambda: own)
+    monkeypatch.setattr(memory, "backend", lambda: own)
     with opaque(), planning_for(kind):
         assert plan(Job(model, 0), 2, 100, False) == here
 

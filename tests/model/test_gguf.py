@@ -12,8 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model import gguf
-from mlxft.model.gguf_header import tensor_table
-from mlxft.model.gguf_pretokenizers import PRE_TOKENIZERS, recognise, signature, signature_of
+from mlxft.model.gguf import PRE_TOKENIZERS, recognise, signature, signature_of, tensor_table
 from mlxft.model.load import base_fingerprint, load, load_config, load_tokenizer, resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"

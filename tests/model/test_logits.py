@@ -17,7 +17,7 @@ from mlxft.model import logits as logits_module
 from mlxft.model.adapters import LoRASpec, attach, prepare_full, select_targets, unfreeze
 from mlxft.model.load import load
 from mlxft.model.logits import Split, rows_nll
-from mlxft.model.plan import ShapeSplit
+from mlxft.model.memory import ShapeSplit
 
 # The head stands within the body: all logits are computed.
 WHOLE = {"gpt_neox"}

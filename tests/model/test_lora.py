@@ -14,7 +14,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding as TheirEmbedding
 from mlx_lm.tuner.lora import LoRALinear as TheirLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as TheirSwitch
 
-from mlxft.model.lora import LoRALinear, LowRank, adaptable, dense_weight, plain, wrap
+from mlxft.model.layers import LoRALinear, LowRank, adaptable, dense_weight, plain, wrap
 
 RANK, SCALE = 3, 1.5
 

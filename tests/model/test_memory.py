@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import TrainingError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
+from mlxft.model.layers import checkpoint_layers, is_checkpointed, limits
 from mlxft.model.load import load
-from mlxft.model.memory import checkpoint_layers, is_checkpointed, limits
 
 IDS = mx.array([[5, 9, 1, 7, 3, 3, 2, 8], [4, 4, 6, 1, 9, 2, 0, 0]])
 

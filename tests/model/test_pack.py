@@ -11,12 +11,11 @@ import pytest
 from mlx_lm.models.cache import KVCache
 from test_logits import ARCHITECTURES, adapt, build, value_and_gradient
 
-from mlxft.data.encode import Encoded
+from mlxft.data.dataset import Encoded
 from mlxft.errors import ModelError
 from mlxft.model.adapters import prepare_full
-from mlxft.model.logits import Split, rows_nll
-from mlxft.model.memory import checkpoint_layers
-from mlxft.model.pack import PackCache, Packing
+from mlxft.model.layers import checkpoint_layers
+from mlxft.model.logits import PackCache, Packing, Split, rows_nll
 from mlxft.objectives.sft import make_batch, pack_batch
 
 STATE = {"falcon_h1": "CacheList", "mamba": "ArraysCache", "mamba2": "ArraysCache", "rwkv7": "ArraysCache"}

@@ -15,18 +15,27 @@ import pytest
 from architectures import build
 from mlx.utils import tree_flatten
 
-from mlxft.config import Optim
+from mlxft.build import base_skeleton, batch_shapes, job_of, make_objective, plan_batches, prepare, settled
+from mlxft.config import Optim, parse_config
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.fingerprint import without_weights
 from mlxft.model.heads import ScoreHead, attach_head
 from mlxft.model.load import load, load_tokenizer, skeleton
-from mlxft.model.phases import Rolling, sampling_bytes
-from mlxft.model.plan import MAC_SHARE, MACS, Job, Outline, Plan, ShapeSplit, largest_tokens, plan
-from mlxft.model.shared import Sharing
-from mlxft.planning import base_skeleton, batch_shapes, job_of, plan_batches, settled
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective, open_run, prepare
+from mlxft.model.memory import (
+    MAC_SHARE,
+    MACS,
+    Job,
+    Outline,
+    Plan,
+    Rolling,
+    ShapeSplit,
+    largest_tokens,
+    plan,
+    sampling_bytes,
+)
+from mlxft.model.prefix import Sharing
+from mlxft.runs import open_run
 from mlxft.trainer.optim import Optimizer
 
 Make = Callable[..., dict[str, Any]]
@@ -332,7 +341,7 @@ def test_rows_that_are_far_too_long_are_refused_by_shorter_ones(recipe: Make, mo
         seen.append(rows * width)
         return plan(job, rows, width, checkpoint)
 
-    monkeypatch.setattr("mlxft.model.plan.plan", noted)
+    monkeypatch.setattr("mlxft.model.memory.plan", noted)
     assert largest_tokens(job(recipe), 1 << 15, False, 1e8) == 0
     assert max(seen) <= 1 << 12
     seen.clear()

@@ -12,23 +12,24 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxft.config import Config
-from mlxft.errors import ConfigError
-from mlxft.model.load import base_fingerprint, load_tokenizer
-from mlxft.model.phases import PhasedPlan, Rolling, sampling_bytes
-from mlxft.objectives.onpolicy import memory
-from mlxft.objectives.onpolicy.base import OnPolicy
-from mlxft.planning import (
+from mlxft.build import (
     amount,
     around_of,
     base_skeleton,
     batch_shapes,
     decide_checkpointing,
+    load_base,
+    make_objective,
     plan_batches,
+    prepare,
     settled,
 )
-from mlxft.recipe import parse_config
-from mlxft.run import load_base, make_objective, prepare
+from mlxft.config import Config, parse_config
+from mlxft.errors import ConfigError
+from mlxft.model.load import base_fingerprint, load_tokenizer
+from mlxft.model.memory import PhasedPlan, Rolling, sampling_bytes
+from mlxft.objectives import rollouts
+from mlxft.objectives.rollouts import OnPolicy
 
 Make = Callable[..., dict[str, Any]]
 WORDS = ["the", "in", "on", "and", "or"]
@@ -219,10 +220,10 @@ def test_the_largest_batch_that_steps_can_have(ppo: Make) -> None:
     objective = make_objective(parse_config(settings), load_tokenizer(settings["model"]["path"]))
     assert isinstance(objective, OnPolicy)
     sizes = sorted({len(p.ids) + 24 for p in objective.prompts})
-    shapes = memory.shapes(objective)
+    shapes = rollouts.shapes(objective)
     assert {s.width for s in shapes} == set(sizes)
     for size in sizes:
         assert max(s.rows for s in shapes if s.width == size) == 200 // size
     assert all(s.trained == 24 * s.rows for s in shapes)
-    assert memory.parted(objective)
-    assert memory.rollout_steps(objective) == 2
+    assert rollouts.parted(objective)
+    assert rollouts.rollout_steps(objective) == 2

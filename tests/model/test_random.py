@@ -13,23 +13,19 @@ import mlx.nn as nn
 import pytest
 from rich.console import Console
 
+from mlxft.build import base_skeleton, decide_checkpointing, make_objective, prepare
 from mlxft.check import check
+from mlxft.config import parse_config
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
 from mlxft.model.heads import body_width
+from mlxft.model.layers import Dropout, again, aside, evaluating, position, probing, random_state, without_dropout
 from mlxft.model.load import Loaded, load
-from mlxft.model.logits import Split
-from mlxft.model.lora import without_dropout
-from mlxft.model.pack import Packing
-from mlxft.model.phases import Rolling, sampling_bytes, scoring_bytes
-from mlxft.model.plan import Job, Shape, ShapeSplit, plan
-from mlxft.model.random import Dropout, again, aside, evaluating, position, probing, random_state
-from mlxft.model.sample import Sampling, generate
-from mlxft.model.shared import Sharing
-from mlxft.planning import base_skeleton, decide_checkpointing
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective, prepare
+from mlxft.model.logits import Packing, Split
+from mlxft.model.memory import Job, Rolling, Shape, ShapeSplit, plan, sampling_bytes, scoring_bytes
+from mlxft.model.prefix import Sharing
+from mlxft.model.sampling import Sampling, generate
 from mlxft.study.lr_find import lr_find
-from mlxft.trainer.validate import validate
+from mlxft.trainer.loop import validate
 
 Recipe = Callable[..., dict[str, Any]]
 

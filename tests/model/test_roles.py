@@ -15,10 +15,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlxft.errors import ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.heads import ScoreHead, body_width, head_of, read_scores
+from mlxft.model.layers import LowRank, checkpoint_layers
 from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Split
-from mlxft.model.lora import LowRank
-from mlxft.model.memory import checkpoint_layers
 from mlxft.model.roles import Roles
 
 IDS = mx.array([[1, 40, 7, 99, 3]])

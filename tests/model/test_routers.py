@@ -15,10 +15,8 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
+from mlxft.model.layers import SOFTMAX, SWITCH, checkpoint_layers, is_router, watch_routers, watching
 from mlxft.model.load import load
-from mlxft.model.lora import SWITCH
-from mlxft.model.memory import checkpoint_layers
-from mlxft.model.routers import SOFTMAX, is_router, watch_routers, watching
 from mlxft.objectives.functional import load_balance
 
 IDS = mx.array([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxft.data.encode import encode_prompt
+from mlxft.data.dataset import encode_prompt
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.sample import Noise, Sampling, _stop_at, generate, pick, stream
+from mlxft.model.sampling import Noise, Sampling, _stop_at, generate, pick, stream
 
 
 def noise(rows: int) -> Noise:

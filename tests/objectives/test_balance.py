@@ -14,15 +14,16 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 
+from mlxft.build import load_base, make_objective
+from mlxft.config import load_config, parse_config
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.load import load
-from mlxft.objectives.balance import balanced_loss, real_tokens
 from mlxft.objectives.base import Batch
 from mlxft.objectives.pairs import Answer, stack, stack_shared
-from mlxft.recipe import load_config, parse_config
-from mlxft.run import assemble, load_base, make_objective, train
-from mlxft.rundir import Run
+from mlxft.run import assemble, train
+from mlxft.runs import Run
+from mlxft.trainer.loop import balanced_loss, real_tokens
 
 Recipe = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)

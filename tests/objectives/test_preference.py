@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlxft.build import make_objective, prepare
+from mlxft.config import parse_config
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded
-from mlxft.model.logits import Split
-from mlxft.model.logprobs import row_sums, rows_logprobs
+from mlxft.model.logits import Split, row_sums, rows_logprobs
 from mlxft.objectives import functional as F
 from mlxft.objectives.pairs import Answer, answers_of, stack
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective, prepare, train
-from mlxft.rundir import Run
-from mlxft.trainer.validate import validate
+from mlxft.run import train
+from mlxft.runs import Run
+from mlxft.trainer.loop import validate
 
 Recipe = Callable[..., dict[str, Any]]
 LOSSES = ("dpo", "ipo", "hinge", "simpo", "orpo", "cpo", "kto")
@@ -103,7 +103,7 @@ def test_logprobs_in_chunks_are_those_of_whole_logits_and_so_are_gradients(
     from mlxft.model.adapters import LoRASpec, attach, select_targets
     from mlxft.model.load import load
 
-    monkeypatch.setattr("mlxft.model.logprobs.chunk_size", lambda vocabulary: 4)
+    monkeypatch.setattr("mlxft.model.logits.chunk_size", lambda vocabulary: 4)
     model = load(str(make_model_dir(tmp_path / "m", "llama", tie_word_embeddings=tied)), dtype="float32").model
     if whole:
         model.unfreeze()
@@ -159,11 +159,11 @@ def test_dpo_converges_to_the_optimum_that_the_frequencies_imply(settings: Recip
             rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
     changes = {"batch.rows": 30, "run.steps": 150, "optim.lr": 2e-2, "tune.rank": 8, "preference": {"beta": 0.5}}
     run = train(settings("dpo", rows, **changes))
-    from mlxft.rundir import load
+    from mlxft.runs import load_run
 
     config = run.config
-    found = make_objective(config, load(run).tokenizer)
-    policy, reference = load(run).model, load(config.model.path, dtype="float32").model
+    found = make_objective(config, load_run(run).tokenizer)
+    policy, reference = load_run(run).model, load_run(config.model.path, dtype="float32").model
     wanted = {share: math.log(share / (1 - share)) / 0.5 for share in shares.values()}
     for row, share in ((found.rows[0], 0.8), (found.rows[10], 0.6), (found.rows[20], 0.3)):
         a = stack(answers_of(row))
@@ -262,7 +262,7 @@ def attach_nothing(loaded: Loaded) -> None:
     """Take the adapter off again."""
     from mlx.utils import tree_unflatten
 
-    from mlxft.model.lora import LowRank
+    from mlxft.model.layers import LowRank
 
     bare = [(name, m.base) for name, m in loaded.model.named_modules() if isinstance(m, LowRank)]
     loaded.model.update_modules(tree_unflatten(bare))

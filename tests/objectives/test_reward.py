@@ -16,15 +16,16 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 
-from mlxft.data.encode import Reply
+from mlxft.build import make_objective, prepare
+from mlxft.config import parse_config
+from mlxft.data.dataset import Reply
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.heads import find_head, head_of, read_head
 from mlxft.model.load import Loaded
 from mlxft.objectives.functional import bradley_terry
-from mlxft.objectives.onpolicy.reward_model import find_reward_run
-from mlxft.recipe import parse_config
-from mlxft.run import make_objective, prepare, train
-from mlxft.rundir import Run, load
+from mlxft.objectives.rewards import find_reward_run
+from mlxft.run import train
+from mlxft.runs import Run, load_run
 from mlxft.study.score import Scored, Scorer, open_scorer, score, summarise, tables
 
 Recipe = Callable[..., dict[str, Any]]
@@ -215,13 +216,13 @@ def test_a_reward_run_is_refused_where_text_is_wanted_and_the_reverse(settings: 
     reward, policy = train(settings()), train(recipe(**{"run.name": "policy"}))
     for wanted in (reward.dir, reward.result):
         with pytest.raises(ModelError, match="is a reward model: it gives scores, not text; use mlxft score"):
-            load(wanted)
+            load_run(wanted)
     with pytest.raises(ModelError, match="gives text, not scores"):
         open_scorer(policy.dir)
     with pytest.raises(ConfigError, match=r"model.adapter: .* is a reward model.*objective sft"):
         train(recipe(**{"model.adapter": str(reward.dir), "run.name": "b", "tune.rank": None}))
     (reward.result / "head.safetensors").unlink()
-    for opened in (load, open_scorer):
+    for opened in (load_run, open_scorer):
         with pytest.raises(ModelError, match=r"without its head: head\.safetensors belongs beside it"):
             opened(reward.result)
 
@@ -241,7 +242,7 @@ def test_whole_weights_are_trained_saved_and_scored(settings: Recipe, tmp_path: 
     rows = score(run.dir, write(tmp_path / "t.jsonl", pairs(4)), Console(quiet=True))
     assert all(math.isfinite(value) for row in rows for value in row.scores)
     with pytest.raises(ModelError, match="is a reward model"):
-        load(run.dir)
+        load_run(run.dir)
     from mlx_lm.utils import load_model
 
     load_model(run.result)  # strict: the head is no part of the model's own files

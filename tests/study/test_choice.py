@@ -15,10 +15,8 @@ from mlxft.data.sources import Row
 from mlxft.errors import DataError
 from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Split
-from mlxft.study.cases import make_cases
-from mlxft.study.choice import encode_choices, loglikelihoods
-from mlxft.study.evaluate import evaluate
-from mlxft.study.tasks import Task
+from mlxft.study.evaluate import encode_choices, evaluate, loglikelihoods
+from mlxft.study.tasks import Task, make_cases
 
 CLOZE = Task(name="cloze", prompt="{q}", choices="choices", answer="answer", delimiter="", template="none")
 TEXT = "the cat is on the mat and in the other"
@@ -117,7 +115,7 @@ def test_the_norm_counts_what_is_scored(model: Loaded, monkeypatch: pytest.Monke
 
     -4/4 is above -5.4/5 (" m" is of two characters), though -4/2 is below -5.4/3, as it is where nothing is joined.
     """
-    from mlxft.study.choice import Likelihood
+    from mlxft.study.evaluate import Likelihood
 
     row = {"q": "the m", "choices": ["at", "ean"], "answer": "at"}
     case = make_cases([Row("rows:1", row)], CLOZE)

@@ -15,11 +15,10 @@ from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Split
-from mlxft.study import choice, metrics
-from mlxft.study.cases import Case, make_cases
-from mlxft.study.choice import Request, loglikelihoods
-from mlxft.study.evaluate import Result, compare, evaluate
-from mlxft.study.tasks import Task, read_task
+from mlxft.study import evaluate as evaluate_module
+from mlxft.study import tasks
+from mlxft.study.evaluate import Request, Result, compare, evaluate, loglikelihoods
+from mlxft.study.tasks import Case, Task, make_cases, read_task
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
 PLAIN = Task(name="plain", prompt="{question}", choices="choices", answer="answer", template="none")
@@ -81,9 +80,11 @@ def test_log_likelihoods_are_those_of_each_row_alone(
 def test_what_rows_begin_with_is_computed_once(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten questions behind a long beginning; and four choices behind each of two long questions."""
     sizes: list[int] = []
-    read = choice._read
+    read = evaluate_module._read
     monkeypatch.setattr(
-        choice, "_read", lambda s, batch, *a: (sizes.append(choice._size(batch)), read(s, batch, *a))[1]
+        evaluate_module,
+        "_read",
+        lambda s, batch, *a: (sizes.append(evaluate_module._size(batch)), read(s, batch, *a))[1],
     )
     beginning = tuple(range(3, 103))
     loglikelihoods(Split(tiny_model.model), [Request((*beginning, 200 + i), (7,)) for i in range(10)], 2048)
@@ -124,17 +125,17 @@ def test_loss_of_a_chat_is_of_its_answers_only(tiny_model: Loaded) -> None:
 @pytest.mark.parametrize(
     ("metric", "said", "wanted", "score"),
     [
-        (metrics.exact_match, " Paris\n", "Paris", 1),
-        (metrics.exact_match, "paris", "Paris", 0),
-        (metrics.contains, "It is Paris.", "Paris", 1),
-        (metrics.contains, "It is paris.", "Paris", 0),
-        (metrics.contains, "It is Paris.", "", 0),
-        (metrics.number, "so 3 and 4 make $1,007.50", "1007.5", 1),
-        (metrics.number, "none", "1", 0),
-        (metrics.f1, "The cat sat", "a cat sat down!", 0.8),  # 2 of 2 and 2 of 3 words
-        (metrics.f1, "dog dog", "dog", 2 / 3),
-        (metrics.f1, "", "dog", 0),
-        (metrics.f1, "the", "a", 1),
+        (tasks.exact_match, " Paris\n", "Paris", 1),
+        (tasks.exact_match, "paris", "Paris", 0),
+        (tasks.contains, "It is Paris.", "Paris", 1),
+        (tasks.contains, "It is paris.", "Paris", 0),
+        (tasks.contains, "It is Paris.", "", 0),
+        (tasks.number, "so 3 and 4 make $1,007.50", "1007.5", 1),
+        (tasks.number, "none", "1", 0),
+        (tasks.f1, "The cat sat", "a cat sat down!", 0.8),  # 2 of 2 and 2 of 3 words
+        (tasks.f1, "dog dog", "dog", 2 / 3),
+        (tasks.f1, "", "dog", 0),
+        (tasks.f1, "the", "a", 1),
     ],
 )
 def test_what_an_answer_is_worth(metric: Any, said: str, wanted: str, score: float) -> None:
@@ -142,15 +143,15 @@ def test_what_an_answer_is_worth(metric: Any, said: str, wanted: str, score: flo
 
 
 def test_metrics_have_settings() -> None:
-    assert metrics.exact_match("PARIS", "Paris", ignore_case=True) == 1
-    assert metrics.number("#### 12\nI like 7", "12", pattern=r"#### (\d+)") == 1
-    assert metrics.number("11.8", "12", tolerance=0.5) == 1
-    assert metrics.best(metrics.exact_match, "b", ("a", "b")) == 1
+    assert tasks.exact_match("PARIS", "Paris", ignore_case=True) == 1
+    assert tasks.number("#### 12\nI like 7", "12", pattern=r"#### (\d+)") == 1
+    assert tasks.number("11.8", "12", tolerance=0.5) == 1
+    assert tasks.best(tasks.exact_match, "b", ("a", "b")) == 1
 
 
 def written(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, answers: list[str], task: Task, rows: Any) -> Result:
     """A result of `answers` as a model would have written them: by the ids that it samples."""
-    from mlxft.model.batch_sample import Sampled
+    from mlxft.model.sampling import Sampled
 
     def sample(model: Any, tokenizer: Any, prompts: Any, sampling: Any, **other: Any) -> list[list[Sampled]]:
         ids = [tokenizer.encode(a, add_special_tokens=False) for a in answers]

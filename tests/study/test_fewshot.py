@@ -15,16 +15,23 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mlxft.data.formats import Completion, Conversation, Example
-from mlxft.data.shots import balanced, choose, labels_of
-from mlxft.data.splits import load_splits
-from mlxft.data.template import fill, is_template, names_in
+from mlxft.config import load_config
+from mlxft.data.dataset import load_splits
+from mlxft.data.formats import (
+    Completion,
+    Conversation,
+    Example,
+    balanced,
+    choose,
+    fill,
+    is_template,
+    labels_of,
+    names_in,
+)
 from mlxft.errors import CheckpointError, ConfigError, DataError
-from mlxft.recipe import load_config
 from mlxft.run import train
-from mlxft.study.crossed import crossed, t_quantile
-from mlxft.study.fewshot import Plan, fewshot
-from mlxft.study.fewshot_tables import Study, read_ks
+from mlxft.study.fewshot import Plan, Study, fewshot, read_ks
+from mlxft.study.stats import crossed, t_quantile
 
 QUIET = Console(quiet=True)
 LABELS = ["a", "b", "a", "a", "b", "c", "c", "a", "b", "c"]

@@ -16,7 +16,7 @@ import pytest
 
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded
-from mlxft.study.harness_tasks import figures, run_tasks
+from mlxft.study.lm_eval import figures, run_tasks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
 
@@ -77,11 +77,11 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "mlxft.study.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "mlxft.study.lm_eval", raising=False)
 
 
 def a_model(loaded: Loaded, limit: int = 512) -> Any:
-    harness = importlib.import_module("mlxft.study.harness")
+    harness = importlib.import_module("mlxft.study.lm_eval")
     return harness.Model(loaded, limit, 256, 0)
 
 
@@ -132,10 +132,10 @@ def test_answers_end_before_a_stop_text(tiny_model: Loaded) -> None:
 
 
 def test_tasks_are_given_answers_without_thoughts(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxft.model.batch_sample import Sampled
+    from mlxft.model.sampling import Sampled
 
     said = {"in": "<think>\n\nor on?</think>\n\non", "<think>": "or on?</think>on", "the": "<think>or"}
-    harness = importlib.import_module("mlxft.study.harness")
+    harness = importlib.import_module("mlxft.study.lm_eval")
     encode = tiny_model.tokenizer.encode
 
     def sample(model: Any, tokenizer: Any, prompts: Any, *args: Any, **other: Any) -> list[list[Sampled]]:
@@ -149,7 +149,7 @@ def test_tasks_are_given_answers_without_thoughts(tiny_model: Loaded, monkeypatc
 
 
 def test_until_does_not_end_a_thought(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness = importlib.import_module("mlxft.study.harness")
+    harness = importlib.import_module("mlxft.study.lm_eval")
     seen: list[bool] = []
     sample = harness.sample_batch
     monkeypatch.setattr(

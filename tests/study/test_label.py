@@ -22,14 +22,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mlxft.data.convert import convert
-from mlxft.data.formats import Preference, Ranked
+from mlxft.data.formats import Preference, Ranked, convert
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.sample import Sampling
-from mlxft.study.judgements import Journal, agreement, cohens_kappa, wilson, win_rate
-from mlxft.study.label import Source, Summary, label, read_tasks
-from mlxft.study.terminal import show
+from mlxft.model.sampling import Sampling
+from mlxft.study.label import (
+    Journal,
+    Source,
+    Summary,
+    agreement,
+    cohens_kappa,
+    label,
+    read_tasks,
+    show,
+    wilson,
+    win_rate,
+)
 from mlxft.text import make_console
 
 

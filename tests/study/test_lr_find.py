@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mlxft.config import parse_config
 from mlxft.errors import ConfigError
-from mlxft.recipe import parse_config
 from mlxft.study.lr_find import judge, lr_find, ran_away, rate_at, smooth, valley
 
 

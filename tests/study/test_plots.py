@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from mlxft.errors import ConfigError, DataError
-from mlxft.study.drawing import COLOURS, INK, INLINE_INK
 from mlxft.study.plots import (
+    COLOURS,
+    INK,
+    INLINE_INK,
     curves,
     fewshot,
     figure,

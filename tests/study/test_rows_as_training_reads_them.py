@@ -12,16 +12,14 @@ from rich.console import Console
 
 from mlxft.data.sources import Row
 from mlxft.errors import DataError
+from mlxft.model.heads import Scorer
 from mlxft.model.load import Loaded
-from mlxft.model.sample import Sampling
-from mlxft.model.scorer import Scorer
-from mlxft.objectives.onpolicy.settings import RewardsSettings
-from mlxft.study.answers import Asked
-from mlxft.study.best import Choice, Keep, choose
-from mlxft.study.cases import make_cases
+from mlxft.model.sampling import Sampling
+from mlxft.objectives.rewards import RewardsSettings
+from mlxft.study.generate import Asked, Choice, Keep, choose
 from mlxft.study.label import read_tasks
 from mlxft.study.score import read_row
-from mlxft.study.tasks import Task
+from mlxft.study.tasks import Task, make_cases
 
 TOOLS = [{"name": "sky"}]
 SYSTEM = {"role": "system", "content": "of"}

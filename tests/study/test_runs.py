@@ -16,13 +16,31 @@ import yaml
 from rich.console import Console
 
 from mlxft.errors import CheckpointError, ConfigError, DataError
-from mlxft.owned import claim, hold, is_held
-from mlxft.study.compare import compare, details, plot_runs
-from mlxft.study.html import render, write_report
-from mlxft.study.run_tables import ending, show_comparison, show_details, show_list, span
-from mlxft.study.runs import find_removable, find_run, list_runs, read_events, remove_run, run_info
-from mlxft.study.watch import Tail, watch
-from mlxft.trainer.status import read_status, recorded
+from mlxft.files import claim, hold, is_held
+from mlxft.runs import (
+    Tail,
+    find_removable,
+    find_run,
+    list_runs,
+    read_events,
+    read_status,
+    recorded,
+    remove_run,
+    run_info,
+    watch,
+)
+from mlxft.study.report import (
+    compare,
+    details,
+    ending,
+    plot_runs,
+    render,
+    show_comparison,
+    show_details,
+    show_list,
+    span,
+    write_report,
+)
 
 START = {"event": "start", "step": 0, "objective": "sft", "base": "org/base", "method": "lora", "steps": 20}
 START |= {"trainable_parameters": 10, "total_parameters": 1000, "data": {"rows": 7, "padding share": 0.25}}

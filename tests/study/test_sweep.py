@@ -18,15 +18,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from mlxft.config import Sweep, load_config, parse_config, seconds
 from mlxft.errors import CheckpointError, ConfigError, DataError, TrainingError
-from mlxft.owned import claim, hold
-from mlxft.recipe import load_config, parse_config
+from mlxft.files import claim, hold
 from mlxft.run import train
-from mlxft.rundir import open_run
-from mlxft.search import Sweep, seconds
-from mlxft.study.sweep import sweep
-from mlxft.study.sweep_report import Outcome, Result
-from mlxft.study.sweep_store import Store
+from mlxft.runs import open_run
+from mlxft.study.sweep import Outcome, Result, Store, sweep
 
 SPACE = {"optim.lr": {"log": [1e-5, 1e-1]}, "tune.rank": {"choice": [2, 4, 8]}}
 Write = Callable[..., Path]

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import CheckpointError
-from mlxft.trainer.files import digest, save_arrays, write_beside, write_text
+from mlxft.files import digest, save_arrays, write_beside, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):

@@ -12,15 +12,16 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxft import measure
+from mlxft import build
+from mlxft.build import load_base, make_objective
 from mlxft.check import check_trains
+from mlxft.config import load_config, parse_config
 from mlxft.errors import ConfigError, ModelError
 from mlxft.objectives.base import Batch, LossSum, OffPolicy
 from mlxft.objectives.sft import one_of_few
-from mlxft.recipe import load_config, parse_config
-from mlxft.run import assemble, load_base, make_objective, train
-from mlxft.trainer import gradient as module
-from mlxft.trainer.gradient import TRACES, CompiledGradient, Gradients, gradient
+from mlxft.run import assemble, train
+from mlxft.trainer import loop as module
+from mlxft.trainer.loop import TRACES, CompiledGradient, Gradients, gradient
 
 Make = Callable[..., dict[str, Any]]
 PACKED = {"batch": {"rows": 1, "pack": True}, "data.max_length": 64}
@@ -240,8 +241,8 @@ def test_on_a_gpu_the_measured_gradient_decides(
         asked.append(compiled)
         return compiled_s if compiled else 1.0
 
-    monkeypatch.setattr(measure, "backend", lambda: "cuda")
-    monkeypatch.setattr(measure, "gradient_seconds", seconds)
+    monkeypatch.setattr(build, "backend", lambda: "cuda")
+    monkeypatch.setattr(build, "gradient_seconds", seconds)
     changes = {"memory.measure": True, "batch": {"rows": 10}}
     run = train(settings(**changes, **{"run.steps": 2}))
     assert asked == [False, True]
@@ -254,10 +255,10 @@ def test_on_a_gpu_the_measured_gradient_decides(
 
 
 def test_what_is_not_measured_is_not_compiled(settings: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "gradient_seconds", lambda *args: 1 / 0)
+    monkeypatch.setattr(build, "gradient_seconds", lambda *args: 1 / 0)
     run = train(settings(**{"memory.measure": True, "run.steps": 1}))  # a CPU
     assert load_config(run.dir / "config.yaml").run.compile == "off"
-    monkeypatch.setattr(measure, "backend", lambda: "metal")
+    monkeypatch.setattr(build, "backend", lambda: "metal")
     run = train(settings(**{"run.steps": 1, "run.name": "b"}))
     assert load_config(run.dir / "config.yaml").run.compile == "off"
 
@@ -265,9 +266,9 @@ def test_what_is_not_measured_is_not_compiled(settings: Make, monkeypatch: pytes
 def test_a_compiled_step_that_does_not_fit_stays_eager(
     settings: Make, traced: list[CompiledGradient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "backend", lambda: "metal")
-    monkeypatch.setattr(measure, "measured_bytes", lambda c, m, objective, o: 1 << (62 if objective.compiled else 20))
-    monkeypatch.setattr(measure, "gradient_seconds", lambda *args: 1 / 0)
+    monkeypatch.setattr(build, "backend", lambda: "metal")
+    monkeypatch.setattr(build, "measured_bytes", lambda c, m, objective, o: 1 << (62 if objective.compiled else 20))
+    monkeypatch.setattr(build, "gradient_seconds", lambda *args: 1 / 0)
     run = train(settings(**{"memory.measure": True, "run.steps": 1}))
     assert load_config(run.dir / "config.yaml").run.compile == "off"
     assert not traced
@@ -279,7 +280,7 @@ def test_both_gradients_are_timed_and_leave_no_trace(settings: Make) -> None:
     objective = make_objective(config, loaded.tokenizer)
     assemble(config, loaded, objective)
     before, key = dict(tree_flatten(loaded.model.trainable_parameters())), mx.random.state[0].tolist()
-    assert all(measure.gradient_seconds(config, loaded.model, objective, on) > 0 for on in (False, True))
+    assert all(build.gradient_seconds(config, loaded.model, objective, on) > 0 for on in (False, True))
     after = dict(tree_flatten(loaded.model.trainable_parameters()))
     assert all(mx.array_equal(before[name], after[name]).item() for name in before)
     assert mx.random.state[0].tolist() == key
@@ -313,7 +314,7 @@ def test_what_can_not_be_compiled_is_refused_and_left_eager(
     config = parse_config(asking)
     with pytest.raises(ConfigError, match=why):
         check_trains(config, make_objective(config, load_base(config).tokenizer))
-    monkeypatch.setattr(measure, "backend", lambda: "metal")
-    monkeypatch.setattr(measure, "gradient_seconds", lambda *args: 1 / 0)
+    monkeypatch.setattr(build, "backend", lambda: "metal")
+    monkeypatch.setattr(build, "gradient_seconds", lambda *args: 1 / 0)
     run = train(settings)
     assert load_config(run.dir / "config.yaml").run.compile == "off"

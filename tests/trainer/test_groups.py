@@ -12,12 +12,11 @@ import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
 
+from mlxft.config import load_config
 from mlxft.errors import ConfigError
-from mlxft.model.load import load
-from mlxft.model.twin import twin
-from mlxft.recipe import load_config
+from mlxft.model.load import load, twin
 from mlxft.run import train
-from mlxft.rundir import open_run
+from mlxft.runs import open_run
 
 QUIET = Console(quiet=True)
 

@@ -13,10 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxft.config import Config
+from mlxft.config import Config, parse_config
 from mlxft.errors import TrainingError
 from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
-from mlxft.recipe import parse_config
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
 

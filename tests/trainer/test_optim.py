@@ -19,7 +19,7 @@ from mlxft.model.heads import ScoreHead, attach_head
 from mlxft.model.load import load
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
-from mlxft.objectives.onpolicy.critic import add_critic
+from mlxft.objectives.ppo import add_critic
 from mlxft.trainer.optim import Optimizer, group_of, hidden_matrices, learning_rate, orthogonalised
 
 NAMES = ["adamw", "adam", "sgd", "lion", "adafactor", "muon"]

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlxft.config import parse_config
 from mlxft.errors import ConfigError
-from mlxft.recipe import parse_config
-from mlxft.run import open_run, train
+from mlxft.run import train
+from mlxft.runs import open_run
 
 Recipe = Callable[..., dict[str, Any]]
 NAMES = ("wandb", "trackio", "mlflow")

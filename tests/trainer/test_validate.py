@@ -10,12 +10,12 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlxft.config import parse_config
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets, trainable_weights
+from mlxft.model.layers import random_state
 from mlxft.model.load import Loaded
-from mlxft.model.random import random_state
 from mlxft.objectives.sft import SFT
-from mlxft.recipe import parse_config
-from mlxft.trainer.validate import validate
+from mlxft.trainer.loop import validate
 
 Recipe = Callable[..., dict[str, Any]]
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxft.model.logprobs import ahead
+from mlxft.model.logits import ahead
 from mlxft.run import train
 from mlxft.trainer.optim import Optimizer
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxft.objectives import functional as F
-from mlxft.objectives.onpolicy.group import equal_groups, group_relative, kl_loss, leave_one_out, surrogate
+from mlxft.objectives.functional import equal_groups, group_relative, kl_loss, leave_one_out, surrogate
 
 SCORES = np.array([0, 1, 1, 2, 3, 3, 3, 3], dtype=np.float32)
 # Of the group 0, 1, 1, 2: mean 1, squares 1 + 0 + 0 + 1, so the unbiased deviation is sqrt(2 / 3).

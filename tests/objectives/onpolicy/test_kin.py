@@ -14,14 +14,13 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 import mlxft
+from mlxft.build import base_skeleton, load_base, make_objective, prepare
+from mlxft.config import parse_config
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.load import base_fingerprint
 from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.onpolicy.memory import residents
-from mlxft.objectives.rloo import RLOOSettings
-from mlxft.planning import base_skeleton
-from mlxft.recipe import parse_config
-from mlxft.run import load_base, make_objective, prepare
+from mlxft.objectives.grpo import RLOOSettings
+from mlxft.objectives.rollouts import residents
 
 Words = Callable[..., Path]
 OnPolicy = Callable[..., dict[str, Any]]

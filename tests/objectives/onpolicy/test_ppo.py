@@ -20,9 +20,9 @@ from mlx.utils import tree_flatten
 import mlxft
 from mlxft.errors import ModelError
 from mlxft.model.heads import CRITIC
+from mlxft.model.layers import LowRank
 from mlxft.model.load import load as load_model
-from mlxft.model.lora import LowRank
-from mlxft.objectives.onpolicy.critic import is_critic
+from mlxft.objectives.ppo import is_critic
 from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.optim import Optimizer
 

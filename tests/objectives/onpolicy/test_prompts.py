@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from mlxft.config import parse_config
 from mlxft.data.formats import Example, Prompt
 from mlxft.errors import DataError
 from mlxft.model.load import load_tokenizer
-from mlxft.objectives.onpolicy.prompts import encode_prompts
-from mlxft.recipe import parse_config
+from mlxft.objectives.rollouts import encode_prompts
 
 TEMPLATE = "{% if tools %}{{ tools[0].name }} {% endif %}{{ messages[0].content }}"
 

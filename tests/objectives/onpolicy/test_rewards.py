@@ -15,18 +15,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mlxft.data.encode import encode_reply
+from mlxft.data.dataset import encode_reply
 from mlxft.errors import ConfigError, DataError, RewardError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
 from mlxft.model.heads import ScoreHead, head_arrays, head_metadata, read_head
 from mlxft.model.load import Loaded, base_fingerprint, load
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
-from mlxft.objectives.onpolicy.functions import as_number
-from mlxft.objectives.onpolicy.rewards import Item, Rewards
-from mlxft.objectives.onpolicy.settings import RewardsSettings
+from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, as_number
 from mlxft.run import train
-from mlxft.rundir import Run
+from mlxft.runs import Run
 from mlxft.study.score import open_scorer, score
 
 ROWS = [
@@ -69,14 +67,16 @@ def wanted(run: Run) -> list[float]:
     return [value for row in found for value in row.scores]
 
 
-def items(tokenizer: Any, **changes: Any) -> list[Item]:
+def items(tokenizer: Any, **changes: Any) -> list[Scored]:
     """Every row's two answers as if a policy with this tokenizer had sampled them."""
     found = []
     for i, row in enumerate(ROWS):
         for text in (row["chosen"], row["rejected"]):
             ids = encode_reply(row["prompt"], text, tokenizer, "")
             fields = {"prompt": row["prompt"], "answer": row["chosen"], **changes.get("row", {})}
-            found.append(Item(*ids, row["prompt"], text, fields, changes.get("finished", True), f"pairs.jsonl:{i + 1}"))
+            found.append(
+                Scored(*ids, row["prompt"], text, fields, changes.get("finished", True), f"pairs.jsonl:{i + 1}")
+            )
     return found
 
 
@@ -136,15 +136,15 @@ def test_on_another_base_texts_are_encoded_again(
     assert (rewards.role, roles.names) == (None, ["policy"])
     asked = items(other.tokenizer)
     # The policy's own ids say nothing to another model.
-    strange = [Item(i.prompt_ids[:1], i.reply_ids[:1], i.prompt, i.completion, i.row, True, i.where) for i in asked]
+    strange = [Scored(i.prompt_ids[:1], i.reply_ids[:1], i.prompt, i.completion, i.row, True, i.where) for i in asked]
     np.testing.assert_allclose(rewards.score(strange, tokens=64).total, wanted, atol=1e-4)
     turns = [[{"role": "user", "content": i.prompt}] for i in asked]
     chats = [
-        Item(i.prompt_ids, i.reply_ids, "as text", i.completion, {}, True, i.where, turn)
+        Scored(i.prompt_ids, i.reply_ids, "as text", i.completion, {}, True, i.where, turn)
         for i, turn in zip(asked, turns)
     ]
     np.testing.assert_allclose(rewards.score(chats, tokens=64).total, wanted, atol=1e-4)
-    plain = [Item(i.prompt_ids, i.reply_ids, i.prompt, i.completion, {}, True, i.where) for i in asked]
+    plain = [Scored(i.prompt_ids, i.reply_ids, i.prompt, i.completion, {}, True, i.where) for i in asked]
     np.testing.assert_allclose(rewards.score(plain, tokens=64).total, wanted, atol=1e-4)
 
 
@@ -173,7 +173,7 @@ def test_a_completion_that_a_stop_text_ended_is_read_up_to_it_and_then_eos(
         asked = items(other.tokenizer)
         sampled = [np.array(other.tokenizer.encode(i.completion + stop), dtype=np.int32) for i in asked]
         stopped = [
-            Item(i.prompt_ids, ids, i.prompt, i.completion, i.row, True, i.where) for i, ids in zip(asked, sampled)
+            Scored(i.prompt_ids, ids, i.prompt, i.completion, i.row, True, i.where) for i, ids in zip(asked, sampled)
         ]
         np.testing.assert_allclose(rewards.score(stopped, tokens=64).total, wanted, atol=1e-4)
 
@@ -218,7 +218,8 @@ def test_components_are_normalised_weighted_added_penalised_and_clipped(
     noted = read_head(run.result / "head.safetensors").about["reward"]
     asked = items(tiny_model.tokenizer)
     asked = [
-        Item(i.prompt_ids, i.reply_ids, i.prompt, i.completion, i.row, n % 3 > 0, i.where) for n, i in enumerate(asked)
+        Scored(i.prompt_ids, i.reply_ids, i.prompt, i.completion, i.row, n % 3 > 0, i.where)
+        for n, i in enumerate(asked)
     ]
     cut = np.array([n % 3 == 0 for n in range(len(asked))])
     model = np.array(wanted)
@@ -274,9 +275,9 @@ def test_a_reward_model_that_gives_no_number(run: Run, tiny_model: Loaded) -> No
 # Functions and rules need no model.
 
 
-def asked(count: int = 3) -> list[Item]:
+def asked(count: int = 3) -> list[Scored]:
     ids = np.arange(2, dtype=np.int32)
-    return [Item(ids, ids, f"p{i}", f"c{i}", {"n": i}, True, f"rows.jsonl:{i + 1}") for i in range(count)]
+    return [Scored(ids, ids, f"p{i}", f"c{i}", {"n": i}, True, f"rows.jsonl:{i + 1}") for i in range(count)]
 
 
 @pytest.fixture

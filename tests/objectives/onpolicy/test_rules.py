@@ -13,15 +13,13 @@ import pytest
 from pydantic import ValidationError
 
 from mlxft.errors import ConfigError, DataError
-from mlxft.objectives.onpolicy.rewards import Item, Rewards
-from mlxft.objectives.onpolicy.rolled import RolloutSettings
-from mlxft.objectives.onpolicy.rules import ScoredRule, find_json, last_number
-from mlxft.objectives.onpolicy.settings import RewardsSettings
+from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, ScoredRule, find_json, last_number
+from mlxft.objectives.rollouts import RolloutSettings
 
 
-def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, where: str = "p.jsonl:1") -> Item:
+def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, where: str = "p.jsonl:1") -> Scored:
     ids = np.arange(tokens, dtype=np.int32)
-    return Item(ids, ids, "a", completion, row or {}, True, where)
+    return Scored(ids, ids, "a", completion, row or {}, True, where)
 
 
 def rule(**settings: Any) -> ScoredRule:

@@ -1,0 +1,299 @@
+"""Commands on runs and this machine: runs, doctor, selftest, bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxft.cli import PathArg
+from mlxft.text import echo, home_path, json_text, make_console
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+# mlxft runs.
+
+DEFAULT = Path("runs")
+
+
+def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
+    """Shell completion: the runs there are."""
+    from mlxft.runs import list_runs
+
+    place = _place(ctx, ctx.params.get("place"))
+    return [r.name for r in list_runs(place, every=True) if r.name.startswith(typed)] if place.is_dir() else []
+
+
+def _place(ctx: click.Context, given: Path | None) -> Path:
+    """Where run folders stand: --dir may be given before or after the subcommand."""
+    above = ctx.parent.params.get("place") if ctx.parent else None
+    return home_path(given or above or DEFAULT)
+
+
+def _in(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--dir", "place", type=PathArg(file_okay=False), help="Where run folders stand: runs.")(command)
+
+
+_NAME = click.argument("name", shell_complete=_names)
+_NAMES = click.argument("names", nargs=-1, required=True, metavar="NAME...", shell_complete=_names)
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _print_json(found: Any) -> None:
+    echo(json_text(found, indent=2, default=str))
+
+
+@click.group(invoke_without_command=True)
+@_in
+@click.option("--all", "every", is_flag=True, help="Also those further down, such as the trials of a sweep.")
+@_JSON
+@click.pass_context
+def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> None:
+    """List runs, oldest first; show, compare, plot, report, watch or remove some.
+
+    \b
+    Example: mlxft runs
+             mlxft runs compare sft-lora sft-dora
+             mlxft runs report sft-lora --out report.html
+
+    A status is running, done, interrupted (Ctrl-C, or killed; go on with mlxft train --resume), failed, half-written
+    (parts are missing) or unfinished (by an older version).
+    """
+    if ctx.invoked_subcommand is not None:
+        if every or as_json:
+            raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, where it has them")
+        return
+    from mlxft.runs import list_runs, sure_place
+
+    where = _place(ctx, place)
+    found = list_runs(sure_place(where), every) if place is not None or where.is_dir() else []
+    if as_json:
+        _print_json([r.to_json() for r in found])
+    elif not found:
+        echo(f"no runs in {where}; train one: mlxft train RECIPE")
+    else:
+        from mlxft.study.report import show_list
+
+        show_list(make_console(), found)
+
+
+@runs.command()
+@_NAME
+@_in
+@_JSON
+@click.pass_context
+def show(ctx: click.Context, name: str, place: Path | None, as_json: bool) -> None:
+    """Show one run: numbers, settings that are not the default, answers, files.
+
+    Example: mlxft runs show sft-lora
+    """
+    from mlxft.runs import find_run
+    from mlxft.study.report import details, show_details
+
+    found = details(find_run(name, _place(ctx, place)))
+    _print_json(found.to_json()) if as_json else show_details(make_console(), found)
+
+
+@runs.command()
+@_NAMES
+@_in
+@_JSON
+@click.pass_context
+def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_json: bool) -> None:
+    """Show what differs between runs, in settings and in what came of them.
+
+    Example: mlxft runs compare sft-lora sft-dora
+    """
+    if len(names) < 2:
+        raise click.UsageError("name at least two runs")
+    from mlxft.runs import find_run
+    from mlxft.study.report import compare as compare_runs
+    from mlxft.study.report import details, show_comparison
+
+    found = compare_runs([details(find_run(name, _place(ctx, place)), name) for name in names])
+    _print_json(found.to_json()) if as_json else show_comparison(make_console(), found)
+
+
+@runs.command()
+@_NAMES
+@_in
+@click.option("--out", type=PathArg(dir_okay=False), help="File .png, .svg or .pdf.  [default: NAME.png]")
+@_OVERWRITE
+@click.pass_context
+def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Path | None, overwrite: bool) -> None:
+    """Draw the curves of runs: loss, learning rate, gradient norm, memory, and what the objective reports.
+
+    \b
+    Example: mlxft runs plot sft-lora --out sft-lora.svg
+             mlxft runs plot sft-lora sft-dora --out both.png
+    """
+    from mlxft.study.report import plot_runs
+
+    for path in plot_runs([*names], _place(ctx, place), out, overwrite):
+        echo(f"wrote {path}")
+
+
+@runs.command()
+@_NAME
+@_in
+@click.option("--out", type=PathArg(dir_okay=False), help="HTML file.  [default: report.html in the run]")
+@_OVERWRITE
+@click.pass_context
+def report(ctx: click.Context, name: str, place: Path | None, out: Path | None, overwrite: bool) -> None:
+    """Write one self-contained HTML page about a run.
+
+    Example: mlxft runs report sft-lora --out sft-lora.html
+    """
+    from mlxft.runs import find_run
+    from mlxft.study.report import write_report
+
+    echo(f"wrote {write_report(find_run(name, _place(ctx, place)), out, overwrite)}")
+
+
+@runs.command()
+@_NAMES
+@_in
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.pass_context
+def rm(ctx: click.Context, names: tuple[str, ...], place: Path | None, yes: bool) -> None:
+    """Remove run folders, with weights and checkpoints. A run that is training is refused.
+
+    Example: mlxft runs rm old-1 old-2
+    """
+    from mlxft.runs import find_removable, remove_run
+
+    found = find_removable([*names], _place(ctx, place))
+    for folder, size in found.items():
+        echo(f"{folder}: {size / 1e6:,.1f} MB")
+    if not yes:
+        click.confirm(f"Remove {'it' if len(found) == 1 else f'these {len(found)} runs'}?", abort=True)
+    for folder in found:
+        remove_run(folder)
+        echo(f"removed {folder}")
+
+
+@runs.command()
+@_NAME
+@_in
+@click.pass_context
+def watch(ctx: click.Context, name: str, place: Path | None) -> None:
+    """Show a run that trains elsewhere, until it ends: exit code 0 if it is done, 1 if it failed or was interrupted.
+
+    Example: mlxft runs watch sft-lora
+    """
+    from mlxft.runs import find_run
+    from mlxft.runs import watch as watch_run
+    from mlxft.study.report import ending
+
+    info = watch_run(find_run(name, _place(ctx, place)), make_console())
+    echo(ending(info))
+    ctx.exit(0 if info.status == "done" else 1)
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for an issue report.")
+def doctor(as_json: bool) -> None:
+    """Look at this machine: chip, memory, Python, MLX, disks and extras; say what is wrong and what mends it.
+
+    Exit code 1 if something is wrong. Nothing is computed and nothing is written.
+
+    \b
+    Example: mlxft doctor
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from mlxft.doctor import doctor_report, examine, sound
+
+    findings = examine(Path("runs"))
+    if as_json:
+        echo(json_text(doctor_report(findings), indent=2))
+    else:
+        console = make_console()
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        styles = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+        for f in findings:
+            table.add_row(Text(f.state, styles[f.state]), f.name, Text(f.value))
+            if f.mend:
+                table.add_row("", "", Text(f"-> {f.mend}"))
+        console.print(table)
+    if not sound(findings):
+        raise SystemExit(1)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for an issue report.")
+def selftest(as_json: bool) -> None:
+    """Hold what training is made of against float32 on the CPU: operations, SFT, DPO, PPO, resume, fuse, memory.
+
+    It takes a minute or two, downloads nothing, and writes to a temporary folder. Exit code 1 if a check fails.
+
+    \b
+    Example: mlxft selftest
+    """
+    from mlxft.selftest import Check, selftest_report
+    from mlxft.selftest import selftest as run
+
+    console = make_console()
+
+    def tell(check: Check) -> None:
+        if not as_json:
+            said = check.error or f"{check.found:.1e} of {check.allowed:.1e}"
+            state = "ok    " if check.passed else "FAILED"
+            console.print(f"{state}  {check.name}: {said}, {check.seconds:.1f} s", soft_wrap=True)
+
+    checks = run(tell)
+    if as_json:
+        echo(json_text(selftest_report(checks), indent=2))
+    if not all(check.passed for check in checks):
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, metavar="[JOB]...")
+@click.option("--shape", default="smollm2-135m", show_default=True, help="Of the model; its weights are random.")
+@click.option("--steps", default=8, show_default=True, type=click.IntRange(2, 1000), help="Counted ones of each job.")
+@click.option("--against", type=click.Choice(["mlx_lm"]), help="It takes a turn behind each job that it does.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as_json: bool) -> None:
+    """Time this machine: SFT by LoRA and QLoRA, plain, packed and checkpointed, DPO, GRPO, PPO, and sampling.
+
+    JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo, sampling; default: all.
+    --shape takes smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b or qwen3-8b. Nothing is downloaded; the rows at
+    the end are for docs/performance.md. Exit code 1 if a job fails.
+
+    \b
+    Example: mlxft bench --shape qwen3-0.6b --against mlx_lm
+             mlxft bench sft-qlora --shape llama-3.2-3b
+    """
+    from mlxft.selftest import JOBS, markdown
+    from mlxft.selftest import bench as run
+
+    console = make_console()
+
+    def tell(found: dict[str, Any]) -> None:
+        if as_json:
+            return
+        said = found.get("error") or f"{found['tokens_per_s']:.0f} tokens/s, {found['peak_gb']:.2f} GB"
+        more = f", {found['share']:.0%} of the machine's products" if "share" in found else ""
+        more += f", {found['sampled_per_s']:.0f} sampled/s" if "sampled_per_s" in found else ""
+        console.print(f"{found['side']:>6}  {found['job']}: {said}{more}", soft_wrap=True)
+
+    found = run(jobs or tuple(JOBS), shape, steps, against is not None, tell)
+    if as_json:
+        echo(json_text(found, indent=2))
+    else:
+        command = " ".join(
+            ["mlxft bench", *jobs, f"--shape {shape} --steps {steps}", *(["--against mlx_lm"] if against else [])]
+        )
+        echo("\n".join(["", *markdown(found, command)]))
+    if any("error" in job for job in found["jobs"]):
+        raise SystemExit(1)

@@ -1,0 +1,962 @@
+"""Rewards: rules, Python functions and reward models, and their weighted sum."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from mlxft.config import Settings, load_config
+from mlxft.data.chat import Thoughts, answer_of, keeps_thoughts, wanted_of
+from mlxft.data.dataset import Ids, Reply
+from mlxft.data.formats import Message, tools_of
+from mlxft.data.sources import report_lines
+from mlxft.errors import ConfigError, DataError, RewardError, missing_extra, nearest
+from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
+from mlxft.model.fingerprint import fits_base
+from mlxft.model.heads import Scorer, find_head, load_head, read_head
+from mlxft.model.layers import probing
+from mlxft.model.load import base_fingerprint, resolve
+from mlxft.model.load import load as load_model
+from mlxft.model.logits import Split
+from mlxft.model.roles import Roles
+from mlxft.text import home_path, parse_json, read_small
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+# What on-policy objectives share in a recipe: how completions are sampled, and what they are worth.
+
+
+class Rule(Settings):
+    """A reward by rule. Each kind is a class of its own, with its own settings."""
+
+    kind: str
+    weight: float = Field(1.0, description="What the rule's value is multiplied by.")
+
+
+class TextRule(Rule):
+    """A rule that judges what a completion says: by default its answer, without the thoughts before it."""
+
+    thoughts: Thoughts | None = Field(
+        None,
+        description="drop: judge the answer without its thoughts; keep: the whole completion; default: as "
+        "rewards.thoughts, and keep for a regex that names the marks of thoughts, as <think>.",
+    )
+
+    def keeps_thoughts(self, general: Thoughts) -> bool:
+        """Return whether the whole completion is judged, where `rewards.thoughts` is `general`."""
+        return keeps_thoughts(self.thoughts, general)
+
+
+class ExactMatch(TextRule):
+    """1 where the completion is the text of a field of the row, else 0; white space around both does not count."""
+
+    kind: Literal["exact_match"] = "exact_match"
+    field: str = Field("answer", min_length=1, description="Field of the row that holds the wanted text.")
+    ignore_case: bool = Field(False, description="Whether upper and lower case are the same.")
+
+
+class Regex(TextRule):
+    """1 where a regular expression of Python is found in the completion, else 0."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str = Field(min_length=1, description="The expression; (?i) in front ignores case.")
+    full: bool = Field(False, description="The whole completion must fit, white space around it aside.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as exc:
+            raise ValueError(f"{value!r} is no regular expression: {exc}") from None
+        return value
+
+    def keeps_thoughts(self, general: Thoughts) -> bool:
+        return keeps_thoughts(self.thoughts, general, self.pattern)
+
+
+class Number(TextRule):
+    """1 where the last number of the completion is the number in a field of the row, else 0.
+
+    Commas between thousands, currency signs and percent signs are left out: 1,234.50, $1234.5 and 1234.5% are equal.
+    """
+
+    kind: Literal["number"] = "number"
+    field: str = Field("answer", min_length=1, description="Field with the wanted number; of a text, its last number.")
+    tolerance: float = Field(1e-6, ge=0, description="Largest difference between the two numbers.")
+
+
+class JsonSchema(TextRule):
+    """1 where the completion, or what stands in its ``` fence, is JSON and fits the schema, else 0."""
+
+    # BaseModel has a method `schema`, so the attribute has another name than the setting.
+    kind: Literal["json_schema"] = "json_schema"
+    schema_: str | dict[str, Any] | None = Field(
+        None, alias="schema", description="A JSON Schema or the path of its file; default: any JSON will do."
+    )
+
+    @model_serializer(mode="wrap")
+    def _by_setting(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"schema" if name == "schema_" else name: value for name, value in handler(self).items()}
+
+
+class Length(Rule):
+    """1 where the completion's length lies in a window; outside it falls linearly, to 0 at a distance of `slack`.
+
+    Thoughts count: it is the length of all that was sampled.
+    """
+
+    kind: Literal["length"] = "length"
+    min: int | None = Field(None, ge=0, description="Least length; default: none.")
+    max: int | None = Field(None, ge=0, description="Greatest length; default: none.")
+    unit: Literal["tokens", "chars"] = Field(
+        "tokens", description="tokens: as sampled, with the one that ends the completion; chars: of its text."
+    )
+    slack: int = Field(0, ge=0, description="Distance from the window at which the value is 0; 0: at once.")
+
+    @model_validator(mode="after")
+    def _window(self) -> Length:
+        if self.min is None and self.max is None:
+            raise ValueError("give min or max, or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
+AnyRule = ExactMatch | Regex | Number | JsonSchema | Length
+KINDS: dict[str, type[AnyRule]] = {
+    "exact_match": ExactMatch,
+    "regex": Regex,
+    "number": Number,
+    "json_schema": JsonSchema,
+    "length": Length,
+}
+
+
+class RewardsSettings(Settings):
+    """The section `rewards`: what a completion is worth, the weighted sum of a reward model, functions and rules."""
+
+    SOURCES: ClassVar[tuple[str, ...]] = ("adapter", "function", "rules")
+
+    adapter: str | None = Field(
+        None, description="A reward run (or its adapter or model folder): of the policy's base, or of another one."
+    )
+    adapter_weight: float = Field(1.0, description="What the reward model's score is multiplied by.")
+    normalize: bool = Field(
+        False, description="Take the reward run's mean off the scores and divide by its std, both as it stored them."
+    )
+    function: str | dict[str, float] | None = Field(
+        None,
+        description="file.py:name, called as name(prompts, completions, rows) -> floats; several: mapped to weights.",
+    )
+    rules: list[AnyRule] = Field(
+        default_factory=list,
+        description=f"Mappings with a kind ({', '.join(KINDS)}), that kind's settings, and a weight.",
+    )
+    thoughts: Thoughts = Field(
+        "drop",
+        description="What rules judge. drop: the answer without its thoughts (<think>...</think>, and other families' "
+        "marks); a thought that never ends leaves no answer. keep: the whole completion. A rule may differ by its own "
+        "`thoughts`; length, functions (see mlxft.answer_of) and reward models always read the whole completion.",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        description="Bound of the total: after normalising, weighting, adding up and the missing-EOS penalty it is "
+        "held between -clip and clip.",
+    )
+    missing_eos_penalty: float | None = Field(
+        None, ge=0, description="Taken off the total where a completion was cut off before EOS or a stop text."
+    )
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _read_rules(cls, value: Any) -> Any:
+        """Each mapping by its kind, so that an error names the rule and its setting."""
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list of rules, each a mapping with a kind; seen {value!r:.60}")
+        found = [_read_rule(i, rule) for i, rule in enumerate(value)]
+        problems = [line for problems in found if isinstance(problems, list) for line in problems]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return found
+
+    @field_validator("function", mode="before")
+    @classmethod
+    def _some_function(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not value:
+            raise ValueError("names no function; give file.py:name, or leave it out")
+        wrong = [k for k, weight in value.items() if isinstance(weight, bool)] if isinstance(value, dict) else []
+        if wrong:
+            raise ValueError(f"{wrong[0]} has the weight {value[wrong[0]]}; expected a number")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardsSettings:
+        # By value: config.yaml holds every setting, also those that nobody gave.
+        idle = [k for k, off in (("adapter_weight", 1.0), ("normalize", False)) if getattr(self, k) != off]
+        if idle and self.adapter is None:
+            raise ValueError(f"{' and '.join(idle)}: for a reward model's scores; give adapter too, or leave it out")
+        if self.thoughts != "drop" and not any(isinstance(rule, TextRule) for rule in self.rules):
+            raise ValueError("thoughts: for rules that judge what a completion says; give such rules, or leave it out")
+        return self
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any reward."""
+        return any(getattr(self, name) for name in self.SOURCES)
+
+
+def _read_rule(index: int, rule: Any) -> AnyRule | list[str]:
+    """The rule, or what is wrong with it."""
+    at = f"rules[{index}]"
+    if isinstance(rule, Rule):
+        return rule  # type: ignore[return-value]
+    if not isinstance(rule, Mapping):
+        return [f"{at} is {rule!r:.60}; expected a mapping with a kind"]
+    name = rule.get("kind")
+    if not isinstance(name, str) or name not in KINDS:
+        seen = f"is {name!r}{nearest(str(name), KINDS)}" if "kind" in rule else "is needed"
+        return [f"{at}.kind {seen}; there are {', '.join(KINDS)}"]
+    kind = KINDS[name]
+    try:
+        return kind.model_validate(dict(rule))
+    except ValidationError as error:
+        return [_problem(at, kind, e) for e in error.errors()]
+
+
+def _problem(at: str, kind: type[Rule], e: Any) -> str:
+    """One problem of a rule in words."""
+    there = [field.alias or name for name, field in kind.model_fields.items()]
+    # A union's branches stand in the location after the setting's name.
+    place = ".".join([at, *(str(part) for part in e["loc"][:1])])
+    if e["type"] == "extra_forbidden":
+        return f"{place}: no such setting{nearest(str(e['loc'][0]), there)}; it has {', '.join(there)}"
+    if e["type"] == "missing":
+        return f"{place} is needed: {kind.model_fields[str(e['loc'][0])].description}"
+    if e["type"] == "value_error":
+        return f"{place}: {e['ctx']['error']}"
+    return f"{place}: {e['msg'][0].lower()}{e['msg'][1:]}; seen {e['input']!r:.60}"
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+# Rewards by rule: an exact answer, a pattern, a number, JSON, a length.
+
+# A sign only where no word or number stands before it: 10-5 has no -5. Thousands are parted by commas, or not at all.
+_NUMBER = re.compile(
+    r"(?:(?P<sign>(?<![\w.)\]%])[-+\u2212])?(?:[$\u20ac\u00a3\u00a5\u20b9]\s?(?P<inner>[-\u2212])?)?)?"
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?P<power>[eE][-+]?\d+)?"
+)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, or None; see the rule `number`."""
+    every = list(_NUMBER.finditer(text))
+    if not every:
+        return None
+    found = every[-1]
+    sign = (found["sign"] or "") + (found["inner"] or "")
+    negative = "-" in sign or "\u2212" in sign
+    value = float(found["digits"].replace(",", "") + (found["power"] or ""))
+    return -value if negative else value
+
+
+def find_json(text: str) -> tuple[bool, Any]:
+    """Whether a text, or the last of its ``` fences that does, holds JSON; and its value."""
+    for part in (text, *reversed(_FENCE.findall(text))):
+        try:
+            return True, parse_json(part, parse_constant=_no_json)
+        except (ValueError, RecursionError):
+            continue
+    return False, None
+
+
+def _no_json(name: str) -> None:
+    """Python reads NaN and Infinity, which JSON does not have."""
+    raise ValueError(name)
+
+
+class ScoredRule:
+    """A rule ready to score.
+
+    Args:
+        thoughts: what is judged, where the rule itself does not say.
+    Attributes:
+        name: rules/0_regex, by its place and kind.
+        weight: what its values are multiplied by.
+    Raises:
+        ConfigError: a schema that can not be read or is none.
+    """
+
+    def __init__(self, index: int, rule: AnyRule, thoughts: Thoughts = "drop") -> None:
+        self.rule = rule
+        self.name = f"rules/{index}_{rule.kind}"
+        self.weight = rule.weight
+        self._whole = not isinstance(rule, TextRule) or rule.keeps_thoughts(thoughts)
+        self._value = _scorer(f"rewards.rules[{index}]", rule)
+
+    def problem(self, row: dict[str, Any]) -> str | None:
+        """What a row lacks that the rule reads, or None."""
+        if not isinstance(self.rule, ExactMatch | Number):
+            return None
+        field = self.rule.field
+        if field not in row:
+            has = ", ".join(sorted(row)) or "none"
+            return f"no field {field!r}, which {self.name} compares with; the row has {has}"
+        value = row[field]
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return f"{field} is {value!r:.40}; expected a text or a number, which {self.name} compares with"
+        if isinstance(self.rule, Number):
+            wanted = _as_number(self._wanted(row))
+            if wanted is None or not math.isfinite(wanted):
+                return f"{field} is {value!r:.40}, which holds no number; {self.name} compares with one"
+        return None
+
+    def score(self, items: Sequence[Scored]) -> list[float]:
+        """A value for each completion.
+
+        Raises:
+            DataError: rows lack what the rule reads.
+        """
+        values = []
+        for item in items:
+            if problem := self.problem(item.row):
+                raise DataError(f"{item.where}: {problem}")
+            said = item.completion if self._whole else item.answer
+            values.append(self._value(item, said, self._wanted(item.row)))
+        return values
+
+    def _wanted(self, row: dict[str, Any]) -> str | int | float:
+        """What the row's field holds; '' for a rule that compares with none."""
+        value: str | int | float = row[self.rule.field] if isinstance(self.rule, ExactMatch | Number) else ""
+        return wanted_of(value) if isinstance(value, str) and not self._whole else value
+
+
+def _scorer(at: str, rule: AnyRule) -> Callable[[Scored, str, str | int | float], float]:
+    """The value of a completion: the function takes it, what of its text is judged, and what the row wants."""
+    if isinstance(rule, ExactMatch):
+        return lambda item, said, wanted: _exact_match(said, str(wanted), rule.ignore_case)
+    if isinstance(rule, Regex):
+        pattern = re.compile(rule.pattern)
+        if rule.full:
+            return lambda item, said, wanted: float(pattern.fullmatch(said.strip()) is not None)
+        return lambda item, said, wanted: float(pattern.search(said) is not None)
+    if isinstance(rule, Number):
+        return lambda item, said, wanted: _number(said, wanted, rule.tolerance)
+    if isinstance(rule, JsonSchema):
+        fits = _validator(at, rule)
+        return lambda item, said, wanted: _json(fits, said)
+    return lambda item, said, wanted: _length(rule, len(item.reply_ids) if rule.unit == "tokens" else len(said))
+
+
+def _exact_match(said: str, wanted: str, ignore_case: bool) -> float:
+    said, wanted = said.strip(), wanted.strip()
+    if ignore_case:
+        said, wanted = said.casefold(), wanted.casefold()
+    return float(said == wanted)
+
+
+def _number(said: str, wanted: str | int | float, tolerance: float) -> float:
+    one, two = last_number(said), _as_number(wanted)
+    return float(one is not None and two is not None and abs(one - two) <= tolerance)
+
+
+def _as_number(value: str | int | float) -> float | None:
+    try:
+        return last_number(value) if isinstance(value, str) else float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _length(rule: Length, size: int) -> float:
+    below = rule.min - size if rule.min is not None else 0
+    above = size - rule.max if rule.max is not None else 0
+    outside = max(0, below, above)
+    if outside == 0:
+        return 1.0
+    return max(0.0, 1 - outside / rule.slack) if rule.slack else 0.0
+
+
+def _json(fits: Callable[[Any], bool] | None, text: str) -> float:
+    there, value = find_json(text)
+    return float(there and (fits is None or fits(value)))
+
+
+def _validator(at: str, rule: JsonSchema) -> Callable[[Any], bool] | None:
+    """Whether a value fits the rule's schema; None where any JSON will do."""
+    if rule.schema_ is None:
+        return None
+    schema, origin = _read_schema(at, rule.schema_)
+    try:
+        from jsonschema import SchemaError, validators
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+    except ImportError:
+        raise ConfigError(f"{at}.schema: {missing_extra('jsonschema', 'rewards')}") from None
+    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+        # With a registry of its own nothing is fetched for a $ref that leads out of the schema.
+        validator = kind(schema, registry=Registry())
+        list(validator.iter_errors({}))
+    except SchemaError as exc:
+        place = "/".join(str(part) for part in exc.absolute_path)
+        raise ConfigError(f"{origin}: not a JSON Schema: {exc.message}{f' (at {place})' if place else ''}") from None
+    except Unresolvable as exc:
+        raise ConfigError(f"{origin}: $ref to {exc.ref!r}, which is not in the schema; put it under $defs") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: a $ref leads back to itself, or the schema is nested too deep") from None
+
+    def fits(value: Any) -> bool:
+        try:
+            return bool(validator.is_valid(value))
+        except Unresolvable as exc:
+            raise ConfigError(
+                f"{origin}: $ref to {exc.ref!r}, which is not in the schema; put it under $defs"
+            ) from None
+        except RecursionError:
+            return False
+
+    return fits
+
+
+def _read_schema(at: str, given: str | dict[str, Any]) -> tuple[Any, str]:
+    """A schema, and where it is from."""
+    if isinstance(given, dict):
+        return given, f"{at}.schema"
+    try:
+        schema = parse_json(read_small(home_path(given)))
+    except OSError as exc:
+        raise ConfigError(f"{at}.schema: can not read {given}: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigError(f"{at}.schema: {given} is not valid JSON: {exc}") from exc
+    if not isinstance(schema, dict | bool):
+        raise ConfigError(f"{at}.schema: {given} holds {type(schema).__name__}; expected a JSON Schema, a mapping")
+    return schema, f"{at}.schema: {given}"
+
+
+# --- functions --------------------------------------------------------------------------------------------------------
+# Rewards by a function of the user's: loaded from a file, called on batches, and what it returns looked at closely.
+
+# Components that are no functions.
+MODEL, MISSING_EOS = "reward_model", "missing_eos"
+CALL = "name(prompts, completions, rows) -> list of floats"
+
+
+class ScoredFunction:
+    """A reward function ready to score.
+
+    Attributes:
+        name: as it is called in reports.
+        spec: file.py:name.
+    """
+
+    def __init__(self, name: str, spec: str, weight: float, function: Callable[..., Any]) -> None:
+        self.name, self.spec, self.weight = name, spec, weight
+        self._function = function
+
+    def score(self, items: Sequence[Scored]) -> list[float]:
+        """A value for each completion.
+
+        Raises:
+            RewardError: it raised, or did not return a finite number for each.
+        """
+        try:
+            result = self._call(items)
+        except (Exception, SystemExit) as error:  # sys.exit(0) would end the run as if it were done
+            raise self._located(items, error) from error
+        values = self._listed(result, len(items))
+        found = []
+        for item, value in zip(items, values):
+            number = as_number(value)
+            if number is None:
+                raise RewardError(
+                    f"{self.spec}: {item.where}: returned {_shown(value)} for the completion "
+                    f"{_short(item.completion)}; expected a finite number"
+                )
+            found.append(number)
+        return found
+
+    def _call(self, items: Sequence[Scored]) -> Any:
+        # The function's own lists and mappings: what it changes there is not ours.
+        rows = [dict(item.row) for item in items]
+        return self._function([item.prompt for item in items], [item.completion for item in items], rows)
+
+    def _located(self, items: Sequence[Scored], error: BaseException) -> RewardError:
+        """The error with the row that it comes from: the first that raises when it is asked for alone."""
+        for item in items:
+            try:
+                self._call([item])
+            except (Exception, SystemExit) as alone:
+                return RewardError(
+                    f"{self.spec}: {item.where}: raised {_told(alone)} for the completion {_short(item.completion)}"
+                )
+        first = f" from {items[0].where} on" if items else ""
+        return RewardError(
+            f"{self.spec}: raised {_told(error)} for {len(items)} completions{first}, and for none of them alone"
+        )
+
+    def _listed(self, result: Any, count: int) -> Sequence[Any]:
+        what = f"a list of {count} numbers, one for each completion"
+        if result is None:
+            raise RewardError(f"{self.spec}: returned None; expected {what} (is a return missing?)")
+        listed = hasattr(result, "__len__") and hasattr(result, "__iter__") and getattr(result, "ndim", 1) > 0
+        if not listed or isinstance(result, str | bytes | dict | set):
+            raise RewardError(f"{self.spec}: returned {_shown(result)}; expected {what}")
+        if len(result) != count:
+            raise RewardError(f"{self.spec}: returned {len(result)} values for {count} completions; expected {what}")
+        return list(result)
+
+
+def as_number(value: Any) -> float | None:
+    """A finite float of float32's range; None for what is none. Arrays of one element count as their number."""
+    if not isinstance(value, bool | int | float) and callable(item := getattr(value, "item", None)):
+        try:
+            value = item()
+        except Exception:  # of several elements: each library has its own error for it
+            return None
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= float(np.finfo(np.float32).max) else None
+
+
+def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]:
+    """The functions of `rewards.function`, each file run once.
+
+    Raises:
+        ConfigError: no such file or function, or the file can not be run.
+    """
+    weights = {given: 1.0} if isinstance(given, str) else dict(given or {})
+    modules: dict[Path, ModuleType] = {}
+    names = [spec.rpartition(":")[2] for spec in weights]
+    found = []
+    for (spec, weight), name in zip(weights.items(), names):
+        path, colon, _ = spec.rpartition(":")
+        if not (path and colon and name):
+            raise ConfigError(f"rewards.function: {spec!r} names no function; expected file.py:name, called as {CALL}")
+        file = home_path(path)
+        if file not in modules:
+            modules[file] = _run_file(spec, file)
+        # A plain name is easier to read in reports, where it can mean one function only.
+        shown = spec if names.count(name) > 1 or name in (MODEL, MISSING_EOS) else name
+        found.append(ScoredFunction(shown, spec, weight, _named(spec, modules[file], name)))
+    return found
+
+
+def _run_file(spec: str, file: Path) -> ModuleType:
+    """A file as a module that nothing else can meet: of a name of its own, without bytecode left beside it.
+
+    While it runs, what stands beside it can be imported, as by a script.
+    """
+    if not file.is_file():
+        near = nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
+        raise ConfigError(f"rewards.function: {spec}: no such file {file}{near}; looked in {file.absolute().parent}")
+    name = f"mlxft_rewards_{blake2b(str(file.absolute()).encode(), digest_size=6).hexdigest()}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file.absolute()))
+    module_spec = importlib.util.spec_from_loader(name, loader)
+    assert module_spec is not None
+    module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses and pickled things look their module up by its name.
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    beside = str(file.absolute().parent)
+    sys.path.append(beside)  # last: a file called json.py is nobody else's json
+    try:
+        exec(loader.source_to_code(loader.get_data(loader.path), loader.path), module.__dict__)
+    except BaseException as error:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ConfigError(f"rewards.function: {spec}: {file} can not be run: {_told(error)}") from error
+    finally:
+        if beside in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(beside)]
+    return module
+
+
+def _named(spec: str, module: ModuleType, name: str) -> Callable[..., Any]:
+    there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if not hasattr(module, name):
+        has = f"it has {', '.join(sorted(there))}" if there else "it has no function"
+        raise ConfigError(f"rewards.function: {spec}: no function {name!r} in it{nearest(name, there)}; {has}")
+    found = getattr(module, name)
+    if not callable(found):
+        kind = type(found).__name__
+        raise ConfigError(f"rewards.function: {spec}: {name} is {kind}, not a function; expected {CALL}")
+    function: Callable[..., Any] = found
+    return function
+
+
+def _told(error: BaseException) -> str:
+    """An error's kind, words, and the line of the user's file where it happened."""
+    words = " ".join(str(error).split())[:300]
+    line, at = None, error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_globals.get("__name__", "").startswith("mlxft_rewards_"):
+            line = at.tb_lineno
+        at = at.tb_next
+    return type(error).__name__ + (f": {words}" if words else "") + (f" (line {line})" if line else "")
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return f"{text[:60]} ({type(value).__name__})"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+# --- reward model -----------------------------------------------------------------------------------------------------
+# A reward run as a source of rewards: a role on the policy's base, or a model of its own.
+
+ROLE = "reward"
+
+
+@dataclass(frozen=True)
+class RewardRun:
+    """A reward run on the disk.
+
+    Attributes:
+        folder: its adapter, or its whole model.
+        chat: whether its prompts and answers went through the chat template.
+        mean, std: of its scores on its validation rows, None where it had none.
+    """
+
+    folder: Path
+    chat: bool
+    mean: float | None
+    std: float | None
+
+
+def find_reward_run(path: str, normalize: bool) -> RewardRun:
+    """The reward run that `rewards.adapter` names; nothing is loaded but its head's file.
+
+    Raises:
+        ConfigError: not there, no reward run, or `normalize` and it stored no mean and standard deviation.
+        ModelError: its head can not be read.
+    """
+    place = home_path(path)
+    file = find_head(path)
+    if file is None:
+        if not place.exists():
+            raise ConfigError(f"rewards.adapter: no such run or folder: {path}")
+        raise ConfigError(
+            f"rewards.adapter: {path} has no head: not a reward run, or one without a result yet; name a run of "
+            "objective: reward"
+        )
+    about = read_head(file).about
+    noted = about.get("reward", {})
+    mean, std = noted.get("mean"), noted.get("std")
+    if normalize and (mean is None or not std):
+        seen = f"its std is {std}" if std is not None else "it was trained without data.valid"
+        raise ConfigError(
+            f"rewards.normalize: {path} has no mean and standard deviation to normalise by: {seen}; leave normalize out"
+        )
+    return RewardRun(file.parent, reads_chat(place, about), mean, std)
+
+
+def reads_chat(folder: Path, about: dict[str, Any]) -> bool:
+    """Whether a reward model was trained on texts as turns of the chat template: its head says so, or else its run.
+
+    Args:
+        folder: the run, its adapter, or a model.
+        about: noted with the head; before heads noted it, the run alone knew.
+    """
+    runs = [place for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
+    template = about.get("template") or (
+        load_config(runs[0] / "config.yaml", looked_at=True).data.template if runs else "auto"
+    )
+    return bool(template == "auto")
+
+
+class RewardModel:
+    """A reward run ready to score.
+
+    Args:
+        roles: of the policy's model; the role "reward" comes to it where the run is of the same base.
+        split: of that model.
+        fingerprint, base: of the policy's base, and its name.
+    Attributes:
+        role: its name among `roles`; None: it is a model of its own.
+    Raises:
+        ModelError: it can not be loaded.
+    """
+
+    def __init__(
+        self, run: RewardRun, tokenizer: Any, roles: Roles, split: Split, fingerprint: str | None, base: str | None
+    ) -> None:
+        self.role: str | None = None
+        self._roles = roles
+        moments = (run.mean, run.std)
+        if same_base(run.folder, fingerprint, base):
+            role = roles.load(ROLE, run.folder, fingerprint)
+            mx.eval(roles.weights(ROLE), role.head.weight if role.head else [])
+            self.role = ROLE
+            self._scorer = Scorer(split, tokenizer, run.chat, *moments)
+            return
+        if (run.folder / "adapter_config.json").is_file():
+            loaded = load_with_adapter(run.folder, run.folder, {})
+        else:
+            loaded = load_model(str(run.folder))
+        own = Split(loaded.model)
+        load_head(own, run.folder / "head.safetensors", base_fingerprint(loaded))
+        loaded.model.freeze()
+        loaded.model.eval()
+        mx.eval(loaded.model.parameters())
+        self._scorer = Scorer(own, loaded.tokenizer, run.chat, *moments)
+
+    def held(self) -> list[mx.array]:
+        """Its arrays: of its role, or of the model that it is."""
+        if self.role is None:
+            return [value for _, value in tree_flatten(self._scorer.split.model.parameters())]
+        head = self._roles[self.role].head
+        return [*self._roles.weights(self.role).values(), *([head.weight] if head is not None else [])]
+
+    def score(self, items: Sequence[Scored], tokens: int) -> list[float]:
+        """Scores of completions, in batches of at most `tokens` tokens.
+
+        Raises:
+            DataError: a completion can not be encoded for the model.
+            RewardError: a score that is no number.
+        """
+        if self.role is not None:
+            answers = [Reply(item.prompt_ids, self._sampled(item)) for item in items]
+            with probing(self._roles.model), self._roles.use(self.role):
+                scores = self._scorer.scores(answers, tokens)
+        else:
+            scores = self._scorer.scores([self._encode(item) for item in items], tokens)
+        for item, score in zip(items, scores):
+            if score - score != 0:  # NaN or infinite
+                raise RewardError(f"rewards.adapter: {item.where}: the reward model's score is {score}")
+        return scores
+
+    def _sampled(self, item: Scored) -> Ids:
+        """A completion's own ids; of one that a stop text ended those of the text before it, ended as answers are."""
+        ended = item.finished and item.reply_ids[-1] not in self._scorer.tokenizer.eos_token_ids
+        return self._encode(item).reply if ended else item.reply_ids
+
+    def _encode(self, item: Scored) -> Reply:
+        """Prompt and completion as this model's own tokenizer and template have them."""
+        scorer = self._scorer
+        prompt = item.prompt if item.asked is None else item.asked
+        if not isinstance(prompt, str) and not (scorer.chat and scorer.tokenizer.has_chat_template):
+            prompt = item.prompt
+        reply: Any = item.completion
+        if not isinstance(prompt, str):
+            reply = {"role": "assistant", "content": reply}
+        found = scorer.encode(prompt, reply, item.where, tools_of(item.row))
+        # The token that ends an answer says that it is complete.
+        return found if item.finished else Reply(found.prompt, found.reply[:-1])
+
+
+def same_base(folder: Path, fingerprint: str | None, base: str | None) -> bool:
+    """Whether the run can be a role: an adapter, of a base with the same shapes and, as far as is known, weights."""
+    if fingerprint is None or not (folder / "adapter_config.json").is_file():
+        return False
+    recorded = base_noted(read_adapter_config(folder))
+    if "fingerprint" not in recorded or not fits_base(recorded["fingerprint"], fingerprint):
+        return False
+    name = recorded.get("model")
+    # A fine-tuned and fused base has the shapes of its origin: on it the reward's adapter would mean something else.
+    return base is None or name is None or name == base or _place(name) == _place(base)
+
+
+def _place(name: str) -> Path:
+    return resolve(name, weights=False).resolve()
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+Values = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A completion that is to be scored.
+
+    Attributes:
+        prompt_ids, reply_ids: (P,) and (R,) int32, as sampled: with the EOS that ended it, without padding.
+        prompt, completion: their texts, without special tokens but for those that mark thoughts.
+        row: the fields of the row of data.
+        finished: whether EOS or a stop text ended it.
+        where: the row's place, for messages.
+        asked: the text or the messages that the prompt was rendered from; None: the text `prompt`.
+        opening: the mark by which the prompt has opened a thought, or "".
+    """
+
+    prompt_ids: Ids
+    reply_ids: Ids
+    prompt: str
+    completion: str
+    row: dict[str, Any]
+    finished: bool
+    where: str
+    asked: str | list[Message] | None = None
+    opening: str = ""
+
+    @property
+    def answer(self) -> str:
+        """The completion without its thoughts."""
+        return answer_of(self.completion, self.opening)
+
+
+class Scores(NamedTuple):
+    """Rewards of n completions.
+
+    Attributes:
+        total: (n,) float32, what is trained by.
+        components: name -> (n,) float32, each source's own value: before normalising, weights and clipping; and what
+            the missing-EOS penalty adds.
+    """
+
+    total: Values
+    components: dict[str, Values]
+
+
+class Rewards:
+    """The rewards of a recipe.
+
+    Args:
+        tokenizer: the policy's.
+    Attributes:
+        role: the role of the reward model, if it is one on the policy's base: the critic may start from it.
+    Raises:
+        ConfigError: no source is given, or one can not be used. The reward run itself is loaded by `prepare`.
+    """
+
+    def __init__(self, settings: RewardsSettings, tokenizer: Any) -> None:
+        if not settings.given:
+            raise ConfigError("rewards: give adapter, function or rules")
+        self.role: str | None = None
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._run = None if settings.adapter is None else find_reward_run(settings.adapter, settings.normalize)
+        self._model: RewardModel | None = None
+        self._rules = [ScoredRule(i, rule, settings.thoughts) for i, rule in enumerate(settings.rules)]
+        self._sources: list[ScoredFunction | ScoredRule] = [*load_functions(settings.function), *self._rules]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the components, in the order of `Scores.components`."""
+        model = [] if self._run is None else [MODEL]
+        penalty = [] if self._settings.missing_eos_penalty is None else [MISSING_EOS]
+        return [*model, *(source.name for source in self._sources), *penalty]
+
+    @property
+    def columns(self) -> set[str] | None:
+        """The rows' columns that rules compare with; None where a function is given, which may read every one."""
+        if any(isinstance(source, ScoredFunction) for source in self._sources):
+            return None
+        return {rule.rule.field for rule in self._rules if isinstance(rule.rule, ExactMatch | Number)}
+
+    @property
+    def slope(self) -> float:
+        """What a unit of the reward model's score adds to a reward."""
+        s = self._settings
+        std = self._run.std if s.normalize and self._run is not None else None
+        return s.adapter_weight / (std or 1.0)
+
+    @property
+    def offset(self) -> float:
+        """What a score of 0 of the reward model adds to a reward."""
+        mean = self._run.mean if self._settings.normalize and self._run is not None else None
+        return -self.slope * (mean or 0.0)
+
+    def check_rows(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        """Whether rows, each with where it stands, have what the rules read.
+
+        Raises:
+            DataError: some do not; all of them in one.
+        """
+        found = [(where, rule.problem(row)) for where, row in rows for rule in self._rules]
+        if lines := [f"{where}: {problem}" for where, problem in found if problem]:
+            raise DataError(report_lines(lines))
+
+    def prepare(self, roles: Roles, split: Split, fingerprint: str | None, base: str | None = None) -> None:
+        """Load the reward model, if there is one: as the role "reward" where it is of the policy's base.
+
+        Args:
+            roles: of the policy's model.
+            split: of that model.
+            fingerprint: of the policy's base. Other bases are loaded beside it.
+            base: its name (model.path). A fine-tune has the fingerprint of what it came from: where the names lead to
+                different places, the reward run is loaded on its own base.
+        Raises:
+            ModelError: it can not be loaded.
+        """
+        if self._run is not None:
+            self._model = RewardModel(self._run, self._tokenizer, roles, split, fingerprint, base)
+            self.role = self._model.role
+
+    def held(self) -> list[mx.array]:
+        """Arrays of the reward model, if there is one."""
+        return [] if self._model is None else self._model.held()
+
+    def score(self, items: Sequence[Scored], *, tokens: int) -> Scores:
+        """Rewards of completions, in their order.
+
+        Components, the reward model's normalised if asked for, are weighted and added up; then the missing-EOS penalty
+        is taken off, and then the total is clipped.
+
+        Args:
+            tokens: most tokens of a batch that the reward model reads, padding included.
+        Raises:
+            DataError, RewardError: a source gives no number for a completion.
+        """
+        s = self._settings
+        components: dict[str, Values] = {}
+        total = np.zeros(len(items))
+        if self._run is not None:
+            assert self._model is not None, "prepare first"
+            values = np.array(self._model.score(items, tokens))
+            components[MODEL] = values.astype(np.float32)
+            if s.normalize:
+                assert self._run.mean is not None
+                assert self._run.std is not None
+                values = (values - self._run.mean) / self._run.std
+            total += s.adapter_weight * values
+        for source in self._sources:
+            values = np.array(source.score(items) if items else [])
+            components[source.name] = values.astype(np.float32)
+            total += source.weight * values
+        if s.missing_eos_penalty is not None:
+            values = -s.missing_eos_penalty * np.array([not item.finished for item in items], dtype=np.float64)
+            components[MISSING_EOS] = values.astype(np.float32)
+            total += values
+        if s.clip is not None:
+            total = np.clip(total, -s.clip, s.clip)
+        return Scores(total.astype(np.float32), components)

@@ -1,0 +1,1101 @@
+"""What on-policy objectives share: prompts, rollouts with the newest weights, their scores, micro-batches and
+evaluation.
+
+`batches` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
+step, for some epochs. All that frozen roles say of a completion is in its batch, computed when it was sampled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+from pydantic import Field, field_validator
+
+from mlxft.config import Config, Settings
+from mlxft.data.batching import plan_epoch
+from mlxft.data.chat import decode_completion, opening_after, until_stop
+from mlxft.data.dataset import Encoded, Ids, chat_notes, encode_prompt, fingerprint, load_splits, of_valid, turn_end
+from mlxft.data.formats import Example, Message, Prompt, tools_of
+from mlxft.data.sources import report_lines
+from mlxft.errors import ConfigError, DataError, ModelError, TrainingError
+from mlxft.model.adapters import read_adapter_config
+from mlxft.model.cpu import as_trained
+from mlxft.model.layers import aside, probing
+from mlxft.model.load import context_of, load_config, skeleton, trusting
+from mlxft.model.logits import Draw, Split, ahead, rows_logprobs, rows_logprobs_entropy
+from mlxft.model.memory import Outline, Residents, Rolling, Shape, ShapeSplit
+from mlxft.model.roles import Roles
+from mlxft.model.sampling import ROWS, Sampling, never_drawn, sample_batch
+from mlxft.objectives.base import Batch, LossSum, MakesStep, NoDropout, Summary, heaviest
+from mlxft.objectives.functional import equal_groups, wins
+from mlxft.objectives.pairs import Answer, stack
+from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, Scores, find_reward_run, same_base
+
+if TYPE_CHECKING:
+    pass
+
+
+# --- rolled -----------------------------------------------------------------------------------------------------------
+# How completions are sampled: the section `rollout`.
+
+
+class RolloutSettings(Settings):
+    """The section `rollout`: how completions are sampled."""
+
+    prompts: int = Field(32, ge=1, le=10**6, description="Rows of prompts a rollout.")
+    samples: int = Field(1, ge=1, le=10**4, description="Completions sampled of each prompt.")
+    max_tokens: int = Field(64, ge=1, le=10**6, description="Longest completion in tokens.")
+    temperature: float = Field(1.0, description="Sampling temperature, above 0; log-probabilities are taken at it too.")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample from the likeliest tokens of this much mass; 1: from all."
+    )
+    top_k: int = Field(0, ge=0, description="Sample from so many of the likeliest tokens; 0: from all.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest.")
+    stop: list[str] = Field(
+        default_factory=list, description="Texts that end a completion, beside EOS; in its thoughts they do not count."
+    )
+    stop_at_eos: bool = Field(True, description="End a completion at EOS; false: sample on to max_tokens.")
+    rows: int | None = Field(None, ge=1, description="Completions decoded at once; default: the sampler's choice.")
+
+    @field_validator("temperature")
+    @classmethod
+    def _samples(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError(
+                f"must be above 0, seen {value:g}: at 0 the likeliest token is always taken, and on-policy training "
+                "needs sampling to see which of several completions is better; 1.0 is usual"
+            )
+        return value
+
+    @field_validator("stop")
+    @classmethod
+    def _some_text(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("has an empty text, which would end every completion at once; leave it out")
+        return value
+
+    def bias_note(self) -> str | None:
+        """What to warn of where tokens are left out in sampling; None where none are."""
+        on = [f"rollout.{name}" for name in ("top_p", "top_k", "min_p") if getattr(self, name) != _OFF[name]]
+        if not on:
+            return None
+        return (
+            f"{', '.join(on)}: completions are sampled from part of the vocabulary, and log-probabilities are of all "
+            "of it: ratios and KL are biased; leave it out unless sampling needs it"
+        )
+
+
+_OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
+    """The sections of an on-policy objective's recipe."""
+    return {**own, "rollout": RolloutSettings, "rewards": RewardsSettings}
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+# Prompts that completions are sampled for, and what a recipe for that may not say.
+
+NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
+MAX_KL = 4.0  # nats a token: of the text that is written, the reference would have drawn 2 % of the tokens
+
+
+class Method(Settings):
+    """What every on-policy method has among its settings."""
+
+    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs; 0: no reference is kept.")
+    epochs: int = Field(1, ge=1, description="Passes over each rollout.")
+    minibatches: int = Field(1, ge=1, description="Steps (optimiser updates) that a pass is cut into.")
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="End the passes over a rollout after one in whose mean the policy is 1.5 times so far from the one "
+        "that sampled it, in nats a token (approx_kl_k3); default: never.",
+    )
+    max_kl: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description=f"Stop the run when KL to the reference is above, in nats a token, mean over a rollout; auto: "
+        f"{MAX_KL:g} where kl_coef is above 0, else never; null: never.",
+    )
+
+    @property
+    def highest_kl(self) -> float | None:
+        """`max_kl` as a number, if there is a bound."""
+        if self.max_kl == "auto":
+            return MAX_KL if self.kl_coef else None
+        return self.max_kl
+
+    @property
+    def refers(self) -> bool:
+        """Whether anything needs the reference's log-probabilities."""
+        return self.kl_coef > 0 or self.highest_kl is not None
+
+
+def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> list[str]:
+    """What is worth a note.
+
+    Raises:
+        ConfigError: settings that have no meaning for completions of the model's own; all of them in one.
+    """
+    data, name = config.data, config.objective
+    problems = []
+    if data.format != "prompts":
+        problems.append(f"data.format: {data.format} is not for objective {name}; it is prompts, rows with a prompt")
+    if data.train_on is not None:
+        problems.append("data.train_on: completions are trained whole; leave it out")
+    if data.overflow not in ("error", "drop"):
+        problems.append(f"data.overflow: {data.overflow} would make another prompt of one; choose error or drop")
+    if config.batch.pack:
+        problems.append(f"batch.pack: is not for objective {name}, whose completions are rows of their own")
+    if config.batch.accumulate != 1:
+        problems.append(
+            f"batch.accumulate: {name}.minibatches says how many steps a rollout is cut into, and batch.tokens or rows "
+            "how many completions are computed at once; leave accumulate out"
+        )
+    problems += NO_DROPOUT.problems(config)
+    if grouped and rollout.samples < 2:
+        problems.append(f"rollout.samples: {name} compares completions of one prompt; give at least 2")
+    if data.max_length <= rollout.max_tokens:
+        problems.append(
+            f"data.max_length ({data.max_length}) is of prompt and completion together: raise it above "
+            f"rollout.max_tokens ({rollout.max_tokens})"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    notes = [note] if (note := rollout.bias_note()) else []
+    if not getattr(config, name).refers:
+        notes.append(
+            f"{name}.kl_coef is 0: no reference is asked, and kl is not reported ({name}.max_kl: a number asks)"
+        )
+    if config.run.steps is None and getattr(config, name).target_kl is not None:
+        notes.append(
+            f"run.epochs is counted in steps, as if {name}.target_kl ended no rollout early: those that it ends leave "
+            "steps for more rollouts"
+        )
+    return notes
+
+
+def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
+    """TrainingError where KL to the reference, in nats a token, is above the objective's `max_kl`.
+
+    Args:
+        validated: whether there are held-out prompts, by which the best weights are known.
+    """
+    kept = "Weights that a validation found best, and checkpoints, stay as they were"
+    if not validated:
+        kept = "Checkpoints (run.save_every) stay as they were; with data.valid the best weights would be kept as well"
+    if most is not None and kl > most:
+        raise TrainingError(
+            f"the policy has run away from the reference: KL is {kl:.4g} nats a token, {name}.max_kl is {most:g}. "
+            f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look for what the reward is cheated by in "
+            f"samples.jsonl. {kept}"
+        )
+
+
+class _Room(NamedTuple):
+    """Tokens that a prompt may have, what bounds them, and a way out, for messages."""
+
+    tokens: int
+    bound: str
+    way: str
+
+
+def encode_prompts(
+    train: Sequence[Example], valid: Sequence[Example], config: Config, tokenizer: Any, notes: list[str]
+) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+    """Prompts to train on, and held-out ones if there are any, as the model sees them.
+
+    Args:
+        notes: takes what was left out.
+    Raises:
+        ConfigError: completions are to end at EOS, and there is none; or they are longer than the model's context.
+        DataError: prompts that can not be rendered or that leave no room for a whole completion, all of them in one;
+            or none is left.
+    """
+    if config.data.template == "auto" and train:
+        item = train[0].item
+        assert isinstance(item, Prompt)
+        asked = item.prompt if isinstance(item.prompt, list) else None
+        notes += chat_notes(tokenizer, turn_end(tokenizer, asked, tools_of(item.row)))
+    room = _room(config)
+    found = _encode(train, config, tokenizer, room, notes)
+    with of_valid():
+        return found, _encode(valid, config, tokenizer, room, notes) if valid else []
+
+
+def _encode(
+    examples: Sequence[Example], config: Config, tokenizer: Any, room: _Room, notes: list[str]
+) -> list[EncodedPrompt]:
+    longest, why, way = room
+    if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
+        raise ConfigError(
+            "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
+            "completions then end at a text of rollout.stop, or at rollout.max_tokens"
+        )
+    chat = config.data.template == "auto"
+    found: list[EncodedPrompt] = []
+    problems: list[str] = []
+    dropped = 0
+    for where, item in examples:
+        assert isinstance(item, Prompt)
+        try:
+            tools = tools_of(item.row)
+            ids = encode_prompt(item.prompt, tokenizer, tools=tools, chat=chat, where=where)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if not ids:
+            problems.append(f"{where}: the prompt has no token")
+        elif len(ids) > longest and config.data.overflow == "drop":
+            dropped += 1
+        elif len(ids) > longest:
+            problems.append(
+                f"{where}: {len(ids)} tokens; {why} less rollout.max_tokens leaves {longest}. {way}, or set "
+                "data.overflow: drop"
+            )
+        else:
+            text = item.prompt if isinstance(item.prompt, str) else str(tokenizer.decode(ids))
+            found.append(EncodedPrompt(np.array(ids, dtype=np.int32), text, item.row, where, item.prompt))
+    if problems:
+        raise DataError(report_lines(problems))
+    if dropped:
+        notes.append(f"{dropped:,} prompts leave no room for a completion within {why} and are left out")
+    if not found:
+        raise DataError(f"no prompt is left to sample from: {why} less rollout.max_tokens leaves {longest} tokens")
+    return found
+
+
+def _room(config: Config) -> _Room:
+    most, answer = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
+    context = context_of(load_config(config.model.path))
+    if context is None or context >= most:
+        return _Room(most - answer, f"data.max_length ({most})", "Raise the first")
+    if context <= answer:
+        raise ConfigError(f"rollout.max_tokens ({answer}) leaves no room for a prompt in the model's {context} tokens")
+    return _Room(context - answer, f"the model's context ({context})", "Lower rollout.max_tokens")
+
+
+# --- rollout ----------------------------------------------------------------------------------------------------------
+# A rollout: completions of prompts with what is known of each of their tokens, and how it is cut into steps.
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's ids (P,) int32 as the model sees them, its text, the row it comes from, and its place.
+
+    `asked` is the text or the messages that were rendered.
+    """
+
+    ids: Ids
+    text: str
+    row: dict[str, Any]
+    where: str
+    asked: str | list[Message]
+
+
+@dataclass
+class Rollout:
+    """B completions.
+
+    Attributes:
+        number: of the rollout, from 0.
+        prompts: index of each completion's prompt; those of one prompt stand together.
+        replies: ids of each, (R,) int32, as sampled: with the EOS that ended it.
+        finished: whether EOS or a stop text ended it.
+        scores: (B,) rewards.
+        tokens: name -> one number a token of each completion: old_logprobs, ref_logprobs, values, advantages, returns.
+    """
+
+    number: int
+    prompts: list[int]
+    replies: list[Ids]
+    finished: list[bool]
+    scores: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    tokens: dict[str, list[Floats]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.replies)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """(B,) tokens of each completion."""
+        return np.array([len(reply) for reply in self.replies], dtype=np.int64)
+
+    def grid(self, name: str) -> mx.array:
+        """Numbers of tokens as (B, T) float32, padded on the right with 0."""
+        return mx.array(pad(self.tokens[name], int(self.sizes.max())))
+
+    @property
+    def mask(self) -> mx.array:
+        """(B, T), 1 where a completion has a token."""
+        return mx.array((np.arange(self.sizes.max()) < self.sizes[:, None]).astype(np.float32))
+
+    def set_grid(self, name: str, values: mx.array) -> None:
+        """Keep (B, T) numbers of tokens."""
+        rows = np.array(values.astype(mx.float32))
+        self.tokens[name] = [row[:size].copy() for row, size in zip(rows, self.sizes)]
+
+    def flat(self, name: str, rows: Sequence[int]) -> mx.array:
+        """(N,) float32 numbers of the tokens of some completions."""
+        return mx.array(np.concatenate([self.tokens[name][i] for i in rows]).astype(np.float32))
+
+    def arrays(self) -> dict[str, mx.array]:
+        """All of it, for a checkpoint."""
+        sizes = self.sizes.astype(np.int32)
+        found: dict[str, Any] = {
+            "number": np.array([self.number], np.int32),
+            "prompts": np.array(self.prompts, np.int32),
+            "sizes": sizes,
+            "replies": np.concatenate(self.replies).astype(np.int32),
+            "finished": np.array(self.finished, np.int32),
+            "scores": self.scores,
+        }
+        found |= {f"tokens.{name}": np.concatenate(values) for name, values in self.tokens.items()}
+        return {name: mx.array(value) for name, value in found.items()}
+
+    @classmethod
+    def of(cls, arrays: dict[str, mx.array]) -> Rollout:
+        """What `arrays` gave."""
+        held = {name: np.array(value) for name, value in arrays.items()}
+        ends = np.cumsum(held["sizes"])[:-1]
+        return cls(
+            number=int(held["number"][0]),
+            prompts=[int(i) for i in held["prompts"]],
+            replies=list(np.split(held["replies"], ends)),
+            finished=[bool(x) for x in held["finished"]],
+            scores=held["scores"],
+            tokens={n[7:]: list(np.split(v, ends)) for n, v in held.items() if n.startswith("tokens.")},
+        )
+
+
+def pad(rows: Sequence[npt.NDArray[Any]], width: int) -> npt.NDArray[Any]:
+    """Rows of unequal length as one array, padded on the right with 0."""
+    out = np.zeros((len(rows), width), dtype=rows[0].dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def minibatches(count: int, parts: int, *, seed: int, rollout: int, epoch: int) -> list[list[int]]:
+    """Completions of a rollout, shuffled and cut into `parts` of like size; fewer where there are fewer completions."""
+    order = np.random.default_rng([seed, 2, rollout, epoch]).permutation(count)
+    return [sorted(part.tolist()) for part in np.array_split(order, min(parts, count))]
+
+
+def micro_batches(
+    rows: Sequence[int], lengths: npt.NDArray[np.int64], *, tokens: int | None, most: int | None
+) -> list[list[int]]:
+    """Some completions in batches of a token budget, or of `most` rows, those of like length together."""
+    slots = plan_epoch(lengths[list(rows)], tokens=tokens, rows=most, seed=None)
+    return [[rows[i] for i in slot.rows] for slot in slots]
+
+
+# --- draw -------------------------------------------------------------------------------------------------------------
+# What a rollout is made of; and dynamic sampling (DAPO, Yu et al. 2025, section 3.2), which draws more of it.
+
+
+class Drawn(NamedTuple):
+    """What a rollout is made of.
+
+    Attributes:
+        tokens, seconds: that were sampled for it, and the time that took.
+        event: what is worth reporting.
+    """
+
+    rollout: Rollout
+    scores: Scores
+    tokens: int
+    seconds: float
+    event: dict[str, float]
+
+    def plus(self, more: Drawn) -> Drawn:
+        """With what another one took."""
+        return self._replace(tokens=self.tokens + more.tokens, seconds=self.seconds + more.seconds)
+
+
+def resample(objective: OnPolicy[Any], first: Drawn, most: int) -> Drawn:
+    """A rollout in whose groups the scores differ, as far as `most` further draws find such.
+
+    Each draw asks as many other prompts as there are groups of equal scores, and those that came out better take their
+    places: the rollout keeps its size. Which prompts are asked follows from seed and rollout alone, so that a resumed
+    run asks the same. A prompt is asked once a rollout; when all were, it ends.
+
+    Args:
+        first: completions of the rollout's own prompts; it is changed.
+    Returns:
+        The rollout, with all that was sampled counted, and in its event:
+        resampled: groups replaced; groups_sampled: groups that were sampled; reward_sampled: their mean reward, which
+        no choice has made better or worse.
+    """
+    size, number = objective.rollouts.samples, first.rollout.number
+    asked = set(first.rollout.prompts)
+    order = np.random.default_rng([objective.config.run.seed, 5, number]).permutation(len(objective.prompts))
+    left = [int(i) for i in order if int(i) not in asked]
+    replaced, every = 0, [first.scores.total.copy()]
+    drawn = first
+    for turn in range(most):
+        dull = np.flatnonzero(equal_groups(first.scores.total, size))
+        chosen, left = left[: len(dull)], left[len(dull) :]
+        if not chosen:
+            break
+        more = objective.sampled(chosen, number, objective.seed_of(number, turn + 1))
+        good = np.flatnonzero(~equal_groups(more.scores.total, size))
+        for to, of in zip(dull, good):
+            _put(first, more, slice(to * size, (to + 1) * size), slice(of * size, (of + 1) * size))
+        replaced += len(good)
+        every.append(more.scores.total)
+        drawn = drawn.plus(more)
+    event = {
+        "resampled": replaced,
+        "groups_sampled": sum(map(len, every)) // size,
+        "reward_sampled": float(np.concatenate(every).mean()),
+    }
+    return drawn._replace(event={**drawn.event, **event})
+
+
+def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
+    """Completions of one rollout in the places of another's, with their scores."""
+    old, new = drawn.rollout, more.rollout
+    old.prompts[to], old.replies[to], old.finished[to] = new.prompts[of], new.replies[of], new.finished[of]
+    drawn.scores.total[to] = more.scores.total[of]
+    for name, values in drawn.scores.components.items():
+        values[to] = more.scores.components[name][of]
+
+
+# --- held out ---------------------------------------------------------------------------------------------------------
+# How a policy does on prompts that it is not trained on.
+
+SHOWN = 4  # completions that are shown
+
+
+class HeldOut:
+    """Held-out prompts, answered by policy and reference, always with the same random numbers."""
+
+    def __init__(self, objective: OnPolicy[Any]) -> None:
+        self._objective = objective
+        self._before: Scores | None = None  # the reference's
+
+    def measure(self) -> dict[str, Any]:
+        """Reward, KL and win rate against the reference by the reward, and some completions with their scores.
+
+        KL where the reference is asked for it, the win rate where it can still be had.
+        """
+        o = self._objective
+        every = list(range(len(o.valid)))
+        seed = o.seed_of(0, valid=True)
+        rollout = o.sample(o.valid, every, 1, 0, seed)
+        scores = o.score(rollout, o.valid)
+        lengths = rollout.sizes + np.array([len(p.ids) for p in o.valid])
+        entropy = o.measure(rollout, o.valid, o.cut(every, lengths))
+        reward, kl = float(scores.total.mean()), o.kl_of(rollout)
+        return {
+            # Lower is better, and what is optimised: by it the best weights are kept.
+            "loss": o.settings.kl_coef * kl.get("kl", 0.0) - reward,
+            "reward": reward,
+            **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
+            **kl,
+            "entropy": entropy,
+            "response_tokens": float(rollout.sizes.mean()),
+            "eos_share": float(np.mean(rollout.finished)),
+            **(self._against(scores, seed) if o.has_reference else {}),
+            "samples": [
+                {
+                    "prompt": o.valid[i].text,
+                    "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
+                    "score": float(scores.total[i]),
+                }
+                for i in every[:SHOWN]
+            ],
+        }
+
+    def _against(self, scores: Scores, seed: int) -> dict[str, float]:
+        """The scores beside those of the reference's completions."""
+        o = self._objective
+        if self._before is None:
+            with o.roles.use(o.reference):
+                self._before = o.score(o.sample(o.valid, list(range(len(o.valid))), 1, 0, seed), o.valid)
+        now, before = scores.total, self._before.total
+        won = wins(mx.array(now - before), mx.array(np.abs(now) + np.abs(before)))
+        return {
+            "win_rate": float(won.mean()),
+            "reference_reward": float(before.mean()),
+            "reference_reward_std": float(before.std()),
+        }
+
+
+# --- base -------------------------------------------------------------------------------------------------------------
+# What on-policy objectives share: prompts, rollouts with the newest weights, their scores, minibatches, evaluation.
+#
+# `batches` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
+# step, for some epochs. All that frozen roles say of a completion is in its batch, computed when it was sampled.
+
+M = TypeVar("M", bound=Method)
+FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, never below 0 (k3); approx_kl is k1
+_IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
+
+
+class OnPolicy(Generic[M]):
+    """An objective over completions of its own. A subclass says what the tokens' advantages are, and the loss.
+
+    Args:
+        section: the method's own settings.
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+
+    traceable = False  # PPO's loss asks what a batch trains; and hardly two batches of completions have one shape
+    compiled = False
+    grouped = False  # whether completions are compared with others of their prompt
+
+    def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.settings = config.section(config.objective, section)
+        self.rollouts = config.section("rollout", RolloutSettings)
+        self.notes = check_recipe(config, self.rollouts, self.grouped)
+        self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
+        train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=self.rewards.columns)
+        self.notes += said
+        self._data = fingerprint(train, valid)
+        self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
+        self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
+        s = self.rollouts
+        filters = s.top_p, s.top_k, s.min_p
+        self.sampling = Sampling(s.max_tokens, s.temperature, *filters, tuple(s.stop), s.stop_at_eos, True)
+        self.how = Draw(s.temperature, never_drawn(tokenizer, self.sampling))
+        self.kl_coef: float = self.settings.kl_coef
+        self._number, self._step = 0, 0  # of the rollout, and its next step
+        self._rollout: Rollout | None = None
+        # KL from the policy that sampled, over the pass at hand: sum and weight, and those of steps not looked at yet.
+        self._apart = [0.0, 0.0]
+        self._unread: list[tuple[mx.array, mx.array]] = []
+        self._held_out = HeldOut(self)
+        self._model: nn.Module | None = None
+
+    # Roles
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        """Take note of the policy as it is: the reference, where anything asks it."""
+        self._model = model
+        self.split = Split(model)
+        self.roles = Roles(model, adopt="policy")
+        moved = self.config.tune.method == "full" or self.config.model.adapter is not None
+        self.reference = "reference" if moved else None  # a fresh adapter's reference is the bare base
+        self.has_reference = self.settings.refers or not moved
+        if moved and self.settings.refers:
+            self.roles.copy("policy", "reference")
+        with trusting(self.config.model.trust_remote_code):
+            self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
+        replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
+        if self.rewards.role is not None and replaced:
+            seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
+            raise ConfigError(f"{seen}; fuse model.adapter and train from the folder")
+        layers = [layer for role in self.roles.names for layer in self.roles[role].layers.values()]
+        self.notes += NO_DROPOUT.take_out(model, *layers)
+
+    def parts(self) -> dict[str, float]:
+        return {}
+
+    # Data
+
+    @property
+    def _per_pass(self) -> int:
+        """Rollouts that go once over the prompts."""
+        return -(-len(self.prompts) // self.rollouts.prompts)
+
+    def _chosen(self, number: int) -> list[int]:
+        """The prompts of a rollout."""
+        turn, at = divmod(number, self._per_pass)
+        order = np.random.default_rng([self.config.run.seed, 1, turn]).permutation(len(self.prompts))
+        return order[at * self.rollouts.prompts : (at + 1) * self.rollouts.prompts].tolist()
+
+    def seed_of(self, number: int, turn: int = 0, valid: bool = False) -> int:
+        return int(np.random.default_rng([self.config.run.seed, 3 + valid, number, turn]).integers(1 << 32))
+
+    def cut(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
+        most = self.config.batch.rows
+        return micro_batches(rows, lengths, tokens=None if most else self.config.batch.budget, most=most)
+
+    def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
+        """The micro-batches of each step; none where nothing of the rollout is trained on."""
+        found = []
+        kept = self.kept(rollout)
+        for epoch in range(self.settings.epochs if kept else 0):
+            drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
+            parts = minibatches(len(kept), self.settings.minibatches, **drawn)
+            found += [self.cut([kept[i] for i in part], lengths) for part in parts]
+        return found
+
+    def kept(self, rollout: Rollout) -> list[int]:
+        """The completions that are trained on, by what is known once they are scored."""
+        return list(range(len(rollout)))
+
+    def why_idle(self, rollouts: int) -> str:
+        """What to say where nothing was kept of so many rollouts."""
+        return f"nothing of {rollouts} rollouts is trained on"
+
+    def _arrays(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> dict[str, mx.array]:
+        """ids, positions, labels and last of some completions."""
+        arrays = stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
+        return {name: arrays[name] for name in ("ids", "positions", "labels", "last")}
+
+    # Rollouts
+
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
+    ) -> Rollout:
+        """Completions of some prompts by the role that is active."""
+        assert self._model is not None
+        asked = [prompts[i].ids.tolist() for i in chosen]
+        found = sample_batch(
+            self._model, self.tokenizer, asked, self.sampling, samples=samples, seed=seed, rows=self.rollouts.rows
+        )
+        answers = [answer for of_one in found for answer in of_one]
+        return Rollout(
+            number,
+            [i for i in chosen for _ in range(samples)],
+            [np.array(answer.ids, dtype=np.int32) for answer in answers],
+            [answer.finish != "length" for answer in answers],
+        )
+
+    def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
+        """Rewards of the completions."""
+        items = []
+        for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
+            p, opening = prompts[i], self.opening(prompts[i])
+            text = self.text(reply, opening)
+            items.append(Scored(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
+        return self.rewards.score(items, tokens=self.config.batch.budget)
+
+    def opening(self, prompt: EncodedPrompt) -> str:
+        """The mark by which a prompt has opened a thought, or ''."""
+        return opening_after(self.tokenizer, prompt.ids.tolist())
+
+    def text(self, reply: Any, opening: str = "") -> str:
+        """A completion as rewards read it: without a text that ended it."""
+        text = decode_completion(self.tokenizer, reply.tolist())
+        return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
+
+    def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
+        """Keep the tokens' log-probabilities, by the policy and the reference if it is asked; return the mean entropy.
+
+        Args:
+            micro: completions of which each batch is made: those of the first steps, so that their ratio is 1 to the
+                last bit.
+        """
+        assert self._model is not None
+        with probing(self._model):
+            self.keep(rollout, prompts, micro, self.read)
+            if self.settings.refers:
+                with self.roles.use(self.reference):
+                    self.keep(rollout, prompts, micro, lambda a: {"ref_logprobs": self.logprobs(a, grad=False)})
+        entropy = rollout.tokens.pop("entropy")
+        return float(np.concatenate(entropy).mean(dtype=np.float64))
+
+    def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
+        """What the policy of now says of each token, (N,): entropy, old_logprobs, and what else a subclass keeps."""
+        asked = (self.split, a["ids"], a["positions"], a["labels"])
+        logprobs, entropy = rows_logprobs_entropy(*asked, draw=self.how)
+        return {"old_logprobs": logprobs, "entropy": entropy}
+
+    def keep(
+        self,
+        rollout: Rollout,
+        prompts: Sequence[EncodedPrompt],
+        micro: Sequence[Sequence[int]],
+        read: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+    ) -> None:
+        """Keep what `read` gives of each token, by name: (N,) of the arrays of each batch of completions."""
+        batches = ((rows, self._arrays(rollout, rows, prompts)) for rows in micro)
+        for rows, found in ahead(batches, lambda arrays: as_trained(lambda: read(arrays))):
+            ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
+            for name, values in found.items():
+                kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
+                for i, part in zip(rows, np.split(np.array(values), ends)):
+                    kept[i] = part
+
+    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
+
+        Returns:
+            What is worth reporting.
+        """
+        raise AssertionError(f"{type(self).__name__} has no advantages")
+
+    def draw(self, number: int) -> Drawn:
+        """The completions of a rollout, with their scores."""
+        return self.sampled(self._chosen(number), number, self.seed_of(number))
+
+    def sampled(self, chosen: list[int], number: int, seed: int) -> Drawn:
+        """Completions of prompts to train on, with their scores."""
+        began = time.perf_counter()
+        rollout = self.sample(self.prompts, chosen, self.rollouts.samples, number, seed)
+        seconds = time.perf_counter() - began
+        return Drawn(rollout, self.score(rollout, self.prompts), int(rollout.sizes.sum()), seconds, {})
+
+    def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
+        """The next rollout, ready to be trained on, and what is reported of it."""
+        number = self._number
+        mx.eval(model.trainable_parameters())  # what is left of the last step is not sampling
+        began = time.perf_counter()
+        drawn = self.draw(number)
+        rollout, scores = drawn.rollout, drawn.scores
+        rollout.scores = scores.total
+        lengths = self._lengths(rollout)
+        first = [rows for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for rows in step]
+        if rest := sorted({*range(len(rollout))}.difference(*first)):
+            first += self.cut(rest, lengths)
+        entropy = self.measure(rollout, self.prompts, first)
+        kl = self.kl_of(rollout)
+        event: dict[str, Any] = {
+            "event": "rollout",
+            "rollout": number,
+            "reward": float(scores.total.mean()),
+            "reward_std": float(scores.total.std()),
+            **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
+            **kl,
+            "kl_coef": self.kl_coef,
+            "entropy": entropy,
+            "response_tokens": float(rollout.sizes.mean()),
+            "eos_share": float(np.mean(rollout.finished)),
+            **drawn.event,
+            **self.advise(rollout, first),
+            "sampling_tokens_per_s": drawn.tokens / max(drawn.seconds, 1e-9),
+            "sampling_s": drawn.seconds,
+            "scoring_s": time.perf_counter() - began - drawn.seconds,
+        }
+        if not any(rollout.finished) and self.rollouts.stop_at_eos:
+            event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
+        if kl:
+            a_token = kl["kl"] / float(rollout.sizes.mean())
+            check_kl(a_token, self.config.objective, self.settings.highest_kl, bool(self.valid))
+            self.settle(kl["kl"], len(rollout))
+        return rollout, event
+
+    def settle(self, kl: float, count: int) -> None:
+        """After a rollout of `count` completions is ready, of known `kl`: what changes for the next one."""
+
+    def _lengths(self, rollout: Rollout) -> Any:
+        return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
+
+    def _per_epoch(self, rollout: Rollout) -> int:
+        return min(self.settings.minibatches, len(self.kept(rollout)))
+
+    @staticmethod
+    def kls(rollout: Rollout) -> npt.NDArray[np.float64]:
+        """(B,) log policy - log reference of each completion, in nats."""
+        apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
+        return np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
+
+    def kl_of(self, rollout: Rollout) -> dict[str, float]:
+        """`kl`, nats from the reference of a completion, mean over completions; nothing where it is not asked."""
+        return {"kl": float(self.kls(rollout).mean())} if self.settings.refers else {}
+
+    # What the loop asks for
+
+    def batches(self, model: nn.Module) -> Iterator[Batch]:
+        idle, owed = 0, False  # owed: a pass has ended where no step did; the next one ends it
+        while True:
+            event, spent = None, 0.0
+            if self._rollout is None:
+                self._rollout, event = self.roll(model)
+                spent = event["sampling_s"] + event["scoring_s"]
+            rollout = self._rollout
+            steps = self._steps(rollout, self._lengths(rollout))
+            last_of_pass = (rollout.number + 1) % self._per_pass == 0
+            idle = 0 if steps else idle + 1
+            if not steps:
+                self._number, self._rollout, owed = self._number + 1, None, owed or last_of_pass
+                yield Batch({}, 0, 0, (), event=event, before_s=spent)  # only to report it
+            if idle >= max(_IDLE, 2 * self._per_pass):
+                raise TrainingError(self.why_idle(idle))
+            while self._rollout is rollout:
+                at = self._step
+                if at % self._per_epoch(rollout) == 0 and self._strayed() and at:
+                    self._number, self._step, self._rollout = self._number + 1, 0, None
+                    owed = owed or last_of_pass
+                    break
+                yielded = [b for rows in steps[at] for b in self.micro(rollout, rows)]
+                final = at + 1 == len(steps)
+                for k, batch in enumerate(yielded):
+                    end = k + 1 == len(yielded)
+                    if end:
+                        self._step = at + 1
+                        if final:
+                            self._number, self._step, self._rollout = self._number + 1, 0, None
+                    ends = end and (owed or (final and last_of_pass))
+                    yield replace(batch, ends_step=end, ends_epoch=ends, event=event, before_s=spent)
+                    event, spent = None, 0.0
+                owed = False
+
+    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
+        """The batches, one after the other, that some completions are trained by."""
+        arrays = self._arrays(rollout, rows, self.prompts)
+        names = [n for n in rollout.tokens if n != "ref_logprobs" or self.needs_reference]
+        arrays |= {name: rollout.flat(name, rows) for name in names}
+        tokens = int(self._lengths(rollout)[list(rows)].sum())
+        where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
+        return [Batch(arrays, tokens, int(rollout.sizes[list(rows)].sum()), where)]
+
+    needs_reference = False  # whether the loss reads ref_logprobs
+    reads: tuple[str, ...] = ("old_logprobs", "advantages")  # of each token, by the loss, beside ref_logprobs
+
+    def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """The batches of a step over made-up completions, each as long as may be.
+
+        Args:
+            chosen: of each micro-batch the prompts of its completions.
+        """
+        most = self.rollouts.max_tokens
+        for prompts in chosen:
+            rollout = Rollout(
+                max(self._number, self.first_whole), [*prompts], [np.zeros(most, np.int32)] * len(prompts), []
+            )
+            names = (*self.reads, "ref_logprobs") if self.needs_reference else self.reads
+            rollout.tokens = {name: [np.zeros(most, np.float32)] * len(prompts) for name in names}
+            yield from self.micro(rollout, range(len(prompts)))
+
+    first_whole = 0  # the first rollout by which all is trained
+
+    def rebatch(self, config: Config) -> None:
+        """Make micro-batches as this recipe has it from now on, which differs in batch.tokens only."""
+        self.config = config
+
+    def held(self) -> list[mx.array]:
+        """Arrays that it holds beside the model's own: of its roles, and of the reward model."""
+        return [*self.roles.arrays(), *self.rewards.held()]
+
+    def _strayed(self) -> bool:
+        """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
+        total, weight = self._read_apart()
+        self._apart = [0.0, 0.0]
+        most = self.settings.target_kl
+        return most is not None and weight > 0 and total / weight > 1.5 * most
+
+    def _read_apart(self) -> list[float]:
+        """Sum and weight of KL from the policy that sampled, over the steps of the pass so far."""
+        for total, weight in self._unread:
+            self._apart = [self._apart[0] + float(total), self._apart[1] + float(weight)]
+        self._unread.clear()
+        return self._apart
+
+    def stepped(self, sums: LossSum) -> None:
+        if self.settings.target_kl is not None and FAR in sums.metrics:
+            self._unread.append((sums.metrics[FAR], sums.weight))
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        raise AssertionError(f"{type(self).__name__} has no loss")
+
+    def logprobs(self, a: dict[str, mx.array], grad: bool = True) -> mx.array:
+        """(N,) of a batch's tokens, by the role of now."""
+        asked = (self.split, a["ids"], a["positions"], a["labels"])
+        return rows_logprobs(*asked, grad=grad, draw=self.how)
+
+    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+        """At most: epochs over a rollout end early where `target_kl` says so."""
+        full, rest = divmod(len(self.prompts), self.rollouts.prompts)
+        sizes = [self.rollouts.prompts * self.rollouts.samples] * full + [rest * self.rollouts.samples] * bool(rest)
+        return sum(self.settings.epochs * min(self.settings.minibatches, size) for size in sizes)
+
+    def state_dict(self) -> dict[str, Any]:
+        apart = self._read_apart()
+        return {"rollout": self._number, "step": self._step, "apart": apart, "kl_coef": self.kl_coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number, self._step = state["rollout"], state["step"]
+        self._apart, self.kl_coef = state.get("apart", [0.0, 0.0]), state["kl_coef"]
+
+    def arrays(self) -> dict[str, mx.array]:
+        return self._rollout.arrays() if self._rollout is not None else {}
+
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
+        self._rollout = Rollout.of(arrays) if arrays else None
+
+    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+        return iter(())
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        return dict(means)
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return self._data
+
+    def summary(self) -> Summary:
+        counts: dict[str, int | float] = {
+            "prompts": len(self.prompts),
+            "prompt tokens": sum(len(p.ids) for p in self.prompts),
+            "rollouts a pass": self._per_pass,
+            "completions a rollout": min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples,
+        }
+        if self.valid:
+            counts["held-out prompts"] = len(self.valid)
+        first = self.prompts[0]
+        asked = first.asked if isinstance(first.asked, list) else None
+        chat = self.config.data.template == "auto"
+        ends = turn_end(self.tokenizer, asked, tools_of(first.row)) if chat else ()
+        return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends))
+
+    def previews(self, n: int) -> list[Encoded]:
+        """The first prompts; nothing of them is trained."""
+        return [Encoded(p.ids, np.zeros(len(p.ids), dtype=bool), p.where) for p in self.prompts[:n]]
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
+        return self._held_out.measure() if self.valid else {}
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+OUTLINE = Outline(reads="logprobs")
+
+
+def shapes(objective: OnPolicy[Any]) -> list[Shape]:
+    """Micro-batches of a step at their largest: of the longest prompts, and of the shortest, which are more of them;
+    each completion as long as it may be."""
+    return [shape for step in _steps(objective) for shape, _ in step]
+
+
+def largest(objective: OnPolicy[Any]) -> list[MakesStep]:
+    """Steps over made-up completions that may take most; where a step has several micro-batches, two stand for all."""
+    cut = [(shape, asked) for step in _steps(objective) for shape, asked in step]
+    times = 2 if parted(objective) else 1
+    chosen = heaviest([shape for shape, _ in cut])
+    return [partial(objective.rehearsed, [cut[i][1]] * times) for i in chosen]
+
+
+def parted(objective: OnPolicy[Any]) -> bool:
+    """Whether a step is made of several micro-batches, so that the gradient of the first waits for the others'."""
+    return any(len(step) > 1 for step in _steps(objective))
+
+
+def rolling(objective: OnPolicy[Any]) -> Rolling:
+    """A rollout at its largest, held-out prompts included."""
+    r = objective.rollouts
+    most = r.rows or ROWS
+    prompts = min(r.prompts, len(objective.prompts))
+    rows = min(most, max(prompts * r.samples, len(objective.valid)))
+    group = max(min(prompts, max(1, most // r.samples)), min(len(objective.valid), most))
+    longest = max(len(p.ids) for p in (*objective.prompts, *objective.valid))
+    scored = shapes(objective)
+    if objective.valid:
+        scored += [shape for shape, _ in _cut(objective, objective.valid, range(len(objective.valid)))]
+    if objective.config.section("rewards", RewardsSettings).adapter is not None:
+        scored += _rewarded(objective)
+    filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
+    return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
+
+
+def _inside(model: nn.Module) -> int:
+    """Bytes of what is trained in the body: an output layer gives no value, so a critic has none."""
+    body = ShapeSplit(model).body
+    prefix = next(name for name, module in model.named_modules() if module is body) + "."
+    return sum(v.nbytes for name, v in tree_flatten(model.trainable_parameters()) if name.startswith(prefix))
+
+
+def rollout_steps(objective: OnPolicy[Any]) -> int:
+    """Steps that a whole rollout is used for."""
+    return int(objective.settings.epochs * min(objective.settings.minibatches, _count(objective)))
+
+
+def critic(config: Config) -> str | None:
+    """Which kind of critic the recipe's method has; None: it has none."""
+    found: str | None = getattr(getattr(config, config.objective, None), "critic", None)
+    return found
+
+
+def residents(config: Config, model: nn.Module) -> Residents:
+    """What the roles beside the policy take.
+
+    Args:
+        model: with what is trained, and no critic yet.
+    """
+    policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
+    whole = config.tune.method == "full"
+    # A fresh adapter's reference is the bare base.
+    refers = getattr(config, config.objective).refers
+    reference = policy if refers and (whole or config.model.adapter is not None) else 0
+    reward, role, notes = _reward(config)
+    separate = critic(config) == "separate"
+    trained = (reward if role else _inside(model)) if separate else 0
+    copies = ["the reference"] * bool(reference) + ["the critic"] * (separate and not role)
+    if whole and copies:
+        what = "are whole copies" if len(copies) > 1 else "is a whole copy"
+        notes.append(f"tune.method: full: {' and '.join(copies)} {what} of what is trained")
+    return Residents(reference, reward, trained, tuple(notes))
+
+
+def _count(objective: OnPolicy[Any]) -> int:
+    """Completions of a rollout."""
+    return min(objective.rollouts.prompts, len(objective.prompts)) * objective.rollouts.samples
+
+
+def _longest(prompts: Sequence[EncodedPrompt], samples: int, count: int, shortest: bool = False) -> list[int]:
+    """The prompts of `count` completions."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=not shortest)
+    return [i for i in order for _ in range(samples)][:count]
+
+
+def _steps(objective: OnPolicy[Any]) -> list[list[tuple[Shape, list[int]]]]:
+    """Of each kind of step the micro-batches, with the prompts of their completions."""
+    r = objective.rollouts
+    whole = _count(objective)
+    count = -(-whole // min(objective.settings.minibatches, whole))
+    asked = [_longest(objective.prompts, r.samples, count, shortest) for shortest in (False, True)]
+    return [_cut(objective, objective.prompts, chosen) for chosen in asked]
+
+
+def _cut(
+    objective: OnPolicy[Any], prompts: Sequence[EncodedPrompt], asked: Sequence[int]
+) -> list[tuple[Shape, list[int]]]:
+    """Micro-batches of completions of these prompts, each as long as may be."""
+    answer = objective.rollouts.max_tokens
+    lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + answer
+    batches = objective.cut(range(len(lengths)), lengths)
+    return [
+        (Shape(len(rows), int(lengths[rows].max()), len(rows) * answer), [asked[i] for i in rows]) for rows in batches
+    ]
+
+
+def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
+    """What a reward model reads in one go: it has a budget of tokens even where steps have one of rows."""
+    r = objective.rollouts
+    asked = _longest(objective.prompts, r.samples, _count(objective))
+    lengths = np.array([len(objective.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
+    slots = plan_epoch(lengths, tokens=objective.config.batch.budget, seed=None)
+    return [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
+
+
+@aside()
+def _reward(config: Config) -> tuple[int, bool, list[str]]:
+    """Bytes of the reward model, whether it is a role on the policy's base, and what is to be said of it."""
+    settings = config.section("rewards", RewardsSettings)
+    if settings.adapter is None:
+        return 0, False, []
+    folder = find_reward_run(settings.adapter, settings.normalize).folder
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not (folder / "adapter_config.json").is_file():
+        return stored, False, ["the reward model is a whole model of its own"]
+    m = config.model
+    try:
+        policy = skeleton(m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size).fingerprint
+        if same_base(folder, policy, m.path):
+            return stored, True, []
+        base = read_adapter_config(folder).get("mlxft", {}).get("base", {})
+        options = {k: base[k] for k in ("dtype", "quantize", "group_size") if base.get(k) is not None}
+        own = skeleton(base.get("model", ""), **options).model
+    except ModelError as error:
+        return stored, False, [f"the reward model's base is not counted: {error}"]
+    weights = sum(v.nbytes for _, v in tree_flatten(own.parameters()))
+    return stored + weights, False, [f"the reward model has a base of its own ({base['model']})"]

@@ -1,0 +1,718 @@
+"""A run folder: make, open, list, watch and remove it, read its status, and load its result.
+
+Listing runs needs neither mlx nor pydantic, so what does is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, nearest
+from mlxft.files import (
+    Held,
+    check_replaceable,
+    claim,
+    clear,
+    empty,
+    hold,
+    is_empty,
+    is_held,
+    read_mark,
+    refuse_if_held,
+    remove,
+    temporary,
+)
+from mlxft.text import home_path, parse_json, read_file
+from mlxft.trainer.report import LiveView, terminal
+
+if TYPE_CHECKING:
+    from mlxft.config import Config
+    from mlxft.model.load import Loaded
+
+
+# --- rundir -----------------------------------------------------------------------------------------------------------
+# Run folders from outside: whether one may be written, what is in one, and loading its result for use.
+
+# What may differ when a run goes on; all else would make it another run.
+FREE_ON_RESUME = {
+    "model.trust_remote_code",
+    "run.report_every",
+    "run.save_every",
+    "run.keep",
+    "run.keep_awake",
+    "memory.measure",
+    "run.dir",
+    "run.name",
+    "run.sample_prompts",
+    "run.sample_tokens",
+    "report.to",
+    "report.project",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    dir: Path
+    config: Config
+
+    @property
+    def result(self) -> Path:
+        """The trained adapter, or the trained model's folder."""
+        return self.dir / ("model" if self.config.tune.method == "full" else "adapter")
+
+    @property
+    def template(self) -> Path | None:
+        """Where the chat template is that it was trained with, if it keeps one; see `kept_template`."""
+        from mlxft.model.adapters import kept_template
+
+        return kept_template(self.dir, None)
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it."""
+        from mlxft.config import function_override
+
+        function = getattr(getattr(self.config, "rewards", None), "function", None)
+        given = [] if function is None else [function_override(function)]
+        return shlex.join(["mlxft", "train", "--resume", str(self.dir), *given])
+
+    def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, all or of one kind."""
+        lines = read_file(self.dir / "metrics.jsonl").decode().splitlines()
+        found = [parse_json(line) for line in lines if line.endswith("}")]
+        return [e for e in found if event in (None, e["event"])]
+
+
+def versions() -> dict[str, str]:
+    """What a run ran under."""
+    names = ("mlxft", "mlx", "mlx-lm", "transformers", "numpy")
+    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, and no model's."""
+    return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter folder of a run, or the folder itself."""
+    inside = path / "adapter"
+    return inside if (inside / "adapter_config.json").exists() else path
+
+
+def load_run(
+    path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False, **options: Any
+) -> Loaded:
+    """Load for use: a run, an adapter folder, a fused or any other model, with an adapter if one is named.
+
+    Args:
+        path: also a Run, as `train` and `open_run` return it.
+        scores: a reward run is wanted, and its head is attached; without it text is, and a reward run is refused.
+        options: as for mlxft.model.load.load; they override what the run or adapter says of its base.
+    Raises:
+        ModelError: nothing there, the adapter belongs to another base, or it is not of the wanted kind.
+    """
+    from mlxft.data.dataset import end_completions, turn_end
+    from mlxft.model.adapters import load_with_adapter
+    from mlxft.model.heads import load_head
+    from mlxft.model.load import base_fingerprint
+    from mlxft.model.load import load as load_model
+    from mlxft.model.logits import Split
+
+    path = path.dir if isinstance(path, Run) else path
+    folder = home_path(path)
+    if adapter is None and is_run(folder):
+        run = open_run(folder)
+        if not run.result.exists():
+            raise ModelError(f"{folder} has no result yet; go on with {run.resume}")
+        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
+    elif adapter is None and (folder / "adapter_config.json").exists():
+        adapter = folder
+    if adapter is None:
+        head = _checked_head(home_path(path), scores)
+        loaded = load_model(str(path), **options)
+    else:
+        adapter = find_adapter(home_path(adapter))
+        head = _checked_head(adapter, scores)
+        loaded = load_with_adapter(path, adapter, options)
+    if head is not None:
+        load_head(Split(loaded.model), head, base_fingerprint(loaded))
+        loaded.model.eval()
+    # Of a base model the makers' EOS tokens may not know the template that it is spoken to by.
+    end_completions(loaded.tokenizer, turn_end(loaded.tokenizer))
+    return loaded
+
+
+def _checked_head(folder: Path, scores: bool) -> Path | None:
+    """The head in a folder, which is there if and only if `scores` are wanted."""
+    from mlxft.model.adapters import read_adapter_config
+    from mlxft.model.heads import HEAD_FILE
+
+    head = folder / HEAD_FILE if (folder / HEAD_FILE).is_file() else None
+    noted = read_adapter_config(folder).get("mlxft", {}) if (folder / "adapter_config.json").is_file() else {}
+    if head is None and noted.get("objective") == "reward":
+        raise ModelError(f"{folder} is a reward model's adapter without its head: {HEAD_FILE} belongs beside it")
+    if scores and head is None:
+        raise ModelError(
+            f"{folder} gives text, not scores: it has no {HEAD_FILE}; name a run of objective: reward (others answer "
+            "prompts: mlxft generate)"
+        )
+    if head is not None and not scores:
+        raise ModelError(f"{folder} is a reward model: it gives scores, not text; use mlxft score, or name a policy")
+    return head
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        CheckpointError: it is no run folder.
+    """
+    from mlxft.config import load_config
+
+    folder = home_path(folder)
+    try:
+        config = load_config(folder / "config.yaml", looked_at=True)
+    except MlxftError as e:
+        raise CheckpointError(f"{folder} is no run folder: {e}") from e
+    run = config.run.model_copy(update={"dir": folder.resolve().parent, "name": folder.resolve().name})
+    return Run(folder, config.model_copy(update={"run": run}))
+
+
+def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    """Refuse what may not be written to: before anything is loaded, and again before anything is written."""
+    if resume and overwrite:
+        raise ConfigError("give --resume or --overwrite, not both")
+    if run.dir.exists() and not run.dir.is_dir():
+        raise ConfigError(f"run.name: {run.dir} is a file")
+    if not run.dir.exists():
+        return
+    if overwrite:
+        check_replaceable(run.dir, "run")
+        _check_unused(run)
+    elif is_empty(run.dir):
+        return
+    elif not resume:
+        raise ConfigError(
+            f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
+        )
+    else:
+        _check_resumable(run)
+
+
+def _check_resumable(run: Run) -> None:
+    """Refuse to go on in a folder that no run made, or with settings of another run."""
+    from mlxft.config import load_config
+
+    file = run.dir / "config.yaml"
+    stored = load_config(file, looked_at=True) if file.is_file() else None
+    # An older version's run has no mark; what it ran under stands in no recipe that a person writes.
+    mark = read_mark(run.dir)
+    if not (stored and stored.versions) if mark is None else mark.kind != "run":
+        raise ConfigError(f"{run.dir}: is not a run folder that mlxft made, so nothing is written there")
+    if run.config.tune.method == "full":
+        check_replaceable(run.result, "model")
+    for folder in (run.result, run.dir / "checkpoints"):
+        if folder.is_symlink():
+            raise ConfigError(
+                f"{folder}: is a link; what is behind it is neither replaced nor removed, put it back here"
+            )
+    if stored is not None:
+        _check_same(stored, run.config)
+
+
+def _check_unused(run: Run) -> None:
+    """Refuse to replace a folder that holds the files that are to be trained on."""
+    model, data = run.config.model, run.config.data
+    used = {
+        "model.path": model.path,
+        "model.adapter": model.adapter,
+        "model.chat_template": model.chat_template,
+        "data.train": data.train,
+        "data.valid": data.valid if isinstance(data.valid, str) else None,
+    }
+    gone = run.dir.resolve()
+    inside = [k for k, v in used.items() if v is not None and gone in (p := Path(v).absolute(), *p.parents)]
+    if inside:
+        raise ConfigError(f"{run.dir}: {', '.join(inside)} lies in this run folder; choose another run.name")
+
+
+def _check_same(before: Config, now: Config) -> None:
+    """Refuse a setting that makes it another run, by name."""
+    from mlxft.config import flat
+
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    free = set(FREE_ON_RESUME)
+    if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
+        free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
+    keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
+    if keys:
+        lines = [f"{k}: the run has {old.get(k)!r}, asked for is {new.get(k)!r}" for k in keys]
+        raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
+
+
+def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, which is held, ready to be written to; what a run left in it is gone with `overwrite`."""
+    try:
+        check_folder(run, resume, overwrite)
+        if overwrite:
+            empty(run.dir)
+        if not resume or is_empty(run.dir):
+            claim(run.dir, "run")
+        for folder in (run.dir, run.result, run.dir / "checkpoints"):
+            clear(folder)
+    except OSError as e:
+        raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+# status.json of a run folder: running, done, interrupted or failed, and since when.
+#
+# Reading needs nothing but the standard library, so that hundreds of runs are listed in an instant.
+
+STATUS_FILE = "status.json"
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What status.json holds; None: there is none (an older version's run), or it is not one."""
+    try:
+        found = parse_json(read_file(folder / STATUS_FILE))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("status"), str) else None
+
+
+def now() -> str:
+    """UTC, as ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@contextmanager
+def recorded(held: Held) -> Iterator[None]:
+    """Write down that a folder is trained in, and how that ends.
+
+    An exception may say how it is to be told, by an attribute `run_status`.
+    """
+    from mlxft.files import write_text
+
+    folder = held.folder
+
+    def write(**changes: Any) -> None:
+        held.check()
+        record.update(changes)
+        write_text(folder / STATUS_FILE, json.dumps(record, indent=2) + "\n")
+
+    before = read_status(folder) or {}
+    record: dict[str, Any] = {"pid": os.getpid(), "host": platform.node(), "started": before.get("started") or now()}
+    write(status="running", locked=held.locked, **({"resumed": now()} if before else {}))
+    try:
+        yield
+    except BaseException as e:
+        status = getattr(e, "run_status", "interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
+        told = str(e) or type(e).__name__
+        with suppress(CheckpointError):  # a full disk: what went wrong first is what is to be told
+            write(status=status, ended=now(), **({"error": told} if status == "failed" else {}))
+        raise
+    write(status="done", ended=now())
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+# Run folders as a list: what each is, how far it is and how good, read without loading anything heavy.
+#
+# Of metrics.jsonl only the lines that are needed are parsed, so that hundreds of runs take less than a second.
+
+Event = dict[str, Any]
+PARTS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints", "adapter")  # one makes a folder a run's
+INSIDE = {"adapter", "model", "checkpoints", "eval", "wandb", "tensorboard"}  # folders of a run that hold no runs
+# What a run is judged by: the first of these that a validation has.
+HEADLINES = ("reward", "accuracy", "loss")
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The headline number of the weights that were kept: of their validation, else of the last training report."""
+
+    metric: str
+    value: float
+    step: int
+    of: str  # validation or training
+
+    def __str__(self) -> str:
+        return f"{'train ' if self.of == 'training' else ''}{self.metric} {self.value:.4g} @ {self.step}"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run folder at a glance.
+
+    Args:
+        status: running, done, interrupted, failed; half-written: parts are missing; unfinished: an older version's
+            run, which may have been killed.
+        note: what is odd about the folder.
+    """
+
+    name: str
+    dir: Path
+    status: str
+    note: str = ""
+    error: str = ""
+    objective: str = ""
+    base: str = ""
+    method: str = ""
+    step: int = 0
+    steps: int | None = None
+    best: Best | None = None
+    started: str = ""  # UTC, ISO 8601
+    ended: str = ""
+    record: dict[str, Any] = field(default_factory=dict)  # status.json
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "record"} | {"dir": str(self.dir)}
+
+
+def may_be_run(folder: Path) -> bool:
+    """Whether a folder is a run's, or was about to become one."""
+    return any(os.path.exists(folder / part) for part in PARTS)
+
+
+def list_runs(place: Path, every: bool = False) -> list[RunInfo]:
+    """The runs in a folder, oldest first.
+
+    Args:
+        every: also those further down, such as the trials of a sweep.
+    """
+    found = [run_info(folder, str(folder.relative_to(place))) for folder in _folders(place, every)]
+    return sorted(found, key=lambda r: (r.started, r.name))
+
+
+def _folders(place: Path, every: bool) -> Iterator[Path]:
+    inside: list[Path] = []
+    with suppress(PermissionError), os.scandir(place) as entries:  # other folders can be read
+        inside = [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")]
+    for folder in inside:
+        if may_be_run(folder):
+            yield folder
+        if every and folder.name not in INSIDE and not folder.is_symlink():  # a link may lead round in a circle
+            yield from _folders(folder, every)
+
+
+def find_run(name: str, place: Path) -> Path:
+    """The run folder that a user names: below `place`, or by its path.
+
+    Raises:
+        ConfigError: there is none; the nearest name is given.
+    """
+    for folder in (place / name, home_path(name)):
+        if folder.is_dir() and may_be_run(folder):
+            return folder
+    there = [str(f.relative_to(place)) for f in _folders(place, True)] if place.is_dir() else []
+    what = "is no run folder" if (place / name).exists() or Path(name).exists() else "no such run"
+    raise ConfigError(f"{name}: {what} in {place}{nearest(name, there)}; mlxft runs --all lists them")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config.yaml as it stands, of whatever version.
+
+    Raises:
+        CheckpointError: it is missing or no mapping.
+    """
+    from mlxft.config import read_yaml  # it takes pydantic, which listing has no need of
+
+    try:
+        found = read_yaml(read_file(folder / "config.yaml"), "config.yaml", _Loader)
+    except (OSError, ValueError) as e:
+        reason = " ".join((getattr(e, "strerror", None) or str(e)).split())
+        raise CheckpointError(f"{folder}: config.yaml can not be read: {reason}") from e
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{folder}: config.yaml is no recipe")
+    return found
+
+
+def read_events(folder: Path) -> list[Event]:
+    """The events of metrics.jsonl; lines that a kill has cut short are left out. [] without the file."""
+    try:
+        return parse_events(read_file(folder / "metrics.jsonl"))
+    except OSError:
+        return []
+
+
+def parse_events(text: bytes) -> list[Event]:
+    """The events in some lines of metrics.jsonl."""
+    return [event for line in text.split(b"\n") if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        found = parse_json(line)
+    except ValueError:
+        return None
+    sound = isinstance(found, dict) and isinstance(found.get("event"), str) and type(found.get("step", 0)) is int
+    return found if sound else None
+
+
+def finite(value: Any) -> float | None:
+    """A number that is one; what was not finite was written as text."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def headline(event: Event, of: str) -> Best | None:
+    """What an event is judged by."""
+    for metric in HEADLINES:
+        if (value := finite(event.get(metric))) is not None:
+            return Best(metric, value, int(event.get("step", 0)), of)
+    return None
+
+
+class _Metrics:
+    """Single events out of the bytes of metrics.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.text = read_file(folder / "metrics.jsonl")
+        except OSError:
+            self.text = b""
+
+    def first(self) -> Event:
+        """The first event, {} if there is none."""
+        return _event(self.text[: self.text.find(b"\n") + 1]) or {}
+
+    def last(self, mark: bytes = b'{"event"') -> Event:
+        """The last whole event whose line holds `mark`, {} if there is none."""
+        at = len(self.text)
+        while (at := self.text.rfind(mark, 0, at)) >= 0:
+            begin, end = self.text.rfind(b"\n", 0, at) + 1, self.text.find(b"\n", at)
+            if end >= 0 and (event := _event(self.text[begin:end])) is not None:
+                return event
+        return {}
+
+    def best(self) -> Best | None:
+        """The headline of the validation whose weights were kept, or of the last report."""
+        evaluated = self.last(b'"best": true') or self.last(b'{"event": "eval"')
+        found = headline(evaluated, "validation") if evaluated else None
+        return found or headline(self.last(b'{"event": "train"'), "training")
+
+
+def run_info(folder: Path, name: str | None = None) -> RunInfo:
+    """What a run folder is; never an error, whatever is in it."""
+    metrics, record = _Metrics(folder), read_status(folder)
+    start, last = metrics.first(), metrics.last()
+    settings, damage = _settings(folder, complete=bool(start))
+    status, note = _status(folder, record, last)
+    if damage:
+        status, note = ("half-written" if status in ("unfinished", "done") else status), damage
+    record = record or {}
+    return RunInfo(
+        name=folder.name if name is None else name,
+        dir=folder,
+        status=status,
+        note=note,
+        error=str(record.get("error", "")) if status == "failed" else "",
+        objective=str(start.get("objective") or settings.get("objective") or ""),
+        base=str(start.get("base") or _leaf(settings, "model", "path")),
+        method=str(start.get("method") or _leaf(settings, "tune", "method")),
+        step=int(finite(last.get("step")) or 0),
+        steps=int(steps) if (steps := finite(start.get("steps"))) is not None else None,
+        best=metrics.best(),
+        started=str(record.get("started") or _changed(folder)),
+        ended=str(record.get("ended", "")) if status != "running" else "",
+        record=record,
+    )
+
+
+def _settings(folder: Path, complete: bool) -> tuple[dict[str, Any], str]:
+    """What is needed of config.yaml, and what is wrong with it. It is parsed only where events do not say the same."""
+    try:
+        text = read_file(folder / "config.yaml")
+    except OSError as e:
+        return {}, "no config.yaml" if e.errno == errno.ENOENT else f"config.yaml can not be read: {e.strerror}"
+    if complete and b"\nversions:" in text:  # its last section: nothing was cut off
+        return {}, ""
+    try:
+        return read_settings(folder), "" if complete else "no metrics yet"
+    except CheckpointError as e:
+        return {}, str(e).partition(": ")[2]
+
+
+def _leaf(settings: dict[str, Any], section: str, key: str) -> str:
+    found = settings.get(section)
+    return str(found.get(key) or "") if isinstance(found, dict) else ""
+
+
+def _status(folder: Path, record: dict[str, Any] | None, last: Event) -> tuple[str, str]:
+    """Status and note."""
+    if record is None:
+        known = {"end": "done", "interrupted": "interrupted", "failed": "failed"}
+        damaged = (folder / "status.json").exists()
+        note = "status.json can not be read" if damaged else "by an older version: no status.json"
+        return known.get(str(last.get("event")), "running" if is_held(folder) else "unfinished"), note
+    status = str(record["status"])
+    if status == "running" and not (is_held(folder) if record.get("locked", True) else _lives(record)):
+        return "interrupted", "its process was killed"
+    return status, ""
+
+
+def _lives(record: dict[str, Any]) -> bool:
+    """Whether the process is there, where a file system has no locks to tell."""
+    try:
+        os.kill(int(record["pid"]), 0)
+    except PermissionError:
+        return True
+    except (KeyError, TypeError, ValueError, OSError):
+        return False
+    return True
+
+
+def _changed(folder: Path) -> str:
+    """When a run of an older version began, as far as its files tell."""
+    for name in ("config.yaml", "metrics.jsonl", "."):
+        try:
+            at = (folder / name).stat().st_mtime
+        except OSError:
+            continue
+        return datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="seconds")
+    return ""
+
+
+def sure_place(place: Path) -> Path:
+    """`place`, if it is a folder.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not place.is_dir():
+        raise ConfigError(f"--dir {place}: no such folder")
+    return place
+
+
+def find_removable(names: list[str], place: Path) -> dict[Path, int]:
+    """The run folders below `place` that a user names -> bytes in them.
+
+    Raises:
+        ConfigError: one is no run folder below `place`, is a link, or holds what mlxft did not make.
+        CheckpointError: one is being trained.
+    """
+    folders = dict.fromkeys(_below(name, place) for name in names)
+    for folder in folders:
+        check_replaceable(folder, "run")
+        refuse_if_held(folder)
+    return {f: sum(p.lstat().st_size for p in f.rglob("*") if not p.is_dir()) for f in folders}
+
+
+def _below(name: str, place: Path) -> Path:
+    """The run folder of this name, or with this path, below `place`."""
+    top = Path(os.path.abspath(place))
+    for found in (place / name, home_path(name)):
+        folder = Path(os.path.abspath(found))
+        if top not in folder.parents or not os.path.lexists(folder):
+            continue
+        if link := next(
+            (p for p in (folder, *folder.parents) if p != top and top in p.parents and p.is_symlink()), None
+        ):
+            raise ConfigError(f"{name}: {link} is a link; what is behind it is not removed, remove the link yourself")
+        return Path(os.path.abspath(find_run(str(folder), place)))
+    if os.path.lexists(place / name):
+        raise ConfigError(f"{name!r}: is not below {place}; name a run that is (mlxft runs --dir names another folder)")
+    find_run(name, place)
+    raise ConfigError(f"{name}: is not below {place}; give --dir {Path(name).parent}")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run folder. It is gone from its place at once, or stays whole.
+
+    Raises:
+        ConfigError: there is something in it by now that mlxft did not make.
+        CheckpointError: it is being trained by now, or can not be removed.
+    """
+    away = temporary(folder)
+    with hold(folder):
+        check_replaceable(folder, "run")
+        try:
+            folder.rename(away)
+            remove(away)
+        except OSError as e:
+            raise CheckpointError(f"{folder}: can not be removed: {e.strerror or e}") from e
+
+
+# --- watch ------------------------------------------------------------------------------------------------------------
+
+EARLIER = 10  # events that a log is shown of what was before
+
+
+class Tail:
+    """The events of a metrics.jsonl as they come. A resumed run replaces the file; then it is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._at, self._file = path, 0, 0
+
+    def read(self) -> tuple[list[Event], bool]:
+        """Whole lines since the last call, and whether the file is another one than then."""
+        try:
+            found = self._path.stat()
+            replaced = found.st_ino != self._file or found.st_size < self._at
+            if replaced:
+                self._at, self._file = 0, found.st_ino
+            with self._path.open("rb") as file:
+                file.seek(self._at)
+                text = file.read()
+        except OSError:
+            return [], False
+        whole = text[: text.rfind(b"\n") + 1]
+        self._at += len(whole)
+        return parse_events(whole), replaced
+
+
+def watch(folder: Path, console: Console, every: float = 0.5) -> RunInfo:
+    """Show a run until it ends: the view of training at a terminal, else its lines.
+
+    Args:
+        every: seconds between looks.
+    Returns:
+        How it ended.
+    """
+    tail = Tail(folder / "metrics.jsonl")
+    before, _ = tail.read()
+    info = run_info(folder)
+    sink = terminal(console, info.steps or 0, info.step) if info.status == "running" else None
+    try:
+        if isinstance(sink, LiveView):
+            sink.recall(before)
+        elif sink is not None:
+            for event in before[-EARLIER:]:
+                sink.event(event)
+        while sink is not None:
+            # In this order: what was written before the end is shown.
+            info = run_info(folder)
+            events, replaced = tail.read()
+            if replaced and isinstance(sink, LiveView):
+                sink.recall(events)
+            else:
+                for event in events[-EARLIER:] if replaced else events:
+                    sink.event(event)
+            if info.status != "running":
+                break
+            time.sleep(every)
+    finally:
+        if sink is not None:
+            sink.close()
+    return info

@@ -1,0 +1,288 @@
+"""Run tasks of lm-eval (EleutherAI's evaluation harness, extra `eval`) on a model.
+
+Importing this file needs lm-eval; without it the import raises a ConfigError that names the extra.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlxft.data.chat import Thoughts, answer_of, opening_of
+from mlxft.data.dataset import context_ids
+from mlxft.errors import ConfigError, DataError, MlxftError, missing_extra, nearest
+from mlxft.model.load import Loaded, context_of
+from mlxft.model.logits import Split
+from mlxft.model.sampling import Sampling, sample_batch, text_of
+from mlxft.runs import load_run
+from mlxft.study.evaluate import TOKENS, Request, encode_choices, loglikelihoods
+from mlxft.text import bar, parse_json
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as e:
+    raise ConfigError(f"--tasks: {missing_extra('lm-eval', 'eval')}") from e
+
+MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
+NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class Model(TemplateLM):
+    """A loaded model as lm-eval calls one.
+
+    Args:
+        limit: most tokens of a request; of longer ones the beginning is cut off, as lm-eval's own models do.
+        tokens: of a batch, padding included.
+        thoughts: "drop" gives tasks written answers without the thoughts before them.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        limit: int,
+        tokens: int,
+        seed: int,
+        console: Console | None = None,
+        thoughts: Thoughts = "drop",
+    ) -> None:
+        super().__init__()
+        self._drops = thoughts == "drop"
+        self.loaded, self.tokenizer, self.limit = loaded, loaded.tokenizer, limit
+        self._split, self._tokens, self._seed, self._console = Split(loaded.model), tokens, seed, console
+        self.cut = 0  # requests that were longer
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise DataError("the tokenizer has no EOS token, which lm-eval begins a text with")
+        return int(eos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For lm-eval's caches."""
+        return str(self.loaded.source).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text, without a BOS unless it is asked for: as lm-eval's own model of transformers."""
+        return context_ids(self.tokenizer, string, plain=bool(add_special_tokens))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, all of one context cut at the same place: see `encode_choices`."""
+        of_context: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            of_context[request.args[0]].append(i)
+        asked: list[Any] = [None] * len(requests)
+        for context, members in of_context.items():
+            said = [requests[i].args[1] for i in members]
+            for i, request in zip(members, self._requests(context, said)):
+                asked[i] = (requests[i].args, list(request.context), list(request.continuation))
+        return self._loglikelihood_tokens(asked)
+
+    def _requests(self, context: str, continuations: Sequence[str]) -> list[Request]:
+        if context:
+            return encode_choices(self.tokenizer, context, continuations, plain=True, special=False).requests
+        first = self.eot_token_id
+        every = [self.tok_encode(continuation) for continuation in continuations]
+        # As lm-eval: a text that begins with the token itself is not given it twice.
+        return [Request((first,), tuple(ids[1:] if ids[:1] == [first] else ids)) for ids in every]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        asked = []
+        for _, context, continuation in requests:
+            # The last token is predicted, and need not go in.
+            room = max(1, self.limit + 1 - len(continuation))
+            self.cut += len(context) > room
+            asked.append(Request(tuple(context[-room:]), tuple(continuation)))
+        with bar(self._console, len(asked), "log-likelihoods") as advance:
+            found = loglikelihoods(self._split, asked, self._tokens, advance)
+        return [(answer.logprob, answer.greedy) for answer in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the context's length."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            (text,) = request.args
+            own = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.limit, 1)
+            pairs = [make_disjoint_window(window) for window in own]
+            windows += [(None, *pair) for pair in pairs]
+            counts.append(len(pairs))
+        found = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(found)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers that end before a stop text."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(i)
+        texts = [""] * len(requests)
+        with bar(self._console, len(requests), "answers") as advance:
+            for how, members in groups.items():
+                sampling = replace(self._sampling(parse_json(how)), stop_in_answer=self._drops)
+                room = max(1, self.limit - sampling.max_tokens)
+                prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
+                self.cut += sum(len(ids) > room for ids in prompts)
+                found = sample_batch(
+                    self.loaded.model,
+                    self.tokenizer,
+                    [ids[-room:] for ids in prompts],
+                    sampling,
+                    seed=self._seed,
+                    on_done=advance,
+                )
+                for i, ids, (answer,) in zip(members, prompts, found):
+                    text = text_of(self.tokenizer, answer, sampling, ids)
+                    texts[i] = answer_of(text, opening_of(requests[i].args[0])) if self._drops else text
+        return texts
+
+    def _sampling(self, given: dict[str, Any]) -> Sampling:
+        """lm-eval's words for how to sample; greedy unless do_sample."""
+        until = given.get("until") or []
+        stop = [until] if isinstance(until, str) else list(until)
+        most = next((given[name] for name in NAMES if given.get(name)), MAX_TOKENS)
+        drawn: dict[str, Any] = {"temperature": 0.0}
+        if given.get("do_sample"):
+            drawn = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in given}
+        ends = bool(self.tokenizer.eos_token_ids)
+        return Sampling(int(most), stop=tuple(text for text in stop if text), stop_at_eos=ends, **drawn)
+
+
+CONTEXT = 2048  # where the model's config does not say
+
+
+def run_tasks(
+    model: str,
+    names: Sequence[str],
+    *,
+    adapter: str | None = None,
+    include_path: str | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    chat: bool = False,
+    thoughts: Thoughts = "drop",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run tasks of lm-eval.
+
+    Args:
+        names: tasks, groups or tags that lm-eval knows, or finds in the folder `include_path`.
+        shots: shown before each question; default: as each task says.
+        limit: only the first questions of each task.
+        max_length: of a request in tokens; default: the model's context.
+        chat: whether questions go through the chat template.
+        thoughts: whether tasks are given written answers without the thoughts before them (drop), or whole (keep).
+    Returns:
+        {"tasks": {name: {"n", "shots", "figures": {metric: {"value", "se"}}}}, "groups": ..., "notes": [...]}
+    Raises:
+        ConfigError: lm-eval knows no such task. ModelError: no such model.
+        DataError: a task's rows can not be had, or it fails.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ConfigError(f"--include-path {include_path}: no such folder")
+    manager = TaskManager(include_path=include_path)
+    if not names:
+        raise ConfigError("--tasks names none; expected for example arc_easy,hellaswag")
+    known = set(manager.all_tasks)
+    if unknown := [name for name in names if name not in known]:
+        said = [f"{name}{nearest(name, known)}" for name in unknown]
+        raise ConfigError(f"--tasks: lm-eval knows no {', '.join(said)}; `lm-eval ls tasks` lists all {len(known):,}")
+    loaded = load_run(model, adapter)
+    if chat and not loaded.tokenizer.has_chat_template:
+        raise ConfigError("--chat: this model has no chat template")
+    lm = Model(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console, thoughts)
+    try:
+        found = simple_evaluate(
+            model=lm,
+            tasks=list(names),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            bootstrap_iters=1000,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=None,
+            fewshot_random_seed=seed,
+        )
+    except MlxftError:
+        raise
+    except Exception as e:  # its tasks fetch data sets and run code of their own
+        raise DataError(f"lm-eval could not run {', '.join(names)}: {type(e).__name__}: {str(e)[:500]}") from e
+    return _as_json(found, lm.cut, lm.limit)
+
+
+def _as_json(found: dict[str, Any], cut: int, limit: int) -> dict[str, Any]:
+    tasks = {
+        name: {
+            "n": found.get("n-samples", {}).get(name, {}).get("effective"),
+            "shots": found.get("n-shot", {}).get(name),
+            "figures": figures(values),
+        }
+        for name, values in found["results"].items()
+    }
+    notes = [f"{cut:,} requests were longer than {limit:,} tokens, and their beginning is cut off"] if cut else []
+    groups = {name: figures(values) for name, values in (found.get("groups") or {}).items()}
+    return {"tasks": tasks, "groups": groups, "notes": notes}
+
+
+def figures(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} as {"acc": {"value": 0.5, "se": 0.1}, ...}."""
+    every: dict[str, dict[str, float | None]] = {}
+    for key, value in values.items():
+        metric, comma, selection = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{metric}_stderr,{selection}")
+        name = metric if selection == "none" else f"{metric}, {selection}"
+        every[name] = {"value": float(value), "se": float(error) if isinstance(error, int | float) else None}
+    return every
+
+
+def show_tasks(console: Console, found: dict[str, Any]) -> None:
+    """A table of all tasks."""
+    table = Table()
+    for name in ("task", "n", "shots", "metric", "value ± standard error"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right", overflow="fold")
+    groups = {name: {"n": None, "shots": None, "figures": of} for name, of in found["groups"].items()}
+    for name, task in (found["tasks"] | groups).items():
+        for metric, figure in task["figures"].items():
+            error = f" ± {figure['se']:.4f}" if figure["se"] is not None else ""
+            cells = (name, task["n"], task["shots"], metric, f"{figure['value']:.4f}{error}")
+            table.add_row(*(Text("" if cell is None else str(cell)) for cell in cells))
+    console.print(table)
+    for note in found["notes"]:
+        console.print(Text(f"note: {note}"))
