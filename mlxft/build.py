@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +34,7 @@ from mlxft.device import (
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, select_targets
 from mlxft.model.cpu import quicker
-from mlxft.model.heads import begin_head, body_width, find_head, head_of, without_head
+from mlxft.model.heads import find_head, head_of, without_head
 from mlxft.model.layers import (
     aside,
     checkpoint_layers,
@@ -50,28 +50,22 @@ from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.model.memory import (
     CHECKPOINT_ABOVE,
-    PLAIN,
+    Beside,
     Job,
-    Outline,
     PhasedPlan,
     Plan,
-    Residents,
     Shape,
     ShapeSplit,
     largest_packed,
     largest_tokens,
     plan,
-    sampling_bytes,
-    scoring_bytes,
     with_phases,
 )
 from mlxft.model.prefix import Sharing
-from mlxft.objectives import rollouts as onpolicy
-from mlxft.objectives.base import Batch, MakesStep, Objective, heaviest
-from mlxft.objectives.rollouts import OnPolicy
+from mlxft.objectives.base import MakesStep, MicroBatch, Objective, Step, heaviest
 from mlxft.runs import find_adapter
-from mlxft.trainer.loop import CompiledGradient, Found, gradient, summed
-from mlxft.trainer.optim import Optimizer
+from mlxft.trainer.loop import CompiledGradient, Found, gradient, scales_of, summed
+from mlxft.trainer.optim import Arrays, Optimizer
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 # What a recipe names: its model, its objective with the data, and what of the model is trained.
@@ -251,55 +245,19 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     optimizer = Optimizer(optim, model)
     state = sum(v.nbytes for v in optimizer.arrays().values())
     renewed, packed = optimizer.renewed(model), config.batch.pack
-    return Job(model, state, trained_share, config.batch.accumulate, outline_of(config), renewed, packed)
-
-
-def outline_of(config: Config) -> Outline:
-    """What a step of the recipe's objective is; an objective that does not say trains log-likelihoods."""
-    objective = objective_class(config.objective)
-    if issubclass(objective, OnPolicy):
-        return onpolicy.OUTLINE
-    outline: Outline = objective.outline(config) if hasattr(objective, "outline") else PLAIN
-    return outline
-
-
-class Around(NamedTuple):
-    """What on-policy training takes beside its steps.
-
-    Attributes:
-        residents: the other roles.
-        sampling, scoring: bytes of these phases alone.
-        parted: whether a step has several micro-batches.
-    """
-
-    residents: Residents
-    sampling: int
-    scoring: int
-    parted: bool
-
-
-def around_of(config: Config, model: nn.Module, objective: Any) -> Around | None:
-    """That of a recipe and its prepared model; None where completions are not the model's own.
-
-    Raises:
-        ModelError: this architecture's memory can not be predicted.
-    """
-    if not isinstance(objective, OnPolicy):
-        return None
-    rolling = onpolicy.rolling(objective)
-    phases = sampling_bytes(model, rolling), scoring_bytes(model, rolling.scored)
-    return Around(onpolicy.residents(config, model), *phases, onpolicy.parted(objective))
+    outline = objective_class(config.objective).outline(config)
+    return Job(model, state, trained_share, config.batch.accumulate, outline, renewed, packed)
 
 
 def plan_batches(
-    config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None
+    config: Config, model: nn.Module, shapes: Sequence[Shape], around: Beside | None = None
 ) -> tuple[Plan, int, int]:
     """The plan of the batch that takes most, and its rows and width, with checkpointing as it will be.
 
     Raises:
         ModelError: this architecture's memory can not be predicted.
     """
-    together = outline_of(config).together
+    together = objective_class(config.objective).outline(config).together
     if any(s.prompt for s in shapes) and not Sharing(ShapeSplit(model)).thinkable:
         shapes = [Shape(*s[:3]) for s in shapes]
 
@@ -322,14 +280,14 @@ def plan_batches(
     return most(plans(True))
 
 
-def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Around | None) -> Plan:
+def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Beside | None) -> Plan:
     if around is None:
         return plan(job, s.rows, s.width, checkpoint, shared)
     step = plan(job, s.rows, s.width, checkpoint, shared)
-    return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.parted else 0)
+    return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.several else 0)
 
 
-def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Around | None = None) -> Planned:
+def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Beside | None = None) -> Planned:
     """The plan of a recipe's batches, and what else would fit.
 
     Raises:
@@ -432,8 +390,7 @@ def _planned_tokens(config: Config, model: nn.Module, room: float) -> tuple[int,
         ModelError: this architecture's memory can not be predicted.
     """
     job, width, setting = job_of(config, model), config.data.max_length, config.memory.checkpoint
-    if job.outline is onpolicy.OUTLINE:  # others may be alike
-        room -= onpolicy.residents(config, model).with_training(job)
+    room -= objective_class(config.objective).residents(config, model).with_training(job)
     largest = largest_packed if job.packed else largest_tokens
     found = 0
     if setting != "on":
@@ -474,16 +431,11 @@ def outfitted(config: Config, bare: Loaded) -> nn.Module:
     Raises:
         ConfigError, ModelError: as training would.
     """
-    m = config.model
     prepare(config, bare)
-    outline = outline_of(config)
-    if not outline.dropout:
+    kind = objective_class(config.objective)
+    if not kind.outline(config).dropout:
         without_dropout(bare.model)
-    if outline.reads == "scores":
-        setting = "tune.train" if config.tune.train else "tune.targets"
-        begin_head(ShapeSplit(bare.model), m.adapter or m.path, setting)
-    if onpolicy.critic(config) is not None:
-        body_width(ShapeSplit(bare.model))  # which refuses as training does
+    kind.outfit(config, bare.model)
     check_head(config, bare.model)
     return bare.model
 
@@ -501,7 +453,7 @@ def full_logits(split: Split) -> list[str]:
 
 
 def decide_checkpointing(
-    config: Config, model: nn.Module, objective: Any, refuse: bool = True
+    config: Config, model: nn.Module, objective: Objective, refuse: bool = True
 ) -> tuple[bool, list[str]]:
     """Whether to checkpoint, and what to say of the memory that training will take.
 
@@ -511,16 +463,16 @@ def decide_checkpointing(
         ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
     split = Split(model)
-    shapes, notes = batch_shapes(objective), full_logits(split)
+    shapes, notes = objective.shapes(), full_logits(split)
     if any(shape.prompt for shape in shapes) and Sharing(split).reason:
         shapes = [Shape(*shape[:3]) for shape in shapes]
     if not shapes:
         unknown = f"the batches of objective {config.objective} are not known before it runs"
         return config.memory.checkpoint == "on", [*notes, _unpredicted(config, unknown)]
     # A critic stands in the model by now: it is counted among the roles.
-    with without_head(model) if isinstance(objective, OnPolicy) else nullcontext():
+    with without_head(model) if objective.steps_per_rollout() else nullcontext():
         try:
-            around = around_of(config, model, objective)
+            around = objective.beside(model)
             found, rows, width = plan_batches(config, model, shapes, around)
         except ModelError as error:
             return config.memory.checkpoint == "on", [*notes, _unpredicted(config, str(error))]
@@ -592,13 +544,6 @@ def _needs(found: Plan, rows: int, width: int) -> str:
     )
 
 
-def batch_shapes(objective: Any) -> list[Shape]:
-    """Shapes of the first epoch's batches; none where an objective can not tell before it runs."""
-    if isinstance(objective, OnPolicy):
-        return onpolicy.shapes(objective)
-    return [Shape(*s) for s in objective.shapes()] if hasattr(objective, "shapes") else []
-
-
 # --- measure ----------------------------------------------------------------------------------------------------------
 
 ALL = 1 << 62  # bytes of a step that no memory was left for
@@ -611,7 +556,7 @@ OVER = 1.05  # times a limit: MLX works ahead until it is reached, and a little 
 
 
 def settle_by_measure(
-    config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, taken: int | None = None
+    config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, taken: int | None = None
 ) -> list[str]:
     """Measure a step, and settle by it what is left open: gradient checkpointing, where it takes too much, and on a
     GPU whether the loop compiles (`objective.compiled`).
@@ -626,7 +571,7 @@ def settle_by_measure(
     """
     eager = why_eager(config, model, objective)
     objective.compiled = config.run.compile == "on"
-    if not config.memory.measure or not _measurable(objective):
+    if not config.memory.measure:
         return []
     taken = measured_bytes(config, model, objective, optimizer) if taken is None else taken
     room = room_of_all(config)
@@ -638,17 +583,13 @@ def settle_by_measure(
     if taken > room:
         raise ConfigError(_too_much(config, taken))
     on = "; gradient checkpointing is on" if is_checkpointed(model) else ""
-    beside = "; sampling is by the plan" if isinstance(objective, OnPolicy) else ""
+    beside = "; sampling is by the plan" if objective.steps_per_rollout() else ""
     notes = [f"measured peak memory: {amount(taken)}, of a step of the largest batch{on}{beside}"]
     # Not on a CPU: 0.84 to 0.92 of the eager time (llamas of 8 and 30 layers, float32), but a C++ compiler makes the
     # kernels, some 20 s the first time.
     if config.run.compile == "auto" and backend() != "cpu":
         notes.append(eager or _settle_compiling(config, model, objective, optimizer, room))
     return notes
-
-
-def _measurable(objective: Any) -> bool:
-    return isinstance(objective, OnPolicy) or hasattr(objective, "largest")
 
 
 def room_of_all(config: Config) -> float:
@@ -666,7 +607,7 @@ def room_for_step(config: Config, model: nn.Module) -> float:
 
 
 def fit_tokens(
-    config: Config, model: nn.Module, objective: Any, optimizer: Optimizer
+    config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer
 ) -> tuple[Config, int | None, list[str]]:
     """Correct what the plan has made of `batch.tokens: auto` by what the largest batch takes; the objective's batches
     are made by it from then on.
@@ -676,8 +617,6 @@ def fit_tokens(
     """
     objective.compiled = config.run.compile == "on"
     tokens, tried, said = config.batch.budget, dict[int, int](), list[str]()
-    if not (_measurable(objective) and hasattr(objective, "rebatch")):
-        return config, None, [f"batch.tokens: auto is {tokens:,}: objective {config.objective} has no step to measure"]
     for _ in range(MEASURED):
         config = _rebatched(config, objective, tokens)
         taken = measured_bytes(config, model, objective, optimizer)
@@ -686,7 +625,7 @@ def fit_tokens(
         tried[tokens] = taken
         said.append(f"{tokens:,} takes {'more than there is' if taken == ALL else amount(taken)}")
         most = room_for_step(config, model)
-        largest = max(shape.rows * shape.width for shape in batch_shapes(objective))
+        largest = max(shape.rows * shape.width for shape in objective.shapes())
         wanted = _corrected(tokens, largest, taken, most, _lasting(model, optimizer))
         open_ = config.memory.checkpoint == "auto" and not is_checkpointed(model)
         if open_ and taken > most and wanted < LEAST_TOKENS:
@@ -703,7 +642,7 @@ def fit_tokens(
     return _rebatched(config, objective, tokens), tried.get(tokens), [note]
 
 
-def _rebatched(config: Config, objective: Any, tokens: int) -> Config:
+def _rebatched(config: Config, objective: Objective, tokens: int) -> Config:
     """The recipe with this batch.tokens, by which the objective makes its batches from then on."""
     if tokens != config.batch.budget:
         config = with_tokens(config, tokens)
@@ -739,7 +678,7 @@ def _too_much(config: Config, taken: int) -> str:
     return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
 
 
-def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, room: float) -> str:
+def _settle_compiling(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, room: float) -> str:
     """Compile where the largest batch's gradient is quicker so, and its step fits into `room`. Returns what to say."""
     objective.compiled = True
     try:
@@ -758,29 +697,34 @@ def _settle_compiling(config: Config, model: nn.Module, objective: Any, optimize
     return said
 
 
-def gradient_seconds(config: Config, model: nn.Module, objective: Any, compiled: bool) -> float:
+def gradient_seconds(config: Config, model: nn.Module, objective: Objective, compiled: bool) -> float:
     """Seconds of a gradient of the largest batch, of several in a row; the random state is afterwards as it was."""
     objective.compiled = compiled  # its batches are filled up then
     with _probed(config, model):
-        (batch, *_), compute = objective.largest(model)[0](), _computing(config, model, objective)
-        mx.eval(compute(batch))
+        step, compute = objective.largest(model)[0](), _computing(config, model, objective)
+        batch = step.micro_batches[0]
+        mx.eval(compute(batch, step.per))
         began, before = time.perf_counter(), mx.array(0.0)
         for _ in range(TIMED):
-            sums, grads = compute(batch)
-            mx.async_eval(sums, grads)
+            total, sums, grads = compute(batch, step.per)
+            mx.async_eval(total, sums, grads)
             del grads
             mx.eval(before)  # as the loop does: while one is computed the next is made
-            before = sums.total
+            before = total
         mx.eval(before)
         mx.synchronize()
         return (time.perf_counter() - began) / TIMED
 
 
-def _computing(config: Config, model: nn.Module, objective: Any) -> Callable[[Batch], Found]:
+def _computing(
+    config: Config, model: nn.Module, objective: Objective
+) -> Callable[[MicroBatch, dict[str, float]], Found]:
     """`gradient` as the loop has it for shapes that come again."""
     if objective.compiled:
-        return CompiledGradient(model, objective)
-    return lambda batch: gradient(model, objective, batch, config.tune.router_aux)
+        compiled = CompiledGradient(model, objective)
+        return lambda batch, per: compiled(batch)
+    aux = config.tune.router_aux
+    return lambda batch, per: gradient(model, objective, batch, scales_of(per, aux, batch.trained_tokens))
 
 
 def crowded(config: Config) -> list[str]:
@@ -797,7 +741,7 @@ def crowded(config: Config) -> list[str]:
     )
 
 
-def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer) -> int | None:
+def measured_bytes(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer) -> int | None:
     """Peak of training on the batches that may take most, weights included; None if there is none to take.
 
     It is two steps as the loop makes them, with a learning rate of 0: weights, random state and the objective's state
@@ -809,7 +753,7 @@ def measured_bytes(config: Config, model: nn.Module, objective: Any, optimizer: 
     """
     try:
         with _probed(config, model):
-            steps = onpolicy.largest(objective) if isinstance(objective, OnPolicy) else objective.largest(model)
+            steps = objective.largest(model)
             return max((_peak(config, model, objective, optimizer, step) for step in steps), default=None)
     except (RuntimeError, MemoryError) as error:
         if gpu_failure(error) != "memory":
@@ -830,7 +774,7 @@ def _probed(config: Config, model: nn.Module) -> Iterator[None]:
         raise gpu_failed("watchdog", "in a step that is measured before training") from error
 
 
-def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer, step: MakesStep) -> int:
+def _peak(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, step: MakesStep) -> int:
     """Peak of two steps in a row, without what else stands in this process."""
     held = [model.parameters(), optimizer.arrays(), objective.held()]
     mx.eval(held)
@@ -840,16 +784,16 @@ def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer
     others = max(0, mx.get_active_memory() - sum(own.values()))
     del held
     compute = _computing(config, model, objective)
-    sums, grads = _gradients(compute, step())
-    mx.eval(sums, grads)
+    total, grads = _gradients(compute, step())
+    mx.eval(total, grads)
     # A rate of 0 times what is not finite would be no 0; the run ends at such a step.
     if all(mx.isfinite(g.square().sum()).item() for g in grads.values()):
         try:
             mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
             # The next step's forward pass begins while old and new parameters stand side by side.
-            sums, grads = _gradients(compute, step())
+            total, grads = _gradients(compute, step())
             mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
-            mx.eval(sums, model.parameters(), optimizer.arrays())
+            mx.eval(total, model.parameters(), optimizer.arrays())
         except (RuntimeError, MemoryError) as error:
             if gpu_failure(error) != "memory":
                 raise
@@ -859,12 +803,12 @@ def _peak(config: Config, model: nn.Module, objective: Any, optimizer: Optimizer
     return mx.get_peak_memory() - others
 
 
-def _gradients(compute: Callable[[Batch], Found], batches: Iterator[Batch]) -> Found:
-    """Sums and gradients of a step's micro-batches, on their way as the loop has them."""
-    grads: dict[str, mx.array] = {}
-    for batch in batches:
-        sums, more = compute(batch)
+def _gradients(compute: Callable[[MicroBatch, dict[str, float]], Found], step: Step) -> tuple[mx.array, Arrays]:
+    """Total and gradients of a step's micro-batches, on their way as the loop has them."""
+    grads: Arrays = {}
+    for batch in step.micro_batches:
+        total, sums, more = compute(batch, step.per)
         grads = summed(grads, more)
-        mx.async_eval(sums, grads)
+        mx.async_eval(total, sums, grads)
         del more
-    return sums, grads
+    return total, grads

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.text import Text
@@ -15,9 +16,7 @@ from rich.text import Text
 from mlxft.build import (
     Planned,
     amount,
-    around_of,
     bare_skeleton,
-    batch_shapes,
     check_room,
     full_logits,
     is_open,
@@ -38,11 +37,10 @@ from mlxft.model.layers import aside, limits
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.logits import refuse_states
 from mlxft.model.memory import ShapeSplit
-from mlxft.objectives.base import Batch
-from mlxft.objectives.rollouts import OnPolicy, rollout_steps
+from mlxft.objectives.base import Event, Objective, Step, arrays_of
 from mlxft.run import assemble, total_steps
 from mlxft.text import json_text
-from mlxft.trainer.loop import Event, Hooks, Loop, Progress
+from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.optim import group_of, learning_rate
 from mlxft.trainer.trackers import check_installed
 
@@ -93,7 +91,7 @@ def duration(seconds: float) -> str:
 
 
 @aside()
-def timed_steps(config: Config, objective: Any, correct: bool) -> TimedSteps:
+def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSteps:
     """Load the weights, take a few steps, and tell from them how long a run will take.
 
     Of on-policy training it is the steps of one whole rollout, which is sampled and scored for it.
@@ -112,18 +110,22 @@ def timed_steps(config: Config, objective: Any, correct: bool) -> TimedSteps:
     settings = {"report_every": 1, "eval_at_start": False, "eval_every": None, "patience": None}
     config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
     hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)
-    rolls = isinstance(objective, OnPolicy)
-    count = rollout_steps(objective) if rolls else STEPS
-    steps = _Unvalidated(objective) if rolls else _Few(objective, loaded.model, STEPS * config.batch.accumulate)
+    rolled = objective.steps_per_rollout()
+    count = rolled or STEPS
     mx.reset_peak_memory()
     with limits(config.memory.limit, config.memory.cache):
-        Loop(loaded.model, steps, optimizer, config, count, Progress(), hooks).run()
-    if rolls:
+        made: Any = objective if rolled else _Few(objective, loaded.model)
+        Loop(loaded.model, made, optimizer, config, count, Progress(), hooks).run()
+    if rolled:
         return _of_rollout(events, total / count, mx.get_peak_memory())
     first, last = events[0], events[-1]
     seconds = last["elapsed_s"] - first["elapsed_s"]
     tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
-    per_step = objective.summary().counts["tokens"] / objective.steps_per_epoch(config.batch.accumulate)
+    steps = objective.steps_per_epoch()
+    # Where an epoch's steps are not known, those that were timed stand for all.
+    per_step = (
+        objective.summary().counts["tokens"] / steps if steps else (last["tokens"] - first["tokens"]) / (STEPS - 1)
+    )
     return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, mx.get_peak_memory())
 
 
@@ -136,34 +138,25 @@ def _of_rollout(events: list[Event], rollouts: float, peak: int) -> TimedSteps:
     return TimedSteps(rollouts * seconds, last["tokens"] / seconds, peak, phases)
 
 
-class _Unvalidated:
-    """An objective that validates nothing."""
+class _Few:
+    """An objective's first steps, that with the largest micro-batch first, over and over."""
 
-    def __init__(self, objective: Any) -> None:
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
         self._objective = objective
+        seen = list(islice(objective.steps(model), max(LOOKED_AT // objective.config.batch.accumulate, STEPS)))
+        largest = max(seen, key=_largest_bytes)
+        self._steps = [largest, *(step for step in seen if step is not largest)][:STEPS]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
 
-    def valid_batches(self, model: Any) -> Iterator[Batch]:
-        return iter(())
-
-    def evaluate(self, model: Any) -> None:
-        return None
-
-
-class _Few(_Unvalidated):
-    """An objective's first batches, the largest first, over and over."""
-
-    def __init__(self, objective: Any, model: Any, count: int) -> None:
-        super().__init__(objective)
-        seen = list(islice(objective.batches(model), max(LOOKED_AT, count)))
-        largest = max(seen, key=lambda b: sum(a.nbytes for a in b.arrays.values()))
-        self._batches = [largest, *(b for b in seen if b is not largest)][:count]
-
-    def batches(self, model: Any) -> Iterator[Batch]:
+    def steps(self, model: nn.Module) -> Iterator[Step]:
         while True:
-            yield from self._batches
+            yield from self._steps
+
+
+def _largest_bytes(step: Step) -> int:
+    return max(sum(a.nbytes for a in arrays_of(b.data).values()) for b in step.micro_batches)
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -212,7 +205,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         "objective": config.objective,
         "base": m.path,
         "steps": total,
-        "steps_per_epoch": objective.steps_per_epoch(config.batch.accumulate),
+        "steps_per_epoch": objective.steps_per_epoch(),
         "lr": config.optim.lr,
         "first_lr": float(f"{learning_rate(config.optim, 0, total):.4g}"),
         "trains": trains(config),
@@ -241,7 +234,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
     return facts
 
 
-def check_trains(config: Config, objective: Any) -> None:
+def check_trains(config: Config, objective: Objective) -> None:
     """Refuse what training would refuse of a recipe and its objective, as far as can be told without weights.
 
     Raises:
@@ -318,7 +311,7 @@ def _completion(row: dict[str, Any], name: str, colour: bool) -> Text:
     return Text().join(marked(text, True, colour, style) for text, style in pieces if text)
 
 
-def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, list[str]]:
+def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, str, list[str]]:
     """The plan, or why there is none; and what there is to say of the model.
 
     Raises:
@@ -332,14 +325,14 @@ def memory_plan(config: Config, objective: Any) -> tuple[Planned | None, str, li
     if config.batch.pack:
         refuse_states(model)
     why_eager(config, model, objective)
-    if not isinstance(objective, OnPolicy):  # a critic is added when training begins
+    if not objective.steps_per_rollout():  # a critic is added when training begins
         group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))
-    shapes = batch_shapes(objective)
+    shapes = objective.shapes()
     if not shapes:
         return None, f"the batches of objective {config.objective} are not known before it runs", notes
     try:
-        around = around_of(config, model, objective)
+        around = objective.beside(model)
         notes += around.residents.notes if around is not None else ()
         return planned(config, model, shapes, around), "", notes
     except ModelError as error:

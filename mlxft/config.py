@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.machinery
+import importlib.util
 import json
 import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import date as Date
+from hashlib import blake2b
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
@@ -592,48 +597,172 @@ class Config(Settings):
 
 
 def objectives() -> list[str]:
-    """Names of the objectives there are."""
+    """Return the names of the objectives that mlxft brings."""
     return list(OBJECTIVES)
 
 
+def is_foreign(objective: str) -> bool:
+    """Whether a recipe's objective is an import path: `file.py:Class`, or `package.module:Class`."""
+    return objective not in OBJECTIVES and ":" in objective
+
+
 def objective_class(name: str) -> Any:
-    """The class of an objective, imported now: it needs mlx."""
-    module, _, attribute = OBJECTIVES[name].partition(":")
-    return getattr(importlib.import_module(f"mlxft.objectives.{module}"), attribute)
+    """Return the class of an objective, imported now: it needs mlx.
+
+    Raises:
+        ConfigError: there is none, its file cannot be run, or it is no objective. Python that only a run folder names
+            is not run.
+    """
+    if name in OBJECTIVES:
+        module, _, attribute = OBJECTIVES[name].partition(":")
+        return getattr(importlib.import_module(f"mlxft.objectives.{module}"), attribute)
+    if not is_foreign(name):
+        raise ConfigError(
+            f"objective: no such objective {name!r}{nearest(name, OBJECTIVES)}; there are {', '.join(OBJECTIVES)}; one "
+            "of your own is file.py:Class or package.module:Class"
+        )
+    if name not in _trusted:
+        raise ConfigError(f"objective: {name} is Python that a run folder names, and is not run")
+    if name not in _foreign:
+        _foreign[name] = _import_objective(name)
+    return _foreign[name]
+
+
+_trusted: set[str] = set()  # import paths that the user's own recipe or command has named
+_foreign: dict[str, Any] = {}
+
+
+def _import_objective(name: str) -> Any:
+    path, _, attribute = name.rpartition(":")
+    if path.endswith(".py"):
+        module = run_file("objective", name, home_path(path))
+    else:
+        sys.path.append(os.getcwd())  # as `python -m` does
+        try:
+            module = importlib.import_module(path)
+        except Exception as error:  # whatever a module raises when it is run
+            raise ConfigError(f"objective: {name}: {path} cannot be imported: {error_of(error)}") from error
+        finally:
+            sys.path.pop()
+    found = named_in("objective", name, module, attribute, "class; expected a subclass of mlxft.Objective")
+    base = importlib.import_module("mlxft.objectives.base").Objective
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"objective: {name}: {attribute} is not a subclass of mlxft.Objective")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ConfigError(f"objective: {name}: {attribute} lacks {', '.join(missing)}")
+    return found
 
 
 def objective_sections(objective: str) -> dict[str, type[Settings]]:
-    """The sections that an objective declares."""
+    """Return the sections that an objective declares."""
     sections: dict[str, type[Settings]] = objective_class(objective).sections
     return sections
 
 
 def default_lr(objective: str, method: str) -> float:
-    """The rate of a recipe that gives none, which the objective declares for full fine-tuning.
+    """Return the rate of a recipe that gives none, which the objective declares for full fine-tuning.
 
     A low-rank update wants some 10 times as much, whatever the objective (Schulman et al. 2025, "LoRA Without Regret").
     """
     # Where there is no such objective the recipe is refused, and what else is wrong with it is looked for.
-    full: float = objective_class(objective).learning_rate if objective in OBJECTIVES else 2e-5
+    known = objective in OBJECTIVES or objective in _foreign
+    full: float = objective_class(objective).learning_rate if known else 2e-5
     return full if method == "full" else float(f"{10 * full:g}")  # 10 x 1e-6 is 9.999999999999999e-06
 
 
-def config_class(objective: str) -> type[Config]:
-    """Config with the sections that `objective` declares.
+class OpenedConfig(Config):
+    """The recipe in a run folder whose objective is Python, which is not run: its sections are kept as they are."""
 
+    model_config = ConfigDict(extra="allow")
+
+
+def config_class(objective: str, opened: bool = False) -> type[Config]:
+    """Return Config with the sections that `objective` declares.
+
+    Args:
+        opened: the objective is what a run folder says, which may be someone else's: no Python of it is run.
     Raises:
         ConfigError: there is no such objective.
     """
-    if objective not in objectives():
-        raise ConfigError(
-            f"objective: no such objective {objective!r}{nearest(objective, objectives())}; "
-            f"there are {', '.join(objectives())}"
-        )
+    if opened and is_foreign(objective):
+        return OpenedConfig
     sections = objective_sections(objective)
     if not sections:
         return Config
     fields: dict[str, Any] = {name: (kind, Field(default_factory=kind)) for name, kind in sections.items()}
     return create_model("Config", __base__=Config, **fields)
+
+
+# --- Python that a recipe names ---------------------------------------------------------------------------------------
+
+
+def run_file(setting: str, spec: str, file: Path) -> ModuleType:
+    """Run a file as a module that nothing else can meet: of a name of its own, without bytecode left beside it.
+
+    While it runs, what stands beside it can be imported, as by a script.
+
+    Args:
+        setting, spec: what names it in the recipe, for messages.
+    Raises:
+        ConfigError: there is no such file, or it cannot be run.
+    """
+    if not file.is_file():
+        near = nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
+        raise ConfigError(f"{setting}: {spec}: no such file {file}{near}; looked in {file.absolute().parent}")
+    name = f"mlxft_file_{blake2b(str(file.absolute()).encode(), digest_size=6).hexdigest()}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file.absolute()))
+    module_spec = importlib.util.spec_from_loader(name, loader)
+    assert module_spec is not None
+    module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses and pickled things look their module up by its name.
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    beside = str(file.absolute().parent)
+    sys.path.append(beside)  # last: a file called json.py is nobody else's json
+    try:
+        exec(loader.source_to_code(loader.get_data(loader.path), loader.path), module.__dict__)
+    except BaseException as error:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise ConfigError(f"{setting}: {spec}: {file} can not be run: {error_of(error)}") from error
+    finally:
+        if beside in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(beside)]
+    return module
+
+
+def named_in(setting: str, spec: str, module: ModuleType, name: str, what: str) -> Any:
+    """Return what can be called by `name` in a module that a recipe names.
+
+    Args:
+        what: what it should be, for messages: "function; expected ...".
+    Raises:
+        ConfigError: there is nothing of that name, or it cannot be called.
+    """
+    kind = what.partition(";")[0]
+    there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    if not hasattr(module, name):
+        has = f"it has {', '.join(sorted(there))}" if there else f"it has no {kind}"
+        raise ConfigError(f"{setting}: {spec}: no {kind} {name!r} in it{nearest(name, there)}; {has}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"{setting}: {spec}: {name} is {type(found).__name__}, not a {what}")
+    return found
+
+
+def error_of(error: BaseException) -> str:
+    """Return an error's kind, words, and the line of the user's file where it happened."""
+    words = " ".join(str(error).split())[:300]
+    line, at = None, error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_globals.get("__name__", "").startswith("mlxft_file_"):
+            line = at.tb_lineno
+        at = at.tb_next
+    return type(error).__name__ + (f": {words}" if words else "") + (f" (line {line})" if line else "")
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
@@ -921,19 +1050,20 @@ def _override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
     return problems
 
 
-def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> Config:
+def parse_config(raw: Any, origin: str = "config", name: str | None = None, opened: bool = False) -> Config:
     """Validate a mapping; all errors are reported at once, with the value seen and the nearest right name.
 
     Args:
         raw: what the YAML held, overrides applied.
         origin: the file named in errors.
         name: the run's name where the recipe gives none.
+        opened: see `config_class`.
     Raises:
         ConfigError: every problem, one a line.
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
-    config = _validate(raw, origin)
+    config = _validate(raw, origin, opened)
     _check_paths(config, origin)
     run = {"name": config.run.name or name or config.objective, "dir": home_path(config.run.dir)}
     model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
@@ -949,10 +1079,13 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None) -> C
     )
 
 
-def _validate(raw: dict[Any, Any], origin: str) -> Config:
+def _validate(raw: dict[Any, Any], origin: str, opened: bool) -> Config:
     """A Config, or every problem in one ConfigError."""
     try:
-        kind = config_class(str("sft" if raw.get("objective") is None else raw["objective"]))
+        objective = str("sft" if raw.get("objective") is None else raw["objective"])
+        if not opened:
+            _trusted.add(objective)
+        kind = config_class(objective, opened)
     except ConfigError as e:
         # What else is wrong can still be said, but not of the objective's own sections.
         known = {k: v for k, v in raw.items() if k in Config.model_fields and k != "objective"}
@@ -1062,6 +1195,14 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return raw or {}
 
 
+_NAMES_PYTHON = "the run folder names Python to be run, and may be someone else's; read it, and add "
+_OR_RECIPE = ", or go on by your own recipe: mlxft train RECIPE --resume"
+
+
+def _chooses(overrides: Sequence[str], key: str) -> bool:
+    return any(text.partition("=")[0].strip() == key for text in overrides)
+
+
 def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_at: bool = False) -> list[str]:
     """Apply overrides to settings; those of a run decide nothing that only the user does. Returns the problems."""
     model, rewards = raw.get("model"), raw.get("rewards")
@@ -1069,13 +1210,13 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
         model.pop("trust_remote_code", None)
     named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
     problems = _override_all(raw, overrides)
+    if of_run and not looked_at and is_foreign(str(raw.get("objective"))) and not _chooses(overrides, "objective"):
+        given = shlex.quote(override("objective", raw["objective"]))
+        problems.append(f"objective: {_NAMES_PYTHON}{given}{_OR_RECIPE}")
     if named is not None and "function" not in raw["rewards"]:
         raw["rewards"]["function"] = named
         given = shlex.quote(function_override(named))
-        problems.append(
-            f"rewards.function: the run folder names Python to be run, and may be someone else's; read it, and add "
-            f"{given}, or go on by your own recipe: mlxft train RECIPE --resume"
-        )
+        problems.append(f"rewards.function: {_NAMES_PYTHON}{given}{_OR_RECIPE}")
     return problems
 
 
@@ -1090,9 +1231,11 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = Fal
         ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
     """
     raw = _read_mapping(path)
-    problems = _settle(raw, overrides, of_run or looked_at or "versions" in raw, looked_at)
+    theirs = of_run or looked_at or "versions" in raw
+    problems = _settle(raw, overrides, theirs, looked_at)
+    opened = theirs and not _chooses(overrides, "objective")
     try:
-        config = parse_config(raw, str(path), path.stem.lstrip("."))
+        config = parse_config(raw, str(path), path.stem.lstrip("."), opened)
     except ConfigError as e:
         problems.append(str(e))
     if problems:
@@ -1157,7 +1300,7 @@ def recipe_schema() -> Schema:
         if name != Config.model_fields["objective"].default:
             condition["required"] = ["objective"]
         rules.append({"if": condition, "then": {"properties": sections}})
-    root["properties"]["objective"]["enum"] = names
+    root["properties"]["objective"] |= {"anyOf": [{"enum": names}, {"pattern": ":"}]}  # or an import path
     root["properties"] |= {s: {"description": _used_by(s)} for s in everyone}
     root |= {"allOf": rules, "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "mlxft recipe"}
     for section, place in root["properties"].items():

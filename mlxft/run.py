@@ -95,7 +95,7 @@ def assemble(
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
     checkpoint_layers(loaded.model, checkpointing)
-    optimizer = Optimizer(config.optim, loaded.model, objective.parts())
+    optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups())
     taken = None
     if correct and config.memory.measure:
         config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)
@@ -343,7 +343,10 @@ def total_steps(config: Config, objective: Objective) -> int:
     # Epochs are added up one by one: rows of other lengths meet in each, so their numbers of batches differ.
     part, whole = math.modf(config.run.epochs or 1.0)
     count = min(int(whole) + (part > 0), MOST_EPOCHS)
-    steps = [objective.steps_per_epoch(config.batch.accumulate, e) for e in range(count)]
+    sizes = [objective.steps_per_epoch(e) for e in range(count)]
+    steps = [size for size in sizes if size is not None]
+    if len(steps) < count:
+        raise ConfigError(f"run.epochs: objective {config.objective} does not say how long one is; give run.steps")
     if count == MOST_EPOCHS:
         return round(sum(steps) / count * (whole + part))
     return max(1, sum(steps[: int(whole)]) + (round(part * steps[-1]) if part else 0))

@@ -88,10 +88,11 @@ class Run:
     @property
     def resume(self) -> str:
         """The command that goes on with it."""
-        from mlxft.config import function_override
+        from mlxft.config import function_override, is_foreign, override
 
         function = getattr(getattr(self.config, "rewards", None), "function", None)
         given = [] if function is None else [function_override(function)]
+        given += [override("objective", self.config.objective)] if is_foreign(self.config.objective) else []
         return shlex.join(["mlxft", "train", "--resume", str(self.dir), *given])
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:

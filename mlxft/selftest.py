@@ -22,7 +22,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft import __version__
-from mlxft.build import base_skeleton, batch_shapes, make_objective, plan_batches
+from mlxft.build import base_skeleton, make_objective, plan_batches
 from mlxft.config import parse_config
 from mlxft.device import NAMES, backend
 from mlxft.doctor import examine
@@ -381,7 +381,7 @@ def _memory_error(folder: Path) -> float:
     before = mx.get_active_memory()
     run = train(settings, overwrite=True, console=make_console(file=io.StringIO()))
     objective = make_objective(config, load_run(run).tokenizer)
-    plan = plan_batches(config, base_skeleton(config), batch_shapes(objective))[0]
+    plan = plan_batches(config, base_skeleton(config), objective.shapes())[0]
     measured = max(e["peak_memory_gb"] for e in run.metrics("train")) * 1e9 - before
     return abs(plan.total - measured) / measured
 

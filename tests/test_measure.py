@@ -20,7 +20,7 @@ from mlxft.config import load_config, parse_config
 from mlxft.device import machine_bytes
 from mlxft.errors import ConfigError, ModelError, TrainingError
 from mlxft.model.layers import is_checkpointed, random_state
-from mlxft.objectives import rollouts
+from mlxft.objectives.base import arrays_of
 from mlxft.run import assemble, train
 from mlxft.text import make_console
 
@@ -205,17 +205,17 @@ def on_policy(recipe: Make, tmp_path: Path) -> Make:
 def test_made_up_completions_are_as_sampled_ones(kind: str, on_policy: Make) -> None:
     """The same arrays, of the same types, and as large as the longest completions make them."""
     _, model, objective, _ = made(on_policy(kind, **{"memory.measure": False}))
-    made_up = [batch for step in rollouts.largest(objective) for batch in step()]
-    sampled = objective.batches(model)
+    made_up = [batch for step in objective.largest(model) for batch in step().micro_batches]
+    sampled = objective.steps(model)
     while objective._number < objective.first_whole:
         next(sampled)
-    seen = [next(sampled) for _ in range(4)]
+    seen = [batch for _ in range(2) for batch in next(sampled).micro_batches]
 
     def kinds(batches: list[Any]) -> set[Any]:
-        return {(b.trains, frozenset((n, v.dtype, v.ndim) for n, v in b.arrays.items())) for b in batches}
+        return {(b.trains, frozenset((n, v.dtype, v.ndim) for n, v in arrays_of(b.data).items())) for b in batches}
 
     assert kinds(made_up) == kinds(seen)
-    assert max(b.arrays["ids"].size for b in made_up) >= max(b.arrays["ids"].size for b in seen)
+    assert max(b.data.ids.size for b in made_up) >= max(b.data.ids.size for b in seen)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "reinforce"])

@@ -22,7 +22,7 @@ from mlxft.errors import ModelError
 from mlxft.model.cpu import quicker
 from mlxft.model.layers import LEAVES, aside, probing
 from mlxft.model.logits import Packing, Split, chunk_size, hidden_logprobs, hidden_nll, rows_logprobs_entropy, rows_nll
-from mlxft.model.prefix import Sharing
+from mlxft.model.prefix import Completions, Rows, ScoredRows, Sharing
 from mlxft.model.sampling import PREFILL, takes_rows
 
 # --- fused ------------------------------------------------------------------------------------------------------------
@@ -1070,16 +1070,19 @@ class _Step:
     def _loss(self, a: dict[str, mx.array]) -> mx.array:
         """A number that depends on what the objective reads as its loss does."""
         split, sharing = self.split, self.sharing
+        ids = {name: a[name] for name in self.ids}
         if self.reads == "scores":
-            return sharing.scores(a).square().sum()
+            return sharing.scores(ScoredRows(**ids, last=a["last"], lengths=a["last"])).square().sum()
         if not split.separable:
             given = (a["ids"], a["positions"], a["labels"], a["weights"])
             return rows_nll(split, *given, grad=True, segments=a.get("segments"))
         # Where the head is trained, log-probabilities have a gradient of their own, which can not be exported: it
         # computes chunks as the sum's does, and holds as much.
         if self.reads == "nll" or split.trained_head():
-            return hidden_nll(split, sharing.hidden(a)[a["positions"]], a["labels"], a["weights"], grad=True)
-        return (sharing.logprobs(a, grad=True) * a["weights"]).sum()
+            return hidden_nll(split, sharing.hidden(Rows(**ids))[a["positions"]], a["labels"], a["weights"], grad=True)
+        places = {"last": a["labels"], "lengths": a["labels"], "owners": a["labels"]}  # which are not read here
+        rows = Completions(**ids, **places, positions=a["positions"], labels=a["labels"])
+        return (sharing.logprobs(rows, grad=True) * a["weights"]).sum()
 
     def _graph(self, blocks: Blocks | None = None) -> Graph:
         """The graph of the loss and the gradient of all trained parameters; with blocks, their tap's comes last."""
@@ -1150,6 +1153,21 @@ class Residents(NamedTuple):
         own = job.gradients
         more = self.critic * (job.optimizer + job.sums) // own if own else 0
         return self.reference + self.reward + 2 * self.critic + more
+
+
+class Beside(NamedTuple):
+    """What on-policy training takes beside its steps.
+
+    Attributes:
+        residents: the other roles.
+        sampling, scoring: bytes of these phases alone.
+        several: whether a step has several micro-batches, so that the first one's gradient waits for the others'.
+    """
+
+    residents: Residents
+    sampling: int
+    scoring: int
+    several: bool
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ hidden states are those that it has behind its prompt; whether an architecture g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,53 @@ from mlxft.model.heads import head_of, read_scores
 from mlxft.model.layers import is_checkpointed, probing
 from mlxft.model.logits import ATTENTION, Split, hidden_logprobs, rows_logprobs
 
-Arrays = dict[str, mx.array]
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Token ids as a model reads them: whole rows, or completions apart from their prompts, each computed once.
+
+    Attributes:
+        ids: (B, T) whole rows, padded on the right; or (R, A) completions, where there are `prompts`.
+        segments: (B, T) number of the packed row that a token belongs to, from 1, 0 for padding; None: one a row.
+        prompts, begins, of: (P, T) prompts, (P,) their lengths, and (R,) the prompt of each completion.
+    """
+
+    ids: mx.array
+    segments: mx.array | None = None
+    prompts: mx.array | None = None
+    begins: mx.array | None = None
+    of: mx.array | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredRows(Rows):
+    """Rows that a head scores.
+
+    Attributes:
+        last: (B,) position of the last real token of whole rows; with prompts, its index in the flat tokens of the
+            prompts and then of the completions.
+        lengths: (B,) tokens of the completions, float32.
+    """
+
+    last: mx.array
+    lengths: mx.array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions(ScoredRows):
+    """Completions of whose N tokens log-probabilities are read.
+
+    Attributes:
+        positions: (N,) flat index that predicts a token; with prompts, in the flat tokens of both.
+        labels: (N,) the tokens.
+        owners: (N,) the completion that each belongs to.
+    """
+
+    positions: mx.array
+    labels: mx.array
+    owners: mx.array
+
+
 # Tokens of the trial: prompts, and the answers' prompts and lengths.
 _PROMPTS, _ANSWERS = (5, 3), ((0, 4), (1, 3), (0, 2), (1, 4))
 
@@ -72,10 +119,6 @@ class _Answer:
 class Sharing:
     """A model's answers to judge, with each prompt computed once where that is possible.
 
-    A batch's arrays are as `rows_logprobs` and `read_scores` take them, whole rows; or prompts (B, P), begins (B,)
-    their tokens, ids (R, A) the answers and of (R,) the prompt of each, and then positions and last are flat indices
-    into the B x P + R x A tokens.
-
     Args:
         split: of any mlx-lm model, with or without adapters.
     """
@@ -116,40 +159,42 @@ class Sharing:
                     break
         return reason
 
-    def logprobs(self, a: Arrays, *, grad: bool) -> mx.array:
+    def logprobs(self, a: Completions, *, grad: bool) -> mx.array:
         """(N,) float32 log-probabilities of the answers' tokens, in nats."""
-        if "prompts" not in a:
-            return rows_logprobs(self.split, a["ids"], a["positions"], a["labels"], grad=grad)
-        return hidden_logprobs(self.split, self.hidden(a)[a["positions"]], a["labels"], grad=grad)
+        if a.prompts is None:
+            return rows_logprobs(self.split, a.ids, a.positions, a.labels, grad=grad)
+        return hidden_logprobs(self.split, self.hidden(a)[a.positions], a.labels, grad=grad)
 
-    def scores(self, a: Arrays) -> mx.array:
+    def scores(self, a: ScoredRows) -> mx.array:
         """(R,) float32 scores of the answers, by the model's head."""
-        if "prompts" not in a:
-            return read_scores(self.split, a["ids"], a["last"])
+        if a.prompts is None:
+            return read_scores(self.split, a.ids, a.last)
         head = head_of(self.split.model)
         assert head is not None, "attach_head first"
-        return head(self.hidden(a)[a["last"]])
+        return head(self.hidden(a)[a.last])
 
     def _caches(self) -> list[Any]:
         from mlx_lm.models.cache import make_prompt_cache
 
         return list(make_prompt_cache(self.split.model))
 
-    def hidden(self, a: Arrays) -> mx.array:
+    def hidden(self, a: Rows) -> mx.array:
         """Hidden states of a batch, flat: (B x T, D) of whole or packed rows, else (B x P + R x A, D)."""
-        if "prompts" not in a:
-            whole = self.split.hidden(a["ids"], a.get("segments"))
+        if a.prompts is None:
+            whole = self.split.hidden(a.ids, a.segments)
             return whole.reshape(-1, whole.shape[-1])
+        assert a.begins is not None
+        assert a.of is not None
         first = [_Prompt() for _ in self._caches()]
-        before = self.split.hidden(a["prompts"], caches=first)
-        after = self.split.hidden(a["ids"], caches=[_Answer(p, a["begins"], a["of"], self._axes) for p in first])
+        before = self.split.hidden(a.prompts, caches=first)
+        after = self.split.hidden(a.ids, caches=[_Answer(p, a.begins, a.of, self._axes) for p in first])
         return mx.concatenate([h.reshape(-1, h.shape[-1]) for h in (before, after)])
 
     def _shapes(self) -> bool:
         """Whether the model takes masks of so many axes of heads; nothing is computed."""
         zeros = {"prompts": mx.zeros((2, 5)), "begins": mx.zeros(2), "ids": mx.zeros((4, 3)), "of": mx.zeros(4)}
         try:
-            found = self.hidden({k: v.astype(mx.int32) for k, v in zeros.items()})
+            found = self.hidden(Rows(**{k: v.astype(mx.int32) for k, v in zeros.items()}))
         except Exception:  # whatever a model's own code raises on being called so
             return False
         return found.shape[0] == 2 * 5 + 4 * 3
@@ -161,7 +206,7 @@ class Sharing:
         ids = rng.integers(0, 8, (len(_ANSWERS), longest)).astype(np.int32)
         arrays: dict[str, Any] = {"prompts": prompts, "begins": _PROMPTS, "ids": ids, "of": [p for p, _ in _ANSWERS]}
         try:
-            found = self.hidden({k: mx.array(v) for k, v in arrays.items()})
+            found = self.hidden(Rows(**{k: mx.array(v) for k, v in arrays.items()}))
             for r, (p, n) in enumerate(_ANSWERS):
                 row = np.concatenate([prompts[p, : _PROMPTS[p]], ids[r, :n]])
                 whole = self.split.hidden(mx.array(row[None]))[0, _PROMPTS[p] :].astype(mx.float32)

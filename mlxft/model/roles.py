@@ -44,7 +44,7 @@ from mlxft.model.heads import (
 )
 from mlxft.model.layers import LEAVES, LowRank, adaptable, probing, wrap
 from mlxft.model.logits import Split, ahead
-from mlxft.model.prefix import Sharing
+from mlxft.model.prefix import Completions, Sharing
 
 # --- roles ------------------------------------------------------------------------------------------------------------
 # Several roles over one base: policy, reference, reward, value. Each is an adapter, and a scalar head if it has one.
@@ -320,7 +320,7 @@ def _spec(layers: dict[str, LowRank]) -> LoRASpec | None:
 # --- reference --------------------------------------------------------------------------------------------------------
 
 FILE = "reference.npz"
-Stacked = Iterator[tuple[list[int], dict[str, mx.array]]]
+Stacked = Iterator[tuple[list[int], Completions]]
 
 
 class Reference:
@@ -366,27 +366,26 @@ class Reference:
         finally:
             self._unasked = False
 
-    def logprobs(self, arrays: dict[str, mx.array], which: int, places: Sequence[int]) -> mx.array:
-        """(N,) float32, on their way, of the answers' tokens, in the order of `arrays["labels"]`.
+    def logprobs(self, rows: Completions, which: int, places: Sequence[int]) -> mx.array:
+        """(N,) float32, on their way, of the answers' tokens, in the order of their labels.
 
         Args:
-            arrays: of a batch, as `Sharing` takes them.
             which, places: the set and the answers' places in it, for numbers that were precomputed.
         """
         if self._file is not None:
             if self._unasked and self._known is None:
-                return mx.zeros(arrays["labels"].shape)
+                return mx.zeros(rows.labels.shape)
             if self._known is None:
                 self._file = self._file[0], self._digest(self._file[1])
                 self._known = self._read() or self._compute()
                 self._roles, self._jobs = None, []  # the reference's own memory is free
             return mx.array(np.concatenate([self._known[which][i] for i in places]))
-        return self._ask(arrays)
+        return self._ask(rows)
 
-    def _ask(self, arrays: dict[str, mx.array]) -> mx.array:
+    def _ask(self, rows: Completions) -> mx.array:
         assert self._roles is not None
         with probing(self._roles.model), self._roles.use(self._name):
-            values = as_trained(lambda: self._sharing.logprobs(arrays, grad=False))
+            values = as_trained(lambda: self._sharing.logprobs(rows, grad=False))
         # Before anything else is asked for, so that its activations never stand beside the policy's; not waited for.
         mx.async_eval(values)
         return values
@@ -406,7 +405,7 @@ class Reference:
         found: list[list[Any]] = []
         for job in self._jobs:
             rows: dict[int, Any] = {}
-            batches = (((places, arrays["lengths"]), arrays) for places, arrays in job)
+            batches = (((places, answers.lengths), answers) for places, answers in job)
             for (places, lengths), values in ahead(batches, self._ask):
                 ends = np.cumsum(np.array(lengths).astype(np.int64))[:-1]
                 rows |= dict(zip(places, np.split(np.array(values), ends)))

@@ -1,76 +1,110 @@
-"""What every objective hands to the loop."""
+"""The contract between objectives and the loop: an objective yields steps and computes their loss.
+
+The loop pulls a `Step`, adds up the gradients of its micro-batches, each term of the loss divided by its denominator
+over the whole step, and updates. It never looks into a micro-batch's data.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxft.config import Config
+from mlxft.config import Config, Settings
 from mlxft.data.batching import IntArray, Slot, plan_epoch
 from mlxft.data.dataset import Encoded, EncodedAnswer, EncodedPair
-from mlxft.errors import DataError, ModelError
+from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.layers import without_dropout
 from mlxft.model.load import context_of, load_config
-from mlxft.model.memory import Shape
+from mlxft.model.memory import PLAIN, Beside, Outline, Residents, Shape
 
 # Architectures that look positions up in a table; MLX reads and writes memory beyond its end without a word.
 POSITION_TABLES = ("gpt2", "gpt_bigcode")
 MAX = "_max"  # metrics whose names end so are maxima, not sums
-# Makes the micro-batches of a step, each when it is asked for, as `batches` does.
-MakesStep = Callable[[], Iterator["Batch"]]
+Event = dict[str, Any]
+Trains = Callable[[str], bool]
 
 
-class LossSum(NamedTuple):
-    """Sums over items, never means: total (), weight () and metrics, all float32.
+class Terms(NamedTuple):
+    """What a loss gives for one micro-batch: sums over its items, never means.
 
     Micro-batches and ranks differ in how many tokens or pairs they train, so the mean of their means is not the mean
-    over all of them. Sums add up exactly; the loop adds them and divides once, by the whole step's weight.
-    `total` comes first, so that `mx.value_and_grad` of a function returning a LossSum differentiates it.
+    over all of them. Sums add up exactly; each is divided once, by its denominator over the whole step.
+
+    Attributes:
+        losses: term -> sum over the term's items, (), float32; the names are those of `Step.per`.
+        metrics: name -> sum over the items of the first term of `Step.per`, or over those of the entry of that name;
+            a metric named `..._max` is a maximum.
     """
 
-    total: mx.array  # sum of per-item losses
-    weight: mx.array  # number of items: trained tokens, pairs, response tokens
-    metrics: dict[str, mx.array]  # name -> sum over the same items
+    losses: dict[str, mx.array]
+    metrics: dict[str, mx.array]
 
-    def plus(self, other: LossSum) -> LossSum:
-        """The sums over both parts' items (`+` would join the tuples); a metric that one lacks counts as 0 there.
+    def plus(self, more: Terms) -> Terms:
+        """Add another micro-batch's sums; a name that one of the two lacks counts as 0 there."""
 
-        Of a metric named `..._max` it is the larger one.
-        """
-        metrics = dict(self.metrics)
-        for name, value in other.metrics.items():
-            join = mx.maximum if name.endswith(MAX) else mx.add
-            metrics[name] = join(metrics[name], value) if name in metrics else value
-        return LossSum(self.total + other.total, self.weight + other.weight, metrics)
+        def joined(mine: dict[str, mx.array], other: dict[str, mx.array]) -> dict[str, mx.array]:
+            found = dict(mine)
+            for name, value in other.items():
+                join = mx.maximum if name.endswith(MAX) else mx.add
+                found[name] = join(found[name], value) if name in found else value
+            return found
 
-    def mean(self) -> mx.array:
-        """Loss per item, (). Only where weight > 0 does it mean anything: an empty sum gives 0, not NaN.
-
-        Raising would need the weight on the host, amid a compiled step; the loop skips empty steps and counts them.
-        """
-        return self.total / mx.where(self.weight > 0, self.weight, 1.0)
+        return Terms(joined(self.losses, more.losses), joined(self.metrics, more.metrics))
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one micro-batch computes with, and what reports say of it. Only the objective looks into `arrays`."""
+class MicroBatch:
+    """What is computed at once.
 
-    arrays: dict[str, mx.array]
-    tokens: int  # real ones: without padding
-    trained_tokens: int  # 0: nothing to learn here, the loop skips it
-    rows: tuple[str, ...]  # where they come from, for messages
+    Attributes:
+        data: a dataclass of the objective's own, whose fields are arrays or None.
+        tokens, trained_tokens: real ones, without padding, of rows that no micro-batch before it in the step has had;
+            one with tokens of which none is trained is skipped.
+        rows: where they come from, for messages.
+        trains: which parameters get a gradient, by name; None: all that are trainable.
+    """
+
+    data: Any
+    tokens: int
+    trained_tokens: int
+    rows: tuple[str, ...] = ()
+    trains: Trains | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser update.
+
+    Attributes:
+        micro_batches: none where there is only an event to report.
+        per: term of the loss -> its denominator over the whole step, known before the first forward pass.
+        ends_epoch: whether it is the epoch's last.
+        event: what is reported before the step: of the rollout that it begins.
+        before_s: seconds spent on the event's work, sampling and scoring, which do not count as training.
+        after: called with the step's sums, not evaluated yet, and `per`, once the step is made.
+    """
+
+    micro_batches: Sequence[MicroBatch]
+    per: dict[str, float]
     ends_epoch: bool = False
-    ends_step: bool | None = None  # None: the recipe's batch.accumulate says
-    trains: Callable[[str], bool] | None = None  # which parameters, by name; None: all that are trainable
-    counts: bool = True  # False: another pass over rows that were counted already
-    event: dict[str, Any] | None = None  # what is to be reported before the step: of a rollout
-    before_s: float = 0.0  # seconds of making it that are not training's: of sampling and scoring
-    lengths: tuple[int, ...] = ()  # real tokens of each row of `ids`, where no array says where they end
+    event: Event | None = None
+    before_s: float = 0.0
+    after: Callable[[Terms, dict[str, float]], None] | None = None
+
+
+MakesStep = Callable[[], Step]
+
+
+def arrays_of(data: Any) -> dict[str, mx.array]:
+    """Return the arrays of a micro-batch's data, by name."""
+    found = {f.name: getattr(data, f.name) for f in fields(data)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class NoDropout(NamedTuple):
@@ -95,98 +129,178 @@ class NoDropout(NamedTuple):
 class Summary:
     """What an objective's data comes to, for the start of a run and for `mlxft check`."""
 
-    counts: dict[str, int | float]  # label -> number, in the order to print
+    counts: dict[str, int | float] = field(default_factory=dict)  # label -> number, in the order to print
     notes: list[str] = field(default_factory=list)  # what was dropped or cut, a sentence each
     validates: bool = False  # whether there is held-out data
     packed: int = 0  # width of sequences of several rows; 0: each row is its own
     ends: frozenset[int] = frozenset()  # the ids that end a trained turn
 
 
-class Objective(Protocol):
-    """One way to train. The loop pulls batches, adds their LossSums, and never looks inside.
+class Objective(ABC):
+    """One way to train. A subclass needs `steps`, `loss`, `state_dict` and `load_state_dict`; the rest has defaults.
+
+    Args:
+        config: the recipe; the objective's own sections are `config.section(name, kind)`.
+        tokenizer: the model's.
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
 
     Attributes:
-        traceable: whether `loss` reads the model and `batch.arrays` alone, and nothing of Python that changes.
-        compiled: whether the loop compiles it where shapes come again: batches should have few.
+        sections: section of a recipe -> its Settings.
+        learning_rate: default of full fine-tuning; LoRA takes ten times as much.
+        traceable: whether `loss` reads the model and a micro-batch's arrays alone, and nothing of Python that changes,
+            so that it can be compiled.
+        compiled: whether the loop compiles it where shapes come again; set by who builds the run.
     """
 
-    traceable: bool
-    compiled: bool
+    sections: ClassVar[dict[str, type[Settings]]] = {}
+    learning_rate: ClassVar[float] = 2e-5
+    traceable: ClassVar[bool] = False
+    compiled: bool = False
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self.config, self.tokenizer = config, tokenizer
+
+    @abstractmethod
+    def steps(self, model: nn.Module) -> Iterator[Step]:
+        """Yield steps without end, from where the state says; the state is past a step once it is yielded.
+
+        The loop pulls a step only when the one before is on its way, so a step may be made with the newest weights.
+        What frozen models say of a micro-batch belongs into its data.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, data: Any) -> Terms:
+        """Return sums over a micro-batch, differentiable in the model's trainable parameters."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return where it is in its data, as JSON."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+
+    # Set-up
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Once, when the model has what the recipe trains and before a checkpoint is put back: add what the objective
-        needs beside it (a scalar head), note what it starts from (a reference).
+        """Add what the objective needs beside the model (a head), and keep what it starts from (a reference).
+
+        Called once, when the model has what the recipe trains and before a checkpoint is put back.
 
         Args:
             base: fingerprint of the base.
         Raises:
-            ConfigError, ModelError: it can not be done with this model.
+            ConfigError, ModelError: it cannot be done with this model.
         """
-        ...
+        return
 
-    def batches(self, model: nn.Module) -> Iterator[Batch]:
-        """Micro-batches without end, from where `state_dict` says; the state is past a batch once it is yielded."""
-        ...
+    def clip_groups(self) -> dict[str, float]:
+        """Return parameters that are clipped by themselves: prefix of their names -> multiplier of their rate."""
+        return {}
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Sums over the batch, differentiable in the model's trainable parameters."""
-        ...
+    def rebatch(self, config: Config) -> None:
+        """Make micro-batches as `config` has it from now on, which differs in batch.tokens only."""
+        self.config = config
 
-    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
-        """The whole validation set, the same each time; none if there is none."""
-        ...
+    # Data
 
-    def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        """What a validation reports, from the loss and metrics per item over the whole set."""
-        ...
+    def steps_per_epoch(self, epoch: int = 0) -> int | None:
+        """Return the optimiser updates of an epoch, from 0; None: not known, and run.steps is needed."""
+        return None
 
-    def about(self) -> dict[str, Any]:
-        """What is worth noting in the result beside its weights, as JSON."""
-        ...
+    def fingerprint(self) -> str:
+        """Return a hash of the data, so that a run is not resumed on other rows."""
+        return ""
 
-    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
-        """A validation of its own, with `loss` among its numbers, and `samples`; None: the loss over valid_batches."""
-        ...
+    def summary(self) -> Summary:
+        """Return counts of rows and tokens."""
+        return Summary()
 
-    def parts(self) -> dict[str, float]:
-        """Parameters that are clipped by themselves: prefix of their names -> multiplier of their learning rate."""
-        ...
+    def previews(self, n: int) -> Sequence[Encoded | EncodedPair | EncodedAnswer]:
+        """Return the first `n` training rows, to be shown."""
+        return []
 
-    def stepped(self, sums: LossSum) -> None:
-        """The sums of the step that was just made, lazy."""
-        ...
+    def real_tokens(self, data: Any) -> list[mx.array]:
+        """Return masks (B, T) of the tokens that are no padding, one for each pass through the model.
 
-    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
-        """Optimiser updates of epoch `epoch`, from 0. No step reaches over an epoch's end."""
-        ...
+        Raises:
+            ConfigError: the objective does not say; `tune.router_aux` needs it.
+        """
+        raise ConfigError(f"tune.router_aux: objective {self.config.objective} does not say which tokens are real")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is in its data, as JSON."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        ...
+    # Checkpoints
 
     def arrays(self) -> dict[str, mx.array]:
-        """What beside `state_dict` it needs to go on exactly, for a checkpoint: a rollout that is in use."""
-        ...
+        """Return what beside `state_dict` it needs to continue exactly: a rollout that is in use."""
+        return {}
 
     def load_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Put back what `arrays` gave; after `load_state_dict`."""
-        ...
+        return
 
-    def fingerprint(self) -> str:
-        """Hash of the data, so that a run is not resumed on other rows."""
-        ...
+    def about(self) -> dict[str, Any]:
+        """Return what is worth noting in the adapter beside its weights, as JSON."""
+        return {}
 
-    def summary(self) -> Summary:
-        """Counts of rows and tokens."""
-        ...
+    # Validation
 
-    def previews(self, n: int) -> Sequence[Encoded | EncodedPair | EncodedAnswer]:
-        """The first `n` training rows, to be shown."""
-        ...
+    def valid_steps(self, model: nn.Module) -> Iterator[Step]:
+        """Yield the whole validation set, the same each time; nothing if there is none."""
+        return iter(())
+
+    def validated(self, means: dict[str, float]) -> dict[str, Any]:
+        """Return what a validation reports, from the loss and metrics per item over the whole set."""
+        return means
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
+        """Validate in a way of its own, with `loss` among the numbers, and `samples`; None: by `valid_steps`."""
+        return None
+
+    # Memory and time
+
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        """Return what a step is, as far as memory goes."""
+        return PLAIN
+
+    @classmethod
+    def outfit(cls, config: Config, model: nn.Module) -> None:
+        """Add to a model without weights what `prepare` adds, so that a plan counts it.
+
+        Raises:
+            ConfigError, ModelError: as `prepare`.
+        """
+        return
+
+    @classmethod
+    def residents(cls, config: Config, model: nn.Module) -> Residents:
+        """Return what frozen models and a critic take beside the trained model."""
+        return Residents()
+
+    def beside(self, model: nn.Module) -> Beside | None:
+        """Return what sampling, scoring and other roles take beside the steps; None: nothing is sampled.
+
+        Raises:
+            ModelError: this architecture's memory cannot be predicted.
+        """
+        return None
+
+    def shapes(self) -> list[Shape]:
+        """Return the shapes of the first epoch's micro-batches; none where they are not known before it runs."""
+        return []
+
+    def largest(self, model: nn.Module) -> list[MakesStep]:
+        """Return makers of the steps that may take most memory, for a measurement; none where they are not known."""
+        return []
+
+    def held(self) -> list[mx.array]:
+        """Return arrays that it holds beside the model's own."""
+        return []
+
+    def steps_per_rollout(self) -> int:
+        """Return the steps that one rollout is used for; 0: nothing is sampled."""
+        return 0
 
 
 def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
@@ -236,96 +350,65 @@ def heaviest(shapes: Sequence[Shape], together: int = 1) -> list[int]:
     return list(of_shape.values())
 
 
-class OffPolicy:
-    """What objectives over rows that are there from the start share: the order of their batches, and a place in it.
+class OffPolicy(Objective):
+    """An objective over rows that are there from the start: the order of their micro-batches, and a place in it.
+
+    A subclass gives `make_step`.
 
     Args:
         lengths: (N,) tokens of each row.
-        per_row: rows of a batch that one of the data set becomes: two of a pair.
+        per_row: rows of a micro-batch that one of the data set becomes: two of a pair.
     """
 
-    traceable = False  # a subclass says so
-    compiled = False
-
-    def __init__(self, config: Config, lengths: IntArray, per_row: int = 1) -> None:
+    def __init__(self, config: Config, tokenizer: Any, lengths: IntArray, per_row: int = 1) -> None:
+        super().__init__(config, tokenizer)
         self._lengths, self._seed, self._per_row = lengths, config.run.seed, per_row
         self._epoch, self._next = 0, 0
         self.rebatch(config)
 
+    def make_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool = False) -> Step:
+        """Return the step of these micro-batches, of training or of validation rows."""
+        raise AssertionError(f"{type(self).__name__} makes no steps")
+
     def rebatch(self, config: Config) -> None:
-        """Make batches as this recipe has it from now on, which differs in batch.tokens only; before the first."""
+        super().rebatch(config)
         rows, tokens = config.batch.rows, max(1, config.batch.budget // self._per_row)
         self._budget: dict[str, Any] = {"rows": rows, "tokens": None if rows else tokens}
         self._accumulate = config.batch.accumulate
-        self._sizes: dict[int, int] = {}  # batches of an epoch
+        self._sizes: dict[int, int] = {}  # micro-batches of an epoch
 
     def plan(self, epoch: int) -> list[Slot]:
-        """The batches of one epoch."""
+        """Return the micro-batches of one epoch."""
         return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
 
     def plan_valid(self, lengths: IntArray) -> list[Slot]:
-        """The batches of validation rows of these lengths."""
+        """Return the micro-batches of validation rows of these lengths."""
         return plan_epoch(lengths, **self._budget, seed=None)
 
-    def shapes(self) -> list[Shape]:
-        """Of the first epoch's batches, for a plan of the memory they take; none where it does not say."""
-        return []
-
-    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
-        """The micro-batches of a step."""
-        raise AssertionError(f"{type(self).__name__} makes no batches")
-
     def largest(self, model: nn.Module) -> list[MakesStep]:
-        """Steps of the first epoch's batches that may take most."""
         slots = self.plan(0)
         # The second micro-batch stands for all further ones.
         steps = [[slots[i]] * min(2, self._accumulate) for i in heaviest(self.shapes(), self._per_row)]
-        return [partial(self.rehearsed, model, step) for step in steps]
+        return [partial(self.make_step, model, step) for step in steps]
 
-    def held(self) -> list[mx.array]:
-        """Arrays that it holds beside the model's own."""
-        return []
-
-    def places(self) -> Iterator[tuple[list[Slot], int]]:
-        """Each epoch's batches, and the number of the one to make; without end, from where `state_dict` says."""
+    def steps(self, model: nn.Module) -> Iterator[Step]:
+        planned, slots = -1, list[Slot]()
         while True:
-            slots = self.plan(self._epoch)
-            for at in range(self._next, len(slots)):
-                last = at + 1 == len(slots)
-                self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, at + 1)
-                yield slots, at
+            if planned != self._epoch:
+                planned, slots = self._epoch, self.plan(self._epoch)
+            after = min(self._next + self._accumulate, len(slots))
+            step = self.make_step(model, slots[self._next : after])
+            last = after == len(slots)
+            self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, after)
+            yield replace(step, ends_epoch=last)
 
-    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
+    def steps_per_epoch(self, epoch: int = 0) -> int:
         if epoch not in self._sizes:
             self._sizes[epoch] = len(self.plan(epoch))
-        return -(-self._sizes[epoch] // accumulate)
+        return -(-self._sizes[epoch] // self._accumulate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "next": self._next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._next = state["epoch"], state["next"]
-
-    def prepare(self, model: nn.Module, base: str = "") -> None:
-        pass
-
-    def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        return means
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
-    def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
-        return None
-
-    def parts(self) -> dict[str, float]:
-        return {}
-
-    def stepped(self, sums: LossSum) -> None:
-        pass
-
-    def arrays(self) -> dict[str, mx.array]:
-        return {}
-
-    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
-        pass

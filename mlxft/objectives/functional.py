@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.objectives.base import LossSum as LossSum
+
+
+class LossSum(NamedTuple):
+    """Sums over items: `total` and `weight`, the number of items, both (); and metrics over the same items."""
+
+    total: mx.array
+    weight: mx.array
+    metrics: dict[str, mx.array]
+
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 

@@ -15,9 +15,9 @@ from mlxft.config import Config
 from mlxft.errors import ConfigError
 from mlxft.model.logits import row_sums
 from mlxft.objectives import functional as F
-from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
-from mlxft.objectives.rollouts import FAR, Drawn, Method, OnPolicy, Rollout, resample, sections
+from mlxft.objectives.rollouts import FAR, Drawn, Method, OnPolicy, Rollout, RolloutBatch, resample, sections
 
 # --- critic free ------------------------------------------------------------------------------------------------------
 # What on-policy methods without a critic share: one advantage a completion, from its score and those of others.
@@ -28,33 +28,37 @@ M = TypeVar("M", bound=Method)
 class CriticFree(OnPolicy[M], Generic[M]):
     """An on-policy objective that gives each completion one advantage. A subclass says which, and the loss."""
 
-    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+    def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
         """(B,) advantages, and what is worth reporting."""
         raise AssertionError(f"{type(self).__name__} has no advantages")
 
-    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
-        advantages, event = self.worth(rollout)
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+        advantages, event = self.compute_advantages(rollout)
         rollout.tokens["advantages"] = [np.full(n, a, np.float32) for n, a in zip(rollout.sizes, advantages)]
         return {"advantage_mean": float(advantages.mean()), "advantage_std": float(advantages.std()), **event}
 
-    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
-        (batch,) = super().micro(rollout, rows)
+    def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
+        (batch,) = super().make(rollout, rows)
         sizes = rollout.sizes[list(rows)]
-        arrays = {
-            "owners": mx.array(np.repeat(np.arange(len(rows)), sizes).astype(np.int32)),
-            "lengths": mx.array(sizes.astype(np.float32)),
-            "gains": mx.array(np.array([rollout.tokens["advantages"][i][0] for i in rows])),
-        }
-        return [replace(batch, arrays=batch.arrays | arrays)]
+        data = replace(
+            batch.data,
+            owners=mx.array(np.repeat(np.arange(len(rows)), sizes).astype(np.int32)),
+            lengths=mx.array(sizes.astype(np.float32)),
+            row_advantages=mx.array(np.array([rollout.tokens["advantages"][i][0] for i in rows])),
+        )
+        return [replace(batch, data=data)]
 
     @staticmethod
-    def of_rows(values: mx.array, a: dict[str, mx.array]) -> mx.array:
+    def row_sums(values: mx.array, data: RolloutBatch) -> mx.array:
         """(N,) numbers of a batch's tokens -> (B,) sums over completions."""
-        return row_sums(values, a["owners"], a["lengths"].shape[0])
+        assert data.owners is not None
+        assert data.lengths is not None
+        return row_sums(values, data.owners, data.lengths.shape[0])
 
-    def row_means(self, values: mx.array, a: dict[str, mx.array]) -> mx.array:
+    def row_means(self, values: mx.array, data: RolloutBatch) -> mx.array:
         """(B,) means over a completion's tokens, exactly 1 of ones."""
-        return self.of_rows(values, a) / a["lengths"]
+        assert data.lengths is not None
+        return self.row_sums(values, data) / data.lengths
 
 
 class InReward(Method):
@@ -80,28 +84,32 @@ class Reinforced(CriticFree[R], Generic[R]):
     -A grad log pi(completion), that of the objective reward - kl_coef KL itself.
     """
 
-    def rewards_of(self, rollout: Rollout) -> Floats:
+    def compute_rewards(self, rollout: Rollout) -> Floats:
         """(B,) score - kl_coef x (log pi - log reference) of the completion."""
         if not self.kl_coef:
             return rollout.scores
         return (rollout.scores - self.kl_coef * self.kls(rollout)).astype(np.float32)
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        a, clip = batch.arrays, self.settings.clip
-        logprobs = self.logprobs(a)
-        log_ratio = logprobs - a["old_logprobs"]
+    def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
+        return {"policy": float(len(rows))}
+
+    def loss(self, model: nn.Module, data: RolloutBatch) -> Terms:
+        assert data.row_advantages is not None
+        assert data.advantages is not None
+        clip = self.settings.clip
+        logprobs = self.logprobs(data)
+        log_ratio = logprobs - data.old_logprobs
         if self.settings.ratio == "completion":
-            losses, metrics = surrogate(self.of_rows(log_ratio, a), a["gains"], clip, clip)
+            losses, metrics = surrogate(self.row_sums(log_ratio, data), data.row_advantages, clip, clip)
         else:
-            losses, metrics = surrogate(log_ratio, a["advantages"], clip, clip)
+            losses, metrics = surrogate(log_ratio, data.advantages, clip, clip)
         highest = metrics["ratio_mean"].max()
         if self.settings.ratio == "token":
-            metrics = {name: self.row_means(values, a) for name, values in metrics.items()}
-        metrics["approx_kl"] = self.row_means(-log_ratio, a)
-        metrics[FAR] = self.row_means(F.kl(a["old_logprobs"], logprobs, "k3"), a)
+            metrics = {name: self.row_means(values, data) for name, values in metrics.items()}
+        metrics["approx_kl"] = self.row_means(-log_ratio, data)
+        metrics[FAR] = self.row_means(F.kl(data.old_logprobs, logprobs, "k3"), data)
         sums = {name: mx.stop_gradient(values).sum() for name, values in metrics.items()}
-        weight = mx.array(float(a["lengths"].shape[0]))
-        return LossSum(losses.sum(), weight, {**sums, "ratio_max": mx.stop_gradient(highest)})
+        return Terms({"policy": losses.sum()}, {**sums, "ratio_max": mx.stop_gradient(highest)})
 
 
 # --- grpo -------------------------------------------------------------------------------------------------------------
@@ -220,7 +228,7 @@ class GRPO(CriticFree[GRPOSettings]):
             "or too hard for this reward, or rollout.max_tokens is too small; the last checkpoint is kept"
         )
 
-    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+    def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
         s, size = self.settings, self.rollouts.samples
         event = {"equal_groups": float(equal_groups(rollout.scores, size).mean())}
         if s.skip_equal or s.mask_truncated:
@@ -230,34 +238,40 @@ class GRPO(CriticFree[GRPOSettings]):
             advantages -= self.kl_coef * leave_one_out(self.kls(rollout), size)
         return advantages, event
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        a, s = batch.arrays, self.settings
-        logprobs = self.logprobs(a)
-        log_ratio = logprobs - a["old_logprobs"]
-        losses, metrics = surrogate(log_ratio, a["advantages"], s.clip, s.clip_high or s.clip)
-        metrics |= {"approx_kl": -log_ratio, FAR: F.kl(a["old_logprobs"], logprobs, "k3")}
+    def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
+        if self.settings.loss == "token":
+            return super().per(rollout, rows)
+        return {"policy": float(len(rows) * (self.rollouts.max_tokens if self.settings.loss == "constant" else 1))}
+
+    def loss(self, model: nn.Module, data: RolloutBatch) -> Terms:
+        assert data.advantages is not None
+        s = self.settings
+        logprobs = self.logprobs(data)
+        log_ratio = logprobs - data.old_logprobs
+        losses, metrics = surrogate(log_ratio, data.advantages, s.clip, s.clip_high or s.clip)
+        metrics |= {"approx_kl": -log_ratio, FAR: F.kl(data.old_logprobs, logprobs, "k3")}
         highest = mx.stop_gradient(metrics["ratio_mean"].max())
         if self.needs_reference:
-            apart = kl_loss(logprobs, a["old_logprobs"], a["ref_logprobs"], s.kl_estimator)
+            assert data.ref_logprobs is not None
+            apart = kl_loss(logprobs, data.old_logprobs, data.ref_logprobs, s.kl_estimator)
             losses = losses + self.kl_coef * apart
             metrics["kl_loss"] = apart
         still = {name: mx.stop_gradient(values) for name, values in metrics.items()}
-        total, weight, sums = self._over(losses, still, a)
-        return LossSum(total, weight, {**sums, "ratio_max": highest})
+        total, sums = self._over(losses, still, data)
+        return Terms({"policy": total}, {**sums, "ratio_max": highest})
 
     def _over(
-        self, losses: mx.array, metrics: dict[str, mx.array], a: dict[str, mx.array]
-    ) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
-        """Total, weight and metrics over the same items, whatever one item is: so that micro-batches add up."""
-        count = a["lengths"].shape[0]
+        self, losses: mx.array, metrics: dict[str, mx.array], data: RolloutBatch
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """Total and metrics over the items that `per` counts."""
         if self.settings.loss == "token":
-            return losses.sum(), a["lengths"].sum(), {name: values.sum() for name, values in metrics.items()}
-        means = {name: self.row_means(values, a).sum() for name, values in metrics.items()}
+            return losses.sum(), {name: values.sum() for name, values in metrics.items()}
+        means = {name: self.row_means(values, data).sum() for name, values in metrics.items()}
         if self.settings.loss == "sequence":
-            return self.row_means(losses, a).sum(), mx.array(float(count)), means
+            return self.row_means(losses, data).sum(), means
         # Metrics are means over tokens as elsewhere: only the loss is over tokens that might have been.
         most = self.rollouts.max_tokens
-        return losses.sum(), mx.array(float(count * most)), {name: most * value for name, value in means.items()}
+        return losses.sum(), {name: most * value for name, value in means.items()}
 
 
 # --- rloo -------------------------------------------------------------------------------------------------------------
@@ -281,8 +295,8 @@ class RLOO(Reinforced[RLOOSettings]):
     def __init__(self, config: Config, tokenizer: Any) -> None:
         super().__init__(config, tokenizer, RLOOSettings)
 
-    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
-        return leave_one_out(self.rewards_of(rollout), self.rollouts.samples), {}
+    def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+        return leave_one_out(self.compute_rewards(rollout), self.rollouts.samples), {}
 
 
 # --- reinforce --------------------------------------------------------------------------------------------------------
@@ -326,8 +340,8 @@ class Reinforce(Reinforced[ReinforceSettings]):
                 "rollout.prompts or rollout.samples, or set baseline: average"
             )
 
-    def worth(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
-        rewards = self.rewards_of(rollout)
+    def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
+        rewards = self.compute_rewards(rollout)
         mean = float(rewards.mean())
         if self.settings.baseline == "batch":
             return rewards - rewards.mean(), {}

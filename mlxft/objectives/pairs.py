@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -29,8 +30,8 @@ from mlxft.data.dataset import (
 from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
 from mlxft.model.memory import Shape
-from mlxft.model.prefix import Sharing
-from mlxft.objectives.base import Batch, NoDropout, OffPolicy, Summary, beyond_context
+from mlxft.model.prefix import Completions, ScoredRows, Sharing
+from mlxft.objectives.base import MicroBatch, NoDropout, OffPolicy, Step, Summary, beyond_context
 
 Row = TypeVar("Row", EncodedPair, EncodedAnswer)
 # A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a
@@ -53,13 +54,8 @@ def answers_of(row: EncodedPair | EncodedAnswer) -> list[Answer]:
     return [Answer(row.prompt_ids, row.completion_ids)]
 
 
-def stack(answers: Sequence[Answer], width: int | None = None) -> dict[str, mx.array]:
-    """Answers as rows of one batch, padded on the right, where causal attention never sees it.
-
-    Returns:
-        ids (B, T); last (B,), the last real token; lengths (B,) of the answers, float32; and for each of their N tokens
-        positions (N,), the flat index that predicts it, labels (N,) and owners (N,), its row.
-    """
+def stack(answers: Sequence[Answer], width: int | None = None) -> Completions:
+    """Answers as rows of one batch, padded on the right, where causal attention never sees it."""
     width = width or max(len(a.prompt) + len(a.reply) for a in answers)
     ids = np.zeros((len(answers), width), dtype=np.int32)
     positions = []
@@ -68,23 +64,18 @@ def stack(answers: Sequence[Answer], width: int | None = None) -> dict[str, mx.a
         ids[b, len(prompt) : len(prompt) + len(reply)] = reply
         positions.append(b * width + len(prompt) - 1 + np.arange(len(reply)))
     sizes = [len(a.reply) for a in answers]
-    return {
-        "ids": mx.array(ids),
-        "last": mx.array(np.array([len(a.prompt) + len(a.reply) - 1 for a in answers], dtype=np.int32)),
-        "lengths": mx.array(np.array(sizes, dtype=np.float32)),
-        "positions": mx.array(np.concatenate(positions).astype(np.int32)),
-        "labels": mx.array(np.concatenate([a.reply for a in answers]).astype(np.int32)),
-        "owners": mx.array(np.repeat(np.arange(len(answers)), sizes).astype(np.int32)),
-    }
+    return Completions(
+        ids=mx.array(ids),
+        last=mx.array(np.array([len(a.prompt) + len(a.reply) - 1 for a in answers], dtype=np.int32)),
+        lengths=mx.array(np.array(sizes, dtype=np.float32)),
+        positions=mx.array(np.concatenate(positions).astype(np.int32)),
+        labels=mx.array(np.concatenate([a.reply for a in answers]).astype(np.int32)),
+        owners=mx.array(np.repeat(np.arange(len(answers)), sizes).astype(np.int32)),
+    )
 
 
-def stack_shared(prompts: Sequence[Ids], answers: Sequence[tuple[int, Ids]]) -> dict[str, mx.array]:
-    """Prompts as rows of their own, and answers with the number of their prompt, both padded on the right.
-
-    Returns:
-        What `stack` does, for `Sharing`: prompts (B, P), begins (B,), ids (R, A), of (R,); positions and last are flat
-        indices into the prompts' tokens and then the answers'.
-    """
+def stack_shared(prompts: Sequence[Ids], answers: Sequence[tuple[int, Ids]]) -> Completions:
+    """Prompts as rows of their own, and answers with the number of their prompt, both padded on the right."""
     sizes = np.array([len(p) for p in prompts], dtype=np.int32)
     before = np.zeros((len(prompts), sizes.max()), dtype=np.int32)
     for b, prompt in enumerate(prompts):
@@ -97,18 +88,21 @@ def stack_shared(prompts: Sequence[Ids], answers: Sequence[tuple[int, Ids]]) -> 
         ids[r, : len(reply)] = reply
         start = before.size + r * ids.shape[1]
         positions.append(np.array([p * before.shape[1] + len(prompts[p]) - 1, *range(start, start + len(reply) - 1)]))
-    arrays = {
-        "prompts": before,
-        "begins": sizes,
-        "ids": ids,
-        "of": of,
-        "last": before.size + np.arange(len(answers)) * ids.shape[1] + lengths - 1,
-        "lengths": lengths.astype(np.float32),
-        "positions": np.concatenate(positions),
-        "labels": np.concatenate([reply for _, reply in answers]),
-        "owners": np.repeat(np.arange(len(answers)), lengths),
-    }
-    return {k: mx.array(v if v.dtype == np.float32 else v.astype(np.int32)) for k, v in arrays.items()}
+
+    def int32(values: Any) -> mx.array:
+        return mx.array(np.asarray(values).astype(np.int32))
+
+    return Completions(
+        prompts=int32(before),
+        begins=int32(sizes),
+        ids=int32(ids),
+        of=int32(of),
+        last=int32(before.size + np.arange(len(answers)) * ids.shape[1] + lengths - 1),
+        lengths=mx.array(lengths.astype(np.float32)),
+        positions=int32(np.concatenate(positions)),
+        labels=int32(np.concatenate([reply for _, reply in answers])),
+        owners=int32(np.repeat(np.arange(len(answers)), lengths)),
+    )
 
 
 def sharing_pays(rows: Sequence[EncodedPair | EncodedAnswer], width: int) -> tuple[int, int] | None:
@@ -121,7 +115,7 @@ def sharing_pays(rows: Sequence[EncodedPair | EncodedAnswer], width: int) -> tup
     return (prompt, answer) if prompt + 2 * answer <= SHARED * 2 * width else None
 
 
-def stack_pairs(pairs: Sequence[EncodedPair], width: int, sharing: Sharing) -> dict[str, mx.array]:
+def stack_pairs(pairs: Sequence[EncodedPair], width: int, sharing: Sharing) -> Completions:
     """The chosen answers and then the rejected ones, by `stack` or, where that is cheaper, by `stack_shared`."""
     prompts = [pair.prompt_ids for pair in pairs]
     replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
@@ -171,7 +165,7 @@ def check_recipe(config: Config, formats: Sequence[str]) -> None:
 
 
 class Judged(OffPolicy, Generic[Row]):
-    """The data of an objective, and where it is in it. A subclass makes batches and the loss.
+    """An objective over rows that are judged whole. A subclass gives `make`, `per` and the loss.
 
     Args:
         per_row: rows of a batch that one of the data set becomes: two of a pair.
@@ -179,28 +173,32 @@ class Judged(OffPolicy, Generic[Row]):
 
     traceable = True  # the reference's numbers, and KTO's point, are in the batch
 
-    def __init__(self, config: Config, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int
+    ) -> None:
         self.counts = counts
         self.rows: list[Row] = rows
         self.valid: list[Row] = valid
         self.notes: list[str] = counts.notes()
-        super().__init__(config, np.array([length(row) for row in rows], dtype=np.int64), per_row)
+        super().__init__(config, tokenizer, np.array([length(row) for row in rows], dtype=np.int64), per_row)
         self.notes += beyond_context(config, self._lengths.tolist())
         self.notes += [f"validation: {note}" for note in beyond_context(config, list(map(length, valid)))]
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         self.notes += NO_DROPOUT.take_out(model)
 
-    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
-        """The batch of these rows."""
-        raise AssertionError(f"{type(self).__name__} makes no batches")
+    def make(
+        self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
+    ) -> MicroBatch:
+        """Return the micro-batch of these rows; `point` is what `reference_point` gave for the step."""
+        raise AssertionError(f"{type(self).__name__} makes no micro-batches")
 
-    def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
-        """Before the first micro-batch of a step, with all of its slots; of validation, with all there are."""
+    def reference_point(self, model: nn.Module, slots: Sequence[Slot], valid: bool) -> mx.array | None:
+        """Return a number () of the whole step, or of all validation rows, that its losses read; None: none."""
+        return None
 
     def rebatch(self, config: Config) -> None:
         super().rebatch(config)
-        self.config = config
         self.__dict__.pop("most", None)
 
     def shapes(self) -> list[Shape]:
@@ -217,25 +215,30 @@ class Judged(OffPolicy, Generic[Row]):
         """Tokens of the largest batch, padding included."""
         return max(shape.rows * shape.width for shape in self.shapes())
 
-    def batches(self, model: nn.Module) -> Iterator[Batch]:
-        accumulate = self.config.batch.accumulate
-        for slots, at in self.places():
-            if at % accumulate == 0:  # a step ends with its epoch, so steps begin at multiples
-                self.begin_step(model, slots[at : at + accumulate], valid=False)
-            yield self.make(model, slots[at].rows, slots[at].width, valid=False, ends_epoch=at + 1 == len(slots))
+    def make_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool = False) -> Step:
+        return self._step(model, slots, self.reference_point(model, slots, valid), valid)
 
-    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
-        self.begin_step(model, slots, valid=False)
-        for slot in slots:
-            yield self.make(model, slot.rows, slot.width, valid=False, ends_epoch=False)
+    def _step(self, model: nn.Module, slots: Sequence[Slot], point: mx.array | None, valid: bool) -> Step:
+        rows = self.valid if valid else self.rows
+        weight = math.fsum(rows[i].weight for slot in slots for i in slot.rows)
+        micro_batches = [self.make(model, slot.rows, slot.width, point, valid) for slot in slots]
+        return Step(micro_batches, {self.config.objective: weight})
 
-    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+    def valid_steps(self, model: nn.Module) -> Iterator[Step]:
         if not self.valid:
             return
         slots = self.plan_valid(np.array([length(row) for row in self.valid], dtype=np.int64))
-        self.begin_step(model, slots, valid=True)
-        for slot in slots:
-            yield self.make(model, slot.rows, slot.width, valid=True, ends_epoch=False)
+        point = self.reference_point(model, slots, True)
+        yield from (self._step(model, [slot], point, True) for slot in slots)
+
+    def real_tokens(self, data: ScoredRows) -> list[mx.array]:
+        def before(ids: mx.array, lengths: mx.array) -> mx.array:
+            return mx.arange(ids.shape[1]) < lengths[:, None]
+
+        if data.prompts is None:
+            return [before(data.ids, data.last + 1)]
+        assert data.begins is not None
+        return [before(data.prompts, data.begins), before(data.ids, data.lengths)]
 
     def fingerprint(self) -> str:
         return self.counts.fingerprint

@@ -21,10 +21,12 @@ from mlxft.config import Config
 from mlxft.model.heads import CRITIC, ScoreHead, body_width
 from mlxft.model.layers import LEAVES, probing
 from mlxft.model.logits import Split, hidden_entropy, hidden_logprobs, hidden_logprobs_entropy, rows_hidden
+from mlxft.model.memory import ShapeSplit
+from mlxft.model.prefix import Completions
 from mlxft.model.roles import Roles
 from mlxft.objectives import functional as F
-from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.rollouts import FAR, Method, OnPolicy, Rollout, sections
+from mlxft.objectives.base import MicroBatch, Terms
+from mlxft.objectives.rollouts import FAR, Method, OnPolicy, Rollout, RolloutBatch, sections
 
 # --- critic -----------------------------------------------------------------------------------------------------------
 # The critic: a value for each token. A role of its own on the same base, or a head on the policy's trunk.
@@ -182,26 +184,34 @@ class PPO(OnPolicy[PPOSettings]):
             critic.head.weight = critic.head.weight * self.rewards.slope
             critic.offset = self.rewards.offset
 
-    def parts(self) -> dict[str, float]:
+    def clip_groups(self) -> dict[str, float]:
         rate = self.settings.critic_lr
         return {f"{CRITIC}.": 1.0 if rate is None else rate / self.config.optim.lr}
 
-    def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
+    @classmethod
+    def separate_critic(cls, config: Config) -> bool:
+        return config.section("ppo", PPOSettings).critic == "separate"
+
+    @classmethod
+    def outfit(cls, config: Config, model: nn.Module) -> None:
+        body_width(ShapeSplit(model))  # which refuses as training does
+
+    def read_policy(self, a: Completions) -> dict[str, mx.array]:
         if self.settings.critic == "separate":
-            return super().read(a)
-        hidden = rows_hidden(self.split, a["ids"], a["positions"])
-        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a["labels"], draw=self.how)
+            return super().read_policy(a)
+        hidden = rows_hidden(self.split, a.ids, a.positions)
+        logprobs, entropy = hidden_logprobs_entropy(self.split, hidden, a.labels, draw=self.how)
         return {"old_logprobs": logprobs, "entropy": entropy, "values": self.critic.head(hidden)}
 
-    def _values(self, a: dict[str, mx.array]) -> mx.array:
+    def _values(self, a: Completions | RolloutBatch) -> mx.array:
         """(N,) by the separate critic of now."""
-        return self.critic.values(self.split, self.roles, a["ids"], a["positions"])
+        return self.critic.values(self.split, self.roles, a.ids, a.positions)
 
-    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
         s = self.settings
         if s.critic == "separate":
             with probing(self.split.model):
-                self.keep(rollout, self.prompts, micro, lambda a: {"values": self._values(a)})
+                self.record(rollout, self.prompts, micro, lambda a: {"values": self._values(a)})
         values, mask = rollout.grid("values"), rollout.mask
         rewards = mx.zeros(mask.shape)
         if self.kl_coef:
@@ -223,52 +233,63 @@ class PPO(OnPolicy[PPOSettings]):
             "explained_variance": explained_variance(*seen),
         }
 
-    def settle(self, kl: float, count: int) -> None:
+    def after_rollout(self, kl: float, count: int) -> None:
         s = self.settings
         if s.kl_target is not None:
             horizon = s.kl_horizon or 10000
             # A rollout longer than the horizon counts as one: five times as long could turn the coefficient's sign.
             self.kl_coef = F.adaptive_kl(self.kl_coef, kl, s.kl_target, horizon, min(count, horizon))
 
-    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
-        """One batch where policy and critic share a trunk, else one for each: only one of them is ever in memory."""
-        (batch,) = super().micro(rollout, rows)
-        warming = rollout.number < self.settings.critic_warmup
-        if self.settings.critic == "shared":
-            return [replace(batch, trains=is_critic if warming else None)]
-        policy, critic = replace(batch, trains=of_policy), replace(batch, trains=is_critic)
-        return [critic] if warming else [policy, replace(critic, counts=False)]
+    def _warming(self, rollout: Rollout) -> bool:
+        return rollout.number < self.settings.critic_warmup
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        a = batch.arrays
+    def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
+        """Return one micro-batch where policy and critic share a trunk, else one for each: only one is in memory."""
+        (whole,) = super().make(rollout, rows)
         if self.settings.critic == "shared":
-            hidden = rows_hidden(self.split, a["ids"], a["positions"])
-            if batch.trains is is_critic:
-                return self._value_loss(self.critic.head(hidden), a)
-            policy, value = self._policy_loss(hidden, a), self._value_loss(self.critic.head(hidden), a)
-            return LossSum(policy.total + value.total, policy.weight, policy.metrics | value.metrics)
-        if batch.trains is is_critic:
-            value = self._value_loss(self._values(a), a)
-            # The step is divided by its tokens, which the policy's batch has counted.
-            return value if batch.counts else value._replace(weight=mx.array(0.0))
-        return self._policy_loss(rows_hidden(self.split, a["ids"], a["positions"]), a)
+            data = replace(whole.data, advantages=None) if self._warming(rollout) else whole.data
+            return [replace(whole, data=data, trains=is_critic if self._warming(rollout) else None)]
+        # Their data tell the loss which of the two it is: what the other one reads is not there.
+        policy = replace(whole.data, values=None, returns=None)
+        critic = replace(whole.data, advantages=None)
+        if self._warming(rollout):
+            return [replace(whole, data=critic, trains=is_critic)]
+        return [replace(whole, data=policy, trains=of_policy), MicroBatch(critic, 0, 0, trains=is_critic)]
 
-    def _policy_loss(self, hidden: mx.array, a: dict[str, mx.array]) -> LossSum:
+    def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
+        tokens = super().per(rollout, rows)["policy"]
+        return {"value": tokens} if self._warming(rollout) else {"policy": tokens, "value": tokens}
+
+    def loss(self, model: nn.Module, data: RolloutBatch) -> Terms:
+        if self.settings.critic == "separate":
+            if data.advantages is None:
+                return self._value_loss(self._values(data), data)
+            return self._policy_loss(rows_hidden(self.split, data.ids, data.positions), data)
+        hidden = rows_hidden(self.split, data.ids, data.positions)
+        value = self._value_loss(self.critic.head(hidden), data)
+        if data.advantages is None:
+            return value
+        policy = self._policy_loss(hidden, data)
+        return Terms(policy.losses | value.losses, policy.metrics | value.metrics)
+
+    def _policy_loss(self, hidden: mx.array, data: RolloutBatch) -> Terms:
+        assert data.advantages is not None
         s = self.settings
-        logprobs = hidden_logprobs(self.split, hidden, a["labels"], grad=True, draw=self.how)
-        old, advantages, mask = a["old_logprobs"][None], a["advantages"][None], mx.ones_like(logprobs[None])
-        total, weight, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
+        logprobs = hidden_logprobs(self.split, hidden, data.labels, grad=True, draw=self.how)
+        old, advantages, mask = data.old_logprobs[None], data.advantages[None], mx.ones_like(logprobs[None])
+        total, _, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
         if s.entropy_coef:
             (behind,) = mx.depends([hidden], [logprobs])  # else logits would stand twice
             entropy = hidden_entropy(self.split, behind, grad=True, draw=self.how)
             total = total - s.entropy_coef * entropy.sum()
-        ratio_max = mx.exp(mx.stop_gradient(logprobs) - a["old_logprobs"]).max()
+        ratio_max = mx.exp(mx.stop_gradient(logprobs) - data.old_logprobs).max()
         named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}
-        named |= {"ratio_max": ratio_max, FAR: F.kl(a["old_logprobs"], logprobs, "k3").sum()}
-        return LossSum(total, weight, named)
+        named |= {"ratio_max": ratio_max, FAR: F.kl(data.old_logprobs, logprobs, "k3").sum()}
+        return Terms({"policy": total}, named)
 
-    def _value_loss(self, values: mx.array, a: dict[str, mx.array]) -> LossSum:
-        old, returns, mask = a["values"][None], a["returns"][None], mx.ones_like(values[None])
-        sums = F.value_loss(values[None], old, returns, mask, self.settings.value_clip)
-        metrics = {"value_loss": sums.total, **sums.metrics}
-        return LossSum(self.settings.value_coef * sums.total, sums.weight, metrics)
+    def _value_loss(self, values: mx.array, data: RolloutBatch) -> Terms:
+        assert data.values is not None
+        assert data.returns is not None
+        old, returns, mask = data.values[None], data.returns[None], mx.ones_like(values[None])
+        total, _, more = F.value_loss(values[None], old, returns, mask, self.settings.value_clip)
+        return Terms({"value": self.settings.value_coef * total}, {"value_loss": total, **more})

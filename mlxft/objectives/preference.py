@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -15,17 +15,17 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.data.batching import Slot
-from mlxft.data.dataset import EncodedAnswer, EncodedPair, build_answers, build_pairs, length
+from mlxft.data.dataset import EncodedAnswer, EncodedPair, PairCounts, build_answers, build_pairs, length
 from mlxft.errors import DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.layers import probing
 from mlxft.model.logits import Split, row_sums
 from mlxft.model.memory import Outline
-from mlxft.model.prefix import Sharing
+from mlxft.model.prefix import Completions, Sharing
 from mlxft.model.roles import Reference
 from mlxft.objectives import functional as F
-from mlxft.objectives.base import Batch, LossSum
-from mlxft.objectives.pairs import Answer, Judged, answers_of, check_recipe, encode_splits, stack, stack_pairs
+from mlxft.objectives.base import MakesStep, MicroBatch, Step, Terms
+from mlxft.objectives.pairs import Answer, Judged, Row, answers_of, check_recipe, encode_splits, stack, stack_pairs
 
 REFERRED = ("dpo", "ipo", "hinge", "kto")  # measured against the policy that training began with
 SMOOTHED = ("dpo", "cpo")
@@ -85,121 +85,146 @@ class PreferenceSettings(Settings):
         return self.nll if self.nll is not None else 1.0 if self.loss in ("orpo", "cpo") else 0.0
 
 
-class _Policy:
-    """The settings, the model taken apart, and the reference; what both kinds of rows share."""
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Completions):
+    """n pairs, the chosen completions before the rejected ones.
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.settings = config, config.section("preference", PreferenceSettings)
-        self.sharing: Sharing | None = None
-        self.reference: Reference | None = None
-
-    def prepare(self, model: nn.Module, base: str = "") -> None:
-        self.sharing = Sharing(Split(model))
-        if self.settings.loss in REFERRED:
-            # An adapter that is trained further began as it is now; a fresh one as the bare base.
-            self.reference = Reference(self.sharing, self.config.model.adapter is not None)
-
-    def held(self) -> list[mx.array]:
-        """The reference's arrays."""
-        return [] if self.reference is None else self.reference.held()
-
-    def unasked(self) -> AbstractContextManager[None]:
-        """Inside the block zeros stand for numbers of the reference that are yet to be computed beforehand."""
-        return nullcontext() if self.reference is None else self.reference.unasked()
-
-    def notes(self, answers: int) -> list[str]:
-        """What there is to wait for before the first step, which may be long."""
-        if not self.settings.precompute:
-            return []
-        return [f"the reference's log-probabilities of {answers:,} answers are computed before the first step"]
-
-    def of(self, model: nn.Module) -> Sharing:
-        if self.sharing is None or self.sharing.split.model is not model:
-            self.sharing = Sharing(Split(model))
-        return self.sharing
-
-    def logprobs(self, model: nn.Module, a: dict[str, mx.array], grad: bool) -> mx.array:
-        """Log-probabilities of the answers' tokens (N,)."""
-        return self.of(model).logprobs(a, grad=grad)
-
-
-class Preference:
-    """Losses on pairs or, for KTO, on completions that are good or bad by themselves: which, the recipe's loss says.
-
-    Raises:
-        ConfigError, DataError: settings or rows do not fit.
+    Attributes:
+        weights: (n,) of the pairs.
+        reference: (N,) the reference's log-probabilities; None where the loss asks none.
     """
+
+    weights: mx.array
+    reference: mx.array | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOBatch(Completions):
+    """B completions that are good or bad by themselves.
+
+    Attributes:
+        good, weights: (B,) 1 for good ones, else 0; and what each counts.
+        point: () the step's reference point.
+        reference: (N,) the reference's log-probabilities.
+    """
+
+    good: mx.array
+    weights: mx.array
+    point: mx.array
+    reference: mx.array
+
+
+class Preference(Judged[Row]):
+    """Losses on pairs or, for KTO, on completions that are good or bad by themselves: which, the recipe's loss says."""
 
     sections: ClassVar[dict[str, type[Settings]]] = {"preference": PreferenceSettings}
     learning_rate = 1e-6  # of full fine-tuning, as TRL's DPOConfig; these losses move fast
 
-    def __new__(cls, config: Config, tokenizer: Any) -> Preference:
+    def __new__(cls, config: Config, tokenizer: Any) -> Preference[Row]:
         kto = config.section("preference", PreferenceSettings).loss == "kto"
-        return object.__new__((_Single if kto else _Pairs) if cls is Preference else cls)
+        return object.__new__((_Single if kto else _Pairs) if cls is Preference else cls)  # type: ignore[arg-type]
+
+    def __init__(
+        self, config: Config, tokenizer: Any, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int
+    ) -> None:
+        self.settings = config.section("preference", PreferenceSettings)
+        super().__init__(config, tokenizer, rows, counts, valid, per_row)  # type: ignore[arg-type]
+        if self.settings.precompute:
+            count = 2 * len([*rows, *valid])  # of kto each prompt's own completion, and another's
+            said = "answers are computed before the first step"
+            self.notes.append(f"the reference's log-probabilities of {count:,} {said}")
+        self.sharing: Sharing | None = None
+        self.reference: Reference | None = None
 
     @classmethod
     def outline(cls, config: Config) -> Outline:
-        """For a plan of the memory it takes."""
         settings = config.section("preference", PreferenceSettings)
         # Precomputed, the reference is gone before the first step.
         kept = config.model.adapter is not None and settings.loss in REFERRED and not settings.precompute
         return Outline("logprobs", together=1 if settings.loss == "kto" else 2, copies=int(kept))
 
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        super().prepare(model, base)
+        self.sharing = Sharing(Split(model))
+        if self.settings.loss not in REFERRED:
+            return
+        # An adapter that is trained further began as it is now; a fresh one as the bare base.
+        self.reference = Reference(self.sharing, self.config.model.adapter is not None)
+        if self.settings.precompute:
+            key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()}{self._key()}"
+            data = [_stacked(self._referred_to(valid), self.most) for valid in (False, True)]
+            self.reference.precompute(data, self.config.run_dir, key)
 
-class _Pairs(Judged[EncodedPair], Preference):
+    def _key(self) -> str:
+        """What else the reference's numbers depend on."""
+        return ""
+
+    def _referred_to(self, valid: bool) -> list[Answer]:
+        """All answers that the reference is asked for."""
+        return [answer for row in (self.valid if valid else self.rows) for answer in answers_of(row)]
+
+    def _refer(self, rows: Completions, valid: bool, places: Sequence[int]) -> mx.array:
+        assert self.reference is not None
+        return self.reference.logprobs(rows, int(valid), places)
+
+    def largest(self, model: nn.Module) -> list[MakesStep]:
+        def unasked(make: MakesStep) -> Step:
+            # Zeros stand for numbers of the reference that are yet to be computed beforehand.
+            with nullcontext() if self.reference is None else self.reference.unasked():
+                return make()
+
+        return [partial(unasked, make) for make in super().largest(model)]
+
+    def held(self) -> list[mx.array]:
+        return [] if self.reference is None else self.reference.held()
+
+    def of(self, model: nn.Module) -> Sharing:
+        """The model taken apart."""
+        if self.sharing is None or self.sharing.split.model is not model:
+            self.sharing = Sharing(Split(model))
+        return self.sharing
+
+
+class _Pairs(Preference[EncodedPair]):
     """Losses on pairs."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_recipe(config, ("preference", "ratings"))
         rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
-        self._policy = _Policy(config)
-        self._settings = self._policy.settings
-        _refuse_ties([*rows, *valid], self._settings.loss)
-        super().__init__(config, rows, counts, valid, per_row=2)
-        self.notes += self._policy.notes(2 * len([*rows, *valid]))
-        self.notes += _idle_margins(rows, self._settings.loss)
+        loss = config.section("preference", PreferenceSettings).loss
+        _refuse_ties([*rows, *valid], loss)
+        super().__init__(config, tokenizer, rows, counts, valid, per_row=2)
+        self.notes += _idle_margins(rows, loss)
 
-    def prepare(self, model: nn.Module, base: str = "") -> None:
-        super().prepare(model, base)
-        self._policy.prepare(model)
-        if self._settings.precompute and self._policy.reference is not None:
-            key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()}"
-            data = [[a for row in rows for a in answers_of(row)] for rows in (self.rows, self.valid)]
-            self._policy.reference.precompute([_stacked(d, self.most) for d in data], self.config.run_dir, key)
-
-    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
-        with self._policy.unasked():
-            yield from super().rehearsed(model, slots)
-
-    def held(self) -> list[mx.array]:
-        return self._policy.held()
-
-    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+    def make(
+        self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
+    ) -> MicroBatch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
-        arrays = stack_pairs(pairs, width, self._policy.of(model))
-        arrays["weights"] = mx.array([pair.weight for pair in pairs])
-        if self._policy.reference is not None:
+        stacked = stack_pairs(pairs, width, self.of(model))
+        reference = None
+        if self.reference is not None:
             # Numbers of a frozen role belong in the batch, computed before the step.
-            places = [2 * i for i in rows] + [2 * i + 1 for i in rows]
-            arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), places)
+            reference = self._refer(stacked, valid, [2 * i for i in rows] + [2 * i + 1 for i in rows])
+        weights = mx.array([pair.weight for pair in pairs])
+        data = PairBatch(**vars(stacked), weights=weights, reference=reference)
         tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in answers_of(pair))
-        return Batch(arrays, tokens, len(arrays["labels"]), tuple(pair.where for pair in pairs), ends_epoch)
+        return MicroBatch(data, tokens, len(data.labels), tuple(pair.where for pair in pairs))
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        a, s = batch.arrays, self._settings
-        count = a["lengths"].size
-        tokens = self._policy.logprobs(model, a, model.training)
-        sums = row_sums(tokens, a["owners"], count)
-        means = sums / a["lengths"]
+    def loss(self, model: nn.Module, data: PairBatch) -> Terms:
+        s = self.settings
+        count = data.lengths.size
+        tokens = self.of(model).logprobs(data, grad=model.training)
+        sums = row_sums(tokens, data.owners, count)
+        means = sums / data.lengths
         metrics: dict[str, mx.array] = {}
-        w = a["weights"]
-        if "reference" in a:
-            ref = row_sums(a["reference"], a["owners"], count)
-            per = a["lengths"] if s.loss == "ipo" else mx.ones(count)
+        w = data.weights
+        if data.reference is not None:
+            ref = row_sums(data.reference, data.owners, count)
+            per = data.lengths if s.loss == "ipo" else mx.ones(count)
             losses = self._referred(*_halves(sums / per), *_halves(ref / per))
             rewards = F.implicit_reward(sums / per, ref / per, s.strength)
             size = s.strength * (mx.abs(sums) + mx.abs(ref)) / per
-            metrics["kl"] = (w * sum(_halves(_kl(tokens, a))) / 2).sum()
+            metrics["kl"] = (w * sum(_halves(_kl(tokens, data.reference, data))) / 2).sum()
         else:
             rewards = s.strength * (sums if s.loss == "cpo" else means)
             size = mx.abs(rewards)
@@ -208,10 +233,10 @@ class _Pairs(Judged[EncodedPair], Preference):
             chosen = _halves(means)[0]
             losses = losses - s.imitation * chosen
             metrics["nll"] = -(w * chosen).sum()
-        return LossSum((w * losses).sum(), w.sum(), metrics | _rewards(rewards, size, w))
+        return Terms({"preference": (w * losses).sum()}, metrics | _rewards(rewards, size, w))
 
     def _alone(self, sums: tuple[mx.array, mx.array], means: tuple[mx.array, mx.array]) -> mx.array:
-        s = self._settings
+        s = self.settings
         if s.loss == "simpo":
             return F.simpo(*means, s.strength, 1.0 if s.gamma is None else s.gamma)
         if s.loss == "orpo":
@@ -219,13 +244,13 @@ class _Pairs(Judged[EncodedPair], Preference):
         return F.cpo(*sums, s.strength, s.label_smoothing or 0.0)
 
     def _referred(self, chosen: mx.array, rejected: mx.array, ref_c: mx.array, ref_r: mx.array) -> mx.array:
-        s = self._settings
+        s = self.settings
         if s.loss == "dpo":
             return F.dpo(chosen, rejected, ref_c, ref_r, s.strength, s.label_smoothing or 0.0)
         return (F.ipo if s.loss == "ipo" else F.hinge)(chosen, rejected, ref_c, ref_r, s.strength)
 
 
-class _Single(Judged[EncodedAnswer], Preference):
+class _Single(Preference[EncodedAnswer]):
     """KTO: answers that are good or bad by themselves. Pairs are taken apart into both."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -239,10 +264,7 @@ class _Single(Judged[EncodedAnswer], Preference):
             idle = _idle_margins(pairs, "kto")
         else:
             rows, counts, valid, _ = encode_splits(config, tokenizer, build_answers)
-        self._policy = _Policy(config)
-        self._settings = self._policy.settings
-        super().__init__(config, rows, counts, valid, per_row=1)
-        self.notes += self._policy.notes(2 * len([*rows, *valid]))  # each prompt's own answer, and another's
+        super().__init__(config, tokenizer, rows, counts, valid, per_row=1)
         self.notes += idle
         good = sum(row.label for row in rows)
         if not 0 < good < len(rows):
@@ -250,18 +272,13 @@ class _Single(Judged[EncodedAnswer], Preference):
         self._partners = [_partners(rows, config.run.seed), _partners(valid, config.run.seed)]
         if self._partners[0] == list(range(len(rows))):
             self.notes.append("all answers are to one prompt: kto's reference point, of other prompts' answers, is 0")
-        self._point = mx.array(0.0)
 
-    def prepare(self, model: nn.Module, base: str = "") -> None:
-        super().prepare(model, base)
-        self._policy.prepare(model)
-        if self._settings.precompute and self._policy.reference is not None:
-            key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()} {self.config.run.seed}"
-            data = []
-            for rows, valid in ((self.rows, False), (self.valid, True)):
-                own = [a for row in rows for a in answers_of(row)]
-                data.append(_stacked([*own, *(self._mismatched(i, valid) for i in range(len(rows)))], self.most))
-            self._policy.reference.precompute(data, self.config.run_dir, key)
+    def _key(self) -> str:
+        return f" {self.config.run.seed}"
+
+    def _referred_to(self, valid: bool) -> list[Answer]:
+        count = len(self.valid if valid else self.rows)
+        return [*super()._referred_to(valid), *(self._mismatched(i, valid) for i in range(count))]
 
     def _mismatched(self, row: int, valid: bool) -> Answer:
         """A row's prompt with another row's answer, no longer than rows may be."""
@@ -269,63 +286,58 @@ class _Single(Judged[EncodedAnswer], Preference):
         prompt, reply = rows[row].prompt_ids, rows[self._partners[valid][row]].completion_ids
         return Answer(prompt, reply[: max(1, self.config.data.max_length - len(prompt))])
 
-    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
-        point = self._point
-        with self._policy.unasked():
-            yield from super().rehearsed(model, slots)
-        self._point = point
-
-    def held(self) -> list[mx.array]:
-        return self._policy.held()
-
-    def begin_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool) -> None:
-        """The reference point of a whole step: the mean log-ratio of answers to other prompts, by the policy of now."""
-        assert self._policy.reference is not None
+    def reference_point(self, model: nn.Module, slots: Sequence[Slot], valid: bool) -> mx.array:
+        """Return the mean log-ratio of answers to other prompts, by the policy of now (Ethayarajh et al. 2024)."""
         every = len(self.valid if valid else self.rows)
         rows = [i for slot in slots for i in slot.rows if self._partners[valid][i] != i]
         total = mx.array(0.0)
         with probing(model):
-            for places, arrays in _stacked([self._mismatched(i, valid) for i in rows], self.most):
-                ref = self._policy.reference.logprobs(arrays, int(valid), [every + rows[i] for i in places])
-                now = as_trained(partial(self._policy.logprobs, model, arrays, False))
+            for places, answers in _stacked([self._mismatched(i, valid) for i in rows], self.most):
+                ref = self._refer(answers, valid, [every + rows[i] for i in places])
+                now = as_trained(partial(self.of(model).logprobs, answers, grad=False))
                 total = total + (now - ref).sum()
                 mx.async_eval(total)  # one batch's activations at a time; the number stays on the device
-        self._point = mx.maximum(total / max(1, len(rows)), 0.0)
+        return mx.maximum(total / max(1, len(rows)), 0.0)
 
-    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+    def make(
+        self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
+    ) -> MicroBatch:
+        assert point is not None
         chosen = [(self.valid if valid else self.rows)[i] for i in rows]
         answers = [answers_of(row)[0] for row in chosen]
-        arrays = stack(answers, width)
-        arrays["good"] = mx.array([float(row.label) for row in chosen])
-        arrays["weights"] = mx.array([row.weight for row in chosen])
-        arrays["point"] = self._point
-        assert self._policy.reference is not None
-        arrays["reference"] = self._policy.reference.logprobs(arrays, int(valid), list(rows))
+        stacked = stack(answers, width)
+        data = KTOBatch(
+            **vars(stacked),
+            good=mx.array([float(row.label) for row in chosen]),
+            weights=mx.array([row.weight for row in chosen]),
+            point=point,
+            reference=self._refer(stacked, valid, list(rows)),
+        )
         tokens = sum(len(a.prompt) + len(a.reply) for a in answers)
-        return Batch(arrays, tokens, len(arrays["labels"]), tuple(row.where for row in chosen), ends_epoch)
+        return MicroBatch(data, tokens, len(data.labels), tuple(row.where for row in chosen))
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        a, s = batch.arrays, self._settings
-        count = a["lengths"].size
-        tokens = self._policy.logprobs(model, a, model.training)
-        ratios = row_sums(tokens - a["reference"], a["owners"], count)
-        size = sum(mx.abs(row_sums(x, a["owners"], count)) for x in (tokens, a["reference"])) + a["point"]
+    def loss(self, model: nn.Module, data: KTOBatch) -> Terms:
+        s = self.settings
+        count = data.lengths.size
+        tokens = self.of(model).logprobs(data, grad=model.training)
+        ratios = row_sums(tokens - data.reference, data.owners, count)
+        size = sum(mx.abs(row_sums(x, data.owners, count)) for x in (tokens, data.reference)) + data.point
         weights = [1.0 if given is None else given for given in (s.good_weight, s.bad_weight)]
-        w, good = a["weights"], a["good"]
-        losses = F.kto(ratios, good, a["point"], s.strength, *weights)
+        w, good = data.weights, data.good
+        losses = F.kto(ratios, good, data.point, s.strength, *weights)
         rewards = s.strength * mx.stop_gradient(ratios)
-        gain = rewards - s.strength * a["point"]
+        gain = rewards - s.strength * data.point
         signed = mx.where(good != 0, gain, -gain)
         values = {
             "accuracy": F.wins(signed, s.strength * mx.stop_gradient(size)),
             "margin": signed,
-            "kl": _kl(tokens, a),
-            "reference_point": a["point"],
+            "kl": _kl(tokens, data.reference, data),
+            "reference_point": data.point,
         }
         if not model.training:
             bad = 1 - good
             values |= {"good/share": good, "good/chosen": good * rewards, "good/rejected": bad * rewards}
-        return LossSum((w * losses).sum(), w.sum(), {name: (w * value).sum() for name, value in values.items()})
+        return Terms({"preference": (w * losses).sum()}, {name: (w * value).sum() for name, value in values.items()})
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:
         """Adds rewards_chosen and rewards_rejected, each over the answers of its kind."""
@@ -343,12 +355,12 @@ def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
     return x[:half], x[half:]
 
 
-def _kl(tokens: mx.array, a: dict[str, mx.array]) -> mx.array:
+def _kl(tokens: mx.array, reference: mx.array, data: Completions) -> mx.array:
     """(N,), of each answer: KL to the reference, summed over its tokens.
 
     Second order in the log-ratio: an estimate over the data's own answers, which neither policy has drawn.
     """
-    return row_sums(F.kl(mx.stop_gradient(tokens), a["reference"], "k2"), a["owners"], a["lengths"].size)
+    return row_sums(F.kl(mx.stop_gradient(tokens), reference, "k2"), data.owners, data.lengths.size)
 
 
 def _rewards(rewards: mx.array, size: mx.array, weights: mx.array) -> dict[str, mx.array]:
@@ -408,7 +420,7 @@ def _partners(rows: Sequence[EncodedAnswer], seed: int) -> list[int]:
     return partners
 
 
-def _stacked(answers: Sequence[Answer], tokens: int) -> Iterator[tuple[list[int], dict[str, mx.array]]]:
+def _stacked(answers: Sequence[Answer], tokens: int) -> Iterator[tuple[list[int], Completions]]:
     """Answers of like length together, with their places: no batch larger than those that are trained on."""
     sizes = [len(a.prompt) + len(a.reply) for a in answers]
     places: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -15,9 +16,9 @@ from mlxft.data.dataset import EncodedPair, build_pairs
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import begin_head
 from mlxft.model.logits import Split
-from mlxft.model.memory import Outline
-from mlxft.model.prefix import Sharing
-from mlxft.objectives.base import Batch, LossSum
+from mlxft.model.memory import Outline, ShapeSplit
+from mlxft.model.prefix import ScoredRows, Sharing
+from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import bradley_terry, wins
 from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack_pairs
 
@@ -36,6 +37,21 @@ class RewardSettings(Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the judgements taken to be wrong.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardBatch(ScoredRows):
+    """n pairs, the chosen completions before the rejected ones; weights, smoothing and margins are (n,)."""
+
+    weights: mx.array
+    smoothing: mx.array
+    margins: mx.array
+
+
+def _begin_head(split: Split, config: Config) -> None:
+    """Attach a new head, or that of the reward run that is trained further."""
+    given = config.model.adapter or config.model.path
+    begin_head(split, given, "tune.train" if config.tune.train else "tune.targets")
+
+
 class Reward(Judged[EncodedPair]):
     """Pairs held in memory. A tie is trained as a judgement that is right half the time; validation leaves ties out.
 
@@ -48,8 +64,11 @@ class Reward(Judged[EncodedPair]):
 
     @classmethod
     def outline(cls, config: Config) -> Outline:
-        """For a plan of the memory it takes."""
         return Outline("scores", together=2)
+
+    @classmethod
+    def outfit(cls, config: Config, model: nn.Module) -> None:
+        _begin_head(ShapeSplit(model), config)
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_recipe(config, FORMATS)
@@ -57,7 +76,7 @@ class Reward(Judged[EncodedPair]):
             raise ConfigError("run.sample_prompts: a reward model gives scores, not text; leave it out")
         rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
         self._settings = config.section("reward", RewardSettings)
-        super().__init__(config, rows, counts, [row for row in valid if not row.tie], per_row=2)
+        super().__init__(config, tokenizer, rows, counts, [row for row in valid if not row.tie], per_row=2)
         if valid and not self.valid:
             raise DataError("data.valid: has ties only, by which a reward model can not be measured")
         if len(self.valid) < len(valid):
@@ -76,38 +95,38 @@ class Reward(Judged[EncodedPair]):
         """Attach a new head, or the one of the reward run that is trained further."""
         super().prepare(model, base)
         self._sharing = Sharing(Split(model))
-        given = self.config.model.adapter or self.config.model.path
-        begin_head(self._sharing.split, given, "tune.train" if self.config.tune.train else "tune.targets")
+        _begin_head(self._sharing.split, self.config)
 
     def _of(self, model: nn.Module) -> Sharing:
         if self._sharing is None or self._sharing.split.model is not model:
             self._sharing = Sharing(Split(model))
         return self._sharing
 
-    def make(self, model: nn.Module, rows: Sequence[int], width: int, *, valid: bool, ends_epoch: bool) -> Batch:
+    def make(
+        self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
+    ) -> MicroBatch:
         pairs = [(self.valid if valid else self.rows)[i] for i in rows]
-        arrays = stack_pairs(pairs, width, self._of(model))
-        read = [name for name in ("prompts", "begins", "ids", "of", "last", "lengths") if name in arrays]
+        stacked = stack_pairs(pairs, width, self._of(model))
         smoothing = self._settings.label_smoothing
         margins = [pair.margin or 0.0 if self._settings.margin else 0.0 for pair in pairs]
-        arrays = {
-            **{name: arrays[name] for name in read},
-            "weights": mx.array([pair.weight for pair in pairs]),
-            "smoothing": mx.array([0.5 if pair.tie else smoothing for pair in pairs]),
-            "margins": mx.array(margins),
-        }
+        data = RewardBatch(
+            **{f.name: getattr(stacked, f.name) for f in fields(ScoredRows)},
+            weights=mx.array([pair.weight for pair in pairs]),
+            smoothing=mx.array([0.5 if pair.tie else smoothing for pair in pairs]),
+            margins=mx.array(margins),
+        )
         tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in answers_of(pair))
-        return Batch(arrays, tokens, 2 * len(pairs), tuple(pair.where for pair in pairs), ends_epoch)
+        return MicroBatch(data, tokens, 2 * len(pairs), tuple(pair.where for pair in pairs))
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        a = batch.arrays
-        scores = self._of(model).scores(a)  # chosen and rejected in one pass
+    def loss(self, model: nn.Module, data: RewardBatch) -> Terms:
+        scores = self._of(model).scores(data)  # chosen and rejected in one pass
         half = scores.shape[0] // 2
         chosen, rejected = scores[:half], scores[half:]
-        sums = bradley_terry(chosen, rejected, a["margins"], self._settings.centering, a["smoothing"], a["weights"])
-        if model.training:
-            return sums
-        return sums._replace(metrics=sums.metrics | measure(scores, a["lengths"], a["weights"], self._thirds))
+        asked = (data.margins, self._settings.centering, data.smoothing, data.weights)
+        total, _, metrics = bradley_terry(chosen, rejected, *asked)
+        if not model.training:
+            metrics = metrics | measure(scores, data.lengths, data.weights, self._thirds)
+        return Terms({"reward": total}, metrics)
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:
         """Adds ece, reliability, score_mean, score_std and scores by length to loss, accuracy and margin."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import math
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -27,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from mlxft.config import Settings, load_config
+from mlxft.config import Settings, error_of, load_config, named_in, run_file
 from mlxft.data.chat import Thoughts, answer_of, keeps_thoughts, wanted_of
 from mlxft.data.dataset import Ids, Reply
 from mlxft.data.formats import Message, tools_of
@@ -515,11 +511,11 @@ class ScoredFunction:
                 self._call([item])
             except (Exception, SystemExit) as alone:
                 return RewardError(
-                    f"{self.spec}: {item.where}: raised {_told(alone)} for the completion {_short(item.completion)}"
+                    f"{self.spec}: {item.where}: raised {error_of(alone)} for the completion {_short(item.completion)}"
                 )
         first = f" from {items[0].where} on" if items else ""
         return RewardError(
-            f"{self.spec}: raised {_told(error)} for {len(items)} completions{first}, and for none of them alone"
+            f"{self.spec}: raised {error_of(error)} for {len(items)} completions{first}, and for none of them alone"
         )
 
     def _listed(self, result: Any, count: int) -> Sequence[Any]:
@@ -566,69 +562,18 @@ def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]
             raise ConfigError(f"rewards.function: {spec!r} names no function; expected file.py:name, called as {CALL}")
         file = home_path(path)
         if file not in modules:
-            modules[file] = _run_file(spec, file)
+            modules[file] = run_file("rewards.function", spec, file)
         # A plain name is easier to read in reports, where it can mean one function only.
         shown = spec if names.count(name) > 1 or name in (MODEL, MISSING_EOS) else name
-        found.append(ScoredFunction(shown, spec, weight, _named(spec, modules[file], name)))
+        found.append(
+            ScoredFunction(
+                shown,
+                spec,
+                weight,
+                named_in("rewards.function", spec, modules[file], name, f"function; expected {CALL}"),
+            )
+        )
     return found
-
-
-def _run_file(spec: str, file: Path) -> ModuleType:
-    """A file as a module that nothing else can meet: of a name of its own, without bytecode left beside it.
-
-    While it runs, what stands beside it can be imported, as by a script.
-    """
-    if not file.is_file():
-        near = nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
-        raise ConfigError(f"rewards.function: {spec}: no such file {file}{near}; looked in {file.absolute().parent}")
-    name = f"mlxft_rewards_{blake2b(str(file.absolute()).encode(), digest_size=6).hexdigest()}"
-    loader = importlib.machinery.SourceFileLoader(name, str(file.absolute()))
-    module_spec = importlib.util.spec_from_loader(name, loader)
-    assert module_spec is not None
-    module = importlib.util.module_from_spec(module_spec)
-    # Dataclasses and pickled things look their module up by its name.
-    before = sys.modules.get(name)
-    sys.modules[name] = module
-    beside = str(file.absolute().parent)
-    sys.path.append(beside)  # last: a file called json.py is nobody else's json
-    try:
-        exec(loader.source_to_code(loader.get_data(loader.path), loader.path), module.__dict__)
-    except BaseException as error:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ConfigError(f"rewards.function: {spec}: {file} can not be run: {_told(error)}") from error
-    finally:
-        if beside in sys.path:
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(beside)]
-    return module
-
-
-def _named(spec: str, module: ModuleType, name: str) -> Callable[..., Any]:
-    there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    if not hasattr(module, name):
-        has = f"it has {', '.join(sorted(there))}" if there else "it has no function"
-        raise ConfigError(f"rewards.function: {spec}: no function {name!r} in it{nearest(name, there)}; {has}")
-    found = getattr(module, name)
-    if not callable(found):
-        kind = type(found).__name__
-        raise ConfigError(f"rewards.function: {spec}: {name} is {kind}, not a function; expected {CALL}")
-    function: Callable[..., Any] = found
-    return function
-
-
-def _told(error: BaseException) -> str:
-    """An error's kind, words, and the line of the user's file where it happened."""
-    words = " ".join(str(error).split())[:300]
-    line, at = None, error.__traceback__
-    while at is not None:
-        if at.tb_frame.f_globals.get("__name__", "").startswith("mlxft_rewards_"):
-            line = at.tb_lineno
-        at = at.tb_next
-    return type(error).__name__ + (f": {words}" if words else "") + (f" (line {line})" if line else "")
 
 
 def _shown(value: Any) -> str:

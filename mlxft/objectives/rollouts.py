@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -32,10 +33,20 @@ from mlxft.model.cpu import as_trained
 from mlxft.model.layers import aside, probing
 from mlxft.model.load import context_of, load_config, skeleton, trusting
 from mlxft.model.logits import Draw, Split, ahead, rows_logprobs, rows_logprobs_entropy
-from mlxft.model.memory import Outline, Residents, Rolling, Shape, ShapeSplit
+from mlxft.model.memory import (
+    Beside,
+    Outline,
+    Residents,
+    Rolling,
+    Shape,
+    ShapeSplit,
+    sampling_bytes,
+    scoring_bytes,
+)
+from mlxft.model.prefix import Completions
 from mlxft.model.roles import Roles
 from mlxft.model.sampling import ROWS, Sampling, never_drawn, sample_batch
-from mlxft.objectives.base import Batch, LossSum, MakesStep, NoDropout, Summary, heaviest
+from mlxft.objectives.base import MakesStep, MicroBatch, NoDropout, Objective, Step, Summary, Terms, heaviest
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import Answer, stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, Scores, find_reward_run, same_base
@@ -114,7 +125,9 @@ class Method(Settings):
 
     kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs; 0: no reference is kept.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout.")
-    minibatches: int = Field(1, ge=1, description="Steps (optimiser updates) that a pass is cut into.")
+    minibatches: int = Field(
+        1, ge=1, description="Minibatches that a pass is cut into; batch.accumulate of them make a step."
+    )
     target_kl: float | None = Field(
         None,
         gt=0,
@@ -156,11 +169,6 @@ def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> lis
         problems.append(f"data.overflow: {data.overflow} would make another prompt of one; choose error or drop")
     if config.batch.pack:
         problems.append(f"batch.pack: is not for objective {name}, whose completions are rows of their own")
-    if config.batch.accumulate != 1:
-        problems.append(
-            f"batch.accumulate: {name}.minibatches says how many steps a rollout is cut into, and batch.tokens or rows "
-            "how many completions are computed at once; leave accumulate out"
-        )
     problems += NO_DROPOUT.problems(config)
     if grouped and rollout.samples < 2:
         problems.append(f"rollout.samples: {name} compares completions of one prompt; give at least 2")
@@ -497,7 +505,7 @@ class HeldOut:
         rollout = o.sample(o.valid, every, 1, 0, seed)
         scores = o.score(rollout, o.valid)
         lengths = rollout.sizes + np.array([len(p.ids) for p in o.valid])
-        entropy = o.measure(rollout, o.valid, o.cut(every, lengths))
+        entropy = o.record_logprobs(rollout, o.valid, o.micro_batches(every, lengths))
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
             # Lower is better, and what is optimised: by it the best weights are kept.
@@ -545,7 +553,33 @@ FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, neve
 _IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
 
 
-class OnPolicy(Generic[M]):
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """B completions behind their prompts, and numbers for each of their N tokens.
+
+    Attributes:
+        ids: (B, T) right-padded; last: (B,) the last real token of each row.
+        positions, labels: (N,) flat index that predicts a token, and the token.
+        old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss reads none.
+        owners: (N,) the completion that a token belongs to; lengths: (B,) tokens of each, float32; and
+            row_advantages: (B,); of methods that give each completion one advantage.
+    """
+
+    ids: mx.array
+    last: mx.array
+    positions: mx.array
+    labels: mx.array
+    old_logprobs: mx.array
+    advantages: mx.array | None = None
+    ref_logprobs: mx.array | None = None
+    values: mx.array | None = None
+    returns: mx.array | None = None
+    owners: mx.array | None = None
+    lengths: mx.array | None = None
+    row_advantages: mx.array | None = None
+
+
+class OnPolicy(Objective, Generic[M]):
     """An objective over completions of its own. A subclass says what the tokens' advantages are, and the loss.
 
     Args:
@@ -554,12 +588,11 @@ class OnPolicy(Generic[M]):
         ConfigError, DataError: settings or rows do not fit.
     """
 
-    traceable = False  # PPO's loss asks what a batch trains; and hardly two batches of completions have one shape
-    compiled = False
+    # Hardly two micro-batches of completions have one shape, so nothing is compiled.
     grouped = False  # whether completions are compared with others of their prompt
 
     def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
-        self.config, self.tokenizer = config, tokenizer
+        super().__init__(config, tokenizer)
         self.settings = config.section(config.objective, section)
         self.rollouts = config.section("rollout", RolloutSettings)
         self.notes = check_recipe(config, self.rollouts, self.grouped)
@@ -578,7 +611,7 @@ class OnPolicy(Generic[M]):
         self._rollout: Rollout | None = None
         # KL from the policy that sampled, over the pass at hand: sum and weight, and those of steps not looked at yet.
         self._apart = [0.0, 0.0]
-        self._unread: list[tuple[mx.array, mx.array]] = []
+        self._unread: list[tuple[mx.array, float]] = []
         self._held_out = HeldOut(self)
         self._model: nn.Module | None = None
 
@@ -603,9 +636,6 @@ class OnPolicy(Generic[M]):
         layers = [layer for role in self.roles.names for layer in self.roles[role].layers.values()]
         self.notes += NO_DROPOUT.take_out(model, *layers)
 
-    def parts(self) -> dict[str, float]:
-        return {}
-
     # Data
 
     @property
@@ -622,18 +652,20 @@ class OnPolicy(Generic[M]):
     def seed_of(self, number: int, turn: int = 0, valid: bool = False) -> int:
         return int(np.random.default_rng([self.config.run.seed, 3 + valid, number, turn]).integers(1 << 32))
 
-    def cut(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
+    def micro_batches(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
+        """Return the completions of each micro-batch."""
         most = self.config.batch.rows
         return micro_batches(rows, lengths, tokens=None if most else self.config.batch.budget, most=most)
 
     def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
         """The micro-batches of each step; none where nothing of the rollout is trained on."""
-        found = []
-        kept = self.kept(rollout)
+        found: list[list[list[int]]] = []
+        kept, accumulate = self.kept(rollout), self.config.batch.accumulate
         for epoch in range(self.settings.epochs if kept else 0):
             drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
             parts = minibatches(len(kept), self.settings.minibatches, **drawn)
-            found += [self.cut([kept[i] for i in part], lengths) for part in parts]
+            cut = [self.micro_batches([kept[i] for i in part], lengths) for part in parts]
+            found += [list(chain(*cut[i : i + accumulate])) for i in range(0, len(cut), accumulate)]
         return found
 
     def kept(self, rollout: Rollout) -> list[int]:
@@ -644,10 +676,8 @@ class OnPolicy(Generic[M]):
         """What to say where nothing was kept of so many rollouts."""
         return f"nothing of {rollouts} rollouts is trained on"
 
-    def _arrays(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> dict[str, mx.array]:
-        """ids, positions, labels and last of some completions."""
-        arrays = stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
-        return {name: arrays[name] for name in ("ids", "positions", "labels", "last")}
+    def _stacked(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> Completions:
+        return stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
 
     # Rollouts
 
@@ -686,7 +716,9 @@ class OnPolicy(Generic[M]):
         text = decode_completion(self.tokenizer, reply.tolist())
         return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
 
-    def measure(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]) -> float:
+    def record_logprobs(
+        self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]
+    ) -> float:
         """Keep the tokens' log-probabilities, by the policy and the reference if it is asked; return the mean entropy.
 
         Args:
@@ -695,36 +727,35 @@ class OnPolicy(Generic[M]):
         """
         assert self._model is not None
         with probing(self._model):
-            self.keep(rollout, prompts, micro, self.read)
+            self.record(rollout, prompts, micro, self.read_policy)
             if self.settings.refers:
                 with self.roles.use(self.reference):
-                    self.keep(rollout, prompts, micro, lambda a: {"ref_logprobs": self.logprobs(a, grad=False)})
+                    self.record(rollout, prompts, micro, lambda a: {"ref_logprobs": self.logprobs(a, grad=False)})
         entropy = rollout.tokens.pop("entropy")
         return float(np.concatenate(entropy).mean(dtype=np.float64))
 
-    def read(self, a: dict[str, mx.array]) -> dict[str, mx.array]:
+    def read_policy(self, a: Completions) -> dict[str, mx.array]:
         """What the policy of now says of each token, (N,): entropy, old_logprobs, and what else a subclass keeps."""
-        asked = (self.split, a["ids"], a["positions"], a["labels"])
-        logprobs, entropy = rows_logprobs_entropy(*asked, draw=self.how)
+        logprobs, entropy = rows_logprobs_entropy(self.split, a.ids, a.positions, a.labels, draw=self.how)
         return {"old_logprobs": logprobs, "entropy": entropy}
 
-    def keep(
+    def record(
         self,
         rollout: Rollout,
         prompts: Sequence[EncodedPrompt],
         micro: Sequence[Sequence[int]],
-        read: Callable[[dict[str, mx.array]], dict[str, mx.array]],
+        read: Callable[[Completions], dict[str, mx.array]],
     ) -> None:
         """Keep what `read` gives of each token, by name: (N,) of the arrays of each batch of completions."""
-        batches = ((rows, self._arrays(rollout, rows, prompts)) for rows in micro)
-        for rows, found in ahead(batches, lambda arrays: as_trained(lambda: read(arrays))):
+        batches = ((rows, self._stacked(rollout, rows, prompts)) for rows in micro)
+        for rows, found in ahead(batches, lambda stacked: as_trained(lambda: read(stacked))):
             ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
             for name, values in found.items():
                 kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
                 for i, part in zip(rows, np.split(np.array(values), ends)):
                     kept[i] = part
 
-    def advise(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
         """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
 
         Returns:
@@ -754,8 +785,8 @@ class OnPolicy(Generic[M]):
         lengths = self._lengths(rollout)
         first = [rows for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for rows in step]
         if rest := sorted({*range(len(rollout))}.difference(*first)):
-            first += self.cut(rest, lengths)
-        entropy = self.measure(rollout, self.prompts, first)
+            first += self.micro_batches(rest, lengths)
+        entropy = self.record_logprobs(rollout, self.prompts, first)
         kl = self.kl_of(rollout)
         event: dict[str, Any] = {
             "event": "rollout",
@@ -769,7 +800,7 @@ class OnPolicy(Generic[M]):
             "response_tokens": float(rollout.sizes.mean()),
             "eos_share": float(np.mean(rollout.finished)),
             **drawn.event,
-            **self.advise(rollout, first),
+            **self.set_advantages(rollout, first),
             "sampling_tokens_per_s": drawn.tokens / max(drawn.seconds, 1e-9),
             "sampling_s": drawn.seconds,
             "scoring_s": time.perf_counter() - began - drawn.seconds,
@@ -779,17 +810,17 @@ class OnPolicy(Generic[M]):
         if kl:
             a_token = kl["kl"] / float(rollout.sizes.mean())
             check_kl(a_token, self.config.objective, self.settings.highest_kl, bool(self.valid))
-            self.settle(kl["kl"], len(rollout))
+            self.after_rollout(kl["kl"], len(rollout))
         return rollout, event
 
-    def settle(self, kl: float, count: int) -> None:
-        """After a rollout of `count` completions is ready, of known `kl`: what changes for the next one."""
+    def after_rollout(self, kl: float, count: int) -> None:
+        """Change what the next rollout is to have otherwise, after one of `count` completions and known `kl`."""
 
     def _lengths(self, rollout: Rollout) -> Any:
         return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
 
     def _per_epoch(self, rollout: Rollout) -> int:
-        return min(self.settings.minibatches, len(self.kept(rollout)))
+        return -(-min(self.settings.minibatches, len(self.kept(rollout))) // self.config.batch.accumulate)
 
     @staticmethod
     def kls(rollout: Rollout) -> npt.NDArray[np.float64]:
@@ -803,8 +834,8 @@ class OnPolicy(Generic[M]):
 
     # What the loop asks for
 
-    def batches(self, model: nn.Module) -> Iterator[Batch]:
-        idle, owed = 0, False  # owed: a pass has ended where no step did; the next one ends it
+    def steps(self, model: nn.Module) -> Iterator[Step]:
+        idle, owed = 0, False  # owed: an epoch has ended where no step did; the next step ends it
         while True:
             event, spent = None, 0.0
             if self._rollout is None:
@@ -812,70 +843,81 @@ class OnPolicy(Generic[M]):
                 spent = event["sampling_s"] + event["scoring_s"]
             rollout = self._rollout
             steps = self._steps(rollout, self._lengths(rollout))
-            last_of_pass = (rollout.number + 1) % self._per_pass == 0
+            last_of_epoch = (rollout.number + 1) % self._per_pass == 0
             idle = 0 if steps else idle + 1
             if not steps:
-                self._number, self._rollout, owed = self._number + 1, None, owed or last_of_pass
-                yield Batch({}, 0, 0, (), event=event, before_s=spent)  # only to report it
+                self._number, self._rollout, owed = self._number + 1, None, owed or last_of_epoch
+                yield Step([], {}, event=event, before_s=spent)  # only to report it
             if idle >= max(_IDLE, 2 * self._per_pass):
                 raise TrainingError(self.why_idle(idle))
             while self._rollout is rollout:
                 at = self._step
-                if at % self._per_epoch(rollout) == 0 and self._strayed() and at:
+                if at % self._per_epoch(rollout) == 0 and self._too_far() and at:
                     self._number, self._step, self._rollout = self._number + 1, 0, None
-                    owed = owed or last_of_pass
+                    owed = owed or last_of_epoch
                     break
-                yielded = [b for rows in steps[at] for b in self.micro(rollout, rows)]
+                micro_batches = [m for rows in steps[at] for m in self.make(rollout, rows)]
+                per = self.per(rollout, [i for rows in steps[at] for i in rows])
                 final = at + 1 == len(steps)
-                for k, batch in enumerate(yielded):
-                    end = k + 1 == len(yielded)
-                    if end:
-                        self._step = at + 1
-                        if final:
-                            self._number, self._step, self._rollout = self._number + 1, 0, None
-                    ends = end and (owed or (final and last_of_pass))
-                    yield replace(batch, ends_step=end, ends_epoch=ends, event=event, before_s=spent)
-                    event, spent = None, 0.0
-                owed = False
+                self._step = at + 1
+                if final:
+                    self._number, self._step, self._rollout = self._number + 1, 0, None
+                ends = owed or (final and last_of_epoch)
+                yield Step(micro_batches, per, ends, event, spent, self._note_kl)
+                event, spent, owed = None, 0.0, False
 
-    def micro(self, rollout: Rollout, rows: Sequence[int]) -> list[Batch]:
-        """The batches, one after the other, that some completions are trained by."""
-        arrays = self._arrays(rollout, rows, self.prompts)
+    def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
+        """Return the micro-batches, one after the other, that some completions are trained by."""
+        stacked = self._stacked(rollout, rows, self.prompts)
         names = [n for n in rollout.tokens if n != "ref_logprobs" or self.needs_reference]
-        arrays |= {name: rollout.flat(name, rows) for name in names}
+        data = RolloutBatch(
+            ids=stacked.ids,
+            last=stacked.last,
+            positions=stacked.positions,
+            labels=stacked.labels,
+            **{name: rollout.flat(name, rows) for name in names},
+        )
         tokens = int(self._lengths(rollout)[list(rows)].sum())
         where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
-        return [Batch(arrays, tokens, int(rollout.sizes[list(rows)].sum()), where)]
+        return [MicroBatch(data, tokens, int(rollout.sizes[list(rows)].sum()), where)]
+
+    def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
+        """Return the denominators of a step that trains on these completions: by default their tokens."""
+        return {"policy": float(rollout.sizes[list(rows)].sum())}
+
+    def real_tokens(self, data: RolloutBatch) -> list[mx.array]:
+        return [mx.arange(data.ids.shape[1]) <= data.last[:, None]]
 
     needs_reference = False  # whether the loss reads ref_logprobs
     reads: tuple[str, ...] = ("old_logprobs", "advantages")  # of each token, by the loss, beside ref_logprobs
 
-    def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """The batches of a step over made-up completions, each as long as may be.
+    def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Step:
+        """Return a step over made-up completions, each as long as may be.
 
         Args:
             chosen: of each micro-batch the prompts of its completions.
         """
         most = self.rollouts.max_tokens
+        micro_batches: list[MicroBatch] = []
+        per: dict[str, float] = {}
         for prompts in chosen:
             rollout = Rollout(
                 max(self._number, self.first_whole), [*prompts], [np.zeros(most, np.int32)] * len(prompts), []
             )
             names = (*self.reads, "ref_logprobs") if self.needs_reference else self.reads
             rollout.tokens = {name: [np.zeros(most, np.float32)] * len(prompts) for name in names}
-            yield from self.micro(rollout, range(len(prompts)))
+            micro_batches += self.make(rollout, range(len(prompts)))
+            for name, count in self.per(rollout, range(len(prompts))).items():
+                per[name] = per.get(name, 0.0) + count
+        return Step(micro_batches, per)
 
     first_whole = 0  # the first rollout by which all is trained
-
-    def rebatch(self, config: Config) -> None:
-        """Make micro-batches as this recipe has it from now on, which differs in batch.tokens only."""
-        self.config = config
 
     def held(self) -> list[mx.array]:
         """Arrays that it holds beside the model's own: of its roles, and of the reward model."""
         return [*self.roles.arrays(), *self.rewards.held()]
 
-    def _strayed(self) -> bool:
+    def _too_far(self) -> bool:
         """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
         total, weight = self._read_apart()
         self._apart = [0.0, 0.0]
@@ -885,27 +927,24 @@ class OnPolicy(Generic[M]):
     def _read_apart(self) -> list[float]:
         """Sum and weight of KL from the policy that sampled, over the steps of the pass so far."""
         for total, weight in self._unread:
-            self._apart = [self._apart[0] + float(total), self._apart[1] + float(weight)]
+            self._apart = [self._apart[0] + float(total), self._apart[1] + weight]
         self._unread.clear()
         return self._apart
 
-    def stepped(self, sums: LossSum) -> None:
+    def _note_kl(self, sums: Terms, per: dict[str, float]) -> None:
         if self.settings.target_kl is not None and FAR in sums.metrics:
-            self._unread.append((sums.metrics[FAR], sums.weight))
+            self._unread.append((sums.metrics[FAR], next(iter(per.values()))))
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        raise AssertionError(f"{type(self).__name__} has no loss")
-
-    def logprobs(self, a: dict[str, mx.array], grad: bool = True) -> mx.array:
+    def logprobs(self, a: Completions | RolloutBatch, grad: bool = True) -> mx.array:
         """(N,) of a batch's tokens, by the role of now."""
-        asked = (self.split, a["ids"], a["positions"], a["labels"])
-        return rows_logprobs(*asked, grad=grad, draw=self.how)
+        return rows_logprobs(self.split, a.ids, a.positions, a.labels, grad=grad, draw=self.how)
 
-    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
-        """At most: epochs over a rollout end early where `target_kl` says so."""
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Return at most: epochs over a rollout end early where `target_kl` says so."""
         full, rest = divmod(len(self.prompts), self.rollouts.prompts)
         sizes = [self.rollouts.prompts * self.rollouts.samples] * full + [rest * self.rollouts.samples] * bool(rest)
-        return sum(self.settings.epochs * min(self.settings.minibatches, size) for size in sizes)
+        steps = (-(-min(self.settings.minibatches, size) // self.config.batch.accumulate) for size in sizes)
+        return self.settings.epochs * sum(steps)
 
     def state_dict(self) -> dict[str, Any]:
         apart = self._read_apart()
@@ -920,15 +959,6 @@ class OnPolicy(Generic[M]):
 
     def load_arrays(self, arrays: dict[str, mx.array]) -> None:
         self._rollout = Rollout.of(arrays) if arrays else None
-
-    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
-        return iter(())
-
-    def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        return dict(means)
-
-    def about(self) -> dict[str, Any]:
-        return {}
 
     def fingerprint(self) -> str:
         return self._data
@@ -955,46 +985,96 @@ class OnPolicy(Generic[M]):
     def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
         return self._held_out.measure() if self.valid else {}
 
+    # Memory: steps at their largest, of the longest prompts and of the shortest, which are more of them
 
-# --- memory -----------------------------------------------------------------------------------------------------------
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        return Outline(reads="logprobs")
 
-OUTLINE = Outline(reads="logprobs")
+    @classmethod
+    def separate_critic(cls, config: Config) -> bool:
+        """Whether a critic with parameters of its own is trained."""
+        return False
 
+    @classmethod
+    def residents(cls, config: Config, model: nn.Module) -> Residents:
+        policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
+        whole = config.tune.method == "full"
+        # A fresh adapter's reference is the bare base.
+        refers = getattr(config, config.objective).refers
+        reference = policy if refers and (whole or config.model.adapter is not None) else 0
+        reward, role, notes = _reward(config)
+        separate = cls.separate_critic(config)
+        trained = (reward if role else _inside(model)) if separate else 0
+        copies = ["the reference"] * bool(reference) + ["the critic"] * (separate and not role)
+        if whole and copies:
+            what = "are whole copies" if len(copies) > 1 else "is a whole copy"
+            notes.append(f"tune.method: full: {' and '.join(copies)} {what} of what is trained")
+        return Residents(reference, reward, trained, tuple(notes))
 
-def shapes(objective: OnPolicy[Any]) -> list[Shape]:
-    """Micro-batches of a step at their largest: of the longest prompts, and of the shortest, which are more of them;
-    each completion as long as it may be."""
-    return [shape for step in _steps(objective) for shape, _ in step]
+    def beside(self, model: nn.Module) -> Beside:
+        rolling = self._rolling()
+        phases = sampling_bytes(model, rolling), scoring_bytes(model, rolling.scored)
+        return Beside(self.residents(self.config, model), *phases, self._several())
 
+    def shapes(self) -> list[Shape]:
+        return [shape for step in self._largest_steps() for shape, _ in step]
 
-def largest(objective: OnPolicy[Any]) -> list[MakesStep]:
-    """Steps over made-up completions that may take most; where a step has several micro-batches, two stand for all."""
-    cut = [(shape, asked) for step in _steps(objective) for shape, asked in step]
-    times = 2 if parted(objective) else 1
-    chosen = heaviest([shape for shape, _ in cut])
-    return [partial(objective.rehearsed, [cut[i][1]] * times) for i in chosen]
+    def largest(self, model: nn.Module) -> list[MakesStep]:
+        """Return steps over made-up completions; where a step has several micro-batches, two stand for all."""
+        cut = [(shape, asked) for step in self._largest_steps() for shape, asked in step]
+        times = 2 if self._several() else 1
+        chosen = heaviest([shape for shape, _ in cut])
+        return [partial(self.rehearsed, [cut[i][1]] * times) for i in chosen]
 
+    def steps_per_rollout(self) -> int:
+        minibatches = min(self.settings.minibatches, self._count)
+        return int(self.settings.epochs * -(-minibatches // self.config.batch.accumulate))
 
-def parted(objective: OnPolicy[Any]) -> bool:
-    """Whether a step is made of several micro-batches, so that the gradient of the first waits for the others'."""
-    return any(len(step) > 1 for step in _steps(objective))
+    @property
+    def _count(self) -> int:
+        """Completions of a rollout."""
+        return min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
 
+    def _several(self) -> bool:
+        """Whether a step has several micro-batches, so that the gradient of the first waits for the others'."""
+        return self.config.batch.accumulate > 1 or any(len(step) > 1 for step in self._largest_steps())
 
-def rolling(objective: OnPolicy[Any]) -> Rolling:
-    """A rollout at its largest, held-out prompts included."""
-    r = objective.rollouts
-    most = r.rows or ROWS
-    prompts = min(r.prompts, len(objective.prompts))
-    rows = min(most, max(prompts * r.samples, len(objective.valid)))
-    group = max(min(prompts, max(1, most // r.samples)), min(len(objective.valid), most))
-    longest = max(len(p.ids) for p in (*objective.prompts, *objective.valid))
-    scored = shapes(objective)
-    if objective.valid:
-        scored += [shape for shape, _ in _cut(objective, objective.valid, range(len(objective.valid)))]
-    if objective.config.section("rewards", RewardsSettings).adapter is not None:
-        scored += _rewarded(objective)
-    filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
-    return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
+    def _rolling(self) -> Rolling:
+        """A rollout at its largest, held-out prompts included."""
+        r = self.rollouts
+        most = r.rows or ROWS
+        prompts = min(r.prompts, len(self.prompts))
+        rows = min(most, max(prompts * r.samples, len(self.valid)))
+        group = max(min(prompts, max(1, most // r.samples)), min(len(self.valid), most))
+        longest = max(len(p.ids) for p in (*self.prompts, *self.valid))
+        scored = self.shapes()
+        if self.valid:
+            scored += [shape for shape, _ in self._cut(self.valid, range(len(self.valid)))]
+        if self.config.section("rewards", RewardsSettings).adapter is not None:
+            # A reward model has a budget of tokens even where steps have one of rows.
+            asked = _longest(self.prompts, r.samples, self._count)
+            lengths = np.array([len(self.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
+            slots = plan_epoch(lengths, tokens=self.config.batch.budget, seed=None)
+            scored += [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
+        filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
+        return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
+
+    def _largest_steps(self) -> list[list[tuple[Shape, list[int]]]]:
+        """Of each kind of minibatch the micro-batches, with the prompts of their completions."""
+        count = -(-self._count // min(self.settings.minibatches, self._count))
+        asked = [_longest(self.prompts, self.rollouts.samples, count, shortest) for shortest in (False, True)]
+        return [self._cut(self.prompts, chosen) for chosen in asked]
+
+    def _cut(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> list[tuple[Shape, list[int]]]:
+        """Micro-batches of completions of these prompts, each as long as may be."""
+        answer = self.rollouts.max_tokens
+        lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + answer
+        batches = self.micro_batches(range(len(lengths)), lengths)
+        return [
+            (Shape(len(rows), int(lengths[rows].max()), len(rows) * answer), [asked[i] for i in rows])
+            for rows in batches
+        ]
 
 
 def _inside(model: nn.Module) -> int:
@@ -1004,77 +1084,10 @@ def _inside(model: nn.Module) -> int:
     return sum(v.nbytes for name, v in tree_flatten(model.trainable_parameters()) if name.startswith(prefix))
 
 
-def rollout_steps(objective: OnPolicy[Any]) -> int:
-    """Steps that a whole rollout is used for."""
-    return int(objective.settings.epochs * min(objective.settings.minibatches, _count(objective)))
-
-
-def critic(config: Config) -> str | None:
-    """Which kind of critic the recipe's method has; None: it has none."""
-    found: str | None = getattr(getattr(config, config.objective, None), "critic", None)
-    return found
-
-
-def residents(config: Config, model: nn.Module) -> Residents:
-    """What the roles beside the policy take.
-
-    Args:
-        model: with what is trained, and no critic yet.
-    """
-    policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
-    whole = config.tune.method == "full"
-    # A fresh adapter's reference is the bare base.
-    refers = getattr(config, config.objective).refers
-    reference = policy if refers and (whole or config.model.adapter is not None) else 0
-    reward, role, notes = _reward(config)
-    separate = critic(config) == "separate"
-    trained = (reward if role else _inside(model)) if separate else 0
-    copies = ["the reference"] * bool(reference) + ["the critic"] * (separate and not role)
-    if whole and copies:
-        what = "are whole copies" if len(copies) > 1 else "is a whole copy"
-        notes.append(f"tune.method: full: {' and '.join(copies)} {what} of what is trained")
-    return Residents(reference, reward, trained, tuple(notes))
-
-
-def _count(objective: OnPolicy[Any]) -> int:
-    """Completions of a rollout."""
-    return min(objective.rollouts.prompts, len(objective.prompts)) * objective.rollouts.samples
-
-
 def _longest(prompts: Sequence[EncodedPrompt], samples: int, count: int, shortest: bool = False) -> list[int]:
     """The prompts of `count` completions."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=not shortest)
     return [i for i in order for _ in range(samples)][:count]
-
-
-def _steps(objective: OnPolicy[Any]) -> list[list[tuple[Shape, list[int]]]]:
-    """Of each kind of step the micro-batches, with the prompts of their completions."""
-    r = objective.rollouts
-    whole = _count(objective)
-    count = -(-whole // min(objective.settings.minibatches, whole))
-    asked = [_longest(objective.prompts, r.samples, count, shortest) for shortest in (False, True)]
-    return [_cut(objective, objective.prompts, chosen) for chosen in asked]
-
-
-def _cut(
-    objective: OnPolicy[Any], prompts: Sequence[EncodedPrompt], asked: Sequence[int]
-) -> list[tuple[Shape, list[int]]]:
-    """Micro-batches of completions of these prompts, each as long as may be."""
-    answer = objective.rollouts.max_tokens
-    lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + answer
-    batches = objective.cut(range(len(lengths)), lengths)
-    return [
-        (Shape(len(rows), int(lengths[rows].max()), len(rows) * answer), [asked[i] for i in rows]) for rows in batches
-    ]
-
-
-def _rewarded(objective: OnPolicy[Any]) -> list[Shape]:
-    """What a reward model reads in one go: it has a budget of tokens even where steps have one of rows."""
-    r = objective.rollouts
-    asked = _longest(objective.prompts, r.samples, _count(objective))
-    lengths = np.array([len(objective.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
-    slots = plan_epoch(lengths, tokens=objective.config.batch.budget, seed=None)
-    return [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
 
 
 @aside()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -15,20 +16,33 @@ from mlxft.data.dataset import Dataset, Encoded, build, chat_notes, fingerprint,
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape
-from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary, beyond_context
+from mlxft.model.prefix import Rows
+from mlxft.objectives.base import MicroBatch, OffPolicy, Step, Summary, Terms, beyond_context
 
 FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 
 
-class SFT(OffPolicy):
-    """SFT over rows held in memory as token ids and masks.
+@dataclass(frozen=True, kw_only=True)
+class SFTBatch(Rows):
+    """Rows with N trained tokens.
 
-    Raises:
-        ConfigError, DataError: settings or rows do not fit.
+    Attributes:
+        positions, labels, weights: (N,) flat index that predicts a trained token, the token, and 1; where the number
+            is filled up, 0.
+        lengths: (B,) real tokens of each sequence.
     """
 
+    positions: mx.array
+    labels: mx.array
+    weights: mx.array
+    lengths: mx.array
+
+
+class SFT(OffPolicy):
+    """SFT over rows held in memory as token ids and masks."""
+
     sections: ClassVar[dict[str, type[Settings]]] = {}
-    learning_rate = 2e-5  # of full fine-tuning, as most full fine-tuning has it; LoRA 2e-4
+    learning_rate = 2e-5  # as most full fine-tuning has it; LoRA 2e-4
     traceable = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -48,7 +62,7 @@ class SFT(OffPolicy):
         with of_valid():
             self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
         self._notes += chat_notes(tokenizer, self.train.ends, train if data.template == "auto" else ())
-        super().__init__(config, _lengths(self.train))
+        super().__init__(config, tokenizer, _lengths(self.train))
         self._notes += beyond_context(config, self._lengths.tolist())
         if self.valid is not None:
             self._notes += [f"validation: {n}" for n in beyond_context(config, _lengths(self.valid).tolist())]
@@ -67,38 +81,29 @@ class SFT(OffPolicy):
         trained = [int(r.trained.sum()) for r in self.train.rows]
         return [Shape(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
 
-    def batches(self, model: nn.Module) -> Iterator[Batch]:
-        for slots, at in self.places():
-            yield self._make(slots[at], at + 1 == len(slots))
+    def make_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool = False) -> Step:
+        micro_batches = [self._make(slot, valid) for slot in slots]
+        return Step(micro_batches, {"nll": sum(m.trained_tokens for m in micro_batches)})
 
-    def rehearsed(self, model: nn.Module, slots: Sequence[Slot]) -> Iterator[Batch]:
-        for slot in slots:
-            yield self._make(slot, False)
-
-    def _make(self, slot: Slot, ends_epoch: bool) -> Batch:
+    def _make(self, slot: Slot, valid: bool) -> MicroBatch:
+        if valid:
+            assert self.valid is not None
+            return make_batch([self.valid.rows[i] for i in slot.rows], slot.width)
         sequences = [[self.train.rows[i] for i in rows] for rows in slot.sequences]
-        return pack_batch(sequences, slot.width, ends_epoch, segments=self._width is not None, few=self.compiled)
+        return pack_batch(sequences, slot.width, segments=self._width is not None, few=self.compiled)
 
-    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
-        if self.valid is None:
-            return
-        for slot in self.plan_valid(_lengths(self.valid)):
-            yield make_batch([self.valid.rows[i] for i in slot.rows], slot.width)
+    def valid_steps(self, model: nn.Module) -> Iterator[Step]:
+        if self.valid is not None:
+            yield from (self.make_step(model, [slot], valid=True) for slot in self.plan_valid(_lengths(self.valid)))
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+    def loss(self, model: nn.Module, data: SFTBatch) -> Terms:
         if self._split is None or self._split.model is not model:
             self._split = Split(model)
-        a = batch.arrays
-        total = rows_nll(
-            self._split,
-            a["ids"],
-            a["positions"],
-            a["labels"],
-            a["weights"],
-            grad=model.training,
-            segments=a.get("segments"),
-        )
-        return LossSum(total, a["weights"].sum(), {})
+        places = (data.ids, data.positions, data.labels, data.weights)
+        return Terms({"nll": rows_nll(self._split, *places, grad=model.training, segments=data.segments)}, {})
+
+    def real_tokens(self, data: SFTBatch) -> list[mx.array]:
+        return [mx.arange(data.ids.shape[1]) < data.lengths[:, None]]
 
     def fingerprint(self) -> str:
         return self._data
@@ -127,17 +132,15 @@ def _lengths(data: Dataset) -> IntArray:
     return np.array([len(row.ids) for row in data.rows], dtype=np.int64)
 
 
-def make_batch(rows: list[Encoded], width: int, ends_epoch: bool = False) -> Batch:
+def make_batch(rows: list[Encoded], width: int) -> MicroBatch:
     """Right-padded ids and the flat positions that predict a trained token.
 
     Padding stands behind every real token, so that causal attention never sees it and no mask is needed.
     """
-    return pack_batch([[row] for row in rows], width, ends_epoch, segments=False)
+    return pack_batch([[row] for row in rows], width, segments=False)
 
 
-def pack_batch(
-    sequences: list[list[Encoded]], width: int, ends_epoch: bool = False, *, segments: bool = True, few: bool = False
-) -> Batch:
+def pack_batch(sequences: list[list[Encoded]], width: int, *, segments: bool = True, few: bool = False) -> MicroBatch:
     """The same with several rows a sequence, one after the other.
 
     Args:
@@ -161,17 +164,17 @@ def pack_batch(
             start = stop
     count = sum(map(len, labels))
     fill = (0, one_of_few(count) - count if few else 0)
-    arrays = {
-        "ids": mx.array(ids),
-        "positions": mx.array(np.pad(np.concatenate(positions).astype(np.int32), fill)),
-        "labels": mx.array(np.pad(np.concatenate(labels).astype(np.int32), fill)),
-        "weights": mx.array(np.pad(np.ones(count, dtype=np.float32), fill)),
-    }
-    if segments:
-        arrays["segments"] = mx.array(numbers)
-    rows = [row for sequence in sequences for row in sequence]
-    lengths = tuple(sum(len(row.ids) for row in sequence) for sequence in sequences)
-    return Batch(arrays, sum(lengths), count, tuple(r.where for r in rows), ends_epoch, lengths=lengths)
+    lengths = [sum(len(row.ids) for row in sequence) for sequence in sequences]
+    data = SFTBatch(
+        ids=mx.array(ids),
+        segments=mx.array(numbers) if segments else None,
+        positions=mx.array(np.pad(np.concatenate(positions).astype(np.int32), fill)),
+        labels=mx.array(np.pad(np.concatenate(labels).astype(np.int32), fill)),
+        weights=mx.array(np.pad(np.ones(count, dtype=np.float32), fill)),
+        lengths=mx.array(lengths),
+    )
+    rows = tuple(row.where for sequence in sequences for row in sequence)
+    return MicroBatch(data, sum(lengths), count, rows)
 
 
 def one_of_few(count: int) -> int:

@@ -48,7 +48,7 @@ from mlxft.model.folder import NO_NUMBERS
 from mlxft.model.layers import probing
 from mlxft.model.load import Loaded, context_of, stated_name
 from mlxft.model.logits import Split, hidden_logprobs_greedy, row_sums, rows_logprobs, rows_logprobs_greedy
-from mlxft.model.prefix import Sharing
+from mlxft.model.prefix import Rows, Sharing
 from mlxft.model.sampling import ROWS, Sampling, sample_batch, text_of
 from mlxft.objectives.functional import wins
 from mlxft.objectives.rewards import Scored
@@ -305,13 +305,13 @@ def _read(
     if not rests:
         logprobs, greedy = rows_logprobs_greedy(sharing.split, prompts, where, wanted)
     else:
-        arrays = {
-            "prompts": prompts,
-            "begins": mx.array([len(unit.prompt) for unit in batch]),
-            "ids": _padded(rests),
-            "of": mx.array([b for b, unit in enumerate(batch) for _ in unit.rests]),
-        }
-        logprobs, greedy = hidden_logprobs_greedy(sharing.split, sharing.hidden(arrays)[where], wanted)
+        rows = Rows(
+            ids=_padded(rests),
+            prompts=prompts,
+            begins=mx.array([len(unit.prompt) for unit in batch]),
+            of=mx.array([b for b, unit in enumerate(batch) for _ in unit.rests]),
+        )
+        logprobs, greedy = hidden_logprobs_greedy(sharing.split, sharing.hidden(rows)[where], wanted)
     mx.eval(logprobs, greedy)
     return np.array(logprobs, dtype=np.float64), np.array(greedy)
 
@@ -530,9 +530,9 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
     with probing(how.loaded.model), bar(how.console, len(data.rows), "rows") as advance:
         for slot in slots:
             rows = [data.rows[i] for i in slot.rows]
-            a = make_batch(rows, slot.width).arrays
-            logprobs = rows_logprobs(split, a["ids"], a["positions"], a["labels"], grad=False)
-            totals = np.array(row_sums(-logprobs, a["positions"] // slot.width, len(rows)))
+            a = make_batch(rows, slot.width).data
+            logprobs = rows_logprobs(split, a.ids, a.positions, a.labels, grad=False)
+            totals = np.array(row_sums(-logprobs, a.positions // slot.width, len(rows)))
             for row, total in zip(rows, totals):
                 sums[row.where] = sums.get(row.where, 0.0) + float(total)
                 counts[row.where] = counts.get(row.where, 0) + int(row.trained.sum())

@@ -14,11 +14,12 @@ from mlxft.build import is_open, load_base, make_objective, settled
 from mlxft.config import Config
 from mlxft.errors import ConfigError, TrainingError, missing_extra
 from mlxft.model.layers import aside, limits
+from mlxft.objectives.base import Event
 from mlxft.run import assemble
 from mlxft.study import plots
 from mlxft.study.plots import check_suffix
 from mlxft.text import make_console
-from mlxft.trainer.loop import Event, Hooks, Loop, Progress
+from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.report import Stopped, sparkline
 
 SMOOTHING = 0.9  # of the running mean: about ten steps count

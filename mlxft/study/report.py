@@ -113,7 +113,9 @@ def unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:
     objective = str(settings.get("objective", "sft"))
     try:
         default = flat(
-            config_class(objective).model_validate(needed | {"objective": objective}).model_dump(mode="json")
+            config_class(objective, opened=True)
+            .model_validate(needed | {"objective": objective})
+            .model_dump(mode="json")
         )
     except MlxftError:  # of another version
         default = {}

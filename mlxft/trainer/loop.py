@@ -1,17 +1,17 @@
-"""The one loop. It pulls batches, adds up LossSums, divides once, updates; it never looks inside a batch."""
+"""The one loop. It pulls steps, adds up their sums and gradients, divides once, updates; it never looks into data."""
 
 from __future__ import annotations
 
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,82 +21,87 @@ from mlxft.config import Config
 from mlxft.errors import ModelError, TrainingError
 from mlxft.model.cpu import as_trained, quicker
 from mlxft.model.layers import probing, random_state, watching
-from mlxft.objectives.base import MAX, Batch, LossSum, Objective
+from mlxft.objectives.base import MAX, Event, MicroBatch, Objective, Step, Terms, arrays_of
 from mlxft.objectives.functional import load_balance
 from mlxft.trainer.optim import Optimizer, learning_rate
-
-# --- balance ----------------------------------------------------------------------------------------------------------
-# The load-balancing loss of mixtures of experts, added to whatever an objective's loss is.
-
-
-def balanced_loss(objective: Objective, model: nn.Module, batch: Batch, weight: float) -> LossSum:
-    """The objective's loss with `weight` times the balance of its routers, mean over the layers that have one.
-
-    Micro-batches are balanced each by itself, and count as much as their items do: the choice of experts has to be
-    known of all tokens that are balanced together.
-
-    Returns:
-        The objective's LossSum; metric router_aux is the balance, 1 where tokens are spread evenly.
-    """
-    with watching(real_tokens(batch)) as seen:
-        sums = objective.loss(model, batch)
-    balance = mx.stack([load_balance(chosen, shares) for chosen, shares in seen.values()]).mean()
-    added = balance * mx.stop_gradient(sums.weight)
-    return LossSum(sums.total + weight * added, sums.weight, sums.metrics | {"router_aux": mx.stop_gradient(added)})
-
-
-def real_tokens(batch: Batch) -> dict[tuple[int, ...], mx.array]:
-    """Masks of a batch's tokens by the shape of what goes through the model: rows, or prompts and answers to them."""
-    a = batch.arrays
-    ids = a["ids"]
-    if "prompts" in a:
-        masks = [_before(a["prompts"], a["begins"]), _before(ids, a["lengths"])]
-    else:
-        masks = [_before(ids, a["last"] + 1 if "last" in a else mx.array(batch.lengths))]
-    return {mask.shape: mask for mask in masks}
-
-
-def _before(ids: mx.array, lengths: mx.array) -> mx.array:
-    """(B, T), whether a token is one of its row's first `lengths`."""
-    return mx.arange(ids.shape[1]) < lengths[:, None]
-
 
 # --- gradient ---------------------------------------------------------------------------------------------------------
 # A micro-batch's gradient: as the loss is written or, where shapes come again, by a function compiled for them.
 
 TRACES = 16  # most shapes that a run compiles: each trace is a graph that stays in memory
 REMEMBERED = 1024  # shapes that were seen once; where none comes again they would become as many as batches
-Found = tuple[LossSum, dict[str, mx.array]]
+AUX = "router_aux"
+# total, to be divided by the denominator of the step's first term; the sums it is made of; gradients by name
+Found = tuple[mx.array, Terms, dict[str, mx.array]]
+
+
+class Scales(NamedTuple):
+    """How a micro-batch's terms become one number, which the whole step is divided by once.
+
+    Attributes:
+        of: term -> what it is multiplied by, the first term's denominator over its own; a term that is not there: 1.
+        aux: tune.router_aux, None where no balance is added.
+        trained: tokens that the micro-batch trains, by which its balance counts.
+    """
+
+    of: dict[str, float]
+    aux: float | None = None
+    trained: int = 0
+
+
+PLAIN = Scales({})
+
+
+def scales_of(per: dict[str, float], aux: float | None, trained: int) -> Scales:
+    """Return the scales of a micro-batch in a step of these denominators."""
+    first = next(iter(per.values()))
+    return Scales({name: first / count for name, count in per.items() if count != first}, aux, trained)
 
 
 def gradient(
     model: nn.Module,
     objective: Objective,
-    batch: Batch,
-    aux: float | None,
+    batch: MicroBatch,
+    scales: Scales,
     params: dict[str, mx.array] | None = None,
 ) -> Found:
-    """The sums of a micro-batch, and the gradient of their total in what it trains, by name.
+    """Return a micro-batch's sums, and the gradient of their total in what it trains, by name.
 
     Args:
-        aux: tune.router_aux.
         params: stand in for the model's own while it is traced.
     """
 
-    def loss(params: dict[str, mx.array]) -> LossSum:
+    def loss(params: dict[str, mx.array]) -> tuple[mx.array, Terms]:
         model.update(tree_unflatten(list(params.items())))
-        if aux is not None:
-            return balanced_loss(objective, model, batch, aux)
-        return objective.loss(model, batch)
+        if scales.aux is None:
+            terms = objective.loss(model, batch.data)
+        else:
+            terms = _balanced(model, objective, batch.data, scales)
+        scaled = [scales.of[name] * value if name in scales.of else value for name, value in terms.losses.items()]
+        return sum(scaled[1:], scaled[0]), terms
 
     own = dict(tree_flatten(model.trainable_parameters()))
     if batch.trains is not None:
         own = {n: v for n, v in own.items() if batch.trains(n)}
     try:
-        sums, grads = mx.value_and_grad(loss)(own if params is None else params)
+        (total, terms), grads = mx.value_and_grad(loss)(own if params is None else params)
     finally:
         model.update(tree_unflatten(list(own.items())))  # no tracers are left
-    return sums, grads
+    return total, terms, grads
+
+
+def _balanced(model: nn.Module, objective: Objective, data: Any, scales: Scales) -> Terms:
+    """The objective's terms, and the balance of the model's routers, mean over the layers that have one, as another.
+
+    Micro-batches are balanced each by itself, and count by their trained tokens: the choice of experts has to be known
+    of all tokens that are balanced together. Metric router_aux is 1 where tokens are spread evenly.
+    """
+    assert scales.aux is not None
+    with watching({mask.shape: mask for mask in objective.real_tokens(data)}) as seen:
+        terms = objective.loss(model, data)
+    balance = mx.stack([load_balance(chosen, shares) for chosen, shares in seen.values()]).mean()
+    added = balance * scales.trained
+    return Terms(terms.losses | {AUX: scales.aux * added}, terms.metrics | {AUX: mx.stop_gradient(added)})
 
 
 def summed(grads: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -108,8 +113,8 @@ def summed(grads: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, m
 class CompiledGradient:
     """`gradient` of an objective that is `traceable`, compiled: once for each set of shapes.
 
-    What is trained goes in with the batch's arrays, since it changes. All else that is read, the frozen weights among
-    it, is part of the trace, by reference.
+    What is trained goes in with the micro-batch's arrays, since it changes. All else that is read, the frozen weights
+    among it, is part of the trace, by reference.
 
     Attributes:
         traces: the shapes of each that there is, as `shapes_of`.
@@ -117,38 +122,47 @@ class CompiledGradient:
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         self._model, self._objective = model, objective
+        self._functions: dict[type, Callable[..., Any]] = {}
         self._known: set[str] = set()
-        self.traces = traces = list[str]()
+        self.traces: list[str] = []
 
+    def _function(self, kind: type) -> Callable[..., Any]:
         # No method: what is compiled keeps what it reads, and a model that is done with should go at once.
+        model, objective, traces = self._model, self._objective, self.traces
+
         def traced(params: dict[str, mx.array], arrays: dict[str, mx.array]) -> Found:
-            batch = Batch(arrays, 0, 0, ())  # nothing else of it: the trace would keep it for all that are to come
+            batch = MicroBatch(kind(**arrays), 0, 0)  # nothing else of it: the trace would keep it
             traces.append(shapes_of(batch))
-            return gradient(model, objective, batch, None, params)
+            return gradient(model, objective, batch, PLAIN, params)
 
-        self._function: Callable[..., Any] = mx.compile(traced)
+        if kind not in self._functions:
+            self._functions[kind] = mx.compile(traced)
+        return self._functions[kind]
 
-    def __call__(self, batch: Batch) -> Found:
-        """As `gradient`.
+    def __call__(self, batch: MicroBatch) -> Found:
+        """As `gradient`, of terms that have one denominator.
 
         Raises:
-            ModelError: the model reads numbers while it is computed, so that it can not be traced.
+            ModelError: the model reads numbers while it is computed, so that it cannot be traced.
         """
         key = shapes_of(batch)
         if key not in self._known:
             # Whatever is found out by trying (how a model is taken apart) must be known before: in a trace nothing
             # can be evaluated. The graph is thrown away, not computed.
-            gradient(self._model, self._objective, batch, None)
+            gradient(self._model, self._objective, batch, PLAIN)
             self._known.add(key)
+        function = self._function(type(batch.data))
         try:
-            found: Found = self._function(dict(tree_flatten(self._model.trainable_parameters())), batch.arrays)
+            total, terms, grads = function(
+                dict(tree_flatten(self._model.trainable_parameters())), arrays_of(batch.data)
+            )
         except ValueError as error:
             if "function transformations" not in str(error):
                 raise
             name = getattr(self._model, "model_type", type(self._model).__name__)
             why = "reads numbers while it is computed"
             raise ModelError(f"run.compile: {name} can not be compiled, it {why} ({error}); set it to off") from error
-        return found
+        return total, Terms(*terms), grads
 
 
 class Gradients:
@@ -167,11 +181,13 @@ class Gradients:
         self._model, self._objective, self._aux, self._once, self._again = model, objective, aux, once, again
         self.compiled = CompiledGradient(model, objective) if objective.compiled else None
 
-    def __call__(self, batch: Batch) -> Found:
-        """As `gradient`."""
-        if self.compiled is not None and batch.trains is None and self._comes_again(shapes_of(batch)):
+    def __call__(self, batch: MicroBatch, per: dict[str, float]) -> Found:
+        """As `gradient`, of a step of these denominators."""
+        scales = scales_of(per, self._aux, batch.trained_tokens)
+        whole = batch.trains is None and not scales.of
+        if self.compiled is not None and whole and self._comes_again(shapes_of(batch)):
             return self.compiled(batch)
-        return gradient(self._model, self._objective, batch, self._aux)
+        return gradient(self._model, self._objective, batch, scales)
 
     def _comes_again(self, key: str) -> bool:
         if key in self._again:
@@ -187,9 +203,9 @@ class Gradients:
         return False
 
 
-def shapes_of(batch: Batch) -> str:
-    """A digest of the names, shapes and types of its arrays."""
-    about = sorted((name, value.shape, str(value.dtype)) for name, value in batch.arrays.items())
+def shapes_of(batch: MicroBatch) -> str:
+    """Return a digest of the names, shapes and types of its arrays."""
+    about = sorted((name, value.shape, str(value.dtype)) for name, value in arrays_of(batch.data).items())
     return blake2b(repr(about).encode(), digest_size=8).hexdigest()
 
 
@@ -202,25 +218,25 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
 
     An objective may have a way of its own.
     """
-    sums: LossSum | None = None
+    sums, per = Terms({}, {}), dict[str, float]()
     with probing(model):
         own = objective.evaluate(model)
         if own is not None:
             return own
-        for batch in objective.valid_batches(model):
-            part = as_trained(partial(objective.loss, model, batch))
-            sums = part if sums is None else sums.plus(part)
-            mx.eval(sums)  # one batch's activations at a time
-    if sums is None:
+        for step in objective.valid_steps(model):
+            for batch in step.micro_batches:
+                sums = sums.plus(as_trained(partial(objective.loss, model, batch.data)))
+                mx.eval(sums)  # one micro-batch's activations at a time
+            per = {name: per.get(name, 0.0) + count for name, count in step.per.items()}
+    if not sums.losses:
         return {}
-    weight = float(sums.weight)
-    means = {"loss": float(sums.total) / weight} | {k: float(v) / weight for k, v in sums.metrics.items()}
-    return objective.validated(means)
+    first = next(iter(per.values()))
+    loss = sum(float(value) / per[name] for name, value in sums.losses.items())
+    return objective.validated({"loss": loss} | {k: float(v) / per.get(k, first) for k, v in sums.metrics.items()})
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
 
-Event = dict[str, Any]
 MOST_PENDING = 64  # steps whose numbers stay on the device: each is a buffer, and Metal has a limit of those
 ADVICE = (
     "What was saved before is intact. Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
@@ -289,11 +305,17 @@ class Interrupt:
 
 
 @dataclass
-class _Step:
-    """One update, not looked at yet: everything lazy."""
+class _Made:
+    """One update, not looked at yet: everything lazy.
+
+    Attributes:
+        total: over the denominator of the step's first term.
+    """
 
     number: int
-    sums: LossSum
+    total: mx.array
+    metrics: dict[str, mx.array]
+    per: dict[str, float]
     norms: dict[str, mx.array]
     lr: float
     tokens: int
@@ -319,7 +341,7 @@ class Loop:
         self.gradients = Gradients(
             model, objective, config.tune.router_aux, progress.shapes_seen, progress.shapes_compiled
         )
-        self._pending: list[_Step] = []
+        self._pending: list[_Made] = []
         self._started = time.perf_counter() - progress.elapsed_s
         self._reported = time.perf_counter()
 
@@ -335,16 +357,16 @@ class Loop:
         with interrupt.watch(), quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
-            batches = self.objective.batches(self.model)
+            steps = self.objective.steps(self.model)
             while p.step < self.total_steps and not p.stopped_early:
-                step, ends_epoch = self._update(batches)
+                step, ends_epoch = self._update(steps)
                 p.step += 1
                 p.tokens += step.tokens
                 p.trained_tokens += step.trained_tokens
                 self._pending.append(step)
                 if len(self._pending) > 1:
                     # Wait for the step before: the device is kept busy by one step, never by a growing queue.
-                    mx.eval(self._pending[-2].sums.total)
+                    mx.eval(self._pending[-2].total)
                 if len(self._pending) > MOST_PENDING:
                     self._look(self._pending[:-1])  # they are done
                 last = p.step == self.total_steps
@@ -360,41 +382,45 @@ class Loop:
                     return False
         return True
 
-    def _update(self, batches: Iterator[Batch], barren: bool = False) -> tuple[_Step, bool]:
-        """One optimiser update over up to `accumulate` micro-batches; a step ends with its epoch."""
+    def _update(self, steps: Iterator[Step]) -> tuple[_Made, bool]:
+        """Make the next step that has anything to train; those without are skipped and counted."""
+        epochs = 0
+        while True:
+            step = next(steps)
+            if step.event is not None:
+                self._tell(step.event, step.before_s)
+            empty = [b for b in step.micro_batches if b.tokens and not b.trained_tokens]
+            self.progress.skipped_batches += len(empty) if step.micro_batches else 1
+            batches = [b for b in step.micro_batches if not (b.tokens and not b.trained_tokens)]
+            if batches and any(step.per.values()):
+                return self._make(step, batches), step.ends_epoch
+            epochs += step.ends_epoch
+            if epochs == 2:
+                raise TrainingError("no batch of a whole epoch has anything to train: see the rows with mlxft check")
+
+    def _make(self, step: Step, batches: Sequence[MicroBatch]) -> _Made:
+        """One optimiser update. Sums are added up over the micro-batches, and divided once by the whole step's items:
+        micro-batches differ in them, and a mean of means would count a short row's tokens more than a long one's."""
+        trained = sum(b.trained_tokens for b in batches)
+        per = step.per if self.config.tune.router_aux is None else step.per | {AUX: float(trained)}
         grads: dict[str, mx.array] = {}
-        sums: LossSum | None = None
-        tokens, trained, ends = 0, 0, False
-        rows: tuple[str, ...] = ()
-        taken, whole = 0, False
-        while not whole and not ends:
-            batch = next(batches)
-            ends = batch.ends_epoch
-            if batch.event is not None:
-                self._tell(batch.event, batch.before_s)
-            if batch.trained_tokens == 0:
-                self.progress.skipped_batches += 1
-                continue
-            part, more = self.gradients(batch)
-            sums = part if sums is None else sums.plus(part)
+        total, sums = mx.array(0.0), Terms({}, {})
+        for k, batch in enumerate(batches):
+            part, terms, more = self.gradients(batch, per)
+            total, sums = (total + part, sums.plus(terms)) if k else (part, terms)
             grads = summed(grads, more)
             # Together, and before anything else is asked for: what only one of them needs would keep the others'
             # activations alive.
-            mx.async_eval(sums, grads)
+            mx.async_eval(total, sums, grads)
             del more
-            taken += 1
-            whole = taken == self.config.batch.accumulate if batch.ends_step is None else batch.ends_step
-            if batch.counts:
-                tokens, trained, rows = tokens + batch.tokens, trained + batch.trained_tokens, rows + batch.rows
-        if sums is None:
-            if barren:
-                raise TrainingError("no batch of a whole epoch has anything to train: see the rows with mlxft check")
-            return self._update(batches, barren=True)  # an epoch's last micro-batches held nothing to train
-        lr = self.rate()
-        norms = self.optimizer.step(self.model, grads, sums.weight, lr)
+        lr, first = self.rate(), next(iter(per.values()))
+        norms = self.optimizer.step(self.model, grads, mx.array(first), lr)
         mx.async_eval(norms)
-        self.objective.stepped(sums)
-        return _Step(self.progress.step + 1, sums, norms, lr, tokens, trained, rows), ends
+        if step.after is not None:
+            step.after(sums, per)
+        rows = tuple(row for batch in batches for row in batch.rows)
+        tokens = sum(b.tokens for b in batches)
+        return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows)
 
     def rate(self) -> float:
         """The next step's learning rate."""
@@ -420,16 +446,16 @@ class Loop:
         self._reported = now
         self.progress.elapsed_s = now - self._started
 
-    def _look(self, steps: list[_Step]) -> None:
+    def _look(self, steps: list[_Made]) -> None:
         """Add the numbers of some pending steps, the oldest, to the window; TrainingError where one is not finite."""
         window = self.progress.window
         for step in steps:
-            total, weight = float(step.sums.total), float(step.sums.weight)
+            total, weight = float(step.total), next(iter(step.per.values()))
             norms = {k: float(v) for k, v in step.norms.items()}
             if not all(map(math.isfinite, (total, *norms.values()))):
                 raise TrainingError(_not_finite(step, total, norms))
-            sums = {"total": total, "weight": weight, **{f"sum:{k}": float(v) for k, v in step.sums.metrics.items()}}
-            sums |= {f"of:{k}": weight for k in step.sums.metrics}  # not every step need have all metrics
+            sums = {"total": total, "weight": weight, **{f"sum:{k}": float(v) for k, v in step.metrics.items()}}
+            sums |= {f"of:{k}": step.per.get(k, weight) for k in step.metrics}  # not every step need have all metrics
             for name, value in sums.items():
                 known = window.get(name)
                 window[name] = value if known is None else max(known, value) if name.endswith(MAX) else known + value
@@ -445,7 +471,7 @@ class Loop:
         event: Event = {
             "event": "train",
             "step": p.step,
-            "epoch": round(self._epochs(), 4),
+            **self._epochs(),
             "loss": w["total"] / w["weight"],
             **p.about,
             **{k[4:]: v if k.endswith(MAX) else v / w[f"of:{k[4:]}"] for k, v in w.items() if k.startswith("sum:")},
@@ -464,12 +490,12 @@ class Loop:
         p.window = {}
         self.hooks.event(event)
 
-    def _epochs(self) -> float:
-        """Passes over the data so far."""
+    def _epochs(self) -> dict[str, float]:
+        """Passes over the data so far, where the objective knows how many steps one has."""
         epoch, left = 0, self.progress.step
-        while left >= (size := self.objective.steps_per_epoch(self.config.batch.accumulate, epoch)):
+        while (size := self.objective.steps_per_epoch(epoch)) is not None and left >= size:
             epoch, left = epoch + 1, left - size
-        return epoch + left / size
+        return {} if size is None else {"epoch": round(epoch + left / size, 4)}
 
     def _evaluate(self, candidate: bool = True) -> None:
         """Validate and answer the sample prompts; the untrained model is no `candidate` for the best."""
@@ -526,7 +552,7 @@ def loop_state(loop: Loop) -> dict[str, Any]:
     }
 
 
-def _not_finite(step: _Step, total: float, norms: dict[str, float]) -> str:
+def _not_finite(step: _Made, total: float, norms: dict[str, float]) -> str:
     wrong = next(((k, v) for k, v in norms.items() if not math.isfinite(v)), ("grad_norm", 0.0))
     what = f"the loss is {total}" if not math.isfinite(total) else f"the gradient's norm ({wrong[0]}) is {wrong[1]}"
     shown = ", ".join(step.rows[:8]) + (f" and {len(step.rows) - 8} more" if len(step.rows) > 8 else "")

@@ -142,7 +142,8 @@ def test_a_run_is_the_same_run(
         objective = make_objective(config, loaded.tokenizer)
         prepare(config, loaded)
         objective.prepare(loaded.model)
-        assert ("prompts" in next(objective.batches(loaded.model)).arrays) == (least < 1000)
+        shared = next(objective.steps(loaded.model)).micro_batches[0].data.prompts is not None
+        assert shared == (least < 1000)
         run = train(settings)
         losses.append([e["loss"] for kind in ("train", "eval") for e in run.metrics(kind)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -92,7 +92,7 @@ def test_padding_changes_nothing(recipe: Recipe, tiny_model: Loaded):
     def gradient(batches: list[Any]) -> tuple[float, Arrays]:
         def loss(params: Any) -> mx.array:
             model.update(params)
-            return sum((objective.loss(model, b).total for b in batches), mx.array(0.0))
+            return sum((objective.loss(model, b.data).losses["nll"] for b in batches), mx.array(0.0))
 
         value, grads = mx.value_and_grad(loss)(model.trainable_parameters())
         return float(value), dict(tree_flatten(grads))
@@ -158,16 +158,16 @@ def rows_by_epoch(settings: dict[str, Any], loaded: Loaded, epochs: int) -> list
     """The rows that the loop's steps are made of, epoch by epoch, as `total_steps` counts them."""
     config = parse_config(settings)
     objective = make_objective(config, loaded.tokenizer)
-    found, batches = [], objective.batches(loaded.model)
+    found, steps = [], objective.steps(loaded.model)
     for epoch in range(epochs):
         rows: list[str] = []
         while True:
-            batch = next(batches)
-            rows += batch.rows
-            if batch.ends_epoch:
+            step = next(steps)
+            rows += [row for batch in step.micro_batches for row in batch.rows]
+            if step.ends_epoch:
                 break
         found.append(rows)
-        assert objective.steps_per_epoch(1, epoch) > 0
+        assert objective.steps_per_epoch(epoch) > 0
     return found
 
 
@@ -187,11 +187,9 @@ def test_epochs_are_whole_passes(recipe: Recipe, tiny_model: Loaded, budget: dic
     changes: dict[str, Any] = {"run.steps": None, "run.epochs": 7, "batch.accumulate": accumulate, **budget}
     config = parse_config(recipe(rows=23, **changes))
     objective = make_objective(config, tiny_model.tokenizer)
-    total, batches = total_steps(config, objective), objective.batches(tiny_model.model)
+    total, steps = total_steps(config, objective), objective.steps(tiny_model.model)
     for _ in range(total):
-        for _ in range(accumulate):
-            if next(batches).ends_epoch:
-                break
+        next(steps)
     assert objective.state_dict() == {"epoch": 7, "next": 0}
 
 

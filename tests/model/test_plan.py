@@ -15,7 +15,7 @@ import pytest
 from architectures import build
 from mlx.utils import tree_flatten
 
-from mlxft.build import base_skeleton, batch_shapes, job_of, make_objective, plan_batches, prepare, settled
+from mlxft.build import base_skeleton, job_of, make_objective, plan_batches, prepare, settled
 from mlxft.config import Optim, parse_config
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
@@ -234,7 +234,7 @@ def test_predicted_is_within_a_tenth_of_measured(
     settings = recipe(rows=16, **{"batch.rows": 16, "run.steps": 3}, **changes)
     settings["model"]["path"] = str(folder)
     config = parse_config(settings)
-    shapes = batch_shapes(make_objective(config, load_tokenizer(str(folder))))
+    shapes = make_objective(config, load_tokenizer(str(folder))).shapes()
     found, _, _ = plan_batches(config, base_skeleton(config), shapes)
     command = [sys.executable, "-c", MEASURE, json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -272,7 +272,7 @@ def test_judged_answers_are_planned_too(
     data = {"train": pairs, "format": "preference"}
     settings = recipe(data=data, **{"batch.rows": 8, "run.steps": 2, "model.path": str(folder)}, **JUDGED[name])
     config = parse_config(settings)
-    shapes = batch_shapes(make_objective(config, load_tokenizer(str(folder))))
+    shapes = make_objective(config, load_tokenizer(str(folder))).shapes()
     found, rows, _ = plan_batches(config, base_skeleton(config), shapes)
     assert rows == (8 if "kto" in name else 16)
     assert (found.logits > 0) == (name != "reward")

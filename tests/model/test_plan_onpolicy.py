@@ -14,9 +14,7 @@ import pytest
 
 from mlxft.build import (
     amount,
-    around_of,
     base_skeleton,
-    batch_shapes,
     decide_checkpointing,
     load_base,
     make_objective,
@@ -28,7 +26,6 @@ from mlxft.config import Config, parse_config
 from mlxft.errors import ConfigError
 from mlxft.model.load import base_fingerprint, load_tokenizer
 from mlxft.model.memory import PhasedPlan, Rolling, sampling_bytes
-from mlxft.objectives import rollouts
 from mlxft.objectives.rollouts import OnPolicy
 
 Make = Callable[..., dict[str, Any]]
@@ -79,7 +76,7 @@ def plan_of(settings: dict[str, Any]) -> tuple[Config, PhasedPlan]:
     config = parse_config(settings)
     objective = make_objective(config, load_tokenizer(settings["model"]["path"]))
     model = base_skeleton(config)
-    found, _, _ = plan_batches(config, model, batch_shapes(objective), around_of(config, model, objective))
+    found, _, _ = plan_batches(config, model, objective.shapes(), objective.beside(model))
     assert isinstance(found, PhasedPlan)
     return config, found
 
@@ -220,10 +217,10 @@ def test_the_largest_batch_that_steps_can_have(ppo: Make) -> None:
     objective = make_objective(parse_config(settings), load_tokenizer(settings["model"]["path"]))
     assert isinstance(objective, OnPolicy)
     sizes = sorted({len(p.ids) + 24 for p in objective.prompts})
-    shapes = rollouts.shapes(objective)
+    shapes = objective.shapes()
     assert {s.width for s in shapes} == set(sizes)
     for size in sizes:
         assert max(s.rows for s in shapes if s.width == size) == 200 // size
     assert all(s.trained == 24 * s.rows for s in shapes)
-    assert rollouts.parted(objective)
-    assert rollouts.rollout_steps(objective) == 2
+    assert objective._several()
+    assert objective.steps_per_rollout() == 2

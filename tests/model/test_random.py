@@ -158,8 +158,8 @@ def test_what_a_reference_says_leaves_no_trace(loss: str, recipe: Recipe, tiny_m
     prepare(config, tiny_model)
     objective.prepare(tiny_model.model)
     tiny_model.model.train()
-    batches = objective.batches(tiny_model.model)
-    assert_untouched(tiny_model.model, lambda: next(batches))
+    steps = objective.steps(tiny_model.model)
+    assert_untouched(tiny_model.model, lambda: next(steps))
 
 
 def test_timing_and_searching_leave_no_trace(recipe: Recipe) -> None:

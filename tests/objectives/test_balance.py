@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
+from stepping import first_batch, first_step
 
 from mlxft.build import load_base, make_objective
 from mlxft.config import load_config, parse_config
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.load import load
-from mlxft.objectives.base import Batch
-from mlxft.objectives.pairs import Answer, stack, stack_shared
+from mlxft.objectives.pairs import Answer, Judged, stack, stack_shared
 from mlxft.run import assemble, train
 from mlxft.runs import Run
-from mlxft.trainer.loop import balanced_loss, real_tokens
+from mlxft.trainer.loop import Scales, gradient
 
 Recipe = Callable[..., dict[str, Any]]
 QUIET = Console(quiet=True)
@@ -82,26 +84,27 @@ def test_padding_is_not_counted(recipe: Recipe, mixture: Path, pack: bool) -> No
     """A batch of all rows says what its rows say one by one, of the sums that are made of them."""
     changes = {"model.path": str(mixture), "tune.router_aux": 1.0, "batch": {"rows": 10, "pack": pack}}
     objective, model = ready(recipe(**changes))
-    batch = next(objective.batches(model))
-    (mask,) = real_tokens(batch).values()
-    assert mask.shape == batch.arrays["ids"].shape
+    batch = first_batch(objective, model)
+    (mask,) = objective.real_tokens(batch.data)
+    assert mask.shape == batch.data.ids.shape
     assert int(mask.sum()) == batch.tokens
-    whole = balanced_loss(objective, model, batch, 1.0)
-    ids = batch.arrays["ids"]
-    batch.arrays["ids"] = mx.where(mask, ids, 7)
-    again = balanced_loss(objective, model, batch, 1.0)
-    assert float(whole.metrics["router_aux"]) == pytest.approx(float(again.metrics["router_aux"]), rel=1e-6)
-    assert float(whole.total - again.total) == pytest.approx(0, abs=1e-3)
+    scales = Scales({}, 1.0, batch.trained_tokens)
+    whole = gradient(model, objective, batch, scales)
+    other = replace(batch, data=replace(batch.data, ids=mx.where(mask, batch.data.ids, 7)))
+    again = gradient(model, objective, other, scales)
+    assert float(whole[1].metrics["router_aux"]) == pytest.approx(float(again[1].metrics["router_aux"]), rel=1e-6)
+    assert float(whole[0] - again[0]) == pytest.approx(0, abs=1e-3)
 
 
 def test_masks_of_answers_and_of_shared_prompts() -> None:
     prompts, replies = ([1, 2, 3], [4]), ([5, 6], [7], [8, 9, 1], [2])
     ids = [np.array(x, dtype=np.int32) for x in (*prompts, *replies)]
     whole = stack([Answer(ids[i % 2], reply) for i, reply in enumerate(ids[2:])])
-    assert [m.sum(axis=1).tolist() for m in real_tokens(Batch(whole, 0, 0, ())).values()] == [[5, 2, 6, 2]]
+    real_tokens = partial(Judged.real_tokens, None)
+    assert [m.sum(axis=1).tolist() for m in real_tokens(whole)] == [[5, 2, 6, 2]]
     shared = stack_shared(ids[:2], [(i % 2, reply) for i, reply in enumerate(ids[2:])])
-    masks = real_tokens(Batch(shared, 0, 0, ()))
-    assert {shape: m.sum(axis=1).tolist() for shape, m in masks.items()} == {(2, 3): [3, 1], (4, 3): [2, 1, 3, 1]}
+    masks = real_tokens(shared)
+    assert {m.shape: m.sum(axis=1).tolist() for m in masks} == {(2, 3): [3, 1], (4, 3): [2, 1, 3, 1]}
 
 
 def test_micro_batches_count_as_their_items_do(recipe: Recipe, mixture: Path) -> None:
@@ -109,12 +112,14 @@ def test_micro_batches_count_as_their_items_do(recipe: Recipe, mixture: Path) ->
     changes = {"batch": {"rows": 3, "accumulate": 4}, "run.steps": 1, "run.epochs": None, "optim.warmup": 0}
     step = run_of(recipe, mixture, **changes, **{"tune.router_aux": 0.5}).metrics("train")[0]
     objective, model = ready(recipe(**{"model.path": str(mixture), **changes, "tune.router_aux": 0.5}))
-    parts = [balanced_loss(objective, model, b, 0.5) for _, b in zip(range(4), objective.batches(model))]
-    weights = [float(p.weight) for p in parts]
+    batches = first_step(objective, model).micro_batches
+    weights = [b.trained_tokens for b in batches]
+    assert len(weights) == 4
     assert len(set(weights)) > 1
-    balance = sum(float(p.metrics["router_aux"]) for p in parts) / sum(weights)
+    parts = [gradient(model, objective, b, Scales({}, 0.5, b.trained_tokens)) for b in batches]
+    balance = sum(float(terms.metrics["router_aux"]) for _, terms, _ in parts) / sum(weights)
     assert step["router_aux"] == pytest.approx(balance, rel=1e-5)
-    assert step["loss"] == pytest.approx(sum(float(p.total) for p in parts) / sum(weights), rel=1e-5)
+    assert step["loss"] == pytest.approx(sum(float(total) for total, _, _ in parts) / sum(weights), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["preference", "reward", "grpo", "ppo"])

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from stepping import first_batch, first_step, sums_of
 
 from mlxft.build import make_objective, prepare
 from mlxft.config import parse_config
@@ -21,6 +23,7 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split, row_sums, rows_logprobs
 from mlxft.objectives import functional as F
+from mlxft.objectives.functional import LossSum
 from mlxft.objectives.pairs import Answer, answers_of, stack
 from mlxft.run import train
 from mlxft.runs import Run
@@ -73,13 +76,13 @@ def trained(objective: Any, model: Any, steps: int, lr: float) -> list[float]:
 
     optimizer, losses = Adam(lr, bias_correction=True), []
     model.train()
-    batches = objective.batches(model)
+    pulled = objective.steps(model)
     for _ in range(steps):
-        batch = next(batches)
+        step = next(pulled)
 
-        def loss(parameters: Any, batch: Any = batch) -> Any:
+        def loss(parameters: Any, step: Any = step) -> Any:
             model.update(parameters)
-            return objective.loss(model, batch)
+            return sums_of(objective, model, step)
 
         parameters = model.trainable_parameters()
         sums, slopes = mx.value_and_grad(loss)(parameters)
@@ -118,13 +121,13 @@ def test_logprobs_in_chunks_are_those_of_whole_logits_and_so_are_gradients(
 
     def chunked(parameters: Any) -> mx.array:
         model.update(parameters)
-        got = rows_logprobs(split, a["ids"], a["positions"], a["labels"], grad=True)
+        got = rows_logprobs(split, a.ids, a.positions, a.labels, grad=True)
         return (got * cotangent).sum() + got[3] * got[7]
 
     def plain(parameters: Any) -> mx.array:
         model.update(parameters)
-        logits = model(a["ids"])
-        got = F.token_logprobs(logits.reshape(-1, logits.shape[-1])[a["positions"]], a["labels"])
+        logits = model(a.ids)
+        got = F.token_logprobs(logits.reshape(-1, logits.shape[-1])[a.positions], a.labels)
         return (got * cotangent).sum() + got[3] * got[7]
 
     parameters = model.trainable_parameters()
@@ -133,13 +136,13 @@ def test_logprobs_in_chunks_are_those_of_whole_logits_and_so_are_gradients(
     assert x.item() == pytest.approx(y.item(), rel=1e-5)
     for (name, g), (_, h) in zip(tree_flatten(dx), tree_flatten(dy)):
         np.testing.assert_allclose(np.array(g), np.array(h), rtol=1e-3, atol=1e-4, err_msg=name)
-    quiet = rows_logprobs(split, a["ids"], a["positions"], a["labels"], grad=False)
+    quiet = rows_logprobs(split, a.ids, a.positions, a.labels, grad=False)
     alone = []
     for answer in answers:
         one = stack([answer])
-        alone.append(rows_logprobs(split, one["ids"], one["positions"], one["labels"], grad=False))
+        alone.append(rows_logprobs(split, one.ids, one.positions, one.labels, grad=False))
     np.testing.assert_allclose(np.array(quiet), np.array(mx.concatenate(alone)), atol=1e-4)
-    sums = row_sums(quiet, a["owners"], 3).tolist()
+    sums = row_sums(quiet, a.owners, 3).tolist()
     assert sums == pytest.approx([v.sum().item() for v in alone], abs=1e-4)
 
 
@@ -168,7 +171,7 @@ def test_dpo_converges_to_the_optimum_that_the_frequencies_imply(settings: Recip
     for row, share in ((found.rows[0], 0.8), (found.rows[10], 0.6), (found.rows[20], 0.3)):
         a = stack(answers_of(row))
         sums = [
-            row_sums(rows_logprobs(Split(m), a["ids"], a["positions"], a["labels"], grad=False), a["owners"], 2)
+            row_sums(rows_logprobs(Split(m), a.ids, a.positions, a.labels, grad=False), a.owners, 2)
             for m in (policy, reference)
         ]
         ratios = (sums[0] - sums[1]).tolist()
@@ -183,8 +186,7 @@ def test_each_loss_lowers_its_own_objective(loss: str, settings: Recipe, tiny_mo
     losses = trained(found, tiny_model.model, 25, 1e-2)
     floor = {"ipo": 0.3 * losses[0], "orpo": 0.9 * losses[0], "cpo": 0.9 * losses[0]}
     assert losses[-1] < floor.get(loss, 0.85 * losses[0])
-    batch = next(found.batches(tiny_model.model))
-    metrics = found.loss(tiny_model.model, batch)
+    metrics = sums_of(found, tiny_model.model, first_step(found, tiny_model.model))
     assert metrics.metrics["accuracy"].item() / metrics.weight.item() > 0.8
 
 
@@ -200,8 +202,8 @@ def test_one_pair_raises_chosen_against_rejected(loss: str, settings: Recipe, ti
 
     def sums() -> dict[bool, float]:
         a = stack(answers)
-        values = rows_logprobs(split, a["ids"], a["positions"], a["labels"], grad=False)
-        return dict(zip(goods, row_sums(values, a["owners"], 2).tolist()))
+        values = rows_logprobs(split, a.ids, a.positions, a.labels, grad=False)
+        return dict(zip(goods, row_sums(values, a.owners, 2).tolist()))
 
     before = sums()
     trained(found, model, 2, 1e-3)  # of kto: one step on each answer
@@ -216,7 +218,7 @@ def test_the_first_loss_is_that_of_no_preference(settings: Recipe, tiny_model: L
     for loss, value in wanted.items():
         found = objective(settings(loss), tiny_model)
         tiny_model.model.train()
-        sums = found.loss(tiny_model.model, next(found.batches(tiny_model.model)))
+        sums = sums_of(found, tiny_model.model, first_step(found, tiny_model.model))
         assert (sums.total / sums.weight).item() == pytest.approx(value, abs=1e-4)
         assert sums.metrics["kl"].item() == pytest.approx(0, abs=1e-6)
         attach_nothing(tiny_model)
@@ -226,17 +228,21 @@ def test_the_first_loss_is_that_of_no_preference(settings: Recipe, tiny_model: L
 def test_a_margin_of_rounding_size_is_a_tie(loss: str, settings: Recipe, tiny_model: Loaded) -> None:
     """A reference whose numbers were computed in batches of other shapes is the policy, but for the last bit or two."""
     found = objective(settings(loss, **{"batch.rows": 24}), tiny_model)
-    batch = next(found.batches(tiny_model.model))
-    tokens = found._policy.logprobs(tiny_model.model, batch.arrays, False)
+    step = first_step(found, tiny_model.model)
+    (batch,) = step.micro_batches
+    a = batch.data
+    tokens = found.of(tiny_model.model).logprobs(a, grad=False)
+
+    def against(reference: mx.array) -> LossSum:
+        data = replace(a, reference=reference)
+        return sums_of(found, tiny_model.model, replace(step, micro_batches=[replace(batch, data=data)]))
+
     ulps = mx.where(mx.random.uniform(shape=tokens.shape, key=mx.random.key(0)) < 0.5, 1.0, -1.0) * 2.0**-23
-    batch.arrays["reference"] = tokens * (1 + ulps)
-    sums = found.loss(tiny_model.model, batch)
+    sums = against(tokens * (1 + ulps))
     assert sums.metrics["margin"].item() != 0
     assert (sums.metrics["accuracy"] / sums.weight).item() == 0.5
-    a = batch.arrays
-    better = a["good"][a["owners"]] if loss == "kto" else a["owners"] < a["lengths"].size // 2
-    a["reference"] = tokens - mx.where(better, 1e-3, -1e-3)
-    sums = found.loss(tiny_model.model, batch)
+    better = a.good[a.owners] if loss == "kto" else a.owners < a.lengths.size // 2
+    sums = against(tokens - mx.where(better, 1e-3, -1e-3))
     assert sums.metrics["accuracy"].item() == sums.weight.item()
 
 
@@ -247,11 +253,11 @@ def test_ipo_is_of_means_over_tokens(settings: Recipe, tiny_model: Loaded) -> No
     """
     rows = [{"prompt": "the", "chosen": "in on at" * (1 + i), "rejected": "of" * (3 - i)} for i in range(3)]
     found = objective(settings("ipo", rows, preference={"beta": 0.25}, **{"batch.rows": 3}), tiny_model)
-    batch = next(found.batches(tiny_model.model))
-    a = batch.arrays
-    tokens = found._policy.logprobs(tiny_model.model, a, False)
-    a["reference"] = tokens - mx.where(a["owners"] < 3, 0.5, 0.1)
-    sums = found.loss(tiny_model.model, batch)
+    step = first_step(found, tiny_model.model)
+    (batch,) = step.micro_batches
+    tokens = found.of(tiny_model.model).logprobs(batch.data, grad=False)
+    data = replace(batch.data, reference=tokens - mx.where(batch.data.owners < 3, 0.5, 0.1))
+    sums = sums_of(found, tiny_model.model, replace(step, micro_batches=[replace(batch, data=data)]))
     assert (sums.total / sums.weight).item() == pytest.approx((0.4 - 2) ** 2, rel=1e-4)
     names = ("rewards_chosen", "rewards_rejected", "margin", "accuracy")
     means = {name: (sums.metrics[name] / sums.weight).item() for name in names}
@@ -283,21 +289,21 @@ def test_losses_are_the_functions_of_sums_and_means(settings: Recipe, tiny_model
     for loss, given in own.items():
         found = objective(settings(loss, rows, preference=given, **{"batch.rows": 9}), tiny_model)
         a = stack([answers_of(row)[i] for i in (0, 1) for row in found.rows])
-        ref = row_sums(rows_logprobs(Split(model), a["ids"], a["positions"], a["labels"], grad=False), a["owners"], 8)
+        ref = row_sums(rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False), a.owners, 8)
         model.update(tree_map(lambda v: v + 0.02, model.trainable_parameters()))
-        sums = row_sums(rows_logprobs(Split(model), a["ids"], a["positions"], a["labels"], grad=False), a["owners"], 8)
+        sums = row_sums(rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False), a.owners, 8)
         (c, r), (rc, rr) = (mx.split(x, 2) for x in (sums, ref))
-        mc, mr = mx.split(sums / a["lengths"], 2)
+        mc, mr = mx.split(sums / a.lengths, 2)
         losses = {
             "dpo": F.dpo(c, r, rc, rr, 0.3, 0.2) - 0.5 * mc,
-            "ipo": F.ipo(mc, mr, *mx.split(ref / a["lengths"], 2), 0.3),
+            "ipo": F.ipo(mc, mr, *mx.split(ref / a.lengths, 2), 0.3),
             "hinge": F.hinge(c, r, rc, rr, 0.3),
             "simpo": F.simpo(mc, mr, 2.0, 0.7),
             "orpo": F.odds_ratio(mc, mr, 0.1) - mc,
             "cpo": F.cpo(c, r, 0.1, 0.1) - mc,
         }
         weights = mx.array([row.weight for row in found.rows])
-        got = found.loss(model, next(found.batches(model)))
+        got = sums_of(found, model, first_step(found, model))
         assert got.weight.item() == 3
         assert got.total.item() == pytest.approx((losses[loss] * weights).sum().item(), rel=1e-4), loss
         attach_nothing(tiny_model)
@@ -369,8 +375,8 @@ def test_kto_takes_answers_without_a_pair(settings: Recipe, tiny_model: Loaded) 
     rows = [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in pairs(5)]
     rows += [{"prompt": r["prompt"], "completion": r["rejected"], "label": False} for r in pairs(3)]
     found = objective(settings("kto", rows, **{"data.format": "unpaired", "batch.rows": 8}), tiny_model)
-    batch = next(found.batches(tiny_model.model))
-    assert batch.arrays["good"].sum().item() == 5
+    batch = first_batch(found, tiny_model.model)
+    assert batch.data.good.sum().item() == 5
     assert len(batch.rows) == 8
     one = "all answers are to one prompt"
     assert not any(one in note for note in found.notes)
@@ -389,11 +395,12 @@ def test_kto_tells_the_implicit_rewards_of_good_and_bad_answers(
     found, model = objective(settings("kto", rows, **changes), tiny_model), tiny_model.model
     model.update(tree_map(lambda v: v + 0.03, model.trainable_parameters()))
     wanted: dict[bool, list[float]] = {True: [], False: []}
-    for batch in found.valid_batches(model):
-        a = batch.arrays
-        policy = rows_logprobs(Split(model), a["ids"], a["positions"], a["labels"], grad=False)
-        log_ratios = row_sums(policy - a["reference"], a["owners"], len(batch.rows)).tolist()
-        for good, value in zip(a["good"].tolist(), log_ratios):
+    for step in found.valid_steps(model):
+        (batch,) = step.micro_batches
+        a = batch.data
+        policy = rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False)
+        log_ratios = row_sums(policy - a.reference, a.owners, len(batch.rows)).tolist()
+        for good, value in zip(a.good.tolist(), log_ratios):
             wanted[bool(good)].append(0.1 * value)
     told = validate(model, found)
     assert told["rewards_chosen"] == pytest.approx(sum(wanted[True]) / 2, abs=1e-5)
@@ -422,15 +429,16 @@ def test_a_prompt_with_several_rejected_answers_counts_once_for_kto_too(settings
     first, second = pairs(2)
     rows = [{**first, "rejected": ["z", "z z", "z z z"]}, second]
     found = objective(settings("kto", rows, **{"batch.rows": 8}), tiny_model)
-    batch = next(found.batches(tiny_model.model))
+    step = first_step(found, tiny_model.model)
+    (batch,) = step.micro_batches
     whose = dict.fromkeys(batch.rows, 0.0)
-    good, weights = batch.arrays["good"].tolist(), batch.arrays["weights"].tolist()
+    good, weights = batch.data.good.tolist(), batch.data.weights.tolist()
     for where, label, weight in zip(batch.rows, good, weights):
         assert weight == pytest.approx(1 if label or where.endswith(":2") else 1 / 3)
         whose[where] += weight
     assert list(whose.values()) == pytest.approx([2, 2])
     assert found.summary().counts["tokens"] == batch.tokens
-    sums = found.loss(tiny_model.model, batch)
+    sums = sums_of(found, tiny_model.model, step)
     assert (sums.weight.item(), sums.total.item()) == pytest.approx((4, 2), abs=1e-5)  # before the first step: 1/2 each
 
 
@@ -439,16 +447,16 @@ def test_the_reference_point_is_of_the_whole_step_and_of_other_prompts(settings:
     found = objective(settings("kto", pairs(6), **changes), tiny_model)
     model = tiny_model.model
     model.update(tree_map(lambda v: v + 0.03, model.trainable_parameters()))
-    batches = found.batches(model)
-    points = [next(batches).arrays["point"].item() for _ in range(3)]
+    points = [batch.data.point.item() for batch in first_step(found, model).micro_batches]
+    assert len(points) == 3
     assert len(set(points)) == 1
     prompts = [row.prompt_ids.tolist() for row in found.rows]
     assert all(prompts[p] != prompts[i] for i, p in enumerate(found._partners[0]))
     answers = [found._mismatched(i, False) for i in range(12)]
     a = stack(answers)
-    policy = rows_logprobs(Split(model), a["ids"], a["positions"], a["labels"], grad=False)
+    policy = rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False)
     model.update(tree_map(lambda v: v - 0.03, model.trainable_parameters()))
-    reference = rows_logprobs(Split(model), a["ids"], a["positions"], a["labels"], grad=False)
+    reference = rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False)
     wanted = max(0.0, (policy - reference).sum().item() / 12)
     assert points[0] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
+from stepping import first_step, sums_of
 
 from mlxft.build import make_objective, prepare
 from mlxft.config import parse_config
@@ -256,8 +257,9 @@ def test_weights_ties_margins_and_smoothing_reach_the_loss(settings: Recipe, tin
     changes = {"data.valid": None, "reward": {"margin": True, "label_smoothing": 0.1}, "batch.rows": 9}
     found = objective(settings(rows, **changes), tiny_model)
     tiny_model.model.eval()
-    batch = next(found.batches(tiny_model.model))
-    got = found.loss(tiny_model.model, batch)
+    step = first_step(found, tiny_model.model)
+    (batch,) = step.micro_batches
+    got = sums_of(found, tiny_model.model, step)
     order = {where: [i for i, w in enumerate(batch.rows) if w == where] for where in batch.rows}
     one, tie, margin, two = (order[f"pairs.jsonl:{n}"] for n in (1, 2, 3, 4))
     assert sorted(len(found) for found in (one, tie, margin, two)) == [1, 1, 1, 2]
@@ -349,11 +351,11 @@ def test_every_trained_parameter_has_a_gradient(settings: Recipe, tiny_model: Lo
     found = objective(settings(), tiny_model)
     model = tiny_model.model
     model.train()
-    batch = next(found.batches(model))
+    step = first_step(found, model)
 
     def loss(parameters: Any) -> mx.array:
         model.update(parameters)
-        return found.loss(model, batch).total
+        return sums_of(found, model, step).total
 
     slopes = dict(tree_flatten(mx.grad(loss)(model.trainable_parameters())))
     assert "score_head.weight" in slopes

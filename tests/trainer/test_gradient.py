@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from mlxft.build import load_base, make_objective
 from mlxft.check import check_trains
 from mlxft.config import load_config, parse_config
 from mlxft.errors import ConfigError, ModelError
-from mlxft.objectives.base import Batch, LossSum, OffPolicy
-from mlxft.objectives.sft import one_of_few
+from mlxft.objectives.base import MicroBatch, Objective, Step, Terms, arrays_of
+from mlxft.objectives.sft import SFTBatch, one_of_few
 from mlxft.run import assemble, train
 from mlxft.trainer import loop as module
-from mlxft.trainer.loop import TRACES, CompiledGradient, Gradients, gradient
+from mlxft.trainer.loop import PLAIN, TRACES, CompiledGradient, Gradients, gradient
 
 Make = Callable[..., dict[str, Any]]
 PACKED = {"batch": {"rows": 1, "pack": True}, "data.max_length": 64}
@@ -110,17 +111,30 @@ def test_a_resumed_run_compiles_what_the_whole_one_does(settings: Make, monkeypa
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
 
 
-class Sums(OffPolicy):
-    """The loss is w times the sum of a batch's numbers."""
+@dataclass(frozen=True)
+class Numbers:
+    x: mx.array
+
+
+class Sums(Objective):
+    """The loss is w times the sum of a micro-batch's numbers."""
 
     traceable = compiled = True
 
     def __init__(self) -> None:
         pass
 
-    def loss(self, model: Any, batch: Batch) -> LossSum:
-        x = batch.arrays["x"]
-        return LossSum((model.w * x).sum(), mx.array(float(x.size)), {"sum": x.sum()})
+    def steps(self, model: Any) -> Iterator[Step]:
+        raise AssertionError
+
+    def loss(self, model: Any, data: Numbers) -> Terms:
+        return Terms({"w": (model.w * data.x).sum()}, {"sum": data.x.sum()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 class Number(nn.Module):
@@ -129,8 +143,8 @@ class Number(nn.Module):
         self.w = mx.array(2.0)
 
 
-def batch_of(size: int) -> Batch:
-    return Batch({"x": mx.arange(size).astype(mx.float32)}, size, size, ())
+def batch_of(size: int) -> MicroBatch:
+    return MicroBatch(Numbers(mx.arange(size).astype(mx.float32)), size, size)
 
 
 @pytest.mark.parametrize(("sizes", "traces"), [(range(1, 41), TRACES), ((5, 6, 7), 3)])
@@ -142,10 +156,10 @@ def test_traces_are_bounded(sizes: Any, traces: int) -> None:
     for turn in range(4):
         for size in sizes:
             model.w = mx.array(float(size + turn))
-            sums, grads = gradients(batch_of(size))
+            found, sums, grads = gradients(batch_of(size), {"w": size})
             total = size * (size - 1) / 2
-            assert (grads["w"].item(), sums.metrics["sum"].item(), sums.weight.item()) == (total, total, size)
-            assert sums.total.item() == (size + turn) * total
+            assert (grads["w"].item(), sums.metrics["sum"].item()) == (total, total)
+            assert found.item() == sums.losses["w"].item() == (size + turn) * total
             assert model.w.item() == size + turn  # no tracer is left
         assert len(gradients.compiled.traces) == (0 if turn == 0 else traces)
     assert gradients.compiled.traces == again
@@ -158,7 +172,7 @@ def test_shapes_that_never_come_again_are_forgotten(monkeypatch: pytest.MonkeyPa
     once, again = list[str](), list[str]()
     gradients = Gradients(Number(), Sums(), None, once, again)
     for size in (1, 2, 3, 4, 1, 4):
-        gradients(batch_of(size))
+        gradients(batch_of(size), {"w": size})
     assert (len(once), len(again)) == (2, 1), "1 was forgotten when it came again, 4 was not"
 
 
@@ -166,15 +180,15 @@ def test_of_a_batch_that_trains_a_part_nothing_is_compiled() -> None:
     model = Number()
     gradients = Gradients(model, Sums(), None, [], [])
     for _ in range(3):
-        gradients(Batch({"x": mx.ones(3)}, 3, 3, (), trains=lambda name: True))
+        gradients(replace(batch_of(3), trains=lambda name: True), {"w": 3})
     assert gradients.compiled is not None
     assert gradients.compiled.traces == []
 
 
 def test_a_loss_that_reads_numbers_is_refused_and_leaves_no_tracer() -> None:
     class Reads(Sums):
-        def loss(self, model: Any, batch: Batch) -> LossSum:
-            return super().loss(model, batch) if model.w.item() > 0 else LossSum(model.w, model.w, {})
+        def loss(self, model: Any, data: Numbers) -> Terms:
+            return super().loss(model, data) if model.w.item() > 0 else Terms({"w": model.w}, {})
 
     model = Number()
     with pytest.raises(ModelError, match=r"Number can not be compiled, it reads numbers .* set it to off"):
@@ -192,9 +206,10 @@ def test_frozen_weights_are_not_copied(settings: Make, make_model_dir: Callable[
     assemble(config, loaded, objective)
     loaded.model.train()
     numbers = mx.array([1, 2, 0, 3])
-    arrays = {"ids": numbers[None], "positions": numbers, "labels": numbers, "weights": mx.ones(4)}
-    batch, compiled = Batch(arrays, 4, 4, ()), CompiledGradient(loaded.model, objective)
-    mx.eval(batch.arrays, loaded.model.parameters())
+    places = {"positions": numbers, "labels": numbers, "weights": mx.ones(4), "lengths": mx.array([4])}
+    batch = MicroBatch(SFTBatch(ids=numbers[None], **places), 4, 4)
+    compiled = CompiledGradient(loaded.model, objective)
+    mx.eval(arrays_of(batch.data), loaded.model.parameters())
     for _ in range(2):
         mx.clear_cache()
         mx.reset_peak_memory()
@@ -211,15 +226,14 @@ def test_filled_up_batches_are_the_same_batches(settings: Make) -> None:
     objective = make_objective(config, loaded.tokenizer)
     assemble(config, loaded, objective)
     loaded.model.train()
-    (plain, *_) = objective.largest(loaded.model)[0]()
+    plain = objective.largest(loaded.model)[0]().micro_batches[0]
     objective.compiled = True
-    (filled, *_) = objective.largest(loaded.model)[0]()
-    assert filled.arrays["labels"].size == one_of_few(plain.trained_tokens) > plain.trained_tokens
+    filled = objective.largest(loaded.model)[0]().micro_batches[0]
+    assert filled.data.labels.size == one_of_few(plain.trained_tokens) > plain.trained_tokens
     assert filled.trained_tokens == plain.trained_tokens
-    one, other = (gradient(loaded.model, objective, batch, None) for batch in (plain, filled))
-    assert one[0].weight.item() == other[0].weight.item() == plain.trained_tokens
-    assert one[0].total.item() == pytest.approx(other[0].total.item(), rel=1e-5)
-    assert all(mx.allclose(one[1][name], other[1][name], rtol=1e-4, atol=1e-6).item() for name in one[1])
+    one, other = (gradient(loaded.model, objective, batch, PLAIN) for batch in (plain, filled))
+    assert one[0].item() == pytest.approx(other[0].item(), rel=1e-5)
+    assert all(mx.allclose(one[2][name], other[2][name], rtol=1e-4, atol=1e-6).item() for name in one[2])
 
 
 def test_few_numbers_are_few_and_near() -> None:

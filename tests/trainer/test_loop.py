@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import pytest
 
 from mlxft.config import Config, parse_config
 from mlxft.errors import TrainingError
-from mlxft.objectives.base import Batch, LossSum, OffPolicy, Summary
+from mlxft.objectives.base import MicroBatch, Objective, Step, Terms
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
 
@@ -28,57 +28,50 @@ class Number(nn.Module):
         self.w = mx.array(1.0)
 
 
+@dataclass(frozen=True)
+class Items:
+    """(n,) items of a micro-batch."""
+
+    t: mx.array
+
+
 @dataclass
-class Pull(OffPolicy):
-    """Loss of an item t is w t, so the gradient of a step is the mean of its items; a batch is a list of items."""
+class Pull(Objective):
+    """Loss of an item t is w t, so the gradient of a step is the mean of its items; a micro-batch has some items."""
 
     epoch: list[list[float]]
     valid: list[float] = field(default_factory=list)  # the losses that validations find, one after the other
     pulled: int = 0
+    accumulate: int = 1
 
-    def batches(self, model: nn.Module) -> Iterator[Batch]:
+    def steps(self, model: nn.Module) -> Iterator[Step]:
         while True:
-            i = self.pulled % len(self.epoch)
-            items = self.epoch[i]
-            self.pulled += 1
-            rows = tuple(f"x:{i}.{k}" for k in range(len(items)))
-            yield Batch({"t": mx.array(items)}, 2 * len(items), len(items), rows, i == len(self.epoch) - 1)
+            at = self.pulled % len(self.epoch)
+            chosen = range(at, min(at + self.accumulate, len(self.epoch)))
+            self.pulled += len(chosen)
+            batches = []
+            for i in chosen:
+                items = self.epoch[i]
+                rows = tuple(f"x:{i}.{k}" for k in range(len(items)))
+                batches.append(MicroBatch(Items(mx.array(items)), 2 * max(1, len(items)), len(items), rows))
+            yield Step(batches, {"w": float(sum(b.trained_tokens for b in batches))}, chosen.stop == len(self.epoch))
 
-    def loss(self, model: Number, batch: Batch) -> LossSum:
-        t = batch.arrays["t"]
-        return LossSum((model.w * t).sum(), mx.array(float(t.size)), {"item": t.sum()})
+    def loss(self, model: Number, data: Items) -> Terms:
+        return Terms({"w": (model.w * data.t).sum()}, {"item": data.t.sum()})
 
-    def valid_batches(self, model: nn.Module) -> Iterator[Batch]:
+    def valid_steps(self, model: nn.Module) -> Iterator[Step]:
         if self.valid:
             # The loss is w t / 1: choose t so that it is what the test asks for.
-            yield Batch({"t": mx.array([self.valid.pop(0)]) / model.w}, 1, 1, ())
+            yield Step([MicroBatch(Items(mx.array([self.valid.pop(0)]) / model.w), 1, 1)], {"w": 1.0})
 
-    def prepare(self, model: nn.Module, base: str = "") -> None:
-        pass
-
-    def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        return dict(means)
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
-    def steps_per_epoch(self, accumulate: int, epoch: int = 0) -> int:
-        return -(-sum(bool(b) for b in self.epoch) // accumulate)
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        return -(-sum(bool(b) for b in self.epoch) // self.accumulate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"pulled": self.pulled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pulled = state["pulled"]
-
-    def fingerprint(self) -> str:
-        return "x"
-
-    def summary(self) -> Summary:
-        return Summary({})
-
-    def previews(self, n: int) -> list[Any]:
-        return []
 
 
 class Bench:
@@ -107,6 +100,7 @@ class Bench:
             lambda p: None,
         )
         optimizer = Optimizer(config.optim, self.model)
+        objective.accumulate = accumulate
         self.loop = Loop(self.model, objective, optimizer, config, steps, progress or Progress(), hooks)
 
     def of(self, kind: str, key: str) -> list[Any]:
@@ -133,6 +127,28 @@ def test_a_step_divides_once_by_the_whole_weight():
     assert (bench.of("train", "tokens"), bench.of("train", "trained_tokens")) == ([6], [3])
 
 
+@dataclass
+class TwoTerms(Pull):
+    """Each item counts twice: as w t, over all items, and as w t^2 over all micro-batches."""
+
+    def steps(self, model: nn.Module) -> Iterator[Step]:
+        for step in super().steps(model):
+            yield replace(step, per={**step.per, "square": float(len(step.micro_batches))})
+
+    def loss(self, model: Number, data: Items) -> Terms:
+        squares = data.t.square().sum()
+        return Terms({"w": (model.w * data.t).sum(), "square": model.w * squares}, {"item": data.t.sum()})
+
+
+def test_each_term_has_a_denominator_of_its_own():
+    """Items 1, 2 and 6 in micro-batches of 2 and 1: 9 / 3 of the first term and 41 / 2 of the second."""
+    bench = Bench(TwoTerms([[1.0, 2.0], [6.0]]), steps=1, accumulate=2)
+    bench.loop.run()
+    assert bench.model.w.item() == pytest.approx(1 - (3 + 20.5))
+    assert bench.of("train", "loss") == [pytest.approx(3 + 20.5)]
+    assert bench.of("train", "item") == [pytest.approx(3.0)]
+
+
 def test_a_step_ends_with_its_epoch():
     """3 batches, accumulate 2: steps are (1, 2), (4), (1, 2), (4); nothing is dropped and none reaches over."""
     bench = Bench(Pull([[1.0], [2.0], [4.0]]), steps=4, accumulate=2)
@@ -142,7 +158,7 @@ def test_a_step_ends_with_its_epoch():
 
 
 def test_the_loop_never_takes_a_batch_too_early():
-    """On-policy objectives roll out in `batches`: a batch pulled ahead would come from older weights."""
+    """On-policy objectives roll out in `steps`: a step pulled ahead would come from older weights."""
     objective = Pull([[1.0]] * 5)
     seen = []
     bench = Bench(objective, steps=3)

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from rich.console import Console
+from stepping import first_step, sums_of
 
 import mlxft
 from mlxft.build import base_skeleton, load_base, make_objective, prepare
 from mlxft.config import parse_config
 from mlxft.errors import ConfigError, TrainingError
 from mlxft.model.load import base_fingerprint
-from mlxft.objectives.base import Batch, LossSum
+from mlxft.objectives.base import Step, Terms
+from mlxft.objectives.functional import LossSum
 from mlxft.objectives.grpo import RLOOSettings
 from mlxft.objectives.rollouts import residents
 
@@ -167,10 +169,10 @@ def test_kl_in_the_advantages_is_that_of_whole_completions(words: Words, on_poli
         settings = on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, {"kl_coef": 0.5, **own}, **changes)
         objective, model = made(settings)
         moved(model)  # away from the reference, before it samples
-        batches = parts_of(objective, model)
-        assert batches[0].event is not None
-        assert batches[0].event["kl"] > 0.01
-        sums, grads = sums_of(objective, model, batches)
+        step = first_step(objective, model)
+        assert step.event is not None
+        assert step.event["kl"] > 0.01
+        sums, grads = summed(objective, model, step)
         slopes.append({n: g / float(sums.weight) for n, g in grads.items()})
     for name, slope in slopes[0].items():
         np.testing.assert_allclose(6 * slopes[1][name], slope, rtol=1e-3, atol=1e-6, err_msg=name)
@@ -181,26 +183,10 @@ def test_kl_in_the_advantages_is_that_of_whole_completions(words: Words, on_poli
 # The loss.
 
 
-def parts_of(objective: Any, model: nn.Module) -> list[Batch]:
-    """The micro-batches of the next step, with ratios that are not 1."""
-    found = []
-    for batch in objective.batches(model):
-        found.append(batch)
-        if batch.ends_step:
-            return found
-    raise AssertionError("no step ends")
-
-
-def sums_of(objective: Any, model: nn.Module, batches: list[Batch]) -> tuple[LossSum, dict[str, np.ndarray]]:
-    """LossSum and gradients, added up."""
-    total, grads = None, {}
-    for batch in batches:
-        found, more = nn.value_and_grad(model, lambda b: objective.loss(model, b))(batch)
-        total = found if total is None else total.plus(found)
-        for name, grad in tree_flatten(more):
-            grads[name] = grads.get(name, 0) + np.array(grad, dtype=np.float64)
-    assert total is not None
-    return total, grads
+def summed(objective: Any, model: nn.Module, step: Step) -> tuple[LossSum, dict[str, np.ndarray]]:
+    """The step's sums, and the gradient of their total."""
+    sums, grads = nn.value_and_grad(model, lambda: sums_of(objective, model, step))()
+    return sums, {name: np.array(grad, dtype=np.float64) for name, grad in tree_flatten(grads)}
 
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -225,15 +211,15 @@ def test_micro_batches_and_padding_change_nothing(
     for rows in (1, 3, 64):
         changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": rows}
         objective, model = made(on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, own, **changes))
-        batches = parts_of(objective, model)
-        assert len({len(b.arrays["labels"]) for b in batches}) > 1 or rows > 1, "lengths differ"
-        event = batches[0].event
+        step = first_step(objective, model)
+        assert len({len(b.data.labels) for b in step.micro_batches}) > 1 or rows > 1, "lengths differ"
+        event = step.event
         assert event is not None
         moved(model)
-        sums, grads = sums_of(objective, model, batches)
+        sums, grads = summed(objective, model, step)
         numbers = {k: float(v) / (1 if k.endswith("_max") else float(sums.weight)) for k, v in sums.metrics.items()}
         about = {k: event[k] for k in ("kl", "entropy", "reward", "response_tokens")}
-        seen.append((about | numbers | {"loss": float(sums.mean())}, grads, float(sums.weight)))
+        seen.append((about | numbers | {"loss": float(sums.total / sums.weight)}, grads, float(sums.weight)))
     (first, slopes, weight), *others = seen
     assert first["ratio_mean"] != 1
     assert max(np.abs(g).max() for g in slopes.values()) > 0
@@ -263,19 +249,22 @@ def plainly(own: dict[str, Any], most: int, rows: list[dict[str, Any]]) -> float
 def test_grpo_is_what_the_papers_write(words: Words, on_policy: OnPolicy, name: str, own: dict[str, Any]) -> None:
     changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": 5}
     objective, model = made(on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, own, **changes))
-    batches = parts_of(objective, model)
+    step = first_step(objective, model)
     moved(model)
-    sums, _ = sums_of(objective, model, batches)
+    sums = sums_of(objective, model, step)
     rows: list[dict[str, Any]] = []
-    for batch in batches:
-        a = batch.arrays
+    for batch in step.micro_batches:
+        a = batch.data
         new = np.array(objective.logprobs(a), dtype=np.float64)
-        ends = np.cumsum(np.array(a["lengths"]).astype(int))[:-1]
-        split = [np.split(x, ends) for x in (new, np.array(a["old_logprobs"]), np.array(a.get("ref_logprobs", new)))]
-        gains = np.split(np.array(a["advantages"]), ends)
+        ends = np.cumsum(np.array(a.lengths).astype(int))[:-1]
+        split = [
+            np.split(x, ends)
+            for x in (new, np.array(a.old_logprobs), new if a.ref_logprobs is None else np.array(a.ref_logprobs))
+        ]
+        gains = np.split(np.array(a.advantages), ends)
         rows += [dict(zip(("new", "old", "ref", "gain"), row)) for row in zip(*split, gains)]
     assert len(rows) == 16
-    assert float(sums.mean()) == pytest.approx(plainly(own, 6, rows), rel=1e-4)
+    assert float(sums.total / sums.weight) == pytest.approx(plainly(own, 6, rows), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo-shared", "ppo-separate"])
@@ -286,15 +275,15 @@ def test_log_probabilities_are_of_what_is_sampled_from(words: Words, on_policy: 
     changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True}
     settings = on_policy(kind, words(32, eos=True, pad=True), LENGTHS, own, **changes)
     objective, model = made(settings)
-    batches = parts_of(objective, model)
-    event = batches[0].event
+    step = first_step(objective, model)
+    event = step.event
     assert event is not None
     assert event["entropy"] == pytest.approx(np.log(31), abs=1e-5)
-    for batch in batches:
-        if "ratio_mean" in (sums := objective.loss(model, batch)).metrics:
-            assert float(sums.metrics["ratio_mean"] / sums.weight) == 1
-            np.testing.assert_allclose(np.array(batch.arrays["old_logprobs"]), -np.log(31), atol=1e-5)
-            assert 0 not in np.array(batch.arrays["labels"])
+    sums = sums_of(objective, model, step)
+    assert float(sums.metrics["ratio_mean"] / sums.weight) == 1
+    for batch in step.micro_batches:
+        np.testing.assert_allclose(np.array(batch.data.old_logprobs), -np.log(31), atol=1e-5)
+        assert 0 not in np.array(batch.data.labels)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -430,13 +419,13 @@ def test_passes_end_by_a_kl_that_is_never_below_zero_and_the_mean_of_the_pass(
     """
     own = {"target_kl": 0.1, "epochs": 4, "minibatches": 2}
     objective, model = made(on_policy("grpo", words(2), ARM, own))
-    batches, rollouts = objective.batches(model), []
+    steps, rollouts = objective.steps(model), []
     for weight, k1, k3 in [(10, -3, 4), (30, -3, 1), (10, -1, 1), (30, -9, 9), (10, 9, 0)]:
-        batch = next(batches)
+        step = next(steps)
         rollouts.append(objective.state_dict()["rollout"])
         metrics = {"approx_kl": mx.array(float(k1)), "approx_kl_k3": mx.array(float(k3))}
-        objective.stepped(LossSum(mx.array(0.0), mx.array(float(weight)), metrics))
-        assert batch.ends_step
+        assert step.after is not None
+        step.after(Terms({}, metrics), {"policy": float(weight)})
         objective.load_state_dict(objective.state_dict())
     assert rollouts == [0, 0, 0, 0, 1]
 

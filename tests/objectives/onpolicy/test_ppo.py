@@ -156,11 +156,12 @@ def test_a_rollout_in_numpy(words: Words, on_policy: OnPolicy, estimator: str) -
     losses = np.where(white < 0, np.minimum(losses, -white * 1.05), losses) - 0.2 * spread
     near = np.clip(values_after, values - 0.01, values + 0.01)
     value_losses = 0.5 * np.maximum((values_after - raw - values) ** 2, (near - raw - values) ** 2)
-    every = objective.micro(rollout, list(range(len(rollout))))
-    found = [objective.loss(model, batch) for batch in every]
-    assert [float(part.weight) for part in found] == [len(old), 0], "tokens count once"
-    assert float(found[0].total) == pytest.approx(losses.sum(), rel=1e-3)
-    assert float(found[1].total) == pytest.approx(0.5 * value_losses.sum(), rel=1e-3)
+    every = objective.make(rollout, list(range(len(rollout))))
+    found = [objective.loss(model, batch.data) for batch in every]
+    assert objective.per(rollout, range(len(rollout))) == {"policy": len(old), "value": len(old)}
+    assert [batch.trained_tokens for batch in every] == [len(old), 0], "tokens count once"
+    assert float(found[0].losses["policy"]) == pytest.approx(losses.sum(), rel=1e-3)
+    assert float(found[1].losses["value"]) == pytest.approx(0.5 * value_losses.sum(), rel=1e-3)
     metrics = {name: float(value) for part in found for name, value in part.metrics.items()}
     assert all(0 < metrics[f"{name}clip_fraction"] < len(old) for name in ("", "dual_", "value_"))
     assert metrics["ratio_mean"] == pytest.approx(ratio.sum(), rel=1e-4)

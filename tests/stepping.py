@@ -1,0 +1,29 @@
+"""Steps of an objective, taken one by one as the loop takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlxft.objectives.base import MicroBatch, Step
+from mlxft.objectives.functional import LossSum
+
+
+def first_step(objective: Any, model: Any) -> Step:
+    """The next step that has anything to train."""
+    return next(step for step in objective.steps(model) if step.micro_batches)
+
+
+def first_batch(objective: Any, model: Any) -> MicroBatch:
+    return first_step(objective, model).micro_batches[0]
+
+
+def sums_of(objective: Any, model: Any, step: Step, only: int | None = None) -> LossSum:
+    """The sums of a step's micro-batches, or of one of them; `weight` is the first term's denominator."""
+    batches = step.micro_batches if only is None else [step.micro_batches[only]]
+    terms = objective.loss(model, batches[0].data)
+    for batch in batches[1:]:
+        terms = terms.plus(objective.loss(model, batch.data))
+    values = list(terms.losses.values())
+    return LossSum(sum(values[1:], values[0]), mx.array(float(next(iter(step.per.values())))), terms.metrics)
