@@ -28,6 +28,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from mlxft.build import load_base, make_objective, prepare
     from mlxft.model.cpu import quicker
     from mlxft.model.layers import checkpoint_layers
+    from mlxft.objectives.base import arrays_of
     from mlxft.run import as_config
 
     recipe = {
@@ -39,15 +40,15 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     prepare(configs[0], loaded)
     model = loaded.model
     objectives = [make_objective(config, loaded.tokenizer) for config in configs]
-    batches = [next(objective.batches(model)) for objective in objectives]
+    batches = [next(objective.steps(model)).micro_batches[0] for objective in objectives]
     checkpoint_layers(model, job["checkpoint"])
     model.train()
-    mx.eval(model.parameters(), [b.arrays for b in batches])
+    mx.eval(model.parameters(), [arrays_of(b.data) for b in batches])
 
     def step(which: int) -> tuple[float, int]:
         def loss(params: Any) -> Any:
             model.update(params)
-            return objectives[which].loss(model, batches[which])
+            return objectives[which].loss(model, batches[which].data).losses["nll"]
 
         params = model.trainable_parameters()
         mx.clear_cache()

@@ -55,7 +55,6 @@ def ours(job: dict[str, Any]) -> None:
     from mlxft.model.cpu import quicker
     from mlxft.model.layers import checkpoint_layers
     from mlxft.model.logits import Split, rows_nll
-    from mlxft.objectives.base import LossSum
     from mlxft.trainer.optim import Optimizer
 
     model = build(job)
@@ -71,9 +70,9 @@ def ours(job: dict[str, Any]) -> None:
     mx.eval(model.parameters(), ids, positions, labels, weights)
     mx.reset_peak_memory()
 
-    def loss(params: Any) -> LossSum:
+    def loss(params: Any) -> mx.array:
         model.update(params)
-        return LossSum(rows_nll(split, ids, positions, labels, weights, grad=True), weights.sum(), {})
+        return rows_nll(split, ids, positions, labels, weights, grad=True)
 
     for _ in range(2):
         params = model.trainable_parameters()
@@ -82,7 +81,7 @@ def ours(job: dict[str, Any]) -> None:
         model.update(params)
         del params
         mx.async_eval(sums, grads)  # type: ignore[no-untyped-call]
-        mx.eval(optimizer.step(model, grads, sums.weight, 1e-4))
+        mx.eval(optimizer.step(model, grads, weights.sum(), 1e-4))
         mx.eval(model.trainable_parameters(), optimizer.arrays())
         del grads
 

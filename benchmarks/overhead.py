@@ -82,7 +82,7 @@ class Bare(Side):
         from mlx.optimizers import AdamW
 
         super().__init__(config)
-        self.batches = self.objective.batches(self.model)
+        self.steps = self.objective.steps(self.model)
         self.optimizer = AdamW(config.optim.lr, bias_correction=True)
         self.optimizer.init(self.model.trainable_parameters())
 
@@ -93,24 +93,26 @@ class Bare(Side):
         from mlx.utils import tree_map
 
         from mlxft.model.cpu import quicker
+        from mlxft.objectives.base import arrays_of
 
         self.model.train()
         spent = 0.0
-        for batch in islice(self.batches, steps):
+        for step in islice(self.steps, steps):
+            (batch,) = step.micro_batches
 
             def loss(params: Any, batch: Any = batch) -> Any:
                 self.model.update(params)
-                return self.objective.loss(self.model, batch)
+                return self.objective.loss(self.model, batch.data).losses["nll"]
 
             params = self.model.trainable_parameters()
             with quicker(self.model):
                 sums, grads = mx.value_and_grad(loss)(params)
             self.model.update(params)
-            mx.eval(batch.arrays)
+            mx.eval(arrays_of(batch.data))
             began = time.perf_counter()
             mx.eval(sums, grads)
             spent += time.perf_counter() - began
-            grads = tree_map(lambda g, w=sums.weight: g / w, grads)
+            grads = tree_map(lambda g, w=batch.trained_tokens: g / w, grads)
             clipped, norm = clip_grad_norm(grads, self.config.optim.clip or 1.0)
             self.optimizer.update(self.model, clipped)
             began = time.perf_counter()

@@ -90,13 +90,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     from rich.console import Console
 
     import mlxft
-    from mlxft.build import base_skeleton, batch_shapes, make_objective, plan_batches
+    from mlxft.build import base_skeleton, make_objective, plan_batches
     from mlxft.model import layers
     from mlxft.model.load import load_tokenizer
     from mlxft.run import as_config
 
     config = as_config(recipe(job))
-    shapes = batch_shapes(make_objective(config, load_tokenizer(job["model"])))
+    shapes = make_objective(config, load_tokenizer(job["model"])).shapes()
     began = time.perf_counter()
     plan, rows, width = plan_batches(config, base_skeleton(config), shapes)
     seconds = time.perf_counter() - began

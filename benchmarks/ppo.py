@@ -82,14 +82,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Predict, then train."""
     from rich.console import Console
 
-    from mlxft.build import around_of, base_skeleton, batch_shapes, make_objective, plan_batches
+    from mlxft.build import base_skeleton, make_objective, plan_batches
     from mlxft.model.load import load_tokenizer
     from mlxft.run import as_config
 
     config = as_config(recipe(job, job["objective"]))
     objective = make_objective(config, load_tokenizer(config.model.path))
     model = base_skeleton(config)
-    plan, rows, width = plan_batches(config, model, batch_shapes(objective), around_of(config, model, objective))
+    plan, rows, width = plan_batches(config, model, objective.shapes(), objective.beside(model))
     run = mlxft.train(config, overwrite=True, console=Console(quiet=True))
     train, rollouts = run.metrics("train"), run.metrics("rollout")
     sampling, scoring = (sum(e[name] for e in rollouts) for name in ("sampling_s", "scoring_s"))

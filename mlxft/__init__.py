@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "answer_of", "load", "train"]
+# The Python API: name -> where it stands. Each is imported when first used, so that `import mlxft` stays fast.
+_PLACES = {
+    "Config": "config",
+    "MicroBatch": "objectives.base",
+    "Objective": "objectives.base",
+    "Run": "runs",
+    "Settings": "config",
+    "Shape": "model.memory",
+    "Step": "objectives.base",
+    "Summary": "objectives.base",
+    "Terms": "objectives.base",
+    "answer_of": "data.chat",
+    "errors": "",
+    "functional": "objectives",
+    "load": "runs:load_run",
+    "load_encoded": "data.dataset",
+    "open_run": "runs",
+    "read_rows": "data.sources",
+    "train": "run",
+}
+__all__ = [
+    "Config",
+    "MicroBatch",
+    "Objective",
+    "Run",
+    "Settings",
+    "Shape",
+    "Step",
+    "Summary",
+    "Terms",
+    "__version__",
+    "answer_of",
+    "errors",
+    "functional",
+    "load",
+    "load_encoded",
+    "open_run",
+    "read_rows",
+    "train",
+]
 
 if TYPE_CHECKING:
+    from mlxft import errors
+    from mlxft.config import Config, Settings
     from mlxft.data.chat import answer_of
+    from mlxft.data.dataset import load_encoded
+    from mlxft.data.sources import read_rows
+    from mlxft.model.memory import Shape
+    from mlxft.objectives import functional
+    from mlxft.objectives.base import MicroBatch, Objective, Step, Summary, Terms
     from mlxft.run import train
-    from mlxft.runs import Run
+    from mlxft.runs import Run, open_run
     from mlxft.runs import load_run as load
 
 
@@ -38,21 +85,14 @@ elif sys.platform == "linux":
 
 
 def __getattr__(name: str) -> Any:
-    """The Python API, imported when first used: `import mlxft` stays fast."""
-    if name == "Run":
-        from mlxft.runs import Run
+    """Import a name of the Python API."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mlxft' has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    if name in ("errors", "functional"):
+        return importlib.import_module(".".join(filter(None, ["mlxft", module, name])))
+    return getattr(importlib.import_module(f"mlxft.{module}"), attribute or name)
 
-        return Run
-    if name == "load":
-        from mlxft.runs import load_run
 
-        return load_run
-    if name == "train":
-        from mlxft.run import train
-
-        return train
-    if name == "answer_of":
-        from mlxft.data.chat import answer_of
-
-        return answer_of
-    raise AttributeError(f"module 'mlxft' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.config import Data
+from mlxft.config import Config, Data
 from mlxft.data import chat as chat_module
 from mlxft.data.chat import (
     Chat,
@@ -1253,3 +1253,34 @@ def load_splits(
         return Splits(train, valid, notes)
     shots = choose(labels, len(train), data.shots, seed, setting)
     return Splits([train[i] for i in shots.rows], valid, [*notes, shots.note])
+
+
+class EncodedSplits(NamedTuple):
+    """A recipe's training and validation rows as token ids, what there is to say of them, and a hash of them."""
+
+    train: Dataset
+    valid: Dataset | None
+    notes: list[str]
+    fingerprint: str
+
+
+def load_encoded(config: Config, tokenizer: Any) -> EncodedSplits:
+    """Load and encode the rows that a recipe names.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
+    data = config.data
+    options: dict[str, Any] = {
+        "train_on": data.train_on or "assistant",
+        "max_length": data.max_length,
+        "overflow": data.overflow,
+        "chat": data.template == "auto",
+        "cache": data.cache,
+    }
+    train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer)
+    first = build(train, tokenizer, **options)
+    with of_valid():
+        second = build(valid, tokenizer, **options) if valid else None
+    notes += chat_notes(tokenizer, first.ends, train if data.template == "auto" else ())
+    return EncodedSplits(first, second, notes, fingerprint(train, valid))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.batching import IntArray, Slot, pack_epoch, pack_width, padding_share
-from mlxft.data.dataset import Dataset, Encoded, build, chat_notes, fingerprint, load_splits, of_valid
+from mlxft.data.dataset import Dataset, Encoded, load_encoded
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape
@@ -46,22 +46,11 @@ class SFT(OffPolicy):
     traceable = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        data = config.data
-        if data.format not in FORMATS:
-            raise ConfigError(f"data.format: {data.format} is not for objective sft; choose {', '.join(FORMATS)}")
-        options: dict[str, Any] = {
-            "train_on": data.train_on or "assistant",
-            "max_length": data.max_length,
-            "overflow": data.overflow,
-            "chat": data.template == "auto",
-            "cache": data.cache,
-        }
-        train, valid, self._notes = load_splits(data, config.run.seed, tokenizer=tokenizer)
-        self._data = fingerprint(train, valid)
-        self.train = build(train, tokenizer, **options)
-        with of_valid():
-            self.valid: Dataset | None = build(valid, tokenizer, **options) if valid else None
-        self._notes += chat_notes(tokenizer, self.train.ends, train if data.template == "auto" else ())
+        if config.data.format not in FORMATS:
+            raise ConfigError(
+                f"data.format: {config.data.format} is not for objective sft; choose {', '.join(FORMATS)}"
+            )
+        self.train, self.valid, self._notes, self._data = load_encoded(config, tokenizer)
         super().__init__(config, tokenizer, _lengths(self.train))
         self._notes += beyond_context(config, self._lengths.tolist())
         if self.valid is not None:

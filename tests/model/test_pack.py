@@ -16,7 +16,7 @@ from mlxft.errors import ModelError
 from mlxft.model.adapters import prepare_full
 from mlxft.model.layers import checkpoint_layers
 from mlxft.model.logits import PackCache, Packing, Split, rows_nll
-from mlxft.objectives.sft import make_batch, pack_batch
+from mlxft.objectives.sft import SFTBatch, make_batch, pack_batch
 
 STATE = {"falcon_h1": "CacheList", "mamba": "ArraysCache", "mamba2": "ArraysCache", "rwkv7": "ArraysCache"}
 # Learned positions; and one whose second pass over the layers masks by itself.
@@ -45,13 +45,17 @@ def sequences() -> list[list[Encoded]]:
     return [[row(n) for n in lengths] for lengths in LENGTHS]
 
 
+def nll(split: Split, data: SFTBatch) -> mx.array:
+    return rows_nll(split, data.ids, data.positions, data.labels, data.weights, grad=True, segments=data.segments)
+
+
 def alone(model: nn.Module) -> tuple[float, dict[str, mx.array]]:
     """Sums over the rows, each in a batch of its own."""
     split, total = Split(model), 0.0
     slopes: dict[str, mx.array] = {}
     for row in (row for sequence in sequences() for row in sequence):
-        arrays = make_batch([row], len(row.ids)).arrays
-        value, more = value_and_gradient(model, lambda a=arrays: rows_nll(split, **a, grad=True))
+        data = make_batch([row], len(row.ids)).data
+        value, more = value_and_gradient(model, lambda d=data: nll(split, d))
         total += value
         slopes = {n: slopes[n] + g if n in slopes else g for n, g in more.items()}
     return total, slopes
@@ -59,9 +63,9 @@ def alone(model: nn.Module) -> tuple[float, dict[str, mx.array]]:
 
 def packed(model: nn.Module) -> tuple[float, dict[str, mx.array]]:
     """The same rows in two sequences."""
-    arrays, split = pack_batch(sequences(), WIDTH).arrays, Split(model)
-    assert arrays["ids"].shape == (2, WIDTH)
-    return value_and_gradient(model, lambda: rows_nll(split, **arrays, grad=True))
+    data, split = pack_batch(sequences(), WIDTH).data, Split(model)
+    assert data.ids.shape == (2, WIDTH)
+    return value_and_gradient(model, lambda: nll(split, data))
 
 
 def assert_same(model: nn.Module) -> None:
@@ -206,15 +210,15 @@ def test_mask_of_one_row_is_mlx_lms() -> None:
 
 def test_the_batch() -> None:
     rows = [row for sequence in sequences() for row in sequence]
-    batch = pack_batch(sequences(), WIDTH, ends_epoch=True)
-    a = batch.arrays
-    assert a["segments"].tolist()[0] == [1] * 20 + [2] * 9 + [0] * 3
-    ids = np.array(a["ids"]).reshape(-1)
-    assert (batch.tokens, batch.ends_epoch) == (56, True)
-    assert batch.trained_tokens == len(a["labels"]) == sum(int(row.trained.sum()) for row in rows)
+    batch = pack_batch(sequences(), WIDTH)
+    a = batch.data
+    assert a.segments.tolist()[0] == [1] * 20 + [2] * 9 + [0] * 3
+    ids = np.array(a.ids).reshape(-1)
+    assert batch.tokens == 56
+    assert batch.trained_tokens == len(a.labels) == sum(int(row.trained.sum()) for row in rows)
     # Each label stands right behind its position, in the same row.
-    assert ids[np.array(a["positions"]) + 1].tolist() == a["labels"].tolist()
-    numbers = np.array(a["segments"]).reshape(-1)
-    assert (numbers[np.array(a["positions"]) + 1] == numbers[np.array(a["positions"])]).all()
-    assert a["labels"].tolist() == [int(t) for row in rows for t in row.ids[row.trained]]
-    assert "segments" not in make_batch(rows, 20).arrays
+    assert ids[np.array(a.positions) + 1].tolist() == a.labels.tolist()
+    numbers = np.array(a.segments).reshape(-1)
+    assert (numbers[np.array(a.positions) + 1] == numbers[np.array(a.positions)]).all()
+    assert a.labels.tolist() == [int(t) for row in rows for t in row.ids[row.trained]]
+    assert make_batch(rows, 20).data.segments is None
