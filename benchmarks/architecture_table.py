@@ -68,7 +68,7 @@ def check(name: str, folder: Path) -> dict[str, str]:
         nonlocal model
         loaded = load(str(folder / "base"), dtype="float32")
         model = loaded.model
-        run = train(recipe, base=loaded, console=make_console(file=io.StringIO()))
+        run = train(recipe, model=loaded, console=make_console(file=io.StringIO()))
         losses = [event["loss"] for event in run.metrics("train")]
         model.eval()
         return "" if len(losses) == 2 else f"losses {losses}"

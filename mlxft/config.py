@@ -623,9 +623,30 @@ def objective_class(name: str) -> Any:
         )
     if name not in _trusted:
         raise ConfigError(f"objective: {name} is Python that a run folder names, and is not run")
-    if name not in _foreign:
+    if name not in _foreign or name.startswith("python:"):
         _foreign[name] = _import_objective(name)
     return _foreign[name]
+
+
+_handed: dict[str, Any] = {}  # what a program has handed over in place of a path, by the name that stands for it
+
+
+def hand_over(name: str, value: Any) -> str:
+    """Keep an object that a program gives in place of a path. Returns what stands for it in the recipe."""
+    spec = f"python:{name}"
+    _handed[spec] = value
+    return spec
+
+
+def handed_over(setting: str, spec: str) -> Any:
+    """Return the object that `spec` stands for.
+
+    Raises:
+        ConfigError: it is not in this process.
+    """
+    if spec not in _handed:
+        raise ConfigError(f"{setting}: {spec} was an object of a Python program; give it to mlxft.train again")
+    return _handed[spec]
 
 
 _trusted: set[str] = set()  # import paths that the user's own recipe or command has named
@@ -634,6 +655,8 @@ _foreign: dict[str, Any] = {}
 
 def _import_objective(name: str) -> Any:
     path, _, attribute = name.rpartition(":")
+    if path == "python":
+        return _checked_objective(name, handed_over("objective", name))
     if path.endswith(".py"):
         module = run_file("objective", name, home_path(path))
     else:
@@ -644,7 +667,12 @@ def _import_objective(name: str) -> Any:
             raise ConfigError(f"objective: {name}: {path} cannot be imported: {error_of(error)}") from error
         finally:
             sys.path.pop()
-    found = named_in("objective", name, module, attribute, "class; expected a subclass of mlxft.Objective")
+    expected = "class; expected a subclass of mlxft.Objective"
+    return _checked_objective(name, named_in("objective", name, module, attribute, expected))
+
+
+def _checked_objective(name: str, found: Any) -> Any:
+    attribute = name.rpartition(":")[2]
     base = importlib.import_module("mlxft.objectives.base").Objective
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"objective: {name}: {attribute} is not a subclass of mlxft.Objective")
@@ -1038,8 +1066,8 @@ def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str
                 at.pop(other.rpartition(".")[2], None)
 
 
-def _override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Apply all overrides. Returns what is wrong with some."""
+def override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Apply all KEY=VALUE overrides. Returns what is wrong with some."""
     problems = []
     chosen = {text.partition("=")[0] for text in overrides}
     for text in overrides:
@@ -1209,7 +1237,7 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     if of_run and isinstance(model, dict):
         model.pop("trust_remote_code", None)
     named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
-    problems = _override_all(raw, overrides)
+    problems = override_all(raw, overrides)
     if of_run and not looked_at and is_foreign(str(raw.get("objective"))) and not _chooses(overrides, "objective"):
         given = shlex.quote(override("objective", raw["objective"]))
         problems.append(f"objective: {_NAMES_PYTHON}{given}{_OR_RECIPE}")
@@ -1220,20 +1248,30 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     return problems
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, of_run: bool = False, looked_at: bool = False) -> Config:
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    of_run: bool = False,
+    looked_at: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> Config:
     """Read a recipe and apply `KEY=VALUE` overrides.
 
     Args:
         of_run: the file is a run folder's, which may be someone else's: it decides neither that a model's code is
             trusted nor which Python gives rewards; overrides do. What a run wrote is known by its `versions`, too.
         looked_at: so, and nothing is trained by it: the rewards that it names are not asked for.
+        given: key -> value of what a program sets, objects that it hands over among them.
     Raises:
         ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
     """
     raw = _read_mapping(path)
+    for key, value in (given or {}).items():
+        put(raw, key, value, set(given or ()), key)
     theirs = of_run or looked_at or "versions" in raw
     problems = _settle(raw, overrides, theirs, looked_at)
-    opened = theirs and not _chooses(overrides, "objective")
+    opened = theirs and not _chooses(overrides, "objective") and "objective" not in (given or {})
     try:
         config = parse_config(raw, str(path), path.stem.lstrip("."), opened)
     except ConfigError as e:

@@ -131,3 +131,17 @@ def _half(text: str, at: int) -> str:
         f"half of a character (U+{ord(text[at]):04X} at {at}); the text was cut within an emoji or the like: write the "
         "whole character, or U+FFFD in its place"
     )
+
+
+_flags = False  # whether messages name command-line options
+
+
+def speak_flags(on: bool) -> None:
+    """Let messages name options as the command line has them, in place of Python's arguments."""
+    global _flags
+    _flags = on
+
+
+def switch(name: str) -> str:
+    """Return how a switch is given: `--overwrite` on the command line, `overwrite=True` in Python."""
+    return f"--{name}" if _flags else f"{name.replace('-', '_')}=True"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlxft.errors import CheckpointError, ConfigError
+from mlxft.errors import CheckpointError, ConfigError, switch
 from mlxft.text import parse_json, read_file
 
 # --- temporary --------------------------------------------------------------------------------------------------------
@@ -467,7 +467,9 @@ def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
             raise ConfigError(f"{option}: can not write to {path}")
         return
     if os.path.lexists(path) and not overwrite:
-        raise ConfigError(f"{option}: {path} exists already; give another name, or replace it with --overwrite")
+        raise ConfigError(
+            f"{option}: {path} exists already; give another name, or replace it with {switch('overwrite')}"
+        )
     check_writable(path, option)
 
 

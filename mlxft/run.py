@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +25,17 @@ from mlxft.build import (
     settle_by_measure,
     settled,
 )
-from mlxft.config import Config, dump_config, flat, load_config, parse_config
+from mlxft.config import Config, dump_config, flat, hand_over, load_config, override_all, parse_config, put
 from mlxft.data.chat import thinking_of
 from mlxft.data.dataset import encode_prompt
 from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
-from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
 from mlxft.files import Held, hold, save_arrays, write_beside, write_text
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
 from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
-from mlxft.model.layers import checkpoint_layers, is_checkpointed, limits, set_random_state
+from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limits, set_random_state
 from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters
 from mlxft.model.logits import Packing
 from mlxft.model.sampling import Sampling, generate
@@ -48,13 +49,66 @@ from mlxft.trainer.report import Event, EventFile, Reporter, Sink, Stopped, term
 from mlxft.trainer.trackers import check_installed, make_trackers
 
 
-def as_config(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Config:
-    """A Config from a recipe file, a mapping, or itself."""
-    if isinstance(config, Config):
-        return config
+def as_config(
+    config: Config | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return a Config from a recipe file, a mapping, or itself; overrides and what is `given` replace its settings."""
     if isinstance(config, (str, Path)):
-        return load_config(Path(config), overrides)
-    return parse_config(dict(config))
+        return load_config(Path(config), overrides, given=given)
+    if isinstance(config, Config) and not (overrides or given):
+        return config
+    raw = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, Config) else deepcopy(dict(config))
+    problems = override_all(raw, overrides)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    for key, value in (given or {}).items():
+        put(raw, key, value, set(given or ()), key)
+    return parse_config(raw)
+
+
+def _given(
+    rows: Iterable[Mapping[str, Any]] | None,
+    valid_rows: Iterable[Mapping[str, Any]] | None,
+    rewards: Sequence[Callable[..., Any]] | None,
+    objective: str | type[Objective] | None,
+    model: Loaded | None,
+) -> dict[str, Any]:
+    """The settings that stand for objects, which are handed over."""
+    found: dict[str, Any] = {}
+    if rows is not None:
+        found["data.train"] = hand_over("rows", list(rows))
+    if valid_rows is not None:
+        found["data.valid"] = hand_over("valid_rows", list(valid_rows))
+    if rewards is not None:
+        names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
+        unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+        found["rewards.function"] = {hand_over(name, f): 1.0 for name, f in zip(unique, rewards)}
+    if isinstance(objective, str):
+        found["objective"] = objective
+    elif objective is not None:
+        found["objective"] = hand_over(getattr(objective, "__name__", type(objective).__name__), objective)
+    if model is not None:
+        found["model.path"] = model.source
+    return found
+
+
+def _check_given_model(config: Config, loaded: Loaded) -> None:
+    """Refuse a model that is not what the recipe describes, or that has an adapter already."""
+    if any(isinstance(module, LowRank) for module in loaded.model.modules()):
+        raise ConfigError("model: it has an adapter already; load the base, and name the adapter by model.adapter")
+    bits = (loaded.config.get("quantization") or {}).get("bits")
+    if config.model.quantize not in (None, bits):
+        raise ConfigError(f"model.quantize: {config.model.quantize}; the model that was given has {bits or 'all'} bits")
+    wanted = config.model.dtype
+    types = {str(v.dtype).rpartition(".")[2] for _, v in tree_flatten(loaded.model.parameters())} & {
+        "float32",
+        "bfloat16",
+        "float16",
+    }
+    if wanted != "auto" and types and wanted not in types:
+        raise ConfigError(f"model.dtype: {wanted}; the model that was given is of {', '.join(sorted(types))}")
 
 
 class Assembled(NamedTuple):
@@ -166,22 +220,33 @@ def _keep_template(loaded: Loaded, folder: Path) -> None:
 
 def train(
     config: Config | Mapping[str, Any] | str | Path,
-    *,
+    *overrides: str,
+    rows: Iterable[Mapping[str, Any]] | None = None,
+    valid_rows: Iterable[Mapping[str, Any]] | None = None,
+    rewards: Sequence[Callable[..., Any]] | None = None,
+    objective: str | type[Objective] | None = None,
+    model: Loaded | None = None,
     resume: bool = False,
     overwrite: bool = False,
     console: Console | None = None,
-    base: Loaded | None = None,
     sinks: Sequence[Sink] = (),
 ) -> Run:
-    """Train by a recipe.
+    """Train a model as a recipe describes.
+
+    What is given as an object replaces the recipe's setting of that kind. A run that was given objects is resumed with
+    the same ones; rows are compared by what they hold.
 
     Args:
-        config: a Config, a mapping of settings, or a recipe file.
-        resume: go on from the newest checkpoint; without one, start over.
-        overwrite: replace the run folder that exists.
-        console: where to report; default: the terminal.
-        base: what load_base gives for the recipe, where it is at hand; it is trained.
-        sinks: hear every event, too; they end the run by raising Stopped.
+        config: a recipe file, a mapping of settings, or a Config.
+        overrides: KEY=VALUE, as on the command line.
+        rows, valid_rows: rows in the recipe's data.format, in place of data.train and data.valid.
+        rewards: functions called as f(prompts, completions, rows) -> list of floats, in place of rewards.function.
+        objective: a subclass of Objective, or a name.
+        model: what `load` returns for a base, in place of model.path; it is trained.
+        resume: continue from the latest checkpoint; without one, start over.
+        overwrite: replace the run folder if it exists.
+        console: a rich Console to report to; default: the terminal.
+        sinks: objects with event(dict) and close(), which get every event; raising Stopped ends the run.
     Returns:
         The finished run.
     Raises:
@@ -190,7 +255,23 @@ def train(
         TrainingError: the loss is no longer a number, memory has run out, or macOS has ended the GPU's work.
         KeyboardInterrupt: interrupted, after a checkpoint was saved.
     """
-    config = as_config(config)
+    given = _given(rows, valid_rows, rewards, objective, model)
+    found = as_config(config, overrides, given)
+    if model is not None:
+        _check_given_model(found, model)
+    return train_config(found, resume=resume, overwrite=overwrite, console=console, base=model, sinks=sinks)
+
+
+def train_config(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    base: Loaded | None = None,
+    sinks: Sequence[Sink] = (),
+) -> Run:
+    """`train` by settings that are read; `base` is what `load_base` gives for them, where it is at hand."""
     console = console or make_console()
     if config.sweep.space:
         raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
@@ -325,7 +406,7 @@ def _train(
 
 def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError:
     when, saved = f"after step {progress.step}", checkpoint.checkpoints(run.dir / "checkpoints")
-    anew = "another run.name or --overwrite"
+    anew = f"another run.name or {switch('overwrite')}"
     if not saved:
         return gpu_failed(failure, f"{when}; there is no checkpoint yet", f". Then begin anew, with {anew}")
     when += f"; the checkpoint of step {saved[-1].name.removeprefix('step-')} is intact"

@@ -13,17 +13,18 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
-from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, nearest
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, nearest, switch
 from mlxft.files import (
     Held,
     check_replaceable,
@@ -66,7 +67,7 @@ FREE_ON_RESUME = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A run folder."""
 
@@ -100,6 +101,45 @@ class Run:
         lines = read_file(self.dir / "metrics.jsonl").decode().splitlines()
         found = [parse_json(line) for line in lines if line.endswith("}")]
         return [e for e in found if event in (None, e["event"])]
+
+    def _facts(self) -> dict[str, Any]:
+        """What it is, and how far it has come."""
+        config = self.config
+        facts: dict[str, Any] = {"objective": config.objective, "base": config.model.path}
+        trained = self.metrics("train") if (self.dir / "metrics.jsonl").exists() else []
+        if trained:
+            facts |= {"step": trained[-1]["step"], "loss": round(trained[-1]["loss"], 4)}
+            facts["curve"] = [(e["step"], e["loss"]) for e in trained]
+        evals = self.metrics("eval") if trained else []
+        if evals:
+            facts["validation loss"] = round(min(e["loss"] for e in evals), 4)
+        return facts
+
+    def __repr__(self) -> str:
+        facts = {name: value for name, value in self._facts().items() if name != "curve"}
+        return f"Run({str(self.dir)!r}, {', '.join(f'{name}: {value}' for name, value in facts.items())})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, and the curve of the training loss."""
+        facts = self._facts()
+        curve = facts.pop("curve", [])
+        cells = "".join(
+            f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
+        )
+        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{_curve(curve)}"
+
+
+def _curve(points: Sequence[tuple[int, float]], width: int = 360, height: int = 120) -> str:
+    """A line through (step, loss) as SVG, with the first and the last loss."""
+    points = [(x, y) for x, y in points if math.isfinite(y)]
+    if len(points) < 2:
+        return ""
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    across, up = (width - 10) / max(1, points[-1][0] - points[0][0]), (height - 10) / ((high - low) or 1.0)
+    line = " ".join(f"{5 + (x - points[0][0]) * across:.1f},{height - 5 - (y - low) * up:.1f}" for x, y in points)
+    said = f"training loss, step {points[0][0]} to {points[-1][0]}: {points[0][1]:.4g} to {points[-1][1]:.4g}"
+    path = f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+    return f'<svg width="{width}" height="{height}" role="img"><title>{said}</title>{path}</svg><div>{said}</div>'
 
 
 def versions() -> dict[str, str]:
@@ -201,7 +241,7 @@ def open_run(folder: str | Path) -> Run:
 def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
     """Refuse what may not be written to: before anything is loaded, and again before anything is written."""
     if resume and overwrite:
-        raise ConfigError("give --resume or --overwrite, not both")
+        raise ConfigError(f"give {switch('resume')} or {switch('overwrite')}, not both")
     if run.dir.exists() and not run.dir.is_dir():
         raise ConfigError(f"run.name: {run.dir} is a file")
     if not run.dir.exists():
@@ -213,7 +253,8 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
         return
     elif not resume:
         raise ConfigError(
-            f"{run.dir} exists; go on with --resume, replace it with --overwrite, or choose another run.name"
+            f"{run.dir} exists; continue with {switch('resume')}, replace it with {switch('overwrite')}, or choose "
+            "another run.name"
         )
     else:
         _check_resumable(run)

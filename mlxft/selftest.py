@@ -31,7 +31,7 @@ from mlxft.export.fuse import fuse
 from mlxft.model.cpu import cross_entropy, gated_delta
 from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
 from mlxft.model.sampling import Sampling, sample_batch
-from mlxft.run import train
+from mlxft.run import train, train_config
 from mlxft.runs import load_run
 from mlxft.text import json_text, make_console, parse_json
 
@@ -590,7 +590,7 @@ def _made(folder: Path, quantize: int | None) -> Loaded:
 
 
 def _ours(base: Loaded, settings: dict[str, Any]) -> dict[str, Any]:
-    run = train(parse_config(settings), base=base, overwrite=True, console=make_console(file=io.StringIO()))
+    run = train_config(parse_config(settings), base=base, overwrite=True, console=make_console(file=io.StringIO()))
     events = run.metrics("train")
     first, last = events[0], events[-1]
     seconds = last["elapsed_s"] - first["elapsed_s"]

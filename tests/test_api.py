@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import mlx.core as mx
 import pytest
 
 import mlxft
-from mlxft.errors import ConfigError
+from mlxft.errors import CheckpointError, ConfigError
 from mlxft.model.sampling import Sampling, generate
+from mlxft.objectives.grpo import GRPO
 from mlxft.trainer.loop import Loop
 
 ROWS = [
@@ -147,3 +149,78 @@ def test_sample_prompts_need_no_validation_data(settings: dict[str, Any]) -> Non
     settings["run"] |= {"eval_at_start": True, "sample_prompts": ["What is a road?"], "sample_tokens": 3}
     run = mlxft.train(settings)
     assert [e["step"] for e in run.metrics("sample")] == [0, 2, 4]
+
+
+# Objects in place of paths.
+
+
+def test_rows_and_a_loaded_model(settings: dict[str, Any]) -> None:
+    """The run is the one that files make, to the bit; and a resumed one is given them again."""
+    files = mlxft.train(settings)
+    given = {k: v for k, v in settings.items() if k != "model"}
+    given |= {"data": {"format": "messages", "valid": 0.34}, "run": {**settings["run"], "name": "b"}}
+    loaded = mlxft.load(settings["model"]["path"])
+    run = mlxft.train(given, rows=iter(ROWS), model=loaded)
+    one, other = weights(files), weights(run)
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+    with pytest.raises(ConfigError, match=r"exists; continue with resume=True, replace it with overwrite=True"):
+        mlxft.train(given, rows=ROWS, model=mlxft.load(settings["model"]["path"]))
+    resumed = mlxft.train(
+        given, "run.save_every=3", rows=ROWS, model=mlxft.load(settings["model"]["path"]), resume=True
+    )
+    assert resumed.metrics("end")
+    with pytest.raises(CheckpointError, match="data has changed"):
+        mlxft.train(given, rows=ROWS[:4], model=mlxft.load(settings["model"]["path"]), resume=True)
+
+
+def test_a_row_that_is_wrong_is_named_as_it_was_given(settings: dict[str, Any]) -> None:
+    with pytest.raises(mlxft.errors.DataError, match=r"rows\[1\]"):
+        mlxft.train(settings, rows=[ROWS[0], {"messages": []}])
+    with pytest.raises(mlxft.errors.DataError, match=r"rows\[0\]: is .*; expected a mapping of fields"):
+        mlxft.train(settings, rows=["a text"])  # type: ignore[list-item]
+
+
+def test_rewards_and_an_objective(settings: dict[str, Any]) -> None:
+    class Mine(GRPO):
+        """GRPO that says so."""
+
+    def length(prompts: list[str], completions: list[str], rows: list[Any]) -> list[float]:
+        return [float(len(c)) for c in completions]
+
+    changes = {
+        "objective": "grpo",
+        "data": {"format": "prompts", "max_length": 64},
+        "rollout": {"prompts": 2, "samples": 2, "max_tokens": 4},
+        "run": {**settings["run"], "steps": 2, "eval_every": None},
+    }
+    recipe = {**settings, **changes}
+    run = mlxft.train(recipe, rows=[{"prompt": "a"}, {"prompt": "b c"}], rewards=[length, length], overwrite=True)
+    assert {"reward/length_0", "reward/length_1"} <= run.metrics("rollout")[0].keys()
+    run = mlxft.train(recipe, "run.name=c", rows=[{"prompt": "a"}, {"prompt": "b c"}], rewards=[length], objective=Mine)
+    assert run.config.objective == "python:Mine"
+    assert "reward/length" in run.metrics("rollout")[0]
+
+
+def test_a_model_that_does_not_fit_is_refused(settings: dict[str, Any]) -> None:
+    run = mlxft.train(settings)
+    with pytest.raises(ConfigError, match="model: it has an adapter already"):
+        mlxft.train(settings, "run.name=b", model=mlxft.load(run))
+    with pytest.raises(ConfigError, match=r"model\.quantize: 4; the model that was given has all bits"):
+        mlxft.train(settings, "run.name=b", "model.quantize=4", model=mlxft.load(settings["model"]["path"]))
+
+
+def test_a_run_shows_itself(settings: dict[str, Any]) -> None:
+    settings["run"]["report_every"] = 1
+    run = mlxft.train(settings)
+    assert re.fullmatch(
+        r"Run\('.*a', objective: sft, base: .*, step: 4, loss: [\d.]+, validation loss: [\d.]+\)", repr(run)
+    )
+    html = run._repr_html_()
+    assert "<polyline" in html
+    assert "training loss, step 1 to 4" in html
+
+
+def test_every_public_name_is_there() -> None:
+    for name in mlxft.__all__:
+        assert getattr(mlxft, name) is not None, name
+    assert set(mlxft.__all__) <= set(dir(mlxft))

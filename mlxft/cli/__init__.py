@@ -17,7 +17,7 @@ import click
 
 import mlxft
 from mlxft.device import FAILURES, gpu_failure
-from mlxft.errors import ConfigError, MlxftError, shorten
+from mlxft.errors import ConfigError, MlxftError, shorten, speak_flags
 from mlxft.text import echo, guard_messages
 
 # name -> (module, one line of help, shown without importing the module)
@@ -124,6 +124,14 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors as one message, and the exit codes 0, 1, 2 and 130."""
+    speak_flags(True)
+    try:
+        _main()
+    finally:
+        speak_flags(False)
+
+
+def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
             stream.reconfigure(errors="replace")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlxft.config import handed_over
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
 from mlxft.text import home_path, parse_json
 
@@ -65,6 +66,8 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if spec.startswith("hf:"):
         return _some(_read_hub(spec, split), spec)
+    if spec.startswith("python:"):
+        return _some(_handed_rows(spec, split), spec)
     try:
         path = home_path(spec)
         folder = path.is_dir()
@@ -86,6 +89,16 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
     if reader is None:
         raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {_known()}")
     return _some(reader(path), path.name)
+
+
+def _handed_rows(spec: str, split: str) -> Iterator[Row | Problem]:
+    """Rows that a program has handed over."""
+    for i, row in enumerate(handed_over(f"data.{split}", spec)):
+        where = f"{spec.removeprefix('python:')}[{i}]"
+        if isinstance(row, Mapping):
+            yield Row(where, dict(row))
+        else:
+            yield Problem(where, f"is {type_name(row)}; expected a mapping of fields")
 
 
 def find_split(folder: Path, split: str) -> Path | None:

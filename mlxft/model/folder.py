@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from mlxft.data.chat import thinking_of
 from mlxft.data.sources import type_name
-from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError, ModelError, half_character
+from mlxft.errors import CheckpointError, ConfigError, ExportError, MlxftError, ModelError, half_character, switch
 from mlxft.files import check_replaceable, check_writable, claim, clear, is_empty, note, remove
 from mlxft.text import TooDeep, parse_json
 
@@ -385,7 +385,7 @@ def check_destination(dst: Path, overwrite: bool, kind: str = "model") -> None:
     if dst.name in ("", ".."):
         raise ConfigError(f"{str(dst)!r}: give the name of a folder to write")
     if not overwrite and os.path.isdir(dst) and not is_empty(dst):
-        raise ConfigError(f"{dst}: exists already; give another name, or overwrite it (--overwrite)")
+        raise ConfigError(f"{dst}: exists already; give another name, or overwrite it ({switch('overwrite')})")
     check_replaceable(dst, kind)
     check_writable(dst, "OUT")
     if "\udc80" <= max(str(dst.absolute())) <= "\udcff":  # MLX writes under UTF-8 names alone

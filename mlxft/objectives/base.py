@@ -161,6 +161,11 @@ class Objective(ABC):
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
 
+    @classmethod
+    def section(cls) -> str:
+        """Return the name of the objective's own section, which a subclass of it keeps: the first of `sections`."""
+        return next(iter(cls.sections))
+
     @abstractmethod
     def steps(self, model: nn.Module) -> Iterator[Step]:
         """Yield steps without end, from where the state says; the state is past a step once it is yielded.

@@ -222,7 +222,7 @@ class Judged(OffPolicy, Generic[Row]):
         rows = self.valid if valid else self.rows
         weight = math.fsum(rows[i].weight for slot in slots for i in slot.rows)
         micro_batches = [self.make(model, slot.rows, slot.width, point, valid) for slot in slots]
-        return Step(micro_batches, {self.config.objective: weight})
+        return Step(micro_batches, {self.section(): weight})
 
     def valid_steps(self, model: nn.Module) -> Iterator[Step]:
         if not self.valid:

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from mlxft.config import Settings, error_of, load_config, named_in, run_file
+from mlxft.config import Settings, error_of, handed_over, load_config, named_in, run_file
 from mlxft.data.chat import Thoughts, answer_of, keeps_thoughts, wanted_of
 from mlxft.data.dataset import Ids, Reply
 from mlxft.data.formats import Message, tools_of
@@ -560,6 +560,9 @@ def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]
         path, colon, _ = spec.rpartition(":")
         if not (path and colon and name):
             raise ConfigError(f"rewards.function: {spec!r} names no function; expected file.py:name, called as {CALL}")
+        if path == "python":
+            found.append(ScoredFunction(name, spec, weight, handed_over("rewards.function", spec)))
+            continue
         file = home_path(path)
         if file not in modules:
             modules[file] = run_file("rewards.function", spec, file)

@@ -153,13 +153,13 @@ class Method(Settings):
         return self.kl_coef > 0 or self.highest_kl is not None
 
 
-def check_recipe(config: Config, rollout: RolloutSettings, grouped: bool) -> list[str]:
+def check_recipe(config: Config, rollout: RolloutSettings, name: str, grouped: bool) -> list[str]:
     """What is worth a note.
 
     Raises:
         ConfigError: settings that have no meaning for completions of the model's own; all of them in one.
     """
-    data, name = config.data, config.objective
+    data = config.data
     problems = []
     if data.format != "prompts":
         problems.append(f"data.format: {data.format} is not for objective {name}; it is prompts, rows with a prompt")
@@ -593,9 +593,9 @@ class OnPolicy(Objective, Generic[M]):
 
     def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
         super().__init__(config, tokenizer)
-        self.settings = config.section(config.objective, section)
+        self.settings = config.section(self.section(), section)
         self.rollouts = config.section("rollout", RolloutSettings)
-        self.notes = check_recipe(config, self.rollouts, self.grouped)
+        self.notes = check_recipe(config, self.rollouts, self.section(), self.grouped)
         self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
         train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=self.rewards.columns)
         self.notes += said
@@ -809,7 +809,7 @@ class OnPolicy(Objective, Generic[M]):
             event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
         if kl:
             a_token = kl["kl"] / float(rollout.sizes.mean())
-            check_kl(a_token, self.config.objective, self.settings.highest_kl, bool(self.valid))
+            check_kl(a_token, self.section(), self.settings.highest_kl, bool(self.valid))
             self.after_rollout(kl["kl"], len(rollout))
         return rollout, event
 
@@ -1001,7 +1001,7 @@ class OnPolicy(Objective, Generic[M]):
         policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
         whole = config.tune.method == "full"
         # A fresh adapter's reference is the bare base.
-        refers = getattr(config, config.objective).refers
+        refers = getattr(config, cls.section()).refers
         reference = policy if refers and (whole or config.model.adapter is not None) else 0
         reward, role, notes = _reward(config)
         separate = cls.separate_critic(config)

@@ -76,7 +76,7 @@ from mlxft.files import (
 )
 from mlxft.model.load import Loaded, base_fingerprint, twin
 from mlxft.objectives.base import Objective
-from mlxft.run import total_steps, train
+from mlxft.run import total_steps, train_config
 from mlxft.runs import FREE_ON_RESUME
 from mlxft.study import plots
 from mlxft.text import make_console, parse_json
@@ -791,7 +791,7 @@ class _Job:
             if attempts >= ATTEMPTS:
                 raise TrainingError(f"its process ended {attempts} times in the midst of it: out of memory?")
             config = self._recipe(trial.number, params)
-            train(config, console=make_console(file=io.StringIO()), base=self._base(), sinks=[watch])
+            train_config(config, console=make_console(file=io.StringIO()), base=self._base(), sinks=[watch])
             if watch.value is None:
                 raise TrainingError("no validation gave a finite loss")
         except (KeyboardInterrupt, Stopped) as e:

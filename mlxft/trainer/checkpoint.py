@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxft.errors import CheckpointError
+from mlxft.errors import CheckpointError, switch
 from mlxft.files import (
     CHECKPOINT,
     check_room,
@@ -132,7 +132,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
             older = path != found[0]
             say(f"{e}; {'using the one before it' if older else 'there is none before it'}")
     if found:
-        raise CheckpointError(f"{folder}: no checkpoint is whole; start again with --overwrite")
+        raise CheckpointError(f"{folder}: no checkpoint is whole; start again with {switch('overwrite')}")
     return None
 
 

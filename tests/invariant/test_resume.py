@@ -593,7 +593,7 @@ def test_an_early_stop_stays_one(recipe: Recipe, contradiction: dict[str, Any]):
 def test_an_existing_run_is_refused_unless_asked(recipe: Recipe):
     run = train(recipe())
     before = result(run.dir)
-    with pytest.raises(ConfigError, match="exists; go on with --resume, replace it with --overwrite, or choose"):
+    with pytest.raises(ConfigError, match="exists; continue with resume=True, replace it with overwrite=True"):
         train(recipe())
     assert result(run.dir) == before
     with pytest.raises(ConfigError, match="not both"):

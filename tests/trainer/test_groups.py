@@ -64,7 +64,7 @@ def test_a_twin_is_trained_and_the_base_stays(recipe: Callable[..., dict[str, An
     runs = []
     for name, given in (("one", twin(base)), ("two", twin(base)), ("own", None)):
         settings = recipe(**{"run.name": name, "tune.train": ["model.norm"], "tune.dropout": 0.2})
-        runs.append(train(settings, base=given, console=QUIET))
+        runs.append(train(settings, model=given, console=QUIET))
     weights = [(r.result / "adapters.safetensors").read_bytes() for r in runs]
     assert weights[0] == weights[1] == weights[2]
     names = [n for n, _ in tree_flatten(base.model.parameters())]
