@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from mlxft import __version__
 from mlxft.data.dataset import turn_end
-from mlxft.errors import CheckpointError, ConfigError, ExportError, missing_extra
+from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
@@ -626,8 +625,6 @@ def check_arguments(kind: str, lora: bool = False) -> None:
         )
     if lora and kind == "q8_0":
         raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
-    if find_spec("gguf") is None:
-        raise ExportError(f"--format gguf: {missing_extra('gguf', 'gguf')}")
 
 
 def check_output(out: Path, overwrite: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,14 +116,3 @@ def test_numbers_too_large_for_f16(tiny_model: Any, tiny_model_dir: Path, tmp_pa
     with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, take bf16"):
         export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="f16")
     export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="bf16")
-
-
-def test_without_the_gguf_package(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """In a process of its own: an import that has succeeded once would be remembered."""
-    code = (
-        "import sys; sys.modules['gguf'] = None\n"
-        "from pathlib import Path; from mlxft.export.gguf import export_gguf\n"
-        f"export_gguf(Path({str(tiny_model_dir)!r}), Path({str(tmp_path / 'a.gguf')!r}), kind='f16')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "this needs the package gguf: pip install 'mlxft[gguf]'" in done.stderr
