@@ -531,12 +531,12 @@ def adapter_tensors(
     for path, layer in loaded.model.named_modules():
         if not isinstance(layer, LowRank):
             continue
-        name = arch.theirs(f"{path.removeprefix('language_model.')}.weight")
-        if not isinstance(layer, LoRALinear) or name is None:
+        theirs = arch.theirs(path, len(loaded.model.layers))
+        if not isinstance(layer, LoRALinear) or theirs is None:
             raise ExportError(f"--lora: {path} is no linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
-        tensors += _pair(layer, name, arch, loaded.config, kind)
+        tensors += _pair(layer, f"{theirs}.weight", arch, loaded.config, kind)
     if not tensors:
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
@@ -704,10 +704,12 @@ def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> 
     heads = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
     tensors, unknown = [], []
     for weight in model_weights(model):
-        name = arch.theirs(weight.name.removeprefix("language_model."))
-        if name is None:
+        path, _, part = weight.name.rpartition(".")
+        theirs = arch.theirs(path, get("num_hidden_layers"))
+        if theirs is None:
             unknown.append(weight.name)
             continue
+        name = f"{theirs}.{part}"
         stored = stored_kind(name, weight.shape, kind)
         tensors.append(Tensor(name, weight.shape, stored, _tensor_reader(weight, name, stored, arch, heads)))
     if unknown:

@@ -8,8 +8,8 @@ import mmap
 import re
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,9 +141,10 @@ class _Head:
 
 
 # --- gguf names -------------------------------------------------------------------------------------------------------
-# Names and layouts of the model families in .gguf files, for reading and writing alike.
+# Layouts of the model families in .gguf files, for reading and writing alike. The names of their tensors are the gguf
+# package's.
 #
-# Source of the names: llama.cpp's src/llama-arch.cpp; of the layouts: its convert_hf_to_gguf.py.
+# Source of the layouts: llama.cpp's convert_hf_to_gguf.py.
 
 # Tensors that belong to the rope; in a config they are settings.
 ROPE_FREQS = "rope_freqs.weight"
@@ -156,7 +157,6 @@ class Architecture:
     """One value of `general.architecture`: how its tensors are called and laid out.
 
     Attributes:
-        outer, block: their name -> ours (without `model.layers.N.`), each without .weight or .bias.
         permuted: projections whose rows llama.cpp reorders for its rope -> the config key of their number of heads.
         shifted: norms that the model adds 1 to are stored with the 1 added.
     """
@@ -164,33 +164,12 @@ class Architecture:
     name: str
     model_type: str
     hf_class: str
-    outer: dict[str, str]
-    block: dict[str, str]
-    permuted: dict[str, str]
+    permuted: dict[str, str] = field(default_factory=dict)
     shifted: bool = False
 
-    def ours(self, theirs: str) -> str | None:
-        """Our name of a tensor, None where the family has no such."""
-        stem, _, part = theirs.rpartition(".")
-        if stem in self.outer:
-            return f"{self.outer[stem]}.{part}"
-        head, _, rest = stem.partition(".")
-        number, _, inner = rest.partition(".")
-        if head == "blk" and number.isdigit() and inner in self.block:
-            return f"model.layers.{number}.{self.block[inner]}.{part}"
-        return None
-
-    def theirs(self, ours: str) -> str | None:
-        """Their name of a tensor, None where the family has no such."""
-        stem, _, part = ours.rpartition(".")
-        for name, mine in self.outer.items():
-            if mine == stem:
-                return f"{name}.{part}"
-        number, _, inner = stem.removeprefix("model.layers.").partition(".")
-        for name, mine in self.block.items():
-            if mine == inner and number.isdigit() and stem.startswith("model.layers."):
-                return f"blk.{number}.{name}.{part}"
-        return None
+    def theirs(self, ours: str, layers: int) -> str | None:
+        """Their name of one of our modules, without .weight or .bias; None where the family has no such."""
+        return _names(self.name, layers).get_name(ours.removeprefix("language_model."))
 
     def heads(self, theirs: str, config: dict[str, Any]) -> int | None:
         """How many heads the rows of a tensor are reordered within; None where they are not."""
@@ -202,28 +181,12 @@ class Architecture:
         return self.shifted and theirs.endswith("_norm.weight")
 
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_GEMMA_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_PHI3 = {
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+@lru_cache
+def _names(arch: str, layers: int) -> Any:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return get_tensor_name_map(MODEL_ARCH[arch.upper()], layers)
+
 
 ARCHITECTURES = {
     a.name: a
@@ -232,23 +195,13 @@ ARCHITECTURES = {
             "llama",
             "llama",
             "LlamaForCausalLM",
-            _OUTER,
-            _NORMS | _ATTENTION | _MLP,
             {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
         ),
-        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _OUTER, _NORMS | _ATTENTION | _MLP, {}),
-        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _OUTER, _NORMS | _ATTENTION | _HEAD_NORMS | _MLP, {}),
-        Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", _OUTER, _GEMMA_NORMS | _ATTENTION | _MLP, {}, True),
-        Architecture(
-            "gemma3",
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            _OUTER,
-            _GEMMA_NORMS | _ATTENTION | _HEAD_NORMS | _MLP,
-            {},
-            True,
-        ),
-        Architecture("phi3", "phi3", "Phi3ForCausalLM", _OUTER, _NORMS | _PHI3, {}),
+        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM"),
+        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM"),
+        Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", shifted=True),
+        Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", shifted=True),
+        Architecture("phi3", "phi3", "Phi3ForCausalLM"),
     )
 }
 # model_type in config.json -> general.architecture
@@ -799,22 +752,24 @@ def _unpacked(path: Path, entry: Entry) -> mx.array:
     return value
 
 
-def weights(file: GgufFile, config: dict[str, Any]) -> dict[str, mx.array]:
-    """All tensors under Hugging Face's names; llama.cpp's order of the rows of q and k, and the 1 it adds to the norms
-    of some families, are undone.
+def weights(file: GgufFile, config: dict[str, Any], model: nn.Module) -> dict[str, mx.array]:
+    """All tensors under the model's names; llama.cpp's order of the rows of q and k, and the 1 it adds to the norms of
+    some families, are undone.
     """
     out: dict[str, mx.array] = {}
     unknown: list[str] = []
+    layers = config["num_hidden_layers"]
+    ours = {file.architecture.theirs(path, layers): path for path, _ in model.named_modules()}
     for name, tensor in file.tensors.items():
         if name in ROPE_TENSORS:
             continue
-        ours = file.architecture.ours(name)
-        if ours is None:
+        stem, _, part = name.rpartition(".")
+        if stem not in ours:
             unknown.append(name)
             continue
         if (heads := file.architecture.heads(name, config)) is not None:
             tensor = unpermute(tensor, heads)
-        out[ours] = tensor.astype(mx.float32) - 1 if file.architecture.is_shifted(name) else tensor
+        out[f"{ours[stem]}.{part}"] = tensor.astype(mx.float32) - 1 if file.architecture.is_shifted(name) else tensor
     if unknown:
         shown = ", ".join(sorted(unknown)[:5])
         raise ModelError(f"{file.path}: {len(unknown)} tensors that {config['model_type']} has not ({shown})")
@@ -836,9 +791,9 @@ def build(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
 
     settings = config(file)
     validate(ModelConfig, settings, file.path)
-    tensors = weights(file, settings)
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))
+    tensors = weights(file, settings, model)
     if hasattr(model, "sanitize"):
         tensors = model.sanitize(tensors)
     layers: dict[str, int] = {}

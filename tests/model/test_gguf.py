@@ -25,17 +25,12 @@ def permute(tensor: mx.array, heads: int) -> mx.array:
 
 def write_tiny(loaded: Any, file: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> Path:
     """The tiny llama as a .gguf of float32; changes to its metadata, None takes a key away."""
-    names = {ours: theirs for theirs, ours in gguf.ARCHITECTURES["llama"].block.items()}
-    outer = {ours: theirs for theirs, ours in gguf.ARCHITECTURES["llama"].outer.items()}
     arrays: dict[str, mx.array] = {}
     for name, value in tree_flatten(loaded.model.parameters()):
         stem, _, part = name.rpartition(".")
-        if stem in outer:
-            arrays[f"{outer[stem]}.{part}"] = value
-            continue
-        _, _, layer, inner = stem.split(".", 3)
-        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(inner)
-        arrays[f"blk.{layer}.{names[inner]}.{part}"] = value if heads is None else permute(value, heads)
+        heads = {"q_proj": 4, "k_proj": 2}.get(stem.rpartition(".")[2])
+        theirs = f"{gguf.ARCHITECTURES['llama'].theirs(stem, 2)}.{part}"
+        arrays[theirs] = value if heads is None else permute(value, heads)
     tokenizer = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
     vocab = tokenizer["model"]["vocab"]
     special = {token["content"] for token in tokenizer["added_tokens"]}
