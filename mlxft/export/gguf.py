@@ -464,8 +464,11 @@ def encode(value: mx.array, kind: str, name: str) -> Any:
         ExportError: numbers that are not finite in this kind.
     """
     if kind == "q8_0":
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+
         _check_finite(value, name, kind)
-        return np.array(quantize_q8_0(value))
+        return quantize(np.array(value), GGMLQuantizationType.Q8_0)
     if kind == "bf16":
         value = value.astype(mx.bfloat16)
         _check_finite(value, name, kind)
@@ -480,21 +483,6 @@ def _check_finite(value: mx.array, name: str, kind: str) -> None:
         return
     hint = "; its numbers are too large for f16, take bf16" if kind == "f16" else "; the model is broken"
     raise ExportError(f"{name}: holds numbers that are not finite as {kind}{hint}")
-
-
-def quantize_q8_0(value: mx.array) -> mx.array:
-    """Rows in blocks of 32 numbers: a float16 scale, and 32 whole numbers of 8 bits.
-
-    (..., D) float32 -> (..., D / 32 * 34) uint8. Source: ggml's quantize_row_q8_0_ref.
-    """
-    blocks = value.astype(mx.float32).reshape(-1, BLOCK)
-    scale = mx.abs(blocks).max(axis=1, keepdims=True) / 127
-    turned = blocks * mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
-    # Halves go away from zero, as C's roundf has it.
-    whole = mx.floor(mx.abs(turned))
-    rounded = mx.sign(turned) * (whole + mx.floor(2 * (mx.abs(turned) - whole)))
-    parts = [scale.astype(mx.float16).view(mx.uint8), rounded.astype(mx.int8).view(mx.uint8)]
-    return mx.concatenate(parts, axis=1).reshape(*value.shape[:-1], -1)
 
 
 # --- gguf adapter -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from gguf import GGUFReader
 from mlxft import __version__
 from mlxft.data.dataset import set_embedding_rows
 from mlxft.errors import ModelError
-from mlxft.export.gguf import export_gguf, quantize_q8_0, vocabulary
+from mlxft.export.gguf import export_gguf, vocabulary
 from mlxft.model.gguf import ARCHITECTURES, permute, unpermute
 from mlxft.model.load import load, load_tokenizer
 from mlxft.runs import load_run
@@ -177,16 +177,6 @@ def test_blocks_that_stand_for_no_finite_number(make_model_dir: Callable[..., Pa
         repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K", full)
     with pytest.raises(ModelError, match="a tensor in Q4_K holds numbers that are not finite; download it again"):
         load(str(tmp_path / "b.gguf"))
-
-
-def test_q8_0_is_ggmls() -> None:
-    """Byte for byte what the gguf package's own quantiser gives, zeros, ties and all."""
-    value = mx.random.normal((6, 96), key=mx.random.key(3))
-    value[0] = 0.0
-    value[1, :32] = mx.arange(32) * 4.0 + 3.0  # its largest is 127: the scale is 1, and .5 lies between two numbers
-    value[1, :8] = mx.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.0])
-    want = reference.quants.quantize(np.array(value), reference.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(np.array(quantize_q8_0(value)), want)
 
 
 def test_rows_turn_there_and_back() -> None:
