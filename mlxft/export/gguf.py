@@ -43,7 +43,6 @@ from mlxft.model.gguf import (
     permute,
     recognise,
 )
-from mlxft.model.heads import find_head
 from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
@@ -641,11 +640,6 @@ def open_model(run: Path, model: str | None) -> Loaded:
 
     A .gguf file alone keeps its own numbers: it is opened packed, not by way of the float16 that it runs in.
     """
-    if (head := find_head(run)) is not None:
-        raise ExportError(
-            f"{run} is a reward model ({head.name}): it gives scores, and a .gguf file holds models that give text; "
-            "export it as --format seq-cls, or use mlxft score"
-        )
     if model is not None:
         folder = find_adapter(run)
         if not (folder / "adapter_config.json").is_file():

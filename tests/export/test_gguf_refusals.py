@@ -75,7 +75,7 @@ def test_reward_models_and_foreign_bases(
     with pytest.raises(ModelError, match="no such file or folder"):
         export_gguf(tmp_path / "nothing", tmp_path / "a.gguf", kind="f16")
     mx.save_safetensors(str(tmp_path / "adapter" / "head.safetensors"), {"score_head.weight": mx.zeros((1, 32))})
-    with pytest.raises(ExportError, match=r"is a reward model .*--format seq-cls"):
+    with pytest.raises(ModelError, match=r"is a reward model: .*--format seq-cls"):
         export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f16")
 
 
