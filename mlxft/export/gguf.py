@@ -21,7 +21,7 @@ from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
-from mlxft.model.folder import check_space, check_unused
+from mlxft.model.folder import check_space, check_unused, foreign
 from mlxft.model.gguf import (
     ARCHITECTURES,
     BYTE,
@@ -647,9 +647,10 @@ def open_model(run: Path, model: str | None) -> Loaded:
         return load_run(model, folder, lazy=True)
     if run.suffix == ".gguf" or str(run) in ALIASES:
         where = resolve(str(run))
-        file = gguf.read(where)
-        network, config = gguf.build(file)
-        return Loaded(network, gguf.tokenizer(file), config, str(run), where)
+        with foreign(f"model {str(run)!r}: its metadata cannot be used"):
+            file = gguf.read(where)
+            network, config = gguf.build(file)
+            return Loaded(network, gguf.tokenizer(file), config, str(run), where)
     return load_run(run, lazy=True)
 
 
