@@ -2,8 +2,8 @@
 
     python benchmarks/files_passed.py
 
-Class bodies and module code do not count; lambdas do. Each job runs in a process of its own, through
-the command line, on the tiny model of digests.py.
+Class bodies and module code do not count, nor do comprehensions in them; lambdas do. Each job runs in a process of its
+own, through the command line, on the tiny model of digests.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ ROOT = str(Path(mlxft.__file__).parent) + "/"
 seen = {}
 def record(frame, event, arg):
     code = frame.f_code
-    # Bodies of modules and classes run when they are imported; inspect.CO_OPTIMIZED is set for functions only.
-    if event == "call" and code.co_flags & 1 and code.co_filename.startswith(ROOT):
+    if event != "call" or not code.co_filename.startswith(ROOT):
+        return
+    # Bodies of modules and classes run when they are imported; inspect.CO_OPTIMIZED is set for functions only, of which
+    # a comprehension is one before Python 3.12.
+    while code.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"):
+        frame = frame.f_back
+        code = frame.f_code
+    if code.co_flags & 1 and code.co_filename.startswith(ROOT):
         seen.setdefault(code.co_filename.removeprefix(ROOT), code.co_name)
 threading.setprofile(record)
 sys.setprofile(record)

@@ -217,7 +217,10 @@ def _checked_head(folder: Path, scores: bool) -> Path | None:
             "prompts: mlxft generate)"
         )
     if head is not None and not scores:
-        raise ModelError(f"{folder} is a reward model: it gives scores, not text; use mlxft score, or name a policy")
+        raise ModelError(
+            f"{folder} is a reward model: it gives scores, not text; use mlxft score, export it as --format seq-cls, "
+            "or name a policy"
+        )
     return head
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,11 @@ import numpy as np
 
 from mlxft import __version__
 from mlxft.data.dataset import turn_end
-from mlxft.errors import CheckpointError, ConfigError, ExportError, missing_extra
+from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
-from mlxft.model.folder import check_space, check_unused
+from mlxft.model.folder import check_space, check_unused, foreign
 from mlxft.model.gguf import (
     ARCHITECTURES,
     BYTE,
@@ -44,7 +43,6 @@ from mlxft.model.gguf import (
     permute,
     recognise,
 )
-from mlxft.model.heads import find_head
 from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
@@ -465,8 +463,11 @@ def encode(value: mx.array, kind: str, name: str) -> Any:
         ExportError: numbers that are not finite in this kind.
     """
     if kind == "q8_0":
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+
         _check_finite(value, name, kind)
-        return np.array(quantize_q8_0(value))
+        return quantize(np.array(value), GGMLQuantizationType.Q8_0)
     if kind == "bf16":
         value = value.astype(mx.bfloat16)
         _check_finite(value, name, kind)
@@ -481,21 +482,6 @@ def _check_finite(value: mx.array, name: str, kind: str) -> None:
         return
     hint = "; its numbers are too large for f16, take bf16" if kind == "f16" else "; the model is broken"
     raise ExportError(f"{name}: holds numbers that are not finite as {kind}{hint}")
-
-
-def quantize_q8_0(value: mx.array) -> mx.array:
-    """Rows in blocks of 32 numbers: a float16 scale, and 32 whole numbers of 8 bits.
-
-    (..., D) float32 -> (..., D / 32 * 34) uint8. Source: ggml's quantize_row_q8_0_ref.
-    """
-    blocks = value.astype(mx.float32).reshape(-1, BLOCK)
-    scale = mx.abs(blocks).max(axis=1, keepdims=True) / 127
-    turned = blocks * mx.where(scale == 0, 0.0, 1 / mx.where(scale == 0, 1.0, scale))
-    # Halves go away from zero, as C's roundf has it.
-    whole = mx.floor(mx.abs(turned))
-    rounded = mx.sign(turned) * (whole + mx.floor(2 * (mx.abs(turned) - whole)))
-    parts = [scale.astype(mx.float16).view(mx.uint8), rounded.astype(mx.int8).view(mx.uint8)]
-    return mx.concatenate(parts, axis=1).reshape(*value.shape[:-1], -1)
 
 
 # --- gguf adapter -----------------------------------------------------------------------------------------------------
@@ -532,12 +518,12 @@ def adapter_tensors(
     for path, layer in loaded.model.named_modules():
         if not isinstance(layer, LowRank):
             continue
-        name = arch.theirs(f"{path.removeprefix('language_model.')}.weight")
-        if not isinstance(layer, LoRALinear) or name is None:
+        theirs = arch.theirs(path, len(loaded.model.layers))
+        if not isinstance(layer, LoRALinear) or theirs is None:
             raise ExportError(f"--lora: {path} is no linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
-        tensors += _pair(layer, name, arch, loaded.config, kind)
+        tensors += _pair(layer, f"{theirs}.weight", arch, loaded.config, kind)
     if not tensors:
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
@@ -626,8 +612,6 @@ def check_arguments(kind: str, lora: bool = False) -> None:
         )
     if lora and kind == "q8_0":
         raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
-    if find_spec("gguf") is None:
-        raise ExportError(f"--format gguf: {missing_extra('gguf', 'gguf')}")
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -656,11 +640,6 @@ def open_model(run: Path, model: str | None) -> Loaded:
 
     A .gguf file alone keeps its own numbers: it is opened packed, not by way of the float16 that it runs in.
     """
-    if (head := find_head(run)) is not None:
-        raise ExportError(
-            f"{run} is a reward model ({head.name}): it gives scores, and a .gguf file holds models that give text; "
-            "export it as --format seq-cls, or use mlxft score"
-        )
     if model is not None:
         folder = find_adapter(run)
         if not (folder / "adapter_config.json").is_file():
@@ -668,9 +647,10 @@ def open_model(run: Path, model: str | None) -> Loaded:
         return load_run(model, folder, lazy=True)
     if run.suffix == ".gguf" or str(run) in ALIASES:
         where = resolve(str(run))
-        file = gguf.read(where)
-        network, config = gguf.build(file)
-        return Loaded(network, gguf.tokenizer(file), config, str(run), where)
+        with foreign(f"model {str(run)!r}: its metadata cannot be used"):
+            file = gguf.read(where)
+            network, config = gguf.build(file)
+            return Loaded(network, gguf.tokenizer(file), config, str(run), where)
     return load_run(run, lazy=True)
 
 
@@ -707,10 +687,12 @@ def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> 
     heads = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
     tensors, unknown = [], []
     for weight in model_weights(model):
-        name = arch.theirs(weight.name.removeprefix("language_model."))
-        if name is None:
+        path, _, part = weight.name.rpartition(".")
+        theirs = arch.theirs(path, get("num_hidden_layers"))
+        if theirs is None:
             unknown.append(weight.name)
             continue
+        name = f"{theirs}.{part}"
         stored = stored_kind(name, weight.shape, kind)
         tensors.append(Tensor(name, weight.shape, stored, _tensor_reader(weight, name, stored, arch, heads)))
     if unknown:

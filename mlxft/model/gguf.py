@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import re
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,152 +22,129 @@ from mlxft.model.folder import ModelConfig, validate
 from mlxft.text import parse_json
 
 # --- gguf header ------------------------------------------------------------------------------------------------------
-# The table of tensors at the head of a .gguf file: which quantisation each one has.
+# The head of a .gguf file: its metadata, and the table of tensors.
 #
-# MLX gives tensors without their type, and reads some types wrongly in silence (in mlx 0.32.4 Q4_K, and BF16 by way of
-# float16, where large numbers become infinite), so the types are looked at before.
+# The gguf package has a reader too, which takes 6 s for the 98,000 tokens and merges of SmolLM2; this one takes 0.2 s.
+# Its own check of the table is what MLX's reader lacks: that one believes whatever a file says.
 # Layout: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 
-# Bytes of a metadata value by its type number; 8 is a string, 9 an array.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-_FARTHEST = 1 << 40  # file systems refuse to seek much further
-
+# Format of a metadata value by its type number; 8 is a string, 9 an array.
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))
+_STRING, _ARRAY = 8, 9
+_MOST = 1 << 24  # bytes of a string or of an array's numbers, strings of an array; a broken file may claim petabytes
 MOST_DIMENSIONS = 4  # of a tensor, as in ggml
-_BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20), "Q8_0": (32, 34)}
-
-TYPES = {
-    0: "F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    6: "Q5_0",
-    7: "Q5_1",
-    8: "Q8_0",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
-    15: "Q8_K",
-    20: "IQ4_NL",
-    23: "IQ4_XS",
-    30: "BF16",
-    39: "MXFP4",
-}
 
 
 class Entry(NamedTuple):
-    """A line of the table: type of a tensor ("Q4_1"; "type 99" where it has no name here), shape, place in the file."""
+    """A line of the table: type of a tensor ("Q4_1"; "type 99" where it has no name), shape, place in the file."""
 
     kind: str
     shape: tuple[int, ...]
     offset: int
 
 
-def tensor_table(path: Path) -> dict[str, Entry]:
-    """Tensor name -> what the table says of it.
+def read_head(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Read a file's metadata, as Python has it, and its table: tensor name -> entry.
 
     Raises:
-        ValueError: not GGUF of version 2 or 3, or cut off within its head.
+        ValueError: not GGUF of version 2 or 3, cut off within its head, or its table is not true to the file.
     """
     with open(path, "rb") as file:
         if (magic := file.read(4)) != b"GGUF":
             raise ValueError(f"not a GGUF file: it starts with {magic!r}")
-        version, tensors, pairs = _unpack(file, "IQQ")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version}; only 2 and 3 are known")
-        alignment = 32
-        for _ in range(pairs):
-            key = _string(file)
-            (kind,) = _unpack(file, "I")
-            if key == "general.alignment" and kind == _UINT32:
-                (alignment,) = _unpack(file, "I")
-            else:
-                _skip_value(file, kind)
-        table = dict(_tensor(file) for _ in range(tensors))
-        # Offsets count from where the data begins, on a full multiple.
-        if not alignment:
-            raise ValueError("broken: it aligns its data to 0 bytes")
-        start = -(-file.tell() // alignment) * alignment
-        end = file.seek(0, 2)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            head, end = _Head(data, 4), len(data)
+            version, tensors, pairs = head.numbers("IQQ")
+            if version not in (2, 3):
+                raise ValueError(f"GGUF version {version}; only 2 and 3 are known")
+            metadata = _once((head.string(), head.value(*head.numbers("I"))) for _ in range(pairs))
+            table = _once(head.tensor() for _ in range(tensors))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"broken: it aligns its data to {str(alignment)[:80]} bytes")
+    # Offsets count from where the data begins, on a full multiple.
+    start = -(-head.at // alignment) * alignment
     table = {name: entry._replace(offset=start + entry.offset) for name, entry in table.items()}
     _check_places(table, start, end)
-    return table
+    return metadata, table
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:  # MLX might read the other one, which nobody has checked
+            raise ValueError(f"broken: {name[:80]!r} stands in it twice")
+        out[name] = value
+    return out
 
 
 def _check_places(table: dict[str, Entry], free: int, end: int) -> None:
-    """ValueError where tensors overlap or reach beyond the file: MLX's reader believes what the table says."""
+    from gguf import GGML_QUANT_SIZES
+
+    sizes = {kind.name: size for kind, size in GGML_QUANT_SIZES.items()}
     for name, (kind, shape, offset) in sorted(table.items(), key=lambda item: item[1].offset):
         if offset < free:
             raise ValueError(f"broken: the tensor {name[:80]!r} overlaps another one")
-        items, size = _BLOCKS.get(kind, (1, 0))
+        items, size = sizes.get(kind, (1, 0))
         free = offset + -(-math.prod(shape) // items) * size
         if free > end:
             raise ValueError(f"broken or cut off: the tensor {name[:80]!r} reaches beyond the file's end")
 
 
-def _tensor(file: BinaryIO) -> tuple[str, Entry]:
-    name = _string(file)
-    (dimensions,) = _unpack(file, "I")
-    if dimensions > MOST_DIMENSIONS:
-        raise ValueError(f"broken: a tensor of {dimensions:,} dimensions; expected at most {MOST_DIMENSIONS}")
-    # The innermost comes first.
-    shape = struct.unpack(f"<{dimensions}Q", _read(file, 8 * dimensions))[::-1]
-    kind, offset = _unpack(file, "IQ")
-    return name, Entry(TYPES.get(kind, f"type {kind}"), shape, offset)
+@dataclass
+class _Head:
+    """A file and how far it is read; what is not there is a ValueError."""
 
+    data: mmap.mmap
+    at: int
 
-def _string(file: BinaryIO) -> str:
-    (length,) = _unpack(file, "Q")
-    return _read(file, length).decode("utf-8", "replace")
+    def take(self, length: int) -> bytes:
+        found = self.data[self.at : self.at + length] if length <= _MOST else b""
+        if len(found) != length:
+            raise ValueError("cut off or broken within its head")
+        self.at += length
+        return found
 
+    def numbers(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))
 
-def _unpack(file: BinaryIO, form: str) -> tuple[int, ...]:
-    return struct.unpack("<" + form, _read(file, struct.calcsize("<" + form)))
+    def string(self) -> str:
+        return self.take(*self.numbers("Q")).decode("utf-8")
 
-
-def _read(file: BinaryIO, length: int) -> bytes:
-    # No name, number or list of sizes is long; a broken file may claim petabytes.
-    data = file.read(length) if length < 1 << 16 else b""
-    if len(data) != length:
-        raise ValueError("cut off or broken within its head")
-    return data
-
-
-def _skip(file: BinaryIO, length: int) -> None:
-    # One byte of it is read: a file may be sought beyond its end.
-    if length:
-        file.seek(min(length - 1, _FARTHEST), 1)
-        _read(file, 1)
-
-
-def _skip_string(file: BinaryIO) -> None:
-    _skip(file, _unpack(file, "Q")[0])
-
-
-def _skip_value(file: BinaryIO, kind: int) -> None:
-    if kind == _STRING:
-        _skip_string(file)
-    elif kind == _ARRAY:
-        inner, count = _unpack(file, "IQ")
-        if inner in _SIZES:
-            _skip(file, _SIZES[inner] * count)
-        elif inner == _STRING:
-            for _ in range(count):
-                _skip_string(file)
-        else:  # nobody writes them, and MLX's reader calls itself for each level
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _NUMBERS:
+            return self.numbers(_NUMBERS[kind])[0]
+        if kind != _ARRAY:
+            raise ValueError(f"broken: a metadata value of type {kind}")
+        inner, count = self.numbers("IQ")
+        if inner == _ARRAY:  # nobody writes them, and MLX's reader calls itself for each level
             raise ValueError("broken: an array of arrays in its metadata")
-    elif kind in _SIZES:
-        _skip(file, _SIZES[kind])
-    else:
-        raise ValueError(f"broken: a metadata value of type {kind}")
+        if count > _MOST:
+            raise ValueError("cut off or broken within its head")
+        if inner in _NUMBERS:
+            return list(self.numbers(f"{count}{_NUMBERS[inner]}"))
+        return [self.value(inner) for _ in range(count)]
+
+    def tensor(self) -> tuple[str, Entry]:
+        from gguf import GGMLQuantizationType
+
+        name = self.string()
+        (dimensions,) = self.numbers("I")
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"broken: a tensor of {dimensions:,} dimensions; expected at most {MOST_DIMENSIONS}")
+        shape = self.numbers(f"{dimensions}Q")[::-1]  # the innermost comes first
+        number, offset = self.numbers("IQ")
+        kind = next((t.name for t in GGMLQuantizationType if t == number), f"type {number}")
+        return name, Entry(kind, shape, offset)
 
 
 # --- gguf names -------------------------------------------------------------------------------------------------------
-# Names and layouts of the model families in .gguf files, for reading and writing alike.
+# Layouts of the model families in .gguf files, for reading and writing alike. The names of their tensors are the gguf
+# package's.
 #
-# Source of the names: llama.cpp's src/llama-arch.cpp; of the layouts: its convert_hf_to_gguf.py.
+# Source of the layouts: llama.cpp's convert_hf_to_gguf.py.
 
 # Tensors that belong to the rope; in a config they are settings.
 ROPE_FREQS = "rope_freqs.weight"
@@ -179,7 +157,6 @@ class Architecture:
     """One value of `general.architecture`: how its tensors are called and laid out.
 
     Attributes:
-        outer, block: their name -> ours (without `model.layers.N.`), each without .weight or .bias.
         permuted: projections whose rows llama.cpp reorders for its rope -> the config key of their number of heads.
         shifted: norms that the model adds 1 to are stored with the 1 added.
     """
@@ -187,33 +164,12 @@ class Architecture:
     name: str
     model_type: str
     hf_class: str
-    outer: dict[str, str]
-    block: dict[str, str]
-    permuted: dict[str, str]
+    permuted: dict[str, str] = field(default_factory=dict)
     shifted: bool = False
 
-    def ours(self, theirs: str) -> str | None:
-        """Our name of a tensor, None where the family has no such."""
-        stem, _, part = theirs.rpartition(".")
-        if stem in self.outer:
-            return f"{self.outer[stem]}.{part}"
-        head, _, rest = stem.partition(".")
-        number, _, inner = rest.partition(".")
-        if head == "blk" and number.isdigit() and inner in self.block:
-            return f"model.layers.{number}.{self.block[inner]}.{part}"
-        return None
-
-    def theirs(self, ours: str) -> str | None:
-        """Their name of a tensor, None where the family has no such."""
-        stem, _, part = ours.rpartition(".")
-        for name, mine in self.outer.items():
-            if mine == stem:
-                return f"{name}.{part}"
-        number, _, inner = stem.removeprefix("model.layers.").partition(".")
-        for name, mine in self.block.items():
-            if mine == inner and number.isdigit() and stem.startswith("model.layers."):
-                return f"blk.{number}.{name}.{part}"
-        return None
+    def theirs(self, ours: str, layers: int) -> str | None:
+        """Their name of one of our modules, without .weight or .bias; None where the family has no such."""
+        return _names(self.name, layers).get_name(ours.removeprefix("language_model."))
 
     def heads(self, theirs: str, config: dict[str, Any]) -> int | None:
         """How many heads the rows of a tensor are reordered within; None where they are not."""
@@ -225,28 +181,12 @@ class Architecture:
         return self.shifted and theirs.endswith("_norm.weight")
 
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_ATTENTION = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_GEMMA_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_PHI3 = {
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_up": "mlp.gate_up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+@lru_cache
+def _names(arch: str, layers: int) -> Any:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return get_tensor_name_map(MODEL_ARCH[arch.upper()], layers)
+
 
 ARCHITECTURES = {
     a.name: a
@@ -255,23 +195,13 @@ ARCHITECTURES = {
             "llama",
             "llama",
             "LlamaForCausalLM",
-            _OUTER,
-            _NORMS | _ATTENTION | _MLP,
             {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"},
         ),
-        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _OUTER, _NORMS | _ATTENTION | _MLP, {}),
-        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", _OUTER, _NORMS | _ATTENTION | _HEAD_NORMS | _MLP, {}),
-        Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", _OUTER, _GEMMA_NORMS | _ATTENTION | _MLP, {}, True),
-        Architecture(
-            "gemma3",
-            "gemma3_text",
-            "Gemma3ForCausalLM",
-            _OUTER,
-            _GEMMA_NORMS | _ATTENTION | _HEAD_NORMS | _MLP,
-            {},
-            True,
-        ),
-        Architecture("phi3", "phi3", "Phi3ForCausalLM", _OUTER, _NORMS | _PHI3, {}),
+        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM"),
+        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM"),
+        Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", shifted=True),
+        Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", shifted=True),
+        Architecture("phi3", "phi3", "Phi3ForCausalLM"),
     )
 }
 # model_type in config.json -> general.architecture
@@ -337,8 +267,7 @@ class GgufFile:
             if default is None:
                 raise ModelError(f"{self.path}: the metadata has no {full}; the file is incomplete, convert it anew")
             return default
-        found = self.metadata[full]
-        return found.tolist() if isinstance(found, mx.array) else found
+        return self.metadata[full]
 
     def integer(self, key: str, default: int | None = None) -> int:
         found = self.value(key, default)
@@ -753,35 +682,33 @@ def _begin_with(backend: Any, bos: str, number: int) -> None:
 __all__ = ["ARCHITECTURES", "GgufFile", "build", "config", "eos_ids", "own_dtype", "read", "tokenizer", "weights"]
 
 GROUP_SIZE = 32
-# MLX reads more, and reads some of it wrongly.
-READABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0")
+# MLX reads these, packed ones packed. It reads more types, some of them wrongly (in 0.32.4 Q4_K), and BF16 by way of
+# float16, where large numbers become infinite: the gguf package reads those.
+_OF_MLX = {"F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0"}
 
 
 def read(path: Path) -> GgufFile:
-    """Read the whole file.
+    """Read the whole file: packed as it is where MLX has a form for all of its types, else unpacked to float16.
 
     Raises:
         ModelError: not a GGUF file, truncated, split, of an architecture or quantisation that is not read here.
     """
     try:
-        table = tensor_table(path)
+        metadata, table = read_head(path)
+        kinds = {entry.kind for entry in table.values()}
+        if odd := sorted(kind for kind in kinds if not _readable(kind)):
+            raise ModelError(
+                f"{path}: holds tensors in {', '.join(odd)}, which can not be read; take a file in another "
+                "quantisation, or the model's safetensors"
+            )
+        loaded: Any = mx.load(str(path)) if kinds <= _OF_MLX else {}
+        loaded |= {name: _unpacked(path, e) for name, e in table.items() if name not in loaded or e.kind == "BF16"}
     except OSError as error:
         raise ModelError(f"{path}: can not be read: {error.strerror or error}") from error
-    except (ValueError, OverflowError) as error:
-        raise ModelError(f"{path}: {error}; download it again") from error
-    if odd := sorted({entry.kind for entry in table.values()} - set(READABLE)):
-        raise ModelError(
-            f"{path}: holds tensors in {', '.join(odd)}, which can not be read right; take a file in one of "
-            f"{', '.join(READABLE)}, or the model's safetensors"
-        )
-    try:
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        tensors, metadata = loaded
-        tensors.update({name: _bfloat16(path, entry) for name, entry in table.items() if entry.kind == "BF16"})
-    except (RuntimeError, ValueError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path}: broken or truncated: {text}; download it again") from error
-    file_ = GgufFile(path, tensors, metadata, architecture(metadata.get("general.architecture"), str(path)))
+    except (ValueError, OverflowError, RuntimeError) as error:
+        text = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path}: {text}; download it again") from error
+    file_ = GgufFile(path, loaded, metadata, architecture(metadata.get("general.architecture"), str(path)))
     if metadata.get("general.type") == "adapter":
         raise ModelError(f"{path}: is an adapter, not a model: llama.cpp takes it beside its base (--lora)")
     if file_.integer("split.count", 1) > 1:
@@ -791,28 +718,58 @@ def read(path: Path) -> GgufFile:
     return file_
 
 
-def _bfloat16(path: Path, entry: Entry) -> mx.array:
-    """A BF16 tensor as it stands in the file: MLX would give it as float16."""
-    bits = np.fromfile(path, np.uint16, math.prod(entry.shape), offset=entry.offset)
-    return mx.array(bits).view(mx.bfloat16).reshape(entry.shape)
+def _readable(kind: str) -> bool:
+    """Whether the gguf package can unpack a type: it says so by trying."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    try:
+        number = GGMLQuantizationType[kind]
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8), number)
+    except (KeyError, NotImplementedError):
+        return False
+    return True
 
 
-def weights(file: GgufFile, config: dict[str, Any]) -> dict[str, mx.array]:
-    """All tensors under Hugging Face's names; llama.cpp's order of the rows of q and k, and the 1 it adds to the norms
-    of some families, are undone.
+def _unpacked(path: Path, entry: Entry) -> mx.array:
+    """A tensor as the gguf package unpacks it: F32 and BF16 in their own numbers, all others in float16.
+
+    Raises:
+        ValueError: a shape that its blocks do not fill, or numbers that are not finite.
+    """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType[entry.kind]
+    shape = quant_shape_to_byte_shape(entry.shape or (1,), kind)
+    packed = np.fromfile(path, np.uint8, math.prod(shape), offset=entry.offset).reshape(shape)
+    with np.errstate(all="ignore"):
+        value = mx.array(dequantize(packed, kind)).reshape(entry.shape)
+    value = value.astype({"F32": mx.float32, "BF16": mx.bfloat16}.get(entry.kind, mx.float16))
+    mx.eval(value)
+    if entry.kind not in _OF_MLX and not mx.isfinite(value).all().item():
+        raise ValueError(f"broken: a tensor in {entry.kind} holds numbers that are not finite")
+    return value
+
+
+def weights(file: GgufFile, config: dict[str, Any], model: nn.Module) -> dict[str, mx.array]:
+    """All tensors under the model's names; llama.cpp's order of the rows of q and k, and the 1 it adds to the norms of
+    some families, are undone.
     """
     out: dict[str, mx.array] = {}
     unknown: list[str] = []
+    layers = config["num_hidden_layers"]
+    ours = {file.architecture.theirs(path, layers): path for path, _ in model.named_modules()}
     for name, tensor in file.tensors.items():
         if name in ROPE_TENSORS:
             continue
-        ours = file.architecture.ours(name)
-        if ours is None:
+        stem, _, part = name.rpartition(".")
+        if stem not in ours:
             unknown.append(name)
             continue
         if (heads := file.architecture.heads(name, config)) is not None:
             tensor = unpermute(tensor, heads)
-        out[ours] = tensor.astype(mx.float32) - 1 if file.architecture.is_shifted(name) else tensor
+        out[f"{ours[stem]}.{part}"] = tensor.astype(mx.float32) - 1 if file.architecture.is_shifted(name) else tensor
     if unknown:
         shown = ", ".join(sorted(unknown)[:5])
         raise ModelError(f"{file.path}: {len(unknown)} tensors that {config['model_type']} has not ({shown})")
@@ -834,9 +791,9 @@ def build(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
 
     settings = config(file)
     validate(ModelConfig, settings, file.path)
-    tensors = weights(file, settings)
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))
+    tensors = weights(file, settings, model)
     if hasattr(model, "sanitize"):
         tensors = model.sanitize(tensors)
     layers: dict[str, int] = {}

@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from mlx.utils import tree_flatten
 
 from mlxft import __version__
 from mlxft.data.dataset import set_embedding_rows
-from mlxft.export.gguf import export_gguf, quantize_q8_0, vocabulary
+from mlxft.errors import ModelError
+from mlxft.export.gguf import export_gguf, vocabulary
 from mlxft.model.gguf import ARCHITECTURES, permute, unpermute
 from mlxft.model.load import load, load_tokenizer
 from mlxft.runs import load_run
@@ -95,9 +95,13 @@ def test_kinds(case: str, kind: str, size: float, make_model_dir: Callable[..., 
     assert 0 < mx.abs(want - got).max().item() < size * mx.abs(want).max().item() * 10
 
 
-def repack(source: Path, out: Path, kind: str) -> dict[str, Any]:
-    """A file with its matrices in another kind, by the gguf package alone; gives what they stand for."""
+Pack = Callable[[str, np.ndarray], np.ndarray]
+
+
+def repack(source: Path, out: Path, kind: str, pack: Pack | None = None) -> dict[str, Any]:
+    """A file with its matrices in another kind, by the gguf package alone or by `pack`; gives what they stand for."""
     reader, wanted = GGUFReader(source), reference.GGMLQuantizationType[kind]
+    pack = pack or (lambda _, value: reference.quants.quantize(value, wanted))
     meant = {}
     writer = reference.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -108,7 +112,7 @@ def repack(source: Path, out: Path, kind: str) -> dict[str, Any]:
         if len(tensor.shape) < 2:
             writer.add_tensor(tensor.name, np.array(tensor.data))
             continue
-        packed = reference.quants.quantize(np.array(tensor.data), wanted)
+        packed = pack(tensor.name, np.array(tensor.data))
         writer.add_tensor(tensor.name, packed, raw_dtype=wanted)
         meant[tensor.name] = reference.quants.dequantize(packed, wanted)
     writer.write_header_to_file()
@@ -118,29 +122,61 @@ def repack(source: Path, out: Path, kind: str) -> dict[str, Any]:
     return meant
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "BF16"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16"])
 @pytest.mark.parametrize("case", ["qwen3", "gemma3", "phi3"])
 def test_packed_files_of_others(case: str, kind: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     """What the gguf package packs is read as what it unpacks, to the float16 that packed files are unpacked in."""
     folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
     export_gguf(folder, tmp_path / "a.gguf", kind="f32")
     meant = repack(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
-    read = dict(tree_flatten(load(str(tmp_path / "b.gguf"), dtype="float32").model.parameters()))
+    read = load(str(tmp_path / "b.gguf"), dtype="float32").model
     arch = ARCHITECTURES[FAMILIES[case][0].removesuffix("_text")]
+    layers = {f"{arch.theirs(path, 2)}.weight": layer for path, layer in read.named_modules()}
     for name, value in meant.items():
-        assert np.allclose(np.array(read[arch.ours(name)]), value, atol=1e-3), name
+        assert np.allclose(np.array(layers[name].weight), value, atol=1e-3), name
     own = load(str(tmp_path / "b.gguf"), dtype="own")
     assert own.config["torch_dtype"] == ("bfloat16" if kind == "BF16" else "float16")
 
 
-def test_q8_0_is_ggmls() -> None:
-    """Byte for byte what the gguf package's own quantiser gives, zeros, ties and all."""
-    value = mx.random.normal((6, 96), key=mx.random.key(3))
-    value[0] = 0.0
-    value[1, :32] = mx.arange(32) * 4.0 + 3.0  # its largest is 127: the scale is 1, and .5 lies between two numbers
-    value[1, :8] = mx.array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.0])
-    want = reference.quants.quantize(np.array(value), reference.GGMLQuantizationType.Q8_0)
-    assert np.array_equal(np.array(quantize_q8_0(value)), want)
+# Where the float16 scales of a block stand, for kinds that the gguf package unpacks but does not pack.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,)}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_k_quants_are_what_the_gguf_package_unpacks(
+    kind: str, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Random blocks with scales of 2e-4: the logits are those of a file that holds their numbers unpacked."""
+    items, size = reference.GGML_QUANT_SIZES[reference.GGMLQuantizationType[kind]]
+    rng = np.random.default_rng(7)
+
+    def blocks(name: str, value: np.ndarray) -> np.ndarray:
+        out = rng.integers(0, 256, (value.size // items, size), dtype=np.uint8)
+        for at in SCALES[kind]:
+            out[:, at : at + 2] = np.full(1, 2e-4, np.float16).view(np.uint8)
+        return out.reshape(value.shape[0], -1)
+
+    folder = make_model_dir(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    meant = repack(tmp_path / "a.gguf", tmp_path / "b.gguf", kind, blocks)
+    repack(tmp_path / "a.gguf", tmp_path / "c.gguf", "F16", lambda name, _: meant[name].astype(np.float16))
+    read, want = load(str(tmp_path / "b.gguf"), dtype="float32"), load(str(tmp_path / "c.gguf"), dtype="float32")
+    assert "quantization" not in read.config
+    assert mx.array_equal(read.model(IDS), want.model(IDS))
+    assert mx.std(want.model(IDS)).item() > 1e-2
+    assert load(str(tmp_path / "b.gguf"), dtype="own").config["torch_dtype"] == "float16"
+    packed = load(str(tmp_path / "b.gguf"), dtype="own", quantize=4).model
+    assert packed.layers[0].mlp.up_proj.bits == packed.model.embed_tokens.bits == 4
+
+
+def test_blocks_that_stand_for_no_finite_number(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path / "m", "llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    full = lambda _, value: np.full((value.shape[0], value.shape[1] // 256 * 144), 0xFF, np.uint8)  # noqa: E731
+    with np.errstate(all="ignore"):
+        repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K", full)
+    with pytest.raises(ModelError, match="a tensor in Q4_K holds numbers that are not finite; download it again"):
+        load(str(tmp_path / "b.gguf"))
 
 
 def test_rows_turn_there_and_back() -> None:

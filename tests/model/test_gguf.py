@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model import gguf
-from mlxft.model.gguf import PRE_TOKENIZERS, recognise, signature, signature_of, tensor_table
+from mlxft.model.gguf import PRE_TOKENIZERS, read_head, recognise, signature, signature_of
 from mlxft.model.load import base_fingerprint, load, load_config, load_tokenizer, resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"
@@ -25,17 +25,12 @@ def permute(tensor: mx.array, heads: int) -> mx.array:
 
 def write_tiny(loaded: Any, file: Path, tensors: dict[str, Any] | None = None, **changes: Any) -> Path:
     """The tiny llama as a .gguf of float32; changes to its metadata, None takes a key away."""
-    names = {ours: theirs for theirs, ours in gguf.ARCHITECTURES["llama"].block.items()}
-    outer = {ours: theirs for theirs, ours in gguf.ARCHITECTURES["llama"].outer.items()}
     arrays: dict[str, mx.array] = {}
     for name, value in tree_flatten(loaded.model.parameters()):
         stem, _, part = name.rpartition(".")
-        if stem in outer:
-            arrays[f"{outer[stem]}.{part}"] = value
-            continue
-        _, _, layer, inner = stem.split(".", 3)
-        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(inner)
-        arrays[f"blk.{layer}.{names[inner]}.{part}"] = value if heads is None else permute(value, heads)
+        heads = {"q_proj": 4, "k_proj": 2}.get(stem.rpartition(".")[2])
+        theirs = f"{gguf.ARCHITECTURES['llama'].theirs(stem, 2)}.{part}"
+        arrays[theirs] = value if heads is None else permute(value, heads)
     tokenizer = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
     vocab = tokenizer["model"]["vocab"]
     special = {token["content"] for token in tokenizer["added_tokens"]}
@@ -197,15 +192,32 @@ def test_unknown_tensors_are_refused(tiny_model: Any, tmp_path: Path) -> None:
         load(str(file))
 
 
-def test_quantisations_that_mlx_reads_wrongly_are_refused(tiny_model: Any, tmp_path: Path) -> None:
-    """mlx 0.32.4 gives Q4_K without an error, and wrong: the type in the table of tensors decides."""
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (9, "holds tensors in Q8_1, which can not be read; take a file in another quantisation"),
+        (24, "holds tensors in I8, which"),
+        (99, "holds tensors in type 99, which"),
+        (12, r"not a multiple of Q4_K block size \(256\); download it again"),
+    ],
+)
+def test_types_that_are_refused(kind: int, says: str, tiny_model: Any, tmp_path: Path) -> None:
+    """By name, where the gguf package does not unpack them; Q4_K is one that does not fit the tensor's shape."""
     file = write_tiny(tiny_model, tmp_path / "a.gguf")
     data = bytearray(file.read_bytes())
     at = data.index(b"blk.1.ffn_down.weight") + len(b"blk.1.ffn_down.weight") + 4 + 16
     assert data[at : at + 4] == b"\0\0\0\0"
-    data[at] = 12
+    data[at] = kind
     file.write_bytes(data)
-    with pytest.raises(ModelError, match=r"Q4_K, which can not be read right; take a file in one of F32, F16"):
+    with pytest.raises(ModelError, match=says):
+        load(str(file))
+
+
+def test_a_name_that_stands_twice(tiny_model: Any, tmp_path: Path) -> None:
+    """One reader would take the first, another the last: no tensor goes unchecked."""
+    file = write_tiny(tiny_model, tmp_path / "a.gguf")
+    file.write_bytes(file.read_bytes().replace(b"blk.1.ffn_down.weight", b"blk.0.ffn_down.weight"))
+    with pytest.raises(ModelError, match=r"'blk.0.ffn_down.weight' stands in it twice; download it again"):
         load(str(file))
 
 
@@ -225,7 +237,7 @@ def test_not_gguf(tmp_path: Path) -> None:
 
 def test_types_of_smollm2() -> None:
     """210 projections in Q4_1, the embedding in Q8_0, 61 norms in F32 (gguf 0.19's reader says the same)."""
-    types = [entry.kind for entry in tensor_table(resolve("smollm2-135m")).values()]
+    types = [entry.kind for entry in read_head(resolve("smollm2-135m"))[1].values()]
     assert {kind: types.count(kind) for kind in set(types)} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
 
 
