@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -23,6 +23,9 @@ from mlxft.model.heads import HEAD_FILE
 from mlxft.model.load import ALIASES, brief
 from mlxft.runs import Run, open_run
 from mlxft.text import home_path, parse_json, printable, read_small
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData, ModelCardData
 
 # --- base -------------------------------------------------------------------------------------------------------------
 # What a run started from, in words that hold elsewhere: its id on the hub, and its licence.
@@ -52,33 +55,30 @@ def find_base(path: str | None, licence: str | None = None) -> Base | None:
 
 
 def _cached_licence(repo: str) -> Metadata:
-    """The licence of a hub model, by its card: in the cache, else asked of the hub once, else unknown."""
-    from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
+    """Return the licence of a hub model by its card: in the cache, else asked of the hub once, else unknown."""
+    from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
     try:
         if isinstance(file := try_to_load_from_cache(repo, "README.md"), str):
-            data = ModelCard.load(file, ignore_metadata_errors=True).data
-        else:  # not as a download, which tries for half a minute where there is no network
-            data = HfApi().model_info(repo, timeout=5).card_data
+            return _licence_of(metadata_load(file))
+        # Not as a download, which tries for half a minute where there is no network.
+        return _licence_of(HfApi().model_info(repo, timeout=5).card_data)
     except Exception:  # no network, no card, no access: each means that it is not known
         return {}
-    return _licence_of(data.to_dict()) if data else {}
 
 
-def _licence_of(data: Metadata) -> Metadata:
+def _licence_of(data: Mapping[str, Any] | CardData | None) -> Metadata:
     keys = ("license", "license_name", "license_link")
-    return {k: data[k] for k in keys if isinstance(data.get(k), str)} if isinstance(data.get("license"), str) else {}
+    found = {k: v for k in keys if isinstance(v := data.get(k), str)} if data else {}
+    return found if "license" in found else {}
 
 
 def folder_licence(folder: Path) -> Metadata:
-    """The licence that a model folder states: in the head of README.md, or as a well-known LICENSE file."""
-    readme = folder / "README.md"
-    if readme.is_file() and (head := re.match(r"---\n(.*?)\n---", readme.read_text("utf-8", "replace"), re.DOTALL)):
-        try:
-            data = yaml.safe_load(head[1])
-        except yaml.YAMLError:
-            data = None
-        if isinstance(data, dict) and (found := _licence_of(data)):
+    """Return the licence that a model folder states: in its README.md's metadata, or as a well-known LICENSE file."""
+    from huggingface_hub import metadata_load
+
+    with suppress(ValueError, yaml.YAMLError):  # metadata that nobody can read
+        if (card := folder / "README.md").is_file() and (found := _licence_of(metadata_load(card))):
             return found
     for file in (f for n in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (f := folder / n).is_file()):
         text = " ".join(file.read_text("utf-8", "replace")[:3000].split())
@@ -106,6 +106,7 @@ TASKS = {
     "sft": "supervised fine-tuning",
     "reward": "reward modelling (Bradley-Terry) on judged answers",
 }
+_RELATION = {"adapter": "adapter", "peft": "adapter"}  # to the base; else finetune
 METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
 COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
 ROWS = 12  # of the table of validations
@@ -178,28 +179,28 @@ def code(text: str) -> str:
     return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"
 
 
-def front_matter(facts: Facts) -> Metadata:
-    """The card's metadata, as the hub defines it."""
-    config = facts.config
+def front_matter(facts: Facts) -> ModelCardData:
+    """Return the card's metadata, as the hub defines it."""
+    from huggingface_hub import ModelCardData
+
+    config, base = facts.config, facts.base
+    licence: Metadata = {k: " ".join(printable(v).split()) for k, v in (base.licence if base else {}).items()}
     library = {"peft": "peft", "gguf": "gguf", "classifier": "transformers"}.get(facts.kind, "mlx")
-    data: Metadata = {"library_name": library}
-    data["pipeline_tag"] = "text-classification" if facts.scores else "text-generation"
-    if facts.base and facts.base.hub:
-        relation = "adapter" if facts.kind in ("adapter", "peft") else "finetune"
-        data |= {"base_model": facts.base.hub, "base_model_relation": relation}
-    if facts.base:
-        data |= {k: " ".join(printable(v).split()) for k, v in facts.base.licence.items()}
-    tags = [library, "mlxft"]
+    tags, datasets = [library, "mlxft"], []
     if config:
         method = facts.method or config.tune.method
         tags += [_method(config), *([] if method == "full" else [method])]
         sets = [config.data.train, config.data.valid]
-        if hub := list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d)))):
-            data["datasets"] = hub
-    if facts.scores:
-        tags.append("reward-model")
-    data["tags"] = list(dict.fromkeys(tags))
-    return data
+        datasets = list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d))))
+    return ModelCardData(
+        library_name=library,
+        pipeline_tag="text-classification" if facts.scores else "text-generation",
+        base_model=base.hub if base else None,
+        base_model_relation=_RELATION.get(facts.kind, "finetune") if base and base.hub else None,
+        datasets=datasets or None,
+        tags=[*tags, "reward-model"] if facts.scores else tags,
+        **licence,
+    )
 
 
 def _method(config: Config) -> str:
@@ -214,12 +215,13 @@ def dataset_id(spec: str) -> str | None:
 
 
 def card(facts: Facts, picture: str | None = None) -> str:
-    """The whole card, with its metadata, as Markdown.
+    """Return the whole card, with its metadata, as Markdown.
+
+    Not by huggingface_hub's templates: as one, this text is no shorter than the functions that follow.
 
     Args:
         picture: file name of the curves in the repository.
     """
-    head = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
     sections = [f"# {facts.repo.split('/')[-1]}", _summary(facts), "## How to use it", *usage(facts)]
     if facts.config:
         sections += ["## Training", _training(facts.config, facts.events)]
@@ -233,107 +235,72 @@ def card(facts: Facts, picture: str | None = None) -> str:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # a text in it may have one
         sections += ["## Recipe", "What differs from mlxft's defaults:", f"{fence}yaml\n{text}{fence}"]
     sections += ["## Licence and limits", _licence(facts)]
-    return f"---\n{head}---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def _linked(base: Base | None) -> str:
-    if base is None:
-        return "a base model that its folder does not name"
-    return f"[{base.hub}](https://huggingface.co/{base.hub})" if base.hub else base.name
+    return f"---\n{front_matter(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _summary(facts: Facts) -> str:
-    config, base = facts.config, _linked(facts.base)
+    config, base = facts.config, facts.base
+    linked = base.name if base else "a base model that its folder does not name"
+    if base and base.hub:
+        linked = f"[{base.hub}](https://huggingface.co/{base.hub})"
+    ours = "with mlxft, a fine-tuner of language models on Apple's MLX."
     if config is None:
-        return f"Weights made from {base} with mlxft, a fine-tuner of language models on Apple's MLX."
+        return f"Weights made from {linked} {ours}"
     method = facts.method or config.tune.method
-    what = METHODS[method]
+    what = f"{METHODS[method]} {'of' if method == 'full' else 'for'}"
     if facts.kind in ("model", "classifier", "gguf") and method != "full":
-        what = f"fused {what.split()[0]} fine-tune"
-    article = "An" if what[0] in "AEIOU" else "A"
-    if facts.scores:
-        base += " that scores answers"
+        what = f"fused {what.split()[0]} fine-tune of"
     bits = f" The weights are quantised to {facts.quantized} bits." if facts.quantized else ""
-    by = TASKS.get(config.objective, _method(config).upper())
-    of = "for" if "adapter" in what else "of"
     if config.model.quantize and facts.kind == "adapter":
         bits = f" The base was quantised to {config.model.quantize} bits in training."
-    return f"{article} {what} {of} {base}, by {by} with mlxft, a fine-tuner of language models on Apple's MLX.{bits}"
+    scores = " that scores answers" if facts.scores else ""
+    return f"A {what} {linked}{scores}, by {TASKS.get(config.objective, _method(config).upper())} {ours}{bits}"
 
 
 def usage(facts: Facts) -> list[str]:
-    """Commands, one block a program."""
-    name = facts.repo.split("/")[-1]
-    blocks = [f"```sh\nhf download {facts.repo} --local-dir {name}\n```"]
-    return blocks + {"adapter": _use_adapter, "model": _use_model}.get(facts.kind, _use_export)(facts, name)
-
-
-def _use_adapter(facts: Facts, name: str) -> list[str]:
-    base = facts.base
-    alias = base.alias if base else None
-    reachable = (alias or base.hub) if base else None
-    of_base = "" if reachable else " --model PATH-OF-THE-BASE"
-    fuse = f"mlxft fuse {name} fused{of_base}   # base and adapter as one folder"
-    if facts.scores:
-        score = f"mlxft score {name} answers.jsonl   # rows with prompt and answers: a score each"
-        if base and not reachable:
-            score = f"# the base has to lie where this is called: {base.name.split()[-1].strip('`')}/\n{score}"
-        return [_shell("mlxft", score)]
-    if reachable:
-        lines = [f'mlxft generate --model {name} "Your question"', f"mlxft chat --model {name}", fuse]
-    else:
-        lines = [f'mlxft generate --model PATH-OF-THE-BASE --adapter {name} "Your question"', fuse]
-    path, before = (base.hub if base and base.hub else "PATH-OF-THE-BASE"), ""
-    if alias:  # its weights are not to the bit those on the hub
-        path, before = "base", f"mlxft convert {alias} base --dtype float32\n"
-    mlx = f'{before}mlx_lm.generate --model {path} --adapter-path {name} --prompt "Your question"'
-    return [_shell("mlxft", *lines), _shell("mlx-lm", mlx)]
-
-
-def _shell(program: str, *lines: str) -> str:
-    return f"With {program}:\n\n```sh\n" + "\n".join(lines) + "\n```"
-
-
-def _use_model(facts: Facts, name: str) -> list[str]:
-    if facts.scores:
-        return [_shell("mlxft", f"mlxft score {name} answers.jsonl   # rows with prompt and answers: a score each")]
-    blocks = [
-        _shell("mlxft", f'mlxft generate --model {name} "Your question"', f"mlxft chat --model {name}"),
-        _shell("mlx-lm", f'mlx_lm.generate --model {name} --prompt "Your question"', f"mlx_lm.server --model {name}"),
-    ]
-    if not facts.quantized:
-        python = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")\n'
-            f'model = AutoModelForCausalLM.from_pretrained("{facts.repo}")'
-        )
-        blocks.append(f"With transformers, on PyTorch:\n\n```python\n{python}\n```")
-    return blocks
-
-
-def _use_export(facts: Facts, name: str) -> list[str]:
-    if facts.kind == "gguf":
-        files = [f for f in facts.files if f.endswith(".gguf")]
-        run = f'llama-cli -m {shlex.quote(f"{name}/{files[0]}")} -p "Your question"'
-        ollama = (
-            f"\nollama create {name} -f {name}/Modelfile && ollama run {name}" if "Modelfile" in facts.files else ""
-        )
-        return [_shell("llama.cpp", run + ollama)]
-    if facts.kind == "classifier":
-        python = (
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
-            f'tokenizer = AutoTokenizer.from_pretrained("{facts.repo}")\n'
-            f'model = AutoModelForSequenceClassification.from_pretrained("{facts.repo}")  # one logit: the score'
-        )
-        return [f"With transformers:\n\n```python\n{python}\n```"]
-    base = facts.base.hub if facts.base and facts.base.hub else "PATH-OF-THE-BASE"
-    kind = "AutoModelForSequenceClassification" if facts.scores else "AutoModelForCausalLM"
-    more = ", num_labels=1" if facts.scores else ""
-    python = (
-        f"from peft import PeftModel\nfrom transformers import {kind}\n"
-        f'model = {kind}.from_pretrained("{base}"{more})\nmodel = PeftModel.from_pretrained(model, "{facts.repo}")'
-    )
-    return [f"With PEFT:\n\n```python\n{python}\n```"]
+    """Return how to load what was uploaded, one block a program."""
+    repo, name, kind, base = facts.repo, facts.repo.split("/")[-1], facts.kind, facts.base
+    alias, hub = (base.alias, base.hub) if base else (None, None)
+    ask, path, found = '"Your question"', hub or "PATH-OF-THE-BASE", bool(alias or hub)
+    auto = f"AutoModelFor{'SequenceClassification' if facts.scores or kind == 'classifier' else 'CausalLM'}"
+    blocks: dict[str, list[str]] = {}  # program -> lines
+    if kind in ("adapter", "model") and facts.scores:
+        place = base.name.split()[-1].strip("`") if kind == "adapter" and base and not found else None
+        blocks["mlxft"] = [f"# the base has to lie where this is called: {place}/"] if place else []
+        blocks["mlxft"] += [f"mlxft score {name} answers.jsonl   # rows with prompt and answers: a score each"]
+    elif kind == "adapter":
+        chat = [f"mlxft generate --model {name} {ask}", f"mlxft chat --model {name}"]
+        lines = chat if found else [f"mlxft generate --model {path} --adapter {name} {ask}"]
+        of_base = "" if found else f" --model {path}"
+        blocks["mlxft"] = [*lines, f"mlxft fuse {name} fused{of_base}   # base and adapter as one folder"]
+        # The weights of an alias are not to the bit those on the hub.
+        blocks["mlx-lm"] = [f"mlxft convert {alias} base --dtype float32"] if alias else []
+        path = "base" if alias else path
+        blocks["mlx-lm"] += [f"mlx_lm.generate --model {path} --adapter-path {name} --prompt {ask}"]
+    elif kind == "model":
+        blocks["mlxft"] = [f"mlxft generate --model {name} {ask}", f"mlxft chat --model {name}"]
+        blocks["mlx-lm"] = [f"mlx_lm.generate --model {name} --prompt {ask}", f"mlx_lm.server --model {name}"]
+    elif kind == "gguf":
+        file = next(f for f in facts.files if f.endswith(".gguf"))
+        blocks["llama.cpp"] = [f"llama-cli -m {shlex.quote(f'{name}/{file}')} -p {ask}"]
+        if "Modelfile" in facts.files:
+            blocks["llama.cpp"] += [f"ollama create {name} -f {name}/Modelfile && ollama run {name}"]
+    elif kind == "peft":
+        load = f'{auto}.from_pretrained("{path}"{", num_labels=1" if facts.scores else ""})'
+        blocks["PEFT"] = ["from peft import PeftModel", f"from transformers import {auto}", f"model = {load}"]
+        blocks["PEFT"] += [f'model = PeftModel.from_pretrained(model, "{repo}")']
+    if kind == "classifier" or (kind == "model" and not facts.scores and not facts.quantized):
+        note = "  # one logit: the score" if kind == "classifier" else ""
+        blocks["transformers" if note else "transformers, on PyTorch"] = [
+            f"from transformers import {auto}, AutoTokenizer",
+            f'tokenizer = AutoTokenizer.from_pretrained("{repo}")',
+            f'model = {auto}.from_pretrained("{repo}"){note}',
+        ]
+    shown = [f"```sh\nhf download {repo} --local-dir {name}\n```"]
+    for program, lines in blocks.items():
+        language, code = "python" if lines[0].startswith("from") else "sh", "\n".join(lines)
+        shown.append(f"With {program}:\n\n```{language}\n{code}\n```")
+    return shown
 
 
 def _training(config: Config, events: Sequence[Event]) -> str:
@@ -711,7 +678,9 @@ def _base_path(about: Metadata, run: Run | None) -> str | None:
 
 
 def upload(shipment: Shipment, *, public: bool, update: bool, message: str) -> str:
-    """Send a shipment to the hub as one commit. Returns the address of the commit.
+    """Send a shipment to the hub as one commit, and return the commit's address.
+
+    Not by `upload_folder`: what goes in place of a file, without this machine's paths, is in no folder.
 
     Args:
         public: a new repository can be read by all.
@@ -731,9 +700,7 @@ def upload(shipment: Shipment, *, public: bool, update: bool, message: str) -> s
         raise ExportError("there is no Hugging Face token: set HF_TOKEN, or log in with: hf auth login")
     api = HfApi(token=token, library_name="mlxft", library_version=mlxft.__version__)
     with _told(shipment, token, "nothing was pushed"):
-        there = api.repo_exists(repo)
-        if there and not update:
-            raise ExportError(f"{repo} is taken: choose another name, or give --update to add a commit to it")
+        there = update and api.repo_exists(repo)
         if there and not public and not api.repo_info(repo).private:
             raise ExportError(f"{repo} is there and public: say so with --public, or choose another name")
         if not there:
@@ -767,7 +734,7 @@ def _told(shipment: Shipment, token: str, state: str) -> Iterator[None]:
             "set HF_TOKEN or run: hf auth login",
             403: f"the token may not write to {owner}; it wants write access there",
             404: f"there is no such owner or repository, or the token may not see it: {shipment.repo}",
-            409: f"{shipment.repo} is taken: choose another name, or give --update",
+            409: f"{shipment.repo} is taken: choose another name, or give --update to add a commit to it",
         }.get(code or 0, f"the hub answered {code}: {(e.server_message or brief(e))}".replace(token, "..."))
         raise ExportError(f"{why}; {state}") from e
     except ValueError as e:  # such as metadata of the card that it does not take

@@ -16,9 +16,11 @@ import json
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from hashlib import blake2b
 from itertools import islice, product
 from pathlib import Path
@@ -90,7 +92,8 @@ if TYPE_CHECKING:
 
 
 # --- sweep store ------------------------------------------------------------------------------------------------------
-# A sweep's trials in an SQLite file, by Optuna; one process at a time.
+# A sweep's finished trials in an SQLite file, by Optuna; one process at a time. Not in Optuna's journal file: a line
+# that a full disk cuts short makes all that is appended later unreadable.
 
 FILE = "sweep.db"
 STARTUP = 5  # trials at random before TPE learns from them
@@ -106,7 +109,7 @@ def check_installed() -> None:
 
 @contextmanager
 def reachable(file: Path) -> Iterator[None]:
-    """A database that fails is a CheckpointError that says why."""
+    """Turn a failure of the database into a CheckpointError that says why."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -121,14 +124,17 @@ def reachable(file: Path) -> Iterator[None]:
 
 
 class Store:
-    """The trials of one sweep.
+    """The finished trials of one sweep, and how often the next one was begun.
+
+    A trial that has not finished lives in memory only, among copies of the finished ones: whatever the sampler or the
+    pruner notes in it is gone after a kill, and the trial that is begun again is the same in every number. A finished
+    one is written in a single transaction.
 
     Args:
-        seed: of the sampler. A trial depends on it, on its own number and on those before, so that a sweep that was
-            killed and went on has the trials of one that was not.
-        about: the settings that all of its trials share, dotted; those of a sweep that goes on must be the same.
+        seed: of the sampler. A trial depends on it, on its own number and on the trials before.
+        about: the settings that all trials share, dotted; a sweep that goes on must have the same.
     Raises:
-        ConfigError: the sweep there is has other settings.
+        ConfigError: the sweep in the folder has other settings.
         CheckpointError: the file can not be used.
     """
 
@@ -138,13 +144,11 @@ class Store:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.seed = sweep, seed
-        self._levels = {k: _levels(r) for k, r in sweep.space.items()} if sweep.sampler == "grid" else {}
         url = URL.create("sqlite", database=str(folder / FILE)).render_as_string()
         self.study: Study = optuna.create_study(
             storage=optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 5}}),
             study_name="sweep",
             direction="minimize" if sweep.minimize else "maximize",
-            pruner=self._pruner(),
             load_if_exists=True,
         )
         stored = self.study.user_attrs.get("about")
@@ -168,122 +172,88 @@ class Store:
         return NopPruner()
 
     def _sampler(self, number: int) -> BaseSampler:
-        from optuna.samplers import RandomSampler, TPESampler
+        from optuna.samplers import BruteForceSampler, RandomSampler, TPESampler
 
         seed = random.Random(f"{self.seed} {number}").randrange(2**32)
-        return (
-            RandomSampler(seed) if self.sweep.sampler == "random" else TPESampler(n_startup_trials=STARTUP, seed=seed)
-        )
+        if self.sweep.sampler == "tpe":
+            return TPESampler(n_startup_trials=STARTUP, seed=seed)
+        if self.sweep.sampler == "random":
+            return RandomSampler(seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is experimental
+            return BruteForceSampler(seed)
 
     def trials(self) -> list[FrozenTrial]:
-        """All that are finished: complete, pruned or failed."""
-        return [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]
+        """Return copies of all that are finished: complete, pruned or failed."""
+        done = [t for t in self.study.get_trials() if t.state.is_finished()]
+        for number, trial in enumerate(done):  # an earlier version wrote down what it began, and may have left one
+            trial.number = number
+        return done
 
-    def unfinished(self) -> list[FrozenTrial]:
-        """Those that a killed or interrupted sweep had begun."""
-        from optuna.trial import TrialState
-
-        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-    def ask(self) -> tuple[Trial, dict[str, Any]] | None:
-        """The next trial and its settings: first what was not finished, as it was. None: the grid has no more."""
-        from optuna.trial import Trial, TrialState
-
-        begun = self.unfinished()
-        number = begun[0].number if begun else len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = self._sampler(number)
-        if begun:
-            trial = Trial(self.study, begun[0]._trial_id)
-        else:
-            if self._levels and not self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                if number >= self.combinations:
-                    return None
-                self.study.enqueue_trial(self._combination(number))
-            trial = self.study.ask()
-        return trial, {key: _suggest(trial, key, r) for key, r in self.sweep.space.items()}
-
-    def rival(self) -> Trial:
-        """A trial in memory among copies of those that are finished, to be reported to and judged by the pruner.
-
-        The pruner notes in a trial which rungs it has passed. In the file such a note would outlive a kill, and the
-        trial that is begun anew would be judged by another rung than the first time.
-        """
+    def ask(self) -> tuple[Trial, dict[str, Any]]:
+        """Begin the next trial, in memory, and return it with its settings."""
         import optuna
 
-        study = optuna.create_study(direction=self.study.direction, pruner=self._pruner())
-        study.add_trials(self.trials())
-        return study.ask()
+        done = self.trials()
+        study = optuna.create_study(
+            direction=self.study.direction, sampler=self._sampler(len(done)), pruner=self._pruner()
+        )
+        study.add_trials(done)
+        trial = study.ask()
+        return trial, {key: _suggest(trial, key, r) for key, r in self.sweep.space.items()}
 
-    def tell(self, trial: Trial, rival: Trial, value: float | None, state: TrialState) -> None:
-        """Record how a trial ended, with what its rival was told and what the pruner noted there.
+    def attempts(self, number: int) -> int:
+        """Return how often a trial was begun that has not finished."""
+        begun, count = self.study.user_attrs.get("attempts", (None, 0))
+        return int(count) if begun == number else 0
 
-        A kill in the midst of it leaves an unfinished trial: it is run again, and the same is written once more.
-        """
-        judged = rival.study.get_trials(deepcopy=False)[-1]
-        storage, told = self.study._storage, self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
-        for step, seen in judged.intermediate_values.items():
-            if step not in told:
-                trial.report(seen, step)
-        for key, noted in judged.system_attrs.items():
-            storage.set_trial_system_attr(trial._trial_id, key, noted)
-        self.study.tell(trial, value, state)
+    def begin(self, number: int, attempts: int) -> None:
+        """Note how often a trial was begun."""
+        self.study.set_user_attr("attempts", [number, attempts])
 
-    @property
-    def combinations(self) -> int:
-        """Of a grid."""
-        return math.prod(len(v) for v in self._levels.values())
-
-    def _combination(self, number: int) -> dict[str, Any]:
-        # Not one setting after the other: a sweep that ends early has seen something of all.
-        order = list(range(self.combinations))
-        random.Random(self.seed).shuffle(order)
-        rest, found = order[number], {}
-        for key, values in self._levels.items():
-            rest, i = divmod(rest, len(values))
-            found[key] = values[i]
-        return found
+    def finish(self, trial: Trial, state: TrialState, value: float | None, facts: Mapping[str, Any]) -> None:
+        """Write down how a trial ended, whole or, where a kill comes in between, not at all."""
+        done = trial.study.get_trials()[-1]
+        done.state, done.datetime_complete = state, datetime.now()
+        done.value, done.user_attrs = value, dict(facts)
+        self.study.add_trial(done)
 
     def params(self, trial: FrozenTrial) -> dict[str, Any]:
-        """A trial's settings as a recipe has them, in the recipe's order."""
+        """Return a trial's settings as a recipe has them, in the recipe's order."""
         return {k: _plain(trial.params[k], r) for k, r in self.sweep.space.items() if k in trial.params}
 
     def importance(self) -> dict[str, float]:
-        """Share of each setting in which trials are among the best (PED-ANOVA, Watanabe et al. 2023), largest first;
-        pruned trials count by their last validation. {} where fewer than 4 trials or one setting tell nothing."""
-        import warnings
+        """Return the share of each setting in which trials are among the best (PED-ANOVA, Watanabe et al. 2023).
 
+        Pruned trials count by their last validation. Largest first; {} where fewer than 4 trials or one setting tell
+        nothing. fANOVA, Optuna's other evaluator, needs scikit-learn.
+        """
         import optuna
 
-        def last(t: FrozenTrial) -> float | None:
-            found = t.value if t.value is not None else t.intermediate_values.get(t.last_step or 0)
-            return found if found is not None and math.isfinite(found) else None
-
-        known = [(t, v) for t in self.trials() if t.params and (v := last(t)) is not None]
+        known = [t for t in self.trials() if t.params and t.value is not None and math.isfinite(t.value)]
         if len(known) < 4 or len(self.sweep.space) < 2:
             return {}
         study = optuna.create_study(direction=self.study.direction)
-        for t, value in known:
-            made = optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value)
-            study.add_trial(made)
+        for t in known:  # the evaluator passes over what is not complete
+            study.add_trial(optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=t.value))
         share = max(0.1, min(0.5, 5 / len(known)))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # it is experimental, and warns where all trials are alike
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
             found = optuna.importance.get_param_importances(study, evaluator=evaluator)
         return {k: float(v) for k, v in found.items()}
 
 
-def _levels(r: Range) -> Sequence[Any]:
-    """The values of a setting in a grid, as Optuna has them."""
-    return [_stored(v) for v in r.value] if r.kind == "choice" else range(r.value[0], r.value[1] + 1)
+def grid_size(sweep: Sweep) -> int:
+    """Return the number of combinations of a grid.
 
-
-def check_grid(sweep: Sweep) -> None:
-    """ConfigError where a grid has no end in sight."""
-    if sweep.sampler == "grid":
-        count = math.prod(len(_levels(r)) for r in sweep.space.values())
-        if count > MOST_COMBINATIONS:
-            raise ConfigError(f"sweep.sampler: the grid has {count:,} combinations; give choices, or use tpe or random")
+    Raises:
+        ConfigError: there is no end of them in sight.
+    """
+    count = math.prod(len(r.value) if r.kind == "choice" else r.value[1] - r.value[0] + 1 for r in sweep.space.values())
+    if count > MOST_COMBINATIONS:
+        raise ConfigError(f"sweep.sampler: the grid has {count:,} combinations; give choices, or use tpe or random")
+    return count
 
 
 def _suggest(trial: Trial, key: str, r: Range) -> Any:
@@ -594,7 +564,8 @@ def check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
             problems.append(f"{origin}: sweep.space: {one} and {other} exclude each other; vary one")
     if problems:
         raise ConfigError("\n".join(problems))
-    check_grid(config.sweep)
+    if config.sweep.sampler == "grid":
+        grid_size(config.sweep)
 
 
 def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -614,19 +585,17 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 class Watch:
-    """Follows a trial: tells its rival of each validation, and ends what is not worth going on with.
+    """Follow a trial: report each validation to the pruner, and end what is not worth going on with.
 
     Args:
-        number: of the trial.
-        rival: see `Store.rival`.
         deadline: by time.monotonic().
     """
 
-    def __init__(self, number: int, rival: Trial, metric: str, deadline: float, progress: Progress) -> None:
-        self._number, self._metric, self._deadline, self._progress = number, metric, deadline, progress
-        self.rival = rival
+    def __init__(self, trial: Trial, metric: str, deadline: float, progress: Progress) -> None:
+        self._trial, self._metric, self._deadline, self._progress = trial, metric, deadline, progress
         self.step, self.total, self.evals = 0, 0, 0
         self.value: float | None = None  # of the weights that the run keeps
+        self.last: float | None = None
 
     def event(self, event: Event) -> None:
         kind = event["event"]
@@ -634,7 +603,7 @@ class Watch:
             self.total = event["steps"]
         elif kind in ("train", "eval"):
             self.step = event["step"]
-            self._progress.now(self._number, self.step, self.total, event.get("loss"))
+            self._progress.now(self._trial.number, self.step, self.total, event.get("loss"))
             if kind == "eval" and self.step:
                 self._judge(event)
             if time.monotonic() > self._deadline and self.step < self.total:
@@ -647,11 +616,11 @@ class Watch:
         value = find_metric(event, self._metric)
         if not math.isfinite(value):
             raise TrainingError(f"step {self.step}: {self._metric} is {value}")
-        self.evals += 1
+        self.evals, self.last = self.evals + 1, value
         if event["best"]:
             self.value = value
-        self.rival.report(value, self.evals)
-        if self.step < self.total and self.rival.should_prune():
+        self._trial.report(value, self.evals)
+        if self.step < self.total and self._trial.should_prune():
             raise Stopped(f"pruned at step {self.step} of {self.total}: {self._metric} {value:.4g}")
 
 
@@ -749,15 +718,14 @@ class _Job:
         self.store = Store(self.folder, sweep, self.config.run.seed, parse_json(json.dumps(about)))
         count = sweep.trials or (None if sweep.time else DEFAULT_TRIALS)
         if sweep.sampler == "grid":
-            count = min(count or self.store.combinations, self.store.combinations)
+            count = min(count or MOST_COMBINATIONS, grid_size(sweep))
         before = len(self.store.trials())
         with Progress(self.console, count, before) as self.progress:
-            if before or self.store.unfinished():
+            if before or self.store.attempts(0):
                 self.progress.say(f"going on with {self.folder}: {before} trials are finished")
             try:
                 while (count is None or len(self.store.trials()) < count) and time.monotonic() - began < longest:
-                    asked = self.store.ask()
-                    if asked is None or not self._try(*asked, began + longest):
+                    if not self._try(*self.store.ask(), began + longest):
                         break
             except KeyboardInterrupt:
                 self.progress.say(f"interrupted after {len(self.store.trials())} trials; the same command goes on")
@@ -782,9 +750,9 @@ class _Job:
 
         place = self.folder / "trials" / str(trial.number)
         _take_away(place)
-        attempts = trial.user_attrs.get("attempts", 0)
-        trial.set_user_attr("attempts", attempts + 1)
-        watch = Watch(trial.number, self.store.rival(), self.config.sweep.metric, deadline, self.progress)
+        attempts = self.store.attempts(trial.number)
+        self.store.begin(trial.number, attempts + 1)
+        watch = Watch(trial, self.config.sweep.metric, deadline, self.progress)
         began = time.monotonic()
         state, error = TrialState.COMPLETE, None
         try:
@@ -796,7 +764,7 @@ class _Job:
                 raise TrainingError("no validation gave a finite loss")
         except (KeyboardInterrupt, Stopped) as e:
             if not isinstance(e, Stopped) or e.run_status == "interrupted":
-                trial.set_user_attr("attempts", attempts)  # it is not the trial's doing
+                self.store.begin(trial.number, attempts)  # it is not the trial's doing
                 _take_away(place)
                 if isinstance(e, Stopped):
                     return False
@@ -804,14 +772,13 @@ class _Job:
             state = TrialState.PRUNED
         except (CheckpointError, OSError):  # a full disk fails every trial, and none for good
             _take_away(place)
-            trial.set_user_attr("attempts", attempts)
+            self.store.begin(trial.number, attempts)
             raise
         except (MlxftError, RuntimeError, MemoryError) as e:
             state, error = TrialState.FAIL, str(e) or type(e).__name__
         facts = {"steps": watch.step, "total": watch.total, "seconds": time.monotonic() - began, "error": error}
-        for key, value in facts.items():
-            trial.set_user_attr(key, value)
-        self.store.tell(trial, watch.rival, watch.value if state == TrialState.COMPLETE else None, state)
+        value = {TrialState.COMPLETE: watch.value, TrialState.PRUNED: watch.last}.get(state)
+        self.store.finish(trial, state, value, facts)
         result = self._settle()
         self.progress.done(next(o for o in result.trials if o.number == trial.number), self.config.sweep.metric)
         return True

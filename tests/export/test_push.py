@@ -94,6 +94,9 @@ class Hub(BaseHTTPRequestHandler):
             if repo.startswith("others/"):
                 self._answer(403, {"error": "You don't have the rights to create a model under this namespace"})
                 return
+            if repo in self.server.repos:
+                self._answer(409, {"error": "You already created this model repo"})
+                return
             self.server.repos[repo] = asked.get("private", asked.get("visibility") == "private")
             self._answer(200, {"url": f"{address}/{repo}"})
         elif "/preupload/" in self.path:
@@ -405,6 +408,11 @@ def test_base_and_licence(tmp_path: Path) -> None:
     assert folder_licence(cached)["license"] == "other"
     (cached / "README.md").write_text("---\nlicense: other\nlicense_name: gemma\nlicense_link: https://x.y\n---\n")
     assert folder_licence(cached) == {"license": "other", "license_name": "gemma", "license_link": "https://x.y"}
+    (cached / "README.md").write_bytes(b"\xef\xbb\xbf---\r\nlicense: mit\r\n---\r\n")
+    assert folder_licence(cached) == {"license": "mit"}
+    for unreadable in (b"---\nlicense: [\n---\n", b"---\n- mit\n---\n", b"---\nlicense: \xff\n---\n", b"no metadata"):
+        (cached / "README.md").write_bytes(unreadable)
+        assert folder_licence(cached)["license"] == "other"
     assert find_base("/gone/away/base").name == "a local copy of `base`"
     assert find_base("/gone/away/base", "mit").licence == {"license": "mit"}
 

@@ -49,6 +49,23 @@ def quiet(path: Path, *overrides: str, **options: Any) -> Result:
     return sweep(path, overrides, console=Console(file=io.StringIO()), **options)
 
 
+def stored(folder: Path) -> list[Any]:
+    """What a sweep has written down of its trials."""
+    import optuna
+
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{folder / 'sweep.db'}")
+    found = study.get_trials(deepcopy=False)
+    return [(t.number, t.state, t.params, t.intermediate_values, sorted(t.system_attrs.items())) for t in found]
+
+
+def attempts(folder: Path) -> list[int]:
+    """The trial that was begun last, and how often."""
+    with sqlite3.connect(folder / "sweep.db") as db:
+        query = "select value_json from study_user_attributes where key = 'attempts'"
+        found: list[int] = json.loads(db.execute(query).fetchone()[0])
+        return found
+
+
 def test_a_sweep_that_is_killed_goes_on(write: Write, tmp_path: Path) -> None:
     """Killed in its sixth trial and called again: 12 trials, the sixth as it was; a third of the steps saved; the best
     recipe trains to the very figure."""
@@ -62,19 +79,20 @@ def test_a_sweep_that_is_killed_goes_on(write: Write, tmp_path: Path) -> None:
         time.sleep(0.01)
     begun.send_signal(signal.SIGKILL)
     begun.wait()
-    with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
-        states = [row[0] for row in db.execute("select state from trials order by number")]
-        chosen = list(db.execute("select trial_id, param_name, param_value from trial_params order by 1, 2"))
-    assert 6 <= len(states) < 12
-    assert states[-1] == "RUNNING"
+    before = stored(tmp_path / "runs/s")
+    assert 5 <= len(before) < 12
+    begun_config = yaml.safe_load((tmp_path / f"runs/s/trials/{len(before)}/config.yaml").read_text())
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert f"runs/s: {len(states) - 1} trials are finished" in done.stderr
-    with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
-        now = list(db.execute("select trial_id, param_name, param_value from trial_params order by 1, 2"))
-    assert len(now) == 12 * len(SPACE)
-    assert now[: len(chosen)] == chosen, "a trial that was not finished is done again as it was"
+    assert f"runs/s: {len(before)} trials are finished" in done.stderr
+    now = stored(tmp_path / "runs/s")
+    assert len(now) == 12
+    assert now[: len(before)] == before
+    again = now[len(before)][2]
+    assert (again["optim.lr"], again["tune.rank"]) == (begun_config["optim"]["lr"], begun_config["tune"]["rank"]), (
+        "a trial that was not finished is done again as it was"
+    )
     assert [t["number"] for t in found["trials"]] == list(range(12))
     assert {t["state"] for t in found["trials"]} == {"complete", "pruned"}
     assert all((t["state"] == "complete") == (t["steps"] == t["total"] == 8) for t in found["trials"])
@@ -110,9 +128,8 @@ def test_an_interrupted_sweep_says_so_and_goes_on(write: Write, tmp_path: Path) 
     assert (begun.returncode, err.strip()) == (130, "interrupted")
     assert "interrupted after 0 trials; the same command goes on" in out
     assert not first.exists()
-    with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
-        assert list(db.execute("select number, state from trials")) == [(0, "RUNNING")]
-        assert list(db.execute("select value_json from trial_user_attributes where key = 'attempts'")) == [("0",)]
+    assert stored(tmp_path / "runs/s") == []
+    assert attempts(tmp_path / "runs/s") == [0, 0]
 
 
 def test_failed_trials_are_recorded_and_weights_of_whole_models_are_the_bests(write: Write, tmp_path: Path) -> None:
@@ -303,6 +320,8 @@ def test_trials_depend_on_their_number_and_those_before_alone(sampler: str, tmp_
         "optim.lr": {"choice": [1, 2, 3, 4]} if sampler == "grid" else {"log": [1e-4, 1.0]},
         "run.seed": {"int": [0, 3]},
     }
+    from optuna.trial import TrialState
+
     settings = Sweep.model_validate({"space": space, "sampler": sampler})
     rows = []
     for name, every in (("once", 8), ("again", 1)):
@@ -311,11 +330,9 @@ def test_trials_depend_on_their_number_and_those_before_alone(sampler: str, tmp_
         for _ in range(8 // every):
             store = Store(tmp_path / name, settings, 1, {"a": 1})
             for _ in range(every):
-                asked = store.ask()
-                assert asked is not None
-                trial, params = asked
+                trial, params = store.ask()
                 seen.append(params)
-                store.study.tell(trial, abs(params["optim.lr"] - 0.1))
+                store.finish(trial, TrialState.COMPLETE, abs(params["optim.lr"] - 0.1), {})
         rows.append(seen)
     assert rows[0] == rows[1]
     assert len({str(r) for r in rows[0]}) == 8
@@ -327,9 +344,7 @@ def test_a_trial_that_keeps_ending_its_process_is_given_up(write: Write, tmp_pat
     path = write({"space": SPACE}, **{"run.steps": 2})
     quiet(path, trials=1)
     with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
-        db.execute("insert into trials (number, study_id, state) values (1, 1, 'RUNNING')")
-        key = db.execute("select max(trial_id) from trials").fetchone()[0]
-        db.execute("insert into trial_user_attributes (trial_id, key, value_json) values (?, 'attempts', '3')", (key,))
+        db.execute("update study_user_attributes set value_json = '[1, 3]' where key = 'attempts'")
     found = quiet(path, trials=2)
     assert [o.state for o in found.trials] == ["complete", "failed"]
     assert "ended 3 times" in (found.trials[1].error or "")
@@ -347,10 +362,10 @@ def test_a_full_disk_fails_no_trial(write: Write, tmp_path: Path, monkeypatch: p
     with pytest.raises(CheckpointError, match=r"trials/1/checkpoints/step-2: No space left on device \(\d+ bytes"):
         quiet(path)
     assert not (tmp_path / "runs/s/trials/1").exists()
+    assert attempts(tmp_path / "runs/s") == [1, 0]
     found = quiet(path)
     assert [(o.number, o.error) for o in found.trials] == [(0, None), (1, None), (2, None)]
-    with sqlite3.connect(tmp_path / "runs/s/sweep.db") as db:
-        assert set(db.execute("select value_json from trial_user_attributes where key = 'attempts'")) == {("1",)}
+    assert attempts(tmp_path / "runs/s") == [2, 1]
 
 
 def test_a_recipe_with_a_sweep_is_a_recipe() -> None:
@@ -374,62 +389,80 @@ def test_the_recipe_of_a_sweep(tiny_model_dir: Path, tmp_path: Path, monkeypatch
     assert run.metrics("end")[0]["best_loss"] == found.best.value
 
 
-@pytest.mark.parametrize("moment", ["noted", "told"])
-def test_a_kill_around_the_pruners_note_changes_no_trial(
+@pytest.mark.parametrize("moment", ["suggested", "judged", "writing", "written"])
+def test_a_kill_at_any_moment_of_a_trial_changes_none(
     moment: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Halving notes in a trial which rungs it has passed: begun anew, it is judged by the same rungs again."""
+    """Between two suggestions; after the pruner's note of a rung that was passed; within and after the transaction."""
     from optuna.pruners import SuccessiveHalvingPruner
+    from optuna.samplers import TPESampler
+    from optuna.storages import RDBStorage
 
     class Killed(BaseException):
         """Stands for a kill."""
 
-    settings = write({"space": {"optim.lr": {"log": [1e-5, 1e-1]}}, "pruner": "halving", "trials": 5, "grace": 1})
-
-    def trials(name: str) -> list[Any]:
-        config = parse_config(yaml.safe_load(settings.read_text()))
-        study = Store(tmp_path / "runs" / name, config.sweep, 0, json.loads(_about(tmp_path / "runs" / name))).study
-        found = study.get_trials(deepcopy=False)
-        return [(t.number, t.state, t.params, t.intermediate_values, sorted(t.system_attrs.items())) for t in found]
-
+    place, name = {
+        "suggested": (TPESampler, "sample_independent"),
+        "judged": (SuccessiveHalvingPruner, "prune"),
+        "writing": (RDBStorage, "_set_trial_intermediate_value_without_commit"),
+        "written": (RDBStorage, "_create_new_trial"),
+    }[moment]
+    settings = write({"space": SPACE, "pruner": "halving", "trials": 5, "grace": 1})
     quiet(settings, name="a")
-    real, calls = SuccessiveHalvingPruner.prune, []
+    whole = stored(tmp_path / "runs/a")
+    assert any(state.name == "PRUNED" for _, state, *_ in whole)
+    real, calls = getattr(place, name), 0
 
-    def prune(self: Any, study: Any, trial: Any) -> bool:
-        found: bool = real(self, study, trial)
-        calls.append(found)
-        if moment == "noted" and (len(calls) == 9 or (found and calls.count(True) == 1)):
+    def call(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = real(self, *args, **options)
+        if calls in (3, 8):
             raise Killed
         return found
 
-    def tell(self: Any, *args: Any, **options: Any) -> Any:
-        calls.append(True)
-        if len(calls) == 2:
-            raise Killed
-        return real_tell(self, *args, **options)
-
-    import optuna
-
-    real_tell = optuna.study.Study.tell
-    monkeypatch.setattr(SuccessiveHalvingPruner, "prune", prune)
-    if moment == "told":
-        monkeypatch.setattr(SuccessiveHalvingPruner, "prune", real)
-        monkeypatch.setattr(optuna.study.Study, "tell", tell)
-    with pytest.raises(Killed):
-        quiet(settings, name="b")
-    while True:  # killed once or twice
+    monkeypatch.setattr(place, name, call)
+    kills = 0
+    while True:
         try:
             quiet(settings, name="b")
             break
         except Killed:
-            continue
-    assert trials("a") == trials("b")
-    assert any(state.name == "PRUNED" for _, state, *_ in trials("a"))
+            kills += 1
+            left = stored(tmp_path / "runs/b")
+            assert left == whole[: len(left)], "what is written is whole"
+    assert kills >= 1
+    assert stored(tmp_path / "runs/b") == whole
 
 
-def _about(folder: Path) -> str:
-    with sqlite3.connect(folder / "sweep.db") as file:
-        return str(file.execute("select value_json from study_user_attributes where key = 'about'").fetchone()[0])
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_a_sweep_of_an_earlier_version_goes_on(sampler: str, tmp_path: Path) -> None:
+    """It wrote down a trial as it began: one that was left so is begun again, under its number."""
+    import optuna
+    from optuna.trial import TrialState
+
+    space = {"a": {"int": [0, 2]}, "b": {"choice": [1, 2]}}
+    settings = Sweep.model_validate({"space": space, "sampler": sampler})
+    store = Store(tmp_path, settings, 0, {})
+    for i in range(3):
+        trial, _ = store.ask()
+        store.finish(trial, TrialState.COMPLETE, float(i), {})
+    begun = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep.db'}").ask()
+    begun.suggest_int("a", 0, 2)
+    seen = [t.params for t in store.trials()]
+    for number in range(3, 6):
+        trial, params = Store(tmp_path, settings, 0, {}).ask()
+        assert trial.number == number
+        seen.append(params)
+        store.finish(trial, TrialState.PRUNED, 0.5, {"steps": 1})
+    assert [(t.number, t.value) for t in store.trials()] == [
+        (0, 0.0),
+        (1, 1.0),
+        (2, 2.0),
+        *((n, 0.5) for n in (3, 4, 5)),
+    ]
+    if sampler == "grid":
+        assert len({str(sorted(p.items())) for p in seen}) == 6
 
 
 def test_a_sweep_leaves_the_budget_to_each_trial(write: Write, tmp_path: Path) -> None:
