@@ -95,7 +95,7 @@ def test_wrong_use_of_label(prompts: str, refused: Callable[..., str]) -> None:
     for more in (("--out", "o.jsonl"), ("--adapter", "a"), ("--seed", "1")):
         assert "two files" in refused(2, "label", "--agreement", prompts, prompts, *more)
     said = refused(2, "label", prompts, "--out", "o.jsonl", "--max-tokens", "5", "--n", "2")
-    assert "--max-tokens, --n: without --model no answers are sampled" in said
+    assert "--max-tokens, --n: without --model" in said
     assert "no such file" in refused(2, "label", "q.jsonl", "--out", "o.jsonl")
     assert "name a --model" in refused(2, "label", "bare.jsonl", "--out", "o.jsonl")
     assert "nowhere" in refused(1, "label", "bare.jsonl", "--out", "o.jsonl", "--model", "./nowhere")

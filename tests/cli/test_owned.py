@@ -301,7 +301,7 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
         for out, said in {
             "mine.png": "exists already; give another name, or replace it with --overwrite",
             "f.py/x.png": "can not write f.py/x.png: Not a directory",
-            "": "it is empty; give a name",
+            "": "is empty; give a name",
             "x" * 300 + ".png": "File name too long",
         }.items():
             assert said in refused(2, *command, out), (command, out)
