@@ -156,7 +156,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
     ("rows", "args", "code", "said"),
     [
         (None, ["--task", "exactmatch"], 2, "no such task (did you mean exact_match?)"),
-        (None, ["--task", "none.yaml"], 2, "none.yaml: can not read the recipe"),
+        (None, ["--task", "none.yaml"], 2, "none.yaml: cannot read the recipe"),
         (None, ["--format", "mesages"], 2, "(did you mean messages?)"),
         (None, ["--task", "choice", "--task", "choice"], 2, "choice is given twice"),
         (None, ["--task", "choice", "--shots", "2"], 2, "--shots and --shots-from go together"),

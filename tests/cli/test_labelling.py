@@ -82,10 +82,10 @@ def test_what_is_wrong_with_a_recipe_of_label(prompts: str, refused: Callable[..
     assert "give one file of prompts" in refused(2, "label", "--recipe", "label.yaml")
     assert "--agreement takes two files" in refused(2, "label", "--agreement", "a", "b", "--recipe", "label.yaml")
     recipe.write_text("objective: sft\n", "utf-8")
-    assert "is a recipe of mlxft train" in refused(2, "label", prompts, "--recipe", "label.yaml")
+    assert "a recipe for mlxft train" in refused(2, "label", prompts, "--recipe", "label.yaml")
     recipe.write_text("- x\n", "utf-8")
     assert "expected a mapping of settings, found list" in refused(2, "label", prompts, "--recipe", "label.yaml")
-    assert "can not read the recipe" in refused(2, "label", prompts, "--recipe", "nowhere.yaml")
+    assert "cannot read the recipe" in refused(2, "label", prompts, "--recipe", "nowhere.yaml")
 
 
 def test_wrong_use_of_label(prompts: str, refused: Callable[..., str]) -> None:

@@ -142,7 +142,7 @@ def test_a_run_with_shots_goes_on_with_the_same_ones(reviews: Callable[..., Path
 
 
 def test_a_label_without_shots_is_refused(reviews: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match=r"label \(is\) is for shots"):
+    with pytest.raises(ConfigError, match=r"label \(is\) needs shots"):
         load_config(reviews(), ["data.label=is"])
 
 

@@ -202,7 +202,7 @@ def test_a_missing_package_is_said_before_anything_is_written(recipe: Recipe, mo
     ("report", "told"),
     [
         ({"to": ["wandb", "wandb"]}, "twice"),
-        ({"to": ["tensorboard"], "project": "p"}, r"project \(p\) is for wandb, trackio or mlflow"),
+        ({"to": ["tensorboard"], "project": "p"}, r"project \(p\) needs wandb, trackio or mlflow"),
         ({"to": ["wandlb"]}, "wandlb"),
     ],
 )
