@@ -438,8 +438,8 @@ class Optim(Settings):
     lr: float = Field(
         2e-4,
         gt=0,
-        description="Peak learning rate (default, for adamw: sft 2e-5, reward 1e-5, ppo 3e-6, other objectives 1e-6; "
-        "10 times as much for LoRA and DoRA).",
+        description="Peak learning rate (default for adamw: sft 2e-5, reward 1e-5, ppo 3e-6, any other objective "
+        "1e-6; LoRA and DoRA: 10 times as much).",
         json_schema_extra=_without_default,  # the default depends on objective and method
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
