@@ -265,7 +265,7 @@ def test_half_of_a_character_is_named_before_anything_is_asked(here: Path, tiny_
     (here / "asks.yaml").write_text(yaml.safe_dump(task), "utf-8")
     done = mlxft("eval", str(tiny_model_dir), "half.jsonl", "--task", "asks.yaml", "--out", "out")
     assert done.code == 1
-    assert "half.jsonl:1: a holds half of a character (U+D83D at 5)" in done.err
+    assert "half.jsonl:1: a contains half of a character (U+D83D at 5)" in done.err
     assert not (here / "out").exists()
 
 

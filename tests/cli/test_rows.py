@@ -18,7 +18,7 @@ from mlxft.errors import DataError
 from mlxft.objectives.base import beyond_context
 
 Command = Callable[..., Any]
-HALF = "holds half of a character (U+D83D at "
+HALF = "contains half of a character (U+D83D at "
 CHAT = {"messages": [{"role": "user", "content": "in"}, {"role": "assistant", "content": "on"}]}
 PAIR = {"prompt": "in", "chosen": "on the", "rejected": "on a"}
 
@@ -241,7 +241,7 @@ def test_rows_that_do_not_fit_may_be_left_out(write: Command, mlxft: Command, re
     recipe = write(objective="preference", **{"data.train": "hh.jsonl", "data.format": "preference", "run.steps": 1})
     said = refused(1, "check", recipe)
     assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in said
-    assert "hh.jsonl:3: text holds half of a character" in said
+    assert "hh.jsonl:3: text contains half of a character" in said
     note = "2 rows are left out (data.invalid: drop), the first of them: hh.jsonl:1: chosen[0] and rejected[0] differ"
     for command in ("check", "train"):
         done = mlxft(command, recipe, "data.invalid=drop")
