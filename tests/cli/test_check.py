@@ -220,7 +220,7 @@ def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
     assert plain.err == planned.err == mlxft("train", good, "memory.limit=1e-4").err
     assert "What helps: a smaller" in plain.err
     (tmp_path / "file").touch()
-    assert "run.dir: can not write" in refused(2, "check", good, "run.dir=file/runs")
+    assert "run.dir: cannot write" in refused(2, "check", good, "run.dir=file/runs")
     monkeypatch.setattr("mlxft.trainer.trackers.importlib.util.find_spec", lambda name: None)
     assert "needs the package trackio" in refused(2, "check", good, "report.to=[trackio]")
 

@@ -316,7 +316,7 @@ def test_run_folders_that_can_not_be_written(write: Write, refused: Refused, tmp
     (tmp_path / "file").touch()
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "thesis.txt").write_text("years of work", "utf-8")
-    assert "can not write to file/a: Not a directory" in refused(2, "train", recipe, "run.dir=file")
+    assert "cannot write to file/a: Not a directory" in refused(2, "train", recipe, "run.dir=file")
     exists = refused(2, "train", recipe, "run.name=mine")
     assert "mine exists; go on with --resume, replace it with --overwrite, or choose another run.name" in exists
     foreign = refused(2, "train", recipe, "run.name=mine", "--overwrite")

@@ -255,7 +255,7 @@ def test_a_failure_to_write_takes_no_result_away(
     assert "accuracy_norm" in shown.out
     assert json.loads(told.out)["tasks"][0]["figures"]["accuracy"]["n"] == 4
     for done in (shown, told):
-        assert "can not write out/predictions.jsonl: No space left on device" in done.err
+        assert "cannot write out/predictions.jsonl: No space left on device" in done.err
     assert not (here / "out").exists()
 
 

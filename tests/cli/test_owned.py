@@ -300,7 +300,7 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
     for command in commands:
         for out, said in {
             "mine.png": "exists already; give another name, or replace it with --overwrite",
-            "f.py/x.png": "can not write f.py/x.png: Not a directory",
+            "f.py/x.png": "cannot write f.py/x.png: Not a directory",
             "": "is empty; give a name",
             "x" * 300 + ".png": "File name too long",
         }.items():
@@ -373,7 +373,7 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
     assert "made.gguf: it is read-only" in refused(2, *plain["generate"]("made.gguf"), "--overwrite")
     # What an evaluation of a run is kept in by default.
     (tmp_path / "runs/a/eval").write_text("mine", "utf-8")
-    assert "--out is not given: can not write" in refused(2, "eval", "runs/a", "prompts.jsonl")
+    assert "--out is not given: cannot write" in refused(2, "eval", "runs/a", "prompts.jsonl")
     (tmp_path / "[x]").write_text("mine", "utf-8")
     for walk in ("demo", "rlhf"):
         assert "[x]: exists and is a file" in refused(2, walk, "--dir", "[x]")

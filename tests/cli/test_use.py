@@ -204,4 +204,4 @@ def test_wrong_use_of_a_batch(trained: str, prompts: str, refused: Callable[...,
     assert "bad.jsonl:2: prompt is a number" in err
     assert "bad.jsonl:3: no field 'prompt'" in err
     (tmp_path / "file").write_text("")
-    assert "can not write file/out.jsonl" in refused(2, *batch, "--out", "file/out.jsonl")
+    assert "cannot write file/out.jsonl" in refused(2, *batch, "--out", "file/out.jsonl")

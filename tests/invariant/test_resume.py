@@ -614,7 +614,7 @@ def test_a_wrong_recipe_does_not_cost_the_run_that_it_would_overwrite(recipe: Re
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_folder_that_can_not_be_written_is_a_config_error(recipe: Recipe, tmp_path: Path, name: str):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"can not write to"):
+    with pytest.raises(ConfigError, match=r"cannot write to"):
         train(recipe(**{"run.dir": str(tmp_path / name)}))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -696,8 +696,8 @@ def test_a_full_disk_leaves_what_was_saved(recipe: Recipe, tmp_path: Path, metho
         failed = subprocess.run(args, capture_output=True, text=True, timeout=300)
         assert failed.returncode == 1, failed.stdout + failed.stderr
         assert "Traceback" not in failed.stderr
-        assert "can not write" in failed.stderr
-        assert "what was saved before is untouched" in failed.stderr
+        assert "cannot write" in failed.stderr
+        assert "what was saved before is unchanged" in failed.stderr
         after = {p.relative_to(place): p.read_bytes() for p in (place / "checkpoints").rglob("*") if p.is_file()}
         assert after == before
         assert not [p for p in place.rglob("*") if p.name.startswith(".") and p.name != MARK]

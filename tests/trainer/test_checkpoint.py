@@ -168,7 +168,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_arrays", full)
-    with pytest.raises(CheckpointError, match="step-10: No space left on device; what was saved before is untouched"):
+    with pytest.raises(CheckpointError, match="step-10: No space left on device; what was saved before is unchanged"):
         save(tmp_path, 10, snapshot(10), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
     assert load_newest(tmp_path, pytest.fail) is not None
