@@ -90,7 +90,7 @@ def test_failures_are_known_by_what_backends_say(said: str, failure: Failure | N
 @pytest.mark.parametrize(
     ("said", "helps"),
     [
-        ("Command buffer execution failed: Impacting Interactivity (0000000e)", "let the display sleep"),
+        ("Command buffer execution failed: Impacting Interactivity (0000000e)", "display sleep"),
         ("[metal::malloc] Resource limit (499000) exceeded.", "memory.checkpoint: on"),
     ],
 )

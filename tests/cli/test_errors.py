@@ -75,7 +75,7 @@ def test_wrong_settings(override: str, said: list[str], write: Write, refused: R
         (["data.template=none"], "data: template: none"),
         (["data.format=text", "data.train_on=last"], "data: train_on: last"),
         (["data.overflow=split"], "data: overflow: split"),
-        (["model.group_size=32"], "model: group_size (32) is for quantising; give quantize too"),
+        (["model.group_size=32"], "model: group_size (32) needs quantize"),
         (["run.sample_tokens=3"], "run: sample_tokens (3) has nothing to act on without sample_prompts"),
         (["run.patience=3"], "run.patience: there is no validation data"),
         (["run.eval_every=3"], "run.eval_every: there is no validation data"),
