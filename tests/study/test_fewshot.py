@@ -137,7 +137,7 @@ def test_a_run_with_shots_goes_on_with_the_same_ones(reviews: Callable[..., Path
     run = train(load_config(file, ["data.shots=2"]), console=QUIET)
     assert run.metrics("start")[0]["data"]["rows"] == 4
     train(load_config(file, ["data.shots=2"]), resume=True, console=QUIET)
-    with pytest.raises((ConfigError, CheckpointError), match=r"data\.shots: the run has 2, asked for is 3"):
+    with pytest.raises((ConfigError, CheckpointError), match=r"data\.shots: the run has 2, the recipe has 3"):
         train(load_config(file, ["data.shots=3"]), resume=True, console=QUIET)
 
 
