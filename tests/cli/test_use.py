@@ -82,7 +82,7 @@ def test_wrong_use_of_generate(trained: str, refused: Callable[..., str], tiny_m
 def test_a_run_without_a_result(trained: str, refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / trained / "adapter").rename(tmp_path / "elsewhere")
     err = refused(1, "generate", "--model", trained, "hi")
-    assert f"{trained} has no result yet; go on with mlxft train --resume {trained}" in err
+    assert f"{trained} has no trained weights yet; resume it with mlxft train --resume {trained}" in err
 
 
 def test_an_adapter_of_another_base(
