@@ -97,7 +97,7 @@ def test_check_shows_both_completions_and_where_they_part(pairs: str, mlxft: Com
     out = mlxft("check", pairs, "--rows", "1").out
     shown = out[out.index("pairs.jsonl:1") :]
     assert shown.startswith(
-        "pairs.jsonl:1: prompt 16 tokens, chosen 4, rejected 3, which part after 1, margin 1.5\n"
+        "pairs.jsonl:1: prompt 16 tokens, chosen 4, rejected 3, the first 1 shared, margin 1.5\n"
         "<|im_start|>user\nin<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "chosen: ⟦on⟧⟦ the<|im_end|>⟧\n" in shown

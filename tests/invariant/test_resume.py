@@ -212,7 +212,7 @@ def test_a_signal_saves_and_exits_130(recipe: Recipe, tmp_path: Path, signum: si
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     step = last_step(tmp_path / "runs/a")
-    assert f"stopped after step {step} of 100000; a checkpoint is saved, go on with: mlxft train --resume" in out
+    assert f"stopped after step {step} of 100000; a checkpoint is saved, resume with: mlxft train --resume" in out
     assert err.strip() == "interrupted"
     assert (tmp_path / f"runs/a/checkpoints/step-{step}/state.json").exists()
 
@@ -305,7 +305,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(recipe: Recipe, tmp_p
     (tmp_path / "runs/b/adapter/adapters.safetensors").write_bytes(stale)
     said: list[str] = []
     train(recipe(**changes, **{"run.name": "b"}), said, resume=True)
-    assert "the run is complete already: nothing is left to train" in said
+    assert "nothing is left to train" in said
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
 
 
@@ -526,7 +526,7 @@ def test_changed_base_is_refused(recipe: Recipe, make_model_dir: Callable[..., P
     assert isinstance(held, dict)
     drawn = {n: mx.random.normal(v.shape, key=mx.random.key(5)) if v.ndim > 1 else v for n, v in held.items()}
     mx.save_safetensors(str(base / "model.safetensors"), drawn, {"format": "mlx"})
-    with pytest.raises(CheckpointError, match=r"what .*base holds has changed"):
+    with pytest.raises(CheckpointError, match=r"base .*base has changed"):
         train(settings, resume=True)
 
 
@@ -586,7 +586,7 @@ def test_an_early_stop_stays_one(recipe: Recipe, contradiction: dict[str, Any]):
     before = result(run.dir), course(run.dir)
     said: list[str] = []
     train(settings, said, resume=True)
-    assert "the run is complete already: nothing is left to train" in said
+    assert "nothing is left to train" in said
     assert (result(run.dir), course(run.dir)) == before
 
 
