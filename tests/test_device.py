@@ -127,7 +127,7 @@ def test_without_a_checkpoint_none_is_promised(
 
     monkeypatch.setattr(Gradients, "__call__", failing)
     error: Exception = MemoryError()
-    with pytest.raises(TrainingError, match=r"after step 0; there is no checkpoint yet.*begin anew") as told:
+    with pytest.raises(TrainingError, match=r"after step 0; there is no checkpoint yet.*start over") as told:
         train(recipe())
     assert "--resume" not in str(told.value)
     error = TrainingError("step 1: the loss is nan; its rows: allocations.jsonl:1, out of memory.jsonl:2")

@@ -503,7 +503,7 @@ def test_all_damaged_is_refused_and_nothing_touched(recipe: Recipe, tmp_path: Pa
     for folder in (tmp_path / "runs/a/checkpoints").iterdir():
         damage(folder)
     before = result(tmp_path / "runs/a"), course(tmp_path / "runs/a")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         train(settings, resume=True)
     assert (result(tmp_path / "runs/a"), course(tmp_path / "runs/a")) == before
 
