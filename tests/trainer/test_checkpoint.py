@@ -94,7 +94,7 @@ def test_all_damaged_is_refused(tmp_path: Path):
     for step in (5, 10):
         save(tmp_path, step, snapshot(step), keep=2)
         cut(tmp_path / f"step-{step}" / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="all checkpoints are damaged; .* --overwrite"):
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         load_newest(tmp_path, said.append)
     assert len(said) == 2
 

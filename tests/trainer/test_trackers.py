@@ -163,7 +163,7 @@ def test_a_failure_is_told_once_and_training_goes_on(
 ) -> None:
     libraries["wandb"].fails_at = fails_at
     run = train(recipe(report={"to": ["wandb", "trackio"]}))
-    warning = "warning: no more is sent to wandb: the server is away; training goes on"
+    warning = "warning: nothing more is sent to wandb: the server is away; training continues"
     assert [e["text"] for e in run.metrics("message")].count(warning) == 1
     assert capsys.readouterr().out.count(warning) == 1
     assert libraries["trackio"].values == expected(run.dir)
@@ -179,7 +179,7 @@ def test_a_tracker_that_can_not_even_begin_does_not_stop_training(
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
     run = train(recipe(report={"to": ["wandb"]}))
-    assert any("no more is sent to wandb: log in first" in e["text"] for e in run.metrics("message"))
+    assert any("nothing more is sent to wandb: log in first" in e["text"] for e in run.metrics("message"))
     assert run.metrics("end")
 
 
