@@ -330,7 +330,7 @@ def usable_bytes(limit_gb: float | None = None) -> int:
 def gpu_failure(error: BaseException) -> Failure | None:
     """Return the failure that an error reports: out of memory, or work that macOS stopped; else None.
 
-    It is None for mlxft's own errors, whose texts may quote anything.
+    The result is None for mlxft's own errors, whose texts may quote anything.
     """
     if isinstance(error, MlxftError):
         return None

@@ -6,7 +6,7 @@
       ModelError          weights, architecture, quantisation or adapter do not fit
       CheckpointError     a run folder or checkpoint cannot be read, written or resumed
       ExportError         a model or adapter cannot be written in the wanted format
-      TrainingError       training cannot go on: the numbers have diverged
+      TrainingError       training cannot continue: the numbers have diverged
       RewardError         a reward gives no usable number for a completion
 
 All are ValueErrors: they say that something given to mlxft is wrong, and what to do about it. A bug in mlxft
@@ -48,7 +48,7 @@ class ExportError(MlxftError):
 
 
 class TrainingError(MlxftError):
-    """Training cannot go on: a loss or gradient is not a number, or the policy has diverged."""
+    """Training cannot continue: a loss or gradient is not a number, or the policy has diverged."""
 
 
 class RewardError(MlxftError):
