@@ -356,7 +356,7 @@ def trains(config: Config) -> str:
     """Return a description of what the recipe trains."""
     t = config.tune
     if config.model.adapter is not None:
-        return f"the adapter {config.model.adapter}, further"
+        return f"the adapter {config.model.adapter}"
     where = (
         ""
         if t.layers == "all"
@@ -368,5 +368,5 @@ def trains(config: Config) -> str:
         base = f"{', '.join(t.train)}{' and all' + where if where else ''}" if t.train else f"all weights{where}"
         return f"{base}{', but not ' + ', '.join(t.freeze) if t.freeze else ''}"
     targets = t.targets if isinstance(t.targets, str) else ", ".join(t.targets)
-    whole = f", and whole: {', '.join(t.train)}" if t.train else ""
+    whole = f", and in full: {', '.join(t.train)}" if t.train else ""
     return f"{t.method} of rank {t.rank}, scale {t.multiplier:g}, on {targets}{where}{whole}"

@@ -478,7 +478,7 @@ class Optim(Settings):
         }
         wrong = [k for k, names in takes.items() if getattr(self, k) is not None and self.name not in names]
         if wrong:
-            raise ValueError(f"{self.name} has no {', '.join(wrong)} (has: {', '.join(takes[wrong[0]])})")
+            raise ValueError(f"{self.name} has no {', '.join(wrong)} (only {', '.join(takes[wrong[0]])})")
         if self.betas is not None and not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must each be at least 0 and below 1, seen {list(self.betas)}")
         decayed = [g.match for g in self.groups if g.weight_decay is not None]
@@ -547,7 +547,7 @@ class Run(Settings):
         if len(name.encode("utf-8", "surrogatepass")) > 200:  # temporary files beside the folder have longer names
             raise ValueError(f"name is longer than 200 bytes: {name[:40]!r}...")
         if self.sample_tokens is not None and not self.sample_prompts:
-            raise ValueError(f"sample_tokens ({self.sample_tokens}) has nothing to act on without sample_prompts")
+            raise ValueError(f"sample_tokens ({self.sample_tokens}) needs sample_prompts; give some, or leave it out")
         return self
 
 
@@ -1191,7 +1191,7 @@ def _check_paths(config: Config, origin: str) -> None:
         for name in names.split()
     }
     wrong = [
-        f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 per name): {shorten(str(path))}"
+        f"{origin}: {name}: the path is too long (at most {_LONGEST} bytes, 255 per name): {shorten(str(path))}"
         for name, given in paths.items()
         for path in (given if isinstance(given, Mapping) else [given])
         if isinstance(path, str | Path)

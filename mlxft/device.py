@@ -195,7 +195,7 @@ def _described(path: str) -> Blas:
 
 
 def _sse_warning(kernel: str) -> str:
-    why, best = f"OpenBLAS's {kernel} kernel uses SSE alone", best_kernel(read_or_nothing("/proc/cpuinfo"))
+    why, best = f"OpenBLAS's {kernel} kernel uses only SSE", best_kernel(read_or_nothing("/proc/cpuinfo"))
     if not best:
         return f"{why}, and this CPU has no AVX, so matrix products are slow"
     chosen = os.environ.get("OPENBLAS_CORETYPE")

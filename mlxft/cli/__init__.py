@@ -169,7 +169,7 @@ def main() -> None:
         sys.exit(1)
     except OSError as e:  # a name too long, no permission, or a file that has vanished
         if e.errno == errno.ENAMETOOLONG:
-            echo(f"ConfigError: longer than a path can be: {shorten(str(e.filename))}", err=True)
+            echo(f"ConfigError: the path is too long: {shorten(str(e.filename))}", err=True)
             sys.exit(ConfigError.exit_code)
         echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(1)

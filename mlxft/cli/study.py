@@ -65,7 +65,7 @@ def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> 
     """
     if ctx.invoked_subcommand is not None:
         if every or as_json:
-            raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, where it has them")
+            raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, if it has them")
         return
     from mlxft.runs import list_runs, sure_place
 

@@ -38,7 +38,7 @@ def lines(path: Path, *rows: Any) -> str:
         ("optim.betas=[0.9, 1.5]", ["betas must each be at least 0 and below 1"]),
         ("optim.warmup=1.5", ["warmup must be a whole number of steps or a share below 1, seen 1.5"]),
         ("optim.min_lr=1", ["min_lr (1) is above lr (0.01)"]),
-        ("optim.momentum=0.9", ["adamw has no momentum (has: sgd, muon)"]),
+        ("optim.momentum=0.9", ["adamw has no momentum (only sgd, muon)"]),
         ("data.valid=1.5", ["between 0 and 1, seen 1.5"]),
         ("run.epochs=0", ["run.epochs: ", "greater than 0"]),
         ("run.name=..", ["run.name: does not fit", "seen '..'"]),
@@ -76,7 +76,7 @@ def test_wrong_settings(override: str, said: list[str], write: Write, refused: R
         (["data.format=text", "data.train_on=last"], "data: train_on: last"),
         (["data.overflow=split"], "data: overflow: split"),
         (["model.group_size=32"], "model: group_size (32) needs quantize"),
-        (["run.sample_tokens=3"], "run: sample_tokens (3) has nothing to act on without sample_prompts"),
+        (["run.sample_tokens=3"], "run: sample_tokens (3) needs sample_prompts"),
         (["run.patience=3"], "run.patience: there is no validation data"),
         (["run.eval_every=3"], "run.eval_every: there is no validation data"),
         (["run.eval_at_start=true"], "run.eval_at_start: there is no validation data"),
@@ -160,7 +160,7 @@ def test_data_files(write: Write, refused: Refused, tmp_path: Path) -> None:
     assert "data.valid: nope/v.jsonl: no such file" in refused(2, "train", recipe, "data.valid=nope/v.jsonl")
     assert "unknown kind of file '.txt'; known are .jsonl" in refused(2, "train", recipe, "data.train=rows.txt")
     assert "no file for the train split" in refused(2, "train", recipe, "data.train=folder")
-    assert "longer than a path can be" in refused(2, "train", recipe, f"data.train={'a' * 400}")
+    assert "the path is too long" in refused(2, "train", recipe, f"data.train={'a' * 400}")
     for name in ("empty.jsonl", "blank.jsonl"):
         assert f"DataError: {name}: no rows" in refused(1, "train", recipe, f"data.train={name}")
         assert f"DataError: {name}: no rows" in refused(1, "train", recipe, f"data.valid={name}")
