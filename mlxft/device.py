@@ -244,7 +244,7 @@ FAILURES: dict[Failure, tuple[str, str]] = {
         ),
     ),
     "watchdog": (
-        "macOS has stopped the GPU's work, because it kept the display waiting",
+        "the GPU's work kept the display waiting, and macOS stopped it",
         (
             "a smaller batch.tokens (with batch.accumulate for the same step), or letting the display sleep (Control, "
             "Shift and Eject or Power) during training"

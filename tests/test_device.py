@@ -109,7 +109,7 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
 
     monkeypatch.setattr(Gradients, "__call__", failing)
     with pytest.raises(
-        TrainingError, match=f"after step 2; the checkpoint of step 2 is intact.*{helps}.*goes on: mlxft train --resume"
+        TrainingError, match=f"after step 2; the checkpoint of step 2 is intact.*{helps}.*mlxft train --resume"
     ):
         train(recipe(**settings, **{"run.name": "b"}))
     assert json.loads((tmp_path / "runs/b/status.json").read_text("utf-8"))["status"] == "failed"
