@@ -116,11 +116,11 @@ def test_a_file_of_the_users_in_a_folder_of_ours_is_named_and_kept(
         commands = replacing(file, "runs/base")
         for name in ("train", "runs rm"):
             said = refused(2, *commands[name])
-            assert f"holds what mlxft did not make ({place if place[:5] != 'model' else 'model/'})" in said
+            assert f"that mlxft did not make ({place if place[:5] != 'model' else 'model/'})" in said
         path.unlink() if there else shutil.rmtree(tmp_path / "runs/base" / place.split("/")[0])
     (tmp_path / "made/notes.txt").write_text("years of work", "utf-8")
     for name in ("fuse", "convert"):
-        assert "holds what mlxft did not make (notes.txt)" in refused(2, *replacing(file, "made")[name])
+        assert "that mlxft did not make (notes.txt)" in refused(2, *replacing(file, "made")[name])
     (tmp_path / "made/notes.txt").unlink()
     (tmp_path / "runs/base/checkpoints-of-mine").mkdir()
     assert "(checkpoints-of-mine/)" in refused(2, *replacing(file, "runs/base")["train"])

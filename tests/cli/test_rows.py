@@ -51,7 +51,7 @@ def test_half_a_character_is_a_bad_row(
         rollout = {"prompts": 1, "samples": 2, "max_tokens": 4}
         changes |= {"rewards": {"rules": [{"kind": "exact_match"}]}, "rollout": rollout}
     said = refused(1, command, write(objective=objective, **changes))
-    assert [line.split(" holds ")[0] for line in said.splitlines()] == [
+    assert [line.split(" contains ")[0] for line in said.splitlines()] == [
         f"DataError: odd.jsonl:1: {place}",
         f"odd.jsonl:2: {place}",
     ]

@@ -245,7 +245,7 @@ def test_only_what_surely_is_a_run_is_removed(make: Make, tmp_path: Path) -> Non
     for run in (folder, other, half):
         claim(run, "run")
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"what mlxft did not make \(thesis.txt\)"):
+    with pytest.raises(ConfigError, match=r"that mlxft did not make \(thesis.txt\)"):
         find_removable(["a", "other"], place)
     with pytest.raises(ConfigError, match="old: is not a run folder that this version of mlxft made"):
         find_removable(["a", "old"], place)

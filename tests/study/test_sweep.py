@@ -180,7 +180,7 @@ def test_a_sweep_in_use_and_other_folders_are_refused(write: Write, tmp_path: Pa
     (folder / "sweep.db").rename(folder / "config.yaml")
     with pytest.raises(ConfigError, match=r"exists and is no sweep that this version of mlxft made; give another"):
         quiet(path)
-    with pytest.raises(ConfigError, match=r"what mlxft did not make \(config.yaml\)"):
+    with pytest.raises(ConfigError, match=r"that mlxft did not make \(config.yaml\)"):
         quiet(path, overwrite=True)
 
 

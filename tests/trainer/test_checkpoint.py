@@ -129,8 +129,8 @@ def test_what_the_user_put_into_a_checkpoint_stays(tmp_path: Path):
     (tmp_path / "step-6").symlink_to(elsewhere)
     for step in (4, 5, 6):
         save(tmp_path, step, snapshot(step), keep=2, say=said.append)
-    assert len([line for line in said if "stays: notes.txt" in line]) == 3, said
-    assert [line.split()[-2] for line in said if "in the way" in line] == ["step-4.kept-1", "step-6.kept-1"]
+    assert len([line for line in said if ": notes.txt" in line]) == 3, said
+    assert [line.split()[-1] for line in said if "in the way" in line] == ["step-4.kept-1", "step-6.kept-1"]
     notes = [p for p in tmp_path.glob("step*/notes.txt") if p.parent.name != "step-3"]
     assert {str(p.relative_to(tmp_path)): p.read_text() for p in notes} == {
         "step-2/notes.txt": "mine 2",
