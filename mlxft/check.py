@@ -48,7 +48,7 @@ from mlxft.trainer.trackers import check_installed
 # Estimate how long a run will take from a few real steps; nothing is written.
 
 STEPS = 4  # the first one compiles and is not timed
-LOOKED_AT = 64  # number of batches among which the largest is searched
+LOOKED_AT = 64  # number of micro-batches among which the largest is searched
 
 
 @dataclass(frozen=True)

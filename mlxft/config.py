@@ -651,7 +651,7 @@ def objective_class(name: str) -> Any:
     """Return the class of an objective, imported now: it needs mlx.
 
     Raises:
-        ConfigError: there is none, its file cannot be run, or it is no objective. Python that only a run folder names
+        ConfigError: it does not exist, its file cannot be run, or it is not an objective. Python that only a run folder names
             is not run.
     """
     if name in OBJECTIVES:
@@ -738,9 +738,9 @@ def config_class(objective: str, opened: bool = False) -> type[Config]:
 
 
 def run_file(setting: str, spec: str, file: Path) -> ModuleType:
-    """Run a file as a module that nothing else can meet: of a name of its own, without bytecode left beside it.
+    """Run a file as a module with a unique name, so that it meets no other module, and write no bytecode.
 
-    While it runs, what stands beside it can be imported, as by a script.
+    While it runs, it can import modules beside it, as a script can.
 
     Args:
         setting, spec: what names it in the recipe, for messages.
@@ -769,7 +769,7 @@ def run_file(setting: str, spec: str, file: Path) -> ModuleType:
             sys.modules[name] = before
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise ConfigError(f"{setting}: {spec}: {file} can not be run: {error_of(error)}") from error
+        raise ConfigError(f"{setting}: {spec}: {file} cannot be run: {error_of(error)}") from error
     finally:
         if beside in sys.path:
             del sys.path[len(sys.path) - 1 - sys.path[::-1].index(beside)]
@@ -1236,8 +1236,8 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     return raw or {}
 
 
-_NAMES_PYTHON = "the run folder names Python to be run, and may be someone else's; read it, and add "
-_OR_RECIPE = ", or go on by your own recipe: mlxft train RECIPE --resume"
+_NAMES_PYTHON = "the run folder names Python code to run, and may come from someone else; read the code and add "
+_OR_RECIPE = ", or resume with your own recipe: mlxft train RECIPE --resume"
 
 
 def _chooses(overrides: Sequence[str], key: str) -> bool:
