@@ -1,4 +1,4 @@
-"""What `mlxft check` shows: rows as they are trained, the memory plan, and how long the run will take."""
+"""Check a recipe for `mlxft check`: show rows as they are trained, the memory plan, and how long the run will take."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ from mlxft.trainer.optim import group_of, learning_rate
 from mlxft.trainer.trackers import check_installed
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-# How long a run will take: a few real steps, of which nothing is written.
+# Estimate how long a run will take from a few real steps; nothing is written.
 
-STEPS = 4  # the first one is not timed: it compiles
-LOOKED_AT = 64  # batches among which the largest is found
+STEPS = 4  # the first one compiles and is not timed
+LOOKED_AT = 64  # number of micro-batches among which the largest is searched
 
 
 @dataclass(frozen=True)
 class TimedSteps:
-    """What a few steps took.
+    """Time and memory of a few steps.
 
     Attributes:
-        seconds: expected for the whole run, without validation and saving.
-        tokens_per_s: real tokens, padding not counted.
-        peak: measured, in bytes.
-        rollout: seconds of one, by phase; empty where completions are not the model's own.
+        seconds: expected time of the whole run, without validation and saving.
+        tokens_per_s: speed, padding not counted.
+        peak: measured peak memory in bytes.
+        rollout: seconds of one rollout by phase; empty for off-policy objectives.
     """
 
     seconds: float
@@ -68,23 +68,23 @@ class TimedSteps:
     rollout: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the measurements as JSON."""
         found: dict[str, Any] = {"expected_s": self.seconds, "tokens_per_s": self.tokens_per_s}
         return found | {"measured_peak": self.peak} | ({"rollout": self.rollout} if self.rollout else {})
 
     def lines(self, predicted: int | None) -> list[str]:
-        """In words."""
+        """Return the measurements as lines of text."""
         beside = f" (predicted: {amount(predicted)})" if predicted is not None else ""
         phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.rollout.items())
         return [
             f"time: about {duration(self.seconds)} at {self.tokens_per_s:,.0f} tokens/s, without validation and saving",
-            *([f"a rollout: {phases}"] if phases else []),
+            *([f"one rollout: {phases}"] if phases else []),
             f"measured peak memory: {amount(self.peak)}{beside}",
         ]
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Format seconds as a duration."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -92,16 +92,16 @@ def duration(seconds: float) -> str:
 
 @aside()
 def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSteps:
-    """Load the weights, take a few steps, and tell from them how long a run will take.
+    """Load the weights, run a few steps, and estimate how long a run will take.
 
-    Of on-policy training it is the steps of one whole rollout, which is sampled and scored for it.
+    For on-policy objectives these are the steps of one whole rollout, which is sampled and scored.
 
     Args:
         correct: see `assemble`.
     Raises:
-        ModelError: the weights can not be loaded.
-        RewardError: a reward gives no number.
-        TrainingError: the loss is no number.
+        ModelError: the weights cannot be loaded.
+        RewardError: a reward is not a number.
+        TrainingError: the loss is not a number.
     """
     loaded = load_base(config, lazy=True)
     _, optimizer, config, _ = assemble(config, loaded, objective, correct)
@@ -130,7 +130,7 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
 
 
 def _of_rollout(events: list[Event], rollouts: float, peak: int) -> TimedSteps:
-    """What one rollout and its steps say of as many."""
+    """Estimate the time of `rollouts` rollouts from the events of one."""
     rolled, last = events[0], events[-1]
     seconds = last["elapsed_s"]
     phases = {"sampling": rolled["sampling_s"], "scoring": rolled["scoring_s"]}
@@ -139,7 +139,7 @@ def _of_rollout(events: list[Event], rollouts: float, peak: int) -> TimedSteps:
 
 
 class _Few:
-    """An objective's first steps, that with the largest micro-batch first, over and over."""
+    """An objective that repeats its first steps; the one with the largest micro-batch comes first."""
 
     def __init__(self, objective: Objective, model: nn.Module) -> None:
         self._objective = objective
@@ -172,15 +172,15 @@ def check(
     time: bool = False,
     device: Backend | None = None,
 ) -> dict[str, Any]:
-    """Validate, load the tokenizer and the data; print counts, the memory plan and the first rows as trained.
+    """Validate a recipe and its data; print counts, the memory plan and the first rows as they are trained.
 
     Args:
-        rows: how many to show, with trained tokens marked.
-        as_json: print all as JSON in place of that.
-        time: load the weights and take a few steps, to tell how long training takes; nothing is written.
-        device: what the plan is for, default: this machine's.
+        rows: number of rows to show, with trained tokens marked.
+        as_json: print everything as JSON instead.
+        time: load the weights and run a few steps, to estimate how long training takes; nothing is written.
+        device: device that the memory plan is for (default: this machine's).
     Raises:
-        ConfigError, DataError, ModelError: as training would; that it does not fit here is said after all else.
+        ConfigError, DataError, ModelError: as training would raise; that memory is too small is raised last.
     """
     with planning_for(device):
         return _check(config, rows, console, as_json, time)
@@ -197,7 +197,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
     total = total_steps(config, objective)
     found, reason, notes = memory_plan(config, objective)
     if asked.batch.tokens == "auto":
-        by = "the plan" if found is not None else "no plan, to begin with"
+        by = "the memory plan" if found is not None else "default, without a memory plan"
         notes.append(f"batch.tokens: auto is {config.batch.budget:,} by {by}{TO_COME if is_open(asked) else ''}")
     fits = found is None or found.plan.fits(found.usable)
     facts = {
@@ -223,22 +223,22 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         facts |= {"memory": {"not_predicted": reason} if found is None else found.to_json()}
         facts |= {"time": took.to_json()} if took is not None else {}
         facts |= {"blas": blas.to_json()} if blas is not None else {}
-        console.out(json_text(facts, indent=2), highlight=False)  # never coloured: it is for programs
+        console.out(json_text(facts, indent=2), highlight=False)  # without colours, because programs read it
     else:
         _print(facts, [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])], console)
         colour = console.is_terminal and console.color_system is not None and not console.no_color
         for row in objective.previews(rows):
             show(preview(row, tokenizer), console, colour)
-    if not is_open(asked):  # what is planned too large is corrected
+    if not is_open(asked):  # otherwise a measured step corrects a batch that is too large
         _check_room(config, found)
     return facts
 
 
 def check_trains(config: Config, objective: Objective) -> None:
-    """Refuse what training would refuse of a recipe and its objective, as far as can be told without weights.
+    """Refuse a recipe that training would refuse, as far as that is known without weights.
 
     Raises:
-        ConfigError, ModelError: as training would.
+        ConfigError, ModelError: as training would raise.
     """
     _check_room(config, memory_plan(config, objective)[0])
 
@@ -264,9 +264,9 @@ def _print(facts: dict[str, Any], lines: list[str], console: Console) -> None:
 
 
 def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[str, Any]:
-    """A row as it is trained, as JSON: its place, its texts and how many tokens they have.
+    """Return a row as it is trained, as JSON: its place, its texts and their numbers of tokens.
 
-    Of a pair `shared` is what both completions begin with: there they part.
+    In a pair, `shared` is the common beginning of both completions.
     """
     if isinstance(row, Encoded):
         return {
@@ -286,14 +286,14 @@ def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[
 
 
 def show(row: dict[str, Any], console: Console, colour: bool) -> None:
-    """Print a preview, with what is trained marked; of a pair, what both completions share stands apart."""
+    """Print a preview with trained text marked; the common beginning of a pair's completions is marked apart."""
     if "pieces" in row:
         title = f"{row['tokens']} tokens, {row['trained_tokens']} trained"
         texts = [Text().join(marked(piece["text"], piece["trained"], colour) for piece in row["pieces"])]
     else:
         names = [name for name in ("chosen", "rejected", "completion") if name in row]
         title = ", ".join([f"prompt {row['prompt_tokens']} tokens", *(f"{n} {row[f'{n}_tokens']}" for n in names)])
-        title += f", which part after {row['shared_tokens']}" if "shared" in row else ""
+        title += f", the first {row['shared_tokens']} shared" if "shared" in row else ""
         title += f", margin {row['margin']:g}" if "margin" in row else ""
         title += ", a tie" if "tie" in row else ""
         title += (", good" if row["label"] else ", bad") if "label" in row else ""
@@ -301,7 +301,7 @@ def show(row: dict[str, Any], console: Console, colour: bool) -> None:
         texts = [prompt, *(Text(f"{name}: ").append_text(_completion(row, name, colour)) for name in names)]
     console.print(f"\n{row['row']}: {title}", style="bold", markup=False, highlight=False, soft_wrap=True)
     for text in texts:
-        # A line that rich breaks would look like a line break of the row.
+        # Rich must not wrap lines: a wrapped line would look like a line break in the row.
         console.print(text, soft_wrap=True)
 
 
@@ -312,10 +312,10 @@ def _completion(row: dict[str, Any], name: str, colour: bool) -> Text:
 
 
 def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, str, list[str]]:
-    """The plan, or why there is none; and what there is to say of the model.
+    """Return the memory plan, or the reason why there is none, and notes about the model.
 
     Raises:
-        ConfigError, ModelError: the model can not be trained so.
+        ConfigError, ModelError: the model cannot be trained with this recipe.
     """
     try:
         bare = bare_skeleton(config)
@@ -325,12 +325,12 @@ def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, s
     if config.batch.pack:
         refuse_states(model)
     why_eager(config, model, objective)
-    if not objective.steps_per_rollout():  # a critic is added when training begins
+    if not objective.steps_per_rollout():  # an on-policy objective adds its critic when training begins
         group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))
     shapes = objective.shapes()
     if not shapes:
-        return None, f"the batches of objective {config.objective} are not known before it runs", notes
+        return None, f"the batches of objective {config.objective} are not known before training", notes
     try:
         around = objective.beside(model)
         notes += around.residents.notes if around is not None else ()
@@ -340,23 +340,23 @@ def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, s
 
 
 def plan_lines(found: Planned | None, reason: str, took: TimedSteps | None) -> list[str]:
-    """Memory and time, in words."""
+    """Return memory and time as lines of text."""
     lines = [f"memory: not predicted: {reason}"] if found is None else found.lines()
     return lines + (took.lines(found.plan.total if found else None) if took is not None else [])
 
 
 def marked(text: str, trained: bool, colour: bool, style: str = "bold green") -> Text:
-    """A text, in green if it is trained, or between ⟦ and ⟧ where there is no colour."""
+    """Return a text that is green if it is trained, or between ⟦ and ⟧ if there are no colours."""
     if not trained:
         return Text(text)
     return Text(text, style=style) if colour else Text(f"⟦{text}⟧")
 
 
 def trains(config: Config) -> str:
-    """What the recipe trains, in words."""
+    """Return a description of what the recipe trains."""
     t = config.tune
     if config.model.adapter is not None:
-        return f"the adapter {config.model.adapter}, further"
+        return f"the adapter {config.model.adapter}"
     where = (
         ""
         if t.layers == "all"
@@ -368,5 +368,5 @@ def trains(config: Config) -> str:
         base = f"{', '.join(t.train)}{' and all' + where if where else ''}" if t.train else f"all weights{where}"
         return f"{base}{', but not ' + ', '.join(t.freeze) if t.freeze else ''}"
     targets = t.targets if isinstance(t.targets, str) else ", ".join(t.targets)
-    whole = f", and whole: {', '.join(t.train)}" if t.train else ""
+    whole = f", and in full: {', '.join(t.train)}" if t.train else ""
     return f"{t.method} of rank {t.rank}, scale {t.multiplier:g}, on {targets}{where}{whole}"

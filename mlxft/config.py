@@ -1,8 +1,8 @@
-"""Every shared setting, declared once; recipes read, overridden, explained when wrong, and described as a JSON schema.
+"""Declare every shared setting once; read and override recipes, explain what is wrong in them, and give their schema.
 
-A recipe is YAML. Overrides (`tune.rank=16`) beat the recipe, the recipe beats the defaults, and the run folder's
-config.yaml shows what won. An objective declares its own sections in its class, which OBJECTIVES finds by the recipe's
-`objective`.
+A recipe is YAML. Overrides (`tune.rank=16`) take precedence over the recipe, the recipe over the defaults, and the run
+folder's config.yaml records the result. An objective declares its own sections in its class, which OBJECTIVES finds by
+the recipe's `objective`.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ from mlxft.errors import ConfigError, half_character, nearest, shorten
 from mlxft.text import home_path, read_small
 
 # --- settings ---------------------------------------------------------------------------------------------------------
-# What every section of a recipe is.
+# The base class of every section of a recipe.
 
 
 class Settings(BaseModel):
-    """A section of a recipe: unknown keys are errors, values do not change after loading."""
+    """A section of a recipe. Unknown keys are errors, and values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _takes(cls, value: Any, info: ValidationInfo) -> Any:
-        # Pydantic would take true for 1; in YAML 1.1, which other programs write, on and off are true and false.
+        # Pydantic would read true as 1. YAML 1.1, which other programs write, reads on and off as true and false.
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and {"on", "off"} <= set(get_args(kind)):
             return "on" if value else "off"
         if isinstance(value, bool) and kind is not bool:
-            raise ValueError(f"expected another value than {str(value).lower()}")
+            raise ValueError(f"{str(value).lower()} is not a value of this setting")
         for part in value if isinstance(value, list) else (value,):
             if isinstance(part, int) and abs(part) >= 2**63:
-                raise ValueError(f"a number of {len(str(part))} digits; expected one below 2^63")
+                raise ValueError(f"the number has {len(str(part))} digits; expected one below 2^63")
             if isinstance(part, str | Path) and "\0" in str(part):
-                raise ValueError(f"holds the character NUL; seen {part!r:.60}")
+                raise ValueError(f"contains the character NUL; seen {part!r:.60}")
         return value
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
-# The `sweep:` section: which settings `mlxft sweep` varies, within what, and what it looks for.
+# The `sweep:` section: which settings `mlxft sweep` varies, in which ranges, and which metric it optimises.
 
 UNITS = {"h": 3600, "m": 60, "s": 1}
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -74,72 +74,81 @@ DEFAULT_TRIALS = 20
 
 
 class Range(Settings):
-    """What one setting may be: exactly one of these."""
+    """The range of one setting that a sweep varies; exactly one kind of range is given."""
 
-    log: tuple[float, float] | None = Field(None, description="[low, high], evenly in the logarithm: learning rates.")
-    float_: tuple[float, float] | None = Field(None, alias="float", description="[low, high], evenly.")
-    int_: tuple[int, int] | None = Field(None, alias="int", description="[low, high], whole numbers, both included.")
-    log_int: tuple[int, int] | None = Field(None, description="[low, high], whole numbers, evenly in the logarithm.")
-    choice: list[Any] | None = Field(None, description="The values themselves.")
+    log: tuple[float, float] | None = Field(
+        None, description="[low, high], uniform in the logarithm, as for learning rates."
+    )
+    float_: tuple[float, float] | None = Field(None, alias="float", description="[low, high], uniform.")
+    int_: tuple[int, int] | None = Field(None, alias="int", description="[low, high], integers, both included.")
+    log_int: tuple[int, int] | None = Field(None, description="[low, high], integers, uniform in the logarithm.")
+    choice: list[Any] | None = Field(None, description="List of values to choose from.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Range:
         given = {k.rstrip("_"): v for k, v in self if v is not None}
         if len(given) != 1:
-            seen = f"seen {', '.join(given)}" if given else "none is given"
+            seen = f"seen {', '.join(given)}" if given else "seen none"
             raise ValueError(f"give exactly one of log, float, int, log_int, choice; {seen}")
         ((kind, value),) = given.items()
         if kind == "choice":
             different = {json.dumps(v, sort_keys=True, default=str) for v in value}
             if len(different) < len(value):
-                raise ValueError(f"choice names a value twice: {value}")
+                raise ValueError(f"choice lists a value twice: {value}")
             if len(value) < 2:
-                raise ValueError(f"a choice of {len(value)} leaves nothing to vary; give at least 2 values, or set it")
+                raise ValueError(
+                    f"choice needs at least 2 values, seen {len(value)}; set a single value outside of sweep"
+                )
             return self
         low, high = value
         if not low < high:
-            raise ValueError(f"the range {kind}: [{low:g}, {high:g}] is empty; give [low, high] with low below high")
+            raise ValueError(f"the range {kind}: [{low:g}, {high:g}] is empty; low must be below high")
         if kind.startswith("log") and low <= 0:
-            raise ValueError(f"{kind}: [{low:g}, {high:g}] begins at {low:g}, which has no logarithm; begin above 0")
+            raise ValueError(
+                f"the range {kind}: [{low:g}, {high:g}] starts at {low:g}, which has no logarithm; start above 0"
+            )
         return self
 
     @property
     def kind(self) -> str:
-        """Which one it is: log, float, int, log_int or choice."""
+        """Return the kind of the range: log, float, int, log_int or choice."""
         return next(k.rstrip("_") for k, v in self if v is not None)
 
     @property
     def value(self) -> Any:
-        """[low, high], or the choices."""
+        """Return [low, high], or the list of choices."""
         return next(v for _, v in self if v is not None)
 
 
 class Sweep(Settings):
-    """What `mlxft sweep` varies and looks for; `mlxft train` takes no recipe that has it."""
+    """Search of `mlxft sweep`. `mlxft train` refuses a recipe with this section."""
 
     space: dict[str, Range] = Field(
         default_factory=dict,
-        description="Setting -> its range, e.g. optim.lr: {log: [1e-5, 1e-3]}, tune.rank: {choice: [4, 16, 64]}.",
+        description="Range of each setting to vary, e.g. optim.lr: {log: [1e-5, 1e-3]}, "
+        "tune.rank: {choice: [4, 16, 64]}.",
     )
     metric: str = Field(
-        "loss", min_length=1, description="A number of validation (`eval` in metrics.jsonl), of the weights kept."
+        "loss",
+        min_length=1,
+        description="Validation metric to optimise (`eval` in metrics.jsonl), of the kept weights.",
     )
     direction: Literal["minimize", "maximize"] | None = Field(
-        None, description="What is better; loss and perplexity: minimize, others have to say."
+        None, description="Whether to minimize or maximize the metric (default for loss and perplexity: minimize)."
     )
     sampler: Literal["tpe", "random", "grid"] = Field(
-        "tpe", description="Where trials lie: learnt from those before (TPE), at random, or every combination."
+        "tpe", description="How trials are chosen: learnt from earlier trials (TPE), random, or every combination."
     )
     pruner: Literal["halving", "median", "none"] = Field(
         "halving",
-        description="Trials stopped at a validation: those not among the better half of all that came so far (after "
-        "1, 2, 4, 8 ... validations), or worse than the median of finished ones at the same point.",
+        description="Which trials are stopped early: halving stops those outside the better half of the trials that "
+        "reached 1, 2, 4, 8 ... validations; median stops those worse than the median of the finished trials.",
     )
-    grace: int = Field(1, ge=1, description="Validations each trial has before it may be stopped.")
+    grace: int = Field(1, ge=1, description="Number of validations before a trial may be stopped.")
     trials: int | None = Field(
-        None, ge=1, le=10**6, description=f"Trials in all; default {DEFAULT_TRIALS}, with time: no limit."
+        None, ge=1, le=10**6, description=f"Total number of trials (default: {DEFAULT_TRIALS}; with time: no limit)."
     )
-    time: str | None = Field(None, description="Longest time of one call, e.g. 2h, 30m, 1h30m.")
+    time: str | None = Field(None, description="Time limit of one call, e.g. 2h, 30m, 1h30m.")
 
     @field_validator("time", mode="before")
     @classmethod
@@ -156,38 +165,34 @@ class Sweep(Settings):
         if given and self.direction is None and not self.metric.endswith(LOWER_IS_BETTER):
             raise ValueError(f"direction is needed for metric {self.metric}: minimize or maximize")
         if self.pruner == "none" and "grace" in given:
-            raise ValueError(f"grace ({self.grace}) is for a pruner; leave it out with pruner: none")
+            raise ValueError(f"grace ({self.grace}) needs a pruner; leave it out with pruner: none")
         if self.sampler == "grid":
             endless = [k for k, r in self.space.items() if r.kind in ("log", "float")]
             if endless:
-                raise ValueError(f"grid has every combination of int and choice; {', '.join(endless)}: give a choice")
+                raise ValueError(f"sampler: grid needs int or choice ranges; give a choice for {', '.join(endless)}")
         return self
 
     @property
     def minimize(self) -> bool:
-        """Whether less is better."""
+        """Return whether a lower metric is better."""
         return self.direction != "maximize"
 
 
 def seconds(text: Any) -> float:
-    """Of a length of time such as 90s, 30m, 2h or 1h30m.
+    """Return the seconds in a duration such as 90s, 30m, 2h or 1h30m.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a duration.
     """
     found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", str(text).strip())
     total = sum(float(v) * u for v, u in zip(found.groups(), UNITS.values()) if v) if found else 0.0
     if total <= 0:
-        raise ValueError(f"{text!r} is no length of time; expected such as 2h, 30m, 1h30m or 90s")
+        raise ValueError(f"{text!r} is not a duration; expected e.g. 2h, 30m, 1h30m or 90s")
     return total
 
 
 # --- config -----------------------------------------------------------------------------------------------------------
 # Every setting, declared once: its type, default, bounds and help.
-#
-# A recipe is YAML. Overrides (`tune.rank=16`) beat the recipe, the recipe beats the defaults, and the run folder's
-# config.yaml shows what won (recipe.py reads and writes them). An objective's own sections are declared in its own
-# class, which OBJECTIVES finds by the recipe's `objective`.
 
 S = TypeVar("S", bound=Settings)
 # name -> module of mlxft.objectives, and the class in it
@@ -203,58 +208,65 @@ OBJECTIVES = {
 
 
 class Model(Settings):
-    """The weights to start from."""
+    """Base model to start from."""
 
-    path: str = Field(description="Hub id, local folder, .gguf of the llama family, or smollm2-135m.", min_length=1)
+    path: str = Field(
+        description="Model: a hub id, folder, .gguf file of the llama family, or smollm2-135m.", min_length=1
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the weights; auto: float32 on a CPU, the checkpoint's own on a GPU."
+        "auto", description="Type of the weights; auto is float32 on a CPU, and the model's own type on a GPU."
     )
     quantize: Literal[2, 3, 4, 5, 6, 8] | None = Field(
-        None, description="Quantise the frozen base at load to so many bits (4: QLoRA)."
+        None, description="Quantise the frozen base to this many bits when it is loaded (4 is QLoRA)."
     )
     group_size: Literal[32, 64, 128] | None = Field(
-        None, description="Weights that share one scale when quantising; default 64."
+        None, description="Number of weights that share a quantisation scale (default: 64)."
     )
-    adapter: str | None = Field(None, description="Adapter folder or run to start from.")
-    chat_template: Path | None = Field(None, description="Jinja file to use in place of the tokenizer's chat template.")
-    trust_remote_code: bool = Field(False, description="Allow code that a model repository brings along to run.")
+    adapter: str | None = Field(None, description="Adapter folder or run whose adapter is trained further.")
+    chat_template: Path | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
+    trust_remote_code: bool = Field(False, description="Allow Python code that comes with the model to run.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
         if self.group_size is not None and self.quantize is None:
-            raise ValueError(f"group_size ({self.group_size}) is for quantising; give quantize too, or leave it out")
+            raise ValueError(f"group_size ({self.group_size}) needs quantize; give quantize too, or leave it out")
         return self
 
 
 class Tune(Settings):
-    """What is trained."""
+    """Parameters that are trained, and how."""
 
-    method: Literal["lora", "dora", "full"] = Field("lora", description="Low-rank update, DoRA, or the weights.")
-    rank: int = Field(8, ge=1, le=2**16, description="Rank of the update; 8 to 64 is usual.")
-    scale: float | None = Field(None, gt=0, description="Multiplier of the update; default alpha / rank.")
-    alpha: float | None = Field(
-        None, gt=0, description="The update is multiplied by alpha / rank (rsLoRA: alpha / sqrt(rank)); default 16."
+    method: Literal["lora", "dora", "full"] = Field(
+        "lora", description="Fine-tuning method: LoRA, DoRA, or full (all weights)."
     )
-    rslora: bool = Field(False, description="Rank-stabilised scaling: alpha / sqrt(rank) (Kalajdzievski 2023).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update; only sft trains with it.")
+    rank: int = Field(8, ge=1, le=2**16, description="Rank of the update; 8 to 64 is usual.")
+    scale: float | None = Field(None, gt=0, description="Multiplier of the update (default: alpha / rank).")
+    alpha: float | None = Field(
+        None, gt=0, description="The update is multiplied by alpha / rank; rsLoRA: alpha / sqrt(rank) (default: 16)."
+    )
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) (Kalajdzievski 2023).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update; only sft uses it.")
     targets: str | list[str] = Field(
         "all-linear",
-        description="all-linear, attention, mlp, or name patterns such as q_proj or layers.0.*, as one or a list. "
-        "Routers of experts are adapted by name only.",
+        description="Layers to adapt: all-linear, attention, mlp, or a name pattern or list of patterns such as q_proj "
+        "or layers.0.*. Routers of experts are adapted only if a pattern names them.",
     )
     layers: Literal["all"] | int | list[int] = Field(
-        "all", description="Layers with adapters (full: trained layers): all, the last N, or a list of indices."
+        "all", description="Blocks with adapters (full: trained blocks): all, the last N, or a list of indices."
     )
     train: list[str] = Field(
         default_factory=list,
-        description="Name patterns of what is trained in full: beside the adapters, or (full) in place of everything.",
+        description="Name patterns of parameters that are trained in full, in addition to the adapters; with full, "
+        "only these are trained.",
     )
-    freeze: list[str] = Field(default_factory=list, description="Full: name patterns of what is not trained.")
+    freeze: list[str] = Field(
+        default_factory=list, description="With full: name patterns of parameters that are not trained."
+    )
     router_aux: float | None = Field(
         None,
         gt=0,
-        description="Mixtures of experts: weight of a loss that keeps their load even, E sum f P of each router (Fedus "
-        "et al. 2021), mean over layers, which is 1 at best; 0.001 to 0.01 is usual. Default: none.",
+        description="Mixtures of experts: weight of the load-balancing loss, E sum f P of each router (Fedus et al. "
+        "2021), averaged over layers; its minimum is 1. 0.001 to 0.01 is usual (default: no such loss).",
     )
 
     @model_validator(mode="after")
@@ -263,23 +275,23 @@ class Tune(Settings):
         if self.method == "full":
             low_rank = sorted({"rank", "scale", "alpha", "rslora", "dropout", "targets"} & given)
             if low_rank:
-                raise ValueError(f"method full has no {', '.join(low_rank)}; leave out or use lora or dora")
+                raise ValueError(f"method full has no {', '.join(low_rank)}; leave this out, or use lora or dora")
         elif self.freeze:
             raise ValueError(
-                f"freeze is for method full; with {self.method} the base is frozen (choose by targets and layers)"
+                f"freeze needs method full; with {self.method} the base is frozen (choose by targets and layers)"
             )
         if self.scale is not None and (self.alpha is not None or self.rslora):
             other = "alpha" if self.alpha is not None else "rslora"
             raise ValueError(f"give scale or {other}, not both (scale={self.scale:g})")
         if not self.targets:
-            raise ValueError("targets is empty: nothing would be adapted; leave it out, or name patterns")
+            raise ValueError("targets is empty, so nothing would be adapted; leave it out, or give name patterns")
         if isinstance(self.layers, int) and self.layers < 1:
             raise ValueError(f"layers must be all, a number of at least 1 (the last N), or a list; seen {self.layers}")
         return self
 
     @property
     def multiplier(self) -> float:
-        """What the low-rank product is multiplied by."""
+        """Return the factor that the low-rank product is multiplied by."""
         if self.scale is not None:
             return self.scale
         alpha = 16.0 if self.alpha is None else self.alpha
@@ -287,77 +299,85 @@ class Tune(Settings):
 
 
 class Data(Settings):
-    """Rows, and which of their tokens are trained."""
+    """Rows to train on, and which of their tokens are trained."""
 
-    train: str = Field(description="File (jsonl, json, csv, parquet), folder, or hf:org/name[:config][:split].")
+    train: str = Field(
+        description="Training rows: file (jsonl, json, csv, parquet), folder, or hf:org/name[:config][:split]."
+    )
     valid: str | float | None = Field(
-        None, description="The same for validation, or a share such as 0.05 split off; a folder's own is found."
+        None,
+        description="Validation rows, given like train, or a share of the training rows to split off, e.g. 0.05; in a "
+        "folder of data.train a validation file is found by its name.",
     )
     format: Literal[
         "messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "ratings", "unpaired", "prompts"
-    ] = Field(description="How a row is read; named, never guessed (mlxft check suggests one).")
+    ] = Field(description="Format of the rows; it is never guessed (mlxft check suggests one).")
     fields: dict[str, str] = Field(
         default_factory=dict,
-        description="Other names of the format's fields, e.g. {messages: dialog}; or texts with a row's fields in "
-        "braces, e.g. {prompt: 'Review: {review}'}.",
+        description="Map from the format's fields to the rows' fields, e.g. {messages: dialog}, or to templates with "
+        "fields in braces, e.g. {prompt: 'Review: {review}'}.",
     )
     shots: int | None = Field(
         None,
         ge=1,
-        description="Train on so many rows only, drawn by run.seed: of each label, where the rows have labels. The "
-        "label is the row's answer if there are at most 20 different ones and twice as many rows.",
+        description="Train on this many rows only, drawn by run.seed; if the rows have labels, on this many per label. "
+        "A row's completion counts as its label if there are at most 20 different ones and twice as many rows.",
     )
-    label: str | None = Field(None, min_length=1, description="With shots: the rows' field that holds the label.")
-    max_length: int = Field(2048, ge=2, le=2**22, description="Longest row in tokens.")
+    label: str | None = Field(None, min_length=1, description="With shots: field of the rows that holds the label.")
+    max_length: int = Field(2048, ge=2, le=2**22, description="Maximum length of a row in tokens.")
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
-        "error", description="What becomes of a longer row; split is for text."
+        "error", description="What to do with longer rows; split works only for format text."
     )
     invalid: Literal["error", "drop"] = Field(
-        "error", description="What becomes of a row that cannot be read or does not fit; drop: left out, with a note."
+        "error", description="What to do with rows that cannot be read or do not fit the format; drop leaves them out."
     )
     train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
         None,
-        description="Every assistant turn, the last one, the completion, or every token; default assistant, text: all.",
+        description="Tokens to train on: every assistant turn, the last one, the completion, or all (default: "
+        "assistant; format text: all).",
     )
     template: Literal["auto", "none"] = Field(
-        "auto", description="auto: prompts and completions go through the chat template if there is one; none: as text."
+        "auto",
+        description="auto applies the chat template, if there is one, to prompts and completions; none does not.",
     )
     date: Date | None = Field(
         None,
-        description="The day that a chat template writes, if it writes one, as 2026-11-26; default: the day on which "
-        "the run begins, also when it is resumed later.",
+        description="Date for chat templates that write one, e.g. 2026-11-26 (default: the day on which the run "
+        "begins; a resumed run keeps it).",
     )
-    cache: bool = Field(True, description="Keep encoded rows on the disk, so that the next start need not encode them.")
+    cache: bool = Field(True, description="Cache encoded rows on disk, so that the next run need not encode them.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
-            raise ValueError(f"valid as a share must lie between 0 and 1, seen {self.valid:g}")
+            raise ValueError(f"valid as a share must be between 0 and 1, seen {self.valid:g}")
         if self.format == "text" and self.train_on not in (None, "all"):
-            raise ValueError(f"train_on: {self.train_on} is not for format text, of which every token is trained")
+            raise ValueError(f"train_on: {self.train_on} does not work with format text, which trains every token")
         if self.overflow == "split" and self.format != "text":
-            raise ValueError(f"overflow: split is for format text, not {self.format}; use error, drop or truncate")
+            raise ValueError(
+                f"overflow: split works only with format text, not {self.format}; use error, drop or truncate"
+            )
         if self.template == "none" and self.format in ("messages", "sharegpt", "alpaca"):
-            raise ValueError(f"template: none is for format prompt-completion; {self.format} needs the chat template")
+            raise ValueError(f"template: none does not work with format {self.format}, which needs the chat template")
         if self.label is not None and self.shots is None:
-            raise ValueError(f"label ({self.label}) is for shots of each label; give shots too, or leave it out")
+            raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
         return self
 
 
 class Batch(Settings):
-    """How rows become steps."""
+    """Division of rows into micro-batches and steps."""
 
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="Tokens a micro-batch, padding included; rows of like length share one. Default 2048; auto: as "
-        "many as fit in memory, at most 65536: by the plan, corrected by measured steps (memory.measure) where a run "
-        "or a range test begins.",
+        description="Tokens in a micro-batch, padding included; rows of similar length share one (default: 2048). auto "
+        "takes as many as fit in memory, at most 65536, by the memory plan, corrected by measured steps "
+        "(memory.measure) when a run or range test begins.",
     )
-    rows: int | None = Field(None, ge=1, description="Rows a micro-batch, in place of tokens.")
-    accumulate: int = Field(1, ge=1, description="Micro-batches a step.")
+    rows: int | None = Field(None, ge=1, description="Rows in a micro-batch, instead of tokens.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches in a step.")
     pack: bool = Field(
         False,
-        description="Several rows in one sequence, each seeing only itself: little padding whatever their lengths. "
+        description="Pack several rows into one sequence, in which each row attends only to itself, to save padding. "
         "rows then counts sequences.",
     )
 
@@ -369,32 +389,36 @@ class Batch(Settings):
 
     @property
     def budget(self) -> int:
-        """`tokens`, or its default."""
+        """Return `tokens`, or its default."""
         return 2048 if self.tokens is None else int(self.tokens)
 
 
 class Group(Settings):
-    """Parameters with a learning rate of their own."""
+    """Group of parameters with its own learning rate or weight decay."""
 
     match: str = Field(
         min_length=1,
-        description="Pattern of parameters' names, as in tune.targets (layers.0, embed_tokens, *norm*), or re: and a "
-        "regular expression that is found in them.",
+        description="Pattern of parameter names, as in tune.targets (layers.0, embed_tokens, *norm*), or re: and a "
+        "regular expression to search for in the names.",
     )
-    lr: float | None = Field(None, gt=0, description="Their highest learning rate; warm-up and schedule are the run's.")
-    scale: float | None = Field(None, gt=0, description="Their rate as a multiple of optim.lr, in place of lr.")
-    weight_decay: float | None = Field(None, ge=0, description="Their decoupled decay; default optim.weight_decay.")
+    lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the group; warm-up and schedule are the run's."
+    )
+    scale: float | None = Field(
+        None, gt=0, description="Learning rate of the group as a multiple of optim.lr, instead of lr."
+    )
+    weight_decay: float | None = Field(None, ge=0, description="Decoupled weight decay (default: optim.weight_decay).")
 
     @model_validator(mode="after")
     def _consistent(self) -> Group:
         if self.lr is not None and self.scale is not None:
             raise ValueError(f"{self.match!r}: give lr or scale, not both (lr={self.lr:g}, scale={self.scale:g})")
         if self.lr is None and self.scale is None and self.weight_decay is None:
-            raise ValueError(f"{self.match!r}: give lr, scale or weight_decay; without, it is no group of its own")
+            raise ValueError(f"{self.match!r}: give lr, scale or weight_decay; without one the group changes nothing")
         try:
             re.compile(self.match[3:] if self.match.startswith("re:") else "")
         except re.error as e:
-            raise ValueError(f"{self.match!r}: no regular expression: {e}") from e
+            raise ValueError(f"{self.match!r}: not a regular expression: {e}") from e
         return self
 
 
@@ -403,35 +427,45 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 class Optim(Settings):
-    """The optimiser and its learning rate."""
+    """Optimiser and learning rate."""
 
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field(
         "adamw",
-        description="Optimiser. muon: Muon for the matrices of the blocks and their low-rank factors, scaled so that "
-        "lr means what it means for adamw (Liu et al. 2025); AdamW at the same lr for embeddings, output layer, heads, "
-        "norms and biases.",
+        description="Optimiser. muon uses Muon for the matrices of the blocks and their low-rank factors, scaled so "
+        "that lr means what it means for adamw (Liu et al. 2025), and AdamW at the same lr for embeddings, output "
+        "layer, heads, norms and biases.",
     )
     lr: float = Field(
         2e-4,
         gt=0,
-        description="Highest learning rate. Default, for adamw: sft 2e-5, reward 1e-5, ppo 3e-6, any other objective "
-        "1e-6; LoRA and DoRA take 10 times as much.",
-        json_schema_extra=_without_default,  # it is that of one objective and method
+        description="Peak learning rate (default for adamw: sft 2e-5, reward 1e-5, ppo 3e-6, any other objective "
+        "1e-6; LoRA and DoRA: 10 times as much).",
+        json_schema_extra=_without_default,  # the default depends on objective and method
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Course of the rate after warm-up.")
-    warmup: int | float = Field(0.03, ge=0, description="Steps of linear warm-up; below 1: share of all steps.")
-    min_lr: float = Field(0.0, ge=0, description="Rate at the end of a linear or cosine schedule.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Learning-rate schedule after warm-up."
+    )
+    warmup: int | float = Field(
+        0.03, ge=0, description="Steps of linear warm-up; a value below 1 is a share of all steps."
+    )
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a linear or cosine schedule.")
     weight_decay: float | None = Field(
-        None, ge=0, description="Decoupled decay (sgd: added to the gradient); default 0.01 for adamw, else 0."
+        None,
+        ge=0,
+        description="Decoupled weight decay; sgd adds it to the gradient (default: 0.01 for adamw, else 0).",
     )
-    betas: tuple[float, float] | None = Field(None, description="adam, adamw: (0.9, 0.999); lion: (0.9, 0.99).")
-    eps: float | None = Field(None, gt=0, description="adam, adamw: added to the denominator; default 1e-8.")
-    momentum: float | None = Field(None, ge=0, lt=1, description="sgd: default 0; muon: default 0.95.")
-    clip: float | None = Field(1.0, gt=0, description="Largest norm of the whole gradient; null: no clipping.")
+    betas: tuple[float, float] | None = Field(
+        None, description="Decay rates of the moments (default for adam, adamw: 0.9, 0.999; lion: 0.9, 0.99)."
+    )
+    eps: float | None = Field(None, gt=0, description="adam, adamw: constant added to the denominator (default: 1e-8).")
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="sgd, muon: momentum (default for sgd: 0; muon: 0.95)."
+    )
+    clip: float | None = Field(1.0, gt=0, description="Maximum norm of the gradient; null turns clipping off.")
     groups: list[Group] = Field(
         default_factory=list,
-        description="Learning rates by parameters' names, as {match, lr or scale, weight_decay}; the first that "
-        "matches counts.",
+        description="Groups of parameters with their own learning rate, as {match, lr or scale, weight_decay}; the "
+        "first group that matches counts.",
     )
 
     @model_validator(mode="after")
@@ -444,7 +478,7 @@ class Optim(Settings):
         }
         wrong = [k for k, names in takes.items() if getattr(self, k) is not None and self.name not in names]
         if wrong:
-            raise ValueError(f"{self.name} has no {', '.join(wrong)} (has: {', '.join(takes[wrong[0]])})")
+            raise ValueError(f"{self.name} has no {', '.join(wrong)} (only {', '.join(takes[wrong[0]])})")
         if self.betas is not None and not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"betas must each be at least 0 and below 1, seen {list(self.betas)}")
         decayed = [g.match for g in self.groups if g.weight_decay is not None]
@@ -453,55 +487,56 @@ class Optim(Settings):
         if "lr" in self.model_fields_set:
             self.check_min_lr()
         if self.min_lr and self.schedule == "constant":
-            raise ValueError("min_lr is for the linear and cosine schedules; constant keeps lr")
+            raise ValueError("min_lr needs a linear or cosine schedule; constant keeps lr")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
-            raise ValueError(f"warmup is a number of steps or a share below 1, seen {self.warmup:g}")
+            raise ValueError(f"warmup must be a whole number of steps or a share below 1, seen {self.warmup:g}")
         return self
 
     def check_min_lr(self) -> None:
-        """ValueError where `min_lr` is above `lr`."""
+        """Raise a ValueError if `min_lr` is above `lr`."""
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
 
     def with_default(self, lr: float) -> Optim:
-        """With another rate where none is given, and it still counts as not given."""
+        """Return these settings with the rate `lr` if none is given; it still counts as not given."""
         if "lr" in self.model_fields_set:
             return self
         found = self.model_copy()
-        found.__dict__["lr"] = lr  # past model_copy's update, which would count it as given
+        found.__dict__["lr"] = lr  # model_copy(update=...) would count it as given
         return found
 
 
 class Run(Settings):
-    """The run folder, its length and what is done on the way."""
+    """Run folder, length of the run, and what is done while it trains."""
 
     name: str | None = Field(
         None,
         pattern=r"^[^/\\.\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*$",
-        description="Folder name, at most 200 bytes, no slash and no dot first; default: the recipe's file name.",
+        description="Name of the run folder: at most 200 bytes, without a slash or a leading dot (default: the "
+        "recipe's file name).",
     )
-    dir: Path = Field(Path("runs"), description="Where run folders stand.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
-    steps: int | None = Field(None, ge=1, description="Optimiser updates.")
-    epochs: float | None = Field(None, gt=0, le=1e6, description="Passes over the rows, in place of steps; default 1.")
+    dir: Path = Field(Path("runs"), description="Folder that holds the run folders.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed for all random numbers.")
+    steps: int | None = Field(None, ge=1, description="Number of steps (optimiser updates).")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="Number of epochs, instead of steps (default: 1).")
     report_every: int = Field(10, ge=1, description="Steps between reports.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between validations; default: once an epoch.")
-    eval_at_start: bool = Field(False, description="Validate once before the first step: the loss to compare with.")
+    eval_every: int | None = Field(None, ge=1, description="Steps between validations (default: one epoch).")
+    eval_at_start: bool = Field(False, description="Validate before the first step, to have a loss to compare with.")
     save_every: int = Field(100, ge=1, description="Steps between checkpoints.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    keep: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are removed.")
     patience: int | None = Field(
-        None, ge=1, description="Stop after so many validations without a better loss; default: never."
+        None, ge=1, description="Stop after this many validations without a better loss (default: never)."
     )
-    sample_prompts: list[str] = Field(default_factory=list, description="Prompts answered at each validation.")
-    keep_awake: bool = Field(True, description="Keep a Mac from falling asleep while it trains.")
+    sample_prompts: list[str] = Field(default_factory=list, description="Prompts to complete at each validation.")
+    keep_awake: bool = Field(True, description="Keep a Mac awake while it trains.")
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Compile forward and backward for shapes of batches that come again, as packed ones do (batch.pack)"
-        "; the first 16 of them. auto: where the measured step (memory.measure) is quicker so, never on a CPU; not of "
-        "on-policy objectives, with dropout or with tune.router_aux.",
+        description="Compile the forward and backward pass for the first 16 batch shapes that repeat, as they do with "
+        "batch.pack. auto compiles if the measured step (memory.measure) is faster compiled, never on a CPU. Not for "
+        "on-policy objectives, dropout or tune.router_aux.",
     )
     sample_tokens: int | None = Field(
-        None, ge=1, description="Longest answer to a sample prompt, in tokens; default 64."
+        None, ge=1, description="Maximum length of a sample completion in tokens (default: 64)."
     )
 
     @model_validator(mode="after")
@@ -509,59 +544,63 @@ class Run(Settings):
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs:g})")
         name = self.name or ""
-        if len(name.encode("utf-8", "surrogatepass")) > 200:  # files beside it have a longer name
+        if len(name.encode("utf-8", "surrogatepass")) > 200:  # temporary files beside the folder have longer names
             raise ValueError(f"name is longer than 200 bytes: {name[:40]!r}...")
         if self.sample_tokens is not None and not self.sample_prompts:
-            raise ValueError(f"sample_tokens ({self.sample_tokens}) has nothing to act on without sample_prompts")
+            raise ValueError(f"sample_tokens ({self.sample_tokens}) needs sample_prompts; give some, or leave it out")
         return self
 
 
 class Memory(Settings):
-    """What training may take, in GB (10^9 bytes)."""
+    """Memory that training may use, in GB (10^9 bytes)."""
 
     checkpoint: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="Keep only each block's input and compute the rest again for the gradient; auto: where a step "
-        "without it takes more than a third of the machine's memory, or than limit, by the plan or as measured.",
+        description="Gradient checkpointing: keep only each block's input and recompute the rest for the gradient. "
+        "auto turns it on if a step without it takes more than a third of the machine's memory, or more than limit, "
+        "as planned or measured.",
     )
     measure: bool = Field(
         True,
-        description="Compute steps of the largest batch before training, throw their gradients away, and decide "
-        "checkpoint: auto and batch.tokens: auto by what they take. Of on-policy objectives completions are made up, "
-        "and sampling goes by the plan.",
+        description="Before training, run steps with the largest batch, discard their gradients, and decide "
+        "checkpoint: auto and batch.tokens: auto by the memory that they take. For on-policy objectives the "
+        "completions are made up, and the memory of sampling is planned, not measured.",
     )
     limit: float | None = Field(
-        None, gt=0, le=1e6, description="Refuse a plan above it; default: what the machine can give."
+        None,
+        gt=0,
+        le=1e6,
+        description="Refuse to train if the memory plan is above this (default: what the machine has).",
     )
     cache: float | None = Field(
-        None, ge=0, le=1e6, description="Freed memory kept for reuse; default: as MLX does, up to the limit."
+        None, ge=0, le=1e6, description="Freed memory that is kept for reuse (default: as MLX does, up to the limit)."
     )
 
 
 class Report(Settings):
-    """Trackers that a run is shown in, beside its own metrics.jsonl; each needs the extra of its name."""
+    """Experiment trackers, in addition to metrics.jsonl; each needs the extra of its name."""
 
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
         default_factory=list,
-        description="Trackers that are sent each number of metrics.jsonl; a failure there never stops training.",
+        description="Trackers that receive the metrics of metrics.jsonl; a failing tracker never stops training.",
     )
     project: str | None = Field(
-        None, min_length=1, description="wandb, trackio: project; mlflow: experiment. Default mlxft."
+        None, min_length=1, description="Project of wandb and trackio, experiment of mlflow (default: mlxft)."
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Report:
         if len(set(self.to)) < len(self.to):
-            raise ValueError(f"to names a tracker twice: {', '.join(self.to)}")
+            raise ValueError(f"to lists a tracker twice: {', '.join(self.to)}")
         if self.project is not None and not {*self.to} - {"tensorboard"}:
-            raise ValueError(f"project ({self.project}) is for wandb, trackio or mlflow; name one in report.to")
+            raise ValueError(f"project ({self.project}) needs wandb, trackio or mlflow; add one to report.to")
         return self
 
 
 class Config(Settings):
-    """A whole recipe. `section` gives an objective's own settings."""
+    """A whole recipe. `section` returns an objective's own settings."""
 
-    objective: str = Field("sft", description="What is optimised: the name of a file in mlxft/objectives.")
+    objective: str = Field("sft", description="Name of the objective to optimise.")
     model: Model
     tune: Tune = Field(default_factory=Tune)
     data: Data
@@ -571,7 +610,9 @@ class Config(Settings):
     memory: Memory = Field(default_factory=Memory)
     report: Report = Field(default_factory=Report)
     sweep: Sweep = Field(default_factory=Sweep)
-    versions: dict[str, str] | None = Field(None, description="Written into config.yaml; not read.")
+    versions: dict[str, str] | None = Field(
+        None, description="Versions of the packages that a run used; written to config.yaml."
+    )
 
     @model_validator(mode="after")
     def _default_lr(self) -> Config:
@@ -584,14 +625,14 @@ class Config(Settings):
         return self
 
     def section(self, name: str, kind: type[S]) -> S:
-        """The objective's own section `name`."""
+        """Return the objective's own section `name`."""
         found = getattr(self, name)
         assert isinstance(found, kind), f"{name} is a {type(found).__name__}"
         return found
 
     @property
     def run_dir(self) -> Path:
-        """The run folder."""
+        """Return the path of the run folder."""
         assert self.run.name is not None, "load_config names the run"
         return self.run.dir / self.run.name
 
@@ -610,7 +651,7 @@ def objective_class(name: str) -> Any:
     """Return the class of an objective, imported now: it needs mlx.
 
     Raises:
-        ConfigError: there is none, its file cannot be run, or it is no objective. Python that only a run folder names
+        ConfigError: it does not exist, its file cannot be run, or it is not an objective. Python that only a run folder names
             is not run.
     """
     if name in OBJECTIVES:
@@ -688,11 +729,11 @@ def objective_sections(objective: str) -> dict[str, type[Settings]]:
 
 
 def default_lr(objective: str, method: str) -> float:
-    """Return the rate of a recipe that gives none, which the objective declares for full fine-tuning.
+    """Return the default learning rate; the objective declares it for full fine-tuning.
 
-    A low-rank update wants some 10 times as much, whatever the objective (Schulman et al. 2025, "LoRA Without Regret").
+    LoRA needs about 10 times as much, whatever the objective (Schulman et al. 2025, "LoRA Without Regret").
     """
-    # Where there is no such objective the recipe is refused, and what else is wrong with it is looked for.
+    # A recipe with an unknown objective is refused later, together with its other problems.
     known = objective in OBJECTIVES or objective in _foreign
     full: float = objective_class(objective).learning_rate if known else 2e-5
     return full if method == "full" else float(f"{10 * full:g}")  # 10 x 1e-6 is 9.999999999999999e-06
@@ -725,9 +766,9 @@ def config_class(objective: str, opened: bool = False) -> type[Config]:
 
 
 def run_file(setting: str, spec: str, file: Path) -> ModuleType:
-    """Run a file as a module that nothing else can meet: of a name of its own, without bytecode left beside it.
+    """Run a file as a module with a unique name, so that it meets no other module, and write no bytecode.
 
-    While it runs, what stands beside it can be imported, as by a script.
+    While it runs, it can import modules beside it, as a script can.
 
     Args:
         setting, spec: what names it in the recipe, for messages.
@@ -756,7 +797,7 @@ def run_file(setting: str, spec: str, file: Path) -> ModuleType:
             sys.modules[name] = before
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise ConfigError(f"{setting}: {spec}: {file} can not be run: {error_of(error)}") from error
+        raise ConfigError(f"{setting}: {spec}: {file} cannot be run: {error_of(error)}") from error
     finally:
         if beside in sys.path:
             del sys.path[len(sys.path) - 1 - sys.path[::-1].index(beside)]
@@ -794,11 +835,11 @@ def error_of(error: BaseException) -> str:
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
-# What is wrong with a recipe, in words: one line a problem, with the value seen and the nearest right name.
+# Explain what is wrong with a recipe: one line per problem, with the value seen and the nearest right name.
 
 
 def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of every setting below `kind`."""
+    """Return the dotted names of all settings below `kind`."""
     names: list[str] = []
     for name, field in kind.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -809,7 +850,7 @@ def all_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """One line a problem; the branches of a union become one problem."""
+    """Return one line per problem; the branches of a union count as one problem."""
     problems: dict[str, list[tuple[str, Any]]] = {}
     for e in error.errors():
         location = _location(e["loc"], kind)
@@ -822,7 +863,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
         elif e["type"] == "string_pattern_mismatch":
             problems.setdefault(location, []).append(("does not fit" + _help(location, kind), (e["input"],)))
         elif e["type"] in ("model_type", "model_attributes_type"):
-            text = f"is a section; expected settings below it, such as {_first_keys(location, kind)}"
+            text = f"is a section; expected settings below it, for example {_first_keys(location, kind)}"
             problems.setdefault(location, []).append((text, (e["input"],)))
         elif e["type"] == "value_error":
             problems.setdefault(location, []).append((str(e["ctx"]["error"]), None))
@@ -841,7 +882,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
 
 
 def _location(loc: tuple[int | str, ...], kind: type[BaseModel]) -> str:
-    """The dotted setting of a pydantic location, without the names of union branches."""
+    """Return the dotted name of a pydantic location, without the names of union branches."""
     parts: list[str] = []
     at: Any = kind
     for part in loc:
@@ -857,13 +898,13 @@ def _location(loc: tuple[int | str, ...], kind: type[BaseModel]) -> str:
 
 
 def _section(annotation: Any) -> Any:
-    """The annotation if it is a section, or a list or mapping of sections; else None."""
+    """Return the annotation if it is a section, or a list or mapping of sections; else None."""
     inner = get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else annotation
     return annotation if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def nearest_key(location: str, kind: type[BaseModel]) -> str:
-    """The nearest right name: within the section, then the same leaf in another section, then anywhere."""
+    """Return the nearest right name: in the section, else the same leaf in another section, else anywhere."""
     keys = all_keys(kind)
     section, _, leaf = location.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
@@ -875,14 +916,14 @@ def nearest_key(location: str, kind: type[BaseModel]) -> str:
     inner = _inner(location, kind)
     if inner is not None:
         return nearest(leaf, [f.alias or name for name, f in inner.model_fields.items()])
-    # The section's name would make all of its settings look alike: leaves are compared with leaves.
+    # Compare leaves with leaves: the section's name would make all of its settings look alike.
     close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")
     found = elsewhere or ([siblings[close]] if close else [])
     return f" (did you mean {' or '.join(found)}?)" if found else nearest(location, keys)
 
 
 def _inner(location: str, kind: type[BaseModel]) -> type[BaseModel] | None:
-    """The section of which a location within a list or mapping of sections is a setting."""
+    """Return the section that a setting belongs to, if it is in a list or mapping of sections; else None."""
     at: Any = kind
     for name in location.split("."):
         field = at.model_fields.get(name)
@@ -896,7 +937,7 @@ def _inner(location: str, kind: type[BaseModel]) -> type[BaseModel] | None:
 
 
 def _needed(location: str, kind: type[BaseModel]) -> list[str]:
-    """The missing setting; of a missing section, what must stand in it."""
+    """Return the name of a missing setting; for a missing section, the names of its required settings."""
     field = kind.model_fields.get(location)
     below = field.annotation if field else None
     if not (isinstance(below, type) and issubclass(below, BaseModel)):
@@ -922,21 +963,21 @@ def _help(location: str, kind: type[BaseModel]) -> str:
 
 
 # --- recipe -----------------------------------------------------------------------------------------------------------
-# Recipes: YAML and KEY=VALUE overrides in, a validated Config out, and back to YAML for the run folder.
+# Read a recipe from YAML and KEY=VALUE overrides into a validated Config, and write it as YAML for the run folder.
 
-_MOST = 20_000  # values in a recipe: a thousand times what one has
+_MOST = 20_000  # values in a recipe, a thousand times the usual number
 _DEEPEST = 100
-_LONGEST = 3000  # bytes of a path; 4096 with what stands below it
-# Settings of which one excludes the other.
+_LONGEST = 3000  # bytes of a path; the system allows 4096, including what is below it
+# Pairs of settings that exclude each other.
 PAIRS = (("run.steps", "run.epochs"), ("batch.tokens", "batch.rows"), ("tune.scale", "tune.alpha"))
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.2, in which a key given twice is an error: the first would be ignored in silence."""
+    """Load safe YAML 1.2. A key given twice is an error, because the first would be ignored silently."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would read as something else than a text."""
+    """Dump YAML, with quotes around strings that YAML 1.1 or 1.2 would read as another type."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -958,7 +999,7 @@ def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
 
 
 def _str(loader: _Loader, node: yaml.ScalarNode) -> str:
-    # JSON, which YAML 1.2 holds, writes characters beyond 16 bits as two escapes.
+    # JSON, a subset of YAML 1.2, writes characters beyond 16 bits as two escapes.
     return str(loader.construct_scalar(node)).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
@@ -985,9 +1026,9 @@ def read_yaml(text: str | bytes, origin: str, kind: Any = _Loader) -> Any:
     """Parse YAML 1.2.
 
     Args:
-        kind: the loader, where YAML 1.1 will do and speed counts.
+        kind: another loader, where YAML 1.1 is enough and speed matters.
     Raises:
-        ConfigError: bad syntax, a key given twice, or aliases that make much of little; it names the line.
+        ConfigError: the syntax is wrong, a key is given twice, or aliases expand to too many values.
     """
     try:
         loader = kind(text)
@@ -996,9 +1037,9 @@ def read_yaml(text: str | bytes, origin: str, kind: Any = _Loader) -> Any:
             return None
         size, depth = _extent(node, {})
         if size > _MOST or depth > _DEEPEST:
-            seen = f"more than {_MOST:,} values, aliases counted out" if size > _MOST else "values nested too deep"
-            seen = "an alias holds itself" if size == math.inf else seen
-            raise ConfigError(f"{origin}: {seen}; a recipe has some dozens, at most {_DEEPEST} deep")
+            seen = f"more than {_MOST:,} values, aliases expanded" if size > _MOST else "values nested too deep"
+            seen = "an alias contains itself" if size == math.inf else seen
+            raise ConfigError(f"{origin}: {seen}; a recipe has a few dozen values, nested at most {_DEEPEST} deep")
         return loader.construct_document(node)
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -1008,12 +1049,12 @@ def read_yaml(text: str | bytes, origin: str, kind: Any = _Loader) -> Any:
         ) from e
     except ConfigError:
         raise
-    except (ValueError, TypeError, RecursionError) as e:  # a number of 5,000 digits, or brackets without end
+    except (ValueError, TypeError, RecursionError) as e:  # a number of 5,000 digits, or endless brackets
         raise ConfigError(f"{origin}: not valid YAML: {e}") from e
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """How many values a node is once each alias is what it stands for, and how deep; endless if it holds itself."""
+    """Return the number of values in a node and its depth, aliases expanded; infinite if it contains itself."""
     if id(node) not in known:
         known[id(node)] = math.inf, math.inf
         parts = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
@@ -1023,17 +1064,17 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
 
 
 def override(key: str, value: object) -> str:
-    """KEY=VALUE for a text or path, whatever YAML would take it for."""
+    """Return KEY=VALUE for a string or path, quoted so that YAML reads it as a string."""
     return f"{key}={json.dumps(str(value), ensure_ascii=False)}"
 
 
 def function_override(function: Any) -> str:
-    """KEY=VALUE for a `rewards.function`, which may be a mapping."""
+    """Return KEY=VALUE for `rewards.function`, which may be a mapping."""
     return f"rewards.function={function if isinstance(function, str) else json.dumps(function)}"
 
 
 def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
-    """Put one KEY=VALUE into `raw`; `chosen` holds the keys of all overrides."""
+    """Set one KEY=VALUE in `raw`; `chosen` holds the keys of all overrides."""
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise ConfigError(f"override {shorten(text)!r}: expected KEY=VALUE, for example tune.rank=16")
@@ -1044,11 +1085,11 @@ def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str
     """Set a dotted `key` in `raw`; `chosen` holds all keys that are being set.
 
     Raises:
-        ConfigError: there is a value where a section would have to be.
+        ConfigError: a parent of the key is a value, not a section.
     """
     *sections, leaf = key.split(".")
     if len(sections) > _DEEPEST // 2:
-        raise ConfigError(f"{origin}: a key of {len(sections) + 1:,} parts; no setting has so many")
+        raise ConfigError(f"{origin}: the key has {len(sections) + 1:,} parts; no setting has that many")
     at = raw
     for name in sections:
         below = at.setdefault(name, {})
@@ -1058,16 +1099,16 @@ def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str
             raise ConfigError(f"{origin}: {shorten(name)} is a value, not a section")
         at = below
     at[leaf] = value
-    # `run.epochs=3` on the command line replaces the recipe's `run.steps`, and so on: the later choice wins.
+    # `run.epochs=3` on the command line replaces the recipe's `run.steps`, and so on.
     for pair in PAIRS:
         if key in pair and at[leaf] is not None:
             other = pair[1 - pair.index(key)]
-            if other not in chosen:  # both on the command line exclude each other, as both in a recipe do
+            if other not in chosen:  # both on the command line are an error, as both in a recipe are
                 at.pop(other.rpartition(".")[2], None)
 
 
 def override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Apply all KEY=VALUE overrides. Returns what is wrong with some."""
+    """Apply all overrides, and return the problems."""
     problems = []
     chosen = {text.partition("=")[0] for text in overrides}
     for text in overrides:
@@ -1079,15 +1120,15 @@ def override_all(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
 
 
 def parse_config(raw: Any, origin: str = "config", name: str | None = None, opened: bool = False) -> Config:
-    """Validate a mapping; all errors are reported at once, with the value seen and the nearest right name.
+    """Validate a mapping; report all problems at once, with the value seen and the nearest right name.
 
     Args:
-        raw: what the YAML held, overrides applied.
-        origin: the file named in errors.
-        name: the run's name where the recipe gives none.
+        raw: the parsed YAML with overrides applied.
+        origin: the file to name in errors.
+        name: the run's name if the recipe gives none.
         opened: see `config_class`.
     Raises:
-        ConfigError: every problem, one a line.
+        ConfigError: every problem, one per line.
     """
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: expected a mapping of settings, found {type(raw).__name__}")
@@ -1108,14 +1149,14 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None, open
 
 
 def _validate(raw: dict[Any, Any], origin: str, opened: bool) -> Config:
-    """A Config, or every problem in one ConfigError."""
+    """Return a Config, or raise one ConfigError with every problem."""
     try:
         objective = str("sft" if raw.get("objective") is None else raw["objective"])
         if not opened:
             _trusted.add(objective)
         kind = config_class(objective, opened)
     except ConfigError as e:
-        # What else is wrong can still be said, but not of the objective's own sections.
+        # Report the other problems too; those of the objective's own sections cannot be known.
         known = {k: v for k, v in raw.items() if k in Config.model_fields and k != "objective"}
         problems = [f"{origin}: {e}"]
         try:
@@ -1127,12 +1168,12 @@ def _validate(raw: dict[Any, Any], origin: str, opened: bool) -> Config:
 
 
 def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
-    """A mapping as settings.
+    """Validate a mapping as settings of the class `kind`.
 
     Args:
-        origin: the file named in errors.
+        origin: the file to name in errors.
     Raises:
-        ConfigError: every problem, one a line.
+        ConfigError: every problem, one per line.
     """
     if half := half_character(raw):
         raise ConfigError(f"{origin}: {half}")
@@ -1148,7 +1189,7 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
             unknown = [error["loc"] for error in e.errors() if error["type"] == "extra_forbidden"]
             if not unknown:
                 break
-            # A section's keys are held against each other only where all are known: look again without the others.
+            # Pydantic runs a section's own validator only if all keys are known: validate again without the others.
             raw = copy.deepcopy(raw)
             for *place, leaf in unknown:
                 at: Any = raw
@@ -1161,7 +1202,7 @@ def validated(kind: type[S], raw: Mapping[Any, Any], origin: str) -> S:
 
 
 def full_path(value: Any) -> Any:
-    """The full path of a file or folder that is there, so that a run stays usable from another folder; else `value`."""
+    """Return the full path of an existing file or folder, so that a run works from another folder; else `value`."""
     path = home_path(value) if isinstance(value, (str, Path)) else None
     try:
         return str(path.resolve()) if path is not None and path.exists() else value
@@ -1170,7 +1211,7 @@ def full_path(value: Any) -> Any:
 
 
 def _check_paths(config: Config, origin: str) -> None:
-    """ConfigError where a path is longer than any file system takes."""
+    """Raise a ConfigError for a path that is longer than any file system allows."""
     named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
     paths: dict[str, Any] = {
         f"{section}.{name}": getattr(getattr(config, section, None), name, None)
@@ -1178,7 +1219,7 @@ def _check_paths(config: Config, origin: str) -> None:
         for name in names.split()
     }
     wrong = [
-        f"{origin}: {name}: longer than a path can be ({_LONGEST} bytes, 255 a name): {shorten(str(path))}"
+        f"{origin}: {name}: the path is too long (at most {_LONGEST} bytes, 255 per name): {shorten(str(path))}"
         for name, given in paths.items()
         for path in (given if isinstance(given, Mapping) else [given])
         if isinstance(path, str | Path)
@@ -1189,26 +1230,26 @@ def _check_paths(config: Config, origin: str) -> None:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, Any], list[str]]:
-    """What a recipe says, overrides applied, and what is wrong with some of these.
+    """Return the settings of a recipe with overrides applied, and the problems of the overrides.
 
     Raises:
-        ConfigError: missing file, bad YAML, or no mapping.
+        ConfigError: the file is missing, or is not valid YAML or not a mapping.
     """
     raw = _read_mapping(path)
     return raw, _settle(raw, overrides, "versions" in raw)
 
 
 def read_settings(path: Path, kind: type[S], example: str) -> S:
-    """Settings of another kind than a Config from a YAML file.
+    """Read settings of another class than Config from a YAML file.
 
     Args:
-        example: where one can be seen, in words, for who gives a recipe instead.
+        example: sentence that points to an example, for users who give a recipe instead.
     Raises:
-        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+        ConfigError: the file is missing or not valid YAML, or a setting is wrong; all problems at once.
     """
     raw = _read_mapping(path)
     if {"objective", "data", "tune"} & raw.keys():
-        raise ConfigError(f"{path}: is a recipe of mlxft train; {example}")
+        raise ConfigError(f"{path}: this is a recipe for mlxft train; {example}")
     return validated(kind, raw, str(path))
 
 
@@ -1216,15 +1257,15 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = read_small(path)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: can not read the recipe: {getattr(e, 'strerror', None) or e}") from e
+        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}") from e
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     return raw or {}
 
 
-_NAMES_PYTHON = "the run folder names Python to be run, and may be someone else's; read it, and add "
-_OR_RECIPE = ", or go on by your own recipe: mlxft train RECIPE --resume"
+_NAMES_PYTHON = "the run folder names Python code to run, and may come from someone else; read the code and add "
+_OR_RECIPE = ", or resume with your own recipe: mlxft train RECIPE --resume"
 
 
 def _chooses(overrides: Sequence[str], key: str) -> bool:
@@ -1232,7 +1273,7 @@ def _chooses(overrides: Sequence[str], key: str) -> bool:
 
 
 def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_at: bool = False) -> list[str]:
-    """Apply overrides to settings; those of a run decide nothing that only the user does. Returns the problems."""
+    """Apply overrides to settings, and return the problems; drop what a run folder may not decide for the user."""
     model, rewards = raw.get("model"), raw.get("rewards")
     if of_run and isinstance(model, dict):
         model.pop("trust_remote_code", None)
@@ -1259,12 +1300,13 @@ def load_config(
     """Read a recipe and apply `KEY=VALUE` overrides.
 
     Args:
-        of_run: the file is a run folder's, which may be someone else's: it decides neither that a model's code is
-            trusted nor which Python gives rewards; overrides do. What a run wrote is known by its `versions`, too.
-        looked_at: so, and nothing is trained by it: the rewards that it names are not asked for.
-        given: key -> value of what a program sets, objects that it hands over among them.
+        of_run: the file is from a run folder, which may be someone else's: overrides, not the file, decide whether a
+            model's code is trusted and which Python code computes rewards. A file with `versions` counts as one, too.
+        looked_at: the file is from a run folder and nothing is trained from it, so the reward function that it names
+            needs no override.
+        given: setting -> value that a program sets; objects that it hands over are among them.
     Raises:
-        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
+        ConfigError: the file is missing or not valid YAML, or a setting is wrong; all problems at once.
     """
     raw = _read_mapping(path)
     for key, value in (given or {}).items():
@@ -1282,10 +1324,10 @@ def load_config(
 
 
 def dump_config(config: Config, versions: dict[str, str]) -> str:
-    """The full resolved configuration as YAML, with the versions it ran under."""
+    """Return the full resolved configuration as YAML, with the versions of the packages."""
     resolved = config.model_dump(mode="json", exclude={"versions", "sweep"})
-    # Settings that do not apply would be refused when this is read again.
-    if config.model.adapter is not None:  # it brings its own rank, targets and so on
+    # Leave out settings that do not apply: reading them again would be an error.
+    if config.model.adapter is not None:  # the adapter has its own rank, targets and so on
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in config.tune.model_fields_set}
     elif config.tune.method == "full":
         kept = {"method", "layers", "train", "freeze", "router_aux"}
@@ -1294,12 +1336,12 @@ def dump_config(config: Config, versions: dict[str, str]) -> str:
 
 
 def dump_yaml(value: Any) -> str:
-    """Write YAML that `read_yaml` reads as it was."""
+    """Return YAML that `read_yaml` reads back unchanged."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value, of sections within sections."""
+    """Flatten nested sections to a dict from dotted name to value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
@@ -1312,9 +1354,9 @@ Schema = dict[str, Any]
 
 
 def recipe_schema() -> Schema:
-    """The schema (draft 2020-12) of a recipe of any objective.
+    """Return the JSON schema (draft 2020-12) of a recipe, for every objective.
 
-    An objective's own sections are there for it only, with its own defaults; unknown settings are refused.
+    An objective's own sections are allowed for it only, with its own defaults; unknown settings are not allowed.
     """
     root = Config.model_json_schema()
     defs: Schema = root["$defs"]
@@ -1333,7 +1375,7 @@ def recipe_schema() -> Schema:
             defs |= found.pop("$defs", {})
             defs[f"{name}.{section}"] = _or_empty(found)
             sections[section] = {"$ref": f"#/$defs/{name}.{section}"}
-        # Without objective a recipe is of the default one, for which the condition holds then.
+        # A recipe without `objective` has the default one, whose condition must hold then.
         condition: Schema = {"properties": {"objective": {"const": name}}}
         if name != Config.model_fields["objective"].default:
             condition["required"] = ["objective"]
@@ -1349,20 +1391,20 @@ def recipe_schema() -> Schema:
 
 
 def _or_empty(section: Schema) -> Schema:
-    """`tune:` with nothing below it is an empty section."""
+    """Allow null for a section: `tune:` with nothing below it is an empty section."""
     section["type"] = [section["type"], "null"]
     return section
 
 
 def _used_by(section: str) -> str:
-    """What a section of some objectives is for."""
+    """Return the description of a section that only some objectives have."""
     kinds = {name: objective_sections(name)[section] for name in objectives() if section in objective_sections(name)}
     about = (next(iter(kinds.values())).__doc__ or "").strip().splitlines()[0]
     return f"{about} For objective {', '.join(kinds)}."
 
 
 def _switches(node: Any) -> None:
-    """Programs that write YAML 1.1 write on and off as true and false: both are right where on and off are."""
+    """Allow true and false where on and off are allowed: programs that write YAML 1.1 write them so."""
     if isinstance(node, dict):
         if {"on", "off"} <= set(node.get("enum", ())):
             node["enum"] = [*node["enum"], True, False]

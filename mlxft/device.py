@@ -1,4 +1,4 @@
-"""The machine: which device MLX uses, its memory, how its failures look, and a fast BLAS on Linux."""
+"""Ask which device MLX uses and how much memory it has, recognise its failures, and load a fast BLAS on Linux."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from typing import Any, Literal
 from mlxft.errors import ConfigError, MlxftError, TrainingError
 
 # --- blas -------------------------------------------------------------------------------------------------------------
-# The BLAS behind MLX's CPU backend on Linux: load a fast one before MLX, and say which one is in use.
+# The BLAS behind MLX's CPU backend on Linux: load a fast one before MLX, and report which one is in use.
 #
 # MLX's Linux wheel links the reference BLAS, which is tens of times slower than OpenBLAS. But MLX binds to another
-# `cblas_sgemm` if the process has one among its global symbols when it loads MLX.
+# `cblas_sgemm` if the process has one among its global symbols when MLX is loaded.
 
 VARIABLE = "MLXFT_BLAS"
 EXPECTED = "expected the path of a BLAS library, or off for MLX's own"
-# Fedora's libopenblas.so.0 has one thread, its libopenblasp.so.0 has all.
+# Fedora's libopenblas.so.0 is single-threaded, its libopenblasp.so.0 is not.
 SYSTEM = ("libopenblasp.so.0", "libopenblas.so.0", "libopenblas.so", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so")
-# OpenBLAS's x86 kernels from before AVX, a closed set: none is written any more.
+# OpenBLAS's x86 kernels from before AVX; no new ones are written.
 INTEL_SSE = {
     "katmai",
     "coppermine",
@@ -47,7 +47,7 @@ INSTALL = "sudo apt-get install libopenblas0-pthread"
 
 
 def load() -> None:
-    """Load the fastest BLAS there is, unless the process has one already (LD_PRELOAD).
+    """Load the fastest BLAS that is installed, unless the process has one already (LD_PRELOAD).
 
     Raises:
         ConfigError: MLXFT_BLAS names a library that cannot be loaded.
@@ -69,7 +69,7 @@ def load() -> None:
 
 
 def _load_with_best_kernel(name: str) -> ctypes.CDLL:
-    """Load a library. Where its OpenBLAS falls back to SSE on a CPU with AVX, load it again with the kernel named.
+    """Load a library. If its OpenBLAS falls back to SSE on a CPU with AVX, load it again with the right kernel.
 
     Raises:
         OSError: there is no such library.
@@ -80,7 +80,7 @@ def _load_with_best_kernel(name: str) -> ctypes.CDLL:
     kernel = best_kernel(read_or_nothing("/proc/cpuinfo"))
     if not kernel:
         return library
-    # OpenBLAS reads the variable once, while it is loaded. Processes that start from this one must not inherit it.
+    # OpenBLAS reads the variable once, while it is loaded. Child processes must not inherit it.
     ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
     os.environ["OPENBLAS_CORETYPE"] = kernel
     try:
@@ -90,7 +90,7 @@ def _load_with_best_kernel(name: str) -> ctypes.CDLL:
 
 
 def _limit_threads(library: ctypes.CDLL) -> None:
-    """Lower OpenBLAS's threads to the CPU time that a container has: OpenBLAS counts the CPUs alone."""
+    """Lower OpenBLAS's number of threads to the CPU quota of a container: OpenBLAS only counts the CPUs."""
     files = [CGROUP / "cpu.max"], [CGROUP / "cpu/cpu.cfs_quota_us", CGROUP / "cpu/cpu.cfs_period_us"]  # version 2, 1
     quotas = [quota for paths in files if (quota := cpu_quota(" ".join(map(read_or_nothing, paths))))]
     user_has_set = any(name in os.environ for name in THREAD_VARIABLES)
@@ -101,12 +101,12 @@ def _limit_threads(library: ctypes.CDLL) -> None:
 
 
 def is_sse(kernel: str) -> bool:
-    """Tell whether a kernel of OpenBLAS is for x86 CPUs without AVX."""
+    """Return whether an OpenBLAS kernel is for x86 CPUs without AVX."""
     return kernel.lower() in INTEL_SSE | OTHER_SSE
 
 
 def best_kernel(cpuinfo: str) -> str:
-    """Name OpenBLAS's kernel for an x86 CPU with AVX, from the text of /proc/cpuinfo; "" for any other CPU."""
+    """Return OpenBLAS's kernel for an x86 CPU with AVX, from the text of /proc/cpuinfo; "" for any other CPU."""
     found = dict(re.findall(r"^(flags|vendor_id)\s*:\s*(.*)$", cpuinfo, re.MULTILINE))
     flags = set(found.get("flags", "").split())
     if flags >= {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}:
@@ -117,7 +117,7 @@ def best_kernel(cpuinfo: str) -> str:
 
 
 def cpu_quota(text: str) -> int | None:
-    """Read how many CPUs a control group may keep busy, from "quota period"; None where there is no limit."""
+    """Return how many CPUs a control group may use, from "quota period"; None if there is no limit."""
     numbers = text.split()
     if len(numbers) != 2 or not all(n.isdecimal() for n in numbers):  # "max 100000", "-1 100000"
         return None
@@ -126,13 +126,14 @@ def cpu_quota(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Blas:
-    """A BLAS in use.
+    """The BLAS that MLX uses.
 
     Attributes:
         library: OpenBLAS, MKL, "reference BLAS", or the name of its file.
-        kernel: the code that OpenBLAS has chosen for this CPU; "" for other libraries, as is the version.
-        threads: None where the library does not tell.
-        warning: why it is slow, and the way out; "" where it is not.
+        version: version of OpenBLAS; "" for other libraries.
+        kernel: kernel that OpenBLAS chose for this CPU; "" for other libraries.
+        threads: number of threads; None if the library does not report it.
+        warning: why it is slow and what to do; "" if it is not slow.
     """
 
     library: str
@@ -142,11 +143,11 @@ class Blas:
     warning: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, without what is not known."""
+        """Return the known attributes as JSON."""
         return {name: value for name, value in vars(self).items() if value not in ("", None)}
 
     def lines(self) -> list[str]:
-        """In words."""
+        """Return a description and, if there is one, the warning."""
         parts = [f"{self.library} {self.version}".strip()]
         parts += [f"{self.kernel} kernel"] if self.kernel else []
         parts += [f"{self.threads} thread{'s' if self.threads != 1 else ''}"] if self.threads else []
@@ -154,12 +155,12 @@ class Blas:
 
 
 def in_use() -> Blas | None:
-    """Find out which BLAS MLX calls; None where MLX computes without one: on a Mac and on a GPU."""
+    """Return the BLAS that MLX calls; None on a Mac and on a GPU, where MLX uses none."""
     import mlx.core as mx
 
     if sys.platform != "linux" or mx.default_device().type != mx.DeviceType.cpu:
         return None
-    # Where MLX has bound to: a global symbol, else that of the libraries it was linked to.
+    # MLX binds to a global symbol, else to that of the libraries it was linked to.
     scopes = ctypes.CDLL(None), ctypes.CDLL(mx.__file__)
     functions = [scope.cblas_sgemm for scope in scopes if hasattr(scope, "cblas_sgemm")]
     path = _file_of(functions[0]) if functions else ""
@@ -176,7 +177,7 @@ class _SymbolInfo(ctypes.Structure):  # Dl_info of dlfcn.h
 
 
 def _file_of(function: Any) -> str:
-    """The library that a function is from."""
+    """Return the path of the library that a function is from."""
     info = _SymbolInfo()
     ctypes.CDLL(None).dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info))
     return os.fsdecode(info.path or b"")
@@ -194,23 +195,23 @@ def _described(path: str) -> Blas:
 
 
 def _sse_warning(kernel: str) -> str:
-    why, best = f"OpenBLAS's {kernel} kernel uses SSE alone", best_kernel(read_or_nothing("/proc/cpuinfo"))
+    why, best = f"OpenBLAS's {kernel} kernel uses only SSE", best_kernel(read_or_nothing("/proc/cpuinfo"))
     if not best:
-        return f"{why}, and this CPU has no AVX: matrix products are slow on it"
+        return f"{why}, and this CPU has no AVX, so matrix products are slow"
     chosen = os.environ.get("OPENBLAS_CORETYPE")
     way = f"unset OPENBLAS_CORETYPE, which is {chosen}" if chosen else f"set OPENBLAS_CORETYPE={best}"
-    return f"{why}, several times slower than what this CPU can do: {way}"
+    return f"{why}, which is several times slower than this CPU can be: {way}"
 
 
 def _reference_warning() -> str:
-    why = "matrices are multiplied by the reference BLAS, tens of times slower than OpenBLAS"
+    why = "MLX uses the reference BLAS, which is tens of times slower than OpenBLAS"
     if os.environ.get(VARIABLE) == "off":
         return f"{why}: {VARIABLE} is off"
-    return f"{why}: install it (Debian: {INSTALL}), and in Python import mlxft before mlx"
+    return f"{why}: install OpenBLAS (Debian: {INSTALL}), and in Python import mlxft before mlx"
 
 
 def _text(library: ctypes.CDLL, name: str) -> str:
-    """Call a function of OpenBLAS that returns a text; "" where the library has none of that name."""
+    """Call an OpenBLAS function that returns a string; return "" if the library has no such function."""
     function = getattr(library, name, None)
     if function is None:
         return ""
@@ -219,7 +220,7 @@ def _text(library: ctypes.CDLL, name: str) -> str:
 
 
 def read_or_nothing(path: str | Path) -> str:
-    """The text of a file of the system, or ''."""
+    """Return the text of a system file, or "" if it cannot be read."""
     try:
         return Path(path).read_text("utf-8", "replace")
     except OSError:
@@ -228,31 +229,32 @@ def read_or_nothing(path: str | Path) -> str:
 
 # --- device -----------------------------------------------------------------------------------------------------------
 
-CROWDED = 1e9  # bytes of swap in use from which on the memory is short
+CROWDED = 1e9  # bytes of swap in use above which memory is short
 
 Backend = Literal["metal", "cuda", "cpu"]
 NAMES: dict[Backend, str] = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
 Failure = Literal["memory", "watchdog"]
-# What has happened, and what helps where it was in training.
+# Failure -> what happened, and what helps if it happened in training.
 FAILURES: dict[Failure, tuple[str, str]] = {
     "memory": (
         "out of memory",
         (
             "a smaller batch.tokens (with batch.accumulate for the same step), memory.checkpoint: on, and "
-            "model.quantize: 4 or a shorter data.max_length; mlxft check shows what each saves"
+            "model.quantize: 4 or a shorter data.max_length; mlxft check shows how much each saves"
         ),
     ),
     "watchdog": (
-        "macOS has ended the GPU's work, since it kept the display waiting",
+        "the GPU's work kept the display waiting, and macOS stopped it",
         (
-            "a smaller batch.tokens (with batch.accumulate for the same step), or to let the display sleep (Control, "
-            "Shift and Eject or Power) while it trains"
+            "a smaller batch.tokens (with batch.accumulate for the same step), or letting the display sleep (Control, "
+            "Shift and Eject or Power) during training"
         ),
     ),
 }
 
-UNKNOWN = 1 << 60  # bytes of a machine that is not this one
-# macOS ends a kernel that keeps the display waiting; with this set before Metal starts, later (mlx issue 3267).
+UNKNOWN = 1 << 60  # memory in bytes of a machine that is not this one
+# macOS stops a kernel that keeps the display waiting; it waits longer if this is set before Metal starts (mlx issue
+# 3267).
 WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 _NO_ROOM = re.compile(
     r"(unable|attempting) to allocate|insufficient memory|out.?of.?memory|bad_alloc|resource limit \("
@@ -267,13 +269,13 @@ _ENDED = re.compile(
 
 
 def relax_watchdog() -> None:
-    """Let kernels run longer on a Mac than its display likes, unless the user has said something else."""
+    """Let kernels keep a Mac's display waiting for longer, unless the user has set the variable."""
     if sys.platform == "darwin":
         os.environ.setdefault(WATCHDOG, "1")
 
 
 def backend() -> Backend:
-    """What new arrays are computed by."""
+    """Return the backend of the default device."""
     import mlx.core as mx
 
     if mx.default_device().type == mx.DeviceType.cpu:
@@ -286,7 +288,7 @@ _PLANNED: ContextVar[Backend | None] = ContextVar("planned", default=None)
 
 @contextmanager
 def planning_for(kind: Backend | None) -> Iterator[None]:
-    """Inside the block plans are those of another backend, None: of this machine's."""
+    """Make memory plans for another backend inside the block; None means this machine's."""
     token = _PLANNED.set(kind)
     try:
         yield
@@ -295,17 +297,17 @@ def planning_for(kind: Backend | None) -> Iterator[None]:
 
 
 def planned_backend() -> Backend:
-    """The backend that plans are made for."""
+    """Return the backend that memory plans are made for."""
     return _PLANNED.get() or backend()
 
 
 def elsewhere() -> bool:
-    """Whether plans are made for a machine that is not this one: how much memory it has is not known."""
+    """Return whether plans are made for another machine, whose memory size is not known."""
     return planned_backend() != backend()
 
 
 def machine_bytes() -> int:
-    """Memory of what computes: of a Mac all that there is; of CUDA the card's own; elsewhere `UNKNOWN`."""
+    """Return the memory of the device in bytes: a Mac's or CPU's RAM, or a CUDA card's own; else `UNKNOWN`."""
     import mlx.core as mx
 
     if elsewhere():
@@ -316,7 +318,7 @@ def machine_bytes() -> int:
 
 
 def usable_bytes(limit_gb: float | None = None) -> int:
-    """What a job may take: `limit_gb` (10^9 bytes), else what the system lends the GPU, else nine tenths."""
+    """Return the bytes that a job may use: `limit_gb` (10^9 bytes), else Metal's recommendation, else nine tenths."""
     import mlx.core as mx
 
     if limit_gb is not None or elsewhere():
@@ -326,8 +328,10 @@ def usable_bytes(limit_gb: float | None = None) -> int:
 
 
 def gpu_failure(error: BaseException) -> Failure | None:
-    """What an error says has happened: no memory was left, or macOS has ended the work; None: neither, as of all of
-    mlxft's own, whose texts may quote anything."""
+    """Return the failure that an error reports: out of memory, or work that macOS stopped; else None.
+
+    The result is None for mlxft's own errors, whose texts may quote anything.
+    """
     if isinstance(error, MlxftError):
         return None
     text = str(error)
@@ -337,17 +341,17 @@ def gpu_failure(error: BaseException) -> Failure | None:
 
 
 def gpu_failed(failure: Failure, when: str, then: str = "") -> TrainingError:
-    """The error that says so: what has happened `when`, what helps, and what to do `then`."""
+    """Return the error for a failure: what happened, `when`, what helps, and what to do `then`."""
     what, helps = FAILURES[failure]
     return TrainingError(f"{what} {when}. What helps most: {helps}{then}")
 
 
 @contextmanager
 def awake(wanted: bool) -> Iterator[None]:
-    """Keep a Mac from falling asleep inside the block, or until this process is killed. Nothing happens elsewhere."""
+    """Keep a Mac awake inside the block, or until this process is killed. Do nothing on other machines."""
     process: subprocess.Popen[bytes] | None = None
     if wanted and sys.platform == "darwin":
-        with suppress(OSError):  # then it sleeps as it would
+        with suppress(OSError):  # without caffeinate the Mac may sleep
             process = subprocess.Popen(["caffeinate", "-i", "-m", "-s", "-w", str(os.getpid())])
     try:
         yield
@@ -358,7 +362,7 @@ def awake(wanted: bool) -> Iterator[None]:
 
 
 def ask(*command: str) -> str:
-    """What a program of the system prints; "" where it is not there, fails, or takes ten seconds."""
+    """Return the output of a system program; "" if it is missing, fails, or takes more than ten seconds."""
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
         if done.returncode == 0:
@@ -367,7 +371,7 @@ def ask(*command: str) -> str:
 
 
 def swap_bytes() -> float:
-    """Bytes of swap in use."""
+    """Return the bytes of swap in use."""
     if sys.platform == "darwin":
         used = re.search(r"used = ([\d.]+)M", ask("sysctl", "-n", "vm.swapusage"))
         return float(used[1]) * 1e6 if used else 0.0

@@ -1,5 +1,7 @@
-"""mlxft doctor: the machine, its Python and its packages, as far as training depends on them, and what mends what is
-wrong. Nothing is computed: `mlxft selftest` does that."""
+"""Check the machine, its Python and its packages for `mlxft doctor`, and say how to fix what is wrong.
+
+Nothing is computed; `mlxft selftest` does that.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ from mlxft.device import (
 )
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "huggingface-hub")
-LEAST_FREE = 10e9  # bytes of a disk: a model of 3B in bfloat16 and its checkpoints
-OLDEST_MACOS = 14  # that MLX's wheels are made for
+LEAST_FREE = 10e9  # bytes of free disk, enough for a 3B model in bfloat16 and its checkpoints
+OLDEST_MACOS = 14  # the oldest version that MLX's wheels support
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Finding:
     """One line of the table.
 
     Attributes:
-        state: wrong: training does not work, or falls far short of the machine.
-        mend: what to do about it, a command where there is one.
+        state: wrong means that training does not work, or is far slower than the machine allows.
+        mend: how to fix it, as a command if there is one.
     """
 
     name: str
@@ -50,21 +52,21 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Look at this machine.
+    """Check this machine.
 
     Args:
-        folder: where runs will be written.
+        folder: the folder for runs.
     """
     return [*_machine(), *_software(), *_memory(), *_disks(folder), *_extras()]
 
 
 def doctor_report(findings: list[Finding]) -> dict[str, Any]:
-    """As JSON."""
+    """Return the findings as JSON."""
     return {"mlxft": __version__, "sound": sound(findings), "findings": [asdict(f) for f in findings]}
 
 
 def sound(findings: list[Finding]) -> bool:
-    """Whether nothing is wrong."""
+    """Return whether nothing is wrong."""
     return all(f.state != "wrong" for f in findings)
 
 
@@ -76,7 +78,7 @@ def _machine() -> Iterator[Finding]:
         version = platform.mac_ver()[0]
         old = int(version.partition(".")[0] or 0) < OLDEST_MACOS
         state: Literal["ok", "wrong"] = "wrong" if old else "ok"
-        yield Finding("macOS", version, state, f"MLX wants macOS {OLDEST_MACOS}: update it" if old else "")
+        yield Finding("macOS", version, state, f"MLX needs macOS {OLDEST_MACOS} or later: update macOS" if old else "")
         return
     model = re.search(r"^(?:model name|Model)\s*:\s*(.*)$", read_or_nothing("/proc/cpuinfo"), re.MULTILINE)
     yield Finding("CPU", f"{model[1] if model else platform.machine()}, {os.cpu_count()} cores")
@@ -90,8 +92,8 @@ def _software() -> Iterator[Finding]:
     if sys.platform == "darwin" and (
         ask("sysctl", "-n", "sysctl.proc_translated") == "1" or platform.machine() != "arm64"
     ):
-        way = "this Python is for Intel, and MLX has no GPU in it: brew install python, then make a new environment"
-        yield Finding("Python", version, "wrong", way)
+        mend = "this Python is for Intel, where MLX has no GPU: brew install python, then make a new environment"
+        yield Finding("Python", version, "wrong", mend)
     else:
         yield Finding("Python", version)
     wanted = dict(_wanted())
@@ -103,24 +105,26 @@ def _software() -> Iterator[Finding]:
     kind = backend()
     if kind == "cpu" and sys.platform == "darwin":
         yield Finding(
-            "MLX computes on", "the CPU", "wrong", "training wants the GPU: leave mx.set_default_device alone"
+            "MLX computes on", "the CPU", "wrong", "training needs the GPU: do not call mx.set_default_device"
         )
     else:
         yield Finding("MLX computes on", {"metal": "the GPU (Metal)", "cuda": "the GPU (CUDA)", "cpu": "the CPU"}[kind])
     if (blas := in_use()) is not None:
-        said = blas.lines()[0].removeprefix("blas: ")
-        yield Finding("BLAS", said, "wrong" if blas.warning else "ok", blas.warning)
+        description = blas.lines()[0].removeprefix("blas: ")
+        yield Finding("BLAS", description, "wrong" if blas.warning else "ok", blas.warning)
     if sys.platform == "darwin":
         relaxed = os.environ.get(WATCHDOG) == "1"
-        yield Finding("display watchdog", "relaxed" if relaxed else "as strict as macOS has it", *_strict(relaxed))
+        yield Finding(
+            "display watchdog", "relaxed" if relaxed else "as strict as the default of macOS", *_strict(relaxed)
+        )
 
 
 def _strict(relaxed: bool) -> tuple[Literal["ok", "note"], str]:
-    return ("ok", "") if relaxed else ("note", f"long steps may be ended: unset {WATCHDOG}, and mlxft sets it")
+    return ("ok", "") if relaxed else ("note", f"macOS may stop long steps: unset {WATCHDOG}, and mlxft sets it")
 
 
 def _wanted() -> Iterator[tuple[str, str]]:
-    """Package -> its least version, as mlxft asks for it."""
+    """Yield each package that mlxft requires, and its lowest version."""
     for line in importlib.metadata.requires("mlxft") or []:
         found = re.match(r"([\w-]+)(?:\[\w+\])?\s*>=\s*([\d.]+)", line)
         if found and "extra ==" not in line:
@@ -137,7 +141,7 @@ def _memory() -> Iterator[Finding]:
     yield Finding(what, _gb(usable_bytes()))
     used = swap_bytes()
     if used > CROWDED:
-        yield Finding("swap", f"{_gb(used)} in use", "note", "other programs crowd the memory: close some, or restart")
+        yield Finding("swap", f"{_gb(used)} in use", "note", "other programs use much memory: close some, or restart")
     else:
         yield Finding("swap", f"{_gb(used)} in use")
 
@@ -149,12 +153,12 @@ def _disks(folder: Path) -> Iterator[Finding]:
         there = next(p for p in (place.absolute(), *place.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(there).free
         little = free < LEAST_FREE
-        mend = "free some: hf cache scan, hf cache prune; mlxft runs rm" if little else ""
+        mend = "free some space: hf cache scan, hf cache prune; mlxft runs rm" if little else ""
         yield Finding(name, f"{_gb(free)} at {place}", "note" if little else "ok", mend)
 
 
 def _extras() -> Iterator[Finding]:
-    """Which extras are installed."""
+    """Yield which extras are installed and which are not."""
     found: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("mlxft") or []:
         named = re.match(r"([\w-]+).*extra == ['\"](\w+)['\"]", line)

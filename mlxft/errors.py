@@ -4,13 +4,13 @@
       ConfigError         a recipe, an override or an option is wrong; exit code 2
       DataError           a data file, row or tokenizer does not fit
       ModelError          weights, architecture, quantisation or adapter do not fit
-      CheckpointError     a run folder or checkpoint can not be read, written or continued
-      ExportError         a result can not be written in the wanted form
-      TrainingError       training can not go on: numbers have run away
+      CheckpointError     a run folder or checkpoint cannot be read, written or resumed
+      ExportError         a model or adapter cannot be written in the wanted format
+      TrainingError       training cannot continue: the numbers have diverged
       RewardError         a reward gives no usable number for a completion
 
-All are ValueErrors: they say that something given to mlxft is wrong, and what to do about it. A mistake of
-mlxft itself is an AssertionError.
+All are ValueErrors: they say that something given to mlxft is wrong, and what to do about it. A bug in mlxft
+itself is an AssertionError.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 class MlxftError(ValueError):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
     exit_code = 1
 
@@ -40,15 +40,15 @@ class ModelError(MlxftError):
 
 
 class CheckpointError(MlxftError):
-    """A run folder or checkpoint can not be read, written or continued."""
+    """A run folder or checkpoint cannot be read, written or resumed."""
 
 
 class ExportError(MlxftError):
-    """A result can not be written in the wanted form."""
+    """A model or adapter cannot be written in the wanted format."""
 
 
 class TrainingError(MlxftError):
-    """Training can not go on: a loss or a gradient is no longer a number, or the policy has run away."""
+    """Training cannot continue: a loss or gradient is not a number, or the policy has diverged."""
 
 
 class RewardError(MlxftError):
@@ -56,7 +56,7 @@ class RewardError(MlxftError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """' (did you mean X?)' for the choice closest to `word`, or '' where none is close."""
+    """Return ' (did you mean X?)' for the choice closest to `word`, or '' if none is close."""
     import difflib
 
     found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
@@ -64,24 +64,24 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def shorten(text: str, most: int = 200) -> str:
-    """Cut what somebody gave to what a message has room for."""
+    """Cut a text that a user gave to a length that fits into a message."""
     return text if len(text) <= most else f"{text[: most - 30]}... ({len(text):,} characters)"
 
 
 def missing_extra(package: str, extra: str) -> str:
-    """The sentence for a package that an extra would bring."""
+    """Return the message about a missing package that an extra installs."""
     return f"this needs the package {package}: pip install 'mlxft[{extra}]'"
 
 
 def half_character(value: Any, name: str = "") -> str | None:
-    """Say where texts within a value hold half of a character, or return None where all are whole.
+    """Return a message about the first half of a character (lone surrogate) in the texts of a value, else None.
 
-    JSON and YAML can write one half of an emoji alone ("\\ud83d"), as programs do that cut UTF-16 texts. It stands for
-    nothing: no tokenizer takes it, and UTF-8 has no form for it.
+    JSON and YAML can hold half of an emoji ("\\ud83d"), written by programs that cut UTF-16 texts. It has no meaning:
+    no tokenizer accepts it, and UTF-8 cannot encode it.
 
     Args:
-        value: a text, or lists and mappings of them; what is none of these holds no text.
-        name: what the value is called, if it has a name.
+        value: a text, or nested lists and mappings of texts; other values are ignored.
+        name: name of the value, if it has one.
     """
     if _whole(value):
         return None
@@ -90,18 +90,18 @@ def half_character(value: Any, name: str = "") -> str | None:
         found, at = todo.pop()
         if isinstance(found, str):
             if (half := _first_half(found)) is not None:
-                return f"{at or 'the text'} holds {_half(found, half)}"
+                return f"{at or 'the text'} contains {_half(found, half)}"
         elif isinstance(found, dict):
             for key in found:
                 if isinstance(key, str) and (half := _first_half(key)) is not None:
-                    return f"the name {key!a} in {at or 'the row'} holds {_half(key, half)}"
+                    return f"the name {key!a} in {at or 'the row'} contains {_half(key, half)}"
             todo += [(below, f"{at}.{key}" if at else str(key)) for key, below in reversed(found.items())]
         elif isinstance(found, list | tuple):
             todo += [(below, f"{at}[{i}]") for i, below in reversed(list(enumerate(found)))]
 
 
 def _whole(value: Any) -> bool:
-    """Whether no text in a value holds half of a character; quick, since every row of every file is asked."""
+    """Return whether no text in a value contains half of a character; fast, since it runs on every row."""
     todo = [value]
     while todo:
         found = todo.pop()
@@ -128,7 +128,7 @@ def _first_half(text: str) -> int | None:
 
 def _half(text: str, at: int) -> str:
     return (
-        f"half of a character (U+{ord(text[at]):04X} at {at}); the text was cut within an emoji or the like: write the "
+        f"half of a character (U+{ord(text[at]):04X} at {at}): the text was cut inside an emoji or similar; write the "
         "whole character, or U+FFFD in its place"
     )
 

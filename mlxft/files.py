@@ -1,4 +1,4 @@
-"""Write and remove files: beside, then rename, then fsync; and replace or delete only what mlxft itself made."""
+"""Write files under a temporary name, fsync and rename them; replace or delete only what mlxft itself made."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from mlxft.errors import CheckpointError, ConfigError, switch
 from mlxft.text import parse_json, read_file
 
 # --- temporary --------------------------------------------------------------------------------------------------------
-# Files and folders under a temporary name, which a kill leaves behind and the next command that works there removes.
+# Files and folders with a temporary name. A killed process leaves them behind, and the next command that works in the
+# folder removes them.
 #
-# The name holds the process id: what a living process is writing is left alone.
+# The name contains the process id, so that files of a running process are left alone.
 
-MARK = ".mlxft.json"  # of folders that mlxft made; see mlxft.owned
+MARK = ".mlxft.json"  # marks folders that mlxft made; see the section "owned"
 # .tmp-mlxft-PID-NAME; .NAME.partial-PID, a folder being written; .NAME.old-PID, one that is being replaced.
 _OURS = re.compile(r"\.tmp-mlxft-(?P<pid>\d+)-.+|\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<by>\d+)", re.DOTALL)
 
 
 def temporary(path: Path, pid: int | None = None) -> Path:
-    """Return a process's (this one's) name beside `path` for what is to take its place, with its ending for MLX."""
-    end = os.fsencode(path.name)[-100:].decode("utf-8", "ignore")  # a name has 255 bytes at most
+    """Return the temporary name of a process (default: this one) for `path`, with the same file extension for MLX."""
+    end = os.fsencode(path.name)[-100:].decode("utf-8", "ignore")  # a name has at most 255 bytes
     return path.with_name(f".tmp-mlxft-{pid or os.getpid()}-{end}")
 
 
 def writer(path: Path) -> int | None:
-    """The other process that lives and has a temporary name for this path."""
+    """Return the id of another running process that has a temporary name for this path, else None."""
     with suppress(OSError):
         for name in os.listdir(path.parent):
             found = _OURS.fullmatch(name)
@@ -51,7 +52,7 @@ def writer(path: Path) -> int | None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder under another name: what a kill leaves of it is never taken for the whole."""
+    """Rename a file or folder, then remove it, so that a kill never leaves a part of it under its name."""
     gone = temporary(path.with_name(f"gone-{path.name}"))
     with suppress(OSError):
         path.rename(gone)
@@ -59,16 +60,16 @@ def discard(path: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what processes that have ended left under temporary names in a folder.
+    """Remove what ended processes left under temporary names in a folder.
 
-    A folder that was moved aside to be replaced, and whose successor is not there, gets its name back.
+    A folder that was moved aside to be replaced, but was not replaced, gets its name back.
     """
     with suppress(OSError):
         for entry in sorted(p for p in folder.iterdir() if p.name.startswith(".")):
             found = _OURS.fullmatch(entry.name)
             if found is None or _lives(int(found["pid"] or found["by"])):
                 continue
-            if found["kind"] and not (entry / MARK).is_file():  # others may be the user's
+            if found["kind"] and not (entry / MARK).is_file():  # without a mark it may be the user's
                 continue
             whole = folder / found["name"] if found["kind"] == "old" else None
             if whole is not None and not os.path.lexists(whole):
@@ -89,20 +90,20 @@ def _lives(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # it belongs to another user
         return True
     return pid > 0
 
 
 # --- owned ------------------------------------------------------------------------------------------------------------
-# What in a folder mlxft made itself, and the only way to replace or delete any of it.
+# Find what mlxft itself made in a folder; only this section replaces or deletes any of it.
 #
-# A folder is ours by its mark, `.mlxft.json`, which nothing else writes: it names the kind of the folder, from which
-# the names follow that mlxft gives there, and whatever else mlxft wrote into it. All other files are the user's: they
-# are named and kept, and the command that would have deleted them is refused. Folders of older versions have no mark.
+# A folder is ours if it has a mark, `.mlxft.json`, which nothing else writes. The mark names the kind of the folder,
+# which implies the file names that mlxft uses there, and lists whatever else mlxft wrote into it. All other files are
+# the user's: a command that would have deleted them lists them and refuses. Folders of older versions have no mark.
 
 HOLDER = ".mlxft.pid"
-# What nobody misses, in any folder and in ours: of killed processes, of macOS, of Python where a model has own code.
+# Files that may be deleted in any folder, and in ours: from killed processes, macOS, and Python code of a model.
 _ANYWHERE = (HOLDER, ".tmp-mlxft-*", ".DS_Store")
 _LITTER = (*_ANYWHERE, ".*.partial-*", ".*.old-*", "__pycache__")
 _TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
@@ -112,9 +113,9 @@ _RUN = ("config.yaml", "metrics.jsonl", "samples.jsonl", "status.json", "tracker
 _SWEEP = ("sweep.db", "sweep.db-journal", "best.yaml", "history.png", "importance.png", "trials/*/")
 EVALUATION = ("predictions.jsonl", "results.json")
 _ROWS = tuple(f"data/{name}.jsonl" for name in ("sft", "pairs", "prompts", "held-out"))
-# Kind -> what it is called, and the names in it. A folder is named, with a slash behind it, where it has a mark of its
-# own, and with ** where another program fills it. Folders that are written at once (models, adapters) have all their
-# names in the mark.
+# Kind -> its description, and the names in it. A subfolder is listed with a slash at the end if it has its own mark,
+# and with ** if another program fills it. Folders that are written at once (models, adapters) list all their names in
+# the mark.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": (
         "a run folder",
@@ -134,22 +135,22 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "eval": ("an evaluation", EVALUATION),
     "model": ("a model folder", ()),
-    "adapter": ("an adapter's folder", ()),
+    "adapter": ("an adapter folder", ()),
     "ollama": ("a folder for Ollama", ()),
-    "demo": ("the folder of a demo", ("run/", "fused/")),
-    "rlhf": ("the folder of a walk of rlhf", ("sft/", "reward/", "ppo/", "fused/", *_ROWS)),
+    "demo": ("a folder of mlxft demo", ("run/", "fused/")),
+    "rlhf": ("a folder of mlxft rlhf", ("sft/", "reward/", "ppo/", "fused/", *_ROWS)),
 }
 
 
 class Mark(NamedTuple):
-    """What a mark says: the folder's kind, and names in it beside those that the kind always has."""
+    """Content of a mark: the folder's kind, and names in it besides those that the kind always has."""
 
     kind: str
     names: tuple[str, ...] = ()
 
 
 def read_mark(folder: Path) -> Mark | None:
-    """The mark of a folder; None where there is none, or none that can be read."""
+    """Return the mark of a folder; None if there is none, or it cannot be read."""
     file = folder / MARK
     try:
         found = parse_json(file.read_text(encoding="utf-8")) if stat.S_ISREG(file.lstat().st_mode) else {}
@@ -164,10 +165,10 @@ def read_mark(folder: Path) -> Mark | None:
 
 
 def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
-    """Mark a folder, which is there and empty or ours, as made by mlxft.
+    """Mark an existing folder, which is empty or ours, as made by mlxft.
 
     Raises:
-        CheckpointError, ConfigError: it can not be written.
+        CheckpointError, ConfigError: the mark cannot be written.
     """
     beside = temporary(folder / "mark")
     text = json.dumps({"mlxft": kind, "files": sorted(names)}, indent=1) + "\n"
@@ -180,33 +181,33 @@ def claim(folder: Path, kind: str, names: Iterable[str] = ()) -> None:
 
 
 def note(path: Path) -> None:
-    """Remember that mlxft has written `path`, if it lies in a folder of ours: it goes with the folder."""
+    """Record in the mark that mlxft wrote `path`, if it is in a folder of ours: it is removed with the folder."""
     if (found := our_folder(path)) is not None and not is_ours(path):
         folder, mark = found
-        with suppress(CheckpointError, ConfigError):  # then it is kept as if it were the user's
+        with suppress(CheckpointError, ConfigError):  # without the record it is kept like a user's file
             claim(folder, mark.kind, {*mark.names, path.absolute().relative_to(folder).as_posix()})
 
 
 def our_folder(path: Path) -> tuple[Path, Mark] | None:
-    """The nearest folder of ours that a path lies in, and its mark."""
+    """Return the nearest folder of ours that contains a path, and its mark."""
     marks = ((folder, read_mark(folder)) for folder in path.absolute().parents)
     return next(((folder, mark) for folder, mark in marks if mark is not None), None)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether mlxft has written a file, which lies in a folder of ours."""
+    """Return whether mlxft wrote a file, which is in a folder of ours."""
     found = our_folder(path)
     return found is not None and _fits([*path.absolute().relative_to(found[0]).parts], found[1])
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but a mark and what nobody misses."""
+    """Return whether a folder contains nothing but a mark and files that may be deleted."""
     known = _ANYWHERE if read_mark(folder) is None else (*_LITTER, MARK)
     return all(_is_any(p.name, known) for p in folder.iterdir())
 
 
 def is_of_kind(folder: Path, kind: str, file: str) -> bool:
-    """Whether a folder is empty or, by its mark, of this kind, with this file in it."""
+    """Return whether a folder is empty, or its mark has this kind and this file is in it."""
     mark = read_mark(folder)
     if not folder.is_dir() or (mark is not None and mark.kind != kind):
         return False
@@ -217,52 +218,52 @@ def check_replaceable(folder: Path, kind: str) -> None:
     """Refuse to replace or delete what mlxft did not make.
 
     Raises:
-        ConfigError: `folder` is there, and is not an empty folder or one of this kind with nothing else in it.
+        ConfigError: `folder` exists, and is neither empty nor a folder of this kind with nothing else in it.
     """
     try:
         _check_replaceable(folder, kind)
     except OSError as e:
-        raise ConfigError(f"{folder}: can not be read: {e.strerror or e}") from e
+        raise ConfigError(f"{folder}: cannot be read: {e.strerror or e}") from e
 
 
 def _check_replaceable(folder: Path, kind: str) -> None:
-    wanted, mine = KINDS[kind][0], "so it is neither replaced nor removed; choose another name, or remove it yourself"
+    wanted, kept = KINDS[kind][0], "so it is neither replaced nor removed; choose another name, or remove it yourself"
     if folder.is_symlink():
-        raise ConfigError(f"{folder}: is a link, {mine}")
+        raise ConfigError(f"{folder}: is a link, {kept}")
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: exists and is a file; give a folder's name")
+        raise ConfigError(f"{folder}: exists and is a file; give the name of a folder")
     if is_empty(folder):
         return
     mark = read_mark(folder)
     if mark is None:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
-        raise ConfigError(f"{folder}: is not {wanted} that this version of mlxft made (it has {there}), {mine}")
+        raise ConfigError(f"{folder}: is not {wanted} that this version of mlxft made (it has {there}), {kept}")
     if mark.kind != kind:
-        raise ConfigError(f"{folder}: is {KINDS[mark.kind][0]}, not {wanted}, {mine}")
+        raise ConfigError(f"{folder}: is {KINDS[mark.kind][0]}, not {wanted}, {kept}")
     if foreign := _survey(folder)[1]:
         more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
         raise ConfigError(
-            f"{folder}: holds what mlxft did not make ({', '.join(foreign[:5])}{more}), so nothing in it is replaced "
-            "or removed; move that elsewhere first, or choose another name"
+            f"{folder}: contains files that mlxft did not make ({', '.join(foreign[:5])}{more}), so nothing in it is "
+            "replaced or removed; move them elsewhere first, or choose another name"
         )
 
 
 def empty(folder: Path, part: str = "") -> None:
-    """Delete what mlxft made in a folder, or in one part of it. What is not ours stays, and the folder and its mark."""
+    """Delete what mlxft made in a folder, or in its subfolder `part`; other files, the folder and its mark stay."""
     below = folder / part
     for path in _survey(folder)[0]:
         if path not in (folder / MARK, folder / HOLDER) and below in path.parents:
             path.unlink(missing_ok=True)
     for at, _, _ in os.walk(below, topdown=False):
         if Path(at) != folder:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # the folder is not empty
                 os.rmdir(at)
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder of ours, or an empty one; what is not ours stays, and the folder with it."""
+    """Delete a folder of ours, or an empty one; it stays if it contains files that are not ours."""
     empty(folder)
     if is_empty(folder):
         for path in _survey(folder)[0]:
@@ -271,10 +272,10 @@ def remove(folder: Path) -> None:
 
 
 def remove_files(folder: Path, names: Sequence[str]) -> list[str]:
-    """Delete the files of these names in a folder, and the folder with them: all at once, if nothing else is in it.
+    """Delete the files with these names in a folder, and the folder at once if nothing else is in it.
 
     Returns:
-        What else is in it, and stays with the folder.
+        The names of other files, which stay in the folder.
     """
     ours = {p for p in folder.iterdir() if p.name in names and p.is_file() and not p.is_symlink()}
     foreign = sorted(p.name for p in folder.iterdir() if p not in ours and not _is_any(p.name, _ANYWHERE))
@@ -286,29 +287,29 @@ def remove_files(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 class Held(NamedTuple):
-    """A folder that this process alone works in. `locked` is False where its file system has no locks."""
+    """A folder in which only this process works. `locked` is False if its file system has no locks."""
 
     folder: Path
     fd: int
     locked: bool
 
     def check(self) -> None:
-        """CheckpointError where the folder is no longer in its place."""
+        """Raise a CheckpointError if the folder is no longer in its place."""
         if not _is_same(self.fd, self.folder):
             raise CheckpointError(f"{self.folder} was removed or renamed while it was written to; start again")
 
 
 @contextmanager
 def hold(folder: Path, wait: bool = False) -> Iterator[Held]:
-    """Be the only mlxft that works in a folder, which is made if need be; if nothing comes into it, it goes again.
+    """Hold a folder, so that no other mlxft process works in it. The folder is made if needed, and removed if unused.
 
-    The lock lies on the folder itself and ends with its process, however that ends. It outlasts `empty`.
+    The lock is on the folder itself and ends with its process, however that ends. It outlasts `empty`.
 
     Args:
-        wait: until another one has done, in place of a refusal.
+        wait: wait until another process is done, instead of refusing.
     Raises:
-        CheckpointError: another process works there; it is named.
-        ConfigError: the folder can not be made or written.
+        CheckpointError: another process, which is named, works there.
+        ConfigError: the folder cannot be made or written.
     """
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     held = _take(folder, wait)
@@ -320,7 +321,7 @@ def hold(folder: Path, wait: bool = False) -> Iterator[Held]:
         with suppress(OSError, CheckpointError):
             held.check()
             (folder / HOLDER).unlink(missing_ok=True)
-        with suppress(OSError):  # it is not empty
+        with suppress(OSError):  # the folder is not empty
             for path in made:
                 if path.exists():
                     path.rmdir()
@@ -333,7 +334,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as e:
         kind = CheckpointError if e.errno == errno.ENOSPC else ConfigError
-        raise kind(f"can not write to {folder}: {e.strerror or e}") from e
+        raise kind(f"cannot write to {folder}: {e.strerror or e}") from e
 
 
 def _take(folder: Path, wait: bool) -> Held:
@@ -349,11 +350,11 @@ def _take(folder: Path, wait: bool) -> Held:
             raise
         if _is_same(fd, folder):
             return held
-        os.close(fd)  # who had it has removed the folder
+        os.close(fd)  # the process that held the folder has removed it
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process works in this folder now."""
+    """Return whether a process works in this folder now."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -370,7 +371,7 @@ def is_held(folder: Path) -> bool:
 
 
 def refuse_if_held(folder: Path) -> None:
-    """CheckpointError where another process works in this folder."""
+    """Raise a CheckpointError if another process works in this folder."""
     if is_held(folder):
         holder = ""
         with suppress(OSError, ValueError):
@@ -389,13 +390,13 @@ def _is_same(fd: int, folder: Path) -> bool:
 
 
 def _lock(fd: int, folder: Path, wait: bool) -> bool:
-    """Lock an open folder. False: its file system has no locks."""
+    """Lock an open folder. Return False if its file system has no locks."""
     for _ in range(100):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return True
         except BlockingIOError:
-            time.sleep(0.01)  # a look from outside holds it for a moment
+            time.sleep(0.01)  # `is_held` in another process holds it for a moment
         except OSError:
             return False
     refuse_if_held(folder)
@@ -404,10 +405,10 @@ def _lock(fd: int, folder: Path, wait: bool) -> bool:
 
 @contextmanager
 def reserved(path: Path) -> Iterator[None]:
-    """Be the only mlxft that works on a file or folder of this name. Who can not write there is told so by others.
+    """Reserve a file or folder name, so that no other mlxft process works on it. Errors of writing come later.
 
     Raises:
-        CheckpointError: another process does; it is named.
+        CheckpointError: another process, which is named, works on it.
     """
     path = path.absolute()
     made = [p for p in path.parents if not os.path.lexists(p)]
@@ -426,45 +427,47 @@ def reserved(path: Path) -> Iterator[None]:
         with suppress(OSError, ValueError):
             temporary(path).unlink(missing_ok=True)
             for folder in made:
-                folder.rmdir()  # unless something has come into it
+                folder.rmdir()  # fails if something has been written into it
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path is a device or a pipe: it is written to, and never replaced by a file."""
-    if str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):  # /dev/stdout may lead to a file
+    """Return whether a path is a device or a pipe, which is written to and never replaced by a file."""
+    if str(path.parent) in ("/dev", "/dev/fd", "/proc/self/fd"):  # /dev/stdout may be a link to a file
         return True
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Refuse, before the work, a name that nothing can be written under. Folders above it are made when it is written.
+    """Refuse, before the work, a path that cannot be written. Missing parent folders are made when it is written.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: the path cannot be written.
     """
     try:
         with suppress(FileNotFoundError):
             path.lstat()
-        if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would replace it all the same
+        if os.path.exists(path) and not os.access(path, os.W_OK):  # a rename would replace it anyway
             raise OSError(errno.EACCES, "it is read-only")
         probe = temporary(next(p for p in path.absolute().parents if os.path.lexists(p)) / "probe")
         probe.touch()
         probe.unlink()
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{option}: can not write {path}: {getattr(e, 'strerror', None) or e}") from e
+        raise ConfigError(f"{option}: cannot write {path}: {getattr(e, 'strerror', None) or e}") from e
 
 
 def check_file(path: Path, overwrite: bool, option: str = "--out") -> None:
-    """Refuse, before the work, a file that can not be written, or that is there and may not be replaced.
+    """Refuse, before the work, a file that cannot be written, or that exists and may not be replaced.
 
     Raises:
-        ConfigError: so it is.
+        ConfigError: the file cannot be written or replaced.
     """
     if not path.name or os.path.isdir(path):
-        raise ConfigError(f"{option}: can not write {str(path)!r}: it is a folder, or empty; give a file's name")
+        raise ConfigError(
+            f"{option}: cannot write {str(path)!r}: the name is empty or a folder; give the name of a file"
+        )
     if is_stream(path):
         if not os.access(path, os.W_OK):
-            raise ConfigError(f"{option}: can not write to {path}")
+            raise ConfigError(f"{option}: cannot write to {path}")
         return
     if os.path.lexists(path) and not overwrite:
         raise ConfigError(
@@ -478,7 +481,7 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _fits(at: list[str], mark: Mark, whole: bool = True) -> bool:
-    """Whether a name, cut at its slashes, is one that mlxft gives; or, where not `whole`, how one begins."""
+    """Return whether a path, split at its slashes, is one that mlxft uses; if not `whole`, whether one begins so."""
     given = [pattern.split("/") for pattern in KINDS[mark.kind][1]]
     given = [parts for parts in given if len(parts) == len(at) or (not whole and any(parts[len(at) :]))]
     if any(all(map(fnmatchcase, at, parts)) and (whole or len(parts) > len(at)) for parts in given):
@@ -488,14 +491,14 @@ def _fits(at: list[str], mark: Mark, whole: bool = True) -> bool:
 
 
 def _all_below(path: Path) -> list[Path]:
-    """A file or link, or all files and links below a folder."""
+    """Return a file or link, or all files and links below a folder."""
     if path.is_symlink() or not path.is_dir():
         return [path]
     return [found for below in path.iterdir() for found in _all_below(below)]
 
 
 def _survey(top: Path) -> tuple[list[Path], list[str]]:
-    """The files below a folder that mlxft made, and the names of the others; a folder stands for all in it."""
+    """Return the files below a folder that mlxft made, and the names of others; a folder counts for all in it."""
     mark, ours, foreign = read_mark(top), [], []
     known = _ANYWHERE if mark is None else (*_LITTER, MARK)
 
@@ -526,14 +529,14 @@ def _survey(top: Path) -> tuple[list[Path], list[str]]:
 
 
 def flush(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
+    """Make a file or folder survive a power failure."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        full = getattr(fcntl, "F_FULLFSYNC", None)  # of macOS, where fsync leaves it in the drive's own memory
+        full = getattr(fcntl, "F_FULLFSYNC", None)  # on macOS fsync leaves data in the drive's cache
         try:
             os.fsync(fd) if full is None else fcntl.fcntl(fd, full)
         except OSError as e:
-            if full is None or e.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system has it
+            if full is None or e.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system supports it
                 raise
             os.fsync(fd)
     finally:
@@ -542,19 +545,19 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Turn a failure to write `what` into a CheckpointError that says why and what is safe."""
+    """Turn a failure to write `what` into a CheckpointError that names the reason."""
     try:
         yield
     except (OSError, RuntimeError, UnicodeError) as e:
         reason = getattr(e, "strerror", None) or str(e)
-        raise CheckpointError(f"can not write {what}: {reason}; what was saved before is untouched") from e
+        raise CheckpointError(f"cannot write {what}: {reason}; what was saved before is unchanged") from e
 
 
 def write_beside(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file through `write(temporary)`, and rename it into place once it is whole.
+    """Write a file through `write(temporary)`, and rename it into place once it is complete.
 
     Raises:
-        CheckpointError: it can not be written (full disk, no permission); the file that was there stays.
+        CheckpointError: the file cannot be written (full disk, no permission); an existing file stays.
     """
     part = temporary(path)
     try:
@@ -566,19 +569,19 @@ def write_beside(path: Path, write: Callable[[Path], None]) -> None:
             os.replace(part, path)
             flush(path.parent)
     finally:
-        with suppress(OSError):  # its folder may be no folder
+        with suppress(OSError):  # its parent may not be a folder
             part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file completely or not at all."""
     write_beside(path, text_writer(text))
 
 
 def write_result(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file that a command was asked for; in a folder of ours it counts as ours. See `write_beside`.
+    """Write an output file of a command as `write_beside` does; in a folder of ours it counts as ours.
 
-    A device or a pipe is written to as it is.
+    A device or a pipe is written to directly.
     """
     if is_stream(path):
         with writing(path):
@@ -589,7 +592,7 @@ def write_result(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def text_writer(text: str) -> Callable[[Path], None]:
-    """What writes a text: half of a character, which UTF-8 has no form for, as the escape that JSON has for it."""
+    """Return a function that writes a text; halves of characters, which UTF-8 cannot encode, are written as escapes."""
 
     def write(path: Path) -> None:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -598,13 +601,13 @@ def text_writer(text: str) -> Callable[[Path], None]:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays as safetensors. An OSError where the disk took less than all of it."""
+    """Write arrays as safetensors. Raise an OSError if not all of them fit on the disk."""
     need = sum(v.nbytes for v in arrays.values())
     check_room(path.parent, need)  # mlx does not always notice a full disk
     try:
         mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
         whole = path.stat().st_size >= need
-    except RuntimeError:  # or says how many bytes it could not write
+    except RuntimeError:  # mlx says how many bytes it could not write
         whole = False
         if shutil.disk_usage(path.parent).free > 1 << 16:
             raise
@@ -613,13 +616,13 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
 
 
 def check_room(folder: Path, need: int) -> None:
-    """Raise an OSError where the disk of a folder has less than `need` bytes free."""
+    """Raise an OSError if the disk of a folder has less than `need` bytes free."""
     if (free := shutil.disk_usage(folder).free) < need:
         raise OSError(errno.ENOSPC, f"No space left on device ({need:,} bytes are needed, {free:,} are free)")
 
 
 def digest(path: Path) -> str:
-    """Hash of a file's content."""
+    """Return a hash of a file's content."""
     h = hashlib.blake2b(digest_size=16)
     with path.open("rb") as f:
         while block := f.read(1 << 20):

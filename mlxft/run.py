@@ -1,4 +1,4 @@
-"""The only wiring: a Config becomes data, model, objective and optimiser, these a loop, and the loop a Run."""
+"""Train: build data, model, objective and optimiser from a Config, run the loop, and write the run folder."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def _check_given_model(config: Config, loaded: Loaded) -> None:
 
 
 class Assembled(NamedTuple):
-    """What the loop works with.
+    """Parts that the loop needs.
 
     Attributes:
-        spec: what `prepare` gives.
-        config: the recipe with what this machine has decided: batch.tokens and memory.checkpoint.
-        notes: what to say of the memory that training will take.
+        spec: the result of `prepare`.
+        config: the recipe, with batch.tokens and memory.checkpoint as decided on this machine.
+        notes: messages about the memory that training will take.
     """
 
     spec: LoRASpec | None
@@ -129,14 +129,14 @@ class Assembled(NamedTuple):
 def assemble(
     config: Config, loaded: Loaded, objective: Objective, correct: bool = False, begun: bool = False
 ) -> Assembled:
-    """Make model and objective ready for the loop; whether it compiles is `objective.compiled` then.
+    """Prepare model and objective for the loop; `objective.compiled` then says whether the step is compiled.
 
     Args:
-        correct: whether batch.tokens, which was `auto`, is corrected by what is measured (see `is_open`), or was when
-            the run began that is resumed.
-        begun: whether that run is gone on with, which was measured when it began.
+        correct: whether batch.tokens: auto is corrected by a measured step (see `is_open`), now or when the resumed
+            run began.
+        begun: whether a run is resumed, which was measured when it began.
     Raises:
-        ConfigError, ModelError: they do not fit each other, the recipe or the machine.
+        ConfigError, ModelError: model and objective do not fit each other, the recipe or the machine.
     """
     measure = config.memory.measure
     if begun:
@@ -147,7 +147,7 @@ def assemble(
     checkpointing, notes = decide_checkpointing(config, loaded.model, objective, refuse=not correct)
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
-        Packing(loaded.model, objective.summary().packed)  # refuses what it can not do
+        Packing(loaded.model, objective.summary().packed)  # raises if the model cannot be packed
     checkpoint_layers(loaded.model, checkpointing)
     optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups())
     taken = None
@@ -155,7 +155,7 @@ def assemble(
         config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)
         notes += said
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
-    # What was decided by this machine, today, is the run's: resumed elsewhere it is computed in the same way.
+    # Record what was decided on this machine, so that a run resumed elsewhere computes in the same way.
     checkpoint = "on" if is_checkpointed(loaded.model) else "off"
     memory = config.memory.model_copy(update={"checkpoint": checkpoint, "measure": measure})
     settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
@@ -163,7 +163,7 @@ def assemble(
 
 
 class _Saver:
-    """Writes what a run leaves: checkpoints and the result."""
+    """Writes the checkpoints of a run, and its adapter or model."""
 
     def __init__(
         self, run: Run, held: Held, loaded: Loaded, spec: LoRASpec | None, objective: Objective, optimizer: Optimizer
@@ -172,7 +172,7 @@ class _Saver:
         self.run, self.loaded, self.spec, self.objective, self.optimizer = run, loaded, spec, objective, optimizer
 
     def checkpoint(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
-        """A checkpoint of now; see `checkpoint.save`."""
+        """Save a checkpoint; see `checkpoint.save`."""
         self.held.check()
         weights, optimizer = trainable_weights(self.loaded.model), self.optimizer.arrays()
         snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
@@ -180,7 +180,7 @@ class _Saver:
         checkpoint.save(folder, state["progress"]["step"], snapshot, self.run.config.run.keep, say)
 
     def result(self) -> None:
-        """adapter/ or model/ from the weights of now."""
+        """Write adapter/ or model/ from the current weights."""
         self.held.check()
         model, config, out = self.loaded.model, self.run.config, self.run.result
         fingerprint, noted = base_fingerprint(self.loaded), self.objective.about()
@@ -213,7 +213,7 @@ class _Saver:
 
 
 def _keep_template(loaded: Loaded, folder: Path) -> None:
-    """Write the chat template that is trained with into a folder: the file it came from may change or go."""
+    """Write the chat template that is trained with into a folder, because its original file may change or vanish."""
     for name, text in chat_template_files(loaded.tokenizer).items():
         write_text(folder / name, text)
 
@@ -250,10 +250,10 @@ def train(
     Returns:
         The finished run.
     Raises:
-        ConfigError, DataError, ModelError: before anything is written.
-        CheckpointError: saving or resuming is not possible; what was saved before stays.
-        TrainingError: the loss is no longer a number, memory has run out, or macOS has ended the GPU's work.
-        KeyboardInterrupt: interrupted, after a checkpoint was saved.
+        ConfigError, DataError, ModelError: something does not fit; nothing has been written.
+        CheckpointError: saving or resuming failed; what was saved before stays.
+        TrainingError: the loss is not a number, memory has run out, or macOS has stopped the GPU's work.
+        KeyboardInterrupt: the run was interrupted, and a checkpoint was saved.
     """
     given = _given(rows, valid_rows, rewards, objective, model)
     found = as_config(config, overrides, given)
@@ -274,7 +274,9 @@ def train_config(
     """`train` by settings that are read; `base` is what `load_base` gives for them, where it is at hand."""
     console = console or make_console()
     if config.sweep.space:
-        raise ConfigError("sweep: this recipe is for mlxft sweep; train its best.yaml, or the recipe without sweep")
+        raise ConfigError(
+            "sweep: this recipe is for mlxft sweep; train the sweep's best.yaml, or remove the section sweep"
+        )
     correct, begun = is_open(config), resume and (config.run_dir / "config.yaml").exists()
     config = settled(config, resume)
     run = Run(config.run_dir, config)
@@ -295,7 +297,7 @@ def _train_held(
     correct: bool,
     begun: bool,
 ) -> Run:
-    """`train` in a folder that no other process works in."""
+    """Train in a run folder that this process holds."""
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
     spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct, begun)
@@ -324,7 +326,7 @@ def _train_held(
 
 
 class _InPlace:
-    """Ends a run whose folder was taken away: what it writes would be found by nobody."""
+    """Ends a run whose folder was moved or removed, since nobody would find what it writes."""
 
     def __init__(self, held: Held) -> None:
         self._held = held
@@ -337,8 +339,8 @@ class _InPlace:
 
 
 def _reporter(run: Run, held: Held, step: int, total: int, console: Console, sinks: Sequence[Sink]) -> Reporter:
-    """Where the events of a run go that is at `step`."""
-    since = step or None  # None: start over, nothing is kept
+    """Return the reporter of a run that continues after `step`."""
+    since = step or None  # None: start over and keep no events
     files: list[Sink] = [_InPlace(held), EventFile(run.dir / "metrics.jsonl", since)]
     files.append(EventFile(run.dir / "samples.jsonl", since, ("sample",)))
     settings = {
@@ -361,13 +363,13 @@ def _train(
     saver: _Saver,
     reporter: Reporter,
 ) -> Run:
-    """The loop with its hooks; what is saved at its end."""
+    """Run the loop with its hooks, and save the adapter or model at its end."""
     settings = run.config.run
     full = run.config.tune.method == "full"
 
     def on_checkpoint(p: Progress) -> None:
         saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)}, reporter.say)
-        # Without validation the last is the best known; a whole model is written at the end only.
+        # Without validation the last weights are the best known; a whole model is only written at the end.
         if p.best_step is None and not full:
             saver.result()
 
@@ -391,11 +393,11 @@ def _train(
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
         raise told from None
     if not finished:
-        text = f"stopped after step {progress.step} of {total}; a checkpoint is saved, go on with: {run.resume}"
+        text = f"stopped after step {progress.step} of {total}; a checkpoint is saved, resume with: {run.resume}"
         reporter.event({"event": "interrupted", "step": progress.step, "text": text})
         raise KeyboardInterrupt
     if progress.best_step is None:
-        saver.result()  # again even if there is one: a kill may have come between the last checkpoint and it
+        saver.result()  # even if it exists: a kill may have come between the last checkpoint and this
     best = f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}" if progress.best_step else ""
     early = " (stopped early)" if progress.stopped_early else ""
     text = f"done after {progress.step} steps{early}{best}; {run.result}"
@@ -408,20 +410,20 @@ def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError
     when, saved = f"after step {progress.step}", checkpoint.checkpoints(run.dir / "checkpoints")
     anew = f"another run.name or {switch('overwrite')}"
     if not saved:
-        return gpu_failed(failure, f"{when}; there is no checkpoint yet", f". Then begin anew, with {anew}")
+        return gpu_failed(failure, f"{when}; there is no checkpoint yet", f". Then start over, with {anew}")
     when += f"; the checkpoint of step {saved[-1].name.removeprefix('step-')} is intact"
-    others = f"Other settings of these make another run, with {anew}"
-    return gpu_failed(failure, when, f". {others}; with the same it goes on: {run.resume}")
+    others = f"Changing these settings makes another run, with {anew}"
+    return gpu_failed(failure, when, f". {others}; without changes, resume with: {run.resume}")
 
 
-MOST_EPOCHS = 1000  # that are planned one by one; the mean of so many is the number of all
+MOST_EPOCHS = 1000  # epochs counted one by one; longer runs use their mean
 
 
 def total_steps(config: Config, objective: Objective) -> int:
-    """Optimiser updates of the whole run."""
+    """Return the number of steps (optimiser updates) of the whole run."""
     if config.run.steps is not None:
         return config.run.steps
-    # Epochs are added up one by one: rows of other lengths meet in each, so their numbers of batches differ.
+    # Add up epochs one by one: each combines rows of different lengths, so their numbers of batches differ.
     part, whole = math.modf(config.run.epochs or 1.0)
     count = min(int(whole) + (part > 0), MOST_EPOCHS)
     sizes = [objective.steps_per_epoch(e) for e in range(count)]
@@ -434,14 +436,14 @@ def total_steps(config: Config, objective: Objective) -> int:
 
 
 def describe_start(config: Config, loaded: Loaded, objective: Objective, total: int) -> dict[str, Any]:
-    """What is about to be trained, in numbers."""
+    """Return facts about the training that is about to start, as JSON."""
     model = loaded.model
     trained, stored = (
         sum(v.size for _, v in tree_flatten(found)) for found in (model.trainable_parameters(), model.parameters())
     )
     with without_head(model):
         base = count_parameters(model)
-        # Of what stands beside it each number counts: a critic may begin as the very arrays of the policy.
+        # Count every parameter of a critic or head, even if a critic starts with the same arrays as the policy.
         beside = stored - sum(v.size for _, v in tree_flatten(model.parameters()))
     blas = in_use()
     return {
@@ -457,7 +459,7 @@ def describe_start(config: Config, loaded: Loaded, objective: Objective, total: 
 
 
 def start_lines(facts: Mapping[str, Any]) -> list[str]:
-    """`describe_start` in words."""
+    """Return the facts of `describe_start` as lines of text."""
     share = 100 * facts["trainable_parameters"] / facts["total_parameters"]
     counts = ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {v:,}" for k, v in facts["data"].items())
     return [
@@ -473,17 +475,17 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
 def _restore(
     run: Run, loaded: Loaded, objective: Objective, optimizer: Optimizer, total: int, notes: list[str]
 ) -> Progress:
-    """Put the newest whole checkpoint back into all parts."""
+    """Restore model, optimiser and objective from the latest complete checkpoint."""
     snapshot = checkpoint.load_newest(run.dir / "checkpoints", notes.append)
     if snapshot is None:
-        notes.append("no checkpoint yet: starting over")
+        notes.append("there is no checkpoint yet: starting over")
         return Progress()
     state = snapshot.state
     if state["data"] != objective.fingerprint():
         raise CheckpointError(f"{run.dir}: the training data has changed since the run began; start a new run")
     if not fits_base(state.get("base"), base_fingerprint(loaded)):
         path = run.config.model.path
-        raise CheckpointError(f"{run.dir}: what {path} holds has changed since the run began; start a new run")
+        raise CheckpointError(f"{run.dir}: the base {path} has changed since the run began; start a new run")
     try:
         load_trained(loaded.model, snapshot.weights, f"step-{state['step']}")
     except ModelError as e:
@@ -494,5 +496,5 @@ def _restore(
     set_random_state(state["random"])
     progress = Progress(**state["progress"])
     if progress.step >= total or progress.stopped_early:
-        notes.append("the run is complete already: nothing is left to train")
+        notes.append("the run is already complete: nothing is left to train")
     return progress

@@ -1,6 +1,6 @@
-"""A run folder: make, open, list, watch and remove it, read its status, and load its result.
+"""Make, open, list, watch and remove run folders, read their status, and load the trained adapter or model.
 
-Listing runs needs neither mlx nor pydantic, so what does is imported inside functions.
+Listing runs needs neither mlx nor pydantic, so imports that need them are inside functions.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
 
 
 # --- rundir -----------------------------------------------------------------------------------------------------------
-# Run folders from outside: whether one may be written, what is in one, and loading its result for use.
+# Open a run folder, check that it may be written, and load its adapter or model for use.
 
-# What may differ when a run goes on; all else would make it another run.
+# Settings that may differ when a run is resumed; any other would make it another run.
 FREE_ON_RESUME = {
     "model.trust_remote_code",
     "run.report_every",
@@ -76,19 +76,19 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """The trained adapter, or the trained model's folder."""
+        """Return the folder of the trained adapter or model."""
         return self.dir / ("model" if self.config.tune.method == "full" else "adapter")
 
     @property
     def template(self) -> Path | None:
-        """Where the chat template is that it was trained with, if it keeps one; see `kept_template`."""
+        """Return the file of the chat template that the run was trained with, if it keeps one; see `kept_template`."""
         from mlxft.model.adapters import kept_template
 
         return kept_template(self.dir, None)
 
     @property
     def resume(self) -> str:
-        """The command that goes on with it."""
+        """Return the command that resumes the run."""
         from mlxft.config import function_override, is_foreign, override
 
         function = getattr(getattr(self.config, "rewards", None), "function", None)
@@ -97,7 +97,7 @@ class Run:
         return shlex.join(["mlxft", "train", "--resume", str(self.dir), *given])
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, all or of one kind."""
+        """Return the events of metrics.jsonl, all or of one kind."""
         lines = read_file(self.dir / "metrics.jsonl").decode().splitlines()
         found = [parse_json(line) for line in lines if line.endswith("}")]
         return [e for e in found if event in (None, e["event"])]
@@ -143,18 +143,18 @@ def _curve(points: Sequence[tuple[int, float]], width: int = 360, height: int = 
 
 
 def versions() -> dict[str, str]:
-    """What a run ran under."""
+    """Return the versions of Python and the main packages."""
     names = ("mlxft", "mlx", "mlx-lm", "transformers", "numpy")
     return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, and no model's."""
+    """Return whether a folder is a run folder and not a model folder."""
     return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
 def find_adapter(path: Path) -> Path:
-    """The adapter folder of a run, or the folder itself."""
+    """Return the adapter folder of a run, or the folder itself."""
     inside = path / "adapter"
     return inside if (inside / "adapter_config.json").exists() else path
 
@@ -162,14 +162,14 @@ def find_adapter(path: Path) -> Path:
 def load_run(
     path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False, **options: Any
 ) -> Loaded:
-    """Load for use: a run, an adapter folder, a fused or any other model, with an adapter if one is named.
+    """Load a run, an adapter folder, a fused or any other model for use, with an adapter if one is given.
 
     Args:
-        path: also a Run, as `train` and `open_run` return it.
-        scores: a reward run is wanted, and its head is attached; without it text is, and a reward run is refused.
-        options: as for mlxft.model.load.load; they override what the run or adapter says of its base.
+        path: a path, or a Run as `train` and `open_run` return it.
+        scores: load a reward model with its head; without it, a reward model is refused.
+        options: options of mlxft.model.load.load; they override what the run or adapter records about its base.
     Raises:
-        ModelError: nothing there, the adapter belongs to another base, or it is not of the wanted kind.
+        ModelError: the path does not exist, the adapter belongs to another base, or the model is of the wrong kind.
     """
     from mlxft.data.dataset import end_completions, turn_end
     from mlxft.model.adapters import load_with_adapter
@@ -183,7 +183,7 @@ def load_run(
     if adapter is None and is_run(folder):
         run = open_run(folder)
         if not run.result.exists():
-            raise ModelError(f"{folder} has no result yet; go on with {run.resume}")
+            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
         path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
     elif adapter is None and (folder / "adapter_config.json").exists():
         adapter = folder
@@ -197,38 +197,38 @@ def load_run(
     if head is not None:
         load_head(Split(loaded.model), head, base_fingerprint(loaded))
         loaded.model.eval()
-    # Of a base model the makers' EOS tokens may not know the template that it is spoken to by.
+    # The EOS tokens of a base model may not match the chat template that it is used with.
     end_completions(loaded.tokenizer, turn_end(loaded.tokenizer))
     return loaded
 
 
 def _checked_head(folder: Path, scores: bool) -> Path | None:
-    """The head in a folder, which is there if and only if `scores` are wanted."""
+    """Return the head file in a folder, which must exist if and only if `scores` are wanted."""
     from mlxft.model.adapters import read_adapter_config
     from mlxft.model.heads import HEAD_FILE
 
     head = folder / HEAD_FILE if (folder / HEAD_FILE).is_file() else None
-    noted = read_adapter_config(folder).get("mlxft", {}) if (folder / "adapter_config.json").is_file() else {}
-    if head is None and noted.get("objective") == "reward":
-        raise ModelError(f"{folder} is a reward model's adapter without its head: {HEAD_FILE} belongs beside it")
+    about = read_adapter_config(folder).get("mlxft", {}) if (folder / "adapter_config.json").is_file() else {}
+    if head is None and about.get("objective") == "reward":
+        raise ModelError(f"{folder} is a reward model's adapter without its head: {HEAD_FILE} is missing")
     if scores and head is None:
         raise ModelError(
-            f"{folder} gives text, not scores: it has no {HEAD_FILE}; name a run of objective: reward (others answer "
-            "prompts: mlxft generate)"
+            f"{folder} gives text, not scores: it has no {HEAD_FILE}; give a run with objective: reward (for other "
+            "runs use mlxft generate)"
         )
     if head is not None and not scores:
         raise ModelError(
             f"{folder} is a reward model: it gives scores, not text; use mlxft score, export it as --format seq-cls, "
-            "or name a policy"
+            "or give another run"
         )
     return head
 
 
 def open_run(folder: str | Path) -> Run:
-    """The run in a folder.
+    """Return the run in a folder.
 
     Raises:
-        CheckpointError: it is no run folder.
+        CheckpointError: the folder is not a run folder.
     """
     from mlxft.config import load_config
 
@@ -236,13 +236,13 @@ def open_run(folder: str | Path) -> Run:
     try:
         config = load_config(folder / "config.yaml", looked_at=True)
     except MlxftError as e:
-        raise CheckpointError(f"{folder} is no run folder: {e}") from e
+        raise CheckpointError(f"{folder} is not a run folder: {e}") from e
     run = config.run.model_copy(update={"dir": folder.resolve().parent, "name": folder.resolve().name})
     return Run(folder, config.model_copy(update={"run": run}))
 
 
 def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    """Refuse what may not be written to: before anything is loaded, and again before anything is written."""
+    """Refuse a folder that may not be written: before anything is loaded, and again before anything is written."""
     if resume and overwrite:
         raise ConfigError(f"give {switch('resume')} or {switch('overwrite')}, not both")
     if run.dir.exists() and not run.dir.is_dir():
@@ -256,7 +256,7 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
         return
     elif not resume:
         raise ConfigError(
-            f"{run.dir} exists; continue with {switch('resume')}, replace it with {switch('overwrite')}, or choose "
+            f"{run.dir} exists; resume it with {switch('resume')}, replace it with {switch('overwrite')}, or choose "
             "another run.name"
         )
     else:
@@ -264,12 +264,12 @@ def check_folder(run: Run, resume: bool, overwrite: bool) -> None:
 
 
 def _check_resumable(run: Run) -> None:
-    """Refuse to go on in a folder that no run made, or with settings of another run."""
+    """Refuse to resume in a folder that no run made, or with other settings."""
     from mlxft.config import load_config
 
     file = run.dir / "config.yaml"
     stored = load_config(file, looked_at=True) if file.is_file() else None
-    # An older version's run has no mark; what it ran under stands in no recipe that a person writes.
+    # A run of an older version has no mark, but its config.yaml has `versions`, which no user writes into a recipe.
     mark = read_mark(run.dir)
     if not (stored and stored.versions) if mark is None else mark.kind != "run":
         raise ConfigError(f"{run.dir}: is not a run folder that mlxft made, so nothing is written there")
@@ -278,14 +278,14 @@ def _check_resumable(run: Run) -> None:
     for folder in (run.result, run.dir / "checkpoints"):
         if folder.is_symlink():
             raise ConfigError(
-                f"{folder}: is a link; what is behind it is neither replaced nor removed, put it back here"
+                f"{folder}: is a link, and its target is neither replaced nor removed; move the folder itself back here"
             )
     if stored is not None:
         _check_same(stored, run.config)
 
 
 def _check_unused(run: Run) -> None:
-    """Refuse to replace a folder that holds the files that are to be trained on."""
+    """Refuse to replace a folder that contains the files to train on."""
     model, data = run.config.model, run.config.data
     used = {
         "model.path": model.path,
@@ -294,14 +294,14 @@ def _check_unused(run: Run) -> None:
         "data.train": data.train,
         "data.valid": data.valid if isinstance(data.valid, str) else None,
     }
-    gone = run.dir.resolve()
-    inside = [k for k, v in used.items() if v is not None and gone in (p := Path(v).absolute(), *p.parents)]
+    replaced = run.dir.resolve()
+    inside = [k for k, v in used.items() if v is not None and replaced in (p := Path(v).absolute(), *p.parents)]
     if inside:
-        raise ConfigError(f"{run.dir}: {', '.join(inside)} lies in this run folder; choose another run.name")
+        raise ConfigError(f"{run.dir}: {', '.join(inside)} is in this run folder; choose another run.name")
 
 
 def _check_same(before: Config, now: Config) -> None:
-    """Refuse a setting that makes it another run, by name."""
+    """Refuse settings that would make it another run, and name them."""
     from mlxft.config import flat
 
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
@@ -310,12 +310,12 @@ def _check_same(before: Config, now: Config) -> None:
         free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
     keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
     if keys:
-        lines = [f"{k}: the run has {old.get(k)!r}, asked for is {new.get(k)!r}" for k in keys]
-        raise ConfigError("can not resume with other settings:\n  " + "\n  ".join(lines))
+        lines = [f"{k}: the run has {old.get(k)!r}, the recipe has {new.get(k)!r}" for k in keys]
+        raise ConfigError("cannot resume with other settings:\n  " + "\n  ".join(lines))
 
 
 def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, which is held, ready to be written to; what a run left in it is gone with `overwrite`."""
+    """Prepare the run folder, which is held, for writing; with `overwrite`, delete what an earlier run left in it."""
     try:
         check_folder(run, resume, overwrite)
         if overwrite:
@@ -325,19 +325,19 @@ def make_folder(run: Run, resume: bool, overwrite: bool) -> None:
         for folder in (run.dir, run.result, run.dir / "checkpoints"):
             clear(folder)
     except OSError as e:
-        raise ConfigError(f"run.dir: can not write to {run.dir}: {e.strerror or e}") from e
+        raise ConfigError(f"run.dir: cannot write to {run.dir}: {e.strerror or e}") from e
 
 
 # --- status -----------------------------------------------------------------------------------------------------------
-# status.json of a run folder: running, done, interrupted or failed, and since when.
+# status.json of a run folder: whether the run is running, done, interrupted or failed, and since when.
 #
-# Reading needs nothing but the standard library, so that hundreds of runs are listed in an instant.
+# Reading it needs only the standard library, so that hundreds of runs are listed at once.
 
 STATUS_FILE = "status.json"
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """What status.json holds; None: there is none (an older version's run), or it is not one."""
+    """Return the content of status.json; None if it is missing (a run of an older version) or not valid."""
     try:
         found = parse_json(read_file(folder / STATUS_FILE))
     except (OSError, ValueError):
@@ -346,15 +346,15 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def now() -> str:
-    """UTC, as ISO 8601."""
+    """Return the time in UTC, as ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @contextmanager
 def recorded(held: Held) -> Iterator[None]:
-    """Write down that a folder is trained in, and how that ends.
+    """Record in status.json that a run is training in a folder, and how it ends.
 
-    An exception may say how it is to be told, by an attribute `run_status`.
+    An exception may set the status by an attribute `run_status`.
     """
     from mlxft.files import write_text
 
@@ -372,29 +372,35 @@ def recorded(held: Held) -> Iterator[None]:
         yield
     except BaseException as e:
         status = getattr(e, "run_status", "interrupted" if isinstance(e, KeyboardInterrupt) else "failed")
-        told = str(e) or type(e).__name__
-        with suppress(CheckpointError):  # a full disk: what went wrong first is what is to be told
-            write(status=status, ended=now(), **({"error": told} if status == "failed" else {}))
+        message = str(e) or type(e).__name__
+        with suppress(CheckpointError):  # on a full disk the first error is the one to report
+            write(status=status, ended=now(), **({"error": message} if status == "failed" else {}))
         raise
     write(status="done", ended=now())
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
-# Run folders as a list: what each is, how far it is and how good, read without loading anything heavy.
+# List run folders with their progress and best metric, without heavy imports.
 #
-# Of metrics.jsonl only the lines that are needed are parsed, so that hundreds of runs take less than a second.
+# Only the needed lines of metrics.jsonl are parsed, so that hundreds of runs take less than a second.
 
 Event = dict[str, Any]
-PARTS = ("config.yaml", "metrics.jsonl", "status.json", "checkpoints", "adapter")  # one makes a folder a run's
-INSIDE = {"adapter", "model", "checkpoints", "eval", "wandb", "tensorboard"}  # folders of a run that hold no runs
-# What a run is judged by: the first of these that a validation has.
+PARTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "status.json",
+    "checkpoints",
+    "adapter",
+)  # any of these makes a folder a run folder
+INSIDE = {"adapter", "model", "checkpoints", "eval", "wandb", "tensorboard"}  # folders in a run that contain no runs
+# The metric that a run is compared by is the first of these that a validation has.
 HEADLINES = ("reward", "accuracy", "loss")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class Best:
-    """The headline number of the weights that were kept: of their validation, else of the last training report."""
+    """The main metric of the kept weights, from their validation, else from the last training report."""
 
     metric: str
     value: float
@@ -407,12 +413,12 @@ class Best:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run folder at a glance.
+    """Summary of a run folder.
 
     Args:
-        status: running, done, interrupted, failed; half-written: parts are missing; unfinished: an older version's
-            run, which may have been killed.
-        note: what is odd about the folder.
+        status: running, done, interrupted or failed; half-written if files are missing; unfinished for a run of an
+            older version that may have been killed.
+        note: what is unusual about the folder.
     """
 
     name: str
@@ -431,20 +437,20 @@ class RunInfo:
     record: dict[str, Any] = field(default_factory=dict)  # status.json
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the summary as JSON."""
         return {k: v for k, v in asdict(self).items() if k != "record"} | {"dir": str(self.dir)}
 
 
 def may_be_run(folder: Path) -> bool:
-    """Whether a folder is a run's, or was about to become one."""
+    """Return whether a folder is a run folder, or was about to become one."""
     return any(os.path.exists(folder / part) for part in PARTS)
 
 
 def list_runs(place: Path, every: bool = False) -> list[RunInfo]:
-    """The runs in a folder, oldest first.
+    """Return the runs in a folder, oldest first.
 
     Args:
-        every: also those further down, such as the trials of a sweep.
+        every: include runs in subfolders, such as the trials of a sweep.
     """
     found = [run_info(folder, str(folder.relative_to(place))) for folder in _folders(place, every)]
     return sorted(found, key=lambda r: (r.started, r.name))
@@ -452,49 +458,49 @@ def list_runs(place: Path, every: bool = False) -> list[RunInfo]:
 
 def _folders(place: Path, every: bool) -> Iterator[Path]:
     inside: list[Path] = []
-    with suppress(PermissionError), os.scandir(place) as entries:  # other folders can be read
+    with suppress(PermissionError), os.scandir(place) as entries:  # other folders may be readable
         inside = [Path(e.path) for e in entries if e.is_dir() and not e.name.startswith(".")]
     for folder in inside:
         if may_be_run(folder):
             yield folder
-        if every and folder.name not in INSIDE and not folder.is_symlink():  # a link may lead round in a circle
+        if every and folder.name not in INSIDE and not folder.is_symlink():  # links may form a loop
             yield from _folders(folder, every)
 
 
 def find_run(name: str, place: Path) -> Path:
-    """The run folder that a user names: below `place`, or by its path.
+    """Return the run folder that a user names, below `place` or by its path.
 
     Raises:
-        ConfigError: there is none; the nearest name is given.
+        ConfigError: there is no such run; the message names the nearest one.
     """
     for folder in (place / name, home_path(name)):
         if folder.is_dir() and may_be_run(folder):
             return folder
     there = [str(f.relative_to(place)) for f in _folders(place, True)] if place.is_dir() else []
-    what = "is no run folder" if (place / name).exists() or Path(name).exists() else "no such run"
+    what = "is not a run folder" if (place / name).exists() or Path(name).exists() else "no such run"
     raise ConfigError(f"{name}: {what} in {place}{nearest(name, there)}; mlxft runs --all lists them")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """config.yaml as it stands, of whatever version.
+    """Return the settings in config.yaml, unvalidated, whatever version wrote them.
 
     Raises:
-        CheckpointError: it is missing or no mapping.
+        CheckpointError: the file is missing or not a mapping.
     """
-    from mlxft.config import read_yaml  # it takes pydantic, which listing has no need of
+    from mlxft.config import read_yaml  # it imports pydantic, which listing does not need
 
     try:
         found = read_yaml(read_file(folder / "config.yaml"), "config.yaml", _Loader)
     except (OSError, ValueError) as e:
         reason = " ".join((getattr(e, "strerror", None) or str(e)).split())
-        raise CheckpointError(f"{folder}: config.yaml can not be read: {reason}") from e
+        raise CheckpointError(f"{folder}: config.yaml cannot be read: {reason}") from e
     if not isinstance(found, dict):
-        raise CheckpointError(f"{folder}: config.yaml is no recipe")
+        raise CheckpointError(f"{folder}: config.yaml is not a recipe")
     return found
 
 
 def read_events(folder: Path) -> list[Event]:
-    """The events of metrics.jsonl; lines that a kill has cut short are left out. [] without the file."""
+    """Return the events of metrics.jsonl without lines cut short by a kill; [] if there is no file."""
     try:
         return parse_events(read_file(folder / "metrics.jsonl"))
     except OSError:
@@ -502,7 +508,7 @@ def read_events(folder: Path) -> list[Event]:
 
 
 def parse_events(text: bytes) -> list[Event]:
-    """The events in some lines of metrics.jsonl."""
+    """Return the events in some lines of metrics.jsonl."""
     return [event for line in text.split(b"\n") if (event := _event(line)) is not None]
 
 
@@ -516,13 +522,13 @@ def _event(line: bytes) -> Event | None:
 
 
 def finite(value: Any) -> float | None:
-    """A number that is one; what was not finite was written as text."""
+    """Return a value as a finite float, else None; numbers that were not finite are stored as strings."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else None
 
 
 def headline(event: Event, of: str) -> Best | None:
-    """What an event is judged by."""
+    """Return the main metric of an event."""
     for metric in HEADLINES:
         if (value := finite(event.get(metric))) is not None:
             return Best(metric, value, int(event.get("step", 0)), of)
@@ -530,7 +536,7 @@ def headline(event: Event, of: str) -> Best | None:
 
 
 class _Metrics:
-    """Single events out of the bytes of metrics.jsonl."""
+    """Find single events in the bytes of metrics.jsonl."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -539,11 +545,11 @@ class _Metrics:
             self.text = b""
 
     def first(self) -> Event:
-        """The first event, {} if there is none."""
+        """Return the first event, {} if there is none."""
         return _event(self.text[: self.text.find(b"\n") + 1]) or {}
 
     def last(self, mark: bytes = b'{"event"') -> Event:
-        """The last whole event whose line holds `mark`, {} if there is none."""
+        """Return the last complete event whose line contains `mark`, {} if there is none."""
         at = len(self.text)
         while (at := self.text.rfind(mark, 0, at)) >= 0:
             begin, end = self.text.rfind(b"\n", 0, at) + 1, self.text.find(b"\n", at)
@@ -552,14 +558,14 @@ class _Metrics:
         return {}
 
     def best(self) -> Best | None:
-        """The headline of the validation whose weights were kept, or of the last report."""
+        """Return the main metric of the validation whose weights were kept, or of the last report."""
         evaluated = self.last(b'"best": true') or self.last(b'{"event": "eval"')
         found = headline(evaluated, "validation") if evaluated else None
         return found or headline(self.last(b'{"event": "train"'), "training")
 
 
 def run_info(folder: Path, name: str | None = None) -> RunInfo:
-    """What a run folder is; never an error, whatever is in it."""
+    """Return the summary of a run folder; never raise an error, whatever is in it."""
     metrics, record = _Metrics(folder), read_status(folder)
     start, last = metrics.first(), metrics.last()
     settings, damage = _settings(folder, complete=bool(start))
@@ -586,12 +592,12 @@ def run_info(folder: Path, name: str | None = None) -> RunInfo:
 
 
 def _settings(folder: Path, complete: bool) -> tuple[dict[str, Any], str]:
-    """What is needed of config.yaml, and what is wrong with it. It is parsed only where events do not say the same."""
+    """Return the settings in config.yaml and what is wrong with it; parse it only if the events do not suffice."""
     try:
         text = read_file(folder / "config.yaml")
     except OSError as e:
-        return {}, "no config.yaml" if e.errno == errno.ENOENT else f"config.yaml can not be read: {e.strerror}"
-    if complete and b"\nversions:" in text:  # its last section: nothing was cut off
+        return {}, "no config.yaml" if e.errno == errno.ENOENT else f"config.yaml cannot be read: {e.strerror}"
+    if complete and b"\nversions:" in text:  # the last section is there, so nothing was cut off
         return {}, ""
     try:
         return read_settings(folder), "" if complete else "no metrics yet"
@@ -605,11 +611,11 @@ def _leaf(settings: dict[str, Any], section: str, key: str) -> str:
 
 
 def _status(folder: Path, record: dict[str, Any] | None, last: Event) -> tuple[str, str]:
-    """Status and note."""
+    """Return the status of a run and a note."""
     if record is None:
         known = {"end": "done", "interrupted": "interrupted", "failed": "failed"}
         damaged = (folder / "status.json").exists()
-        note = "status.json can not be read" if damaged else "by an older version: no status.json"
+        note = "status.json cannot be read" if damaged else "written by an older version: no status.json"
         return known.get(str(last.get("event")), "running" if is_held(folder) else "unfinished"), note
     status = str(record["status"])
     if status == "running" and not (is_held(folder) if record.get("locked", True) else _lives(record)):
@@ -618,7 +624,7 @@ def _status(folder: Path, record: dict[str, Any] | None, last: Event) -> tuple[s
 
 
 def _lives(record: dict[str, Any]) -> bool:
-    """Whether the process is there, where a file system has no locks to tell."""
+    """Return whether the run's process exists, for file systems without locks."""
     try:
         os.kill(int(record["pid"]), 0)
     except PermissionError:
@@ -629,7 +635,7 @@ def _lives(record: dict[str, Any]) -> bool:
 
 
 def _changed(folder: Path) -> str:
-    """When a run of an older version began, as far as its files tell."""
+    """Return when a run of an older version began, estimated from its files."""
     for name in ("config.yaml", "metrics.jsonl", "."):
         try:
             at = (folder / name).stat().st_mtime
@@ -640,10 +646,10 @@ def _changed(folder: Path) -> str:
 
 
 def sure_place(place: Path) -> Path:
-    """`place`, if it is a folder.
+    """Return `place` if it is a folder.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: `place` is not a folder.
     """
     if not place.is_dir():
         raise ConfigError(f"--dir {place}: no such folder")
@@ -651,10 +657,10 @@ def sure_place(place: Path) -> Path:
 
 
 def find_removable(names: list[str], place: Path) -> dict[Path, int]:
-    """The run folders below `place` that a user names -> bytes in them.
+    """Return the run folders below `place` that a user names, with their sizes in bytes.
 
     Raises:
-        ConfigError: one is no run folder below `place`, is a link, or holds what mlxft did not make.
+        ConfigError: one is not a run folder below `place`, is a link, or contains files that mlxft did not make.
         CheckpointError: one is being trained.
     """
     folders = dict.fromkeys(_below(name, place) for name in names)
@@ -665,7 +671,7 @@ def find_removable(names: list[str], place: Path) -> dict[Path, int]:
 
 
 def _below(name: str, place: Path) -> Path:
-    """The run folder of this name, or with this path, below `place`."""
+    """Return the run folder with this name or path, below `place`."""
     top = Path(os.path.abspath(place))
     for found in (place / name, home_path(name)):
         folder = Path(os.path.abspath(found))
@@ -674,20 +680,22 @@ def _below(name: str, place: Path) -> Path:
         if link := next(
             (p for p in (folder, *folder.parents) if p != top and top in p.parents and p.is_symlink()), None
         ):
-            raise ConfigError(f"{name}: {link} is a link; what is behind it is not removed, remove the link yourself")
+            raise ConfigError(f"{name}: {link} is a link, and its target is not removed; remove the link yourself")
         return Path(os.path.abspath(find_run(str(folder), place)))
     if os.path.lexists(place / name):
-        raise ConfigError(f"{name!r}: is not below {place}; name a run that is (mlxft runs --dir names another folder)")
+        raise ConfigError(
+            f"{name!r}: is not below {place}; give a run that is, or another folder with mlxft runs --dir"
+        )
     find_run(name, place)
     raise ConfigError(f"{name}: is not below {place}; give --dir {Path(name).parent}")
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run folder. It is gone from its place at once, or stays whole.
+    """Remove a run folder. It is moved away at once, or stays complete.
 
     Raises:
-        ConfigError: there is something in it by now that mlxft did not make.
-        CheckpointError: it is being trained by now, or can not be removed.
+        ConfigError: the folder now contains files that mlxft did not make.
+        CheckpointError: the run is now being trained, or the folder cannot be removed.
     """
     away = temporary(folder)
     with hold(folder):
@@ -696,22 +704,22 @@ def remove_run(folder: Path) -> None:
             folder.rename(away)
             remove(away)
         except OSError as e:
-            raise CheckpointError(f"{folder}: can not be removed: {e.strerror or e}") from e
+            raise CheckpointError(f"{folder}: cannot be removed: {e.strerror or e}") from e
 
 
 # --- watch ------------------------------------------------------------------------------------------------------------
 
-EARLIER = 10  # events that a log is shown of what was before
+EARLIER = 10  # number of earlier events to print when a log begins
 
 
 class Tail:
-    """The events of a metrics.jsonl as they come. A resumed run replaces the file; then it is read anew."""
+    """Follow the events of a metrics.jsonl. A resumed run replaces the file; then it is read from its start."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._at, self._file = path, 0, 0
 
     def read(self) -> tuple[list[Event], bool]:
-        """Whole lines since the last call, and whether the file is another one than then."""
+        """Return the events of complete lines since the last call, and whether the file was replaced."""
         try:
             found = self._path.stat()
             replaced = found.st_ino != self._file or found.st_size < self._at
@@ -728,12 +736,12 @@ class Tail:
 
 
 def watch(folder: Path, console: Console, every: float = 0.5) -> RunInfo:
-    """Show a run until it ends: the view of training at a terminal, else its lines.
+    """Show a run until it ends: as the live view on a terminal, else as lines.
 
     Args:
-        every: seconds between looks.
+        every: seconds between two reads of the files.
     Returns:
-        How it ended.
+        The summary of the run at its end.
     """
     tail = Tail(folder / "metrics.jsonl")
     before, _ = tail.read()
@@ -746,7 +754,7 @@ def watch(folder: Path, console: Console, every: float = 0.5) -> RunInfo:
             for event in before[-EARLIER:]:
                 sink.event(event)
         while sink is not None:
-            # In this order: what was written before the end is shown.
+            # Read the status first, then the events, so that the events before the end are shown.
             info = run_info(folder)
             events, replaced = tail.read()
             if replaced and isinstance(sink, LiveView):

@@ -1,4 +1,4 @@
-"""`mlxft selftest` and `mlxft bench`: hold this machine's numbers against the CPU's, and time training on it."""
+"""Compare this machine's numbers with the CPU's (`mlxft selftest`), and time training on it (`mlxft bench`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from mlxft.runs import load_run
 from mlxft.text import json_text, make_console, parse_json
 
 # --- tiny -------------------------------------------------------------------------------------------------------------
-# A tiny model with a tokenizer and rows, made on the spot: what selftest trains.
+# Make a tiny model with a tokenizer and rows, which selftest trains.
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' + m['content'] + '</s>\\n' }}{% endfor %}"
@@ -50,7 +50,7 @@ CONFIG: dict[str, Any] = {
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 64,  # whose attention has a kernel
+    "head_dim": 64,  # MLX has a fused attention kernel for this width
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
     "rope_theta": 10000.0,
@@ -60,7 +60,7 @@ CONFIG: dict[str, Any] = {
 
 
 def write_tiny(folder: Path) -> None:
-    """Write model/, messages.jsonl, preference.jsonl and prompts.jsonl, the same each time."""
+    """Write model/, messages.jsonl, preference.jsonl and prompts.jsonl; they are always the same."""
     from mlx_lm.models import llama
     from mlx_lm.utils import save_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -89,22 +89,22 @@ def write_tiny(folder: Path) -> None:
     tokenizer.save_pretrained(str(place))
     words = ["the", "sea", "is", "grey", "and", "the", "sand", "is", "warm", "under", "a", "white", "sky"]
     texts = [" ".join(rng.choice(words, rng.integers(2, 9))) for _ in range(48)]
-    asked, told, other = texts[:16], texts[16:32], texts[32:]
-    turns = [[("user", a), ("assistant", b)] for a, b in zip(asked, told)]
+    prompts, completions, others = texts[:16], texts[16:32], texts[32:]
+    turns = [[("user", a), ("assistant", b)] for a, b in zip(prompts, completions)]
     chats = [{"messages": [{"role": r, "content": c} for r, c in pair]} for pair in turns]
-    pairs = [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(asked, told, other)]
-    for name, rows in (("messages", chats), ("preference", pairs), ("prompts", [{"prompt": a} for a in asked])):
+    pairs = [{"prompt": a, "chosen": b, "rejected": c} for a, b, c in zip(prompts, completions, others)]
+    for name, rows in (("messages", chats), ("preference", pairs), ("prompts", [{"prompt": a} for a in prompts])):
         (folder / f"{name}.jsonl").write_text("".join(f"{json_text(row)}\n" for row in rows), "utf-8")
 
 
 # --- selftest ---------------------------------------------------------------------------------------------------------
-# mlxft selftest: what training is made of, computed by this machine's device and held against float32 on the CPU.
+# mlxft selftest: compute what training consists of on this machine's device, and compare with float32 on the CPU.
 
 Arrays = list[mx.array]
-# Largest difference, as a share of the largest number: of float32, which GPUs multiply in fewer bits, and of bfloat16.
+# Allowed difference, relative to the largest number: for float32, which GPUs multiply in fewer bits, and for bfloat16.
 FLOAT, HALF = 5e-3, 4e-2
-LOSSES = 2e-2  # of the losses of a few steps, as a share
-PLANNED = 0.2  # between what a plan says of memory, and what is measured
+LOSSES = 2e-2  # allowed relative difference of the losses of a few steps
+PLANNED = 0.2  # allowed relative difference between planned and measured memory
 STEPS = 4
 
 
@@ -113,8 +113,8 @@ class Check:
     """One line of the table.
 
     Attributes:
-        found, allowed: the largest difference, as a share.
-        error: what went wrong, where it is not a difference.
+        found, allowed: the largest relative difference.
+        error: what went wrong, if it is not a difference.
     """
 
     name: str
@@ -125,12 +125,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether all is as it should be; a NaN is not."""
+        """Return whether the check passed; a NaN does not pass."""
         return not self.error and self.found <= self.allowed
 
 
-def selftest(tell: Callable[[Check], object] = lambda check: None) -> list[Check]:
-    """Run all checks; each is told when it is done."""
+def selftest(on_check: Callable[[Check], object] = lambda check: None) -> list[Check]:
+    """Run all checks, and call `on_check` with each one when it is done."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name, allowed, work in [*_operations(), *_trainings(Path(folder))]:
@@ -140,19 +140,19 @@ def selftest(tell: Callable[[Check], object] = lambda check: None) -> list[Check
             except (MlxftError, RuntimeError, ValueError, TypeError, subprocess.SubprocessError) as error:
                 check = Check(name, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             found.append(Check(**{**asdict(check), "seconds": time.perf_counter() - began}))
-            tell(found[-1])
+            on_check(found[-1])
     return found
 
 
 def selftest_report(checks: Sequence[Check]) -> dict[str, Any]:
-    """As JSON, for an issue report."""
+    """Return the checks and the machine as JSON, for an issue report."""
     lines = [{**asdict(c), "passed": c.passed} for c in checks]
     machine = {f.name: f.value for f in examine(Path())}
     return {"mlxft": __version__, "device": NAMES[backend()], "machine": machine, "checks": lines}
 
 
 def _difference(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
-    """Of each pair of arrays the largest, as a share of the largest number; of all pairs the worst."""
+    """Return the largest difference within a pair of arrays, relative to its largest number; the worst of all pairs."""
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):
         a, b = (np.array(x.astype(mx.float32)) for x in (one, other))
@@ -162,17 +162,17 @@ def _difference(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
 
 
 def _compare(function: Callable[..., mx.array], arrays: Arrays, dtype: mx.Dtype, reference: Any = None) -> float:
-    """Value and gradient on the device, against `reference`'s (default: its own) in float32 on the CPU."""
+    """Compare value and gradient on the device with those of `reference` (default: itself) in float32 on the CPU."""
 
-    def both(of: Callable[..., mx.array], given: Arrays) -> Arrays:
-        weights = mx.random.normal(of(*given).shape, key=mx.random.key(9))
+    def both(compute: Callable[..., mx.array], given: Arrays) -> Arrays:
+        weights = mx.random.normal(compute(*given).shape, key=mx.random.key(9))
 
         def total(*a: mx.array) -> mx.array:
-            return (of(*a).astype(mx.float32) * weights).sum()
+            return (compute(*a).astype(mx.float32) * weights).sum()
 
         real = [i for i, a in enumerate(given) if mx.issubdtype(a.dtype, mx.floating)]
         slopes: Any = mx.grad(total, argnums=real)(*given)
-        out = [of(*given), *slopes]
+        out = [compute(*given), *slopes]
         mx.eval(out)
         return out
 
@@ -191,15 +191,15 @@ def _draw(*shapes: Sequence[int]) -> Arrays:
 
 
 def _operations() -> Iterator[tuple[str, float, Callable[[], float]]]:
-    """Name, what is allowed, and the work of each operation of a step."""
+    """Yield the name, the allowed difference and the function of each operation in a step."""
     for dtype, allowed in ((mx.float32, FLOAT), (mx.bfloat16, HALF)):
         kind = str(dtype).rpartition(".")[2]
         for width in (64, 128):
             yield f"attention of heads {width} wide, {kind}", allowed, partial(_attention, dtype, width)
         yield f"4-bit product, {kind}", 2 * allowed, partial(_quantized, dtype)
-        if dtype == mx.float32 or backend() != "cpu":  # MLX's CPU has this one in float32 only
+        if dtype == mx.float32 or backend() != "cpu":  # MLX has this operation on the CPU in float32 only
             yield f"experts' product, {kind}", allowed, partial(_experts, dtype)
-        yield f"cross entropy of 50,000 words, {kind}", allowed, partial(_entropy, dtype)
+        yield f"cross entropy over 50,000 tokens, {kind}", allowed, partial(_entropy, dtype)
     yield "gated delta rule", FLOAT, _delta
 
 
@@ -256,7 +256,7 @@ def _delta() -> float:
 
 
 def selftest_recipe(folder: Path, objective: str, name: str, **more: Any) -> dict[str, Any]:
-    """A few steps on the tiny model."""
+    """Return a recipe for a few steps on the tiny model."""
     form = {"sft": "messages", "preference": "preference", "ppo": "prompts"}[objective]
     made: dict[str, Any] = {
         "objective": objective,
@@ -277,12 +277,12 @@ def selftest_recipe(folder: Path, objective: str, name: str, **more: Any) -> dic
 
 
 def losses(settings: dict[str, Any]) -> list[float]:
-    """Train, and tell the losses of the steps."""
+    """Train, and return the losses of the steps."""
     run = train(settings, overwrite=True, console=make_console(file=io.StringIO()))
     return [float(event["loss"]) for event in run.metrics("train")]
 
 
-# What the reference runs, in a process of its own: this one's device is its user's.
+# The reference runs this code in another process, because the device of this process is the user's choice.
 ON_CPU = """
 import json, sys
 import mlxft, mlx.core as mx
@@ -293,7 +293,7 @@ print(json.dumps([losses(settings) for settings in json.loads(sys.stdin.read())]
 
 
 def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]:
-    """Name, what is allowed, and the work of each training."""
+    """Yield the name, the allowed difference and the function of each training."""
     compared = {
         "SFT against the CPU": selftest_recipe(folder, "sft", "sft"),
         "DPO against the CPU": selftest_recipe(folder, "preference", "dpo"),
@@ -319,14 +319,14 @@ def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]
         ours, theirs = losses(compared[name]), known[name]
         return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
-    yield "a tiny model, and its losses on the CPU", 0.0, prepare
+    yield "a tiny model and its losses on the CPU", 0.0, prepare
     for name in compared:
         yield name, LOSSES, partial(against, name)
     yield "DPO in bfloat16 begins at ln 2", FLOAT, partial(_begins, folder)
-    yield "PPO: the ratio of sampling and training is 1", FLOAT, partial(_ppo, folder)
-    yield "a resumed run is the run", FLOAT if backend() != "cpu" else 0.0, partial(_resumed, folder)
-    yield "a fused model answers as the adapter", FLOAT, partial(_fused, folder)
-    yield "memory measured against planned", PLANNED, partial(_memory_error, folder)
+    yield "PPO: the ratio between sampling and training is 1", FLOAT, partial(_ppo, folder)
+    yield "a resumed run equals an uninterrupted one", FLOAT if backend() != "cpu" else 0.0, partial(_resumed, folder)
+    yield "a fused model gives the adapter's logits", FLOAT, partial(_fused, folder)
+    yield "measured memory against planned", PLANNED, partial(_memory_error, folder)
 
 
 def _begins(folder: Path) -> float:
@@ -339,12 +339,12 @@ def _ppo(folder: Path) -> float:
     run = train(settings, overwrite=True, console=make_console(file=io.StringIO()))
     events = run.metrics("train")
     if not any(e["grad_norm"] > 0 for e in events):
-        raise RuntimeError("no completion was better than another: nothing was learnt")
+        raise RuntimeError("all completions had the same reward, so nothing was learnt")
     return max(abs(e[name] - 1.0) for e in events for name in ("ratio_mean", "ratio_max"))
 
 
 def _resumed(folder: Path) -> float:
-    """Two steps, and two more after a resume, against four at once."""
+    """Compare two steps and two more after a resume with four steps at once."""
     settings = selftest_recipe(folder, "sft", "whole")
     quiet = make_console(file=io.StringIO())
     whole = train(settings, overwrite=True, console=quiet)
@@ -404,7 +404,7 @@ def _shape(base: dict[str, Any], *sizes: int, **own: Any) -> dict[str, Any]:
     return {**base, **dict(zip(names, sizes, strict=True)), "max_position_embeddings": 40960, **own}
 
 
-# Models for which figures of Macs are published, and the one of the demo.
+# Models with published figures for Macs, and the model of the demo.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": _shape(_LLAMA, 576, 30, 9, 3, 1536, 49152),
     "qwen3-0.6b": _shape(_QWEN, 1024, 28, 16, 8, 3072, 151936),
@@ -414,7 +414,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 _GROUPS: dict[str, Any] = {"rollout": {"prompts": 2, "samples": 4, "max_tokens": 64}}
 _RULES: dict[str, Any] = {"rewards": {"rules": [{"kind": "regex", "pattern": "[a-z]"}]}}
-# Job -> the sections of its recipe that are not those of all.
+# Job -> the sections of its recipe that differ from the other jobs.
 JOBS: dict[str, dict[str, Any]] = {
     "sft-lora": {},
     "sft-lora-packed": {"batch": {"tokens": 2048, "pack": True}},
@@ -432,68 +432,68 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "sampling": {},
 }
-AGAINST = ("sft-lora", "sft-lora-checkpointed", "sft-qlora", "sampling")  # what mlx_lm does too
-PROMPTS, ANSWER = 16, 64  # of the job sampling: answered at once, tokens of each answer
+AGAINST = ("sft-lora", "sft-lora-checkpointed", "sft-qlora", "sampling")  # jobs that mlx_lm also has
+PROMPTS, LENGTH = 16, 64  # job sampling: prompts completed at once, and tokens in each completion
 
 
 def bench(
-    jobs: Sequence[str], shape: str, steps: int, against: bool, tell: Callable[[dict[str, Any]], object]
+    jobs: Sequence[str], shape: str, steps: int, against: bool, on_job: Callable[[dict[str, Any]], object]
 ) -> dict[str, Any]:
-    """Run jobs, one after the other, and tell each one's figures.
+    """Run jobs one after the other, and call `on_job` with the figures of each.
 
     Args:
-        steps: counted ones, beside the first.
-        against: whether mlx_lm takes its turn behind each job that it can do.
+        steps: number of timed steps, in addition to the first.
+        against: whether to run mlx_lm after each job that it also has.
     Returns:
-        All there is to report, as JSON.
+        The whole report, as JSON.
     Raises:
-        ConfigError: no such job or shape.
+        ConfigError: there is no such job or shape.
     """
     for name, known in [*((job, JOBS) for job in jobs), (shape, SHAPES)]:
         if name not in known:
-            raise ConfigError(f"{name}: is none of {', '.join(known)}{nearest(name, known)}")
+            raise ConfigError(f"{name}: is not one of {', '.join(known)}{nearest(name, known)}")
     rate, found = matmul_rate(), []
     for job in jobs:
         for side in ["mlxft", "mlx_lm"] if against and job in AGAINST else ["mlxft"]:
-            asked = json.dumps({"job": job, "shape": shape, "steps": steps, "side": side})
-            done = subprocess.run([sys.executable, "-c", WORK, asked], capture_output=True, text=True, check=False)
+            request = json.dumps({"job": job, "shape": shape, "steps": steps, "side": side})
+            done = subprocess.run([sys.executable, "-c", WORK, request], capture_output=True, text=True, check=False)
             line = (done.stdout.strip().splitlines() or [""])[-1]
             figures = parse_json(line) if done.returncode == 0 else {}
             figures = figures or {"error": _why(done.returncode, done.stderr)}
-            if "tokens_per_s" in figures:  # forward, and the gradient in what comes in: 2 operations a number each
+            if "tokens_per_s" in figures:  # 2 operations per parameter, forward and for the inputs' gradient
                 operations = (2 if job == "sampling" else 4) * figures.pop("parameters")
                 figures["share"] = operations * figures["tokens_per_s"] / rate
             found.append({"job": job, "shape": shape, "side": side, **figures})
-            tell(found[-1])
+            on_job(found[-1])
     machine = {f.name: f.value for f in examine(Path())}
     about = {"mlxft": __version__, "commit": _commit(), "device": NAMES[backend()], "matmul_per_s": rate}
     return {**about, "machine": machine, "jobs": found}
 
 
-def _why(code: int, said: str) -> str:
-    """What a job's process died of: its last line, and what ended it where it can not have said that itself."""
-    last = (said.strip().splitlines() or [""])[-1][:300]
+def _why(code: int, stderr: str) -> str:
+    """Return why a job's process failed: its last line, or the signal that ended it."""
+    last = (stderr.strip().splitlines() or [""])[-1][:300]
     if code < 0:
         name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
-        memory = ", as the system does where memory runs out" if name == "SIGKILL" else ""
-        return f"ended by {name}{memory}" + (f"; it said last: {last}" if last else "")
-    return last or f"exit code {code}, without a word"
+        memory = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return f"ended by {name}{memory}" + (f"; its last line: {last}" if last else "")
+    return last or f"exit code {code}, without a message"
 
 
 def _commit() -> str:
-    """Of the clone that mlxft runs from; empty where it was installed."""
+    """Return the commit of the clone that mlxft runs from; "" if mlxft was installed."""
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git
+    except OSError:  # git is not installed
         return ""
 
 
 def markdown(found: dict[str, Any], command: str) -> list[str]:
-    """Rows for docs/performance.md."""
+    """Return table rows for docs/performance.md."""
     about = found["machine"]
     chip = about.get("chip") or about.get("GPU") or about.get("CPU")
     version = f"{found['mlxft']} {found['commit']}".strip()
@@ -511,7 +511,7 @@ def markdown(found: dict[str, Any], command: str) -> list[str]:
 
 
 def matmul_rate() -> float:
-    """Operations a second of a large product, in what training computes in."""
+    """Return the operations per second of a large matrix product, in the type that training computes in."""
     dtype = mx.float32 if backend() == "cpu" else mx.bfloat16
     size = 1024 if backend() == "cpu" else 4096
     a = mx.random.normal((size, size)).astype(dtype)
@@ -524,7 +524,7 @@ def matmul_rate() -> float:
     return float(2 * size**3 / min(times))
 
 
-# What a job's process runs.
+# A job's process runs this code.
 WORK = """
 import json, sys
 from mlxft.bench import work
@@ -533,7 +533,7 @@ print(json.dumps(work(**json.loads(sys.argv[1]))))
 
 
 def work(job: str, shape: str, steps: int, side: str) -> dict[str, Any]:
-    """Run one job in this process; its figures as JSON."""
+    """Run one job in this process, and return its figures as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_tiny(place)
@@ -552,7 +552,7 @@ def work(job: str, shape: str, steps: int, side: str) -> dict[str, Any]:
 
 
 def bench_recipe(place: Path, job: str, steps: int) -> dict[str, Any]:
-    """A job's recipe."""
+    """Return a job's recipe."""
     own = JOBS[job]
     form = own.get("data", {}).get("format", "prompt-completion")
     made: dict[str, Any] = {
@@ -571,7 +571,7 @@ def bench_recipe(place: Path, job: str, steps: int) -> dict[str, Any]:
 
 
 def _write_rows(place: Path) -> None:
-    """Rows as long as Alpaca's: of a token a character, some hundred in the median, with a long tail."""
+    """Write rows as long as Alpaca's: about a hundred tokens (one per character) in the median, with a long tail."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.6, 0.7, 256), 20, 800).astype(int)
     text = "the sea is grey and the sand is warm under a white sky " * 20
@@ -582,7 +582,7 @@ def _write_rows(place: Path) -> None:
 
 
 def _made(folder: Path, quantize: int | None) -> Loaded:
-    """A model with random weights."""
+    """Return a model with random weights."""
     loaded = skeleton(str(folder), quantize=quantize)
     mx.eval(loaded.model.parameters())
     mx.clear_cache()
@@ -600,26 +600,26 @@ def _ours(base: Loaded, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sampled(base: Loaded, settings: dict[str, Any], steps: int, side: str) -> dict[str, Any]:
-    """Answers to prompts side by side, prompts included in the time; the first round is not counted."""
+    """Time the completion of prompts in a batch, prefill included; the first round is not counted."""
     from mlx_lm import batch_generate
 
     lines = Path(settings["data"]["train"]).read_text("utf-8").splitlines()[:PROMPTS]
     prompts = [base.tokenizer.encode(parse_json(line)["prompt"]) for line in lines]
     base.model.eval()
-    how = Sampling(ANSWER, 0.0, stop_at_eos=False)
-    base.tokenizer.eos_token_ids = ()  # of batch_generate, which has no setting for it
-    for turn in range(steps + 1):
+    how = Sampling(LENGTH, 0.0, stop_at_eos=False)
+    base.tokenizer.eos_token_ids = ()  # batch_generate has no setting to ignore EOS
+    for repeat in range(steps + 1):
         if side == "mlx_lm":
-            batch_generate(base.model, base.tokenizer, prompts, max_tokens=ANSWER, completion_batch_size=PROMPTS)
+            batch_generate(base.model, base.tokenizer, prompts, max_tokens=LENGTH, completion_batch_size=PROMPTS)
         else:
-            sample_batch(base.model, base.tokenizer, prompts, how, seed=turn, rows=PROMPTS)
-        if not turn:
+            sample_batch(base.model, base.tokenizer, prompts, how, seed=repeat, rows=PROMPTS)
+        if not repeat:
             began = time.perf_counter()
-    return {"tokens_per_s": steps * PROMPTS * ANSWER / (time.perf_counter() - began)}
+    return {"tokens_per_s": steps * PROMPTS * LENGTH / (time.perf_counter() - began)}
 
 
 def _theirs(base: Loaded, settings: dict[str, Any], steps: int, place: Path) -> dict[str, Any]:
-    """mlx_lm's own trainer on the same weights and rows."""
+    """Time mlx_lm's own trainer on the same weights and rows."""
     import mlx.optimizers as opt
     from mlx_lm.tuner.callbacks import TrainingCallback
     from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset

@@ -1,6 +1,4 @@
-"""Text in and out: JSON and small files read with limits, and the one place that prints, without control characters or
-markup.
-"""
+"""Read JSON and small files with limits, and print everything without control characters or markup."""
 
 from __future__ import annotations
 
@@ -20,46 +18,46 @@ if TYPE_CHECKING:
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
-# Text on its way to a terminal, into JSON, and out of small files.
+# Text to a terminal, into JSON, and from small files.
 #
-# What a row, a model or a name holds must not steer the terminal it is shown on. All that mlxft prints goes through
-# `echo`, or through a console of `make_console`; tests/test_layout.py holds it to that.
+# Text from a row, a model or a name must not control the terminal on which it is shown. Everything that mlxft prints
+# goes through `echo` or a console of `make_console`; tests/test_layout.py checks this.
 
-# Control characters but \n and \t (ESC among them, and C1, which some terminals obey alike), what reorders or breaks
-# lines (bidi embeddings, overrides and isolates, U+2028), what is there and not seen (zero-width space, tags), and
-# halves of characters. What emoji, Persian or Hebrew need to look right (joiners, the marks of direction) stays.
+# Control characters except \n and \t (with ESC, and C1, which some terminals also obey), characters that reorder or
+# break lines (bidi embeddings, overrides and isolates, U+2028), invisible ones (zero-width space, tags), and halves of
+# characters. What emoji, Persian or Hebrew need for display (joiners, direction marks) is kept.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 _format_warning = warnings.formatwarning
-_MOST = 1 << 18  # characters of a recipe, template or schema: a thousand times what one has
+_MOST = 1 << 18  # characters in a recipe, template or schema, a thousand times the usual number
 
 
 def printable(text: str) -> str:
-    """Return a text with each character that would steer or deceive a terminal as U+FFFD."""
+    """Return a text in which U+FFFD replaces each character that could control or deceive a terminal."""
     return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
-    """Print a text, printable."""
+    """Print a text through `printable`."""
     import click
 
     click.echo(printable(text), nl=nl, err=err)
 
 
 def echo_completion(piece: str) -> None:
-    """Print a piece of what a model writes: printable on a terminal, to a pipe or file as it is."""
+    """Print a piece of a completion: through `printable` on a terminal, unchanged to a pipe or file."""
     import click
 
     piece = printable(piece) if sys.stdout.isatty() else piece
-    click.echo(piece, nl=False, color=True)  # without color, click takes escape codes out
+    click.echo(piece, nl=False, color=True)  # with color=None, click would remove escape codes
 
 
 def make_console(**options: Any) -> Console:
-    """Make the console that a command prints to: what it is given is text, neither markup nor control characters.
+    """Return the console that a command prints to; it prints markup and control characters as plain text.
 
     Args:
-        options: rich's.
+        options: options of rich's Console.
     """
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
@@ -69,14 +67,14 @@ def make_console(**options: Any) -> Console:
             for text, style, control in super().render(renderable, options):
                 yield Segment(text if control else printable(text), style, control)
 
-        def render_str(self, text: str, **options: Any) -> Any:  # before it is measured
+        def render_str(self, text: str, **options: Any) -> Any:  # before rich measures the text
             return super().render_str(printable(text), **options)
 
     return Printable(markup=False, emoji=False, highlight=False, **options)
 
 
 def guard_messages() -> None:
-    """Let what others print in this process be printable: log lines and warnings of libraries, a traceback."""
+    """Make log lines and warnings of libraries, and tracebacks, printable in this process."""
     import logging
     import traceback
 
@@ -90,32 +88,32 @@ def guard_messages() -> None:
 
 
 def json_text(value: Any, indent: int | None = None, default: Any = None) -> str:
-    """Return a value as JSON that is fit for a terminal and a UTF-8 file: what is not `printable` stands escaped."""
+    """Return a value as JSON that is safe for a terminal and a UTF-8 file: unsafe characters are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=default)
     return _UNSAFE.sub(lambda found: json.dumps(found[0])[1:-1], text)
 
 
 def home_path(path: str | Path) -> Path:
-    """Return a path with ~ as the home; as in a shell, ~ of nobody stays as it is, which pathlib takes for an error."""
+    """Return a path with ~ expanded. As in a shell, an unknown ~user stays as it is; pathlib would raise an error."""
     return Path(os.path.expanduser(path))
 
 
 class TooDeep(ValueError):
-    """JSON is nested deeper than Python can follow."""
+    """JSON is nested deeper than Python can parse."""
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """Parse JSON out of a file.
+    """Parse the JSON text of a file.
 
     Args:
-        options: of json.loads, which nothing else calls.
+        options: options of json.loads, which is called only here.
     Raises:
-        ValueError: it is no JSON, or nested deeper than Python can follow.
+        ValueError: the text is not JSON, or nested deeper than Python can parse.
     """
     try:
         return json.loads(text, **options)
     except RecursionError as error:
-        raise TooDeep("it is nested too deep") from error
+        raise TooDeep("the JSON is nested too deep") from error
 
 
 def _refuse_endless(path: Path) -> None:
@@ -127,7 +125,7 @@ def read_file(path: Path) -> bytes:
     """Read a file that a program wrote into a folder.
 
     Raises:
-        OSError: it can not be read, or is a device or a pipe, which may have no end.
+        OSError: the file cannot be read, or is a device or a pipe, which may have no end.
     """
     _refuse_endless(path)
     return path.read_bytes()
@@ -137,14 +135,14 @@ def read_small(path: Path) -> str:
     """Read a text file that people write: a recipe, a template, a schema.
 
     Raises:
-        OSError: it can not be read, or is a device or a pipe, which may have no end.
-        ValueError: it is not UTF-8, or far longer than what people write.
+        OSError: the file cannot be read, or is a device or a pipe, which may have no end.
+        ValueError: the text is not UTF-8, or far longer than what people write.
     """
     _refuse_endless(path)
     with path.open(encoding="utf-8") as file:
         text = file.read(_MOST + 1)
     if len(text) > _MOST:
-        raise ValueError(f"it has more than {_MOST:,} characters")
+        raise ValueError(f"the file has more than {_MOST:,} characters")
     return text
 
 
@@ -153,7 +151,7 @@ def read_small(path: Path) -> str:
 
 @contextmanager
 def bar(console: Console | None, total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, nothing elsewhere. Yields what is to be told of how many more are done."""
+    """Show a progress bar on a terminal, and nothing elsewhere. Yields a function to call with the number just done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())

@@ -163,7 +163,7 @@ def test_rows_and_a_loaded_model(settings: dict[str, Any]) -> None:
     run = mlxft.train(given, rows=iter(ROWS), model=loaded)
     one, other = weights(files), weights(run)
     assert all(mx.array_equal(one[name], other[name]).item() for name in one)
-    with pytest.raises(ConfigError, match=r"exists; continue with resume=True, replace it with overwrite=True"):
+    with pytest.raises(ConfigError, match=r"exists; resume it with resume=True, replace it with overwrite=True"):
         mlxft.train(given, rows=ROWS, model=mlxft.load(settings["model"]["path"]))
     resumed = mlxft.train(
         given, "run.save_every=3", rows=ROWS, model=mlxft.load(settings["model"]["path"]), resume=True

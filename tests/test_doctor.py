@@ -69,8 +69,8 @@ def test_a_mac_in_order(mac: dict[str, str]) -> None:
     [
         ({"sysctl -n sysctl.proc_translated": "1"}, "Python", "wrong", "brew install python"),
         ({"machine": "x86_64"}, "Python", "wrong", "this Python is for Intel"),
-        ({"version": "13.6"}, "macOS", "wrong", "update it"),
-        ({"backend": "cpu"}, "MLX computes on", "wrong", "training wants the GPU"),
+        ({"version": "13.6"}, "macOS", "wrong", "update macOS"),
+        ({"backend": "cpu"}, "MLX computes on", "wrong", "training needs the GPU"),
         ({"sysctl -n vm.swapusage": "used = 9216.00M"}, "swap", "note", "close some"),
         ({"free": "2e9"}, "free for runs", "note", "free some"),
     ],

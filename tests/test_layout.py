@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
 import resource
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,3 +259,70 @@ def test_help_imports_nothing_heavy() -> None:
     assert "click" in loaded, f"mlxft --help did not get far:\n{done.stdout}"
     offenders = [name for name in HEAVY if name in loaded]
     assert not offenders, f"mlxft --help imports {', '.join(offenders)}: move the import into the command that needs it"
+
+
+# --- plain English ----------------------------------------------------------------------------------------------------
+# One word for one thing, and standard English. A room is added to PASSED when its texts have been rewritten.
+
+PASSED = [
+    *("cli/", "config.py", "errors.py", "text.py", "files.py", "device.py", "doctor.py", "selftest.py"),
+    *("runs.py", "check.py", "run.py", "trainer/__init__.py", "trainer/checkpoint.py", "trainer/optim.py"),
+    *("trainer/report.py", "trainer/trackers.py"),
+]
+# Regular expressions for whole words.
+FORBIDDEN = [
+    # Not standard English, or a riddle.
+    *(
+        r"can not",
+        r"(?<!there )is no such",
+        r"is no run",
+        r"of which",
+        r"wished",
+        r"told",
+        r"by itself",
+        r"chosen by lot",
+    ),
+    *(r"asked for is", r"is none of", r"\w+error: so it is", r"it is none", r"anew", r"go on", r"goes on", r"gone on"),
+    *(r"it is no", r"(?<!there )is no (?:recipe|adapter|model|folder|file|number|text|mapping)", r"in words"),
+    *(r"who gives", r"who can"),
+    # Another word for a completion, a pair, a step, an adapter or a model.
+    *(r"answer(?:s|ed)?", r"continuations?", r"judged", r"shipments?", r"micro-?batch(?:es)? a step"),
+    # A name of our own for a standard thing.
+    *(r"advise", r"strayed", r"twin", r"hears?", r"tells", r"worth", r"mends"),
+]
+# Names of fields and files, and the texts of `mlxft label`, which is about judgements.
+ALLOWED = re.compile(r'"answers"|answers\.jsonl|prompt and answers|(?:is|prompts) judged')
+
+
+def texts_of(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) of each string with more than one word, docstring and comment in a module."""
+    tree = ast.parse(source)
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            pieces = [part.value if isinstance(part, ast.Constant) else "..." for part in node.values]
+            yield node.lineno, " ".join("".join(map(str, pieces)).split())
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.lineno, " ".join(node.value.split()) if " " in node.value else ""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def forbidden_words(source: str) -> list[tuple[int, str]]:
+    """Return (line, words) of each forbidden word or phrase in a module's texts."""
+    pattern = re.compile(rf"\b(?:{'|'.join(FORBIDDEN)})\b", re.IGNORECASE)
+    return [(line, found[0]) for line, text in texts_of(source) for found in pattern.finditer(ALLOWED.sub("", text))]
+
+
+def test_texts_are_plain_english() -> None:
+    assert forbidden_words('raise E(f"{x} can not be\\n read")') == [(1, "can not")]
+    assert forbidden_words('x = 1  # he was told\ndef f():\n    """Do it.\n\n    The answer.\n    """') == [
+        (3, "answer"),
+        (1, "told"),
+    ]
+    assert not forbidden_words('help("Judge completions of \\"answers\\"; cannot")\ntold = "told"')
+    files = [f for f in FILES if f"{f.relative_to(PACKAGE)}".startswith(tuple(PASSED))]
+    assert len(files) > len(PASSED)
+    offenders = [f"{relative(f)}:{line}: {word}" for f in files for line, word in forbidden_words(f.read_text())]
+    assert not offenders, "words that mlxft's texts do not use:\n" + "\n".join(offenders)

@@ -292,7 +292,9 @@ def test_what_can_not_be_planned_is_said_and_measured(
     found = said(memory={"measure": False}, batch={"tokens": 512})
     assert "gradient checkpointing is off: set memory.checkpoint: on where memory runs out" in found
     check(parse_config(recipe(**auto)), 0, make_console(), False)
-    assert "auto is 2,048 by no plan, to begin with; a measured step" in " ".join(capsys.readouterr().out.split())
+    assert "auto is 2,048 by default, without a memory plan; a measured step" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])

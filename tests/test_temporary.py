@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_nothing_and_is_said_of_the_place_that_was_asked_for(
     with pytest.raises(ExportError, match=rf"^{tmp_path}/m/model.gguf: needs 5 GB$"):
         write()
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(CheckpointError, match=rf"can not write to {tmp_path}: No space"):
+    with pytest.raises(CheckpointError, match=rf"cannot write to {tmp_path}: No space"):
         claim(tmp_path, "model")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 15))
 

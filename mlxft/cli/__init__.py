@@ -1,4 +1,4 @@
-"""The `mlxft` command. Each command's module is imported when it is called, so that --help is quick."""
+"""The `mlxft` command. Each command's module is imported only when the command is called, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -20,32 +20,43 @@ from mlxft.device import FAILURES, gpu_failure
 from mlxft.errors import ConfigError, MlxftError, shorten, speak_flags
 from mlxft.text import echo, guard_messages
 
-# name -> (module, one line of help, shown without importing the module)
-COMMANDS = {
-    "train": ("train", "Train by a recipe."),
-    "check": ("train", "Validate a recipe; show its rows as trained. Trains nothing."),
-    "generate": ("use", "Answer a prompt."),
-    "chat": ("use", "Talk with a model."),
-    "sample": ("use", "Best of n, or rejection sampling: scored answers as rows for SFT."),
-    "label": ("use", "Judge answers by hand, for a reward model or preference training."),
-    "score": ("use", "Score or rank answers with a reward run."),
-    "eval": ("use", "How good a model is on a file: loss, or a task, with errors and differences."),
-    "sweep": ("train", "Find better settings: trials, the worse ones stopped early."),
-    "lr-find": ("train", "Suggest a learning rate by a range test."),
-    "fewshot": ("use", "Zero-shot, examples in the prompt, and tuned on a few: a table with intervals."),
-    "fuse": ("export", "Fuse a run's adapter into its base."),
-    "convert": ("export", "Write a model as an MLX folder, quantised or not."),
-    "export": ("export", "Write a result for PEFT, transformers, llama.cpp or Ollama."),
-    "import": ("export", "Read a PEFT adapter in."),
-    "push": ("export", "Push a result to the Hugging Face hub, with a model card."),
-    "runs": ("study", "List, show, compare, plot, report, watch and remove runs."),
-    "doctor": ("study", "Look at this machine: what is wrong, and what mends it."),
-    "selftest": ("study", "Hold this machine's numbers against the CPU's, in some minutes."),
-    "bench": ("study", "Time training on this machine, on models of known shapes."),
-    "schema": ("train", "Print the JSON schema of recipes, for editors."),
-    "demo": ("train", "See it work: train a small model on built-in rows."),
-    "rlhf": ("train", "See the whole road: SFT, a reward model, PPO, fuse."),
+# Section of --help -> command -> (module, one line of help, which is shown without importing the module).
+SECTIONS = {
+    "Train": {
+        "train": ("train", "Train a model as a recipe describes."),
+        "check": ("train", "Validate a recipe and show its rows as they are trained."),
+        "sweep": ("train", "Search for better settings; stop the worse trials early."),
+        "lr-find": ("train", "Suggest a learning rate from a range test."),
+        "schema": ("train", "Print the JSON schema of recipes, for editors."),
+        "demo": ("train", "Train a small model on built-in rows, as a demonstration."),
+        "rlhf": ("train", "Demonstrate RLHF: SFT, a reward model, PPO, fuse."),
+    },
+    "Use": {
+        "generate": ("use", "Generate a completion for a prompt."),
+        "chat": ("use", "Chat with a model."),
+        "sample": ("use", "Sample completions, score them, and write the best as SFT rows."),
+        "score": ("use", "Score or rank completions with a reward model."),
+        "label": ("use", "Judge completions by hand, for reward or preference training."),
+    },
+    "Export": {
+        "fuse": ("export", "Fuse a run's adapter into its base."),
+        "convert": ("export", "Write a model as an MLX folder, quantised or not."),
+        "export": ("export", "Write a run or model for PEFT, transformers, llama.cpp or Ollama."),
+        "import": ("export", "Import a PEFT adapter."),
+        "push": ("export", "Push a run or model to the Hugging Face hub, with a model card."),
+    },
+    "Study": {
+        "eval": ("use", "Evaluate a model on a file: loss and perplexity, or a task."),
+        "fewshot": ("use", "Compare zero-shot, few-shot prompts and training on a few rows."),
+        "runs": ("study", "List, show, compare, plot, report, watch and remove runs."),
+    },
+    "Machine": {
+        "doctor": ("study", "Check this machine: what is wrong, and how to fix it."),
+        "selftest": ("study", "Compare this machine's numbers with the CPU's; takes some minutes."),
+        "bench": ("study", "Time training on this machine, on models of known shapes."),
+    },
 }
+COMMANDS = {name: about for commands in SECTIONS.values() for name, about in commands.items()}
 
 
 def _trust(context: click.Context, _: click.Parameter, given: bool) -> None:
@@ -60,30 +71,30 @@ TRUST = click.option(
     is_flag=True,
     expose_value=False,
     callback=_trust,
-    help="Let a model that brings Python code along run it: read it before.",
+    help="Allow Python code that comes with the model to run; read that code first.",
 )
 
 
 def reserve(path: Path) -> None:
-    """Refuse to work on what another mlxft works on; until this command ends, others are refused."""
+    """Reserve `path` for this command until it ends; refuse if another mlxft process is working on it."""
     from mlxft.files import reserved
 
     click.get_current_context().with_resource(reserved(path))
 
 
 class PathArg(click.Path):
-    """A path that a command is given. "" is none: pathlib takes it for the working folder."""
+    """A path on the command line. An empty one is refused: pathlib would read it as the working folder."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value):
-            self.fail("it is empty; give a name", param, ctx)
+            self.fail("the path is empty; give a name", param, ctx)
         try:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.stat(value)
-        except (OSError, ValueError) as e:  # too long, a circle of links, no permission
+        except (OSError, ValueError) as e:  # too long, a loop of links, no permission
             self.fail(f"{shorten(os.fspath(value))!r}: {getattr(e, 'strerror', None) or e}", param, ctx)
         return super().convert(value, param, ctx)
 
@@ -109,8 +120,10 @@ class _Lazy(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        width = max(map(len, COMMANDS))  # one column for all sections
+        for section, commands in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name.ljust(width), text) for name, (_, text) in commands.items()])
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,7 +136,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: errors as one message, and the exit codes 0, 1, 2 and 130."""
+    """Run the command line: print an error as one message, and exit with code 0, 1, 2 or 130."""
     speak_flags(True)
     try:
         _main()
@@ -133,10 +146,10 @@ def main() -> None:
 
 def _main() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? instead
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows ? in its place
             stream.reconfigure(errors="replace")
     guard_messages()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is there is saved
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that a checkpoint is saved
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as e:
@@ -145,14 +158,16 @@ def _main() -> None:
         echo(text.getvalue(), nl=False, err=True)
         sys.exit(e.exit_code)
     except MlxftError as e:
-        known = next(kind for kind in type(e).__mro__ if kind.__module__ == MlxftError.__module__)  # as README names it
+        known = next(
+            kind for kind in type(e).__mro__ if kind.__module__ == MlxftError.__module__
+        )  # the name in the README
         echo(f"{known.__name__}: {e}", err=True)
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, click.Abort):
         echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output is gone
+        sys.stderr.close()  # the reader of our output has gone
         sys.exit(1)
     except (RuntimeError, MemoryError) as e:
         failure = gpu_failure(e)
@@ -160,9 +175,9 @@ def _main() -> None:
             raise
         echo(f"{type(e).__name__}: {FAILURES[failure][0]}: {shorten(' '.join(str(e).split()))}", err=True)
         sys.exit(1)
-    except OSError as e:  # a name too long, no permission, no such file after all
+    except OSError as e:  # a name too long, no permission, or a file that has vanished
         if e.errno == errno.ENAMETOOLONG:
-            echo(f"ConfigError: longer than a path can be: {shorten(str(e.filename))}", err=True)
+            echo(f"ConfigError: the path is too long: {shorten(str(e.filename))}", err=True)
             sys.exit(ConfigError.exit_code)
         echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(1)

@@ -16,22 +16,34 @@ from mlxft.text import echo, json_text, make_console
 
 @click.command()
 @click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=PathArg())
-@click.option("--adapter", "adapters", multiple=True, metavar="RUN[:W]", help="Merge: add W times its change (1).")
-@click.option("--model", help="The base, where the adapter does not say or it has moved.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="RUN[:W]",
+    help="Adapter to merge, with weight W (default: 1); can be given several times.",
+)
+@click.option("--model", help="Base model, if the adapter does not name it or it has moved.")
 @click.option(
     "--keep",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.95,
     show_default=True,
-    help="Share of the adaptation that must be kept; on a quantised base the fewest bits that do are taken.",
+    help="Share of the adaptation that must be kept; on a quantised base, the fewest bits that keep it are used.",
 )
-@click.option("--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Requantise all fused layers so.")
-@click.option("--dequantize", is_flag=True, help="Write float weights of a quantised base.")
-@click.option("--probe", metavar="FILE", help="Rows to measure on; valid: its recipe's; default: built-in text.")
-@click.option("--force", is_flag=True, help="Write it even if less than --keep is kept.")
+@click.option(
+    "--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Quantise every fused layer to this many bits."
+)
+@click.option("--dequantize", is_flag=True, help="Write float weights, although the base is quantised.")
+@click.option(
+    "--probe",
+    metavar="FILE",
+    help="File of rows to measure on, or valid for the recipe's validation rows (default: built-in text).",
+)
+@click.option("--force", is_flag=True, help="Write the model even if less than --keep is kept.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model folder.")
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print what was measured as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the measurements as JSON.")
 def fuse(
     paths: tuple[Path, ...],
     adapters: tuple[str, ...],
@@ -46,7 +58,7 @@ def fuse(
 ) -> None:
     """Fuse RUN's adapter into its base and write the folder OUT, for mlx-lm, LM Studio and transformers.
 
-    What was kept of the fine-tune is measured; where less than --keep would be, nothing is written.
+    The share of the adaptation that is kept is measured; if it is below --keep, nothing is written.
 
     Example: mlxft fuse runs/quickstart fused
 
@@ -55,7 +67,7 @@ def fuse(
     if dequantize and bits:
         raise click.UsageError("give --dequantize or --bits, not both")
     if len(paths) > 2 or (len(paths) == 1 and not adapters):
-        raise click.UsageError("give RUN and OUT, or OUT and --adapter RUN (once or more)")
+        raise click.UsageError("give RUN and OUT, or OUT and at least one --adapter RUN")
     reserve(paths[-1])
     from rich.text import Text
 
@@ -75,7 +87,7 @@ def fuse(
                 probe=probe,
                 force=force,
                 overwrite=overwrite,
-                tell=lambda said: status.update(Text(said)),
+                tell=lambda message: status.update(Text(message)),
             )
         except LostTooMuch as lost:
             if as_json:
@@ -87,18 +99,28 @@ def fuse(
 @click.command()
 @click.argument("src")
 @click.argument("dst", type=PathArg())
-@click.option("--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Bits a weight.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Weights that share a scale; default 64.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+    "--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Quantise the weights to this many bits."
 )
-@click.option("--dequantize", is_flag=True, help="Write float weights of a quantised SRC.")
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Number of weights that share a quantisation scale (default: 64).",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Type of the float weights.",
+)
+@click.option("--dequantize", is_flag=True, help="Write float weights, although SRC is quantised.")
 @TRUST
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 def convert(
     src: str, dst: Path, quantize: str | None, group_size: str | None, dtype: str, dequantize: bool, overwrite: bool
 ) -> None:
-    """Write SRC (hub id, folder, .gguf, smollm2-135m) as an MLX folder DST.
+    """Write the model SRC (hub id, folder, .gguf or smollm2-135m) as an MLX model folder DST.
 
     Example: mlxft convert smollm2-135m smollm2 --dtype float32
     """
@@ -118,27 +140,27 @@ def convert(
 @click.argument("run", type=PathArg())
 @click.argument("out", type=PathArg())
 @click.option(
-    "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Of OUT."
+    "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Format of OUT."
 )
 @click.option(
     "--type",
     "kind",
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-    help="gguf, ollama: of the matrices.  [default: f16]",
+    help="With gguf and ollama: type of the matrices.  [default: f16]",
 )
-@click.option("--lora", is_flag=True, help="gguf: the adapter alone, for llama.cpp's --lora.")
-@click.option("--model", help="The base, where the adapter does not say or it has moved.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is of this format.")
+@click.option("--lora", is_flag=True, help="With gguf: write the adapter alone, for llama.cpp's --lora.")
+@click.option("--model", help="Base model, if the adapter does not name it or it has moved.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it has this format.")
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
 def export(
     run: Path, out: Path, form: str, kind: str | None, lora: bool, model: str | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Write RUN (or any model) as OUT, in the form that another program reads.
+    """Export RUN (or any model) to OUT, in a format that another program reads.
 
-    peft: an adapter's folder for PEFT, of a reward model too; seq-cls: a reward model as transformers' model for
-    sequence classification, merged; gguf: one file with weights, tokenizer and chat template, for llama.cpp; ollama:
-    a folder with such a file and a Modelfile.
+    peft is an adapter folder for PEFT, also of a reward model. seq-cls is a reward model as a merged sequence
+    classification model for transformers. gguf is one file with weights, tokenizer and chat template, for llama.cpp.
+    ollama is a folder with such a file and a Modelfile.
 
     \b
     Example: mlxft export runs/quickstart quickstart-peft --format peft
@@ -154,41 +176,41 @@ def export(
     if form == "peft":
         from mlxft.export.peft import export_peft
 
-        said = export_peft(run, out, model=model, overwrite=overwrite)
+        lines = export_peft(run, out, model=model, overwrite=overwrite)
     elif form == "seq-cls":
         from mlxft.export.peft import export_seqcls
 
-        said = export_seqcls(run, out, model=model, overwrite=overwrite)
+        lines = export_seqcls(run, out, model=model, overwrite=overwrite)
     elif form == "gguf":
         from mlxft.export.gguf import export_gguf
 
-        said = export_gguf(run, out, kind=kind or "f16", lora=lora, model=model, overwrite=overwrite)
+        lines = export_gguf(run, out, kind=kind or "f16", lora=lora, model=model, overwrite=overwrite)
     else:
         from mlxft.export.ollama import export_ollama
 
-        said = export_ollama(run, out, kind=kind or "f16", model=model, overwrite=overwrite)
+        lines = export_ollama(run, out, kind=kind or "f16", model=model, overwrite=overwrite)
     types = {"type": kind or "f16"} if form in ("gguf", "ollama") else {}
-    told = {"out": str(out), "format": form, **types, "said": said}
-    echo(json_text(told) if as_json else "\n".join(said))
+    report = {"out": str(out), "format": form, **types, "said": lines}
+    echo(json_text(report) if as_json else "\n".join(lines))
 
 
 @click.command("import")
 @click.argument("peft", type=PathArg())
 @click.argument("out", type=PathArg())
-@click.option("--model", help="The base, where the adapter does not say or it has moved.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it is an adapter's folder.")
+@click.option("--model", help="Base model, if the adapter does not name it or it has moved.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is an adapter folder.")
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
 def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: bool) -> None:
-    """Read the PEFT adapter in the folder PEFT (LoRA, rsLoRA, DoRA) and write it as OUT, for mlxft and mlx-lm.
+    """Convert the PEFT adapter in the folder PEFT (LoRA, rsLoRA or DoRA) to an adapter folder OUT for mlxft and mlx-lm.
 
     Example: mlxft import their-adapter adapter --model their-base
     """
     from mlxft.export.peft import import_peft
 
     reserve(out)
-    said = import_peft(peft, out, model=model, overwrite=overwrite)
-    echo(json_text({"out": str(out), "said": said}) if as_json else "\n".join(said))
+    lines = import_peft(peft, out, model=model, overwrite=overwrite)
+    echo(json_text({"out": str(out), "said": lines}) if as_json else "\n".join(lines))
 
 
 # --- push -------------------------------------------------------------------------------------------------------------
@@ -197,15 +219,17 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
 @click.command()
 @click.argument("run", type=PathArg())
 @click.argument("repo")
-@click.option("--dry-run", is_flag=True, help="List the files and show the card; send nothing.")
-@click.option("--public", is_flag=True, help="All may read it; default: private.")
-@click.option("--update", is_flag=True, help="Add a commit to a repository that is there; its card is replaced.")
-@click.option("--message", default="Upload by mlxft", show_default=True, help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="List the files and show the model card, but send nothing.")
+@click.option("--public", is_flag=True, help="Create a public repository (default: private).")
+@click.option("--update", is_flag=True, help="Add a commit to an existing repository; its model card is replaced.")
+@click.option("--message", default="Upload by mlxft", show_default=True, help="Commit message on the hub.")
 @click.option("--what", type=click.Choice(["adapter", "model"]), help="Refuse to push anything else.")
-@click.option("--run", "of", type=PathArg(), help="The run that a fused or exported folder came from.")
-@click.option("--licence", "--license", help="Of the base, as the hub names it (apache-2.0), where it is not known.")
-@click.option("--card", "own", type=PathArg(), help="A README.md to use in place of the written one.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+@click.option("--run", "of", type=PathArg(), help="Run that a fused or exported folder came from.")
+@click.option(
+    "--licence", "--license", help="Licence of the base, as the hub names it (apache-2.0), if it is not known."
+)
+@click.option("--card", "own", type=PathArg(), help="README.md to use in place of the generated model card.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
 def push(
     run: Path,
     repo: str,
@@ -219,32 +243,32 @@ def push(
     own: Path | None,
     as_json: bool,
 ) -> None:
-    """Push RUN, or what fuse or export wrote, to REPO (owner/name) on the Hugging Face hub, with a model card.
+    """Push RUN, or a folder that fuse or export wrote, to REPO (owner/name) on the Hugging Face hub.
 
-    Weights, tokenizer, configuration and card go; checkpoints, data, metrics and samples stay here. The token is
-    that of HF_TOKEN or `hf auth login`.
+    Weights, tokenizer, configuration and a model card are uploaded; checkpoints, data, metrics and samples are not.
+    The token comes from HF_TOKEN or `hf auth login`.
 
     Example: mlxft push runs/quickstart ada/quickstart --dry-run
     """
     from mlxft.export.hub import pack, upload
     from mlxft.study.plots import curves
 
-    shipment = pack(run, repo, what=what, run=of, licence=licence, own_card=own, draw=curves)
-    commit = None if dry_run else upload(shipment, public=public, update=update, message=message)
-    sizes = shipment.sizes()
+    package = pack(run, repo, what=what, run=of, licence=licence, own_card=own, draw=curves)
+    commit = None if dry_run else upload(package, public=public, update=update, message=message)
+    sizes = package.sizes()
     if as_json:
         files = [{"path": name, "bytes": size} for name, size in sizes.items()]
-        told = {"repo": repo, "url": shipment.url, "public": public, "files": files, "left_out": shipment.left_out}
-        echo(json_text(told | {"notes": shipment.notes, "card": shipment.card, "commit": commit}, indent=2))
+        report = {"repo": repo, "url": package.url, "public": public, "files": files, "left_out": package.left_out}
+        echo(json_text(report | {"notes": package.notes, "card": package.card, "commit": commit}, indent=2))
         return
-    echo(f"{'would push' if dry_run else 'pushed'} to {shipment.url} ({'public' if public else 'private'})")
-    for name, size in [*sizes.items(), ("in all", sum(sizes.values()))]:
+    echo(f"{'would push' if dry_run else 'pushed'} to {package.url} ({'public' if public else 'private'})")
+    for name, size in [*sizes.items(), ("total", sum(sizes.values()))]:
         echo(f"{_size(size):>12}  {name}")
-    for line in ([f"stays here: {', '.join(shipment.left_out)}"] if shipment.left_out else []) + shipment.notes:
+    for line in ([f"not uploaded: {', '.join(package.left_out)}"] if package.left_out else []) + package.notes:
         echo(line)
-    echo(f"\nREADME.md:\n\n{shipment.card}" if dry_run else f"commit: {commit}")
+    echo(f"\nREADME.md:\n\n{package.card}" if dry_run else f"commit: {commit}")
 
 
 def _size(size: int) -> str:
-    """Bytes as people say it."""
+    """Format a number of bytes."""
     return f"{size:,} B" if size < 1000 else f"{size / 1e3:,.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Commands on runs and this machine: runs, doctor, selftest, bench."""
+"""Commands about runs and about this machine: runs, doctor, selftest, bench."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT = Path("runs")
 
 
 def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
-    """Shell completion: the runs there are."""
+    """Return the names of runs for shell completion."""
     from mlxft.runs import list_runs
 
     place = _place(ctx, ctx.params.get("place"))
@@ -26,13 +26,15 @@ def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
 
 
 def _place(ctx: click.Context, given: Path | None) -> Path:
-    """Where run folders stand: --dir may be given before or after the subcommand."""
+    """Return the folder that holds the run folders; --dir may be given before or after the subcommand."""
     above = ctx.parent.params.get("place") if ctx.parent else None
     return home_path(given or above or DEFAULT)
 
 
 def _in(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--dir", "place", type=PathArg(file_okay=False), help="Where run folders stand: runs.")(command)
+    return click.option(
+        "--dir", "place", type=PathArg(file_okay=False), help="Folder that holds the run folders (default: runs)."
+    )(command)
 
 
 _NAME = click.argument("name", shell_complete=_names)
@@ -47,23 +49,23 @@ def _print_json(found: Any) -> None:
 
 @click.group(invoke_without_command=True)
 @_in
-@click.option("--all", "every", is_flag=True, help="Also those further down, such as the trials of a sweep.")
+@click.option("--all", "every", is_flag=True, help="Also list runs in subfolders, such as the trials of a sweep.")
 @_JSON
 @click.pass_context
 def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> None:
-    """List runs, oldest first; show, compare, plot, report, watch or remove some.
+    """List runs, oldest first; the subcommands show, compare, plot, report, watch and remove runs.
 
     \b
     Example: mlxft runs
              mlxft runs compare sft-lora sft-dora
              mlxft runs report sft-lora --out report.html
 
-    A status is running, done, interrupted (Ctrl-C, or killed; go on with mlxft train --resume), failed, half-written
-    (parts are missing) or unfinished (by an older version).
+    The status of a run is running, done, interrupted (by Ctrl-C or killed; mlxft train --resume continues it), failed,
+    half-written (files are missing) or unfinished (written by an older version).
     """
     if ctx.invoked_subcommand is not None:
         if every or as_json:
-            raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, where it has them")
+            raise click.UsageError(f"give --all and --json after {ctx.invoked_subcommand}, if it has them")
         return
     from mlxft.runs import list_runs, sure_place
 
@@ -85,7 +87,7 @@ def runs(ctx: click.Context, place: Path | None, every: bool, as_json: bool) -> 
 @_JSON
 @click.pass_context
 def show(ctx: click.Context, name: str, place: Path | None, as_json: bool) -> None:
-    """Show one run: numbers, settings that are not the default, answers, files.
+    """Show one run: its metrics, the settings that differ from the defaults, sample completions and files.
 
     Example: mlxft runs show sft-lora
     """
@@ -102,7 +104,7 @@ def show(ctx: click.Context, name: str, place: Path | None, as_json: bool) -> No
 @_JSON
 @click.pass_context
 def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_json: bool) -> None:
-    """Show what differs between runs, in settings and in what came of them.
+    """Show how runs differ, in settings and in metrics.
 
     Example: mlxft runs compare sft-lora sft-dora
     """
@@ -119,11 +121,11 @@ def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_j
 @runs.command()
 @_NAMES
 @_in
-@click.option("--out", type=PathArg(dir_okay=False), help="File .png, .svg or .pdf.  [default: NAME.png]")
+@click.option("--out", type=PathArg(dir_okay=False), help="File to write: .png, .svg or .pdf.  [default: NAME.png]")
 @_OVERWRITE
 @click.pass_context
 def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Path | None, overwrite: bool) -> None:
-    """Draw the curves of runs: loss, learning rate, gradient norm, memory, and what the objective reports.
+    """Plot the curves of runs: loss, learning rate, gradient norm, memory and the objective's metrics.
 
     \b
     Example: mlxft runs plot sft-lora --out sft-lora.svg
@@ -138,7 +140,9 @@ def plot(ctx: click.Context, names: tuple[str, ...], place: Path | None, out: Pa
 @runs.command()
 @_NAME
 @_in
-@click.option("--out", type=PathArg(dir_okay=False), help="HTML file.  [default: report.html in the run]")
+@click.option(
+    "--out", type=PathArg(dir_okay=False), help="HTML file to write.  [default: report.html in the run folder]"
+)
 @_OVERWRITE
 @click.pass_context
 def report(ctx: click.Context, name: str, place: Path | None, out: Path | None, overwrite: bool) -> None:
@@ -155,10 +159,10 @@ def report(ctx: click.Context, name: str, place: Path | None, out: Path | None, 
 @runs.command()
 @_NAMES
 @_in
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.pass_context
 def rm(ctx: click.Context, names: tuple[str, ...], place: Path | None, yes: bool) -> None:
-    """Remove run folders, with weights and checkpoints. A run that is training is refused.
+    """Remove run folders with their weights and checkpoints. A run that is training is not removed.
 
     Example: mlxft runs rm old-1 old-2
     """
@@ -179,7 +183,9 @@ def rm(ctx: click.Context, names: tuple[str, ...], place: Path | None, yes: bool
 @_in
 @click.pass_context
 def watch(ctx: click.Context, name: str, place: Path | None) -> None:
-    """Show a run that trains elsewhere, until it ends: exit code 0 if it is done, 1 if it failed or was interrupted.
+    """Show a run that another process trains, until it ends.
+
+    Exit code 0 if the run is done, 1 if it failed or was interrupted.
 
     Example: mlxft runs watch sft-lora
     """
@@ -198,9 +204,9 @@ def watch(ctx: click.Context, name: str, place: Path | None) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for an issue report.")
 def doctor(as_json: bool) -> None:
-    """Look at this machine: chip, memory, Python, MLX, disks and extras; say what is wrong and what mends it.
+    """Check this machine: chip, memory, Python, MLX, disks and extras; say what is wrong and how to fix it.
 
-    Exit code 1 if something is wrong. Nothing is computed and nothing is written.
+    Exit code 1 if something is wrong. The command computes nothing and writes nothing.
 
     \b
     Example: mlxft doctor
@@ -232,9 +238,9 @@ def doctor(as_json: bool) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for an issue report.")
 def selftest(as_json: bool) -> None:
-    """Hold what training is made of against float32 on the CPU: operations, SFT, DPO, PPO, resume, fuse, memory.
+    """Compare this machine's numbers with float32 on the CPU: operations, SFT, DPO, PPO, resume, fuse and memory.
 
-    It takes a minute or two, downloads nothing, and writes to a temporary folder. Exit code 1 if a check fails.
+    The test takes a minute or two, downloads nothing, and writes to a temporary folder. Exit code 1 if a check fails.
 
     \b
     Example: mlxft selftest
@@ -244,13 +250,13 @@ def selftest(as_json: bool) -> None:
 
     console = make_console()
 
-    def tell(check: Check) -> None:
+    def print_check(check: Check) -> None:
         if not as_json:
-            said = check.error or f"{check.found:.1e} of {check.allowed:.1e}"
+            outcome = check.error or f"{check.found:.1e} of {check.allowed:.1e}"
             state = "ok    " if check.passed else "FAILED"
-            console.print(f"{state}  {check.name}: {said}, {check.seconds:.1f} s", soft_wrap=True)
+            console.print(f"{state}  {check.name}: {outcome}, {check.seconds:.1f} s", soft_wrap=True)
 
-    checks = run(tell)
+    checks = run(print_check)
     if as_json:
         echo(json_text(selftest_report(checks), indent=2))
     if not all(check.passed for check in checks):
@@ -259,16 +265,18 @@ def selftest(as_json: bool) -> None:
 
 @click.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
-@click.option("--shape", default="smollm2-135m", show_default=True, help="Of the model; its weights are random.")
-@click.option("--steps", default=8, show_default=True, type=click.IntRange(2, 1000), help="Counted ones of each job.")
-@click.option("--against", type=click.Choice(["mlx_lm"]), help="It takes a turn behind each job that it does.")
+@click.option("--shape", default="smollm2-135m", show_default=True, help="Shape of the model; its weights are random.")
+@click.option(
+    "--steps", default=8, show_default=True, type=click.IntRange(2, 1000), help="Number of timed steps per job."
+)
+@click.option("--against", type=click.Choice(["mlx_lm"]), help="Also run the jobs that mlx_lm has, right after ours.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as_json: bool) -> None:
-    """Time this machine: SFT by LoRA and QLoRA, plain, packed and checkpointed, DPO, GRPO, PPO, and sampling.
+    """Time training and sampling on this machine: SFT with LoRA and QLoRA, DPO, GRPO, PPO and sampling.
 
-    JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo, sampling; default: all.
-    --shape takes smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b or qwen3-8b. Nothing is downloaded; the rows at
-    the end are for docs/performance.md. Exit code 1 if a job fails.
+    JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo and sampling (default:
+    all). --shape is one of smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b and qwen3-8b. Nothing is downloaded.
+    The table rows at the end are meant for docs/performance.md. Exit code 1 if a job fails.
 
     \b
     Example: mlxft bench --shape qwen3-0.6b --against mlx_lm
@@ -279,15 +287,15 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
 
     console = make_console()
 
-    def tell(found: dict[str, Any]) -> None:
+    def print_job(found: dict[str, Any]) -> None:
         if as_json:
             return
-        said = found.get("error") or f"{found['tokens_per_s']:.0f} tokens/s, {found['peak_gb']:.2f} GB"
+        outcome = found.get("error") or f"{found['tokens_per_s']:.0f} tokens/s, {found['peak_gb']:.2f} GB"
         more = f", {found['share']:.0%} of the machine's products" if "share" in found else ""
         more += f", {found['sampled_per_s']:.0f} sampled/s" if "sampled_per_s" in found else ""
-        console.print(f"{found['side']:>6}  {found['job']}: {said}{more}", soft_wrap=True)
+        console.print(f"{found['side']:>6}  {found['job']}: {outcome}{more}", soft_wrap=True)
 
-    found = run(jobs or tuple(JOBS), shape, steps, against is not None, tell)
+    found = run(jobs or tuple(JOBS), shape, steps, against is not None, print_job)
     if as_json:
         echo(json_text(found, indent=2))
     else:

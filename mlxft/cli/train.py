@@ -24,11 +24,11 @@ OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
     is_flag=False,
     flag_value="",
     metavar="[RUN]",
-    help="Go on from the newest checkpoint: of RUN, or of the recipe's run folder.",
+    help="Resume from the latest checkpoint in RUN (default: the recipe's run folder).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
 def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
-    """Train by RECIPE; KEY=VALUE beats what it says.
+    """Train a model as RECIPE describes. KEY=VALUE overrides a setting.
 
     \b
     Example: mlxft train configs/sft-lora.yaml optim.lr=2e-4
@@ -38,42 +38,49 @@ def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, o
     from mlxft.config import load_config
     from mlxft.run import train as run
 
-    of_run = path.name == "config.yaml" and resume is not None
-    config = load_config(path, overrides, of_run=of_run)
-    if of_run:  # a run folder may have been moved since
+    from_run = path.name == "config.yaml" and resume is not None
+    config = load_config(path, overrides, of_run=from_run)
+    if from_run:  # the run folder may have been moved since
         place = {"dir": path.resolve().parent.parent, "name": path.resolve().parent.name}
         config = config.model_copy(update={"run": config.run.model_copy(update=place)})
     run(config, resume=resume is not None, overwrite=overwrite)
 
 
 def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None) -> tuple[Path, tuple[str, ...]]:
-    """The file to read. `--resume` takes a run folder, a recipe, or nothing: then RECIPE is one of them."""
+    """Return the file to read and the overrides.
+
+    `--resume` takes a run folder, a recipe, or nothing; in the last case RECIPE is a run folder or a recipe.
+    """
     if resume and recipe is not None and "=" in str(recipe) and not recipe.exists():
         overrides, recipe = (str(recipe), *overrides), None
     if resume and recipe is not None and "=" in resume:
         overrides, resume = (resume, *overrides), ""
     given = [p for p in (recipe, Path(resume) if resume else None) if p is not None]
     if len(given) != 1:
-        raise click.UsageError("name one recipe, or --resume with one run folder")
+        raise click.UsageError("give one recipe, or --resume with one run folder")
     path = given[0]
     if resume is not None and path.is_dir():
         if not (path / "config.yaml").exists():
-            raise click.UsageError(f"{path} is no run folder: it has no config.yaml")
+            raise click.UsageError(f"{path} is not a run folder: it has no config.yaml")
         return path / "config.yaml", overrides
     if path.is_dir():
-        raise click.UsageError(f"{path} is a folder; name a recipe, or use --resume {path}")
+        raise click.UsageError(f"{path} is a folder; give a recipe, or use --resume {path}")
     return path, overrides
 
 
 @click.command()
 @click.argument("recipe", type=PathArg())
 @OVERRIDES
-@click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Rows to show.")
-@click.option("--time", is_flag=True, help="Load the weights and time a few steps: how long training will take.")
+@click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Number of rows to show.")
 @click.option(
-    "--device", type=click.Choice(["metal", "cuda", "cpu"]), help="What memory is planned for; default: this machine's."
+    "--time", is_flag=True, help="Load the weights and time a few steps, to estimate how long training takes."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print counts, plan and rows as JSON.")
+@click.option(
+    "--device",
+    type=click.Choice(["metal", "cuda", "cpu"]),
+    help="Device that the memory plan is for (default: this machine's).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the counts, the memory plan and the rows as JSON.")
 def check(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -82,9 +89,9 @@ def check(
     device: Literal["metal", "cuda", "cpu"] | None,
     as_json: bool,
 ) -> None:
-    """Validate RECIPE and its data; show what would be trained and the memory it takes. Nothing is written.
+    """Validate RECIPE and its data, and show what would be trained and how much memory it takes.
 
-    Without --time no weights are loaded.
+    Nothing is written. Without --time no weights are loaded.
 
     \b
     Example: mlxft check configs/sft-lora.yaml data.train=my.jsonl
@@ -92,7 +99,7 @@ def check(
              mlxft check configs/sft-lora.yaml --device metal
     """
     if time and device:
-        raise click.UsageError("--time is of this machine: give --device or --time, not both")
+        raise click.UsageError("--time measures this machine: give --device or --time, not both")
     from mlxft.check import check as run
     from mlxft.config import load_config
 
@@ -106,11 +113,15 @@ def check(
 @click.command()
 @click.argument("recipe", type=PathArg())
 @OVERRIDES
-@click.option("--trials", type=click.IntRange(1, 10**6), help="Trials in all, those of earlier calls included.")
-@click.option("--time", "limit", metavar="TIME", help="Longest time of this call, e.g. 2h, 30m, 1h30m.")
-@click.option("--name", help="Folder below run.dir; default: the run's name.")
-@click.option("--overwrite", is_flag=True, help="Begin anew: the trials there are get lost.")
-@click.option("--json", "as_json", is_flag=True, help="Print trials, best and importance as JSON.")
+@click.option(
+    "--trials", type=click.IntRange(1, 10**6), help="Total number of trials, including those of earlier calls."
+)
+@click.option("--time", "limit", metavar="TIME", help="Time limit of this call, e.g. 2h, 30m, 1h30m.")
+@click.option("--name", help="Folder of the sweep, below run.dir (default: the run's name).")
+@click.option("--overwrite", is_flag=True, help="Start over and delete the existing trials.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the trials, the best one and the importance of each setting as JSON."
+)
 def sweep(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -120,20 +131,20 @@ def sweep(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Find better settings for RECIPE: train it with others, and stop early what falls behind.
+    """Search for better settings for RECIPE: train it with different ones, and stop the worse trials early.
 
-    What is varied stands in the recipe, beside what `mlxft train` takes:
+    The recipe names the settings to vary in its sweep section:
 
     \b
       sweep:
         space:
           optim.lr: {log: [1.0e-5, 1.0e-2]}    # also float, int, log_int: [low, high]
           tune.rank: {choice: [4, 8, 16, 32]}
-        metric: loss        # of validation; others need direction: minimize or maximize
+        metric: loss        # a validation metric; others need direction: minimize or maximize
         sampler: tpe        # or random, grid
         pruner: halving     # or median, none
 
-    A sweep that was killed or interrupted goes on with the same command. The best is written as best.yaml.
+    The same command resumes a sweep that was killed or interrupted. The best settings are written to best.yaml.
 
     \b
     Example: mlxft sweep configs/sweep.yaml --trials 12
@@ -152,12 +163,12 @@ def sweep(
 @click.command("lr-find")
 @click.argument("recipe", type=PathArg())
 @OVERRIDES
-@click.option("--min", "low", default=1e-7, show_default=True, help="First rate.")
-@click.option("--max", "high", default=1.0, show_default=True, help="Last rate.")
-@click.option("--steps", default=100, show_default=True, help="Steps from the first rate to the last.")
-@click.option("--plot", type=PathArg(), help="Draw the loss over the rate: .png, .svg or .pdf.")
-@click.option("--overwrite", is_flag=True, help="Replace the picture if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print rates, losses and suggestion as JSON.")
+@click.option("--min", "low", default=1e-7, show_default=True, help="First learning rate.")
+@click.option("--max", "high", default=1.0, show_default=True, help="Last learning rate.")
+@click.option("--steps", default=100, show_default=True, help="Number of steps from the first rate to the last.")
+@click.option("--plot", type=PathArg(), help="Plot the loss against the rate into this file: .png, .svg or .pdf.")
+@click.option("--overwrite", is_flag=True, help="Replace the plot if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rates, the losses and the suggestion as JSON.")
 def lr_find(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -168,10 +179,10 @@ def lr_find(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Suggest a learning rate for RECIPE: train at a rising one, and see where the loss falls (Smith 2015).
+    """Suggest a learning rate for RECIPE: train at a rising rate, and see where the loss falls (Smith 2015).
 
     The suggestion is a tenth of the rate at which the smoothed loss was lowest, before it first rose by a quarter of
-    its whole fall. The test ends where the loss runs away, and leaves no run behind.
+    its whole fall. The test ends when the loss diverges, and leaves no run folder behind.
 
     \b
     Example: mlxft lr-find configs/sft-lora.yaml --plot lr.png
@@ -192,7 +203,7 @@ def lr_find(
     for line in found.lines():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if plot is not None:
-        echo(f"picture: {plot}")
+        echo(f"plot: {plot}")
 
 
 # --- schema -----------------------------------------------------------------------------------------------------------
@@ -201,18 +212,18 @@ def lr_find(
 
 @click.command()
 def schema() -> None:
-    """Print the JSON schema of recipes: editors that read it complete and check YAML as it is typed.
+    """Print the JSON schema of recipes, with which editors complete and check YAML as it is typed.
 
     \b
     Example: mlxft schema > recipe.schema.json
 
-    VS Code (with its YAML extension), Neovim, Helix and others that use yaml-language-server then need one line at the
-    top of a recipe:
+    VS Code (with its YAML extension), Neovim, Helix and other editors that use yaml-language-server then need one line
+    at the top of a recipe:
 
     \b
         # yaml-language-server: $schema=recipe.schema.json
 
-    The shell completes commands, options and names of runs after one of:
+    The shell completes commands, options and the names of runs after one of these lines:
 
     \b
         eval "$(_MLXFT_COMPLETE=bash_source mlxft)"            # in ~/.bashrc
@@ -234,11 +245,11 @@ def schema() -> None:
     default="demo-run",
     show_default=True,
     type=PathArg(),
-    help="Where the run and the fused model go; what an earlier demo left there is replaced.",
+    help="Folder for the run and the fused model; what an earlier demo left there is replaced.",
 )
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def demo(folder: Path, overrides: tuple[str, ...]) -> None:
-    """Teach SmolLM2-135M ten facts that it can not know, fuse, and let the fused model answer.
+    """Teach SmolLM2-135M ten facts that it cannot know, fuse the adapter, and ask the fused model about them.
 
     Example: mlxft demo
     """
@@ -254,12 +265,14 @@ def demo(folder: Path, overrides: tuple[str, ...]) -> None:
     default="rlhf-run",
     show_default=True,
     type=PathArg(),
-    help="Where the runs and the fused model go; what an earlier walk left there is replaced.",
+    help="Folder for the runs and the fused model; what an earlier rlhf left there is replaced.",
 )
-@click.option("--reviews", help="File of rows with `review` and `label` (great or other); default: some built-in ones.")
+@click.option("--reviews", help="File of rows with `review` and `label` (great or other); default: built-in rows.")
 @click.argument("overrides", nargs=-1, metavar="[RUN:KEY=VALUE]...")
 def rlhf(folder: Path, reviews: str | None, overrides: tuple[str, ...]) -> None:
-    """Walk the whole road on SmolLM2-135M: SFT, a reward model from pairs of reviews, PPO, fuse, before and after.
+    """Run RLHF from start to end on SmolLM2-135M: SFT, a reward model from pairs of reviews, PPO and fuse.
+
+    At the end completions from before and after PPO are shown side by side.
 
     Example: mlxft rlhf ppo:run.steps=40
     """

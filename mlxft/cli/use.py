@@ -18,7 +18,7 @@ from mlxft.text import echo, echo_completion, json_text, make_console
 
 
 class Text(click.ParamType[str]):
-    """A text for a model. What is not UTF-8 on a command line comes as halves of characters."""
+    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
 
     name = "text"
 
@@ -34,30 +34,63 @@ class Text(click.ParamType[str]):
             self.fail(str(half_character(text)), param, ctx)
 
 
-def _utf8(said: bytes) -> str:
+def _utf8(data: bytes) -> str:
     try:
-        return said.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{said[e.start]:02x})") from e
+        raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{data[e.start]:02x})") from e
 
 
 def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Options of commands that sample; `temperature` is what it is if it is not given."""
+    """Add the options of a command that samples; `temperature` is the default of --temperature."""
     options = [
-        click.option("--model", required=True, help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m."),
-        click.option("--adapter", help="Adapter folder or run to put on the model."),
+        click.option(
+            "--model", required=True, help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m."
+        ),
+        click.option("--adapter", help="Adapter folder or run to apply to the model."),
         click.option("--system", type=Text(), help="System prompt."),
-        click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1, 10**6)),
         click.option(
-            "--temperature", default=temperature, show_default=True, type=click.FloatRange(0), help="0: most likely."
+            "--max-tokens",
+            default=512,
+            show_default=True,
+            type=click.IntRange(1, 10**6),
+            help="Maximum length of a completion in tokens.",
         ),
-        click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-        click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: off."),
-        click.option("--min-p", default=0.0, show_default=True, type=click.FloatRange(0, 1)),
         click.option(
-            "--stop", multiple=True, type=Text(), help="Ends an answer, and is not shown; can be given several times."
+            "--temperature",
+            default=temperature,
+            show_default=True,
+            type=click.FloatRange(0),
+            help="Sampling temperature; 0 always takes the most likely token.",
         ),
-        click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="The same seed gives the same text."),
+        click.option(
+            "--top-p",
+            default=1.0,
+            show_default=True,
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Sample from the most likely tokens that together have this probability.",
+        ),
+        click.option(
+            "--top-k",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Sample from this many most likely tokens; 0 means all.",
+        ),
+        click.option(
+            "--min-p",
+            default=0.0,
+            show_default=True,
+            type=click.FloatRange(0, 1),
+            help="Drop tokens with less than this share of the most likely token's probability.",
+        ),
+        click.option(
+            "--stop",
+            multiple=True,
+            type=Text(),
+            help="Text that ends a completion and is not shown; can be given several times.",
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for sampling."),
         TRUST,
     ]
 
@@ -71,10 +104,10 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 
 @click.command()
 @click.argument("prompt", type=Text(), required=False)
-@click.option("--batch", metavar="FILE", help="Answer the prompts of a file instead; a line of JSON each.")
-@click.option("--out", type=PathArg(dir_okay=False), help="With --batch: write the lines there.")
+@click.option("--batch", metavar="FILE", help="Complete the prompts of a file instead; write one JSON line for each.")
+@click.option("--out", type=PathArg(dir_okay=False), help="With --batch: file to write the lines to.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
-@click.option("--samples", type=click.IntRange(1, 10_000), help="With --batch: answers a prompt.  [default: 1]")
+@click.option("--samples", type=click.IntRange(1, 10_000), help="With --batch: completions per prompt.  [default: 1]")
 @sampling(temperature=0.0)
 def generate(
     prompt: str | None,
@@ -88,7 +121,9 @@ def generate(
     seed: int | None,
     **options: Any,
 ) -> None:
-    """Answer PROMPT (or standard input), as the text comes; or the prompts of a file, in batches.
+    """Generate a completion for PROMPT (or standard input) and print it as it is sampled.
+
+    With --batch, complete the prompts of a file instead, many at once.
 
     \b
     Example: mlxft generate --model runs/quickstart "How many days of leave are there?"
@@ -105,7 +140,7 @@ def generate(
         raise click.UsageError("--out and --samples go with --batch")
     elif prompt is None:
         if sys.stdin.isatty():
-            raise click.UsageError("give a PROMPT, pipe one in, or name a file of them with --batch")
+            raise click.UsageError("give a PROMPT, pipe one in, or give a file of prompts with --batch")
         prompt = _utf8(sys.stdin.buffer.read())
     if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
@@ -127,19 +162,21 @@ def generate(
 
 
 def _refuse(prompt: str | None, batch: str, out: Path | None, samples: int | None, temperature: float) -> None:
-    """What does not go with --batch."""
+    """Raise a UsageError for what cannot be combined with --batch."""
     if prompt is not None:
         raise click.UsageError("give a PROMPT or --batch, not both")
     if out is not None and os.path.exists(out) and Path(batch).exists() and out.samefile(batch):
         raise click.UsageError("--out is the file of prompts; choose another")
     if (samples or 1) > 1 and temperature == 0:
-        raise click.UsageError(f"--samples {samples} at temperature 0 would be {samples} times the same; raise it")
+        raise click.UsageError(
+            f"--samples {samples} at temperature 0 would give {samples} equal completions; raise --temperature"
+        )
 
 
 @click.command()
 @sampling(temperature=0.0)
 def chat(model: str, adapter: str | None, system: str | None, seed: int | None, **options: Any) -> None:
-    """Talk with a model; an empty line or Ctrl-D ends it.
+    """Chat with a model; an empty line or Ctrl-D ends the chat.
 
     Example: mlxft chat --model runs/quickstart
     """
@@ -151,14 +188,14 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
-            said = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
+            line = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
         except click.Abort:
             echo()
             return
-        if not said.strip():
+        if not line.strip():
             return
-        said = _utf8(said.encode("utf-8", "surrogateescape"))
-        messages.append({"role": "user", "content": said})
+        line = _utf8(line.encode("utf-8", "surrogateescape"))
+        messages.append({"role": "user", "content": line})
         pieces = []
         for piece in stream(loaded.model, loaded.tokenizer, messages, how, seed=seed):
             pieces.append(piece)
@@ -173,14 +210,21 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
 
 @click.command()
 @click.argument("prompts")
-@click.option("--n", default=8, show_default=True, type=click.IntRange(1, 10_000), help="Answers a prompt.")
+@click.option("--n", default=8, show_default=True, type=click.IntRange(1, 10_000), help="Completions per prompt.")
 @click.option(
-    "--keep", default="best", show_default=True, help="best: one a prompt; all; above:X: those that score above X."
+    "--keep",
+    default="best",
+    show_default=True,
+    help="Which completions to keep: best (one per prompt), all, or above:X (those that score above X).",
 )
-@click.option("--reward", metavar="RUN", help="Score by a reward run.")
-@click.option("--function", metavar="FILE.py:NAME", help="Score by a function, as rewards.function in a recipe.")
-@click.option("--cut-off", is_flag=True, help="Keep answers cut off at --max-tokens too, which SFT takes for whole.")
-@click.option("--out", required=True, type=PathArg(dir_okay=False), help="Rows for SFT.")
+@click.option("--reward", metavar="RUN", help="Run of a reward model that scores the completions.")
+@click.option(
+    "--function", metavar="FILE.py:NAME", help="Function that scores the completions, as rewards.function in a recipe."
+)
+@click.option(
+    "--cut-off", is_flag=True, help="Also keep completions cut off at --max-tokens, which SFT would treat as complete."
+)
+@click.option("--out", required=True, type=PathArg(dir_okay=False), help="File to write the rows for SFT to.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @sampling(temperature=1.0)
@@ -200,18 +244,18 @@ def sample(
     seed: int | None,
     **options: Any,
 ) -> None:
-    """Sample answers to the PROMPTS of a file, score them, and write the good ones to train on.
+    """Sample completions for the prompts in the file PROMPTS, score them, and write the best as rows for SFT.
 
-    OUT is of data.format: prompt-completion, each row with its score.
+    OUT is read with data.format: prompt-completion; each row also holds its score.
 
     \b
     Example: mlxft sample prompts.jsonl --model runs/sft --reward runs/reward-lora --out best.jsonl
              mlxft sample prompts.jsonl --model runs/sft --function rewards.py:score --keep above:0.5 --out good.jsonl
     """
     if (reward is None) == (function is None):
-        raise click.UsageError("give --reward or --function, one of them: by it answers are scored")
+        raise click.UsageError("give either --reward or --function, which scores the completions")
     if n > 1 and options["temperature"] == 0:
-        raise click.UsageError(f"--n {n} at temperature 0 would be {n} times the same; raise it")
+        raise click.UsageError(f"--n {n} at temperature 0 would give {n} equal completions; raise --temperature")
     if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
     from mlxft.files import check_file
@@ -238,13 +282,20 @@ def sample(
 @click.command()
 @click.argument("run")
 @click.argument("file")
-@click.option("--tokens", default=4096, show_default=True, type=click.IntRange(1), help="Of a batch, with padding.")
+@click.option(
+    "--tokens",
+    default=4096,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of tokens in a batch, padding included.",
+)
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a row, and a last one with the summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row, then one with the summary.")
 def score(run: str, file: str, tokens: int, as_json: bool) -> None:
-    """Score the answers in FILE with the reward model of RUN.
+    """Score the completions in FILE with the reward model of RUN.
 
-    A row is messages, or prompt and completion: one score; chosen and rejected: both; prompt and answers: a ranking.
+    A row with messages, or prompt and completion, gets one score; one with chosen and rejected gets two; one with
+    prompt and answers gets a ranking.
 
     Example: mlxft score runs/reward-lora test.jsonl
     """
@@ -271,51 +322,72 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 @click.command()
 @click.argument("model")
 @click.argument("file", required=False)
-@click.option("--adapter", help="Adapter folder or run to put on the model.")
+@click.option("--adapter", help="Adapter folder or run to apply to the model.")
 @click.option(
-    "--format", "format_", help="How rows are read, as data.format; default: the run's, or what they look like."
+    "--format",
+    "format_",
+    help="Format of the rows, as in data.format (default: the run's, else the one that the rows fit).",
 )
 @click.option(
     "--task",
     "tasks",
     multiple=True,
     metavar="TASK",
-    help="loss (default), choice, exact_match, contains, number, f1, json, file.py:function, reward:RUN, or a file of "
-    "YAML; can be given several times.",
+    help="What to measure: loss (default), choice, exact_match, contains, number, f1, json, file.py:function, "
+    "reward:RUN, or a YAML file; can be given several times.",
 )
 @click.option(
     "--template",
     type=click.Choice(["auto", "none"]),
-    help="none: prompts as plain text, as lm-eval asks; default: the task's, the run's, else auto, the chat template.",
+    help="auto applies the chat template; none gives prompts as plain text, as lm-eval does (default: the task's, else "
+    "the run's, else auto).",
 )
 @click.option(
     "--thoughts",
     type=click.Choice(["drop", "keep"]),
-    help="drop: judge written answers without the thoughts before them; keep: whole; default: the task's, else drop.",
+    help="drop removes a completion's thoughts before scoring; keep scores all of it (default: the task's, else drop).",
 )
-@click.option("--shots", default=0, show_default=True, type=click.IntRange(0), help="Solved rows shown before each.")
-@click.option("--shots-from", metavar="FILE", help="Where these are taken from.")
-@click.option("--against", metavar="MODEL", help="base, or another run or model: the paired difference.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first rows (of lm-eval: of each task).")
-@click.option("--max-length", type=click.IntRange(2), help="Most tokens of a row; default: the model's context.")
+@click.option(
+    "--shots", default=0, show_default=True, type=click.IntRange(0), help="Number of solved rows in each prompt."
+)
+@click.option("--shots-from", metavar="FILE", help="File that the solved rows are taken from.")
+@click.option(
+    "--against", metavar="MODEL", help="Model to compare with, by paired difference: base, or another run or model."
+)
+@click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows (with --tasks: of each task).")
+@click.option(
+    "--max-length", type=click.IntRange(2), help="Maximum length of a row in tokens (default: the model's context)."
+)
 @click.option(
     "--overflow",
     default="error",
     show_default=True,
     type=click.Choice(["error", "drop", "truncate", "split"]),
-    help="What becomes of longer rows; truncate and split (texts) only for a loss.",
+    help="What to do with longer rows; truncate and split (format text) work only for the loss.",
 )
-@click.option("--tokens", default=2048, show_default=True, type=click.IntRange(1), help="Of a batch, with padding.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of shots, sampling and resamples.")
+@click.option(
+    "--tokens",
+    default=2048,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of tokens in a batch, padding included.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seed for few-shot rows, sampling and bootstrap.",
+)
 @click.option(
     "--out",
     type=PathArg(file_okay=False),
-    help="Folder for predictions.jsonl and results.json; default: of a run, its eval/FILE.",
+    help="Folder for predictions.jsonl and results.json (default: eval/FILE in the run folder).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what an evaluation left in the folder of --out.")
-@click.option("--tasks", "harness", metavar="NAMES", help="Tasks of lm-eval instead of FILE, with commas between.")
-@click.option("--include-path", metavar="DIR", help="With --tasks: where lm-eval finds more task files.")
-@click.option("--chat", is_flag=True, help="With --tasks: questions go through the chat template.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier evaluation in the folder of --out.")
+@click.option("--tasks", "harness", metavar="NAMES", help="lm-eval tasks to run instead of FILE, separated by commas.")
+@click.option("--include-path", metavar="DIR", help="With --tasks: folder with more lm-eval task files.")
+@click.option("--chat", is_flag=True, help="With --tasks: apply the chat template.")
 @TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def eval(
@@ -331,10 +403,10 @@ def eval(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """How good MODEL (a run, adapter, fused or any other model) is on FILE: loss and perplexity, or a task.
+    """Evaluate MODEL (a run, adapter, fused or any other model) on FILE: loss and perplexity, or a task.
 
-    Each figure comes with its standard error. A task with choices goes by log-likelihood, the others by what the model
-    writes; configs/eval-reviews.yaml shows a task in YAML.
+    Each figure comes with its standard error. A task with choices compares log-likelihoods; the other tasks score the
+    model's completions. configs/eval-reviews.yaml is an example of a task in YAML.
 
     \b
     Example: mlxft eval runs/quickstart mlxft/demo/valid.jsonl --against base
@@ -346,7 +418,7 @@ def eval(
         _by_harness(model, adapter, harness, include_path, options, as_json)
         return
     if file is None:
-        raise click.UsageError("give a FILE, or tasks of lm-eval with --tasks")
+        raise click.UsageError("give a FILE, or lm-eval tasks with --tasks")
     if include_path is not None or options.pop("chat"):
         raise click.UsageError("--include-path and --chat go with --tasks")
     if bool(options["shots"]) != (options["shots_from"] is not None):
@@ -361,7 +433,7 @@ def eval(
     asking = Asking(tasks or ("loss",), **options)
     found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=make_console(stderr=True))
     folder = out or default_out(adapter or model, file, found)
-    # First on the screen: a disk that is full takes nothing away from what was found.
+    # Print before writing, so that a full disk does not lose the results.
     if as_json:
         echo(json_text(found.to_json()))
     else:
@@ -375,7 +447,7 @@ def eval(
 def _refuse_beside_tasks(
     file: str | None, out: Path | None, against: str | None, tasks: tuple[str, ...], options: dict[str, Any]
 ) -> None:
-    """What lm-eval's tasks have no use for."""
+    """Raise a UsageError for options that lm-eval's tasks do not use."""
     given = {
         "FILE": file,
         "--task": tasks,
@@ -386,8 +458,8 @@ def _refuse_beside_tasks(
         "--out": out,
         "--overflow": options["overflow"] != "error",
     }
-    if idle := [name for name, value in given.items() if value]:
-        raise click.UsageError(f"{', '.join(idle)}: not with --tasks, which are lm-eval's and bring their own rows")
+    if unused := [name for name, value in given.items() if value]:
+        raise click.UsageError(f"{', '.join(unused)}: not with --tasks: lm-eval's tasks bring their own rows")
 
 
 def _by_harness(
@@ -417,18 +489,28 @@ def _by_harness(
 
 @click.command()
 @click.argument("files", nargs=-1, metavar="[PROMPTS]")
-@click.option("--recipe", type=PathArg(), help="File with these settings; options beat it.")
-@click.option("--model", help="Run, adapter or fused folder, hub id, .gguf or smollm2-135m that answers.")
-@click.option("--adapter", help="Adapter folder or run to put on the model.")
-@click.option("--against", help="Another model or run: one answer from each, and the win rate at the end.")
-@click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Answers a prompt.")
-@click.option("--out", type=PathArg(), help="Judgements, a line each; gone on with if it exists.")
-@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(1, 10**6))
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the answers and their order.")
-@click.option("--agreement", is_flag=True, help="Compare two labellers' files instead: Cohen's kappa.")
+@click.option("--recipe", type=PathArg(), help="YAML file with these settings; options override it.")
+@click.option("--model", help="Model that is sampled: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.")
+@click.option("--adapter", help="Adapter folder or run to apply to the model.")
+@click.option(
+    "--against", help="Another model or run: one completion from each is judged, and the win rate is printed."
+)
+@click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Completions per prompt.")
+@click.option("--out", type=PathArg(), help="File of judgements, one per line; an existing file is continued.")
+@click.option(
+    "--max-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1, 10**6),
+    help="Maximum length of a completion in tokens.",
+)
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0), help="Sampling temperature.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed for the completions and their order."
+)
+@click.option("--agreement", is_flag=True, help="Compare the files of two labellers instead: Cohen's kappa.")
 @TRUST
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the counts and the win rate as JSON.")
 @click.pass_context
 def label(
     context: click.Context,
@@ -439,9 +521,10 @@ def label(
     as_json: bool,
     **source: Any,
 ) -> None:
-    """Judge answers to the PROMPTS of a file by hand, blind; OUT is then a file of data.format: preference.
+    """Judge completions of the prompts in the file PROMPTS by hand, without seeing which model wrote them.
 
-    Rows are {"prompt": ...}; those with "answers", or "chosen" and "rejected", are judged as they are, without a model.
+    OUT is then read with data.format: preference. A row is {"prompt": ...}; a row that also has "answers", or "chosen"
+    and "rejected", is judged as it is, without a model.
 
     \b
     Example: mlxft label prompts.jsonl --model runs/sft --out pairs.jsonl
@@ -462,7 +545,7 @@ def label(
         files, source = _with_recipe(recipe, files, source, given)
     if source["model"] is None and (unused := sorted(given & {"n", "max_tokens", "temperature"})):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-        raise click.UsageError(f"{names}: without --model no answers are sampled; name one, or leave it out")
+        raise click.UsageError(f"{names}: without --model nothing is sampled; give --model, or leave this out")
     out = source.pop("out")
     if len(files) != 1 or out is None:
         raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
@@ -486,7 +569,7 @@ def label(
 def _with_recipe(
     recipe: Path, files: tuple[str, ...], source: dict[str, Any], given: set[str]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """What the command line gives, and for the rest what the recipe does."""
+    """Return the files and settings of the command line, completed by those of the recipe."""
     from mlxft.study.label import read_label_recipe
 
     settings = read_label_recipe(recipe)
@@ -501,32 +584,45 @@ def _with_recipe(
 @click.command()
 @click.argument("recipe", type=PathArg())
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--test", required=True, metavar="FILE", help="The rows that are evaluated; never trained on or shown.")
-@click.option("--k", "ks", metavar="K,K,...", help="Numbers of examples for every method; default 0,1,4,16.")
-@click.option("--in-context", metavar="K,K,...", help="Those shown in the prompt, where they differ from --k.")
-@click.option("--tuned", metavar="K,K,...", help="Those trained on, of each label; all is every row.")
-@click.option("--both", metavar="K,K,...", help="Those trained on and shown.")
 @click.option(
-    "--seeds", default=3, show_default=True, type=click.IntRange(1, 1000), help="Draws of examples; all: once."
+    "--test",
+    required=True,
+    metavar="FILE",
+    help="File of the rows to evaluate; they are never trained on or shown in a prompt.",
 )
-@click.option("--task", metavar="TASK", help="As for mlxft eval; default: as the recipe's rows ask and answer.")
+@click.option("--k", "ks", metavar="K,K,...", help="Numbers of examples, for every method (default: 0,1,4,16).")
+@click.option("--in-context", metavar="K,K,...", help="Numbers of examples in the prompt, where they differ from --k.")
+@click.option(
+    "--tuned", metavar="K,K,...", help="Numbers of examples per label that are trained on; all means every row."
+)
+@click.option("--both", metavar="K,K,...", help="Numbers of examples that are trained on and also shown in the prompt.")
+@click.option(
+    "--seeds",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Number of random draws of the examples; all is run once.",
+)
+@click.option("--task", metavar="TASK", help="Task, as in mlxft eval (default: one that fits the recipe's rows).")
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows.")
 @click.option(
     "--least-steps",
     default=30,
     show_default=True,
     type=click.IntRange(1),
-    help="Of training, where the recipe's epochs over few rows give less.",
+    help="Minimum number of training steps, where the recipe's epochs over few rows give fewer.",
 )
 @click.option(
     "--overflow",
     type=click.Choice(["error", "drop"]),
     default="error",
     show_default=True,
-    help="What becomes of rows that do not fit the context behind their examples; drop counts them.",
+    help="What to do with rows that do not fit the context together with their examples; drop counts them.",
 )
-@click.option("--out", type=PathArg(file_okay=False), help="Default: the run's folder and -fewshot.")
-@click.option("--overwrite", is_flag=True, help="Replace another study in that folder.")
+@click.option(
+    "--out", type=PathArg(file_okay=False), help="Folder of the study (default: the run folder's name with -fewshot)."
+)
+@click.option("--overwrite", is_flag=True, help="Replace another study in this folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def fewshot(
     recipe: Path,
@@ -545,10 +641,10 @@ def fewshot(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """What a few examples bring: shown in the prompt, trained on by RECIPE, and both, next to none.
+    """Measure what a few examples bring: shown in the prompt, trained on as RECIPE describes, or both.
 
-    Without --k, only the methods that are given are run, beside zero-shot. Started again, it goes on where it was
-    stopped.
+    Every method is compared with zero-shot. Without --k, only the methods that are given are run. The same command
+    resumes a study that was stopped.
 
     \b
     Example: mlxft fewshot configs/fewshot-reviews.yaml --k 0,1,4,16,all --test test.jsonl
@@ -561,9 +657,9 @@ def fewshot(
     numbers = read_ks(ks, given)
     plan = Plan(test, *numbers, seeds, limit, task, least_steps, overflow)
     study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=make_console(stderr=True))
-    said = draw(study)
+    message = draw(study)
     if as_json:
         echo(json_text(study.to_json()))
         return
     show(make_console(), study)
-    echo(said)
+    echo(message)

@@ -1,1 +1,1 @@
-"""How any objective is trained: the loop, its gradients, the optimiser, checkpoints and reports."""
+"""Train any objective: the loop, its gradients, the optimiser, checkpoints and reports."""

@@ -1,10 +1,10 @@
-"""Checkpoints that resume exactly: checkpoints/step-N/, whole or not there.
+"""Save and load checkpoints that resume exactly. A folder checkpoints/step-N/ is complete or does not exist.
 
 weights.safetensors      trained parameters
-optimizer.safetensors    its state and master weights
-objective.safetensors    a rollout that is in use, where there is one
-state.json               step, data position, counters, best so far, random state
-digests.json             a hash of each of these
+optimizer.safetensors    state of the optimiser, and master weights
+objective.safetensors    the current rollout, if there is one
+state.json               step, data position, counters, best validation so far, random state
+digests.json             a hash of each of these files
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PARTS = ("weights.safetensors", "optimizer.safetensors", "state.json")  # in eve
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds."""
+    """Content of a checkpoint."""
 
     weights: dict[str, mx.array]
     optimizer: dict[str, mx.array]
@@ -51,12 +51,12 @@ class Snapshot:
 
 
 def save(folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[str], None] = lambda _: None) -> Path:
-    """Write checkpoints/step-N and drop all but the newest `keep`; what mlxft did not write there stays.
+    """Write checkpoints/step-N, and remove all but the newest `keep`; files that mlxft did not write stay.
 
     Args:
-        say: hears what stays.
+        say: called with a message about what stays.
     Raises:
-        CheckpointError: it can not be written; the older ones stay.
+        CheckpointError: the checkpoint cannot be written; the older ones stay.
     """
     final = folder / f"step-{step}"
     beside = temporary(final)
@@ -77,20 +77,20 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[
             (beside / DIGESTS).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
             for file in beside.iterdir():
                 flush(file)
-            _drop(final, say)  # only there when a damaged one is being replaced
+            _drop(final, say)  # it only exists if it is damaged and being replaced
             if os.path.lexists(final):
                 aside = next(
                     p for n in itertools.count(1) if not os.path.lexists(p := folder / f"{final.name}.kept-{n}")
                 )
                 final.rename(aside)
-                say(f"{final} was in the way of a checkpoint, and is {aside.name} now")
+                say(f"{final} was in the way of a checkpoint, and is now {aside.name}")
             beside.rename(final)
             flush(folder)
     finally:
         discard(beside)
     found = [p for p in checkpoints(folder) if p.is_dir() and not p.is_symlink()]
     now = found.index(final)
-    # Those of later steps are damaged ones that a resume has passed over: they must not count as the newest.
+    # Checkpoints of later steps are damaged ones that a resume skipped: they must not count as the newest.
     for unwanted in found[: max(0, now + 1 - keep)] + found[now + 1 :]:
         _drop(unwanted, say)
     return final
@@ -98,19 +98,19 @@ def save(folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[
 
 def _drop(path: Path, say: Callable[[str], None]) -> None:
     others: list[str] = []
-    with suppress(OSError):  # what can not be removed is no reason to end a training
+    with suppress(OSError):  # a checkpoint that cannot be removed is no reason to end training
         others = remove_files(path, CHECKPOINT) if path.is_dir() and not path.is_symlink() else []
     if others:
-        say(f"{path}: the checkpoint is removed, and what mlxft did not write there stays: {', '.join(others)}")
+        say(f"{path}: the checkpoint is removed, but files that mlxft did not write stay: {', '.join(others)}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first; one in which only the user's files are left is none."""
+    """Return the checkpoint folders, oldest first, without those in which only the user's files are left."""
     found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()] if folder.is_dir() else []
-    return sorted((p for p in found if not _is_left(p)), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in found if not _has_only_other_files(p)), key=lambda p: int(p.name[5:]))
 
 
-def _is_left(path: Path) -> bool:
+def _has_only_other_files(path: Path) -> bool:
     with suppress(OSError):
         names = os.listdir(path)
         return bool(names) and set(names).isdisjoint(CHECKPOINT)
@@ -118,7 +118,7 @@ def _is_left(path: Path) -> bool:
 
 
 def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
-    """The newest whole checkpoint; None where there is none. `say` hears of each that is damaged.
+    """Load the newest complete checkpoint; None if there is none. `say` is called about each damaged one.
 
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
@@ -130,9 +130,9 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
             return load(path)
         except CheckpointError as e:
             older = path != found[0]
-            say(f"{e}; {'using the one before it' if older else 'there is none before it'}")
+            say(f"{e}; {'using the one before it' if older else 'there is no older one'}")
     if found:
-        raise CheckpointError(f"{folder}: no checkpoint is whole; start again with {switch('overwrite')}")
+        raise CheckpointError(f"{folder}: all checkpoints are damaged; start over with {switch('overwrite')}")
     return None
 
 
@@ -140,7 +140,7 @@ def load(path: Path) -> Snapshot:
     """Read one checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed, or something else stands in its place.
+        CheckpointError: a file is missing, cut short, changed or not a plain file.
     """
     own = "objective.safetensors"
     try:
@@ -150,7 +150,9 @@ def load(path: Path) -> Snapshot:
             _check_file(path / name)
         state, files = (parse_json((path / name).read_text(encoding="utf-8")) for name in ("state.json", DIGESTS))
         if state.get("format") != FORMAT:
-            raise CheckpointError(f"checkpoint {path.name} has format {state.get('format')}, this mlxft reads {FORMAT}")
+            raise CheckpointError(
+                f"checkpoint {path.name} has format {state.get('format')}; this version of mlxft reads {FORMAT}"
+            )
         for name in {*PARTS, *files}:
             _check_file(path / name)
             if digest(path / name) != files[name]:
@@ -160,13 +162,13 @@ def load(path: Path) -> Snapshot:
     except CheckpointError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        said = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
-        raise CheckpointError(f"checkpoint {path.name} is damaged: {said}") from e
+        reason = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else str(e)
+        raise CheckpointError(f"checkpoint {path.name} is damaged: {reason}") from e
     weights, optimizer, objective = held
     return Snapshot(weights, optimizer, state, objective)
 
 
 def _check_file(file: Path) -> None:
-    """CheckpointError for what is not a plain file: a link may lead anywhere, and a pipe never ends."""
+    """Raise a CheckpointError for anything but a plain file: a link may lead anywhere, and a pipe never ends."""
     if file.is_symlink() or (file.exists() and not file.is_file()):
         raise CheckpointError(f"checkpoint {file.parent.name} is damaged: {file.name} is not a file")

@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule, clipping, and float32 master weights."""
+"""Update parameters: optimisers, learning-rate schedules, clipping, and float32 master weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mlxft.model.heads import CRITIC
 from mlxft.model.layers import LINEAR, SWITCH, LowRank
 
 Arrays = dict[str, mx.array]
-REST = ""  # the part of what no other part names
-LARGE = 1 << 20  # numbers; from here on a parameter is updated by itself
+REST = ""  # the part of all parameters that no other part names
+LARGE = 1 << 20  # a parameter with at least this many numbers is updated alone
 
 
 def learning_rate(settings: Optim, step: int, total: int) -> float:
-    """Rate of update `step` (from 0) of `total`: linear warm-up to lr, then constant, linear or cosine to min_lr.
+    """Return the learning rate of `step` (from 0) of `total`: linear warm-up to lr, then the schedule down to min_lr.
 
-    The first warm-up step has lr / warm-up steps, not 0, so that no step is lost.
+    The first warm-up step has lr / warm-up steps, not 0, so that no step is wasted.
     """
     warmup = int(settings.warmup) if settings.warmup >= 1 else math.ceil(settings.warmup * total)
     if step < warmup:
@@ -39,15 +39,15 @@ def learning_rate(settings: Optim, step: int, total: int) -> float:
 
 
 class Muon(opt.AdamW):
-    """Muon for hidden matrices (Jordan et al. 2024), AdamW for all else.
+    """Muon for hidden matrices (Jordan et al. 2024), AdamW for all other parameters.
 
-    A matrix's momentum is orthogonalised, and scaled so that the update of every shape has the root mean square that
-    AdamW's usually has, 0.2 (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4): one learning rate is right
-    for both parts. Weight decay is decoupled in both: w <- w - lr (0.2 sqrt(max(rows, columns)) O + decay w).
+    The momentum of a matrix is orthogonalised, and scaled so that updates of every shape have the root mean square
+    that AdamW's usually have, 0.2 (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so that one learning
+    rate is right for both. Weight decay is decoupled in both: w <- w - lr (0.2 sqrt(max(rows, columns)) O + decay w).
 
     Args:
-        matrices: names of the parameters that Muon updates; the last two dimensions of each are a matrix's, those
-            before them count matrices (experts).
+        matrices: names of the parameters that Muon updates; the last two dimensions of each are a matrix, those
+            before them number the matrices (experts).
     """
 
     def __init__(self, matrices: Iterable[str], momentum: float, **adamw: Any) -> None:
@@ -55,7 +55,7 @@ class Muon(opt.AdamW):
         self._matrices, self.momentum = frozenset(matrices), momentum
 
     def init(self, parameters: Arrays) -> None:
-        """Prepare the state of parameters by name: of a matrix its momentum, of the others AdamW's moments."""
+        """Prepare the state of parameters by name: momentum for a matrix, AdamW's moments for the others."""
         self.state |= {n: {"momentum": mx.zeros_like(p)} for n, p in parameters.items() if n in self._matrices}
         super().init(parameters)
 
@@ -65,16 +65,16 @@ class Muon(opt.AdamW):
             return super().apply_single(gradient, parameter, state)
         b, lr = self.momentum, self.learning_rate
         state["momentum"] = b * state["momentum"] + (1 - b) * gradient
-        update = orthogonalised((1 - b) * gradient + b * state["momentum"])  # Nesterov's
+        update = orthogonalised((1 - b) * gradient + b * state["momentum"])  # Nesterov momentum
         scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
         return parameter * (1 - lr * self.weight_decay) - lr * scale * update
 
 
 def orthogonalised(matrices: mx.array, steps: int = 5) -> mx.array:
-    """Return U V^T, nearly, of matrices U S V^T, shape (..., rows, columns), by Newton-Schulz steps (Jordan 2024).
+    """Return approximately U V^T for matrices U S V^T, shape (..., rows, columns), by Newton-Schulz (Jordan 2024).
 
-    Each step maps the singular values, at first divided by the Frobenius norm, by 3.4445 s - 4.775 s^3 + 2.0315 s^5;
-    five of them bring all but tiny ones to between 0.7 and 1.2. A matrix of zeros stays one.
+    Each step maps the singular values, first divided by the Frobenius norm, by 3.4445 s - 4.775 s^3 + 2.0315 s^5;
+    five steps bring all but tiny ones to between 0.7 and 1.2. A matrix of zeros stays zero.
     """
     x = matrices / (mx.sqrt(matrices.square().sum(axis=(-2, -1), keepdims=True)) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
@@ -86,16 +86,16 @@ def orthogonalised(matrices: mx.array, steps: int = 5) -> mx.array:
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """Names of trainable matrices in the model's blocks: of linear layers and experts, and their low-rank factors.
+    """Return the names of trainable matrices in the model's blocks: linear layers, experts and low-rank factors.
 
-    Embeddings, the output layer, scalar heads, norms, biases, convolutions and a state space's own arrays are not
-    among them.
+    Embeddings, the output layer, scalar heads, norms, biases, convolutions and the arrays of state-space layers are
+    not included.
     """
     modules = dict(model.named_modules())
     blocks = tuple(f"{path}." for path in layer_paths(model)) if hasattr(model, "layers") else ()
     found = set()
     for name in _flat(model.trainable_parameters()):
-        # The parameters of a separate critic are named by their places in the model.
+        # The parameters of a separate critic contain their names in the model.
         path, _, leaf = name.removeprefix(f"{CRITIC}.role.").replace("/", ".").rpartition(".")
         owner = modules.get(path)
         layer = owner.base if isinstance(owner, LowRank) else owner
@@ -105,7 +105,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def make_optimizer(settings: Optim, model: nn.Module) -> opt.Optimizer:
-    """The mlx optimiser; its rate is set before each update. Bias correction is on."""
+    """Return the mlx optimiser, with bias correction; its learning rate is set before each update."""
     s, lr = settings, settings.lr
     decay = s.weight_decay if s.weight_decay is not None else (0.01 if s.name == "adamw" else 0.0)
     betas = list(s.betas or (0.9, 0.999))
@@ -127,8 +127,8 @@ class Bundle(NamedTuple):
     """Parameters that are updated together.
 
     Attributes:
-        scale: their learning rate as a multiple of the run's.
-        decay: their weight decay; None: the optimiser's.
+        scale: learning rate as a multiple of the run's.
+        decay: weight decay; None means the optimiser's.
     """
 
     names: list[str]
@@ -137,10 +137,10 @@ class Bundle(NamedTuple):
 
 
 def group_of(groups: Sequence[Group], names: Iterable[str]) -> dict[str, int]:
-    """Which of `groups` each parameter belongs to, by name: the first that matches. Others are left out.
+    """Return the index of the first group that matches each parameter; parameters without a group are left out.
 
     Raises:
-        ConfigError: a group has no parameter.
+        ConfigError: a group matches no parameter.
     """
     known, found = list(names), dict[str, int]()
     for i, group in enumerate(groups):
@@ -151,14 +151,14 @@ def group_of(groups: Sequence[Group], names: Iterable[str]) -> dict[str, int]:
             hits = [n for n in known if matches(n, pattern)]
         mine = [n for n in hits if n not in found]
         if not mine:
-            why = "no parameter that is trained" if not hits else "only what the groups before it match"
+            why = "no parameter that is trained" if not hits else "only parameters that earlier groups match"
             raise ConfigError(f"optim.groups: {pattern!r} matches {why}{'' if hits else _near(pattern, known)}")
         found |= dict.fromkeys(mine, i)
     return found
 
 
 def _near(pattern: str, names: list[str]) -> str:
-    """What a pattern that matches nothing may have meant, and what there is."""
+    """Return a suggestion for a pattern that matches nothing, and some of the names."""
     parts = [n.split(".") for n in names]
     pieces = {".".join(p[i : i + size]) for p in parts for size in (1, 2, 3) for i in range(len(p) - size + 1)}
     shown = ", ".join(names[:: max(1, len(names) // 3)][:3])
@@ -168,14 +168,14 @@ def _near(pattern: str, names: list[str]) -> str:
 class Optimizer:
     """Updates a model's trainable parameters in float32.
 
-    Parameters of a lower precision get a float32 master copy: a bfloat16 weight has 8 bits, and most updates of a
-    small learning rate would round to nothing.
+    Parameters of lower precision get a float32 master copy: a bfloat16 weight has 8 bits of precision, and most
+    updates at a small learning rate would be lost in rounding.
 
     Args:
-        parts: prefix of parameters' names -> multiplier of their learning rate. Each part is clipped by its own norm
-            and counts its own updates: it may be left out of some.
+        parts: prefix of parameter names -> multiplier of their learning rate. Each part is clipped by its own norm and
+            counts its own updates, because a step may leave it out.
     Attributes:
-        scales: pattern of each of the settings' groups -> its learning rate as a multiple of the run's.
+        scales: pattern of each group in the settings -> its learning rate as a multiple of the run's.
     Raises:
         ConfigError: a group matches no parameter.
     """
@@ -194,12 +194,12 @@ class Optimizer:
             for part, rate in rates.items()
         }
         self._measure: Callable[..., tuple[mx.array, mx.array]] = mx.compile(self._norm_and_factor)
-        # Compiled once for each decay: the optimiser reads it as a Python number while it is traced.
+        # Compile once for each decay, because the optimiser reads it as a Python number while it is traced.
         decays = {b.decay for bundles in self._bundles.values() for b in bundles}
         self._apply: dict[float | None, Callable[..., Any]] = {d: mx.compile(self._update_by(d)) for d in decays}
 
     def begin(self, model: nn.Module) -> None:
-        """Begin anew from the model's parameters as they are, as if there had been no update."""
+        """Start over from the model's current parameters, as if there had been no update."""
         params = _flat(model.trainable_parameters())
         self._opt = make_optimizer(self._settings, model)
         self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
@@ -207,15 +207,15 @@ class Optimizer:
         self._steps = {part: mx.array(0, mx.uint64) for part in self._steps}
 
     def _norm_and_factor(self, squares: list[mx.array], weight: mx.array) -> tuple[mx.array, mx.array]:
-        # Divide once, by the whole step's weight: micro-batches differ in trained tokens, and a mean of means would
-        # weigh a short row's tokens more than a long one's.
+        # Divide by the whole step's weight: micro-batches differ in trained tokens, and a mean of means would count a
+        # short row's tokens more than a long one's.
         norm = mx.sqrt(sum(squares, mx.array(0.0))) / weight
         if self._settings.clip is None:
             return norm, 1.0 / weight
         return norm, mx.minimum(self._settings.clip / (norm + 1e-6), 1.0) / weight
 
     def _update_by(self, decay: float | None) -> Callable[..., tuple[list[mx.array], list[mx.array], list[Any]]]:
-        """One bundle's update with this decay, without names: bundles of the same shapes share a compiled one."""
+        """Return the update of a bundle with this decay; it uses no names, so bundles of equal shapes share it."""
         own = getattr(self._opt, "weight_decay", 0.0)
 
         def update(
@@ -234,13 +234,13 @@ class Optimizer:
         return update
 
     def step(self, model: nn.Module, grads: Arrays, weight: mx.array, lr: float) -> dict[str, mx.array]:
-        """One update from summed gradients, by name.
+        """Update the parameters from summed gradients, by name.
 
-        Parts of which there is no gradient stay as they are. Works bundle by bundle, each put on its way before the
-        next: all at once would hold temporaries of all.
+        Parts without a gradient stay unchanged. Bundles are evaluated one after the other: all at once would hold the
+        temporaries of all in memory.
 
         Returns:
-            grad_norm, and PART_grad_norm of each further part: norms before clipping, lazy float32 scalars.
+            grad_norm, and PART_grad_norm for each further part: norms before clipping, as lazy float32 scalars.
         """
         norms: dict[str, mx.array] = {}
         for part, bundles in self._bundles.items():
@@ -271,7 +271,7 @@ class Optimizer:
                 if name in self._master:
                     self._master[name] = value
             model.update(tree_unflatten(list(zip(names, rounded))))
-            # Nothing here may hold on to the old arrays: their memory becomes the new ones'.
+            # Drop all references to the old arrays, so that the new ones can reuse their memory.
             del masters
             mx.async_eval(rounded, new, states)
         self._steps[part] = step
@@ -279,16 +279,16 @@ class Optimizer:
         return norm
 
     def arrays(self) -> Arrays:
-        """All of its state, by name."""
+        """Return the whole state of the optimiser by name."""
         state = {f"state.{n}": v for n, v in tree_flatten(self._opt.state)}
         steps = {f"steps.{part}": v for part, v in self._steps.items()}
         return state | steps | {f"master.{n}": v for n, v in self._master.items()}
 
     def renewed(self, model: nn.Module) -> tuple[int, int]:
-        """Bytes that an update makes anew, masters and state included, before it lets go of the old.
+        """Return the bytes that an update allocates, with masters and state, before it frees the old arrays.
 
         Returns:
-            Of the largest parameter, which must be; of the largest bundle, where there is room to work ahead.
+            Bytes for the largest parameter, which are always needed, and for the largest bundle, if there is room.
         """
         sizes: dict[str, int] = {}
         for name, value in _flat(model.trainable_parameters()).items():
@@ -299,29 +299,29 @@ class Optimizer:
         return max(sizes.values(), default=0), max((sum(sizes[n] for n in names) for names in bundles), default=0)
 
     def load(self, arrays: Arrays) -> None:
-        """Put back what `arrays` gave.
+        """Restore the state that `arrays` returned.
 
         Raises:
-            CheckpointError: they are another optimiser's, or this one's of another version of mlxft.
+            CheckpointError: the state is from another optimiser or another version of mlxft.
         """
         if set(arrays) != set(self.arrays()):
             raise CheckpointError(
-                f"the checkpoint's optimiser state is not one of {self._settings.name} as this version of mlxft keeps "
-                "it; start a new run, from the result of this one (model.adapter, or model.path) if you like"
+                f"the checkpoint's optimiser state does not fit {self._settings.name} in this version of mlxft; start "
+                "a new run, if you like from the adapter or model of this one (model.adapter, or model.path)"
             )
-        # Parameter names hold dots, so the tree is walked as it is and not rebuilt from names.
+        # Parameter names contain dots, so walk the existing tree instead of building one from names.
         self._opt.state = tree_map_with_path(lambda n, _: arrays[f"state.{n}"], self._opt.state)
         self._steps = {part: arrays[f"steps.{part}"] for part in self._steps}
         self._master = {n: arrays[f"master.{n}"] for n in self._master}
 
 
 def _scale(group: Group, settings: Optim, rate: float = 1.0) -> float:
-    """A group's learning rate as a multiple of the run's, within a part that has `rate` of it."""
+    """Return a group's learning rate as a multiple of the run's, within a part whose multiple is `rate`."""
     return group.lr / settings.lr if group.lr is not None else rate * (1.0 if group.scale is None else group.scale)
 
 
 def _bundles(params: Arrays, settings: Optim, grouped: dict[str, int], rate: float) -> list[Bundle]:
-    """Of each group, the many small parameters in one bundle, each large one by itself."""
+    """Return the bundles of all groups: one for a group's small parameters, and one for each large parameter."""
     groups, bundles = settings.groups, list[Bundle]()
     for i in (None, *range(len(groups))):
         mine = [n for n in params if grouped.get(n) == i]
@@ -334,5 +334,5 @@ def _bundles(params: Arrays, settings: Optim, grouped: dict[str, int], rate: flo
 
 
 def _flat(tree: Any) -> Arrays:
-    """Name -> array, without the empty places that models leave in their trees."""
+    """Return name -> array, without the empty nodes that models leave in their trees."""
     return dict(tree_flatten(tree))

@@ -1,4 +1,4 @@
-"""One stream of events: to metrics.jsonl, and to the terminal as a live view or as plain lines."""
+"""Report the events of a run: to metrics.jsonl, and to the terminal as a live view or as plain lines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ from mlxft.files import write_text, writing
 from mlxft.text import parse_json, read_file
 
 Event = dict[str, Any]
-LOSS_METRICS = ("approx_kl", "clip_fraction", "ratio_mean", "value_loss")  # of a step, beside those of its rollout
+LOSS_METRICS = (
+    "approx_kl",
+    "clip_fraction",
+    "ratio_mean",
+    "value_loss",
+)  # metrics of a step, in addition to those of its rollout
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class Stopped(Exception):
-    """Raised by a sink to end a run where it is; `run_status` is how that is told: pruned, interrupted."""
+    """Raised by a sink to end a run; `run_status` is the status to record: pruned or interrupted."""
 
     def __init__(self, text: str, run_status: str = "pruned") -> None:
         super().__init__(text)
@@ -34,30 +39,30 @@ class Stopped(Exception):
 
 
 class Sink(Protocol):
-    """Takes events."""
+    """A receiver of events."""
 
     def event(self, event: Event) -> None:
-        """One event."""
+        """Receive one event."""
         ...
 
     def close(self) -> None:
-        """No more events."""
+        """Close the sink; there are no more events."""
         ...
 
 
 class EventFile:
-    """metrics.jsonl, samples.jsonl: one object a line, on the disk as soon as it is known.
+    """Write metrics.jsonl or samples.jsonl: one object per line, flushed at once.
 
     Args:
-        resume_at: keep the lines there are up to this step; None: start over.
-        kinds: of the events that are written; None: all. A file of some kinds is made with the first of them.
+        resume_at: keep the existing lines up to this step; None means start over.
+        kinds: kinds of events to write; None means all. A file for some kinds is created with its first event.
     """
 
     def __init__(self, path: Path, resume_at: int | None, kinds: tuple[str, ...] | None = None) -> None:
         kept: list[str] = []
         if resume_at is not None and path.exists():
-            # Steps after the checkpoint are trained again; their old lines would stand twice.
-            with suppress(OSError, ValueError):  # what is no text of ours is replaced
+            # Steps after the checkpoint are trained again, so their old lines would appear twice.
+            with suppress(OSError, ValueError):  # a file that cannot be read as text is replaced
                 kept = [line for line in read_file(path).decode().splitlines() if _until(line, resume_at)]
         if kinds is None or path.exists():
             write_text(path, "".join(f"{line}\n" for line in kept))
@@ -89,7 +94,7 @@ def _until(line: str, step: int) -> bool:
 
 
 def sparkline(values: list[float]) -> str:
-    """The course of some numbers in one line of text."""
+    """Return a one-line plot of some numbers."""
     if not values:
         return ""
     low, high = min(values), max(values)
@@ -98,18 +103,18 @@ def sparkline(values: list[float]) -> str:
 
 
 def skipped(event: Event) -> str:
-    """A warning that counts the batches that had nothing to train."""
+    """Return a warning that counts the batches without a trained token, or ""."""
     count = event.get("skipped_batches", 0)
     return f"; skipped {count} batch{'es' if count != 1 else ''} without a trained token" if count else ""
 
 
 def _norm(event: Event) -> str:
-    """The gradient's norm, where there is one: a part of the weights may be all that is trained for a while."""
+    """Return the norm of the gradient, or "" if there is none: a step may train a critic only."""
     return f"grad_norm {event['grad_norm']:.3f} " if "grad_norm" in event else ""
 
 
 def describe(event: Event) -> str:
-    """A report as one plain line."""
+    """Return an event as one line of text."""
     kind = event["event"]
     if kind == "rollout":
         numbers = " ".join(f"{k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k != "elapsed_s")
@@ -118,7 +123,7 @@ def describe(event: Event) -> str:
     if kind == "train":
         known = {"event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_s"}
         known |= {"trained_tokens_per_s", "peak_memory_gb", "elapsed_s", "skipped_batches"}
-        if "rollout" in event:  # its own line has told the rest
+        if "rollout" in event:  # the rollout's line has the other metrics
             known |= {k for k in event if k not in LOSS_METRICS}
         extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in known)
         return (
@@ -135,12 +140,12 @@ def describe(event: Event) -> str:
         score = f" (score {event['score']:.4g})" if "score" in event else ""
         return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}{score}"
     if kind == "failed":
-        return f"training failed after step {event['step']}"  # the error itself says why
+        return f"training failed after step {event['step']}"  # the error itself gives the reason
     return str(event.get("text", kind))
 
 
 class Plain:
-    """Lines, for logs and pipes."""
+    """Print events as lines, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -153,7 +158,7 @@ class Plain:
 
 
 class LiveView:
-    """A view that renews itself in place: numbers, the loss's recent course, and the time left."""
+    """Show a view that is updated in place: metrics, a plot of the recent loss, and the time left."""
 
     def __init__(self, console: Console, total: int, step: int) -> None:
         self._console = console
@@ -174,7 +179,7 @@ class LiveView:
         self._live.start()
 
     def recall(self, events: Iterable[Event]) -> None:
-        """Take in what was reported before this view began, without printing it."""
+        """Add events from before this view began, without printing them."""
         for event in events:
             if event["event"] == "train":
                 self._train = event
@@ -207,10 +212,10 @@ class LiveView:
             grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e} {_norm(t)}")
             if "rollout" in t:
                 far = f"KL {t['kl']:.3f}, " if "kl" in t else ""
-                answers = f"{far}{t['response_tokens']:.1f} tokens an answer"
-                grid.add_row("reward", f"{t['reward']:.4f}", answers)
+                lengths = f"{far}{t['response_tokens']:.1f} tokens per completion"
+                grid.add_row("reward", f"{t['reward']:.4f}", lengths)
             grid.add_row("speed", f"{t['trained_tokens_per_s']:.0f}", "trained tokens/s")
-            grid.add_row("memory", f"{t['peak_memory_gb']:.2f}", "GB at most")
+            grid.add_row("memory", f"{t['peak_memory_gb']:.2f}", "GB peak")
             if skipped(t):
                 grid.add_row("skipped", str(t["skipped_batches"]), "batches without a trained token")
         return Group(self._progress, grid)
@@ -221,26 +226,26 @@ class LiveView:
 
 
 class Reporter:
-    """Sends each event to every sink."""
+    """Send each event to every sink."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = sinks
 
     def event(self, event: Event) -> None:
-        """One event."""
+        """Send one event."""
         for sink in self._sinks:
             sink.event(event)
 
     def say(self, text: str, step: int = 0) -> None:
-        """A message."""
+        """Send a message as an event."""
         self.event({"event": "message", "step": step, "text": text})
 
     def close(self) -> None:
-        """End the view and the file."""
+        """Close all sinks."""
         for sink in self._sinks:
             sink.close()
 
 
 def terminal(console: Console, total: int, step: int) -> Sink:
-    """A live view where there is a terminal, else lines."""
+    """Return a live view if there is a terminal, else a printer of lines."""
     return LiveView(console, total, step) if console.is_terminal and sys.stdout.isatty() else Plain(console)

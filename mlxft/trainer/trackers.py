@@ -1,6 +1,6 @@
-"""Trackers that are asked for by `report.to`: each is a sink of events that hands their numbers to its own library.
+"""Send metrics to the experiment trackers in `report.to`; each is a sink of events with its own library.
 
-All are off unless asked for. Whatever goes wrong in one is told once and ends that tracker, never the training:
+All are off by default. A failure in a tracker is reported once and ends that tracker, never the training:
 metrics.jsonl has everything anyway.
 """
 
@@ -25,7 +25,7 @@ from mlxft.files import write_text
 from mlxft.text import parse_json, read_file
 
 IDS_FILE = "trackers.json"
-KINDS = ("train", "eval", "rollout")  # events with numbers; the others are words
+KINDS = ("train", "eval", "rollout")  # events with numbers; the others are messages
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class About:
     """The run that is tracked.
 
     Args:
-        settings: dotted name -> value, of those that are given.
-        known: what the tracker called this run before, if it goes on.
-        step: where it goes on.
+        settings: dotted name -> value of each setting that has one.
+        known: the tracker's id of this run, if the run is resumed.
+        step: the last step before this start.
     """
 
     project: str | None
@@ -46,28 +46,28 @@ class About:
 
 
 class Backend(Protocol):
-    """One library. `id` is what finds the run again; `where`, for people, is where to look."""
+    """Interface to one library. `id` identifies the run there; `where` says where users find it."""
 
     id: str
     where: str
 
     def log(self, numbers: dict[str, float], step: int) -> None:
-        """Numbers of one event."""
+        """Log the numbers of one event."""
         ...
 
     def close(self, outcome: str) -> None:
-        """The end: done, interrupted or failed."""
+        """Close the run as done, interrupted or failed."""
         ...
 
 
 class Wandb:
-    """Weights & Biases. Its own environment variables hold (WANDB_MODE, WANDB_PROJECT, ...)."""
+    """Weights & Biases. Its environment variables apply (WANDB_MODE, WANDB_PROJECT, ...)."""
 
     def __init__(self, about: About) -> None:
         import wandb
 
         self.id = about.known or secrets.token_hex(4)
-        # A step that is trained again after a kill is there already; wandb leaves the second one out.
+        # A step that is trained again after a kill is already logged; wandb ignores the second one.
         self._run = wandb.init(
             project=about.project or os.environ.get("WANDB_PROJECT") or "mlxft",
             name=about.folder.name,
@@ -75,7 +75,7 @@ class Wandb:
             resume="allow",
             dir=os.environ.get("WANDB_DIR") or str(about.folder),
             config=about.settings,
-            settings=wandb.Settings(silent=True, console="off"),  # the terminal is ours
+            settings=wandb.Settings(silent=True, console="off"),  # mlxft writes to the terminal
         )
         self.where = str(about.folder / "wandb") if self._run.offline else str(self._run.url)
 
@@ -92,7 +92,7 @@ class Trackio:
     def __init__(self, about: About) -> None:
         import trackio
 
-        # It finds a run by its name, so that this has to be one of a kind.
+        # Trackio identifies a run by its name, so the name must be unique.
         self.id = about.known or f"{about.folder.name}-{secrets.token_hex(3)}"
         project = about.project or "mlxft"
         resume = "allow" if about.known else "never"
@@ -111,18 +111,18 @@ class Trackio:
 
 
 class Tensorboard:
-    """Event files in the run folder, by the `tensorboard` package alone: neither torch nor tensorflow."""
+    """Event files in the run folder, written by the `tensorboard` package without torch or tensorflow."""
 
     def __init__(self, about: About) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         folder = about.folder / "tensorboard"
-        goes_on = folder.is_dir()
+        resumed = folder.is_dir()
         self.id, self.where = folder.name, f"tensorboard --logdir {folder}"
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(folder), flush_secs=10)
-        if goes_on:  # what a killed run wrote after its checkpoint is trained, and written, again
+        if resumed:  # steps that a killed run wrote after its checkpoint are trained and written again
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._writer.add_event(self._event(wall_time=time.time(), step=about.step + 1, session_log=start))
 
@@ -135,12 +135,12 @@ class Tensorboard:
 
 
 class Mlflow:
-    """MLflow, where MLFLOW_TRACKING_URI says."""
+    """MLflow, at MLFLOW_TRACKING_URI."""
 
-    _MOST = 100  # parameters that it takes at once
+    _MOST = 100  # parameters per request
 
     def __init__(self, about: About) -> None:
-        # A server that is away must not hold training up for minutes.
+        # A server that does not respond must not delay training for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
@@ -177,11 +177,12 @@ BACKENDS: dict[str, Callable[[About], Backend]] = {
 
 
 class Tracker:
-    """A sink that passes the numbers of events on, named by kind: train/loss, eval/loss, rollout/kl.
+    """A sink that sends the numbers of events to a tracker, named by kind: train/loss, eval/loss, rollout/kl.
 
     Args:
-        tell: takes what the user should know.
-        remember: keeps the run's id for a resume.
+        remember: stores the tracker's id of the run for a resume.
+    Attributes:
+        tell: called with each message for the user, and the step.
     """
 
     def __init__(self, name: str, about: About, remember: Callable[[str, str], None]) -> None:
@@ -195,7 +196,7 @@ class Tracker:
         if kind in ("start", "resume"):
             self._safely(self._open)
         elif kind in KINDS and (backend := self._backend) is not None:
-            # A flag such as best is no number, though Python counts it as one.
+            # type() leaves out flags such as best, which isinstance() counts as int.
             numbers = {f"{kind}/{k}": float(v) for k, v in event.items() if type(v) in (int, float) and k != "step"}
             self._safely(lambda: backend.log(numbers, self._step))
         self._outcome = {"end": "done", "interrupted": "interrupted"}.get(kind, self._outcome)
@@ -209,33 +210,33 @@ class Tracker:
         self._backend = backend = BACKENDS[self._name](about)
         self._remember(self._name, backend.id)
         new = about.step and not about.known
-        missing = f"; a new run there, without the {about.step} steps before" if new else ""
+        missing = f"; this is a new run there, without the first {about.step} steps" if new else ""
         self.tell(f"{self._name}: {backend.where}{missing}", self._step)
 
     def _safely(self, do: Callable[[], None]) -> None:
         try:
             do()
-        except (Exception, SystemExit) as e:  # of whatever kind: training goes on
+        except (Exception, SystemExit) as e:  # training continues, whatever the error
             self._backend = None
             if not self._failed:
                 self._failed = True
                 reason = " ".join(str(e).split()) or type(e).__name__
-                self.tell(f"warning: no more is sent to {self._name}: {reason}; training goes on", self._step)
+                self.tell(f"warning: nothing more is sent to {self._name}: {reason}; training continues", self._step)
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """ConfigError where a tracker's package is missing: better before training than after."""
+    """Raise a ConfigError before training if a tracker's package is missing."""
     for name in names:
         if name not in sys.modules and importlib.util.find_spec(name) is None:
             raise ConfigError(f"report.to: {name}: {missing_extra(name, name)}")
 
 
 def make_trackers(report: Report, folder: Path, settings: dict[str, Any], step: int) -> list[Tracker]:
-    """The trackers that a recipe asks for.
+    """Return the trackers that a recipe asks for.
 
     Args:
         settings: dotted name -> value.
-        step: the last one done; from a resumed run's checkpoint.
+        step: the last step that is done, from a resumed run's checkpoint.
     """
     ids: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError):

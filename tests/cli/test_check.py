@@ -86,10 +86,10 @@ def test_what_would_be_trained_in_words(good: str, mlxft: Callable[..., Any]) ->
     assert trains("tune.method=dora", "tune.targets=[q_proj, v_proj]", "tune.layers=1") == (
         "dora of rank 4, scale 4, on q_proj, v_proj of the last 1 layers"
     )
-    assert trains("tune.train=[norm]") == "lora of rank 4, scale 4, on all-linear, and whole: norm"
+    assert trains("tune.train=[norm]") == "lora of rank 4, scale 4, on all-linear, and in full: norm"
     assert trains("tune={method: full, freeze: [norm]}") == "all weights, but not norm"
     assert trains("tune={method: full, layers: [0]}") == "all weights of layers [0]"
-    assert words(load_config(Path(good), ["model.adapter=runs/b"])) == "the adapter runs/b, further"
+    assert words(load_config(Path(good), ["model.adapter=runs/b"])) == "the adapter runs/b"
 
 
 def test_an_adapter_that_is_not_there_is_refused(good: str, refused: Callable[..., str]) -> None:
@@ -220,7 +220,7 @@ def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
     assert plain.err == planned.err == mlxft("train", good, "memory.limit=1e-4").err
     assert "What helps: a smaller" in plain.err
     (tmp_path / "file").touch()
-    assert "run.dir: can not write" in refused(2, "check", good, "run.dir=file/runs")
+    assert "run.dir: cannot write" in refused(2, "check", good, "run.dir=file/runs")
     monkeypatch.setattr("mlxft.trainer.trackers.importlib.util.find_spec", lambda name: None)
     assert "needs the package trackio" in refused(2, "check", good, "report.to=[trackio]")
 

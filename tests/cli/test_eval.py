@@ -156,7 +156,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
     ("rows", "args", "code", "said"),
     [
         (None, ["--task", "exactmatch"], 2, "no such task (did you mean exact_match?)"),
-        (None, ["--task", "none.yaml"], 2, "none.yaml: can not read the recipe"),
+        (None, ["--task", "none.yaml"], 2, "none.yaml: cannot read the recipe"),
         (None, ["--format", "mesages"], 2, "(did you mean messages?)"),
         (None, ["--task", "choice", "--task", "choice"], 2, "choice is given twice"),
         (None, ["--task", "choice", "--shots", "2"], 2, "--shots and --shots-from go together"),
@@ -255,7 +255,7 @@ def test_a_failure_to_write_takes_no_result_away(
     assert "accuracy_norm" in shown.out
     assert json.loads(told.out)["tasks"][0]["figures"]["accuracy"]["n"] == 4
     for done in (shown, told):
-        assert "can not write out/predictions.jsonl: No space left on device" in done.err
+        assert "cannot write out/predictions.jsonl: No space left on device" in done.err
     assert not (here / "out").exists()
 
 
@@ -265,7 +265,7 @@ def test_half_of_a_character_is_named_before_anything_is_asked(here: Path, tiny_
     (here / "asks.yaml").write_text(yaml.safe_dump(task), "utf-8")
     done = mlxft("eval", str(tiny_model_dir), "half.jsonl", "--task", "asks.yaml", "--out", "out")
     assert done.code == 1
-    assert "half.jsonl:1: a holds half of a character (U+D83D at 5)" in done.err
+    assert "half.jsonl:1: a contains half of a character (U+D83D at 5)" in done.err
     assert not (here / "out").exists()
 
 

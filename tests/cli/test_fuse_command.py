@@ -112,8 +112,8 @@ def test_merging_from_the_command_line(write: Command, mlxft: Command, refused: 
     assert [part["weight"] for part in third["adapters"]] == [1, 0]
     assert "'x' is no weight" in refused(2, "fuse", "out", "--adapter", "runs/a:x")
     assert "is named twice" in refused(2, "fuse", "out", "--adapter", "runs/a", "--adapter", "runs/a:0.3")
-    assert "give RUN and OUT, or OUT and --adapter" in refused(2, "fuse", "out")
-    assert "give RUN and OUT, or OUT and --adapter" in refused(2, "fuse", "runs/a", "b", "c")
+    assert "give RUN and OUT, or OUT" in refused(2, "fuse", "out")
+    assert "give RUN and OUT, or OUT" in refused(2, "fuse", "runs/a", "b", "c")
 
 
 def test_a_full_disk(write: Command, mlxft: Command, refused: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_what_is_too_long_is_left_out_and_never_cut(
     assert "None" not in said
     said = refused(2, "train", judged(objective, [long]), "data.overflow=truncate", "run.name=b")
     assert "data.overflow: truncate would make another answer of one" in said
-    assert "split is for format text" in refused(2, "train", "recipe.yaml", "data.overflow=split", "run.name=b")
+    assert "overflow: split" in refused(2, "train", "recipe.yaml", "data.overflow=split", "run.name=b")
 
 
 def test_answers_of_one_length_are_suspicious(judged: Write, mlxft: Callable[..., Any]) -> None:

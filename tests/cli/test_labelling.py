@@ -82,10 +82,10 @@ def test_what_is_wrong_with_a_recipe_of_label(prompts: str, refused: Callable[..
     assert "give one file of prompts" in refused(2, "label", "--recipe", "label.yaml")
     assert "--agreement takes two files" in refused(2, "label", "--agreement", "a", "b", "--recipe", "label.yaml")
     recipe.write_text("objective: sft\n", "utf-8")
-    assert "is a recipe of mlxft train" in refused(2, "label", prompts, "--recipe", "label.yaml")
+    assert "a recipe for mlxft train" in refused(2, "label", prompts, "--recipe", "label.yaml")
     recipe.write_text("- x\n", "utf-8")
     assert "expected a mapping of settings, found list" in refused(2, "label", prompts, "--recipe", "label.yaml")
-    assert "can not read the recipe" in refused(2, "label", prompts, "--recipe", "nowhere.yaml")
+    assert "cannot read the recipe" in refused(2, "label", prompts, "--recipe", "nowhere.yaml")
 
 
 def test_wrong_use_of_label(prompts: str, refused: Callable[..., str]) -> None:
@@ -95,7 +95,7 @@ def test_wrong_use_of_label(prompts: str, refused: Callable[..., str]) -> None:
     for more in (("--out", "o.jsonl"), ("--adapter", "a"), ("--seed", "1")):
         assert "two files" in refused(2, "label", "--agreement", prompts, prompts, *more)
     said = refused(2, "label", prompts, "--out", "o.jsonl", "--max-tokens", "5", "--n", "2")
-    assert "--max-tokens, --n: without --model no answers are sampled" in said
+    assert "--max-tokens, --n: without --model" in said
     assert "no such file" in refused(2, "label", "q.jsonl", "--out", "o.jsonl")
     assert "name a --model" in refused(2, "label", "bare.jsonl", "--out", "o.jsonl")
     assert "nowhere" in refused(1, "label", "bare.jsonl", "--out", "o.jsonl", "--model", "./nowhere")

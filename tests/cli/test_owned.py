@@ -116,11 +116,11 @@ def test_a_file_of_the_users_in_a_folder_of_ours_is_named_and_kept(
         commands = replacing(file, "runs/base")
         for name in ("train", "runs rm"):
             said = refused(2, *commands[name])
-            assert f"holds what mlxft did not make ({place if place[:5] != 'model' else 'model/'})" in said
+            assert f"that mlxft did not make ({place if place[:5] != 'model' else 'model/'})" in said
         path.unlink() if there else shutil.rmtree(tmp_path / "runs/base" / place.split("/")[0])
     (tmp_path / "made/notes.txt").write_text("years of work", "utf-8")
     for name in ("fuse", "convert"):
-        assert "holds what mlxft did not make (notes.txt)" in refused(2, *replacing(file, "made")[name])
+        assert "that mlxft did not make (notes.txt)" in refused(2, *replacing(file, "made")[name])
     (tmp_path / "made/notes.txt").unlink()
     (tmp_path / "runs/base/checkpoints-of-mine").mkdir()
     assert "(checkpoints-of-mine/)" in refused(2, *replacing(file, "runs/base")["train"])
@@ -300,8 +300,8 @@ def test_files_that_are_there_or_can_not_be_written_are_refused_before_the_work(
     for command in commands:
         for out, said in {
             "mine.png": "exists already; give another name, or replace it with --overwrite",
-            "f.py/x.png": "can not write f.py/x.png: Not a directory",
-            "": "it is empty; give a name",
+            "f.py/x.png": "cannot write f.py/x.png: Not a directory",
+            "": "is empty; give a name",
             "x" * 300 + ".png": "File name too long",
         }.items():
             assert said in refused(2, *command, out), (command, out)
@@ -373,7 +373,7 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
     assert "made.gguf: it is read-only" in refused(2, *plain["generate"]("made.gguf"), "--overwrite")
     # What an evaluation of a run is kept in by default.
     (tmp_path / "runs/a/eval").write_text("mine", "utf-8")
-    assert "--out is not given: can not write" in refused(2, "eval", "runs/a", "prompts.jsonl")
+    assert "--out is not given: cannot write" in refused(2, "eval", "runs/a", "prompts.jsonl")
     (tmp_path / "[x]").write_text("mine", "utf-8")
     for walk in ("demo", "rlhf"):
         assert "[x]: exists and is a file" in refused(2, walk, "--dir", "[x]")

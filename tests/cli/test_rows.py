@@ -18,7 +18,7 @@ from mlxft.errors import DataError
 from mlxft.objectives.base import beyond_context
 
 Command = Callable[..., Any]
-HALF = "holds half of a character (U+D83D at "
+HALF = "contains half of a character (U+D83D at "
 CHAT = {"messages": [{"role": "user", "content": "in"}, {"role": "assistant", "content": "on"}]}
 PAIR = {"prompt": "in", "chosen": "on the", "rejected": "on a"}
 
@@ -51,7 +51,7 @@ def test_half_a_character_is_a_bad_row(
         rollout = {"prompts": 1, "samples": 2, "max_tokens": 4}
         changes |= {"rewards": {"rules": [{"kind": "exact_match"}]}, "rollout": rollout}
     said = refused(1, command, write(objective=objective, **changes))
-    assert [line.split(" holds ")[0] for line in said.splitlines()] == [
+    assert [line.split(" contains ")[0] for line in said.splitlines()] == [
         f"DataError: odd.jsonl:1: {place}",
         f"odd.jsonl:2: {place}",
     ]
@@ -97,7 +97,7 @@ def test_check_shows_both_completions_and_where_they_part(pairs: str, mlxft: Com
     out = mlxft("check", pairs, "--rows", "1").out
     shown = out[out.index("pairs.jsonl:1") :]
     assert shown.startswith(
-        "pairs.jsonl:1: prompt 16 tokens, chosen 4, rejected 3, which part after 1, margin 1.5\n"
+        "pairs.jsonl:1: prompt 16 tokens, chosen 4, rejected 3, the first 1 shared, margin 1.5\n"
         "<|im_start|>user\nin<|im_end|>\n<|im_start|>assistant\n"
     )
     assert "chosen: ⟦on⟧⟦ the<|im_end|>⟧\n" in shown
@@ -241,7 +241,7 @@ def test_rows_that_do_not_fit_may_be_left_out(write: Command, mlxft: Command, re
     recipe = write(objective="preference", **{"data.train": "hh.jsonl", "data.format": "preference", "run.steps": 1})
     said = refused(1, "check", recipe)
     assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in said
-    assert "hh.jsonl:3: text holds half of a character" in said
+    assert "hh.jsonl:3: text contains half of a character" in said
     note = "2 rows are left out (data.invalid: drop), the first of them: hh.jsonl:1: chosen[0] and rejected[0] differ"
     for command in ("check", "train"):
         done = mlxft(command, recipe, "data.invalid=drop")

@@ -124,7 +124,7 @@ def test_a_failure_keeps_its_message(write: Command, mlxft: Command) -> None:
     ("args", "code", "told"),
     [
         (("show", "nope"), 2, "nope: no such run in runs"),
-        (("show", "half"), 0, "config.yaml is no recipe"),
+        (("show", "half"), 0, "config.yaml is not a recipe"),
         (("plot", "half"), 1, "there is nothing to draw"),
         (("plot", "half", "--out", "x.gif"), 2, "a picture ends in"),
         (("compare", "half"), 2, "at least two"),

@@ -106,7 +106,7 @@ def test_null_fields_are_missing_fields() -> None:
         ([{**USER, "function_call": {"name": "f"}}, ANSWER], "messages[0] has tool_calls and role user"),
         (
             [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"at": "\\ud83d"}'}]}],
-            "messages[1].tool_calls[0].function.arguments.at holds half of a character (U+D83D at 0)",
+            "messages[1].tool_calls[0].function.arguments.at contains half of a character (U+D83D at 0)",
         ),
         (
             [USER, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],

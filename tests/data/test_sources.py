@@ -234,11 +234,11 @@ def test_half_a_character_is_a_problem_with_its_place(tmp_path: Path) -> None:
         {"text": "é", "more": {"deep": [["fine", "a\udfff"]]}},
     ]
     places = [
-        "messages[0].content holds half of a character (U+D83D at 6); ",
+        "messages[0].content contains half of a character (U+D83D at 6)",
         None,
-        "the name 'na\\udc00me' in tools[0].function holds half of a character (U+DC00 at 2); ",
-        "the name '\\ud800' in the row holds half of a character (U+D800 at 0); ",
-        "more.deep[0][1] holds half of a character (U+DFFF at 1); ",
+        "the name 'na\\udc00me' in tools[0].function contains half of a character (U+DC00 at 2)",
+        "the name '\\ud800' in the row contains half of a character (U+D800 at 0)",
+        "more.deep[0][1] contains half of a character (U+DFFF at 1)",
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -275,7 +275,7 @@ def test_half_a_character_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = read_rows("hf:org/set", "train")
     assert first == Row("org/set:train[0]", {"text": "x"})
     assert isinstance(second, Problem)
-    assert (second.where, second.text[:34]) == ("org/set:train[1]", "text holds half of a character (U+")
+    assert (second.where, second.text[:37]) == ("org/set:train[1]", "text contains half of a character (U+")
 
 
 # --- Arrow's null keys

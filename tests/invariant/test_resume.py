@@ -212,7 +212,7 @@ def test_a_signal_saves_and_exits_130(recipe: Recipe, tmp_path: Path, signum: si
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     step = last_step(tmp_path / "runs/a")
-    assert f"stopped after step {step} of 100000; a checkpoint is saved, go on with: mlxft train --resume" in out
+    assert f"stopped after step {step} of 100000; a checkpoint is saved, resume with: mlxft train --resume" in out
     assert err.strip() == "interrupted"
     assert (tmp_path / f"runs/a/checkpoints/step-{step}/state.json").exists()
 
@@ -280,7 +280,7 @@ def test_a_run_keeps_the_rate_that_its_recipe_left_to_the_default(recipe: Recipe
     killed(5, recipe(**changes, **{"optim.lr": 2e-4, "run.name": "b"}))
     train(recipe(**changes, **{"optim.lr": None, "run.name": "b"}), resume=True)
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
-    with pytest.raises(ConfigError, match=r"optim.lr: the run has 0.0002, asked for is 2e-05"):
+    with pytest.raises(ConfigError, match=r"optim.lr: the run has 0.0002, .* 2e-05"):
         train(recipe(**changes, **{"optim.lr": 2e-5, "run.name": "b"}), resume=True)
 
 
@@ -305,7 +305,7 @@ def test_killed_between_the_last_checkpoint_and_the_result(recipe: Recipe, tmp_p
     (tmp_path / "runs/b/adapter/adapters.safetensors").write_bytes(stale)
     said: list[str] = []
     train(recipe(**changes, **{"run.name": "b"}), said, resume=True)
-    assert "the run is complete already: nothing is left to train" in said
+    assert "nothing is left to train" in said
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
 
 
@@ -503,7 +503,7 @@ def test_all_damaged_is_refused_and_nothing_touched(recipe: Recipe, tmp_path: Pa
     for folder in (tmp_path / "runs/a/checkpoints").iterdir():
         damage(folder)
     before = result(tmp_path / "runs/a"), course(tmp_path / "runs/a")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         train(settings, resume=True)
     assert (result(tmp_path / "runs/a"), course(tmp_path / "runs/a")) == before
 
@@ -526,7 +526,7 @@ def test_changed_base_is_refused(recipe: Recipe, make_model_dir: Callable[..., P
     assert isinstance(held, dict)
     drawn = {n: mx.random.normal(v.shape, key=mx.random.key(5)) if v.ndim > 1 else v for n, v in held.items()}
     mx.save_safetensors(str(base / "model.safetensors"), drawn, {"format": "mlx"})
-    with pytest.raises(CheckpointError, match=r"what .*base holds has changed"):
+    with pytest.raises(CheckpointError, match=r"base .*base has changed"):
         train(settings, resume=True)
 
 
@@ -556,7 +556,7 @@ CHANGES: list[tuple[str, Any]] = [
 def test_changed_settings_are_refused_by_name(recipe: Recipe):
     interrupted(2, recipe())
     for key, value in CHANGES:
-        with pytest.raises(ConfigError, match=rf"can not resume with other settings:\n  {key}: the run has .*{value}"):
+        with pytest.raises(ConfigError, match=rf"cannot resume with other settings:\n  {key}: the run has .*{value}"):
             train(recipe(**{key: value}), resume=True)
     with pytest.raises(ConfigError) as both:
         train(recipe(**dict(CHANGES)), resume=True)
@@ -586,14 +586,14 @@ def test_an_early_stop_stays_one(recipe: Recipe, contradiction: dict[str, Any]):
     before = result(run.dir), course(run.dir)
     said: list[str] = []
     train(settings, said, resume=True)
-    assert "the run is complete already: nothing is left to train" in said
+    assert "nothing is left to train" in said
     assert (result(run.dir), course(run.dir)) == before
 
 
 def test_an_existing_run_is_refused_unless_asked(recipe: Recipe):
     run = train(recipe())
     before = result(run.dir)
-    with pytest.raises(ConfigError, match="exists; continue with resume=True, replace it with overwrite=True"):
+    with pytest.raises(ConfigError, match="exists; resume it with resume=True, replace it with overwrite=True"):
         train(recipe())
     assert result(run.dir) == before
     with pytest.raises(ConfigError, match="not both"):
@@ -614,7 +614,7 @@ def test_a_wrong_recipe_does_not_cost_the_run_that_it_would_overwrite(recipe: Re
 @pytest.mark.parametrize("name", ["file", "file/below"])
 def test_a_folder_that_can_not_be_written_is_a_config_error(recipe: Recipe, tmp_path: Path, name: str):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"can not write to"):
+    with pytest.raises(ConfigError, match=r"cannot write to"):
         train(recipe(**{"run.dir": str(tmp_path / name)}))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -696,8 +696,8 @@ def test_a_full_disk_leaves_what_was_saved(recipe: Recipe, tmp_path: Path, metho
         failed = subprocess.run(args, capture_output=True, text=True, timeout=300)
         assert failed.returncode == 1, failed.stdout + failed.stderr
         assert "Traceback" not in failed.stderr
-        assert "can not write" in failed.stderr
-        assert "what was saved before is untouched" in failed.stderr
+        assert "cannot write" in failed.stderr
+        assert "what was saved before is unchanged" in failed.stderr
         after = {p.relative_to(place): p.read_bytes() for p in (place / "checkpoints").rglob("*") if p.is_file()}
         assert after == before
         assert not [p for p in place.rglob("*") if p.name.startswith(".") and p.name != MARK]
@@ -738,9 +738,9 @@ def test_a_refused_resume_exits_2(recipe: Recipe, tmp_path: Path):
     interrupted(2, recipe())
     done = cli("train", "--resume", tmp_path / "runs/a", "optim.lr=0.5", "tune.rank=2")
     assert done.returncode == 2
-    assert "optim.lr: the run has 0.01, asked for is 0.5" in done.stderr
-    assert "tune.rank: the run has 4, asked for is 2" in done.stderr
-    with pytest.raises(click.UsageError, match="no run folder"):
+    assert "optim.lr: the run has 0.01, the recipe has 0.5" in done.stderr
+    assert "tune.rank: the run has 4, the recipe has 2" in done.stderr
+    with pytest.raises(click.UsageError, match="no config"):
         main.main(["train", "--resume", str(tmp_path / "runs")], standalone_mode=False)
     train(recipe(), resume=True)
 

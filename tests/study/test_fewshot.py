@@ -137,12 +137,12 @@ def test_a_run_with_shots_goes_on_with_the_same_ones(reviews: Callable[..., Path
     run = train(load_config(file, ["data.shots=2"]), console=QUIET)
     assert run.metrics("start")[0]["data"]["rows"] == 4
     train(load_config(file, ["data.shots=2"]), resume=True, console=QUIET)
-    with pytest.raises((ConfigError, CheckpointError), match=r"data\.shots: the run has 2, asked for is 3"):
+    with pytest.raises((ConfigError, CheckpointError), match=r"data\.shots: the run has 2, the recipe has 3"):
         train(load_config(file, ["data.shots=3"]), resume=True, console=QUIET)
 
 
 def test_a_label_without_shots_is_refused(reviews: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match=r"label \(is\) is for shots"):
+    with pytest.raises(ConfigError, match=r"label \(is\) needs shots"):
         load_config(reviews(), ["data.label=is"])
 
 

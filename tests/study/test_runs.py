@@ -111,11 +111,11 @@ def test_what_a_run_is_judged_by(events: list[Any], best: str, make: Make) -> No
         ({"status": None}, "done", "by an older version: no status.json"),
         ({"status": None, "events": [START, TRAIN]}, "unfinished", "by an older version: no status.json"),
         ({"status": None, "events": [START, {"event": "failed", "step": 3}]}, "failed", "by an older version"),
-        ({"status": "{"}, "done", "status.json can not be read"),
-        ({"status": {"status": 3}}, "done", "status.json can not be read"),
+        ({"status": "{"}, "done", "status.json cannot be read"),
+        ({"status": {"status": 3}}, "done", "status.json cannot be read"),
         ({"config": None}, "half-written", "no config.yaml"),
-        ({"config": "", "status": None, "events": None}, "half-written", "config.yaml is no recipe"),
-        ({"config": "a: [", "status": None, "events": []}, "half-written", "config.yaml can not be read"),
+        ({"config": "", "status": None, "events": None}, "half-written", "config.yaml is not a recipe"),
+        ({"config": "a: [", "status": None, "events": []}, "half-written", "config.yaml cannot be read"),
         ({"status": None, "events": None}, "half-written", "no metrics yet"),
         ({"status": {**DONE, "status": "running"}}, "interrupted", "its process was killed"),
         ({"status": {**DONE, "status": "running", "locked": False, "pid": os.getpid()}}, "running", ""),
@@ -159,7 +159,7 @@ def test_runs_of_the_same_name_are_told_apart(make: Make, tmp_path: Path) -> Non
 
 def test_what_is_wrong_with_a_recipe_is_told_in_one_line(make: Make) -> None:
     note = run_info(make("odd", config="model: [", status=None)).note
-    assert "can not be read" in note
+    assert "cannot be read" in note
     assert "\n" not in note
 
 
@@ -234,7 +234,7 @@ def test_a_run_is_found_by_name_or_path(make: Make, tmp_path: Path, monkeypatch:
     assert find_run("runs/quick", Path("elsewhere")).samefile(folder)
     with pytest.raises(ConfigError, match=r"quack: no such run in .* \(did you mean quick\?\)"):
         find_run("quack", place)
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         find_run(str(tmp_path), place)
 
 
@@ -245,7 +245,7 @@ def test_only_what_surely_is_a_run_is_removed(make: Make, tmp_path: Path) -> Non
     for run in (folder, other, half):
         claim(run, "run")
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"what mlxft did not make \(thesis.txt\)"):
+    with pytest.raises(ConfigError, match=r"that mlxft did not make \(thesis.txt\)"):
         find_removable(["a", "other"], place)
     with pytest.raises(ConfigError, match="old: is not a run folder that this version of mlxft made"):
         find_removable(["a", "old"], place)

@@ -197,7 +197,7 @@ def test_a_sweep_in_use_and_other_folders_are_refused(write: Write, tmp_path: Pa
     (folder / "sweep.db").rename(folder / "config.yaml")
     with pytest.raises(ConfigError, match=r"exists and is no sweep that this version of mlxft made; give another"):
         quiet(path)
-    with pytest.raises(ConfigError, match=r"what mlxft did not make \(config.yaml\)"):
+    with pytest.raises(ConfigError, match=r"that mlxft did not make \(config.yaml\)"):
         quiet(path, overwrite=True)
 
 
@@ -230,9 +230,9 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "fixed": ({"space": {"run.name": {"choice": ["a", "b"]}}}, {}, r"run.name: can not be varied"),
     "empty": ({"space": {"optim.lr": {"float": [1, 1]}}}, {}, r"optim.lr: the range float: \[1, 1\] is empty"),
     "reversed": ({"space": {"tune.rank": {"int": [8, 2]}}}, {}, r"tune.rank: the range int: \[8, 2\] is empty"),
-    "log of 0": ({"space": {"optim.lr": {"log": [0, 1]}}}, {}, r"optim.lr: log: \[0, 1\] begins at 0"),
-    "one choice": ({"space": {"tune.rank": {"choice": [4]}}}, {}, r"tune.rank: a choice of 1 leaves nothing to vary"),
-    "twice": ({"space": {"tune.rank": {"choice": [4, 4]}}}, {}, r"tune.rank: choice names a value twice"),
+    "log of 0": ({"space": {"optim.lr": {"log": [0, 1]}}}, {}, r"log: \[0, 1\] starts at 0"),
+    "one choice": ({"space": {"tune.rank": {"choice": [4]}}}, {}, r"tune.rank: choice needs at least 2 values, seen 1"),
+    "twice": ({"space": {"tune.rank": {"choice": [4, 4]}}}, {}, r"tune.rank: choice lists a value twice"),
     "two kinds": ({"space": {"tune.rank": {"int": [1, 2], "choice": [1, 2]}}}, {}, r"exactly one of.*seen int, choice"),
     "kind": (
         {"space": {"tune.rank": {"chioce": [1, 2]}}},
@@ -242,15 +242,15 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "bounds": ({"space": {"tune.rank": {"int": [0, 8]}}}, {}, r"tune.rank: with 0: tune.rank: input should be greater"),
     "value": ({"space": {"optim.name": {"choice": ["adamw", "sdg"]}}}, {}, r"with 'sdg'.*did you mean sgd"),
     "pair": ({"space": {"tune.scale": {"log": [1, 2]}, "tune.alpha": {"log": [1, 2]}}}, {}, "exclude each other"),
-    "grid": ({"space": SPACE, "sampler": "grid"}, {}, r"sweep: grid has every combination.*optim.lr: give a choice"),
+    "grid": ({"space": SPACE, "sampler": "grid"}, {}, r"sweep: sampler: grid .*optim.lr"),
     "endless": (
         {"space": {"run.seed": {"int": [1, 99999]}}, "sampler": "grid"},
         {},
         "the grid has 99,999 combinations",
     ),
     "direction": ({"space": SPACE, "metric": "accuracy"}, {}, "sweep: direction is needed for metric accuracy"),
-    "time": ({"space": SPACE, "time": "soon"}, {}, "sweep.time: 'soon' is no length of time"),
-    "grace": ({"space": SPACE, "pruner": "none", "grace": 2}, {}, "grace .2. is for a pruner"),
+    "time": ({"space": SPACE, "time": "soon"}, {}, "sweep.time: 'soon'"),
+    "grace": ({"space": SPACE, "pruner": "none", "grace": 2}, {}, "grace .2. needs a pruner"),
     "no validation": ({"space": SPACE}, {"data.valid": None}, "there is no validation data; give data.valid"),
     "recipe": ({"space": SPACE}, {"tune": {"targets": "q_porj"}}, "tune.targets: 'q_porj' matches no module"),
     "groups": ({"space": SPACE}, {"optim.groups": [{"match": "lora_c", "scale": 2.0}]}, r"did you mean lora_a|lora_b"),

@@ -21,7 +21,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path):
         beside.write_text("ne")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=r"a\.txt: No space left on device; what was saved before is untouched"):
+    with pytest.raises(CheckpointError, match=r"a\.txt: No space left on device; what was saved before is unchanged"):
         write_beside(path, half)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
@@ -51,7 +51,7 @@ def test_new_content_replaces_old_and_makes_folders(tmp_path: Path):
 
 def test_a_path_below_a_file_is_a_checkpoint_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="can not write"):
+    with pytest.raises(CheckpointError, match="cannot write"):
         write_text(tmp_path / "file" / "a.txt", "x")
 
 

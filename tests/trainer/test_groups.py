@@ -47,7 +47,7 @@ def test_a_run_with_groups_goes_on_exactly(tune: dict[str, Any], recipe: Callabl
     train(recipe(**changes), resume=True, console=QUIET)
     assert next(whole.result.glob("*.safetensors")).read_bytes() == wanted
     other = {**optim, "groups": groups[:1]}
-    with pytest.raises(ConfigError, match=r"can not resume with other settings.*\n.*optim.groups"):
+    with pytest.raises(ConfigError, match=r"cannot resume with other settings.*\n.*optim.groups"):
         train(recipe(**{**changes, "optim": other}), resume=True, console=QUIET)
 
 

@@ -150,7 +150,7 @@ def test_every_optimiser_descends_and_goes_on_from_its_arrays(name: str):
 
 
 def test_the_state_of_another_optimiser_is_refused():
-    with pytest.raises(CheckpointError, match="optimiser state is not one of muon as this version"):
+    with pytest.raises(CheckpointError, match="optimiser state does not fit muon"):
         Optimizer(Optim(name="muon"), fresh()).load(Optimizer(Optim(name="sgd"), fresh()).arrays())
 
 
@@ -247,7 +247,7 @@ def test_the_first_group_that_matches_counts(patterns: list[str], wanted: list[i
     [
         (["embed_token"], r"'embed_token' matches no parameter that is trained \(did you mean embed_tokens\?\)"),
         (["layers.2"], r"did you mean layers\.1\?.*there are 3, such as model\.layers\.1\.mlp"),
-        (["*", "mlp"], "'mlp' matches only what the groups before it match"),
+        (["*", "mlp"], "'mlp' matches only"),
     ],
 )
 def test_a_group_of_nothing_is_refused(patterns: list[str], said: str):

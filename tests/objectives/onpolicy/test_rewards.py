@@ -394,8 +394,8 @@ def test_functions_are_loaded_at_once_or_refused(tmp_path: Path, monkeypatch: py
     assert "SIZE is int, not a function" in refused({"rewards.py:SIZE": 1.0})
     assert "names no function; expected file.py:name" in refused("rewards.py")
     assert "names no function" in refused("rewards.py:")
-    assert "syntax.py can not be run: SyntaxError: invalid syntax" in refused("syntax.py:score")
-    assert "can not be run: SystemExit: 3 (line 3)" in refused("broken.py:score")
+    assert "syntax.py cannot be run: SyntaxError: invalid syntax" in refused("syntax.py:score")
+    assert "cannot be run: SystemExit: 3 (line 3)" in refused("broken.py:score")
     assert "ModuleNotFoundError: No module named 'a_package_that_is_not_there'" in refused("needs.py:score")
     assert sys.path == path
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files), "no bytecode is left beside them"

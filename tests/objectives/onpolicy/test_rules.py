@@ -237,7 +237,7 @@ def test_all_that_is_wrong_with_rules_is_said_at_once() -> None:
         "rules[1].kind is needed",
         "rules[2].pattern is needed: The expression",
         "rules[3].feild: no such setting (did you mean field?); it has kind, weight, thoughts, field, tolerance",
-        "rules[3].weight: expected another value than true",
+        "rules[3].weight: true",
         "rules[4]: give min or max, or both",
         "rules[5]: min (5) is above max (2)",
         "rules[6].pattern: '(' is no regular expression",
