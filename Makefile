@@ -4,7 +4,7 @@
 BIN := .venv/bin
 ARGS :=
 
-.PHONY: help demo rlhf test test-gpu fuzz check clean
+.PHONY: help demo rlhf test test-gpu fuzz check docs clean
 
 help:
 	@echo 'make demo    install, then fine-tune a small model in a few minutes'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-gpu  hold what this machine computes against the CPU'\''s numbers (mlxft selftest)'
 	@echo 'make fuzz    10,000 hostile folders, recipes and rows through the commands  (ARGS="--seed 1" makes others)'
 	@echo 'make check   style, types and layout'
+	@echo 'make docs    build the documentation into site/; a broken link fails'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 demo: .venv/.base
@@ -36,8 +37,11 @@ check: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
+docs: .venv/.docs
+	$(BIN)/python -m mkdocs build --strict --clean $(ARGS)
+
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: a second `make` installs nothing unless pyproject.toml has changed.
@@ -46,3 +50,6 @@ clean:
 
 .venv/.dev: pyproject.toml .ci/venv
 	@sh .ci/venv dev
+
+.venv/.docs: pyproject.toml .ci/venv
+	@sh .ci/venv docs

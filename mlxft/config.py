@@ -651,8 +651,8 @@ def objective_class(name: str) -> Any:
     """Return the class of an objective, imported now: it needs mlx.
 
     Raises:
-        ConfigError: it does not exist, its file cannot be run, or it is not an objective. Python that only a run folder names
-            is not run.
+        ConfigError: it does not exist, its file cannot be run, or it is not an objective. Python that only a run
+            folder names is not run.
     """
     if name in OBJECTIVES:
         module, _, attribute = OBJECTIVES[name].partition(":")

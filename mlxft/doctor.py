@@ -162,7 +162,7 @@ def _extras() -> Iterator[Finding]:
     found: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("mlxft") or []:
         named = re.match(r"([\w-]+).*extra == ['\"](\w+)['\"]", line)
-        if named and named[2] not in ("cuda", "demo", "dev"):
+        if named and named[2] not in ("cuda", "demo", "dev", "docs"):
             found.setdefault(named[2], []).append(named[1])
     there = {extra for extra, packages in found.items() if all(map(_is_installed, packages))}
     yield Finding("extras", ", ".join(sorted(there)) or "none")
