@@ -55,7 +55,7 @@ def test_every_setting_named_exists() -> None:
     shown_wrong = {"run.dir", "run.metrics", "run.stpes", "tune.rnak"}  # an object's, and mistakes shown
     found: set[str] = set()
     for page, text in PAGES.items():
-        named = set(re.findall(rf"(?<![\w/.-])(?:{sections})\.(?!gguf|yaml|py|jsonl|md)[a-z_]+\b(?!\.?[/(\w])", text))
+        named = set(re.findall(rf"(?<![\w/.-])(?:{sections})\.(?!gguf|yaml|py|jsonl|md|html)[a-z_]+\b(?!\.?[/(\w])", text))
         assert named <= keys | shown_wrong, page
         found |= named
     assert len(found) > 80
