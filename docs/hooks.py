@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 # Pages of the site that stand elsewhere, since GitHub looks for them there.
@@ -28,6 +26,8 @@ ELSEWHERE = {
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages from outside docs/."""
+    from mkdocs.structure.files import File
+
     for source, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
     return files
@@ -44,7 +44,7 @@ def place_of(source: str, link: str) -> str:
     """Return where a link of a file of the repository leads on the site; as it is where the site has no such page."""
     path = (ROOT / source).parent.joinpath(link).resolve()
     target = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else link
-    if target.startswith("configs/"):
+    if path.parent.name == "configs" or target == "configs":
         return "recipes.md" + (f"#{slug(path.name)}" if path.suffix else "")
     return ELSEWHERE.get(target, target.removeprefix("docs/"))
 
@@ -152,4 +152,13 @@ def api() -> Iterator[str]:
             yield from (f"::: mlxft.{name}", "")
 
 
-GENERATED = {"api": api, "commands": commands, "settings": settings, "recipes": recipes}
+def errors() -> Iterator[str]:
+    """Yield what mlxft raises."""
+    from mlxft import errors
+
+    for name, found in vars(errors).items():
+        if isinstance(found, type) and issubclass(found, errors.MlxftError):
+            yield from (f"::: mlxft.errors.{name}", "    options:", "      heading_level: 3", "")
+
+
+GENERATED = {"api": api, "errors": errors, "commands": commands, "settings": settings, "recipes": recipes}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
+import yaml
 from architectures import names
 
-from mlxft.cli import cli
-from mlxft.config import load_config
+import mlxft
+from mlxft.cli import COMMANDS, cli
+from mlxft.config import Config, all_keys, load_config, objective_sections, objectives
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,11 +80,65 @@ def test_options_mentioned_are_there(line: str) -> None:
     assert {a.split("=")[0] for a in arguments if a.startswith("-")} <= known
 
 
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    """docs/hooks.py, which makes what the site has and no file does."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(page: Path) -> set[str]:
+    """Titles as GitHub and mkdocs make links of them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
-    assert not missing
+    links = re.findall(r"\]\((?!\w+:)([^)#]*)(?:#([^)]*))?\)", page.read_text("utf-8"))
+    places = [((page.parent / link if link else page), anchor) for link, anchor in links]
+    assert [str(place) for place, _ in places if not place.exists()] == []
+    assert [f"{place.name}#{at}" for place, at in places if at and at not in anchors(place)] == []
+
+
+def test_the_site_has_every_page_once(hooks: ModuleType) -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+
+    def pages(nav: object) -> Iterator[str]:
+        for below in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+            yield from [below] if isinstance(below, str) else pages(below)
+
+    found = sorted(pages(site["nav"]))
+    assert found == sorted([*hooks.ELSEWHERE.values(), *(p.name for p in (ROOT / "docs").glob("*.md"))])
+    assert all((ROOT / source).is_file() for source in hooks.ELSEWHERE)
+
+
+def test_what_is_generated_is_whole(hooks: ModuleType) -> None:
+    """Every command, setting, recipe and name of the API is on its page."""
+    text = {name: "\n".join(make()) for name, make in hooks.GENERATED.items()}
+    assert all(f"\n## mlxft {name}\n" in text["commands"] for name in [*COMMANDS, "runs rm"])
+    keys = [key for key in all_keys(Config) if not key.startswith("versions")]
+    for objective in objectives():
+        keys += [f"{s}.{key}" for s, kind in objective_sections(objective).items() for key in all_keys(kind)]
+    assert len(keys) > 120
+    assert [key for key in keys if f"| `{key}` |" not in text["settings"]] == []
+    assert re.findall(r"^## (.*)$", text["recipes"], re.MULTILINE)[0] == "continued-pretraining.yaml"
+    assert set(re.findall(r"^::: mlxft\.(\w+)$", text["api"], re.MULTILINE)) == {*mlxft.__all__} - {"__version__", "errors"}
+    assert "::: mlxft.errors.ConfigError" in text["errors"]
+    marked = [name for page in PAGES for name in re.findall(r"<!-- generated: (\w+) -->", page.read_text("utf-8"))]
+    assert sorted(marked) == sorted(text)
+
+
+def test_links_lead_to_the_same_on_the_site(hooks: ModuleType) -> None:
+    assert hooks.place_of("README.md", "docs/hub.md") == "hub.md"
+    assert hooks.place_of("docs/methods.md", "../benchmarks/README.md") == "benchmarks.md"
+    assert hooks.place_of("docs/recipes.md", "../configs/sft-lora.yaml") == "recipes.md#sft-lorayaml"
+    assert hooks.place_of("benchmarks/README.md", "../docs/architectures.md") == "architectures.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
