@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mlxft import errors
     from mlxft.config import Config, Settings
     from mlxft.data.chat import answer_of
     from mlxft.data.dataset import load_encoded

@@ -42,7 +42,7 @@ from mlxft.run import assemble, total_steps
 from mlxft.text import json_text
 from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.optim import group_of, learning_rate
-from mlxft.trainer.trackers import check_installed
+from mlxft.trainer.report import check_installed
 
 # --- timing -----------------------------------------------------------------------------------------------------------
 # Estimate how long a run will take from a few real steps; nothing is written.

@@ -32,11 +32,10 @@ from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
 from mlxft.files import Held, hold, save_arrays, write_beside, write_text
 from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
-from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limits, set_random_state
-from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters
+from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters, fits_base, without_weights
 from mlxft.model.logits import Packing
 from mlxft.model.sampling import Sampling, generate
 from mlxft.objectives.base import Objective
@@ -45,8 +44,7 @@ from mlxft.text import make_console
 from mlxft.trainer import checkpoint
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
-from mlxft.trainer.report import Event, EventFile, Reporter, Sink, Stopped, terminal
-from mlxft.trainer.trackers import check_installed, make_trackers
+from mlxft.trainer.report import Event, EventFile, Reporter, Sink, Stopped, check_installed, make_trackers, terminal
 
 
 def as_config(

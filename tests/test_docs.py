@@ -128,7 +128,10 @@ def test_what_is_generated_is_whole(hooks: ModuleType) -> None:
     assert len(keys) > 120
     assert [key for key in keys if f"| `{key}` |" not in text["settings"]] == []
     assert re.findall(r"^## (.*)$", text["recipes"], re.MULTILINE)[0] == "continued-pretraining.yaml"
-    assert set(re.findall(r"^::: mlxft\.(\w+)$", text["api"], re.MULTILINE)) == {*mlxft.__all__} - {"__version__", "errors"}
+    assert set(re.findall(r"^::: mlxft\.(\w+)$", text["api"], re.MULTILINE)) == {*mlxft.__all__} - {
+        "__version__",
+        "errors",
+    }
     assert "::: mlxft.errors.ConfigError" in text["errors"]
     marked = [name for page in PAGES for name in re.findall(r"<!-- generated: (\w+) -->", page.read_text("utf-8"))]
     assert sorted(marked) == sorted(text)

@@ -55,7 +55,9 @@ def test_every_setting_named_exists() -> None:
     shown_wrong = {"run.dir", "run.metrics", "run.stpes", "tune.rnak"}  # an object's, and mistakes shown
     found: set[str] = set()
     for page, text in PAGES.items():
-        named = set(re.findall(rf"(?<![\w/.-])(?:{sections})\.(?!gguf|yaml|py|jsonl|md|html)[a-z_]+\b(?!\.?[/(\w])", text))
+        named = set(
+            re.findall(rf"(?<![\w/.-])(?:{sections})\.(?!gguf|yaml|py|jsonl|md|html)[a-z_]+\b(?!\.?[/(\w])", text)
+        )
         assert named <= keys | shown_wrong, page
         found |= named
     assert len(found) > 80
@@ -82,7 +84,12 @@ def test_settings_of_mlx_lm_are_named_as_they_are() -> None:
     if about[1] != version("mlx-lm"):
         pytest.skip(f"the page is of mlx-lm {about[1]}")
     rows = [line.strip("|").split("|") for line in PAGES["migrating.md"].splitlines() if line.startswith("| `")]
-    named = {name.partition(".")[0] for row in rows for name in re.findall(rf"^ {CODE}(?:, {CODE})?", row[1]) for name in name}
+    named = {
+        name.partition(".")[0]
+        for row in rows
+        for name in re.findall(rf"^ {CODE}(?:, {CODE})?", row[1])
+        for name in name
+    }
     assert len(named) > 15
     assert named - {""} <= {*CONFIG_DEFAULTS, "steps_per_eval", "warmup"}  # warmup: in lr_schedule
 

@@ -20,8 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import mlxft
 from mlxft.config import Config
-from mlxft.data.batching import plan_epoch
-from mlxft.data.dataset import Encoded, Reply, encode, encode_reply, load_splits, prompt_text
+from mlxft.data.dataset import Encoded, Reply, encode, encode_reply, load_splits, plan_epoch, prompt_text
 from mlxft.data.formats import (
     Completion,
     Conversation,
@@ -45,7 +44,6 @@ from mlxft.model.adapters import (
     read_adapter,
     read_adapter_config,
 )
-from mlxft.model.fingerprint import fits_base, without_weights
 from mlxft.model.folder import check_destination, check_space, check_unused, save_folder, weight_bytes
 from mlxft.model.heads import (
     HEAD_FILE,
@@ -59,7 +57,7 @@ from mlxft.model.heads import (
     without_head,
 )
 from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain, shift
-from mlxft.model.load import Loaded, base_fingerprint
+from mlxft.model.load import Loaded, base_fingerprint, fits_base, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run

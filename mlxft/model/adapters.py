@@ -18,7 +18,6 @@ from pydantic import Field
 from mlxft.data.chat import set_thinking
 from mlxft.data.dataset import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.fingerprint import fits_base
 from mlxft.model.folder import (
     Lenient,
     Rank,
@@ -31,7 +30,7 @@ from mlxft.model.folder import (
     validate,
 )
 from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain, shift, wrap
-from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, stated_name
+from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, fits_base, stated_name
 from mlxft.model.load import load as load_model
 from mlxft.text import home_path
 

@@ -16,12 +16,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxft.data.batching import Slot, plan_epoch
-from mlxft.data.dataset import Reply, encode_reply
+from mlxft.data.dataset import Reply, Slot, encode_reply, plan_epoch
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.fingerprint import fits_base
 from mlxft.model.folder import check_arrays, check_numbers
 from mlxft.model.layers import probing
+from mlxft.model.load import fits_base
 from mlxft.model.logits import Split, ahead
 from mlxft.text import home_path, parse_json
 

@@ -16,8 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.config import Config, Settings
-from mlxft.data.batching import IntArray, Slot, plan_epoch
-from mlxft.data.dataset import Encoded, EncodedAnswer, EncodedPair
+from mlxft.data.dataset import Encoded, EncodedAnswer, EncodedPair, IntArray, Slot, plan_epoch
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.layers import without_dropout
 from mlxft.model.load import context_of, load_config

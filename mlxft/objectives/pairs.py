@@ -13,12 +13,12 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config
-from mlxft.data.batching import Slot, padding_share
 from mlxft.data.dataset import (
     EncodedAnswer,
     EncodedPair,
     Ids,
     PairCounts,
+    Slot,
     chat_notes,
     ends_of,
     fingerprint,
@@ -26,6 +26,7 @@ from mlxft.data.dataset import (
     length,
     load_splits,
     of_valid,
+    padding_share,
 )
 from mlxft.data.formats import Example
 from mlxft.errors import ConfigError

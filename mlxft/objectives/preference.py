@@ -14,8 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
-from mlxft.data.batching import Slot
-from mlxft.data.dataset import EncodedAnswer, EncodedPair, PairCounts, build_answers, build_pairs, length
+from mlxft.data.dataset import EncodedAnswer, EncodedPair, PairCounts, Slot, build_answers, build_pairs, length
 from mlxft.errors import DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.layers import probing

@@ -30,10 +30,9 @@ from mlxft.data.formats import Message, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, RewardError, missing_extra, nearest
 from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
-from mlxft.model.fingerprint import fits_base
 from mlxft.model.heads import Scorer, find_head, load_head, read_head
 from mlxft.model.layers import probing
-from mlxft.model.load import base_fingerprint, resolve
+from mlxft.model.load import base_fingerprint, fits_base, resolve
 from mlxft.model.load import load as load_model
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles

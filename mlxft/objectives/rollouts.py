@@ -22,9 +22,18 @@ from mlx.utils import tree_flatten
 from pydantic import Field, field_validator
 
 from mlxft.config import Config, Settings
-from mlxft.data.batching import plan_epoch
 from mlxft.data.chat import decode_completion, opening_after, until_stop
-from mlxft.data.dataset import Encoded, Ids, chat_notes, encode_prompt, fingerprint, load_splits, of_valid, turn_end
+from mlxft.data.dataset import (
+    Encoded,
+    Ids,
+    chat_notes,
+    encode_prompt,
+    fingerprint,
+    load_splits,
+    of_valid,
+    plan_epoch,
+    turn_end,
+)
 from mlxft.data.formats import Example, Message, Prompt, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, ModelError, TrainingError

@@ -11,8 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config, Settings
-from mlxft.data.batching import IntArray, Slot, pack_epoch, pack_width, padding_share
-from mlxft.data.dataset import Dataset, Encoded, load_encoded
+from mlxft.data.dataset import Dataset, Encoded, IntArray, Slot, load_encoded, pack_epoch, pack_width, padding_share
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape

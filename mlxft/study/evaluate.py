@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from mlxft.config import Data
-from mlxft.data.batching import plan_epoch
 from mlxft.data.chat import Thoughts, by_template, opening_of
-from mlxft.data.dataset import OVERFLOW, build, context_ids, prompt_text
+from mlxft.data.dataset import OVERFLOW, build, context_ids, plan_epoch, prompt_text
 from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest

@@ -221,7 +221,7 @@ def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(
     assert "What helps: a smaller" in plain.err
     (tmp_path / "file").touch()
     assert "run.dir: cannot write" in refused(2, "check", good, "run.dir=file/runs")
-    monkeypatch.setattr("mlxft.trainer.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mlxft.trainer.report.importlib.util.find_spec", lambda name: None)
     assert "needs the package trackio" in refused(2, "check", good, "report.to=[trackio]")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.batching import PADDING, WIDTHS, IntArray, Slot, pack_epoch, pack_width, padding_share, plan_epoch
+from mlxft.data.dataset import PADDING, WIDTHS, IntArray, Slot, pack_epoch, pack_width, padding_share, plan_epoch
 
 
 def alpaca_like(rows: int, seed: int = 0) -> IntArray:

@@ -13,9 +13,8 @@ import pytest
 
 from mlxft.errors import ConfigError, ExportError
 from mlxft.export.fuse import convert_model
-from mlxft.model.fingerprint import fits_base
 from mlxft.model.folder import save_folder
-from mlxft.model.load import base_fingerprint, load
+from mlxft.model.load import base_fingerprint, fits_base, load
 
 IDS = mx.array([[3, 40, 77, 5]])
 MESSAGES = [{"role": "user", "content": "the sands of 1984"}]

@@ -15,17 +15,19 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model import load as load_module
-from mlxft.model.fingerprint import fits_base, logical_shapes, without_weights
 from mlxft.model.load import (
     Loaded,
     base_fingerprint,
     count_parameters,
     embedding_rows,
+    fits_base,
     load,
     load_config,
     load_tokenizer,
+    logical_shapes,
     resolve,
     skeleton,
+    without_weights,
 )
 
 Maker = Callable[..., Path]

@@ -19,9 +19,8 @@ from mlxft.build import base_skeleton, job_of, make_objective, plan_batches, pre
 from mlxft.config import Optim, parse_config
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
-from mlxft.model.fingerprint import without_weights
 from mlxft.model.heads import ScoreHead, attach_head
-from mlxft.model.load import load, load_tokenizer, skeleton
+from mlxft.model.load import load, load_tokenizer, skeleton, without_weights
 from mlxft.model.memory import (
     MAC_SHARE,
     MACS,
