@@ -525,9 +525,9 @@ def matmul_rate() -> float:
 
 
 # A job's process runs this code.
-WORK = """
+WORK = f"""
 import json, sys
-from mlxft.bench import work
+from {__name__} import work
 print(json.dumps(work(**json.loads(sys.argv[1]))))
 """
 

@@ -98,7 +98,7 @@ def openblas() -> dict[str, Any]:
 
 @pytest.fixture
 def avx() -> None:
-    if not device.best_kernel(device._read(Path("/proc/cpuinfo"))):
+    if not device.best_kernel(device.read_or_nothing("/proc/cpuinfo")):
         pytest.skip("this CPU has no AVX")
 
 

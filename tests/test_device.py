@@ -102,10 +102,10 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
     whole = train(recipe(**settings))
     gradient, calls = Gradients.__call__, iter(range(9))
 
-    def failing(self: Gradients, batch: Any) -> Any:
+    def failing(self: Gradients, batch: Any, per: Any) -> Any:
         if next(calls) == 2:
             raise RuntimeError(said)
-        return gradient(self, batch)
+        return gradient(self, batch, per)
 
     monkeypatch.setattr(Gradients, "__call__", failing)
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
 def test_without_a_checkpoint_none_is_promised(
     recipe: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: Gradients, batch: Any) -> Any:
+    def failing(self: Gradients, batch: Any, per: Any) -> Any:
         raise error
 
     monkeypatch.setattr(Gradients, "__call__", failing)

@@ -20,11 +20,18 @@ from mlxft.errors import ConfigError, ModelError, nearest
 
 
 class LossSum(NamedTuple):
-    """Sums over items: `total` and `weight`, the number of items, both (); and metrics over the same items."""
+    """Sums over items: `total` and `weight`, the number of items, both (); and metrics over the same items.
+
+    Sums of several batches add up exactly, where the mean of their means would not be the mean over all items.
+    """
 
     total: mx.array
     weight: mx.array
     metrics: dict[str, mx.array]
+
+    def mean(self) -> mx.array:
+        """Return the loss per item, (); 0 where there is none."""
+        return self.total / mx.where(self.weight > 0, self.weight, 1.0)
 
 
 KL_ESTIMATORS = ("k1", "k2", "k3")

@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxft import __version__
-from mlxft.config import flat
 from mlxft.errors import DataError, MlxftError
 from mlxft.files import check_file, read_mark
 from mlxft.runs import Event, RunInfo, find_run, finite, now, read_events, read_settings, run_info
@@ -84,6 +83,8 @@ def details(folder: Path, name: str | None = None) -> Details:
     """
     info, events = run_info(folder, name), read_events(folder)
     try:
+        from mlxft.config import flat  # it takes pydantic, which listing has no need of
+
         settings = flat(read_settings(folder))
     except MlxftError:
         settings = {}
@@ -107,7 +108,7 @@ def details(folder: Path, name: str | None = None) -> Details:
 
 def unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not the default of this version; all, where the objective is not known."""
-    from mlxft.config import config_class
+    from mlxft.config import config_class, flat
 
     needed = {"model": {"path": "x"}, "data": {"train": "x", "format": "messages"}}
     objective = str(settings.get("objective", "sft"))

@@ -252,8 +252,7 @@ def test_where_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 _WRITER = """
 import numpy as np
-from mlxft.data.cache import write
-from mlxft.data.encode import Encoded
+from mlxft.data.dataset import Encoded, write
 rows = [Encoded(np.arange(5000, dtype=np.int32), np.ones(5000, dtype=np.bool_), "x") for _ in range(40)]
 for _ in range(30):
     write("entry", rows, range(40))

@@ -20,7 +20,7 @@ import pytest
 
 from mlxft.errors import ConfigError, ModelError
 from mlxft.objectives import functional as F
-from mlxft.objectives.base import LossSum
+from mlxft.objectives.base import LossSum, Terms
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAN = float("nan")
@@ -405,14 +405,13 @@ def test_splitting_a_batch_adds_up() -> None:
         (F.bradley_terry(*n, 0.1), [F.bradley_terry(n[0][p], n[1][p], n[2][p], 0.1) for p in parts]),
     ]
     for whole, (first, *others) in whole_and_parts:
-        total = first
+        total = Terms({"loss": first.total}, first.metrics)
         for other in others:
-            total = total.plus(other)
-        assert total.weight.item() == whole.weight.item()
+            total = total.plus(Terms({"loss": other.total}, other.metrics))
+        assert sum(part.weight.item() for part in (first, *others)) == whole.weight.item()
         assert total.metrics.keys() == whole.metrics.keys()
-        for got, wanted in zip([total.total, *total.metrics.values()], [whole.total, *whole.metrics.values()]):
+        for got, wanted in zip([total.losses["loss"], *total.metrics.values()], [whole.total, *whole.metrics.values()]):
             close(got, wanted, 1e-6)
-        close(total.mean(), whole.mean(), 1e-6)
 
     def grads(rows: slice) -> Any:
         loss = lambda a: F.policy_loss(a, x[1][rows], x[2][rows], mask[rows], 0.2).total  # noqa: E731
@@ -429,13 +428,15 @@ def test_loss_sum_of_nothing() -> None:
     assert (np.array(mx.grad(lambda a: F.policy_loss(a, x - 1, x, mask, 0.2).mean())(x)) == 0).all()
 
 
-def test_loss_sum_keeps_the_metrics_of_both_and_changes_neither() -> None:
-    a = LossSum(mx.array(1.0), mx.array(2.0), {"x": mx.array(3.0)})
-    b = LossSum(mx.array(10.0), mx.array(20.0), {"x": mx.array(30.0), "y": mx.array(40.0)})
+def test_terms_keep_what_either_has_and_change_neither() -> None:
+    a = Terms({"p": mx.array(1.0)}, {"x": mx.array(3.0), "r_max": mx.array(5.0)})
+    b = Terms(
+        {"p": mx.array(10.0), "v": mx.array(2.0)}, {"x": mx.array(30.0), "y": mx.array(40.0), "r_max": mx.array(4)}
+    )
     total = a.plus(b)
-    assert (total.total.item(), total.weight.item(), total.mean().item()) == (11.0, 22.0, 0.5)
-    assert {name: value.item() for name, value in total.metrics.items()} == {"x": 33.0, "y": 40.0}
-    assert list(a.metrics) == ["x"]
+    assert {name: value.item() for name, value in total.losses.items()} == {"p": 11.0, "v": 2.0}
+    assert {name: value.item() for name, value in total.metrics.items()} == {"x": 33.0, "y": 40.0, "r_max": 5.0}
+    assert list(a.metrics) == ["x", "r_max"]
     assert b.metrics["x"].item() == 30.0
 
 
