@@ -20,7 +20,8 @@ import pytest
 
 from mlxft.errors import ConfigError, ModelError
 from mlxft.objectives import functional as F
-from mlxft.objectives.base import LossSum, Terms
+from mlxft.objectives.base import Terms
+from mlxft.objectives.functional import LossSum
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NAN = float("nan")
