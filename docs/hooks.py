@@ -131,7 +131,7 @@ def value_of(kind: Any, bounds: list[str]) -> str:
         word = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text", Path: "path"}.get(kind)
         word = word or ("mapping" if issubclass(kind, BaseModel) else kind.__name__)
         return " ".join([word, ", ".join(bounds)]).strip()
-    parts = [value_of(part, bounds) for part in get_args(kind) if part is not type(None) ]
+    parts = [value_of(part, bounds) for part in get_args(kind) if part is not type(None)]
     return " or ".join(dict.fromkeys(parts))
 
 
