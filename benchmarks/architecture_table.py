@@ -33,7 +33,7 @@ def check(name: str, folder: Path) -> dict[str, str]:
     from architectures import ARCHITECTURES, build, scatter, settings
     from conftest import make_tokenizer, write_chat
 
-    from mlxft.export.fuse import fuse_layers
+    from mlxft.exports.fuse import fuse_layers
     from mlxft.model.folder import save_folder
     from mlxft.model.load import load, load_tokenizer
     from mlxft.run import train

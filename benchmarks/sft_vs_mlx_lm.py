@@ -156,7 +156,7 @@ def alternate(args: argparse.Namespace, folder: str) -> dict[str, list[dict[str,
     write_rows(rows, lengths(kind, 400), share if share < 1 else 0.8)
     model = args.model
     if model is None:
-        from mlxft.export.fuse import convert_model
+        from mlxft.exports.fuse import convert_model
 
         model = str(Path(folder) / "model")
         convert_model("smollm2-135m", Path(model), dtype="float32")

@@ -20,11 +20,17 @@ _PLACES = {
     "Terms": "objectives.base",
     "answer_of": "data.chat",
     "errors": "",
+    "evaluate": "api",
+    "export": "api",
     "functional": "objectives",
+    "fuse": "api",
+    "generate": "api",
     "load": "runs:load_run",
     "load_encoded": "data.dataset",
     "open_run": "runs",
     "read_rows": "data.sources",
+    "sample": "api",
+    "score": "api",
     "train": "run",
 }
 __all__ = [
@@ -40,15 +46,22 @@ __all__ = [
     "__version__",
     "answer_of",
     "errors",
+    "evaluate",
+    "export",
     "functional",
+    "fuse",
+    "generate",
     "load",
     "load_encoded",
     "open_run",
     "read_rows",
+    "sample",
+    "score",
     "train",
 ]
 
 if TYPE_CHECKING:
+    from mlxft.api import evaluate, export, fuse, generate, sample, score
     from mlxft.config import Config, Settings
     from mlxft.data.chat import answer_of
     from mlxft.data.dataset import load_encoded

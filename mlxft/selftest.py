@@ -27,7 +27,7 @@ from mlxft.config import parse_config
 from mlxft.device import NAMES, backend
 from mlxft.doctor import examine
 from mlxft.errors import ConfigError, MlxftError, nearest
-from mlxft.export.fuse import fuse
+from mlxft.exports.fuse import fuse
 from mlxft.model.cpu import cross_entropy, gated_delta
 from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
 from mlxft.model.sampling import Sampling, sample_batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -218,6 +219,37 @@ def test_a_run_shows_itself(settings: dict[str, Any]) -> None:
     html = run._repr_html_()
     assert "<polyline" in html
     assert "training loss, step 1 to 4" in html
+
+
+def test_a_run_is_used_by_plain_calls(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = mlxft.train(settings)
+    model = mlxft.load(run)
+    text = mlxft.generate(model, "What is sea?", max_tokens=8)
+    assert text == mlxft.generate(run, [{"role": "user", "content": "What is sea?"}], max_tokens=8)
+    drawn = mlxft.sample(model, ["What is sea?", "What is road?"], samples=3, max_tokens=8, seed=1)
+    assert [len(found) for found in drawn] == [3, 3]
+    assert drawn == mlxft.sample(model, ["What is sea?", "What is road?"], samples=3, max_tokens=8, seed=1)
+    found = mlxft.evaluate(run, settings["data"]["train"], against="base", template="auto")
+    (task,) = found.to_json()["tasks"]
+    assert {"loss", "perplexity"} <= task["figures"].keys()
+    fused = mlxft.fuse(run, tmp_path / "fused", force=True)
+    assert fused is not None
+    again = mlxft.generate(tmp_path / "fused", "What is sea?", max_tokens=8)
+    assert isinstance(again, str)
+    assert mlxft.export(run, tmp_path / "peft", format="peft")
+    with pytest.raises(ConfigError, match="format is 'onnx'; expected peft"):
+        mlxft.export(run, tmp_path / "onnx", format="onnx")  # type: ignore[arg-type]
+    assert inspect.isfunction(mlxft.export), "no module of this name may take its place"
+
+
+def test_rows_are_scored(settings: dict[str, Any]) -> None:
+    pairs = [{"prompt": f"{w}?", "chosen": f"the {w}", "rejected": w} for w in ("sea", "road", "wind")]
+    recipe = {**settings, "objective": "reward", "data": {"format": "preference"}}
+    recipe["run"] = {**settings["run"], "eval_every": None}
+    run = mlxft.train(recipe, rows=pairs)
+    found = mlxft.score(run, pairs)
+    assert [row["row"] for row in found] == ["rows[0]", "rows[1]", "rows[2]"]
+    assert all(row["margin"] == pytest.approx(row["chosen"] - row["rejected"]) for row in found)
 
 
 def test_every_public_name_is_there() -> None:

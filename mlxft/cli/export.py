@@ -71,8 +71,8 @@ def fuse(
     reserve(paths[-1])
     from rich.text import Text
 
-    from mlxft.export.fuse import LostTooMuch, parse_adapter
-    from mlxft.export.fuse import fuse as fuse_run
+    from mlxft.exports.fuse import LostTooMuch, parse_adapter
+    from mlxft.exports.fuse import fuse as fuse_run
 
     with make_console(stderr=True).status("loading") as status:
         try:
@@ -124,7 +124,7 @@ def convert(
 
     Example: mlxft convert smollm2-135m smollm2 --dtype float32
     """
-    from mlxft.export.fuse import convert_model as run
+    from mlxft.exports.fuse import convert_model as run
 
     reserve(dst)
     bits, groups = (int(given) if given else None for given in (quantize, group_size))
@@ -173,22 +173,9 @@ def export(
     if kind and form not in ("gguf", "ollama"):
         raise click.UsageError(f"--type is for --format gguf and ollama, not {form}")
     reserve(out)
-    if form == "peft":
-        from mlxft.export.peft import export_peft
+    from mlxft.api import export as write
 
-        lines = export_peft(run, out, model=model, overwrite=overwrite)
-    elif form == "seq-cls":
-        from mlxft.export.peft import export_seqcls
-
-        lines = export_seqcls(run, out, model=model, overwrite=overwrite)
-    elif form == "gguf":
-        from mlxft.export.gguf import export_gguf
-
-        lines = export_gguf(run, out, kind=kind or "f16", lora=lora, model=model, overwrite=overwrite)
-    else:
-        from mlxft.export.ollama import export_ollama
-
-        lines = export_ollama(run, out, kind=kind or "f16", model=model, overwrite=overwrite)
+    lines = write(run, out, format=form, type=kind or "f16", lora=lora, model=model, overwrite=overwrite)  # type: ignore[arg-type]
     types = {"type": kind or "f16"} if form in ("gguf", "ollama") else {}
     report = {"out": str(out), "format": form, **types, "said": lines}
     echo(json_text(report) if as_json else "\n".join(lines))
@@ -206,7 +193,7 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
 
     Example: mlxft import their-adapter adapter --model their-base
     """
-    from mlxft.export.peft import import_peft
+    from mlxft.exports.peft import import_peft
 
     reserve(out)
     lines = import_peft(peft, out, model=model, overwrite=overwrite)
@@ -250,7 +237,7 @@ def push(
 
     Example: mlxft push runs/quickstart ada/quickstart --dry-run
     """
-    from mlxft.export.hub import pack, upload
+    from mlxft.exports.hub import pack, upload
     from mlxft.study.plots import curves
 
     package = pack(run, repo, what=what, run=of, licence=licence, own_card=own, draw=curves)

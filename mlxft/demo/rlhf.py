@@ -17,7 +17,7 @@ from rich.text import Text
 from mlxft.config import Config, load_config, override
 from mlxft.data.sources import Problem, read_rows
 from mlxft.errors import ConfigError, DataError
-from mlxft.export.fuse import fuse
+from mlxft.exports.fuse import fuse
 from mlxft.files import check_replaceable, claim, hold
 from mlxft.model.sampling import Sampling, sample_batch, text_of
 from mlxft.objectives.rollouts import RolloutSettings

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mlxft.build import load_base
 from mlxft.config import load_config, override
-from mlxft.export.fuse import fuse
+from mlxft.exports.fuse import fuse
 from mlxft.files import check_replaceable, claim, hold
 from mlxft.model.load import Loaded
 from mlxft.model.sampling import Sampling, generate

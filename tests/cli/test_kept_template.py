@@ -15,7 +15,7 @@ from families import FAMILIES
 
 from mlxft import build
 from mlxft.errors import ModelError
-from mlxft.export.hub import pack
+from mlxft.exports.hub import pack
 from mlxft.model.load import load
 from mlxft.runs import load_run
 

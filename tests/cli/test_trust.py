@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from mlxft.config import parse_config
-from mlxft.export.fuse import fuse
-from mlxft.export.peft import export_peft
+from mlxft.exports.fuse import fuse
+from mlxft.exports.peft import export_peft
 from mlxft.run import train
 from mlxft.text import make_console
 

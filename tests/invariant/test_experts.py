@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxft.config import Optim
-from mlxft.export.fuse import fuse_layers
+from mlxft.exports.fuse import fuse_layers
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.cpu import quicker
 from mlxft.model.layers import SWITCH, LoRASwitchLinear, LowRank

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.config import Tune
-from mlxft.export.fuse import FLOAT, fuse_layers
+from mlxft.exports.fuse import FLOAT, fuse_layers
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
 from mlxft.model.layers import LowRank, dense_weight
 from mlxft.model.load import load

@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from architectures import ARCHITECTURES, MORE, NOT, build, names, scatter
 
-from mlxft.export.fuse import fuse_layers, standing_in, standins, uniform, unpacked
+from mlxft.exports.fuse import fuse_layers, standing_in, standins, uniform, unpacked
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.layers import LINEAR, LowRank
 

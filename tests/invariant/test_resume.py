@@ -372,7 +372,7 @@ KILLS = int(os.environ.get("MLXFT_KILLS", "4"))
 
 # What is slow to import stands before the work, so that a kill seldom falls into it.
 WORK = """
-import sys, mlxft.cli, mlxft.run, mlxft.export.fuse, mlxft.export.gguf, mlxft.study.sweep, optuna
+import sys, mlxft.cli, mlxft.run, mlxft.exports.fuse, mlxft.exports.gguf, mlxft.study.sweep, optuna
 mlxft.study.sweep.ATTEMPTS = 10**6  # or a trial that is killed three times counts as failed
 for args in eval(sys.argv[1]):
     print("at", args[0], flush=True)

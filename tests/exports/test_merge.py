@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 import mlxft
 from mlxft.errors import ConfigError, ModelError
-from mlxft.export.fuse import find_sources, fuse, load_base, parse_adapter
+from mlxft.exports.fuse import find_sources, fuse, load_base, parse_adapter
 from mlxft.runs import Run
 
 Recipe = Callable[..., dict[str, Any]]

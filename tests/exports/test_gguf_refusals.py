@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.export.gguf import export_gguf
+from mlxft.exports.gguf import export_gguf
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.export.fuse import fuse
-from mlxft.export.hub import (
+from mlxft.exports.fuse import fuse
+from mlxft.exports.hub import (
     Base,
     Facts,
     card,

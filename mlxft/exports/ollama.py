@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.errors import ExportError
-from mlxft.export import gguf
-from mlxft.export.gguf import chat_template
+from mlxft.exports import gguf
+from mlxft.exports.gguf import chat_template
 from mlxft.model.folder import check_destination, check_unused, generation_settings, replace_folder
 from mlxft.model.load import Loaded
 from mlxft.runs import find_adapter

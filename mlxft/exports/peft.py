@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.config import full_path
 from mlxft.errors import ExportError, MlxftError, ModelError, shorten
-from mlxft.export.fuse import adapter_of, fuse_layers
+from mlxft.exports.fuse import adapter_of, fuse_layers
 from mlxft.files import flush, save_arrays
 from mlxft.model.adapters import (
     LoRASpec,
@@ -365,7 +365,7 @@ def score_notes(head: Saved, pad: int | None) -> list[str]:
 
 
 # --- peft in ----------------------------------------------------------------------------------------------------------
-# A PEFT adapter as mlxft and mlx-lm read them; see mlxft.export.peft for how the two differ.
+# A PEFT adapter as mlxft and mlx-lm read them; see mlxft.exports.peft for how the two differ.
 
 # Settings that make of LoRA something else; each is refused where it is set.
 OTHER = (

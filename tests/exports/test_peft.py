@@ -14,7 +14,7 @@ from mlx_lm import load as mlx_lm_load
 
 import mlxft
 from mlxft.errors import ExportError, ModelError
-from mlxft.export.peft import CONFIG, WEIGHTS, export_peft, export_seqcls, import_peft
+from mlxft.exports.peft import CONFIG, WEIGHTS, export_peft, export_seqcls, import_peft
 from mlxft.model.heads import read_scores
 from mlxft.model.logits import Split
 from mlxft.study.score import open_scorer

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import ConfigError, ExportError
-from mlxft.export.fuse import convert_model
+from mlxft.exports.fuse import convert_model
 from mlxft.model.folder import save_folder
 from mlxft.model.load import base_fingerprint, fits_base, load
 

@@ -10,7 +10,7 @@ import pytest
 from go_template import render
 
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.export.ollama import Chat, export_ollama, find_chat, literal, modelfile, quoted
+from mlxft.exports.ollama import Chat, export_ollama, find_chat, literal, modelfile, quoted
 from mlxft.model.load import load, load_tokenizer
 
 # As the models' own tokenizer_config.json have them, shortened.

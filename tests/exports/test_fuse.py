@@ -15,8 +15,8 @@ import pytest
 
 import mlxft
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.export.fuse import LostTooMuch, fuse
-from mlxft.export.peft import export_peft, import_peft
+from mlxft.exports.fuse import LostTooMuch, fuse
+from mlxft.exports.peft import export_peft, import_peft
 from mlxft.files import claim
 from mlxft.model.folder import weight_bytes
 from mlxft.model.layers import QUANTIZED
@@ -198,7 +198,7 @@ def test_an_adapter_that_changes_nothing(recipe: Recipe, tmp_path: Path) -> None
 
 
 def mlxft_convert(src: Path, dst: Path) -> None:
-    from mlxft.export.fuse import convert_model
+    from mlxft.exports.fuse import convert_model
 
     convert_model(str(src), dst, dtype="float32", quantize=8, group_size=32)
 

@@ -15,7 +15,7 @@ from gguf import GGUFReader
 from mlxft import __version__
 from mlxft.data.dataset import set_embedding_rows
 from mlxft.errors import ModelError
-from mlxft.export.gguf import export_gguf, vocabulary
+from mlxft.exports.gguf import export_gguf, vocabulary
 from mlxft.model.gguf import ARCHITECTURES, permute, unpermute
 from mlxft.model.load import load, load_tokenizer
 from mlxft.runs import load_run
@@ -254,7 +254,7 @@ def test_an_adapter_is_fused(
 
 
 def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_path: Path, save_adapter: Any) -> None:
-    from mlxft.export.fuse import convert_model
+    from mlxft.exports.fuse import convert_model
 
     convert_model(str(make_model_dir(tmp_path / "m", "llama", **WIDE)), tmp_path / "q", quantize=4, group_size=32)
     adapted = save_adapter(tmp_path / "q", tmp_path / "adapter")
