@@ -22,17 +22,17 @@ from pathlib import Path
 out, *sys.argv = sys.argv[1:]
 import mlxft
 ROOT = str(Path(mlxft.__file__).parent) + "/"
-seen = {}
+seen, importing = {}, 0
 def record(frame, event, arg):
+    # What module code calls while it is imported (decorators, tables) is no step of the run. Class bodies are not
+    # optimised code (inspect.CO_OPTIMIZED), functions are; the iterator of a comprehension is not looked at.
+    global importing
     code = frame.f_code
-    if event != "call" or not code.co_filename.startswith(ROOT):
+    if not code.co_filename.startswith(ROOT):
         return
-    # Bodies of modules and classes run when they are imported; inspect.CO_OPTIMIZED is set for functions only, of which
-    # a comprehension is one before Python 3.12.
-    while code.co_name in ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"):
-        frame = frame.f_back
-        code = frame.f_code
-    if code.co_flags & 1 and code.co_filename.startswith(ROOT):
+    if code.co_name == "<module>":
+        importing += {"call": 1, "return": -1}.get(event, 0)
+    elif event == "call" and not importing and code.co_flags & 1:
         seen.setdefault(code.co_filename.removeprefix(ROOT), code.co_name)
 threading.setprofile(record)
 sys.setprofile(record)
