@@ -72,7 +72,7 @@ def test_a_run_folder_does_not_choose_python_by_itself(own: Recipe, mlxft: Calla
     assert mlxft("train", "recipe.yaml").code == 0
     refused = mlxft("train", "--resume", "runs/a")
     assert refused.code == 2
-    assert "objective: the run folder names Python to be run" in refused.err
+    assert "objective: the run folder names Python code to run" in refused.err
     assert mlxft("train", "--resume", "runs/a", "objective=smooth.py:Smooth").code == 0
     Path("smooth.py").write_text("raise SystemExit('it was run')", "utf-8")
     assert api.open_run("runs/a").config.objective == "smooth.py:Smooth"
