@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlxft.errors import CheckpointError, ConfigError, switch
 from mlxft.text import parse_json, read_file
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # --- temporary --------------------------------------------------------------------------------------------------------
 # Files and folders with a temporary name. A killed process leaves them behind, and the next command that works in the
@@ -605,6 +606,8 @@ def save_arrays(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str
     need = sum(v.nbytes for v in arrays.values())
     check_room(path.parent, need)  # mlx does not always notice a full disk
     try:
+        import mlx.core as mx
+
         mx.save_safetensors(str(path), dict(sorted(arrays.items())), metadata or {"format": "mlx"})
         whole = path.stat().st_size >= need
     except RuntimeError:  # mlx says how many bytes it could not write

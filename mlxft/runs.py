@@ -40,7 +40,6 @@ from mlxft.files import (
     temporary,
 )
 from mlxft.text import home_path, parse_json, read_file
-from mlxft.trainer.report import LiveView, terminal
 
 if TYPE_CHECKING:
     from mlxft.config import Config
@@ -746,6 +745,8 @@ def watch(folder: Path, console: Console, every: float = 0.5) -> RunInfo:
     tail = Tail(folder / "metrics.jsonl")
     before, _ = tail.read()
     info = run_info(folder)
+    from mlxft.trainer.report import LiveView, terminal
+
     sink = terminal(console, info.steps or 0, info.step) if info.status == "running" else None
     try:
         if isinstance(sink, LiveView):

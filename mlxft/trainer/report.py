@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -24,10 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from mlxft.config import Report
 from mlxft.errors import ConfigError, missing_extra
 from mlxft.files import write_text, writing
 from mlxft.text import parse_json, read_file
+
+if TYPE_CHECKING:
+    from mlxft.config import Report
 
 # --- report -----------------------------------------------------------------------------------------------------------
 # Report the events of a run: to metrics.jsonl, and to the terminal as a live view or as plain lines.
