@@ -29,9 +29,9 @@ MEASURE = """
 import json, sys
 import mlxft
 from rich.console import Console
-from mlxft import measure
-found, own = [], measure.measured_bytes
-measure.measured_bytes = lambda *args: found.append(own(*args)) or found[-1]
+from mlxft import build
+found, own = [], build.measured_bytes
+build.measured_bytes = lambda *args: found.append(own(*args)) or found[-1]
 run = mlxft.train(json.loads(sys.argv[1]), console=Console(quiet=True))
 print(json.dumps([found[-1], max(e["peak_memory_gb"] for e in run.metrics("train")) * 1e9]))
 """

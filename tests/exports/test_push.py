@@ -192,7 +192,8 @@ def parsed(text: str) -> tuple[dict[str, Any], str]:
 def test_the_dry_run_needs_no_network_and_no_token(run: Run, command: Any) -> None:
     done = command(run.dir, "ada/tuned", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    files = re.findall(r"^ +[\d,.]+ k?B  (\S+)$", done.stdout, re.MULTILINE)
+    *files, total = re.findall(r"^ +[\d,.]+ k?B  (\S+)$", done.stdout, re.MULTILINE)
+    assert total == "total"
     assert files == [
         "README.md",
         "adapter_config.json",

@@ -213,7 +213,7 @@ def go(settings: dict[str, Any], steps: int, objective: Any, model: nn.Module) -
     """Train by the loop alone; its events."""
     events: list[dict[str, Any]] = []
     nothing: Callable[[Progress], None] = lambda p: None  # noqa: E731
-    optimizer = Optimizer(objective.config.optim, model, objective.parts())
+    optimizer = Optimizer(objective.config.optim, model, objective.clip_groups())
     hooks = Hooks(events.append, nothing, nothing, nothing)
     Loop(model, objective, optimizer, objective.config, steps, Progress(), hooks).run()
     return events
