@@ -102,4 +102,4 @@ def test_wrong_use_of_label(prompts: str, refused: Callable[..., str]) -> None:
     assert "p.jsonl:1: not a line that mlxft label wrote" in refused(
         1, "label", "bare.jsonl", "--out", prompts, "--model", "x"
     )
-    assert "can not write" in refused(2, "label", prompts, "--out", ".")
+    assert "cannot write" in refused(2, "label", prompts, "--out", ".")

@@ -21,7 +21,7 @@ from mlxft.model.heads import ScoreHead, attach_head, body_width
 from mlxft.model.layers import checkpoint_layers
 from mlxft.model.load import load
 from mlxft.model.logits import Split
-from mlxft.model.prefix import Sharing
+from mlxft.model.prefix import Completions, Sharing
 from mlxft.objectives import pairs as pairs_module
 from mlxft.objectives.pairs import stack_pairs
 from mlxft.run import train
@@ -63,15 +63,16 @@ def sharing(make_model_dir: Callable[..., Path], tmp_path: Path) -> Callable[...
     return make
 
 
-def both(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+def both(sharing: Sharing, monkeypatch: pytest.MonkeyPatch) -> tuple[Completions, Completions]:
     """The same pairs as whole rows, and with shared prompts."""
     pairs = some_pairs()
     width = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     shared = stack_pairs(pairs, width, sharing)
     monkeypatch.setattr(pairs_module, "LEAST_PROMPT", 1000)
     plain = stack_pairs(pairs, width, sharing)
-    assert ("prompts" in shared, "prompts" in plain) == (True, False)
-    assert shared["prompts"].size + shared["ids"].size < 0.75 * plain["ids"].size
+    assert plain.prompts is None
+    assert shared.prompts is not None
+    assert shared.prompts.size + shared.ids.size < 0.75 * plain.ids.size
     return plain, shared
 
 
@@ -97,7 +98,7 @@ def test_scores_logprobs_and_gradients(
     one = sharing(kind, whole)
     assert not one.reason
     plain, shared = both(one, monkeypatch)
-    assert mx.array_equal(plain["labels"], shared["labels"])
+    assert mx.array_equal(plain.labels, shared.labels)
     for read in (one.scores, partial(one.logprobs, grad=True)):
         (expected, slopes), (found, others) = (gradient(one, partial(read, a)) for a in (plain, shared))
         assert found.shape == expected.shape
@@ -112,11 +113,11 @@ def test_prompts_are_not_shared_where_it_does_not_pay_or_can_not_be(
     sharing: Callable[..., Sharing], make_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     one = sharing("llama")
-    assert "prompts" not in stack_pairs(some_pairs(least=8), 28, one), "short prompts"
+    assert stack_pairs(some_pairs(least=8), 28, one).prompts is None, "short prompts"
     long = [pair._replace(chosen_ids=pair.prompt_ids.repeat(4)) for pair in some_pairs()]
-    assert "prompts" not in stack_pairs(long, max(5 * len(p.prompt_ids) for p in long), one), "long answers"
+    assert stack_pairs(long, max(5 * len(p.prompt_ids) for p in long), one).prompts is None, "long answers"
     checkpoint_layers(one.split.model)
-    assert "prompts" not in stack_pairs(some_pairs(), 60, one), "a checkpointed block has no keys to give"
+    assert stack_pairs(some_pairs(), 60, one).prompts is None, "a checkpointed block has no keys to give"
     whole = load(str(make_model_dir(tmp_path / "whole", "gpt_neox")), dtype="float32").model
     assert "separable" in Sharing(Split(whole)).reason
 

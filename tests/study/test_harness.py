@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ import pytest
 
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded
-from mlxft.study.lm_eval import figures, run_tasks
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
 
@@ -60,8 +60,13 @@ def windows(token_list: list[int], prefix_token: int, max_seq_len: int, context_
         yield [token_list[start - 1] if start else prefix_token, *part[:-1]], part
 
 
+def harness() -> Any:
+    """The module, imported while the stand-ins are there."""
+    return importlib.import_module("mlxft.study.lm_eval")
+
+
 @pytest.fixture(autouse=True)
-def lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     manager = SimpleNamespace(all_tasks=["local", "broken"])
     parts: dict[str, dict[str, Any]] = {
         "lm_eval": {"simple_evaluate": simple_evaluate},
@@ -77,20 +82,22 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "mlxft.study.lm_eval", raising=False)
+    sys.modules.pop("mlxft.study.lm_eval", None)
+    yield
+    sys.modules.pop("mlxft.study.lm_eval", None)
 
 
 def a_model(loaded: Loaded, limit: int = 512) -> Any:
-    harness = importlib.import_module("mlxft.study.lm_eval")
-    return harness.Model(loaded, limit, 256, 0)
+    module = harness()
+    return module.Model(loaded, limit, 256, 0)
 
 
 def test_a_local_task_gives_lm_evals_numbers(tiny_model_dir: Path) -> None:
-    found = run_tasks(str(tiny_model_dir), ["local"])
+    found = harness().run_tasks(str(tiny_model_dir), ["local"])
     assert found["tasks"] == {
         "local": {"n": 20, "shots": 0, "figures": {"acc": {"value": pytest.approx(GOLDEN["acc"]), "se": None}}}
     }
-    assert run_tasks(str(tiny_model_dir), ["local"], limit=3)["tasks"]["local"]["n"] == 3
+    assert harness().run_tasks(str(tiny_model_dir), ["local"], limit=3)["tasks"]["local"]["n"] == 3
 
 
 def test_rolling_log_likelihood_is_of_every_token(tiny_model: Loaded) -> None:
@@ -135,30 +142,30 @@ def test_tasks_are_given_answers_without_thoughts(tiny_model: Loaded, monkeypatc
     from mlxft.model.sampling import Sampled
 
     said = {"in": "<think>\n\nor on?</think>\n\non", "<think>": "or on?</think>on", "the": "<think>or"}
-    harness = importlib.import_module("mlxft.study.lm_eval")
+    module = harness()
     encode = tiny_model.tokenizer.encode
 
     def sample(model: Any, tokenizer: Any, prompts: Any, *args: Any, **other: Any) -> list[list[Sampled]]:
         return [[Sampled([*encode(said[tokenizer.decode(p)]), tokenizer.eos_token_id], "eos")] for p in prompts]
 
-    monkeypatch.setattr(harness, "sample_batch", sample)
+    monkeypatch.setattr(module, "sample_batch", sample)
     requests = [asked(prompt, {"until": ["\n\n"]}) for prompt in said]
-    assert harness.Model(tiny_model, 512, 256, 0).generate_until(requests) == ["on", "on", ""]
-    whole = harness.Model(tiny_model, 512, 256, 0, thoughts="keep")
+    assert module.Model(tiny_model, 512, 256, 0).generate_until(requests) == ["on", "on", ""]
+    whole = module.Model(tiny_model, 512, 256, 0, thoughts="keep")
     assert whole.generate_until(requests) == ["<think>", "or on?</think>on", "<think>or"]
 
 
 def test_until_does_not_end_a_thought(tiny_model: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness = importlib.import_module("mlxft.study.lm_eval")
+    module = harness()
     seen: list[bool] = []
-    sample = harness.sample_batch
+    sample = module.sample_batch
     monkeypatch.setattr(
         harness,
         "sample_batch",
         lambda m, t, p, how, **o: (seen.append(how.stop_in_answer), sample(m, t, p, how, **o))[1],
     )
     for thoughts in ("drop", "keep"):
-        harness.Model(tiny_model, 512, 256, 0, thoughts=thoughts).generate_until([asked("in", {"max_tokens": 2})])
+        module.Model(tiny_model, 512, 256, 0, thoughts=thoughts).generate_until([asked("in", {"max_tokens": 2})])
     assert seen == [True, False]
 
 
@@ -179,15 +186,15 @@ def test_a_continuation_that_joins_its_context_is_not_certain(tiny_model: Loaded
 
 def test_what_lm_eval_does_not_know(tiny_model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"lm-eval knows no locl \(did you mean local\?\)"):
-        run_tasks(str(tiny_model_dir), ["locl"])
+        harness().run_tasks(str(tiny_model_dir), ["locl"])
     with pytest.raises(ConfigError, match="no such folder"):
-        run_tasks(str(tiny_model_dir), ["local"], include_path="/nowhere")
+        harness().run_tasks(str(tiny_model_dir), ["local"], include_path="/nowhere")
     with pytest.raises(ConfigError, match="names none"):
-        run_tasks(str(tiny_model_dir), [])
+        harness().run_tasks(str(tiny_model_dir), [])
     with pytest.raises(DataError, match="could not run broken: ConnectionError: no network"):
-        run_tasks(str(tiny_model_dir), ["broken"])
+        harness().run_tasks(str(tiny_model_dir), ["broken"])
 
 
 def test_figures_of_lm_eval() -> None:
     values = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "em_stderr,strict": "N/A"}
-    assert figures(values) == {"acc": {"value": 0.5, "se": 0.1}, "em, strict": {"value": 1.0, "se": None}}
+    assert harness().figures(values) == {"acc": {"value": 0.5, "se": 0.1}, "em, strict": {"value": 1.0, "se": None}}
