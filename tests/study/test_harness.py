@@ -160,7 +160,7 @@ def test_until_does_not_end_a_thought(tiny_model: Loaded, monkeypatch: pytest.Mo
     seen: list[bool] = []
     sample = module.sample_batch
     monkeypatch.setattr(
-        harness,
+        module,
         "sample_batch",
         lambda m, t, p, how, **o: (seen.append(how.stop_in_answer), sample(m, t, p, how, **o))[1],
     )
