@@ -105,7 +105,7 @@ def score(run: str | Path | Run, rows: str | Path | Iterable[Mapping[str, Any]])
     quiet = make_console(file=io.StringIO())
     if isinstance(rows, (str, Path)):
         return [row.to_json() for row in score_file(_path(run), str(rows), quiet)]
-    return [row.to_json() for row in score_file(_path(run), hand_over("rows", list(rows)), quiet)]
+    return [row.to_json() for row in score_file(_path(run), hand_over("data.test", "rows", list(rows)), quiet)]
 
 
 def evaluate(

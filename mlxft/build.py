@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,8 @@ def plan_batches(
 def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Beside | None) -> Plan:
     if around is None:
         return plan(job, s.rows, s.width, checkpoint, shared)
-    step = plan(job, s.rows, s.width, checkpoint, shared)
+    # As if the micro-batch were alone in its step: what earlier ones leave is counted with the critic's.
+    step = plan(replace(job, accumulate=1), s.rows, s.width, checkpoint, shared)
     return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.several else 0)
 
 

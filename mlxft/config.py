@@ -664,18 +664,19 @@ def objective_class(name: str) -> Any:
         )
     if name not in _trusted:
         raise ConfigError(f"objective: {name} is Python that a run folder names, and is not run")
-    if name not in _foreign or name.startswith("python:"):
-        _foreign[name] = _import_objective(name)
-    return _foreign[name]
+    stamp = _stamp(name)
+    if name not in _foreign or _foreign[name][0] != stamp:
+        _foreign[name] = stamp, _import_objective(name)
+    return _foreign[name][1]
 
 
-_handed: dict[str, Any] = {}  # what a program has handed over in place of a path, by the name that stands for it
+_handed: dict[tuple[str, str], Any] = {}  # (setting, what stands for it) -> an object that a program gives in place
 
 
-def hand_over(name: str, value: Any) -> str:
-    """Keep an object that a program gives in place of a path. Returns what stands for it in the recipe."""
+def hand_over(setting: str, name: str, value: Any) -> str:
+    """Keep an object that a program gives in place of a setting's path, and return what stands for it in the recipe."""
     spec = f"python:{name}"
-    _handed[spec] = value
+    _handed[setting, spec] = value
     return spec
 
 
@@ -685,13 +686,22 @@ def handed_over(setting: str, spec: str) -> Any:
     Raises:
         ConfigError: it is not in this process.
     """
-    if spec not in _handed:
+    if (setting, spec) not in _handed:
         raise ConfigError(f"{setting}: {spec} was an object of a Python program; give it to mlxft.train again")
-    return _handed[spec]
+    return _handed[setting, spec]
 
 
 _trusted: set[str] = set()  # import paths that the user's own recipe or command has named
-_foreign: dict[str, Any] = {}
+_foreign: dict[str, tuple[Any, Any]] = {}  # import path -> what `_stamp` gave for it, and the class
+
+
+def _stamp(name: str) -> Any:
+    """Return what changes when an objective's file, or the object that was handed over, is another one."""
+    path = name.rpartition(":")[0]
+    if path == "python":
+        return handed_over("objective", name)
+    file = home_path(path).absolute()
+    return (file, file.stat().st_mtime_ns) if path.endswith(".py") and file.is_file() else None
 
 
 def _import_objective(name: str) -> Any:
@@ -734,8 +744,12 @@ def default_lr(objective: str, method: str) -> float:
     LoRA needs about 10 times as much, whatever the objective (Schulman et al. 2025, "LoRA Without Regret").
     """
     # A recipe with an unknown objective is refused later, together with its other problems.
-    known = objective in OBJECTIVES or objective in _foreign
-    full: float = objective_class(objective).learning_rate if known else 2e-5
+    # One of the user's own is known once its sections were read; no Python is run for it here.
+    full = 2e-5
+    if objective in OBJECTIVES:
+        full = objective_class(objective).learning_rate
+    elif objective in _foreign:
+        full = _foreign[objective][1].learning_rate
     return full if method == "full" else float(f"{10 * full:g}")  # 10 x 1e-6 is 9.999999999999999e-06
 
 

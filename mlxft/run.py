@@ -76,17 +76,18 @@ def _given(
     """The settings that stand for objects, which are handed over."""
     found: dict[str, Any] = {}
     if rows is not None:
-        found["data.train"] = hand_over("rows", list(rows))
+        found["data.train"] = hand_over("data.train", "rows", list(rows))
     if valid_rows is not None:
-        found["data.valid"] = hand_over("valid_rows", list(valid_rows))
+        found["data.valid"] = hand_over("data.valid", "valid_rows", list(valid_rows))
     if rewards is not None:
         names = [getattr(f, "__name__", type(f).__name__) for f in rewards]
         unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
-        found["rewards.function"] = {hand_over(name, f): 1.0 for name, f in zip(unique, rewards)}
+        found["rewards.function"] = {hand_over("rewards.function", name, f): 1.0 for name, f in zip(unique, rewards)}
     if isinstance(objective, str):
         found["objective"] = objective
     elif objective is not None:
-        found["objective"] = hand_over(getattr(objective, "__name__", type(objective).__name__), objective)
+        name = getattr(objective, "__name__", type(objective).__name__)
+        found["objective"] = hand_over("objective", name, objective)
     if model is not None:
         found["model.path"] = model.source
     return found

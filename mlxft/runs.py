@@ -105,13 +105,12 @@ class Run:
         """What it is, and how far it has come."""
         config = self.config
         facts: dict[str, Any] = {"objective": config.objective, "base": config.model.path}
-        trained = self.metrics("train") if (self.dir / "metrics.jsonl").exists() else []
-        if trained:
+        events = self.metrics() if (self.dir / "metrics.jsonl").exists() else []
+        if trained := [e for e in events if e["event"] == "train"]:
             facts |= {"step": trained[-1]["step"], "loss": round(trained[-1]["loss"], 4)}
             facts["curve"] = [(e["step"], e["loss"]) for e in trained]
-        evals = self.metrics("eval") if trained else []
-        if evals:
-            facts["validation loss"] = round(min(e["loss"] for e in evals), 4)
+        if losses := [e["loss"] for e in events if e["event"] == "eval"]:
+            facts["validation loss"] = round(min(losses), 4)
         return facts
 
     def __repr__(self) -> str:

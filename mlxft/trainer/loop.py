@@ -389,9 +389,8 @@ class Loop:
             step = next(steps)
             if step.event is not None:
                 self._tell(step.event, step.before_s)
-            empty = [b for b in step.micro_batches if b.tokens and not b.trained_tokens]
-            self.progress.skipped_batches += len(empty) if step.micro_batches else 1
-            batches = [b for b in step.micro_batches if not (b.tokens and not b.trained_tokens)]
+            batches = [b for b in step.micro_batches if b.trained_tokens or not b.tokens]
+            self.progress.skipped_batches += len(step.micro_batches) - len(batches) if step.micro_batches else 1
             if batches and any(step.per.values()):
                 return self._make(step, batches), step.ends_epoch
             epochs += step.ends_epoch

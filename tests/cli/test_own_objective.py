@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +49,12 @@ def test_it_learns_and_is_validated(own: Recipe) -> None:
     assert all("target_logprob" in e for e in run.metrics("eval"))
 
 
-def test_terms_have_the_denominators_it_gives(own: Recipe) -> None:
-    """With z alone counting, the loss is a mean over rows, whatever their lengths: epsilon and nll add a known part."""
+def test_the_second_term_is_a_mean_over_rows(own: Recipe) -> None:
+    """A random model's log-partitions are near the logarithm of its vocabulary, and the z-loss near their square."""
     runs = [api.train(own(**{"run.name": f"z{z}", "run.steps": 1, "smooth.z": z})) for z in (0.0, 1.0)]
     plain, with_z = (run.metrics("train")[0]["loss"] for run in runs)
-    assert with_z - plain > 1  # log-partitions of an untrained model of 100 tokens are above 1
+    vocabulary = api.load(own()["model"]["path"]).config["vocab_size"]
+    assert with_z - plain == pytest.approx(math.log(vocabulary) ** 2, rel=0.2)
 
 
 def test_killed_and_resumed_is_uninterrupted(own: Recipe) -> None:
@@ -108,3 +110,12 @@ def test_it_is_checked_planned_and_searched(own: Recipe, mlxft: Callable[..., An
 def test_what_is_no_objective_is_refused(own: Recipe, objective: str, says: str) -> None:
     with pytest.raises(api.errors.ConfigError, match=re.escape(says)):
         api.train(own(objective=objective))
+
+
+def test_a_file_that_was_changed_is_read_again(own: Recipe) -> None:
+    mlxft_run = api.train(own(**{"run.steps": 1}))
+    file = Path("smooth.py")
+    file.write_text(file.read_text("utf-8").replace('"target_logprob"', '"renamed"'), "utf-8")
+    again = api.train(own(**{"run.steps": 1, "run.name": "b"}))
+    assert "target_logprob" in mlxft_run.metrics("train")[0]
+    assert "renamed" in again.metrics("train")[0]
