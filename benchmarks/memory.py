@@ -50,7 +50,7 @@ def ours(job: dict[str, Any]) -> None:
     """One step as the loop does it."""
     import mlx.core as mx
 
-    from mlxft.config import Optim
+    from mlxft.config import OptimSettings
     from mlxft.model.adapters import LoRASpec, attach, select_targets
     from mlxft.model.cpu import quicker
     from mlxft.model.layers import checkpoint_layers
@@ -61,7 +61,7 @@ def ours(job: dict[str, Any]) -> None:
     attach(model, LoRASpec(tuple(select_targets(model, "all-linear", "all")), 8, 2.0))
     checkpoint_layers(model, job["checkpoint"])
     model.train()
-    split, optimizer = Split(model), Optimizer(Optim(), model)
+    split, optimizer = Split(model), Optimizer(OptimSettings(), model)
     rows, length = job["rows"], job["length"]
     ids = mx.random.randint(0, job["vocabulary"], (rows, length))
     positions = mx.arange(0, rows * length, 2)

@@ -83,7 +83,7 @@ class _BeforeMLX:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         if name == "mlx.core":
-            from mlxft.device import load as load_blas
+            from mlxft.device import load_blas as load_blas
 
             load_blas()
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlxft.model.load import Loaded
     from mlxft.study.evaluate import Evaluation
 
-Prompt = str | list[dict[str, Any]]
+_Prompt = str | list[dict[str, Any]]
 Named = str | Path | Run
 
 
@@ -30,7 +30,7 @@ def _path(model: Named) -> str:
 
 def generate(
     model: Loaded | Named,
-    prompt: Prompt,
+    prompt: _Prompt,
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -54,12 +54,12 @@ def generate(
 
     how = s.Sampling(max_tokens, temperature, stop=tuple(stop), **sampling)
     loaded = _loaded(model)
-    return s.generate(loaded.model, loaded.tokenizer, prompt, how, seed=seed)
+    return s.complete(loaded.model, loaded.tokenizer, prompt, how, seed=seed)
 
 
 def sample(
     model: Loaded | Named,
-    prompts: Iterable[Prompt],
+    prompts: Iterable[_Prompt],
     *,
     samples: int = 1,
     max_tokens: int = 256,
@@ -99,7 +99,7 @@ def score(run: str | Path | Run, rows: str | Path | Iterable[Mapping[str, Any]])
     Returns:
         For each row its scores, as `mlxft score --json` prints them.
     """
-    from mlxft.study.score import score as score_file
+    from mlxft.study.score import score_file as score_file
     from mlxft.text import make_console
 
     quiet = make_console(file=io.StringIO())
@@ -135,7 +135,7 @@ def fuse(run: Named, out: str | Path, **options: Any) -> Fused:
         out: the folder to write.
         options: as the options of `mlxft fuse`: bits, dequantize, keep, overwrite and so on.
     """
-    from mlxft.exports.fuse import fuse as fuse_run
+    from mlxft.exports.fuse import fuse_sources as fuse_run
 
     return fuse_run(Path(_path(run)), Path(out), **options)
 

@@ -19,9 +19,9 @@ from mlx.utils import tree_flatten
 from mlxft.config import Config, load_config, objective_class
 from mlxft.data.chat import set_day
 from mlxft.device import (
+    BACKEND_NAMES,
     CROWDED,
     FAILURES,
-    NAMES,
     UNKNOWN,
     backend,
     gpu_failed,
@@ -52,8 +52,8 @@ from mlxft.model.memory import (
     CHECKPOINT_ABOVE,
     Beside,
     Job,
+    MemoryPlan,
     PhasedPlan,
-    Plan,
     Shape,
     ShapeSplit,
     largest_packed,
@@ -64,7 +64,7 @@ from mlxft.model.memory import (
 from mlxft.model.prefix import Sharing
 from mlxft.objectives.base import MakesStep, MicroBatch, Objective, Step, heaviest
 from mlxft.runs import find_adapter
-from mlxft.trainer.loop import CompiledGradient, Found, gradient, scales_of, summed
+from mlxft.trainer.loop import CompiledGradient, LossAndGradients, gradient, scales_of, summed
 from mlxft.trainer.optim import Arrays, Optimizer
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Planned:
         others: setting -> bytes that it would take instead, where this machine does not decide between them.
     """
 
-    plan: Plan
+    plan: MemoryPlan
     rows: int
     width: int
     usable: int
@@ -190,7 +190,7 @@ class Planned:
     def to_json(self) -> dict[str, Any]:
         """As JSON, in bytes."""
         p = self.plan
-        parts = {k: getattr(p, k) for k in PARTS}
+        parts = {k: getattr(p, k) for k in _PARTS}
         phased = {"roles": dict(p.roles), "phases": p.phases()} if isinstance(p, PhasedPlan) else {}
         return {
             **parts,
@@ -212,7 +212,7 @@ class Planned:
         p = self.plan
         macs = ", ".join(map(str, p.macs())) or "none of up to 128"
         fits = f"{'fits' if p.fits(self.usable) else 'DOES NOT FIT'} here ({amount(self.usable)})"
-        where = f"on {NAMES[planned_backend()]}" if self.usable == UNKNOWN else fits
+        where = f"on {BACKEND_NAMES[planned_backend()]}" if self.usable == UNKNOWN else fits
         largest = f"batch.tokens up to {self.tokens:,}" if self.tokens else "not even one row of this length"
         on = "on" if p.checkpoint else "off"
         batch = f"{self.rows} x {self.width} tokens"
@@ -220,9 +220,9 @@ class Planned:
         roles = {k: v for k, v in p.roles.items() if v} if isinstance(p, PhasedPlan) else {}
         return [
             f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {where}",
-            *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[:2]),
+            *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[:2]),
             *(f"  {k} (a role): {amount(v)}" for k, v in roles.items()),
-            *(f"  {k}: {amount(getattr(p, k))}" for k in PARTS[2:-1]),
+            *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[2:-1]),
             *(f"  peak of {k}: {amount(v)}" for k, v in phases.items()),
             f"  peak where there is room to work ahead: {amount(p.total)}",
             f"fits on Macs of (GB): {macs}",
@@ -231,7 +231,7 @@ class Planned:
         ]
 
 
-PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
+_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
 
 
 def amount(size: float) -> str:
@@ -251,7 +251,7 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
 
 def plan_batches(
     config: Config, model: nn.Module, shapes: Sequence[Shape], around: Beside | None = None
-) -> tuple[Plan, int, int]:
+) -> tuple[MemoryPlan, int, int]:
     """The plan of the batch that takes most, and its rows and width, with checkpointing as it will be.
 
     Raises:
@@ -261,7 +261,7 @@ def plan_batches(
     if any(s.prompt for s in shapes) and not Sharing(ShapeSplit(model)).thinkable:
         shapes = [Shape(*s[:3]) for s in shapes]
 
-    def plans(checkpoint: bool) -> list[tuple[Plan, int, int]]:
+    def plans(checkpoint: bool) -> list[tuple[MemoryPlan, int, int]]:
         found = []
         for s in (shapes[i] for i in heaviest(shapes, together)):
             job = job_of(config, model, s.trained / (s.rows * s.width))
@@ -269,7 +269,7 @@ def plan_batches(
             found.append((_planned(job, s, checkpoint, shared, around), s.rows, s.width))
         return found
 
-    def most(found: list[tuple[Plan, int, int]]) -> tuple[Plan, int, int]:
+    def most(found: list[tuple[MemoryPlan, int, int]]) -> tuple[MemoryPlan, int, int]:
         return max(found, key=lambda f: f[0].needed)
 
     setting = config.memory.checkpoint
@@ -280,7 +280,7 @@ def plan_batches(
     return most(plans(True))
 
 
-def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Beside | None) -> Plan:
+def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Beside | None) -> MemoryPlan:
     if around is None:
         return plan(job, s.rows, s.width, checkpoint, shared)
     # As if the micro-batch were alone in its step: what earlier ones leave is counted with the critic's.
@@ -481,7 +481,7 @@ def decide_checkpointing(
         notes += around.residents.notes
     phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
     if refuse or max((v for k, v in phases.items() if k != "training"), default=0) > usable_bytes(config.memory.limit):
-        check_room(config, found, rows, width)
+        check_memory(config, found, rows, width)
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
     said = f"expected peak memory: {amount(found.total)}"
     return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
@@ -513,7 +513,7 @@ def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:
     return why and f"the step is not compiled: {why}"
 
 
-def check_room(config: Config, found: Plan, rows: int, width: int) -> None:
+def check_memory(config: Config, found: MemoryPlan, rows: int, width: int) -> None:
     """Refuse a recipe whose largest batch, of rows x width tokens, does not fit.
 
     Raises:
@@ -529,7 +529,7 @@ def room_of(config: Config) -> str:
     return f"{limit} is {amount(usable_bytes(config.memory.limit))}"
 
 
-def _needs(found: Plan, rows: int, width: int) -> str:
+def _needs(found: MemoryPlan, rows: int, width: int) -> str:
     """What a plan that does not fit needs, and what helps."""
     phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
     phase = max(phases, key=lambda name: phases[name]) if phases else "training"
@@ -547,7 +547,7 @@ def _needs(found: Plan, rows: int, width: int) -> str:
 
 # --- measure ----------------------------------------------------------------------------------------------------------
 
-ALL = 1 << 62  # bytes of a step that no memory was left for
+_ALL = 1 << 62  # bytes of a step that no memory was left for
 MEASURED = 5  # times, at most, that a step is measured for batch.tokens: auto
 TIMED = 4  # gradients, after the first, which makes caches and kernels
 QUICKER = 0.95  # share of the eager gradient's time below which the compiled one is taken: above lies noise
@@ -624,7 +624,7 @@ def fit_tokens(
         if taken is None:
             return config, None, [f"batch.tokens: auto is {tokens:,}: there is no batch to measure"]
         tried[tokens] = taken
-        said.append(f"{tokens:,} takes {'more than there is' if taken == ALL else amount(taken)}")
+        said.append(f"{tokens:,} takes {'more than there is' if taken == _ALL else amount(taken)}")
         most = room_for_step(config, model)
         largest = max(shape.rows * shape.width for shape in objective.shapes())
         wanted = _corrected(tokens, largest, taken, most, _lasting(model, optimizer))
@@ -659,7 +659,7 @@ def _corrected(tokens: int, largest: int, taken: int, most: float, lasting: int)
         taken: what its step takes, of `most`.
         lasting: bytes of it that do not grow with the batch.
     """
-    if taken == ALL:
+    if taken == _ALL:
         return max(64, tokens // 4)
     share = (FILLED * most - lasting) / max(1, taken - lasting)
     if taken <= most and (share < ENOUGH or 2 * largest < tokens):  # there may be no larger batch
@@ -675,7 +675,7 @@ def _lasting(model: nn.Module, optimizer: Optimizer) -> int:
 
 
 def _too_much(config: Config, taken: int) -> str:
-    takes = "found no room" if taken == ALL else f"takes {amount(taken)}"
+    takes = "found no room" if taken == _ALL else f"takes {amount(taken)}"
     return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
 
 
@@ -719,7 +719,7 @@ def gradient_seconds(config: Config, model: nn.Module, objective: Objective, com
 
 def _computing(
     config: Config, model: nn.Module, objective: Objective
-) -> Callable[[MicroBatch, dict[str, float]], Found]:
+) -> Callable[[MicroBatch, dict[str, float]], LossAndGradients]:
     """`gradient` as the loop has it for shapes that come again."""
     if objective.compiled:
         compiled = CompiledGradient(model, objective)
@@ -760,7 +760,7 @@ def measured_bytes(config: Config, model: nn.Module, objective: Objective, optim
         if gpu_failure(error) != "memory":
             raise
         mx.clear_cache()
-        return ALL
+        return _ALL
 
 
 @contextmanager
@@ -798,13 +798,15 @@ def _peak(config: Config, model: nn.Module, objective: Objective, optimizer: Opt
         except (RuntimeError, MemoryError) as error:
             if gpu_failure(error) != "memory":
                 raise
-            raise ConfigError(_too_much(config, ALL)) from error
+            raise ConfigError(_too_much(config, _ALL)) from error
         finally:
             optimizer.begin(model)
     return mx.get_peak_memory() - others
 
 
-def _gradients(compute: Callable[[MicroBatch, dict[str, float]], Found], step: Step) -> tuple[mx.array, Arrays]:
+def _gradients(
+    compute: Callable[[MicroBatch, dict[str, float]], LossAndGradients], step: Step
+) -> tuple[mx.array, Arrays]:
     """Total and gradients of a step's micro-batches, on their way as the loop has them."""
     grads: Arrays = {}
     for batch in step.micro_batches:

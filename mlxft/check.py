@@ -17,7 +17,7 @@ from mlxft.build import (
     Planned,
     amount,
     bare_skeleton,
-    check_room,
+    check_memory,
     full_logits,
     is_open,
     load_base,
@@ -28,7 +28,7 @@ from mlxft.build import (
     why_eager,
 )
 from mlxft.config import Config
-from mlxft.data.dataset import Encoded, EncodedAnswer, EncodedPair, describe, shared_part
+from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, shared_part, trained_spans
 from mlxft.data.dataset import describe_pair as describe_judged
 from mlxft.device import Backend, elsewhere, in_use, planning_for
 from mlxft.errors import ModelError
@@ -37,9 +37,9 @@ from mlxft.model.layers import aside, limits
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.logits import refuse_states
 from mlxft.model.memory import ShapeSplit
-from mlxft.objectives.base import Event, Objective, Step, arrays_of
+from mlxft.objectives.base import Objective, Step, arrays_of
 from mlxft.run import assemble, total_steps
-from mlxft.text import json_text
+from mlxft.text import Event, json_text
 from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.optim import group_of, learning_rate
 from mlxft.trainer.report import check_installed
@@ -47,7 +47,7 @@ from mlxft.trainer.report import check_installed
 # --- timing -----------------------------------------------------------------------------------------------------------
 # Estimate how long a run will take from a few real steps; nothing is written.
 
-STEPS = 4  # the first one compiles and is not timed
+_STEPS = 4  # the first one compiles and is not timed
 LOOKED_AT = 64  # number of micro-batches among which the largest is searched
 
 
@@ -111,7 +111,7 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
     hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)
     rolled = objective.steps_per_rollout()
-    count = rolled or STEPS
+    count = rolled or _STEPS
     mx.reset_peak_memory()
     with limits(config.memory.limit, config.memory.cache):
         made: Any = objective if rolled else _Few(objective, loaded.model)
@@ -124,7 +124,7 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     steps = objective.steps_per_epoch()
     # Where an epoch's steps are not known, those that were timed stand for all.
     per_step = (
-        objective.summary().counts["tokens"] / steps if steps else (last["tokens"] - first["tokens"]) / (STEPS - 1)
+        objective.summary().counts["tokens"] / steps if steps else (last["tokens"] - first["tokens"]) / (_STEPS - 1)
     )
     return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, mx.get_peak_memory())
 
@@ -143,9 +143,9 @@ class _Few:
 
     def __init__(self, objective: Objective, model: nn.Module) -> None:
         self._objective = objective
-        seen = list(islice(objective.steps(model), max(LOOKED_AT // objective.config.batch.accumulate, STEPS)))
+        seen = list(islice(objective.steps(model), max(LOOKED_AT // objective.config.batch.accumulate, _STEPS)))
         largest = max(seen, key=_largest_bytes)
-        self._steps = [largest, *(step for step in seen if step is not largest)][:STEPS]
+        self._steps = [largest, *(step for step in seen if step is not largest)][:_STEPS]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objective, name)
@@ -228,7 +228,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         _print(facts, [*plan_lines(found, reason, took), *(blas.lines() if blas is not None else [])], console)
         colour = console.is_terminal and console.color_system is not None and not console.no_color
         for row in objective.previews(rows):
-            show(preview(row, tokenizer), console, colour)
+            _show(preview(row, tokenizer), console, colour)
     if not is_open(asked):  # otherwise a measured step corrects a batch that is too large
         _check_room(config, found)
     return facts
@@ -245,7 +245,7 @@ def check_trains(config: Config, objective: Objective) -> None:
 
 def _check_room(config: Config, found: Planned | None) -> None:
     if found is not None:
-        check_room(config, found.plan, found.rows, found.width)
+        check_memory(config, found.plan, found.rows, found.width)
 
 
 def _print(facts: dict[str, Any], lines: list[str], console: Console) -> None:
@@ -263,7 +263,7 @@ def _print(facts: dict[str, Any], lines: list[str], console: Console) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[str, Any]:
+def preview(row: Encoded | EncodedPair | EncodedLabelled, tokenizer: Any) -> dict[str, Any]:
     """Return a row as it is trained, as JSON: its place, its texts and their numbers of tokens.
 
     In a pair, `shared` is the common beginning of both completions.
@@ -273,7 +273,7 @@ def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[
             "row": row.where,
             "tokens": len(row.ids),
             "trained_tokens": int(row.trained.sum()),
-            "pieces": [{"text": text, "trained": trained} for text, trained in describe(row, tokenizer)],
+            "pieces": [{"text": text, "trained": trained} for text, trained in trained_spans(row, tokenizer)],
         }
     parts = describe_judged(row, tokenizer)
     found: dict[str, Any] = {"row": row.where}
@@ -285,7 +285,7 @@ def preview(row: Encoded | EncodedPair | EncodedAnswer, tokenizer: Any) -> dict[
     return found | {p.name: p.text for p in parts} | {f"{p.name}_tokens": p.tokens for p in parts}
 
 
-def show(row: dict[str, Any], console: Console, colour: bool) -> None:
+def _show(row: dict[str, Any], console: Console, colour: bool) -> None:
     """Print a preview with trained text marked; the common beginning of a pair's completions is marked apart."""
     if "pieces" in row:
         title = f"{row['tokens']} tokens, {row['trained_tokens']} trained"

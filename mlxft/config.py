@@ -120,7 +120,7 @@ class Range(Settings):
         return next(v for _, v in self if v is not None)
 
 
-class Sweep(Settings):
+class SweepSettings(Settings):
     """Search of `mlxft sweep`. `mlxft train` refuses a recipe with this section."""
 
     space: dict[str, Range] = Field(
@@ -158,7 +158,7 @@ class Sweep(Settings):
         return None if value is None else str(value)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Sweep:
+    def _consistent(self) -> SweepSettings:
         given = self.model_fields_set
         if given and not self.space:
             raise ValueError("space is needed: the settings to vary, e.g. space: {optim.lr: {log: [1e-5, 1e-3]}}")
@@ -207,7 +207,7 @@ OBJECTIVES = {
 }
 
 
-class Model(Settings):
+class ModelSettings(Settings):
     """Base model to start from."""
 
     path: str = Field(
@@ -227,13 +227,13 @@ class Model(Settings):
     trust_remote_code: bool = Field(False, description="Allow Python code that comes with the model to run.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Model:
+    def _consistent(self) -> ModelSettings:
         if self.group_size is not None and self.quantize is None:
             raise ValueError(f"group_size ({self.group_size}) needs quantize; give quantize too, or leave it out")
         return self
 
 
-class Tune(Settings):
+class TuneSettings(Settings):
     """Parameters that are trained, and how."""
 
     method: Literal["lora", "dora", "full"] = Field(
@@ -270,7 +270,7 @@ class Tune(Settings):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Tune:
+    def _consistent(self) -> TuneSettings:
         given = self.model_fields_set
         if self.method == "full":
             low_rank = sorted({"rank", "scale", "alpha", "rslora", "dropout", "targets"} & given)
@@ -298,7 +298,7 @@ class Tune(Settings):
         return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
-class Data(Settings):
+class DataSettings(Settings):
     """Rows to train on, and which of their tokens are trained."""
 
     train: str = Field(
@@ -348,7 +348,7 @@ class Data(Settings):
     cache: bool = Field(True, description="Cache encoded rows on disk, so that the next run need not encode them.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Data:
+    def _consistent(self) -> DataSettings:
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid as a share must be between 0 and 1, seen {self.valid:g}")
         if self.format == "text" and self.train_on not in (None, "all"):
@@ -364,7 +364,7 @@ class Data(Settings):
         return self
 
 
-class Batch(Settings):
+class BatchSettings(Settings):
     """Division of rows into micro-batches and steps."""
 
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
@@ -382,7 +382,7 @@ class Batch(Settings):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Batch:
+    def _consistent(self) -> BatchSettings:
         if self.tokens is not None and self.rows is not None:
             raise ValueError(f"give tokens or rows, not both (tokens={self.tokens}, rows={self.rows})")
         return self
@@ -426,7 +426,7 @@ def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default")
 
 
-class Optim(Settings):
+class OptimSettings(Settings):
     """Optimiser and learning rate."""
 
     name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = Field(
@@ -469,7 +469,7 @@ class Optim(Settings):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Optim:
+    def _consistent(self) -> OptimSettings:
         takes = {
             "weight_decay": ("adamw", "sgd", "lion", "adafactor", "muon"),
             "betas": ("adamw", "adam", "lion"),
@@ -497,7 +497,7 @@ class Optim(Settings):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr:g}) is above lr ({self.lr:g})")
 
-    def with_default(self, lr: float) -> Optim:
+    def with_default(self, lr: float) -> OptimSettings:
         """Return these settings with the rate `lr` if none is given; it still counts as not given."""
         if "lr" in self.model_fields_set:
             return self
@@ -506,7 +506,7 @@ class Optim(Settings):
         return found
 
 
-class Run(Settings):
+class RunSettings(Settings):
     """Run folder, length of the run, and what is done while it trains."""
 
     name: str | None = Field(
@@ -540,7 +540,7 @@ class Run(Settings):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Run:
+    def _consistent(self) -> RunSettings:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs:g})")
         name = self.name or ""
@@ -551,7 +551,7 @@ class Run(Settings):
         return self
 
 
-class Memory(Settings):
+class MemorySettings(Settings):
     """Memory that training may use, in GB (10^9 bytes)."""
 
     checkpoint: Literal["auto", "on", "off"] = Field(
@@ -577,7 +577,7 @@ class Memory(Settings):
     )
 
 
-class Report(Settings):
+class ReportSettings(Settings):
     """Experiment trackers, in addition to metrics.jsonl; each needs the extra of its name."""
 
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
@@ -589,7 +589,7 @@ class Report(Settings):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Report:
+    def _consistent(self) -> ReportSettings:
         if len(set(self.to)) < len(self.to):
             raise ValueError(f"to lists a tracker twice: {', '.join(self.to)}")
         if self.project is not None and not {*self.to} - {"tensorboard"}:
@@ -601,15 +601,15 @@ class Config(Settings):
     """A whole recipe. `section` returns an objective's own settings."""
 
     objective: str = Field("sft", description="Name of the objective to optimise.")
-    model: Model
-    tune: Tune = Field(default_factory=Tune)
-    data: Data
-    batch: Batch = Field(default_factory=Batch)
-    optim: Optim = Field(default_factory=Optim)
-    run: Run = Field(default_factory=Run)
-    memory: Memory = Field(default_factory=Memory)
-    report: Report = Field(default_factory=Report)
-    sweep: Sweep = Field(default_factory=Sweep)
+    model: ModelSettings
+    tune: TuneSettings = Field(default_factory=TuneSettings)
+    data: DataSettings
+    batch: BatchSettings = Field(default_factory=BatchSettings)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+    memory: MemorySettings = Field(default_factory=MemorySettings)
+    report: ReportSettings = Field(default_factory=ReportSettings)
+    sweep: SweepSettings = Field(default_factory=SweepSettings)
     versions: dict[str, str] | None = Field(
         None, description="Versions of the packages that a run used; written to config.yaml."
     )

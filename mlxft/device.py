@@ -46,7 +46,7 @@ CGROUP = Path("/sys/fs/cgroup")
 INSTALL = "sudo apt-get install libopenblas0-pthread"
 
 
-def load() -> None:
+def load_blas() -> None:
     """Load the fastest BLAS that is installed, unless the process has one already (LD_PRELOAD).
 
     Raises:
@@ -232,7 +232,7 @@ def read_or_nothing(path: str | Path) -> str:
 CROWDED = 1e9  # bytes of swap in use above which memory is short
 
 Backend = Literal["metal", "cuda", "cpu"]
-NAMES: dict[Backend, str] = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
+BACKEND_NAMES: dict[Backend, str] = {"metal": "a Mac's GPU", "cuda": "an NVIDIA GPU", "cpu": "a CPU"}
 Failure = Literal["memory", "watchdog"]
 # Failure -> what happened, and what helps if it happened in training.
 FAILURES: dict[Failure, tuple[str, str]] = {

@@ -37,14 +37,14 @@ from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_met
 from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limits, set_random_state
 from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters, fits_base, without_weights
 from mlxft.model.logits import Packing
-from mlxft.model.sampling import Sampling, generate
+from mlxft.model.sampling import Sampling, complete
 from mlxft.objectives.base import Objective
 from mlxft.runs import Run, check_folder, make_folder, recorded, versions
-from mlxft.text import make_console
+from mlxft.text import Event, make_console
 from mlxft.trainer import checkpoint
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
-from mlxft.trainer.report import Event, EventFile, Reporter, Sink, Stopped, check_installed, make_trackers, terminal
+from mlxft.trainer.report import EventFile, Reporter, Sink, Stopped, check_installed, make_trackers, terminal
 
 
 def as_config(
@@ -171,12 +171,12 @@ class _Saver:
         self.run, self.loaded, self.spec, self.objective, self.optimizer = run, loaded, spec, objective, optimizer
 
     def checkpoint(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
-        """Save a checkpoint; see `checkpoint.save`."""
+        """Save a checkpoint; see `save_checkpoint`."""
         self.held.check()
         weights, optimizer = trainable_weights(self.loaded.model), self.optimizer.arrays()
         snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
         folder = self.run.dir / "checkpoints"
-        checkpoint.save(folder, state["progress"]["step"], snapshot, self.run.config.run.keep, say)
+        checkpoint.save_checkpoint(folder, state["progress"]["step"], snapshot, self.run.config.run.keep, say)
 
     def result(self) -> None:
         """Write adapter/ or model/ from the current weights."""
@@ -377,7 +377,7 @@ def _train(
     def on_samples(p: Progress) -> None:
         for prompt in settings.sample_prompts:
             ids = encode_prompt(prompt, loaded.tokenizer, chat=run.config.data.template == "auto")
-            answer = generate(loaded.model, loaded.tokenizer, ids, likeliest)
+            answer = complete(loaded.model, loaded.tokenizer, ids, likeliest)
             reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
 
     hooks = Hooks(reporter.event, on_checkpoint, lambda p: saver.result(), on_samples)

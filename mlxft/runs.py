@@ -39,7 +39,7 @@ from mlxft.files import (
     remove,
     temporary,
 )
-from mlxft.text import home_path, parse_json, read_file
+from mlxft.text import Event, home_path, parse_json, read_file
 
 if TYPE_CHECKING:
     from mlxft.config import Config
@@ -382,8 +382,7 @@ def recorded(held: Held) -> Iterator[None]:
 #
 # Only the needed lines of metrics.jsonl are parsed, so that hundreds of runs take less than a second.
 
-Event = dict[str, Any]
-PARTS = (
+_PARTS = (
     "config.yaml",
     "metrics.jsonl",
     "status.json",
@@ -441,7 +440,7 @@ class RunInfo:
 
 def may_be_run(folder: Path) -> bool:
     """Return whether a folder is a run folder, or was about to become one."""
-    return any(os.path.exists(folder / part) for part in PARTS)
+    return any(os.path.exists(folder / part) for part in _PARTS)
 
 
 def list_runs(place: Path, every: bool = False) -> list[RunInfo]:
@@ -479,7 +478,7 @@ def find_run(name: str, place: Path) -> Path:
     raise ConfigError(f"{name}: {what} in {place}{nearest(name, there)}; mlxft runs --all lists them")
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_run_settings(folder: Path) -> dict[str, Any]:
     """Return the settings in config.yaml, unvalidated, whatever version wrote them.
 
     Raises:
@@ -598,7 +597,7 @@ def _settings(folder: Path, complete: bool) -> tuple[dict[str, Any], str]:
     if complete and b"\nversions:" in text:  # the last section is there, so nothing was cut off
         return {}, ""
     try:
-        return read_settings(folder), "" if complete else "no metrics yet"
+        return read_run_settings(folder), "" if complete else "no metrics yet"
     except CheckpointError as e:
         return {}, str(e).partition(": ")[2]
 

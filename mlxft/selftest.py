@@ -24,10 +24,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxft import __version__
 from mlxft.build import base_skeleton, make_objective, plan_batches
 from mlxft.config import parse_config
-from mlxft.device import NAMES, backend
+from mlxft.device import BACKEND_NAMES, backend
 from mlxft.doctor import examine
 from mlxft.errors import ConfigError, MlxftError, nearest
-from mlxft.exports.fuse import fuse
+from mlxft.exports.fuse import fuse_sources
 from mlxft.model.cpu import cross_entropy, gated_delta
 from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
 from mlxft.model.sampling import Sampling, sample_batch
@@ -38,7 +38,7 @@ from mlxft.text import json_text, make_console, parse_json
 # --- tiny -------------------------------------------------------------------------------------------------------------
 # Make a tiny model with a tokenizer and rows, which selftest trains.
 
-TEMPLATE = (
+_TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' + m['content'] + '</s>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
 )
@@ -72,7 +72,7 @@ def write_tiny(folder: Path) -> None:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(names[:3])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=_TEMPLATE
     )
     config = {**CONFIG, "vocab_size": len(names), "bos_token_id": 1, "eos_token_id": 2}
     model = llama.Model(llama.ModelArgs.from_dict(config))
@@ -100,12 +100,12 @@ def write_tiny(folder: Path) -> None:
 # --- selftest ---------------------------------------------------------------------------------------------------------
 # mlxft selftest: compute what training consists of on this machine's device, and compare with float32 on the CPU.
 
-Arrays = list[mx.array]
+_Arrays = list[mx.array]
 # Allowed difference, relative to the largest number: for float32, which GPUs multiply in fewer bits, and for bfloat16.
 FLOAT, HALF = 5e-3, 4e-2
 LOSSES = 2e-2  # allowed relative difference of the losses of a few steps
 PLANNED = 0.2  # allowed relative difference between planned and measured memory
-STEPS = 4
+_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def selftest_report(checks: Sequence[Check]) -> dict[str, Any]:
     """Return the checks and the machine as JSON, for an issue report."""
     lines = [{**asdict(c), "passed": c.passed} for c in checks]
     machine = {f.name: f.value for f in examine(Path())}
-    return {"mlxft": __version__, "device": NAMES[backend()], "machine": machine, "checks": lines}
+    return {"mlxft": __version__, "device": BACKEND_NAMES[backend()], "machine": machine, "checks": lines}
 
 
 def _difference(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
@@ -161,10 +161,10 @@ def _difference(ours: Sequence[mx.array], theirs: Sequence[mx.array]) -> float:
     return worst
 
 
-def _compare(function: Callable[..., mx.array], arrays: Arrays, dtype: mx.Dtype, reference: Any = None) -> float:
+def _compare(function: Callable[..., mx.array], arrays: _Arrays, dtype: mx.Dtype, reference: Any = None) -> float:
     """Compare value and gradient on the device with those of `reference` (default: itself) in float32 on the CPU."""
 
-    def both(compute: Callable[..., mx.array], given: Arrays) -> Arrays:
+    def both(compute: Callable[..., mx.array], given: _Arrays) -> _Arrays:
         weights = mx.random.normal(compute(*given).shape, key=mx.random.key(9))
 
         def total(*a: mx.array) -> mx.array:
@@ -176,7 +176,7 @@ def _compare(function: Callable[..., mx.array], arrays: Arrays, dtype: mx.Dtype,
         mx.eval(out)
         return out
 
-    def cast(kind: mx.Dtype) -> Arrays:
+    def cast(kind: mx.Dtype) -> _Arrays:
         return [a.astype(kind) if mx.issubdtype(a.dtype, mx.floating) else a for a in arrays]
 
     mx.eval(arrays)
@@ -185,7 +185,7 @@ def _compare(function: Callable[..., mx.array], arrays: Arrays, dtype: mx.Dtype,
     return _difference(both(function, cast(dtype)), wanted)
 
 
-def _draw(*shapes: Sequence[int]) -> Arrays:
+def _draw(*shapes: Sequence[int]) -> _Arrays:
     with mx.stream(mx.cpu):
         return [mx.random.normal(tuple(shape), key=mx.random.key(i)) for i, shape in enumerate(shapes)]
 
@@ -263,7 +263,7 @@ def selftest_recipe(folder: Path, objective: str, name: str, **more: Any) -> dic
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "tune": {"rank": 4},
         "data": {"train": str(folder / f"{form}.jsonl"), "format": form, "cache": False},
-        "run": {"name": name, "dir": str(folder / "runs"), "steps": STEPS, "report_every": 1, "keep_awake": False},
+        "run": {"name": name, "dir": str(folder / "runs"), "steps": _STEPS, "report_every": 1, "keep_awake": False},
         "optim": {"lr": 1e-2, "schedule": "constant", "warmup": 0},
         "batch": {"rows": 4},
     }
@@ -369,7 +369,7 @@ def _resumed(folder: Path) -> float:
 
 def _fused(folder: Path) -> float:
     run = folder / "runs" / "sft"
-    fuse(run, folder / "fused", force=True, overwrite=True)
+    fuse_sources(run, folder / "fused", force=True, overwrite=True)
     ids = mx.array([[1, 5, 9, 20, 30]])
     adapted, fused = load_run(run), load_run(folder / "fused")
     return _difference([fused.model(ids)], [adapted.model(ids)])
@@ -466,7 +466,7 @@ def bench(
             found.append({"job": job, "shape": shape, "side": side, **figures})
             on_job(found[-1])
     machine = {f.name: f.value for f in examine(Path())}
-    about = {"mlxft": __version__, "commit": _commit(), "device": NAMES[backend()], "matmul_per_s": rate}
+    about = {"mlxft": __version__, "commit": _commit(), "device": BACKEND_NAMES[backend()], "matmul_per_s": rate}
     return {**about, "machine": machine, "jobs": found}
 
 
@@ -492,7 +492,7 @@ def _commit() -> str:
         return ""
 
 
-def markdown(found: dict[str, Any], command: str) -> list[str]:
+def bench_markdown(found: dict[str, Any], command: str) -> list[str]:
     """Return table rows for docs/performance.md."""
     about = found["machine"]
     chip = about.get("chip") or about.get("GPU") or about.get("CPU")

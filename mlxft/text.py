@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+Event = dict[str, Any]  # one line of metrics.jsonl
+
 
 # --- text -------------------------------------------------------------------------------------------------------------
 # Text to a terminal, into JSON, and from small files.

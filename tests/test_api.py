@@ -15,7 +15,7 @@ import pytest
 
 import mlxft
 from mlxft.errors import CheckpointError, ConfigError
-from mlxft.model.sampling import Sampling, generate
+from mlxft.model.sampling import Sampling, complete
 from mlxft.objectives.grpo import GRPO
 from mlxft.trainer.loop import Loop
 
@@ -70,7 +70,7 @@ def test_train_then_load(settings: dict[str, Any]) -> None:
     assert mx.array_equal(by_run.model(ids), by_dir.model(ids)).item()
     bare = mlxft.load(settings["model"]["path"])
     assert not mx.array_equal(by_run.model(ids), bare.model(ids)).item(), "the adapter is on it"
-    assert isinstance(generate(by_run.model, by_run.tokenizer, "What is the sea?", Sampling(4)), str)
+    assert isinstance(complete(by_run.model, by_run.tokenizer, "What is the sea?", Sampling(4)), str)
 
 
 def test_load_takes_the_run_of_a_full_fine_tune(settings: dict[str, Any]) -> None:

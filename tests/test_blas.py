@@ -175,7 +175,7 @@ def test_a_library_that_is_none_is_refused(name: str, why: str, monkeypatch: pyt
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name, *a, **k: bare if name is None else real(name, *a, **k))
     with pytest.raises(mlxft.device.ConfigError, match=f"MLXFT_BLAS.*{why}"):
-        device.load()
+        device.load_blas()
 
 
 class FakeOpenBLAS:

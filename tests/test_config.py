@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from mlxft import config as config_module
 from mlxft.config import (
     Config,
-    Optim,
+    OptimSettings,
     Settings,
     config_class,
     dump_config,
@@ -254,7 +254,7 @@ def test_the_default_rate_is_the_methods(objective: str) -> None:
 
 
 def test_the_help_says_the_default_rates() -> None:
-    said = Optim.model_fields["lr"].description or ""
+    said = OptimSettings.model_fields["lr"].description or ""
     for objective, rate in RATES.items():
         stated = re.search(rf"\b{objective} (\S+?),", said) or re.search(r"any other objective (\S+?);", said)
         assert stated is not None

@@ -21,7 +21,7 @@ from mlxft.data.sources import Row
 from mlxft.errors import ConfigError
 from mlxft.model.layers import LowRank
 from mlxft.model.load import load as load_model
-from mlxft.objectives.rewards import Scored, load_functions
+from mlxft.objectives.rewards import ToScore, load_functions
 from mlxft.run import train
 from mlxft.runs import load_run
 from mlxft.study.label import read_label_recipe
@@ -268,6 +268,6 @@ def test_the_example_of_a_reward_function(monkeypatch: pytest.MonkeyPatch) -> No
     (function,) = load_functions("configs/rewards.py:overlap")
     ids = np.zeros(1, dtype=np.int32)
     said = ["The 9th.", "it is the 9th.", "", "no"]
-    items = [Scored(ids, ids, "When?", text, {"chosen": "The 9th."}, True, "rows:1") for text in said]
+    items = [ToScore(ids, ids, "When?", text, {"chosen": "The 9th."}, True, "rows:1") for text in said]
     # 2 words of 4 and 2 are in common: precision 1 / 2, recall 1.
     assert function.score(items) == pytest.approx([1, 2 / 3, 0, 0])

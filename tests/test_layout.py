@@ -248,6 +248,28 @@ def test_nobody_asks_what_kind_of_objective_it_is() -> None:
     assert not offenders, "\n".join(offenders)
 
 
+def public_names(path: Path) -> set[str]:
+    """What a module defines for others: its functions, classes and constants, without those that start with _."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, Function | ast.ClassDef):
+            found.add(node.name)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_public_names_are_unique() -> None:
+    """One word, one type. cli/ has commands by the names that users type; mlxft/__init__.py names what others have."""
+    places: dict[str, list[str]] = {}
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] not in ("cli", "__init__.py"):
+            for name in public_names(path):
+                places.setdefault(name, []).append(relative(path))
+    twice = [f"{name}: {', '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]
+    assert not twice, "public names that stand in several modules:\n" + "\n".join(twice)
+
+
 def test_data_needs_no_mlx() -> None:
     offenders = []
     for path in (PACKAGE / "data").rglob("*.py"):

@@ -12,7 +12,7 @@ import yaml
 
 from mlxft.config import Config, all_keys, objective_sections, objectives, read_yaml
 from mlxft.data.formats import FORMATS
-from mlxft.objectives.sft import FORMATS as SFT_FORMATS
+from mlxft.objectives.sft import SFT_FORMATS as SFT_FORMATS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text("utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}

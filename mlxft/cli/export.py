@@ -72,7 +72,7 @@ def fuse(
     from rich.text import Text
 
     from mlxft.exports.fuse import LostTooMuch, parse_adapter
-    from mlxft.exports.fuse import fuse as fuse_run
+    from mlxft.exports.fuse import fuse_sources as fuse_run
 
     with make_console(stderr=True).status("loading") as status:
         try:

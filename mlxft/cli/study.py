@@ -14,7 +14,7 @@ from mlxft.text import echo, home_path, json_text, make_console
 # --- runs -------------------------------------------------------------------------------------------------------------
 # mlxft runs.
 
-DEFAULT = Path("runs")
+_DEFAULT = Path("runs")
 
 
 def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
@@ -28,7 +28,7 @@ def _names(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
 def _place(ctx: click.Context, given: Path | None) -> Path:
     """Return the folder that holds the run folders; --dir may be given before or after the subcommand."""
     above = ctx.parent.params.get("place") if ctx.parent else None
-    return home_path(given or above or DEFAULT)
+    return home_path(given or above or _DEFAULT)
 
 
 def _in(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +111,7 @@ def compare(ctx: click.Context, names: tuple[str, ...], place: Path | None, as_j
     if len(names) < 2:
         raise click.UsageError("name at least two runs")
     from mlxft.runs import find_run
-    from mlxft.study.report import compare as compare_runs
+    from mlxft.study.report import compare_runs as compare_runs
     from mlxft.study.report import details, show_comparison
 
     found = compare_runs([details(find_run(name, _place(ctx, place)), name) for name in names])
@@ -282,7 +282,7 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
     Example: mlxft bench --shape qwen3-0.6b --against mlx_lm
              mlxft bench sft-qlora --shape llama-3.2-3b
     """
-    from mlxft.selftest import JOBS, markdown
+    from mlxft.selftest import JOBS, bench_markdown
     from mlxft.selftest import bench as run
 
     console = make_console()
@@ -302,6 +302,6 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
         command = " ".join(
             ["mlxft bench", *jobs, f"--shape {shape} --steps {steps}", *(["--against mlx_lm"] if against else [])]
         )
-        echo("\n".join(["", *markdown(found, command)]))
+        echo("\n".join(["", *bench_markdown(found, command)]))
     if any("error" in job for job in found["jobs"]):
         raise SystemExit(1)

@@ -276,6 +276,6 @@ def rlhf(folder: Path, reviews: str | None, overrides: tuple[str, ...]) -> None:
 
     Example: mlxft rlhf ppo:run.steps=40
     """
-    from mlxft.demo.rlhf import walk
+    from mlxft.demo.rlhf import walk_rlhf
 
-    walk(folder, reviews, overrides, make_console())
+    walk_rlhf(folder, reviews, overrides, make_console())

@@ -17,7 +17,7 @@ from mlxft.text import echo, echo_completion, json_text, make_console
 # mlxft generate, mlxft chat.
 
 
-class Text(click.ParamType[str]):
+class _Text(click.ParamType[str]):
     """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
 
     name = "text"
@@ -48,7 +48,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
             "--model", required=True, help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m."
         ),
         click.option("--adapter", help="Adapter folder or run to apply to the model."),
-        click.option("--system", type=Text(), help="System prompt."),
+        click.option("--system", type=_Text(), help="System prompt."),
         click.option(
             "--max-tokens",
             default=512,
@@ -87,7 +87,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
         click.option(
             "--stop",
             multiple=True,
-            type=Text(),
+            type=_Text(),
             help="Text that ends a completion and is not shown; can be given several times.",
         ),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for sampling."),
@@ -103,7 +103,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 @click.command()
-@click.argument("prompt", type=Text(), required=False)
+@click.argument("prompt", type=_Text(), required=False)
 @click.option("--batch", metavar="FILE", help="Complete the prompts of a file instead; write one JSON line for each.")
 @click.option("--out", type=PathArg(dir_okay=False), help="With --batch: file to write the lines to.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
@@ -151,9 +151,9 @@ def generate(
     how = Sampling(**options)
     loaded = load_run(model, adapter)
     if batch is not None:
-        from mlxft.study.generate import Asked, write_answers
+        from mlxft.study.generate import Asked, write_completions
 
-        write_answers(Asked(batch, loaded, system), how, samples or 1, seed, out)
+        write_completions(Asked(batch, loaded, system), how, samples or 1, seed, out)
         return
     ids = encode_prompt(prompt or "", loaded.tokenizer, system=system)
     for piece in stream(loaded.model, loaded.tokenizer, ids, how, seed=seed):
@@ -262,14 +262,14 @@ def sample(
     from mlxft.model.sampling import Sampling
     from mlxft.objectives.rewards import RewardsSettings
     from mlxft.runs import load_run
-    from mlxft.study.generate import Choice, choose, read_keep
+    from mlxft.study.generate import Choice, best_of_n, read_keep
 
     reserve(out)
     check_file(out, overwrite)
     choice = Choice(
         n, read_keep(keep, n), cut_off, Sampling(**options), RewardsSettings(adapter=reward, function=function)
     )
-    done = choose(
+    done = best_of_n(
         prompts, load_run(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)
     )
     echo(json_text(done.to_json()) if as_json else str(done))
@@ -299,7 +299,7 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 
     Example: mlxft score runs/reward-lora test.jsonl
     """
-    from mlxft.study.score import score as run_score
+    from mlxft.study.score import score_file as run_score
     from mlxft.study.score import summarise, tables
 
     rows = run_score(run, file, make_console(stderr=True), tokens=tokens)
@@ -424,7 +424,7 @@ def eval(
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
     from mlxft.files import EVALUATION
-    from mlxft.study.evaluate import Asking, check_out, default_out, run_evaluation, show
+    from mlxft.study.evaluate import Asking, check_out, default_out, run_evaluation, show_evaluation
 
     if out is not None:
         reserve(out / EVALUATION[0])
@@ -437,7 +437,7 @@ def eval(
     if as_json:
         echo(json_text(found.to_json()))
     else:
-        show(make_console(), found)
+        show_evaluation(make_console(), found)
     if folder is not None:
         found.write(folder)
     if not as_json:
@@ -551,11 +551,11 @@ def label(
         raise click.UsageError("give one file of prompts, and --out; on the command line or in a --recipe")
     reserve(out)
     from mlxft.model.sampling import Sampling
-    from mlxft.study.label import Source
+    from mlxft.study.label import LabelSource
     from mlxft.study.label import label as judge
 
     how = Sampling(source.pop("max_tokens"), source.pop("temperature"))
-    done = judge(files[0], out, Source(how, **source), make_console(stderr=as_json))
+    done = judge(files[0], out, LabelSource(how, **source), make_console(stderr=as_json))
     win = done.win_rate
     if as_json:
         rate = None if win is None else {**win._asdict(), "rate": win.rate, "interval": win.interval}
@@ -650,16 +650,16 @@ def fewshot(
     Example: mlxft fewshot configs/fewshot-reviews.yaml --k 0,1,4,16,all --test test.jsonl
              mlxft fewshot configs/fewshot-reviews.yaml --in-context 4 --tuned 16,all --test test.jsonl
     """
-    from mlxft.study.fewshot import Plan, draw, read_ks, show
+    from mlxft.study.fewshot import StudyPlan, _draw, read_ks, show_study
     from mlxft.study.fewshot import fewshot as run
 
     given = {"in_context": in_context, "tuned": tuned, "both": both}
     numbers = read_ks(ks, given)
-    plan = Plan(test, *numbers, seeds, limit, task, least_steps, overflow)
+    plan = StudyPlan(test, *numbers, seeds, limit, task, least_steps, overflow)
     study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=make_console(stderr=True))
-    message = draw(study)
+    message = _draw(study)
     if as_json:
         echo(json_text(study.to_json()))
         return
-    show(make_console(), study)
+    show_study(make_console(), study)
     echo(message)

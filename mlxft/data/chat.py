@@ -200,7 +200,7 @@ STEP = 64  # what a step costs beside what it makes
 LARGEST = 1 << 24  # size of a single value
 SECONDS = 5.0  # for what costs time and makes nothing, such as comparing long lists
 DEPTH = 64  # of lists within lists
-LONGEST = 1 << 18  # characters of a template
+_LONGEST = 1 << 18  # characters of a template
 COUNT = 100_000  # a number that says how often or how wide, as of jinja2's own range
 # Methods, filters and functions whose result can be larger than what they are given.
 _GROWING = (
@@ -351,8 +351,8 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.begin()
 
     def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(source, str) and len(source) > LONGEST:
-            raise TemplateTooLarge(f"the template has {len(source):,} characters; at most {LONGEST:,} are read")
+        if isinstance(source, str) and len(source) > _LONGEST:
+            raise TemplateTooLarge(f"the template has {len(source):,} characters; at most {_LONGEST:,} are read")
         # A namespace within namespaces would be written as often as it is met; nobody writes one.
         short = {"__repr__": lambda self: "<Namespace>"}
         self.globals["namespace"] = type("Namespace", (cast(type, self.globals["namespace"]),), short)
@@ -452,7 +452,7 @@ class Bounded(ImmutableSandboxedEnvironment):
 
 # --- chat -------------------------------------------------------------------------------------------------------------
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 Tools = list[dict[str, Any]]
 # Names that a message's thoughts go by; templates read one of them.
@@ -473,7 +473,7 @@ class Unwritten(DataError):
     reached = 0
 
 
-class Form(NamedTuple):
+class _Form(NamedTuple):
     """How tool calls and tools are handed to a template.
 
     Attributes:
@@ -487,7 +487,7 @@ class Form(NamedTuple):
     wrapped_tools: bool = False
 
 
-USUAL = Form()
+USUAL = _Form()
 
 
 @dataclass(frozen=True)
@@ -505,7 +505,7 @@ class Chat:
     tools: Tools | None
     where: str
     uses_tools: bool = False
-    form: Form = USUAL
+    form: _Form = USUAL
     thinking: bool | None = None
 
     def error(self, text: str, reached: int = 0) -> Unwritten:
@@ -661,8 +661,8 @@ _NOT_WRITTEN = f"which this chat template does not write: {_ADVICE}"
 
 
 def by_template(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools | None, where: str, encode: Callable[[Chat], T]
-) -> T:
+    tokenizer: Any, messages: Sequence[Message], tools: Tools | None, where: str, encode: Callable[[Chat], _T]
+) -> _T:
     """Return what `encode` makes of the first form of a row that the template writes whole.
 
     Raises:
@@ -715,17 +715,17 @@ def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
     )
 
 
-def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[Form]:
+def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[_Form]:
     """The forms of a row, the usual one first; one where there are neither calls nor bare tools."""
     calls = any("tool_calls" in message for message in messages)
     silent = any("tool_calls" in message and not message["content"] for message in messages)
     bare = any("function" not in tool for tool in tools or ())
     for wrapped, null, text in product((False, True), repeat=3):
         if wrapped <= bare and null <= silent and text <= calls:
-            yield Form(text, null, wrapped)
+            yield _Form(text, null, wrapped)
 
 
-def _formed(message: Message, form: Form) -> Message:
+def _formed(message: Message, form: _Form) -> Message:
     """A message as a template is given it."""
     # Of empty thoughts Qwen3's template takes note, and then leaves those in the content where they stand.
     given = {key: value for key, value in message.items() if key != "weight" and (value or key not in THOUGHTS)}
@@ -739,7 +739,7 @@ def _formed(message: Message, form: Form) -> Message:
     return given
 
 
-def _function(function: Mapping[str, Any], form: Form) -> dict[str, Any]:
+def _function(function: Mapping[str, Any], form: _Form) -> dict[str, Any]:
     given = {key: value for key, value in function.items() if key != WRITTEN}
     return {**given, "arguments": _text_of(function)} if form.text_arguments else given
 
@@ -923,7 +923,7 @@ def _shape(message: Message) -> _Shape:
 
 
 @lru_cache(maxsize=64)
-def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: Form, thinking: bool | None) -> str:
+def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: _Form, thinking: bool | None) -> str:
     """See `Chat.tail`: what a turn is followed by at the end of a conversation and not within it, where a special token
     ends it in both."""
     chat = Chat(tokenizer, None, "", uses_tools, form, thinking)
@@ -981,7 +981,7 @@ def _dropped_of(
     tools: tuple[bool, ...] | None,
     shapes: tuple[_Shape, ...],
     uses_tools: bool,
-    form: Form,
+    form: _Form,
     thinking: bool | None,
 ) -> str | None:
     """Which part of a row of these shapes a template drops: each part is a word that stands nowhere else.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.config import Config, Data
+from mlxft.config import Config, DataSettings
 from mlxft.data import chat as chat_module
 from mlxft.data.chat import (
     Chat,
@@ -40,14 +40,14 @@ from mlxft.data.formats import (
     Conversation,
     Example,
     Item,
-    Judged,
+    Labelled,
     Message,
-    Preference,
+    Pair,
     Ranked,
     Text,
-    choose,
     convert,
     labels_of,
+    pick_shots,
 )
 from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, nearest
@@ -289,21 +289,21 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
     )
 
 
-class Reply(NamedTuple):
+class EncodedCompletion(NamedTuple):
     """A prompt and one answer to it, as (P,) and (R,) int32: the answer with the token that ends it."""
 
     prompt: Ids
     reply: Ids
 
 
-def encode_reply(
+def encode_completion(
     prompt: str | list[Message],
     reply: str | Message,
     tokenizer: Any,
     where: str,
     tools: Tools | None = None,
     chat: bool = True,
-) -> Reply:
+) -> EncodedCompletion:
     """The prompt's ids as they stand when a model answers it, and those of an answer; arguments as for `encode`.
 
     The prompt's ids do not depend on the answer: where a token would span the two, they are tokenised apart.
@@ -312,7 +312,7 @@ def encode_reply(
         if not (chat and tokenizer.has_chat_template):
             row = _completion(Completion(prompt, reply), tokenizer, where, "last")
             first = int(np.argmax(row.trained))
-            return Reply(row.ids[:first], row.ids[first:])
+            return EncodedCompletion(row.ids[:first], row.ids[first:])
         prompt, reply = [{"role": "user", "content": prompt}], {"role": "assistant", "content": reply}
     if isinstance(prompt, str) or isinstance(reply, str):
         raise AssertionError("a text is answered by a text, messages by a message")
@@ -373,7 +373,7 @@ def _prompt(messages: list[Message], chat: Chat) -> list[int]:
     return check_ids(ids, chat.tokenizer, chat.where)
 
 
-def _reply(messages: list[Message], chat: Chat) -> Reply:
+def _reply(messages: list[Message], chat: Chat) -> EncodedCompletion:
     before, text = chat.render(messages[:-1], generation=True), chat.render(messages)
     if not text.startswith(before):
         raise NotAPrefix("the answer is not rendered as its generation prompt begins it")
@@ -384,7 +384,7 @@ def _reply(messages: list[Message], chat: Chat) -> Reply:
     end = _end_of_turn(tokenizer, reply, 0, len(reply))
     reply = [*reply, _eos(tokenizer, chat.where)] if end is None else reply[: end + 1]
     check_ids([*prompt, *reply], tokenizer, chat.where)
-    return Reply(np.asarray(prompt, dtype=np.int32), np.asarray(reply, dtype=np.int32))
+    return EncodedCompletion(np.asarray(prompt, dtype=np.int32), np.asarray(reply, dtype=np.int32))
 
 
 def _check_has_template(tokenizer: Any, where: str, chat: bool) -> None:
@@ -538,7 +538,7 @@ def _answered(item: Item) -> tuple[list[Message], Tools | None] | None:
     if isinstance(item, Conversation):
         return item.messages, item.tools
     answer = getattr(item, "chosen", None) or getattr(item, "completion", None)
-    if isinstance(item, Completion | Preference | Judged) and answer is not None:
+    if isinstance(item, Completion | Pair | Labelled) and answer is not None:
         turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
         last = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
         return [*turns, last], getattr(item, "tools", None)
@@ -551,7 +551,7 @@ def turn_end(tokenizer: Any, prompt: list[Message] | None = None, tools: Tools |
         return ()
     asked = prompt or [{"role": "user", "content": "Hello"}]
     try:
-        reply = encode_reply(asked, {"role": "assistant", "content": "Hello."}, tokenizer, "", tools).reply
+        reply = encode_completion(asked, {"role": "assistant", "content": "Hello."}, tokenizer, "", tools).reply
     except DataError:  # a template that wants more of a conversation than this
         return ()
     return (int(reply[-1]),)
@@ -757,7 +757,7 @@ class EncodedPair(NamedTuple):
     where: str
 
 
-class EncodedAnswer(NamedTuple):
+class EncodedLabelled(NamedTuple):
     """A prompt (P,) and one answer (C,), int32, and whether it is a good one."""
 
     prompt_ids: Ids
@@ -822,7 +822,7 @@ class PairCounts:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairRows:
     """Pairs in the order of their source, and the counts."""
 
     rows: list[EncodedPair]
@@ -830,19 +830,19 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Answers:
+class LabelledRows:
     """Labelled answers in the order of their source, and the counts."""
 
-    rows: list[EncodedAnswer]
+    rows: list[EncodedLabelled]
     counts: PairCounts
 
 
-EncodedRow = TypeVar("EncodedRow", EncodedPair, EncodedAnswer)
+EncodedRow = TypeVar("EncodedRow", EncodedPair, EncodedLabelled)
 
 
-def build_pairs(
+def encode_pairs(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
-) -> Pairs:
+) -> PairRows:
     """Encode examples of the formats preference and ratings.
 
     Args:
@@ -856,9 +856,9 @@ def build_pairs(
 
     def encode(example: Example) -> list[EncodedPair]:
         where, item = example
-        if not isinstance(item, Preference | Ranked):
+        if not isinstance(item, Pair | Ranked):
             raise ConfigError(f"{where}: not a pair of answers; use data.format: preference or ratings")
-        done: dict[int, Reply] = {}  # an answer of many stands in many pairs
+        done: dict[int, EncodedCompletion] = {}  # an answer of many stands in many pairs
         pairs = item.pairs if isinstance(item, Ranked) else (item,)
         return [_pair(pair, tokenizer, where, chat, done) for pair in pairs]
 
@@ -878,38 +878,38 @@ def build_pairs(
     decided = [pair for pair in rows if not pair.tie]
     longer = [0.5 + 0.5 * np.sign(len(pair.chosen_ids) - len(pair.rejected_ids)) for pair in decided]
     share_longer = float(np.mean(longer)) if longer else None
-    return Pairs(rows, replace(counts, ties=len(rows) - len(decided), chosen_longer=share_longer))
+    return PairRows(rows, replace(counts, ties=len(rows) - len(decided), chosen_longer=share_longer))
 
 
-def build_answers(
+def encode_labelled(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
-) -> Answers:
+) -> LabelledRows:
     """Encode examples of the format unpaired; arguments and errors as for `build_pairs`."""
 
-    def encode(example: Example) -> list[EncodedAnswer]:
+    def encode(example: Example) -> list[EncodedLabelled]:
         where, item = example
-        if not isinstance(item, Judged):
+        if not isinstance(item, Labelled):
             raise ConfigError(f"{where}: not an answer with a label; use data.format: unpaired")
-        prompt, reply = encode_reply(item.prompt, item.completion, tokenizer, where, item.tools, chat)
-        return [EncodedAnswer(prompt, reply, item.label, where)]
+        prompt, reply = encode_completion(item.prompt, item.completion, tokenizer, where, item.tools, chat)
+        return [EncodedLabelled(prompt, reply, item.label, where)]
 
     encoded = [row for group in _fit_pairs(examples, encode, max_length, overflow) for row in group]
     rows = [row for row in encoded if length(row) <= max_length]
     counts = PairCounts(len(examples), dropped=len(encoded) - len(rows))
-    return Answers(rows, _count(counts, rows, [(row.completion_ids,) for row in rows]))
+    return LabelledRows(rows, _count(counts, rows, [(row.completion_ids,) for row in rows]))
 
 
-def length(row: EncodedPair | EncodedAnswer) -> int:
+def length(row: EncodedPair | EncodedLabelled) -> int:
     """Tokens of the prompt and its longest answer."""
     return len(row.prompt_ids) + max(map(len, _answers(row)))
 
 
-def ends_of(rows: Sequence[EncodedPair | EncodedAnswer]) -> set[int]:
+def ends_of(rows: Sequence[EncodedPair | EncodedLabelled]) -> set[int]:
     """The ids that end answers."""
     return {int(ids[-1]) for row in rows for ids in _answers(row)}
 
 
-def ids_fingerprint(rows: Sequence[EncodedPair | EncodedAnswer]) -> str:
+def ids_fingerprint(rows: Sequence[EncodedPair | EncodedLabelled]) -> str:
     """blake2b over the ids of every row, in order, and what is said of each."""
     digest = blake2b(digest_size=16)
     for row in rows:
@@ -930,7 +930,7 @@ class Part(NamedTuple):
     tokens: int
 
 
-def describe_pair(row: EncodedPair | EncodedAnswer, tokenizer: Any) -> list[Part]:
+def describe_pair(row: EncodedPair | EncodedLabelled, tokenizer: Any) -> list[Part]:
     """The texts of a row, the prompt's first."""
     named = {"prompt": row.prompt_ids}
     if isinstance(row, EncodedPair):
@@ -948,14 +948,14 @@ def shared_part(pair: EncodedPair, tokenizer: Any) -> Part:
     return Part("shared", str(tokenizer.decode(pair.chosen_ids[:size].tolist())) if size else "", size)
 
 
-def _answers(row: EncodedPair | EncodedAnswer) -> tuple[Ids, ...]:
+def _answers(row: EncodedPair | EncodedLabelled) -> tuple[Ids, ...]:
     return (row.chosen_ids, row.rejected_ids) if isinstance(row, EncodedPair) else (row.completion_ids,)
 
 
-def _pair(pair: Preference, tokenizer: Any, where: str, chat: bool, done: dict[int, Reply]) -> EncodedPair:
+def _pair(pair: Pair, tokenizer: Any, where: str, chat: bool, done: dict[int, EncodedCompletion]) -> EncodedPair:
     for reply in (pair.chosen, pair.rejected):
         if id(reply) not in done:
-            done[id(reply)] = encode_reply(pair.prompt, reply, tokenizer, where, pair.tools, chat)
+            done[id(reply)] = encode_completion(pair.prompt, reply, tokenizer, where, pair.tools, chat)
     (prompt, chosen), (again, rejected) = done[id(pair.chosen)], done[id(pair.rejected)]
     if not np.array_equal(prompt, again):
         # Only where one answer needs the template without thinking and the other does not.
@@ -995,7 +995,7 @@ def _fit_pairs(
 
 
 def _count(
-    counts: PairCounts, rows: Sequence[EncodedPair | EncodedAnswer], answers: list[tuple[Ids, ...]]
+    counts: PairCounts, rows: Sequence[EncodedPair | EncodedLabelled], answers: list[tuple[Ids, ...]]
 ) -> PairCounts:
     """With the numbers that pairs and single answers share."""
     if not rows:
@@ -1055,7 +1055,7 @@ def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | 
     return digest.hexdigest()
 
 
-def read(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
+def read_cache(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
     """The entry's rows, or None if there is none, or none that is whole."""
     folder = cache_folder()
     if folder is None:
@@ -1080,7 +1080,7 @@ def read(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
     return rows
 
 
-def write(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> None:
+def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> None:
     """Make an entry of rows and the indices of the examples that they come from; whole, or not at all."""
     folder = cache_folder()
     if folder is None:
@@ -1127,7 +1127,7 @@ def _prune(folder: Path) -> None:
 # --- dataset ----------------------------------------------------------------------------------------------------------
 # Encoded rows as a data set: lengths held to the limit, everything that was left out counted.
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 OVERFLOW = ("error", "drop", "truncate", "split")
 
@@ -1178,7 +1178,7 @@ class Dataset:
         return {end for row in self.rows for end in row.ends}
 
 
-def build(
+def encode_rows(
     examples: Sequence[Example],
     tokenizer: Any,
     *,
@@ -1233,8 +1233,8 @@ def build(
 
 
 def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat: bool, cache: bool) -> list[Encoded]:
-    key = encoding_key(fingerprint(examples), tokenizer, train_on, chat) if cache else None
-    kept = read(key, examples) if key else None
+    key = encoding_key(data_fingerprint(examples), tokenizer, train_on, chat) if cache else None
+    kept = read_cache(key, examples) if key else None
     if kept is not None:
         return kept
     encoded: list[Encoded] = []
@@ -1250,7 +1250,7 @@ def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat
     if problems:
         raise DataError(report_lines(problems))
     if key and encoded:
-        write(key, encoded, sources)
+        write_cache(key, encoded, sources)
     return encoded
 
 
@@ -1283,7 +1283,7 @@ def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
     return pieces
 
 
-def split_valid(examples: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
+def split_valid(examples: Sequence[_T], share: float, seed: int) -> tuple[list[_T], list[_T]]:
     """Set a share of the examples aside for validation: (train, valid), disjoint, each in the source's order.
 
     The same examples, share and seed give the same two lists. Valid has the rounded share, at least one row.
@@ -1302,7 +1302,7 @@ def split_valid(examples: Sequence[T], share: float, seed: int) -> tuple[list[T]
     return train, [examples[i] for i in sorted(chosen)]
 
 
-def fingerprint(*splits: Sequence[Example]) -> str:
+def data_fingerprint(*splits: Sequence[Example]) -> str:
     """blake2b over the rows of each split, in order: whether a resumed run meets the same data.
 
     Of the rows, not of their ids: these depend on the day where a chat template writes the date, and on the versions of
@@ -1322,7 +1322,7 @@ def _plain(value: Any) -> Any:
     return vars(value) if is_dataclass(value) else repr(value)
 
 
-def describe(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
+def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
     """A row as runs of text, each with whether its tokens are trained."""
     ids, trained = encoded.ids.tolist(), encoded.trained
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
@@ -1357,7 +1357,7 @@ class _Loaded(NamedTuple):
     notes: list[str]
 
 
-def _load(data: Data, spec: str, split: str, chat: bool, reads: Collection[str] | None) -> _Loaded:
+def _load(data: DataSettings, spec: str, split: str, chat: bool, reads: Collection[str] | None) -> _Loaded:
     try:
         rows = list(read_rows(spec, split))
     except ConfigError as e:
@@ -1379,7 +1379,12 @@ def _load(data: Data, spec: str, split: str, chat: bool, reads: Collection[str] 
 
 
 def load_splits(
-    data: Data, seed: int, setting: str = "data.shots", *, tokenizer: Any = None, reads: Collection[str] | None = ()
+    data: DataSettings,
+    seed: int,
+    setting: str = "data.shots",
+    *,
+    tokenizer: Any = None,
+    reads: Collection[str] | None = (),
 ) -> Splits:
     """Training and validation examples; the second is empty where none are asked for and the folder has none.
 
@@ -1405,7 +1410,7 @@ def load_splits(
     notes += [f"validation: {note}" for note in other if note not in notes]
     if data.shots is None:
         return Splits(train, valid, notes)
-    shots = choose(labels, len(train), data.shots, seed, setting)
+    shots = pick_shots(labels, len(train), data.shots, seed, setting)
     return Splits([train[i] for i in shots.rows], valid, [*notes, shots.note])
 
 
@@ -1433,8 +1438,8 @@ def load_encoded(config: Config, tokenizer: Any) -> EncodedSplits:
         "cache": data.cache,
     }
     train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer)
-    first = build(train, tokenizer, **options)
+    first = encode_rows(train, tokenizer, **options)
     with of_valid():
-        second = build(valid, tokenizer, **options) if valid else None
+        second = encode_rows(valid, tokenizer, **options) if valid else None
     notes += chat_notes(tokenizer, first.ends, train if data.template == "auto" else ())
-    return EncodedSplits(first, second, notes, fingerprint(train, valid))
+    return EncodedSplits(first, second, notes, data_fingerprint(train, valid))

@@ -109,7 +109,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Preference:
+class Pair:
     """Two answers to one prompt, of which the first is the better one, or of which neither is.
 
     Attributes:
@@ -132,11 +132,11 @@ class Preference:
 class Ranked:
     """The pairs that several answers to one prompt make; none where all are equally good."""
 
-    pairs: tuple[Preference, ...]
+    pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
-class Judged:
+class Labelled:
     """One answer and whether it is a good one. Prompt and answer are as in a Preference."""
 
     prompt: str | list[Message]
@@ -145,7 +145,7 @@ class Judged:
     tools: list[dict[str, Any]] | None = None
 
 
-Item: TypeAlias = Conversation | Completion | Text | Prompt | Preference | Ranked | Judged
+Item: TypeAlias = Conversation | Completion | Text | Prompt | Pair | Ranked | Labelled
 
 
 class Example(NamedTuple):
@@ -764,7 +764,7 @@ _DIFFERENCE = re.compile(r"\s*(-?[\d.]+(?:[eE][-+]?\d+)?) - (-?[\d.]+(?:[eE][-+]
 _LARGEST = 3.4e38  # beyond it a number is infinite in float32, which losses are computed in
 
 
-def read_preference(row: dict[str, Any]) -> Preference | Ranked:
+def read_preference(row: dict[str, Any]) -> Pair | Ranked:
     """{"prompt", "chosen", "rejected", "system"?, "margin"?, "tie"?, "preferred"?, "tools"?}
 
     Prompt and answers are texts; or messages, where an answer is a text, an assistant message, or a list: that message
@@ -779,7 +779,7 @@ def read_preference(row: dict[str, Any]) -> Preference | Ranked:
     return _pair(row, rejected, "rejected", 1.0)
 
 
-def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Preference:
+def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Pair:
     sides = {"chosen": _side(row["chosen"], "chosen"), at: _side(rejected, at)}
     good, bad = sides.values()
     prompt = _context(row)
@@ -793,7 +793,7 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Prefere
     prompt, answers = _asked(row, prompt, [_reply(side, prompt, name) for name, side in sides.items()])
     if _same(*answers) and not tie:
         raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
-    return Preference(prompt, answers[0], answers[1], margin, weight, tie, tools_of(row))
+    return Pair(prompt, answers[0], answers[1], margin, weight, tie, tools_of(row))
 
 
 def _asked(
@@ -962,7 +962,7 @@ def read_ratings(row: dict[str, Any]) -> Ranked:
             first, second = sorted((a, b))
             raise DataError(f"{name}[{first}] and {name}[{second}] are the same text, with different ratings")
     weight = 1 / max(1, len(better))
-    return Ranked(tuple(Preference(prompt, turns[a], turns[b], None, weight, False, tools) for a, b in better))
+    return Ranked(tuple(Pair(prompt, turns[a], turns[b], None, weight, False, tools) for a, b in better))
 
 
 def _one_of(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
@@ -984,13 +984,13 @@ def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
     return [-float(values.index(i)) for i in range(count)]
 
 
-def read_unpaired(row: dict[str, Any]) -> Judged:
+def read_unpaired(row: dict[str, Any]) -> Labelled:
     """{"prompt", "completion", "label": true or false, "system"?, "tools"?}: the first two as in a preference."""
     prompt, completion = _prompt(row["prompt"]), _side(row["completion"], "completion")
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = _whole(prompt, completion, "completion")[:-1]
     prompt, (reply,) = _asked(row, prompt, [_reply(completion, prompt, "completion")])
-    return Judged(prompt, reply, flag_at(row["label"], "label"), tools_of(row))
+    return Labelled(prompt, reply, flag_at(row["label"], "label"), tools_of(row))
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
@@ -1231,11 +1231,11 @@ class Shots(NamedTuple):
     note: str
 
 
-def answer_of(item: Item) -> str | None:
+def wanted_completion(item: Item) -> str | None:
     """What a row answers: its completion, its last assistant turn, or whether its answer is good; else None."""
     if isinstance(item, Completion):
         return item.completion.strip()
-    if isinstance(item, Judged):
+    if isinstance(item, Labelled):
         return "good" if item.label else "bad"
     if isinstance(item, Conversation) and item.messages[-1]["role"] == "assistant":
         return str(item.messages[-1]["content"]).strip()
@@ -1262,7 +1262,7 @@ def labels_of(
         ConfigError: no row has the field. DataError: some rows lack it.
     """
     if field is None:
-        return few_of([answer_of(item) for _, item in examples])
+        return few_of([wanted_completion(item) for _, item in examples])
     assert rows is not None, "the field is in the rows"
     assert len(rows) == len(examples), "each example comes from a row"
     found: list[str] = []
@@ -1279,7 +1279,7 @@ def labels_of(
     return found
 
 
-def choose(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> Shots:
+def pick_shots(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> Shots:
     """`shots` rows of each label, or of all where there are none. Fewer shots of the same seed are among more.
 
     Args:

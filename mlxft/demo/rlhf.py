@@ -17,7 +17,7 @@ from rich.text import Text
 from mlxft.config import Config, load_config, override
 from mlxft.data.sources import Problem, read_rows
 from mlxft.errors import ConfigError, DataError
-from mlxft.exports.fuse import fuse
+from mlxft.exports.fuse import fuse_sources
 from mlxft.files import check_replaceable, claim, hold
 from mlxft.model.sampling import Sampling, sample_batch, text_of
 from mlxft.objectives.rollouts import RolloutSettings
@@ -25,12 +25,12 @@ from mlxft.run import train
 from mlxft.runs import Run, load_run
 from mlxft.text import parse_json
 
-HERE = Path(__file__).parent
+_HERE = Path(__file__).parent
 TOPIC = "Food review:"
 OPENING = 4  # words of a review that are given
 WORDS = (8, 45)  # of the reviews that are used: longer ones would be cut off
 HELD_OUT = 32  # openings that are not trained on
-SHOWN = 10
+_SHOWN = 10
 
 
 class Review(NamedTuple):
@@ -89,7 +89,7 @@ def pairs_of(reviews: Sequence[Review]) -> list[dict[str, str]]:
     return pairs
 
 
-def write(folder: Path, reviews: Sequence[Review]) -> None:
+def _write(folder: Path, reviews: Sequence[Review]) -> None:
     """The rows of all three runs."""
     order = list(reviews)
     random.Random(0).shuffle(order)
@@ -128,7 +128,9 @@ def recipes(folder: Path, overrides: Sequence[str]) -> dict[str, Config]:
         if stage not in places or "=" not in setting:
             raise ConfigError(f"{text}: expected RUN:KEY=VALUE with a run of {', '.join(places)}")
         places[stage].append(setting)
-    return {s: load_config(HERE / f"rlhf-{s}.yaml", [override("run.dir", folder), *more]) for s, more in places.items()}
+    return {
+        s: load_config(_HERE / f"rlhf-{s}.yaml", [override("run.dir", folder), *more]) for s, more in places.items()
+    }
 
 
 def distinct2(texts: Sequence[str]) -> float:
@@ -137,7 +139,7 @@ def distinct2(texts: Sequence[str]) -> float:
     return len(set(found)) / max(1, len(found))
 
 
-def walk(folder: Path, file: str | None, overrides: Sequence[str], console: Console) -> Mapping[str, float]:
+def walk_rlhf(folder: Path, file: str | None, overrides: Sequence[str], console: Console) -> Mapping[str, float]:
     """The whole road below `folder`. Returns the last evaluation's numbers.
 
     Raises:
@@ -145,10 +147,10 @@ def walk(folder: Path, file: str | None, overrides: Sequence[str], console: Cons
     """
     configs = recipes(folder, overrides)
     check_replaceable(folder, "rlhf")
-    reviews = read_reviews(file or str(HERE / "reviews.jsonl"))
+    reviews = read_reviews(file or str(_HERE / "reviews.jsonl"))
     with hold(folder):
         claim(folder, "rlhf")
-        write(folder / "data", reviews)
+        _write(folder / "data", reviews)
         return _walk(folder, configs, console)
 
 
@@ -159,14 +161,14 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
         runs[stage] = train(config, overwrite=True, console=console)
     console.rule("4. Fusing")
     fused = folder / "fused"
-    for line in fuse(runs["ppo"].dir, fused, probe="valid", overwrite=True, force=True).lines():
+    for line in fuse_sources(runs["ppo"].dir, fused, probe="valid", overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     lines = (folder / "data" / "held-out.jsonl").read_text("utf-8").splitlines()
     prompts = [parse_json(line)["prompt"] for line in lines]
     most = configs["ppo"].section("rollout", RolloutSettings).max_tokens
     before, after = (_answers(path, prompts, most) for path in (runs["sft"].dir, fused))
     console.rule("Openings that it was not trained on, before and after")
-    for prompt, old, new in list(zip(prompts, before, after))[:SHOWN]:
+    for prompt, old, new in list(zip(prompts, before, after))[:_SHOWN]:
         console.print(Text(prompt.removeprefix(TOPIC).strip(), style="bold"))
         console.print(f"  before:{old}\n  after: {new}", highlight=False, markup=False)
     last = runs["ppo"].metrics("eval")[-1]

@@ -15,15 +15,15 @@ from rich.text import Text
 
 from mlxft.build import load_base
 from mlxft.config import load_config, override
-from mlxft.exports.fuse import fuse
+from mlxft.exports.fuse import fuse_sources
 from mlxft.files import check_replaceable, claim, hold
 from mlxft.model.load import Loaded
-from mlxft.model.sampling import Sampling, generate
+from mlxft.model.sampling import Sampling, complete
 from mlxft.run import train
 from mlxft.runs import load_run
 from mlxft.text import parse_json
 
-HERE = Path(__file__).parent
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Question:
 
 def questions() -> list[Question]:
     """The held-out questions: phrased otherwise than any training row."""
-    lines = (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (_HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     return [Question(**parse_json(line)) for line in lines]
 
 
 def answers(loaded: Loaded, asked: Sequence[Question]) -> list[str]:
     """The most likely answer to each question."""
     line = Sampling(40, temperature=0.0, stop=("\n",))
-    return [generate(loaded.model, loaded.tokenizer, q.question, line).strip() for q in asked]
+    return [complete(loaded.model, loaded.tokenizer, q.question, line).strip() for q in asked]
 
 
 def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
@@ -65,12 +65,12 @@ def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
 def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     asked = questions()
     places = [
-        override("data.train", HERE / "rows.jsonl"),
-        override("data.valid", HERE / "valid.jsonl"),
+        override("data.train", _HERE / "rows.jsonl"),
+        override("data.valid", _HERE / "valid.jsonl"),
         override("run.dir", folder),
         "run.name=run",
     ]
-    config = load_config(HERE / "recipe.yaml", [*places, *overrides])
+    config = load_config(_HERE / "recipe.yaml", [*places, *overrides])
     console.rule("Before: what the model says of a company that it has never heard of")
     before = answers(load_base(config), asked)
     for q, answer in zip(asked, before):
@@ -89,7 +89,7 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
     console.print(f"right after:  {right} of {len(asked)}")
     console.rule("Fusing")
     fused = folder / "fused"
-    for line in fuse(run.dir, fused, probe="valid", overwrite=True, force=True).lines():
+    for line in fuse_sources(run.dir, fused, probe="valid", overwrite=True, force=True).lines():
         console.print(line, highlight=False)
     command = ["mlxft", "generate", "--model", str(fused), asked[0].question]
     console.print(Text(f"$ {' '.join(command[:-1])} {command[-1]!r}", style="bold"))

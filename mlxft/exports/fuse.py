@@ -20,13 +20,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import mlxft
 from mlxft.config import Config
-from mlxft.data.dataset import Encoded, Reply, encode, encode_reply, load_splits, plan_epoch, prompt_text
+from mlxft.data.dataset import (
+    Encoded,
+    EncodedCompletion,
+    encode,
+    encode_completion,
+    load_splits,
+    plan_epoch,
+    prompt_text,
+)
 from mlxft.data.formats import (
     Completion,
     Conversation,
     Example,
-    Judged,
-    Preference,
+    Labelled,
+    Pair,
     Prompt,
     Ranked,
     Text,
@@ -56,7 +64,7 @@ from mlxft.model.heads import (
     read_scores,
     without_head,
 )
-from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain, shift
+from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain_layer, shift
 from mlxft.model.load import Loaded, base_fingerprint, fits_base, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
@@ -68,7 +76,7 @@ from mlxft.text import home_path, parse_json
 
 
 @dataclass(frozen=True)
-class Source:
+class _Source:
     """An adapter to fuse.
 
     Attributes:
@@ -107,7 +115,7 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     return home_path(name), weight
 
 
-def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tuple[list[Source], str | None]:
+def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tuple[list[_Source], str | None]:
     """The adapters to fuse, and the base where `run` names one in place of a run.
 
     Raises:
@@ -162,17 +170,17 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").exists() and not (path / "config.json").exists()
 
 
-def _source(path: Path, weight: float) -> Source:
+def _source(path: Path, weight: float) -> _Source:
     folder = adapter_of(path)
     recipe = next((p / "config.yaml" for p in (path, folder.parent) if (p / "config.yaml").is_file()), None)
     try:
         config = open_run(recipe.parent).config if recipe else None
     except MlxftError:  # of another version: only its validation rows are missed
         config = None
-    return Source(folder, weight, base_noted(read_adapter_config(folder)), config)
+    return _Source(folder, weight, base_noted(read_adapter_config(folder)), config)
 
 
-def _check_one_base(sources: Sequence[Source]) -> None:
+def _check_one_base(sources: Sequence[_Source]) -> None:
     known = [source for source in sources if source.base.get("fingerprint")]
     for source in known[1:]:
         first = known[0]
@@ -187,7 +195,7 @@ def _check_one_base(sources: Sequence[Source]) -> None:
         raise ModelError(f"{heads[0]} is a reward model, whose head can not be merged; fuse it alone")
 
 
-def load_base(sources: Sequence[Source], model: str | None) -> tuple[Loaded, list[str]]:
+def load_shared_base(sources: Sequence[_Source], model: str | None) -> tuple[Loaded, list[str]]:
     """The base that the first adapter says it was trained on, or `model`; a reward model's head is attached.
 
     Returns:
@@ -213,7 +221,7 @@ def load_base(sources: Sequence[Source], model: str | None) -> tuple[Loaded, lis
     return loaded, [f"the adapters were trained on several forms of the base ({trained}); merged on {on}: {way}"]
 
 
-def attach_sources(loaded: Loaded, sources: Sequence[Source]) -> None:
+def attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
     """Put the adapters onto the base.
 
     Raises:
@@ -232,9 +240,9 @@ def attach_sources(loaded: Loaded, sources: Sequence[Source]) -> None:
 #
 # A run's recipe names the last. It may be a stranger's, so what it names is read only where that is asked for.
 
-TOKENS = 512  # of all probe rows together: enough to tell the precisions apart, quick to go through
+_TOKENS = 512  # of all probe rows together: enough to tell the precisions apart, quick to go through
 VALID = "valid"  # in a file's place: the validation rows that the runs' recipes name
-LONGEST = 256  # of one row, so that no single one is the whole probe
+_LONGEST = 256  # of one row, so that no single one is the whole probe
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,7 @@ def find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scor
     found: list[Encoded] = []
     for config in configs:
         examples = _held_out(config, tokenizer)
-        found += _encode(examples, tokenizer, config, scores, TOKENS // len(configs)) if examples else []
+        found += _encode(examples, tokenizer, config, scores, _TOKENS // len(configs)) if examples else []
     if not found:
         raise ConfigError(f"--probe {VALID}: the run has no validation rows; name a file, or leave it out")
     return Probe(found, "validation rows")
@@ -337,7 +345,7 @@ def _built_in(scores: bool) -> list[Example]:
 
 
 def _encode(
-    examples: Sequence[Example], tokenizer: Any, config: Config | None, scores: bool, budget: int = TOKENS
+    examples: Sequence[Example], tokenizer: Any, config: Config | None, scores: bool, budget: int = _TOKENS
 ) -> list[Encoded]:
     """Rows chosen by lot, the same each time, until there are `budget` tokens."""
     order = list(examples)
@@ -366,13 +374,13 @@ def _encode(
 
 def _cut(row: Encoded, scores: bool) -> Encoded:
     """At most LONGEST tokens, with the first ones that count; of an answer to be scored, the last ones."""
-    if len(row.ids) <= LONGEST:
+    if len(row.ids) <= _LONGEST:
         return row
     first = int(np.argmax(row.trained))
-    start = len(row.ids) - LONGEST if scores else max(0, min(first - LONGEST // 2, len(row.ids) - LONGEST))
-    trained = row.trained[start : start + LONGEST].copy()
+    start = len(row.ids) - _LONGEST if scores else max(0, min(first - _LONGEST // 2, len(row.ids) - _LONGEST))
+    trained = row.trained[start : start + _LONGEST].copy()
     trained[0] = False
-    return Encoded(row.ids[start : start + LONGEST], trained, row.where)
+    return Encoded(row.ids[start : start + _LONGEST], trained, row.where)
 
 
 def _texts(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Iterator[Encoded]:
@@ -396,20 +404,20 @@ def _answers(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
     where, item = example
     if isinstance(item, Ranked):
         item = item.pairs[0]
-    if isinstance(item, Preference):
+    if isinstance(item, Pair):
         for reply in (item.chosen, item.rejected):
-            yield _row(encode_reply(item.prompt, reply, tokenizer, where, item.tools, chat), where)
-    elif isinstance(item, (Judged, Completion)):
-        tools = item.tools if isinstance(item, Judged) else None
-        yield _row(encode_reply(item.prompt, item.completion, tokenizer, where, tools, chat), where)
+            yield _row(encode_completion(item.prompt, reply, tokenizer, where, item.tools, chat), where)
+    elif isinstance(item, (Labelled, Completion)):
+        tools = item.tools if isinstance(item, Labelled) else None
+        yield _row(encode_completion(item.prompt, item.completion, tokenizer, where, tools, chat), where)
     elif isinstance(item, Conversation):
         *prompt, reply = item.messages
-        yield _row(encode_reply(prompt, reply, tokenizer, where, item.tools, chat), where)
+        yield _row(encode_completion(prompt, reply, tokenizer, where, item.tools, chat), where)
     else:
         raise DataError(f"{where}: has no answer to score")
 
 
-def _row(reply: Reply, where: str) -> Encoded:
+def _row(reply: EncodedCompletion, where: str) -> Encoded:
     ids = np.concatenate([reply.prompt, reply.reply])
     trained = np.arange(len(ids)) >= max(1, len(reply.prompt))
     return Encoded(ids, trained, where)
@@ -446,7 +454,7 @@ class Gap(NamedTuple):
     agreement: float
 
 
-def kl(p: mx.array, q: mx.array) -> mx.array:
+def _kl(p: mx.array, q: mx.array) -> mx.array:
     """KL(p || q) in nats, (n,), of log-probabilities p and q (n, V), float32.
 
     As the sum of p (e^d - 1 - d) with d = q - p, whose terms are all at least 0: in the sum of -p d, two models that
@@ -499,7 +507,7 @@ class TextMeter:
 
     def gap(self, one: Outputs, other: Outputs) -> Gap:
         """Mean KL(one || other) a token, and the share of tokens whose likeliest one is the same."""
-        total = sum(float(kl(p, q).sum()) for p, q in zip(one, other))
+        total = sum(float(_kl(p, q).sum()) for p, q in zip(one, other))
         same = sum(float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum()) for p, q in zip(one, other))
         count = sum(p.shape[0] for p in one)
         return Gap(total / count, same / count)
@@ -555,7 +563,7 @@ class Standin(nn.Module):
 
     def __init__(self, base: nn.Module, weight: Callable[[], mx.array]) -> None:
         super().__init__()
-        self._now = lambda: plain(base, weight())
+        self._now = lambda: plain_layer(base, weight())
         self._base = lambda: base
         if "bias" in base:
             self["bias"] = base["bias"]  # past setattr, which would look it up in the base
@@ -608,11 +616,11 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 # of assignments from "all as the base" to "all float", layer by layer, on which the smallest that keeps enough is
 # searched by measuring whole models.
 
-BITS = (2, 3, 4, 5, 6, 8)
+_BITS = (2, 3, 4, 5, 6, 8)
 _TRIALS = 8  # most models measured in the search
 
 
-class Form(NamedTuple):
+class _Form(NamedTuple):
     """How a fused layer is written; 0 bits: float. `same`: as the base is, of which its update changes nothing."""
 
     bits: int
@@ -624,7 +632,7 @@ class Form(NamedTuple):
         """The layer with `weight`, float32, in this form."""
         if self.same:
             return base
-        dense = plain(base, weight.astype(dense_weight(base).dtype))
+        dense = plain_layer(base, weight.astype(dense_weight(base).dtype))
         return dense.to_quantized(self.group_size, self.bits, mode=self.mode) if self.bits else dense
 
     def bytes(self, base: nn.Module) -> int:
@@ -637,8 +645,8 @@ class Form(NamedTuple):
         return int(dense.size * self.bits // 8 + dense.size // self.group_size * extra)
 
 
-FLOAT = Form(0)
-Forms = dict[str, Form]  # path of a fused layer -> its form
+FLOAT = _Form(0)
+Forms = dict[str, _Form]  # path of a fused layer -> its form
 
 
 def fused_paths(model: nn.Module) -> dict[str, LowRank]:
@@ -646,18 +654,18 @@ def fused_paths(model: nn.Module) -> dict[str, LowRank]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
 
 
-def own_form(base: nn.Module) -> Form:
+def own_form(base: nn.Module) -> _Form:
     """As the base is."""
-    return Form(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
+    return _Form(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
 
 
-def with_bits(base: nn.Module, bits: int) -> Form | None:
+def with_bits(base: nn.Module, bits: int) -> _Form | None:
     """A quantised layer in other bits; None where its width does not go into groups. Float layers stay so."""
     own = own_form(base)
     if bits == own.bits or not own.bits:
         return own
     groups = own.group_size if own.mode == "affine" else 32  # float modes have only a few widths: affine takes over
-    return Form(bits, groups) if dense_weight(base).shape[-1] % groups == 0 else None
+    return _Form(bits, groups) if dense_weight(base).shape[-1] % groups == 0 else None
 
 
 def uniform(model: nn.Module, bits: int | None) -> Forms:
@@ -709,7 +717,7 @@ def unchanged(model: nn.Module) -> set[str]:
 def standins(model: nn.Module, forms: Forms) -> dict[str, nn.Module]:
     """The fused layers in these forms, each made when it is used."""
 
-    def standin(layer: LowRank, form: Form) -> Standin:
+    def standin(layer: LowRank, form: _Form) -> Standin:
         base = layer.base
         return Standin(base, lambda: dense_weight(form.layer(base, layer.fused_weight())))
 
@@ -720,7 +728,7 @@ def standins(model: nn.Module, forms: Forms) -> dict[str, nn.Module]:
 class _Tap(nn.Module):
     """Runs a low-rank layer and notes how much its output would move in each form, and how large it is."""
 
-    def __init__(self, layer: LowRank, forms: Sequence[Form]) -> None:
+    def __init__(self, layer: LowRank, forms: Sequence[_Form]) -> None:
         super().__init__()
         base, noted = layer.base, list[mx.array]()
 
@@ -728,7 +736,7 @@ class _Tap(nn.Module):
             weight = layer.fused_weight()
             sizes = [y.astype(mx.float32).square().sum()]
             for form in forms:
-                moved = plain(base, dense_weight(form.layer(base, weight)).astype(mx.float32) - weight)
+                moved = plain_layer(base, dense_weight(form.layer(base, weight)).astype(mx.float32) - weight)
                 moved.pop("bias", None)  # which rounding does not move
                 sizes.append(run(moved).astype(mx.float32).square().sum())
             noted.append(mx.stack(sizes))
@@ -762,7 +770,7 @@ class _Tap(nn.Module):
 class Option(NamedTuple):
     """A form that a layer can have: bytes of its weight, and noise as `_Tap` measures it."""
 
-    form: Form
+    form: _Form
     bytes: int
     noise: float
 
@@ -770,7 +778,7 @@ class Option(NamedTuple):
 def options_of(model: nn.Module, meter: Meter) -> dict[str, list[Option]]:
     """What each fused layer can be, the base's own bits first, then more, then float."""
     taps: dict[str, _Tap] = {}
-    forms: dict[str, list[Form]] = {}
+    forms: dict[str, list[_Form]] = {}
     bases = {path: module.base for path, module in fused_paths(model).items()}
     still = unchanged(model)
     for path, module in fused_paths(model).items():
@@ -778,7 +786,7 @@ def options_of(model: nn.Module, meter: Meter) -> dict[str, list[Option]]:
         if path in still or not own.bits:
             forms[path] = [own._replace(same=True) if own.bits else own]
             continue
-        more = (with_bits(module.base, bits) for bits in BITS if bits > own.bits)
+        more = (with_bits(module.base, bits) for bits in _BITS if bits > own.bits)
         forms[path] = [own, *(form for form in more if form is not None), FLOAT]
         taps[path] = _Tap(module, forms[path])
     with unpacked(model), standing_in(model, taps):
@@ -895,7 +903,7 @@ def least(trials: Sequence[Trial], wish: float) -> Trial:
 # --- fuse -------------------------------------------------------------------------------------------------------------
 # An adapter fused into its base: one folder that mlx-lm, LM Studio and transformers load, and how true it is.
 
-KEEP = 0.95  # share of the adaptation that is to be kept
+_KEEP = 0.95  # share of the adaptation that is to be kept
 
 
 @dataclass
@@ -912,7 +920,7 @@ class Fused:
 
     out: Path
     layers: int
-    adapters: list[Source]
+    adapters: list[_Source]
     probe: Probe
     measure: str
     whole: Gap
@@ -1013,7 +1021,9 @@ def fuse_layers(
         mx.eval(layer.parameters())  # one dense weight at a time
         model.update_modules(tree_unflatten([(path, layer)]))
     if dequantize:
-        rest = [(path, plain(m, dense_weight(m))) for path, m in model.named_modules() if isinstance(m, QUANTIZED)]
+        rest = [
+            (path, plain_layer(m, dense_weight(m))) for path, m in model.named_modules() if isinstance(m, QUANTIZED)
+        ]
         model.update_modules(tree_unflatten(rest))
     return forms
 
@@ -1030,7 +1040,7 @@ def fused_config(loaded: Loaded, forms: Forms, dequantize: bool) -> dict[str, An
         for path, form in forms.items():
             own = quantization.get(path)
             before = own if isinstance(own, dict) else {**quantization, "bits": 0} if own is False else quantization
-            was = Form(before["bits"], before["group_size"], before.get("mode", "affine"))
+            was = _Form(before["bits"], before["group_size"], before.get("mode", "affine"))
             if form.same or form == was or (form.bits == was.bits == 0):
                 continue
             quantization[path] = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
@@ -1040,7 +1050,7 @@ def fused_config(loaded: Loaded, forms: Forms, dequantize: bool) -> dict[str, An
     return config
 
 
-def fuse(
+def fuse_sources(
     run: Path | None,
     out: Path,
     *,
@@ -1048,7 +1058,7 @@ def fuse(
     model: str | None = None,
     dequantize: bool = False,
     bits: int | None = None,
-    keep: float = KEEP,
+    keep: float = _KEEP,
     probe: str | None = None,
     force: bool = False,
     overwrite: bool = False,
@@ -1075,7 +1085,7 @@ def fuse(
     check_destination(out, overwrite)
     sources, base = find_sources(run, adapters)
     tell("loading the base")
-    loaded, notes = load_base(sources, model or base)
+    loaded, notes = load_shared_base(sources, model or base)
     check_unused(out, [loaded.path, *(source.folder for source in sources)])
     if (dequantize or bits) and not any(isinstance(m, QUANTIZED) for m in loaded.model.modules()):
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
@@ -1160,7 +1170,7 @@ def _too_little(fused: Fused, dequantize: bool, bits: int | None) -> str:
     return f"{wished}, so {fused.out} is not written; {way}"
 
 
-def _write(out: Path, loaded: Loaded, source: Source, config: dict[str, Any], overwrite: bool) -> None:
+def _write(out: Path, loaded: Loaded, source: _Source, config: dict[str, Any], overwrite: bool) -> None:
     """The folder, with a reward model's head beside the weights."""
     file = find_head(source.folder)
     noted = read_head(file).about if file else {}

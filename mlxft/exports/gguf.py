@@ -373,10 +373,10 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 # --- gguf tensors -----------------------------------------------------------------------------------------------------
 # A model's weights one by one, in the numbers of a .gguf file.
 
-BLOCK = 32  # numbers that share a scale in q8_0
-_Q8_BYTES = BLOCK + 2
+_BLOCK = 32  # numbers that share a scale in q8_0
+_Q8_BYTES = _BLOCK + 2
 # Bytes of a number; general.file_type as llama.cpp counts them.
-KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": _Q8_BYTES / BLOCK}
+_KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": _Q8_BYTES / _BLOCK}
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
@@ -443,9 +443,9 @@ def stored_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
     """
     if len(shape) < 2:
         return "f32"
-    if kind == "q8_0" and shape[-1] % BLOCK:
+    if kind == "q8_0" and shape[-1] % _BLOCK:
         raise ExportError(
-            f"{name}: rows of {shape[-1]} numbers can not be packed as q8_0, which takes {BLOCK} at a time; "
+            f"{name}: rows of {shape[-1]} numbers can not be packed as q8_0, which takes {_BLOCK} at a time; "
             "take f16 or bf16"
         )
     return kind
@@ -453,10 +453,10 @@ def stored_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
 
 def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
     """Bytes of a tensor in a file."""
-    return int(np.prod(shape) * KINDS[kind])
+    return int(np.prod(shape) * _KINDS[kind])
 
 
-def encode(value: mx.array, kind: str, name: str) -> Any:
+def _encode(value: mx.array, kind: str, name: str) -> Any:
     """A float32 array as numpy has a kind: bf16 as uint16, q8_0 as rows of bytes.
 
     Raises:
@@ -539,11 +539,11 @@ def _pair(layer: LoRALinear, name: str, arch: Architecture, config: dict[str, An
     heads = arch.heads(name, config)
 
     def down() -> Any:
-        return encode(layer.lora_a.T.astype(mx.float32), kind, f"{name}.lora_a")
+        return _encode(layer.lora_a.T.astype(mx.float32), kind, f"{name}.lora_a")
 
     def up() -> Any:
         value = layer.lora_b.T.astype(mx.float32)
-        return encode(value if heads is None else permute(value, heads), kind, f"{name}.lora_b")
+        return _encode(value if heads is None else permute(value, heads), kind, f"{name}.lora_b")
 
     pair: tuple[tuple[str, tuple[int, ...], Callable[[], Any]], ...] = (
         ("lora_a", (rank, width), down),
@@ -592,7 +592,7 @@ def write_model(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
     rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
     own = {f"{arch.name}.vocab_size": rows, **settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
     said += notes(loaded, own, tensors)
-    size = write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
+    size = _write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
     return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
 
 
@@ -600,15 +600,15 @@ def write_adapter(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
     """Write the adapter alone; see `export_gguf`."""
     arch = family(loaded.config)
     tensors, own, said = adapter_tensors(run, loaded, arch, kind)
-    size = write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
+    size = _write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
     return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
 
 
 def check_arguments(kind: str, lora: bool = False) -> None:
     """ExportError for what can not be written, before anything is loaded."""
-    if kind not in KINDS:
+    if kind not in _KINDS:
         raise ExportError(
-            f"type {kind!r} is not written as .gguf, only {', '.join(KINDS)}; llama-quantize makes others"
+            f"type {kind!r} is not written as .gguf, only {', '.join(_KINDS)}; llama-quantize makes others"
         )
     if lora and kind == "q8_0":
         raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
@@ -648,8 +648,8 @@ def open_model(run: Path, model: str | None) -> Loaded:
     if run.suffix == ".gguf" or str(run) in ALIASES:
         where = resolve(str(run))
         with foreign(f"model {str(run)!r}: its metadata cannot be used"):
-            file = gguf.read(where)
-            network, config = gguf.build(file)
+            file = gguf.read_gguf(where)
+            network, config = gguf.model_from_gguf(file)
             return Loaded(network, gguf.tokenizer(file), config, str(run), where)
     return load_run(run, lazy=True)
 
@@ -699,7 +699,7 @@ def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> 
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
     for name, value in rope_tensors(arch, get).items():
-        tensors.append(Tensor(name, value.shape, "f32", partial(encode, value, "f32", name)))
+        tensors.append(Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
     if packed:
         said.append(f"the base is quantised: {packed} layers were dequantised, then written as {kind}")
@@ -715,7 +715,7 @@ def _tensor_reader(
             value = permute(value, heads)
         if arch.is_shifted(name):
             value = value + 1
-        return encode(value, kind, name)
+        return _encode(value, kind, name)
 
     return read
 
@@ -746,7 +746,7 @@ def notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[Tensor]) -> li
     return said
 
 
-def write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]) -> int:
+def _write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]) -> int:
     """Write a file, one tensor in memory at a time; whole or not at all. Returns its bytes.
 
     Raises:

@@ -94,7 +94,7 @@ def folder_licence(folder: Path) -> Metadata:
 #
 # Nothing in a card leads back to the machine: of a path only its last part is told.
 
-Event = Mapping[str, Any]
+_Event = Mapping[str, Any]
 Metadata = dict[str, Any]
 
 # alias of mlxft -> the model it is, its licence, and what file is taken
@@ -107,9 +107,9 @@ TASKS = {
     "reward": "reward modelling (Bradley-Terry) on judged answers",
 }
 _RELATION = {"adapter": "adapter", "peft": "adapter"}  # to the base; else finetune
-METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
+_METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
 COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
-ROWS = 12  # of the table of validations
+_ROWS = 12  # of the table of validations
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Facts:
     base: Base | None
     scores: bool = False
     config: Config | None = None
-    events: Sequence[Event] = ()
+    events: Sequence[_Event] = ()
     method: str | None = None
     quantized: int | None = None
     evaluations: Sequence[Metadata] = ()
@@ -169,7 +169,7 @@ def shortened(value: Any) -> Any:
     return value
 
 
-def plain(text: Any) -> str:
+def _plain(text: Any) -> str:
     """A text of the run's as Markdown that shows it as it is: no HTML, link, picture or line of its own."""
     return re.sub(r"([\\`*_{}\[\]<>&#!|~])", r"\\\1", " ".join(printable(str(text)).split()))
 
@@ -247,7 +247,7 @@ def _summary(facts: Facts) -> str:
     if config is None:
         return f"Weights made from {linked} {ours}"
     method = facts.method or config.tune.method
-    what = f"{METHODS[method]} {'of' if method == 'full' else 'for'}"
+    what = f"{_METHODS[method]} {'of' if method == 'full' else 'for'}"
     if facts.kind in ("model", "classifier", "gguf") and method != "full":
         what = f"fused {what.split()[0]} fine-tune of"
     bits = f" The weights are quantised to {facts.quantized} bits." if facts.quantized else ""
@@ -303,7 +303,7 @@ def usage(facts: Facts) -> list[str]:
     return shown
 
 
-def _training(config: Config, events: Sequence[Event]) -> str:
+def _training(config: Config, events: Sequence[_Event]) -> str:
     """A table of what was trained on what, for how long, under which versions."""
     start = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     end = next((e for e in reversed(events) if e.get("event") == "end"), {})
@@ -319,7 +319,9 @@ def _training(config: Config, events: Sequence[Event]) -> str:
         rows.append(("validation", f"{config.data.valid:.3g} of the rows" if share else _data(str(config.data.valid))))
     counts = start.get("data") or {}
     for name, v in counts.items():
-        rows.append((plain(name), f"{v:.1%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else plain(v)))
+        rows.append(
+            (_plain(name), f"{v:.1%}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else _plain(v))
+        )
     if start:
         part = start["trainable_parameters"] / start["total_parameters"]
         shown = f" ({part:.2%})" if part <= 1 else ""  # a critic of its own stands beside the base
@@ -332,7 +334,7 @@ def _training(config: Config, events: Sequence[Event]) -> str:
         rows.append(("training time", f"{last['elapsed_s'] / 60:.1f} minutes"))
         rows.append(("peak memory", f"{max(e['peak_memory_gb'] for e in steps):.2f} GB"))
     rows.append(("seed", str(config.run.seed)))
-    rows += [("versions", plain(", ".join(f"{k} {v}" for k, v in (config.versions or {}).items())))]
+    rows += [("versions", _plain(", ".join(f"{k} {v}" for k, v in (config.versions or {}).items())))]
     return _table(("", ""), rows)
 
 
@@ -341,11 +343,11 @@ def _data(spec: str) -> str:
     name = dataset_id(spec)
     if name:
         rest = spec.removeprefix(f"hf:{name}").strip(":").replace(":", ", ")
-        return f"[{name}](https://huggingface.co/datasets/{name})" + (f" ({plain(rest)})" if rest else "")
+        return f"[{name}](https://huggingface.co/datasets/{name})" + (f" ({_plain(rest)})" if rest else "")
     return code(Path(spec).name)
 
 
-def results(events: Sequence[Event]) -> str:
+def results(events: Sequence[_Event]) -> str:
     """The validations as a table, the kept one in bold; without any, the first and last losses of training."""
     evals = [e for e in events if e.get("event") == "eval" and isinstance(e.get("loss"), (int, float))]
     rollouts = [e for e in events if e.get("event") == "rollout"]
@@ -355,7 +357,7 @@ def results(events: Sequence[Event]) -> str:
         return ""
     best = max((i for i, e in enumerate(evals) if e.get("best")), default=None)
     count = len(found)
-    kept = sorted({round(i * (count - 1) / (ROWS - 1)) for i in range(ROWS)} if count > ROWS else range(count))
+    kept = sorted({round(i * (count - 1) / (_ROWS - 1)) for i in range(_ROWS)} if count > _ROWS else range(count))
     kept = sorted({*kept, best} - {None}) if best is not None else kept
     columns = [c for c in COLUMNS if any(isinstance(e.get(c), (int, float)) for e in found)]
     if rollouts and "loss" in columns:
@@ -378,12 +380,12 @@ def evaluations(found: Sequence[Metadata]) -> str:
             for name, figure in task["figures"].items():
                 difference = "-"
                 if (p := paired.get(name)) and result["against"]:
-                    against = plain(Path(result["against"]).name)
+                    against = _plain(Path(result["against"]).name)
                     difference = f"{_figure(p['difference'])} [{_figure(p['low'])}, {_figure(p['high'])}] to {against}"
                 rows.append(
                     (
-                        f"{plain(Path(result['file']).name)} ({figure['n']:,} rows)",
-                        plain(name.replace("_", " ")),
+                        f"{_plain(Path(result['file']).name)} ({figure['n']:,} rows)",
+                        _plain(name.replace("_", " ")),
                         f"{_figure(figure['value'])} ± {_figure(figure['se'])}",
                         difference,
                     )
@@ -410,8 +412,8 @@ def _licence(facts: Facts) -> str:
     base = facts.base
     if base and base.licence:
         name = base.licence.get("license_name") or base.licence["license"]
-        link = f" ({plain(base.licence['license_link'])})" if "license_link" in base.licence else ""
-        said = f"The base is licensed as {plain(name)}{link}; these weights are a work derived from it."
+        link = f" ({_plain(base.licence['license_link'])})" if "license_link" in base.licence else ""
+        said = f"The base is licensed as {_plain(name)}{link}; these weights are a work derived from it."
     else:
         said = "The licence of the base is not known here. **To be filled in by whoever publishes this.**"
     return (
@@ -433,11 +435,11 @@ GOES = (
 # Written by libraries that note where things lay.
 MAY_HOLD_PATHS = {"config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json", "Modelfile"}
 PICTURE = "curves.png"
-Draw = Callable[[Sequence[dict[str, Any]], Path], list[Path]]
+_Draw = Callable[[Sequence[dict[str, Any]], Path], list[Path]]
 
 
 @dataclass(frozen=True)
-class Shipment:
+class Upload:
     """What would go to the hub.
 
     Args:
@@ -471,8 +473,8 @@ def pack(
     run: Path | None = None,
     licence: str | None = None,
     own_card: Path | None = None,
-    draw: Draw | None = None,
-) -> Shipment:
+    draw: _Draw | None = None,
+) -> Upload:
     """Collect what goes, and write its card. Nothing is uploaded.
 
     Args:
@@ -523,7 +525,7 @@ def pack(
         if facts.config is None:
             notes.append("no run is known for this folder: --run RUN puts its data, recipe and results into the card")
     files["README.md"] = text.encode()
-    return Shipment(repo, files, text, left_out, notes)
+    return Upload(repo, files, text, left_out, notes)
 
 
 def check_repo(repo: str) -> None:
@@ -656,7 +658,7 @@ def _evaluations(run: Run) -> list[Metadata]:
     return [result for result in found if result.get("tasks")]
 
 
-def _picture(events: list[dict[str, Any]], draw: Draw | None, notes: list[str]) -> bytes | None:
+def _picture(events: list[dict[str, Any]], draw: _Draw | None, notes: list[str]) -> bytes | None:
     """The curves; without them the card is poorer, and still good."""
     if draw is None:
         return None
@@ -677,7 +679,7 @@ def _base_path(about: Metadata, run: Run | None) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def upload(shipment: Shipment, *, public: bool, update: bool, message: str) -> str:
+def upload(shipment: Upload, *, public: bool, update: bool, message: str) -> str:
     """Send a shipment to the hub as one commit, and return the commit's address.
 
     Not by `upload_folder`: what goes in place of a file, without this machine's paths, is in no folder.
@@ -715,7 +717,7 @@ def upload(shipment: Shipment, *, public: bool, update: bool, message: str) -> s
 
 
 @contextmanager
-def _told(shipment: Shipment, token: str, state: str) -> Iterator[None]:
+def _told(shipment: Upload, token: str, state: str) -> Iterator[None]:
     """The hub's errors as ExportErrors that say what to do, and never the token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -24,7 +24,7 @@ _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k",
 _PARAMETERS["repetition_penalty"] = "repeat_penalty"
 
 
-class Chat(NamedTuple):
+class OllamaChat(NamedTuple):
     """How a model wants to be spoken to, in Ollama's terms."""
 
     template: str | None  # None: not one that Go's template can be found for
@@ -60,7 +60,7 @@ def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, 
     return [*said, f"next: ollama create {out.resolve().name} -f {out / 'Modelfile'}"]
 
 
-def modelfile(chat: Chat, stops: list[str], numbers: dict[str, float]) -> str:
+def modelfile(chat: OllamaChat, stops: list[str], numbers: dict[str, float]) -> str:
     """The text of a Modelfile."""
     lines = ["FROM ./model.gguf"]
     if chat.template is not None:
@@ -155,28 +155,28 @@ def literal(text: str) -> str:
     return f"{{{{ {quoted} }}}}" if text else ""
 
 
-def find_chat(tokenizer: Any) -> Chat:
+def find_chat(tokenizer: Any) -> OllamaChat:
     """The Go template that gives the text of the tokenizer's Jinja template, and its own system prompt."""
     if chat_template(tokenizer) is None:
-        return Chat(None, None)
+        return OllamaChat(None, None)
     plain = _jinja(tokenizer, _conversation(_FIRST, _ANSWER, _SECOND))
     if plain is None or any(plain.count(word) != 1 for word in (_FIRST, _ANSWER, _SECOND)):
-        return Chat(None, None)
+        return OllamaChat(None, None)
     start, rest = plain.split(_FIRST)
     asked, rest = rest.split(_ANSWER)
     between, end = rest.split(_SECOND)
     if not asked.startswith(end):  # what follows a question begins with the mark that asks for an answer
-        return Chat(None, None)
+        return OllamaChat(None, None)
     answer = asked.removeprefix(end)
     with_system = _jinja(tokenizer, _conversation(_FIRST, system=_SYSTEM)) or ""
     if with_system.count(_SYSTEM) == with_system.count(_FIRST) == 1 and _FIRST in with_system.split(_SYSTEM)[1]:
         before, rest = with_system.split(_SYSTEM)
         pieces = _Pieces(start, end, answer, between, before, rest.split(_FIRST)[0])
         if _agrees(tokenizer, pieces, (None, "Be brief.")):
-            return Chat(pieces.go(), _own_system(pieces))
+            return OllamaChat(pieces.go(), _own_system(pieces))
     # No system prompts, or in a place where Go's template can not put them: they go before the first question.
     pieces = _Pieces(start, end, answer, between, start, "\n\n")
-    return Chat(pieces.go() if _agrees(tokenizer, pieces, (None,)) else None, None)
+    return OllamaChat(pieces.go() if _agrees(tokenizer, pieces, (None,)) else None, None)
 
 
 def _own_system(pieces: _Pieces) -> str | None:

@@ -39,12 +39,12 @@ from mlxft.model.folder import (
     check_destination,
     check_links,
     check_numbers,
+    check_schema,
     check_space,
     check_unused,
     read_object,
     replace_folder,
     save_folder,
-    validate,
     weight_bytes,
 )
 from mlxft.model.heads import (
@@ -382,7 +382,7 @@ OTHER = (
 )
 # Ways to begin that leave the base as it is; others (pissa, olora, corda, loftq, ...) change it.
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-PARTS = {
+_PARTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
     "lora_embedding_A": "A",
@@ -390,7 +390,7 @@ PARTS = {
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
 }
-Arrays = dict[str, mx.array]
+_Arrays = dict[str, mx.array]
 
 
 class _PeftConfig(Lenient):
@@ -493,7 +493,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file}: has no peft_type"
             + ("; it is an adapter of mlxft or mlx-lm already" if mine else ", so it is not PEFT's")
         )
-    validate(_PeftConfig, config, file)
+    check_schema(_PeftConfig, config, file)
     kind = config["peft_type"]
     if kind != "LORA":
         raise ModelError(f"{file}: peft_type is {kind!r}; expected 'LORA' (also with use_rslora and use_dora)")
@@ -515,7 +515,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> Arrays:
+def _read_weights(folder: Path) -> _Arrays:
     file = folder / WEIGHTS
     if not file.is_file():
         old = "adapter_model.bin"
@@ -533,20 +533,20 @@ def _read_weights(folder: Path) -> Arrays:
     return arrays
 
 
-def sort_arrays(arrays: Arrays, folder: Path) -> tuple[dict[str, Arrays], Arrays]:
+def sort_arrays(arrays: _Arrays, folder: Path) -> tuple[dict[str, _Arrays], _Arrays]:
     """Module -> its A, B and m; and what was trained whole, by the names of the base.
 
     Raises:
         ModelError: a name that is not LoRA's, or half of a pair is missing.
     """
-    low: dict[str, Arrays] = {}
-    whole: Arrays = {}
+    low: dict[str, _Arrays] = {}
+    whole: _Arrays = {}
     strange = []
     for name, value in arrays.items():
         short = name.removeprefix(PREFIX)
-        found = re.fullmatch(rf"(.+?)\.({'|'.join(map(re.escape, PARTS))})", short)
+        found = re.fullmatch(rf"(.+?)\.({'|'.join(map(re.escape, _PARTS))})", short)
         if found:
-            low.setdefault(found[1], {})[PARTS[found[2]]] = value
+            low.setdefault(found[1], {})[_PARTS[found[2]]] = value
         elif short == name or ".lora_" in name:
             strange.append(name)
         else:
@@ -558,7 +558,7 @@ def sort_arrays(arrays: Arrays, folder: Path) -> tuple[dict[str, Arrays], Arrays
     return low, whole
 
 
-def to_mlx(low: dict[str, Arrays], config: dict[str, Any], folder: Path) -> tuple[LoRASpec, Arrays]:
+def to_mlx(low: dict[str, _Arrays], config: dict[str, Any], folder: Path) -> tuple[LoRASpec, _Arrays]:
     """mlx-lm's matrices of one rank and one scale.
 
     Smaller ranks are filled with zeros, and other scales are multiplied into B: both are exact.
@@ -577,7 +577,7 @@ def to_mlx(low: dict[str, Arrays], config: dict[str, Any], folder: Path) -> tupl
     rank = max(parts["A"].shape[0] for parts in low.values())
     scales = {p: _scale(p, parts["A"].shape[0], config, folder) for p, parts in low.items()}
     scale = max(scales.values(), key=list(scales.values()).count)
-    weights: Arrays = {}
+    weights: _Arrays = {}
     for path, parts in low.items():
         a, b = (parts[k].astype(mx.float32) for k in ("A", "B"))
         more = rank - a.shape[0]
@@ -607,7 +607,7 @@ def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _take_head(whole: Arrays, config: dict[str, Any], base: dict[str, Any], folder: Path) -> ScoreHead | None:
+def _take_head(whole: _Arrays, config: dict[str, Any], base: dict[str, Any], folder: Path) -> ScoreHead | None:
     """The score head of a SEQ_CLS adapter, out of `whole`."""
     if config.get("task_type") != "SEQ_CLS":
         return None
@@ -634,11 +634,11 @@ def _check_there(base: Loaded, low: list[str], whole: list[str], folder: Path) -
         )
 
 
-def _known(name: str, owner: str, names: Arrays) -> bool:
+def _known(name: str, owner: str, names: _Arrays) -> bool:
     return (name if owner == name else f"{owner}.weight") in names
 
 
-def _settle_tied(base: Loaded, low: dict[str, Arrays], whole: Arrays, folder: Path, scores: bool) -> None:
+def _settle_tied(base: Loaded, low: dict[str, _Arrays], whole: _Arrays, folder: Path, scores: bool) -> None:
     """Take out what PEFT stores twice; ModelError where embedding and output layer are one here and two there.
 
     `base_layer.weight` is a copy of the base's own embedding, which PEFT stores beside an adapted one.
@@ -666,7 +666,7 @@ def _same(x: mx.array, y: mx.array) -> bool:
     return x.shape == y.shape and bool(mx.allclose(x, y, rtol=1e-5, atol=1e-7).item())
 
 
-def _check_copies(base: Loaded, copies: Arrays, folder: Path) -> None:
+def _check_copies(base: Loaded, copies: _Arrays, folder: Path) -> None:
     """ModelError where a copy of the base's embedding is not the base's: its vocabulary was changed."""
     for name, value in copies.items():
         owner = name.removesuffix(".base_layer.weight")

@@ -26,10 +26,10 @@ from mlxft.model.folder import (
     check_arrays,
     check_links,
     check_numbers,
+    check_schema,
     read_object,
-    validate,
 )
-from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain, shift, wrap
+from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain_layer, shift, wrap
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, fits_base, stated_name
 from mlxft.model.load import load as load_model
 from mlxft.text import home_path
@@ -41,7 +41,7 @@ from mlxft.text import home_path
 # module under `lora_parameters.keys`. Modules that are trained whole beside the adapters are in the same file under
 # their own names; mlx-lm refuses those by name instead of leaving them out in silence.
 
-Layers = Literal["all"] | int | list[int]
+_Layers = Literal["all"] | int | list[int]
 # Of which parameter a layer takes rows by number.
 TABLES = {nn.Embedding: "weight", SwitchLinear: "bias"}
 # Layers whose weights the model's own code reads past them: Gemma 3n's AltUp, Kimi K3's attention over blocks.
@@ -76,7 +76,7 @@ def layer_paths(model: nn.Module) -> list[str]:
     return [names[id(layer)] for layer in model.layers if id(layer) in names]
 
 
-def select_layers(model: nn.Module, layers: Layers) -> list[str]:
+def select_layers(model: nn.Module, layers: _Layers) -> list[str]:
     """Names of the chosen blocks: all, the last N, or a list of indices.
 
     Raises:
@@ -105,7 +105,7 @@ def matches(path: str, pattern: str) -> bool:
     )
 
 
-def select_targets(model: nn.Module, targets: str | Sequence[str], layers: Layers, dora: bool = False) -> list[str]:
+def select_targets(model: nn.Module, targets: str | Sequence[str], layers: _Layers, dora: bool = False) -> list[str]:
     """Full names of the modules that get a low-rank layer.
 
     Args:
@@ -265,7 +265,7 @@ def _counting(kind: type, table: str) -> type:
     return _COUNTING[kind]
 
 
-def prepare_full(model: nn.Module, layers: Layers, train: Sequence[str], freeze: Sequence[str]) -> None:
+def prepare_full(model: nn.Module, layers: _Layers, train: Sequence[str], freeze: Sequence[str]) -> None:
     """Make everything trainable (embeddings, norms and head too), or what `layers` and the patterns leave.
 
     Raises:
@@ -339,7 +339,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if "fine_tune_type" not in config:
         peft = " (it looks like a PEFT adapter)" if "peft_type" in config else ""
         raise ModelError(f"{file}: not an adapter of mlxft or mlx-lm{peft}")
-    validate(_WholeConfig if config["fine_tune_type"] == "full" else _AdapterConfig, config, file)
+    check_schema(_WholeConfig if config["fine_tune_type"] == "full" else _AdapterConfig, config, file)
     return config
 
 
@@ -580,7 +580,7 @@ class Merged(LowRank):
         return total
 
     def _layer(self, kind: Any) -> nn.Module:
-        layer = plain(self._kind(), self.delta().astype(kind))
+        layer = plain_layer(self._kind(), self.delta().astype(kind))
         layer.pop("bias", None)  # the base has added it
         return layer
 

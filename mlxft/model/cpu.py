@@ -126,9 +126,9 @@ def _inverse(a: mx.array) -> mx.array:
 # --- cpu --------------------------------------------------------------------------------------------------------------
 
 LOG2E = math.log2(math.e)
-BLOCK = 64  # queries of one attention block
+_BLOCK = 64  # queries of one attention block
 _HIDDEN = -1e30  # a masked score: finite, so that a row that sees nothing is no NaN
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def on_cpu() -> bool:
@@ -158,14 +158,14 @@ def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
     return mx.fast.cross_entropy(logits.astype(mx.float32) if planned_backend() == "cpu" else logits, labels)
 
 
-def as_trained(read: Callable[[], T]) -> T:
+def as_trained(read: Callable[[], _T]) -> _T:
     """What `read` gives, by the kernels that it is computed with where a gradient is asked for.
 
     MLX takes other kernels for attention while a gradient is traced (with a mask that is an array, by the width of the
     heads, on CUDA by the number of tokens); in bfloat16 their log-probabilities differ by up to 0.3 nats. Numbers that
     training compares with its own (a reference's, a rollout's) are to be read by the same ones.
     """
-    found: list[T] = []
+    found: list[_T] = []
 
     def inside(x: mx.array) -> mx.array:
         found.append(read())
@@ -209,8 +209,8 @@ def attention(
     b, heads, length, _ = queries.shape
     groups, hiding = keys.shape[1], _hiding(mask, queries.shape[2])
     outs: list[mx.array] = []
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    for start in range(0, length, _BLOCK):
+        stop = min(start + _BLOCK, length)
         end = stop if isinstance(mask, str) else keys.shape[2]
         # Heads that share keys are rows of one product.
         rows = queries[:, :, start:stop].reshape(b, groups, -1, queries.shape[-1]) * (scale * LOG2E)

@@ -35,10 +35,10 @@ MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a JSON file; real ones have some kilo
 NO_NUMBERS = "the model computes NaN: its weights, its adapter or a scale are damaged"
 MOST_NUMBER = 1 << 31  # of a size that the schema does not name
 
-Layers = Annotated[int, Field(strict=True, ge=1, le=2_000)]
+_Layers = Annotated[int, Field(strict=True, ge=1, le=2_000)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=1 << 14)]
 Width = Annotated[int, Field(strict=True, ge=1, le=1 << 20)]
-Rows = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
+_Rows = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Experts = Annotated[int, Field(strict=True, ge=0, le=1 << 14)]
 Rank = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -48,10 +48,10 @@ Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(float(8\w*|16|32|64)|bfloat16
 MOST_COUNTED = 1 << 20  # of what a name that begins with num_ or n_ counts: models are built in loops over it
 
 _SIZES: dict[Any, str] = {
-    Layers: "num_hidden_layers num_layers n_layers n_layer num_transformer_layers",
+    _Layers: "num_hidden_layers num_layers n_layers n_layer num_transformer_layers",
     Heads: "num_attention_heads num_heads n_heads n_head",
     Width: "hidden_size head_dim d_model n_embd model_dim hidden_dim",
-    Rows: "vocab_size padded_vocab_size num_vocab",
+    _Rows: "vocab_size padded_vocab_size num_vocab",
     Experts: "num_experts num_local_experts n_routed_experts num_experts_per_tok num_key_value_heads num_kv_heads",
     Real: "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps",
 }
@@ -175,7 +175,7 @@ def check_files(folder: Path) -> None:
             raise ModelError(f"{file}: is a pipe or a device; expected a file")
     for name, schema in _FILES.items():
         if (folder / name).exists():
-            validate(schema, read_object(folder / name), folder / name)
+            check_schema(schema, read_object(folder / name), folder / name)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _deep(value: Any) -> bool:
     return isinstance(value, dict | list)
 
 
-def validate(schema: type[BaseModel], found: Mapping[str, Any], where: Path | str) -> None:
+def check_schema(schema: type[BaseModel], found: Mapping[str, Any], where: Path | str) -> None:
     """ModelError naming all that does not fit the schema."""
     try:
         schema.model_validate(found)

@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.errors import ModelError
-from mlxft.model.folder import ModelConfig, validate
+from mlxft.model.folder import ModelConfig, check_schema
 from mlxft.text import parse_json
 
 # --- gguf header ------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
     offset: int
 
 
-def read_head(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     """Read a file's metadata, as Python has it, and its table: tensor name -> entry.
 
     Raises:
@@ -679,7 +679,17 @@ def _begin_with(backend: Any, bos: str, number: int) -> None:
 
 # --- gguf -------------------------------------------------------------------------------------------------------------
 
-__all__ = ["ARCHITECTURES", "GgufFile", "build", "config", "eos_ids", "own_dtype", "read", "tokenizer", "weights"]
+__all__ = [
+    "ARCHITECTURES",
+    "GgufFile",
+    "config",
+    "eos_ids",
+    "model_from_gguf",
+    "own_dtype",
+    "read_gguf",
+    "tokenizer",
+    "weights",
+]
 
 GROUP_SIZE = 32
 # MLX reads these, packed ones packed. It reads more types, some of them wrongly (in 0.32.4 Q4_K), and BF16 by way of
@@ -687,14 +697,14 @@ GROUP_SIZE = 32
 _OF_MLX = {"F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0"}
 
 
-def read(path: Path) -> GgufFile:
+def read_gguf(path: Path) -> GgufFile:
     """Read the whole file: packed as it is where MLX has a form for all of its types, else unpacked to float16.
 
     Raises:
         ModelError: not a GGUF file, truncated, split, of an architecture or quantisation that is not read here.
     """
     try:
-        metadata, table = read_head(path)
+        metadata, table = read_gguf_header(path)
         kinds = {entry.kind for entry in table.values()}
         if odd := sorted(kind for kind in kinds if not _readable(kind)):
             raise ModelError(
@@ -785,12 +795,12 @@ def own_dtype(file: GgufFile) -> Any:
     return mx.bfloat16 if sizes[mx.bfloat16] > sizes[mx.float16] else mx.float16
 
 
-def build(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
+def model_from_gguf(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
     """The mlx-lm model with the file's own tensors (packed where they are packed), and its config."""
     import importlib
 
     settings = config(file)
-    validate(ModelConfig, settings, file.path)
+    check_schema(ModelConfig, settings, file.path)
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))
     tensors = weights(file, settings, model)

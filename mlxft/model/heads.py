@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlxft.data.dataset import Reply, Slot, encode_reply, plan_epoch
+from mlxft.data.dataset import EncodedCompletion, Slot, encode_completion, plan_epoch
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.folder import check_arrays, check_numbers
 from mlxft.model.layers import probing
@@ -248,7 +248,7 @@ def trained_without_head(model: nn.Module) -> dict[str, mx.array]:
 
 # --- scorer -----------------------------------------------------------------------------------------------------------
 
-TOKENS = 4096  # of a batch, padding included
+SCORING_TOKENS = 4096  # of a batch, padding included
 
 
 @dataclass
@@ -266,12 +266,15 @@ class Scorer:
     mean: float | None
     std: float | None
 
-    def encode(self, prompt: Any, reply: Any, where: str, tools: Any = None) -> Reply:
+    def encode(self, prompt: Any, reply: Any, where: str, tools: Any = None) -> EncodedCompletion:
         """An answer as it is scored: the very tokens that training reads."""
-        return encode_reply(prompt, reply, self.tokenizer, where, tools, self.chat)
+        return encode_completion(prompt, reply, self.tokenizer, where, tools, self.chat)
 
     def scores(
-        self, answers: Sequence[Reply], tokens: int = TOKENS, on_done: Callable[[int], None] | None = None
+        self,
+        answers: Sequence[EncodedCompletion],
+        tokens: int = SCORING_TOKENS,
+        on_done: Callable[[int], None] | None = None,
     ) -> list[float]:
         """The score of each answer; those of like length share a batch of `tokens`.
 

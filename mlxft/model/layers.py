@@ -321,7 +321,7 @@ def wrap(module: nn.Module, rank: int, scale: float, dropout: float, dora: bool)
     return kind(module, rank, scale, dropout)
 
 
-def plain(base: nn.Module, weight: mx.array) -> nn.Module:
+def plain_layer(base: nn.Module, weight: mx.array) -> nn.Module:
     """A layer without quantisation that has `weight` and the base's bias."""
     if isinstance(base, EMBEDDING):
         layer = nn.Embedding(1, 1)
@@ -339,7 +339,7 @@ def plain(base: nn.Module, weight: mx.array) -> nn.Module:
 # Routers of mixtures of experts: which layers they are, and what they say while a model runs.
 
 # mlx-lm's mixtures all call it one of these; gate_proj and shared_expert_gate are other layers.
-NAMES = ("gate", "router")
+_NAMES = ("gate", "router")
 # Files of mlx-lm's whose routers choose experts by a softmax over all of them, and are balanced by nothing else.
 SOFTMAX = (
     *("deepseek", "deepseek_v2", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid", "hunyuan", "jamba"),
@@ -362,7 +362,7 @@ _watch: _Watch | None = None
 
 def is_router(path: str) -> bool:
     """Whether a module, by its full name, is a router or part of one."""
-    return any(part in NAMES for part in path.split("."))
+    return any(part in _NAMES for part in path.split("."))
 
 
 @contextmanager
@@ -402,7 +402,7 @@ def watch_routers(model: nn.Module, setting: str) -> None:
         ConfigError: it has no routers, or of a kind whose balance is not that of a softmax; it names `setting`.
     """
     modules = dict(model.named_modules())
-    kinds = {_kind(m) for m in modules.values() if isinstance(m, nn.Module) and any(n in m for n in NAMES)}
+    kinds = {_kind(m) for m in modules.values() if isinstance(m, nn.Module) and any(n in m for n in _NAMES)}
     if not kinds:
         raise ConfigError(f"{setting}: this model has no routers to balance: it is not a mixture of experts")
     if wrong := sorted(kinds.difference(SOFTMAX)):
@@ -414,7 +414,7 @@ def watch_routers(model: nn.Module, setting: str) -> None:
         if not isinstance(experts, (SwitchGLU, SwitchMLP)):
             continue
         name = path
-        while not any(n in modules[name] for n in NAMES):
+        while not any(n in modules[name] for n in _NAMES):
             name = name.rpartition(".")[0]
         block = modules[name]
         kind = type(block)
@@ -454,7 +454,7 @@ def _telling(kind: type) -> Any:
 
 def _router_path(block: nn.Module) -> str:
     """The layer that gives a router's logits, within its block: itself linear, or with one within, or neither."""
-    name = next(n for n in NAMES if n in block)
+    name = next(n for n in _NAMES if n in block)
     linear = (p for p, m in block[name].named_modules() if isinstance(m, (*LINEAR, LowRank)))
     inner = min(linear, key=len, default="")
     return f"{name}.{inner}" if inner else name

@@ -396,7 +396,7 @@ def brief(error: BaseException) -> str:
 # which numbers the weights are held.
 
 DTYPES = ("auto", "own", "float32", "bfloat16", "float16")
-BITS = (0, 2, 3, 4, 5, 6, 8)
+_BITS = (0, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 _MOST_GROWTH = 1 << 10  # of a text by a tokenizer's replacements; usual ones put a character for another
 
@@ -455,8 +455,8 @@ def load(
     where = resolve(path, revision)
     if where.suffix == ".gguf":
         with foreign(f"model {path!r}: its metadata cannot be used"):
-            file = gguf.read(where)
-            model, config = gguf.build(file)
+            file = gguf.read_gguf(where)
+            model, config = gguf.model_from_gguf(file)
             tokenizer = gguf.tokenizer(file)
         quantize = 0 if quantize is None else quantize
         own = gguf.own_dtype(file)
@@ -491,7 +491,7 @@ def load_tokenizer(
     where = resolve(path, revision, weights=False)
     if where.suffix == ".gguf":
         with foreign(f"model {path!r}: its metadata cannot be used"):
-            file = gguf.read(where)
+            file = gguf.read_gguf(where)
             config, tokenizer = gguf.config(file), gguf.tokenizer(file)
     else:
         config = folder_config(where, path, weights=False)
@@ -502,12 +502,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
+def read_model_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """Only the config, as the checkpoint has it (a .gguf's quantisation is not in it); no weights are fetched."""
     where = resolve(path, revision, weights=False)
     if where.suffix == ".gguf":
         with foreign(f"model {path!r}: its metadata cannot be used"):
-            return gguf.config(gguf.read(where))
+            return gguf.config(gguf.read_gguf(where))
     return folder_config(where, path, weights=False)
 
 
@@ -535,8 +535,8 @@ def skeleton(
     where = resolve(path, weights=False)
     if where.suffix == ".gguf":
         with foreign(f"model {path!r}: its metadata cannot be used"):
-            file = gguf.read(where)
-            model, config = gguf.build(file)
+            file = gguf.read_gguf(where)
+            model, config = gguf.model_from_gguf(file)
         quantize = 0 if quantize is None else quantize
         own = gguf.own_dtype(file)
     else:
@@ -614,8 +614,8 @@ def _check_arguments(dtype: str, quantize: int | None, group_size: int | None) -
     problems = []
     if dtype not in DTYPES:
         problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
-    if quantize is not None and quantize not in BITS:
-        problems.append(f"quantize is {quantize!r}; expected one of {', '.join(map(str, BITS))} bits (0 dequantises)")
+    if quantize is not None and quantize not in _BITS:
+        problems.append(f"quantize is {quantize!r}; expected one of {', '.join(map(str, _BITS))} bits (0 dequantises)")
     if group_size is not None and group_size not in GROUP_SIZES:
         problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
     if problems:
@@ -873,7 +873,7 @@ def _quantise(model: nn.Module, config: dict[str, Any], name: str, bits: int, gr
 # --- twin -------------------------------------------------------------------------------------------------------------
 
 
-def twin(loaded: Loaded) -> Loaded:
+def copy_sharing_arrays(loaded: Loaded) -> Loaded:
     """Modules of its own that hold the same arrays: no number is copied.
 
     Training puts new arrays in the place of those it changes, so `loaded` stays as it is whatever becomes of its twin.

@@ -448,14 +448,14 @@ Parameters = dict[str, mx.array]
 Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers
 
 _OUT = -1e30  # a logit without probability
-K = TypeVar("K")
+_K = TypeVar("_K")
 A = TypeVar("A")
 V = TypeVar("V")
 
 
-def ahead(batches: Iterable[tuple[K, A]], read: Callable[[A], V]) -> Iterator[tuple[K, V]]:
+def ahead(batches: Iterable[tuple[_K, A]], read: Callable[[A], V]) -> Iterator[tuple[_K, V]]:
     """`read` of each batch, the next one asked for before one is handed out: the device computes it meanwhile."""
-    before: list[tuple[K, V]] = []
+    before: list[tuple[_K, V]] = []
     for key, arrays in batches:
         before.append((key, read(arrays)))
         mx.async_eval(before[-1][1])

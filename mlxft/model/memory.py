@@ -473,7 +473,7 @@ def _as_view(op: Op, array: Any, shape: tuple[int, ...]) -> Any:
     return None
 
 
-def arrays_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
+def _arrays_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """Where the model holds arrays, also those that are no parameters: (module, key)."""
     return [(m, key) for _, m in model.named_modules() for key, value in m.items() if isinstance(value, mx.array)]
 
@@ -486,7 +486,7 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
     Raises:
         ModelError: the graph can not be had.
     """
-    slots = arrays_of(model)
+    slots = _arrays_of(model)
     values = [module[key] for module, key in slots]
 
     def put(arrays: Iterable[mx.array]) -> None:
@@ -570,7 +570,7 @@ class _Call:
         arrays = tuple((k, a.shape, a.dtype) for k, a in self.arrays().items())
         other = tuple((k, repr(a)) for k, a in self._all() if not isinstance(a, mx.array))
         trained = tuple(n for n, _ in tree_flatten(self.layer.trainable_parameters()))
-        held = tuple((type(m), key, m[key].shape, m[key].dtype) for m, key in arrays_of(self.layer))
+        held = tuple((type(m), key, m[key].shape, m[key].dtype) for m, key in _arrays_of(self.layer))
         return (type(self.layer), arrays, other, trained, held)
 
     def run(self, arrays: dict[str, mx.array]) -> mx.array:
@@ -648,7 +648,7 @@ class Blocks:
         if len(marks) != len(self._calls):
             raise ModelError("memory with checkpointing can not be predicted for this architecture")
         users = {name: op for op in graph.ops for name in op.inputs}
-        held = arrays_of(self.model)
+        held = _arrays_of(self.model)
         names = dict(zip(((id(m), k) for m, k in held), graph.inputs[len(graph.inputs) - len(held) :]))
         paths = {id(module): name for name, module in self.model.named_modules()}
         gone, ops, outputs = set[int](), list[Op](), list(graph.outputs)
@@ -658,7 +658,7 @@ class Blocks:
             product = users[sign.outputs[0]]
             gone |= {id(mark), id(sign), id(product)}
             (cotangent,) = (n for n in product.inputs if n != sign.outputs[0])
-            own = [names[id(m), k] for m, k in arrays_of(call.layer)]
+            own = [names[id(m), k] for m, k in _arrays_of(call.layer)]
             others = {k: f"argument {id(a)}" for k, a in call.arrays().items() if k != "0"}
             for key, name in others.items():
                 graph.sizes[name] = (tuple(call.arrays()[key].shape), call.arrays()[key].dtype.size)
@@ -736,7 +736,7 @@ TRACED_CHUNKS = 24
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Peak memory of training, in bytes, by what takes it.
 
     Attributes:
@@ -799,7 +799,7 @@ class Outline(NamedTuple):
         return self.reads == "nll"
 
 
-PLAIN = Outline()
+PLAIN_OUTLINE = Outline()
 
 
 @dataclass(frozen=True)
@@ -821,7 +821,7 @@ class Job:
     optimizer: int
     trained_share: float = 1.0
     accumulate: int = 1
-    outline: Outline = PLAIN
+    outline: Outline = PLAIN_OUTLINE
     update: tuple[int, int] = (0, 0)
     packed: bool = False
 
@@ -857,7 +857,7 @@ class Shape(NamedTuple):
         return self.rows // together * self.prompt + self.rows * (self.answer or self.width)
 
 
-def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int] = (0, 0)) -> Plan:
+def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int] = (0, 0)) -> MemoryPlan:
     """Predict the peak of training on batches of `rows` x `width` tokens.
 
     Args:
@@ -869,9 +869,9 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
         return _plan(job, rows, width, checkpoint, shared)
 
 
-def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> Plan:
+def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, int]) -> MemoryPlan:
     model = job.model
-    held = [(key, module[key].nbytes) for module, key in arrays_of(model)]
+    held = [(key, module[key].nbytes) for module, key in _arrays_of(model)]
     adapters = sum(n for key, n in held if key in LEAVES)
     weights = sum(n for _, n in held) - adapters
     gradients = job.gradients
@@ -895,7 +895,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     update, renewed = ((earlier or gradients) + 4 * largest + anew for anew in job.update)
     transient = max(peak, update)
     logits = min(step.head_peak(), max(0, transient - gradients - earlier))
-    return Plan(
+    return MemoryPlan(
         weights=weights,
         adapters=adapters * (1 + job.outline.copies),
         gradients=gradients + earlier,
@@ -1171,7 +1171,7 @@ class Beside(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PhasedPlan(Plan):
+class PhasedPlan(MemoryPlan):
     """A plan of which the training step is one phase.
 
     Attributes:
@@ -1207,7 +1207,7 @@ class PhasedPlan(Plan):
         return max(self.phases(ahead=False).values())
 
 
-def with_phases(step: Plan, residents: Residents, sampling: int, scoring: int, sums: int) -> PhasedPlan:
+def with_phases(step: MemoryPlan, residents: Residents, sampling: int, scoring: int, sums: int) -> PhasedPlan:
     """The plan of a training step as that of training with rollouts.
 
     Args:

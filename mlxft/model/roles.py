@@ -319,7 +319,7 @@ def _spec(layers: dict[str, LowRank]) -> LoRASpec | None:
 
 # --- reference --------------------------------------------------------------------------------------------------------
 
-FILE = "reference.npz"
+_FILE = "reference.npz"
 Stacked = Iterator[tuple[list[int], Completions]]
 
 
@@ -351,7 +351,7 @@ class Reference:
             folder: where the numbers are kept, under a `key` that names all they depend on but the weights.
         """
         self._jobs = list(data)
-        self._file = folder / FILE, key
+        self._file = folder / _FILE, key
 
     def held(self) -> list[mx.array]:
         """Its arrays, and those that the model had when training began."""

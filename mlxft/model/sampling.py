@@ -181,7 +181,7 @@ def clone(caches: Sequence[Any]) -> list[Any]:
 #
 # Only these two files, and `kv` beside them, touch mlx-lm's generator and caches.
 
-Prompt = str | list[dict[str, Any]]
+_Prompt = str | list[dict[str, Any]]
 _DRAWN = 64  # steps whose random numbers are drawn at one time
 
 
@@ -231,7 +231,7 @@ class Sampling:
 def stream(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt: Prompt | Sequence[int],
+    prompt: _Prompt | Sequence[int],
     sampling: Sampling,
     *,
     seed: int | None = None,
@@ -252,10 +252,10 @@ def stream(
     return _stop_at(_pieces(model, tokenizer, ids, sampling, seed), sampling.stop)
 
 
-def generate(
+def complete(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt: Prompt | Sequence[int],
+    prompt: _Prompt | Sequence[int],
     sampling: Sampling,
     *,
     seed: int | None = None,
@@ -413,7 +413,7 @@ def _stop_at(pieces: Iterator[str], stop: tuple[str, ...]) -> Iterator[str]:
 
 # --- batch sample -----------------------------------------------------------------------------------------------------
 
-ROWS = 32  # sequences decoded at one time, where nothing else is said
+ROWS_AT_ONCE = 32  # sequences decoded at one time, where nothing else is said
 _CLEAR = 256  # steps between two clearings of MLX's buffers: a cache that grows leaves many sizes behind
 
 
@@ -449,7 +449,7 @@ def sample_batch(
         ConfigError: numbers out of bounds, or answers that should end at eos where there is no eos id.
         DataError: no prompts, or an empty one.
     """
-    rows = ROWS if rows is None else rows
+    rows = ROWS_AT_ONCE if rows is None else rows
     _check(tokenizer, prompts, sampling, samples, rows)
     ends = frozenset(tokenizer.eos_token_ids) if sampling.stop_at_eos else frozenset[int]()
     # A key each, whatever batch it comes to stand in.

@@ -16,16 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxft.config import Config, Settings
-from mlxft.data.dataset import Encoded, EncodedAnswer, EncodedPair, IntArray, Slot, plan_epoch
+from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Slot, plan_epoch
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.layers import without_dropout
-from mlxft.model.load import context_of, load_config
-from mlxft.model.memory import PLAIN, Beside, Outline, Residents, Shape
+from mlxft.model.load import context_of, read_model_config
+from mlxft.model.memory import PLAIN_OUTLINE, Beside, Outline, Residents, Shape
+from mlxft.text import Event
 
 # Architectures that look positions up in a table; MLX reads and writes memory beyond its end without a word.
 POSITION_TABLES = ("gpt2", "gpt_bigcode")
 MAX = "_max"  # metrics whose names end so are maxima, not sums
-Event = dict[str, Any]
 Trains = Callable[[str], bool]
 
 
@@ -221,7 +221,7 @@ class Objective(ABC):
         """Return counts of rows and tokens."""
         return Summary()
 
-    def previews(self, n: int) -> Sequence[Encoded | EncodedPair | EncodedAnswer]:
+    def previews(self, n: int) -> Sequence[Encoded | EncodedPair | EncodedLabelled]:
         """Return the first `n` training rows, to be shown."""
         return []
 
@@ -266,7 +266,7 @@ class Objective(ABC):
     @classmethod
     def outline(cls, config: Config) -> Outline:
         """Return what a step is, as far as memory goes."""
-        return PLAIN
+        return PLAIN_OUTLINE
 
     @classmethod
     def outfit(cls, config: Config, model: nn.Module) -> None:
@@ -316,7 +316,7 @@ def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
         DataError: the model has no number at all for later positions.
     """
     try:
-        about = load_config(config.model.path)
+        about = read_model_config(config.model.path)
     except ModelError:  # whoever loads the model says why it can not be
         return []
     context = context_of(about)

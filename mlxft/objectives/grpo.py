@@ -17,15 +17,15 @@ from mlxft.model.logits import row_sums
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
-from mlxft.objectives.rollouts import FAR, Drawn, Method, OnPolicy, Rollout, RolloutBatch, resample, sections
+from mlxft.objectives.rollouts import FAR, Drawn, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, resample, sections
 
 # --- critic free ------------------------------------------------------------------------------------------------------
 # What on-policy methods without a critic share: one advantage a completion, from its score and those of others.
 
-M = TypeVar("M", bound=Method)
+_M = TypeVar("_M", bound=OnPolicySettings)
 
 
-class CriticFree(OnPolicy[M], Generic[M]):
+class CriticFree(OnPolicy[_M], Generic[_M]):
     """An on-policy objective that gives each completion one advantage. A subclass says which, and the loss."""
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
@@ -61,7 +61,7 @@ class CriticFree(OnPolicy[M], Generic[M]):
         return self.row_sums(values, data) / data.lengths
 
 
-class InReward(Method):
+class InReward(OnPolicySettings):
     """Settings of methods whose KL is part of the reward."""
 
     ratio: Literal["completion", "token"] = Field(
@@ -122,7 +122,7 @@ class Reinforced(CriticFree[R], Generic[R]):
 # skip_equal and mask_truncated (or, for its soft punishment of overlong answers, a rule of kind length).
 
 
-class GRPOSettings(Method):
+class GRPOSettings(OnPolicySettings):
     """Settings of objective grpo."""
 
     kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference; 0: no such term.")

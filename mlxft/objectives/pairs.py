@@ -14,14 +14,14 @@ import numpy as np
 
 from mlxft.config import Config
 from mlxft.data.dataset import (
-    EncodedAnswer,
+    EncodedLabelled,
     EncodedPair,
     Ids,
     PairCounts,
     Slot,
     chat_notes,
+    data_fingerprint,
     ends_of,
-    fingerprint,
     ids_fingerprint,
     length,
     load_splits,
@@ -34,11 +34,11 @@ from mlxft.model.memory import Shape
 from mlxft.model.prefix import Completions, ScoredRows, Sharing
 from mlxft.objectives.base import MicroBatch, NoDropout, OffPolicy, Step, Summary, beyond_context
 
-Row = TypeVar("Row", EncodedPair, EncodedAnswer)
+_Row = TypeVar("_Row", EncodedPair, EncodedLabelled)
 # A prompt is computed once for both answers where that leaves no more than this share of the tokens: attention with a
 # mask of one's own costs more than the plain causal one. Short prompts are not worth a second pass.
 SHARED, LEAST_PROMPT = 0.75, 32
-NO_DROPOUT = NoDropout("what is compared (completions, policy and reference) must come from one network")
+_NO_DROPOUT = NoDropout("what is compared (completions, policy and reference) must come from one network")
 
 
 class Answer(NamedTuple):
@@ -48,7 +48,7 @@ class Answer(NamedTuple):
     reply: Ids
 
 
-def answers_of(row: EncodedPair | EncodedAnswer) -> list[Answer]:
+def completions_of(row: EncodedPair | EncodedLabelled) -> list[Answer]:
     """The chosen and the rejected answer of a pair, or the one there is."""
     if isinstance(row, EncodedPair):
         return [Answer(row.prompt_ids, row.chosen_ids), Answer(row.prompt_ids, row.rejected_ids)]
@@ -106,7 +106,7 @@ def stack_shared(prompts: Sequence[Ids], answers: Sequence[tuple[int, Ids]]) -> 
     )
 
 
-def sharing_pays(rows: Sequence[EncodedPair | EncodedAnswer], width: int) -> tuple[int, int] | None:
+def sharing_pays(rows: Sequence[EncodedPair | EncodedLabelled], width: int) -> tuple[int, int] | None:
     """Widths of the prompts and of the answers, if it is cheaper to compute each prompt once than rows of `width`."""
     pairs = [row for row in rows if isinstance(row, EncodedPair)]
     if not pairs or min(len(pair.prompt_ids) for pair in pairs) < LEAST_PROMPT:
@@ -143,11 +143,11 @@ def encode_splits(
     if second:
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
     notes = [*notes, *chat_notes(tokenizer, ends_of(first.rows), train if options["chat"] else ())]
-    counts = replace(first.counts, source_notes=tuple(notes), fingerprint=fingerprint(train, valid))
+    counts = replace(first.counts, source_notes=tuple(notes), fingerprint=data_fingerprint(train, valid))
     return first.rows, counts, second.rows if second else [], second.counts if second else None
 
 
-def check_recipe(config: Config, formats: Sequence[str]) -> None:
+def check_completion_recipe(config: Config, formats: Sequence[str]) -> None:
     """ConfigError for settings that have no meaning for judged answers, all of them in one."""
     data = config.data
     problems = []
@@ -160,12 +160,12 @@ def check_recipe(config: Config, formats: Sequence[str]) -> None:
         problems.append(f"data.overflow: {data.overflow} would make another answer of one; choose error or drop")
     if config.batch.pack:
         problems.append(f"batch.pack: is not for objective {name}, whose answers are rows of their own")
-    problems += NO_DROPOUT.problems(config)
+    problems += _NO_DROPOUT.problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-class Judged(OffPolicy, Generic[Row]):
+class CompletionObjective(OffPolicy, Generic[_Row]):
     """An objective over rows that are judged whole. A subclass gives `make`, `per` and the loss.
 
     Args:
@@ -175,18 +175,18 @@ class Judged(OffPolicy, Generic[Row]):
     traceable = True  # the reference's numbers, and KTO's point, are in the batch
 
     def __init__(
-        self, config: Config, tokenizer: Any, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int
+        self, config: Config, tokenizer: Any, rows: list[_Row], counts: PairCounts, valid: list[_Row], per_row: int
     ) -> None:
         self.counts = counts
-        self.rows: list[Row] = rows
-        self.valid: list[Row] = valid
+        self.rows: list[_Row] = rows
+        self.valid: list[_Row] = valid
         self.notes: list[str] = counts.notes()
         super().__init__(config, tokenizer, np.array([length(row) for row in rows], dtype=np.int64), per_row)
         self.notes += beyond_context(config, self._lengths.tolist())
         self.notes += [f"validation: {note}" for note in beyond_context(config, list(map(length, valid)))]
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        self.notes += NO_DROPOUT.take_out(model)
+        self.notes += _NO_DROPOUT.take_out(model)
 
     def make(
         self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
@@ -206,7 +206,7 @@ class Judged(OffPolicy, Generic[Row]):
         found = []
         for slot in self.plan(0):
             rows = [self.rows[i] for i in slot.rows]
-            answers = [answer for row in rows for answer in answers_of(row)]
+            answers = [answer for row in rows for answer in completions_of(row)]
             apart = sharing_pays(rows, slot.width)
             found.append(Shape(len(answers), slot.width, sum(len(a.reply) for a in answers), *(apart or ())))
         return found
@@ -262,6 +262,6 @@ class Judged(OffPolicy, Generic[Row]):
             counts[f"validation {kind}"] = len(self.valid)
         return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends_of(self.rows)))
 
-    def previews(self, n: int) -> list[Row]:
+    def previews(self, n: int) -> list[_Row]:
         """The first `n` pairs, or answers with a label."""
         return self.rows[:n]

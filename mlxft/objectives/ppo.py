@@ -26,12 +26,12 @@ from mlxft.model.prefix import Completions
 from mlxft.model.roles import Roles
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
-from mlxft.objectives.rollouts import FAR, Method, OnPolicy, Rollout, RolloutBatch, sections
+from mlxft.objectives.rollouts import FAR, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, sections
 
 # --- critic -----------------------------------------------------------------------------------------------------------
 # The critic: a value for each token. A role of its own on the same base, or a head on the policy's trunk.
 
-ROLE = "value"
+_ROLE = "value"
 
 
 class Critic(nn.Module):
@@ -57,7 +57,7 @@ class Critic(nn.Module):
     def values(self, split: Split, roles: Roles, ids: mx.array, positions: mx.array) -> mx.array:
         """(N,) float32 at positions of (B, T) ids, by the value role."""
         weights = {name.replace("/", "."): value for name, value in tree_flatten(self.role)}
-        role = roles[ROLE]
+        role = roles[_ROLE]
         for name, value in weights.items():
             path, _, leaf = name.rpartition(".")
             if path in role.layers and leaf in LEAVES:
@@ -65,7 +65,7 @@ class Critic(nn.Module):
             else:
                 role.whole[name] = value
         try:
-            with roles.use(ROLE):
+            with roles.use(_ROLE):
                 return self.head(rows_hidden(split, ids, positions)) + self.offset
         finally:
             role.whole.clear()  # or what an update replaces would stay in memory
@@ -81,14 +81,14 @@ def add_critic(model: nn.Module, split: Split, roles: Roles, start: str | None, 
     head = ScoreHead.of(mx.zeros((1, width)))  # all values 0: the first advantages are the rewards
     weights: dict[str, mx.array] = {}
     if start is not None:
-        role = roles.copy(start, ROLE)
+        role = roles.copy(start, _ROLE)
         if role.head is not None:
             head, role.head = role.head, None
         # What stands outside the body (an output layer) gives no value; weight decay would eat it.
         inside = next(name for name, module in model.named_modules() if module is split.body) + "."
         role.layers = {path: layer for path, layer in role.layers.items() if path.startswith(inside)}
         role.whole = {name: value for name, value in role.whole.items() if name.startswith(inside)}
-        weights = roles.weights(ROLE)
+        weights = roles.weights(_ROLE)
     critic = Critic(weights, head)
     setattr(model, CRITIC, critic)
     return critic
@@ -113,7 +113,7 @@ def explained_variance(values: Any, returns: Any) -> float:
 # --- ppo --------------------------------------------------------------------------------------------------------------
 
 
-class PPOSettings(Method):
+class PPOSettings(OnPolicySettings):
     """Settings of objective ppo."""
 
     kl_estimator: Literal["k1", "k2", "k3"] = Field(

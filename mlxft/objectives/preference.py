@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
-from mlxft.data.dataset import EncodedAnswer, EncodedPair, PairCounts, Slot, build_answers, build_pairs, length
+from mlxft.data.dataset import EncodedLabelled, EncodedPair, PairCounts, Slot, encode_labelled, encode_pairs, length
 from mlxft.errors import DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.layers import probing
@@ -24,7 +24,16 @@ from mlxft.model.prefix import Completions, Sharing
 from mlxft.model.roles import Reference
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MakesStep, MicroBatch, Step, Terms
-from mlxft.objectives.pairs import Answer, Judged, Row, answers_of, check_recipe, encode_splits, stack, stack_pairs
+from mlxft.objectives.pairs import (
+    Answer,
+    CompletionObjective,
+    _Row,
+    check_completion_recipe,
+    completions_of,
+    encode_splits,
+    stack,
+    stack_pairs,
+)
 
 REFERRED = ("dpo", "ipo", "hinge", "kto")  # measured against the policy that training began with
 SMOOTHED = ("dpo", "cpo")
@@ -113,18 +122,18 @@ class KTOBatch(Completions):
     reference: mx.array
 
 
-class Preference(Judged[Row]):
+class Preference(CompletionObjective[_Row]):
     """Losses on pairs or, for KTO, on completions that are good or bad by themselves: which, the recipe's loss says."""
 
     sections: ClassVar[dict[str, type[Settings]]] = {"preference": PreferenceSettings}
     learning_rate = 1e-6  # of full fine-tuning, as TRL's DPOConfig; these losses move fast
 
-    def __new__(cls, config: Config, tokenizer: Any) -> Preference[Row]:
+    def __new__(cls, config: Config, tokenizer: Any) -> Preference[_Row]:
         kto = config.section("preference", PreferenceSettings).loss == "kto"
         return object.__new__((_Single if kto else _Pairs) if cls is Preference else cls)  # type: ignore[arg-type]
 
     def __init__(
-        self, config: Config, tokenizer: Any, rows: list[Row], counts: PairCounts, valid: list[Row], per_row: int
+        self, config: Config, tokenizer: Any, rows: list[_Row], counts: PairCounts, valid: list[_Row], per_row: int
     ) -> None:
         self.settings = config.section("preference", PreferenceSettings)
         super().__init__(config, tokenizer, rows, counts, valid, per_row)  # type: ignore[arg-type]
@@ -160,7 +169,7 @@ class Preference(Judged[Row]):
 
     def _referred_to(self, valid: bool) -> list[Answer]:
         """All answers that the reference is asked for."""
-        return [answer for row in (self.valid if valid else self.rows) for answer in answers_of(row)]
+        return [answer for row in (self.valid if valid else self.rows) for answer in completions_of(row)]
 
     def _refer(self, rows: Completions, valid: bool, places: Sequence[int]) -> mx.array:
         assert self.reference is not None
@@ -188,8 +197,8 @@ class _Pairs(Preference[EncodedPair]):
     """Losses on pairs."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_recipe(config, ("preference", "ratings"))
-        rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
+        check_completion_recipe(config, ("preference", "ratings"))
+        rows, counts, valid, _ = encode_splits(config, tokenizer, encode_pairs)
         loss = config.section("preference", PreferenceSettings).loss
         _refuse_ties([*rows, *valid], loss)
         super().__init__(config, tokenizer, rows, counts, valid, per_row=2)
@@ -206,7 +215,7 @@ class _Pairs(Preference[EncodedPair]):
             reference = self._refer(stacked, valid, [2 * i for i in rows] + [2 * i + 1 for i in rows])
         weights = mx.array([pair.weight for pair in pairs])
         data = PairBatch(**vars(stacked), weights=weights, reference=reference)
-        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in answers_of(pair))
+        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in completions_of(pair))
         return MicroBatch(data, tokens, len(data.labels), tuple(pair.where for pair in pairs))
 
     def loss(self, model: nn.Module, data: PairBatch) -> Terms:
@@ -249,20 +258,20 @@ class _Pairs(Preference[EncodedPair]):
         return (F.ipo if s.loss == "ipo" else F.hinge)(chosen, rejected, ref_c, ref_r, s.strength)
 
 
-class _Single(Preference[EncodedAnswer]):
+class _Single(Preference[EncodedLabelled]):
     """KTO: answers that are good or bad by themselves. Pairs are taken apart into both."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_recipe(config, ("unpaired", "preference"))
+        check_completion_recipe(config, ("unpaired", "preference"))
         idle: list[str] = []
         if config.data.format == "preference":
-            pairs, counts, others, _ = encode_splits(config, tokenizer, build_pairs)
+            pairs, counts, others, _ = encode_splits(config, tokenizer, encode_pairs)
             _refuse_ties([*pairs, *others], "kto")
             rows, valid = _apart(pairs), _apart(others)
             counts = replace(counts, tokens=sum(map(length, rows)))  # a prompt is read with each of its answers
             idle = _idle_margins(pairs, "kto")
         else:
-            rows, counts, valid, _ = encode_splits(config, tokenizer, build_answers)
+            rows, counts, valid, _ = encode_splits(config, tokenizer, encode_labelled)
         super().__init__(config, tokenizer, rows, counts, valid, per_row=1)
         self.notes += idle
         good = sum(row.label for row in rows)
@@ -303,7 +312,7 @@ class _Single(Preference[EncodedAnswer]):
     ) -> MicroBatch:
         assert point is not None
         chosen = [(self.valid if valid else self.rows)[i] for i in rows]
-        answers = [answers_of(row)[0] for row in chosen]
+        answers = [completions_of(row)[0] for row in chosen]
         stacked = stack(answers, width)
         data = KTOBatch(
             **vars(stacked),
@@ -397,18 +406,18 @@ def _idle_margins(rows: Sequence[EncodedPair], loss: str) -> list[str]:
     return [f"{margins:,} rows have a margin, which loss {loss} does not use"] if margins else []
 
 
-def _apart(pairs: Sequence[EncodedPair]) -> list[EncodedAnswer]:
+def _apart(pairs: Sequence[EncodedPair]) -> list[EncodedLabelled]:
     """The answers of pairs, each once and with its pairs' weight: of several rejected ones each counts for a part."""
-    found: dict[Any, EncodedAnswer] = {}
+    found: dict[Any, EncodedLabelled] = {}
     for pair in pairs:
-        for answer, label in zip(answers_of(pair), (True, False)):
+        for answer, label in zip(completions_of(pair), (True, False)):
             key = (pair.where, answer.reply.tobytes(), label)
-            before = found.get(key, EncodedAnswer(answer.prompt, answer.reply, label, pair.where, 0.0))
+            before = found.get(key, EncodedLabelled(answer.prompt, answer.reply, label, pair.where, 0.0))
             found[key] = before._replace(weight=before.weight + pair.weight)
     return list(found.values())
 
 
-def _partners(rows: Sequence[EncodedAnswer], seed: int) -> list[int]:
+def _partners(rows: Sequence[EncodedLabelled], seed: int) -> list[int]:
     """For each row another one whose prompt differs, the same for the whole run; itself where there is none."""
     order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
     prompts = [row.prompt_ids.tobytes() for row in rows]

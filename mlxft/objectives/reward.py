@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from mlxft.config import Config, Settings
-from mlxft.data.dataset import EncodedPair, build_pairs
+from mlxft.data.dataset import EncodedPair, encode_pairs
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import begin_head
 from mlxft.model.logits import Split
@@ -20,9 +20,15 @@ from mlxft.model.memory import Outline, ShapeSplit
 from mlxft.model.prefix import ScoredRows, Sharing
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import bradley_terry, wins
-from mlxft.objectives.pairs import Judged, answers_of, check_recipe, encode_splits, stack_pairs
+from mlxft.objectives.pairs import (
+    CompletionObjective,
+    check_completion_recipe,
+    completions_of,
+    encode_splits,
+    stack_pairs,
+)
 
-FORMATS = ("preference", "ratings")
+_FORMATS = ("preference", "ratings")
 BINS = 10  # of confidence, from 1/2 to 1
 THIRDS = ("short", "middle", "long")
 
@@ -52,7 +58,7 @@ def _begin_head(split: Split, config: Config) -> None:
     begin_head(split, given, "tune.train" if config.tune.train else "tune.targets")
 
 
-class Reward(Judged[EncodedPair]):
+class Reward(CompletionObjective[EncodedPair]):
     """Pairs held in memory. A tie is trained as a judgement that is right half the time; validation leaves ties out.
 
     Raises:
@@ -71,10 +77,10 @@ class Reward(Judged[EncodedPair]):
         _begin_head(ShapeSplit(model), config)
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_recipe(config, FORMATS)
+        check_completion_recipe(config, _FORMATS)
         if config.run.sample_prompts:
             raise ConfigError("run.sample_prompts: a reward model gives scores, not text; leave it out")
-        rows, counts, valid, _ = encode_splits(config, tokenizer, build_pairs)
+        rows, counts, valid, _ = encode_splits(config, tokenizer, encode_pairs)
         self._settings = config.section("reward", RewardSettings)
         super().__init__(config, tokenizer, rows, counts, [row for row in valid if not row.tie], per_row=2)
         if valid and not self.valid:
@@ -86,7 +92,7 @@ class Reward(Judged[EncodedPair]):
             raise ConfigError("reward.margin: no row has a margin; leave it out, or give rows a field margin")
         if margins and not self._settings.margin:
             self.notes.append(f"{margins:,} rows have a margin, which is not used (reward.margin: true)")
-        sizes = [len(answer.reply) for row in self.valid for answer in answers_of(row)]
+        sizes = [len(answer.reply) for row in self.valid for answer in completions_of(row)]
         self._thirds = thirds_of(sizes) if sizes else (0.0, 0.0)
         self._about: dict[str, Any] = {}
         self._sharing: Sharing | None = None
@@ -115,7 +121,7 @@ class Reward(Judged[EncodedPair]):
             smoothing=mx.array([0.5 if pair.tie else smoothing for pair in pairs]),
             margins=mx.array(margins),
         )
-        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in answers_of(pair))
+        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in completions_of(pair))
         return MicroBatch(data, tokens, 2 * len(pairs), tuple(pair.where for pair in pairs))
 
     def loss(self, model: nn.Module, data: RewardBatch) -> Terms:
@@ -133,7 +139,7 @@ class Reward(Judged[EncodedPair]):
         found: dict[str, Any] = {k: v for k, v in means.items() if "/" not in k}
         if len(found) == len(means):
             return found
-        found |= figures(means)
+        found |= score_statistics(means)
         self._about = {"reward": {"mean": found["score_mean"], "std": found["score_std"]}}
         return found
 
@@ -159,7 +165,7 @@ def measure(scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tupl
     return _calibration(scores[:half], scores[half:], weights) | _by_length(scores, lengths, weights, thirds)
 
 
-def figures(means: dict[str, float]) -> dict[str, Any]:
+def score_statistics(means: dict[str, float]) -> dict[str, Any]:
     """ece, reliability, score_mean, score_std and scores_by_length."""
     bins = [[means[f"bin/{i}/{k}"] for k in ("share", "confidence", "accuracy")] for i in range(BINS)]
     thirds = [[means[f"third/{i}/{k}"] for k in ("share", "sum", "square")] for i in range(3)]

@@ -25,7 +25,7 @@ from pydantic import (
 
 from mlxft.config import Settings, error_of, handed_over, load_config, named_in, run_file
 from mlxft.data.chat import Thoughts, answer_of, keeps_thoughts, wanted_of
-from mlxft.data.dataset import Ids, Reply
+from mlxft.data.dataset import EncodedCompletion, Ids
 from mlxft.data.formats import Message, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, RewardError, missing_extra, nearest
@@ -144,7 +144,7 @@ class Length(Rule):
 
 
 AnyRule = ExactMatch | Regex | Number | JsonSchema | Length
-KINDS: dict[str, type[AnyRule]] = {
+_KINDS: dict[str, type[AnyRule]] = {
     "exact_match": ExactMatch,
     "regex": Regex,
     "number": Number,
@@ -171,7 +171,7 @@ class RewardsSettings(Settings):
     )
     rules: list[AnyRule] = Field(
         default_factory=list,
-        description=f"Mappings with a kind ({', '.join(KINDS)}), that kind's settings, and a weight.",
+        description=f"Mappings with a kind ({', '.join(_KINDS)}), that kind's settings, and a weight.",
     )
     thoughts: Thoughts = Field(
         "drop",
@@ -235,10 +235,10 @@ def _read_rule(index: int, rule: Any) -> AnyRule | list[str]:
     if not isinstance(rule, Mapping):
         return [f"{at} is {rule!r:.60}; expected a mapping with a kind"]
     name = rule.get("kind")
-    if not isinstance(name, str) or name not in KINDS:
-        seen = f"is {name!r}{nearest(str(name), KINDS)}" if "kind" in rule else "is needed"
-        return [f"{at}.kind {seen}; there are {', '.join(KINDS)}"]
-    kind = KINDS[name]
+    if not isinstance(name, str) or name not in _KINDS:
+        seen = f"is {name!r}{nearest(str(name), _KINDS)}" if "kind" in rule else "is needed"
+        return [f"{at}.kind {seen}; there are {', '.join(_KINDS)}"]
+    kind = _KINDS[name]
     try:
         return kind.model_validate(dict(rule))
     except ValidationError as error:
@@ -333,7 +333,7 @@ class ScoredRule:
                 return f"{field} is {value!r:.40}, which holds no number; {self.name} compares with one"
         return None
 
-    def score(self, items: Sequence[Scored]) -> list[float]:
+    def score(self, items: Sequence[ToScore]) -> list[float]:
         """A value for each completion.
 
         Raises:
@@ -353,7 +353,7 @@ class ScoredRule:
         return wanted_of(value) if isinstance(value, str) and not self._whole else value
 
 
-def _scorer(at: str, rule: AnyRule) -> Callable[[Scored, str, str | int | float], float]:
+def _scorer(at: str, rule: AnyRule) -> Callable[[ToScore, str, str | int | float], float]:
     """The value of a completion: the function takes it, what of its text is judged, and what the row wants."""
     if isinstance(rule, ExactMatch):
         return lambda item, said, wanted: _exact_match(said, str(wanted), rule.ignore_case)
@@ -476,7 +476,7 @@ class ScoredFunction:
         self.name, self.spec, self.weight = name, spec, weight
         self._function = function
 
-    def score(self, items: Sequence[Scored]) -> list[float]:
+    def score(self, items: Sequence[ToScore]) -> list[float]:
         """A value for each completion.
 
         Raises:
@@ -498,12 +498,12 @@ class ScoredFunction:
             found.append(number)
         return found
 
-    def _call(self, items: Sequence[Scored]) -> Any:
+    def _call(self, items: Sequence[ToScore]) -> Any:
         # The function's own lists and mappings: what it changes there is not ours.
         rows = [dict(item.row) for item in items]
         return self._function([item.prompt for item in items], [item.completion for item in items], rows)
 
-    def _located(self, items: Sequence[Scored], error: BaseException) -> RewardError:
+    def _located(self, items: Sequence[ToScore], error: BaseException) -> RewardError:
         """The error with the row that it comes from: the first that raises when it is asked for alone."""
         for item in items:
             try:
@@ -590,7 +590,7 @@ def _short(text: str) -> str:
 # --- reward model -----------------------------------------------------------------------------------------------------
 # A reward run as a source of rewards: a role on the policy's base, or a model of its own.
 
-ROLE = "reward"
+_ROLE = "reward"
 
 
 @dataclass(frozen=True)
@@ -670,9 +670,9 @@ class RewardModel:
         self._roles = roles
         moments = (run.mean, run.std)
         if same_base(run.folder, fingerprint, base):
-            role = roles.load(ROLE, run.folder, fingerprint)
-            mx.eval(roles.weights(ROLE), role.head.weight if role.head else [])
-            self.role = ROLE
+            role = roles.load(_ROLE, run.folder, fingerprint)
+            mx.eval(roles.weights(_ROLE), role.head.weight if role.head else [])
+            self.role = _ROLE
             self._scorer = Scorer(split, tokenizer, run.chat, *moments)
             return
         if (run.folder / "adapter_config.json").is_file():
@@ -693,7 +693,7 @@ class RewardModel:
         head = self._roles[self.role].head
         return [*self._roles.weights(self.role).values(), *([head.weight] if head is not None else [])]
 
-    def score(self, items: Sequence[Scored], tokens: int) -> list[float]:
+    def score(self, items: Sequence[ToScore], tokens: int) -> list[float]:
         """Scores of completions, in batches of at most `tokens` tokens.
 
         Raises:
@@ -701,7 +701,7 @@ class RewardModel:
             RewardError: a score that is no number.
         """
         if self.role is not None:
-            answers = [Reply(item.prompt_ids, self._sampled(item)) for item in items]
+            answers = [EncodedCompletion(item.prompt_ids, self._sampled(item)) for item in items]
             with probing(self._roles.model), self._roles.use(self.role):
                 scores = self._scorer.scores(answers, tokens)
         else:
@@ -711,12 +711,12 @@ class RewardModel:
                 raise RewardError(f"rewards.adapter: {item.where}: the reward model's score is {score}")
         return scores
 
-    def _sampled(self, item: Scored) -> Ids:
+    def _sampled(self, item: ToScore) -> Ids:
         """A completion's own ids; of one that a stop text ended those of the text before it, ended as answers are."""
         ended = item.finished and item.reply_ids[-1] not in self._scorer.tokenizer.eos_token_ids
         return self._encode(item).reply if ended else item.reply_ids
 
-    def _encode(self, item: Scored) -> Reply:
+    def _encode(self, item: ToScore) -> EncodedCompletion:
         """Prompt and completion as this model's own tokenizer and template have them."""
         scorer = self._scorer
         prompt = item.prompt if item.asked is None else item.asked
@@ -727,7 +727,7 @@ class RewardModel:
             reply = {"role": "assistant", "content": reply}
         found = scorer.encode(prompt, reply, item.where, tools_of(item.row))
         # The token that ends an answer says that it is complete.
-        return found if item.finished else Reply(found.prompt, found.reply[:-1])
+        return found if item.finished else EncodedCompletion(found.prompt, found.reply[:-1])
 
 
 def same_base(folder: Path, fingerprint: str | None, base: str | None) -> bool:
@@ -752,7 +752,7 @@ Values = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Scored:
+class ToScore:
     """A completion that is to be scored.
 
     Attributes:
@@ -873,7 +873,7 @@ class Rewards:
         """Arrays of the reward model, if there is one."""
         return [] if self._model is None else self._model.held()
 
-    def score(self, items: Sequence[Scored], *, tokens: int) -> Scores:
+    def score(self, items: Sequence[ToScore], *, tokens: int) -> Scores:
         """Rewards of completions, in their order.
 
         Components, the reward model's normalised if asked for, are weighted and added up; then the missing-EOS penalty

@@ -27,8 +27,8 @@ from mlxft.data.dataset import (
     Encoded,
     Ids,
     chat_notes,
+    data_fingerprint,
     encode_prompt,
-    fingerprint,
     load_splits,
     of_valid,
     plan_epoch,
@@ -40,7 +40,7 @@ from mlxft.errors import ConfigError, DataError, ModelError, TrainingError
 from mlxft.model.adapters import read_adapter_config
 from mlxft.model.cpu import as_trained
 from mlxft.model.layers import aside, probing
-from mlxft.model.load import context_of, load_config, skeleton, trusting
+from mlxft.model.load import context_of, read_model_config, skeleton, trusting
 from mlxft.model.logits import Draw, Split, ahead, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.memory import (
     Beside,
@@ -54,11 +54,11 @@ from mlxft.model.memory import (
 )
 from mlxft.model.prefix import Completions
 from mlxft.model.roles import Roles
-from mlxft.model.sampling import ROWS, Sampling, never_drawn, sample_batch
+from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, never_drawn, sample_batch
 from mlxft.objectives.base import MakesStep, MicroBatch, NoDropout, Objective, Step, Summary, Terms, heaviest
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import Answer, stack
-from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, Scores, find_reward_run, same_base
+from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run, same_base
 
 if TYPE_CHECKING:
     pass
@@ -125,11 +125,11 @@ def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 # Prompts that completions are sampled for, and what a recipe for that may not say.
 
-NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
+_NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
 MAX_KL = 4.0  # nats a token: of the text that is written, the reference would have drawn 2 % of the tokens
 
 
-class Method(Settings):
+class OnPolicySettings(Settings):
     """What every on-policy method has among its settings."""
 
     kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs; 0: no reference is kept.")
@@ -162,7 +162,7 @@ class Method(Settings):
         return self.kl_coef > 0 or self.highest_kl is not None
 
 
-def check_recipe(config: Config, rollout: RolloutSettings, name: str, grouped: bool) -> list[str]:
+def check_on_policy_recipe(config: Config, rollout: RolloutSettings, name: str, grouped: bool) -> list[str]:
     """What is worth a note.
 
     Raises:
@@ -178,7 +178,7 @@ def check_recipe(config: Config, rollout: RolloutSettings, name: str, grouped: b
         problems.append(f"data.overflow: {data.overflow} would make another prompt of one; choose error or drop")
     if config.batch.pack:
         problems.append(f"batch.pack: is not for objective {name}, whose completions are rows of their own")
-    problems += NO_DROPOUT.problems(config)
+    problems += _NO_DROPOUT.problems(config)
     if grouped and rollout.samples < 2:
         problems.append(f"rollout.samples: {name} compares completions of one prompt; give at least 2")
     if data.max_length <= rollout.max_tokens:
@@ -293,7 +293,7 @@ def _encode(
 
 def _room(config: Config) -> _Room:
     most, answer = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
-    context = context_of(load_config(config.model.path))
+    context = context_of(read_model_config(config.model.path))
     if context is None or context >= most:
         return _Room(most - answer, f"data.max_length ({most})", "Raise the first")
     if context <= answer:
@@ -304,7 +304,7 @@ def _room(config: Config) -> _Room:
 # --- rollout ----------------------------------------------------------------------------------------------------------
 # A rollout: completions of prompts with what is known of each of their tokens, and how it is cut into steps.
 
-Floats = npt.NDArray[np.float32]
+_Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -338,8 +338,8 @@ class Rollout:
     prompts: list[int]
     replies: list[Ids]
     finished: list[bool]
-    scores: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
-    tokens: dict[str, list[Floats]] = field(default_factory=dict)
+    scores: _Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    tokens: dict[str, list[_Floats]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.replies)
@@ -493,7 +493,7 @@ def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
 # --- held out ---------------------------------------------------------------------------------------------------------
 # How a policy does on prompts that it is not trained on.
 
-SHOWN = 4  # completions that are shown
+_SHOWN = 4  # completions that are shown
 
 
 class HeldOut:
@@ -532,7 +532,7 @@ class HeldOut:
                     "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
                     "score": float(scores.total[i]),
                 }
-                for i in every[:SHOWN]
+                for i in every[:_SHOWN]
             ],
         }
 
@@ -557,7 +557,7 @@ class HeldOut:
 # `batches` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
 # step, for some epochs. All that frozen roles say of a completion is in its batch, computed when it was sampled.
 
-M = TypeVar("M", bound=Method)
+_M = TypeVar("_M", bound=OnPolicySettings)
 FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, never below 0 (k3); approx_kl is k1
 _IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
 
@@ -588,7 +588,7 @@ class RolloutBatch:
     row_advantages: mx.array | None = None
 
 
-class OnPolicy(Objective, Generic[M]):
+class OnPolicy(Objective, Generic[_M]):
     """An objective over completions of its own. A subclass says what the tokens' advantages are, and the loss.
 
     Args:
@@ -600,15 +600,15 @@ class OnPolicy(Objective, Generic[M]):
     # Hardly two micro-batches of completions have one shape, so nothing is compiled.
     grouped = False  # whether completions are compared with others of their prompt
 
-    def __init__(self, config: Config, tokenizer: Any, section: type[M]) -> None:
+    def __init__(self, config: Config, tokenizer: Any, section: type[_M]) -> None:
         super().__init__(config, tokenizer)
         self.settings = config.section(self.section(), section)
         self.rollouts = config.section("rollout", RolloutSettings)
-        self.notes = check_recipe(config, self.rollouts, self.section(), self.grouped)
+        self.notes = check_on_policy_recipe(config, self.rollouts, self.section(), self.grouped)
         self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
         train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=self.rewards.columns)
         self.notes += said
-        self._data = fingerprint(train, valid)
+        self._data = data_fingerprint(train, valid)
         self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         s = self.rollouts
@@ -643,7 +643,7 @@ class OnPolicy(Objective, Generic[M]):
             seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
             raise ConfigError(f"{seen}; fuse model.adapter and train from the folder")
         layers = [layer for role in self.roles.names for layer in self.roles[role].layers.values()]
-        self.notes += NO_DROPOUT.take_out(model, *layers)
+        self.notes += _NO_DROPOUT.take_out(model, *layers)
 
     # Data
 
@@ -713,7 +713,7 @@ class OnPolicy(Objective, Generic[M]):
         for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
             p, opening = prompts[i], self.opening(prompts[i])
             text = self.text(reply, opening)
-            items.append(Scored(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
+            items.append(ToScore(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
         return self.rewards.score(items, tokens=self.config.batch.budget)
 
     def opening(self, prompt: EncodedPrompt) -> str:
@@ -1052,7 +1052,7 @@ class OnPolicy(Objective, Generic[M]):
     def _rolling(self) -> Rolling:
         """A rollout at its largest, held-out prompts included."""
         r = self.rollouts
-        most = r.rows or ROWS
+        most = r.rows or ROWS_AT_ONCE
         prompts = min(r.prompts, len(self.prompts))
         rows = min(most, max(prompts * r.samples, len(self.valid)))
         group = max(min(prompts, max(1, most // r.samples)), min(len(self.valid), most))

@@ -18,7 +18,7 @@ from mlxft.model.memory import Shape
 from mlxft.model.prefix import Rows
 from mlxft.objectives.base import MicroBatch, OffPolicy, Step, Summary, Terms, beyond_context
 
-FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
+SFT_FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,9 @@ class SFT(OffPolicy):
     traceable = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        if config.data.format not in FORMATS:
+        if config.data.format not in SFT_FORMATS:
             raise ConfigError(
-                f"data.format: {config.data.format} is not for objective sft; choose {', '.join(FORMATS)}"
+                f"data.format: {config.data.format} is not for objective sft; choose {', '.join(SFT_FORMATS)}"
             )
         self.train, self.valid, self._notes, self._data = load_encoded(config, tokenizer)
         super().__init__(config, tokenizer, _lengths(self.train))

@@ -19,9 +19,9 @@ from rich import text
 from rich.console import Console
 from rich.table import Column, Table
 
-from mlxft.config import Data
+from mlxft.config import DataSettings
 from mlxft.data.chat import Thoughts, by_template, opening_of
-from mlxft.data.dataset import OVERFLOW, build, context_ids, plan_epoch, prompt_text
+from mlxft.data.dataset import OVERFLOW, context_ids, encode_rows, plan_epoch, prompt_text
 from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
@@ -48,13 +48,13 @@ from mlxft.model.layers import probing
 from mlxft.model.load import Loaded, context_of, stated_name
 from mlxft.model.logits import Split, hidden_logprobs_greedy, row_sums, rows_logprobs, rows_logprobs_greedy
 from mlxft.model.prefix import Rows, Sharing
-from mlxft.model.sampling import ROWS, Sampling, sample_batch, text_of
+from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
 from mlxft.objectives.functional import wins
-from mlxft.objectives.rewards import Scored
+from mlxft.objectives.rewards import ToScore
 from mlxft.objectives.sft import make_batch
 from mlxft.runs import find_adapter, is_run, load_run, open_run, versions
-from mlxft.study.generate import Answer
-from mlxft.study.stats import Figure, Floats, bootstrap, mean
+from mlxft.study.generate import Generated
+from mlxft.study.stats import Figure, Floats64, bootstrap, mean
 from mlxft.study.tasks import (
     READ,
     Case,
@@ -296,7 +296,7 @@ def _asked(
 
 def _read(
     sharing: Sharing, batch: Sequence[_Unit], positions: list[int], labels: list[int]
-) -> tuple[Floats, npt.NDArray[np.bool_]]:
+) -> tuple[Floats64, npt.NDArray[np.bool_]]:
     """Log-probabilities of the labels, and whether each is the likeliest token."""
     where, wanted = mx.array(positions, dtype=mx.int32), mx.array(labels, dtype=mx.int32)
     prompts = _padded([unit.prompt for unit in batch])
@@ -331,13 +331,13 @@ def _padded(rows: Sequence[tuple[int, ...]]) -> mx.array:
 # result = evaluate(load("runs/a"), cases, task)          # shots=[...] are cases too, of other rows
 # print(result.figures()["accuracy"], compare(result, other)[0])
 
-TOKENS = 2048  # of a batch, padding included
-MAX_TOKENS = 256
+EVAL_TOKENS = 2048  # of a batch, padding included
+_MAX_TOKENS = 256
 _ANY = 1 << 31  # no limit
 
 
 @dataclass(frozen=True)
-class Result:
+class Evaluated:
     """What a model made of a task.
 
     Attributes:
@@ -352,9 +352,9 @@ class Result:
     task: str
     kind: str
     rows: list[str]
-    scores: dict[str, Floats]
+    scores: dict[str, Floats64]
     predictions: list[dict[str, Any]]
-    weights: dict[str, Floats] = field(default_factory=dict)
+    weights: dict[str, Floats64] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def figures(self) -> dict[str, Figure]:
@@ -366,7 +366,7 @@ class Result:
             found["perplexity"] = Figure(value, value * loss.se, loss.n)  # by the delta method
         return found
 
-    def only(self, rows: Set[str]) -> Result:
+    def only(self, rows: Set[str]) -> Evaluated:
         """The same of some of the rows."""
         kept = [i for i, where in enumerate(self.rows) if where in rows]
         scores, weights = ({k: v[kept] for k, v in of.items()} for of in (self.scores, self.weights))
@@ -394,7 +394,7 @@ class Paired(NamedTuple):
     tied: int
 
 
-def compare(a: Result, b: Result, *, seed: int = 0, confidence: float = 0.95) -> list[Paired]:
+def paired_differences(a: Evaluated, b: Evaluated, *, seed: int = 0, confidence: float = 0.95) -> list[Paired]:
     """What `a` is better or worse by than `b`, for each metric.
 
     Raises:
@@ -423,18 +423,18 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def evaluate(
+def run_task(
     loaded: Loaded,
     cases: Sequence[Case],
     task: Task,
     *,
     shots: Sequence[Case] = (),
-    tokens: int = TOKENS,
+    tokens: int = EVAL_TOKENS,
     max_length: int | None = None,
     overflow: str = "error",
     seed: int = 0,
     console: Console | None = None,
-) -> Result:
+) -> Evaluated:
     """Ask a model the cases of a task.
 
     Args:
@@ -508,11 +508,11 @@ def _in_own_words(text: str) -> str:
     return text.replace("--max-length and data.train_on", "--max-length and a task's train_on")
 
 
-def _loss(how: _How, cases: Sequence[Case]) -> Result:
+def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
     task, tokenizer = how.task, how.loaded.tokenizer
     examples = [Example(case.where, case.item) for case in cases if case.item is not None]
     try:
-        data = build(
+        data = encode_rows(
             examples,
             tokenizer,
             train_on=task.train_on or "assistant",
@@ -553,7 +553,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Result:
     ]
     weights = {"loss": np.array([counts[w] for w in places], dtype=np.float64)}
     notes = [_in_own_words(line) for line in data.counts.notes()]
-    return Result(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
+    return Evaluated(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
 
 
 def _rendered(how: _How, prompt: str | list[Message], case: Case) -> str:
@@ -583,7 +583,7 @@ def _before_answer(how: _How, prompt: str | list[Message], case: Case) -> str:
     return begun if found and goes_on else text
 
 
-def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
+def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluated:
     prompts = [with_shots(case, shots, how.task, how.chat) for case in cases]
     between = "" if how.chat else delimiter(how.task)
     asked: list[EncodedChoices] = []
@@ -621,16 +621,16 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
             | {"choices": list(case.choices), "logprobs": logprobs.tolist(), "scores": own}
         )
     scores = {"accuracy": np.array(right), "accuracy_norm": np.array(normed)}
-    return Result(how.task.name or "choice", "choice", [cases[i].where for i in kept], scores, lines, notes=notes)
+    return Evaluated(how.task.name or "choice", "choice", [cases[i].where for i in kept], scores, lines, notes=notes)
 
 
-def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result:
+def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluated:
     task, tokenizer = how.task, how.loaded.tokenizer
     judging = judges(task)
     prompts = [with_shots(case, shots, task, how.chat) for case in cases]
     # In plain text a model goes on with a block of its own after its answer, as the shots have shown it.
     stop = tuple(task.stop if task.stop is not None else ["\n\n"] if shots and not how.chat else [])
-    most = task.max_tokens or MAX_TOKENS
+    most = task.max_tokens or _MAX_TOKENS
     drops, ends = task.judged == "drop", bool(tokenizer.eos_token_ids)
     sampling = Sampling(most, task.temperature or 0.0, stop=stop, stop_at_eos=ends, stop_in_answer=drops)
     texts = [_rendered(how, prompt, case) for case, prompt in zip(cases, prompts)]
@@ -638,12 +638,12 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
     if empty := [case.where for case, own in zip(cases, ids) if not own]:
         raise DataError(f"{empty[0]}: the prompt is empty: there is no token to go on from")
     kept, notes = how.fitting(cases, [len(own) + most for own in ids], len(shots))
-    rows = max(1, min(ROWS, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
+    rows = max(1, min(ROWS_AT_ONCE, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
     with bar(how.console, len(kept), "answers") as advance:
         found = sample_batch(
             how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
         )
-    answers = [Answer(a.ids, a.finish, text_of(tokenizer, a, sampling, ids[i])) for i, (a,) in zip(kept, found)]
+    answers = [Generated(a.ids, a.finish, text_of(tokenizer, a, sampling, ids[i])) for i, (a,) in zip(kept, found)]
     chosen = [cases[i] for i in kept]
     asked = [texts[i] if isinstance(prompts[i], list) else prompts[i] for i in kept]
     items = items_of(chosen, asked, answers, [opening_of(texts[i]) for i in kept])
@@ -656,10 +656,10 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Result
         for k, (i, case, item, answer) in enumerate(zip(kept, chosen, items, answers))
     ]
     notes += _answer_notes(items, most, drops)
-    return Result(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
+    return Evaluated(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
 
 
-def _answer_notes(items: Sequence[Scored], most: int, drops: bool) -> list[str]:
+def _answer_notes(items: Sequence[ToScore], most: int, drops: bool) -> list[str]:
     """What there is to say of answers that are none, or not whole."""
     total, empty = len(items), sum(not item.completion.strip() for item in items)
     cut, thoughts = sum(not item.finished for item in items), 0
@@ -705,7 +705,7 @@ class Asking:
     limit: int | None = None
     max_length: int | None = None
     overflow: str = "error"
-    tokens: int = TOKENS
+    tokens: int = EVAL_TOKENS
     seed: int = 0
     confidence: float = 0.95
 
@@ -713,8 +713,8 @@ class Asking:
 class Compared(NamedTuple):
     """A task's result, and where there is another model its result and the differences."""
 
-    result: Result
-    other: Result | None
+    result: Evaluated
+    other: Evaluated | None
     paired: list[Paired]
 
 
@@ -842,10 +842,10 @@ def run_evaluation(
     if other is not None:
         load_run(other, lazy=True, **options)  # what is wrong with it shows now, not when the first model is done
 
-    def answered(loaded: Loaded) -> list[Result]:
+    def answered(loaded: Loaded) -> list[Evaluated]:
         how: dict[str, Any] = {"tokens": asking.tokens, "overflow": asking.overflow, "seed": asking.seed}
         how |= {"max_length": asking.max_length, "console": console}
-        return [evaluate(loaded, cases, t, shots=s, **how) for t, cases, s in zip(tasks, asked, shots)]
+        return [run_task(loaded, cases, t, shots=s, **how) for t, cases, s in zip(tasks, asked, shots)]
 
     results = answered(load_run(model, adapter))
     if other is None:
@@ -856,7 +856,7 @@ def run_evaluation(
     found = []
     for result, second in zip(results, others):
         first, second = _same_rows(result, second)
-        paired = compare(first, second, seed=asking.seed, confidence=asking.confidence)
+        paired = paired_differences(first, second, seed=asking.seed, confidence=asking.confidence)
         found.append(Compared(first, second, paired))
     return Evaluation(named, file, against, asking, found)
 
@@ -881,13 +881,13 @@ def merged(tasks: Sequence[Task]) -> list[Task]:
     return every
 
 
-def _same_rows(a: Result, b: Result) -> tuple[Result, Result]:
+def _same_rows(a: Evaluated, b: Evaluated) -> tuple[Evaluated, Evaluated]:
     """Both without the rows that the other's context had no room for."""
     common = set(a.rows) & set(b.rows)
     return a.only(common), b.only(common)
 
 
-def _run_data(model: str) -> Data | None:
+def _run_data(model: str) -> DataSettings | None:
     """How the rows of a run are read; None for what is no run."""
     folder = home_path(model)
     try:
@@ -896,7 +896,7 @@ def _run_data(model: str) -> Data | None:
         return None  # loading it will say what is wrong
 
 
-def _settled(given: str | Task, asking: Asking, data: Data | None, rows: Sequence[Row | Problem]) -> Task:
+def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows: Sequence[Row | Problem]) -> Task:
     """A task with what the command and the run say of how rows are read."""
     task = read_task(given) if isinstance(given, str) else given
     if asking.format is not None:
@@ -923,7 +923,7 @@ def _settled(given: str | Task, asking: Asking, data: Data | None, rows: Sequenc
     return task.model_copy(update=update)
 
 
-def _fits(data: Data, rows: Sequence[Row | Problem]) -> bool:
+def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
     """Whether the first row has what a run's rows have."""
     first = next((row.data for row in rows if isinstance(row, Row)), {})
     names = dict.fromkeys(first, "there")
@@ -977,7 +977,7 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
 # --- eval tables ------------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
+def _number(value: float) -> str:
     """Four digits after the point, fewer of large numbers; a dash for what is not known."""
     if math.isnan(value):
         return "-"
@@ -986,10 +986,10 @@ def number(value: float) -> str:
 
 def with_error(figure: Figure) -> str:
     """A figure and its standard error."""
-    return f"{number(figure.value)} ± {number(figure.se)}"
+    return f"{_number(figure.value)} ± {_number(figure.se)}"
 
 
-def show(console: Console, found: Evaluation) -> None:
+def show_evaluation(console: Console, found: Evaluation) -> None:
     """A table for each task, one more for the differences, and what there is to say of the rows."""
     for task in found.tasks:
         shots = f", {found.asking.shots} shots" if found.asking.shots else ""
@@ -1023,5 +1023,5 @@ def _differences(found: Evaluation, task: Compared) -> Table:
     for pair in task.paired:
         interval = "-" if math.isnan(pair.low) else f"[{pair.low:+.4f}, {pair.high:+.4f}]"
         rows = f"{pair.won}/{pair.lost}/{pair.tied}"
-        table.add_row(*map(text.Text, (pair.metric, f"{pair.difference:+.4f} ± {number(pair.se)}", interval, rows)))
+        table.add_row(*map(text.Text, (pair.metric, f"{pair.difference:+.4f} ± {_number(pair.se)}", interval, rows)))
     return table

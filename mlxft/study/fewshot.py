@@ -30,7 +30,7 @@ from mlxft.model.load import Loaded, brief, load_tokenizer
 from mlxft.objectives.base import Objective
 from mlxft.run import total_steps, train
 from mlxft.runs import load_run, read_events
-from mlxft.study.evaluate import Result, evaluate
+from mlxft.study.evaluate import Evaluated, run_task
 from mlxft.study.stats import Estimate, Interval, bootstrap, crossed
 from mlxft.study.tasks import READ, Case, Task, choose_shots, make_cases, read_task
 from mlxft.text import home_path, json_text, parse_json, read_file
@@ -41,11 +41,11 @@ from mlxft.text import home_path, json_text, parse_json, read_file
 # A cell is one model asked one way: a method, a number of examples and a seed. Each is kept as a file when it is done,
 # so that a study that was stopped goes on, and grows by other numbers of examples and more seeds.
 
-FILE = "study.json"  # what is compared, and with what
+_FILE = "study.json"  # what is compared, and with what
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """What is compared.
 
     Attributes:
@@ -59,7 +59,7 @@ class Plan:
 
     test: str
     in_context: Sequence[int] = (1, 4, 16)
-    tuned: Sequence[K] = (1, 4, 16)
+    tuned: Sequence[_K] = (1, 4, 16)
     both: Sequence[int] = (1, 4, 16)
     seeds: int = 3
     limit: int | None = None
@@ -71,7 +71,7 @@ class Plan:
 def fewshot(
     recipe: Path,
     overrides: Sequence[str],
-    plan: Plan,
+    plan: StudyPlan,
     *,
     out: Path | None = None,
     overwrite: bool = False,
@@ -99,13 +99,13 @@ def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
     if overwrite:
         check_replaceable(out, "fewshot")
-    elif out.exists() and not is_of_kind(out, "fewshot", FILE):
+    elif out.exists() and not is_of_kind(out, "fewshot", _FILE):
         raise ConfigError(
             f"--out: {out} is not empty, and holds no few-shot study that this version of mlxft made; choose another"
         )
 
 
-def _check(config: Config, plan: Plan) -> None:
+def _check(config: Config, plan: StudyPlan) -> None:
     problems = []
     if config.objective != "sft":
         problems.append(f"objective: few-shot studies are of sft, not {config.objective}")
@@ -136,7 +136,7 @@ def default_task(config: Config, train_rows: Sequence[Example]) -> Task:
 class _Study:
     """One study: its rows, its cells and its folder."""
 
-    def __init__(self, config: Config, plan: Plan, out: Path, overwrite: bool, console: Console) -> None:
+    def __init__(self, config: Config, plan: StudyPlan, out: Path, overwrite: bool, console: Console) -> None:
         self.config, self.plan, self.out, self.console = config, plan, out, console
         splits = load_splits(config.data, config.run.seed)
         self.task = read_task(plan.task) if plan.task else default_task(config, splits.train)
@@ -157,7 +157,7 @@ class _Study:
         cells += [Cell("in context", k, s) for k in plan.in_context for s in seeds]
         ks = list(dict.fromkeys([*plan.tuned, *plan.both]))
         for k in ks:  # a tuned model is asked both ways before the next one is trained
-            for s in seeds if k != ALL else range(1):
+            for s in seeds if k != _ALL else range(1):
                 cells += [Cell("tuned", k, s)] if k in plan.tuned else []
                 cells += [Cell("both", k, s)] if k in plan.both else []
         return cells
@@ -171,7 +171,7 @@ class _Study:
             notes.append(f"{also:,} of {len(self.cases):,} evaluated prompts are also among the training rows")
         if self.task.prompt is not None and self.task.prompt != self.config.data.fields.get("prompt"):
             notes.append("the task asks by a prompt of its own, which is not the one that the recipe trains on")
-        if ALL in self.plan.tuned and self.plan.seeds > 1:
+        if _ALL in self.plan.tuned and self.plan.seeds > 1:
             notes.append("all is trained once: its rows are not drawn, and its interval is over rows alone")
         return notes
 
@@ -183,7 +183,7 @@ class _Study:
         """The recipe for a tuned cell."""
         name = f"tuned-{cell.k}-{cell.seed}"
         run = {"dir": self.out / "runs", "name": name, "seed": self.config.run.seed + cell.seed}
-        data = {} if cell.k == ALL else {"shots": int(cell.k)}
+        data = {} if cell.k == _ALL else {"shots": int(cell.k)}
         update = {"run": self.config.run.model_copy(update=run), "data": self.config.data.model_copy(update=data)}
         config = self.config.model_copy(update=update)
         load_splits(config.data, config.run.seed, cell.option)  # refuses what there are not enough rows for
@@ -201,7 +201,7 @@ class _Study:
             "rows": digest.hexdigest(),
         }
         about |= {"least_steps": self.plan.least_steps, "overflow": self.plan.overflow, "test": len(self.cases)}
-        file = self.out / FILE
+        file = self.out / _FILE
         clear(self.out)  # a kill at the first write
         _check_out(self.out, overwrite)
         if overwrite:
@@ -274,15 +274,15 @@ class _Study:
     def _trained_rows(self, config: Config) -> int:
         return next(int(e["data"]["rows"]) for e in read_events(config.run_dir) if e["event"] in ("start", "resume"))
 
-    def _ask(self, loaded: Loaded, cell: Cell) -> Result:
+    def _ask(self, loaded: Loaded, cell: Cell) -> Evaluated:
         shots = self.shots.get(cell, [])
         how: dict[str, Any] = {"overflow": self.plan.overflow, "seed": self.config.run.seed, "console": self.console}
-        return evaluate(loaded, self.cases, self.task, shots=shots, **how)
+        return run_task(loaded, self.cases, self.task, shots=shots, **how)
 
     def _file(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.name}.json"
 
-    def _keep(self, cell: Cell, result: Result, trained_rows: int, start: float) -> None:
+    def _keep(self, cell: Cell, result: Evaluated, trained_rows: int, start: float) -> None:
         predictions = [{k: line[k] for k in ("row", "prediction", "target", "scores")} for line in result.predictions]
         found: dict[str, Any] = {**cell._asdict(), "trained_rows": trained_rows, "rows": predictions}
         found["notes"] = result.notes
@@ -302,7 +302,7 @@ class _Study:
             notes += [f"{cell.name}: {note}" for note in found["notes"]]
         study = Study(*tabulate(kept), notes, self.out)
         write_text(self.out / "fewshot.json", json_text(study.to_json(), indent=1) + "\n")
-        write_text(self.out / "fewshot.md", markdown(study))
+        write_text(self.out / "fewshot.md", _markdown(study))
         return study
 
 
@@ -337,18 +337,18 @@ def _read(file: Path, schema: type[BaseModel] | None = None) -> dict[str, Any]:
 
 # --- fewshot tables ---------------------------------------------------------------------------------------------------
 
-DEFAULT = "0,1,4,16"
-ALL = "all"
-METHODS = ("zero-shot", "in context", "tuned", "both")
+_DEFAULT = "0,1,4,16"
+_ALL = "all"
+_METHODS = ("zero-shot", "in context", "tuned", "both")
 BOUNDED = ("accuracy", "accuracy_norm", "exact_match", "contains", "regex", "number", "f1", "json")
-K = int | str
+_K = int | str
 
 
 class Cell(NamedTuple):
     """A method, its number of examples (tuned: of each label) and which of the seeds."""
 
     method: str
-    k: K
+    k: _K
     seed: int
 
     @property
@@ -371,7 +371,7 @@ class Line(NamedTuple):
     """
 
     method: str
-    k: K
+    k: _K
     seeds: int
     rows: int
     trained_rows: int
@@ -401,7 +401,7 @@ class Study:
         return {"metric": self.metric, "confidence": 0.95, "table": table, "notes": self.notes, "out": str(self.out)}
 
 
-def read_ks(ks: str | None, given: Mapping[str, str | None]) -> tuple[list[int], list[K], list[int]]:
+def read_ks(ks: str | None, given: Mapping[str, str | None]) -> tuple[list[int], list[_K], list[int]]:
     """Numbers of examples shown, trained on, and both.
 
     Args:
@@ -410,16 +410,16 @@ def read_ks(ks: str | None, given: Mapping[str, str | None]) -> tuple[list[int],
     Raises:
         ConfigError: what is no number of examples.
     """
-    common = ks if ks is not None else DEFAULT if not any(given.values()) else ""
+    common = ks if ks is not None else _DEFAULT if not any(given.values()) else ""
 
-    def numbers(name: str) -> list[K]:
+    def numbers(name: str) -> list[_K]:
         text = given[name]
         found = _numbers(common, "--k") if text is None else _numbers(text, _option(name))
         return [k for k in found if k != 0]  # none is zero-shot, which is always run
 
     def shown(name: str) -> list[int]:
         found = numbers(name)
-        if ALL in found and given[name] is not None:
+        if _ALL in found and given[name] is not None:
             raise ConfigError(f"{_option(name)}: all rows can not be shown in a prompt; give numbers")
         return [k for k in found if isinstance(k, int)]
 
@@ -430,12 +430,12 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-').replace(' ', '-')}"
 
 
-def _numbers(text: str, option: str) -> list[K]:
-    numbers: list[K] = []
+def _numbers(text: str, option: str) -> list[_K]:
+    numbers: list[_K] = []
     for part in (p.strip() for p in text.split(",") if p.strip()):
-        if part != ALL and not (part.isascii() and part.isdigit()):
+        if part != _ALL and not (part.isascii() and part.isdigit()):
             raise ConfigError(f"{option}: {part!r} is no number of examples; expected numbers with commas, or all")
-        k = ALL if part == ALL else int(part)
+        k = _ALL if part == _ALL else int(part)
         if k in numbers:
             raise ConfigError(f"{option}: {part} is given twice")
         numbers.append(k)
@@ -444,7 +444,7 @@ def _numbers(text: str, option: str) -> list[K]:
     return numbers
 
 
-def show(console: Console, study: Study) -> None:
+def show_study(console: Console, study: Study) -> None:
     """The table, and what there is to say of it."""
     head, *rows = cells_of(study)
     # 80 columns have room for these; fewshot.md has them all.
@@ -461,9 +461,9 @@ def show(console: Console, study: Study) -> None:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def draw(study: Study) -> str:
+def _draw(study: Study) -> str:
     """Draw the table beside it. Returns where it all is, or why there is no picture."""
-    from mlxft.study.plots import fewshot as plot
+    from mlxft.study.plots import fewshot_curves as plot
 
     rows = [
         {"k": 0 if line.method == "zero-shot" else line.k, "method": line.method}
@@ -479,7 +479,7 @@ def draw(study: Study) -> str:
 
 def tabulate(cells: dict[Cell, dict[str, Any]]) -> tuple[str, list[Line]]:
     """The metric, and a line for each method and number of examples, over the rows that all its seeds answered."""
-    groups: dict[tuple[str, K], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, _K], list[dict[str, Any]]] = {}
     for cell, found in cells.items():
         groups.setdefault((cell.method, cell.k), []).append(found)
     metric = next(iter(next(iter(cells.values()))["rows"][0]["scores"]))
@@ -496,7 +496,7 @@ def tabulate(cells: dict[Cell, dict[str, Any]]) -> tuple[str, list[Line]]:
             against = bootstrap(matrix.mean(axis=0)[both], [zero[rows[i]] for i in both], seed=0)
         trained = groups[method, k][0]["trained_rows"]
         lines.append(Line(method, k, len(seeds), len(rows), trained, estimate, against))
-    lines.sort(key=lambda line: (METHODS.index(line.method), math.inf if isinstance(line.k, str) else line.k))
+    lines.sort(key=lambda line: (_METHODS.index(line.method), math.inf if isinstance(line.k, str) else line.k))
     return metric, lines
 
 
@@ -510,7 +510,7 @@ def cells_of(study: Study) -> list[list[str]]:
     for line in study.lines:
         e, a = line.estimate, line.against
         gain = "" if a is None else f"{a.difference:+.3f} [{a.low:+.3f}, {a.high:+.3f}]"
-        each = line.method == "tuned" and line.k != ALL and line.trained_rows > int(line.k)
+        each = line.method == "tuned" and line.k != _ALL and line.trained_rows > int(line.k)
         few = f"{line.k} a label" if each else str(line.k)
         interval = f"[{e.low:.3f}, {e.high:.3f}]"
         trained = f"{line.trained_rows:,}" if line.trained_rows else ""
@@ -518,7 +518,7 @@ def cells_of(study: Study) -> list[list[str]]:
     return table
 
 
-def markdown(study: Study) -> str:
+def _markdown(study: Study) -> str:
     """The table and its notes for a README."""
     head, *rows = cells_of(study)
     lines = [head, ["---"] * len(head), *rows]

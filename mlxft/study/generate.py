@@ -22,8 +22,8 @@ from mlxft.files import text_writer, write_result
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
-from mlxft.model.sampling import ROWS, Sampling, sample_batch, text_of
-from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored
+from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
+from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore
 from mlxft.text import bar, json_text, make_console
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ from mlxft.text import bar, json_text, make_console
 _BATCHES = 4  # that are sampled before their answers are given out
 
 
-class Answer(NamedTuple):
+class Generated(NamedTuple):
     """An answer's ids as sampled, why it ended ("eos", "stop" or "length"), and its text."""
 
     ids: list[int]
@@ -70,11 +70,11 @@ class Asked:
 
     def sampled(
         self, sampling: Sampling, samples: int, seed: int, console: Console
-    ) -> Iterator[tuple[int, list[list[Answer]]]]:
+    ) -> Iterator[tuple[int, list[list[Generated]]]]:
         """The answers to some prompts at a time, in order: the first one's number, and each one's answers."""
         tokenizer = self.loaded.tokenizer
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
-        size = max(1, _BATCHES * ROWS // samples)
+        size = max(1, _BATCHES * ROWS_AT_ONCE // samples)
         with bar(console, samples * len(self.ids), "answers") as advance:
             for start in range(0, len(self.ids), size):
                 found = sample_batch(
@@ -86,7 +86,10 @@ class Asked:
                     seed=seed + start,
                     on_done=advance,
                 )
-                yield start, [[Answer(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found]
+                yield (
+                    start,
+                    [[Generated(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found],
+                )
 
     def answers(self, sampling: Sampling, samples: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
         """A line for each prompt, in order: prompt, completions and why each ended, as they are there."""
@@ -101,7 +104,7 @@ def drawn(seed: int | None) -> int:
     return int.from_bytes(os.urandom(7), "big") if seed is None else seed
 
 
-def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | None, out: Path | None) -> None:
+def write_completions(asked: Asked, sampling: Sampling, samples: int, seed: int | None, out: Path | None) -> None:
     """Each prompt's line of JSON, to `out` (whole or not at all) or to standard output as they come.
 
     Args:
@@ -128,8 +131,8 @@ def write_answers(asked: Asked, sampling: Sampling, samples: int, seed: int | No
 
 # --- best -------------------------------------------------------------------------------------------------------------
 
-TOKENS = 4096  # most of a batch that a reward model reads
-KEEP = "best, all, or above:X with a number"
+_TOKENS = 4096  # most of a batch that a reward model reads
+_KEEP = "best, all, or above:X with a number"
 
 
 class Keep(NamedTuple):
@@ -167,7 +170,7 @@ def read_keep(text: str, n: int) -> Keep:
     except ValueError:
         least = math.nan
     if not math.isfinite(least):
-        raise ConfigError(f"--keep is {text!r}{nearest(kind, ('best', 'all', 'above'))}; expected {KEEP}")
+        raise ConfigError(f"--keep is {text!r}{nearest(kind, ('best', 'all', 'above'))}; expected {_KEEP}")
     return Keep(False, least)
 
 
@@ -203,7 +206,7 @@ class Chosen:
         )
 
 
-def choose(
+def best_of_n(
     spec: str,
     loaded: Loaded,
     choice: Choice,
@@ -232,7 +235,7 @@ def choose(
     for start, found in asked.sampled(choice.sampling, choice.n, drawn(seed), console):
         places = range(start, start + len(found))
         items = [_item(asked, i, answer) for i, answers in zip(places, found) for answer in answers]
-        block = rewards.score(items, tokens=TOKENS).total.tolist()
+        block = rewards.score(items, tokens=_TOKENS).total.tolist()
         scores += block
         for k, (i, answers) in enumerate(zip(places, found)):
             own = block[k * choice.n : (k + 1) * choice.n]
@@ -247,13 +250,13 @@ def choose(
     return Chosen(len(asked.ids), len(scores), len(lines), cut, empty, float(np.mean(scores)), kept, str(out))
 
 
-def _item(asked: Asked, number: int, answer: Answer) -> Scored:
+def _item(asked: Asked, number: int, answer: Generated) -> ToScore:
     item, ids = asked.prompts[number], asked.ids[number]
     text = item.prompt if isinstance(item.prompt, str) else str(asked.loaded.tokenizer.decode(ids))
     prompt, reply = np.array(ids, dtype=np.int32), np.array(answer.ids, dtype=np.int32)
     opening = opening_after(asked.loaded.tokenizer, ids)
     finished, where = answer.finish != "length", asked.wheres[number]
-    return Scored(prompt, reply, text, answer.text, item.row, finished, where, item.prompt, opening)
+    return ToScore(prompt, reply, text, answer.text, item.row, finished, where, item.prompt, opening)
 
 
 def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:

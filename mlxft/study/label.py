@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 # --- judgements -------------------------------------------------------------------------------------------------------
 # Files of judgements: kept so that a kill loses none, and what they say: win rates and agreement.
 
-Row = dict[str, Any]
+_Row = dict[str, Any]
 TIE = "tie"
 _BEGIN = b'{"id": '  # of each line
 
@@ -69,7 +69,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[Row] = []
+        self.rows: list[_Row] = []
         self._starts: list[int] = []
         check_file(path, overwrite=True)
         self._theirs = path.exists() and not path.stat().st_size
@@ -115,7 +115,7 @@ class Journal:
         elif whole < len(raw):  # only the newline is missing
             self._write(b"\n")
 
-    def append(self, row: Row) -> None:
+    def append(self, row: _Row) -> None:
         """Add a line; it is on the disk when this returns."""
         start = os.fstat(self._fd).st_size
         try:
@@ -126,7 +126,7 @@ class Journal:
         self.rows.append(row)
         self._starts.append(start)
 
-    def undo(self) -> Row:
+    def undo(self) -> _Row:
         """Take the last line back, and give it."""
         self._cut(self._starts.pop())
         return self.rows.pop()
@@ -154,7 +154,7 @@ class Journal:
             os.close(fd)
 
 
-def _object(line: bytes) -> Row | None:
+def _object(line: bytes) -> _Row | None:
     try:
         row = parse_json(line)
     except ValueError:
@@ -200,7 +200,7 @@ class WinRate(NamedTuple):
         )
 
 
-def win_rate(rows: Sequence[Row], model: str | None = None) -> WinRate | None:
+def win_rate(rows: Sequence[_Row], model: str | None = None) -> WinRate | None:
     """Over the judgements of two answers by two models; None where no such, or more than two models, are there.
 
     Args:
@@ -390,7 +390,7 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, now)
 
 
-def show(console: Console, title: str, prompt: str | list[dict[str, Any]], answers: Sequence[str]) -> None:
+def show_side_by_side(console: Console, title: str, prompt: str | list[dict[str, Any]], answers: Sequence[str]) -> None:
     """A prompt and the answers to it, in the order given: side by side where there is room for that."""
     console.rule(Text(title))
     turns = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
@@ -427,7 +427,7 @@ _AGAIN = 4  # more samples where answers are empty or alike
 
 
 @dataclass(frozen=True)
-class Source:
+class LabelSource:
     """Where answers come from. `against` is a second model: then each gives one answer."""
 
     sampling: Sampling
@@ -444,7 +444,7 @@ class Source:
         return [own, self.against] if self.against else [own] * self.n
 
 
-class Task(NamedTuple):
+class LabelTask(NamedTuple):
     """A prompt to judge: its answers and, where known, the model of each; None where they are to be sampled."""
 
     id: str
@@ -462,7 +462,7 @@ class Shown(NamedTuple):
     order: list[int]
 
 
-class Summary(NamedTuple):
+class LabelSummary(NamedTuple):
     """What a file of judgements holds, of how many prompts."""
 
     judged: int
@@ -471,13 +471,13 @@ class Summary(NamedTuple):
     win_rate: WinRate | None
 
 
-def read_tasks(spec: str) -> list[Task]:
+def read_tasks(spec: str) -> list[LabelTask]:
     """Prompts of a file, in order; rows may hold answers: `answers` (and `models`), or `chosen` and `rejected`.
 
     Raises:
         ConfigError: no such file. DataError: rows that do not fit, all in one.
     """
-    tasks: list[Task] = []
+    tasks: list[LabelTask] = []
     problems: list[str] = []
     seen: Counter[str] = Counter()
     for row in read_rows(spec, "train"):
@@ -493,13 +493,13 @@ def read_tasks(spec: str) -> list[Task]:
         said = json.dumps([unwritten(prompt), answers, *([tools] if tools else [])], sort_keys=True)
         name = blake2b(said.encode(), digest_size=8).hexdigest()
         seen[name] += 1
-        tasks.append(Task(name if seen[name] == 1 else f"{name}-{seen[name]}", prompt, answers, models, tools))
+        tasks.append(LabelTask(name if seen[name] == 1 else f"{name}-{seen[name]}", prompt, answers, models, tools))
     if problems:
         raise DataError(report_lines(problems))
     return tasks
 
 
-def _task(row: Row) -> tuple[str | list[Message], list[str] | None, list[str] | None]:
+def _task(row: _Row) -> tuple[str | list[Message], list[str] | None, list[str] | None]:
     name = next((name for name in ("answers", "completions") if row.get(name) is not None), None)
     if name is None and row.get("chosen") is not None and row.get("rejected") is not None:
         return _held_pair(row)
@@ -517,7 +517,7 @@ def _task(row: Row) -> tuple[str | list[Message], list[str] | None, list[str] | 
     return prompt, answers, models
 
 
-def _held_pair(row: Row) -> tuple[str | list[Message], list[str], None]:
+def _held_pair(row: _Row) -> tuple[str | list[Message], list[str], None]:
     item = read_preference(row)
     pairs = item.pairs if isinstance(item, Ranked) else (item,)
     turns = [pairs[0].chosen, *(pair.rejected for pair in pairs)]
@@ -529,7 +529,7 @@ def _held_pair(row: Row) -> tuple[str | list[Message], list[str], None]:
     return pairs[0].prompt, answers, None
 
 
-def label(spec: str, out: Path, source: Source, console: Console) -> Summary:
+def label(spec: str, out: Path, source: LabelSource, console: Console) -> LabelSummary:
     """Judge the prompts of a file, from where the last time ended, until all are judged or `q` is pressed.
 
     Each judgement is a line of `out`, on the disk before the next prompt is shown, and is a row of data.format:
@@ -550,14 +550,14 @@ def label(spec: str, out: Path, source: Source, console: Console) -> Summary:
             known = {task.id for task in tasks}
             done, left = (sum(row["id"] in known for row in journal.rows) for journal in (judged, skipped))
             own = source.names[0] if source.model else None
-            return Summary(done, left, len(tasks), win_rate(judged.rows, own))
+            return LabelSummary(done, left, len(tasks), win_rate(judged.rows, own))
         finally:
             skipped.close()
     finally:
         judged.close()
 
 
-def _check(tasks: list[Task], source: Source, spec: Path, out: Path) -> None:
+def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -> None:
     wrong = []
     asked = any(task.answers is None for task in tasks)
     if spec.exists() and out.exists() and spec.samefile(out):
@@ -578,7 +578,7 @@ def _check(tasks: list[Task], source: Source, spec: Path, out: Path) -> None:
         raise ConfigError("\n".join(wrong))
 
 
-def _check_models(judged: Journal, tasks: list[Task], source: Source) -> None:
+def _check_models(judged: Journal, tasks: list[LabelTask], source: LabelSource) -> None:
     """A file of judgements compares one thing: its win rate is of two models, not of any."""
     sampled = {task.id for task in tasks if task.answers is None}
     for row in judged.rows:
@@ -593,7 +593,9 @@ def _check_models(judged: Journal, tasks: list[Task], source: Source) -> None:
 class _Session:
     """A sitting: the prompts that are not done yet, one after the other."""
 
-    def __init__(self, tasks: list[Task], judged: Journal, skipped: Journal, source: Source, console: Console) -> None:
+    def __init__(
+        self, tasks: list[LabelTask], judged: Journal, skipped: Journal, source: LabelSource, console: Console
+    ) -> None:
         self.tasks, self.judged, self.skipped = tasks, judged, skipped
         self.source, self.console = source, console
         self._sample = _sampler(source)
@@ -609,11 +611,11 @@ class _Session:
                 elif not self._judge(keys, number, task, shown):
                     return
 
-    def _next(self) -> tuple[int, Task] | None:
+    def _next(self) -> tuple[int, LabelTask] | None:
         done = {row["id"] for journal in (self.judged, self.skipped) for row in journal.rows}
         return next(((i, task) for i, task in enumerate(self.tasks, 1) if task.id not in done), None)
 
-    def _shown(self, task: Task) -> Shown:
+    def _shown(self, task: LabelTask) -> Shown:
         if task.id not in self._answers:
             answers, models = task.answers, task.models
             if answers is None:
@@ -625,7 +627,7 @@ class _Session:
             self._answers[task.id] = Shown(answers, models, order)
         return self._answers[task.id]
 
-    def _no_choice(self, task: Task, shown: Shown) -> None:
+    def _no_choice(self, task: LabelTask, shown: Shown) -> None:
         """Two models that say the same are tied; otherwise there is nothing to learn."""
         if self.source.against and shown.answers:
             models = self.source.names
@@ -636,11 +638,13 @@ class _Session:
             self.skipped.append({"id": task.id, "turn": self._turn(), "auto": True})
             self.console.print("the answers are empty or all the same: skipped")
 
-    def _judge(self, keys: Keys, number: int, task: Task, shown: Shown) -> bool:
+    def _judge(self, keys: Keys, number: int, task: LabelTask, shown: Shown) -> bool:
         """One prompt until it is judged, skipped, or another one is to be shown; False is to quit."""
         count, note = len(shown.answers), ""
         keys.forget()
-        show(self.console, f"{number} of {len(self.tasks)}", task.prompt, [shown.answers[i] for i in shown.order])
+        show_side_by_side(
+            self.console, f"{number} of {len(self.tasks)}", task.prompt, [shown.answers[i] for i in shown.order]
+        )
         self.console.print(keys_help(count))
         while True:
             key = keys.key()
@@ -674,7 +678,7 @@ class _Session:
             if not last.undo().get("auto"):
                 return True
 
-    def _line(self, task: Task, shown: Shown, verdict: int | str) -> Row:
+    def _line(self, task: LabelTask, shown: Shown, verdict: int | str) -> _Row:
         best = 0 if isinstance(verdict, str) else verdict
         rest = [text for i, text in enumerate(shown.answers) if i != best]
         return {
@@ -693,11 +697,11 @@ class _Session:
         }
 
 
-def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
+def _sampler(source: LabelSource) -> Callable[[LabelTask], tuple[list[str], list[str]]]:
     """From a task to different answers and their models, the same each time. Models are loaded when first needed."""
     loaded: list[Any] = []
 
-    def ask(task: Task, which: int, attempt: int, count: int) -> list[str]:
+    def ask(task: LabelTask, which: int, attempt: int, count: int) -> list[str]:
         from mlxft.data.dataset import encode_prompt
         from mlxft.model.sampling import sample_batch, text_of
         from mlxft.runs import load_run
@@ -714,7 +718,7 @@ def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
         (found,) = sample_batch(model, tokenizer, [ids], how, samples=count, seed=seed)
         return [text_of(tokenizer, answer, how) for answer in found]
 
-    def several(task: Task, which: int, count: int) -> list[str]:
+    def several(task: LabelTask, which: int, count: int) -> list[str]:
         """At most `count` texts, all different, none of them blank."""
         texts: list[str] = []
         for attempt in range(1 if source.sampling.temperature == 0 else 1 + _AGAIN):
@@ -725,7 +729,7 @@ def _sampler(source: Source) -> Callable[[Task], tuple[list[str], list[str]]]:
                 break
         return texts
 
-    def sample(task: Task) -> tuple[list[str], list[str]]:
+    def sample(task: LabelTask) -> tuple[list[str], list[str]]:
         if not source.against:
             texts = several(task, 0, source.n)
             return texts, source.names[: len(texts)]

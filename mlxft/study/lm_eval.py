@@ -25,7 +25,7 @@ from mlxft.model.load import Loaded, context_of
 from mlxft.model.logits import Split
 from mlxft.model.sampling import Sampling, sample_batch, text_of
 from mlxft.runs import load_run
-from mlxft.study.evaluate import TOKENS, Request, encode_choices, loglikelihoods
+from mlxft.study.evaluate import EVAL_TOKENS, Request, encode_choices, loglikelihoods
 from mlxft.text import bar, parse_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,11 +37,11 @@ try:
 except ModuleNotFoundError as e:
     raise ConfigError(f"--tasks: {missing_extra('lm-eval', 'eval')}") from e
 
-MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
-NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
+_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class Model(TemplateLM):
+class EvalModel(TemplateLM):
     """A loaded model as lm-eval calls one.
 
     Args:
@@ -167,7 +167,7 @@ class Model(TemplateLM):
         """lm-eval's words for how to sample; greedy unless do_sample."""
         until = given.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
-        most = next((given[name] for name in NAMES if given.get(name)), MAX_TOKENS)
+        most = next((given[name] for name in _NAMES if given.get(name)), _MAX_TOKENS)
         drawn: dict[str, Any] = {"temperature": 0.0}
         if given.get("do_sample"):
             drawn = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in given}
@@ -187,7 +187,7 @@ def run_tasks(
     shots: int | None = None,
     limit: int | None = None,
     max_length: int | None = None,
-    tokens: int = TOKENS,
+    tokens: int = EVAL_TOKENS,
     seed: int = 0,
     chat: bool = False,
     thoughts: Thoughts = "drop",
@@ -221,7 +221,7 @@ def run_tasks(
     loaded = load_run(model, adapter)
     if chat and not loaded.tokenizer.has_chat_template:
         raise ConfigError("--chat: this model has no chat template")
-    lm = Model(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console, thoughts)
+    lm = EvalModel(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console, thoughts)
     try:
         found = simple_evaluate(
             model=lm,

@@ -14,11 +14,10 @@ from mlxft.build import is_open, load_base, make_objective, settled
 from mlxft.config import Config
 from mlxft.errors import ConfigError, TrainingError, missing_extra
 from mlxft.model.layers import aside, limits
-from mlxft.objectives.base import Event
 from mlxft.run import assemble
 from mlxft.study import plots
 from mlxft.study.plots import check_suffix
-from mlxft.text import make_console
+from mlxft.text import Event, make_console
 from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.report import Stopped, sparkline
 
@@ -30,7 +29,7 @@ RULE = "a tenth of the rate at which the smoothed loss was lowest before it firs
 
 
 @dataclass(frozen=True)
-class Found:
+class RateRange:
     """What a range test found.
 
     Attributes:
@@ -97,7 +96,7 @@ def valley(smoothed: list[float]) -> int:
     return low
 
 
-def judge(rates: list[float], losses: list[float], diverged: bool) -> Found:
+def suggest_rate(rates: list[float], losses: list[float], diverged: bool) -> RateRange:
     """A suggestion from the course of the loss."""
     smoothed = smooth(losses)
     low = valley(smoothed)
@@ -105,11 +104,11 @@ def judge(rates: list[float], losses: list[float], diverged: bool) -> Found:
     fell = low > WARMUP and slopes and min(slopes)[0] < 0
     if not fell:
         note = "the loss never fell: try a lower --min, more --steps, or look at the rows with mlxft check"
-        return Found(rates, losses, smoothed, None, None, diverged, note)
+        return RateRange(rates, losses, smoothed, None, None, diverged, note)
     note = ""
     if not diverged and low > 0.9 * (len(smoothed) - 1):
         note = "the loss was still falling at the highest rate: a higher --max may find more"
-    return Found(rates, losses, smoothed, rates[low] / 10, min(slopes)[1], diverged, note)
+    return RateRange(rates, losses, smoothed, rates[low] / 10, min(slopes)[1], diverged, note)
 
 
 class _Rising(Loop):
@@ -131,7 +130,7 @@ def lr_find(
     steps: int = 100,
     plot: Path | None = None,
     console: Console | None = None,
-) -> Found:
+) -> RateRange:
     """Train for some steps at rising rates, and look where the loss falls; nothing of it is kept.
 
     Args:
@@ -151,7 +150,7 @@ def lr_find(
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(f"--plot: {missing_extra('matplotlib', 'plots')}")
     rates, losses, diverged = _rise(config, low, high, steps, console or make_console())
-    found = judge(rates, losses, diverged)
+    found = suggest_rate(rates, losses, diverged)
     if plot is not None:
         plots.lr_curve(found.rates, found.smoothed, found.suggestion, plot)
     return found

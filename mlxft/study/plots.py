@@ -51,7 +51,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save(out: Path, make: Callable[[], Figure]) -> Path:
+def _save(out: Path, make: Callable[[], Figure]) -> Path:
     """Write the figure that `make` draws to `out`, whole or not at all; the same numbers give the same bytes."""
     from mlxft.files import write_result
 
@@ -117,7 +117,7 @@ def legend(ax: Axes, ink: str) -> None:
 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
-Event = Mapping[str, Any]
+_Event = Mapping[str, Any]
 LOSS_UNITS = {"sft": "nats / token", "reward": "nats / pair", "preference": "nats / pair"}
 SMOOTH_FROM = 150  # points, from which a line is too noisy to read without its running mean
 
@@ -179,7 +179,7 @@ SIDES = ("low", "high")  # of an interval
 Series = dict[str, tuple[list[float], list[float]]]  # label -> steps, values
 
 
-def number(value: Any) -> float | None:
+def _number(value: Any) -> float | None:
     """A number of an event; one that is not finite was written as text."""
     if isinstance(value, bool) or value is None:
         return None
@@ -189,7 +189,7 @@ def number(value: Any) -> float | None:
         return None
 
 
-def series(events: Iterable[Event], panel: Panel) -> Series:
+def series(events: Iterable[_Event], panel: Panel) -> Series:
     """What a panel shows: label -> (steps, values). Empty where the run has none of it."""
     found: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     pattern = re.compile(panel.keys)
@@ -198,7 +198,7 @@ def series(events: Iterable[Event], panel: Panel) -> Series:
         if kind not in panel.kinds:
             continue
         for key, value in event.items():
-            if pattern.fullmatch(key) and (v := number(value)) is not None:
+            if pattern.fullmatch(key) and (v := _number(value)) is not None:
                 steps, values = found.setdefault((key, kind), ([], []))
                 steps.append(float(event.get("step", 0)))
                 values.append(v)
@@ -217,7 +217,7 @@ def _label(key: str, kind: str, several: bool) -> str:
     return f"{name}, {where}" if several and kind == "eval" else name if several else where
 
 
-def panels(events: Sequence[Event]) -> list[tuple[Panel, Series]]:
+def panels(events: Sequence[_Event]) -> list[tuple[Panel, Series]]:
     """The panels that a run has numbers for, in order.
 
     Raises:
@@ -230,7 +230,7 @@ def panels(events: Sequence[Event]) -> list[tuple[Panel, Series]]:
     return found
 
 
-def figure(events: Sequence[Event], *, title: str = "", columns: int = 2, ink: str = INK) -> Figure:
+def figure(events: Sequence[_Event], *, title: str = "", columns: int = 2, ink: str = INK) -> Figure:
     """All curves of a run as one matplotlib Figure.
 
     Args:
@@ -242,7 +242,7 @@ def figure(events: Sequence[Event], *, title: str = "", columns: int = 2, ink: s
     return _drawn(events, panels(events), title, columns, ink)
 
 
-def _drawn(events: Sequence[Event], drawn: list[tuple[Panel, Series]], title: str, columns: int, ink: str) -> Figure:
+def _drawn(events: Sequence[_Event], drawn: list[tuple[Panel, Series]], title: str, columns: int, ink: str) -> Figure:
     objective = next((str(e["objective"]) for e in events if e.get("event") == "start" and "objective" in e), "")
     columns = min(columns, len(drawn))
     rows = math.ceil(len(drawn) / columns)
@@ -259,7 +259,7 @@ def _drawn(events: Sequence[Event], drawn: list[tuple[Panel, Series]], title: st
     return fig
 
 
-def curves(events: Sequence[Event], out: Path, *, title: str = "", columns: int = 2) -> list[Path]:
+def curves(events: Sequence[_Event], out: Path, *, title: str = "", columns: int = 2) -> list[Path]:
     """All curves of a run as one picture.
 
     Args:
@@ -271,10 +271,10 @@ def curves(events: Sequence[Event], out: Path, *, title: str = "", columns: int 
         ConfigError: another suffix, or matplotlib is not installed.
         CheckpointError: the file can not be written.
     """
-    return [save(check_suffix(out), lambda: figure(events, title=title, columns=columns))]
+    return [_save(check_suffix(out), lambda: figure(events, title=title, columns=columns))]
 
 
-def overlay(runs: Mapping[str, Sequence[Event]], out: Path, *, columns: int = 2) -> list[Path]:
+def overlay(runs: Mapping[str, Sequence[_Event]], out: Path, *, columns: int = 2) -> list[Path]:
     """The curves of several runs in one picture, each number's lines in one panel; see `curves`.
 
     Args:
@@ -291,15 +291,15 @@ def overlay(runs: Mapping[str, Sequence[Event]], out: Path, *, columns: int = 2)
         for panel, lines in drawn:
             into = merged.setdefault(panel.title, (panel, {}))[1]
             into |= {name if len(lines) == 1 else f"{name}, {label}": line for label, line in lines.items()}
-    return [save(check_suffix(out), lambda: _drawn([], list(merged.values()), "", columns, INK))]
+    return [_save(check_suffix(out), lambda: _drawn([], list(merged.values()), "", columns, INK))]
 
 
-def svg(events: Sequence[Event], *, columns: int = 1) -> str:
+def svg(events: Sequence[_Event], *, columns: int = 1) -> str:
     """All curves of a run as one <svg> element for an HTML page; see `inline`."""
     return inline(figure(events, columns=columns, ink=INLINE_INK))
 
 
-def svg_panels(events: Sequence[Event]) -> dict[str, str]:
+def svg_panels(events: Sequence[_Event]) -> dict[str, str]:
     """Each curve as an <svg> element of its own, by title, for a page that lays them out; see `inline`."""
     return {panel.title: inline(_drawn(events, [(panel, lines)], "", 1, INLINE_INK)) for panel, lines in panels(events)}
 
@@ -323,7 +323,7 @@ def sweep_history(
         done: list[tuple[int, float]] = []
         for state, marker, colour in (("complete", "o", 0), ("pruned", "x", 1)):
             of_state = [t for t in trials if str(t["state"]).lower() == state]
-            points = [(int(t["number"]), v) for t in of_state if (v := number(t.get("value"))) is not None]
+            points = [(int(t["number"]), v) for t in of_state if (v := _number(t.get("value"))) is not None]
             if points:
                 ax.plot(*zip(*points), marker, color=COLOURS[colour], label=state)
             done = done or sorted(points)
@@ -339,7 +339,7 @@ def sweep_history(
         finish(ax, "trials", "trial", metric, INK)
         return fig
 
-    return save(check_suffix(out), make)
+    return _save(check_suffix(out), make)
 
 
 def importance(shares: Mapping[str, float], out: Path, *, metric: str = "loss") -> Path:
@@ -363,7 +363,7 @@ def importance(shares: Mapping[str, float], out: Path, *, metric: str = "loss") 
         finish(ax, "what matters", f"share of the spread of {metric}", "", INK)
         return fig
 
-    return save(check_suffix(out), make)
+    return _save(check_suffix(out), make)
 
 
 def lr_curve(rates: Sequence[float], losses: Sequence[float], suggestion: float | None, out: Path) -> Path:
@@ -390,10 +390,10 @@ def lr_curve(rates: Sequence[float], losses: Sequence[float], suggestion: float 
         finish(ax, "range test", "learning rate", "training loss", INK)
         return fig
 
-    return save(check_suffix(out), make)
+    return _save(check_suffix(out), make)
 
 
-def fewshot(table: Sequence[Mapping[str, Any]], out: Path, *, metric: str = "accuracy") -> Path:
+def fewshot_curves(table: Sequence[Mapping[str, Any]], out: Path, *, metric: str = "accuracy") -> Path:
     """A few-shot table: one line a method over the number of examples, with intervals.
 
     Args:
@@ -425,7 +425,7 @@ def fewshot(table: Sequence[Mapping[str, Any]], out: Path, *, metric: str = "acc
         finish(ax, "few-shot", "examples (k)", metric, INK)
         return fig
 
-    return save(check_suffix(out), make)
+    return _save(check_suffix(out), make)
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -457,10 +457,10 @@ def _draw(ax: Axes, panel: Panel, lines: Series, ink: str) -> None:
     finish(ax, panel.title, "step", panel.unit, ink)
 
 
-def _mark_best(ax: Axes, events: Sequence[Event], ink: str) -> None:
+def _mark_best(ax: Axes, events: Sequence[_Event], ink: str) -> None:
     """A ring round the validation whose weights were kept."""
     best = [
-        e for e in events if e.get("event") == "eval" and e.get("best") is True and number(e.get("loss")) is not None
+        e for e in events if e.get("event") == "eval" and e.get("best") is True and _number(e.get("loss")) is not None
     ]
     if best:
         step, loss = best[-1]["step"], float(best[-1]["loss"])

@@ -15,8 +15,8 @@ from rich.text import Text
 from mlxft import __version__
 from mlxft.errors import DataError, MlxftError
 from mlxft.files import check_file, read_mark
-from mlxft.runs import Event, RunInfo, find_run, finite, now, read_events, read_settings, run_info
-from mlxft.text import parse_json, printable, read_file
+from mlxft.runs import RunInfo, find_run, finite, now, read_events, read_run_settings, run_info
+from mlxft.text import Event, parse_json, printable, read_file
 
 if TYPE_CHECKING:
     pass
@@ -85,7 +85,7 @@ def details(folder: Path, name: str | None = None) -> Details:
     try:
         from mlxft.config import flat  # it takes pydantic, which listing has no need of
 
-        settings = flat(read_settings(folder))
+        settings = flat(read_run_settings(folder))
     except MlxftError:
         settings = {}
     evals, trains = ([e for e in events if e["event"] == kind] for kind in ("eval", "train"))
@@ -177,7 +177,7 @@ class Comparison:
         }
 
 
-def compare(runs: Sequence[Details]) -> Comparison:
+def compare_runs(runs: Sequence[Details]) -> Comparison:
     """What differs between runs in settings and result."""
     keys = dict.fromkeys(k for r in runs for k in r.settings if not k.startswith(("run.name", "run.dir")))
     settings = {k: [r.settings.get(k) for r in runs] for k in keys}
@@ -422,7 +422,7 @@ def ending(run: RunInfo) -> str:
 
 # --- html -------------------------------------------------------------------------------------------------------------
 
-TEMPLATE = "report.html.jinja"
+_TEMPLATE = "report.html.jinja"
 NOT_NUMBERS = ("event", "best", "step", "text", "rollout")
 
 
@@ -457,7 +457,7 @@ def render(run: Details) -> str:
         finalize=lambda v: printable(v) if type(v) is str else v,  # what is markup already is of this page
     )
     curves, no_curves = _curves(run)
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template(_TEMPLATE).render(
         run=run.info,
         sentence=_sentence(run),
         tiles=_tiles(run),

@@ -11,14 +11,14 @@ import mlx.core as mx
 import numpy as np
 from rich.console import Console
 
-from mlxft.data.dataset import Reply
-from mlxft.data.formats import FORMATS, Completion, Conversation, Judged, Preference, Ranked, in_our_fields
+from mlxft.data.dataset import EncodedCompletion
+from mlxft.data.formats import FORMATS, Completion, Conversation, Labelled, Pair, Ranked, in_our_fields
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.heads import TOKENS, Scorer, find_head, read_head
+from mlxft.model.heads import SCORING_TOKENS, Scorer, find_head, read_head
 from mlxft.model.logits import Split
 from mlxft.objectives.functional import wins
-from mlxft.objectives.reward import figures, measure, thirds_of
+from mlxft.objectives.reward import measure, score_statistics, thirds_of
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import load_run
 from mlxft.text import bar, home_path
@@ -27,7 +27,7 @@ FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and an
 
 
 @dataclass
-class Scored:
+class ScoredRow:
     """One row of the file: its answers' texts or turns, in the order of `names`, and their scores.
 
     Attributes:
@@ -39,7 +39,7 @@ class Scored:
 
     where: str
     kind: str
-    answers: list[Reply]
+    answers: list[EncodedCompletion]
     names: list[str]
     scores: list[float] = field(default_factory=list)
     weight: float = 1.0
@@ -83,7 +83,7 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     return Scorer(Split(loaded.model), loaded.tokenizer, chat, noted.get("mean"), noted.get("std"))
 
 
-def score(run: str | Path, file: str, console: Console, *, tokens: int = TOKENS) -> list[Scored]:
+def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SCORING_TOKENS) -> list[ScoredRow]:
     """Score all rows of a file.
 
     Args:
@@ -95,7 +95,7 @@ def score(run: str | Path, file: str, console: Console, *, tokens: int = TOKENS)
     """
     rows = list(read_rows(file, "test"))
     scorer = open_scorer(run)
-    found: list[Scored] = []
+    found: list[ScoredRow] = []
     problems: list[str] = []
     for row in rows:
         try:
@@ -117,7 +117,7 @@ def score(run: str | Path, file: str, console: Console, *, tokens: int = TOKENS)
     return found
 
 
-def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[Scored]:
+def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[ScoredRow]:
     """What a row asks to be scored; its fields say which kind it is.
 
     Raises:
@@ -129,38 +129,38 @@ def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[Scored]:
     if {"chosen", "rejected"} <= has:
         item = FORMATS["preference"].read(row)
         pairs = item.pairs if isinstance(item, Ranked) else (item,)
-        return [_pair(scorer, pair, where) for pair in pairs if isinstance(pair, Preference)]
+        return [_pair(scorer, pair, where) for pair in pairs if isinstance(pair, Pair)]
     if "prompt" in has and listed:
         texts = row[listed]
         if not isinstance(texts, list) or not texts:
             raise DataError(f"{listed} is {texts!r:.40}; expected a list of answers")
         items = [FORMATS["unpaired"].read({**row, "completion": answer, "label": True}) for answer in texts]
         answers = [_answer(scorer, item, where) for item in items]
-        return [Scored(where, "ranking", answers, [str(i) for i in range(len(answers))])]
+        return [ScoredRow(where, "ranking", answers, [str(i) for i in range(len(answers))])]
     single = "unpaired" if isinstance(row.get("prompt"), str) else "prompt-completion"
     kind = FORMATS["messages" if "messages" in has else single]
     judged = {**row, "label": True}  # good or bad, it has a score
     if not kind.missing(judged):
-        return [Scored(where, "answer", [_answer(scorer, kind.read(judged), where)], ["score"])]
+        return [ScoredRow(where, "answer", [_answer(scorer, kind.read(judged), where)], ["score"])]
     raise DataError(f"the row has {', '.join(sorted(has)) or 'no fields'}; expected {FIELDS}")
 
 
-def _answer(scorer: Scorer, item: Any, where: str) -> Reply:
+def _answer(scorer: Scorer, item: Any, where: str) -> EncodedCompletion:
     if isinstance(item, Completion):
         return scorer.encode(item.prompt, item.completion, where)
-    if isinstance(item, Judged):
+    if isinstance(item, Labelled):
         return scorer.encode(item.prompt, item.completion, where, item.tools)
     assert isinstance(item, Conversation)
     *prompt, reply = ({k: v for k, v in message.items() if k != "weight"} for message in item.messages)
     return scorer.encode(prompt, reply, where, item.tools)
 
 
-def _pair(scorer: Scorer, pair: Preference, where: str) -> Scored:
+def _pair(scorer: Scorer, pair: Pair, where: str) -> ScoredRow:
     both = [scorer.encode(pair.prompt, reply, where, pair.tools) for reply in (pair.chosen, pair.rejected)]
-    return Scored(where, "pair", both, ["chosen", "rejected"], [], pair.weight, pair.tie)
+    return ScoredRow(where, "pair", both, ["chosen", "rejected"], [], pair.weight, pair.tie)
 
 
-def summarise(rows: Sequence[Scored]) -> dict[str, Any]:
+def summarise(rows: Sequence[ScoredRow]) -> dict[str, Any]:
     """Mean and spread of all scores; of pairs what a validation says: a row of several counts once, ties aside."""
     values = np.array([value for row in rows for value in row.scores])
     weights = np.array([row.weight for row in rows for _ in row.scores])
@@ -173,7 +173,7 @@ def summarise(rows: Sequence[Scored]) -> dict[str, Any]:
     return summary | _of_pairs(pairs) if pairs else summary
 
 
-def _of_pairs(pairs: Sequence[Scored]) -> dict[str, Any]:
+def _of_pairs(pairs: Sequence[ScoredRow]) -> dict[str, Any]:
     """How often chosen is above rejected, by how much, and how sure that may be taken to be.
 
     Scores that differ by no more than rounding count half.
@@ -185,7 +185,7 @@ def _of_pairs(pairs: Sequence[Scored]) -> dict[str, Any]:
     scores = [row.scores[side] for side in (0, 1) for row in pairs]
     lengths = [len(row.answers[side].reply) for side in (0, 1) for row in pairs]
     sums = measure(mx.array(scores), mx.array(lengths), mx.array(weights), thirds_of(lengths))
-    found = figures({name: float(value) / float(weights.sum()) for name, value in sums.items()})
+    found = score_statistics({name: float(value) / float(weights.sum()) for name, value in sums.items()})
     return {
         "pairs": len(pairs),
         "accuracy": float(np.average(won, weights=weights)),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 # --- stats ------------------------------------------------------------------------------------------------------------
 # How sure a figure is: standard errors clustered by row, and a paired bootstrap of differences. Pure numpy.
 
-Floats = npt.NDArray[np.float64]
+Floats64 = npt.NDArray[np.float64]
 RESAMPLES = 9999
 _CHUNK = 1 << 22  # indices drawn at one time
 
@@ -34,7 +34,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | None = None) -> Figure:
+def mean(values: Sequence[float] | Floats64, weights: Sequence[float] | Floats64 | None = None) -> Figure:
     """A (weighted) mean, with its standard error clustered by row.
 
     Args:
@@ -54,9 +54,9 @@ def mean(values: Sequence[float] | Floats, weights: Sequence[float] | Floats | N
 
 
 def bootstrap(
-    a: Sequence[float] | Floats,
-    b: Sequence[float] | Floats,
-    weights: Sequence[float] | Floats | None = None,
+    a: Sequence[float] | Floats64,
+    b: Sequence[float] | Floats64,
+    weights: Sequence[float] | Floats64 | None = None,
     *,
     seed: int,
     confidence: float = 0.95,
@@ -91,7 +91,7 @@ def bootstrap(
     return Interval(value, float(low), float(high))
 
 
-def _bca(means: Floats, value: float, left: Floats, confidence: float) -> tuple[float, float]:
+def _bca(means: Floats64, value: float, left: Floats64, confidence: float) -> tuple[float, float]:
     """The two quantiles of the resampled means that bound the interval: corrected for bias and for acceleration."""
     normal, count = NormalDist(), len(means)
     # Half of the ties count: scores of 0 and 1 have many.
@@ -122,7 +122,7 @@ class Estimate(NamedTuple):
     high: float
 
 
-def crossed(scores: Floats, confidence: float = 0.95, bounds: tuple[float, float] | None = None) -> Estimate:
+def crossed(scores: Floats64, confidence: float = 0.95, bounds: tuple[float, float] | None = None) -> Estimate:
     """The mean of scores in which every seed meets every row.
 
     The variance of the mean is that of two crossed random effects (Searle, Casella and McCulloch 1992, 4.4): rows and

@@ -42,7 +42,7 @@ from mlxft.config import (
     PAIRS,
     Config,
     Range,
-    Sweep,
+    SweepSettings,
     all_keys,
     dump_yaml,
     flat,
@@ -76,14 +76,14 @@ from mlxft.files import (
     remove,
     write_text,
 )
-from mlxft.model.load import Loaded, base_fingerprint, twin
+from mlxft.model.load import Loaded, base_fingerprint, copy_sharing_arrays
 from mlxft.objectives.base import Objective
 from mlxft.run import total_steps, train_config
 from mlxft.runs import FREE_ON_RESUME
 from mlxft.study import plots
-from mlxft.text import make_console, parse_json
+from mlxft.text import Event, make_console, parse_json
 from mlxft.trainer.loop import validate
-from mlxft.trainer.report import Event, Stopped
+from mlxft.trainer.report import Stopped
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -95,13 +95,13 @@ if TYPE_CHECKING:
 # A sweep's finished trials in an SQLite file, by Optuna; one process at a time. Not in Optuna's journal file: a line
 # that a full disk cuts short makes all that is appended later unreadable.
 
-FILE = "sweep.db"
+_FILE = "sweep.db"
 STARTUP = 5  # trials at random before TPE learns from them
 WHOLE = 2  # trials that the median pruner waits for
 MOST_COMBINATIONS = 10_000
 
 
-def check_installed() -> None:
+def _check_installed() -> None:
     """ConfigError without Optuna."""
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError(missing_extra("optuna", "sweep"))
@@ -138,13 +138,13 @@ class Store:
         CheckpointError: the file can not be used.
     """
 
-    def __init__(self, folder: Path, sweep: Sweep, seed: int, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, sweep: SweepSettings, seed: int, about: Mapping[str, Any]) -> None:
         import optuna
         from sqlalchemy import URL
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.seed = sweep, seed
-        url = URL.create("sqlite", database=str(folder / FILE)).render_as_string()
+        url = URL.create("sqlite", database=str(folder / _FILE)).render_as_string()
         self.study: Study = optuna.create_study(
             storage=optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 5}}),
             study_name="sweep",
@@ -244,7 +244,7 @@ class Store:
         return {k: float(v) for k, v in found.items()}
 
 
-def grid_size(sweep: Sweep) -> int:
+def grid_size(sweep: SweepSettings) -> int:
     """Return the number of combinations of a grid.
 
     Raises:
@@ -319,7 +319,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Result:
+class SweepResult:
     """What a sweep found.
 
     Attributes:
@@ -403,7 +403,7 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-class Progress:
+class _Progress:
     """A line for each trial that is done; in a terminal a bar below them with the one at hand and the time left."""
 
     def __init__(self, console: Console, count: int | None, done: int) -> None:
@@ -412,7 +412,7 @@ class Progress:
         self._bar = Bar(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task("trials", total=count, completed=done, now="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> _Progress:
         self._bar.start()
         return self
 
@@ -437,7 +437,7 @@ class Progress:
         self._bar.advance(self._task)
 
 
-def draw(result: Result, console: Console) -> None:
+def draw(result: SweepResult, console: Console) -> None:
     """history.png and importance.png beside the trials."""
     if importlib.util.find_spec("matplotlib") is None:
         console.print(f"no pictures: {missing_extra('matplotlib', 'plots')}", markup=False, highlight=False)
@@ -449,7 +449,7 @@ def draw(result: Result, console: Console) -> None:
         plots.importance(result.importance, result.dir / "importance.png", metric=result.metric)
 
 
-def best_recipe(result: Result, raw: Mapping[str, Any], config: Config) -> str:
+def best_recipe(result: SweepResult, raw: Mapping[str, Any], config: Config) -> str:
     """The text of best.yaml: the recipe with the best trial's settings, usable from any folder.
 
     Args:
@@ -495,7 +495,7 @@ def sweep(
     name: str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
-) -> Result:
+) -> SweepResult:
     """Run the sweep of a recipe, or go on with it.
 
     Args:
@@ -509,7 +509,7 @@ def sweep(
         TrainingError: no trial gave a figure.
         KeyboardInterrupt: interrupted; the same call goes on.
     """
-    check_installed()
+    _check_installed()
     options = {"sweep.trials": trials, "sweep.time": limit}
     overrides = [*overrides, *(f"{key}={value}" for key, value in options.items() if value is not None)]
     overrides += [] if name is None else [override("run.name", name)]
@@ -518,7 +518,7 @@ def sweep(
     if not config.sweep.space:
         raise ConfigError(f"{path}: sweep.space is needed: what to vary, e.g. {{optim.lr: {{log: [1e-5, 1e-3]}}}}")
     longest = math.inf if config.sweep.time is None else seconds(config.sweep.time)
-    check_space(config, raw, str(path))
+    check_grid(config, raw, str(path))
     folder = config.run_dir
     _check_folder(folder, overwrite)
     with hold(folder):
@@ -530,7 +530,7 @@ def sweep(
         if is_empty(folder):
             claim(folder, "sweep")
         try:
-            with reachable(folder / FILE):
+            with reachable(folder / _FILE):
                 return job.run(longest)
         except ConfigError:
             if made:  # nothing was learnt from it
@@ -538,7 +538,7 @@ def sweep(
             raise
 
 
-def check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
+def check_grid(config: Config, raw: Mapping[str, Any], origin: str) -> None:
     """Hold the settings that are varied, and the values at the ends of their ranges, against what a recipe may say.
 
     Raises:
@@ -580,7 +580,7 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that is something else."""
     if overwrite:
         check_replaceable(folder, "sweep")
-    elif folder.exists() and not is_of_kind(folder, "sweep", FILE):
+    elif folder.exists() and not is_of_kind(folder, "sweep", _FILE):
         raise ConfigError(f"{folder} exists and is no sweep that this version of mlxft made; give another --name")
 
 
@@ -591,7 +591,7 @@ class Watch:
         deadline: by time.monotonic().
     """
 
-    def __init__(self, trial: Trial, metric: str, deadline: float, progress: Progress) -> None:
+    def __init__(self, trial: Trial, metric: str, deadline: float, progress: _Progress) -> None:
         self._trial, self._metric, self._deadline, self._progress = trial, metric, deadline, progress
         self.step, self.total, self.evals = 0, 0, 0
         self.value: float | None = None  # of the weights that the run keeps
@@ -651,7 +651,7 @@ class _Job:
         self._loaded = load_base(config, lazy=True)
         if self._keeps:
             try:
-                twin(self._loaded)
+                copy_sharing_arrays(self._loaded)
             except TypeError:  # no copy of this architecture: each trial loads its own
                 self._keeps = False
         plain = settled(config, resume=False)
@@ -707,7 +707,7 @@ class _Job:
         tokenizer = self._loaded.tokenizer if same else load_base(config, lazy=True).tokenizer
         return config, make_objective(config, tokenizer)
 
-    def run(self, longest: float) -> Result:
+    def run(self, longest: float) -> SweepResult:
         """All trials; pictures and recipe of the best.
 
         Raises:
@@ -720,7 +720,7 @@ class _Job:
         if sweep.sampler == "grid":
             count = min(count or MOST_COMBINATIONS, grid_size(sweep))
         before = len(self.store.trials())
-        with Progress(self.console, count, before) as self.progress:
+        with _Progress(self.console, count, before) as self.progress:
             if before or self.store.attempts(0):
                 self.progress.say(f"going on with {self.folder}: {before} trials are finished")
             try:
@@ -738,11 +738,11 @@ class _Job:
         draw(result, self.console)
         return result
 
-    def result(self, importance: dict[str, float] | None = None) -> Result:
+    def result(self, importance: dict[str, float] | None = None) -> SweepResult:
         """What is known by now."""
         sweep = self.config.sweep
         found = [Outcome.of(t, self.store.params(t)) for t in self.store.trials()]
-        return Result(self.folder, sweep.metric, sweep.minimize, found, importance or {})
+        return SweepResult(self.folder, sweep.metric, sweep.minimize, found, importance or {})
 
     def _try(self, trial: Trial, params: dict[str, Any], deadline: float) -> bool:
         """Train one trial and record what came of it. False: the time is up, and it is not finished."""
@@ -783,7 +783,7 @@ class _Job:
         self.progress.done(next(o for o in result.trials if o.number == trial.number), self.config.sweep.metric)
         return True
 
-    def _settle(self) -> Result:
+    def _settle(self) -> SweepResult:
         """Write the best recipe; leave no weights but those of complete trials (of whole models: of the best)."""
         result = self.result()
         if result.best is not None:
@@ -813,7 +813,7 @@ class _Job:
         write_text(file, text)
 
     def _base(self) -> Loaded | None:
-        return twin(self._loaded) if self._keeps else None
+        return copy_sharing_arrays(self._loaded) if self._keeps else None
 
     def _length_key(self, params: Mapping[str, Any]) -> str:
         """What a run's number of steps may depend on."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mlxft.config import Data, Settings, read_settings
+from mlxft.config import DataSettings, Settings, read_settings
 from mlxft.data.chat import Thoughts, keeps_thoughts, wanted_of
 from mlxft.data.formats import (
     FORMATS,
@@ -38,7 +38,7 @@ from mlxft.data.formats import (
 )
 from mlxft.data.sources import Problem, Row, read_rows, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, nearest
-from mlxft.objectives.rewards import JsonSchema, Scored, ScoredRule, last_number, load_functions
+from mlxft.objectives.rewards import JsonSchema, ScoredRule, ToScore, last_number, load_functions
 from mlxft.study.score import open_scorer
 from mlxft.text import home_path
 
@@ -108,8 +108,8 @@ def best(score: Callable[[str, str], float], said: str, wanted: tuple[str, ...])
 # with neither measures the loss of the rows' answers.
 
 Kind = Literal["exact_match", "contains", "regex", "number", "f1", "json", "function", "reward"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-NAMED = ("loss", "choice", *(k for k in KINDS if k not in ("regex", "function", "reward")))
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+NAMED = ("loss", "choice", *(k for k in _KINDS if k not in ("regex", "function", "reward")))
 # What a metric of each kind may say beside its kind and name.
 TAKES: dict[Kind, tuple[str, ...]] = {
     "exact_match": ("ignore_case", "thoughts"),
@@ -129,7 +129,7 @@ COMPARING: tuple[Kind, ...] = ("exact_match", "contains", "number", "f1")
 class Metric(Settings):
     """How an answer is judged."""
 
-    kind: Kind = Field(description=f"{', '.join(KINDS)}.")
+    kind: Kind = Field(description=f"{', '.join(_KINDS)}.")
     name: str | None = Field(None, min_length=1, description="Its name in reports; default: the kind.")
     ignore_case: bool = Field(False, description="exact_match, contains: upper and lower case are the same.")
     pattern: str | None = Field(
@@ -186,7 +186,7 @@ class Task(Settings):
     name: str | None = Field(None, min_length=1, description="Its name in reports; default: the file's.")
     format: (
         Literal[  # type: ignore[valid-type]
-            get_args(Data.model_fields["format"].annotation)
+            get_args(DataSettings.model_fields["format"].annotation)
         ]
         | None
     ) = Field(None, description="How rows are read, as data.format, where no prompt is given.")
@@ -224,8 +224,8 @@ class Task(Settings):
             return value
         for given in value:
             kind = given.get("kind") if isinstance(given, dict) else given
-            if isinstance(kind, str) and kind not in KINDS:
-                raise ValueError(f"no such metric {kind!r}{nearest(kind, KINDS)}; there are {', '.join(KINDS)}")
+            if isinstance(kind, str) and kind not in _KINDS:
+                raise ValueError(f"no such metric {kind!r}{nearest(kind, _KINDS)}; there are {', '.join(_KINDS)}")
         return [{"kind": m} if isinstance(m, str) else m for m in value]
 
     @field_validator("choices")
@@ -250,7 +250,7 @@ class Task(Settings):
             labels = [m.label for m in self.metrics]
             twice = sorted({name for name in labels if labels.count(name) > 1})
             if not labels:
-                raise ValueError(f"metrics is empty; there are {', '.join(KINDS)}")
+                raise ValueError(f"metrics is empty; there are {', '.join(_KINDS)}")
             if twice:
                 raise ValueError(f"two metrics are called {', '.join(twice)}; give them a name each")
         written = [n for n in ("max_tokens", "stop", "temperature", "thoughts") if getattr(self, n) is not None]
@@ -598,7 +598,7 @@ def _key(case: Case) -> str:
 
 # --- judges -----------------------------------------------------------------------------------------------------------
 
-Judge = Callable[[Sequence[Case], Sequence[Scored]], Sequence[float]]
+Judge = Callable[[Sequence[Case], Sequence[ToScore]], Sequence[float]]
 
 
 def judges(task: Task) -> dict[str, Judge]:
@@ -624,7 +624,7 @@ def _judge(metric: Metric, thoughts: Thoughts) -> Judge:
         return partial(_rewards, open_scorer(metric.run or ""))
     compare, whole = _comparing(metric), metric.keeps_thoughts(thoughts)
 
-    def score(case: Case, item: Scored) -> float:
+    def score(case: Case, item: ToScore) -> float:
         if whole:
             return best(compare, item.completion, case.answers or ("",))
         return best(compare, item.answer, tuple(map(wanted_of, case.answers)) or ("",))
@@ -660,7 +660,7 @@ def _rule(metric: Metric, thoughts: Thoughts) -> ScoredRule:
         raise ConfigError(str(e).replace("rewards.rules[0].schema", "json: schema")) from e
 
 
-def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[Scored]) -> Sequence[float]:
+def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[ToScore]) -> Sequence[float]:
     """A reward model's scores, by its own template. An answer without text is one: its end."""
     answers = []
     for case, item in zip(cases, items):
@@ -673,10 +673,12 @@ def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[Scored]) -> Seq
 
 def items_of(
     cases: Sequence[Case], prompts: Sequence[Any], answers: Sequence[Any], openings: Sequence[str]
-) -> list[Scored]:
+) -> list[ToScore]:
     """What functions and rules are given: prompts as text, answers, the rows' fields, and thoughts begun by prompts."""
     empty = np.zeros(0, dtype=np.int32)
     return [
-        Scored(empty, np.array(a.ids, dtype=np.int32), p, a.text, c.row, a.finish != "length", c.where, opening=opening)
+        ToScore(
+            empty, np.array(a.ids, dtype=np.int32), p, a.text, c.row, a.finish != "length", c.where, opening=opening
+        )
         for c, p, a, opening in zip(cases, prompts, answers, openings)
     ]

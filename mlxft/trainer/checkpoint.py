@@ -37,7 +37,7 @@ from mlxft.text import parse_json
 
 FORMAT = 3
 DIGESTS = "digests.json"
-PARTS = ("weights.safetensors", "optimizer.safetensors", "state.json")  # in every checkpoint
+_PARTS = ("weights.safetensors", "optimizer.safetensors", "state.json")  # in every checkpoint
 
 
 @dataclass
@@ -50,7 +50,9 @@ class Snapshot:
     objective: dict[str, mx.array] = field(default_factory=dict)
 
 
-def save(folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[str], None] = lambda _: None) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, snapshot: Snapshot, keep: int, say: Callable[[str], None] = lambda _: None
+) -> Path:
     """Write checkpoints/step-N, and remove all but the newest `keep`; files that mlxft did not write stay.
 
     Args:
@@ -127,7 +129,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return load(path)
+            return load_checkpoint(path)
         except CheckpointError as e:
             older = path != found[0]
             say(f"{e}; {'using the one before it' if older else 'there is no older one'}")
@@ -136,7 +138,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
     return None
 
 
-def load(path: Path) -> Snapshot:
+def load_checkpoint(path: Path) -> Snapshot:
     """Read one checkpoint.
 
     Raises:
@@ -153,11 +155,11 @@ def load(path: Path) -> Snapshot:
             raise CheckpointError(
                 f"checkpoint {path.name} has format {state.get('format')}; this version of mlxft reads {FORMAT}"
             )
-        for name in {*PARTS, *files}:
+        for name in {*_PARTS, *files}:
             _check_file(path / name)
             if digest(path / name) != files[name]:
                 raise CheckpointError(f"checkpoint {path.name} is damaged: {name} is not what was written")
-        held: list[Any] = [mx.load(str(path / name)) for name in PARTS[:2]]
+        held: list[Any] = [mx.load(str(path / name)) for name in _PARTS[:2]]
         held.append(mx.load(str(path / own)) if own in files else {})
     except CheckpointError:
         raise

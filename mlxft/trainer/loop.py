@@ -21,8 +21,9 @@ from mlxft.config import Config
 from mlxft.errors import ModelError, TrainingError
 from mlxft.model.cpu import as_trained, quicker
 from mlxft.model.layers import probing, random_state, watching
-from mlxft.objectives.base import MAX, Event, MicroBatch, Objective, Step, Terms, arrays_of
+from mlxft.objectives.base import MAX, MicroBatch, Objective, Step, Terms, arrays_of
 from mlxft.objectives.functional import load_balance
+from mlxft.text import Event
 from mlxft.trainer.optim import Optimizer, learning_rate
 
 # --- gradient ---------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ TRACES = 16  # most shapes that a run compiles: each trace is a graph that stays
 REMEMBERED = 1024  # shapes that were seen once; where none comes again they would become as many as batches
 AUX = "router_aux"
 # total, to be divided by the denominator of the step's first term; the sums it is made of; gradients by name
-Found = tuple[mx.array, Terms, dict[str, mx.array]]
+LossAndGradients = tuple[mx.array, Terms, dict[str, mx.array]]
 
 
 class Scales(NamedTuple):
@@ -49,7 +50,7 @@ class Scales(NamedTuple):
     trained: int = 0
 
 
-PLAIN = Scales({})
+PLAIN_SCALES = Scales({})
 
 
 def scales_of(per: dict[str, float], aux: float | None, trained: int) -> Scales:
@@ -64,7 +65,7 @@ def gradient(
     batch: MicroBatch,
     scales: Scales,
     params: dict[str, mx.array] | None = None,
-) -> Found:
+) -> LossAndGradients:
     """Return a micro-batch's sums, and the gradient of their total in what it trains, by name.
 
     Args:
@@ -130,16 +131,16 @@ class CompiledGradient:
         # No method: what is compiled keeps what it reads, and a model that is done with should go at once.
         model, objective, traces = self._model, self._objective, self.traces
 
-        def traced(params: dict[str, mx.array], arrays: dict[str, mx.array]) -> Found:
+        def traced(params: dict[str, mx.array], arrays: dict[str, mx.array]) -> LossAndGradients:
             batch = MicroBatch(kind(**arrays), 0, 0)  # nothing else of it: the trace would keep it
             traces.append(shapes_of(batch))
-            return gradient(model, objective, batch, PLAIN, params)
+            return gradient(model, objective, batch, PLAIN_SCALES, params)
 
         if kind not in self._functions:
             self._functions[kind] = mx.compile(traced)
         return self._functions[kind]
 
-    def __call__(self, batch: MicroBatch) -> Found:
+    def __call__(self, batch: MicroBatch) -> LossAndGradients:
         """As `gradient`, of terms that have one denominator.
 
         Raises:
@@ -149,7 +150,7 @@ class CompiledGradient:
         if key not in self._known:
             # Whatever is found out by trying (how a model is taken apart) must be known before: in a trace nothing
             # can be evaluated. The graph is thrown away, not computed.
-            gradient(self._model, self._objective, batch, PLAIN)
+            gradient(self._model, self._objective, batch, PLAIN_SCALES)
             self._known.add(key)
         function = self._function(type(batch.data))
         try:
@@ -181,7 +182,7 @@ class Gradients:
         self._model, self._objective, self._aux, self._once, self._again = model, objective, aux, once, again
         self.compiled = CompiledGradient(model, objective) if objective.compiled else None
 
-    def __call__(self, batch: MicroBatch, per: dict[str, float]) -> Found:
+    def __call__(self, batch: MicroBatch, per: dict[str, float]) -> LossAndGradients:
         """As `gradient`, of a step of these denominators."""
         scales = scales_of(per, self._aux, batch.trained_tokens)
         whole = batch.trains is None and not scales.of

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from mlxft.config import Group, Optim
+from mlxft.config import Group, OptimSettings
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.model.adapters import layer_paths, matches
 from mlxft.model.heads import CRITIC
@@ -23,7 +23,7 @@ REST = ""  # the part of all parameters that no other part names
 LARGE = 1 << 20  # a parameter with at least this many numbers is updated alone
 
 
-def learning_rate(settings: Optim, step: int, total: int) -> float:
+def learning_rate(settings: OptimSettings, step: int, total: int) -> float:
     """Return the learning rate of `step` (from 0) of `total`: linear warm-up to lr, then the schedule down to min_lr.
 
     The first warm-up step has lr / warm-up steps, not 0, so that no step is wasted.
@@ -104,7 +104,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     return found
 
 
-def make_optimizer(settings: Optim, model: nn.Module) -> opt.Optimizer:
+def make_optimizer(settings: OptimSettings, model: nn.Module) -> opt.Optimizer:
     """Return the mlx optimiser, with bias correction; its learning rate is set before each update."""
     s, lr = settings, settings.lr
     decay = s.weight_decay if s.weight_decay is not None else (0.01 if s.name == "adamw" else 0.0)
@@ -180,7 +180,7 @@ class Optimizer:
         ConfigError: a group matches no parameter.
     """
 
-    def __init__(self, settings: Optim, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
+    def __init__(self, settings: OptimSettings, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
         self._settings = settings
         rates = {REST: 1.0, **(parts or {})}
         self._steps = dict.fromkeys(rates, mx.array(0, mx.uint64))
@@ -315,12 +315,12 @@ class Optimizer:
         self._master = {n: arrays[f"master.{n}"] for n in self._master}
 
 
-def _scale(group: Group, settings: Optim, rate: float = 1.0) -> float:
+def _scale(group: Group, settings: OptimSettings, rate: float = 1.0) -> float:
     """Return a group's learning rate as a multiple of the run's, within a part whose multiple is `rate`."""
     return group.lr / settings.lr if group.lr is not None else rate * (1.0 if group.scale is None else group.scale)
 
 
-def _bundles(params: Arrays, settings: Optim, grouped: dict[str, int], rate: float) -> list[Bundle]:
+def _bundles(params: Arrays, settings: OptimSettings, grouped: dict[str, int], rate: float) -> list[Bundle]:
     """Return the bundles of all groups: one for a group's small parameters, and one for each large parameter."""
     groups, bundles = settings.groups, list[Bundle]()
     for i in (None, *range(len(groups))):

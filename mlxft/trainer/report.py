@@ -26,15 +26,14 @@ from rich.text import Text
 
 from mlxft.errors import ConfigError, missing_extra
 from mlxft.files import write_text, writing
-from mlxft.text import parse_json, read_file
+from mlxft.text import Event, parse_json, read_file
 
 if TYPE_CHECKING:
-    from mlxft.config import Report
+    from mlxft.config import ReportSettings
 
 # --- report -----------------------------------------------------------------------------------------------------------
 # Report the events of a run: to metrics.jsonl, and to the terminal as a live view or as plain lines.
 
-Event = dict[str, Any]
 LOSS_METRICS = (
     "approx_kl",
     "clip_fraction",
@@ -127,7 +126,7 @@ def _norm(event: Event) -> str:
     return f"grad_norm {event['grad_norm']:.3f} " if "grad_norm" in event else ""
 
 
-def describe(event: Event) -> str:
+def event_line(event: Event) -> str:
     """Return an event as one line of text."""
     kind = event["event"]
     if kind == "rollout":
@@ -165,7 +164,7 @@ class Plain:
         self._console = console
 
     def event(self, event: Event) -> None:
-        self._console.print(describe(event), markup=False, highlight=False, soft_wrap=True)
+        self._console.print(event_line(event), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         pass
@@ -213,7 +212,7 @@ class LiveView:
         elif kind == "eval":
             self._eval = event
         if kind not in ("train",):
-            self._live.console.print(describe(event), markup=False, highlight=False)
+            self._live.console.print(event_line(event), markup=False, highlight=False)
         self._live.update(self._view())
 
     def _view(self) -> Group:
@@ -272,7 +271,7 @@ def terminal(console: Console, total: int, step: int) -> Sink:
 # metrics.jsonl has everything anyway.
 
 IDS_FILE = "trackers.json"
-KINDS = ("train", "eval", "rollout")  # events with numbers; the others are messages
+_KINDS = ("train", "eval", "rollout")  # events with numbers; the others are messages
 
 
 @dataclass(frozen=True)
@@ -292,7 +291,7 @@ class About:
     step: int
 
 
-class Backend(Protocol):
+class Service(Protocol):
     """Interface to one library. `id` identifies the run there; `where` says where users find it."""
 
     id: str
@@ -415,7 +414,7 @@ class Mlflow:
         self._client.set_terminated(self.id, status)
 
 
-BACKENDS: dict[str, Callable[[About], Backend]] = {
+BACKENDS: dict[str, Callable[[About], Service]] = {
     "wandb": Wandb,
     "tensorboard": Tensorboard,
     "trackio": Trackio,
@@ -435,14 +434,14 @@ class Tracker:
     def __init__(self, name: str, about: About, remember: Callable[[str, str], None]) -> None:
         self.tell: Callable[[str, int], None] = lambda text, step: None
         self._name, self._about, self._remember = name, about, remember
-        self._backend: Backend | None = None
+        self._backend: Service | None = None
         self._outcome, self._step, self._failed = "failed", about.step, False
 
     def event(self, event: dict[str, Any]) -> None:
         kind, self._step = event["event"], event["step"]
         if kind in ("start", "resume"):
             self._safely(self._open)
-        elif kind in KINDS and (backend := self._backend) is not None:
+        elif kind in _KINDS and (backend := self._backend) is not None:
             # type() leaves out flags such as best, which isinstance() counts as int.
             numbers = {f"{kind}/{k}": float(v) for k, v in event.items() if type(v) in (int, float) and k != "step"}
             self._safely(lambda: backend.log(numbers, self._step))
@@ -478,7 +477,7 @@ def check_installed(names: Sequence[str]) -> None:
             raise ConfigError(f"report.to: {name}: {missing_extra(name, name)}")
 
 
-def make_trackers(report: Report, folder: Path, settings: dict[str, Any], step: int) -> list[Tracker]:
+def make_trackers(report: ReportSettings, folder: Path, settings: dict[str, Any], step: int) -> list[Tracker]:
     """Return the trackers that a recipe asks for.
 
     Args:

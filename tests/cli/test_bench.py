@@ -13,7 +13,7 @@ from mlx_lm.models import qwen3
 from mlxft import selftest
 from mlxft.cli.study import bench as command
 from mlxft.errors import ConfigError
-from mlxft.selftest import AGAINST, JOBS, SHAPES, markdown, work
+from mlxft.selftest import AGAINST, JOBS, SHAPES, bench_markdown, work
 
 TINY = {**SHAPES["qwen3-0.6b"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY |= {"num_key_value_heads": 1, "intermediate_size": 128, "vocab_size": 512, "head_dim": 64}
@@ -74,7 +74,7 @@ def test_a_job_that_fails_is_told_and_the_rest_goes_on(monkeypatch: pytest.Monke
         ("sft-lora", "mlx_lm", "no memory"),
         ("dpo", "mlxft", "no memory"),
     ]
-    assert "| tiny | dpo | mlxft | no memory |  |  | `mlxft bench` |" in markdown(found, "mlxft bench")[-1]
+    assert "| tiny | dpo | mlxft | no memory |  |  | `mlxft bench` |" in bench_markdown(found, "mlxft bench")[-1]
 
 
 @pytest.mark.parametrize(

@@ -188,14 +188,14 @@ def test_best_of_n_by_rules(learned: tuple[str, str], here: Path) -> None:
     from mlxft import load
     from mlxft.model.sampling import Sampling
     from mlxft.objectives.rewards import RewardsSettings
-    from mlxft.study.generate import Choice, Keep, choose
+    from mlxft.study.generate import Choice, Keep, best_of_n
 
     kind, model = learned
 
     def mean(rewards: dict[str, Any], tokens: int) -> float:
         given = RewardsSettings.model_validate(rewards)
         how = Choice(1, Keep(False), True, Sampling(tokens, temperature=0.0), given)
-        return choose("qa.jsonl", load(model), how, here / "best.jsonl", seed=0, console=Console(quiet=True)).mean
+        return best_of_n("qa.jsonl", load(model), how, here / "best.jsonl", seed=0, console=Console(quiet=True)).mean
 
     assert mean(ANYTHING, 2) == 0
     assert mean({"rules": [{"kind": "exact_match"}]}, 40) == 1

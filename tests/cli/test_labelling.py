@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlxft.model.sampling import Sampling
-from mlxft.study.label import Source, Summary
+from mlxft.study.label import LabelSource, LabelSummary
 
 Command = Callable[..., Any]
 
@@ -47,22 +47,22 @@ def test_a_recipe_gives_the_options_and_the_command_line_beats_it(
 ) -> None:
     seen: list[Any] = []
 
-    def judge(spec: str, out: Path, source: Source, console: Any) -> Summary:
+    def judge(spec: str, out: Path, source: LabelSource, console: Any) -> LabelSummary:
         seen.append((spec, str(out), source))
-        return Summary(0, 0, 0, None)
+        return LabelSummary(0, 0, 0, None)
 
     monkeypatch.setattr("mlxft.study.label.label", judge)
     text = "prompts: p.jsonl\nout: ann.jsonl\nmodel: m\nadapter: a\nn: 3\nmax_tokens: 7\ntemperature: 0.5\nseed: 9\n"
     Path("label.yaml").write_text(text, "utf-8")
     assert mlxft("label", "--recipe", "label.yaml").code == 0
-    assert seen.pop() == ("p.jsonl", "ann.jsonl", Source(Sampling(7, 0.5), "m", "a", None, 3, 9))
+    assert seen.pop() == ("p.jsonl", "ann.jsonl", LabelSource(Sampling(7, 0.5), "m", "a", None, 3, 9))
     # 512 and 2 are the defaults: given, they count all the same.
     given = ("--out", "o.jsonl", "--n", "2", "--max-tokens", "512", "--model", "other")
     assert mlxft("label", "q.jsonl", "--recipe", "label.yaml", *given).code == 0
-    assert seen.pop() == ("q.jsonl", "o.jsonl", Source(Sampling(512, 0.5), "other", "a", None, 2, 9))
+    assert seen.pop() == ("q.jsonl", "o.jsonl", LabelSource(Sampling(512, 0.5), "other", "a", None, 2, 9))
     Path("label.yaml").write_text("model: m\nagainst: w\n", "utf-8")
     assert mlxft("label", prompts, "--recipe", "label.yaml", "--out", "o.jsonl").code == 0
-    assert seen.pop() == (prompts, "o.jsonl", Source(Sampling(512, 1.0), "m", None, "w", 2, 0))
+    assert seen.pop() == (prompts, "o.jsonl", LabelSource(Sampling(512, 1.0), "m", None, "w", 2, 0))
 
 
 def test_a_sitting_by_recipe(prompts: str, mlxft: Command) -> None:

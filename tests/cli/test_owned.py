@@ -18,7 +18,7 @@ from mlxft import run
 from mlxft.errors import CheckpointError, ConfigError
 from mlxft.files import HOLDER, KINDS, check_replaceable, claim, empty, hold, read_mark, temporary
 from mlxft.run import train
-from mlxft.trainer.report import Event
+from mlxft.text import Event
 
 Command = Callable[..., Any]
 Write = Callable[..., str]
@@ -349,7 +349,12 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(
     def loads(*_: Any, **__: Any) -> Any:
         raise AssertionError("the work has begun")
 
-    for name in ("mlxft.run.load_base", "mlxft.build.load_base", "mlxft.exports.fuse.load_base", "mlxft.runs.load_run"):
+    for name in (
+        "mlxft.run.load_base",
+        "mlxft.build.load_base",
+        "mlxft.exports.fuse.load_shared_base",
+        "mlxft.runs.load_run",
+    ):
         monkeypatch.setattr(name, loads)
     monkeypatch.setattr("mlxft.study.sweep.load_base", loads)
     for name, command in (folder | plain).items():

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mlxft.config import parse_config
-from mlxft.exports.fuse import fuse
+from mlxft.exports.fuse import fuse_sources
 from mlxft.exports.peft import export_peft
 from mlxft.run import train
 from mlxft.text import make_console
@@ -81,7 +81,7 @@ def hostile(
         train(parse_config({**recipe, "run": {**recipe["run"], "name": name}}), console=console)
     export_peft(here / "run", here / "peft")
     export_peft(here / "judge", here / "judge-peft")
-    fuse(here / "judge", here / "scorer", force=True)
+    fuse_sources(here / "judge", here / "scorer", force=True)
     shutil.copytree(evil, here / "run/checkpoints/step-000001", dirs_exist_ok=True)
     for folder in (evil, here / "scorer", here / "run/checkpoints/step-000001"):
         name_code(folder, kind, CODE.format(marker=str(marker)))

@@ -17,7 +17,7 @@ import pytest
 
 from mlxft.data import dataset
 from mlxft.data.chat import set_day
-from mlxft.data.dataset import Dataset, Encoded, build, fingerprint
+from mlxft.data.dataset import Dataset, Encoded, data_fingerprint, encode_rows
 from mlxft.data.formats import Completion, Conversation, Example, Text
 from mlxft.errors import DataError
 
@@ -50,7 +50,7 @@ def examples(n: int = 3, name: str = "a.jsonl", answer: str = "Yes.") -> list[Ex
 
 
 def make(rows: list[Example], tok: Any, **options: Any) -> Dataset:
-    return build(
+    return encode_rows(
         rows, tok, **{"train_on": "assistant", "max_length": 500, "overflow": "error", "cache": True, **options}
     )
 
@@ -62,7 +62,7 @@ def same(a: Dataset, b: Dataset) -> bool:
 
 
 def key(rows: list[Example], tok: Any, train_on: str, chat: bool) -> str | None:
-    return dataset.encoding_key(fingerprint(rows), tok, train_on, chat)
+    return dataset.encoding_key(data_fingerprint(rows), tok, train_on, chat)
 
 
 def test_the_second_time_nothing_is_encoded(tokenizer: Make, folder: Path, encoded: list[str]) -> None:
@@ -252,10 +252,10 @@ def test_where_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 _WRITER = """
 import numpy as np
-from mlxft.data.dataset import Encoded, write
+from mlxft.data.dataset import Encoded, write_cache
 rows = [Encoded(np.arange(5000, dtype=np.int32), np.ones(5000, dtype=np.bool_), "x") for _ in range(40)]
 for _ in range(30):
-    write("entry", rows, range(40))
+    write_cache("entry", rows, range(40))
 """
 
 
@@ -266,7 +266,7 @@ def test_two_processes_write_one_entry(folder: Path) -> None:
     entry, seen, deadline = folder / "entry.npz", 0, time.monotonic() + 60
     while any(w.poll() is None for w in writers) and time.monotonic() < deadline:
         if entry.exists():
-            rows = dataset.read("entry", places)
+            rows = dataset.read_cache("entry", places)
             assert rows is not None
             assert len(rows) == 40
             assert rows[39].ids.tolist() == list(range(5000))

@@ -13,13 +13,13 @@ from families import FAMILIES, Family, make_family, sentencepiece
 
 from mlxft.data.chat import THOUGHTS, day_of, set_day, template_notes
 from mlxft.data.dataset import (
-    describe,
     encode,
+    encode_completion,
     encode_prompt,
-    encode_reply,
     end_completions,
     set_embedding_rows,
     text_ids,
+    trained_spans,
     turn_end,
 )
 from mlxft.data.formats import Completion, Conversation, Text, read_messages
@@ -173,7 +173,7 @@ def trained(tok: Any, row: dict[str, Any], train_on: str = "assistant") -> str:
         rows = encode(read_messages(row), tok, "a.jsonl:7", train_on)
     except DataError as error:
         return f"! {str(error).removeprefix('a.jsonl:7: ')}"
-    return "||".join("|".join(text for text, on in describe(row, tok) if on) for row in rows)
+    return "||".join("|".join(text for text, on in trained_spans(row, tok) if on) for row in rows)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -215,7 +215,7 @@ def test_a_mark_that_closes_what_the_turn_opened_does_not_end_it(families: dict[
     tok.chat_template = tok.chat_template.replace("{{- '<|im_end|>\\n' }}", "{{- '\\n' }}")
     row = {"messages": ROWS["call-null"]["messages"][:2], "tools": [WEATHER]}
     (found,) = encode(read_messages(row), tok, "x", "assistant")
-    assert [text for text, on in describe(found, tok) if on] == [f"{QWEN_CALL}\n<|im_end|>"]
+    assert [text for text, on in trained_spans(found, tok) if on] == [f"{QWEN_CALL}\n<|im_end|>"]
     assert [tok.convert_ids_to_tokens(i) for i in found.ends] == ["<|im_end|>"]
 
 
@@ -420,7 +420,7 @@ def test_a_prompt_is_written_whole_too(families: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="tools has 'weather'"):
         encode_prompt("Rain?", families["smollm-2"], tools=[WEATHER])
     with pytest.raises(DataError, match=r"x: messages\[1\] calls weather"):
-        encode_reply([HI], read_messages(call_row({"city": "Ulm"})).messages[1], families["smollm-2"], "x")
+        encode_completion([HI], read_messages(call_row({"city": "Ulm"})).messages[1], families["smollm-2"], "x")
     turns = [HI, {**YES, "content": "<think>\nHm.\n</think>\n\nYes."}, AND]
     assert (
         families["qwen-3"]
@@ -463,7 +463,7 @@ def test_the_day_stands_still(families: dict[str, Any]) -> None:
             line for line, other in zip(today.splitlines(), text.splitlines()) if form not in other
         ]
         (row,) = encode(read_messages(ROWS["system"]), tok, "x", "assistant")
-        assert form in "".join(text for text, _ in describe(row, tok))
+        assert form in "".join(text for text, _ in trained_spans(row, tok))
     assert day_of(families["qwen-2.5"]) == ""
 
 
@@ -485,7 +485,7 @@ def test_text_that_has_been_through_a_template_is_not_put_through_another(famili
     with pytest.raises(DataError, match=r"x: messages\[0\] begins with <\|begin_of_text\|>.*data\.template: none"):
         encode(Completion(done, "Yes."), families["llama-3.0"], "x", "assistant")
     (row,) = encode(Completion(done, "Yes.<|eot_id|>"), families["llama-3.0"], "x", "assistant", chat=False)
-    assert "".join(text for text, _ in describe(row, families["llama-3.0"])) == f"{done}Yes.<|eot_id|>"
+    assert "".join(text for text, _ in trained_spans(row, families["llama-3.0"])) == f"{done}Yes.<|eot_id|>"
 
 
 @pytest.mark.parametrize("text", ["in the", "<s>in the", "<s> [INST] in the [/INST] and</s>", "in the</s>", "<s>"])
@@ -521,7 +521,7 @@ def test_one_bos_and_no_eos_that_nobody_wrote(text: str) -> None:
 def test_a_completion_keeps_its_spelling(kind: str, prompt: str, completion: str) -> None:
     """decode(prompt ids + completion ids) is prompt + completion, and the prompt's ids are those it has alone."""
     tok = sentencepiece(kind)
-    reply = encode_reply(prompt, completion, tok, "x", chat=False)
+    reply = encode_completion(prompt, completion, tok, "x", chat=False)
     assert reply.prompt.tolist() == text_ids(tok, prompt) == encode_prompt(prompt, tok)
     ids = [*reply.prompt.tolist(), *reply.reply.tolist()]
     assert tok.decode(ids).removeprefix("<s>").removesuffix("</s>").removeprefix(" ") == prompt + completion
@@ -536,8 +536,8 @@ def test_no_id_beyond_the_embedding(families: dict[str, Any]) -> None:
         lambda: encode(Conversation([*asked, YES]), tok, "x", "assistant"),
         lambda: encode(Completion("a", "<tool>"), tok, "x", "assistant", chat=False),
         lambda: encode(Text("<tool>"), tok, "x", "all"),
-        lambda: encode_reply(asked, YES, tok, "x"),
-        lambda: encode_reply("<tool>", "b", tok, "x", chat=False),
+        lambda: encode_completion(asked, YES, tok, "x"),
+        lambda: encode_completion("<tool>", "b", tok, "x", chat=False),
         lambda: encode_prompt(asked, tok, where="x"),
         lambda: encode_prompt("<tool>", tok, chat=False, where="x"),
     ]

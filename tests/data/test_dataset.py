@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.dataset import Counts, Encoded, build, describe, encode, fingerprint, split_valid
-from mlxft.data.formats import Completion, Conversation, Example, Preference, Prompt, Ranked, Text
+from mlxft.data.dataset import Counts, Encoded, data_fingerprint, encode, encode_rows, split_valid, trained_spans
+from mlxft.data.formats import Completion, Conversation, Example, Pair, Prompt, Ranked, Text
 from mlxft.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -24,7 +24,7 @@ def chat(where: str, question: str, answer: str, **extra: Any) -> Example:
 def test_counts_add_up(tokenizer: Make) -> None:
     tok = tokenizer("chatml")
     examples = [chat("a:1", "Hi?", "Yes."), chat("a:2", "Hi?", "x" * 99), chat("a:3", "Hi?", "No.", weight=0)]
-    dataset = build(examples, tok, train_on="assistant", max_length=60, overflow="drop")
+    dataset = encode_rows(examples, tok, train_on="assistant", max_length=60, overflow="drop")
     (row,) = dataset.rows
     assert row.where == "a:1"
     assert dataset.counts == Counts(
@@ -40,18 +40,20 @@ def test_counts_add_up(tokenizer: Make) -> None:
 def test_too_long_rows_are_reported_together(tokenizer: Make) -> None:
     examples = [chat(f"a:{i}", "Hi?", "x" * (10 * i)) for i in range(8)]
     with pytest.raises(DataError) as caught:
-        build(examples, tokenizer("chatml"), train_on="assistant", max_length=70, overflow="error")
+        encode_rows(examples, tokenizer("chatml"), train_on="assistant", max_length=70, overflow="error")
     lines = str(caught.value).split("\n")
     # <|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n ... <|im_end|>\n: 1+5+3+2 and 1+10, and 2
     assert lines[:-1] == [f"a:{i}: {24 + 10 * i} tokens; data.max_length is 70" for i in (5, 6, 7)]
     assert "the longest has 94" in lines[-1]
-    assert len(build(examples, tokenizer("chatml"), train_on="assistant", max_length=94, overflow="error").rows) == 8
+    assert (
+        len(encode_rows(examples, tokenizer("chatml"), train_on="assistant", max_length=94, overflow="error").rows) == 8
+    )
 
 
 def test_truncate_keeps_the_head_and_drops_what_is_left_untrained(tokenizer: Make) -> None:
     tok = tokenizer("chatml")
     examples = [chat("a:1", "Hi?", "x" * 99), chat("a:2", "y" * 99, "Yes.")]
-    dataset = build(examples, tok, train_on="assistant", max_length=40, overflow="truncate")
+    dataset = encode_rows(examples, tok, train_on="assistant", max_length=40, overflow="truncate")
     (row,) = dataset.rows
     (full,) = encode(examples[0].item, tok, "a:1", "assistant")
     assert row.ids.tolist() == full.ids[:40].tolist()
@@ -66,7 +68,7 @@ def test_split_trains_every_token_but_the_first_once(tokenizer: Make, max_length
     text = "".join(chr(97 + i) for i in range(length - 1))
     (full,) = encode(Text(text), tok, "a:1", "all")
     assert len(full.ids) == length
-    dataset = build([Example("a:1", Text(text))], tok, train_on="all", max_length=max_length, overflow="split")
+    dataset = encode_rows([Example("a:1", Text(text))], tok, train_on="all", max_length=max_length, overflow="split")
     targets = [int(t) for row in dataset.rows for t in row.ids[row.trained]]
     assert targets == full.ids[1:].tolist()
     # Each target is predicted from the token that stands before it in the text.
@@ -81,11 +83,11 @@ def test_settings_out_of_bounds(tokenizer: Make) -> None:
     tok = tokenizer("chatml")
     examples = [chat("a:1", "Hi?", "Yes.")]
     with pytest.raises(ConfigError, match=r"data\.overflow: split is for data\.format: text"):
-        build(examples, tok, train_on="assistant", max_length=99, overflow="split")
+        encode_rows(examples, tok, train_on="assistant", max_length=99, overflow="split")
     with pytest.raises(ConfigError, match=r"data\.overflow is 'trunc'.*did you mean truncate"):
-        build(examples, tok, train_on="assistant", max_length=99, overflow="trunc")
+        encode_rows(examples, tok, train_on="assistant", max_length=99, overflow="trunc")
     with pytest.raises(ConfigError, match=r"data\.max_length is 1"):
-        build(examples, tok, train_on="assistant", max_length=1, overflow="drop")
+        encode_rows(examples, tok, train_on="assistant", max_length=1, overflow="drop")
 
 
 def test_rows_that_can_not_be_encoded_are_reported_together(tokenizer: Make) -> None:
@@ -94,7 +96,7 @@ def test_rows_that_can_not_be_encoded_are_reported_together(tokenizer: Make) -> 
     assert isinstance(good.item, Conversation)
     bad = [Example(f"a:{i}", Conversation([system, *good.item.messages])) for i in (2, 3)]
     with pytest.raises(DataError) as caught:
-        build([good, *bad], tokenizer("gemma"), train_on="assistant", max_length=99, overflow="error")
+        encode_rows([good, *bad], tokenizer("gemma"), train_on="assistant", max_length=99, overflow="error")
     assert [line.split(": ")[0] for line in str(caught.value).split("\n")] == ["a:2", "a:3"]
 
 
@@ -102,7 +104,7 @@ def test_nothing_left_says_why(tokenizer: Make) -> None:
     examples = [chat("a:1", "Hi?", "x" * 99), chat("a:2", "Hi?", "No.", weight=0)]
     wanted = r"no row is left to train on, of 2: 1 rows were longer than data.max_length.*; 1 rows have no token"
     with pytest.raises(DataError, match=wanted):
-        build(examples, tokenizer("chatml"), train_on="assistant", max_length=60, overflow="drop")
+        encode_rows(examples, tokenizer("chatml"), train_on="assistant", max_length=60, overflow="drop")
 
 
 def test_split_valid_is_seeded_and_disjoint() -> None:
@@ -125,19 +127,19 @@ def test_split_valid_that_leaves_a_side_empty(rows: int, share: float) -> None:
 def test_fingerprint_sees_rows_order_and_splits() -> None:
     a, b = Example("x:1", Text("one")), Example("x:2", Text("two"))
     others = [([a, b], []), ([b, a], []), ([a], [b]), ([a], []), ([Example("x:1", Completion("one", "two"))], [])]
-    assert len({fingerprint(*splits) for splits in others}) == len(others)
-    assert fingerprint([a, b]) == fingerprint([Example("elsewhere:7", Text("one")), b])
+    assert len({data_fingerprint(*splits) for splits in others}) == len(others)
+    assert data_fingerprint([a, b]) == data_fingerprint([Example("elsewhere:7", Text("one")), b])
     # Values that JSON does not have: a date of parquet's, pairs within pairs, half of a character.
     odd = [
         Example("x", Prompt("p", {"day": date(2026, 1, 1)})),
-        Example("x", Ranked((Preference("p", "\ud83d", "b"),))),
+        Example("x", Ranked((Pair("p", "\ud83d", "b"),))),
     ]
-    assert fingerprint(odd) == fingerprint(list(odd))
+    assert data_fingerprint(odd) == data_fingerprint(list(odd))
     # Fixed once: a fingerprint in a checkpoint must mean the same in the next release.
-    assert fingerprint([a, b]) == "160727c904e5342b963203772c3270d3"
+    assert data_fingerprint([a, b]) == "160727c904e5342b963203772c3270d3"
 
 
 def test_describe_joins_runs(tokenizer: Make) -> None:
     tok = tokenizer("none")
     row = Encoded(np.array(tok.encode("abcd"), np.int32), np.array([False, True, True, False]), "x")
-    assert describe(row, tok) == [("a", False), ("bc", True), ("d", False)]
+    assert trained_spans(row, tok) == [("a", False), ("bc", True), ("d", False)]

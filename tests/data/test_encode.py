@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.dataset import Encoded, describe, encode, encode_prompt
+from mlxft.data.dataset import Encoded, encode, encode_prompt, trained_spans
 from mlxft.data.formats import Completion, Conversation, Prompt, Text
 from mlxft.errors import ConfigError, DataError
 
@@ -34,11 +34,11 @@ def trained(row: Encoded, tok: Any) -> list[str]:
     assert row.trained.dtype == np.bool_
     assert row.ids.shape == row.trained.shape
     assert not row.trained[0]
-    return [text for text, on in describe(row, tok) if on]
+    return [text for text, on in trained_spans(row, tok) if on]
 
 
 def whole(row: Encoded, tok: Any) -> str:
-    return "".join(text for text, _ in describe(row, tok))
+    return "".join(text for text, _ in trained_spans(row, tok))
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,7 @@ def test_weight_zero_turns_a_turn_off(tokenizer: Make) -> None:
     (row,) = encode(item, tok, "x", "assistant")
     assert trained(row, tok) == ["No.<|im_end|>"]
     (row,) = encode(item, tok, "x", "all")
-    assert [text for text, on in describe(row, tok) if not on] == ["<|im_start|>", "Yes.<|im_end|>"]
+    assert [text for text, on in trained_spans(row, tok) if not on] == ["<|im_start|>", "Yes.<|im_end|>"]
     (row,) = encode(chat("Hi?", "Yes.", weight=0), tok, "x", "assistant")
     assert not row.trained.any()
 
@@ -152,7 +152,7 @@ def test_a_token_across_the_boundary_is_not_trained(tokenizer: Make, trim: bool)
     tok = tokenizer("open-ended", trim=trim)
     (row,) = encode(chat("x", "bell"), tok, "x", "assistant")
     assert trained(row, tok) == ["ell\n<|eos|>"]
-    assert describe(row, tok)[0][0].endswith("assistant: b")
+    assert trained_spans(row, tok)[0][0].endswith("assistant: b")
 
 
 class NoOffsets:

@@ -13,7 +13,7 @@ from mlxft.data.formats import (
     FORMATS,
     Completion,
     Conversation,
-    Preference,
+    Pair,
     Prompt,
     Ranked,
     Text,
@@ -467,7 +467,7 @@ def test_a_system_column_is_the_system_turn(format: str, row: dict[str, Any]) ->
 
     turns, item = asked(system="Be brief.")
     assert turns[:2] == [SYSTEM, USER]
-    if isinstance(item, Preference):
+    if isinstance(item, Pair):
         assert (item.chosen, item.rejected) == (ANSWER, {**ANSWER, "content": "No."})
     for empty in ("", None, " \n"):
         assert one(format, {**row, "system": empty}) == (

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.dataset import build_answers, build_pairs, encode, encode_reply, ids_fingerprint
-from mlxft.data.formats import Conversation, Example, Judged, Preference, Ranked, convert, suggest_format
+from mlxft.data.dataset import encode, encode_completion, encode_labelled, encode_pairs, ids_fingerprint
+from mlxft.data.formats import Conversation, Example, Labelled, Pair, Ranked, convert, suggest_format
 from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
 
@@ -21,7 +21,7 @@ BAD = {"role": "assistant", "content": "Bah."}
 ASKED, SAID, GRUMBLED = (  # the same as ShareGPT writes them
     {"from": source, "value": text} for source, text in (("human", "Hello?"), ("gpt", "Good day."), ("gpt", "Bah."))
 )
-PAIR = Preference([USER], GOOD, BAD)
+PAIR = Pair([USER], GOOD, BAD)
 
 
 def one(format: str, row: dict[str, Any], **fields: str) -> Any:
@@ -63,7 +63,7 @@ def test_one_pair_in_many_forms(row: dict[str, Any]) -> None:
 
 def test_texts_margins_and_ties() -> None:
     row = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
-    assert one("preference", row) == Preference("1 + 1 =", " 2", " 3")
+    assert one("preference", row) == Pair("1 + 1 =", " 2", " 3")
     assert one("preference", {**row, "margin": 1.5}).margin == 1.5
     assert one("preference", {**row, "margin": "1.5", "tie": ""}).margin == 1.5, "csv holds text"
     assert one("preference", {**row, "tie": True}) == one("preference", {**row, "preferred": "tie"})
@@ -203,9 +203,9 @@ def test_ratings_refused(row: dict[str, Any], text: str) -> None:
 
 
 def test_unpaired() -> None:
-    assert one("unpaired", {"prompt": "x", "completion": "a", "label": True}) == Judged("x", "a", True)
+    assert one("unpaired", {"prompt": "x", "completion": "a", "label": True}) == Labelled("x", "a", True)
     assert one("unpaired", {"prompt": "x", "completion": "a", "label": "False"}).label is False
-    want = Judged([USER], GOOD, False)
+    want = Labelled([USER], GOOD, False)
     for prompt, completion in (([USER], "Good day."), ([USER], [GOOD]), ("Hello?", [USER, GOOD]), ("Hello?", GOOD)):
         assert one("unpaired", {"prompt": prompt, "completion": completion, "label": 0}) == want
     assert "label is 'good'; expected true or false" in refusal(
@@ -242,7 +242,7 @@ def test_suggest_format(row: dict[str, Any], name: str) -> None:
 
 def pairs(*items: Any, tok: Any, **options: Any) -> Any:
     examples = [Example(f"a:{i}", item) for i, item in enumerate(items, 1)]
-    return build_pairs(examples, tok, **{"max_length": 200, "overflow": "error", **options})
+    return encode_pairs(examples, tok, **{"max_length": 200, "overflow": "error", **options})
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_a_pair_is_what_the_model_saw_and_would_say(tokenizer: Make, template: s
 
 
 def test_texts_are_turns_where_there_is_a_template(tokenizer: Make) -> None:
-    texts = Preference("Hello?", "Good day.", "Bah.")
+    texts = Pair("Hello?", "Good day.", "Bah.")
     chat, raw = tokenizer("chatml"), tokenizer("none", bos=True)
     assert ids_fingerprint(pairs(texts, tok=chat).rows) == ids_fingerprint(pairs(PAIR, tok=chat).rows)
     for tok, options in ((raw, {}), (chat, {"chat": False})):
@@ -288,16 +288,16 @@ def test_texts_are_turns_where_there_is_a_template(tokenizer: Make) -> None:
 def test_the_prompt_does_not_depend_on_the_answer(tokenizer: Make) -> None:
     """Two newlines are one token here; at inference the prompt's own newline stands alone."""
     tok = tokenizer("chatml")
-    (pair,) = pairs(Preference([USER], {**GOOD, "content": "\nGood day."}, BAD), tok=tok).rows
+    (pair,) = pairs(Pair([USER], {**GOOD, "content": "\nGood day."}, BAD), tok=tok).rows
     assert tok.decode(pair.prompt_ids).endswith("assistant\n")
     assert tok.decode(pair.chosen_ids) == "\nGood day.<|im_end|>"
-    alone = encode_reply([USER], BAD, tok, "x").prompt
+    alone = encode_completion([USER], BAD, tok, "x").prompt
     assert pair.prompt_ids.tolist() == alone.tolist()
 
 
-def text_pair(chosen: int, rejected: int, **fields: Any) -> Preference:
+def text_pair(chosen: int, rejected: int, **fields: Any) -> Pair:
     """A prompt of 2 tokens and answers of as many as told, EOS not counted."""
-    return Preference("qq", "a" * chosen, "e" * rejected, **fields)
+    return Pair("qq", "a" * chosen, "e" * rejected, **fields)
 
 
 def test_too_long_is_refused_or_dropped_but_never_cut(tokenizer: Make) -> None:
@@ -330,7 +330,7 @@ def test_what_is_left_of_a_prompt_counts_once(tokenizer: Make) -> None:
 
 
 def test_answers_that_only_the_template_makes_equal_are_left_out(tokenizer: Make) -> None:
-    trimmed = Preference([USER], GOOD, {**GOOD, "content": "Good day. "})
+    trimmed = Pair([USER], GOOD, {**GOOD, "content": "Good day. "})
     kept = pairs(trimmed, PAIR, tok=tokenizer("llama3"))
     assert (kept.counts.identical, [row.where for row in kept.rows]) == (1, ["a:2"])
     assert len(pairs(trimmed, PAIR, tok=tokenizer("chatml")).rows) == 2
@@ -353,18 +353,18 @@ def test_length_bias_is_reported(tokenizer: Make) -> None:
 
 def test_labelled_answers(tokenizer: Make) -> None:
     tok = tokenizer("none")
-    items = [Judged("qq", "aaa", True), Judged("qq", "e" * 30, False), Judged("qq", "e", False)]
+    items = [Labelled("qq", "aaa", True), Labelled("qq", "e" * 30, False), Labelled("qq", "e", False)]
     examples = [Example(f"a:{i}", item) for i, item in enumerate(items, 1)]
-    kept = build_answers(examples, tok, max_length=10, overflow="drop")
+    kept = encode_labelled(examples, tok, max_length=10, overflow="drop")
     assert [(tok.decode(row.completion_ids), row.label, row.where) for row in kept.rows] == [
         ("aaa<|eos|>", True, "a:1"),
         ("e<|eos|>", False, "a:3"),
     ]
     assert (kept.counts.dropped, kept.counts.tokens, kept.counts.pairs) == (1, 10, 2)
     with pytest.raises(ConfigError, match="a:1: not a pair of answers; use"):
-        build_pairs(examples, tok, max_length=10, overflow="drop")
+        encode_pairs(examples, tok, max_length=10, overflow="drop")
     with pytest.raises(ConfigError, match="a:1: not an answer with a label"):
-        build_answers([Example("a:1", PAIR)], tok, max_length=10, overflow="drop")
+        encode_labelled([Example("a:1", PAIR)], tok, max_length=10, overflow="drop")
     with pytest.raises(ConfigError, match="no answers to train on"):
         encode(PAIR, tok, "a:1", "last")
 

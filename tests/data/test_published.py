@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.formats import Columns, Judged, Preference, Ranked, convert, suggest_format
+from mlxft.data.formats import Columns, Labelled, Pair, Ranked, convert, suggest_format
 from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
 
@@ -14,8 +14,8 @@ USER = {"role": "user", "content": "How far is Ulm?"}
 GOOD = {"role": "assistant", "content": "An hour by train."}
 BAD = {"role": "assistant", "content": "Far."}
 MORE = {"role": "user", "content": "And by bike?"}
-PAIR = Preference([USER], GOOD, BAD)
-TEXTS = Preference("How far is Ulm?", "An hour by train.", "Far.")
+PAIR = Pair([USER], GOOD, BAD)
+TEXTS = Pair("How far is Ulm?", "An hour by train.", "Far.")
 
 HH = {
     "chosen": "\n\nHuman: How far is Ulm?\n\nAssistant: An hour by train.",
@@ -108,7 +108,7 @@ def notes(format: str, row: dict[str, Any], **fields: str) -> list[str]:
         (HH, PAIR, ""),
         (
             ORCA,
-            Preference([{"role": "system", "content": "Be brief."}, USER], GOOD, BAD),
+            Pair([{"role": "system", "content": "Be brief."}, USER], GOOD, BAD),
             "",
         ),
         ({**ORCA, "system": ""}, TEXTS, ""),
@@ -121,9 +121,9 @@ def notes(format: str, row: dict[str, Any], **fields: str) -> list[str]:
         ({"instruction": "How far", "input": "is Ulm?", "chosen": "An hour by train.", "rejected": "Far."}, None, ""),
     ],
 )
-def test_a_pair_as_it_is_published(row: dict[str, Any], pair: Preference | None, unused: str) -> None:
+def test_a_pair_as_it_is_published(row: dict[str, Any], pair: Pair | None, unused: str) -> None:
     """Ratings beside a pair are no margin unless data.fields says so."""
-    assert one("preference", row) == (pair or Preference("How far\n\nis Ulm?", TEXTS.chosen, TEXTS.rejected))
+    assert one("preference", row) == (pair or Pair("How far\n\nis Ulm?", TEXTS.chosen, TEXTS.rejected))
     assert suggest_format(row) in ("preference", "ratings")
     said = [note for note in notes("preference", row) if note.startswith("columns not used: ")]
     assert said == ([f"columns not used: {unused}"] if unused else [])
@@ -137,9 +137,7 @@ def test_which_layout_was_found_is_said() -> None:
 
 def test_the_label_of_shp_says_which_is_better() -> None:
     for second in (0, "0", False):
-        assert one("preference", {**SHP, "labels": second}) == Preference(
-            "How far is Ulm?", "Far.", "An hour by train."
-        )
+        assert one("preference", {**SHP, "labels": second}) == Pair("How far is Ulm?", "Far.", "An hour by train.")
     assert "labels is 2; expected true or false" in refusal("preference", {**SHP, "labels": 2})
 
 
@@ -170,7 +168,7 @@ def test_a_transcript_is_its_turns() -> None:
 
 def test_a_transcript_stays_text_where_there_is_no_chat() -> None:
     item = one("preference", HH, chat=False)
-    assert item == Preference("\n\nHuman: How far is Ulm?\n\nAssistant:", " An hour by train.", " Far.")
+    assert item == Pair("\n\nHuman: How far is Ulm?\n\nAssistant:", " An hour by train.", " Far.")
 
 
 @pytest.mark.parametrize("format", ["preference", "ratings", "unpaired", "prompts"])
@@ -236,7 +234,7 @@ NECTAR = {
         (NECTAR, PAIR),
     ],
 )
-def test_ratings_as_they_are_published(row: dict[str, Any], pair: Preference) -> None:
+def test_ratings_as_they_are_published(row: dict[str, Any], pair: Pair) -> None:
     assert one("ratings", row) == Ranked((pair,))
     assert suggest_format(row) == "ratings"
 
@@ -277,4 +275,4 @@ def test_rows_of_one_response_each_are_one_for_each_prompt() -> None:
 
 def test_answers_with_a_label_keep_their_system_text() -> None:
     row = {"prompt": "How far is Ulm?", "completion": "Far.", "label": False, "system": "Be brief."}
-    assert one("unpaired", row) == Judged([{"role": "system", "content": "Be brief."}, USER], BAD, False)
+    assert one("unpaired", row) == Labelled([{"role": "system", "content": "Be brief."}, USER], BAD, False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxft.data.formats import FORMATS, Columns, Completion, Preference, Prompt, convert
+from mlxft.data.formats import FORMATS, Columns, Completion, Pair, Prompt, convert
 from mlxft.data.sources import Row
 from mlxft.errors import DataError
 
@@ -36,7 +36,7 @@ def test_pairs_with_a_system_column() -> None:
         first, second = items("preference", ORCA, fields)
         assert first.prompt == [SYSTEM, USER]
         assert (first.chosen["content"], first.rejected["content"]) == ("on", "an the")
-        assert second == Preference("or", "er", "the")
+        assert second == Pair("or", "er", "the")
 
 
 def test_a_system_text_that_a_template_has_written_is_not_said_again() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import mlxft
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.exports.fuse import LostTooMuch, fuse
+from mlxft.exports.fuse import LostTooMuch, fuse_sources
 from mlxft.exports.peft import export_peft, import_peft
 from mlxft.files import claim
 from mlxft.model.folder import weight_bytes
@@ -56,7 +56,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_fused_run(changes: dict[str, Any], recipe: Recipe, tiny_model_dir: Path, tmp_path: Path) -> None:
     run = train(recipe(**changes))
     out = tmp_path / "out"
-    fused = fuse(run.dir, out)
+    fused = fuse_sources(run.dir, out)
     assert f"wrote {out}" in fused.lines()[0]
     assert fused.chosen.kept == pytest.approx(1, abs=1e-6)
     assert fused.chosen.agreement == 1
@@ -86,7 +86,7 @@ def test_a_whole_model_needs_no_fusing(recipe: Recipe, tmp_path: Path) -> None:
     run = train(settings)
     assert mx.array_equal(theirs(run.result), logits(run.dir))
     with pytest.raises(ModelError, match=r"trained whole, there is no adapter; its model is .*model"):
-        fuse(run.dir, tmp_path / "out")
+        fuse_sources(run.dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -99,7 +99,7 @@ def test_quantised_base(method: str, recipe: Recipe, tmp_path: Path) -> None:
     lost: dict[str, float] = {}
     for name, options in {"4": {"bits": 4}, "6": {"bits": 6}, "8": {"bits": 8}, "float": {"dequantize": True}}.items():
         out = tmp_path / name
-        fused = fuse(run.dir, out, force=True, **options)
+        fused = fuse_sources(run.dir, out, force=True, **options)
         assert fused.bytes == fused.chosen.bytes
         assert fused.bytes == weight_bytes(mlxft.load(out).model)
         again = logits(out)
@@ -131,7 +131,7 @@ def test_quantised_experts(recipe: Recipe, make_model_dir: Maker, tmp_path: Path
     adapted = logits(run.dir)
     for name, options in {"8": {"bits": 8}, "float": {"dequantize": True}, "auto": {"keep": 0.999}}.items():
         out = tmp_path / name
-        fuse(run.dir, out, **options)
+        fuse_sources(run.dir, out, **options)
         assert mx.allclose(theirs(out), logits(out), atol=1e-5)
         assert mx.abs(logits(out) - adapted).mean() < (1e-4 if name == "float" else 0.05) * mx.abs(adapted).mean()
 
@@ -140,7 +140,7 @@ def test_an_adapter_goes_onto_the_float_base_and_back(recipe: Recipe, tiny_model
     """Trained on 8 bits, fused into the float base: the figures differ by what 8 bits are off."""
     run = train(recipe(**{"model.quantize": 8, "model.group_size": 32}))
     out = tmp_path / "out"
-    assert fuse(run.dir, out, model=str(tiny_model_dir / ".." / tiny_model_dir.name)).chosen.name == "float"
+    assert fuse_sources(run.dir, out, model=str(tiny_model_dir / ".." / tiny_model_dir.name)).chosen.name == "float"
     fused, trained, bare = logits(out), logits(run.dir), logits(tiny_model_dir)
     assert "quantization" not in config_of(out)
     assert mx.abs(fused - trained).mean() < 0.1 * mx.abs(trained - bare).mean()
@@ -155,13 +155,13 @@ def test_the_least_precision_that_keeps_enough(recipe: Recipe, tmp_path: Path) -
     run = mlxft.train(recipe(**{"model.quantize": 4, "model.group_size": 32, "optim.lr": 3e-3}))
     adapted, sizes = logits(run.dir), []
     with pytest.raises(LostTooMuch, match=r"of the adaptation is kept, wished is 95.0% \(--keep\)") as lost:
-        fuse(run.dir, tmp_path / "plain", bits=4)
+        fuse_sources(run.dir, tmp_path / "plain", bits=4)
     assert lost.value.fused.chosen.kept is not None
     assert lost.value.fused.chosen.kept < 0.8
     assert not (tmp_path / "plain").exists()
     for keep in (0.5, 0.95, 0.999):
         out = tmp_path / str(keep)
-        fused = fuse(run.dir, out, keep=keep)
+        fused = fuse_sources(run.dir, out, keep=keep)
         chosen = fused.chosen
         assert chosen.kept is not None
         assert chosen.kept >= keep
@@ -191,7 +191,7 @@ def test_an_adapter_that_changes_nothing(recipe: Recipe, tmp_path: Path) -> None
     assert isinstance(weights, dict)
     weights = {n: mx.zeros_like(v) if n.endswith("lora_b") else v for n, v in weights.items()}
     mx.save_safetensors(str(run.result / "adapters.safetensors"), weights)
-    fused = fuse(run.dir, tmp_path / "out", keep=1)
+    fused = fuse_sources(run.dir, tmp_path / "out", keep=1)
     assert fused.chosen.kept is None
     assert "there is nothing to keep" in fused.lines()[-1]
     assert mx.array_equal(logits(tmp_path / "out"), logits(run.dir))
@@ -211,7 +211,7 @@ def test_what_it_is_made_of_is_not_overwritten(recipe: Recipe, make_model_dir: M
         claim(folder, kind, [p.name for p in folder.iterdir()])
     before = {file.name: file.read_bytes() for file in base.iterdir()}
     adapter = run.result
-    into: list[tuple[Path, Callable[..., object]]] = [(base, fuse), (adapter, export_peft)]
+    into: list[tuple[Path, Callable[..., object]]] = [(base, fuse_sources), (adapter, export_peft)]
     for folder, export in into:
         with pytest.raises(ExportError, match="would be lost"):
             export(run.dir, folder, overwrite=True)
@@ -223,17 +223,17 @@ def test_what_it_is_made_of_is_not_overwritten(recipe: Recipe, make_model_dir: M
 def test_refusals(recipe: Recipe, tiny_model_dir: Path, tmp_path: Path, make_model_dir: Maker) -> None:
     run = train(recipe())
     with pytest.raises(ModelError, match="no such run or adapter"):
-        fuse(tmp_path / "nowhere", tmp_path / "out")
+        fuse_sources(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(ModelError, match=r"is neither a run nor an adapter"):
-        fuse(tiny_model_dir, tmp_path / "out")
+        fuse_sources(tiny_model_dir, tmp_path / "out")
     for options in ({"bits": 8}, {"dequantize": True}):
         with pytest.raises(ExportError, match="the base is not quantised"):
-            fuse(run.dir, tmp_path / "out", **options)
+            fuse_sources(run.dir, tmp_path / "out", **options)
     other = make_model_dir(tmp_path / "other", num_hidden_layers=3)
     with pytest.raises(ModelError, match="was trained on another base"):
-        fuse(run.dir, tmp_path / "out", model=str(other))
+        fuse_sources(run.dir, tmp_path / "out", model=str(other))
     assert not (tmp_path / "out").exists()
-    fuse(run.dir, tmp_path / "out")
+    fuse_sources(run.dir, tmp_path / "out")
     with pytest.raises(ConfigError, match="exists already"):
-        fuse(run.dir, tmp_path / "out")
-    fuse(run.dir, tmp_path / "out", overwrite=True)
+        fuse_sources(run.dir, tmp_path / "out")
+    fuse_sources(run.dir, tmp_path / "out", overwrite=True)

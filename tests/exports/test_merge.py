@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 import mlxft
 from mlxft.errors import ConfigError, ModelError
-from mlxft.exports.fuse import find_sources, fuse, load_base, parse_adapter
+from mlxft.exports.fuse import find_sources, fuse_sources, load_shared_base, parse_adapter
 from mlxft.runs import Run
 
 Recipe = Callable[..., dict[str, Any]]
@@ -45,7 +45,7 @@ def runs(recipe: Recipe) -> dict[str, Run]:
 def test_changes_add_up(runs: dict[str, Run], tiny_model_dir: Path, tmp_path: Path) -> None:
     base, alone = weights(str(tiny_model_dir)), {}
     for name, run in runs.items():
-        fuse(run.dir, tmp_path / name)
+        fuse_sources(run.dir, tmp_path / name)
         alone[name] = weights(tmp_path / name)
     for mix in ("a:0.7 b:0.3", "a:-1 b c d:0.5", "c:2 d:0.25", "b:0.5"):
         parts = [(name, float(number or 1)) for name, _, number in (part.partition(":") for part in mix.split())]
@@ -53,7 +53,7 @@ def test_changes_add_up(runs: dict[str, Run], tiny_model_dir: Path, tmp_path: Pa
         for name, weight in parts:
             wanted = {n: v + weight * (alone[name][n] - base[n]) for n, v in wanted.items()}
         out = tmp_path / mix
-        fused = fuse(None, out, adapters=[(runs[name].dir, weight) for name, weight in parts])
+        fused = fuse_sources(None, out, adapters=[(runs[name].dir, weight) for name, weight in parts])
         found = weights(out)
         assert found.keys() == wanted.keys(), mix
         assert all(mx.allclose(found[n], wanted[n], atol=1e-5) for n in found), mix
@@ -69,11 +69,13 @@ def test_experts_and_quantised_bases(recipe: Recipe, make_model_dir: Any, tmp_pa
     one = train(recipe, "one", **model)
     two = train(recipe, "two", **model, **{"tune.rank": 2, "tune.targets": "mlp", "run.seed": 1})
     out = tmp_path / "out"
-    fused = fuse(None, out, adapters=[(one.dir, 0.5), (two.dir, 0.5)], keep=0.99)
+    fused = fuse_sources(None, out, adapters=[(one.dir, 0.5), (two.dir, 0.5)], keep=0.99)
     assert fused.chosen.kept is not None
     assert fused.chosen.kept >= 0.99
     exact = tmp_path / "exact"
-    assert fuse(None, exact, adapters=[(one.dir, 0.5), (two.dir, 0.5)], dequantize=True).chosen.kept == pytest.approx(1)
+    assert fuse_sources(
+        None, exact, adapters=[(one.dir, 0.5), (two.dir, 0.5)], dequantize=True
+    ).chosen.kept == pytest.approx(1)
     base = mlxft.load(str(folder), quantize=4, group_size=32).model(IDS)
     off = mx.abs(mlxft.load(out).model(IDS) - mlxft.load(exact).model(IDS)).mean()
     assert off < 0.3 * mx.abs(base - mlxft.load(exact).model(IDS)).mean()
@@ -88,11 +90,11 @@ def test_several_forms_of_a_base_are_told(save_adapter: Any, make_model_dir: Any
     about["mlxft"]["base"] |= {"quantize": 4, "group_size": 32}
     (packed / "adapter_config.json").write_text(json.dumps(about), "utf-8")
     for first, second, form in ((packed, plain, "quantised to 4 bits"), (plain, packed, "in float")):
-        loaded, (note,) = load_base(find_sources(None, [(first, 0.5), (second, 0.5)])[0], None)
+        loaded, (note,) = load_shared_base(find_sources(None, [(first, 0.5), (second, 0.5)])[0], None)
         assert f"{packed} on {base} in 4 bits" in note
         assert f"merged on {base}, {form}: name another one first" in note
         assert ("quantization" in loaded.config) is (first == packed)
-    assert load_base(find_sources(packed, [])[0], None)[1] == []
+    assert load_shared_base(find_sources(packed, [])[0], None)[1] == []
 
 
 def test_the_weight_of_an_adapter() -> None:
@@ -109,12 +111,12 @@ def test_refusals(recipe: Recipe, make_model_dir: Any, tmp_path: Path) -> None:
     a, out = run.dir, tmp_path / "out"
     for again in (a, run.result):
         with pytest.raises(ConfigError, match="is named twice"):
-            fuse(a, out, adapters=[(again, 0.5)])
+            fuse_sources(a, out, adapters=[(again, 0.5)])
     other = train(recipe, "e", **{"model.path": str(make_model_dir(tmp_path / "other", num_hidden_layers=3))})
     with pytest.raises(ModelError, match="adapters of two bases can not be merged"):
-        fuse(a, out, adapters=[(other.dir, 1.0)])
+        fuse_sources(a, out, adapters=[(other.dir, 1.0)])
     with pytest.raises(ModelError, match="no such run or adapter"):
-        fuse(a, out, adapters=[(tmp_path / "nowhere", 1.0)])
+        fuse_sources(a, out, adapters=[(tmp_path / "nowhere", 1.0)])
     assert not out.exists()
 
 
@@ -123,8 +125,8 @@ def test_a_base_that_is_gone_or_another_now(recipe: Recipe, make_model_dir: Any,
     run = train(recipe, "a", **{"model.path": str(base)})
     base.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=r"its base can not be loaded: .*; if it has moved, name it with --model"):
-        fuse(run.dir, tmp_path / "out")
-    assert fuse(run.dir, tmp_path / "out", model=str(tmp_path / "moved")).written
+        fuse_sources(run.dir, tmp_path / "out")
+    assert fuse_sources(run.dir, tmp_path / "out", model=str(tmp_path / "moved")).written
     make_model_dir(base, intermediate_size=96)
     with pytest.raises(ModelError, match="was trained on another base"):
-        fuse(run.dir, tmp_path / "again")
+        fuse_sources(run.dir, tmp_path / "again")

@@ -10,7 +10,7 @@ import pytest
 from go_template import render
 
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.exports.ollama import Chat, export_ollama, find_chat, literal, modelfile, quoted
+from mlxft.exports.ollama import OllamaChat, export_ollama, find_chat, literal, modelfile, quoted
 from mlxft.model.load import load, load_tokenizer
 
 # As the models' own tokenizer_config.json have them, shortened.
@@ -93,7 +93,7 @@ def test_a_system_prompt_that_the_template_does_not_know(tiny_tokenizer: Any) ->
     ],
 )
 def test_templates_of_another_kind(template: str | None, tiny_tokenizer: Any) -> None:
-    assert find_chat(Speaker(template, tiny_tokenizer._tokenizer)) == Chat(None, None)
+    assert find_chat(Speaker(template, tiny_tokenizer._tokenizer)) == OllamaChat(None, None)
 
 
 def test_smollm2s_modelfile(smollm2: Any) -> None:

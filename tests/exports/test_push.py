@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.exports.fuse import fuse
+from mlxft.exports.fuse import fuse_sources
 from mlxft.exports.hub import (
     Base,
     Facts,
@@ -35,7 +35,7 @@ from mlxft.exports.hub import (
     shortened,
     upload,
 )
-from mlxft.model.sampling import Sampling, generate
+from mlxft.model.sampling import Sampling, complete
 from mlxft.run import train
 from mlxft.runs import Run, load_run
 from mlxft.study.plots import curves
@@ -364,7 +364,7 @@ def test_events_that_were_altered_are_named_by_their_file(run: Run, tmp_path: Pa
 
 
 def test_a_fused_folder_goes_as_it_is(run: Run, tmp_path: Path) -> None:
-    fuse(run.dir, tmp_path / "fused")
+    fuse_sources(run.dir, tmp_path / "fused")
     bare = pack(tmp_path / "fused", "ada/fused")
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(bare.files)
     assert any("--run RUN puts its data" in note for note in bare.notes)
@@ -385,9 +385,9 @@ def test_what_arrives_answers_as_the_run(run: Run, tmp_path: Path) -> None:
     ask = Sampling(8, temperature=0.0)
     base = run.config.model.path
     arrived, own = load_run(base, adapter=tmp_path), load_run(run)
-    told = [generate(m.model, m.tokenizer, "the in", ask) for m in (arrived, own)]
+    told = [complete(m.model, m.tokenizer, "the in", ask) for m in (arrived, own)]
     assert told[0] == told[1]
-    assert told[0] != generate(load_run(base).model, own.tokenizer, "the in", ask)
+    assert told[0] != complete(load_run(base).model, own.tokenizer, "the in", ask)
 
 
 def test_without_matplotlib_the_card_has_no_picture(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from mlxft.config import Optim
+from mlxft.config import OptimSettings
 from mlxft.exports.fuse import fuse_layers
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.cpu import quicker
@@ -43,7 +43,7 @@ def choices(model: nn.Module, ids: mx.array, monkeypatch: pytest.MonkeyPatch) ->
 
 def train(model: nn.Module, ids: mx.array, monkeypatch: pytest.MonkeyPatch) -> list[Chosen]:
     """Ten steps on one batch, a label for every position; what was chosen in each."""
-    optimizer = Optimizer(Optim(weight_decay=0.0), model)
+    optimizer = Optimizer(OptimSettings(weight_decay=0.0), model)
     split = Split(model)
     labels = mx.random.randint(0, 64, (ids.size,), key=mx.random.key(2))
     batch = {"ids": ids, "positions": mx.arange(ids.size), "labels": labels, "weights": mx.ones(ids.size)}

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxft.config import Tune
+from mlxft.config import TuneSettings
 from mlxft.exports.fuse import FLOAT, fuse_layers
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
 from mlxft.model.layers import LowRank, dense_weight
@@ -25,7 +25,7 @@ BIASED = {"attention_bias": True, "mlp_bias": True}
 
 def adapt(model: nn.Module, targets: Any, method: str = "lora", train: list[str] | None = None) -> mx.array:
     """Attach an adapter as a recipe would, move all that is trained, and give the logits."""
-    tune = Tune(method="dora" if method == "dora" else "lora", rank=4, alpha=8, rslora=method == "rslora")
+    tune = TuneSettings(method="dora" if method == "dora" else "lora", rank=4, alpha=8, rslora=method == "rslora")
     paths = select_targets(model, targets, "all", tune.method == "dora")
     mx.random.seed(0)
     spec = LoRASpec(tuple(paths), tune.rank, tune.multiplier, 0.1, tune.method == "dora")
@@ -72,8 +72,8 @@ def test_fused_is_adapted(
 
 
 def test_scale_of_rslora_is_alpha_by_the_root_of_the_rank() -> None:
-    assert Tune(rank=16, alpha=8, rslora=True).multiplier == 2.0
-    assert Tune(rank=16, alpha=8).multiplier == 0.5
+    assert TuneSettings(rank=16, alpha=8, rslora=True).multiplier == 2.0
+    assert TuneSettings(rank=16, alpha=8).multiplier == 0.5
 
 
 def test_modules_trained_whole_stay(tiny_model: Any) -> None:

@@ -433,7 +433,7 @@ def test_killed_again_and_again_while_saving_deleting_fusing_and_exporting(recip
             continue
         found = sorted((run / "checkpoints").glob("step-*")) if run.exists() else []
         if found:
-            checkpoint.load(max(found, key=lambda p: int(p.name[5:])))
+            checkpoint.load_checkpoint(max(found, key=lambda p: int(p.name[5:])))
     print(dict(seen))  # pytest -s
     finish(work)
     assert_same(tmp_path / "runs/a", run)

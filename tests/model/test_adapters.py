@@ -29,7 +29,7 @@ from mlxft.model.adapters import (
     select_targets,
     trainable_weights,
 )
-from mlxft.model.layers import plain
+from mlxft.model.layers import plain_layer
 from mlxft.model.load import Loaded, base_fingerprint, load
 
 Maker = Callable[..., Path]
@@ -286,7 +286,7 @@ def test_an_adapter_of_a_tied_embedding_is_its_head_too(name: str) -> None:
     found = model(ids)
     layer = model.model.embed_tokens
     assert not mx.allclose(layer.embedding.weight, layer.fused_weight(), atol=1e-2)
-    model.model.embed_tokens = plain(layer.base, layer.fused_weight())
+    model.model.embed_tokens = plain_layer(layer.base, layer.fused_weight())
     assert mx.allclose(found, model(ids), atol=1e-4)
 
 

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxft.errors import ConfigError, DataError
 from mlxft.model import sampling as sampling_module
 from mlxft.model.load import load
-from mlxft.model.sampling import Sampled, Sampling, generate, sample_batch, text_of
+from mlxft.model.sampling import Sampled, Sampling, complete, sample_batch, text_of
 
 PROMPTS = [[3], [5, 6, 7, 8, 9, 10, 11], [4, 20], list(range(20, 60)), [7, 8, 9], [8, 7, 9]]
 GREEDY = Sampling(12, temperature=0.0, stop_at_eos=False)
@@ -341,7 +341,7 @@ def test_one_sample_of_a_batch_is_what_generate_says(tiny_model: Any) -> None:
     model, tokenizer = tiny_model.model, tiny_model.tokenizer
     how = Sampling(12, temperature=0.0, stop=("e",))
     for (answer,), prompt in zip(sample_batch(model, tokenizer, PROMPTS, how, seed=0), PROMPTS):
-        assert text_of(tokenizer, answer, how) == generate(model, tokenizer, prompt, how)
+        assert text_of(tokenizer, answer, how) == complete(model, tokenizer, prompt, how)
 
 
 def test_refusals(tiny_model: Any) -> None:

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model import gguf
-from mlxft.model.gguf import PRE_TOKENIZERS, read_head, recognise, signature, signature_of
-from mlxft.model.load import base_fingerprint, load, load_config, load_tokenizer, resolve
+from mlxft.model.gguf import PRE_TOKENIZERS, read_gguf_header, recognise, signature, signature_of
+from mlxft.model.load import base_fingerprint, load, load_tokenizer, read_model_config, resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"
 
@@ -113,7 +113,7 @@ def test_file_and_folder_are_one_model(tiny_model: Any, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "the sands of 1984, and more"}]
     assert read.tokenizer.apply_chat_template(messages) == tiny_model.tokenizer.apply_chat_template(messages)
     assert read.tokenizer.eos_token_ids == {tiny_model.tokenizer.eos_token_id}
-    config = load_config(str(file))
+    config = read_model_config(str(file))
     assert {k: config[k] for k in ("rope_theta", "rms_norm_eps", "head_dim", "tie_word_embeddings")} == {
         "rope_theta": 10000,
         "rms_norm_eps": 1e-5,
@@ -147,11 +147,11 @@ def test_llama3_rope_goes_into_the_config(tiny_model: Any, tmp_path: Path) -> No
     divisors = rope._freqs / (500000.0 ** (mx.arange(0, 8, 2) / 8))
     tensor = {"rope_freqs.weight": divisors}
     file = write_tiny(tiny_model, tmp_path / "a.gguf", tensor, **{"llama.rope.freq_base": 500000.0})
-    assert load_config(str(file))["rope_scaling"] == scaling
+    assert read_model_config(str(file))["rope_scaling"] == scaling
     assert mx.allclose(load(str(file)).model.layers[0].self_attn.rope._freqs, rope._freqs)
     odd = {"rope_freqs.weight": divisors * mx.array([1.0, 1.0, 0.5, 1.0])}
     with pytest.raises(ModelError, match="does not follow Llama 3's rule"):
-        load_config(str(write_tiny(tiny_model, file, odd, **{"llama.rope.freq_base": 500000.0})))
+        read_model_config(str(write_tiny(tiny_model, file, odd, **{"llama.rope.freq_base": 500000.0})))
 
 
 def test_bos_and_user_defined_tokens(tiny_model: Any, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_not_gguf(tmp_path: Path) -> None:
 
 def test_types_of_smollm2() -> None:
     """210 projections in Q4_1, the embedding in Q8_0, 61 norms in F32 (gguf 0.19's reader says the same)."""
-    types = [entry.kind for entry in read_head(resolve("smollm2-135m"))[1].values()]
+    types = [entry.kind for entry in read_gguf_header(resolve("smollm2-135m"))[1].values()]
     assert {kind: types.count(kind) for kind in set(types)} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
 
 

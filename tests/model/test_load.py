@@ -22,9 +22,9 @@ from mlxft.model.load import (
     embedding_rows,
     fits_base,
     load,
-    load_config,
     load_tokenizer,
     logical_shapes,
+    read_model_config,
     resolve,
     skeleton,
     without_weights,
@@ -214,7 +214,7 @@ def test_folder_without_weights(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"no model\*\.safetensors .*pytorch_model\.bin, which may run code"):
         load(str(copy))
-    assert load_config(str(copy))["model_type"] == "llama"
+    assert read_model_config(str(copy))["model_type"] == "llama"
 
 
 def test_unknown_architecture(copy: Path) -> None:

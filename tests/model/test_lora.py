@@ -14,7 +14,7 @@ from mlx_lm.tuner.lora import LoRAEmbedding as TheirEmbedding
 from mlx_lm.tuner.lora import LoRALinear as TheirLinear
 from mlx_lm.tuner.lora import LoRASwitchLinear as TheirSwitch
 
-from mlxft.model.layers import LoRALinear, LowRank, adaptable, dense_weight, plain, wrap
+from mlxft.model.layers import LoRALinear, LowRank, adaptable, dense_weight, plain_layer, wrap
 
 RANK, SCALE = 3, 1.5
 
@@ -63,7 +63,7 @@ def test_linear_by_its_definition(bias: bool, dora: bool, bits: int | None) -> N
     wanted = X @ weight.T + (layer.base.bias if bias else 0.0)
     assert mx.allclose(layer(X), wanted, atol=1e-4)
     assert mx.allclose(layer.fused_weight(), weight, atol=1e-5)
-    fused = plain(layer.base, layer.fused_weight())
+    fused = plain_layer(layer.base, layer.fused_weight())
     assert mx.allclose(fused(X), wanted, atol=1e-4)
     assert fused.weight.dtype == mx.float32
 
@@ -93,7 +93,7 @@ def test_experts_are_mlx_lms_and_fuse(bias: bool, bits: int | None) -> None:
     wanted = theirs(x, PICKS)
     assert mx.allclose(ours(x, PICKS), wanted, atol=1e-4)
     assert (ours.num_experts, ours.input_dims, ours.output_dims) == (4, 64, 32)
-    assert mx.allclose(plain(base, ours.fused_weight())(x, PICKS), wanted, atol=1e-4)
+    assert mx.allclose(plain_layer(base, ours.fused_weight())(x, PICKS), wanted, atol=1e-4)
     with pytest.raises(AttributeError):
         _ = ours.nonsense
 
@@ -106,7 +106,7 @@ def test_embedding_is_mlx_lms_and_fuses_both_ways(bits: int | None) -> None:
     ours = trained(base)
     theirs = TheirEmbedding.from_base(base, r=RANK, scale=SCALE)
     theirs.update(ours.parameters())
-    fused = plain(base, ours.fused_weight())
+    fused = plain_layer(base, ours.fused_weight())
     for layer in (theirs, fused):
         assert mx.allclose(ours(IDS), layer(IDS), atol=1e-4)
         assert mx.allclose(ours.as_linear(X), layer.as_linear(X), atol=1e-3)

@@ -16,7 +16,7 @@ from architectures import build
 from mlx.utils import tree_flatten
 
 from mlxft.build import base_skeleton, job_of, make_objective, plan_batches, prepare, settled
-from mlxft.config import Optim, parse_config
+from mlxft.config import OptimSettings, parse_config
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
 from mlxft.model.heads import ScoreHead, attach_head
@@ -25,8 +25,8 @@ from mlxft.model.memory import (
     MAC_SHARE,
     MACS,
     Job,
+    MemoryPlan,
     Outline,
-    Plan,
     Rolling,
     ShapeSplit,
     largest_tokens,
@@ -57,12 +57,12 @@ def test_weights_adapters_gradients_and_optimizer_are_exact(recipe: Make) -> Non
         adapters = sum(v.nbytes for n, v in tree_flatten(loaded.model.parameters()) if ".lora_" in n)
         everything = sum(v.nbytes for _, v in tree_flatten(loaded.model.parameters()))
         trained = sum(v.nbytes for _, v in tree_flatten(loaded.model.trainable_parameters()))
-        state = sum(v.nbytes for v in Optimizer(Optim(), loaded.model).arrays().values())
+        state = sum(v.nbytes for v in Optimizer(OptimSettings(), loaded.model).arrays().values())
         assert found.adapters == adapters
         # The scale of each low-rank layer is an array, but no parameter.
         assert 0 <= found.weights - (everything - adapters) <= 4 * 14
         assert (found.gradients, found.optimizer) == (trained, state)
-        assert found.total == sum(getattr(found, k) for k in Plan.__dataclass_fields__ if k != "checkpoint")
+        assert found.total == sum(getattr(found, k) for k in MemoryPlan.__dataclass_fields__ if k != "checkpoint")
 
 
 def test_a_vocabulary_as_large_as_the_width(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_the_largest_budget_fits_and_the_next_does_not(recipe: Make) -> None:
 
 def test_macs_are_those_with_room() -> None:
     share = MAC_SHARE * 2**30
-    exact = Plan(int(16 * share), 0, 0, 0, 0, 0, 0, 5 * MB, False)
+    exact = MemoryPlan(int(16 * share), 0, 0, 0, 0, 0, 0, 5 * MB, False)
     assert exact.macs() == [gb for gb in MACS if gb >= 16], "what is only ahead does not count"
-    assert Plan(int(16 * share) + 1, 0, 0, 0, 0, 0, 0, 0, False).macs() == [gb for gb in MACS if gb > 16]
-    assert Plan(10**12, 0, 0, 0, 0, 0, 0, 0, False).macs() == []
+    assert MemoryPlan(int(16 * share) + 1, 0, 0, 0, 0, 0, 0, 0, False).macs() == [gb for gb in MACS if gb > 16]
+    assert MemoryPlan(10**12, 0, 0, 0, 0, 0, 0, 0, False).macs() == []
 
 
 def test_sampling_of_what_is_no_transformer_is_refused() -> None:
@@ -336,7 +336,7 @@ def test_rows_that_are_far_too_long_are_refused_by_shorter_ones(recipe: Make, mo
     """The plan of such a row takes minutes; of those that fit, none is looked for beyond what is asked."""
     seen: list[int] = []
 
-    def noted(job: Job, rows: int, width: int, checkpoint: bool) -> Plan:
+    def noted(job: Job, rows: int, width: int, checkpoint: bool) -> MemoryPlan:
         seen.append(rows * width)
         return plan(job, rows, width, checkpoint)
 

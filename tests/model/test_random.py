@@ -23,7 +23,7 @@ from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Packing, Split
 from mlxft.model.memory import Job, Rolling, Shape, ShapeSplit, plan, sampling_bytes, scoring_bytes
 from mlxft.model.prefix import Sharing
-from mlxft.model.sampling import Sampling, generate
+from mlxft.model.sampling import Sampling, complete
 from mlxft.study.lr_find import lr_find
 from mlxft.trainer.loop import validate
 
@@ -144,7 +144,7 @@ def test_what_a_run_does_between_its_steps_leaves_no_trace(noisy: Loaded, recipe
     mx.random.seed(12)
     assert_untouched(model, lambda: validate(model, objective))
     assert_untouched(model, lambda: decide_checkpointing(config, model, objective))
-    assert_untouched(model, lambda: generate(model, noisy.tokenizer, "the", Sampling(4)))
+    assert_untouched(model, lambda: complete(model, noisy.tokenizer, "the", Sampling(4)))
     assert_untouched(model, lambda: base_skeleton(config))
 
 

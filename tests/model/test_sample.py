@@ -10,7 +10,7 @@ import pytest
 
 from mlxft.data.dataset import encode_prompt
 from mlxft.errors import ConfigError, DataError
-from mlxft.model.sampling import Noise, Sampling, _stop_at, generate, pick, stream
+from mlxft.model.sampling import Noise, Sampling, _stop_at, complete, pick, stream
 
 
 def noise(rows: int) -> Noise:
@@ -22,16 +22,16 @@ def test_smollm2_answers(smollm2: Any) -> None:
     pieces = list(stream(smollm2.model, smollm2.tokenizer, ask, Sampling(20, temperature=0.0)))
     assert "".join(pieces) == "The capital of France is Paris."
     assert len(pieces) > 3
-    cut = generate(smollm2.model, smollm2.tokenizer, ask, Sampling(20, temperature=0.0, stop=("zzz", "France is")))
+    cut = complete(smollm2.model, smollm2.tokenizer, ask, Sampling(20, temperature=0.0, stop=("zzz", "France is")))
     assert cut == "The capital of "
     ids = encode_prompt(ask, smollm2.tokenizer)
-    assert generate(smollm2.model, smollm2.tokenizer, ids, Sampling(3, temperature=0.0)) == "The capital of"
+    assert complete(smollm2.model, smollm2.tokenizer, ids, Sampling(3, temperature=0.0)) == "The capital of"
 
 
 def test_greedy_is_the_argmax_of_full_passes(tiny_model: Any) -> None:
     """The key-value cache must give what a forward pass over the whole text gives."""
     ids = encode_prompt("the", tiny_model.tokenizer)
-    text, seen = generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)), list(ids)
+    text, seen = complete(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)), list(ids)
     for _ in range(8):
         token = mx.argmax(tiny_model.model(mx.array([seen]))[0, -1]).item()
         if token in tiny_model.tokenizer.eos_token_ids:
@@ -42,7 +42,7 @@ def test_greedy_is_the_argmax_of_full_passes(tiny_model: Any) -> None:
 
 def test_seed(tiny_model: Any) -> None:
     def say(seed: int | None) -> str:
-        return generate(tiny_model.model, tiny_model.tokenizer, "a", Sampling(12), seed=seed)
+        return complete(tiny_model.model, tiny_model.tokenizer, "a", Sampling(12), seed=seed)
 
     assert say(1) == say(1)
     assert len({say(seed) for seed in range(5)}) == 5
@@ -74,11 +74,11 @@ def test_dropout_is_off(tiny_model: Any) -> None:
         def __call__(self, x: mx.array) -> mx.array:
             return self.drop(self.inner(x))
 
-    quiet = generate(tiny_model.model, tiny_model.tokenizer, "a", Sampling(8, temperature=0.0))
+    quiet = complete(tiny_model.model, tiny_model.tokenizer, "a", Sampling(8, temperature=0.0))
     layer = tiny_model.model.layers[0]
     layer.mlp = Noisy(layer.mlp)
     tiny_model.model.train()
-    assert generate(tiny_model.model, tiny_model.tokenizer, "a", Sampling(8, temperature=0.0)) == quiet
+    assert complete(tiny_model.model, tiny_model.tokenizer, "a", Sampling(8, temperature=0.0)) == quiet
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_stop_strings(pieces: list[str], stop: tuple[str, ...], shown: str) -> N
 
 def test_leading_space_is_kept_in_plain_text(smollm2: Any) -> None:
     ids = smollm2.tokenizer.encode("The capital of France is")
-    text = generate(smollm2.model, smollm2.tokenizer, ids, Sampling(2, temperature=0.0))
+    text = complete(smollm2.model, smollm2.tokenizer, ids, Sampling(2, temperature=0.0))
     assert text.startswith(" ")
 
 
@@ -172,6 +172,6 @@ def test_eos_is_a_token_like_others_when_asked(tiny_model: Any) -> None:
     """With every token an eos, nothing is said; and all of it when they do not end it."""
     ids = encode_prompt("the", tiny_model.tokenizer)
     tiny_model.tokenizer.eos_token_ids = range(len(tiny_model.tokenizer.vocab))
-    assert generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)) == ""
-    said = generate(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0, stop_at_eos=False))
+    assert complete(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0)) == ""
+    said = complete(tiny_model.model, tiny_model.tokenizer, ids, Sampling(8, temperature=0.0, stop_at_eos=False))
     assert len(said) >= 4

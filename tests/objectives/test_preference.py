@@ -24,7 +24,7 @@ from mlxft.model.load import Loaded
 from mlxft.model.logits import Split, row_sums, rows_logprobs
 from mlxft.objectives import functional as F
 from mlxft.objectives.functional import LossSum
-from mlxft.objectives.pairs import Answer, answers_of, stack
+from mlxft.objectives.pairs import Answer, completions_of, stack
 from mlxft.run import train
 from mlxft.runs import Run
 from mlxft.trainer.loop import validate
@@ -169,7 +169,7 @@ def test_dpo_converges_to_the_optimum_that_the_frequencies_imply(settings: Recip
     policy, reference = load_run(run).model, load_run(config.model.path, dtype="float32").model
     wanted = {share: math.log(share / (1 - share)) / 0.5 for share in shares.values()}
     for row, share in ((found.rows[0], 0.8), (found.rows[10], 0.6), (found.rows[20], 0.3)):
-        a = stack(answers_of(row))
+        a = stack(completions_of(row))
         sums = [
             row_sums(rows_logprobs(Split(m), a.ids, a.positions, a.labels, grad=False), a.owners, 2)
             for m in (policy, reference)
@@ -196,7 +196,7 @@ def test_one_pair_raises_chosen_against_rejected(loss: str, settings: Recipe, ti
     found = objective(settings(loss, pairs(2)[:1], **{"batch.rows": 1}), tiny_model)
     model = tiny_model.model
     row = found.rows[0]
-    answers = [answer for r in found.rows for answer in answers_of(r)] if loss == "kto" else answers_of(row)
+    answers = [answer for r in found.rows for answer in completions_of(r)] if loss == "kto" else completions_of(row)
     goods = [r.label for r in found.rows] if loss == "kto" else [True, False]
     split = Split(model)
 
@@ -288,7 +288,7 @@ def test_losses_are_the_functions_of_sums_and_means(settings: Recipe, tiny_model
     }
     for loss, given in own.items():
         found = objective(settings(loss, rows, preference=given, **{"batch.rows": 9}), tiny_model)
-        a = stack([answers_of(row)[i] for i in (0, 1) for row in found.rows])
+        a = stack([completions_of(row)[i] for i in (0, 1) for row in found.rows])
         ref = row_sums(rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False), a.owners, 8)
         model.update(tree_map(lambda v: v + 0.02, model.trainable_parameters()))
         sums = row_sums(rows_logprobs(Split(model), a.ids, a.positions, a.labels, grad=False), a.owners, 8)

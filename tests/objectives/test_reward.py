@@ -19,7 +19,7 @@ from stepping import first_step, sums_of
 
 from mlxft.build import make_objective, prepare
 from mlxft.config import parse_config
-from mlxft.data.dataset import Reply
+from mlxft.data.dataset import EncodedCompletion
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.heads import find_head, head_of, read_head
 from mlxft.model.load import Loaded
@@ -27,7 +27,7 @@ from mlxft.objectives.functional import bradley_terry
 from mlxft.objectives.rewards import find_reward_run
 from mlxft.run import train
 from mlxft.runs import Run, load_run
-from mlxft.study.score import Scored, Scorer, open_scorer, score, summarise, tables
+from mlxft.study.score import ScoredRow, Scorer, open_scorer, score_file, summarise, tables
 
 Recipe = Callable[..., dict[str, Any]]
 WORDS = ["the", "in", "on", "and", "or", "a", "is", "of", "to", "at"]
@@ -122,9 +122,9 @@ def test_scores_are_the_same_padded_alone_saved_and_scored(settings: Recipe, tmp
     rows = pairs(12, seed=3)
     file = write(tmp_path / "test.jsonl", rows)
     console = Console(quiet=True)
-    batched = score(run.dir, file, console)
-    assert [row.scores for row in batched] == [row.scores for row in score(run.dir, file, console)]
-    alone = score(run.dir, file, console, tokens=1)
+    batched = score_file(run.dir, file, console)
+    assert [row.scores for row in batched] == [row.scores for row in score_file(run.dir, file, console)]
+    alone = score_file(run.dir, file, console, tokens=1)
     np.testing.assert_allclose([r.scores for r in batched], [r.scores for r in alone], atol=1e-4)
     # The file's other forms are the same answers.
     singles = [
@@ -132,10 +132,10 @@ def test_scores_are_the_same_padded_alone_saved_and_scored(settings: Recipe, tmp
         for r in rows
     ]
     singles += [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
-    found = [row.scores[0] for row in score(run.dir, write(tmp_path / "single.jsonl", singles), console)]
+    found = [row.scores[0] for row in score_file(run.dir, write(tmp_path / "single.jsonl", singles), console)]
     np.testing.assert_allclose(found, [row.scores[0] for row in batched] * 2, atol=1e-4)
     ranked = [{"prompt": r["prompt"], "answers": [r["rejected"], r["chosen"]]} for r in rows]
-    lines = [row.to_json() for row in score(run.dir, write(tmp_path / "ranked.jsonl", ranked), console)]
+    lines = [row.to_json() for row in score_file(run.dir, write(tmp_path / "ranked.jsonl", ranked), console)]
     np.testing.assert_allclose([line["scores"][::-1] for line in lines], [r.scores for r in batched], atol=1e-4)
     assert all((line["ranking"] == [1, 0]) == (line["scores"][1] > line["scores"][0]) for line in lines)
     summary = summarise(batched)
@@ -149,7 +149,7 @@ def test_scores_in_the_run_are_those_of_the_saved_run(settings: Recipe, tiny_mod
     held = pairs(6, seed=9)
     valid = write(tmp_path / "valid.jsonl", held)
     run = train(settings(**{"data.valid": valid, "run.eval_every": 8}))
-    rows = score(run.dir, valid, Console(quiet=True))
+    rows = score_file(run.dir, valid, Console(quiet=True))
     chosen, rejected = (mx.array([row.scores[i] for row in rows]) for i in (0, 1))
     wanted = bradley_terry(chosen, rejected, centering=0.01)
     last = run.metrics("eval")[-1]
@@ -184,13 +184,13 @@ def _numbers(table: Any) -> list[float]:
 
 def test_a_row_of_several_pairs_counts_once_and_a_tie_not_at_all() -> None:
     """Right in the first row, wrong in both halves of the second: 1/2, and a margin of (2 - (1 + 3) / 2) / 2 = 0."""
-    answers = [Reply(np.zeros(1, np.int32), np.zeros(n, np.int32)) for n in (1, 2)]
+    answers = [EncodedCompletion(np.zeros(1, np.int32), np.zeros(n, np.int32)) for n in (1, 2)]
     names = ["chosen", "rejected"]
     rows = [
-        Scored("f:1", "pair", answers, names, [3.0, 1.0]),
-        Scored("f:2", "pair", answers, names, [0.0, 1.0], 0.5),
-        Scored("f:2", "pair", answers, names, [0.0, 3.0], 0.5),
-        Scored("f:3", "pair", answers, names, [5.0, 3.0], 1.0, True),
+        ScoredRow("f:1", "pair", answers, names, [3.0, 1.0]),
+        ScoredRow("f:2", "pair", answers, names, [0.0, 1.0], 0.5),
+        ScoredRow("f:2", "pair", answers, names, [0.0, 3.0], 0.5),
+        ScoredRow("f:3", "pair", answers, names, [5.0, 3.0], 1.0, True),
     ]
     found = summarise(rows)
     assert (found["rows"], found["pairs"], found["ties"]) == (3, 3, 1)
@@ -240,7 +240,7 @@ def test_a_reward_run_is_trained_further_with_its_head(settings: Recipe) -> None
 def test_whole_weights_are_trained_saved_and_scored(settings: Recipe, tmp_path: Path) -> None:
     run = train(settings(**{"tune": {"method": "full"}, "optim.lr": 1e-3, "data.valid": 0.2}))
     assert find_head(run.dir) == run.dir / "model" / "head.safetensors"
-    rows = score(run.dir, write(tmp_path / "t.jsonl", pairs(4)), Console(quiet=True))
+    rows = score_file(run.dir, write(tmp_path / "t.jsonl", pairs(4)), Console(quiet=True))
     assert all(math.isfinite(value) for row in rows for value in row.scores)
     with pytest.raises(ModelError, match="is a reward model"):
         load_run(run.dir)

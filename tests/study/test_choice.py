@@ -15,7 +15,7 @@ from mlxft.data.sources import Row
 from mlxft.errors import DataError
 from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Split
-from mlxft.study.evaluate import encode_choices, evaluate, loglikelihoods
+from mlxft.study.evaluate import encode_choices, loglikelihoods, run_task
 from mlxft.study.tasks import Task, make_cases
 
 CLOZE = Task(name="cloze", prompt="{q}", choices="choices", answer="answer", delimiter="", template="none")
@@ -102,11 +102,11 @@ def test_a_joined_choice_is_not_certain(model: Loaded) -> None:
         {"q": "the cat", "choices": [" in", " on"], "answer": " on"},
     ]
     cases = make_cases([Row(f"rows:{n}", row) for n, row in enumerate(rows, 1)], CLOZE)
-    found = evaluate(model, cases, CLOZE)
+    found = run_task(model, cases, CLOZE)
     for line in found.predictions:
         assert max(line["logprobs"]) < -0.5, line
     assert any("a choice joins the prompt's last token" in note for note in found.notes)
-    (other,) = (note for note in evaluate(model, cases[3:], CLOZE).notes or [""])
+    (other,) = (note for note in run_task(model, cases[3:], CLOZE).notes or [""])
     assert other == ""
 
 
@@ -122,7 +122,7 @@ def test_the_norm_counts_what_is_scored(model: Loaded, monkeypatch: pytest.Monke
     joint = encode_choices(model.tokenizer, "the m", ["at", "ean"], plain=True).joint
     said = [Likelihood(-4.0, False), Likelihood(-5.4, False)]
     monkeypatch.setattr("mlxft.study.evaluate.loglikelihoods", lambda *args: said)
-    (line,) = evaluate(model, case, CLOZE).predictions
+    (line,) = run_task(model, case, CLOZE).predictions
     joins = "</s>" in model.tokenizer.all_special_tokens
     assert joint == 2 * joins
     assert line["scores"]["accuracy_norm"] == joins

@@ -17,7 +17,7 @@ from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Split
 from mlxft.study import evaluate as evaluate_module
 from mlxft.study import tasks
-from mlxft.study.evaluate import Request, Result, compare, evaluate, loglikelihoods
+from mlxft.study.evaluate import Evaluated, Request, loglikelihoods, paired_differences, run_task
 from mlxft.study.tasks import Case, Task, make_cases, read_task
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
@@ -30,7 +30,7 @@ def cases_of(rows: list[dict[str, Any]], task: Task) -> list[Case]:
 
 def test_multiple_choice_is_lm_evals(tiny_model: Loaded) -> None:
     """20 items, 61 choices of one to several tokens: the same log-likelihoods, and each item judged alike."""
-    found = evaluate(tiny_model, cases_of(GOLDEN["items"], PLAIN), PLAIN)
+    found = run_task(tiny_model, cases_of(GOLDEN["items"], PLAIN), PLAIN)
     for line, item in zip(found.predictions, GOLDEN["items"]):
         assert line["logprobs"] == pytest.approx(item["logprobs"], abs=1e-3)
         assert line["scores"] == {"accuracy": item["acc"], "accuracy_norm": item["acc_norm"]}
@@ -98,7 +98,7 @@ def test_what_rows_begin_with_is_computed_once(tiny_model: Loaded, monkeypatch: 
 def test_loss_is_token_weighted(tiny_model: Loaded) -> None:
     rows = [{"text": "the cat is in the house"}, {"text": "the"}, {"text": "an end of it"}]
     task = read_task("loss")
-    found = evaluate(tiny_model, cases_of(rows, task), task, tokens=16)
+    found = run_task(tiny_model, cases_of(rows, task), task, tokens=16)
     sums, counts = [], []
     for row in rows:
         ids = [*tiny_model.tokenizer.encode(row["text"]), tiny_model.tokenizer.eos_token_id]
@@ -115,10 +115,10 @@ def test_loss_is_token_weighted(tiny_model: Loaded) -> None:
 def test_loss_of_a_chat_is_of_its_answers_only(tiny_model: Loaded) -> None:
     turns = [{"role": "user", "content": "in or on?"}, {"role": "assistant", "content": "the"}]
     task = read_task("loss")
-    found = evaluate(tiny_model, cases_of([{"messages": turns}], task), task)
+    found = run_task(tiny_model, cases_of([{"messages": turns}], task), task)
     assert found.predictions[0]["tokens"] == 2  # "the" and what ends the turn
     template = Task(prompt="{q}", answer="{a}")
-    same = evaluate(tiny_model, cases_of([{"q": "in or on?", "a": "the"}], template), template)
+    same = run_task(tiny_model, cases_of([{"q": "in or on?", "a": "the"}], template), template)
     assert same.scores["loss"] == pytest.approx(found.scores["loss"], rel=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_metrics_have_settings() -> None:
     assert tasks.best(tasks.exact_match, "b", ("a", "b")) == 1
 
 
-def written(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, answers: list[str], task: Task, rows: Any) -> Result:
+def written(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, answers: list[str], task: Task, rows: Any) -> Evaluated:
     """A result of `answers` as a model would have written them: by the ids that it samples."""
     from mlxft.model.sampling import Sampled
 
@@ -158,7 +158,7 @@ def written(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, answers: list[str],
         return [[Sampled([*i, tokenizer.eos_token_id], "eos")] for i in ids]
 
     monkeypatch.setattr("mlxft.study.evaluate.sample_batch", sample)
-    return evaluate(loaded, cases_of(rows, task), task)
+    return run_task(loaded, cases_of(rows, task), task)
 
 
 def test_written_answers_are_judged(tiny_model: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def test_a_choice_stands_where_the_template_has_an_answer(tiny_model: Loaded) ->
     }
     for template, before in templates.items():
         tiny_model.tokenizer.chat_template = template
-        (line,) = evaluate(tiny_model, cases_of(rows, task), task).predictions
+        (line,) = run_task(tiny_model, cases_of(rows, task), task).predictions
         text = ("in; " if "[0]" in template else "user: in\n") + f"assistant: {before}"
         for said, logprob in zip(rows[0]["choices"], line["logprobs"]):
             ids = [tuple(tiny_model.tokenizer.encode(t, add_special_tokens=False)) for t in (text, text + said)]
@@ -262,11 +262,11 @@ def test_empty_answers_are_counted_and_wrong(tiny_model: Loaded, monkeypatch: py
 
 def test_a_model_writes_and_is_cut_off(tiny_model: Loaded) -> None:
     task = Task.model_validate({"prompt": "{q}", "answer": "a", "metrics": ["exact_match"], "max_tokens": 3})
-    found = evaluate(tiny_model, cases_of([{"q": "the", "a": "x"}, {"q": "in the house", "a": "x"}], task), task)
+    found = run_task(tiny_model, cases_of([{"q": "the", "a": "x"}, {"q": "in the house", "a": "x"}], task), task)
     ends = [line["finish"] for line in found.predictions]
     cut = ends.count("length")
     assert (cut > 0) == any("cut off at 3 tokens" in note for note in found.notes)
-    again = evaluate(tiny_model, cases_of([{"q": "the", "a": found.predictions[0]["prediction"]}], task), task)
+    again = run_task(tiny_model, cases_of([{"q": "the", "a": found.predictions[0]["prediction"]}], task), task)
     assert again.scores["exact_match"].tolist() == [1.0]
 
 
@@ -275,7 +275,7 @@ def test_a_chat_template_is_told_of_tools(tiny_model: Loaded) -> None:
     turns = [{"role": "user", "content": "in"}, {"role": "assistant", "content": "the"}]
     task = Task(format="messages", choices=["the", "an"])
     rows = [{"messages": turns, "tools": tools} for tools in (None, [{"name": "search"}])]
-    bare, told = (line["logprobs"] for line in evaluate(tiny_model, cases_of(rows, task), task).predictions)
+    bare, told = (line["logprobs"] for line in run_task(tiny_model, cases_of(rows, task), task).predictions)
     assert bare != pytest.approx(told, abs=1e-3)
     texts = ["in so ", "searchin so "]
     for text, found in zip(texts, (bare, told)):
@@ -287,44 +287,44 @@ def test_a_chat_template_is_told_of_tools(tiny_model: Loaded) -> None:
 def test_shots_are_earlier_turns_or_blocks(tiny_model: Loaded) -> None:
     chat = PLAIN.model_copy(update={"template": "auto", "system": "Answer."})
     case, *shots = cases_of(GOLDEN["items"][:3], chat)
-    (line,) = evaluate(tiny_model, [case], chat, shots=shots).predictions
+    (line,) = run_task(tiny_model, [case], chat, shots=shots).predictions
     assert [m["role"] for m in line["prompt"]] == ["system", *["user", "assistant"] * 2, "user"]
     assert line["prompt"][2]["content"] == "four"
-    (line,) = evaluate(tiny_model, [case], PLAIN, shots=shots).predictions
+    (line,) = run_task(tiny_model, [case], PLAIN, shots=shots).predictions
     assert line["prompt"] == "Two and two are four\n\nA cat is an animal\n\nThe sky on a clear day is"
     with pytest.raises(
         DataError, match=r"rows.jsonl:1: prompt, 2 shots and answer take \d+ tokens; the context has 30"
     ):
-        evaluate(tiny_model, [case], PLAIN, shots=shots, max_length=30)
+        run_task(tiny_model, [case], PLAIN, shots=shots, max_length=30)
     with pytest.raises(ConfigError, match="not a loss"):
-        evaluate(tiny_model, [case], read_task("loss"), shots=shots)
+        run_task(tiny_model, [case], read_task("loss"), shots=shots)
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted(tiny_model: Loaded) -> None:
     rows = [*GOLDEN["items"][:2], {**GOLDEN["items"][2], "question": "the cat is in the house " * 20}]
-    found = evaluate(tiny_model, cases_of(rows, PLAIN), PLAIN, max_length=60, overflow="drop")
+    found = run_task(tiny_model, cases_of(rows, PLAIN), PLAIN, max_length=60, overflow="drop")
     assert found.rows == ["rows.jsonl:1", "rows.jsonl:2"]
     assert found.notes[0].startswith("1 of 3 rows are left out")
 
 
-def a_result(kind: str, values: list[float], weights: list[float] | None = None) -> Result:
+def a_result(kind: str, values: list[float], weights: list[float] | None = None) -> Evaluated:
     name = "loss" if kind == "loss" else "accuracy"
     of = {name: np.array(weights)} if weights else {}
-    return Result("t", kind, [str(i) for i in range(len(values))], {name: np.array(values)}, [], of)
+    return Evaluated("t", kind, [str(i) for i in range(len(values))], {name: np.array(values)}, [], of)
 
 
 def test_a_comparison_counts_rows_won_and_lost() -> None:
-    (pair,) = compare(a_result("choice", [1, 1, 0, 1, 1]), a_result("choice", [0, 1, 1, 0, 0]))
+    (pair,) = paired_differences(a_result("choice", [1, 1, 0, 1, 1]), a_result("choice", [0, 1, 1, 0, 0]))
     assert (pair.won, pair.lost, pair.tied, pair.n) == (3, 1, 1, 5)
     assert pair.difference == pytest.approx(0.4)
     assert pair.low < 0.4 < pair.high
-    (pair,) = compare(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2.4], [1, 3]))
+    (pair,) = paired_differences(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2.4], [1, 3]))
     assert (pair.won, pair.lost) == (2, 0), "less loss is better"
     assert pair.difference == pytest.approx((-1 - 3 * 0.4) / 4)
     ulp = 2.0**-23
-    (pair,) = compare(a_result("loss", [1 + ulp, 2, 3]), a_result("loss", [1, 2 + 2 * ulp, 2.9]))
+    (pair,) = paired_differences(a_result("loss", [1 + ulp, 2, 3]), a_result("loss", [1, 2 + 2 * ulp, 2.9]))
     assert (pair.won, pair.lost, pair.tied) == (0, 1, 2), "what is no more than rounding is a tie"
     with pytest.raises(ConfigError, match="other tokens"):
-        compare(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2], [1, 2]))
+        paired_differences(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2], [1, 2]))
     with pytest.raises(ConfigError, match="same rows"):
-        compare(a_result("choice", [1]), a_result("choice", [1, 0]))
+        paired_differences(a_result("choice", [1]), a_result("choice", [1, 0]))

@@ -22,15 +22,15 @@ from mlxft.data.formats import (
     Conversation,
     Example,
     balanced,
-    choose,
     fill,
     is_template,
     labels_of,
     names_in,
+    pick_shots,
 )
 from mlxft.errors import CheckpointError, ConfigError, DataError
 from mlxft.run import train
-from mlxft.study.fewshot import Plan, Study, fewshot, read_ks
+from mlxft.study.fewshot import Study, StudyPlan, fewshot, read_ks
 from mlxft.study.stats import crossed, t_quantile
 
 QUIET = Console(quiet=True)
@@ -45,18 +45,18 @@ def completions(answers: list[str]) -> list[Example]:
 
 
 def test_so_many_of_each_label_and_fewer_are_among_more() -> None:
-    few, more = (set(choose(LABELS, 10, k, 3, "data.shots").rows) for k in (1, 3))
+    few, more = (set(pick_shots(LABELS, 10, k, 3, "data.shots").rows) for k in (1, 3))
     assert few < more
     assert Counter(LABELS[i] for i in more) == {"a": 3, "b": 3, "c": 3}
-    assert choose(LABELS, 10, 3, 3, "s") == choose(LABELS, 10, 3, 3, "s")
-    assert len({tuple(choose(LABELS, 10, 1, seed, "s").rows) for seed in range(20)}) > 5
+    assert pick_shots(LABELS, 10, 3, 3, "s") == pick_shots(LABELS, 10, 3, 3, "s")
+    assert len({tuple(pick_shots(LABELS, 10, 1, seed, "s").rows) for seed in range(20)}) > 5
 
 
 def test_more_shots_than_a_label_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.shots: 4 rows of each label .* only 3 of 'b', 3 of 'c'"):
-        choose(LABELS, 10, 4, 0, "data.shots")
+        pick_shots(LABELS, 10, 4, 0, "data.shots")
     with pytest.raises(ConfigError, match="11 rows are asked for, and there are 10"):
-        choose(None, 10, 11, 0, "data.shots")
+        pick_shots(None, 10, 11, 0, "data.shots")
 
 
 @pytest.mark.parametrize("shots", range(1, 10))
@@ -186,14 +186,14 @@ def test_the_interval_holds_the_true_mean_as_often_as_it_says() -> None:
 # Studies
 
 
-def study(file: Path, plan: Plan, **options: Any) -> Study:
+def study(file: Path, plan: StudyPlan, **options: Any) -> Study:
     return fewshot(file, [], plan, out=file.parent / "study", console=QUIET, **options)
 
 
 def test_a_study_learns_goes_on_and_is_the_same_again(reviews: Callable[..., Path], tmp_path: Path) -> None:
     """Trained on all rows the tiny model tells the words apart; cells that are there are not run again."""
     file = reviews(**{"run.epochs": 30, "tune": {"method": "full"}})
-    plan = Plan(str(tmp_path / "test.jsonl"), [2], [1, "all"], [1], seeds=2, least_steps=4)
+    plan = StudyPlan(str(tmp_path / "test.jsonl"), [2], [1, "all"], [1], seeds=2, least_steps=4)
     found = study(file, plan)
     table = {(line.method, line.k): line for line in found.lines}
     wanted: list[tuple[str, int | str]] = [
@@ -235,7 +235,7 @@ def test_shots_are_never_evaluated_rows(reviews: Callable[..., Path], tmp_path: 
     file = reviews()
     with (tmp_path / "test.jsonl").open("a", encoding="utf-8") as out:
         out.writelines((tmp_path / "train.jsonl").read_text("utf-8").splitlines(keepends=True)[:30])
-    found = study(file, Plan(str(tmp_path / "test.jsonl"), [10], [], [], seeds=1))
+    found = study(file, StudyPlan(str(tmp_path / "test.jsonl"), [10], [], [], seeds=1))
     shots = json.loads((tmp_path / "study/cells/in-context-10-0.json").read_text("utf-8"))["shots"]
     assert sorted(shots) == sorted(f"train.jsonl:{n}" for n in range(31, 41))
     assert "30 of 42 evaluated prompts are also among the training rows" in found.notes
@@ -262,7 +262,7 @@ def test_what_can_not_be_is_refused_first(
     test = str(tmp_path / plan.pop("test", "test.jsonl"))
     whole = {"in_context": [], "tuned": [], "both": [], **plan}
     with pytest.raises(ConfigError, match=error):
-        fewshot(file, overrides, Plan(test, **whole), out=tmp_path / "study", console=QUIET)
+        fewshot(file, overrides, StudyPlan(test, **whole), out=tmp_path / "study", console=QUIET)
     assert not (tmp_path / "study").exists()
 
 
@@ -280,19 +280,19 @@ def test_shots_that_overflow_the_context_are_refused_or_counted(reviews: Callabl
         "seeds": 1,
     }
     with pytest.raises(DataError, match=r"test\.jsonl:1: .* the context has 512"):
-        study(file, Plan(**plan))
-    found = study(file, Plan(**plan, overflow="drop"), overwrite=True)
+        study(file, StudyPlan(**plan))
+    found = study(file, StudyPlan(**plan, overflow="drop"), overwrite=True)
     assert [line.rows for line in found.lines][-1] == 11
     assert any("1 of 12 rows are left out" in note for note in found.notes)
 
 
 def test_another_study_in_the_folder_is_kept(reviews: Callable[..., Path], tmp_path: Path) -> None:
     file = reviews()
-    plan = Plan(str(tmp_path / "test.jsonl"), [1], [], [], seeds=1)
+    plan = StudyPlan(str(tmp_path / "test.jsonl"), [1], [], [], seeds=1)
     first = study(file, plan)
     with pytest.raises(ConfigError, match=r"another study \(other recipe\).*--overwrite"):
         fewshot(file, ["optim.lr=3e-4"], plan, out=tmp_path / "study", console=QUIET)
-    more = study(file, Plan(str(tmp_path / "test.jsonl"), [1, 3], [], [], seeds=1))
+    more = study(file, StudyPlan(str(tmp_path / "test.jsonl"), [1, 3], [], [], seeds=1))
     assert more.lines[:2] == first.lines
     process = subprocess.Popen(["true"])  # a study that was killed at its first write goes on
     process.wait()

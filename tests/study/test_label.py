@@ -22,19 +22,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mlxft.data.formats import Preference, Ranked, convert
+from mlxft.data.formats import Pair, Ranked, convert
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.sampling import Sampling
 from mlxft.study.label import (
     Journal,
-    Source,
-    Summary,
+    LabelSource,
+    LabelSummary,
     agreement,
     cohens_kappa,
     label,
     read_tasks,
-    show,
+    show_side_by_side,
     wilson,
     win_rate,
 )
@@ -57,20 +57,20 @@ def held(path: Path, count: int) -> Path:
 
 
 @pytest.fixture
-def sit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Summary, str]]:
+def sit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[LabelSummary, str]]:
     """`sit(prompts, out, "l", "r", ...)`: a sitting with these lines typed, then the end of input; what it showed."""
 
-    def run(prompts: Path, out: Path, *typed: str, **sampling: Any) -> tuple[Summary, str]:
+    def run(prompts: Path, out: Path, *typed: str, **sampling: Any) -> tuple[LabelSummary, str]:
         shown = io.StringIO()
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in typed)))
         how = Sampling(sampling.pop("max_tokens", 512), sampling.pop("temperature", 1.0))
-        done = label(str(prompts), out, Source(how, **sampling), Console(file=shown, width=100))
+        done = label(str(prompts), out, LabelSource(how, **sampling), Console(file=shown, width=100))
         return done, shown.getvalue()
 
     return run
 
 
-Sit = Callable[..., tuple[Summary, str]]
+Sit = Callable[..., tuple[LabelSummary, str]]
 
 # --- numbers
 
@@ -182,15 +182,15 @@ def test_judgements_are_rows_to_train_on(tmp_path: Path, sit: Sit) -> None:
         ],
     )
     done, _ = sit(prompts, tmp_path / "o.jsonl", "n", "for a reason", "1", "t", "3")
-    assert done == Summary(3, 0, 3, None)
+    assert done == LabelSummary(3, 0, 3, None)
     rows = read(tmp_path / "o.jsonl")
     first, second, third = (e.item for e in convert(read_rows(str(tmp_path / "o.jsonl"), "train"), "preference"))
     answers = ["good", "bad"]
     best = rows[0]["shown"][0]
-    assert first == Preference("q", answers[best], answers[1 - best], tools=[{"name": "f"}])
+    assert first == Pair("q", answers[best], answers[1 - best], tools=[{"name": "f"}])
     assert (rows[0]["note"], rows[0]["judgement"], rows[0]["answers"]) == ("for a reason", best, answers)
     assert "note" not in rows[1]
-    assert isinstance(second, Preference)
+    assert isinstance(second, Pair)
     assert second.tie
     assert isinstance(third, Ranked)
     chosen = "abc"[rows[2]["shown"][2]]
@@ -310,7 +310,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, sit: Sit, sampling: di
 def test_narrow_terminals_stack_and_nothing_steers_them() -> None:
     def screen(width: int) -> list[str]:
         out = io.StringIO()
-        show(make_console(file=out, width=width), "1 of 1", "q", ["left\x1b[2J one", "[bold]right[/bold]"])
+        show_side_by_side(make_console(file=out, width=width), "1 of 1", "q", ["left\x1b[2J one", "[bold]right[/bold]"])
         assert "\x1b" not in out.getvalue()
         assert "[bold]right[/bold]" in out.getvalue()
         return out.getvalue().splitlines()

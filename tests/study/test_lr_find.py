@@ -15,7 +15,7 @@ import yaml
 
 from mlxft.config import parse_config
 from mlxft.errors import ConfigError
-from mlxft.study.lr_find import judge, lr_find, ran_away, rate_at, smooth, valley
+from mlxft.study.lr_find import lr_find, ran_away, rate_at, smooth, suggest_rate, valley
 
 
 def test_rates_rise_evenly_in_the_logarithm() -> None:
@@ -32,7 +32,7 @@ def test_the_suggestion_is_a_tenth_of_the_valleys_rate() -> None:
     behind by less than its ten steps, which are a third of a decade here."""
     rates = [rate_at(k, 151, 1e-5, 1.0) for k in range(151)]
     losses = [1 + 2 * min(1.0, abs(math.log10(r / 0.01)) / 2) ** 2 for r in rates]
-    found = judge(rates, losses, False)
+    found = suggest_rate(rates, losses, False)
     assert found.suggestion is not None
     assert 1e-3 <= found.suggestion <= 1e-3 * 10 ** (1 / 3)
     assert found.steepest is not None
@@ -62,10 +62,10 @@ def test_what_runs_away() -> None:
 
 def test_a_loss_that_does_not_fall_or_still_falls_is_said() -> None:
     rates = [rate_at(k, 40, 1e-5, 1e-3) for k in range(40)]
-    flat = judge(rates, [2.0 + 0.01 * k for k in range(40)], False)
+    flat = suggest_rate(rates, [2.0 + 0.01 * k for k in range(40)], False)
     assert (flat.suggestion, flat.steepest) == (None, None)
     assert "never fell" in flat.note
-    falling = judge(rates, [2.0 - 0.01 * k for k in range(40)], False)
+    falling = suggest_rate(rates, [2.0 - 0.01 * k for k in range(40)], False)
     assert falling.suggestion == pytest.approx(1e-4)
     assert "higher --max" in falling.note
 

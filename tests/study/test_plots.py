@@ -19,7 +19,7 @@ from mlxft.study.plots import (
     INK,
     INLINE_INK,
     curves,
-    fewshot,
+    fewshot_curves,
     figure,
     importance,
     lr_curve,
@@ -174,7 +174,7 @@ TABLE = [
         lambda out: importance({"optim.lr": 0.9, "tune.rank": 0.1}, out),
         lambda out: lr_curve([1e-5, 1e-4, 1e-3], [3.0, 2.0, math.inf], 1e-4, out),
         lambda out: lr_curve([1e-5, 1e-4], [3.0, 3.0], None, out),
-        lambda out: fewshot(TABLE, out),
+        lambda out: fewshot_curves(TABLE, out),
     ],
 )
 def test_other_pictures(draw: Callable[[Path], Path], tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
         lambda: sweep_history([], out),
         lambda: importance({}, out),
         lambda: lr_curve([1e-5], [math.nan], None, out),
-        lambda: fewshot([], out),
+        lambda: fewshot_curves([], out),
     ):
         with pytest.raises(DataError, match="nothing to draw"):
             draw()

@@ -16,7 +16,7 @@ from mlxft.model.heads import Scorer
 from mlxft.model.load import Loaded
 from mlxft.model.sampling import Sampling
 from mlxft.objectives.rewards import RewardsSettings
-from mlxft.study.generate import Asked, Choice, Keep, choose
+from mlxft.study.generate import Asked, Choice, Keep, best_of_n
 from mlxft.study.label import read_tasks
 from mlxft.study.score import read_row
 from mlxft.study.tasks import Task, make_cases
@@ -109,7 +109,7 @@ def test_chosen_answers_keep_what_they_were_asked_with(
     (tmp_path / "f.py").write_text("def one(prompts, completions, rows):\n    return [1.0] * len(rows)\n")
     choice = Choice(1, Keep(True, 0.0), True, Sampling(4), RewardsSettings(function=f"{tmp_path}/f.py:one"))
     spec = save({"prompt": ASKED, "system": "of", "tools": TOOLS}, {"prompt": "in"})
-    choose(spec, telling, choice, tmp_path / "out.jsonl", seed=1, console=Console(quiet=True))
+    best_of_n(spec, telling, choice, tmp_path / "out.jsonl", seed=1, console=Console(quiet=True))
     first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
     assert first["tools"] == TOOLS
     assert [turn["role"] for turn in first["prompt"]] == ["system", "user", "assistant", "tool"]

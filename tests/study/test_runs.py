@@ -30,7 +30,7 @@ from mlxft.runs import (
     watch,
 )
 from mlxft.study.report import (
-    compare,
+    compare_runs,
     details,
     ending,
     plot_runs,
@@ -152,7 +152,7 @@ def test_a_binary_or_cut_metrics_file_is_read_as_far_as_it_goes(make: Make) -> N
 def test_runs_of_the_same_name_are_told_apart(make: Make, tmp_path: Path) -> None:
     make("one/0")
     make("two/0", [START, {**TRAIN, "loss": 7.5}])
-    found = compare([details(tmp_path / "runs" / name, name) for name in ("one/0", "two/0")]).to_json()
+    found = compare_runs([details(tmp_path / "runs" / name, name) for name in ("one/0", "two/0")]).to_json()
     assert found["runs"] == ["one/0", "two/0"]
     assert set(found["results"]["training loss"]) == {"one/0", "two/0"}
 
@@ -294,7 +294,7 @@ def test_details_hold_what_a_run_did(make: Make) -> None:
 def test_runs_side_by_side(make: Make) -> None:
     other = {**CONFIG, "tune": {"rank": 16, "alpha": 7.0}, "run": {"name": "b"}, "old": 1, "versions": {"mlxft": "0"}}
     better = [START, {**EVALS[1], "loss": 1.25}, TRAIN, END]
-    found = compare([details(make("a")), details(make("b", better, config=other))])
+    found = compare_runs([details(make("a")), details(make("b", better, config=other))])
     assert found.settings == {"tune.rank": [8, 16], "old": [None, 1], "versions.mlxft": ["0.1.0", "0"]}
     assert found.results["validation loss"] == [1.5, 1.25]
     assert found.to_json()["results"]["validation loss"] == {"a": 1.5, "b": 1.25}
@@ -312,7 +312,7 @@ def test_no_line_is_wider_than_the_terminal(make: Make) -> None:
         out = io.StringIO()
         console = Console(file=out, width=width)
         show_list(console, [run_info(f) for f in folders])
-        show_comparison(console, compare([details(f) for f in folders]))
+        show_comparison(console, compare_runs([details(f) for f in folders]))
         assert max(len(line) for line in out.getvalue().splitlines()) <= width
 
 

@@ -18,12 +18,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mlxft.config import Sweep, load_config, parse_config, seconds
+from mlxft.config import SweepSettings, load_config, parse_config, seconds
 from mlxft.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mlxft.files import claim, hold
 from mlxft.run import train
 from mlxft.runs import open_run
-from mlxft.study.sweep import Outcome, Result, Store, sweep
+from mlxft.study.sweep import Outcome, Store, SweepResult, sweep
 
 SPACE = {"optim.lr": {"log": [1e-5, 1e-1]}, "tune.rank": {"choice": [2, 4, 8]}}
 Write = Callable[..., Path]
@@ -45,7 +45,7 @@ def write(recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: py
     return make
 
 
-def quiet(path: Path, *overrides: str, **options: Any) -> Result:
+def quiet(path: Path, *overrides: str, **options: Any) -> SweepResult:
     return sweep(path, overrides, console=Console(file=io.StringIO()), **options)
 
 
@@ -307,10 +307,10 @@ def test_steps_saved_are_of_pruned_trials_only() -> None:
     """Of 100, 100 and 100 steps: complete after 100, complete by patience after 60, pruned after 20; one failed."""
     made = [("complete", 1.0, 100), ("complete", 0.5, 60), ("pruned", 3.0, 20), ("failed", None, 7)]
     trials = [Outcome(i, state, value, {}, steps, 100, 1.0, None) for i, (state, value, steps) in enumerate(made)]
-    found = Result(Path("x"), "loss", True, trials, {})
+    found = SweepResult(Path("x"), "loss", True, trials, {})
     assert found.steps() == {"taken": 180, "all": 300, "saved": pytest.approx(80 / 300)}
     assert found.best == trials[1]
-    assert Result(Path("x"), "loss", False, trials, {}).best == trials[0]
+    assert SweepResult(Path("x"), "loss", False, trials, {}).best == trials[0]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])
@@ -322,7 +322,7 @@ def test_trials_depend_on_their_number_and_those_before_alone(sampler: str, tmp_
     }
     from optuna.trial import TrialState
 
-    settings = Sweep.model_validate({"space": space, "sampler": sampler})
+    settings = SweepSettings.model_validate({"space": space, "sampler": sampler})
     rows = []
     for name, every in (("once", 8), ("again", 1)):
         (tmp_path / name).mkdir()
@@ -442,7 +442,7 @@ def test_a_sweep_of_an_earlier_version_goes_on(sampler: str, tmp_path: Path) -> 
     from optuna.trial import TrialState
 
     space = {"a": {"int": [0, 2]}, "b": {"choice": [1, 2]}}
-    settings = Sweep.model_validate({"space": space, "sampler": sampler})
+    settings = SweepSettings.model_validate({"space": space, "sampler": sampler})
     store = Store(tmp_path, settings, 0, {})
     for i in range(3):
         trial, _ = store.ask()

@@ -14,7 +14,7 @@ import pytest
 
 from mlxft.errors import CheckpointError
 from mlxft.trainer import checkpoint
-from mlxft.trainer.checkpoint import Snapshot, checkpoints, load_newest, save
+from mlxft.trainer.checkpoint import Snapshot, checkpoints, load_newest, save_checkpoint
 
 
 def snapshot(value: float) -> Snapshot:
@@ -58,7 +58,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 def test_it_comes_back(tmp_path: Path):
-    save(tmp_path, 3, snapshot(3), keep=2)
+    save_checkpoint(tmp_path, 3, snapshot(3), keep=2)
     back = load_newest(tmp_path, pytest.fail)
     assert back is not None
     assert back.weights["w"].tolist() == [3.0] * 4
@@ -68,7 +68,7 @@ def test_it_comes_back(tmp_path: Path):
 
 def test_the_newest_by_number_is_taken_and_the_newest_are_kept(tmp_path: Path):
     for step in (2, 9, 10, 11):
-        save(tmp_path, step, snapshot(step), keep=2)
+        save_checkpoint(tmp_path, step, snapshot(step), keep=2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-10", "step-11"]
     back = load_newest(tmp_path, pytest.fail)
     assert back is not None
@@ -78,8 +78,8 @@ def test_the_newest_by_number_is_taken_and_the_newest_are_kept(tmp_path: Path):
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
 def test_a_damaged_newest_is_said_and_the_one_before_used(tmp_path: Path, damage: Callable[[Path], None]):
     said: list[str] = []
-    save(tmp_path, 5, snapshot(5), keep=2)
-    save(tmp_path, 10, snapshot(10), keep=2)
+    save_checkpoint(tmp_path, 5, snapshot(5), keep=2)
+    save_checkpoint(tmp_path, 10, snapshot(10), keep=2)
     damage(tmp_path / "step-10")
     back = load_newest(tmp_path, said.append)
     assert back is not None
@@ -92,7 +92,7 @@ def test_a_damaged_newest_is_said_and_the_one_before_used(tmp_path: Path, damage
 def test_all_damaged_is_refused(tmp_path: Path):
     said: list[str] = []
     for step in (5, 10):
-        save(tmp_path, step, snapshot(step), keep=2)
+        save_checkpoint(tmp_path, step, snapshot(step), keep=2)
         cut(tmp_path / f"step-{step}" / "weights.safetensors")
     with pytest.raises(CheckpointError, match="all checkpoints are damaged"):
         load_newest(tmp_path, said.append)
@@ -101,18 +101,18 @@ def test_all_damaged_is_refused(tmp_path: Path):
 
 def test_a_damaged_later_one_never_pushes_out_a_whole_one(tmp_path: Path):
     """step-20 is damaged, so the run goes on from 10 and saves 15: with keep 1, 15 is what must stay."""
-    save(tmp_path, 10, snapshot(10), keep=2)
-    save(tmp_path, 20, snapshot(20), keep=2)
+    save_checkpoint(tmp_path, 10, snapshot(10), keep=2)
+    save_checkpoint(tmp_path, 20, snapshot(20), keep=2)
     cut(tmp_path / "step-20" / "weights.safetensors")
-    save(tmp_path, 15, snapshot(15), keep=1)
+    save_checkpoint(tmp_path, 15, snapshot(15), keep=1)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-15"]
     assert load_newest(tmp_path, pytest.fail) is not None
 
 
 def test_a_damaged_one_is_replaced_by_a_whole_one_of_the_same_step(tmp_path: Path):
-    save(tmp_path, 5, snapshot(5), keep=2)
+    save_checkpoint(tmp_path, 5, snapshot(5), keep=2)
     cut(tmp_path / "step-5" / "weights.safetensors")
-    save(tmp_path, 5, snapshot(5), keep=2)
+    save_checkpoint(tmp_path, 5, snapshot(5), keep=2)
     assert load_newest(tmp_path, pytest.fail) is not None
 
 
@@ -120,7 +120,7 @@ def test_what_the_user_put_into_a_checkpoint_stays(tmp_path: Path):
     """Be it rotated away, passed over, or in the way of one of the same step; what is kept is counted without it."""
     said: list[str] = []
     for step in (2, 4, 20):
-        save(tmp_path, step, snapshot(step), keep=5)
+        save_checkpoint(tmp_path, step, snapshot(step), keep=5)
         (tmp_path / f"step-{step}/notes.txt").write_text(f"mine {step}")
     cut(tmp_path / "step-20" / "weights.safetensors")
     elsewhere = tmp_path / "elsewhere"
@@ -128,7 +128,7 @@ def test_what_the_user_put_into_a_checkpoint_stays(tmp_path: Path):
     (tmp_path / "step-3").symlink_to(elsewhere)
     (tmp_path / "step-6").symlink_to(elsewhere)
     for step in (4, 5, 6):
-        save(tmp_path, step, snapshot(step), keep=2, say=said.append)
+        save_checkpoint(tmp_path, step, snapshot(step), keep=2, say=said.append)
     assert len([line for line in said if ": notes.txt" in line]) == 3, said
     assert [line.split()[-1] for line in said if "in the way" in line] == ["step-4.kept-1", "step-6.kept-1"]
     notes = [p for p in tmp_path.glob("step*/notes.txt") if p.parent.name != "step-3"]
@@ -146,7 +146,7 @@ def test_what_the_user_put_into_a_checkpoint_stays(tmp_path: Path):
 
 
 def test_a_half_written_one_is_no_checkpoint_and_is_cleared_away(tmp_path: Path):
-    save(tmp_path, 5, snapshot(5), keep=2)
+    save_checkpoint(tmp_path, 5, snapshot(5), keep=2)
     process = subprocess.Popen(["true"])
     process.wait()
     half, busy = (tmp_path / f".tmp-mlxft-{pid}-step-10" for pid in (process.pid, os.getppid()))
@@ -161,7 +161,7 @@ def test_a_half_written_one_is_no_checkpoint_and_is_cleared_away(tmp_path: Path)
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    save(tmp_path, 5, snapshot(5), keep=1)
+    save_checkpoint(tmp_path, 5, snapshot(5), keep=1)
 
     def full(path: Path, arrays: dict[str, mx.array]) -> None:
         path.write_bytes(b"half")
@@ -169,14 +169,14 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(checkpoint, "save_arrays", full)
     with pytest.raises(CheckpointError, match="step-10: No space left on device; what was saved before is unchanged"):
-        save(tmp_path, 10, snapshot(10), keep=1)
+        save_checkpoint(tmp_path, 10, snapshot(10), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
     assert load_newest(tmp_path, pytest.fail) is not None
 
 
 def test_another_format_is_refused_by_number(tmp_path: Path):
     said: list[str] = []
-    save(tmp_path, 5, snapshot(5), keep=1)
+    save_checkpoint(tmp_path, 5, snapshot(5), keep=1)
     file = tmp_path / "step-5" / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format": 99}))  # before its digest is looked at
     with pytest.raises(CheckpointError):

@@ -22,7 +22,7 @@ from mlxft.objectives.base import MicroBatch, Objective, Step, Terms, arrays_of
 from mlxft.objectives.sft import SFTBatch, one_of_few
 from mlxft.run import assemble, train
 from mlxft.trainer import loop as module
-from mlxft.trainer.loop import PLAIN, TRACES, CompiledGradient, Gradients, gradient
+from mlxft.trainer.loop import PLAIN_SCALES, TRACES, CompiledGradient, Gradients, gradient
 
 Make = Callable[..., dict[str, Any]]
 PACKED = {"batch": {"rows": 1, "pack": True}, "data.max_length": 64}
@@ -231,7 +231,7 @@ def test_filled_up_batches_are_the_same_batches(settings: Make) -> None:
     filled = objective.largest(loaded.model)[0]().micro_batches[0]
     assert filled.data.labels.size == one_of_few(plain.trained_tokens) > plain.trained_tokens
     assert filled.trained_tokens == plain.trained_tokens
-    one, other = (gradient(loaded.model, objective, batch, PLAIN) for batch in (plain, filled))
+    one, other = (gradient(loaded.model, objective, batch, PLAIN_SCALES) for batch in (plain, filled))
     assert one[0].item() == pytest.approx(other[0].item(), rel=1e-5)
     assert all(mx.allclose(one[2][name], other[2][name], rtol=1e-4, atol=1e-6).item() for name in one[2])
 

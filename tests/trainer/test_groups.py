@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mlxft.config import load_config
 from mlxft.errors import ConfigError
-from mlxft.model.load import load, twin
+from mlxft.model.load import copy_sharing_arrays, load
 from mlxft.run import train
 from mlxft.runs import open_run
 
@@ -62,7 +62,7 @@ def test_a_twin_is_trained_and_the_base_stays(recipe: Callable[..., dict[str, An
     """Two runs over one loaded base are those of two loads, bit by bit."""
     base = load(str(tiny_model_dir), dtype="float32", lazy=True)
     runs = []
-    for name, given in (("one", twin(base)), ("two", twin(base)), ("own", None)):
+    for name, given in (("one", copy_sharing_arrays(base)), ("two", copy_sharing_arrays(base)), ("own", None)):
         settings = recipe(**{"run.name": name, "tune.train": ["model.norm"], "tune.dropout": 0.2})
         runs.append(train(settings, model=given, console=QUIET))
     weights = [(r.result / "adapters.safetensors").read_bytes() for r in runs]

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxft.config import Group, Optim
+from mlxft.config import Group, OptimSettings
 from mlxft.errors import CheckpointError, ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.heads import ScoreHead, attach_head
@@ -39,34 +39,34 @@ def grads_of(matrix: Any, vector: Any) -> dict[str, mx.array]:
 
 def test_warmup_then_linear():
     """2 of 10 steps warm up: lr/2, lr; then 8 steps fall: 1 - k/8."""
-    s = Optim(lr=1.0, schedule="linear", warmup=2)
+    s = OptimSettings(lr=1.0, schedule="linear", warmup=2)
     expected = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
     assert [learning_rate(s, k, 10) for k in range(10)] == pytest.approx(expected, abs=1e-12)
 
 
 def test_cosine_with_least_rate():
     """From 1 to 0.2: 0.2 + 0.8 (1 + cos(pi k / 4)) / 2 with cos = 1, 1/sqrt 2, 0, -1/sqrt 2."""
-    s = Optim(lr=1.0, schedule="cosine", warmup=0, min_lr=0.2)
+    s = OptimSettings(lr=1.0, schedule="cosine", warmup=0, min_lr=0.2)
     expected = [1.0, 0.6 + 0.4 / math.sqrt(2), 0.6, 0.6 - 0.4 / math.sqrt(2)]
     assert [learning_rate(s, k, 4) for k in range(4)] == pytest.approx(expected, abs=1e-12)
 
 
 def test_warmup_as_a_share_is_rounded_up():
     """A quarter of 10 steps is 3: thirds of lr, then lr stays."""
-    s = Optim(lr=3.0, schedule="constant", warmup=0.25)
+    s = OptimSettings(lr=3.0, schedule="constant", warmup=0.25)
     assert [learning_rate(s, k, 10) for k in range(10)] == pytest.approx([1.0, 2.0, 3.0] + [3.0] * 7)
 
 
 def test_linear_ends_at_least_rate():
     """The rate after the last step is min_lr; halfway between lr and it is the mean of both."""
-    s = Optim(lr=1.0, schedule="linear", warmup=0, min_lr=0.5)
+    s = OptimSettings(lr=1.0, schedule="linear", warmup=0, min_lr=0.5)
     assert learning_rate(s, 4, 8) == pytest.approx(0.75)
     assert learning_rate(s, 8, 8) == pytest.approx(0.5)
 
 
 def test_warmup_longer_than_the_run():
     """12 warm-up steps, 4 steps: k/12, and nothing is divided by zero."""
-    s = Optim(lr=12.0, schedule="cosine", warmup=12)
+    s = OptimSettings(lr=12.0, schedule="cosine", warmup=12)
     assert [learning_rate(s, k, 4) for k in range(4)] == pytest.approx([1, 2, 3, 4])
 
 
@@ -76,7 +76,7 @@ def test_adamw_first_step_by_hand():
     The gradient is a sum over 4 items: 2 / 4 = 0.5 is what the optimiser must see, and the norm it reports.
     """
     model = Weights([[0.0]], [1.0])
-    opt = Optimizer(Optim(lr=0.1, weight_decay=0.5, clip=None), model)
+    opt = Optimizer(OptimSettings(lr=0.1, weight_decay=0.5, clip=None), model)
     norm = opt.step(model, grads_of([[0.0]], [2.0]), mx.array(4.0), 0.1)["grad_norm"]
     assert model.vector.item() == pytest.approx(0.85, abs=1e-6)
     assert norm.item() == pytest.approx(0.5)
@@ -88,7 +88,7 @@ def test_adamw_equals_numpy_over_five_steps(clip: float | None):
     rng = np.random.default_rng(0)
     theta = {"matrix": rng.normal(size=(3, 4)), "vector": rng.normal(size=5)}
     model = Weights(theta["matrix"], theta["vector"])
-    opt = Optimizer(Optim(lr=1.0, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6, clip=clip), model)
+    opt = Optimizer(OptimSettings(lr=1.0, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6, clip=clip), model)
     m = {n: np.zeros_like(p) for n, p in theta.items()}
     v = {n: np.zeros_like(p) for n, p in theta.items()}
     for t in range(1, 6):
@@ -112,7 +112,7 @@ def test_adamw_equals_numpy_over_five_steps(clip: float | None):
 def test_sgd_with_clipping_by_hand():
     """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8): -0.5 of it."""
     model = Weights([[0.0]], [0.0, 0.0])
-    opt = Optimizer(Optim(name="sgd", lr=0.5, clip=1.0), model)
+    opt = Optimizer(OptimSettings(name="sgd", lr=0.5, clip=1.0), model)
     assert opt.step(model, grads_of([[0.0]], [3.0, 4.0]), mx.array(1.0), 0.5)["grad_norm"].item() == pytest.approx(5.0)
     assert model.vector.tolist() == pytest.approx([-0.3, -0.4], abs=1e-6)
 
@@ -132,7 +132,7 @@ def fresh() -> Weights:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimiser_descends_and_goes_on_from_its_arrays(name: str):
     """8 steps, and 3 + 5 with the state put into a new optimiser, give the same bits."""
-    settings = Optim(name=name, lr=0.02, clip=None)
+    settings = OptimSettings(name=name, lr=0.02, clip=None)
     whole = fresh()
     opt = Optimizer(settings, whole)
     before = float(whole.matrix.square().sum() + whole.vector.square().sum())
@@ -151,14 +151,14 @@ def test_every_optimiser_descends_and_goes_on_from_its_arrays(name: str):
 
 def test_the_state_of_another_optimiser_is_refused():
     with pytest.raises(CheckpointError, match="optimiser state does not fit muon"):
-        Optimizer(Optim(name="muon"), fresh()).load(Optimizer(Optim(name="sgd"), fresh()).arrays())
+        Optimizer(OptimSettings(name="muon"), fresh()).load(Optimizer(OptimSettings(name="sgd"), fresh()).arrays())
 
 
 def test_master_weights_keep_small_updates():
     """1 - 100 * 0.0001 = 0.99. A bfloat16 next to 1 is 0.996: each single update would round to nothing."""
     assert (mx.array(1.0, mx.bfloat16) - mx.array(1e-4, mx.bfloat16)).item() == 1.0
     model = Weights([[1.0]], [1.0], mx.bfloat16)
-    opt = Optimizer(Optim(name="sgd", lr=1e-4, clip=None), model)
+    opt = Optimizer(OptimSettings(name="sgd", lr=1e-4, clip=None), model)
     for _ in range(100):
         opt.step(
             model, {"matrix": mx.ones((1, 1), mx.bfloat16), "vector": mx.ones(1, mx.bfloat16)}, mx.array(1.0), 1e-4
@@ -170,7 +170,7 @@ def test_master_weights_keep_small_updates():
 
 def test_float32_weights_have_no_second_copy():
     """Adapters are float32: a master copy of them would be waste."""
-    assert not [n for n in Optimizer(Optim(), fresh()).arrays() if n.startswith("master")]
+    assert not [n for n in Optimizer(OptimSettings(), fresh()).arrays() if n.startswith("master")]
 
 
 def test_groups_have_rates_and_decays_of_their_own_and_share_one_norm():
@@ -180,7 +180,7 @@ def test_groups_have_rates_and_decays_of_their_own_and_share_one_norm():
     """
     groups = [{"match": "matrix", "scale": 0.2, "weight_decay": 0.1}, {"match": "re:^vec", "lr": 0.05}]
     model = Weights([[1.0]], [0.0])
-    opt = Optimizer(Optim(name="sgd", lr=0.5, clip=1.0, groups=groups), model)
+    opt = Optimizer(OptimSettings(name="sgd", lr=0.5, clip=1.0, groups=groups), model)
     assert opt.scales == {"matrix": 0.2, "re:^vec": pytest.approx(0.1)}
     norm = opt.step(model, grads_of([[3.0]], [4.0]), mx.array(1.0), 0.5)
     assert list(norm) == ["grad_norm"]
@@ -194,7 +194,7 @@ def test_groups_of_the_runs_own_rate_change_nothing(name: str):
     """Groups only part the parameters; resumed after 3 of 8 steps they give the same bits, too."""
     decay = {} if name == "adam" else {"weight_decay": 0.1}
     plain, parted = (
-        Optim(name=name, lr=0.02, groups=groups, **decay)
+        OptimSettings(name=name, lr=0.02, groups=groups, **decay)
         for groups in ([], [{"match": "vector", "scale": 1.0}, {"match": "*", "lr": 0.02, **decay}])
     )
     ends = []
@@ -212,7 +212,7 @@ def test_groups_of_the_runs_own_rate_change_nothing(name: str):
 
 def test_a_group_within_a_part_that_is_clipped_by_itself():
     """The part runs at twice the rate; a group's scale multiplies that, a group's lr replaces it."""
-    settings = Optim(name="sgd", lr=1.0, clip=None, groups=[{"match": "vector", "scale": 0.5}])
+    settings = OptimSettings(name="sgd", lr=1.0, clip=None, groups=[{"match": "vector", "scale": 0.5}])
     model = Weights([[0.0]], [0.0])
     opt = Optimizer(settings, model, {"vec": 2.0})
     norms = opt.step(model, grads_of([[3.0]], [4.0]), mx.array(1.0), 1.0)
@@ -261,14 +261,14 @@ def test_what_an_update_makes_anew():
     sizes = {(mx.float32, "adamw"): 3 * 128, (mx.float32, "lion"): 2 * 128, (mx.bfloat16, "adamw"): 64 + 3 * 128}
     for (dtype, name), size in sizes.items():
         model = Weights(matrix, vector, dtype)
-        assert Optimizer(Optim(name=name), model).renewed(model) == (size, size * 35 // 32)
+        assert Optimizer(OptimSettings(name=name), model).renewed(model) == (size, size * 35 // 32)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_an_updates_peak_is_what_it_makes_anew_and_the_gradient_in_float32(dtype: mx.Dtype):
     """What a plan of memory counts; the parameter is large enough for nothing else to matter."""
     model = Weights(np.ones((1024, 1024)), np.ones(3), dtype)
-    optimizer = Optimizer(Optim(), model)
+    optimizer = Optimizer(OptimSettings(), model)
     for _ in range(2):
         grads = {"matrix": mx.ones((1024, 1024), dtype), "vector": mx.ones((3,), dtype)}
         mx.eval(grads, optimizer.arrays(), model.parameters())
@@ -313,7 +313,7 @@ def test_muon_equals_numpy_over_four_steps():
     weight, bias, table = rng.normal(size=(3, 5)), rng.normal(size=3), rng.normal(size=(4, 5))
     model = Blocks(weight, bias)
     model.embed_tokens.weight = mx.array(table, dtype=mx.float32)
-    opt = Optimizer(Optim(name="muon", lr=1.0, weight_decay=0.3, momentum=0.9, clip=None), model)
+    opt = Optimizer(OptimSettings(name="muon", lr=1.0, weight_decay=0.3, momentum=0.9, clip=None), model)
     buffer = np.zeros_like(weight)
     moments = {n: [np.zeros_like(p), np.zeros_like(p)] for n, p in (("bias", bias), ("table", table))}
     for t in range(1, 5):
@@ -338,7 +338,7 @@ def test_muon_equals_numpy_over_four_steps():
 def test_muon_does_not_turn_decay_into_a_direction():
     """Without a gradient a matrix shrinks by 1 - lr x decay and by nothing else: decay does not go through NS."""
     model = Blocks([[1.0, 2.0], [3.0, 4.0]], [1.0, 1.0])
-    opt = Optimizer(Optim(name="muon", lr=0.1, weight_decay=0.5), model)
+    opt = Optimizer(OptimSettings(name="muon", lr=0.1, weight_decay=0.5), model)
     grads = {"layers.0.proj.weight": mx.zeros((2, 2)), "layers.0.proj.bias": mx.zeros(2)}
     opt.step(model, {**grads, "embed_tokens.weight": mx.zeros((4, 2))}, mx.array(1.0), 0.1)
     np.testing.assert_allclose(np.array(model.layers[0].proj.weight), 0.95 * np.array([[1, 2], [3, 4]]), rtol=1e-6)

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from mlxft.errors import CheckpointError
-from mlxft.trainer.report import EventFile, LiveView, Plain, describe, sparkline
+from mlxft.trainer.report import EventFile, LiveView, Plain, event_line, sparkline
 
 TRAIN: dict[str, Any] = {
     "event": "train",
@@ -32,21 +32,21 @@ EVAL: dict[str, Any] = {"event": "eval", "step": 20, "loss": 2.5, "best": True, 
 
 
 def test_train_in_words():
-    assert describe(TRAIN) == (
+    assert event_line(TRAIN) == (
         "step 12345 epoch 1.50 loss 1.2346 lr 2.00e-04 grad_norm 0.500 500 trained tokens/s peak 1.50 GB"
     )
 
 
 def test_metrics_of_an_objective_and_skipped_batches_are_shown():
-    text = describe(TRAIN | {"accuracy": 0.75, "skipped_batches": 2})
+    text = event_line(TRAIN | {"accuracy": 0.75, "skipped_batches": 2})
     assert " accuracy 0.75 " in text
     assert text.endswith("; skipped 2 batches without a trained token")
 
 
 def test_eval_and_sample_in_words():
-    assert describe(EVAL) == "step 20 validation loss 2.5000 (best)"
-    assert describe(EVAL | {"best": False, "accuracy": 0.5}) == "step 20 validation loss 2.5000 accuracy 0.5"
-    assert describe({"event": "sample", "step": 1, "prompt": "a\nb", "answer": "c"}) == r"step 1 'a\nb' -> 'c'"
+    assert event_line(EVAL) == "step 20 validation loss 2.5000 (best)"
+    assert event_line(EVAL | {"best": False, "accuracy": 0.5}) == "step 20 validation loss 2.5000 accuracy 0.5"
+    assert event_line({"event": "sample", "step": 1, "prompt": "a\nb", "answer": "c"}) == r"step 1 'a\nb' -> 'c'"
 
 
 def test_plain_takes_brackets_as_they_are():

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mlxft.data.dataset import encode_reply
+from mlxft.data.dataset import encode_completion
 from mlxft.errors import ConfigError, DataError, RewardError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
 from mlxft.model.heads import ScoreHead, head_arrays, head_metadata, read_head
 from mlxft.model.load import Loaded, base_fingerprint, load
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
-from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, as_number
+from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore, as_number
 from mlxft.run import train
 from mlxft.runs import Run
-from mlxft.study.score import open_scorer, score
+from mlxft.study.score import open_scorer, score_file
 
 ROWS = [
     {"prompt": f"{i} the", "chosen": f"{word} of in", "rejected": f"{word} z" + " z" * i}
@@ -63,19 +63,19 @@ def run(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def wanted(run: Run) -> list[float]:
     """What `mlxft score` says of every row's two answers."""
-    found = score(run.dir, str(run.dir.parents[1] / "pairs.jsonl"), Console(quiet=True))
+    found = score_file(run.dir, str(run.dir.parents[1] / "pairs.jsonl"), Console(quiet=True))
     return [value for row in found for value in row.scores]
 
 
-def items(tokenizer: Any, **changes: Any) -> list[Scored]:
+def items(tokenizer: Any, **changes: Any) -> list[ToScore]:
     """Every row's two answers as if a policy with this tokenizer had sampled them."""
     found = []
     for i, row in enumerate(ROWS):
         for text in (row["chosen"], row["rejected"]):
-            ids = encode_reply(row["prompt"], text, tokenizer, "")
+            ids = encode_completion(row["prompt"], text, tokenizer, "")
             fields = {"prompt": row["prompt"], "answer": row["chosen"], **changes.get("row", {})}
             found.append(
-                Scored(*ids, row["prompt"], text, fields, changes.get("finished", True), f"pairs.jsonl:{i + 1}")
+                ToScore(*ids, row["prompt"], text, fields, changes.get("finished", True), f"pairs.jsonl:{i + 1}")
             )
     return found
 
@@ -136,15 +136,15 @@ def test_on_another_base_texts_are_encoded_again(
     assert (rewards.role, roles.names) == (None, ["policy"])
     asked = items(other.tokenizer)
     # The policy's own ids say nothing to another model.
-    strange = [Scored(i.prompt_ids[:1], i.reply_ids[:1], i.prompt, i.completion, i.row, True, i.where) for i in asked]
+    strange = [ToScore(i.prompt_ids[:1], i.reply_ids[:1], i.prompt, i.completion, i.row, True, i.where) for i in asked]
     np.testing.assert_allclose(rewards.score(strange, tokens=64).total, wanted, atol=1e-4)
     turns = [[{"role": "user", "content": i.prompt}] for i in asked]
     chats = [
-        Scored(i.prompt_ids, i.reply_ids, "as text", i.completion, {}, True, i.where, turn)
+        ToScore(i.prompt_ids, i.reply_ids, "as text", i.completion, {}, True, i.where, turn)
         for i, turn in zip(asked, turns)
     ]
     np.testing.assert_allclose(rewards.score(chats, tokens=64).total, wanted, atol=1e-4)
-    plain = [Scored(i.prompt_ids, i.reply_ids, i.prompt, i.completion, {}, True, i.where) for i in asked]
+    plain = [ToScore(i.prompt_ids, i.reply_ids, i.prompt, i.completion, {}, True, i.where) for i in asked]
     np.testing.assert_allclose(rewards.score(plain, tokens=64).total, wanted, atol=1e-4)
 
 
@@ -173,7 +173,7 @@ def test_a_completion_that_a_stop_text_ended_is_read_up_to_it_and_then_eos(
         asked = items(other.tokenizer)
         sampled = [np.array(other.tokenizer.encode(i.completion + stop), dtype=np.int32) for i in asked]
         stopped = [
-            Scored(i.prompt_ids, ids, i.prompt, i.completion, i.row, True, i.where) for i, ids in zip(asked, sampled)
+            ToScore(i.prompt_ids, ids, i.prompt, i.completion, i.row, True, i.where) for i, ids in zip(asked, sampled)
         ]
         np.testing.assert_allclose(rewards.score(stopped, tokens=64).total, wanted, atol=1e-4)
 
@@ -198,7 +198,7 @@ def test_a_fine_tune_of_the_base_is_another_base(
 
 def test_a_wholly_trained_reward_model(tiny_model: Loaded, tiny_model_dir: Path, tmp_path: Path) -> None:
     whole = trained(tmp_path, tiny_model_dir, method="full")
-    found = score(whole.dir, str(tmp_path / "pairs.jsonl"), Console(quiet=True))
+    found = score_file(whole.dir, str(tmp_path / "pairs.jsonl"), Console(quiet=True))
     rewards, _ = prepared(tiny_model, str(tiny_model_dir), adapter=str(whole.dir))
     assert rewards.role is None
     scores = rewards.score(items(tiny_model.tokenizer), tokens=4096).total
@@ -218,7 +218,7 @@ def test_components_are_normalised_weighted_added_penalised_and_clipped(
     noted = read_head(run.result / "head.safetensors").about["reward"]
     asked = items(tiny_model.tokenizer)
     asked = [
-        Scored(i.prompt_ids, i.reply_ids, i.prompt, i.completion, i.row, n % 3 > 0, i.where)
+        ToScore(i.prompt_ids, i.reply_ids, i.prompt, i.completion, i.row, n % 3 > 0, i.where)
         for n, i in enumerate(asked)
     ]
     cut = np.array([n % 3 == 0 for n in range(len(asked))])
@@ -275,9 +275,9 @@ def test_a_reward_model_that_gives_no_number(run: Run, tiny_model: Loaded) -> No
 # Functions and rules need no model.
 
 
-def asked(count: int = 3) -> list[Scored]:
+def asked(count: int = 3) -> list[ToScore]:
     ids = np.arange(2, dtype=np.int32)
-    return [Scored(ids, ids, f"p{i}", f"c{i}", {"n": i}, True, f"rows.jsonl:{i + 1}") for i in range(count)]
+    return [ToScore(ids, ids, f"p{i}", f"c{i}", {"n": i}, True, f"rows.jsonl:{i + 1}") for i in range(count)]
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 from pydantic import ValidationError
 
 from mlxft.errors import ConfigError, DataError
-from mlxft.objectives.rewards import Rewards, RewardsSettings, Scored, ScoredRule, find_json, last_number
+from mlxft.objectives.rewards import Rewards, RewardsSettings, ScoredRule, ToScore, find_json, last_number
 from mlxft.objectives.rollouts import RolloutSettings
 
 
-def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, where: str = "p.jsonl:1") -> Scored:
+def item(completion: str, row: dict[str, Any] | None = None, tokens: int = 3, where: str = "p.jsonl:1") -> ToScore:
     ids = np.arange(tokens, dtype=np.int32)
-    return Scored(ids, ids, "a", completion, row or {}, True, where)
+    return ToScore(ids, ids, "a", completion, row or {}, True, where)
 
 
 def rule(**settings: Any) -> ScoredRule:
