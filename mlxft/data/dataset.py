@@ -1302,6 +1302,10 @@ def split_valid(examples: Sequence[_T], share: float, seed: int) -> tuple[list[_
     return train, [examples[i] for i in sorted(chosen)]
 
 
+# Names by which runs on the disk have hashed their rows.
+_HASHED_AS: dict[type, str] = {Pair: "Preference", Labelled: "Judged"}
+
+
 def data_fingerprint(*splits: Sequence[Example]) -> str:
     """blake2b over the rows of each split, in order: whether a resumed run meets the same data.
 
@@ -1311,7 +1315,8 @@ def data_fingerprint(*splits: Sequence[Example]) -> str:
     digest = blake2b(digest_size=16)
     for examples in splits:
         for _, item in examples:
-            text = json.dumps([type(item).__name__, vars(item)], default=_plain, sort_keys=True)
+            kind = _HASHED_AS.get(type(item), type(item).__name__)
+            text = json.dumps([kind, vars(item)], default=_plain, sort_keys=True)
             digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mlxft.data.dataset import Counts, Encoded, data_fingerprint, encode, encode_rows, split_valid, trained_spans
-from mlxft.data.formats import Completion, Conversation, Example, Pair, Prompt, Ranked, Text
+from mlxft.data.formats import Completion, Conversation, Example, Pair, Prompt, Ranked, Text, convert
+from mlxft.data.sources import Row
 from mlxft.errors import ConfigError, DataError
 
 Make = Callable[..., Any]
@@ -137,6 +138,35 @@ def test_fingerprint_sees_rows_order_and_splits() -> None:
     assert data_fingerprint(odd) == data_fingerprint(list(odd))
     # Fixed once: a fingerprint in a checkpoint must mean the same in the next release.
     assert data_fingerprint([a, b]) == "160727c904e5342b963203772c3270d3"
+
+
+CHAT = "73899e1f06519fe973b871ec0859b318"
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "wanted"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, CHAT),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, CHAT),
+        ("alpaca", {"instruction": "a", "input": "", "output": "b"}, CHAT),
+        ("prompt-completion", {"prompt": "a", "completion": "b"}, "49cd8d4d73cee35324a1b212d2d7adf0"),
+        ("prompts", {"prompt": "a", "answer": "b"}, "a236fc393f5770ffe74ffc64f6d0f952"),
+        (
+            "preference",
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5},
+            "7a49fd81df684ac617e9097a2920665d",
+        ),
+        (
+            "ratings",
+            {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, 2, 3]},
+            "73ad217c117deed3642ffcafa12b7aff",
+        ),
+        ("unpaired", {"prompt": "a", "completion": "b", "label": True}, "d914398e2368521fcd997f845f62c802"),
+    ],
+)
+def test_a_run_that_is_resumed_knows_its_rows_again(format: str, row: dict[str, Any], wanted: str) -> None:
+    """As the runs on people's disks have hashed them, whatever the types and their fields are called here."""
+    assert data_fingerprint(convert([Row("f:1", row)], format)) == wanted
 
 
 def test_describe_joins_runs(tokenizer: Make) -> None:
