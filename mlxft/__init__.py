@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 # The Python API: name -> where it stands. Each is imported when first used, so that `import mlxft` stays fast.
 _PLACES = {
     "Config": "config",
+    "FrozenModels": "model.frozen",
+    "FrozenSource": "model.frozen",
     "MicroBatch": "objectives.base",
     "Objective": "objectives.base",
     "Run": "runs",
@@ -35,6 +37,8 @@ _PLACES = {
 }
 __all__ = [
     "Config",
+    "FrozenModels",
+    "FrozenSource",
     "MicroBatch",
     "Objective",
     "Run",
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
     from mlxft.data.chat import answer_of
     from mlxft.data.dataset import load_encoded
     from mlxft.data.sources import read_rows
+    from mlxft.model.frozen import FrozenModels, FrozenSource
     from mlxft.model.memory import Shape
     from mlxft.objectives import functional
     from mlxft.objectives.base import MicroBatch, Objective, Step, Summary, Terms

@@ -221,8 +221,9 @@ class Planned:
         return [
             f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {where}",
             *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[:2]),
+            *([f"  frozen models: {amount(p.frozen)}"] if p.frozen else []),
             *(f"  {k} (a role): {amount(v)}" for k, v in roles.items()),
-            *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[2:-1]),
+            *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[3:-1]),
             *(f"  peak of {k}: {amount(v)}" for k, v in phases.items()),
             f"  peak where there is room to work ahead: {amount(p.total)}",
             f"fits on Macs of (GB): {macs}",
@@ -231,7 +232,7 @@ class Planned:
         ]
 
 
-_PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
+_PARTS = ("weights", "adapters", "frozen", "gradients", "optimizer", "activations", "logits", "batch", "ahead")
 
 
 def amount(size: float) -> str:
@@ -257,7 +258,9 @@ def plan_batches(
     Raises:
         ModelError: this architecture's memory can not be predicted.
     """
-    together = objective_class(config.objective).outline(config).together
+    kind = objective_class(config.objective)
+    together = kind.outline(config).together
+    frozen = sum(kind.residents(config, model).frozen.values()) if around is None else 0
     if any(s.prompt for s in shapes) and not Sharing(ShapeSplit(model)).thinkable:
         shapes = [Shape(*s[:3]) for s in shapes]
 
@@ -266,7 +269,7 @@ def plan_batches(
         for s in (shapes[i] for i in heaviest(shapes, together)):
             job = job_of(config, model, s.trained / (s.rows * s.width))
             shared = (0, 0) if checkpoint else (s.prompt, s.answer)
-            found.append((_planned(job, s, checkpoint, shared, around), s.rows, s.width))
+            found.append((_planned(job, s, checkpoint, shared, frozen, around), s.rows, s.width))
         return found
 
     def most(found: list[tuple[MemoryPlan, int, int]]) -> tuple[MemoryPlan, int, int]:
@@ -280,9 +283,11 @@ def plan_batches(
     return most(plans(True))
 
 
-def _planned(job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], around: Beside | None) -> MemoryPlan:
+def _planned(
+    job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], frozen: int, around: Beside | None
+) -> MemoryPlan:
     if around is None:
-        return plan(job, s.rows, s.width, checkpoint, shared)
+        return replace(plan(job, s.rows, s.width, checkpoint, shared), frozen=frozen)
     # As if the micro-batch were alone in its step: what earlier ones leave is counted with the critic's.
     step = plan(replace(job, accumulate=1), s.rows, s.width, checkpoint, shared)
     return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.several else 0)
@@ -309,7 +314,7 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: B
             other("memory.checkpoint: on", "memory", "checkpoint", "on")
         return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
-    beside = around.residents.with_training(job) if around is not None else 0
+    beside = objective_class(config.objective).residents(config, model).with_training(job)
     tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside, MOST_TOKENS)
     return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -749,6 +750,7 @@ class MemoryPlan:
         batch: token ids, labels and weights.
         ahead: of operations that MLX prepares before those in front of them are done; it does without near a limit.
         checkpoint: whether activations are those of gradient checkpointing.
+        frozen: of models that the objective reads, as far as they are not counted as roles.
     """
 
     weights: int
@@ -760,6 +762,7 @@ class MemoryPlan:
     batch: int
     ahead: int
     checkpoint: bool
+    frozen: int = 0
 
     @property
     def total(self) -> int:
@@ -786,12 +789,10 @@ class Outline(NamedTuple):
     Attributes:
         reads: of the model: a sum of negative log-likelihoods, log-probabilities of single tokens, or rows' scores.
         together: rows of a batch that can not be parted: two of a pair.
-        copies: adapters beside the trained one, a reference's, of the same size.
     """
 
     reads: Literal["nll", "logprobs", "scores"] = "nll"
     together: int = 1
-    copies: int = 0
 
     @property
     def dropout(self) -> bool:
@@ -897,7 +898,7 @@ def _plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, 
     logits = min(step.head_peak(), max(0, transient - gradients - earlier))
     return MemoryPlan(
         weights=weights,
-        adapters=adapters * (1 + job.outline.copies),
+        adapters=adapters,
         gradients=gradients + earlier,
         optimizer=job.optimizer,
         activations=max(0, transient - gradients - earlier - logits),
@@ -1135,24 +1136,25 @@ class Rolling(NamedTuple):
 
 
 class Residents(NamedTuple):
-    """Bytes of the roles that stand in memory beside the policy, in every phase.
+    """Bytes of what stands in memory beside the trained model all the time.
 
     Attributes:
-        reference, reward: frozen.
+        frozen: name -> bytes of each frozen model, without the base that it shares.
         critic: of its own parameters; trained too, so that each has a gradient and the optimiser's state.
+        apart: names of frozen models that do not stand on the trained base.
         notes: what is worth saying of them.
     """
 
-    reference: int = 0
-    reward: int = 0
+    frozen: Mapping[str, int] = MappingProxyType({})
     critic: int = 0
+    apart: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def with_training(self, job: Job) -> int:
         """All of them, with the critic's share of the optimiser's state, its gradient, and the sum of earlier ones."""
         own = job.gradients
         more = self.critic * (job.optimizer + job.sums) // own if own else 0
-        return self.reference + self.reward + 2 * self.critic + more
+        return sum(self.frozen.values()) + 2 * self.critic + more
 
 
 class Beside(NamedTuple):
@@ -1222,7 +1224,7 @@ def with_phases(step: MemoryPlan, residents: Residents, sampling: int, scoring: 
     second = replace(step, gradients=max(before, own) + critic, logits=0)
     both = max(first, second, key=lambda part: part.needed) if critic else first
     state = critic * step.optimizer // own if own else 0
-    roles = {"reference": residents.reference, "reward": residents.reward, "critic": critic}
+    roles = {"reference": 0, "reward": 0, **residents.frozen, "critic": critic}
     given = asdict(both) | {"optimizer": step.optimizer + state}
     return PhasedPlan(**given, roles=roles, sampling=sampling, scoring=scoring)
 

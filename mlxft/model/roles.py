@@ -1,14 +1,10 @@
-"""Policy, reference, reward model and critic as roles over one base, and the reference's log-probabilities."""
+"""Policy, reference, reward model and critic as roles over one base."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
-from mlxft.files import clear, temporary
 from mlxft.model.adapters import (
     LoRASpec,
     adapter_config,
@@ -29,7 +23,6 @@ from mlxft.model.adapters import (
     read_adapter,
     spec_of,
 )
-from mlxft.model.cpu import as_trained
 from mlxft.model.folder import replace_folder
 from mlxft.model.heads import (
     HEAD_FILE,
@@ -42,9 +35,8 @@ from mlxft.model.heads import (
     load_head,
     trained_without_head,
 )
-from mlxft.model.layers import LEAVES, LowRank, adaptable, probing, wrap
-from mlxft.model.logits import Split, ahead
-from mlxft.model.prefix import Completions, Sharing
+from mlxft.model.layers import LEAVES, LowRank, adaptable, wrap
+from mlxft.model.logits import Split
 
 # --- roles ------------------------------------------------------------------------------------------------------------
 # Several roles over one base: policy, reference, reward, value. Each is an adapter, and a scalar head if it has one.
@@ -315,128 +307,3 @@ def _spec(layers: dict[str, LowRank]) -> LoRASpec | None:
     # Experts' factors are (experts, rank, in) and (experts, out, rank), all others (in, rank) and (rank, out).
     rank = int(first.lora_a.shape[1])
     return LoRASpec(tuple(layers), rank, first.scale, float(1 - first.dropout._p_1), "m" in first)
-
-
-# --- reference --------------------------------------------------------------------------------------------------------
-
-_FILE = "reference.npz"
-Stacked = Iterator[tuple[list[int], Completions]]
-
-
-class Reference:
-    """Log-probabilities of answers by the reference.
-
-    Args:
-        sharing: of the model as it is before the first step, with what is trained.
-        adapted: it began with an adapter that is not without effect, so that the reference is that adapter; else it is
-            the bare base.
-    """
-
-    def __init__(self, sharing: Sharing, adapted: bool) -> None:
-        self._sharing = sharing
-        self._roles: Roles | None = Roles(sharing.split.model, adopt="policy")
-        self._name = "reference" if adapted else None
-        if adapted:
-            self._roles.copy("policy", "reference")
-        self._jobs: list[Any] = []
-        self._file: tuple[Path, str] | None = None
-        self._known: list[list[Any]] | None = None
-        self._unasked = False
-
-    def precompute(self, data: Iterable[Stacked], folder: Path, key: str) -> None:
-        """Take the numbers from now on from one pass over `data` (a list of sets), made when first asked.
-
-        Args:
-            data: of each set all answers, in batches with their places in it.
-            folder: where the numbers are kept, under a `key` that names all they depend on but the weights.
-        """
-        self._jobs = list(data)
-        self._file = folder / _FILE, key
-
-    def held(self) -> list[mx.array]:
-        """Its arrays, and those that the model had when training began."""
-        return [] if self._roles is None else self._roles.arrays()
-
-    @contextmanager
-    def unasked(self) -> Iterator[None]:
-        """Inside the block numbers that are to be precomputed, and are not known yet, are zeros."""
-        self._unasked = True
-        try:
-            yield
-        finally:
-            self._unasked = False
-
-    def logprobs(self, rows: Completions, which: int, places: Sequence[int]) -> mx.array:
-        """(N,) float32, on their way, of the answers' tokens, in the order of their labels.
-
-        Args:
-            which, places: the set and the answers' places in it, for numbers that were precomputed.
-        """
-        if self._file is not None:
-            if self._unasked and self._known is None:
-                return mx.zeros(rows.labels.shape)
-            if self._known is None:
-                self._file = self._file[0], self._digest(self._file[1])
-                self._known = self._read() or self._compute()
-                self._roles, self._jobs = None, []  # the reference's own memory is free
-            return mx.array(np.concatenate([self._known[which][i] for i in places]))
-        return self._ask(rows)
-
-    def _ask(self, rows: Completions) -> mx.array:
-        assert self._roles is not None
-        with probing(self._roles.model), self._roles.use(self._name):
-            values = as_trained(lambda: self._sharing.logprobs(rows, grad=False))
-        # Before anything else is asked for, so that its activations never stand beside the policy's; not waited for.
-        mx.async_eval(values)
-        return values
-
-    def _digest(self, key: str) -> str:
-        """Of the key and the reference's own weights: a path does not say whether what lies there is still the same."""
-        assert self._roles is not None
-        digest = hashlib.blake2b(key.encode(), digest_size=16)
-        with self._roles.use(self._name):
-            for name, value in tree_flatten(self._roles.model.parameters()):
-                digest.update(f" {name} {value.shape} {value.dtype} ".encode())
-                digest.update(np.array(value.reshape(-1).view(mx.uint8)).data)
-        return digest.hexdigest()
-
-    def _compute(self) -> list[list[Any]]:
-        assert self._file is not None
-        found: list[list[Any]] = []
-        for job in self._jobs:
-            rows: dict[int, Any] = {}
-            batches = (((places, answers.lengths), answers) for places, answers in job)
-            for (places, lengths), values in ahead(batches, self._ask):
-                ends = np.cumsum(np.array(lengths).astype(np.int64))[:-1]
-                rows |= dict(zip(places, np.split(np.array(values), ends)))
-            found.append([rows[i] for i in range(len(rows))])
-        self._write(found)
-        return found
-
-    def _write(self, found: list[list[Any]]) -> None:
-        assert self._file is not None
-        path, key = self._file
-        arrays: dict[str, Any] = {"key": np.array(key)}
-        for i, rows in enumerate(found):
-            arrays[f"values{i}"] = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
-            arrays[f"lengths{i}"] = np.array([len(row) for row in rows], dtype=np.int64)
-        beside = temporary(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            clear(path.parent)
-            np.savez(beside, **arrays)
-            os.replace(beside, path)
-        except OSError:  # it is only a cache: a resumed run computes them again
-            beside.unlink(missing_ok=True)
-
-    def _read(self) -> list[list[Any]] | None:
-        assert self._file is not None
-        path, key = self._file
-        try:
-            with path.open("rb") as raw, np.load(raw) as file:
-                if str(file["key"]) != key:
-                    return None
-                count = sum(name.startswith("values") for name in file.files)
-                return [np.split(file[f"values{i}"], np.cumsum(file[f"lengths{i}"])[:-1]) for i in range(count)]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or not there
-            return None

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlxft.config import Config, Settings
 from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Slot, plan_epoch
 from mlxft.errors import ConfigError, DataError, ModelError
+from mlxft.model.frozen import FrozenSource, frozen_residents
 from mlxft.model.layers import without_dropout
 from mlxft.model.load import context_of, read_model_config
 from mlxft.model.memory import PLAIN_OUTLINE, Beside, Outline, Residents, Shape
@@ -278,9 +279,14 @@ class Objective(ABC):
         return
 
     @classmethod
+    def frozen(cls, config: Config) -> Sequence[FrozenSource]:
+        """Return the frozen models that it reads: what `prepare` opens by `FrozenModels`."""
+        return ()
+
+    @classmethod
     def residents(cls, config: Config, model: nn.Module) -> Residents:
-        """Return what frozen models and a critic take beside the trained model."""
-        return Residents()
+        """Return what frozen models, and a critic, take beside the trained model."""
+        return frozen_residents(cls.frozen(config), config, model)
 
     def beside(self, model: nn.Module) -> Beside | None:
         """Return what sampling, scoring and other roles take beside the steps; None: nothing is sampled.

@@ -17,11 +17,11 @@ from mlxft.config import Config, Settings
 from mlxft.data.dataset import EncodedLabelled, EncodedPair, PairCounts, Slot, encode_labelled, encode_pairs, length
 from mlxft.errors import DataError
 from mlxft.model.cpu import as_trained
+from mlxft.model.frozen import FrozenModels, FrozenSource, Reference
 from mlxft.model.layers import probing
 from mlxft.model.logits import Split, row_sums
 from mlxft.model.memory import Outline
 from mlxft.model.prefix import Completions, Sharing
-from mlxft.model.roles import Reference
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MakesStep, MicroBatch, Step, Terms
 from mlxft.objectives.pairs import (
@@ -146,18 +146,22 @@ class Preference(CompletionObjective[_Row]):
 
     @classmethod
     def outline(cls, config: Config) -> Outline:
+        kto = config.section("preference", PreferenceSettings).loss == "kto"
+        return Outline("logprobs", together=1 if kto else 2)
+
+    @classmethod
+    def frozen(cls, config: Config) -> list[FrozenSource]:
         settings = config.section("preference", PreferenceSettings)
         # Precomputed, the reference is gone before the first step.
-        kept = config.model.adapter is not None and settings.loss in REFERRED and not settings.precompute
-        return Outline("logprobs", together=1 if settings.loss == "kto" else 2, copies=int(kept))
+        return [FrozenSource("reference")] if settings.loss in REFERRED and not settings.precompute else []
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         super().prepare(model, base)
         self.sharing = Sharing(Split(model))
         if self.settings.loss not in REFERRED:
             return
-        # An adapter that is trained further began as it is now; a fresh one as the bare base.
-        self.reference = Reference(self.sharing, self.config.model.adapter is not None)
+        models = FrozenModels(model, base, self.config.model.path)
+        self.reference = Reference(models, models.start("reference", self.config), self.sharing)
         if self.settings.precompute:
             key = f"{self.ids_fingerprint()} {base} {self.config.model.model_dump_json()}{self._key()}"
             data = [_stacked(self._referred_to(valid), self.most) for valid in (False, True)]
@@ -184,7 +188,7 @@ class Preference(CompletionObjective[_Row]):
         return [partial(unasked, make) for make in super().largest(model)]
 
     def held(self) -> list[mx.array]:
-        return [] if self.reference is None else self.reference.held()
+        return [] if self.reference is None else self.reference.arrays()
 
     def of(self, model: nn.Module) -> Sharing:
         """The model taken apart."""

@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_flatten
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
@@ -29,18 +27,9 @@ from mlxft.data.dataset import EncodedCompletion, Ids
 from mlxft.data.formats import Message, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, RewardError, missing_extra, nearest
-from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
-from mlxft.model.heads import Scorer, find_head, load_head, read_head
-from mlxft.model.layers import probing
-from mlxft.model.load import base_fingerprint, fits_base, resolve
-from mlxft.model.load import load as load_model
-from mlxft.model.logits import Split
-from mlxft.model.roles import Roles
+from mlxft.model.frozen import FrozenModels, FrozenSource
+from mlxft.model.heads import Scorer, find_head, read_head
 from mlxft.text import home_path, parse_json, read_small
-
-if TYPE_CHECKING:
-    pass
-
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 # What on-policy objectives share in a recipe: how completions are sampled, and what they are worth.
@@ -590,8 +579,6 @@ def _short(text: str) -> str:
 # --- reward model -----------------------------------------------------------------------------------------------------
 # A reward run as a source of rewards: a role on the policy's base, or a model of its own.
 
-_ROLE = "reward"
-
 
 @dataclass(frozen=True)
 class RewardRun:
@@ -654,44 +641,16 @@ class RewardModel:
     """A reward run ready to score.
 
     Args:
-        roles: of the policy's model; the role "reward" comes to it where the run is of the same base.
-        split: of that model.
-        fingerprint, base: of the policy's base, and its name.
-    Attributes:
-        role: its name among `roles`; None: it is a model of its own.
+        tokenizer: the policy's.
+        models: frozen models beside the policy.
     Raises:
-        ModelError: it can not be loaded.
+        ModelError: it cannot be loaded.
     """
 
-    def __init__(
-        self, run: RewardRun, tokenizer: Any, roles: Roles, split: Split, fingerprint: str | None, base: str | None
-    ) -> None:
-        self.role: str | None = None
-        self._roles = roles
-        moments = (run.mean, run.std)
-        if same_base(run.folder, fingerprint, base):
-            role = roles.load(_ROLE, run.folder, fingerprint)
-            mx.eval(roles.weights(_ROLE), role.head.weight if role.head else [])
-            self.role = _ROLE
-            self._scorer = Scorer(split, tokenizer, run.chat, *moments)
-            return
-        if (run.folder / "adapter_config.json").is_file():
-            loaded = load_with_adapter(run.folder, run.folder, {})
-        else:
-            loaded = load_model(str(run.folder))
-        own = Split(loaded.model)
-        load_head(own, run.folder / "head.safetensors", base_fingerprint(loaded))
-        loaded.model.freeze()
-        loaded.model.eval()
-        mx.eval(loaded.model.parameters())
-        self._scorer = Scorer(own, loaded.tokenizer, run.chat, *moments)
-
-    def held(self) -> list[mx.array]:
-        """Its arrays: of its role, or of the model that it is."""
-        if self.role is None:
-            return [value for _, value in tree_flatten(self._scorer.split.model.parameters())]
-        head = self._roles[self.role].head
-        return [*self._roles.weights(self.role).values(), *([head.weight] if head is not None else [])]
+    def __init__(self, run: RewardRun, tokenizer: Any, models: FrozenModels) -> None:
+        self.model = models.open(FrozenSource("reward", run.folder))
+        own = self.model.tokenizer
+        self._scorer = Scorer(self.model.split, own or tokenizer, run.chat, run.mean, run.std)
 
     def score(self, items: Sequence[ToScore], tokens: int) -> list[float]:
         """Scores of completions, in batches of at most `tokens` tokens.
@@ -700,12 +659,12 @@ class RewardModel:
             DataError: a completion can not be encoded for the model.
             RewardError: a score that is no number.
         """
-        if self.role is not None:
-            answers = [EncodedCompletion(item.prompt_ids, self._sampled(item)) for item in items]
-            with probing(self._roles.model), self._roles.use(self.role):
-                scores = self._scorer.scores(answers, tokens)
+        if self.model.shared:
+            completions = [EncodedCompletion(item.prompt_ids, self._sampled(item)) for item in items]
         else:
-            scores = self._scorer.scores([self._encode(item) for item in items], tokens)
+            completions = [self._encode(item) for item in items]
+        with self.model.reading():
+            scores = self._scorer.scores(completions, tokens)
         for item, score in zip(items, scores):
             if score - score != 0:  # NaN or infinite
                 raise RewardError(f"rewards.adapter: {item.where}: the reward model's score is {score}")
@@ -728,22 +687,6 @@ class RewardModel:
         found = scorer.encode(prompt, reply, item.where, tools_of(item.row))
         # The token that ends an answer says that it is complete.
         return found if item.finished else EncodedCompletion(found.prompt, found.reply[:-1])
-
-
-def same_base(folder: Path, fingerprint: str | None, base: str | None) -> bool:
-    """Whether the run can be a role: an adapter, of a base with the same shapes and, as far as is known, weights."""
-    if fingerprint is None or not (folder / "adapter_config.json").is_file():
-        return False
-    recorded = base_noted(read_adapter_config(folder))
-    if "fingerprint" not in recorded or not fits_base(recorded["fingerprint"], fingerprint):
-        return False
-    name = recorded.get("model")
-    # A fine-tuned and fused base has the shapes of its origin: on it the reward's adapter would mean something else.
-    return base is None or name is None or name == base or _place(name) == _place(base)
-
-
-def _place(name: str) -> Path:
-    return resolve(name, weights=False).resolve()
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------------
@@ -853,25 +796,15 @@ class Rewards:
         if lines := [f"{where}: {problem}" for where, problem in found if problem]:
             raise DataError(report_lines(lines))
 
-    def prepare(self, roles: Roles, split: Split, fingerprint: str | None, base: str | None = None) -> None:
+    def prepare(self, models: FrozenModels) -> None:
         """Load the reward model, if there is one: as the role "reward" where it is of the policy's base.
 
-        Args:
-            roles: of the policy's model.
-            split: of that model.
-            fingerprint: of the policy's base. Other bases are loaded beside it.
-            base: its name (model.path). A fine-tune has the fingerprint of what it came from: where the names lead to
-                different places, the reward run is loaded on its own base.
         Raises:
-            ModelError: it can not be loaded.
+            ModelError: it cannot be loaded.
         """
         if self._run is not None:
-            self._model = RewardModel(self._run, self._tokenizer, roles, split, fingerprint, base)
-            self.role = self._model.role
-
-    def held(self) -> list[mx.array]:
-        """Arrays of the reward model, if there is one."""
-        return [] if self._model is None else self._model.held()
+            self._model = RewardModel(self._run, self._tokenizer, models)
+            self.role = self._model.model.role
 
     def score(self, items: Sequence[ToScore], *, tokens: int) -> Scores:
         """Rewards of completions, in their order.

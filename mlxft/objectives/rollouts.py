@@ -36,12 +36,12 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Example, Message, Prompt, tools_of
 from mlxft.data.sources import report_lines
-from mlxft.errors import ConfigError, DataError, ModelError, TrainingError
-from mlxft.model.adapters import read_adapter_config
+from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.cpu import as_trained
-from mlxft.model.layers import aside, probing
-from mlxft.model.load import context_of, read_model_config, skeleton, trusting
-from mlxft.model.logits import Draw, Split, ahead, rows_logprobs, rows_logprobs_entropy
+from mlxft.model.frozen import FrozenModel, FrozenModels, FrozenSource, is_bare
+from mlxft.model.layers import probing
+from mlxft.model.load import context_of, read_model_config, trusting
+from mlxft.model.logits import Draw, ahead, rows_logprobs, rows_logprobs_entropy
 from mlxft.model.memory import (
     Beside,
     Outline,
@@ -53,12 +53,11 @@ from mlxft.model.memory import (
     scoring_bytes,
 )
 from mlxft.model.prefix import Completions
-from mlxft.model.roles import Roles
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, never_drawn, sample_batch
 from mlxft.objectives.base import MakesStep, MicroBatch, NoDropout, Objective, Step, Summary, Terms, heaviest
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import Answer, stack
-from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run, same_base
+from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
 
 if TYPE_CHECKING:
     pass
@@ -525,7 +524,7 @@ class HeldOut:
             "entropy": entropy,
             "response_tokens": float(rollout.sizes.mean()),
             "eos_share": float(np.mean(rollout.finished)),
-            **(self._against(scores, seed) if o.has_reference else {}),
+            **(self._against(scores, seed) if o.reference is not None else {}),
             "samples": [
                 {
                     "prompt": o.valid[i].text,
@@ -539,8 +538,9 @@ class HeldOut:
     def _against(self, scores: Scores, seed: int) -> dict[str, float]:
         """The scores beside those of the reference's completions."""
         o = self._objective
+        assert o.reference is not None
         if self._before is None:
-            with o.roles.use(o.reference):
+            with o.reference.reading():
                 self._before = o.score(o.sample(o.valid, list(range(len(o.valid))), 1, 0, seed), o.valid)
         now, before = scores.total, self._before.total
         won = wins(mx.array(now - before), mx.array(np.abs(now) + np.abs(before)))
@@ -623,21 +623,19 @@ class OnPolicy(Objective, Generic[_M]):
         self._unread: list[tuple[mx.array, float]] = []
         self._held_out = HeldOut(self)
         self._model: nn.Module | None = None
+        self.reference: FrozenModel | None = None
 
     # Roles
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         """Take note of the policy as it is: the reference, where anything asks it."""
         self._model = model
-        self.split = Split(model)
-        self.roles = Roles(model, adopt="policy")
-        moved = self.config.tune.method == "full" or self.config.model.adapter is not None
-        self.reference = "reference" if moved else None  # a fresh adapter's reference is the bare base
-        self.has_reference = self.settings.refers or not moved
-        if moved and self.settings.refers:
-            self.roles.copy("policy", "reference")
+        self.models = FrozenModels(model, base, self.config.model.path)
+        self.roles, self.split = self.models.roles, self.models.split
+        if self.settings.refers or is_bare(self.config):  # the bare base is there at no cost
+            self.reference = self.models.start("reference", self.config)
         with trusting(self.config.model.trust_remote_code):
-            self.rewards.prepare(self.roles, self.split, base, self.config.model.path)
+            self.rewards.prepare(self.models)
         replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
         if self.rewards.role is not None and replaced:
             seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
@@ -738,7 +736,8 @@ class OnPolicy(Objective, Generic[_M]):
         with probing(self._model):
             self.record(rollout, prompts, micro, self.read_policy)
             if self.settings.refers:
-                with self.roles.use(self.reference):
+                assert self.reference is not None
+                with self.reference.reading():
                     self.record(rollout, prompts, micro, lambda a: {"ref_logprobs": self.logprobs(a, grad=False)})
         entropy = rollout.tokens.pop("entropy")
         return float(np.concatenate(entropy).mean(dtype=np.float64))
@@ -923,8 +922,7 @@ class OnPolicy(Objective, Generic[_M]):
     first_whole = 0  # the first rollout by which all is trained
 
     def held(self) -> list[mx.array]:
-        """Arrays that it holds beside the model's own: of its roles, and of the reward model."""
-        return [*self.roles.arrays(), *self.rewards.held()]
+        return self.models.arrays()
 
     def _too_far(self) -> bool:
         """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
@@ -1006,20 +1004,26 @@ class OnPolicy(Objective, Generic[_M]):
         return False
 
     @classmethod
+    def frozen(cls, config: Config) -> list[FrozenSource]:
+        found = [FrozenSource("reference")] if getattr(config, cls.section()).refers else []
+        settings = config.section("rewards", RewardsSettings)
+        if settings.adapter is not None:
+            found.append(FrozenSource("reward", find_reward_run(settings.adapter, settings.normalize).folder))
+        return found
+
+    @classmethod
     def residents(cls, config: Config, model: nn.Module) -> Residents:
-        policy = sum(v.nbytes for _, v in tree_flatten(model.trainable_parameters()))
-        whole = config.tune.method == "full"
-        # A fresh adapter's reference is the bare base.
-        refers = getattr(config, cls.section()).refers
-        reference = policy if refers and (whole or config.model.adapter is not None) else 0
-        reward, role, notes = _reward(config)
-        separate = cls.separate_critic(config)
-        trained = (reward if role else _inside(model)) if separate else 0
-        copies = ["the reference"] * bool(reference) + ["the critic"] * (separate and not role)
-        if whole and copies:
-            what = "are whole copies" if len(copies) > 1 else "is a whole copy"
-            notes.append(f"tune.method: full: {' and '.join(copies)} {what} of what is trained")
-        return Residents(reference, reward, trained, tuple(notes))
+        frozen = super().residents(config, model)
+        notes, critic, whole = [*frozen.notes], 0, ["the reference"] * bool(frozen.frozen.get("reference"))
+        if cls.separate_critic(config):
+            # It starts from the reward model where that is a role on the same base, else from the policy.
+            role = "reward" in frozen.frozen and "reward" not in frozen.apart
+            critic = frozen.frozen["reward"] if role else _inside(model)
+            whole += ["the critic"] * (not role)
+        if config.tune.method == "full" and whole:
+            what = "are whole copies" if len(whole) > 1 else "is a whole copy"
+            notes.append(f"tune.method: full: {' and '.join(whole)} {what} of what is trained")
+        return frozen._replace(critic=critic, notes=tuple(notes))
 
     def beside(self, model: nn.Module) -> Beside:
         rolling = self._rolling()
@@ -1097,27 +1101,3 @@ def _longest(prompts: Sequence[EncodedPrompt], samples: int, count: int, shortes
     """The prompts of `count` completions."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=not shortest)
     return [i for i in order for _ in range(samples)][:count]
-
-
-@aside()
-def _reward(config: Config) -> tuple[int, bool, list[str]]:
-    """Bytes of the reward model, whether it is a role on the policy's base, and what is to be said of it."""
-    settings = config.section("rewards", RewardsSettings)
-    if settings.adapter is None:
-        return 0, False, []
-    folder = find_reward_run(settings.adapter, settings.normalize).folder
-    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if not (folder / "adapter_config.json").is_file():
-        return stored, False, ["the reward model is a whole model of its own"]
-    m = config.model
-    try:
-        policy = skeleton(m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size).fingerprint
-        if same_base(folder, policy, m.path):
-            return stored, True, []
-        base = read_adapter_config(folder).get("mlxft", {}).get("base", {})
-        options = {k: base[k] for k in ("dtype", "quantize", "group_size") if base.get(k) is not None}
-        own = skeleton(base.get("model", ""), **options).model
-    except ModelError as error:
-        return stored, False, [f"the reward model's base is not counted: {error}"]
-    weights = sum(v.nbytes for _, v in tree_flatten(own.parameters()))
-    return stored + weights, False, [f"the reward model has a base of its own ({base['model']})"]

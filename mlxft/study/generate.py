@@ -19,9 +19,8 @@ from mlxft.data.formats import Prompt, convert, tools_of, unwritten
 from mlxft.data.sources import read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, nearest
 from mlxft.files import text_writer, write_result
+from mlxft.model.frozen import FrozenModels
 from mlxft.model.load import Loaded, base_fingerprint
-from mlxft.model.logits import Split
-from mlxft.model.roles import Roles
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
 from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore
 from mlxft.text import bar, json_text, make_console
@@ -228,7 +227,7 @@ def best_of_n(
     """
     rewards = Rewards(choice.rewards, loaded.tokenizer)
     asked = Asked(spec, loaded, system)
-    rewards.prepare(Roles(loaded.model, adopt="policy"), Split(loaded.model), base_fingerprint(loaded), loaded.source)
+    rewards.prepare(FrozenModels(loaded.model, base_fingerprint(loaded), loaded.source))
     lines: list[dict[str, Any]] = []
     scores: list[float] = []
     cut = empty = 0

@@ -15,7 +15,7 @@ import pytest
 from architectures import build
 from mlx.utils import tree_flatten
 
-from mlxft.build import base_skeleton, job_of, make_objective, plan_batches, prepare, settled
+from mlxft.build import base_skeleton, job_of, make_objective, plan_batches, planned, prepare, settled
 from mlxft.config import OptimSettings, parse_config
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
@@ -28,6 +28,7 @@ from mlxft.model.memory import (
     MemoryPlan,
     Outline,
     Rolling,
+    Shape,
     ShapeSplit,
     largest_tokens,
     plan,
@@ -289,7 +290,7 @@ def test_a_budget_for_pairs_holds_a_pair(pairs: str, recipe: Make) -> None:
     assert isinstance(tokens, int)
     assert tokens % 512 == 0
     of_one = job(recipe, **changes)
-    assert of_one.outline == ("scores", 2, 0)
+    assert of_one.outline == ("scores", 2)
     pair, row = (plan(of_one, n, 256, False).needed for n in (2, 1))
     assert largest_tokens(of_one, 256, False, pair) == 512
     assert largest_tokens(of_one, 256, False, (pair + row) / 2) == 0, "half a pair is none"
@@ -301,8 +302,30 @@ def test_a_reference_that_keeps_an_adapter_is_counted(pairs: str, recipe: Make, 
     first = mlxft.train(recipe(**{"run.name": "first", "run.steps": 1}))
     data = {"train": pairs, "format": "preference"}
     changes = {"objective": "preference", "data": data, "tune": {}, "model.adapter": str(first.dir)}
-    small = [plan(job(recipe, **changes, preference=p), 2, 64, False) for p in ({}, {"precompute": True})]
-    assert small[0].adapters == 2 * small[1].adapters
+    for settings, copies in (({}, 1), ({"precompute": True}, 0), ({"loss": "simpo"}, 0)):
+        config = parse_config(recipe(**changes, preference=settings))
+        shapes = [Shape(2, 64, 64)]
+        found, _, _ = plan_batches(config, base_skeleton(config), shapes)
+        assert found.frozen == copies * found.adapters
+        assert planned(config, base_skeleton(config), shapes).to_json()["frozen"] == found.frozen
+
+
+def test_a_reference_beside_whole_weights_is_counted(
+    pairs: str, recipe: Make, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Where all weights move, the reference's stay in memory: a plan without them is a fourth too low here."""
+    folder = make_model_dir(tmp_path / "wide", hidden_size=384, intermediate_size=1152, head_dim=48)
+    data = {"train": pairs, "format": "preference"}
+    changes = {"objective": "preference", "tune": {"method": "full"}, "data": data, "model.path": str(folder)}
+    settings = recipe(**changes, **{"batch.rows": 1, "run.steps": 3, "memory.measure": False})
+    config = parse_config(settings)
+    shapes = make_objective(config, load_tokenizer(str(folder))).shapes()
+    found, _, _ = plan_batches(config, base_skeleton(config), shapes)
+    assert found.frozen == found.weights
+    command = [sys.executable, "-c", MEASURE, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert found.total == pytest.approx(float(done.stdout) * 1e9, rel=0.1)
 
 
 def test_auto_becomes_the_largest_budget_and_is_written_down(recipe: Make) -> None:

@@ -470,7 +470,7 @@ def test_without_a_kl_coef_no_reference_is_kept_or_asked(words: Words, on_policy
     assert "ref_logprobs" not in rollout.tokens
     assert "kl" not in event
     assert any(f"{name}.kl_coef is 0: no reference is asked" in note for note in objective.notes)
-    assert objective.residents(objective.config, base_skeleton(objective.config)).reference == 0
+    assert objective.residents(objective.config, base_skeleton(objective.config)).frozen == {}
     run = quietly(settings | {"run": settings["run"] | {"steps": 4}})
     found = run.metrics("eval")[-1]
     assert not {"kl", "win_rate"} & set(found)
@@ -479,7 +479,7 @@ def test_without_a_kl_coef_no_reference_is_kept_or_asked(words: Words, on_policy
     objective, model = made(kept)
     assert "reference" in objective.roles.names
     assert "kl" in objective.roll(model)[1]
-    assert objective.residents(objective.config, base_skeleton(objective.config)).reference > 0
+    assert objective.residents(objective.config, base_skeleton(objective.config)).frozen["reference"] > 0
 
 
 def test_a_fresh_adapters_reference_is_the_base_which_costs_nothing(words: Words, on_policy: OnPolicy) -> None:

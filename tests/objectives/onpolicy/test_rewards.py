@@ -18,9 +18,9 @@ from rich.console import Console
 from mlxft.data.dataset import encode_completion
 from mlxft.errors import ConfigError, DataError, RewardError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
+from mlxft.model.frozen import FrozenModels
 from mlxft.model.heads import ScoreHead, head_arrays, head_metadata, read_head
 from mlxft.model.load import Loaded, base_fingerprint, load
-from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
 from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore, as_number
 from mlxft.run import train
@@ -80,7 +80,7 @@ def items(tokenizer: Any, **changes: Any) -> list[ToScore]:
     return found
 
 
-def policy(loaded: Loaded) -> tuple[Roles, Split]:
+def adapt(loaded: Loaded) -> None:
     """A policy in training, with dropout, that has moved away from the base."""
     spec = LoRASpec(tuple(select_targets(loaded.model, "all-linear", "all")), 2, 2.0, 0.5)
     prepare_adapter(loaded.model, spec, [])
@@ -88,14 +88,14 @@ def policy(loaded: Loaded) -> tuple[Roles, Split]:
         if "lora_b" in module:
             module.lora_b = module.lora_b + 0.1
     loaded.model.train()
-    return Roles(loaded.model, adopt="policy"), Split(loaded.model)
 
 
 def prepared(loaded: Loaded, base: str | None = None, **settings: Any) -> tuple[Rewards, Roles]:
     rewards = Rewards(RewardsSettings.model_validate(settings), loaded.tokenizer)
-    roles, split = policy(loaded)
-    rewards.prepare(roles, split, base_fingerprint(loaded), base)
-    return rewards, roles
+    adapt(loaded)
+    models = FrozenModels(loaded.model, base_fingerprint(loaded), base)
+    rewards.prepare(models)
+    return rewards, models.roles
 
 
 def test_as_a_role_its_scores_are_those_of_mlxft_score(run: Run, wanted: list[float], tiny_model: Loaded) -> None:

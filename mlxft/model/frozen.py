@@ -1,0 +1,315 @@
+"""Frozen models that an objective reads: a reference, a reward model, a teacher; and what they take in memory.
+
+An objective names them (`Objective.frozen`), the memory plan counts them, and `FrozenModels` opens them: as a role on
+the base that is trained where that is possible, and else as a model of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlxft.config import Config
+from mlxft.errors import ModelError
+from mlxft.files import clear, temporary
+from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
+from mlxft.model.cpu import as_trained
+from mlxft.model.heads import HEAD_FILE, load_head
+from mlxft.model.layers import LEAVES, aside, probing
+from mlxft.model.load import base_fingerprint, fits_base, load, resolve, skeleton
+from mlxft.model.logits import Split, ahead
+from mlxft.model.memory import Residents
+from mlxft.model.prefix import Completions, Sharing
+from mlxft.model.roles import Roles
+
+
+class FrozenSource(NamedTuple):
+    """A frozen model as a recipe names it.
+
+    Attributes:
+        name: what it is for: reference, reward, teacher.
+        folder: of an adapter or of a whole model; None: what is trained, as it is when training begins.
+    """
+
+    name: str
+    folder: Path | None = None
+
+
+class FrozenModel:
+    """A frozen model that is ready to be read.
+
+    Attributes:
+        split: the model that holds it.
+        tokenizer: its own; None: that of the model that is trained.
+        role: its name among the roles of the trained model; None: it is the bare base, or a model of its own.
+    """
+
+    def __init__(
+        self, split: Split, roles: Roles | None = None, role: str | None = None, tokenizer: Any = None
+    ) -> None:
+        self.split, self.role, self.tokenizer = split, role, tokenizer
+        self._roles = roles
+
+    @property
+    def shared(self) -> bool:
+        """Return whether it stands on the base that is trained."""
+        return self._roles is not None
+
+    @contextmanager
+    def reading(self) -> Iterator[Split]:
+        """Put it in place, without dropout, for the length of the block."""
+        with probing(self.split.model):
+            if self._roles is None:
+                yield self.split
+            else:
+                with self._roles.use(self.role):
+                    yield self.split
+
+    def arrays(self) -> list[mx.array]:
+        """Return what it holds beside the base that is trained, its head included."""
+        if self._roles is None:
+            return [value for _, value in tree_flatten(self.split.model.parameters())]
+        if self.role is None:
+            return []
+        head = self._roles[self.role].head
+        return [*self._roles.weights(self.role).values(), *([head.weight] if head is not None else [])]
+
+
+class FrozenModels:
+    """Opens frozen models beside a model that is trained.
+
+    Args:
+        model: with what the recipe trains; from now on its role "policy".
+        fingerprint: of its base; None: nothing is opened as a role on it.
+        path: the base's name (model.path). A fine-tuned base has the fingerprint of its origin: where the names lead to
+            different places, an adapter is opened on its own base.
+    """
+
+    def __init__(self, model: nn.Module, fingerprint: str | None, path: str | None = None) -> None:
+        self.roles, self.split = Roles(model, adopt="policy"), Split(model)
+        self._fingerprint, self._path = fingerprint, path
+        self._apart: list[FrozenModel] = []  # models of their own
+
+    def start(self, name: str, config: Config) -> FrozenModel:
+        """Return the trained model as it is now: the bare base where a fresh adapter is trained, else a copy."""
+        if is_bare(config):
+            return FrozenModel(self.split, self.roles)
+        self.roles.copy("policy", name)
+        return FrozenModel(self.split, self.roles, name)
+
+    def arrays(self) -> list[mx.array]:
+        """Return what all of them hold, and what the base had where training replaces it."""
+        return [*self.roles.arrays(), *(value for model in self._apart for value in model.arrays())]
+
+    def open(self, source: FrozenSource) -> FrozenModel:
+        """Load a frozen model from its folder, with the head that lies there.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
+        folder = source.folder
+        assert folder is not None, "what is trained is not loaded: see start"
+        if same_base(folder, self._fingerprint, self._path):
+            self.roles.load(source.name, folder, self._fingerprint)
+            found = FrozenModel(self.split, self.roles, source.name)
+            mx.eval(found.arrays())
+            return found
+        is_adapter = (folder / "adapter_config.json").is_file()
+        loaded = load_with_adapter(folder, folder, {}) if is_adapter else load(str(folder))
+        split = Split(loaded.model)
+        if (folder / HEAD_FILE).is_file():
+            load_head(split, folder / HEAD_FILE, base_fingerprint(loaded))
+        loaded.model.freeze()
+        loaded.model.eval()
+        mx.eval(loaded.model.parameters())
+        self._apart.append(FrozenModel(split, tokenizer=loaded.tokenizer))
+        return self._apart[-1]
+
+
+def same_base(folder: Path, fingerprint: str | None, path: str | None) -> bool:
+    """Return whether a folder holds an adapter of a base with the same shapes and, as far as is known, weights."""
+    if fingerprint is None or not (folder / "adapter_config.json").is_file():
+        return False
+    recorded = base_noted(read_adapter_config(folder))
+    if "fingerprint" not in recorded or not fits_base(recorded["fingerprint"], fingerprint):
+        return False
+    name = recorded.get("model")
+    if path is None or name is None or name == path:
+        return True
+    places = [resolve(each, weights=False).resolve() for each in (name, path)]
+    return places[0] == places[1]
+
+
+def is_bare(config: Config) -> bool:
+    """Return whether training starts from the bare base and leaves it as it is: that of a fresh adapter."""
+    return config.tune.method != "full" and config.model.adapter is None
+
+
+@aside()
+def frozen_residents(sources: Sequence[FrozenSource], config: Config, model: nn.Module) -> Residents:
+    """Return the bytes of frozen models, for the memory plan; nothing of them is loaded.
+
+    Args:
+        model: what is trained, with or without weights.
+    """
+    trained = tree_flatten(model.trainable_parameters())
+    if config.model.adapter is None:  # without its adapter the base is what it was, but for parameters trained whole
+        trained = [(name, value) for name, value in trained if name.rpartition(".")[2] not in LEAVES]
+    found, apart, notes = dict[str, int](), set[str](), list[str]()
+    for name, folder in sources:
+        if folder is None:
+            found[name] = sum(value.nbytes for _, value in trained)
+        else:
+            found[name], shared, note = _stored(name, folder, config)
+            notes += note
+            apart |= set() if shared else {name}
+    return Residents(found, apart=frozenset(apart), notes=tuple(notes))
+
+
+def _stored(name: str, folder: Path, config: Config) -> tuple[int, bool, list[str]]:
+    """Return the bytes of a frozen model in a folder, whether it stands on the trained base, and notes on it."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not (folder / "adapter_config.json").is_file():
+        return stored, False, [f"the {name} model is a whole model of its own"]
+    m = config.model
+    try:
+        own = skeleton(m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size).fingerprint
+        if same_base(folder, own, m.path):
+            return stored, True, []
+        base = read_adapter_config(folder).get("mlxft", {}).get("base", {})
+        options = {k: base[k] for k in ("dtype", "quantize", "group_size") if base.get(k) is not None}
+        other = skeleton(base.get("model", ""), **options).model
+    except ModelError as error:
+        return stored, False, [f"the base of the {name} model is not counted: {error}"]
+    weights = sum(value.nbytes for _, value in tree_flatten(other.parameters()))
+    return stored + weights, False, [f"the {name} model has a base of its own ({base['model']})"]
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+_FILE = "reference.npz"
+Stacked = Iterator[tuple[list[int], Completions]]
+
+
+class Reference:
+    """The reference's log-probabilities of a data set's completions, asked when they are needed or computed once.
+
+    Args:
+        models: of the model that is trained, before its first step; `model` is the reference among them.
+        sharing: of the same model.
+    """
+
+    def __init__(self, models: FrozenModels, model: FrozenModel, sharing: Sharing) -> None:
+        self._models: FrozenModels | None = models
+        self._model, self._sharing = model, sharing
+        self._jobs: list[Any] = []
+        self._file: tuple[Path, str] | None = None
+        self._known: list[list[Any]] | None = None
+        self._unasked = False
+
+    def precompute(self, data: Iterable[Stacked], folder: Path, key: str) -> None:
+        """Take the numbers from now on from one pass over `data`, made when they are first asked for.
+
+        Args:
+            data: of each set all completions, in batches with their places in it.
+            folder: where the numbers are kept, under a `key` that names all they depend on but the weights.
+        """
+        self._jobs = list(data)
+        self._file = folder / _FILE, key
+
+    def arrays(self) -> list[mx.array]:
+        """Return what it keeps in memory: the weights that the model had when training began."""
+        return [] if self._models is None else self._models.arrays()
+
+    @contextmanager
+    def unasked(self) -> Iterator[None]:
+        """Give zeros inside the block for numbers that are to be computed once and are not known yet."""
+        self._unasked = True
+        try:
+            yield
+        finally:
+            self._unasked = False
+
+    def logprobs(self, rows: Completions, which: int, places: Sequence[int]) -> mx.array:
+        """Return (N,) float32, on their way, of the completions' tokens, in the order of their labels.
+
+        Args:
+            which, places: the set, and the completions' places in it, for numbers that were computed before.
+        """
+        if self._file is None:
+            return self._ask(rows)
+        if self._known is None and self._unasked:
+            return mx.zeros(rows.labels.shape)
+        if self._known is None:
+            self._file = self._file[0], self._digest(self._file[1])
+            self._known = self._read() or self._compute()
+            self._models, self._jobs = None, []  # the reference's own memory is free
+            del self._model
+        return mx.array(np.concatenate([self._known[which][i] for i in places]))
+
+    def _ask(self, rows: Completions) -> mx.array:
+        with self._model.reading():
+            values = as_trained(lambda: self._sharing.logprobs(rows, grad=False))
+        # Before anything else is asked for, so that its activations never stand beside the policy's; not waited for.
+        mx.async_eval(values)
+        return values
+
+    def _digest(self, key: str) -> str:
+        """Hash the key and the reference's weights: what lies at a path may have changed."""
+        digest = hashlib.blake2b(key.encode(), digest_size=16)
+        with self._model.reading() as split:
+            for name, value in tree_flatten(split.model.parameters()):
+                digest.update(f" {name} {value.shape} {value.dtype} ".encode())
+                digest.update(np.array(value.reshape(-1).view(mx.uint8)).data)
+        return digest.hexdigest()
+
+    def _compute(self) -> list[list[Any]]:
+        assert self._file is not None
+        found: list[list[Any]] = []
+        for job in self._jobs:
+            rows: dict[int, Any] = {}
+            batches = (((places, answers.lengths), answers) for places, answers in job)
+            for (places, lengths), values in ahead(batches, self._ask):
+                ends = np.cumsum(np.array(lengths).astype(np.int64))[:-1]
+                rows |= dict(zip(places, np.split(np.array(values), ends)))
+            found.append([rows[i] for i in range(len(rows))])
+        self._write(found)
+        return found
+
+    def _write(self, found: list[list[Any]]) -> None:
+        assert self._file is not None
+        path, key = self._file
+        arrays: dict[str, Any] = {"key": np.array(key)}
+        for i, rows in enumerate(found):
+            arrays[f"values{i}"] = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
+            arrays[f"lengths{i}"] = np.array([len(row) for row in rows], dtype=np.int64)
+        beside = temporary(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear(path.parent)
+            np.savez(beside, **arrays)
+            os.replace(beside, path)
+        except OSError:  # it is only a cache: a resumed run computes them again
+            beside.unlink(missing_ok=True)
+
+    def _read(self) -> list[list[Any]] | None:
+        assert self._file is not None
+        path, key = self._file
+        try:
+            with path.open("rb") as raw, np.load(raw) as file:
+                if str(file["key"]) != key:
+                    return None
+                count = sum(name.startswith("values") for name in file.files)
+                return [np.split(file[f"values{i}"], np.cumsum(file[f"lengths{i}"])[:-1]) for i in range(count)]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or not there
+            return None
