@@ -107,32 +107,52 @@ def arrays_of(data: Any) -> dict[str, mx.array]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def real_mask(ids: mx.array, lengths: mx.array) -> mx.array:
+    """Return (B, T) bool, true for the first (B,) `lengths` tokens of each row of ids: those that are no padding."""
+    return mx.arange(ids.shape[1]) < lengths[:, None]
+
+
 class NoDropout(NamedTuple):
-    """Training without dropout, as objectives want it that compare what a network gives with what it gives elsewhere.
+    """Training without dropout, as objectives need it that compare a network's numbers with others of it.
 
     Attributes:
-        why: what dropout would do, for messages.
+        why: the reason, for messages.
     """
 
     why: str
 
     def problems(self, config: Config) -> list[str]:
-        """What is wrong with a recipe that asks for dropout."""
+        """Return what is wrong with a recipe that asks for dropout."""
         return [f"tune.dropout: {self.why}; leave it out"] if config.tune.dropout else []
 
     def take_out(self, *modules: nn.Module) -> list[str]:
-        """Take the dropout out of modules, which an adapter may have brought. Returns what is to be said of it."""
+        """Take the dropout of an adapter that is trained further out of modules, and return a note if there was any."""
         return [f"the adapter's dropout is off: {self.why}"] if without_dropout(*modules) else []
+
+
+def whole_row_problems(config: Config, formats: Sequence[str], dropout: NoDropout) -> list[str]:
+    """Return what is wrong with a recipe whose completions are trained whole, each as a row of its own."""
+    data, name = config.data, config.objective
+    problems = []
+    if data.format not in formats:
+        problems.append(f"data.format: {data.format} is not for objective {name}; choose {' or '.join(formats)}")
+    if data.train_on is not None:
+        problems.append("data.train_on: completions are trained whole; leave it out")
+    if data.overflow not in ("error", "drop"):
+        problems.append(f"data.overflow: {data.overflow} would change prompts or completions; choose error or drop")
+    if config.batch.pack:
+        problems.append(f"batch.pack: is not for objective {name}, whose completions are rows of their own")
+    return problems + dropout.problems(config)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an objective's data comes to, for the start of a run and for `mlxft check`."""
+    """Counts and notes of an objective's data, for the start of a run and for `mlxft check`."""
 
     counts: dict[str, int | float] = field(default_factory=dict)  # label -> number, in the order to print
     notes: list[str] = field(default_factory=list)  # what was dropped or cut, a sentence each
     validates: bool = False  # whether there is held-out data
-    packed: int = 0  # width of sequences of several rows; 0: each row is its own
+    packed: int = 0  # width of packed sequences; 0: each row stands alone
     ends: frozenset[int] = frozenset()  # the ids that end a trained turn
 
 
@@ -148,9 +168,8 @@ class Objective(ABC):
     Attributes:
         sections: section of a recipe -> its Settings.
         learning_rate: default of full fine-tuning; LoRA takes ten times as much.
-        traceable: whether `loss` reads the model and a micro-batch's arrays alone, and nothing of Python that changes,
-            so that it can be compiled.
-        compiled: whether the loop compiles it where shapes come again; set by who builds the run.
+        traceable: whether `loss` reads nothing but the model and a micro-batch's arrays, so that it can be compiled.
+        compiled: whether the loop compiles it where shapes come again; set when the run is built.
     """
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
@@ -180,18 +199,18 @@ class Objective(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return where it is in its data, as JSON."""
+        """Return its position in the data, as JSON."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
+        """Continue from the position that `state_dict` returned."""
 
     # Set-up
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         """Add what the objective needs beside the model (a head), and keep what it starts from (a reference).
 
-        Called once, when the model has what the recipe trains and before a checkpoint is put back.
+        Called once: after the model has what the recipe trains, before a checkpoint is restored.
 
         Args:
             base: fingerprint of the base.
@@ -201,17 +220,17 @@ class Objective(ABC):
         return
 
     def clip_groups(self) -> dict[str, float]:
-        """Return parameters that are clipped by themselves: prefix of their names -> multiplier of their rate."""
+        """Return parameters whose gradient is clipped on its own: prefix of their names -> multiplier of their rate."""
         return {}
 
     def rebatch(self, config: Config) -> None:
-        """Make micro-batches as `config` has it from now on, which differs in batch.tokens only."""
+        """Make micro-batches from now on as `config` says, which differs in batch.tokens only."""
         self.config = config
 
     # Data
 
     def steps_per_epoch(self, epoch: int = 0) -> int | None:
-        """Return the optimiser updates of an epoch, from 0; None: not known, and run.steps is needed."""
+        """Return the optimiser updates of an epoch, counted from 0; None: unknown, and run.steps is needed."""
         return None
 
     def fingerprint(self) -> str:
@@ -227,7 +246,7 @@ class Objective(ABC):
         return []
 
     def real_tokens(self, data: Any) -> list[mx.array]:
-        """Return masks (B, T) of the tokens that are no padding, one for each pass through the model.
+        """Return masks (B, T) of the real tokens, one for each pass through the model.
 
         Raises:
             ConfigError: the objective does not say; `tune.router_aux` needs it.
@@ -237,15 +256,15 @@ class Objective(ABC):
     # Checkpoints
 
     def arrays(self) -> dict[str, mx.array]:
-        """Return what beside `state_dict` it needs to continue exactly: a rollout that is in use."""
+        """Return the arrays that it needs beside `state_dict` to continue exactly: a rollout that is in use."""
         return {}
 
     def load_arrays(self, arrays: dict[str, mx.array]) -> None:
-        """Put back what `arrays` gave; after `load_state_dict`."""
+        """Restore what `arrays` returned; called after `load_state_dict`."""
         return
 
     def about(self) -> dict[str, Any]:
-        """Return what is worth noting in the adapter beside its weights, as JSON."""
+        """Return notes for the adapter's configuration, as JSON."""
         return {}
 
     # Validation
@@ -255,18 +274,18 @@ class Objective(ABC):
         return iter(())
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        """Return what a validation reports, from the loss and metrics per item over the whole set."""
+        """Return what a validation reports, given the loss and the metrics per item over the whole set."""
         return means
 
     def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
-        """Validate in a way of its own, with `loss` among the numbers, and `samples`; None: by `valid_steps`."""
+        """Validate in its own way and return numbers, `loss` among them, and `samples`; None: by `valid_steps`."""
         return None
 
     # Memory and time
 
     @classmethod
     def outline(cls, config: Config) -> Outline:
-        """Return what a step is, as far as memory goes."""
+        """Return what a step reads of the model, for the memory plan."""
         return PLAIN_OUTLINE
 
     @classmethod
@@ -289,7 +308,7 @@ class Objective(ABC):
         return frozen_residents(cls.frozen(config), config, model)
 
     def beside(self, model: nn.Module) -> Beside | None:
-        """Return what sampling, scoring and other roles take beside the steps; None: nothing is sampled.
+        """Return what sampling, scoring and other roles take beside the steps; None: it samples nothing.
 
         Raises:
             ModelError: this architecture's memory cannot be predicted.
@@ -297,33 +316,33 @@ class Objective(ABC):
         return None
 
     def shapes(self) -> list[Shape]:
-        """Return the shapes of the first epoch's micro-batches; none where they are not known before it runs."""
+        """Return the shapes of the first epoch's micro-batches; none where they are unknown before it runs."""
         return []
 
     def largest(self, model: nn.Module) -> list[MakesStep]:
-        """Return makers of the steps that may take most memory, for a measurement; none where they are not known."""
+        """Return functions that make the steps that may take most memory, to measure them; none: unknown."""
         return []
 
     def held(self) -> list[mx.array]:
-        """Return arrays that it holds beside the model's own."""
+        """Return the arrays that it holds beside the model's own."""
         return []
 
     def steps_per_rollout(self) -> int:
-        """Return the steps that one rollout is used for; 0: nothing is sampled."""
+        """Return the steps that one rollout is used for; 0: it samples nothing."""
         return 0
 
 
 def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
-    """That rows are longer than what the model was made for, if some are; nothing where its config does not say.
+    """Return a note if rows are longer than the model's context; nothing where its config does not say.
 
     Args:
         lengths: tokens of each row.
     Raises:
-        DataError: the model has no number at all for later positions.
+        DataError: the model has no embedding for later positions.
     """
     try:
         about = read_model_config(config.model.path)
-    except ModelError:  # whoever loads the model says why it can not be
+    except ModelError:  # loading the model reports it
         return []
     context = context_of(about)
     long = [length for length in lengths if context is not None and length > context]
@@ -342,32 +361,32 @@ def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
 
 
 def heaviest(shapes: Sequence[Shape], together: int = 1) -> list[int]:
-    """Which batches may take most memory.
+    """Return the indices of the batches that may take most memory.
 
     Args:
         together: see `Shape.computed`.
     """
-    # Some parts of a step grow with the tokens, attention's with rows x width x width, the loss's with what is trained.
+    # Some parts of a step grow with the tokens, attention with rows x width x width, the loss with the trained tokens.
     costs: list[Callable[[Shape], int]] = [
         lambda s: s.computed(together),
         lambda s: s.computed(together) * s.width,
-        lambda s: s.rows * s.width,  # where blocks are checkpointed no prompt is shared
+        lambda s: s.rows * s.width,  # with gradient checkpointing no prompt is shared
         lambda s: s.trained,
     ]
     by_size = sorted(range(len(shapes)), key=lambda i: (shapes[i].rows * shapes[i].width, shapes[i].trained))
     found = [max(reversed(by_size), key=lambda i: cost(shapes[i])) for cost in costs]
-    of_shape = {shapes[i]._replace(trained=0): i for i in found}  # of those of one shape the one that trains most
+    of_shape = {shapes[i]._replace(trained=0): i for i in found}  # of equal shapes the one that trains most
     return list(of_shape.values())
 
 
 class OffPolicy(Objective):
-    """An objective over rows that are there from the start: the order of their micro-batches, and a place in it.
+    """An objective over given rows: the order of their micro-batches, and the position in it.
 
     A subclass gives `make_step`.
 
     Args:
         lengths: (N,) tokens of each row.
-        per_row: rows of a micro-batch that one of the data set becomes: two of a pair.
+        per_row: rows of a micro-batch that one row of the data set becomes: two of a pair.
     """
 
     def __init__(self, config: Config, tokenizer: Any, lengths: IntArray, per_row: int = 1) -> None:
@@ -385,7 +404,7 @@ class OffPolicy(Objective):
         rows, tokens = config.batch.rows, max(1, config.batch.budget // self._per_row)
         self._budget: dict[str, Any] = {"rows": rows, "tokens": None if rows else tokens}
         self._accumulate = config.batch.accumulate
-        self._sizes: dict[int, int] = {}  # micro-batches of an epoch
+        self._sizes: dict[int, int] = {}  # epoch -> its number of micro-batches
 
     def plan(self, epoch: int) -> list[Slot]:
         """Return the micro-batches of one epoch."""

@@ -1,4 +1,4 @@
-"""A reward model: a score for an answer, learnt from which of two was preferred (Bradley and Terry 1952)."""
+"""Train a reward model: a completion's score, learnt from pairs (Bradley and Terry 1952)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import begin_head
 from mlxft.model.logits import Split
 from mlxft.model.memory import Outline, ShapeSplit
-from mlxft.model.prefix import ScoredRows, Sharing
+from mlxft.model.prefix import ScoredRows
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import bradley_terry, wins
 from mlxft.objectives.pairs import (
@@ -25,6 +25,7 @@ from mlxft.objectives.pairs import (
     check_completion_recipe,
     completions_of,
     encode_splits,
+    micro_batch,
     stack_pairs,
 )
 
@@ -34,13 +35,13 @@ THIRDS = ("short", "middle", "long")
 
 
 class RewardSettings(Settings):
-    """The reward model's loss."""
+    """The section `reward`."""
 
-    centering: float = Field(
-        0.01, ge=0, description="Weight of (chosen + rejected)^2, which fixes the free constant of the scores."
+    centering: float = Field(0.01, ge=0, description="Weight of (chosen + rejected)^2, which keeps scores around 0.")
+    margin: bool = Field(
+        False, description="Subtract the row's margin from the score difference; a row without one has 0."
     )
-    margin: bool = Field(False, description="Ask the rows' margins of the score difference; rows without one: 0.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the judgements taken to be wrong.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of pairs with swapped labels.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,13 @@ class RewardBatch(ScoredRows):
 
 
 def _begin_head(split: Split, config: Config) -> None:
-    """Attach a new head, or that of the reward run that is trained further."""
+    """Attach a new head, or the head of the reward run that is trained further."""
     given = config.model.adapter or config.model.path
     begin_head(split, given, "tune.train" if config.tune.train else "tune.targets")
 
 
 class Reward(CompletionObjective[EncodedPair]):
-    """Pairs held in memory. A tie is trained as a judgement that is right half the time; validation leaves ties out.
+    """A reward model on pairs. A tie is trained as a label that is right half the time; validation leaves ties out.
 
     Raises:
         ConfigError, DataError: settings or rows do not fit.
@@ -84,7 +85,7 @@ class Reward(CompletionObjective[EncodedPair]):
         self._settings = config.section("reward", RewardSettings)
         super().__init__(config, tokenizer, rows, counts, [row for row in valid if not row.tie], per_row=2)
         if valid and not self.valid:
-            raise DataError("data.valid: has ties only, by which a reward model can not be measured")
+            raise DataError("data.valid: has ties only, which cannot measure a reward model")
         if len(self.valid) < len(valid):
             self.notes.append(f"{len(valid) - len(self.valid):,} ties are left out of validation")
         margins = sum(row.margin is not None for row in rows)
@@ -92,27 +93,19 @@ class Reward(CompletionObjective[EncodedPair]):
             raise ConfigError("reward.margin: no row has a margin; leave it out, or give rows a field margin")
         if margins and not self._settings.margin:
             self.notes.append(f"{margins:,} rows have a margin, which is not used (reward.margin: true)")
-        sizes = [len(answer.reply) for row in self.valid for answer in completions_of(row)]
+        sizes = [len(completion.reply) for row in self.valid for completion in completions_of(row)]
         self._thirds = thirds_of(sizes) if sizes else (0.0, 0.0)
         self._about: dict[str, Any] = {}
-        self._sharing: Sharing | None = None
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Attach a new head, or the one of the reward run that is trained further."""
         super().prepare(model, base)
-        self._sharing = Sharing(Split(model))
-        _begin_head(self._sharing.split, self.config)
-
-    def _of(self, model: nn.Module) -> Sharing:
-        if self._sharing is None or self._sharing.split.model is not model:
-            self._sharing = Sharing(Split(model))
-        return self._sharing
+        _begin_head(self.sharing(model).split, self.config)
 
     def make(
         self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
     ) -> MicroBatch:
-        pairs = [(self.valid if valid else self.rows)[i] for i in rows]
-        stacked = stack_pairs(pairs, width, self._of(model))
+        pairs = self.chosen_rows(rows, valid)
+        stacked = stack_pairs(pairs, width, self.sharing(model))
         smoothing = self._settings.label_smoothing
         margins = [pair.margin or 0.0 if self._settings.margin else 0.0 for pair in pairs]
         data = RewardBatch(
@@ -121,11 +114,10 @@ class Reward(CompletionObjective[EncodedPair]):
             smoothing=mx.array([0.5 if pair.tie else smoothing for pair in pairs]),
             margins=mx.array(margins),
         )
-        tokens = sum(len(a.prompt) + len(a.reply) for pair in pairs for a in completions_of(pair))
-        return MicroBatch(data, tokens, 2 * len(pairs), tuple(pair.where for pair in pairs))
+        return micro_batch(data, pairs, 2 * len(pairs))
 
     def loss(self, model: nn.Module, data: RewardBatch) -> Terms:
-        scores = self._of(model).scores(data)  # chosen and rejected in one pass
+        scores = self.sharing(model).scores(data)  # chosen and rejected in one pass
         half = scores.shape[0] // 2
         chosen, rejected = scores[:half], scores[half:]
         asked = (data.margins, self._settings.centering, data.smoothing, data.weights)
@@ -135,7 +127,7 @@ class Reward(CompletionObjective[EncodedPair]):
         return Terms({"reward": total}, metrics)
 
     def validated(self, means: dict[str, float]) -> dict[str, Any]:
-        """Adds ece, reliability, score_mean, score_std and scores by length to loss, accuracy and margin."""
+        """Add ece, reliability, score_mean, score_std and scores_by_length to loss, accuracy and margin."""
         found: dict[str, Any] = {k: v for k, v in means.items() if "/" not in k}
         if len(found) == len(means):
             return found
@@ -144,21 +136,21 @@ class Reward(CompletionObjective[EncodedPair]):
         return found
 
     def about(self) -> dict[str, Any]:
-        """Mean and standard deviation of the newest validation's scores, by which rewards can be normalised."""
+        """Return the mean and standard deviation of the latest validation's scores, to normalise rewards by."""
         return self._about
 
 
 def thirds_of(lengths: Sequence[int]) -> tuple[float, float]:
-    """Where the middle third of the lengths begins and ends."""
+    """Return where the middle third of the lengths begins and ends."""
     low, high = np.quantile(lengths, [1 / 3, 2 / 3]).tolist()
     return low, high
 
 
 def measure(scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tuple[float, float]) -> dict[str, mx.array]:
-    """Sums that `figures` wants the means of.
+    """Return the sums whose means `score_statistics` reads.
 
     Args:
-        scores, lengths: (2N,), of the chosen answers and then of the rejected ones.
+        scores, lengths: (2N,), of the chosen completions and then of the rejected ones.
         weights: (N,) of the pairs.
     """
     half = scores.shape[0] // 2
@@ -166,7 +158,7 @@ def measure(scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tupl
 
 
 def score_statistics(means: dict[str, float]) -> dict[str, Any]:
-    """ece, reliability, score_mean, score_std and scores_by_length."""
+    """Return ece, reliability, score_mean, score_std and scores_by_length."""
     bins = [[means[f"bin/{i}/{k}"] for k in ("share", "confidence", "accuracy")] for i in range(BINS)]
     thirds = [[means[f"third/{i}/{k}"] for k in ("share", "sum", "square")] for i in range(3)]
     mean, std = _moments(*(sum(column) for column in zip(*thirds)))
@@ -190,7 +182,7 @@ def score_statistics(means: dict[str, float]) -> dict[str, Any]:
 def _by_length(
     scores: mx.array, lengths: mx.array, weights: mx.array, thirds: tuple[float, float]
 ) -> dict[str, mx.array]:
-    """Sums by which mean and spread of the scores are known, for all answers and by thirds of their length."""
+    """Return the sums that give mean and spread of the scores, by thirds of the completions' lengths."""
     weights = mx.concatenate([weights, weights]) / 2
     low, high = thirds
     third = (lengths > low).astype(mx.int32) + (lengths > high).astype(mx.int32)
@@ -203,7 +195,7 @@ def _by_length(
 
 
 def _calibration(chosen: mx.array, rejected: mx.array, weights: mx.array) -> dict[str, mx.array]:
-    """Sums by bins of confidence: how sure the model is of the better answer, and how often it is right."""
+    """Return sums by bins of confidence: how sure the model is of the better completion, and how often it is right."""
     difference = chosen - rejected
     confidence = mx.sigmoid(mx.abs(difference))
     right = wins(difference, mx.abs(chosen) + mx.abs(rejected))
@@ -217,6 +209,6 @@ def _calibration(chosen: mx.array, rejected: mx.array, weights: mx.array) -> dic
 
 
 def _moments(share: float, total: float, squares: float) -> tuple[float, float]:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation."""
     mean = total / share
     return mean, max(0.0, squares / share - mean * mean) ** 0.5

@@ -25,6 +25,7 @@ from mlxft.config import Config, Settings
 from mlxft.data.chat import decode_completion, opening_after, until_stop
 from mlxft.data.dataset import (
     Encoded,
+    EncodedCompletion,
     Ids,
     chat_notes,
     data_fingerprint,
@@ -54,9 +55,19 @@ from mlxft.model.memory import (
 )
 from mlxft.model.prefix import Completions
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, never_drawn, sample_batch
-from mlxft.objectives.base import MakesStep, MicroBatch, NoDropout, Objective, Step, Summary, Terms, heaviest
+from mlxft.objectives.base import (
+    MakesStep,
+    MicroBatch,
+    NoDropout,
+    Objective,
+    Step,
+    Summary,
+    Terms,
+    heaviest,
+    real_mask,
+)
 from mlxft.objectives.functional import equal_groups, wins
-from mlxft.objectives.pairs import Answer, stack
+from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
 
 if TYPE_CHECKING:
@@ -684,7 +695,7 @@ class OnPolicy(Objective, Generic[_M]):
         return f"nothing of {rollouts} rollouts is trained on"
 
     def _stacked(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> Completions:
-        return stack([Answer(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
+        return stack([EncodedCompletion(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
 
     # Rollouts
 
@@ -894,7 +905,7 @@ class OnPolicy(Objective, Generic[_M]):
         return {"policy": float(rollout.sizes[list(rows)].sum())}
 
     def real_tokens(self, data: RolloutBatch) -> list[mx.array]:
-        return [mx.arange(data.ids.shape[1]) <= data.last[:, None]]
+        return [real_mask(data.ids, data.last + 1)]
 
     needs_reference = False  # whether the loss reads ref_logprobs
     reads: tuple[str, ...] = ("old_logprobs", "advantages")  # of each token, by the loss, beside ref_logprobs

@@ -16,7 +16,7 @@ from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape
 from mlxft.model.prefix import Rows
-from mlxft.objectives.base import MicroBatch, OffPolicy, Step, Summary, Terms, beyond_context
+from mlxft.objectives.base import MicroBatch, OffPolicy, Step, Summary, Terms, beyond_context, real_mask
 
 SFT_FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 
@@ -26,8 +26,8 @@ class SFTBatch(Rows):
     """Rows with N trained tokens.
 
     Attributes:
-        positions, labels, weights: (N,) flat index that predicts a trained token, the token, and 1; where the number
-            is filled up, 0.
+        positions, labels, weights: (N,) flat index that predicts a trained token, the token, and 1; 0 for what fills
+            the number up.
         lengths: (B,) real tokens of each sequence.
     """
 
@@ -41,7 +41,7 @@ class SFT(OffPolicy):
     """SFT over rows held in memory as token ids and masks."""
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
-    learning_rate = 2e-5  # as most full fine-tuning has it; LoRA 2e-4
+    learning_rate = 2e-5  # of full fine-tuning; LoRA 2e-4
     traceable = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
@@ -91,7 +91,7 @@ class SFT(OffPolicy):
         return Terms({"nll": rows_nll(self._split, *places, grad=model.training, segments=data.segments)}, {})
 
     def real_tokens(self, data: SFTBatch) -> list[mx.array]:
-        return [mx.arange(data.ids.shape[1]) < data.lengths[:, None]]
+        return [real_mask(data.ids, data.lengths)]
 
     def fingerprint(self) -> str:
         return self._data
@@ -112,7 +112,7 @@ class SFT(OffPolicy):
         return Summary(counts, notes, self.valid is not None, self._width or 0, frozenset(self.train.ends))
 
     def previews(self, n: int) -> list[Encoded]:
-        """The first `n` training rows."""
+        """Return the first `n` training rows."""
         return self.train.rows[:n]
 
 
@@ -121,19 +121,19 @@ def _lengths(data: Dataset) -> IntArray:
 
 
 def make_batch(rows: list[Encoded], width: int) -> MicroBatch:
-    """Right-padded ids and the flat positions that predict a trained token.
+    """Make a micro-batch of right-padded rows.
 
-    Padding stands behind every real token, so that causal attention never sees it and no mask is needed.
+    Padding follows every real token, so that causal attention never sees it and no mask is needed.
     """
     return pack_batch([[row] for row in rows], width, segments=False)
 
 
 def pack_batch(sequences: list[list[Encoded]], width: int, *, segments: bool = True, few: bool = False) -> MicroBatch:
-    """The same with several rows a sequence, one after the other.
+    """Make a micro-batch of sequences, each of one or several rows.
 
     Args:
-        segments: whether to number the rows in their sequence, from 1 with 0 for padding, as `rows_nll` takes it.
-        few: whether trained positions are filled up to one of few numbers, by such as count for nothing.
+        segments: number the rows of a sequence from 1, with 0 for padding, as `rows_nll` takes it.
+        few: fill the trained positions up to one of few numbers by positions of weight 0, so that shapes come again.
     """
     ids = np.zeros((len(sequences), width), dtype=np.int32)
     numbers = np.zeros_like(ids)
@@ -146,7 +146,7 @@ def pack_batch(sequences: list[list[Encoded]], width: int, *, segments: bool = T
             numbers[b, start:stop] = number
             at = np.flatnonzero(row.trained)
             if at.size and at[0] == 0:
-                raise DataError(f"{row.where}: the first token can not be trained, nothing predicts it")
+                raise DataError(f"{row.where}: the first token cannot be trained: nothing predicts it")
             positions.append(b * width + start + at - 1)
             labels.append(row.ids[at])
             start = stop
@@ -166,6 +166,6 @@ def pack_batch(sequences: list[list[Encoded]], width: int, *, segments: bool = T
 
 
 def one_of_few(count: int) -> int:
-    """The next of few numbers, 16 from each power of two to the next: less than a sixteenth more."""
+    """Round up to one of 16 numbers between powers of two: less than a sixteenth more."""
     step = max(1, (1 << (count - 1).bit_length()) // 32)
     return -(-count // step) * step

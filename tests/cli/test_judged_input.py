@@ -104,7 +104,7 @@ def test_what_is_too_long_is_left_out_and_never_cut(
     assert "no row is left to train on, of 1: 1 pairs were longer than data.max_length and are left out" in said
     assert "None" not in said
     said = refused(2, "train", judged(objective, [long]), "data.overflow=truncate", "run.name=b")
-    assert "data.overflow: truncate would make another answer of one" in said
+    assert "data.overflow: truncate would change" in said
     assert "overflow: split" in refused(2, "train", "recipe.yaml", "data.overflow=split", "run.name=b")
 
 

@@ -19,10 +19,11 @@ from stepping import first_batch, first_step
 
 from mlxft.build import load_base, make_objective
 from mlxft.config import load_config, parse_config
+from mlxft.data.dataset import EncodedCompletion
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.load import load
-from mlxft.objectives.pairs import Answer, CompletionObjective, stack, stack_shared
+from mlxft.objectives.pairs import CompletionObjective, stack, stack_shared
 from mlxft.run import assemble, train
 from mlxft.runs import Run
 from mlxft.trainer.loop import Scales, gradient
@@ -99,7 +100,7 @@ def test_padding_is_not_counted(recipe: Recipe, mixture: Path, pack: bool) -> No
 def test_masks_of_answers_and_of_shared_prompts() -> None:
     prompts, replies = ([1, 2, 3], [4]), ([5, 6], [7], [8, 9, 1], [2])
     ids = [np.array(x, dtype=np.int32) for x in (*prompts, *replies)]
-    whole = stack([Answer(ids[i % 2], reply) for i, reply in enumerate(ids[2:])])
+    whole = stack([EncodedCompletion(ids[i % 2], reply) for i, reply in enumerate(ids[2:])])
     real_tokens = partial(CompletionObjective.real_tokens, None)
     assert [m.sum(axis=1).tolist() for m in real_tokens(whole)] == [[5, 2, 6, 2]]
     shared = stack_shared(ids[:2], [(i % 2, reply) for i, reply in enumerate(ids[2:])])

@@ -19,12 +19,13 @@ from stepping import first_batch, first_step, sums_of
 
 from mlxft.build import make_objective, prepare
 from mlxft.config import parse_config
+from mlxft.data.dataset import EncodedCompletion
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded
 from mlxft.model.logits import Split, row_sums, rows_logprobs
 from mlxft.objectives import functional as F
 from mlxft.objectives.functional import LossSum
-from mlxft.objectives.pairs import Answer, completions_of, stack
+from mlxft.objectives.pairs import completions_of, stack
 from mlxft.run import train
 from mlxft.runs import Run
 from mlxft.trainer.loop import validate
@@ -115,7 +116,10 @@ def test_logprobs_in_chunks_are_those_of_whole_logits_and_so_are_gradients(
         model.update(tree_map(lambda v: v + 0.05, model.trainable_parameters()))
     split = Split(model)
     rng = np.random.default_rng(0)
-    answers = [Answer(*(rng.integers(3, 90, n).astype(np.int32) for n in sizes)) for sizes in ((3, 5), (2, 9), (4, 1))]
+    answers = [
+        EncodedCompletion(*(rng.integers(3, 90, n).astype(np.int32) for n in sizes))
+        for sizes in ((3, 5), (2, 9), (4, 1))
+    ]
     a = stack(answers)
     cotangent = mx.array(rng.normal(size=15).astype(np.float32))
 
@@ -231,7 +235,7 @@ def test_a_margin_of_rounding_size_is_a_tie(loss: str, settings: Recipe, tiny_mo
     step = first_step(found, tiny_model.model)
     (batch,) = step.micro_batches
     a = batch.data
-    tokens = found.of(tiny_model.model).logprobs(a, grad=False)
+    tokens = found.sharing(tiny_model.model).logprobs(a, grad=False)
 
     def against(reference: mx.array) -> LossSum:
         data = replace(a, reference=reference)
@@ -255,7 +259,7 @@ def test_ipo_is_of_means_over_tokens(settings: Recipe, tiny_model: Loaded) -> No
     found = objective(settings("ipo", rows, preference={"beta": 0.25}, **{"batch.rows": 3}), tiny_model)
     step = first_step(found, tiny_model.model)
     (batch,) = step.micro_batches
-    tokens = found.of(tiny_model.model).logprobs(batch.data, grad=False)
+    tokens = found.sharing(tiny_model.model).logprobs(batch.data, grad=False)
     data = replace(batch.data, reference=tokens - mx.where(batch.data.owners < 3, 0.5, 0.1))
     sums = sums_of(found, tiny_model.model, replace(step, micro_batches=[replace(batch, data=data)]))
     assert (sums.total / sums.weight).item() == pytest.approx((0.4 - 2) ** 2, rel=1e-4)
@@ -378,12 +382,12 @@ def test_kto_takes_answers_without_a_pair(settings: Recipe, tiny_model: Loaded) 
     batch = first_batch(found, tiny_model.model)
     assert batch.data.good.sum().item() == 5
     assert len(batch.rows) == 8
-    one = "all answers are to one prompt"
+    one = "all rows have one prompt"
     assert not any(one in note for note in found.notes)
     changes = {"data.format": "unpaired", "preference": {"precompute": True}}
     same = settings("kto", [{**row, "prompt": "x"} for row in rows], **changes)
     first, second = make_objective(parse_config(same), tiny_model.tokenizer).notes
-    assert "of 16 answers are computed before the first step" in first
+    assert "of 16 completions are computed before the first step" in first
     assert one in second
 
 

@@ -263,7 +263,7 @@ def test_weights_ties_margins_and_smoothing_reach_the_loss(settings: Recipe, tin
     order = {where: [i for i, w in enumerate(batch.rows) if w == where] for where in batch.rows}
     one, tie, margin, two = (order[f"pairs.jsonl:{n}"] for n in (1, 2, 3, 4))
     assert sorted(len(found) for found in (one, tie, margin, two)) == [1, 1, 1, 2]
-    scorer = Scorer(found._of(tiny_model.model).split, tiny_model.tokenizer, True, None, None)
+    scorer = Scorer(found.sharing(tiny_model.model).split, tiny_model.tokenizer, True, None, None)
     total = 0.0
     for n, row in enumerate(rows):
         worse = row["rejected"] if isinstance(row["rejected"], list) else [row["rejected"]]
@@ -296,8 +296,8 @@ def test_ties_are_left_out_of_validation_and_said(settings: Recipe, tiny_model: 
             {"data.format": "messages"},
             "data.format: messages is not for objective reward; choose preference",
         ),
-        ({"data.train_on": "last"}, "data.train_on: last has nothing to choose"),
-        ({"data.overflow": "truncate"}, "data.overflow: truncate would make another answer"),
+        ({"data.train_on": "last"}, "data.train_on: completions are trained whole"),
+        ({"data.overflow": "truncate"}, "data.overflow: truncate would change"),
         ({"batch.pack": True}, "batch.pack: is not for objective reward"),
         ({"tune.dropout": 0.1}, "tune.dropout: what is compared"),
         ({"reward": {"margin": True}}, "reward.margin: no row has a margin"),
