@@ -364,7 +364,9 @@ def test_help_imports_nothing_heavy() -> None:
 PASSED = [
     *("cli/", "config.py", "errors.py", "text.py", "files.py", "device.py", "doctor.py", "selftest.py"),
     *("runs.py", "check.py", "run.py", "trainer/__init__.py", "trainer/checkpoint.py", "trainer/optim.py"),
-    *("trainer/report.py", "trainer/trackers.py"),
+    *("trainer/report.py", "trainer/trackers.py", "objectives/base.py", "objectives/pairs.py"),
+    *("objectives/preference.py", "objectives/reward.py", "objectives/rewards.py", "objectives/rollouts.py"),
+    "objectives/sft.py",
 ]
 # Regular expressions for whole words.
 FORBIDDEN = [
@@ -388,7 +390,11 @@ FORBIDDEN = [
     *(r"advise", r"strayed", r"twin", r"hears?", r"tells", r"worth", r"mends"),
 ]
 # Names of fields and files, and the texts of `mlxft label`, which is about judgements.
-ALLOWED = re.compile(r'"answers"|answers\.jsonl|prompt and answers|(?:is|prompts) judged')
+# An answer is what follows a model's thoughts.
+ALLOWED = re.compile(
+    r'"answers?"|answers\.jsonl|prompt and answers|(?:is|prompts) judged|answer(?:,)? without (?:its|the) thoughts|'
+    r"leaves no answer|no run or folder"
+)
 
 
 def texts_of(source: str) -> Iterator[tuple[int, str]]:

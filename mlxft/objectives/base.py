@@ -65,7 +65,7 @@ class MicroBatch:
     Attributes:
         data: a dataclass of the objective's own, whose fields are arrays or None.
         tokens, trained_tokens: real ones, without padding, of rows that no micro-batch before it in the step has had;
-            one with tokens of which none is trained is skipped.
+            one without trained tokens is skipped.
         rows: where they come from, for messages.
         trains: which parameters get a gradient, by name; None: all that are trainable.
     """

@@ -188,7 +188,7 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
         self.notes += _NO_DROPOUT.take_out(model)
 
     def sharing(self, model: nn.Module) -> Sharing:
-        """Return what reads the model's completions, made anew for another model."""
+        """Return what reads the model's completions; another model gets a new one."""
         if self._sharing is None or self._sharing.split.model is not model:
             self._sharing = Sharing(Split(model))
         return self._sharing

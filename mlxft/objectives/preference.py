@@ -264,7 +264,7 @@ class _Pairs(Preference[EncodedPair]):
 
 
 class _Single(Preference[EncodedLabelled]):
-    """KTO: completions that are good or bad, each by itself. A pair becomes two of them."""
+    """KTO: completions that are good or bad, each on its own. A pair becomes two of them."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_completion_recipe(config, ("unpaired", "preference"))

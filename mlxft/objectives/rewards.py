@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,44 +32,66 @@ from mlxft.model.heads import Scorer, find_head, read_head
 from mlxft.text import home_path, parse_json, read_small
 
 # --- settings ---------------------------------------------------------------------------------------------------------
-# What on-policy objectives share in a recipe: how completions are sampled, and what they are worth.
+# The section `rewards` of a recipe, and the rules that it may have.
+
+Value: TypeAlias = "Callable[[ToScore, str, str | int | float], float]"  # of a completion, its text, the wanted value
 
 
 class Rule(Settings):
-    """A reward by rule. Each kind is a class of its own, with its own settings."""
+    """A reward by rule. Each kind is a class with its own settings."""
 
     kind: str
-    weight: float = Field(1.0, description="What the rule's value is multiplied by.")
+    weight: float = Field(1.0, description="Factor of the rule's value.")
+
+    def scorer(self, at: str) -> Value:
+        """Return the function that gives a completion its value.
+
+        Args:
+            at: where the rule stands in the recipe, for messages.
+        """
+        raise AssertionError(f"{type(self).__name__} gives no value")
 
 
 class TextRule(Rule):
-    """A rule that judges what a completion says: by default its answer, without the thoughts before it."""
+    """A rule that reads a completion's text: by default its answer, without the thoughts before it."""
 
     thoughts: Thoughts | None = Field(
         None,
-        description="drop: judge the answer without its thoughts; keep: the whole completion; default: as "
-        "rewards.thoughts, and keep for a regex that names the marks of thoughts, as <think>.",
+        description="drop: read the answer without its thoughts; keep: the whole completion. Default: as "
+        "rewards.thoughts, but keep for a regex that names the marks of thoughts, such as <think>.",
     )
 
     def keeps_thoughts(self, general: Thoughts) -> bool:
-        """Return whether the whole completion is judged, where `rewards.thoughts` is `general`."""
+        """Return whether the rule reads the whole completion, where `rewards.thoughts` is `general`."""
         return keeps_thoughts(self.thoughts, general)
 
 
 class ExactMatch(TextRule):
-    """1 where the completion is the text of a field of the row, else 0; white space around both does not count."""
+    """1 where the completion equals the text in a field of the row, else 0; surrounding white space is ignored."""
 
     kind: Literal["exact_match"] = "exact_match"
     field: str = Field("answer", min_length=1, description="Field of the row that holds the wanted text.")
-    ignore_case: bool = Field(False, description="Whether upper and lower case are the same.")
+    ignore_case: bool = Field(False, description="Ignore upper and lower case.")
+
+    def scorer(self, at: str) -> Value:
+        def fold(text: str) -> str:
+            return text.strip().casefold() if self.ignore_case else text.strip()
+
+        return lambda item, text, wanted: float(fold(text) == fold(str(wanted)))
 
 
 class Regex(TextRule):
-    """1 where a regular expression of Python is found in the completion, else 0."""
+    """1 where a Python regular expression is found in the completion, else 0."""
 
     kind: Literal["regex"] = "regex"
     pattern: str = Field(min_length=1, description="The expression; (?i) in front ignores case.")
-    full: bool = Field(False, description="The whole completion must fit, white space around it aside.")
+    full: bool = Field(False, description="Match the whole completion, without surrounding white space.")
+
+    def scorer(self, at: str) -> Value:
+        pattern = re.compile(self.pattern)
+        if self.full:
+            return lambda item, text, wanted: float(pattern.fullmatch(text.strip()) is not None)
+        return lambda item, text, wanted: float(pattern.search(text) is not None)
 
     @field_validator("pattern")
     @classmethod
@@ -77,7 +99,7 @@ class Regex(TextRule):
         try:
             re.compile(value)
         except (re.error, RecursionError, OverflowError) as exc:
-            raise ValueError(f"{value!r} is no regular expression: {exc}") from None
+            raise ValueError(f"{value!r} is not a regular expression: {exc}") from None
         return value
 
     def keeps_thoughts(self, general: Thoughts) -> bool:
@@ -85,24 +107,40 @@ class Regex(TextRule):
 
 
 class Number(TextRule):
-    """1 where the last number of the completion is the number in a field of the row, else 0.
+    """1 where the last number of the completion equals the number in a field of the row, else 0.
 
-    Commas between thousands, currency signs and percent signs are left out: 1,234.50, $1234.5 and 1234.5% are equal.
+    Commas between thousands, currency signs and percent signs are ignored: 1,234.50, $1234.5 and 1234.5% are equal.
     """
 
     kind: Literal["number"] = "number"
-    field: str = Field("answer", min_length=1, description="Field with the wanted number; of a text, its last number.")
+    field: str = Field("answer", min_length=1, description="Field with the wanted number; the last one of a text.")
     tolerance: float = Field(1e-6, ge=0, description="Largest difference between the two numbers.")
+
+    def scorer(self, at: str) -> Value:
+        def value(item: ToScore, text: str, wanted: str | int | float) -> float:
+            found, target = last_number(text), _as_number(wanted)
+            return float(found is not None and target is not None and abs(found - target) <= self.tolerance)
+
+        return value
 
 
 class JsonSchema(TextRule):
-    """1 where the completion, or what stands in its ``` fence, is JSON and fits the schema, else 0."""
+    """1 where the completion, or the content of its ``` fence, is JSON that fits the schema, else 0."""
 
     # BaseModel has a method `schema`, so the attribute has another name than the setting.
     kind: Literal["json_schema"] = "json_schema"
     schema_: str | dict[str, Any] | None = Field(
-        None, alias="schema", description="A JSON Schema or the path of its file; default: any JSON will do."
+        None, alias="schema", description="A JSON Schema or the path of its file; default: any JSON fits."
     )
+
+    def scorer(self, at: str) -> Value:
+        fits = _validator(at, self)
+
+        def value(item: ToScore, text: str, wanted: str | int | float) -> float:
+            there, found = find_json(text)
+            return float(there and (fits is None or fits(found)))
+
+        return value
 
     @model_serializer(mode="wrap")
     def _by_setting(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -112,16 +150,18 @@ class JsonSchema(TextRule):
 class Length(Rule):
     """1 where the completion's length lies in a window; outside it falls linearly, to 0 at a distance of `slack`.
 
-    Thoughts count: it is the length of all that was sampled.
+    The length is that of all that was sampled, thoughts included.
     """
 
     kind: Literal["length"] = "length"
-    min: int | None = Field(None, ge=0, description="Least length; default: none.")
-    max: int | None = Field(None, ge=0, description="Greatest length; default: none.")
+    min: int | None = Field(None, ge=0, description="Smallest length; default: no bound.")
+    max: int | None = Field(None, ge=0, description="Largest length; default: no bound.")
     unit: Literal["tokens", "chars"] = Field(
-        "tokens", description="tokens: as sampled, with the one that ends the completion; chars: of its text."
+        "tokens", description="tokens: as sampled, with the one that ends the completion; chars: of the text."
     )
-    slack: int = Field(0, ge=0, description="Distance from the window at which the value is 0; 0: at once.")
+    slack: int = Field(
+        0, ge=0, description="Distance from the window at which the value reaches 0; 0: right outside it."
+    )
 
     @model_validator(mode="after")
     def _window(self) -> Length:
@@ -130,6 +170,16 @@ class Length(Rule):
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max})")
         return self
+
+    def scorer(self, at: str) -> Value:
+        def value(item: ToScore, text: str, wanted: str | int | float) -> float:
+            size = len(item.reply_ids) if self.unit == "tokens" else len(text)
+            below = self.min - size if self.min is not None else 0
+            above = size - self.max if self.max is not None else 0
+            outside = max(0, below, above)
+            return max(0.0, 1 - outside / self.slack) if outside and self.slack else float(outside == 0)
+
+        return value
 
 
 AnyRule = ExactMatch | Regex | Number | JsonSchema | Length
@@ -143,16 +193,16 @@ _KINDS: dict[str, type[AnyRule]] = {
 
 
 class RewardsSettings(Settings):
-    """The section `rewards`: what a completion is worth, the weighted sum of a reward model, functions and rules."""
+    """The section `rewards`: the reward of a completion, a weighted sum of a reward model, functions and rules."""
 
     SOURCES: ClassVar[tuple[str, ...]] = ("adapter", "function", "rules")
 
     adapter: str | None = Field(
-        None, description="A reward run (or its adapter or model folder): of the policy's base, or of another one."
+        None, description="A reward run (or its adapter or model folder), of the policy's base or another one."
     )
-    adapter_weight: float = Field(1.0, description="What the reward model's score is multiplied by.")
+    adapter_weight: float = Field(1.0, description="Factor of the reward model's score.")
     normalize: bool = Field(
-        False, description="Take the reward run's mean off the scores and divide by its std, both as it stored them."
+        False, description="Subtract the mean from the scores and divide by the std that the reward run stored."
     )
     function: str | dict[str, float] | None = Field(
         None,
@@ -164,24 +214,24 @@ class RewardsSettings(Settings):
     )
     thoughts: Thoughts = Field(
         "drop",
-        description="What rules judge. drop: the answer without its thoughts (<think>...</think>, and other families' "
-        "marks); a thought that never ends leaves no answer. keep: the whole completion. A rule may differ by its own "
+        description="What rules read. drop: the answer without its thoughts (<think>...</think>, and other families' "
+        "marks); a thought that never ends leaves no answer. keep: the whole completion. A rule may have its own "
         "`thoughts`; length, functions (see mlxft.answer_of) and reward models always read the whole completion.",
     )
     clip: float | None = Field(
         None,
         gt=0,
-        description="Bound of the total: after normalising, weighting, adding up and the missing-EOS penalty it is "
-        "held between -clip and clip.",
+        description="Bound of the reward: after normalising, weighting, summing and the missing-EOS penalty it is "
+        "clipped to -clip..clip.",
     )
     missing_eos_penalty: float | None = Field(
-        None, ge=0, description="Taken off the total where a completion was cut off before EOS or a stop text."
+        None, ge=0, description="Subtracted from the reward of a completion that was cut off before EOS or a stop text."
     )
 
     @field_validator("rules", mode="before")
     @classmethod
     def _read_rules(cls, value: Any) -> Any:
-        """Each mapping by its kind, so that an error names the rule and its setting."""
+        """Validate each mapping by its kind, so that an error names the rule and its setting."""
         if not isinstance(value, list):
             raise ValueError(f"expected a list of rules, each a mapping with a kind; seen {value!r:.60}")
         found = [_read_rule(i, rule) for i, rule in enumerate(value)]
@@ -194,7 +244,7 @@ class RewardsSettings(Settings):
     @classmethod
     def _some_function(cls, value: Any) -> Any:
         if isinstance(value, dict) and not value:
-            raise ValueError("names no function; give file.py:name, or leave it out")
+            raise ValueError("has no function; give file.py:name, or leave it out")
         wrong = [k for k, weight in value.items() if isinstance(weight, bool)] if isinstance(value, dict) else []
         if wrong:
             raise ValueError(f"{wrong[0]} has the weight {value[wrong[0]]}; expected a number")
@@ -207,17 +257,17 @@ class RewardsSettings(Settings):
         if idle and self.adapter is None:
             raise ValueError(f"{' and '.join(idle)}: for a reward model's scores; give adapter too, or leave it out")
         if self.thoughts != "drop" and not any(isinstance(rule, TextRule) for rule in self.rules):
-            raise ValueError("thoughts: for rules that judge what a completion says; give such rules, or leave it out")
+            raise ValueError("thoughts: for rules that read a completion's text; give such rules, or leave it out")
         return self
 
     @property
     def given(self) -> bool:
-        """Whether there is any reward."""
+        """Return whether there is any reward."""
         return any(getattr(self, name) for name in self.SOURCES)
 
 
 def _read_rule(index: int, rule: Any) -> AnyRule | list[str]:
-    """The rule, or what is wrong with it."""
+    """Return the rule, or what is wrong with it."""
     at = f"rules[{index}]"
     if isinstance(rule, Rule):
         return rule  # type: ignore[return-value]
@@ -235,7 +285,7 @@ def _read_rule(index: int, rule: Any) -> AnyRule | list[str]:
 
 
 def _problem(at: str, kind: type[Rule], e: Any) -> str:
-    """One problem of a rule in words."""
+    """Return a validation error of a rule as text."""
     there = [field.alias or name for name, field in kind.model_fields.items()]
     # A union's branches stand in the location after the setting's name.
     place = ".".join([at, *(str(part) for part in e["loc"][:1])])
@@ -249,9 +299,9 @@ def _problem(at: str, kind: type[Rule], e: Any) -> str:
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
-# Rewards by rule: an exact answer, a pattern, a number, JSON, a length.
+# Rewards by rule: an exact text, a pattern, a number, JSON, a length.
 
-# A sign only where no word or number stands before it: 10-5 has no -5. Thousands are parted by commas, or not at all.
+# A sign counts only where no word or number precedes it: 10-5 has no -5. Thousands have commas, or nothing, between.
 _NUMBER = re.compile(
     r"(?:(?P<sign>(?<![\w.)\]%])[-+\u2212])?(?:[$\u20ac\u00a3\u00a5\u20b9]\s?(?P<inner>[-\u2212])?)?)?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?P<power>[eE][-+]?\d+)?"
@@ -260,7 +310,7 @@ _FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text, or None; see the rule `number`."""
+    """Return the last number of a text, or None; see the rule `number`."""
     every = list(_NUMBER.finditer(text))
     if not every:
         return None
@@ -272,7 +322,7 @@ def last_number(text: str) -> float | None:
 
 
 def find_json(text: str) -> tuple[bool, Any]:
-    """Whether a text, or the last of its ``` fences that does, holds JSON; and its value."""
+    """Return whether a text, or the last of its ``` fences that does, holds JSON, and the value."""
     for part in (text, *reversed(_FENCE.findall(text))):
         try:
             return True, parse_json(part, parse_constant=_no_json)
@@ -282,7 +332,7 @@ def find_json(text: str) -> tuple[bool, Any]:
 
 
 def _no_json(name: str) -> None:
-    """Python reads NaN and Infinity, which JSON does not have."""
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
     raise ValueError(name)
 
 
@@ -290,12 +340,11 @@ class ScoredRule:
     """A rule ready to score.
 
     Args:
-        thoughts: what is judged, where the rule itself does not say.
+        thoughts: what the rule reads, where its own setting is not given.
     Attributes:
-        name: rules/0_regex, by its place and kind.
-        weight: what its values are multiplied by.
+        name: by place and kind, such as rules/0_regex.
     Raises:
-        ConfigError: a schema that can not be read or is none.
+        ConfigError: a schema cannot be read or is not one.
     """
 
     def __init__(self, index: int, rule: AnyRule, thoughts: Thoughts = "drop") -> None:
@@ -303,10 +352,10 @@ class ScoredRule:
         self.name = f"rules/{index}_{rule.kind}"
         self.weight = rule.weight
         self._whole = not isinstance(rule, TextRule) or rule.keeps_thoughts(thoughts)
-        self._value = _scorer(f"rewards.rules[{index}]", rule)
+        self._value = rule.scorer(f"rewards.rules[{index}]")
 
     def problem(self, row: dict[str, Any]) -> str | None:
-        """What a row lacks that the rule reads, or None."""
+        """Return what is wrong with a row for this rule, or None."""
         if not isinstance(self.rule, ExactMatch | Number):
             return None
         field = self.rule.field
@@ -319,56 +368,27 @@ class ScoredRule:
         if isinstance(self.rule, Number):
             wanted = _as_number(self._wanted(row))
             if wanted is None or not math.isfinite(wanted):
-                return f"{field} is {value!r:.40}, which holds no number; {self.name} compares with one"
+                return f"{field} is {value!r:.40}, which has no number; {self.name} compares with one"
         return None
 
     def score(self, items: Sequence[ToScore]) -> list[float]:
-        """A value for each completion.
+        """Return a value for each completion.
 
         Raises:
-            DataError: rows lack what the rule reads.
+            DataError: a row does not have what the rule reads.
         """
         values = []
         for item in items:
             if problem := self.problem(item.row):
                 raise DataError(f"{item.where}: {problem}")
-            said = item.completion if self._whole else item.answer
-            values.append(self._value(item, said, self._wanted(item.row)))
+            text = item.completion if self._whole else item.answer
+            values.append(self._value(item, text, self._wanted(item.row)))
         return values
 
     def _wanted(self, row: dict[str, Any]) -> str | int | float:
-        """What the row's field holds; '' for a rule that compares with none."""
+        """Return the value of the row's field; '' for a rule that compares with none."""
         value: str | int | float = row[self.rule.field] if isinstance(self.rule, ExactMatch | Number) else ""
         return wanted_of(value) if isinstance(value, str) and not self._whole else value
-
-
-def _scorer(at: str, rule: AnyRule) -> Callable[[ToScore, str, str | int | float], float]:
-    """The value of a completion: the function takes it, what of its text is judged, and what the row wants."""
-    if isinstance(rule, ExactMatch):
-        return lambda item, said, wanted: _exact_match(said, str(wanted), rule.ignore_case)
-    if isinstance(rule, Regex):
-        pattern = re.compile(rule.pattern)
-        if rule.full:
-            return lambda item, said, wanted: float(pattern.fullmatch(said.strip()) is not None)
-        return lambda item, said, wanted: float(pattern.search(said) is not None)
-    if isinstance(rule, Number):
-        return lambda item, said, wanted: _number(said, wanted, rule.tolerance)
-    if isinstance(rule, JsonSchema):
-        fits = _validator(at, rule)
-        return lambda item, said, wanted: _json(fits, said)
-    return lambda item, said, wanted: _length(rule, len(item.reply_ids) if rule.unit == "tokens" else len(said))
-
-
-def _exact_match(said: str, wanted: str, ignore_case: bool) -> float:
-    said, wanted = said.strip(), wanted.strip()
-    if ignore_case:
-        said, wanted = said.casefold(), wanted.casefold()
-    return float(said == wanted)
-
-
-def _number(said: str, wanted: str | int | float, tolerance: float) -> float:
-    one, two = last_number(said), _as_number(wanted)
-    return float(one is not None and two is not None and abs(one - two) <= tolerance)
 
 
 def _as_number(value: str | int | float) -> float | None:
@@ -378,22 +398,8 @@ def _as_number(value: str | int | float) -> float | None:
         return math.inf
 
 
-def _length(rule: Length, size: int) -> float:
-    below = rule.min - size if rule.min is not None else 0
-    above = size - rule.max if rule.max is not None else 0
-    outside = max(0, below, above)
-    if outside == 0:
-        return 1.0
-    return max(0.0, 1 - outside / rule.slack) if rule.slack else 0.0
-
-
-def _json(fits: Callable[[Any], bool] | None, text: str) -> float:
-    there, value = find_json(text)
-    return float(there and (fits is None or fits(value)))
-
-
 def _validator(at: str, rule: JsonSchema) -> Callable[[Any], bool] | None:
-    """Whether a value fits the rule's schema; None where any JSON will do."""
+    """Return a function that checks a value by the rule's schema; None where any JSON fits."""
     if rule.schema_ is None:
         return None
     schema, origin = _read_schema(at, rule.schema_)
@@ -406,14 +412,14 @@ def _validator(at: str, rule: JsonSchema) -> Callable[[Any], bool] | None:
     kind = validators.validator_for(schema, default=validators.Draft202012Validator)
     try:
         kind.check_schema(schema)
-        # With a registry of its own nothing is fetched for a $ref that leads out of the schema.
+        # An empty registry: nothing is fetched for a $ref that leads out of the schema.
         validator = kind(schema, registry=Registry())
         list(validator.iter_errors({}))
     except SchemaError as exc:
         place = "/".join(str(part) for part in exc.absolute_path)
         raise ConfigError(f"{origin}: not a JSON Schema: {exc.message}{f' (at {place})' if place else ''}") from None
     except Unresolvable as exc:
-        raise ConfigError(f"{origin}: $ref to {exc.ref!r}, which is not in the schema; put it under $defs") from None
+        raise _unresolved(origin, exc) from None
     except RecursionError:
         raise ConfigError(f"{origin}: a $ref leads back to itself, or the schema is nested too deep") from None
 
@@ -421,23 +427,25 @@ def _validator(at: str, rule: JsonSchema) -> Callable[[Any], bool] | None:
         try:
             return bool(validator.is_valid(value))
         except Unresolvable as exc:
-            raise ConfigError(
-                f"{origin}: $ref to {exc.ref!r}, which is not in the schema; put it under $defs"
-            ) from None
+            raise _unresolved(origin, exc) from None
         except RecursionError:
             return False
 
     return fits
 
 
+def _unresolved(origin: str, error: Any) -> ConfigError:
+    return ConfigError(f"{origin}: $ref to {error.ref!r}, which is not in the schema; put it under $defs")
+
+
 def _read_schema(at: str, given: str | dict[str, Any]) -> tuple[Any, str]:
-    """A schema, and where it is from."""
+    """Return a schema, and where it is from."""
     if isinstance(given, dict):
         return given, f"{at}.schema"
     try:
         schema = parse_json(read_small(home_path(given)))
     except OSError as exc:
-        raise ConfigError(f"{at}.schema: can not read {given}: {exc.strerror or exc}") from exc
+        raise ConfigError(f"{at}.schema: cannot read {given}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{at}.schema: {given} is not valid JSON: {exc}") from exc
     if not isinstance(schema, dict | bool):
@@ -446,9 +454,9 @@ def _read_schema(at: str, given: str | dict[str, Any]) -> tuple[Any, str]:
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
-# Rewards by a function of the user's: loaded from a file, called on batches, and what it returns looked at closely.
+# Rewards by the user's functions: loaded from a file and called on batches; what they return is checked.
 
-# Components that are no functions.
+# Components that are not functions.
 MODEL, MISSING_EOS = "reward_model", "missing_eos"
 CALL = "name(prompts, completions, rows) -> list of floats"
 
@@ -457,7 +465,7 @@ class ScoredFunction:
     """A reward function ready to score.
 
     Attributes:
-        name: as it is called in reports.
+        name: its name in reports.
         spec: file.py:name.
     """
 
@@ -466,7 +474,7 @@ class ScoredFunction:
         self._function = function
 
     def score(self, items: Sequence[ToScore]) -> list[float]:
-        """A value for each completion.
+        """Return a value for each completion.
 
         Raises:
             RewardError: it raised, or did not return a finite number for each.
@@ -488,12 +496,12 @@ class ScoredFunction:
         return found
 
     def _call(self, items: Sequence[ToScore]) -> Any:
-        # The function's own lists and mappings: what it changes there is not ours.
+        # Copies, since the function may change them.
         rows = [dict(item.row) for item in items]
         return self._function([item.prompt for item in items], [item.completion for item in items], rows)
 
     def _located(self, items: Sequence[ToScore], error: BaseException) -> RewardError:
-        """The error with the row that it comes from: the first that raises when it is asked for alone."""
+        """Return the error with the row it comes from: the first that raises when called with it alone."""
         for item in items:
             try:
                 self._call([item])
@@ -519,7 +527,7 @@ class ScoredFunction:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite float of float32's range; None for what is none. Arrays of one element count as their number."""
+    """Return a finite float in float32's range, else None. An array of one element counts as its number."""
     if not isinstance(value, bool | int | float) and callable(item := getattr(value, "item", None)):
         try:
             value = item()
@@ -535,10 +543,10 @@ def as_number(value: Any) -> float | None:
 
 
 def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]:
-    """The functions of `rewards.function`, each file run once.
+    """Return the functions of `rewards.function`; each file is run once.
 
     Raises:
-        ConfigError: no such file or function, or the file can not be run.
+        ConfigError: there is no such file or function, or the file cannot be run.
     """
     weights = {given: 1.0} if isinstance(given, str) else dict(given or {})
     modules: dict[Path, ModuleType] = {}
@@ -547,23 +555,19 @@ def load_functions(given: str | dict[str, float] | None) -> list[ScoredFunction]
     for (spec, weight), name in zip(weights.items(), names):
         path, colon, _ = spec.rpartition(":")
         if not (path and colon and name):
-            raise ConfigError(f"rewards.function: {spec!r} names no function; expected file.py:name, called as {CALL}")
+            raise ConfigError(
+                f"rewards.function: {spec!r} does not name a function; expected file.py:name, called as {CALL}"
+            )
         if path == "python":
             found.append(ScoredFunction(name, spec, weight, handed_over("rewards.function", spec)))
             continue
         file = home_path(path)
         if file not in modules:
             modules[file] = run_file("rewards.function", spec, file)
-        # A plain name is easier to read in reports, where it can mean one function only.
+        # Reports show the plain name where it is unique.
         shown = spec if names.count(name) > 1 or name in (MODEL, MISSING_EOS) else name
-        found.append(
-            ScoredFunction(
-                shown,
-                spec,
-                weight,
-                named_in("rewards.function", spec, modules[file], name, f"function; expected {CALL}"),
-            )
-        )
+        function = named_in("rewards.function", spec, modules[file], name, f"function; expected {CALL}")
+        found.append(ScoredFunction(shown, spec, weight, function))
     return found
 
 
@@ -577,7 +581,7 @@ def _short(text: str) -> str:
 
 
 # --- reward model -----------------------------------------------------------------------------------------------------
-# A reward run as a source of rewards: a role on the policy's base, or a model of its own.
+# Rewards by a reward run: a frozen model on the policy's base, or on its own.
 
 
 @dataclass(frozen=True)
@@ -586,8 +590,8 @@ class RewardRun:
 
     Attributes:
         folder: its adapter, or its whole model.
-        chat: whether its prompts and answers went through the chat template.
-        mean, std: of its scores on its validation rows, None where it had none.
+        chat: whether its rows went through the chat template.
+        mean, std: of its scores on its validation rows; None where it had none.
     """
 
     folder: Path
@@ -597,19 +601,19 @@ class RewardRun:
 
 
 def find_reward_run(path: str, normalize: bool) -> RewardRun:
-    """The reward run that `rewards.adapter` names; nothing is loaded but its head's file.
+    """Return the reward run that `rewards.adapter` names; only its head's file is read.
 
     Raises:
-        ConfigError: not there, no reward run, or `normalize` and it stored no mean and standard deviation.
-        ModelError: its head can not be read.
+        ConfigError: there is no reward run, or `normalize` needs a mean and std that it did not store.
+        ModelError: its head cannot be read.
     """
     place = home_path(path)
     file = find_head(path)
     if file is None:
         if not place.exists():
-            raise ConfigError(f"rewards.adapter: no such run or folder: {path}")
+            raise ConfigError(f"rewards.adapter: there is no run or folder {path}")
         raise ConfigError(
-            f"rewards.adapter: {path} has no head: not a reward run, or one without a result yet; name a run of "
+            f"rewards.adapter: {path} has no head: not a reward run, or one without trained weights yet; name a run of "
             "objective: reward"
         )
     about = read_head(file).about
@@ -617,18 +621,16 @@ def find_reward_run(path: str, normalize: bool) -> RewardRun:
     mean, std = noted.get("mean"), noted.get("std")
     if normalize and (mean is None or not std):
         seen = f"its std is {std}" if std is not None else "it was trained without data.valid"
-        raise ConfigError(
-            f"rewards.normalize: {path} has no mean and standard deviation to normalise by: {seen}; leave normalize out"
-        )
+        raise ConfigError(f"rewards.normalize: {path} has no mean and std to normalise by: {seen}; leave normalize out")
     return RewardRun(file.parent, reads_chat(place, about), mean, std)
 
 
 def reads_chat(folder: Path, about: dict[str, Any]) -> bool:
-    """Whether a reward model was trained on texts as turns of the chat template: its head says so, or else its run.
+    """Return whether a reward model was trained on rows in the chat template, as its head, or else its run, says.
 
     Args:
         folder: the run, its adapter, or a model.
-        about: noted with the head; before heads noted it, the run alone knew.
+        about: what the head notes; heads of older runs do not note it.
     """
     runs = [place for place in (folder, folder.parent) if (place / "config.yaml").is_file()]
     template = about.get("template") or (
@@ -653,11 +655,11 @@ class RewardModel:
         self._scorer = Scorer(self.model.split, own or tokenizer, run.chat, run.mean, run.std)
 
     def score(self, items: Sequence[ToScore], tokens: int) -> list[float]:
-        """Scores of completions, in batches of at most `tokens` tokens.
+        """Return the scores of completions, read in batches of at most `tokens` tokens.
 
         Raises:
-            DataError: a completion can not be encoded for the model.
-            RewardError: a score that is no number.
+            DataError: a completion cannot be encoded for the model.
+            RewardError: a score is not a finite number.
         """
         if self.model.shared:
             completions = [EncodedCompletion(item.prompt_ids, self._sampled(item)) for item in items]
@@ -671,12 +673,12 @@ class RewardModel:
         return scores
 
     def _sampled(self, item: ToScore) -> Ids:
-        """A completion's own ids; of one that a stop text ended those of the text before it, ended as answers are."""
+        """Return a completion's ids; where a stop text ended it, those of the text before, ended as rows are."""
         ended = item.finished and item.reply_ids[-1] not in self._scorer.tokenizer.eos_token_ids
         return self._encode(item).reply if ended else item.reply_ids
 
     def _encode(self, item: ToScore) -> EncodedCompletion:
-        """Prompt and completion as this model's own tokenizer and template have them."""
+        """Encode prompt and completion by this model's tokenizer and template."""
         scorer = self._scorer
         prompt = item.prompt if item.asked is None else item.asked
         if not isinstance(prompt, str) and not (scorer.chat and scorer.tokenizer.has_chat_template):
@@ -685,7 +687,7 @@ class RewardModel:
         if not isinstance(prompt, str):
             reply = {"role": "assistant", "content": reply}
         found = scorer.encode(prompt, reply, item.where, tools_of(item.row))
-        # The token that ends an answer says that it is complete.
+        # The token that ends a completion says that it is whole.
         return found if item.finished else EncodedCompletion(found.prompt, found.reply[:-1])
 
 
@@ -696,16 +698,16 @@ Values = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ToScore:
-    """A completion that is to be scored.
+    """A completion to score.
 
     Attributes:
         prompt_ids, reply_ids: (P,) and (R,) int32, as sampled: with the EOS that ended it, without padding.
-        prompt, completion: their texts, without special tokens but for those that mark thoughts.
-        row: the fields of the row of data.
+        prompt, completion: their texts, without special tokens other than the marks of thoughts.
+        row: the fields of its row.
         finished: whether EOS or a stop text ended it.
         where: the row's place, for messages.
-        asked: the text or the messages that the prompt was rendered from; None: the text `prompt`.
-        opening: the mark by which the prompt has opened a thought, or "".
+        asked: the text or messages that the prompt was rendered from; None: the text `prompt`.
+        opening: the mark that opens a thought at the end of the prompt, or "".
     """
 
     prompt_ids: Ids
@@ -720,7 +722,7 @@ class ToScore:
 
     @property
     def answer(self) -> str:
-        """The completion without its thoughts."""
+        """Return the completion without its thoughts."""
         return answer_of(self.completion, self.opening)
 
 
@@ -728,8 +730,8 @@ class Scores(NamedTuple):
     """Rewards of n completions.
 
     Attributes:
-        total: (n,) float32, what is trained by.
-        components: name -> (n,) float32, each source's own value: before normalising, weights and clipping; and what
+        total: (n,) float32, the rewards.
+        components: name -> (n,) float32: each source's own values, before normalising, weights and clipping, and what
             the missing-EOS penalty adds.
     """
 
@@ -743,9 +745,9 @@ class Rewards:
     Args:
         tokenizer: the policy's.
     Attributes:
-        role: the role of the reward model, if it is one on the policy's base: the critic may start from it.
+        role: the reward model's role, if it stands on the policy's base: the critic may start from it.
     Raises:
-        ConfigError: no source is given, or one can not be used. The reward run itself is loaded by `prepare`.
+        ConfigError: no source is given, or one cannot be used. The reward run is loaded by `prepare`.
     """
 
     def __init__(self, settings: RewardsSettings, tokenizer: Any) -> None:
@@ -761,36 +763,36 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """Names of the components, in the order of `Scores.components`."""
+        """Return the names of the components, in the order of `Scores.components`."""
         model = [] if self._run is None else [MODEL]
         penalty = [] if self._settings.missing_eos_penalty is None else [MISSING_EOS]
         return [*model, *(source.name for source in self._sources), *penalty]
 
     @property
     def columns(self) -> set[str] | None:
-        """The rows' columns that rules compare with; None where a function is given, which may read every one."""
+        """Return the rows' columns that rules read; None where a function is given, which may read all."""
         if any(isinstance(source, ScoredFunction) for source in self._sources):
             return None
         return {rule.rule.field for rule in self._rules if isinstance(rule.rule, ExactMatch | Number)}
 
     @property
     def slope(self) -> float:
-        """What a unit of the reward model's score adds to a reward."""
+        """Return what one unit of the reward model's score adds to a reward."""
         s = self._settings
         std = self._run.std if s.normalize and self._run is not None else None
         return s.adapter_weight / (std or 1.0)
 
     @property
     def offset(self) -> float:
-        """What a score of 0 of the reward model adds to a reward."""
+        """Return what a score of 0 by the reward model adds to a reward."""
         mean = self._run.mean if self._settings.normalize and self._run is not None else None
         return -self.slope * (mean or 0.0)
 
     def check_rows(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        """Whether rows, each with where it stands, have what the rules read.
+        """Check that rows, each with its place, have what the rules read.
 
         Raises:
-            DataError: some do not; all of them in one.
+            DataError: rows do not; all of them in one.
         """
         found = [(where, rule.problem(row)) for where, row in rows for rule in self._rules]
         if lines := [f"{where}: {problem}" for where, problem in found if problem]:
@@ -807,10 +809,10 @@ class Rewards:
             self.role = self._model.model.role
 
     def score(self, items: Sequence[ToScore], *, tokens: int) -> Scores:
-        """Rewards of completions, in their order.
+        """Return the rewards of completions, in their order.
 
-        Components, the reward model's normalised if asked for, are weighted and added up; then the missing-EOS penalty
-        is taken off, and then the total is clipped.
+        Components (the reward model's normalised if asked for) are weighted and added up; then the missing-EOS penalty
+        is subtracted; then the total is clipped.
 
         Args:
             tokens: most tokens of a batch that the reward model reads, padding included.

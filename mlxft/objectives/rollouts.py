@@ -1,8 +1,7 @@
-"""What on-policy objectives share: prompts, rollouts with the newest weights, their scores, micro-batches and
-evaluation.
+"""What on-policy objectives share: prompts, rollouts with the current weights, rewards, micro-batches, validation.
 
-`batches` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
-step, for some epochs. All that frozen roles say of a completion is in its batch, computed when it was sampled.
+`steps` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
+step, for some epochs. What frozen models say of a completion is computed when it is sampled, and is in its batch.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,35 +64,33 @@ from mlxft.objectives.base import (
     Terms,
     heaviest,
     real_mask,
+    whole_row_problems,
 )
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
 
-if TYPE_CHECKING:
-    pass
-
-
-# --- rolled -----------------------------------------------------------------------------------------------------------
-# How completions are sampled: the section `rollout`.
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 class RolloutSettings(Settings):
     """The section `rollout`: how completions are sampled."""
 
-    prompts: int = Field(32, ge=1, le=10**6, description="Rows of prompts a rollout.")
-    samples: int = Field(1, ge=1, le=10**4, description="Completions sampled of each prompt.")
+    prompts: int = Field(32, ge=1, le=10**6, description="Prompts per rollout.")
+    samples: int = Field(1, ge=1, le=10**4, description="Completions per prompt.")
     max_tokens: int = Field(64, ge=1, le=10**6, description="Longest completion in tokens.")
-    temperature: float = Field(1.0, description="Sampling temperature, above 0; log-probabilities are taken at it too.")
+    temperature: float = Field(1.0, description="Sampling temperature, above 0, also of log-probabilities.")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Sample from the likeliest tokens of this much mass; 1: from all."
+        1.0, gt=0, le=1, description="Sample from the likeliest tokens up to this probability mass; 1: from all."
     )
-    top_k: int = Field(0, ge=0, description="Sample from so many of the likeliest tokens; 0: from all.")
-    min_p: float = Field(0.0, ge=0, lt=1, description="Leave out tokens less likely than this share of the likeliest.")
+    top_k: int = Field(0, ge=0, description="Sample from this many of the likeliest tokens; 0: from all.")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Leave out tokens below this share of the likeliest token's probability."
+    )
     stop: list[str] = Field(
-        default_factory=list, description="Texts that end a completion, beside EOS; in its thoughts they do not count."
+        default_factory=list, description="Texts that end a completion, besides EOS; inside thoughts they do not."
     )
-    stop_at_eos: bool = Field(True, description="End a completion at EOS; false: sample on to max_tokens.")
+    stop_at_eos: bool = Field(True, description="End a completion at EOS; false: sample up to max_tokens.")
     rows: int | None = Field(None, ge=1, description="Completions decoded at once; default: the sampler's choice.")
 
     @field_validator("temperature")
@@ -114,13 +111,13 @@ class RolloutSettings(Settings):
         return value
 
     def bias_note(self) -> str | None:
-        """What to warn of where tokens are left out in sampling; None where none are."""
+        """Return a warning where sampling leaves tokens out, else None."""
         on = [f"rollout.{name}" for name in ("top_p", "top_k", "min_p") if getattr(self, name) != _OFF[name]]
         if not on:
             return None
         return (
-            f"{', '.join(on)}: completions are sampled from part of the vocabulary, and log-probabilities are of all "
-            "of it: ratios and KL are biased; leave it out unless sampling needs it"
+            f"{', '.join(on)}: completions are sampled from part of the vocabulary while log-probabilities are over "
+            "all of it, so ratios and KL are biased; leave it out unless sampling needs it"
         )
 
 
@@ -128,72 +125,60 @@ _OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 
 def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
-    """The sections of an on-policy objective's recipe."""
+    """Return the sections of an on-policy objective's recipe."""
     return {**own, "rollout": RolloutSettings, "rewards": RewardsSettings}
 
 
-# --- prompts ----------------------------------------------------------------------------------------------------------
-# Prompts that completions are sampled for, and what a recipe for that may not say.
-
 _NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
-MAX_KL = 4.0  # nats a token: of the text that is written, the reference would have drawn 2 % of the tokens
+MAX_KL = 4.0  # nats a token: the reference would sample 2 % of the tokens that the policy writes
 
 
 class OnPolicySettings(Settings):
-    """What every on-policy method has among its settings."""
+    """Settings of every on-policy method."""
 
-    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs; 0: no reference is kept.")
+    kl_coef: float = Field(0.05, ge=0, description="Cost of a nat of KL to the reference; 0: no reference is kept.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout.")
     minibatches: int = Field(
-        1, ge=1, description="Minibatches that a pass is cut into; batch.accumulate of them make a step."
+        1, ge=1, description="Minibatches per pass over a rollout; batch.accumulate of them make a step."
     )
     target_kl: float | None = Field(
         None,
         gt=0,
-        description="End the passes over a rollout after one in whose mean the policy is 1.5 times so far from the one "
-        "that sampled it, in nats a token (approx_kl_k3); default: never.",
+        description="End the passes over a rollout once the policy's mean KL to the one that sampled it is above 1.5 "
+        "times this, in nats a token (approx_kl_k3); default: never.",
     )
     max_kl: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         "auto",
-        description=f"Stop the run when KL to the reference is above, in nats a token, mean over a rollout; auto: "
-        f"{MAX_KL:g} where kl_coef is above 0, else never; null: never.",
+        description="Stop the run when the mean KL to the reference over a rollout is above this, in nats a token; "
+        f"auto: {MAX_KL:g} where kl_coef is above 0, else never; null: never.",
     )
 
     @property
     def highest_kl(self) -> float | None:
-        """`max_kl` as a number, if there is a bound."""
+        """Return `max_kl` as a number, None where there is no bound."""
         if self.max_kl == "auto":
             return MAX_KL if self.kl_coef else None
         return self.max_kl
 
     @property
     def refers(self) -> bool:
-        """Whether anything needs the reference's log-probabilities."""
+        """Return whether anything needs the reference's log-probabilities."""
         return self.kl_coef > 0 or self.highest_kl is not None
 
 
 def check_on_policy_recipe(config: Config, rollout: RolloutSettings, name: str, grouped: bool) -> list[str]:
-    """What is worth a note.
+    """Check an on-policy recipe, and return notes.
 
     Raises:
-        ConfigError: settings that have no meaning for completions of the model's own; all of them in one.
+        ConfigError: settings have no meaning for completions that are sampled; all of them in one.
     """
     data = config.data
-    problems = []
-    if data.format != "prompts":
-        problems.append(f"data.format: {data.format} is not for objective {name}; it is prompts, rows with a prompt")
-    if data.train_on is not None:
-        problems.append("data.train_on: completions are trained whole; leave it out")
-    if data.overflow not in ("error", "drop"):
-        problems.append(f"data.overflow: {data.overflow} would make another prompt of one; choose error or drop")
-    if config.batch.pack:
-        problems.append(f"batch.pack: is not for objective {name}, whose completions are rows of their own")
-    problems += _NO_DROPOUT.problems(config)
+    problems = whole_row_problems(config, ("prompts",), _NO_DROPOUT)
     if grouped and rollout.samples < 2:
         problems.append(f"rollout.samples: {name} compares completions of one prompt; give at least 2")
     if data.max_length <= rollout.max_tokens:
         problems.append(
-            f"data.max_length ({data.max_length}) is of prompt and completion together: raise it above "
+            f"data.max_length ({data.max_length}) bounds prompt and completion together: raise it above "
             f"rollout.max_tokens ({rollout.max_tokens})"
         )
     if problems:
@@ -201,35 +186,38 @@ def check_on_policy_recipe(config: Config, rollout: RolloutSettings, name: str, 
     notes = [note] if (note := rollout.bias_note()) else []
     if not getattr(config, name).refers:
         notes.append(
-            f"{name}.kl_coef is 0: no reference is asked, and kl is not reported ({name}.max_kl: a number asks)"
+            f"{name}.kl_coef is 0: no reference is kept, and kl is not reported (unless {name}.max_kl is a number)"
         )
     if config.run.steps is None and getattr(config, name).target_kl is not None:
         notes.append(
-            f"run.epochs is counted in steps, as if {name}.target_kl ended no rollout early: those that it ends leave "
-            "steps for more rollouts"
+            f"run.epochs is converted to steps as if {name}.target_kl ended no rollout early; steps that it saves go "
+            "to further rollouts"
         )
     return notes
 
 
 def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
-    """TrainingError where KL to the reference, in nats a token, is above the objective's `max_kl`.
+    """Raise TrainingError where KL to the reference, in nats a token, is above the objective's `max_kl`.
 
     Args:
-        validated: whether there are held-out prompts, by which the best weights are known.
+        validated: whether there are held-out prompts, so that the best weights are kept.
     """
-    kept = "Weights that a validation found best, and checkpoints, stay as they were"
+    kept = "The best weights by validation, and checkpoints, are unchanged"
     if not validated:
-        kept = "Checkpoints (run.save_every) stay as they were; with data.valid the best weights would be kept as well"
+        kept = "Checkpoints (run.save_every) are unchanged; with data.valid the best weights would be kept as well"
     if most is not None and kl > most:
         raise TrainingError(
-            f"the policy has run away from the reference: KL is {kl:.4g} nats a token, {name}.max_kl is {most:g}. "
-            f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look for what the reward is cheated by in "
-            f"samples.jsonl. {kept}"
+            f"the policy has moved too far from the reference: KL is {kl:.4g} nats a token, {name}.max_kl is {most:g}. "
+            f"Raise {name}.kl_coef, lower optim.lr or {name}.epochs, or look in samples.jsonl for how completions "
+            f"exploit the reward. {kept}"
         )
 
 
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
 class _Room(NamedTuple):
-    """Tokens that a prompt may have, what bounds them, and a way out, for messages."""
+    """Tokens that a prompt may have, what bounds them, and the way out, for messages."""
 
     tokens: int
     bound: str
@@ -239,14 +227,14 @@ class _Room(NamedTuple):
 def encode_prompts(
     train: Sequence[Example], valid: Sequence[Example], config: Config, tokenizer: Any, notes: list[str]
 ) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
-    """Prompts to train on, and held-out ones if there are any, as the model sees them.
+    """Return the prompts to train on, and held-out ones, as the model sees them.
 
     Args:
-        notes: takes what was left out.
+        notes: a note on what was left out is appended.
     Raises:
-        ConfigError: completions are to end at EOS, and there is none; or they are longer than the model's context.
-        DataError: prompts that can not be rendered or that leave no room for a whole completion, all of them in one;
-            or none is left.
+        ConfigError: completions are to end at EOS and there is none; or they are longer than the model's context.
+        DataError: prompts cannot be rendered or leave no room for a whole completion, all of them in one; or none is
+            left.
     """
     if config.data.template == "auto" and train:
         item = train[0].item
@@ -281,12 +269,12 @@ def _encode(
             problems.append(str(error))
             continue
         if not ids:
-            problems.append(f"{where}: the prompt has no token")
+            problems.append(f"{where}: the prompt has no tokens")
         elif len(ids) > longest and config.data.overflow == "drop":
             dropped += 1
         elif len(ids) > longest:
             problems.append(
-                f"{where}: {len(ids)} tokens; {why} less rollout.max_tokens leaves {longest}. {way}, or set "
+                f"{where}: {len(ids)} tokens; {why} minus rollout.max_tokens leaves {longest}. {way}, or set "
                 "data.overflow: drop"
             )
         else:
@@ -297,31 +285,36 @@ def _encode(
     if dropped:
         notes.append(f"{dropped:,} prompts leave no room for a completion within {why} and are left out")
     if not found:
-        raise DataError(f"no prompt is left to sample from: {why} less rollout.max_tokens leaves {longest} tokens")
+        raise DataError(f"no prompt is left to sample from: {why} minus rollout.max_tokens leaves {longest} tokens")
     return found
 
 
 def _room(config: Config) -> _Room:
-    most, answer = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
+    most, completion = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
     context = context_of(read_model_config(config.model.path))
     if context is None or context >= most:
-        return _Room(most - answer, f"data.max_length ({most})", "Raise the first")
-    if context <= answer:
-        raise ConfigError(f"rollout.max_tokens ({answer}) leaves no room for a prompt in the model's {context} tokens")
-    return _Room(context - answer, f"the model's context ({context})", "Lower rollout.max_tokens")
+        return _Room(most - completion, f"data.max_length ({most})", "Raise the first")
+    if context <= completion:
+        raise ConfigError(
+            f"rollout.max_tokens ({completion}) leaves no room for a prompt in the model's {context} tokens"
+        )
+    return _Room(context - completion, f"the model's context ({context})", "Lower rollout.max_tokens")
 
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
-# A rollout: completions of prompts with what is known of each of their tokens, and how it is cut into steps.
+# Completions of prompts with numbers for each of their tokens, and how they are cut into steps.
 
 _Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt's ids (P,) int32 as the model sees them, its text, the row it comes from, and its place.
+    """A prompt.
 
-    `asked` is the text or the messages that were rendered.
+    Attributes:
+        ids: (P,) int32, as the model sees them; text: decoded.
+        row, where: the row it comes from, and its place.
+        asked: the text or the messages that were rendered.
     """
 
     ids: Ids
@@ -337,11 +330,11 @@ class Rollout:
 
     Attributes:
         number: of the rollout, from 0.
-        prompts: index of each completion's prompt; those of one prompt stand together.
+        prompts: index of each completion's prompt; completions of one prompt are neighbours.
         replies: ids of each, (R,) int32, as sampled: with the EOS that ended it.
         finished: whether EOS or a stop text ended it.
         scores: (B,) rewards.
-        tokens: name -> one number a token of each completion: old_logprobs, ref_logprobs, values, advantages, returns.
+        tokens: name -> numbers for each completion's tokens: old_logprobs, ref_logprobs, values, advantages, returns.
     """
 
     number: int
@@ -356,29 +349,29 @@ class Rollout:
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """(B,) tokens of each completion."""
+        """Return (B,) the number of tokens of each completion."""
         return np.array([len(reply) for reply in self.replies], dtype=np.int64)
 
     def grid(self, name: str) -> mx.array:
-        """Numbers of tokens as (B, T) float32, padded on the right with 0."""
+        """Return the tokens' numbers as (B, T) float32, padded on the right with 0."""
         return mx.array(pad(self.tokens[name], int(self.sizes.max())))
 
     @property
     def mask(self) -> mx.array:
-        """(B, T), 1 where a completion has a token."""
+        """Return (B, T), 1 where a completion has a token."""
         return mx.array((np.arange(self.sizes.max()) < self.sizes[:, None]).astype(np.float32))
 
     def set_grid(self, name: str, values: mx.array) -> None:
-        """Keep (B, T) numbers of tokens."""
+        """Set the tokens' numbers from (B, T)."""
         rows = np.array(values.astype(mx.float32))
         self.tokens[name] = [row[:size].copy() for row, size in zip(rows, self.sizes)]
 
     def flat(self, name: str, rows: Sequence[int]) -> mx.array:
-        """(N,) float32 numbers of the tokens of some completions."""
+        """Return (N,) float32, the numbers of some completions' tokens."""
         return mx.array(np.concatenate([self.tokens[name][i] for i in rows]).astype(np.float32))
 
     def arrays(self) -> dict[str, mx.array]:
-        """All of it, for a checkpoint."""
+        """Return all of it, for a checkpoint."""
         sizes = self.sizes.astype(np.int32)
         found: dict[str, Any] = {
             "number": np.array([self.number], np.int32),
@@ -393,7 +386,7 @@ class Rollout:
 
     @classmethod
     def of(cls, arrays: dict[str, mx.array]) -> Rollout:
-        """What `arrays` gave."""
+        """Return the rollout whose `arrays` these are."""
         held = {name: np.array(value) for name, value in arrays.items()}
         ends = np.cumsum(held["sizes"])[:-1]
         return cls(
@@ -407,7 +400,7 @@ class Rollout:
 
 
 def pad(rows: Sequence[npt.NDArray[Any]], width: int) -> npt.NDArray[Any]:
-    """Rows of unequal length as one array, padded on the right with 0."""
+    """Stack rows of unequal length, padded on the right with 0."""
     out = np.zeros((len(rows), width), dtype=rows[0].dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
@@ -415,7 +408,7 @@ def pad(rows: Sequence[npt.NDArray[Any]], width: int) -> npt.NDArray[Any]:
 
 
 def minibatches(count: int, parts: int, *, seed: int, rollout: int, epoch: int) -> list[list[int]]:
-    """Completions of a rollout, shuffled and cut into `parts` of like size; fewer where there are fewer completions."""
+    """Shuffle a rollout's completions and cut them into up to `parts` parts of like size."""
     order = np.random.default_rng([seed, 2, rollout, epoch]).permutation(count)
     return [sorted(part.tolist()) for part in np.array_split(order, min(parts, count))]
 
@@ -423,21 +416,21 @@ def minibatches(count: int, parts: int, *, seed: int, rollout: int, epoch: int) 
 def micro_batches(
     rows: Sequence[int], lengths: npt.NDArray[np.int64], *, tokens: int | None, most: int | None
 ) -> list[list[int]]:
-    """Some completions in batches of a token budget, or of `most` rows, those of like length together."""
+    """Cut completions into micro-batches of a token budget, or of `most` rows, by length."""
     slots = plan_epoch(lengths[list(rows)], tokens=tokens, rows=most, seed=None)
     return [[rows[i] for i in slot.rows] for slot in slots]
 
 
-# --- draw -------------------------------------------------------------------------------------------------------------
-# What a rollout is made of; and dynamic sampling (DAPO, Yu et al. 2025, section 3.2), which draws more of it.
+# --- sampling ---------------------------------------------------------------------------------------------------------
+# What a rollout is made of, and dynamic sampling (DAPO, Yu et al. 2025, section 3.2), which samples more of it.
 
 
 class Drawn(NamedTuple):
-    """What a rollout is made of.
+    """A sampled rollout with its scores.
 
     Attributes:
-        tokens, seconds: that were sampled for it, and the time that took.
-        event: what is worth reporting.
+        tokens, seconds: tokens that were sampled for it, and the time taken.
+        event: numbers to report.
     """
 
     rollout: Rollout
@@ -447,23 +440,22 @@ class Drawn(NamedTuple):
     event: dict[str, float]
 
     def plus(self, more: Drawn) -> Drawn:
-        """With what another one took."""
+        """Add the tokens and seconds of another one."""
         return self._replace(tokens=self.tokens + more.tokens, seconds=self.seconds + more.seconds)
 
 
 def resample(objective: OnPolicy[Any], first: Drawn, most: int) -> Drawn:
-    """A rollout in whose groups the scores differ, as far as `most` further draws find such.
+    """Replace groups of equal scores, as far as `most` further rounds of sampling find groups whose scores differ.
 
-    Each draw asks as many other prompts as there are groups of equal scores, and those that came out better take their
-    places: the rollout keeps its size. Which prompts are asked follows from seed and rollout alone, so that a resumed
-    run asks the same. A prompt is asked once a rollout; when all were, it ends.
+    Each round samples as many other prompts as there are groups of equal scores, and the groups whose scores differ
+    take their places: the rollout keeps its size. The prompts follow from seed and rollout alone, so that a resumed run
+    takes the same. A rollout takes each prompt at most once.
 
     Args:
         first: completions of the rollout's own prompts; it is changed.
     Returns:
-        The rollout, with all that was sampled counted, and in its event:
-        resampled: groups replaced; groups_sampled: groups that were sampled; reward_sampled: their mean reward, which
-        no choice has made better or worse.
+        The rollout, with all that was sampled counted, and in its event: resampled, the groups replaced;
+        groups_sampled; and reward_sampled, the mean reward of all of them, free of selection.
     """
     size, number = objective.rollouts.samples, first.rollout.number
     asked = set(first.rollout.prompts)
@@ -471,14 +463,14 @@ def resample(objective: OnPolicy[Any], first: Drawn, most: int) -> Drawn:
     left = [int(i) for i in order if int(i) not in asked]
     replaced, every = 0, [first.scores.total.copy()]
     drawn = first
-    for turn in range(most):
-        dull = np.flatnonzero(equal_groups(first.scores.total, size))
-        chosen, left = left[: len(dull)], left[len(dull) :]
+    for round_ in range(most):
+        equal = np.flatnonzero(equal_groups(first.scores.total, size))
+        chosen, left = left[: len(equal)], left[len(equal) :]
         if not chosen:
             break
-        more = objective.sampled(chosen, number, objective.seed_of(number, turn + 1))
+        more = objective.sampled(chosen, number, objective.seed_of(number, round_ + 1))
         good = np.flatnonzero(~equal_groups(more.scores.total, size))
-        for to, of in zip(dull, good):
+        for to, of in zip(equal, good):
             _put(first, more, slice(to * size, (to + 1) * size), slice(of * size, (of + 1) * size))
         replaced += len(good)
         every.append(more.scores.total)
@@ -492,7 +484,7 @@ def resample(objective: OnPolicy[Any], first: Drawn, most: int) -> Drawn:
 
 
 def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
-    """Completions of one rollout in the places of another's, with their scores."""
+    """Put completions of one rollout in the places of another's, with their scores."""
     old, new = drawn.rollout, more.rollout
     old.prompts[to], old.replies[to], old.finished[to] = new.prompts[of], new.replies[of], new.finished[of]
     drawn.scores.total[to] = more.scores.total[of]
@@ -500,23 +492,22 @@ def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
         values[to] = more.scores.components[name][of]
 
 
-# --- held out ---------------------------------------------------------------------------------------------------------
-# How a policy does on prompts that it is not trained on.
+# --- validation -------------------------------------------------------------------------------------------------------
 
 _SHOWN = 4  # completions that are shown
 
 
 class HeldOut:
-    """Held-out prompts, answered by policy and reference, always with the same random numbers."""
+    """Completions of held-out prompts by policy and reference, always with the same random numbers."""
 
     def __init__(self, objective: OnPolicy[Any]) -> None:
         self._objective = objective
         self._before: Scores | None = None  # the reference's
 
     def measure(self) -> dict[str, Any]:
-        """Reward, KL and win rate against the reference by the reward, and some completions with their scores.
+        """Return reward, KL, win rate against the reference, and some completions with their scores.
 
-        KL where the reference is asked for it, the win rate where it can still be had.
+        KL where the objective reads the reference, the win rate where there is one.
         """
         o = self._objective
         every = list(range(len(o.valid)))
@@ -527,7 +518,7 @@ class HeldOut:
         entropy = o.record_logprobs(rollout, o.valid, o.micro_batches(every, lengths))
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
-            # Lower is better, and what is optimised: by it the best weights are kept.
+            # What is optimised, lower is better: it decides which weights are kept.
             "loss": o.settings.kl_coef * kl.get("kl", 0.0) - reward,
             "reward": reward,
             **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
@@ -547,7 +538,7 @@ class HeldOut:
         }
 
     def _against(self, scores: Scores, seed: int) -> dict[str, float]:
-        """The scores beside those of the reference's completions."""
+        """Compare the scores with those of the reference's completions."""
         o = self._objective
         assert o.reference is not None
         if self._before is None:
@@ -562,27 +553,23 @@ class HeldOut:
         }
 
 
-# --- base -------------------------------------------------------------------------------------------------------------
-# What on-policy objectives share: prompts, rollouts with the newest weights, their scores, minibatches, evaluation.
-#
-# `batches` is a generator that the loop pulls: it samples and scores a rollout, and then yields its minibatches, each a
-# step, for some epochs. All that frozen roles say of a completion is in its batch, computed when it was sampled.
+# --- on-policy --------------------------------------------------------------------------------------------------------
 
 _M = TypeVar("_M", bound=OnPolicySettings)
-FAR = "approx_kl_k3"  # metric of a token: KL from the policy that sampled, never below 0 (k3); approx_kl is k1
-_IDLE = 8  # rollouts with nothing to train on, one after the other, that are at least put up with
+FAR = "approx_kl_k3"  # metric: KL to the policy that sampled by k3, never below 0; approx_kl is k1
+_IDLE = 8  # consecutive rollouts with nothing to train on before a run is stopped, at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """B completions behind their prompts, and numbers for each of their N tokens.
+    """B completions after their prompts, and numbers for each of their N tokens.
 
     Attributes:
         ids: (B, T) right-padded; last: (B,) the last real token of each row.
         positions, labels: (N,) flat index that predicts a token, and the token.
-        old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss reads none.
-        owners: (N,) the completion that a token belongs to; lengths: (B,) tokens of each, float32; and
-            row_advantages: (B,); of methods that give each completion one advantage.
+        old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss does not read it.
+        owners: (N,) the completion of a token; lengths: (B,) tokens of each, float32; row_advantages: (B,). For methods
+            with one advantage per completion.
     """
 
     ids: mx.array
@@ -600,15 +587,15 @@ class RolloutBatch:
 
 
 class OnPolicy(Objective, Generic[_M]):
-    """An objective over completions of its own. A subclass says what the tokens' advantages are, and the loss.
+    """An objective over completions that the policy samples. A subclass gives advantages and the loss.
 
     Args:
-        section: the method's own settings.
+        section: the method's settings.
     Raises:
         ConfigError, DataError: settings or rows do not fit.
     """
 
-    # Hardly two micro-batches of completions have one shape, so nothing is compiled.
+    # Nothing is compiled: micro-batches of completions rarely have the same shape.
     grouped = False  # whether completions are compared with others of their prompt
 
     def __init__(self, config: Config, tokenizer: Any, section: type[_M]) -> None:
@@ -627,9 +614,9 @@ class OnPolicy(Objective, Generic[_M]):
         self.sampling = Sampling(s.max_tokens, s.temperature, *filters, tuple(s.stop), s.stop_at_eos, True)
         self.how = Draw(s.temperature, never_drawn(tokenizer, self.sampling))
         self.kl_coef: float = self.settings.kl_coef
-        self._number, self._step = 0, 0  # of the rollout, and its next step
+        self._number, self._step = 0, 0  # the rollout and its next step
         self._rollout: Rollout | None = None
-        # KL from the policy that sampled, over the pass at hand: sum and weight, and those of steps not looked at yet.
+        # KL to the policy that sampled, over this pass: sum and weight, and those of steps that are not read yet.
         self._apart = [0.0, 0.0]
         self._unread: list[tuple[mx.array, float]] = []
         self._held_out = HeldOut(self)
@@ -639,7 +626,7 @@ class OnPolicy(Objective, Generic[_M]):
     # Roles
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Take note of the policy as it is: the reference, where anything asks it."""
+        """Open the frozen models: the reference, where anything reads it, and the reward model."""
         self._model = model
         self.models = FrozenModels(model, base, self.config.model.path)
         self.roles, self.split = self.models.roles, self.models.split
@@ -649,8 +636,8 @@ class OnPolicy(Objective, Generic[_M]):
             self.rewards.prepare(self.models)
         replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
         if self.rewards.role is not None and replaced:
-            seen = f"rewards.adapter: reads the base, of which model.adapter has replaced {replaced[0]}"
-            raise ConfigError(f"{seen}; fuse model.adapter and train from the folder")
+            seen = f"rewards.adapter: it is for the base, in which model.adapter replaces {replaced[0]}"
+            raise ConfigError(f"{seen}; fuse model.adapter and train from the fused folder")
         layers = [layer for role in self.roles.names for layer in self.roles[role].layers.values()]
         self.notes += _NO_DROPOUT.take_out(model, *layers)
 
@@ -658,17 +645,18 @@ class OnPolicy(Objective, Generic[_M]):
 
     @property
     def _per_pass(self) -> int:
-        """Rollouts that go once over the prompts."""
+        """Return the rollouts of one pass over the prompts."""
         return -(-len(self.prompts) // self.rollouts.prompts)
 
     def _chosen(self, number: int) -> list[int]:
-        """The prompts of a rollout."""
-        turn, at = divmod(number, self._per_pass)
-        order = np.random.default_rng([self.config.run.seed, 1, turn]).permutation(len(self.prompts))
+        """Return the prompts of a rollout."""
+        epoch, at = divmod(number, self._per_pass)
+        order = np.random.default_rng([self.config.run.seed, 1, epoch]).permutation(len(self.prompts))
         return order[at * self.rollouts.prompts : (at + 1) * self.rollouts.prompts].tolist()
 
-    def seed_of(self, number: int, turn: int = 0, valid: bool = False) -> int:
-        return int(np.random.default_rng([self.config.run.seed, 3 + valid, number, turn]).integers(1 << 32))
+    def seed_of(self, number: int, round_: int = 0, valid: bool = False) -> int:
+        """Return the seed of a rollout's sampling, or of a later round of it."""
+        return int(np.random.default_rng([self.config.run.seed, 3 + valid, number, round_]).integers(1 << 32))
 
     def micro_batches(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
         """Return the completions of each micro-batch."""
@@ -676,7 +664,7 @@ class OnPolicy(Objective, Generic[_M]):
         return micro_batches(rows, lengths, tokens=None if most else self.config.batch.budget, most=most)
 
     def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
-        """The micro-batches of each step; none where nothing of the rollout is trained on."""
+        """Return the micro-batches of each step; none where nothing of the rollout is trained on."""
         found: list[list[list[int]]] = []
         kept, accumulate = self.kept(rollout), self.config.batch.accumulate
         for epoch in range(self.settings.epochs if kept else 0):
@@ -687,11 +675,11 @@ class OnPolicy(Objective, Generic[_M]):
         return found
 
     def kept(self, rollout: Rollout) -> list[int]:
-        """The completions that are trained on, by what is known once they are scored."""
+        """Return the completions that are trained on, now that they are scored."""
         return list(range(len(rollout)))
 
     def why_idle(self, rollouts: int) -> str:
-        """What to say where nothing was kept of so many rollouts."""
+        """Return the error text for that many rollouts without a completion to train on."""
         return f"nothing of {rollouts} rollouts is trained on"
 
     def _stacked(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> Completions:
@@ -702,22 +690,22 @@ class OnPolicy(Objective, Generic[_M]):
     def sample(
         self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
     ) -> Rollout:
-        """Completions of some prompts by the role that is active."""
+        """Sample completions of some prompts with the active role."""
         assert self._model is not None
         asked = [prompts[i].ids.tolist() for i in chosen]
         found = sample_batch(
             self._model, self.tokenizer, asked, self.sampling, samples=samples, seed=seed, rows=self.rollouts.rows
         )
-        answers = [answer for of_one in found for answer in of_one]
+        completions = [completion for of_one in found for completion in of_one]
         return Rollout(
             number,
             [i for i in chosen for _ in range(samples)],
-            [np.array(answer.ids, dtype=np.int32) for answer in answers],
-            [answer.finish != "length" for answer in answers],
+            [np.array(completion.ids, dtype=np.int32) for completion in completions],
+            [completion.finish != "length" for completion in completions],
         )
 
     def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
-        """Rewards of the completions."""
+        """Return the rewards of the completions."""
         items = []
         for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
             p, opening = prompts[i], self.opening(prompts[i])
@@ -726,22 +714,21 @@ class OnPolicy(Objective, Generic[_M]):
         return self.rewards.score(items, tokens=self.config.batch.budget)
 
     def opening(self, prompt: EncodedPrompt) -> str:
-        """The mark by which a prompt has opened a thought, or ''."""
+        """Return the mark that opens a thought at the end of a prompt, or ''."""
         return opening_after(self.tokenizer, prompt.ids.tolist())
 
     def text(self, reply: Any, opening: str = "") -> str:
-        """A completion as rewards read it: without a text that ended it."""
+        """Return a completion's text as rewards read it: without the stop text that ended it."""
         text = decode_completion(self.tokenizer, reply.tolist())
         return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
 
     def record_logprobs(
         self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]
     ) -> float:
-        """Keep the tokens' log-probabilities, by the policy and the reference if it is asked; return the mean entropy.
+        """Record log-probabilities by the policy, and by the reference if it is read; return the mean entropy.
 
         Args:
-            micro: completions of which each batch is made: those of the first steps, so that their ratio is 1 to the
-                last bit.
+            micro: the completions of each batch: those of the first steps, so that their ratio is 1 to the last bit.
         """
         assert self._model is not None
         with probing(self._model):
@@ -754,7 +741,7 @@ class OnPolicy(Objective, Generic[_M]):
         return float(np.concatenate(entropy).mean(dtype=np.float64))
 
     def read_policy(self, a: Completions) -> dict[str, mx.array]:
-        """What the policy of now says of each token, (N,): entropy, old_logprobs, and what else a subclass keeps."""
+        """Return (N,) by the current policy for each token: entropy, old_logprobs, and what else a subclass records."""
         logprobs, entropy = rows_logprobs_entropy(self.split, a.ids, a.positions, a.labels, draw=self.how)
         return {"old_logprobs": logprobs, "entropy": entropy}
 
@@ -765,7 +752,7 @@ class OnPolicy(Objective, Generic[_M]):
         micro: Sequence[Sequence[int]],
         read: Callable[[Completions], dict[str, mx.array]],
     ) -> None:
-        """Keep what `read` gives of each token, by name: (N,) of the arrays of each batch of completions."""
+        """Record what `read` returns for each batch of completions: name -> (N,) for their tokens."""
         batches = ((rows, self._stacked(rollout, rows, prompts)) for rows in micro)
         for rows, found in ahead(batches, lambda stacked: as_trained(lambda: read(stacked))):
             ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
@@ -778,25 +765,25 @@ class OnPolicy(Objective, Generic[_M]):
         """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
 
         Returns:
-            What is worth reporting.
+            Numbers to report.
         """
         raise AssertionError(f"{type(self).__name__} has no advantages")
 
     def draw(self, number: int) -> Drawn:
-        """The completions of a rollout, with their scores."""
+        """Return the completions of a rollout, with their scores."""
         return self.sampled(self._chosen(number), number, self.seed_of(number))
 
     def sampled(self, chosen: list[int], number: int, seed: int) -> Drawn:
-        """Completions of prompts to train on, with their scores."""
+        """Sample and score completions of training prompts."""
         began = time.perf_counter()
         rollout = self.sample(self.prompts, chosen, self.rollouts.samples, number, seed)
         seconds = time.perf_counter() - began
         return Drawn(rollout, self.score(rollout, self.prompts), int(rollout.sizes.sum()), seconds, {})
 
     def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
-        """The next rollout, ready to be trained on, and what is reported of it."""
+        """Make the next rollout, ready to be trained on, and its event."""
         number = self._number
-        mx.eval(model.trainable_parameters())  # what is left of the last step is not sampling
+        mx.eval(model.trainable_parameters())  # the rest of the last step does not count as sampling
         began = time.perf_counter()
         drawn = self.draw(number)
         rollout, scores = drawn.rollout, drawn.scores
@@ -825,7 +812,7 @@ class OnPolicy(Objective, Generic[_M]):
             "scoring_s": time.perf_counter() - began - drawn.seconds,
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
-            event["warning"] = "every completion was cut off: raise rollout.max_tokens, or say where to stop"
+            event["warning"] = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
         if kl:
             a_token = kl["kl"] / float(rollout.sizes.mean())
             check_kl(a_token, self.section(), self.settings.highest_kl, bool(self.valid))
@@ -833,7 +820,7 @@ class OnPolicy(Objective, Generic[_M]):
         return rollout, event
 
     def after_rollout(self, kl: float, count: int) -> None:
-        """Change what the next rollout is to have otherwise, after one of `count` completions and known `kl`."""
+        """Adapt settings after a rollout of `count` completions with this `kl`."""
 
     def _lengths(self, rollout: Rollout) -> Any:
         return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
@@ -843,18 +830,18 @@ class OnPolicy(Objective, Generic[_M]):
 
     @staticmethod
     def kls(rollout: Rollout) -> npt.NDArray[np.float64]:
-        """(B,) log policy - log reference of each completion, in nats."""
+        """Return (B,) log policy - log reference of each completion, in nats."""
         apart = zip(rollout.tokens["old_logprobs"], rollout.tokens["ref_logprobs"])
         return np.array([(old.astype(np.float64) - ref).sum() for old, ref in apart])
 
     def kl_of(self, rollout: Rollout) -> dict[str, float]:
-        """`kl`, nats from the reference of a completion, mean over completions; nothing where it is not asked."""
+        """Return `kl`, nats summed over a completion, mean over completions; {} without a reference."""
         return {"kl": float(self.kls(rollout).mean())} if self.settings.refers else {}
 
-    # What the loop asks for
+    # The contract
 
     def steps(self, model: nn.Module) -> Iterator[Step]:
-        idle, owed = 0, False  # owed: an epoch has ended where no step did; the next step ends it
+        idle, owed = 0, False  # owed: an epoch ended without a step of its own; the next step ends it
         while True:
             event, spent = None, 0.0
             if self._rollout is None:
@@ -886,7 +873,7 @@ class OnPolicy(Objective, Generic[_M]):
                 event, spent, owed = None, 0.0, False
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
-        """Return the micro-batches, one after the other, that some completions are trained by."""
+        """Return the micro-batches that train on some completions."""
         stacked = self._stacked(rollout, rows, self.prompts)
         names = [n for n in rollout.tokens if n != "ref_logprobs" or self.needs_reference]
         data = RolloutBatch(
@@ -908,13 +895,13 @@ class OnPolicy(Objective, Generic[_M]):
         return [real_mask(data.ids, data.last + 1)]
 
     needs_reference = False  # whether the loss reads ref_logprobs
-    reads: tuple[str, ...] = ("old_logprobs", "advantages")  # of each token, by the loss, beside ref_logprobs
+    reads: tuple[str, ...] = ("old_logprobs", "advantages")  # what the loss reads of each token, besides ref_logprobs
 
     def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Step:
-        """Return a step over made-up completions, each as long as may be.
+        """Return a step over made-up completions of full length.
 
         Args:
-            chosen: of each micro-batch the prompts of its completions.
+            chosen: for each micro-batch the prompts of its completions.
         """
         most = self.rollouts.max_tokens
         micro_batches: list[MicroBatch] = []
@@ -930,20 +917,20 @@ class OnPolicy(Objective, Generic[_M]):
                 per[name] = per.get(name, 0.0) + count
         return Step(micro_batches, per)
 
-    first_whole = 0  # the first rollout by which all is trained
+    first_whole = 0  # the first rollout that trains everything
 
     def held(self) -> list[mx.array]:
         return self.models.arrays()
 
     def _too_far(self) -> bool:
-        """Whether the policy was too far from the one that sampled, in the mean over the pass that ends here."""
+        """Return whether the policy moved too far from the one that sampled, on average over the ended pass."""
         total, weight = self._read_apart()
         self._apart = [0.0, 0.0]
         most = self.settings.target_kl
         return most is not None and weight > 0 and total / weight > 1.5 * most
 
     def _read_apart(self) -> list[float]:
-        """Sum and weight of KL from the policy that sampled, over the steps of the pass so far."""
+        """Return sum and weight of KL to the policy that sampled, over the pass so far."""
         for total, weight in self._unread:
             self._apart = [self._apart[0] + float(total), self._apart[1] + weight]
         self._unread.clear()
@@ -954,11 +941,11 @@ class OnPolicy(Objective, Generic[_M]):
             self._unread.append((sums.metrics[FAR], next(iter(per.values()))))
 
     def logprobs(self, a: Completions | RolloutBatch, grad: bool = True) -> mx.array:
-        """(N,) of a batch's tokens, by the role of now."""
+        """Return (N,) log-probabilities of a batch's tokens by the active role."""
         return rows_logprobs(self.split, a.ids, a.positions, a.labels, grad=grad, draw=self.how)
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Return at most: epochs over a rollout end early where `target_kl` says so."""
+        """Return an upper bound: `target_kl` may end the passes over a rollout early."""
         full, rest = divmod(len(self.prompts), self.rollouts.prompts)
         sizes = [self.rollouts.prompts * self.rollouts.samples] * full + [rest * self.rollouts.samples] * bool(rest)
         steps = (-(-min(self.settings.minibatches, size) // self.config.batch.accumulate) for size in sizes)
@@ -997,13 +984,13 @@ class OnPolicy(Objective, Generic[_M]):
         return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends))
 
     def previews(self, n: int) -> list[Encoded]:
-        """The first prompts; nothing of them is trained."""
+        """Return the first prompts; nothing of them is trained."""
         return [Encoded(p.ids, np.zeros(len(p.ids), dtype=bool), p.where) for p in self.prompts[:n]]
 
     def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
         return self._held_out.measure() if self.valid else {}
 
-    # Memory: steps at their largest, of the longest prompts and of the shortest, which are more of them
+    # Memory: the largest steps, of the longest prompts and of the shortest, which fit in larger numbers
 
     @classmethod
     def outline(cls, config: Config) -> Outline:
@@ -1011,7 +998,7 @@ class OnPolicy(Objective, Generic[_M]):
 
     @classmethod
     def separate_critic(cls, config: Config) -> bool:
-        """Whether a critic with parameters of its own is trained."""
+        """Return whether a critic with parameters of its own is trained."""
         return False
 
     @classmethod
@@ -1057,15 +1044,15 @@ class OnPolicy(Objective, Generic[_M]):
 
     @property
     def _count(self) -> int:
-        """Completions of a rollout."""
+        """Return the completions of a rollout."""
         return min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
 
     def _several(self) -> bool:
-        """Whether a step has several micro-batches, so that the gradient of the first waits for the others'."""
+        """Return whether a step has several micro-batches, so that a gradient is held while others are computed."""
         return self.config.batch.accumulate > 1 or any(len(step) > 1 for step in self._largest_steps())
 
     def _rolling(self) -> Rolling:
-        """A rollout at its largest, held-out prompts included."""
+        """Return the largest rollout, held-out prompts included."""
         r = self.rollouts
         most = r.rows or ROWS_AT_ONCE
         prompts = min(r.prompts, len(self.prompts))
@@ -1076,7 +1063,7 @@ class OnPolicy(Objective, Generic[_M]):
         if self.valid:
             scored += [shape for shape, _ in self._cut(self.valid, range(len(self.valid)))]
         if self.config.section("rewards", RewardsSettings).adapter is not None:
-            # A reward model has a budget of tokens even where steps have one of rows.
+            # A reward model reads by a budget of tokens even where steps have one of rows.
             asked = _longest(self.prompts, r.samples, self._count)
             lengths = np.array([len(self.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
             slots = plan_epoch(lengths, tokens=self.config.batch.budget, seed=None)
@@ -1085,30 +1072,29 @@ class OnPolicy(Objective, Generic[_M]):
         return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
 
     def _largest_steps(self) -> list[list[tuple[Shape, list[int]]]]:
-        """Of each kind of minibatch the micro-batches, with the prompts of their completions."""
+        """Return the micro-batches of each kind of minibatch, with the prompts of their completions."""
         count = -(-self._count // min(self.settings.minibatches, self._count))
         asked = [_longest(self.prompts, self.rollouts.samples, count, shortest) for shortest in (False, True)]
         return [self._cut(self.prompts, chosen) for chosen in asked]
 
     def _cut(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> list[tuple[Shape, list[int]]]:
-        """Micro-batches of completions of these prompts, each as long as may be."""
-        answer = self.rollouts.max_tokens
-        lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + answer
+        """Return micro-batches of full-length completions of these prompts."""
+        most = self.rollouts.max_tokens
+        lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + most
         batches = self.micro_batches(range(len(lengths)), lengths)
         return [
-            (Shape(len(rows), int(lengths[rows].max()), len(rows) * answer), [asked[i] for i in rows])
-            for rows in batches
+            (Shape(len(rows), int(lengths[rows].max()), len(rows) * most), [asked[i] for i in rows]) for rows in batches
         ]
 
 
 def _inside(model: nn.Module) -> int:
-    """Bytes of what is trained in the body: an output layer gives no value, so a critic has none."""
+    """Return the bytes of what is trained in the body; a critic needs no output layer."""
     body = ShapeSplit(model).body
     prefix = next(name for name, module in model.named_modules() if module is body) + "."
     return sum(v.nbytes for name, v in tree_flatten(model.trainable_parameters()) if name.startswith(prefix))
 
 
 def _longest(prompts: Sequence[EncodedPrompt], samples: int, count: int, shortest: bool = False) -> list[int]:
-    """The prompts of `count` completions."""
+    """Return the longest, or shortest, prompts of `count` completions."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids), reverse=not shortest)
     return [i for i in order for _ in range(samples)][:count]

@@ -111,7 +111,7 @@ def test_wrong_use(use: tuple[str, ...], refused: Callable[..., str], tmp_path: 
     bare = use[:4]
     assert "--reward or --function" in refused(2, *bare, *out)
     assert "--reward or --function" in refused(2, *use, "--reward", "x", *out)
-    assert "rewards.adapter: no such run or folder: nope" in refused(2, *bare, "--reward", "nope", *out)
+    assert "rewards.adapter: there is no run or folder nope" in refused(2, *bare, "--reward", "nope", *out)
     assert "--n 8 at temperature 0" in refused(2, *use, "--temperature", "0", *out)
     assert "--keep best: --n is 1" in refused(2, *use, "--n", "1", *out)
     assert "--keep is 'bets' (did you mean best?); expected best, all" in refused(2, *use, "--keep", "bets", *out)

@@ -160,15 +160,15 @@ def test_what_does_not_fit_says_which_phase(ppo: Recipe, refused: Refused) -> No
     ("overrides", "said"),
     [
         (["rollout.temperature=0"], "rollout.temperature: must be above 0, seen 0"),
-        (["data.format=messages"], "data.format: messages is not for objective ppo; it is prompts"),
+        (["data.format=messages"], "data.format: messages is not for objective ppo; choose prompts"),
         (["tune.dropout=0.1"], "tune.dropout: the policy that samples and the one that is trained would differ"),
         (["batch.pack=true"], "batch.pack: is not for objective ppo"),
         (["data.train_on=all"], "data.train_on: "),
-        (["data.max_length=6"], "data.max_length (6) is of prompt and completion together: raise it above"),
+        (["data.max_length=6"], "data.max_length (6) bounds prompt and completion together: raise it above"),
         (["rewards={}"], "rewards: give adapter, function or rules"),
         (["rewards.function=rewards.py:goood"], "rewards.py:goood: no function 'goood' in it (did you mean good?)"),
         (["rewards.function=nope.py:good"], "nope.py"),
-        (["rewards={adapter: runs/none}"], "rewards.adapter: no such run or folder: runs/none"),
+        (["rewards={adapter: runs/none}"], "rewards.adapter: there is no run or folder runs/none"),
         (["ppo.kl_horizon=10"], "kl_horizon (10) is for an adaptive kl_coef; give kl_target too"),
         (["ppo.klcoef=1"], "ppo.klcoef: no such setting (did you mean ppo.kl_coef?)"),
     ],
@@ -181,7 +181,7 @@ def test_settings_that_can_not_be(overrides: list[str], said: str, ppo: Recipe, 
 def test_a_prompt_that_leaves_no_room(ppo: Recipe, refused: Refused, mlxft: Command) -> None:
     err = refused(1, "train", ppo(), "data.max_length=26")
     assert "prompts.jsonl:2: " in err
-    assert "tokens; data.max_length (26) less rollout.max_tokens leaves 20" in err
+    assert "tokens; data.max_length (26) minus rollout.max_tokens leaves 20" in err
     assert "prompts.jsonl:1: " not in err
     notes = json.loads(mlxft("check", ppo(), "data.max_length=26", "data.overflow=drop", "--json").out)["notes"]
     assert any("4 prompts leave no room for a completion" in note for note in notes)
@@ -189,7 +189,7 @@ def test_a_prompt_that_leaves_no_room(ppo: Recipe, refused: Refused, mlxft: Comm
     # The tiny model was made for 512 tokens.
     (Path("prompts.jsonl")).write_text(json.dumps({"prompt": "the " * 600}) + "\n", "utf-8")
     err = refused(1, "check", ppo(), "data.max_length=2000")
-    assert "the model's context (512) less rollout.max_tokens leaves 506. Lower rollout.max_tokens" in err
+    assert "the model's context (512) minus rollout.max_tokens leaves 506. Lower rollout.max_tokens" in err
     err = refused(2, "check", ppo(), "data.max_length=2000", "rollout.max_tokens=512")
     assert "rollout.max_tokens (512) leaves no room for a prompt in the model's 512 tokens" in err
 
@@ -284,16 +284,16 @@ def test_a_policy_that_runs_away(ppo: Recipe, mlxft: Command, tmp_path: Path) ->
     changes = {"optim.lr": 3.0, "run.steps": 9, "ppo.max_kl": 0.1, "data.valid": 0.25, "run.eval_every": 1}
     done = mlxft("train", ppo(**changes))
     assert done.code == 1
-    assert "TrainingError: the policy has run away from the reference: KL is " in done.err
+    assert "TrainingError: the policy has moved too far from the reference: KL is " in done.err
     assert "nats a token, ppo.max_kl is 0.1. Raise ppo.kl_coef, lower optim.lr or ppo.epochs" in done.err
     run = open_run(tmp_path / "runs" / "a")
     assert run.metrics("failed")[0]["step"] < 9
     assert (run.dir / "adapter" / "adapters.safetensors").stat().st_size > 0
     assert mlxft("generate", "--model", str(run.dir), "the in", "--max-tokens", "2").code == 0
-    assert "Weights that a validation found best, and checkpoints, stay as they were" in done.err
+    assert "The best weights by validation, and checkpoints, are unchanged" in done.err
     blind = mlxft("train", ppo(**{**changes, "data.valid": None, "run.eval_every": None}), "--overwrite")
     assert blind.code == 1
-    assert "Checkpoints (run.save_every) stay as they were; with data.valid the best weights would be" in blind.err
+    assert "Checkpoints (run.save_every) are unchanged; with data.valid the best weights would be" in blind.err
 
 
 def test_a_group_of_one(ppo: Recipe, refused: Refused, tmp_path: Path) -> None:

@@ -472,7 +472,7 @@ def test_a_tie_is_refused_by_its_place(settings: Recipe, tiny_tokenizer: Any) ->
     rows = pairs(3)
     rows[1]["tie"] = True
     for loss in ("dpo", "kto"):
-        with pytest.raises(DataError, match=rf"pairs\.jsonl:2: is a tie, which loss {loss} can not learn from"):
+        with pytest.raises(DataError, match=rf"pairs\.jsonl:2: is a tie, which loss {loss} cannot learn from"):
             make_objective(parse_config(settings(loss, rows)), tiny_tokenizer)
 
 

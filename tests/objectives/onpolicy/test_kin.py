@@ -469,7 +469,7 @@ def test_without_a_kl_coef_no_reference_is_kept_or_asked(words: Words, on_policy
     rollout, event = objective.roll(model)
     assert "ref_logprobs" not in rollout.tokens
     assert "kl" not in event
-    assert any(f"{name}.kl_coef is 0: no reference is asked" in note for note in objective.notes)
+    assert any(f"{name}.kl_coef is 0: no reference is kept" in note for note in objective.notes)
     assert objective.residents(objective.config, base_skeleton(objective.config)).frozen == {}
     run = quietly(settings | {"run": settings["run"] | {"steps": 4}})
     found = run.metrics("eval")[-1]

@@ -253,7 +253,7 @@ def test_reward_runs_that_are_none(run: Run, tiny_model: Loaded, tiny_model_dir:
         return str(raised.value)
 
     assert refused() == "rewards: give adapter, function or rules"
-    assert "rewards.adapter: no such run or folder: runs/none" in refused(adapter="runs/none")
+    assert "rewards.adapter: there is no run or folder runs/none" in refused(adapter="runs/none")
     assert "has no head: not a reward run" in refused(adapter=str(tiny_model_dir))
     folder = tmp_path / "adapter"
     shutil.copytree(run.result, folder)
@@ -392,8 +392,8 @@ def test_functions_are_loaded_at_once_or_refused(tmp_path: Path, monkeypatch: py
     )
     assert "no function 'scores' in it (did you mean score?); it has score, sqrt" in refused("rewards.py:scores")
     assert "SIZE is int, not a function" in refused({"rewards.py:SIZE": 1.0})
-    assert "names no function; expected file.py:name" in refused("rewards.py")
-    assert "names no function" in refused("rewards.py:")
+    assert "does not name a function; expected file.py:name" in refused("rewards.py")
+    assert "does not name a function" in refused("rewards.py:")
     assert "syntax.py cannot be run: SyntaxError: invalid syntax" in refused("syntax.py:score")
     assert "cannot be run: SystemExit: 3 (line 3)" in refused("broken.py:score")
     assert "ModuleNotFoundError: No module named 'a_package_that_is_not_there'" in refused("needs.py:score")
@@ -437,4 +437,4 @@ def test_rows_that_lack_what_rules_read_are_all_named() -> None:
     lines = str(raised.value).splitlines()
     assert [line[:4] for line in lines] == ["a:2:", "a:3:"]
     assert "no field 'answer'" in lines[0]
-    assert "holds no number; rules/1_number" in lines[1]
+    assert "has no number; rules/1_number" in lines[1]

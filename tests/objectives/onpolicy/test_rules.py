@@ -167,7 +167,7 @@ def test_a_schema_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("[]", "utf-8")
     for schema, says in (
         ({"type": "objekt"}, r"rewards.rules\[0\].schema: not a JSON Schema: 'objekt' is not valid.*\(at type\)"),
-        ("nowhere.json", r"rewards.rules\[0\].schema: can not read nowhere.json: No such file"),
+        ("nowhere.json", r"rewards.rules\[0\].schema: cannot read nowhere.json: No such file"),
         (str(tmp_path / "broken.json"), "is not valid JSON"),
         (str(tmp_path / "list.json"), "holds list; expected a JSON Schema"),
         ({"$ref": "http://127.0.0.1:1/s.json"}, r"\$ref to 'http://127.0.0.1:1/s.json', which is not in the schema"),
@@ -206,7 +206,7 @@ def test_rows_without_what_a_rule_reads() -> None:
     for value in (None, True, ["a"]):
         assert "expected a text or a number" in str(exact.problem({"answer": value}))
     for value in ("none", "9" * 400, float("nan"), 10**400):
-        assert "holds no number" in str(number.problem({"n": value}))
+        assert "has no number" in str(number.problem({"n": value}))
     assert number.problem({"n": "about 3"}) is None
     with pytest.raises(DataError, match=r"p.jsonl:1: no field 'answer'"):
         values(exact, ["a"], {"b": 1})
@@ -240,7 +240,7 @@ def test_all_that_is_wrong_with_rules_is_said_at_once() -> None:
         "rules[3].weight: true",
         "rules[4]: give min or max, or both",
         "rules[5]: min (5) is above max (2)",
-        "rules[6].pattern: '(' is no regular expression",
+        "rules[6].pattern: '(' is not a regular expression",
         "rules[7].unit: input should be 'tokens' or 'chars'; seen 'words'",
         "rules[8] is 3; expected a mapping with a kind",
     ):
@@ -251,10 +251,10 @@ def test_all_that_is_wrong_with_rules_is_said_at_once() -> None:
 def test_settings_that_have_nothing_to_act_on() -> None:
     assert "normalize: for a reward model's scores; give adapter too" in problems(normalize=True)
     assert "adapter_weight: for a reward model's scores" in problems(adapter_weight=2.0)
-    assert "thoughts: for rules that judge" in problems(thoughts="keep")
+    assert "thoughts: for rules that read" in problems(thoughts="keep")
     assert "thoughts: for rules" in problems(thoughts="keep", rules=[{"kind": "length", "max": 5}], function="a.py:f")
     assert "has the weight True" in problems(function={"a.py:f": True})
-    assert "names no function" in problems(function={})
+    assert "has no function" in problems(function={})
     assert "greater than 0" in problems(clip=0)
     assert "greater than or equal to 0" in problems(missing_eos_penalty=-1)
 
