@@ -241,3 +241,13 @@ def recipe(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]
         return settings
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark laws by their folder, and tests of other libraries' numbers by what they read."""
+    for item in items:
+        if "invariant" in item.path.parts:
+            item.add_marker("invariant")
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        if code is not None and {"GOLDEN", "golden"} & {*code.co_names, *getattr(item, "fixturenames", ())}:
+            item.add_marker("golden")

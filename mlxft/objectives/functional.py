@@ -152,6 +152,51 @@ def whiten(x: mx.array, mask: mx.array) -> mx.array:
     return centred / mx.sqrt(variance + 1e-8)
 
 
+def _ratio(log_ratio: mx.array) -> mx.array:
+    return mx.exp(mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+
+
+def surrogate(
+    log_ratio: mx.array,
+    advantages: mx.array,
+    low: float | None,
+    high: float | None,
+    dual_clip: float | None = None,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Compute the clipped surrogate of tokens, or of whole completions, to be minimised; nothing is summed.
+
+    max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) (Schulman et al. 2017, eq. 7; low and high apart as in DAPO, Yu et
+    al. 2025), ratio = exp(log_ratio), whose argument is clipped to +-20. Where A < 0 that grows without bound in the
+    ratio; dual_clip = c bounds it by -A c (Ye et al. 2020; c = 3 is usual).
+
+    Args:
+        log_ratio, advantages: of one shape, at the sampling temperature; the gradient flows into the first only.
+        low, high: above 0, or None for the plain ratio, else ConfigError.
+        dual_clip: above 1, or None for none, else ConfigError.
+    Returns:
+        Losses, and metrics for each item: clip_fraction (the clipped branch is the larger), ratio_mean, and
+        dual_clip_fraction where dual_clip is given.
+    """
+    if wrong := [clip for clip in (low, high) if clip is not None and not clip > 0]:
+        raise ConfigError(f"clip is {wrong[0]}; expected a number above 0")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ConfigError(f"dual_clip is {dual_clip}; expected a number above 1, or none")
+    advantages = mx.stop_gradient(advantages)
+    ratio = _ratio(log_ratio)
+    losses = plain = -advantages * ratio
+    metrics = {"clip_fraction": mx.zeros_like(ratio), "ratio_mean": ratio}
+    if low is not None and high is not None:
+        clipped = -advantages * mx.clip(ratio, 1.0 - low, 1.0 + high)
+        losses = mx.maximum(plain, clipped)
+        metrics["clip_fraction"] = _float(clipped > plain)
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        bounded = (advantages < 0) & (losses > bound)
+        metrics["dual_clip_fraction"] = _float(bounded)
+        losses = mx.where(bounded, bound, losses)
+    return losses, metrics
+
+
 def policy_loss(
     logprobs: mx.array,
     old_logprobs: mx.array,
@@ -160,42 +205,20 @@ def policy_loss(
     clip: float,
     dual_clip: float | None = None,
 ) -> LossSum:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), to be minimised, summed over the mask.
-
-    ratio = exp(logprobs - old), loss = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)). Where A < 0 that grows
-    without bound in the ratio; dual_clip = c holds it at -A c (Ye et al. 2020; c = 3 is usual).
-    No gradient flows into old_logprobs and advantages. The log-ratio is held within +-20.
+    """Sum PPO's clipped surrogate over the mask; see `surrogate`.
 
     Args:
-        logprobs, old_logprobs, advantages, mask: (B, T), at the sampling temperature.
-        clip: above 0, else ConfigError. dual_clip: above 1, or None for none, else ConfigError.
+        logprobs, old_logprobs, advantages, mask: (B, T), at the sampling temperature. No gradient flows into
+            old_logprobs and advantages.
     Returns:
-        LossSum over the mask's tokens. Metrics: approx_kl (old - new, verl's ppo_kl), clip_fraction (the clipped
-        branch is the larger), ratio, and dual_clip_fraction where dual_clip is given.
+        LossSum over the mask's tokens. Metrics: those of `surrogate`, and approx_kl (old - new, verl's ppo_kl).
     """
-    if not clip > 0:
-        raise ConfigError(f"clip is {clip}; expected a number above 0")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ConfigError(f"dual_clip is {dual_clip}; expected a number above 1, or none")
     _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
     keep = mask != 0
-    old = _masked(mx.stop_gradient(old_logprobs), keep)
-    advantages = _masked(mx.stop_gradient(advantages), keep)
-    log_ratio = mx.clip(_masked(logprobs, keep) - old, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    ratio = mx.exp(log_ratio)
-    plain = -advantages * ratio
-    clipped = -advantages * mx.clip(ratio, 1.0 - clip, 1.0 + clip)
-    losses = mx.maximum(plain, clipped)
-    metrics = {
-        "approx_kl": (-log_ratio).sum(),
-        "clip_fraction": _float(clipped > plain).sum(),
-        "ratio": _masked(ratio, keep).sum(),
-    }
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
-        bounded = (advantages < 0) & (losses > bound)
-        metrics["dual_clip_fraction"] = _float(bounded).sum()
-        losses = mx.where(bounded, bound, losses)
+    log_ratio = _masked(logprobs, keep) - _masked(mx.stop_gradient(old_logprobs), keep)
+    losses, items = surrogate(log_ratio, _masked(advantages, keep), clip, clip, dual_clip)
+    metrics = {name: _masked(values, keep).sum() for name, values in items.items()}
+    metrics["approx_kl"] = (-mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)).sum()
     return LossSum(losses.sum(), _float(keep).sum(), metrics)
 
 
@@ -497,29 +520,6 @@ def equal_groups(scores: npt.NDArray[Any], size: int) -> npt.NDArray[np.bool_]:
     return np.asarray(groups.max(axis=1) == groups.min(axis=1))
 
 
-def surrogate(
-    log_ratio: mx.array, advantages: mx.array, low: float | None, high: float | None
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """The clipped surrogate of tokens, or of whole completions, to be minimised; nothing is added up.
-
-    max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) (Schulman et al. 2017, eq. 7; low and high apart as in DAPO, Yu et
-    al. 2025), ratio = exp(log_ratio), which is held within +-20.
-
-    Args:
-        log_ratio, advantages: (n,), the gradient flows into the first only.
-        low, high: None for the plain ratio.
-    Returns:
-        Losses (n,), and metrics (n,) each: clip_fraction, ratio_mean.
-    """
-    advantages = mx.stop_gradient(advantages)
-    ratio = _ratio(log_ratio)
-    plain = -advantages * ratio
-    if low is None or high is None:
-        return plain, {"clip_fraction": mx.zeros_like(ratio), "ratio_mean": ratio}
-    clipped = -advantages * mx.clip(ratio, 1.0 - low, 1.0 + high)
-    return mx.maximum(plain, clipped), {"clip_fraction": (clipped > plain).astype(mx.float32), "ratio_mean": ratio}
-
-
 def kl_loss(logprobs: mx.array, old: mx.array, reference: mx.array, estimator: Literal["k2", "k3"]) -> mx.array:
     """KL to the reference of each token, (n,), as a term of a loss.
 
@@ -533,7 +533,3 @@ def kl_loss(logprobs: mx.array, old: mx.array, reference: mx.array, estimator: L
     """
     apart = kl(logprobs, reference, estimator)
     return apart * mx.stop_gradient(_ratio(logprobs - old)) if estimator == "k2" else apart
-
-
-def _ratio(log_ratio: mx.array) -> mx.array:
-    return mx.exp(mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))

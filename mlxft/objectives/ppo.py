@@ -283,9 +283,8 @@ class PPO(OnPolicy[PPOSettings]):
             entropy = hidden_entropy(self.split, behind, grad=True, draw=self.how)
             total = total - s.entropy_coef * entropy.sum()
         ratio_max = mx.exp(mx.stop_gradient(logprobs) - data.old_logprobs).max()
-        named = {"ratio_mean" if name == "ratio" else name: value for name, value in metrics.items()}
-        named |= {"ratio_max": ratio_max, FAR: F.kl(data.old_logprobs, logprobs, "k3").sum()}
-        return Terms({"policy": total}, named)
+        metrics |= {"ratio_max": ratio_max, FAR: F.kl(data.old_logprobs, logprobs, "k3").sum()}
+        return Terms({"policy": total}, metrics)
 
     def _value_loss(self, values: mx.array, data: RolloutBatch) -> Terms:
         assert data.values is not None

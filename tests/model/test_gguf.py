@@ -64,6 +64,7 @@ def write_tiny(loaded: Any, file: Path, tensors: dict[str, Any] | None = None, *
     return file
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", json.loads(GOLDEN.read_text("utf-8"))["cases"], ids=range(4))
 def test_smollm2_against_transformers(case: dict[str, Any], smollm2: Any) -> None:
     """Source: the golden file's own note (transformers and torch, float32)."""

@@ -153,6 +153,7 @@ def test_logprobs_in_chunks_are_those_of_whole_logits_and_so_are_gradients(
 # The optimum
 
 
+@pytest.mark.learning
 def test_dpo_converges_to_the_optimum_that_the_frequencies_imply(settings: Recipe, tmp_path: Path) -> None:
     """Three prompts, two answers each, A preferred with frequency p: beta (difference of log-ratios) = logit p.
 

@@ -69,6 +69,7 @@ def objective(settings: dict[str, Any], loaded: Loaded) -> Any:
     return found
 
 
+@pytest.mark.learning
 @pytest.mark.slow
 def test_bradley_terry_recovery(recipe: Recipe, tmp_path: Path) -> None:
     """Eight items with utilities in +-1.5 and 24,000 choices: each utility within 0.05, the loss within 0.005.

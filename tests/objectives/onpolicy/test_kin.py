@@ -67,6 +67,7 @@ def moved(model: nn.Module, by: float = 0.05) -> None:
 # Known optima.
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("name", METHODS)
 def test_a_two_armed_bandit_is_learnt(words: Words, on_policy: OnPolicy, name: str) -> None:
     """One token, 1 for one of two: in 40 updates the better one is taken nine times of ten. No answer ever ends."""
@@ -90,6 +91,7 @@ def optimum(cost: float) -> tuple[float, float]:
     return float(p), float(8 * (p * np.log(32 * p) + (1 - p) * np.log(32 * (1 - p) / 31)))
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize(
     ("objective", "cost", "own"),
     [
