@@ -1,9 +1,9 @@
 """The mathematics of the objectives, as pure functions over arrays.
 
-B rows, T response positions, V vocabulary, n pairs (or rows). `mask` (B, T) is non-zero where a token counts.
-Inputs of any float type are cast: everything is computed and returned in float32. What stands outside a mask may be
-anything, NaN included; it reaches neither the result nor a gradient. Arrays whose shapes would broadcast silently,
-as (n,) with (n, 1), are refused with an AssertionError.
+B rows, T positions of completions, V vocabulary, n pairs (or rows). `mask` (B, T) is non-zero where a token counts.
+Inputs of any float type are cast: everything is computed and returned in float32. Values outside a mask may be
+anything, NaN included; they reach neither the result nor a gradient. Arrays whose shapes would broadcast silently,
+such as (n,) with (n, 1), are refused with an AssertionError.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mlxft.errors import ConfigError, ModelError, nearest
 
 
 class LossSum(NamedTuple):
-    """Sums over items: `total` and `weight`, the number of items, both (); and metrics over the same items.
+    """Sums over items: `total` and `weight`, the number of items, both (), and metrics over the same items.
 
-    Sums of several batches add up exactly, where the mean of their means would not be the mean over all items.
+    Sums of several batches add up exactly; the mean of their means would not be the mean over all items.
     """
 
     total: mx.array
@@ -30,22 +30,22 @@ class LossSum(NamedTuple):
     metrics: dict[str, mx.array]
 
     def mean(self) -> mx.array:
-        """Return the loss per item, (); 0 where there is none."""
+        """Return the loss per item, (); 0 without items."""
         return self.total / mx.where(self.weight > 0, self.weight, 1.0)
 
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
-# exp(20) is still far from float32's end; beyond it a log-ratio says only "very different".
+# exp(20) is far below float32's maximum; a log-ratio beyond it means only "very different".
 _MAX_LOG_RATIO = 20.0
-# verl's bound on k3, whose tail grows as exp(-d): one odd token would outweigh a whole rollout.
+# verl's bound on k3, whose tail grows as exp(-d): a single token could outweigh a whole rollout.
 _MAX_K3 = 10.0
 # Two forward passes of one model over batches of other shapes gave sums of log-probabilities up to 2 ulps apart.
 _ROUNDING = 4 * 2.0**-23
 
 
 def _same_shape(**arrays: mx.array | None) -> None:
-    """AssertionError unless all shapes agree: (n,) against (n, 1) would broadcast to (n, n) and train on nonsense."""
+    """Raise AssertionError unless all shapes agree: (n,) with (n, 1) would broadcast to (n, n)."""
     if len({tuple(array.shape) for array in arrays.values() if array is not None}) > 1:
         seen = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items() if array is not None)
         raise AssertionError(f"shapes differ: {seen}; expected one shape for all")
@@ -56,12 +56,12 @@ def _float(x: mx.array) -> mx.array:
 
 
 def _masked(x: mx.array, keep: mx.array) -> mx.array:
-    """x in float32, 0 outside. A choice, not a product: 0 * NaN is NaN, in the value and in the gradient."""
+    """Return x in float32, 0 outside. By `where`, not by a product: 0 * NaN is NaN, in value and gradient."""
     return mx.where(keep, _float(x), 0.0)
 
 
 def _neg_log_sigmoid(x: mx.array) -> mx.array:
-    """-log sigmoid(x) = log(1 + exp(-x)), finite for every finite x."""
+    """Return -log sigmoid(x) = log(1 + exp(-x)), finite for every finite x."""
     return mx.logaddexp(-x, mx.array(0.0, dtype=mx.float32))
 
 
@@ -73,12 +73,12 @@ def _tempered(logits: mx.array, temperature: float) -> mx.array:
 
 
 def token_logprobs(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
-    """Log-probability of each token, log softmax(logits / temperature)[ids], (B, T) in nats.
+    """Return the log-probability of each token, log softmax(logits / temperature)[ids], (B, T) in nats.
 
     Args:
         logits: (B, T, V), position t predicting ids[:, t].
         ids: (B, T) integers in 0..V-1, at pads too.
-        temperature: that of the sampling, or PPO's ratio is against another distribution; ConfigError unless above 0.
+        temperature: that of sampling, or PPO's ratio compares other distributions; ConfigError unless above 0.
     """
     if tuple(logits.shape[:-1]) != tuple(ids.shape):
         raise AssertionError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)}; expected (B, T, V) and (B, T)")
@@ -88,11 +88,11 @@ def token_logprobs(logits: mx.array, ids: mx.array, temperature: float = 1.0) ->
 
 
 def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
-    """Entropy of softmax(z), z = logits / temperature: logsumexp(z) - sum p z, (B, T) in nats, 0 to log V.
+    """Return the entropy of softmax(z), z = logits / temperature: logsumexp(z) - sum p z, (B, T) in nats, 0 to log V.
 
-    logits: (B, T, V), where -inf marks a token that can not be drawn. ConfigError unless temperature is above 0.
+    logits: (B, T, V), where -inf marks a token that cannot be sampled. ConfigError unless temperature is above 0.
     """
-    # -inf would make 0 * -inf; a finite floor far below has probability 0 just as well.
+    # -inf would give 0 * -inf; a low finite floor has probability 0, too.
     scaled = mx.maximum(_tempered(logits, temperature), -1e30)
     log_total = mx.logsumexp(scaled, axis=-1)
     probs = mx.exp(scaled - log_total[..., None])
@@ -100,10 +100,10 @@ def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
 
 
 def _scan_from_right(decay: mx.array, add: mx.array) -> mx.array:
-    """x[:, t] = add[:, t] + decay[:, t] * x[:, t + 1], all (B, T), with x[:, T] = 0.
+    """Return x with x[:, t] = add[:, t] + decay[:, t] * x[:, t + 1], all (B, T), and x[:, T] = 0.
 
-    Doubling: after k rounds each position has gathered 2^k of its successors, so log2(T) steps of whole arrays stand
-    for T small ones, and nothing is divided by a power of the decay that might underflow.
+    By doubling: after k rounds each position has summed 2^k successors, so log2(T) operations on whole arrays replace T
+    small ones, and nothing is divided by a power of the decay, which might underflow.
     """
     span, length = 1, add.shape[1]
     while span < length:
@@ -115,21 +115,21 @@ def _scan_from_right(decay: mx.array, add: mx.array) -> mx.array:
 
 
 def gae(rewards: mx.array, values: mx.array, mask: mx.array, gamma: float, lam: float) -> tuple[mx.array, mx.array]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): raw, not whitened.
+    """Compute generalised advantage estimates (Schulman et al. 2016, eq. 16), not whitened.
 
     delta_t = r_t + gamma v_{t+1} - v_t, A_t = delta_t + gamma lam A_{t+1}, return_t = A_t + v_t. The value after the
-    last counted token is 0. Uncounted tokens within a row (a tool's answer) are stepped over, as in verl.
+    last counted token is 0. Uncounted tokens within a row (a tool's output) are skipped, as in verl.
 
     Args:
         rewards, values: (B, T); anything outside the mask is ignored.
-        mask: (B, T), 1 for response tokens up to and including the last one.
+        mask: (B, T), 1 for completion tokens up to and including the last one.
     Returns:
         advantages and returns, both (B, T) float32, zero outside the mask.
     """
     _same_shape(rewards=rewards, values=values, mask=mask)
     keep = mask != 0
     rewards, values = _masked(rewards, keep), _masked(values, keep)
-    # An uncounted position adds nothing and hands its successor on undiminished.
+    # An uncounted position adds nothing and passes its successor on unchanged.
     at_or_after = _scan_from_right(mx.where(keep, 0.0, 1.0), values)
     next_values = mx.pad(at_or_after[:, 1:], [(0, 0), (0, 1)])
     deltas = _masked(rewards + gamma * next_values - values, keep)
@@ -141,7 +141,7 @@ def whiten(x: mx.array, mask: mx.array) -> mx.array:
     """Shift and scale to mean 0 and variance 1 over the masked entries of the whole array.
 
     (x - mean) / sqrt(var + 1e-8), var unbiased (n - 1), as TRL's masked_whiten. x, mask: (B, T). Returns (B, T), zero
-    outside the mask, and all zeros where one entry counts, or none.
+    outside the mask, and all zeros where at most one entry counts.
     """
     _same_shape(x=x, mask=mask)
     keep = mask != 0
@@ -225,7 +225,7 @@ def policy_loss(
 def value_loss(
     values: mx.array, old_values: mx.array, returns: mx.array, mask: mx.array, clip: float | None
 ) -> LossSum:
-    """Half the squared error of the critic, clipped around its old values (OpenAI baselines), summed over the mask.
+    """Sum half the critic's squared error, clipped around its old values (OpenAI baselines), over the mask.
 
     1/2 max((v - R)^2, (clip(v, old - clip, old + clip) - R)^2). No gradient flows into old_values and returns.
 
@@ -241,17 +241,17 @@ def value_loss(
     returns = _masked(mx.stop_gradient(returns), keep)
     reach = math.inf if clip is None else clip
     plain = mx.square(values - returns)
-    # Clip the value, not its change: old + clip(v - old) differs from v by rounding, and would count as clipped.
+    # Clip the value, not its change: old + clip(v - old) differs from v by rounding and would count as clipped.
     clipped = mx.square(mx.clip(values, old - reach, old + reach) - returns)
     metrics = {"value_clip_fraction": _float(clipped > plain).sum()}
     return LossSum(0.5 * mx.maximum(plain, clipped).sum(), _float(keep).sum(), metrics)
 
 
 def kl(logprobs: mx.array, ref_logprobs: mx.array, estimator: str) -> mx.array:
-    """KL(policy || reference) estimated from the sampled tokens (Schulman 2020, "Approximating KL divergence").
+    """Estimate KL(policy || reference) from the sampled tokens (Schulman 2020, "Approximating KL divergence").
 
-    With d = logprobs - ref_logprobs: k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, >= 0, its gradient right;
-    k3 = exp(-d) - 1 + d, unbiased and >= 0, but held at 10 at most, as in verl: at d < -2.6 or d > 11 it is constant.
+    With d = logprobs - ref_logprobs: k1 = d, unbiased, of either sign; k2 = d^2 / 2, biased, >= 0, with the right
+    gradient; k3 = exp(-d) - 1 + d, unbiased and >= 0, but bounded by 10 as in verl: constant at d < -2.6 or d > 11.
     logprobs, ref_logprobs: (B, T). Returns (B, T), nats, unmasked. ConfigError for an unknown estimator.
     """
     if estimator not in KL_ESTIMATORS:
@@ -263,20 +263,20 @@ def kl(logprobs: mx.array, ref_logprobs: mx.array, estimator: str) -> mx.array:
         return d
     if estimator == "k2":
         return 0.5 * mx.square(d)
-    d = mx.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)  # or an overflow's gradient would be 0 * inf
-    # expm1: near d = 0, where training lives, exp(-d) - 1 would lose all its digits.
+    d = mx.clip(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)  # or the gradient of an overflow would be 0 * inf
+    # expm1: exp(-d) - 1 would lose its digits near d = 0, the usual case.
     return mx.clip(mx.expm1(-d) + d, 0.0, _MAX_K3)
 
 
 def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
-    """How unevenly a router spreads tokens over E experts (Fedus et al. 2021, eq. 4 to 6, without alpha), ().
+    """Return how unevenly a router spreads tokens over E experts (Fedus et al. 2021, eq. 4 to 6, without alpha), ().
 
-    E sum_i f_i P_i: f_i the part of the choices that fell on expert i, P_i the router's mean probability of it. 1 where
-    both are even, up to E where all goes to one expert. With several experts a token, f is over all choices.
+    E sum_i f_i P_i: f_i the share of choices that fell on expert i, P_i the router's mean probability of it. 1 where
+    both are even, up to E where one expert gets everything. With several experts a token, f is over all choices.
 
     Args:
-        chosen, shares: (E,) sums over tokens of the choices of each expert, and of its probability. No gradient flows
-            into the first.
+        chosen, shares: (E,) for each expert the sums over tokens of its choices and of its probability. No gradient
+            flows into the first.
     """
     _same_shape(chosen=chosen, shares=shares)
     chosen, shares = mx.stop_gradient(_float(chosen)), _float(shares)
@@ -284,7 +284,7 @@ def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
 
 
 def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.array:
-    """Everything after a row's first stop token becomes pad; the stop token itself stays.
+    """Replace everything after a row's first stop token by pad; the stop token stays.
 
     ids: (B, T) integers; stop: one id, or several that each end a row. Returns (B, T), dtype of ids; a row without a
     stop token is unchanged.
@@ -293,13 +293,13 @@ def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.a
     for token in [stop] if isinstance(stop, int) else stop:
         hits = hits | (ids == token)
     counts = hits.astype(mx.int32)
-    # Exclusive count of stops before a position: 0 up to and including the first one.
+    # Stops before a position: 0 up to and including the first one.
     before = mx.cumsum(counts, axis=1) - counts
     return mx.where(before > 0, mx.array(pad, dtype=ids.dtype), ids)
 
 
 def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: int) -> float:
-    """The next KL coefficient (Ziegler et al. 2019, section 2.2).
+    """Return the next KL coefficient (Ziegler et al. 2019, section 2.2).
 
     coef * (1 + clip(observed / target - 1, -0.2, 0.2) * n / horizon),
     observed and target in nats; n episodes (or steps) since the last call, horizon in the same unit. ConfigError
@@ -308,17 +308,17 @@ def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: 
     if not (target > 0 and horizon > 0):
         raise ConfigError(f"adaptive KL: target is {target} and horizon is {horizon}; expected both above 0")
     if math.isnan(observed):
-        raise ModelError("adaptive KL: the observed KL is not a number; training has diverged (lower optim.lr)")
+        raise ModelError("adaptive KL: the observed KL is not a number: training has diverged; lower optim.lr")
     error = min(max(observed / target - 1.0, -0.2), 0.2)
     return coef * (1.0 + error * n / horizon)
 
 
 def wins(difference: mx.array, size: mx.array) -> mx.array:
-    """1 where a difference is above 0, 0 where it is below, and half where it is not more than rounding, (n,).
+    """Return 1 where a difference is above 0, 0 where it is below, and 1/2 where it is within rounding, (n,).
 
     Args:
-        difference: (n,) of float32 numbers.
-        size: (n,) sum of the magnitudes of the numbers that it was taken of.
+        difference: (n,) float32.
+        size: (n,) sum of the magnitudes of the two numbers.
     """
     _same_shape(difference=difference, size=size)
     return mx.where(mx.abs(difference) <= _ROUNDING * size, 0.5, _float(difference > 0))
@@ -332,39 +332,39 @@ def bradley_terry(
     label_smoothing: float | mx.array = 0.0,
     weights: mx.array | None = None,
 ) -> LossSum:
-    """Reward model's pairwise loss (Ouyang et al. 2022, eq. 1), summed: -log sigmoid(chosen - rejected - margin).
+    """Sum a reward model's pairwise loss (Ouyang et al. 2022, eq. 1): -log sigmoid(chosen - rejected - margin).
 
     Args:
         chosen, rejected: (n,) scores.
         margin: (n,), how much better chosen should be (Touvron et al. 2023, eq. 2).
         centering: adds centering * (chosen + rejected)^2, which fixes the free constant (Eisenstein et al. 2024).
-        label_smoothing: e, or (n,), weighs the pair by 1 - e and the exchanged pair by e: labels are wrong that often.
-        weights: (n,) what each pair counts, 1 if None.
+        label_smoothing: e, or (n,): the pair has weight 1 - e and the swapped pair e, as if labels were wrong so often.
+        weights: (n,) of the pairs; None: 1.
     Returns:
         LossSum over pairs. Metrics: accuracy (chosen above rejected, by `wins`), margin (chosen - rejected).
     """
     _same_shape(chosen=chosen, rejected=rejected, margin=margin, weights=weights)
     chosen, rejected, wanted = _float(chosen), _float(rejected), 0.0 if margin is None else _float(margin)
     difference = chosen - rejected
-    right, exchanged = _neg_log_sigmoid(difference - wanted), _neg_log_sigmoid(-difference - wanted)
-    losses = (1 - label_smoothing) * right + label_smoothing * exchanged + centering * mx.square(chosen + rejected)
+    right, swapped = _neg_log_sigmoid(difference - wanted), _neg_log_sigmoid(-difference - wanted)
+    losses = (1 - label_smoothing) * right + label_smoothing * swapped + centering * mx.square(chosen + rejected)
     right_of_two = wins(difference, mx.abs(chosen) + mx.abs(rejected))
     w = mx.ones(difference.shape) if weights is None else _float(weights)
     metrics = {"accuracy": (right_of_two * w).sum(), "margin": (difference * w).sum()}
     return LossSum((losses * w).sum(), w.sum(), metrics)
 
 
-# Losses on preferences: everything (n,), one loss a pair (or row), float32; no gradient flows into a reference.
+# Preference losses: everything is (n,), one loss for each pair (or row), float32; no gradient flows into a reference.
 
 
 def implicit_reward(logprobs: mx.array, ref_logprobs: mx.array, beta: float) -> mx.array:
-    """beta (log pi - log ref), (n,): the reward a policy stands for, up to a constant (Rafailov et al. 2023, eq. 5)."""
+    """Return beta (log pi - log ref), (n,): the implicit reward, up to a constant (Rafailov et al. 2023, eq. 5)."""
     _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     return beta * (_float(logprobs) - mx.stop_gradient(_float(ref_logprobs)))
 
 
 def _log_ratio_margin(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array) -> mx.array:
-    """h = log (pi/ref)(chosen) - log (pi/ref)(rejected), (n,)."""
+    """Return h = log (pi/ref)(chosen) - log (pi/ref)(rejected), (n,)."""
     _same_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     return implicit_reward(chosen, ref_chosen, 1.0) - implicit_reward(rejected, ref_rejected, 1.0)
 
@@ -383,7 +383,7 @@ def dpo(
 ) -> mx.array:
     """Direct preference optimisation (Rafailov et al. 2023, eq. 7): -log sigmoid(beta h), (n,).
 
-    h = log (pi/ref)(chosen) - log (pi/ref)(rejected), from sums of response log-probabilities, four times (n,).
+    h = log (pi/ref)(chosen) - log (pi/ref)(rejected), from sums of the completions' log-probabilities, each (n,).
     label_smoothing e is conservative DPO (Mitchell 2023): (1 - e) (-log sigmoid(beta h)) + e (-log sigmoid(-beta h)).
     """
     return _smoothed(beta * _log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected), label_smoothing)
@@ -392,8 +392,8 @@ def dpo(
 def ipo(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array, beta: float) -> mx.array:
     """Identity preference optimisation (Azar et al. 2023, eq. 17): (h - 1 / (2 beta))^2, (n,), beta the paper's tau.
 
-    h as in `dpo`, but from MEANS of log-probabilities over the response's tokens: so the paper's authors confirmed, as
-    TRL's documentation tells, and so TRL does.
+    h as in `dpo`, but from MEANS of log-probabilities over a completion's tokens: the paper's authors confirmed it, by
+    TRL's documentation, and TRL does so.
     """
     return mx.square(_log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected) - 1.0 / (2.0 * beta))
 
@@ -401,7 +401,7 @@ def ipo(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected
 def hinge(chosen: mx.array, rejected: mx.array, ref_chosen: mx.array, ref_rejected: mx.array, beta: float) -> mx.array:
     """Hinge on the normalised margin (SLiC, Zhao et al. 2023; RSO, Liu et al. 2023): max(0, 1 - beta h), (n,).
 
-    h as in `dpo`, from sums of log-probabilities. A pair with beta h over 1 is done: its loss and gradient are 0.
+    h as in `dpo`, from sums of log-probabilities. A pair with beta h above 1 has loss and gradient 0.
     """
     return mx.maximum(1.0 - beta * _log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected), 0.0)
 
@@ -420,10 +420,10 @@ def kto(
     w_U (1 - sigmoid(beta (z - r))).
 
     Args:
-        logratios: (n,), sums over the response of log pi - log ref; the gradient flows here only.
+        logratios: (n,), sums over the completion of log pi - log ref; the gradient flows here only.
         desirable: (n,), non-zero for a good row.
-        reference_point: one number, nats: the mean of such log-ratios over prompts each with ANOTHER row's response,
-            an estimate of KL(pi || ref). Take it over the whole step: a micro-batch's own mean would not add up.
+        reference_point: one number, nats: the mean of such log-ratios over prompts each with ANOTHER row's completion,
+            an estimate of KL(pi || ref). Take it over the whole step: means of micro-batches would not add up.
         desirable_weight, undesirable_weight: the paper advises (w_D n_D) / (w_U n_U) from 1 to 4/3.
     """
     _same_shape(logratios=logratios, desirable=desirable)
@@ -432,7 +432,7 @@ def kto(
         raise AssertionError(f"reference_point has shape {tuple(point.shape)}; expected one number for all rows")
     good = desirable != 0
     gain = beta * (_float(logratios) - point.reshape(()))
-    # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where the sigmoid is near 1.
+    # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits where sigmoid(x) is near 1.
     return mx.where(good, desirable_weight, undesirable_weight) * mx.sigmoid(mx.where(good, -gain, gain))
 
 
@@ -456,23 +456,23 @@ def simpo(chosen: mx.array, rejected: mx.array, beta: float, gamma: float) -> mx
 
 
 def _log1mexp(x: mx.array) -> mx.array:
-    """log(1 - exp(x)) for x <= 0; held off x = 0 (a response known by heart), where it is -inf."""
+    """Return log(1 - exp(x)) for x <= 0, kept away from x = 0 (a completion of probability 1), where it is -inf."""
     return mx.log(-mx.expm1(mx.minimum(x, -1e-6)))
 
 
 def odds_ratio(chosen: mx.array, rejected: mx.array, beta: float) -> mx.array:
-    """ORPO's preference term (Hong et al. 2024, eq. 7), (n,), to be ADDED to the chosen row's mean NLL.
+    """Return ORPO's preference term (Hong et al. 2024, eq. 7), (n,), to be ADDED to the chosen completion's mean NLL.
 
     -beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = p / (1 - p) with p = exp(chosen), exp(rejected).
-    chosen, rejected: MEANS of log-probabilities over the response's tokens, at most 0.
+    chosen, rejected: MEANS of log-probabilities over a completion's tokens, at most 0.
     """
     _same_shape(chosen=chosen, rejected=rejected)
     chosen, rejected = _float(chosen), _float(rejected)
     return beta * _neg_log_sigmoid((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected)))
 
 
-# --- completions of one prompt beside each other ----------------------------------------------------------------------
-# B completions, those of one prompt side by side; G of each prompt; N tokens of a batch.
+# --- groups -----------------------------------------------------------------------------------------------------------
+# B completions, G of each prompt, which are neighbours; N tokens of a batch.
 
 Floats = npt.NDArray[np.float32]
 Scale = Literal["group", "batch", "none"]
@@ -482,14 +482,14 @@ EPS = 1e-4
 
 def _groups(scores: npt.NDArray[Any], size: int) -> npt.NDArray[np.float64]:
     if size < 1 or len(scores) % size:
-        raise AssertionError(f"{len(scores)} scores are no groups of {size}")
+        raise AssertionError(f"{len(scores)} scores cannot be split into groups of {size}")
     return np.asarray(scores, dtype=np.float64).reshape(-1, size)
 
 
 def leave_one_out(scores: npt.NDArray[Any], size: int) -> Floats:
-    """(B,) each score less the mean of the other G - 1 of its group (Kool et al. 2019, Ahmadian et al. 2024).
+    """Return (B,) each score minus the mean of the other G - 1 in its group (Kool et al. 2019, Ahmadian et al. 2024).
 
-    The baseline does not know of the completion, so that the gradient it gives is unbiased. size: G, at least 2.
+    The baseline does not depend on the completion, so the gradient is unbiased. size: G, at least 2.
     """
     groups = _groups(scores, size)
     others = (groups.sum(axis=1, keepdims=True) - groups) / (size - 1)
@@ -497,13 +497,13 @@ def leave_one_out(scores: npt.NDArray[Any], size: int) -> Floats:
 
 
 def group_relative(scores: npt.NDArray[Any], size: int, scale: Scale, others: bool = False) -> Floats:
-    """(B,) each score less its group's mean, over a standard deviation (Shao et al. 2024, eq. 3).
+    """Return (B,) each score minus its group's mean, divided by a standard deviation (Shao et al. 2024, eq. 3).
 
     Args:
         size: G, at least 2.
         scale: of each group; of the whole batch; or none (Dr. GRPO, Liu et al. 2025). Deviations are unbiased (n - 1)
             and have 1e-4 added, as in TRL.
-        others: the mean is of the other G - 1. The group's own makes all advantages (G - 1) / G times as large.
+        others: take the mean of the other G - 1. The whole group's makes all advantages (G - 1) / G times as large.
     """
     groups = _groups(scores, size)
     centred = leave_one_out(scores, size).reshape(groups.shape) if others else groups - groups.mean(1, keepdims=True)
@@ -515,21 +515,21 @@ def group_relative(scores: npt.NDArray[Any], size: int, scale: Scale, others: bo
 
 
 def equal_groups(scores: npt.NDArray[Any], size: int) -> npt.NDArray[np.bool_]:
-    """(B / G,) whether all scores of a group are the same, so that it teaches nothing."""
+    """Return (B / G,) whether all scores of a group are equal, so that its advantages are 0."""
     groups = _groups(scores, size)
     return np.asarray(groups.max(axis=1) == groups.min(axis=1))
 
 
 def kl_loss(logprobs: mx.array, old: mx.array, reference: mx.array, estimator: Literal["k2", "k3"]) -> mx.array:
-    """KL to the reference of each token, (n,), as a term of a loss.
+    """Return each token's KL to the reference, (n,), as a term of a loss.
 
-    k2's gradient under tokens of the policy itself is that of KL(policy || reference). In later passes the tokens are
-    of an older policy, so it is weighed by the ratio to that one; without, four passes over a rollout end 18 % below
-    the best KL of a task where that is known. k3 is as published (Shao et al. 2024, eq. 4).
+    k2's gradient on the policy's own tokens is that of KL(policy || reference). In later passes an older policy sampled
+    the tokens, so it is weighted by the ratio to that one; without, four passes over a rollout end 18 % below the best
+    KL of a task where that is known. k3 is as published (Shao et al. 2024, eq. 4).
 
     Args:
-        logprobs, old, reference: (n,) of the policy, of the one that sampled, and of the reference; the gradient flows
-            into the first only.
+        logprobs, old, reference: (n,) by the policy, the one that sampled, and the reference; the gradient flows into the
+            first only.
     """
     apart = kl(logprobs, reference, estimator)
     return apart * mx.stop_gradient(_ratio(logprobs - old)) if estimator == "k2" else apart

@@ -19,17 +19,14 @@ from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
 from mlxft.objectives.rollouts import FAR, Drawn, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, resample, sections
 
-# --- critic free ------------------------------------------------------------------------------------------------------
-# What on-policy methods without a critic share: one advantage a completion, from its score and those of others.
-
 _M = TypeVar("_M", bound=OnPolicySettings)
 
 
 class CriticFree(OnPolicy[_M], Generic[_M]):
-    """An on-policy objective that gives each completion one advantage. A subclass says which, and the loss."""
+    """An on-policy objective with one advantage per completion. A subclass gives advantages and the loss."""
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
-        """(B,) advantages, and what is worth reporting."""
+        """Return (B,) advantages, and numbers to report."""
         raise AssertionError(f"{type(self).__name__} has no advantages")
 
     def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -50,27 +47,27 @@ class CriticFree(OnPolicy[_M], Generic[_M]):
 
     @staticmethod
     def row_sums(values: mx.array, data: RolloutBatch) -> mx.array:
-        """(N,) numbers of a batch's tokens -> (B,) sums over completions."""
+        """Return (B,) sums over completions of (N,) numbers of their tokens."""
         assert data.owners is not None
         assert data.lengths is not None
         return row_sums(values, data.owners, data.lengths.shape[0])
 
     def row_means(self, values: mx.array, data: RolloutBatch) -> mx.array:
-        """(B,) means over a completion's tokens, exactly 1 of ones."""
+        """Return (B,) means over a completion's tokens, exactly 1 for ones."""
         assert data.lengths is not None
         return self.row_sums(values, data) / data.lengths
 
 
 class InReward(OnPolicySettings):
-    """Settings of methods whose KL is part of the reward."""
+    """Settings of methods with KL in the reward."""
 
     ratio: Literal["completion", "token"] = Field(
         "completion",
-        description="What is compared with the policy that sampled, and clipped: a completion's probability or each "
-        "token's. All the same where a rollout is one step.",
+        description="Ratio to the policy that sampled, which is clipped: of a completion's probability or of each "
+        "token's. Without effect where a rollout is one step.",
     )
     clip: float | None = Field(
-        0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip; null: no clipping."
+        0.2, gt=0, description="The ratio has no gradient beyond 1 - clip and 1 + clip; null: no clipping."
     )
 
 
@@ -78,14 +75,14 @@ R = TypeVar("R", bound=InReward)
 
 
 class Reinforced(CriticFree[R], Generic[R]):
-    """Policy gradient (Williams 1992) with rewards of whole completions, each less a baseline.
+    """Policy gradient (Williams 1992) with rewards of whole completions, each minus a baseline.
 
-    The loss is a sum over a completion's tokens, mean over completions: with one step a rollout its gradient is
-    -A grad log pi(completion), that of the objective reward - kl_coef KL itself.
+    The loss is a sum over a completion's tokens and a mean over completions: with one step per rollout its gradient is
+    -A grad log pi(completion), that of reward - kl_coef KL itself.
     """
 
     def compute_rewards(self, rollout: Rollout) -> Floats:
-        """(B,) score - kl_coef x (log pi - log reference) of the completion."""
+        """Return (B,) score - kl_coef x (log pi - log reference) of the completion."""
         if not self.kl_coef:
             return rollout.scores
         return (rollout.scores - self.kl_coef * self.kls(rollout)).astype(np.float32)
@@ -116,10 +113,10 @@ class Reinforced(CriticFree[R], Generic[R]):
 # Group relative policy optimisation (Shao et al. 2024), with the switches of Dr. GRPO (Liu et al. 2025) and DAPO
 # (Yu et al. 2025).
 #
-# Several completions of a prompt are each other's baseline; KL to the reference is a term of the loss, as published, or
-# of the advantages, which is exact.
-# Dr. GRPO is scale: none with loss: constant; DAPO is loss: token with clip_high: 0.28, kl_coef: 0, resample,
-# skip_equal and mask_truncated (or, for its soft punishment of overlong answers, a rule of kind length).
+# The completions of a prompt are each other's baseline. KL to the reference is a term of the loss, as published, or of
+# the advantages, which is exact.
+# Dr. GRPO: scale: none, loss: constant. DAPO: loss: token, clip_high: 0.28, kl_coef: 0, resample, skip_equal and
+# mask_truncated (or, for its soft penalty on overlong completions, a rule of kind length).
 
 
 class GRPOSettings(OnPolicySettings):
@@ -128,45 +125,43 @@ class GRPOSettings(OnPolicySettings):
     kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference; 0: no such term.")
     kl_in: Literal["loss", "advantages"] = Field(
         "loss",
-        description="loss: as published, a term of each token by itself. It leaves out that a token also decides the "
-        "KL of the tokens to come, so its optimum is not that of reward - kl_coef x KL. advantages: the completion's "
-        "KL, less the mean of its group's others, is taken off each token's advantage, which is exact: with scale: "
-        "none, loss: constant and one step a rollout the gradient is that of reward - kl_coef x KL.",
+        description="loss: as published, a term of each token alone. It ignores that a token also decides the KL of "
+        "later tokens, so its optimum is not that of reward - kl_coef x KL. advantages: the completion's KL, minus the "
+        "mean of its group's others, is subtracted from each token's advantage, which is exact: with scale: none, "
+        "loss: constant and one step per rollout the gradient is that of reward - kl_coef x KL.",
     )
     kl_estimator: Literal["k2", "k3"] = Field(
         "k2",
-        description="With kl_in: loss: how a token's KL is estimated (Schulman 2020). k2's gradient, weighed by the "
-        "ratio so that it is right in later passes too, is that of the token's own KL(policy || reference); k3's, as "
-        "published, that of KL(reference || policy), which has another optimum.",
+        description="Estimator of a token's KL with kl_in: loss (Schulman 2020). k2's gradient, weighted by the ratio "
+        "so that it is right in later passes too, is that of the token's KL(policy || reference); k3's, as published, "
+        "is that of KL(reference || policy), which has another optimum.",
     )
     scale: Literal["group", "batch", "none"] = Field(
-        "group", description="Standard deviation that advantages are divided by; none: Dr. GRPO."
+        "group", description="Divide advantages by the standard deviation of the group or batch; none: Dr. GRPO."
     )
     baseline: Literal["group", "others"] | None = Field(
         None,
-        description="Mean that a score is held against: of its whole group, as published, or of the others in it. The "
-        "first makes advantages (samples - 1) / samples as large beside kl_coef; default: others where scale is none.",
+        description="Mean that is subtracted from a score: of its whole group, as published, or of the others in it. "
+        "The first scales advantages by (samples - 1) / samples; default: others where scale is none.",
     )
     loss: Literal["sequence", "token", "constant"] = Field(
         "sequence",
         description="sequence: mean over a completion's tokens, then over completions; token (DAPO): mean over all "
-        "tokens; constant (Dr. GRPO): their sum, over completions times rollout.max_tokens.",
+        "tokens; constant (Dr. GRPO): their sum divided by completions x rollout.max_tokens.",
     )
-    clip: float = Field(0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip.")
+    clip: float = Field(0.2, gt=0, description="The ratio has no gradient beyond 1 - clip and 1 + clip.")
     clip_high: float | None = Field(
-        None, gt=0, description="Another bound above, 1 + clip_high (DAPO: 0.28); default: clip."
+        None, gt=0, description="Upper bound 1 + clip_high of the ratio (DAPO: 0.28); default: clip."
     )
-    skip_equal: bool = Field(
-        False, description="Leave groups of equal scores out of the loss, whose advantages are 0 (as DAPO does)."
-    )
+    skip_equal: bool = Field(False, description="Leave out groups of equal scores, whose advantages are 0 (DAPO).")
     resample: int = Field(
         0,
         ge=0,
-        description="Further draws a rollout, at most, in which groups of equal scores give way to those of other "
+        description="Most further rounds of sampling per rollout, which replace groups of equal scores by those of other "
         "prompts (DAPO's dynamic sampling); 0: none.",
     )
     mask_truncated: bool = Field(
-        False, description="Leave completions that were cut off out of the loss (DAPO's overlong filtering)."
+        False, description="Leave out completions that were cut off (DAPO's overlong filtering)."
     )
 
     @model_validator(mode="after")
@@ -179,14 +174,14 @@ class GRPOSettings(OnPolicySettings):
             raise ValueError(f"kl_estimator ({self.kl_estimator}) is for kl_in: loss; leave it out")
         if self.kl_in == "advantages" and self.skip_equal:
             raise ValueError(
-                "skip_equal: with kl_in: advantages groups of equal scores have advantages too, those of their KL; "
-                "leave one of the two out"
+                "skip_equal: with kl_in: advantages groups of equal scores have advantages too, from their KL; leave "
+                "one of the two out"
             )
         return self
 
     @property
     def others(self) -> bool:
-        """Whether the baseline leaves a completion's own score out."""
+        """Return whether the baseline leaves a completion's own score out."""
         return self.scale == "none" if self.baseline is None else self.baseline == "others"
 
 
@@ -203,8 +198,8 @@ class GRPO(CriticFree[GRPOSettings]):
         self.needs_reference = self.settings.kl_coef > 0 and self.settings.kl_in == "loss"
         if self.settings.resample and self.rollouts.prompts >= len(self.prompts):
             raise ConfigError(
-                f"grpo.resample: a rollout asks all {len(self.prompts)} prompts (rollout.prompts is "
-                f"{self.rollouts.prompts}), and none is left to replace one with; lower rollout.prompts"
+                f"grpo.resample: a rollout has all {len(self.prompts)} prompts (rollout.prompts is "
+                f"{self.rollouts.prompts}), so none is left as a replacement; lower rollout.prompts"
             )
 
     def draw(self, number: int) -> Drawn:
@@ -223,9 +218,9 @@ class GRPO(CriticFree[GRPOSettings]):
     def why_idle(self, rollouts: int) -> str:
         on = [f"grpo.{name}" for name in ("skip_equal", "mask_truncated") if getattr(self.settings, name)]
         return (
-            f"{rollouts} rollouts one after the other have nothing to learn from: by {' and '.join(on)} all of their "
-            "completions are left out (equal_groups and eos_share in metrics.jsonl say why). The prompts are too easy "
-            "or too hard for this reward, or rollout.max_tokens is too small; the last checkpoint is kept"
+            f"{rollouts} consecutive rollouts have nothing to learn from: by {' and '.join(on)} all of their "
+            "completions are left out (see equal_groups and eos_share in metrics.jsonl). The prompts are too easy or too hard for "
+            "this reward, or rollout.max_tokens is too small; the last checkpoint is kept"
         )
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
@@ -263,13 +258,13 @@ class GRPO(CriticFree[GRPOSettings]):
     def _over(
         self, losses: mx.array, metrics: dict[str, mx.array], data: RolloutBatch
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Total and metrics over the items that `per` counts."""
+        """Return total and metrics as sums over the items that `per` counts."""
         if self.settings.loss == "token":
             return losses.sum(), {name: values.sum() for name, values in metrics.items()}
         means = {name: self.row_means(values, data).sum() for name, values in metrics.items()}
         if self.settings.loss == "sequence":
             return self.row_means(losses, data).sum(), means
-        # Metrics are means over tokens as elsewhere: only the loss is over tokens that might have been.
+        # Metrics are means over tokens as elsewhere: only the loss divides by the most tokens there can be.
         most = self.rollouts.max_tokens
         return losses.sum(), {name: most * value for name, value in means.items()}
 
@@ -281,7 +276,7 @@ class GRPO(CriticFree[GRPOSettings]):
 class RLOOSettings(InReward):
     """Settings of objective rloo."""
 
-    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs, of the reward.")
+    kl_coef: float = Field(0.05, ge=0, description="Cost of a nat of KL to the reference in the reward.")
 
 
 class RLOO(Reinforced[RLOOSettings]):
@@ -307,14 +302,14 @@ DECAY = 0.9
 class ReinforceSettings(InReward):
     """Settings of objective reinforce."""
 
-    kl_coef: float = Field(0.05, ge=0, description="What a nat of KL to the reference costs, of the reward.")
+    kl_coef: float = Field(0.05, ge=0, description="Cost of a nat of KL to the reference in the reward.")
     baseline: Literal["batch", "average"] = Field(
         "batch",
-        description="What is taken off a reward: the rollout's mean; or an exponential moving average of the rollouts "
-        "before, which works with one completion too.",
+        description="Subtracted from a reward: the rollout's mean, or an exponential moving average over earlier "
+        "rollouts, which also works with a single completion.",
     )
     decay: float | None = Field(
-        None, ge=0, lt=1, description=f"What the moving average keeps of itself at each rollout; default {DECAY}."
+        None, ge=0, lt=1, description=f"Weight of the moving average's old value at each rollout; default {DECAY}."
     )
 
     @model_validator(mode="after")
@@ -336,8 +331,8 @@ class Reinforce(Reinforced[ReinforceSettings]):
         count = min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
         if self.settings.baseline == "batch" and count < 2:
             raise ConfigError(
-                "reinforce.baseline: a rollout of one completion is its own mean, and nothing would be learnt; raise "
-                "rollout.prompts or rollout.samples, or set baseline: average"
+                "reinforce.baseline: a rollout of one completion has its own reward as the mean, so advantages are 0; "
+                "raise rollout.prompts or rollout.samples, or set baseline: average"
             )
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
@@ -345,7 +340,7 @@ class Reinforce(Reinforced[ReinforceSettings]):
         mean = float(rewards.mean())
         if self.settings.baseline == "batch":
             return rewards - rewards.mean(), {}
-        # The first rollout has none before it; its own mean is nearer to what is to be expected than 0.
+        # The first rollout starts the average: its mean is a better guess than 0.
         before = mean if self.average is None else self.average
         decay = DECAY if self.settings.decay is None else self.settings.decay
         self.average = decay * before + (1 - decay) * mean

@@ -1,8 +1,7 @@
 """Proximal policy optimisation (Schulman et al. 2017) as in RLHF (Ziegler et al. 2019, Stiennon et al. 2020).
 
-Each token is rewarded with -kl_coef x its KL to the reference, the last one with the completion's score on top; a
-critic and GAE turn that into advantages. The critic is a role of its own over the same base, or a head on the policy's
-trunk.
+Each token's reward is -kl_coef x its KL to the reference, plus the completion's score at the last one; a critic and
+GAE turn rewards into advantages. The critic is a role over the same base, or a head on the policy's trunk.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.rollouts import FAR, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, sections
 
 # --- critic -----------------------------------------------------------------------------------------------------------
-# The critic: a value for each token. A role of its own on the same base, or a head on the policy's trunk.
 
 _ROLE = "value"
 
@@ -37,13 +35,13 @@ _ROLE = "value"
 class Critic(nn.Module):
     """A scalar head, and the value role's own parameters.
 
-    They stand here while the policy stands in the model's places: so the loop trains both, and one update of the
-    parameters by name reaches them. To be read they are put into the role's layers, and the role into the model.
+    They stand here while the policy is active, so that the loop trains both and one update by parameter name reaches
+    them. To be read they are put into the role's layers, and the role into the model.
 
     Args:
         weights: full name -> value of the role's parameters; empty for a head on the policy's trunk.
     Attributes:
-        offset: added to what the head gives, which has no bias: where rewards lie that are normalised.
+        offset: added to the head's values, since the head has no bias: the mean of normalised rewards.
     """
 
     offset = 0.0
@@ -51,11 +49,11 @@ class Critic(nn.Module):
     def __init__(self, weights: dict[str, mx.array], head: ScoreHead) -> None:
         super().__init__()
         self.head = head
-        # Names with dots would be taken for paths when an update is built from names.
+        # An update built from names would take dots for paths.
         self.role = {name.replace(".", "/"): value for name, value in weights.items()}
 
     def values(self, split: Split, roles: Roles, ids: mx.array, positions: mx.array) -> mx.array:
-        """(N,) float32 at positions of (B, T) ids, by the value role."""
+        """Return (N,) float32 values at positions of (B, T) ids, by the value role."""
         weights = {name.replace("/", "."): value for name, value in tree_flatten(self.role)}
         role = roles[_ROLE]
         for name, value in weights.items():
@@ -68,23 +66,23 @@ class Critic(nn.Module):
             with roles.use(_ROLE):
                 return self.head(rows_hidden(split, ids, positions)) + self.offset
         finally:
-            role.whole.clear()  # or what an update replaces would stay in memory
+            role.whole.clear()  # or replaced arrays would stay in memory
 
 
 def add_critic(model: nn.Module, split: Split, roles: Roles, start: str | None, width: int) -> Critic:
     """Attach a critic to a model whose policy is active.
 
     Args:
-        start: the role that it begins as, with that role's head if it has one; None: a head on the policy's trunk.
+        start: the role that it starts as, with that role's head if it has one; None: a head on the policy's trunk.
         width: of the hidden states.
     """
-    head = ScoreHead.of(mx.zeros((1, width)))  # all values 0: the first advantages are the rewards
+    head = ScoreHead.of(mx.zeros((1, width)))  # all values 0: the first advantages come from rewards alone
     weights: dict[str, mx.array] = {}
     if start is not None:
         role = roles.copy(start, _ROLE)
         if role.head is not None:
             head, role.head = role.head, None
-        # What stands outside the body (an output layer) gives no value; weight decay would eat it.
+        # An output layer does not reach the values; weight decay would only shrink it.
         inside = next(name for name, module in model.named_modules() if module is split.body) + "."
         role.layers = {path: layer for path, layer in role.layers.items() if path.startswith(inside)}
         role.whole = {name: value for name, value in role.whole.items() if name.startswith(inside)}
@@ -95,17 +93,16 @@ def add_critic(model: nn.Module, split: Split, roles: Roles, start: str | None, 
 
 
 def is_critic(name: str) -> bool:
-    """Whether a parameter of the model is the critic's."""
+    """Return whether a parameter of the model is the critic's."""
     return name.startswith(f"{CRITIC}.")
 
 
 def of_policy(name: str) -> bool:
-    """Whether it is not."""
     return not is_critic(name)
 
 
 def explained_variance(values: Any, returns: Any) -> float:
-    """1 - var(returns - values) / var(returns); 0 where the returns do not vary."""
+    """Return 1 - var(returns - values) / var(returns); 0 for constant returns."""
     spread = float(returns.var())
     return 1.0 - float((returns - values).var()) / spread if spread > 0 else 0.0
 
@@ -114,45 +111,45 @@ def explained_variance(values: Any, returns: Any) -> float:
 
 
 class PPOSettings(OnPolicySettings):
-    """Settings of objective ppo."""
+    """The section `ppo`."""
 
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k1", description="How a token's KL is estimated (Schulman 2020): k1 unbiased, k2 and k3 never below 0."
+        "k1", description="Estimator of a token's KL (Schulman 2020): k1 is unbiased, k2 and k3 are never below 0."
     )
     kl_target: float | None = Field(
-        None, gt=0, description="Adapt kl_coef so that KL is about this, in nats a completion; default: it is fixed."
+        None, gt=0, description="Adapt kl_coef towards this KL, in nats a completion; default: kl_coef is fixed."
     )
     kl_horizon: int | None = Field(
-        None, ge=1, description="Completions over which kl_coef adapts; default 10000, with kl_target."
+        None, ge=1, description="Completions over which kl_coef adapts, with kl_target; default 10000."
     )
     epochs: int = Field(4, ge=1, le=10**4, description="Passes over each rollout.")
     gamma: float = Field(1.0, gt=0, le=1, description="Discount of later rewards.")
-    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda: 0 trusts the critic, 1 the rewards.")
-    clip: float = Field(0.2, gt=0, description="The ratio's gradient ends at 1 - clip and 1 + clip.")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda: 0 relies on the critic, 1 on the rewards.")
+    clip: float = Field(0.2, gt=0, description="The ratio has no gradient beyond 1 - clip and 1 + clip.")
     dual_clip: float | None = Field(
         None, gt=1, description="Bound of the ratio where an advantage is negative (Ye et al. 2020); 3 is usual."
     )
     value_clip: float | None = Field(
-        0.2, gt=0, description="The critic's gradient ends so far from its old values; null: no clipping."
+        0.2, gt=0, description="Values have no gradient farther than this from their old ones; null: no clipping."
     )
     value_coef: float = Field(0.5, gt=0, description="Weight of the critic's loss.")
-    entropy_coef: float = Field(0.0, ge=0, description="Weight of the policy's entropy, which is then rewarded.")
+    entropy_coef: float = Field(0.0, ge=0, description="Weight of the policy's entropy, which is maximised.")
     whiten: bool = Field(
         True,
-        description="Shift and scale a rollout's advantages to mean 0 and variance 1; a lone completion's stay.",
+        description="Shift and scale a rollout's advantages to mean 0 and variance 1, unless it has one completion.",
     )
     critic: Literal["separate", "shared"] = Field(
-        "separate", description="A role of its own, begun from the reward role; or a head on the policy's trunk."
+        "separate", description="A role that starts from the reward role, or a head on the policy's trunk."
     )
     critic_lr: float | None = Field(None, gt=0, description="Learning rate of the critic; default: optim.lr.")
-    critic_warmup: int = Field(0, ge=0, description="Rollouts in which the critic alone is trained.")
+    critic_warmup: int = Field(0, ge=0, description="First rollouts, which train the critic only.")
 
     @model_validator(mode="after")
     def _consistent(self) -> PPOSettings:
         if self.kl_horizon is not None and self.kl_target is None:
             raise ValueError(f"kl_horizon ({self.kl_horizon}) is for an adaptive kl_coef; give kl_target too")
         if self.kl_target is not None and self.kl_coef == 0:
-            raise ValueError("kl_target: a kl_coef of 0 can not adapt; give one above 0 to begin with")
+            raise ValueError("kl_target: a kl_coef of 0 cannot adapt; start with one above 0")
         return self
 
 
@@ -171,7 +168,7 @@ class PPO(OnPolicy[PPOSettings]):
 
     @property
     def critic(self) -> Critic:
-        """There once `prepare` was called."""
+        """Return the critic, once `prepare` was called."""
         assert self._critic is not None
         return self._critic
 
@@ -204,7 +201,7 @@ class PPO(OnPolicy[PPOSettings]):
         return {"old_logprobs": logprobs, "entropy": entropy, "values": self.critic.head(hidden)}
 
     def _values(self, a: Completions | RolloutBatch) -> mx.array:
-        """(N,) by the separate critic of now."""
+        """Return (N,) values by the current separate critic."""
         return self.critic.values(self.split, self.roles, a.ids, a.positions)
 
     def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -221,7 +218,7 @@ class PPO(OnPolicy[PPOSettings]):
         ends = mx.arange(mask.shape[1])[None] == last
         rewards = rewards + ends * mx.array(rollout.scores)[:, None]
         advantages, returns = F.gae(rewards, values, mask, s.gamma, s.lam)
-        # Less its own mean, a lone completion would say nothing of whether it was good.
+        # Minus its own mean, the sign of a single completion's advantages would be lost.
         whitened = F.whiten(advantages, mask) if s.whiten and len(rollout) > 1 else advantages
         rollout.set_grid("advantages", whitened)
         rollout.set_grid("returns", returns)
@@ -237,19 +234,19 @@ class PPO(OnPolicy[PPOSettings]):
         s = self.settings
         if s.kl_target is not None:
             horizon = s.kl_horizon or 10000
-            # A rollout longer than the horizon counts as one: five times as long could turn the coefficient's sign.
+            # A rollout counts as at most one horizon: five of them could turn the coefficient's sign.
             self.kl_coef = F.adaptive_kl(self.kl_coef, kl, s.kl_target, horizon, min(count, horizon))
 
     def _warming(self, rollout: Rollout) -> bool:
         return rollout.number < self.settings.critic_warmup
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
-        """Return one micro-batch where policy and critic share a trunk, else one for each: only one is in memory."""
+        """Return one micro-batch where policy and critic share a trunk, else one for each, to save memory."""
         (whole,) = super().make(rollout, rows)
         if self.settings.critic == "shared":
             data = replace(whole.data, advantages=None) if self._warming(rollout) else whole.data
             return [replace(whole, data=data, trains=is_critic if self._warming(rollout) else None)]
-        # Their data tell the loss which of the two it is: what the other one reads is not there.
+        # Each has only the data of its own loss.
         policy = replace(whole.data, values=None, returns=None)
         critic = replace(whole.data, advantages=None)
         if self._warming(rollout):
@@ -279,7 +276,7 @@ class PPO(OnPolicy[PPOSettings]):
         old, advantages, mask = data.old_logprobs[None], data.advantages[None], mx.ones_like(logprobs[None])
         total, _, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
         if s.entropy_coef:
-            (behind,) = mx.depends([hidden], [logprobs])  # else logits would stand twice
+            (behind,) = mx.depends([hidden], [logprobs])  # or logits would be in memory twice
             entropy = hidden_entropy(self.split, behind, grad=True, draw=self.how)
             total = total - s.entropy_coef * entropy.sum()
         ratio_max = mx.exp(mx.stop_gradient(logprobs) - data.old_logprobs).max()

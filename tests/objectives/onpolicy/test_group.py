@@ -108,7 +108,7 @@ def test_equal_groups() -> None:
 
 
 def test_scores_that_are_no_groups() -> None:
-    with pytest.raises(AssertionError, match="7 scores are no groups of 2"):
+    with pytest.raises(AssertionError, match="7 scores cannot be split into groups of 2"):
         leave_one_out(SCORES[:7], 2)
 
 

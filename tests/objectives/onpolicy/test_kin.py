@@ -395,7 +395,7 @@ def test_rollouts_that_teach_nothing(words: Words, on_policy: OnPolicy) -> None:
     assert len(run.metrics("train")) == 6
     assert {e["rollout"] for e in events} == set(range(len(events)))
     settings = on_policy("grpo", words(2), "return [1.0] * len(prompts)", {"skip_equal": True}, **{"run.name": "b"})
-    with pytest.raises(TrainingError, match=r"8 rollouts one after the other .*: by grpo.skip_equal all of their"):
+    with pytest.raises(TrainingError, match=r"8 consecutive rollouts .*: by grpo.skip_equal all of their"):
         quietly(settings)
 
 
@@ -432,7 +432,7 @@ def test_groups_of_equal_scores_give_way(words: Words, on_policy: OnPolicy) -> N
         seen.append(event["groups_sampled"])
     one, model = made(on_policy("grpo", words(2), body, {"resample": 1}, **changes))
     assert one.roll(model)[1]["groups_sampled"] < seen[0]
-    with pytest.raises(ConfigError, match=r"grpo.resample: a rollout asks all 16 prompts .rollout.prompts is 16."):
+    with pytest.raises(ConfigError, match=r"grpo.resample: a rollout has all 16 prompts .rollout.prompts is 16."):
         made(on_policy("grpo", words(2), body, {"resample": 1}, **{"rollout.prompts": 16}))
 
 
