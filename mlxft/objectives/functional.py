@@ -528,8 +528,8 @@ def kl_loss(logprobs: mx.array, old: mx.array, reference: mx.array, estimator: L
     KL of a task where that is known. k3 is as published (Shao et al. 2024, eq. 4).
 
     Args:
-        logprobs, old, reference: (n,) by the policy, the one that sampled, and the reference; the gradient flows into the
-            first only.
+        logprobs, old, reference: (n,) by the policy, the one that sampled, and the reference; the gradient flows into
+            the first only.
     """
     apart = kl(logprobs, reference, estimator)
     return apart * mx.stop_gradient(_ratio(logprobs - old)) if estimator == "k2" else apart

@@ -157,8 +157,8 @@ class GRPOSettings(OnPolicySettings):
     resample: int = Field(
         0,
         ge=0,
-        description="Most further rounds of sampling per rollout, which replace groups of equal scores by those of other "
-        "prompts (DAPO's dynamic sampling); 0: none.",
+        description="Most further rounds of sampling per rollout, which replace groups of equal scores by those of "
+        "other prompts (DAPO's dynamic sampling); 0: none.",
     )
     mask_truncated: bool = Field(
         False, description="Leave out completions that were cut off (DAPO's overlong filtering)."
@@ -219,8 +219,8 @@ class GRPO(CriticFree[GRPOSettings]):
         on = [f"grpo.{name}" for name in ("skip_equal", "mask_truncated") if getattr(self.settings, name)]
         return (
             f"{rollouts} consecutive rollouts have nothing to learn from: by {' and '.join(on)} all of their "
-            "completions are left out (see equal_groups and eos_share in metrics.jsonl). The prompts are too easy or too hard for "
-            "this reward, or rollout.max_tokens is too small; the last checkpoint is kept"
+            "completions are left out (see equal_groups and eos_share in metrics.jsonl). The prompts are too "
+            "easy or too hard for this reward, or rollout.max_tokens is too small; the last checkpoint is kept"
         )
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Floats, dict[str, float]]:
