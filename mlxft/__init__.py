@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
+
+from mlxft.device import prepare_process
 
 __version__ = "0.1.0"
 # The Python API: name -> where it stands. Each is imported when first used, so that `import mlxft` stays fast.
@@ -79,26 +80,7 @@ if TYPE_CHECKING:
     from mlxft.runs import load_run as load
 
 
-class _BeforeMLX:
-    """An entry of `sys.meta_path` that loads a fast BLAS when MLX is about to be imported, and finds no module itself.
-
-    A process that needs no MLX, as `mlxft --help`, thus loads no BLAS with its threads.
-    """
-
-    @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> None:
-        if name == "mlx.core":
-            from mlxft.device import load_blas as load_blas
-
-            load_blas()
-
-
-if sys.platform == "darwin":
-    from mlxft.device import relax_watchdog
-
-    relax_watchdog()
-elif sys.platform == "linux":
-    sys.meta_path.insert(0, _BeforeMLX)
+prepare_process()
 
 
 def __getattr__(name: str) -> Any:

@@ -68,6 +68,25 @@ def load_blas() -> None:
         return
 
 
+class _BeforeMLX:
+    """An entry of `sys.meta_path` that loads a fast BLAS when MLX is about to be imported, and finds no module itself.
+
+    A process that needs no MLX, such as `mlxft --help`, thus loads no BLAS with its threads.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name == "mlx.core":
+            load_blas()
+
+
+def prepare_process() -> None:
+    """Prepare this process for MLX: on a Mac relax the display watchdog, on Linux load a fast BLAS before MLX."""
+    relax_watchdog()
+    if sys.platform == "linux":
+        sys.meta_path.insert(0, _BeforeMLX)
+
+
 def _load_with_best_kernel(name: str) -> ctypes.CDLL:
     """Load a library. If its OpenBLAS falls back to SSE on a CPU with AVX, load it again with the right kernel.
 

@@ -372,9 +372,8 @@ def _train(
         if p.best_step is None and not full:
             saver.result()
 
-    likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
-
     def on_samples(p: Progress) -> None:
+        likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
         for prompt in settings.sample_prompts:
             ids = encode_prompt(prompt, loaded.tokenizer, chat=run.config.data.template == "auto")
             answer = complete(loaded.model, loaded.tokenizer, ids, likeliest)

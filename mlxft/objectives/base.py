@@ -305,7 +305,8 @@ class Objective(ABC):
     @classmethod
     def residents(cls, config: Config, model: nn.Module) -> Residents:
         """Return what frozen models, and a critic, take beside the trained model."""
-        return frozen_residents(cls.frozen(config), config, model)
+        sources = cls.frozen(config)
+        return frozen_residents(sources, config, model) if sources else Residents()
 
     def beside(self, model: nn.Module) -> Beside | None:
         """Return what sampling, scoring and other roles take beside the steps; None: it samples nothing.
