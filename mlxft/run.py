@@ -373,9 +373,9 @@ def _train(
             saver.result()
 
     def on_samples(p: Progress) -> None:
-        likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
         for prompt in settings.sample_prompts:
             ids = encode_prompt(prompt, loaded.tokenizer, chat=run.config.data.template == "auto")
+            likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
             answer = complete(loaded.model, loaded.tokenizer, ids, likeliest)
             reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
 
