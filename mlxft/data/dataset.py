@@ -53,42 +53,42 @@ from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, nearest
 
 # --- batching ---------------------------------------------------------------------------------------------------------
-# Rows into batches: rows of like length share one, or several share a sequence, so that little is padding.
+# Rows are batched by length, or packed into sequences, so that there is little padding.
 #
 # An epoch's rows are shuffled and cut into windows; within a window they are sorted by length and cut into batches, and
-# then all batches are shuffled. So neighbours in length meet, but other ones each epoch, and no length is trained in
-# one go. Packed rows fill sequences of one width, each the fullest that it still fits into.
+# then all batches are shuffled. So rows of like length share a batch, but different ones each epoch, and lengths are
+# mixed over the epoch. Packed rows fill sequences of one width by best fit.
 
-WINDOW = 64  # batches; sorting more rows together pads less, and mixes them less
-WIDTHS = (512, 1024, 2048)  # of packed sequences: attention over longer ones costs more than their padding saves
-SAMPLE = 4096  # rows by which a width is chosen
-PADDING = 0.05  # share of a width's tokens that is good enough
+WINDOW = 64  # batches; a larger window pads less and mixes less
+WIDTHS = (512, 1024, 2048)  # of packed sequences: attention over longer ones costs more than the padding it saves
+SAMPLE = 4096  # rows that choose a width
+PADDING = 0.05  # share of padding that is good enough
 IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One batch to be: the rows' indices in each of its sequences, and the width that these are padded to."""
+    """A planned batch: the indices of the rows in each of its sequences, and the width they are padded to."""
 
-    sequences: tuple[tuple[int, ...], ...]  # of one row each, unless packed
+    sequences: tuple[tuple[int, ...], ...]  # one row each, unless packed
     width: int
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """All rows, in order."""
+        """Return all rows, in order."""
         return tuple(row for sequence in self.sequences for row in sequence)
 
 
 def plan_epoch(
     lengths: IntArray, *, tokens: int | None = None, rows: int | None = None, seed: int | None, epoch: int = 0
 ) -> list[Slot]:
-    """Batches of one epoch: every row once.
+    """Plan the batches of one epoch, which has every row once.
 
     Args:
         lengths: tokens of each row.
-        tokens: budget of a batch, rows x width; a row longer than it is a batch of its own.
-        rows: rows a batch, in place of `tokens`.
-        seed: order of rows and of batches, together with `epoch`; None sorts all by length, for validation.
+        tokens: budget of a batch, rows x width; a longer row is a batch of its own.
+        rows: rows per batch, instead of `tokens`.
+        seed: gives, with `epoch`, the order of rows and batches; None sorts all by length, for validation.
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
     size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
@@ -96,9 +96,9 @@ def plan_epoch(
         return _cut(np.argsort(lengths, kind="stable"), lengths, tokens, rows)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    # Two windows at least: one would group the same neighbours in every epoch.
+    # At least two windows: one would group the same rows in every epoch.
     count = max(2, round(len(order) / (WINDOW * max(1.0, size))))
-    # All but the last of a window's batches are full, so windows are cut to whole batches where rows are counted.
+    # Cut windows to whole batches where rows are counted, so that only the last batch is not full.
     step = -(-len(order) // count)
     if rows is not None:
         step = max(rows, step - step % rows)
@@ -125,14 +125,14 @@ def _cut(order: IntArray, lengths: IntArray, tokens: int | None, rows: int | Non
 
 
 def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
-    """Width of packed sequences, no less than the longest row: the least of few that leaves little padding.
+    """Choose the width of packed sequences: the smallest of a few with little padding, at least the longest row.
 
     Args:
         lengths: tokens of each row.
-        tokens: budget of a batch, of which the sequences take as much as can be.
+        tokens: budget of a batch, which the sequences fill as far as possible.
     """
     longest = int(lengths.max())
-    # Whole tiles are quicker, unless the budget says otherwise.
+    # Multiples of 32 are faster, unless the budget is too small.
     least = -(-longest // 32) * 32
     if tokens is not None and least > tokens:
         least = longest
@@ -144,7 +144,7 @@ def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
         if tokens is not None:
             part = tokens // max(1, tokens // width)
             width = max(least, part - part % 32)
-        width = min(width, max(least, int(lengths.sum())))  # few rows do not fill a wide one
+        width = min(width, max(least, int(lengths.sum())))  # few rows do not fill a wide sequence
         padding = 1 - int(sample.sum()) / (len(_best_fit(order, sample, width)) * width)
         if padding <= PADDING:
             return width
@@ -156,18 +156,17 @@ def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
 def pack_epoch(
     lengths: IntArray, *, width: int, tokens: int | None = None, rows: int | None = None, seed: int, epoch: int = 0
 ) -> list[Slot]:
-    """Batches of packed sequences for one epoch: every row once. All are of one shape, but the last may be smaller.
+    """Plan an epoch's batches of packed sequences, with every row once. All but the last have one shape.
 
     Args:
         lengths: tokens of each row, at most `width`.
-        width: of every sequence.
-        tokens: budget of a batch, sequences x width; one sequence at least.
-        rows: sequences a batch, in place of `tokens`.
-        seed: order of rows and of sequences, together with `epoch`.
+        tokens: budget of a batch, sequences x width; at least one sequence.
+        rows: sequences per batch, instead of `tokens`.
+        seed: gives, with `epoch`, the order of rows and sequences.
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
     rng = np.random.default_rng([seed, epoch])
-    # Long rows first leave the short ones to fill gaps; with some noise, or the same rows would always meet.
+    # Longest first, so that short rows fill gaps; with noise, so that not the same rows meet in every epoch.
     order = np.argsort(-lengths * rng.uniform(0.8, 1.25, len(lengths)))
     packs = _best_fit(order, lengths, width)
     packs = [packs[i] for i in rng.permutation(len(packs))]
@@ -176,10 +175,10 @@ def pack_epoch(
 
 
 def _best_fit(order: IntArray, lengths: IntArray, width: int) -> list[tuple[int, ...]]:
-    """Rows, one after the other, into the sequence where they leave the least room; a new one where none has any."""
+    """Put each row into the sequence where it leaves the least room, or into a new one."""
     packs: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(width + 1)]
-    rooms = 0  # bit r is set where a sequence has room for r tokens: the least that will do is found in one step
+    rooms = 0  # bit r is set where a sequence has room for r tokens: finds the smallest sufficient room at once
     for row in order.tolist():
         length = int(lengths[row])
         fitting = rooms >> length
@@ -199,21 +198,19 @@ def _best_fit(order: IntArray, lengths: IntArray, width: int) -> list[tuple[int,
 
 
 def padding_share(slots: list[Slot], lengths: IntArray) -> float:
-    """Share of the computed tokens that are padding."""
+    """Return the share of computed tokens that are padding."""
     computed = sum(len(s.sequences) * s.width for s in slots)
     return 1.0 - sum(int(lengths[list(s.rows)].sum()) for s in slots) / computed
 
 
-# --- dataset ----------------------------------------------------------------------------------------------------------
-
 # --- encode -----------------------------------------------------------------------------------------------------------
-# Items to token ids, and which of the tokens are trained.
+# Items become token ids and a mask of the trained tokens.
 #
-# The mask of a chat comes from its template, turn by turn: what the template gives for the turns before an assistant
-# turn with its generation prompt is what the model sees when it answers; what the template adds for the turn is what it
-# must learn to say, up to and including the token that ends the turn. Where a template renders a turn otherwise later
-# on (reasoning models drop the thoughts of earlier turns), each turn becomes a row of its own. Where no prefix can be
-# found at all, the row is refused: a wrong mask trains the wrong thing and shows in no loss.
+# A chat's mask comes from its template, turn by turn. What the template renders for the turns before an assistant turn,
+# with the generation prompt, is what the model sees before it generates; what the turn adds is what it must learn, up
+# to and including the token that ends the turn. Where a template renders a turn differently later on (reasoning models
+# drop earlier thoughts), each turn becomes a row of its own. Where no prefix matches at all, the row is refused: no
+# loss would show a wrong mask.
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -226,9 +223,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: (T,) int32.
-        trained: (T,) bool; `trained[t]` says that token t is a target, predicted from the tokens before it. The first
-            token never is.
-        where: where the row stood, for messages.
+        trained: (T,) bool; true where token t is a target, predicted from the tokens before it; never the first.
+        where: the row's place, for messages.
         ends: the ids that end its trained turns.
     """
 
@@ -239,7 +235,7 @@ class Encoded(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """A text's ids, and where each token starts and ends in it (None when the tokenizer does not say)."""
+    """A text's ids, and where each token starts and ends in it; None where the tokenizer gives no offsets."""
 
     text: str
     ids: list[int]
@@ -248,7 +244,7 @@ class _Tokens(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """Positions [first, stop) of what an assistant turn generates; closed when it ends with an end-of-turn token."""
+    """Positions [first, stop) that an assistant turn generates; closed if it ends with an end-of-turn token."""
 
     first: int
     stop: int
@@ -256,19 +252,19 @@ class _Turn(NamedTuple):
 
 
 def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = True) -> list[Encoded]:
-    """Token ids and mask of one item; several where a chat template renders each turn's history differently.
+    """Encode one item; into several rows where a chat template renders each turn's history differently.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, or anything with its `apply_chat_template`, `encode`, `decode`,
             `eos_token_id` and `has_chat_template`.
         where: the row's place, for messages.
         train_on: "assistant", every assistant turn; "last" or "completion", the final one; "all", every token.
-            A message's `weight: 0` turns its turn off. A Text is trained whole, whatever this says; of a raw
-            Completion every value but "all" trains the completion and its EOS.
-        chat: whether a Completion becomes a user and an assistant turn when there is a chat template.
+            A message's `weight: 0` leaves its turn out. A Text is always trained whole; of a Completion without
+            template every value but "all" trains the completion and its EOS.
+        chat: whether a Completion becomes a user and an assistant turn where there is a chat template.
     Raises:
-        ConfigError: an unknown `train_on`, or a conversation with `chat` off.
-        DataError: no chat template for a conversation, or one by which it can not be masked rightly.
+        ConfigError: `train_on` is unknown, or a conversation comes with `chat` off.
+        DataError: a conversation has no chat template, or one that does not give a mask.
     """
     if train_on not in TRAIN_ON:
         hint = nearest(train_on, TRAIN_ON)
@@ -281,7 +277,7 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
         turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion}]
         item = Conversation(turns)
     if not isinstance(item, Conversation):
-        raise ConfigError(f"{where}: rows of prompts or of judged answers have no answers to train on by imitation")
+        raise ConfigError(f"{where}: prompts, pairs and labelled completions are not for supervised fine-tuning")
     conversation = item
     _check_has_template(tokenizer, where, chat)
     return by_template(
@@ -290,7 +286,7 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
 
 
 class EncodedCompletion(NamedTuple):
-    """A prompt and one answer to it, as (P,) and (R,) int32: the answer with the token that ends it."""
+    """A prompt (P,) and a completion (R,), int32, with the token that ends it."""
 
     prompt: Ids
     reply: Ids
@@ -304,9 +300,9 @@ def encode_completion(
     tools: Tools | None = None,
     chat: bool = True,
 ) -> EncodedCompletion:
-    """The prompt's ids as they stand when a model answers it, and those of an answer; arguments as for `encode`.
+    """Encode a prompt as it stands before generation, and a completion; arguments as for `encode`.
 
-    The prompt's ids do not depend on the answer: where a token would span the two, they are tokenised apart.
+    The prompt's ids do not depend on the completion: where a token would span the two, they are tokenised apart.
     """
     if isinstance(prompt, str) and isinstance(reply, str):
         if not (chat and tokenizer.has_chat_template):
@@ -315,7 +311,7 @@ def encode_completion(
             return EncodedCompletion(row.ids[:first], row.ids[first:])
         prompt, reply = [{"role": "user", "content": prompt}], {"role": "assistant", "content": reply}
     if isinstance(prompt, str) or isinstance(reply, str):
-        raise AssertionError("a text is answered by a text, messages by a message")
+        raise AssertionError("a text is completed by a text, messages by a message")
     messages = [*prompt, reply]
     _check_has_template(tokenizer, where, chat)
     return by_template(tokenizer, messages, tools, where, lambda chat: _reply(messages, chat))
@@ -330,35 +326,35 @@ def encode_prompt(
     chat: bool = True,
     where: str = "",
 ) -> list[int]:
-    """Return the ids of a prompt up to where the answer starts: what `encode_reply` has before the answer.
+    """Return the ids of a prompt up to where the completion starts, as `encode_completion` has them.
 
     Args:
-        prompt: a text, a user turn where there is a chat template; or messages, checked (see `message_at`).
-        system: text of a system turn that goes before.
-        chat: whether a chat template is used; without it, or where there is none, the prompt is a text.
+        prompt: a text, which is a user turn where there is a chat template; or messages, checked (see `message_at`).
+        system: text of a system turn before it.
+        chat: whether a chat template is used; without one the prompt is a text.
     Raises:
         ConfigError: `system` is given where it has no place.
-        DataError: messages or tools without a chat template, messages that the template refuses or does not write,
-            or a token that the model does not have.
+        DataError: messages or tools have no chat template, the template refuses messages or leaves them out, or a token
+            is not in the model.
     """
     at = f"{where}: " if where else ""
     if not (chat and tokenizer.has_chat_template):
         why = "this tokenizer has no chat template" if chat else "the chat template is not used (template: none)"
         if not isinstance(prompt, str) or tools:
-            raise DataError(f"{at}{why}, so messages and tools have no form; give text, or a template")
+            raise DataError(f"{at}{why}, so messages and tools cannot be rendered; give text, or a template")
         if system is not None:
             raise ConfigError(f"{why}, so system has no place; write it into the prompt")
         return context_ids(tokenizer, prompt, plain=True, where=where)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system is not None:
         if messages and messages[0]["role"] == "system":
-            raise ConfigError("system is given, and the messages start with one of their own; keep one of them")
+            raise ConfigError("system is given, and the messages start with their own; keep one of them")
         messages = [{"role": "system", "content": system}, *messages]
     return by_template(tokenizer, messages, tools, where, lambda chat: _prompt(messages, chat))
 
 
 def prompt_text(prompt: list[Message], tokenizer: Any, *, tools: Tools | None = None, where: str = "") -> str:
-    """Return the text of messages up to where the answer starts. Raises: as `encode_prompt`."""
+    """Return the text of messages up to where the completion starts; raise as `encode_prompt`."""
     return by_template(tokenizer, prompt, tools, where, lambda chat: _prompt_text(prompt, chat))
 
 
@@ -376,11 +372,11 @@ def _prompt(messages: list[Message], chat: Chat) -> list[int]:
 def _reply(messages: list[Message], chat: Chat) -> EncodedCompletion:
     before, text = chat.render(messages[:-1], generation=True), chat.render(messages)
     if not text.startswith(before):
-        raise NotAPrefix("the answer is not rendered as its generation prompt begins it")
+        raise NotAPrefix("the completion is not rendered after its generation prompt")
     chat.check_written(messages, text, {len(messages) - 1: chat.turn(before, text)})
     tokenizer, text = chat.tokenizer, text.removesuffix(chat.tail)
     prompt, ids = _tokenise(tokenizer, before).ids, _tokenise(tokenizer, text).ids
-    reply = _going_on(tokenizer, prompt, ids, text[len(before) :], chat.where)
+    reply = _continued(tokenizer, prompt, ids, text[len(before) :], chat.where)
     end = _end_of_turn(tokenizer, reply, 0, len(reply))
     reply = [*reply, _eos(tokenizer, chat.where)] if end is None else reply[: end + 1]
     check_ids([*prompt, *reply], tokenizer, chat.where)
@@ -390,14 +386,14 @@ def _reply(messages: list[Message], chat: Chat) -> EncodedCompletion:
 def _check_has_template(tokenizer: Any, where: str, chat: bool) -> None:
     if not chat:
         raise ConfigError(
-            f"{where}: a conversation can not be encoded without its chat template; set data.template: auto, or write "
-            "prompt and answers as texts"
+            f"{where}: a conversation cannot be encoded without its chat template; set data.template: auto, or write "
+            "prompt and completions as texts"
         )
     if not tokenizer.has_chat_template:
         raise DataError(
             f"{where}: a conversation needs a chat template, and this tokenizer has none (base models have none): "
-            "use data.format: text or prompt-completion, or set model.chat_template; a judged prompt and its answers "
-            "may be texts too"
+            "use data.format: text or prompt-completion, or set model.chat_template; prompt and completions of a "
+            "pair may be texts too"
         )
 
 
@@ -411,7 +407,7 @@ def _text(item: Text, tokenizer: Any, where: str) -> Encoded:
 
 def _completion(item: Completion, tokenizer: Any, where: str, train_on: str) -> Encoded:
     prompt, whole = text_ids(tokenizer, item.prompt), text_ids(tokenizer, item.prompt + item.completion)
-    ids = prompt + _going_on(tokenizer, prompt, whole, item.completion, where)
+    ids = prompt + _continued(tokenizer, prompt, whole, item.completion, where)
     eos = _eos(tokenizer, where)
     if ids[-1] != eos:
         ids.append(eos)
@@ -419,9 +415,9 @@ def _completion(item: Completion, tokenizer: Any, where: str, train_on: str) -> 
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a plain text as every use of it has them: one BOS where the tokenizer adds it, no added EOS.
+    """Return the ids of a plain text: with one BOS where the tokenizer adds it, without an added EOS.
 
-    A text that begins with the BOS itself gets no second one, as mlx-lm and llama.cpp have it.
+    A text that begins with the BOS gets no second one, as in mlx-lm and llama.cpp.
     """
     before, after = _added(tokenizer)
     ids = list(tokenizer.encode(text))
@@ -430,10 +426,10 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def context_ids(tokenizer: Any, text: str, *, plain: bool, where: str = "") -> list[int]:
-    """Return the ids of a text that a model goes on from: a plain one (see `text_ids`), or one that a template wrote.
+    """Return the ids of a text to complete: a plain one (see `text_ids`), or one that a template rendered.
 
     Raises:
-        DataError: a token that the model does not have.
+        DataError: a token is not in the model.
     """
     ids = text_ids(tokenizer, text) if plain else list(tokenizer.encode(text, add_special_tokens=False))
     return check_ids(ids, tokenizer, where)
@@ -441,22 +437,22 @@ def context_ids(tokenizer: Any, text: str, *, plain: bool, where: str = "") -> l
 
 @lru_cache(maxsize=8)
 def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer sets before and after every text."""
+    """Return the ids that the tokenizer adds before and after every text."""
     whole, bare = list(tokenizer.encode("a")), list(tokenizer.encode("a", add_special_tokens=False))
     at = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
     return ([], []) if at is None else (whole[:at], whole[at + len(bare) :])
 
 
-# Texts whose tokens seldom join with what follows them.
+# Texts whose tokens rarely join with what follows.
 _ANCHORS = ("\n", "\n\n", ":", "0", "a", "(", "\u4e00")
 
 
-def _going_on(tokenizer: Any, prompt: list[int], whole: list[int], text: str, where: str) -> list[int]:
-    """The ids that follow a prompt's own, so that both together spell what `whole` spells.
+def _continued(tokenizer: Any, prompt: list[int], whole: list[int], text: str, where: str) -> list[int]:
+    """Return the ids after a prompt's, so that both together decode to what `whole` decodes to.
 
-    Where a token would span the two, the text is tokenised apart: at inference the prompt stands alone, and so it does
-    here. By itself a text may be spelt otherwise (SentencePiece sets a space before it), so it is cut off behind texts
-    of which the tokens are known, until one gives the right spelling.
+    Where a token would span the two, the text is tokenised apart, since at inference the prompt stands alone. Alone, a
+    text may be tokenised differently (SentencePiece adds a space), so it is encoded after known texts and their tokens
+    are cut off, until one decodes rightly.
     """
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]
@@ -467,16 +463,16 @@ def _going_on(tokenizer: Any, prompt: list[int], whole: list[int], text: str, wh
         if ids[: len(head)] == head and tokenizer.decode(prompt + ids[len(head) :]) == wanted:
             return ids[len(head) :]
     raise DataError(
-        f"{where}: a token spans prompt and completion ({text[:20]!r}), and this tokenizer has no way to spell the "
-        "completion by itself; end the prompt or begin the completion elsewhere (before the white space, say)"
+        f"{where}: a token spans prompt and completion ({text[:20]!r}), and this tokenizer cannot encode the "
+        "completion alone; end the prompt or begin the completion elsewhere, e.g. before the white space"
     )
 
 
 def check_ids(ids: list[int], tokenizer: Any, where: str) -> list[int]:
-    """Return the ids.
+    """Return the ids, all of which the model has.
 
     Raises:
-        DataError: the model's embedding has no row for one: MLX would read what lies behind it in memory.
+        DataError: the model's embedding has no row for an id; MLX would read beyond its memory.
     """
     rows: int | None = getattr(tokenizer, "_mlxft_rows", None)
     if rows is not None and ids and max(ids) >= rows:
@@ -485,21 +481,21 @@ def check_ids(ids: list[int], tokenizer: Any, where: str) -> list[int]:
         at = f"{where}: " if where else ""
         raise DataError(
             f"{at}token {token!r} ({worst}) is not in the model, whose embedding has {rows} rows; leave the token out, "
-            "or take the tokenizer that belongs to the model"
+            "or use the model's own tokenizer"
         )
     return ids
 
 
 def set_embedding_rows(tokenizer: Any, rows: int | None) -> None:
-    """Tell the tokenizer how many ids its model has; None: unknown."""
+    """Note at the tokenizer how many ids its model has; None: unknown."""
     tokenizer._mlxft_rows = rows
 
 
 def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
-    """Let what ends a trained turn end a completion: it joins the tokenizer's EOS ids.
+    """Add the ids that end trained turns to the tokenizer's EOS ids, so that they end completions.
 
     Returns:
-        What is to be said of it, a sentence for each that was not among them.
+        A note for each that was not among them.
     """
     notes = []
     for end in sorted(set(ends) - set(tokenizer.eos_token_ids)):
@@ -511,19 +507,19 @@ def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
 
 
 def chat_notes(tokenizer: Any, ends: Iterable[int], examples: Sequence[Example] = ()) -> list[str]:
-    """Do as `end_completions`, ask the model as it is trained, and say what was done to the chat template.
+    """Set the tokenizer up so that generation matches training, and return notes; see `end_completions`.
 
     Args:
-        examples: what is trained on. If the turns of the first ones have no thoughts, and their generation prompt opens
-            one unless told not to, prompts are rendered so from now on.
+        examples: what is trained on. If the first ones have no thoughts and the generation prompt opens one by default,
+            thinking is switched off in the template from now on.
     """
     notes = [*template_notes(tokenizer), *end_completions(tokenizer, ends)]
     turns = [turns for example in examples[:_LOOKED_AT] if (turns := _answered(example.item)) is not None]
     if turns and tokenizer.has_chat_template and all(needs_thinking_off(tokenizer, *each) for each in turns):
         set_thinking(tokenizer, False)
         notes.append(
-            "the rows have no thoughts, and the chat template's generation prompt opens one: it is asked without "
-            "(enable_thinking: false), in training and where mlxft uses the result; elsewhere set it yourself"
+            "the rows have no thoughts, and the chat template's generation prompt opens one: mlxft renders it with "
+            "enable_thinking: false, in training and use; set that yourself in other programs"
         )
     return notes
 
@@ -532,27 +528,27 @@ _LOOKED_AT = 32  # rows
 
 
 def _answered(item: Item) -> tuple[list[Message], Tools | None] | None:
-    """A conversation that ends with an assistant turn; None for an item that is none."""
+    """Return the item as a conversation that ends with an assistant turn, and its tools; None without such a turn."""
     if isinstance(item, Ranked):
         return _answered(item.pairs[0]) if item.pairs else None
     if isinstance(item, Conversation):
         return item.messages, item.tools
-    answer = getattr(item, "chosen", None) or getattr(item, "completion", None)
-    if isinstance(item, Completion | Pair | Labelled) and answer is not None:
+    reply = getattr(item, "chosen", None) or getattr(item, "completion", None)
+    if isinstance(item, Completion | Pair | Labelled) and reply is not None:
         turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
-        last = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        last = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
         return [*turns, last], getattr(item, "tools", None)
     return None
 
 
 def turn_end(tokenizer: Any, prompt: list[Message] | None = None, tools: Tools | None = None) -> tuple[int, ...]:
-    """Return the id that ends an assistant turn by the chat template; none where there is no such token or template."""
+    """Return the id that ends an assistant turn in the chat template; () without such a token or template."""
     if not tokenizer.has_chat_template:
         return ()
     asked = prompt or [{"role": "user", "content": "Hello"}]
     try:
         reply = encode_completion(asked, {"role": "assistant", "content": "Hello."}, tokenizer, "", tools).reply
-    except DataError:  # a template that wants more of a conversation than this
+    except DataError:  # the template needs a longer conversation
         return ()
     return (int(reply[-1]),)
 
@@ -561,7 +557,7 @@ def _eos(tokenizer: Any, where: str) -> int:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(
-            f"{where}: the tokenizer has no EOS token, so a model could not learn to stop; set its eos_token"
+            f"{where}: the tokenizer has no EOS token, so the model cannot learn to stop; set its eos_token"
         )
     return int(eos)
 
@@ -580,7 +576,7 @@ def _encoded(
         trained[first:stop] = True
     for turn in off or []:
         trained[turn.first : turn.stop] = False
-    # Nothing stands before the first token to predict it from.
+    # Nothing predicts the first token.
     trained[:1] = False
     return Encoded(np.asarray(ids, dtype=np.int32), trained, where, tuple(sorted(set(ends))))
 
@@ -615,13 +611,13 @@ def _conversation(item: Conversation, chat: Chat, train_on: str) -> list[Encoded
     if train_on == "all":
         raise DataError(
             f"{chat.where}: this chat template rewrites earlier turns (reasoning models drop their thoughts), so no "
-            "one row holds every token as it was generated; use data.train_on: assistant or last"
+            "single row holds every token as it was generated; use data.train_on: assistant or last"
         )
     return [_one_turn(messages[: i + 1], chat) for i in wanted]
 
 
 def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
-    """The conversation up to its last turn, with only that turn trained."""
+    """Encode a conversation with only its last turn trained."""
     final = len(messages) - 1
     whole = _tokenise(chat.tokenizer, chat.render(messages))
     prompt = chat.render(messages[:-1], generation=True)
@@ -635,9 +631,9 @@ def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
 
 
 def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> tuple[list[int], dict[int, _Turn]]:
-    """With an end for turns that the template ends with no token of their own.
+    """Give turns an end where the template writes no token for it, and return the ids and turns.
 
-    That is the token that opens the next turn, where it is an EOS (GLM: <|user|>, <|observation|>); behind the final
+    The end is the token that opens the next turn where that is an EOS (GLM: <|user|>, <|observation|>); after the final
     turn an EOS is added. Other turns stay open.
     """
     eos = set(getattr(chat.tokenizer, "eos_token_ids", ()))
@@ -651,15 +647,15 @@ def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> 
 
 
 def _find(chat: Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _Turn | None:
-    """The turn within `whole`, given the text before it and the text up to its end.
+    """Return the turn within `whole`, given the text before it and the text up to its end.
 
     Returns:
-        None where `whole` renders the turn, or what stands before it, otherwise.
+        None where `whole` renders the turn, or what is before it, differently.
     Raises:
         NotAPrefix: `ended` itself does not begin with `prompt`.
     """
     if not ended.startswith(prompt):
-        raise NotAPrefix(f"messages[{index}] is not rendered as its generation prompt begins it")
+        raise NotAPrefix(f"messages[{index}] is not rendered after its generation prompt")
     if not whole.text.startswith(prompt):
         return None
     if whole.text.startswith(ended):
@@ -668,7 +664,7 @@ def _find(chat: Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _T
             return None
         end = _end_of_turn(chat.tokenizer, whole.ids, first, stop)
         return _Turn(first, stop, False) if end is None else _Turn(first, end + 1, True)
-    # What follows the end-of-turn token may differ, and some templates write that token only after the last turn.
+    # The text after the end-of-turn token may differ, and some templates write that token only after the last turn.
     part = _tokenise(chat.tokenizer, ended)
     first = _from(chat, part, len(prompt))
     end = _end_of_turn(chat.tokenizer, part.ids, first, len(part.ids))
@@ -679,40 +675,40 @@ def _find(chat: Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _T
 
 
 def _tokenise(tokenizer: Any, text: str) -> _Tokens:
-    """Ids of a rendered chat, as the template's own tokenisation gives them, with character offsets where there are."""
-    # mlx-lm's wrapper can not be called; the tokenizer within it can, and only the call gives offsets.
+    """Tokenise a rendered chat, with character offsets where the tokenizer gives them."""
+    # Only calling the tokenizer gives offsets, and mlx-lm's wrapper cannot be called.
     inner = tokenizer if callable(tokenizer) else getattr(tokenizer, "_tokenizer", None)
     if not callable(inner) or not getattr(inner, "is_fast", False):
         return _Tokens(text, list(tokenizer.encode(text, add_special_tokens=False)), None, None)
     out = inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     if np.any(offsets[1:] < offsets[:-1]):
-        # Not in order: these offsets mean something else.
+        # Offsets out of order mean something else.
         return _Tokens(text, list(out["input_ids"]), None, None)
     return _Tokens(text, list(out["input_ids"]), offsets[:, 0], offsets[:, 1])
 
 
 def _from(chat: Chat, tokens: _Tokens, char: int) -> int:
-    """Index of the first token that begins at or after a character."""
+    """Return the index of the first token that begins at or after a character."""
     if tokens.starts is None or tokens.ends is None:
         head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
         if tokens.ids[: len(head)] != head:
             raise DataError(
-                f"{chat.where}: a token spans the beginning of an assistant turn, and this tokenizer does not say "
-                "where its tokens begin; use a fast tokenizer (tokenizer.json), or data.format: text"
+                f"{chat.where}: a token spans the beginning of an assistant turn, and this tokenizer gives no offsets; "
+                "use a fast tokenizer (tokenizer.json), or data.format: text"
             )
         return len(head)
     index = int(np.searchsorted(tokens.starts, char))
     if index > 0 and tokens.ends[index - 1] < char:
-        # White space before the character is in no token's offsets. Either the tokenizer drops it, or it trims it from
-        # the offsets of a token that has it: only the ids of the text before can tell.
+        # No token's offsets have the white space before the character: the tokenizer drops it, or trims it from the
+        # offsets of a token that has it. The ids of the text before decide.
         head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
         return len(head) if tokens.ids[: len(head)] == head else min(index + 1, len(tokens.ids))
     return index
 
 
 def _until(chat: Chat, tokens: _Tokens, char: int) -> int | None:
-    """How many tokens end at or before a character; None when the tokenizer does not let us know."""
+    """Return how many tokens end at or before a character; None where the tokenizer does not tell."""
     if char == len(tokens.text):
         return len(tokens.ids)
     if tokens.ends is None:
@@ -722,9 +718,9 @@ def _until(chat: Chat, tokens: _Tokens, char: int) -> int | None:
 
 
 def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int | None:
-    """Position of the last special token in [first, stop), if only white space follows it there; None where none does.
+    """Return the position of the last special token in [first, stop) if only white space follows it, else None.
 
-    A token that closes what another one opened within the turn (`</tool_call>`) ends that, and not the turn.
+    A token that closes what another one opened within the turn (`</tool_call>`) does not end the turn.
     """
     special, openers = special_ids(tokenizer)
     for index in range(stop - 1, first - 1, -1):
@@ -736,17 +732,16 @@ def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int |
 
 
 # --- encode pairs -----------------------------------------------------------------------------------------------------
-# Judged answers to token ids: the prompt as a model sees it, and each answer as it would have generated it.
-#
-# A pair is whole or not there: cut at a limit, its two answers could become one.
+# Pairs and labelled completions become token ids: the prompt as a model sees it, each completion as it would generate
+# it. A pair that is too long is left out, never cut: its two completions could become equal.
 
 PAIR_OVERFLOW = ("error", "drop")
-_BIASED = 0.9  # a share of pairs that length alone would get right
-_FEW = 10  # pairs too few to speak of a bias
+_BIASED = 0.9  # share of pairs that length alone would get right, which is worth a note
+_FEW = 10  # pairs, too few for that note
 
 
 class EncodedPair(NamedTuple):
-    """A prompt (P,) and two answers (C,), (R,), int32, each up to and including the token that ends it."""
+    """A prompt (P,) and two completions (C,), (R,), int32, each with the token that ends it."""
 
     prompt_ids: Ids
     chosen_ids: Ids
@@ -758,7 +753,7 @@ class EncodedPair(NamedTuple):
 
 
 class EncodedLabelled(NamedTuple):
-    """A prompt (P,) and one answer (C,), int32, and whether it is a good one."""
+    """A prompt (P,) and a completion (C,), int32, and whether it is good."""
 
     prompt_ids: Ids
     completion_ids: Ids
@@ -769,20 +764,20 @@ class EncodedLabelled(NamedTuple):
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What became of a source's rows.
+    """Counts of a source's pairs, or labelled completions.
 
     Attributes:
         source_rows: rows given.
-        pairs: pairs (of `build_answers`: answers) in the data set.
+        pairs: pairs (or completions) in the data set.
         tokens, response_tokens: in them; a pair's prompt counts once.
         dropped: pairs left out as too long.
-        identical: pairs left out since their answers have the same tokens.
-        undecided: rows left out whose ratings are all equal.
-        ties: pairs in the data set of which neither answer is better.
-        chosen_longer: share of the pairs, ties aside, whose chosen answer has more tokens; of equal lengths a half.
-        one_length: the tokens that each and every answer has, or None.
-        source_notes: what there is to say of how the rows were chosen.
-        fingerprint: of the rows that were chosen, both splits.
+        identical: pairs left out because their completions have the same tokens.
+        undecided: rows left out because all their ratings are equal.
+        ties: pairs in the data set without a better completion.
+        chosen_longer: share of the pairs without ties whose chosen completion is longer; equal lengths count half.
+        one_length: the tokens of every completion, where all have the same number; else None.
+        source_notes: notes on how the rows were chosen.
+        fingerprint: of the chosen rows, both splits.
     """
 
     source_rows: int = 0
@@ -799,31 +794,31 @@ class PairCounts:
     fingerprint: str = ""
 
     def left_out(self) -> list[str]:
-        """What is not in the data set, a sentence each."""
+        """Return a sentence for each kind of row that is left out."""
         said = {
             "dropped": "pairs were longer than data.max_length and are left out",
-            "identical": "pairs have two answers with the same tokens and are left out",
+            "identical": "pairs have two completions with the same tokens and are left out",
             "undecided": "rows have equal ratings only and are left out",
         }
         return [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
 
     def notes(self) -> list[str]:
-        """What was left out, and what the lengths give away, a sentence each."""
+        """Return notes on what was left out, and on lengths that give the choice away."""
         notes = [*self.source_notes, *self.left_out(), *([f"{self.ties:,} pairs are ties"] if self.ties else [])]
         if self.one_length is not None and self.pairs > 1:
-            notes.append(f"every answer has {self.one_length} tokens: were they cut before they came here?")
+            notes.append(f"every completion has {self.one_length} tokens: were they cut before?")
         share = self.chosen_longer
         if share is not None and self.pairs - self.ties >= _FEW and not 1 - _BIASED < share < _BIASED:
             which, part = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
             notes.append(
-                f"the chosen answer is the {which} one in {part:.0%} of the pairs: length may be all it learns"
+                f"the chosen completion is the {which} one in {part:.0%} of the pairs: the model may only learn length"
             )
         return notes
 
 
 @dataclass(frozen=True)
 class PairRows:
-    """Pairs in the order of their source, and the counts."""
+    """Encoded pairs in the order of their source, and the counts."""
 
     rows: list[EncodedPair]
     counts: PairCounts
@@ -831,7 +826,7 @@ class PairRows:
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Labelled answers in the order of their source, and the counts."""
+    """Encoded labelled completions in the order of their source, and the counts."""
 
     rows: list[EncodedLabelled]
     counts: PairCounts
@@ -846,19 +841,19 @@ def encode_pairs(
     """Encode examples of the formats preference and ratings.
 
     Args:
-        max_length: tokens that a prompt and its longer answer may have together.
+        max_length: most tokens of a prompt and its longer completion together.
         overflow: "error" reports all longer ones; "drop" leaves them out.
-        chat: whether texts become a user and an assistant turn when there is a chat template.
+        chat: whether texts become a user and an assistant turn where there is a chat template.
     Raises:
-        ConfigError: an `overflow` that would cut answers, or rows that are no pairs.
-        DataError: rows that can not be encoded or are too long (all of them in one), or no pair is left.
+        ConfigError: an `overflow` that would cut completions, or rows that are not pairs.
+        DataError: rows cannot be encoded or are too long (all of them in one), or no pair is left.
     """
 
     def encode(example: Example) -> list[EncodedPair]:
         where, item = example
         if not isinstance(item, Pair | Ranked):
-            raise ConfigError(f"{where}: not a pair of answers; use data.format: preference or ratings")
-        done: dict[int, EncodedCompletion] = {}  # an answer of many stands in many pairs
+            raise ConfigError(f"{where}: not a pair; use data.format: preference or ratings")
+        done: dict[int, EncodedCompletion] = {}  # one of several completions is in several pairs
         pairs = item.pairs if isinstance(item, Ranked) else (item,)
         return [_pair(pair, tokenizer, where, chat, done) for pair in pairs]
 
@@ -870,7 +865,7 @@ def encode_pairs(
         undecided += not group
         identical += len(group) - len(distinct)
         dropped += len(distinct) - len(kept)
-        # What is left of a prompt's pairs still counts as one prompt.
+        # The remaining pairs of a prompt still count as one prompt.
         share = sum(pair.weight for pair in kept) / sum(pair.weight for pair in group) if kept else 1.0
         rows += [pair._replace(weight=pair.weight / share) for pair in kept]
     counts = PairCounts(len(examples), identical=identical, dropped=dropped, undecided=undecided)
@@ -889,7 +884,7 @@ def encode_labelled(
     def encode(example: Example) -> list[EncodedLabelled]:
         where, item = example
         if not isinstance(item, Labelled):
-            raise ConfigError(f"{where}: not an answer with a label; use data.format: unpaired")
+            raise ConfigError(f"{where}: not a completion with a label; use data.format: unpaired")
         prompt, reply = encode_completion(item.prompt, item.completion, tokenizer, where, item.tools, chat)
         return [EncodedLabelled(prompt, reply, item.label, where)]
 
@@ -900,21 +895,21 @@ def encode_labelled(
 
 
 def length(row: EncodedPair | EncodedLabelled) -> int:
-    """Tokens of the prompt and its longest answer."""
+    """Return the tokens of the prompt and its longest completion."""
     return len(row.prompt_ids) + max(map(len, _answers(row)))
 
 
 def ends_of(rows: Sequence[EncodedPair | EncodedLabelled]) -> set[int]:
-    """The ids that end answers."""
+    """Return the ids that end completions."""
     return {int(ids[-1]) for row in rows for ids in _answers(row)}
 
 
 def ids_fingerprint(rows: Sequence[EncodedPair | EncodedLabelled]) -> str:
-    """blake2b over the ids of every row, in order, and what is said of each."""
+    """Hash the ids and labels of every row, in order."""
     digest = blake2b(digest_size=16)
     for row in rows:
         for ids in (row.prompt_ids, *_answers(row)):
-            # The length first: without it one answer's end could not be told from the next one's beginning.
+            # The length first: it separates a completion from the next one.
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
         said = (row.margin, row.weight, row.tie) if isinstance(row, EncodedPair) else (row.label, row.weight)
@@ -923,7 +918,7 @@ def ids_fingerprint(rows: Sequence[EncodedPair | EncodedLabelled]) -> str:
 
 
 class Part(NamedTuple):
-    """A text of a row, what it is there (prompt, chosen, rejected or completion), and how many tokens it has."""
+    """A text of a row, its name (prompt, chosen, rejected or completion), and its number of tokens."""
 
     name: str
     text: str
@@ -931,7 +926,7 @@ class Part(NamedTuple):
 
 
 def describe_pair(row: EncodedPair | EncodedLabelled, tokenizer: Any) -> list[Part]:
-    """The texts of a row, the prompt's first."""
+    """Return the texts of a row, the prompt first."""
     named = {"prompt": row.prompt_ids}
     if isinstance(row, EncodedPair):
         named |= {"chosen": row.chosen_ids, "rejected": row.rejected_ids}
@@ -941,7 +936,7 @@ def describe_pair(row: EncodedPair | EncodedLabelled, tokenizer: Any) -> list[Pa
 
 
 def shared_part(pair: EncodedPair, tokenizer: Any) -> Part:
-    """What both answers of a pair begin with: the tokens up to where they part."""
+    """Return what both completions of a pair begin with."""
     size = min(len(pair.chosen_ids), len(pair.rejected_ids))
     differ = np.flatnonzero(pair.chosen_ids[:size] != pair.rejected_ids[:size])
     size = int(differ[0]) if differ.size else size
@@ -958,7 +953,7 @@ def _pair(pair: Pair, tokenizer: Any, where: str, chat: bool, done: dict[int, En
             done[id(reply)] = encode_completion(pair.prompt, reply, tokenizer, where, pair.tools, chat)
     (prompt, chosen), (again, rejected) = done[id(pair.chosen)], done[id(pair.rejected)]
     if not np.array_equal(prompt, again):
-        # Only where one answer needs the template without thinking and the other does not.
+        # Only where one completion has thoughts and the other has none.
         raise DataError(f"{where}: the chat template gives chosen and rejected different prompts; give both thoughts")
     return EncodedPair(prompt, chosen, rejected, pair.margin, pair.weight, pair.tie, where)
 
@@ -966,38 +961,26 @@ def _pair(pair: Pair, tokenizer: Any, where: str, chat: bool, done: dict[int, En
 def _fit_pairs(
     examples: Sequence[Example], encode: Callable[[Example], list[EncodedRow]], max_length: int, overflow: str
 ) -> list[list[EncodedRow]]:
-    """Each example's rows; what can not be encoded, and under "error" what is too long, raised together."""
+    """Encode each example; raise together what cannot be encoded or, under "error", is too long."""
     if overflow not in PAIR_OVERFLOW:
         why = (
-            "an answer that is cut is another answer"
+            "a completion that is cut is another one"
             if overflow in ("truncate", "split")
             else nearest(overflow, PAIR_OVERFLOW)
         )
-        raise ConfigError(f"data.overflow is {overflow!r}; expected error or drop for judged answers: {why}")
+        raise ConfigError(f"data.overflow is {overflow!r}; expected error or drop for pairs and labels: {why}")
     if max_length < 2:
-        raise ConfigError(f"data.max_length is {max_length}; expected at least 2: a prompt and an answer")
-    groups: list[list[EncodedRow]] = []
-    problems: list[str] = []
-    for example in examples:
-        try:
-            groups.append(encode(example))
-        except DataError as exc:
-            problems.append(str(exc))
-    if problems:
-        raise DataError(report_lines(problems))
-    long = [row for group in groups for row in group if length(row) > max_length]
-    if long and overflow == "error":
-        lines = [f"{row.where}: {length(row)} tokens; data.max_length is {max_length}" for row in long]
-        longest = max(map(length, long))
-        advice = f"raise data.max_length (the longest has {longest}) or set data.overflow: drop"
-        raise DataError(f"{report_lines(lines)}\n{advice}")
+        raise ConfigError(f"data.max_length is {max_length}; expected at least 2: a prompt and a completion")
+    groups = _encode_each(examples, encode)
+    if overflow == "error":
+        _refuse_long([(row.where, length(row)) for group in groups for row in group], max_length, "drop")
     return groups
 
 
 def _count(
     counts: PairCounts, rows: Sequence[EncodedPair | EncodedLabelled], answers: list[tuple[Ids, ...]]
 ) -> PairCounts:
-    """With the numbers that pairs and single answers share."""
+    """Add the counts that pairs and labelled completions share."""
     if not rows:
         why = "; ".join(counts.notes()) or "there are none"
         raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}")
@@ -1008,18 +991,18 @@ def _count(
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
-# Encoded rows on the disk, so that the next start over the same rows need not encode them.
+# Encoded rows on the disk, so that the next run on the same rows starts faster.
 #
-# An entry is named by a hash of all that encoding depends on: the rows' content (wherever they came from), what is
-# trained, the chat template, the tokenizer and the versions of what does the work. It is only a cache: what can not be
-# read is encoded again, and what can not be written is not.
+# An entry is named by a hash of everything that encoding depends on: the rows' content, what is trained, the chat
+# template, the tokenizer, and the versions of the code. What cannot be read is encoded again; what cannot be written is
+# left out.
 
 LIMIT = 2 * 10**9  # bytes; the entries used last stay
-_ABANDONED = 3600.0  # seconds after which a file that was never finished is of a process that died
+_ABANDONED = 3600.0  # seconds after which an unfinished file is taken for one of a dead process
 
 
 def cache_folder() -> Path | None:
-    """$MLXFT_CACHE, or ~/.cache/mlxft/tokens; None where there is no home."""
+    """Return $MLXFT_CACHE, or ~/.cache/mlxft/tokens; None without a home folder."""
     given = os.environ.get("MLXFT_CACHE")
     try:
         return Path(given) if given else Path.home() / ".cache" / "mlxft" / "tokens"
@@ -1028,16 +1011,16 @@ def cache_folder() -> Path | None:
 
 
 def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | None:
-    """Name of the entry for rows of a fingerprint, or None where it can not be told what the tokenizer does."""
+    """Return the name of the entry for rows of a fingerprint; None where the tokenizer cannot be hashed."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     template = getattr(inner, "chat_template", None)
     backend = getattr(inner, "backend_tokenizer", None)
     if not getattr(inner, "is_fast", False) or backend is None:
         return None
-    # A template that is code, of mlx-lm or of a repository, has no text to compare.
+    # A template that is code has no text to hash.
     if getattr(tokenizer, "_chat_template", None) is not None or not isinstance(template, (str, dict, type(None))):
         return None
-    # The texts of the code stand for what it does: a number to be raised by hand would be forgotten.
+    # Hash the code itself: a version to raise by hand would be forgotten.
     code = blake2b(Path(__file__).read_bytes() + Path(chat_module.__file__).read_bytes())
     facts = {
         "rows": rows,
@@ -1134,15 +1117,15 @@ OVERFLOW = ("error", "drop", "truncate", "split")
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a source's rows. All but the tokens are numbers of rows.
+    """Counts of a source's rows.
 
     Attributes:
         source_rows: rows given.
-        encoded_rows: rows in the data set: fewer by what was left out, more by turns and pieces that stand alone.
+        encoded_rows: rows in the data set: fewer by those left out, more by turns and pieces that stand alone.
         tokens, trained_tokens: in the data set.
         dropped: encoded rows left out as too long.
         truncated, split: encoded rows cut at the limit, and into pieces.
-        untrainable: encoded rows left out since no token of them is trained.
+        untrainable: encoded rows left out because they have no trained token.
     """
 
     source_rows: int = 0
@@ -1155,26 +1138,26 @@ class Counts:
     untrainable: int = 0
 
     def notes(self) -> list[str]:
-        """What was left out or cut, a sentence each."""
+        """Return a sentence for each kind of row that is left out or cut."""
         said = {
             "dropped": "rows were longer than data.max_length and are left out",
             "truncated": "rows were longer than data.max_length and are cut",
             "split": "rows were longer than data.max_length and are split",
-            "untrainable": "rows have no token to train and are left out",
+            "untrainable": "rows have no trained token and are left out",
         }
         return [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows in the order of their source, and the counts."""
+    """Encoded rows in the order of their source, and the counts."""
 
     rows: list[Encoded]
     counts: Counts
 
     @property
     def ends(self) -> set[int]:
-        """The ids that end trained turns."""
+        """Return the ids that end trained turns."""
         return {end for row in self.rows for end in row.ends}
 
 
@@ -1188,34 +1171,28 @@ def encode_rows(
     chat: bool = True,
     cache: bool = False,
 ) -> Dataset:
-    """Encode examples and hold them to a length.
+    """Encode examples of supervised fine-tuning, up to a length.
 
     Args:
-        max_length: tokens a row may have.
+        max_length: most tokens of a row.
         overflow: what to do with a longer one. "error" reports them all; "drop" leaves them out; "truncate" keeps the
-            head, and drops what then has no trained token; "split" (of texts only) makes pieces of max_length, each
+            head, and drops rows without a trained token in it; "split" (texts only) makes pieces of max_length, each
             beginning with the last token of the one before, untrained: every token but the first is trained once.
-        cache: whether to look for the encoded rows on the disk, and to leave them there.
+        cache: whether to read the encoded rows from the disk, and to write them there.
     Raises:
-        ConfigError: an unknown `overflow`, a `max_length` below 2, or "split" of what is not text.
-        DataError: rows that can not be encoded or are too long (all of them in one), or no row is left.
+        ConfigError: an unknown `overflow`, a `max_length` below 2, or "split" for other items than texts.
+        DataError: rows cannot be encoded or are too long (all of them in one), or no row is left.
     """
     if overflow not in OVERFLOW:
         hint = nearest(overflow, OVERFLOW)
         raise ConfigError(f"data.overflow is {overflow!r}; expected one of {', '.join(OVERFLOW)}{hint}")
     if max_length < 2:
-        raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to see and one to predict")
+        raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to read and one to predict")
     if overflow == "split" and not all(isinstance(example.item, Text) for example in examples):
         raise ConfigError("data.overflow: split is for data.format: text; use error, drop or truncate")
     encoded = _encode_all(examples, tokenizer, train_on, chat, cache)
-    long = [row for row in encoded if len(row.ids) > max_length]
-    if long and overflow == "error":
-        lines = [f"{row.where}: {len(row.ids)} tokens; data.max_length is {max_length}" for row in long]
-        longest = max(len(row.ids) for row in long)
-        advice = (
-            f"raise data.max_length (the longest has {longest}) or set data.overflow: drop, truncate or split (texts)"
-        )
-        raise DataError(f"{report_lines(lines)}\n{advice}")
+    if overflow == "error":
+        _refuse_long([(row.where, len(row.ids)) for row in encoded], max_length, "drop, truncate or split (texts)")
     rows, counts = _fit(encoded, max_length, overflow)
     counts = replace(
         counts,
@@ -1237,21 +1214,36 @@ def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat
     kept = read_cache(key, examples) if key else None
     if kept is not None:
         return kept
-    encoded: list[Encoded] = []
-    sources: list[int] = []
+    groups = _encode_each(examples, lambda example: encode(example.item, tokenizer, example.where, train_on, chat))
+    encoded = [row for group in groups for row in group]
+    if key and encoded:
+        write_cache(key, encoded, [i for i, group in enumerate(groups) for _ in group])
+    return encoded
+
+
+def _encode_each(examples: Sequence[Example], encode: Callable[[Example], list[_T]]) -> list[list[_T]]:
+    """Encode each example into its rows, and raise all problems together."""
+    groups: list[list[_T]] = []
     problems: list[str] = []
-    for i, (where, item) in enumerate(examples):
+    for example in examples:
         try:
-            rows = encode(item, tokenizer, where, train_on, chat)
-            encoded += rows
-            sources += [i] * len(rows)
+            groups.append(encode(example))
         except DataError as exc:
             problems.append(str(exc))
     if problems:
         raise DataError(report_lines(problems))
-    if key and encoded:
-        write_cache(key, encoded, sources)
-    return encoded
+    return groups
+
+
+def _refuse_long(rows: Iterable[tuple[str, int]], max_length: int, ways: str) -> None:
+    """Raise DataError for rows, each with its tokens, that are longer than `max_length`."""
+    long = [(where, tokens) for where, tokens in rows if tokens > max_length]
+    if not long:
+        return
+    lines = [f"{where}: {tokens} tokens; data.max_length is {max_length}" for where, tokens in long]
+    longest = max(tokens for _, tokens in long)
+    advice = f"raise data.max_length (the longest has {longest}) or set data.overflow: {ways}"
+    raise DataError(f"{report_lines(lines)}\n{advice}")
 
 
 def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[Encoded], Counts]:
@@ -1275,7 +1267,7 @@ def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[E
 
 def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
     pieces = []
-    # The last token of a piece is predicted there, and is the context of the next piece's first prediction.
+    # The last token of a piece is a target there, and the context of the next piece's first target.
     for start in range(0, len(row.ids) - 1, max_length - 1):
         trained = row.trained[start : start + max_length].copy()
         trained[0] = False
@@ -1284,9 +1276,9 @@ def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
 
 
 def split_valid(examples: Sequence[_T], share: float, seed: int) -> tuple[list[_T], list[_T]]:
-    """Set a share of the examples aside for validation: (train, valid), disjoint, each in the source's order.
+    """Split a share of the examples off for validation: (train, valid), each in the source's order.
 
-    The same examples, share and seed give the same two lists. Valid has the rounded share, at least one row.
+    The same examples, share and seed give the same lists. Valid has the rounded share, at least one row.
 
     Raises:
         DataError: one of the two would be empty.
@@ -1294,8 +1286,8 @@ def split_valid(examples: Sequence[_T], share: float, seed: int) -> tuple[list[_
     count = max(1, round(share * len(examples)))
     if not 0 < share < 1 or count >= len(examples):
         raise DataError(
-            f"empty valid split, or no train rows beside it: {len(examples)} rows at a share of {share}; each needs at "
-            "least one: give more rows, another share between 0 and 1, or a validation file"
+            f"empty valid split, or no train rows beside it: {len(examples)} rows and a share of {share}; each needs "
+            "at least one row: give more rows, another share between 0 and 1, or a validation file"
         )
     chosen = set(random.Random(seed).sample(range(len(examples)), count))
     train = [example for i, example in enumerate(examples) if i not in chosen]
@@ -1307,10 +1299,9 @@ _HASHED_AS: dict[type, str] = {Pair: "Preference", Labelled: "Judged"}
 
 
 def data_fingerprint(*splits: Sequence[Example]) -> str:
-    """blake2b over the rows of each split, in order: whether a resumed run meets the same data.
+    """Hash the rows of each split, in order, so that a run is resumed on the same data.
 
-    Of the rows, not of their ids: these depend on the day where a chat template writes the date, and on the versions of
-    libraries.
+    The rows and not their ids, which depend on the date where a chat template writes it, and on versions of libraries.
     """
     digest = blake2b(digest_size=16)
     for examples in splits:
@@ -1323,12 +1314,12 @@ def data_fingerprint(*splits: Sequence[Example]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: an item within an item, or a value of a row (a date of parquet's)."""
+    """Return a JSON form of an item within an item, or of a row's value, such as a date of parquet's."""
     return vars(value) if is_dataclass(value) else repr(value)
 
 
 def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
-    """A row as runs of text, each with whether its tokens are trained."""
+    """Return a row as spans of text, each with whether its tokens are trained."""
     ids, trained = encoded.ids.tolist(), encoded.trained
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
     return [(str(tokenizer.decode(ids[a:b])), bool(trained[a])) for a, b in pairwise(edges) if a < b]
@@ -1339,7 +1330,7 @@ def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
 
 @contextmanager
 def of_valid() -> Iterator[None]:
-    """What is wrong with rows inside the block is said of data.valid."""
+    """Let a DataError inside the block name data.valid."""
     try:
         yield
     except DataError as error:
@@ -1347,7 +1338,7 @@ def of_valid() -> Iterator[None]:
 
 
 class Splits(NamedTuple):
-    """Training and validation examples, the second empty where there are none; and what there is to say of them."""
+    """Training and validation examples, the second empty where there are none, and notes."""
 
     train: list[Example]
     valid: list[Example]
@@ -1355,7 +1346,7 @@ class Splits(NamedTuple):
 
 
 class _Loaded(NamedTuple):
-    """Rows of one split in their format, their labels where data.shots needs them and they have some, and notes."""
+    """The examples of one split, their labels where data.shots needs them and they have some, and notes."""
 
     examples: list[Example]
     labels: list[str] | None
@@ -1373,7 +1364,7 @@ def _load(data: DataSettings, spec: str, split: str, chat: bool, reads: Collecti
     notes = columns.notes(reads)
     if skipped:
         first = f"{skipped[0].where}: {skipped[0].text}"
-        notes.append(f"{len(skipped):,} rows are left out (data.invalid: drop), the first of them: {first}")
+        notes.append(f"{len(skipped):,} rows are left out (data.invalid: drop), the first: {first}")
     labels = None
     if data.shots is not None and split == "train":
         used = {example.where for example in examples}
@@ -1391,12 +1382,12 @@ def load_splits(
     tokenizer: Any = None,
     reads: Collection[str] | None = (),
 ) -> Splits:
-    """Training and validation examples; the second is empty where none are asked for and the folder has none.
+    """Read the training and validation examples; the second is empty where a recipe names none and a folder has none.
 
     Args:
-        setting: what asks for a few rows only, for messages.
-        tokenizer: of the model that is to be trained; None: one with a chat template.
-        reads: columns that the objective reads beside those of the format; None: it may read every one.
+        setting: the setting that asks for few rows, for messages.
+        tokenizer: of the model to train; None: one with a chat template.
+        reads: columns that the objective reads besides those of the format; None: all.
     """
     chat = data.template == "auto" and (tokenizer is None or tokenizer.has_chat_template)
     how = (chat, None if reads is None else {*reads, data.label or ""})
@@ -1404,7 +1395,7 @@ def load_splits(
     valid: list[Example] = []
     other: list[str] = []
     if isinstance(data.valid, float):
-        # The rows set aside are the same whatever data.shots says.
+        # The validation rows do not depend on data.shots.
         kept, held_out = split_valid(list(range(len(train))), data.valid, seed)
         train, valid = [train[i] for i in kept], [train[i] for i in held_out]
         labels = labels and [labels[i] for i in kept]
@@ -1420,7 +1411,7 @@ def load_splits(
 
 
 class EncodedSplits(NamedTuple):
-    """A recipe's training and validation rows as token ids, what there is to say of them, and a hash of them."""
+    """A recipe's training and validation rows as token ids, notes, and a hash of the rows."""
 
     train: Dataset
     valid: Dataset | None

@@ -1,4 +1,4 @@
-"""Row formats: one function a format turns a row (a dict) into a typed item, or says what is wrong with it."""
+"""Row formats: one function per format turns a row (a dict) into a typed item, or says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mlxft.data.sources import Problem, Row, read_json, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, half_character, nearest
 
 # --- template ---------------------------------------------------------------------------------------------------------
-# Texts made of a row's fields: `Review: {review}` says where each goes.
+# Texts made of a row's fields, such as `Review: {review}`.
 
 
 def is_template(text: str) -> bool:
-    """Whether a text has places for fields; `{{` and `}}` stand for braces."""
+    """Return whether a text has places for fields; `{{` and `}}` stand for braces."""
     return "{" in text.replace("{{", "")
 
 
 def names_in(template: str, setting: str) -> list[str]:
-    """The fields that a template names, each once.
+    """Return the fields that a template names, each once.
 
     Args:
-        setting: where it stands, for messages.
+        setting: the template's setting, for messages.
     Raises:
-        ConfigError: braces that do not match, or more than a field's name between them.
+        ConfigError: braces do not match, or have more than a field's name between them.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -43,10 +43,10 @@ def names_in(template: str, setting: str) -> list[str]:
 
 
 def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
-    """The template with the row's fields in place; what is no text is written as JSON.
+    """Fill a template with a row's fields; values other than texts are written as JSON.
 
     Raises:
-        ConfigError: a template that is none. DataError: the row has no such field, or has it as null.
+        ConfigError: the template is wrong. DataError: the row does not have a field, or has it as null.
     """
     names_in(template, setting)
     text = []
@@ -63,21 +63,19 @@ def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
-# Row formats: what rows become, and one function per format that reads a row's fields (of pairs: preference.py).
-#
-# A format never guesses: a row either is in the format that the recipe names or is refused with the place, what was
-# seen and what is wanted.
+# A format never guesses: a row is in the format that the recipe names, or is refused with the place, what was seen and
+# what is expected.
 
 Message: TypeAlias = dict[str, Any]
 WRITTEN = "_written"
-"""Where a call's function keeps the text that its arguments were given as: some chat templates want that one."""
+"""Key in a call's function for the text of its arguments as given, which some chat templates need."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of a chat, checked: `role` and a string `content` each; `tool_calls` with arguments as mappings.
+    """Checked turns of a chat: `role`, a string `content`, and `tool_calls` with arguments as mappings.
 
-    An assistant message may carry `weight` 0 or 1: whether it is trained. A call's function carries WRITTEN where the
+    An assistant message may have a `weight` of 0 or 1: whether it is trained. A call's function has WRITTEN where the
     row gave its arguments as a text.
     """
 
@@ -87,7 +85,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Completion:
-    """A text and how it goes on."""
+    """A prompt and its completion, both texts."""
 
     prompt: str
     completion: str
@@ -102,7 +100,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a rollout starts from, and the whole row, which a reward function may want."""
+    """A prompt to sample completions of, and its whole row, which rewards may read."""
 
     prompt: str | list[Message]
     row: dict[str, Any]
@@ -110,12 +108,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, of which the first is the better one, or of which neither is.
+    """Two completions of one prompt; the chosen one is better unless it is a tie.
 
     Attributes:
-        prompt: a text, and then both answers are texts; or messages, and then both are an assistant message.
-        margin: how much better the chosen one is, in units of score; None where nobody said.
-        weight: what the pair counts; the pairs of one row add up to 1.
+        prompt: a text, and then both completions are texts; or messages, and then both are an assistant message.
+        margin: how much better the chosen one is, in units of score; None if unknown.
+        weight: of the pair; the pairs of one row add up to 1.
         tie: neither is better.
     """
 
@@ -130,14 +128,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The pairs that several answers to one prompt make; none where all are equally good."""
+    """The pairs of several completions of one prompt; none where all are equally good."""
 
     pairs: tuple[Pair, ...]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """One answer and whether it is a good one. Prompt and answer are as in a Preference."""
+    """A completion and whether it is good. Prompt and completion are as in a Pair."""
 
     prompt: str | list[Message]
     completion: str | Message
@@ -149,7 +147,7 @@ Item: TypeAlias = Conversation | Completion | Text | Prompt | Pair | Ranked | La
 
 
 class Example(NamedTuple):
-    """A converted row and where it stood."""
+    """A converted row and its place."""
 
     where: str
     item: Item
@@ -183,7 +181,7 @@ def string_at(value: Any, at: str, *, empty: bool = False) -> str:
 
 
 def flag_at(value: Any, at: str) -> bool:
-    """True or false; csv holds it as text."""
+    """Return a value as true or false; csv has it as text."""
     known = {"true": True, "false": False, "1": True, "0": False}
     if isinstance(value, bool | int | str) and (text := str(value).strip().lower()) in known:
         return known[text]
@@ -209,7 +207,7 @@ def _json(text: str, at: str) -> Any:
 
 
 def _objects(value: Any, at: str, of: str) -> list[dict[str, Any]]:
-    """A list of objects: as it is, as JSON (csv and parquet hold strings), or each of them as JSON. Empty is none."""
+    """Return a list of objects given as such, as JSON (csv and parquet hold strings), or as a list of JSON texts."""
     if isinstance(value, str):
         value = _json(value, at) if value.strip() else None
     if value is None or value in ([], {}):
@@ -224,12 +222,12 @@ def _objects(value: Any, at: str, of: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tool descriptions; None where there are none."""
+    """Return tool descriptions; None where there are none."""
     return _objects(value, "tools", "tool descriptions") or None
 
 
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools that a row describes: in `tools`, or in `functions` as OpenAI had it before there were tools."""
+    """Return the tools of a row: from `tools`, or from OpenAI's older `functions`."""
     tools, functions = read_tools(row.get("tools")), functions_of(row)
     if tools and functions:
         raise DataError("the row has tools and functions; expected one of them")
@@ -237,7 +235,7 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def functions_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a row's `functions` describe; none where it is something else of that name."""
+    """Return a row's `functions`; none where the column holds something else."""
     given = row.get("functions")
     known = isinstance(given, list) and all(isinstance(function, dict) and "name" in function for function in given)
     return list(given) if known and given else []
@@ -263,7 +261,7 @@ def _content(message: Message, at: str) -> str:
 
 
 def _tool_call(call: dict[str, Any], at: str) -> dict[str, Any]:
-    """A call as OpenAI writes it now; its name and arguments may also stand in it without the wrapper `function`."""
+    """Return a call in OpenAI's present form; name and arguments may come without the wrapper `function`."""
     call = {key: value for key, value in call.items() if value is not None}
     if "function" not in call and "name" in call:
         outer = {key: call.pop(key) for key in ("id", "type") if key in call}
@@ -278,7 +276,7 @@ def _tool_call(call: dict[str, Any], at: str) -> dict[str, Any]:
 
 
 def _function(given: dict[str, Any], at: str) -> dict[str, Any]:
-    """A called function with its arguments as a mapping, and as WRITTEN where they were a text; none are {}."""
+    """Return a called function with its arguments as a mapping, and as WRITTEN where they were a text."""
     function = {key: value for key, value in given.items() if value is not None and key != WRITTEN}
     function["name"] = string_at(function.get("name"), f"{at}.name")
     if "arguments" not in function and "parameters" in function:  # as Llama 3.1 writes its calls
@@ -289,7 +287,7 @@ def _function(given: dict[str, Any], at: str) -> dict[str, Any]:
     arguments = written = function.get("arguments")
     if isinstance(written, str):
         arguments = _json(written, f"{at}.arguments") if written.strip() else None
-    if arguments is None or arguments == []:  # PHP writes an empty object so
+    if arguments is None or arguments == []:  # PHP writes an empty object as []
         arguments, written = {}, None
     if not isinstance(arguments, dict):
         raise DataError(f"{at}.arguments is {type_name(arguments)}; expected an object")
@@ -301,7 +299,7 @@ def _function(given: dict[str, Any], at: str) -> dict[str, Any]:
 
 
 def unwritten(value: Any) -> Any:
-    """A text, a message or several messages without WRITTEN: for comparing what they say, and for files."""
+    """Return a text, a message or messages without WRITTEN, to compare them or write them to a file."""
     if isinstance(value, list):
         return [unwritten(part) for part in value]
     if not isinstance(value, dict) or "tool_calls" not in value:
@@ -314,7 +312,7 @@ def unwritten(value: Any) -> Any:
 
 
 def _calls(message: Message, at: str) -> list[dict[str, Any]]:
-    """The calls of a message that may have come as OpenAI's older `function_call`, of which a turn has one."""
+    """Return the calls of a message, which may have OpenAI's older `function_call`."""
     calls = _objects(message.get("tool_calls"), f"{at}.tool_calls", "calls")
     old = message.get("function_call")
     if isinstance(old, str) and old.strip():
@@ -329,11 +327,11 @@ def _calls(message: Message, at: str) -> list[dict[str, Any]]:
 
 
 def message_at(value: Any, at: str) -> Message:
-    """One message, checked by itself. Null fields count as missing: parquet fills a struct's gaps with them."""
+    """Check one message. Null fields count as missing: parquet fills gaps in structs with them."""
     if not isinstance(value, dict):
         raise DataError(f"{at} is {type_name(value)}; expected an object with role and content")
     message = {key: field for key, field in value.items() if field is not None}
-    if message.get("role") == "function":  # OpenAI's name of a result before there were tools
+    if message.get("role") == "function":  # OpenAI's older name of the role tool
         message["role"] = "tool"
     role = message.get("role")
     if role not in ROLES:
@@ -356,12 +354,13 @@ def message_at(value: Any, at: str) -> Message:
 
 
 def check_order(
-    messages: Sequence[Message], at: Sequence[str], last: tuple[str, ...] = ("assistant",), told: bool = False
+    messages: Sequence[Message], at: Sequence[str], last: tuple[str, ...] = ("assistant",), in_text: bool = False
 ) -> None:
-    """System first or not at all, then user and assistant in turn, tool turns after the calls; `at` names each.
+    """Check the order: system first or not at all, user and assistant alternating, tool turns after calls.
 
     Args:
-        told: calls may also stand in the text of an assistant turn: any such turn may be followed by a tool turn.
+        at: names of the messages.
+        in_text: calls may be in an assistant turn's text, so that a tool turn may follow any such turn.
     """
     previous: Message = {"role": "nothing"}
     for message, place in zip(messages, at):
@@ -373,7 +372,7 @@ def check_order(
         elif role == "assistant":
             fits, wanted = before in ("user", "tool"), "an assistant turn follows a user or tool turn"
         else:
-            fits = before == "tool" or "tool_calls" in previous or (told and before == "assistant")
+            fits = before == "tool" or "tool_calls" in previous or (in_text and before == "assistant")
             wanted = "a tool turn follows an assistant turn with tool_calls, or another tool turn"
         if not fits:
             raise DataError(f"{place}.role is {role} after {before}; {wanted}")
@@ -388,9 +387,9 @@ def messages_at(value: Any, name: str, last: tuple[str, ...] = ("assistant",)) -
     at = [f"{name}[{i}]" for i in range(len(list_at(value, name, "messages")))]
     messages = [message_at(message, place) for message, place in zip(value, at)]
     check_order(messages, at, last)
-    # A turn may be empty, real chats have such; an answer that is all empty has nothing to learn from.
-    answers = [m for m in messages if m["role"] == "assistant"]
-    if answers and not any(m["content"].strip() or "tool_calls" in m or "reasoning_content" in m for m in answers):
+    # Real chats have empty turns, but a chat with nothing else has nothing to learn.
+    turns = [m for m in messages if m["role"] == "assistant"]
+    if turns and not any(m["content"].strip() or "tool_calls" in m or "reasoning_content" in m for m in turns):
         raise DataError(f"{name}: every assistant turn is empty; expected text")
     return messages
 
@@ -402,9 +401,9 @@ def read_messages(row: dict[str, Any]) -> Conversation:
 
 
 def read_prompt_completion(row: dict[str, Any]) -> Conversation | Completion:
-    """{"prompt", "completion", "system"?}: two strings, or messages and then messages, one message or a string.
+    """{"prompt", "completion", "system"?}: two strings; or messages, and then messages, one message or a string.
 
-    What stands in a prompt of messages is context: its assistant turns get weight 0 unless they carry one.
+    A prompt of messages is context: its assistant turns get weight 0 unless they have a weight.
     """
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
@@ -453,26 +452,26 @@ def read_sharegpt(row: dict[str, Any]) -> Conversation:
     turns = list_at(row["conversations"], "conversations", "turns")
     at = [f"conversations[{i}]" for i in range(len(turns))]
     messages = [sharegpt_turn(turn, place) for turn, place in zip(turns, at)]
-    check_order(messages, at, told=True)
+    check_order(messages, at, in_text=True)
     return Conversation(with_system(row, messages, "conversations"), tools_of(row))
 
 
 def system_turn(row: Mapping[str, Any]) -> list[Message]:
-    """The system turn of a row's own `system` field; none where it is missing, null or empty."""
+    """Return the system turn of a row's `system` field; none where it is missing, null or empty."""
     text = string_at(row.get("system") or "", "system", empty=True)
     return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def is_text(row: Mapping[str, Any]) -> bool:
-    """Whether a row's prompt is a text and nothing but it: a system text and tools have their place in a chat only."""
+    """Return whether a row has a text as its prompt, without a system text or tools, which need a chat."""
     return isinstance(row.get("prompt"), str) and not system_turn(row) and not tools_of(row)
 
 
 def with_system(row: Mapping[str, Any], messages: list[Message], name: str = "prompt") -> list[Message]:
-    """The messages behind the system turn of the row's own `system` field; as they are where there is none.
+    """Put the system turn of a row's `system` field, if any, before messages.
 
     Args:
-        name: what the messages are called, for an error.
+        name: of the messages, for an error.
     """
     system, first = system_turn(row), messages[0]
     if not system or first == system[0]:
@@ -498,7 +497,7 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
 
 
 def read_prompts(row: dict[str, Any]) -> Prompt:
-    """{"prompt": a string, or messages that end with a user or tool turn, "system"?}, and whatever a reward wants."""
+    """{"prompt": a string, or messages that end with a user or tool turn, "system"?}, and what rewards read."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         turn = {"role": "user", "content": string_at(prompt, "prompt")}
@@ -509,9 +508,9 @@ def read_prompts(row: dict[str, Any]) -> Prompt:
 
 
 # --- published --------------------------------------------------------------------------------------------------------
-# Preference data as it is published: rows of well-known sets, told by their columns, in our own fields.
+# Preference data as published: rows of well-known sets, recognised by their columns, become our fields.
 #
-# A layout is looked for within the format that the recipe names, and which one was found is said in a note.
+# Layouts are looked for within the format that the recipe names; a note says which one was found.
 
 Fields = Mapping[str, Any]
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -520,11 +519,11 @@ _ANSWER = "\n\nAssistant:"
 
 
 class Published(NamedTuple):
-    """A row of a published set in our own fields.
+    """A row of a published set in our fields.
 
     Attributes:
-        says: which set's layout it has, for a note.
-        columns: of the row, those that were read.
+        says: the layout and its set, for a note.
+        columns: of the row, those that are read.
         fields: ours, in their place.
     """
 
@@ -534,21 +533,21 @@ class Published(NamedTuple):
 
 
 def as_published(row: Fields, format: str, chat: bool = True, names: Fields | None = None) -> Published | None:
-    """Read a row by the layout that it has; None where it has none, and is in our own fields or wrong.
+    """Read a row by its layout; None where it has none.
 
     Args:
-        format: the format of ours that it shall be in.
+        format: our format for it.
         chat: whether texts go through a chat template: then a transcript becomes its turns.
         names: data.fields.
     Raises:
-        DataError: it has the columns of a layout, and they do not hold what they should.
+        DataError: the columns of a layout hold something else.
     """
     found = (read(row, chat, names or {}) for read in LAYOUTS.get(format, ()))
     return next((published for published in found if published is not None), None)
 
 
 def in_our_fields(row: Fields, formats: Iterable[str], chat: bool = True) -> dict[str, Any]:
-    """A row by the first of the formats that has a layout for it; as it is where none has."""
+    """Return a row in our fields by the first format with a layout for it; unchanged where none has."""
     found = next((found for name in formats if (found := as_published(row, name, chat)) is not None), None)
     if found is None:
         return dict(row)
@@ -560,17 +559,17 @@ def _has(row: Fields, *names: str) -> bool:
 
 
 class _Prompt(NamedTuple):
-    """The columns that hold the prompt, and what it is."""
+    """The columns of the prompt, and the prompt."""
 
     columns: tuple[str, ...]
     prompt: Any
 
 
 def _prompt_of(row: Fields, chat: bool) -> _Prompt | None:
-    """The prompt by one of the names that published sets have for it. Alpaca's `input` is what an instruction is about.
+    """Return the prompt by one of its names in published sets. Alpaca's `input` belongs to an instruction.
 
     Raises:
-        DataError: there are several.
+        DataError: there are several prompts.
     """
     if _has(row, "prompt"):
         return _Prompt(("prompt",), (_turns_asked(row["prompt"]) if chat else []) or row["prompt"])
@@ -591,9 +590,9 @@ def _prompt_of(row: Fields, chat: bool) -> _Prompt | None:
 
 
 def _transcript(text: Any) -> list[Message]:
-    """The turns of "Human: ...\\n\\nAssistant: ..."; none where it is no such text.
+    """Return the turns of "Human: ...\\n\\nAssistant: ..."; none where the text is something else.
 
-    What one of the two says twice in a row is one turn.
+    Neighbouring turns of one speaker become one.
     """
     before, *parts = _TURN.split(text.lstrip()) if isinstance(text, str) else [""]
     turns: list[Message] = []
@@ -606,7 +605,7 @@ def _transcript(text: Any) -> list[Message]:
 
 
 def _turns_asked(text: Any) -> list[Message]:
-    """The turns of a transcript up to where the assistant is to answer; none where a text is no such transcript."""
+    """Return the turns of a transcript that ends where the assistant speaks; none where a text is something else."""
     if not isinstance(text, str) or not text.rstrip().endswith(_ANSWER):
         return []
     return _transcript(text.rstrip().removesuffix(_ANSWER))
@@ -621,13 +620,13 @@ def _hh(row: Fields, chat: bool, names: Fields) -> Published | None:
         return Published(says, tuple(sides), {name: _transcript(text) for name, text in sides.items()})
     cuts = {name: str(text).rpartition(_ANSWER) for name, text in sides.items()}
     if len({prompt for prompt, _, _ in cuts.values()}) > 1:
-        raise DataError("chosen and rejected differ before the last answer; expected two answers to the same prompt")
+        raise DataError("chosen and rejected differ before the last turn; expected two completions of one prompt")
     prompt = cuts["chosen"][0] + _ANSWER
     return Published(says, tuple(sides), {"prompt": prompt, **{name: cut[2] for name, cut in cuts.items()}})
 
 
 def _asking(row: Fields, chat: bool, names: Fields) -> Published | None:
-    # A prompt that a template wrote is as it was asked for.
+    # A prompt from a template of data.fields stays as it is.
     turns = _turns_asked(row.get("prompt")) if chat and not is_template(str(names.get("prompt", ""))) else []
     return Published("Anthropic's HH: the prompt is a transcript", ("prompt",), {"prompt": turns}) if turns else None
 
@@ -637,7 +636,7 @@ def _asking(row: Fields, chat: bool, names: Fields) -> Published | None:
 
 def _orca(row: Fields, chat: bool, names: Fields) -> Published | None:
     sides = [row.get("chosen"), row.get("rejected")]
-    # Whole conversations hold their prompt: another column may say something else.
+    # Whole conversations include their prompt: another column may be something else.
     if _has(row, "prompt") or None in sides or all(isinstance(side, list) and len(side) > 1 for side in sides):
         return None
     asked = _prompt_of(row, chat)
@@ -671,11 +670,11 @@ def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
     )
 
 
-# Several answers, and what each is worth
+# Several completions with ratings
 
 
 def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], list[Any]] | None:
-    """The texts and the ratings of a list of objects; None where a column is none with such texts."""
+    """Return the texts and ratings of a list of objects; None where a column is not such a list."""
     given = row.get(name)
     if not isinstance(given, list) or not given or not all(isinstance(x, dict) and text in x for x in given):
         return None
@@ -703,7 +702,7 @@ def _nectar(row: Fields, chat: bool, names: Fields) -> Published | None:
     if asked is None or rated is None:
         return None
     return Published(
-        "Nectar: answers' answer and rank, of which 1 is the best",
+        "Nectar: answers' answer and rank, 1 is the best",
         (*asked.columns, "answers"),
         {"prompt": asked.prompt, "answers": rated[0], "ratings": [-float(rank) for rank in rated[1]]},
     )
@@ -726,15 +725,15 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
     "unpaired": (_asking,),
     "prompts": (_asking,),
 }
-"""The layouts of each format, the one that says most of a row first."""
+"""The layouts of each format, the most specific first."""
 
 
 def together(rows: Iterable[Row | Problem], rating: str, prompt: str) -> Iterator[Row | Problem]:
-    """Rows of one response each as one row for each prompt, as HelpSteer has them: one after the other.
+    """Join neighbouring rows of one response each, as in HelpSteer, into one row for each prompt.
 
     Args:
-        rating: the column that says what a response is worth.
-        prompt: the column that holds the prompt.
+        rating: the column with a response's rating.
+        prompt: the column with the prompt.
     """
     held: list[Row] = []
     for row in rows:
@@ -757,20 +756,20 @@ def _one_row(rows: list[Row], rating: str) -> Row:
 
 
 # --- preference -------------------------------------------------------------------------------------------------------
-# Formats of judgements: pairs of answers, several answers with ratings, single answers with a label.
+# Pairs, several completions with ratings, and single completions with a label.
 
 _ASKING = ("user", "tool")
 _DIFFERENCE = re.compile(r"\s*(-?[\d.]+(?:[eE][-+]?\d+)?) - (-?[\d.]+(?:[eE][-+]?\d+)?)\s*")
-_LARGEST = 3.4e38  # beyond it a number is infinite in float32, which losses are computed in
+_LARGEST = 3.4e38  # a larger number is infinite in float32, in which losses are computed
 
 
 def read_preference(row: dict[str, Any]) -> Pair | Ranked:
     """{"prompt", "chosen", "rejected", "system"?, "margin"?, "tie"?, "preferred"?, "tools"?}
 
-    Prompt and answers are texts; or messages, where an answer is a text, an assistant message, or a list: that message
-    alone or the whole conversation. Without a prompt both are whole conversations that differ in the last turn only.
-    ShareGPT's pairs have `conversations` as the prompt, and any message may be written as its turns are, by from and
-    value. `rejected` may be a list of texts: one pair for each of them.
+    Prompt and completions are texts; or messages, and then a completion is a text, an assistant message, or a list:
+    that message alone or the whole conversation. Without a prompt both are whole conversations that differ only in the
+    last turn. ShareGPT's pairs have `conversations` as the prompt, and messages may have from and value. `rejected` may
+    be a list of texts: one pair for each.
     """
     rejected = row["rejected"]
     if isinstance(rejected, list) and rejected and all(isinstance(text, str) for text in rejected):
@@ -790,22 +789,22 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Pair:
     tie, margin = _tie(row), _margin(row)
     if tie and margin:
         raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
-    prompt, answers = _asked(row, prompt, [_reply(side, prompt, name) for name, side in sides.items()])
-    if _same(*answers) and not tie:
+    prompt, (better, worse) = _asked(row, prompt, [_reply(side, prompt, name) for name, side in sides.items()])
+    if _same(better, worse) and not tie:
         raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
-    return Pair(prompt, answers[0], answers[1], margin, weight, tie, tools_of(row))
+    return Pair(prompt, better, worse, margin, weight, tie, tools_of(row))
 
 
 def _asked(
-    row: dict[str, Any], prompt: str | list[Message], answers: list[str | Message]
+    row: dict[str, Any], prompt: str | list[Message], replies: list[str | Message]
 ) -> tuple[str | list[Message], list[str | Message]]:
-    """Prompt and answers as they are asked and given: as turns, where the row has a system text."""
+    """Return prompt and completions, as turns where the row has a system text."""
     if isinstance(prompt, str):
         if not system_turn(row):
-            return prompt, answers
+            return prompt, replies
         prompt = [{"role": "user", "content": prompt}]
-        answers = [{"role": "assistant", "content": answer} for answer in answers]
-    return with_system(row, prompt), answers
+        replies = [{"role": "assistant", "content": reply} for reply in replies]
+    return with_system(row, prompt), replies
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -813,12 +812,12 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _parting(one: list[Message], other: list[Message]) -> int:
-    """The first place at which two lists of messages differ."""
+    """Return the first index at which two lists of messages differ."""
     return next((i for i, (a, b) in enumerate(zip(one, other)) if not _same(a, b)), min(len(one), len(other)))
 
 
 def _side(value: Any, at: str) -> str | list[Message]:
-    """An answer as given: a text, or messages."""
+    """Return a completion as given: a text, or messages."""
     if isinstance(value, str):
         return string_at(value, at)
     if isinstance(value, dict):
@@ -830,7 +829,7 @@ def _side(value: Any, at: str) -> str | list[Message]:
 
 
 def _message(value: Any, at: str) -> Message:
-    """A message by role and content, or as ShareGPT writes it."""
+    """Return a message given by role and content, or by ShareGPT's from and value."""
     sharegpt = isinstance(value, dict) and value.get("role") is None and value.get("from") is not None
     return _unweighted((sharegpt_turn if sharegpt else message_at)(value, at))
 
@@ -840,14 +839,14 @@ def _unweighted(message: Message) -> Message:
 
 
 def _context(row: dict[str, Any]) -> str | list[Message] | None:
-    """The prompt that the row itself names."""
+    """Return the prompt of a row; None where it has no field for it."""
     if row.get("conversations") is not None:
         if row.get("prompt") is not None:
             raise DataError("the row has prompt and conversations; expected one of them")
         turns = list_at(row["conversations"], "conversations", "turns")
         at = [f"conversations[{i}]" for i in range(len(turns))]
         messages = [_message(turn, place) for turn, place in zip(turns, at)]
-        check_order(messages, at, _ASKING, told=True)
+        check_order(messages, at, _ASKING, in_text=True)
         return messages
     return None if row.get("prompt") is None else _prompt(row["prompt"])
 
@@ -862,14 +861,14 @@ def _prompt(prompt: Any) -> str | list[Message]:
 
 
 def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message]:
-    """What two whole conversations have in common: all but the last turn, or they answer different prompts."""
+    """Return the prompt of two whole conversations: all but the last turn, in which alone they may differ."""
     if isinstance(good, str) or isinstance(bad, str):
-        raise DataError("no field 'prompt', and the answers are texts; give the prompt, or whole conversations")
+        raise DataError("no field 'prompt', and the completions are texts; give the prompt, or whole conversations")
     prompt, other = good[:-1], bad[:-1]
     if not _same(prompt, other):
         at = _parting(prompt, other)
         raise DataError(
-            f"chosen[{at}] and rejected[{at}] differ before the last turn; expected two answers to the same prompt"
+            f"chosen[{at}] and rejected[{at}] differ before the last turn; expected two completions of one prompt"
         )
     if not prompt:
         raise DataError("no field 'prompt', and chosen has one message only; give the prompt, or whole conversations")
@@ -877,27 +876,27 @@ def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message
 
 
 def _whole(prompt: str, side: str | list[Message], at: str) -> list[Message]:
-    """The conversation of a prompt that is a text and an answer that is messages: one of its user turns is the text."""
+    """Return the conversation of a text prompt and a completion of messages, one of whose user turns is that text."""
     if isinstance(side, str):
-        raise DataError(f"{at} is a string, and the other answer is messages; expected both alike")
+        raise DataError(f"{at} is a string, and the other completion is messages; expected both alike")
     whole = [{"role": "user", "content": prompt}, *side] if len(side) == 1 else side
     asked = [message["content"] for message in whole if message["role"] == "user"]
     if prompt.strip() not in map(str.strip, asked):
-        raise DataError(f"{at} answers another prompt: no user turn of it is the text of prompt")
+        raise DataError(f"{at} is for another prompt: none of its user turns is the text of prompt")
     return whole
 
 
 def _reply(side: str | list[Message], prompt: str | list[Message], at: str) -> str | Message:
-    """The answer alone: the last turn."""
+    """Return the completion alone: the last turn."""
     if isinstance(prompt, str):
         if isinstance(side, str):
             return side
-        raise AssertionError("a text is answered by texts here")
+        raise AssertionError("a text prompt has texts as completions here")
     if isinstance(side, str):
         return {"role": "assistant", "content": side}
     if len(side) > 1 and not _same(side[:-1], prompt):
         place = _parting(side[:-1], prompt)
-        raise DataError(f"{at}[{place}] is not as in the prompt; expected the prompt's messages and one answer")
+        raise DataError(f"{at}[{place}] is not as in the prompt; expected the prompt's messages and one more")
     reply = side[-1]
     check_order([*prompt, reply], ["prompt"] * len(prompt) + [f"{at}[{len(side) - 1}]" if len(side) > 1 else at])
     if not reply["content"].strip() and "tool_calls" not in reply:
@@ -906,7 +905,7 @@ def _reply(side: str | list[Message], prompt: str | list[Message], at: str) -> s
 
 
 def _number(value: Any, at: str) -> float:
-    """A finite number; csv holds it as text."""
+    """Return a finite number; csv has it as text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -917,7 +916,7 @@ def _number(value: Any, at: str) -> float:
 
 
 def _margin(row: dict[str, Any]) -> float | None:
-    """How much better the chosen answer is: a number, or the difference of two that data.fields wrote into a text."""
+    """Return the margin: a number, or a difference of two that data.fields wrote as a text."""
     given = row.get("margin")
     if given in (None, ""):
         return None
@@ -929,7 +928,7 @@ def _margin(row: dict[str, Any]) -> float | None:
 def _tie(row: dict[str, Any]) -> bool:
     preferred = row.get("preferred") or "chosen"
     if preferred not in ("chosen", "tie"):
-        raise DataError(f"preferred is {preferred!r}; expected 'tie' or 'chosen' (the fields say which it is)")
+        raise DataError(f"preferred is {preferred!r}; expected 'tie' or 'chosen' (the columns are named by it)")
     said = row.get("tie")
     tie = preferred == "tie" if said in (None, "") else flag_at(said, "tie")
     if preferred == "tie" and not tie:
@@ -940,15 +939,15 @@ def _tie(row: dict[str, Any]) -> bool:
 def read_ratings(row: dict[str, Any]) -> Ranked:
     """{"prompt", "answers" or "completions", "ratings" or "scores": numbers, or "ranking": best first, ...}
 
-    It may have `system` and `tools`; prompt and answers are as in a preference. Every two answers with different
-    ratings are a pair, the higher one chosen; the pairs' weights add up to 1, so that a prompt with many answers counts
-    as much as one with few. `ranking` holds the answers' indices, from 0.
+    It may have `system` and `tools`; prompt and completions are as in a preference. Every two completions with
+    different ratings are a pair, the higher one chosen; the pairs' weights add up to 1, so that a prompt with many
+    completions counts as much as one with few. `ranking` holds indices of completions, from 0.
     """
     name, given = _one_of(row, ("answers", "completions"))
     places = {f"{name}[{i}]": side for i, side in enumerate(list_at(given, name, "answers"))}
     sides = {at: _side(side, at) for at, side in places.items()}
     if len(sides) < 2:
-        raise DataError(f"{name} has one answer; expected two or more to compare")
+        raise DataError(f"{name} has one entry; expected two or more to compare")
     ratings = _ratings(row, len(sides), name)
     prompt, tools = _prompt(row["prompt"]), tools_of(row)
     if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
@@ -980,7 +979,7 @@ def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
     if name != "ranking":
         return values
     if sorted(values) != list(range(count)):
-        raise DataError(f"ranking is {given}; expected each index from 0 to {count - 1} once, the best answer's first")
+        raise DataError(f"ranking is {given}; expected each index from 0 to {count - 1} once, the best first")
     return [-float(values.index(i)) for i in range(count)]
 
 
@@ -994,20 +993,18 @@ def read_unpaired(row: dict[str, Any]) -> Labelled:
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
-# Rows of a source into the items of one format. `suggest_format` says what a row looks like, for messages only.
-
 _NAMED = 12  # columns that a note names
 
 
 class Format(NamedTuple):
-    """How a row is read, which fields it must have ("a|b" is one of the two), and which it may have."""
+    """How to read a row, its required fields ("a|b": one of the two), and its optional fields."""
 
     read: Callable[[dict[str, Any]], Item]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
     def missing(self, row: Mapping[str, Any]) -> list[str]:
-        """The required fields that a row does not have, or has as null."""
+        """Return the required fields that a row does not have, or has as null."""
         return [name for name in self.required if all(row.get(part) is None for part in name.split("|"))]
 
 
@@ -1033,27 +1030,27 @@ FORMATS: dict[str, Format] = {
 
 
 def suggest_format(row: dict[str, Any]) -> str | None:
-    """The format that a row looks like, or None. For messages; nothing is read by it."""
+    """Return the format that a row looks like, or None; for messages only."""
     fitting = [name for name, form in FORMATS.items() if not form.missing(row) or _fits_published(row, name)]
-    # The one that says most of the row: the fields of one format may be among those of another.
+    # The most specific one: the fields of a format may be among those of another.
     return max(fitting, key=lambda name: len(FORMATS[name].required), default=None)
 
 
 def _fits_published(row: dict[str, Any], format: str) -> bool:
     try:
         return not FORMATS[format].missing(in_our_fields(row, (format,)))
-    except DataError:  # it has the columns of a layout, and something else in them
+    except DataError:  # the columns of a layout hold something else
         return False
 
 
 @dataclass
 class Columns:
-    """What became of the columns of a source's rows.
+    """The columns of a source's rows.
 
     Attributes:
-        seen: those that hold something in a row, in their order.
+        seen: those with a value in some row, in their order.
         read: those that are read.
-        layouts: of published sets, that rows were read by.
+        layouts: of published sets, by which rows were read.
     """
 
     seen: dict[str, None] = field(default_factory=dict)
@@ -1061,10 +1058,10 @@ class Columns:
     layouts: dict[str, None] = field(default_factory=dict)
 
     def notes(self, also: Iterable[str] | None = ()) -> list[str]:
-        """By which layouts rows were read, and the columns that nothing reads.
+        """Return notes on the layouts by which rows were read, and on unused columns.
 
         Args:
-            also: columns that something else reads; None: it may read every one.
+            also: columns that something else reads; None: all.
         """
         unused = [name for name in self.seen if also is not None and name not in self.read.union(also)]
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
@@ -1077,11 +1074,11 @@ class _NoField(DataError):
 
 
 class _Reader:
-    """From rows to the items of a format.
+    """Turns rows into items of a format.
 
     Attributes:
-        columns: what became of the rows' columns.
-        names: every column that there is.
+        columns: of the rows, which ones are read.
+        names: every column of any row.
     """
 
     def __init__(self, format: str, fields: Mapping[str, str], chat: bool, columns: Columns) -> None:
@@ -1091,8 +1088,8 @@ class _Reader:
         self.templates = {ours: text for ours, text in fields.items() if is_template(text)}
         self.renamed = {ours: theirs for ours, theirs in fields.items() if ours not in self.templates}
         self.named = {ours: names_in(text, f"data.fields.{ours}") for ours, text in self.templates.items()}
-        # A system text that a template has written into a field would else be said twice.
-        self.told = "system" not in fields and any("system" in names for names in self.named.values())
+        # A system text that a template has put into a field must not be used again.
+        self.in_template = "system" not in fields and any("system" in names for names in self.named.values())
         self.names: set[str] = set()
         declared = "|".join(self.form.required + self.form.optional).split("|")
         columns.read |= {name for name in declared if name not in fields}.union(
@@ -1100,24 +1097,24 @@ class _Reader:
         )
 
     def gathered(self, rows: Iterable[Row | Problem]) -> Iterable[Row | Problem]:
-        """The rows, where the format has them so several of the source as one."""
+        """Join rows of one prompt where the format needs it."""
         rating = next((self.renamed[name] for name in ("ratings", "scores") if name in self.renamed), None)
         if self.format != "ratings" or rating is None:
             return rows
         return together(rows, rating, self.renamed.get("prompt", "prompt"))
 
     def item(self, row: dict[str, Any]) -> Item:
-        """What a row becomes.
+        """Return a row's item.
 
         Raises:
-            DataError: it does not fit.
+            DataError: the row does not fit the format.
         """
         self.names.update(row)
         self.columns.seen |= {name: None for name, value in row.items() if value not in (None, "", [], {})}
         data = {key: value for key, value in row.items() if key not in self.renamed or self.renamed[key] == key}
         data |= {ours: row[theirs] for ours, theirs in self.renamed.items() if theirs in row}
         data |= {ours: fill(text, row, f"data.fields.{ours}") for ours, text in self.templates.items()}
-        asked = {name: value for name, value in data.items() if name != "system"} if self.told else data
+        asked = {name: value for name, value in data.items() if name != "system"} if self.in_template else data
         published = as_published(asked, self.format, self.chat, self.fields)
         if published is not None:
             asked = {name: value for name, value in asked.items() if name not in published.columns} | published.fields
@@ -1128,20 +1125,20 @@ class _Reader:
             named = [" or ".join(repr(self.renamed.get(part, part)) for part in name.split("|")) for name in missing]
             has = ", ".join(map(str, row)) or "none"
             single = self.format == "ratings" and isinstance(row.get("response"), str)
-            way = "; where a row has one response, name what rates it: data.fields: {ratings: ...}" if single else ""
+            way = "; where a row has one response, name its rating: data.fields: {ratings: ...}" if single else ""
             raise _NoField(f"no field {' and no '.join(named)}; the row has {has}{way}")
         if not self.chat and isinstance(asked.get("prompt"), str) and not is_text(asked):
             what = "system has" if system_turn(asked) else "tools have"
             raise DataError(
                 f"{what} no place in plain text (no chat template, or data.template: none); leave the column out, or "
-                "write it into the prompt, as in data.fields: {prompt: '{system} {prompt}'}"
+                "put it into the prompt, as in data.fields: {prompt: '{system} {prompt}'}"
             )
         item = self.form.read(asked)
         self.columns.read |= {"functions"} if "tools" in self.form.optional and functions_of(asked) else set()
         return replace(item, row=data) if isinstance(item, Prompt) else item
 
     def check_names(self) -> None:
-        """ConfigError where data.fields names a column that no row has."""
+        """Raise ConfigError where data.fields names a column that no row has."""
         named = [(ours, name) for ours, given in self.named.items() for name in given]
         for ours, theirs in [*self.renamed.items(), *named]:
             if self.names and theirs not in self.names:
@@ -1159,18 +1156,17 @@ def convert(
     chat: bool = True,
     columns: Columns | None = None,
 ) -> list[Example]:
-    """All rows of a source in one format.
+    """Convert all rows of a source to items of one format.
 
     Args:
         format: a name of `FORMATS`.
-        fields: the format's field name -> the row's name of it, where the two differ, or a text with the names of
-            the row's fields between braces, to be filled with them.
-        skipped: takes the rows that do not fit, which then are left out; without it, and when no row fits, they raise.
+        fields: the format's field -> the row's name for it, where the two differ, or a template of the row's fields.
+        skipped: rows that do not fit are appended and left out; without it, or if no row fits, they raise.
         chat: whether texts can become turns of a chat template; without, a row's system text has no place.
-        columns: takes what became of the rows' columns.
+        columns: is told which columns are read.
     Raises:
-        ConfigError: no such format; or `fields` names a field that the format, or every row, does not have.
-        DataError: rows that can not be read or do not fit; all of them in one.
+        ConfigError: `format` is unknown; or `fields` names a field that the format, or every row, does not have.
+        DataError: rows cannot be read or do not fit; all of them in one.
     """
     reader = _Reader(format, dict(fields or {}), chat, Columns() if columns is None else columns)
     examples: list[Example] = []
@@ -1225,14 +1221,14 @@ MOST_LABELS = 20
 
 
 class Shots(NamedTuple):
-    """The chosen rows' indices, in order; and what was done, in a sentence."""
+    """The indices of the chosen rows, in order, and a note."""
 
     rows: list[int]
     note: str
 
 
 def wanted_completion(item: Item) -> str | None:
-    """What a row answers: its completion, its last assistant turn, or whether its answer is good; else None."""
+    """Return a row's completion or last assistant turn, or good or bad for a labelled one; else None."""
     if isinstance(item, Completion):
         return item.completion.strip()
     if isinstance(item, Labelled):
@@ -1242,24 +1238,24 @@ def wanted_completion(item: Item) -> str | None:
     return None
 
 
-def few_of(answers: Sequence[str | None]) -> list[str] | None:
-    """The answers as labels: every row has one, and they are few."""
-    labels = [answer for answer in answers if answer is not None]
+def few_of(texts: Sequence[str | None]) -> list[str] | None:
+    """Return texts as labels if every row has one and few are different, else None."""
+    labels = [text for text in texts if text is not None]
     different = len(set(labels))
     few = different <= MOST_LABELS and 2 * different <= len(labels)
-    return labels if few and len(labels) == len(answers) else None
+    return labels if few and len(labels) == len(texts) else None
 
 
 def labels_of(
     examples: Sequence[Example], rows: Sequence[dict[str, Any]] | None = None, field: str | None = None
 ) -> list[str] | None:
-    """A label for each row, or None where rows have none.
+    """Return a label for each row, or None where rows have none.
 
     Args:
-        rows: the examples' rows as they were read; needed with `field`.
-        field: the rows' field that holds it, as a text, a number, or true or false.
+        rows: the examples' rows as read; needed with `field`.
+        field: the rows' field with the label: a text, a number, true or false.
     Raises:
-        ConfigError: no row has the field. DataError: some rows lack it.
+        ConfigError: no row has the field. DataError: some rows do not have it.
     """
     if field is None:
         return few_of([wanted_completion(item) for _, item in examples])
@@ -1274,31 +1270,31 @@ def labels_of(
                 seen = f"no row has{nearest(field, names)}; rows have {', '.join(names)}"
                 raise ConfigError(f"data.label is {field!r}, which {seen}")
             seen = "missing" if value is None else json.dumps(value)[:40]
-            raise DataError(f"{where}: {field} is {seen}; data.label: {field} wants a text or a number")
+            raise DataError(f"{where}: {field} is {seen}; data.label: {field} needs a text or a number")
         found.append(value if isinstance(value, str) else json.dumps(value))
     return found
 
 
 def pick_shots(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> Shots:
-    """`shots` rows of each label, or of all where there are none. Fewer shots of the same seed are among more.
+    """Pick `shots` rows of each label, or of all rows without labels. A larger number includes a smaller one's rows.
 
     Args:
-        count: rows there are.
-        setting: what asks for them, for messages.
+        count: number of rows.
+        setting: the setting that asks for them, for messages.
     Raises:
-        ConfigError: there are not as many.
+        ConfigError: there are too few rows.
     """
     rng = random.Random(seed)
     order = rng.sample(range(count), count)
     if labels is None:
         if shots > count:
-            raise ConfigError(f"{setting}: {shots} rows are asked for, and there are {count}")
+            raise ConfigError(f"{setting}: expected at most {count}, the number of rows, seen {shots}")
         return Shots(sorted(order[:shots]), f"{shots:,} of {count:,} rows are used ({setting})")
     groups = grouped(labels, order)
     short = [f"{len(rows)} of {name!r}" for name, rows in groups.items() if len(rows) < shots]
     if short:
         raise ConfigError(
-            f"{setting}: {shots} rows of each label are asked for, and there are only {', '.join(short)}; there are "
+            f"{setting}: asks for {shots} rows of each label, and there are only {', '.join(short)}; there are "
             f"{count} rows of {len(groups)} labels"
         )
     rows = sorted(row for group in groups.values() for row in group[:shots])
@@ -1307,35 +1303,36 @@ def pick_shots(labels: Sequence[str] | None, count: int, shots: int, seed: int, 
 
 
 def balanced(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> list[int]:
-    """`shots` rows in all, mixed; the labels' numbers differ by one at most. Fewer of the same seed are among more.
+    """Pick `shots` rows in all, shuffled, with numbers of labels that differ by at most one.
+
+    A larger number includes a smaller one's rows.
 
     Raises:
-        ConfigError: there are not as many rows, or not as many of a label.
+        ConfigError: there are too few rows, or too few of a label.
     """
     rng = random.Random(seed)
     order = rng.sample(range(count), count)
     if shots > count:
-        raise ConfigError(f"{setting}: {shots} shots are asked for, and there are {count} rows to take them from")
+        raise ConfigError(f"{setting}: asks for {shots} shots, and there are {count} rows")
     if labels is None:
         return order[:shots]
     groups = grouped(labels, order)
-    # Which label has one more than another is left to the seed.
+    # The seed decides which labels have one row more.
     turns = rng.sample(sorted(groups), len(groups))
     wanted = {name: len(range(i, shots, len(turns))) for i, name in enumerate(turns)}
     short = [f"{len(groups[name])} of {name!r}" for name, most in wanted.items() if len(groups[name]) < most]
     if short:
         raise ConfigError(
-            f"{setting}: {shots} shots of {len(turns)} labels are asked for, and there are only {', '.join(short)} to "
-            "take them from"
+            f"{setting}: asks for {shots} shots of {len(turns)} labels, and there are only {', '.join(short)}"
         )
     chosen = [groups[turns[i % len(turns)]][i // len(turns)] for i in range(shots)]
-    # The labels must not take turns: a model would see the pattern and go on with it.
+    # Shuffled, or a model would continue the pattern of labels.
     rng.shuffle(chosen)
     return chosen
 
 
 def grouped(labels: Sequence[str], order: Sequence[int]) -> dict[str, list[int]]:
-    """The rows of each label, in `order`; labels in alphabetical order."""
+    """Return the rows of each label, in `order`; labels in alphabetical order."""
     groups: dict[str, list[int]] = {name: [] for name in sorted(set(labels))}
     for row in order:
         groups[labels[row]].append(row)

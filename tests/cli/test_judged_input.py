@@ -73,7 +73,7 @@ def test_pairs_that_are_refused(
 def test_one_answer_can_not_be_rated(judged: Write, refused: Refused) -> None:
     rows = [{"prompt": "q", "completions": ["a"], "ratings": [3]}]
     recipe = judged("reward", rows, **{"data.format": "ratings"})
-    assert "pairs.jsonl:1: completions has one answer; expected two or more" in refused(1, "train", recipe)
+    assert "pairs.jsonl:1: completions has one entry; expected two or more" in refused(1, "train", recipe)
 
 
 def test_ties_where_the_loss_has_none(judged: Write, refused: Refused, mlxft: Callable[..., Any]) -> None:
@@ -111,10 +111,7 @@ def test_what_is_too_long_is_left_out_and_never_cut(
 def test_answers_of_one_length_are_suspicious(judged: Write, mlxft: Callable[..., Any]) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "the", "rejected": "on"} for i in range(4)]
     for objective in ("reward", "preference"):
-        assert (
-            "every answer has 2 tokens: were they cut before they came here?"
-            in mlxft("check", judged(objective, rows)).out
-        )
+        assert "every completion has 2 tokens: were they cut before?" in mlxft("check", judged(objective, rows)).out
 
 
 def test_runs_of_the_wrong_kind(judged: Write, refused: Refused, mlxft: Callable[..., Any], tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_rows_that_do_not_fit_may_be_left_out(write: Command, mlxft: Command, re
     said = refused(1, "check", recipe)
     assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in said
     assert "hh.jsonl:3: text contains half of a character" in said
-    note = "2 rows are left out (data.invalid: drop), the first of them: hh.jsonl:1: chosen[0] and rejected[0] differ"
+    note = "2 rows are left out (data.invalid: drop), the first: hh.jsonl:1: chosen[0] and rejected[0] differ"
     for command in ("check", "train"):
         done = mlxft(command, recipe, "data.invalid=drop")
         assert (done.code, done.out.count(note)) == (0, 1)

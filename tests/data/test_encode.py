@@ -195,7 +195,7 @@ def test_template_that_refuses(tokenizer: Make) -> None:
 def test_conversation_needs_a_template(tokenizer: Make) -> None:
     with pytest.raises(DataError, match=r"a:7: a conversation needs a chat template.*data\.format: text"):
         encode(TWO, tokenizer("none"), "a:7", "assistant")
-    with pytest.raises(ConfigError, match="can not be encoded without its chat template"):
+    with pytest.raises(ConfigError, match="cannot be encoded without its chat template"):
         encode(TWO, tokenizer("chatml"), "a:7", "assistant", chat=False)
 
 
@@ -236,7 +236,7 @@ def test_text_is_trained_whole(tokenizer: Make) -> None:
 
 
 def test_prompts_have_nothing_to_train(tokenizer: Make) -> None:
-    with pytest.raises(ConfigError, match="no answers to train on"):
+    with pytest.raises(ConfigError, match="are not for supervised"):
         encode(Prompt("Once", {}), tokenizer("chatml"), "x", "assistant")
 
 
@@ -273,7 +273,7 @@ def test_prompt_as_a_model_is_asked(tokenizer: Make) -> None:
     assert text("hi", system="be kind") == "<|im_start|>system\nbe kind<|im_end|>\n" + tail
     assert text([{"role": "user", "content": "hi"}]) == tail
     assert text("hi", chat=False) == "hi"
-    with pytest.raises(ConfigError, match="one of their own"):
+    with pytest.raises(ConfigError, match="start with their own"):
         text([{"role": "system", "content": "a"}], system="b")
     plain = tokenizer("none")
     assert encode_prompt("hi", plain) == plain.encode("hi")

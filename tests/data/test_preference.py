@@ -100,7 +100,7 @@ TEXTS = {"prompt": "x", "chosen": "a", "rejected": "b"}
     ("row", "text"),
     [
         ({"prompt": "x", "chosen": "a"}, "no field 'rejected'; the row has prompt, chosen"),
-        ({"chosen": "a", "rejected": "b"}, "no field 'prompt', and the answers are texts"),
+        ({"chosen": "a", "rejected": "b"}, "no field 'prompt', and the completions are texts"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "no field 'prompt', and chosen has one message only"),
         ({**TEXTS, "rejected": "a"}, "chosen and rejected are the same; expected a difference"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "chosen and rejected are the same"),
@@ -109,8 +109,8 @@ TEXTS = {"prompt": "x", "chosen": "a", "rejected": "b"}
         ({**TEXTS, "prompt": ""}, "prompt is empty"),
         ({**TEXTS, "prompt": 3}, "prompt is a number; expected a string or a list of messages"),
         ({**TEXTS, "chosen": 3}, "chosen is a number; expected text, a message or a list of messages"),
-        ({**TEXTS, "chosen": [USER, GOOD]}, "chosen answers another prompt"),
-        ({**TEXTS, "chosen": [GOOD]}, "rejected is a string, and the other answer is messages"),
+        ({**TEXTS, "chosen": [USER, GOOD]}, "chosen is for another prompt"),
+        ({**TEXTS, "chosen": [GOOD]}, "rejected is a string, and the other completion is messages"),
         ({"chosen": [USER, GOOD], "rejected": [MORE, BAD]}, "chosen[0] and rejected[0] differ before the last turn"),
         (
             {"chosen": [USER, BAD, MORE, GOOD], "rejected": [USER, BAD]},
@@ -185,14 +185,17 @@ def test_answers_that_are_rated_may_be_messages(prompt: Any, answers: list[Any])
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        ({"prompt": "x", "answers": ["a"], "ratings": [1]}, "answers has one answer; expected two or more"),
+        ({"prompt": "x", "answers": ["a"], "ratings": [1]}, "answers has one entry; expected two or more"),
         ({**RATED, "ratings": [1, 2]}, "ratings has 2 numbers for 3 answers"),
         ({**RATED, "ratings": [1, 2, None]}, "ratings[2] is None; expected a finite number"),
         ({**RATED, "ratings": [1, 2, float("nan")]}, "ratings[2] is nan"),
         ({**RATED, "ranking": [1, 2, 3]}, "ranking is [1, 2, 3]; expected each index from 0 to 2 once"),
         ({**RATED, "answers": ["a", "", "c"], "ratings": [1, 2, 3]}, "answers[1] is empty"),
-        ({**RATED, "answers": ["a", GOOD, "c"], "ratings": [1, 2, 3]}, "answers[0] is a string, and the other answer"),
-        ({**RATED, "answers": [GOOD, [MORE, BAD], BAD], "ratings": [1, 2, 3]}, "answers[1] answers another prompt"),
+        (
+            {**RATED, "answers": ["a", GOOD, "c"], "ratings": [1, 2, 3]},
+            "answers[0] is a string, and the other completion",
+        ),
+        ({**RATED, "answers": [GOOD, [MORE, BAD], BAD], "ratings": [1, 2, 3]}, "answers[1] is for another prompt"),
         ({**RATED, "answers": ["a", "b", "a"], "ratings": [1, 2, 3]}, "answers[0] and answers[2] are the same text"),
         ({**RATED, "ratings": [1, 2, 3], "scores": [1, 2, 3]}, "the row has ratings and scores; expected one of them"),
         (RATED, "no field 'ratings' or 'scores' or 'ranking'; the row has prompt, answers"),
@@ -212,7 +215,7 @@ def test_unpaired() -> None:
         "unpaired", {"prompt": "x", "completion": "a", "label": "good"}
     )
     assert "completion is empty" in refusal("unpaired", {"prompt": "x", "completion": " ", "label": True})
-    assert "completion answers another prompt" in refusal(
+    assert "completion is for another prompt" in refusal(
         "unpaired", {"prompt": "x", "completion": [USER, GOOD], "label": True}
     )
 
@@ -279,9 +282,9 @@ def test_texts_are_turns_where_there_is_a_template(tokenizer: Make) -> None:
         (pair,) = pairs(texts, tok=tok, **options).rows
         assert tok.decode(pair.prompt_ids).removeprefix("<|bos|>") == "Hello?"
         assert [tok.decode(ids) for ids in (pair.chosen_ids, pair.rejected_ids)] == ["Good day.<|eos|>", "Bah.<|eos|>"]
-    with pytest.raises(DataError, match=r"a:1: a conversation needs a chat template.*judged prompt.*may be texts"):
+    with pytest.raises(DataError, match=r"a:1: a conversation needs a chat template.*of a pair may be texts"):
         pairs(PAIR, tok=raw)
-    with pytest.raises(ConfigError, match=r"a:1: .*set data\.template: auto, or write prompt and answers as texts"):
+    with pytest.raises(ConfigError, match=r"a:1: .*set data\.template: auto, or write prompt and completions as texts"):
         pairs(PAIR, tok=chat, chat=False)
 
 
@@ -315,7 +318,7 @@ def test_too_long_is_refused_or_dropped_but_never_cut(tokenizer: Make) -> None:
     assert (kept.counts.dropped, kept.counts.tokens, kept.counts.response_tokens) == (2, 11, 9)
     assert "2 pairs were longer than data.max_length and are left out" in kept.counts.notes()
     for cut in ("truncate", "split"):
-        with pytest.raises(ConfigError, match="expected error or drop for judged answers: an answer that is cut"):
+        with pytest.raises(ConfigError, match="expected error or drop for pairs and labels: a completion that is cut"):
             pairs(*items, tok=tok, overflow=cut)
     with pytest.raises(DataError, match="no row is left"):
         pairs(*items, tok=tok, max_length=3, overflow="drop")
@@ -341,14 +344,15 @@ def test_length_bias_is_reported(tokenizer: Make) -> None:
     even = pairs(text_pair(3, 4), text_pair(4, 3), text_pair(4, 4), text_pair(9, 1, tie=True), tok=tok).counts
     assert (even.chosen_longer, even.ties, even.one_length) == (0.5, 1, None)
     assert even.notes() == ["1 pairs are ties"]
+    warning = "of the pairs: the model may only learn length"
     longer = pairs(*[text_pair(5, 4)] * 19, text_pair(4, 5), tok=tok).counts
     assert longer.chosen_longer == pytest.approx(0.95)
-    assert longer.notes() == ["the chosen answer is the longer one in 95% of the pairs: length may be all it learns"]
+    assert longer.notes() == [f"the chosen completion is the longer one in 95% {warning}"]
     shorter = pairs(*[text_pair(4, 5)] * 10, tok=tok).counts
-    assert shorter.notes() == ["the chosen answer is the shorter one in 100% of the pairs: length may be all it learns"]
+    assert shorter.notes() == [f"the chosen completion is the shorter one in 100% {warning}"]
     same = pairs(text_pair(4, 4), text_pair(4, 4), tok=tok).counts
     assert (same.one_length, same.chosen_longer) == (5, 0.5)
-    assert same.notes() == ["every answer has 5 tokens: were they cut before they came here?"]
+    assert same.notes() == ["every completion has 5 tokens: were they cut before?"]
 
 
 def test_labelled_answers(tokenizer: Make) -> None:
@@ -361,11 +365,11 @@ def test_labelled_answers(tokenizer: Make) -> None:
         ("e<|eos|>", False, "a:3"),
     ]
     assert (kept.counts.dropped, kept.counts.tokens, kept.counts.pairs) == (1, 10, 2)
-    with pytest.raises(ConfigError, match="a:1: not a pair of answers; use"):
+    with pytest.raises(ConfigError, match="a:1: not a pair; use"):
         encode_pairs(examples, tok, max_length=10, overflow="drop")
-    with pytest.raises(ConfigError, match="a:1: not an answer with a label"):
+    with pytest.raises(ConfigError, match="a:1: not a completion with a label"):
         encode_labelled([Example("a:1", PAIR)], tok, max_length=10, overflow="drop")
-    with pytest.raises(ConfigError, match="no answers to train on"):
+    with pytest.raises(ConfigError, match="are not for supervised"):
         encode(PAIR, tok, "a:1", "last")
 
 

@@ -162,7 +162,7 @@ def test_a_transcript_is_its_turns() -> None:
     assert one("preference", twice).prompt[0]["content"] == "How far is Ulm?\n\nWell?"
     other = {**row, "rejected": row["rejected"].replace("Far.", "Near.")}
     assert "chosen[1] and rejected[1] differ before the last turn" in refusal("preference", other)
-    assert "chosen and rejected differ before the last answer" in refusal("preference", other, chat=False)
+    assert "chosen and rejected differ before the last turn" in refusal("preference", other, chat=False)
     assert "no field 'prompt'" in refusal("preference", {**row, "rejected": "No."}), "one transcript is no pair"
 
 
@@ -264,7 +264,7 @@ def test_rows_of_one_response_each_are_one_for_each_prompt() -> None:
     assert [example.where for example in found] == ["a.jsonl:1", "a.jsonl:3"]
     assert found[0].item == Ranked((TEXTS,))
     assert columns.notes() == ["columns not used: verbosity"]
-    with pytest.raises(DataError, match=r"^a\.jsonl:3: answers has one answer; expected two or more to compare$"):
+    with pytest.raises(DataError, match=r"^a\.jsonl:3: answers has one entry; expected two or more to compare$"):
         convert(rows[:3], "ratings", {"ratings": "helpfulness"})
     way = r"the row has prompt, response, helpfulness, verbosity; where a row has one response, name what rates it"
     with pytest.raises(DataError, match=rf"no field 'answers' or 'completions' and no 'ratings'.*{way}"):
