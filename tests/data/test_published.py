@@ -266,7 +266,7 @@ def test_rows_of_one_response_each_are_one_for_each_prompt() -> None:
     assert columns.notes() == ["columns not used: verbosity"]
     with pytest.raises(DataError, match=r"^a\.jsonl:3: answers has one entry; expected two or more to compare$"):
         convert(rows[:3], "ratings", {"ratings": "helpfulness"})
-    way = r"the row has prompt, response, helpfulness, verbosity; where a row has one response, name what rates it"
+    way = r"the row has prompt, response, helpfulness, verbosity; where a row has one response, name its rating"
     with pytest.raises(DataError, match=rf"no field 'answers' or 'completions' and no 'ratings'.*{way}"):
         convert(rows, "ratings")
     with pytest.raises(ConfigError, match=r"data\.fields\.ratings is 'helpfullness'.*did you mean helpfulness"):
