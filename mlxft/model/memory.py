@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -20,30 +19,20 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlxft.device import Backend, backend, planned_backend
 from mlxft.errors import ModelError
-from mlxft.model.cpu import quicker
+from mlxft.model.cpu import patched, quicker
 from mlxft.model.layers import LEAVES, aside, probing
 from mlxft.model.logits import Packing, Split, chunk_size, hidden_logprobs, hidden_nll, rows_logprobs_entropy, rows_nll
 from mlxft.model.prefix import Completions, Rows, ScoredRows, Sharing
 from mlxft.model.sampling import PREFILL, takes_rows
 
 # --- fused ------------------------------------------------------------------------------------------------------------
-# Stand-ins for what a GPU computes in one kernel, so that a step's graph can be had and planned on any machine.
+# Stand-ins for what a GPU computes in one kernel, so that a step can be traced and planned on any machine.
 #
-# MLX's exporter does not know the gradients of these kernels, and on a CPU they are many operations. A stand-in
-# computes something else of the same shapes: what it keeps for its gradient, and what it makes, is as much as the
-# kernel's.
+# MLX's exporter does not know the gradients of these kernels, and a CPU computes them by many operations. A stand-in
+# computes something else, but its output and what it keeps for the gradient are as large as the kernel's.
 
-HEADS = (64, 72, 80, 96, 128, 192, 256)  # widths of the heads whose attention is fused for a gradient too (MLX 0.32)
-CUDA_TOKENS = 128  # there only for a multiple of so many queries
-
-
-def _sum(x: mx.array) -> mx.array:
-    """(B, H, T, D) -> (B, H, 1, 1), which needs x for its gradient."""
-    return mx.square(x).sum(axis=(-2, -1), keepdims=True)
-
-
-def _as_wide(x: mx.array, width: int) -> mx.array:
-    return x[..., :width] if width <= x.shape[-1] else mx.concatenate([x] * -(-width // x.shape[-1]), -1)[..., :width]
+HEADS = (64, 72, 80, 96, 128, 192, 256)  # head widths with a fused attention kernel for training (MLX 0.32)
+CUDA_TOKENS = 128  # on CUDA, the number of queries must also be a multiple of this
 
 
 def plain_attention(
@@ -56,7 +45,7 @@ def plain_attention(
     sinks: mx.array | None = None,
     **other: Any,
 ) -> mx.array:
-    """Attention in the operations that MLX takes where it has no kernel for it; arguments as of mx.fast's."""
+    """Compute attention by the operations that MLX uses where it has no kernel; arguments as of mx.fast's function."""
     dtype = mx.result_type(q, k, v)
     q, k, v = q.astype(dtype) * mx.array(scale, dtype), k.astype(dtype), v.astype(dtype)
     groups, repeats = k.shape[1], q.shape[1] // k.shape[1]
@@ -64,7 +53,7 @@ def plain_attention(
     if isinstance(mask, mx.array):
         mask = mx.broadcast_to(mask, (*q.shape[:3], keys))
         mask = mask if repeats == 1 else mx.unflatten(mask, 1, (groups, repeats))
-    elif mask is not None:  # "causal" is the only one that there is
+    elif mask is not None:  # "causal", the only mask with a name
         mask = mx.arange(keys - queries, keys)[:, None] >= mx.arange(keys)[None]
     if repeats > 1:
         q, k, v = mx.unflatten(q, 1, (groups, repeats)), mx.expand_dims(k, 2), mx.expand_dims(v, 2)
@@ -72,7 +61,7 @@ def plain_attention(
     if mask is not None:
         hidden = mx.array(mx.finfo(dtype).min, dtype)
         scores = mx.where(mask, scores, hidden) if mask.dtype == mx.bool_ else scores + mask.astype(dtype)
-    if sinks is not None:  # one more column, seen by all
+    if sinks is not None:  # one more column, which every query sees
         column = mx.expand_dims(sinks.astype(dtype), (0, 2, 3))
         column = column if repeats == 1 else mx.unflatten(column, 1, (groups, repeats))
         scores = mx.concatenate([mx.broadcast_to(column, (*scores.shape[:-1], 1)), scores], axis=-1)
@@ -82,20 +71,27 @@ def plain_attention(
 
 
 def _attention(kind: Backend, plain: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return a stand-in for this backend's attention kernel; it calls `plain` where the backend has no kernel."""
+
+    def sum_of_squares(x: mx.array) -> mx.array:  # (B, H, T, D) -> (B, H, 1, 1); its gradient needs x
+        return mx.square(x).sum(axis=(-2, -1), keepdims=True)
+
     def attention(
         q: mx.array, k: mx.array, v: mx.array, *, mask: Any = None, sinks: Any = None, **how: Any
     ) -> mx.array:
         fused = sinks is None and not isinstance(mask, mx.array) and {q.shape[-1], v.shape[-1]} <= set(HEADS)
         if not fused or (kind == "cuda" and q.shape[2] % CUDA_TOKENS):
             return plain(q, k, v, mask=mask, sinks=sinks, **how)
-        factor = mx.repeat(_sum(k) * _sum(v), q.shape[1] // k.shape[1], axis=1)
-        return mx.exp(_as_wide(q, v.shape[-1]) * factor)  # whose gradient needs the output, as the kernel's does
+        factor = mx.repeat(sum_of_squares(k) * sum_of_squares(v), q.shape[1] // k.shape[1], axis=1)
+        width = v.shape[-1]
+        wide = q if width <= q.shape[-1] else mx.concatenate([q] * -(-width // q.shape[-1]), -1)
+        return mx.exp(wide[..., :width] * factor)  # its gradient needs the output, as the kernel's does
 
     return attention
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array, **other: Any) -> mx.array:
-    return mx.logsumexp(logits, axis=-1).astype(mx.float32)  # its gradient is as large as the logits, and of their type
+    return mx.logsumexp(logits, axis=-1).astype(mx.float32)  # its gradient has the logits' shape and type
 
 
 def _plain_cross_entropy(logits: mx.array, targets: mx.array, **other: Any) -> mx.array:
@@ -119,12 +115,11 @@ def _gated_delta(
     return [y, state * y.sum()]
 
 
-@contextmanager
-def fused_on(kind: Backend) -> Iterator[None]:
-    """Inside the block `mx.fast` stands for the kernels of this backend; nothing changes for a CPU's own."""
+def fused_on(kind: Backend) -> AbstractContextManager[None]:
+    """Replace the functions of `mx.fast` by stand-ins for this backend's kernels inside the block."""
     theirs: dict[str, Callable[..., Any]] = {}
     if kind != "cpu":
-        # What this machine has a kernel for is not what another has: where that has none, it is operations.
+        # Another backend may lack a kernel that this machine has: it then computes plain operations.
         plain = mx.fast.scaled_dot_product_attention if kind == backend() else plain_attention
         theirs["scaled_dot_product_attention"] = _attention(kind, plain)
         theirs["cross_entropy"] = _cross_entropy
@@ -133,31 +128,24 @@ def fused_on(kind: Backend) -> Iterator[None]:
         theirs["cross_entropy"] = _plain_cross_entropy
     if kind == "metal":
         theirs["gated_delta_update"] = _gated_delta
-    before = {name: getattr(mx.fast, name) for name in theirs}
-    for name, stand_in in theirs.items():
-        setattr(mx.fast, name, stand_in)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(mx.fast, name, function)
+    return patched((mx.fast, name, function) for name, function in theirs.items())
 
 
 # --- trace ------------------------------------------------------------------------------------------------------------
-# What a step of training would hold in memory, found from its graph and never run.
+# What a training step would hold in memory, computed from its graph without running it.
 #
-# MLX is lazy: a model whose weights were never read can be called, differentiated, and its graph exported, with the
+# MLX is lazy: a model whose weights were never read can be called and differentiated, and its graph exported with the
 # shape of every array. `Graph.peak` walks that graph in the order in which MLX evaluates it and counts bytes: buffers
-# that views share, inputs whose memory becomes an output's, copies that an operation makes of strided inputs.
+# that views share, inputs whose memory an output reuses, copies that an operation makes of strided inputs.
 
-# How far MLX runs ahead of a CPU: 10 tasks of 10 pieces of work each; an operation is two, a view one.
+# How far MLX runs ahead of a CPU: 10 tasks of 10 pieces of work each; an operation counts as two, a view as one.
 QUEUE, TASK = 100, 10
-WIDTH = 20  # MLX_BFS_MAX_WIDTH: how far MLX goes in breadth when it orders a graph
-# No array holds data here: shapes and strides only, in elements, over this one byte.
+WIDTH = 20  # MLX_BFS_MAX_WIDTH: most operations that MLX queues breadth first when it orders a graph
+# Arrays here have shapes and strides only, in elements, over this one byte.
 _BYTE: npt.NDArray[np.uint8] = np.zeros(1, np.uint8)
 
 _VIEWS = ("StopGradient", "CustomTransforms", "Depends", "Copy", "AsStrided", "View")
-# May put their result where an input was that nobody else needs.
+# These may write their result into an input that nothing else needs.
 _UNARY = {
     *("Abs", "AsType", "Cos", "Erf", "Exp", "Expm1", "Log", "Log1p", "LogicalNot", "Negative", "Round", "Rsqrt"),
     *("Sigmoid", "Sign", "Sin", "Softmax", "Sqrt", "Square", "Tanh"),
@@ -173,7 +161,7 @@ _UPDATES = {"Scatter", "ScatterAxis", "SliceUpdate", "DynamicSliceUpdate"}
 
 @dataclass
 class Op:
-    """One operation of a graph."""
+    """An operation of a graph."""
 
     name: str
     inputs: list[str]
@@ -181,8 +169,8 @@ class Op:
     arguments: list[Any]
 
     def shares(self, out: str) -> int:
-        """Which input an output is a view of, if it is one."""
-        if self.name == "CustomTransforms":  # its inputs are arguments, and then what they became
+        """Return the index of the input that an output is a view of, if it is a view."""
+        if self.name == "CustomTransforms":  # its inputs are the arguments, then the outputs
             return len(self.inputs) - len(self.outputs) + self.outputs.index(out)
         return self.outputs.index(out) if self.name == "Depends" else 0
 
@@ -197,13 +185,7 @@ class _Array:
 
 @dataclass
 class Graph:
-    """Operations with the shapes of all arrays.
-
-    Attributes:
-        inputs: names of the arguments, in order.
-        outputs: names of the results.
-        sizes: name -> (shape, bytes of an item).
-    """
+    """Operations with the names of arguments and results; `sizes` maps each array to (shape, bytes of an item)."""
 
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
@@ -211,7 +193,7 @@ class Graph:
     sizes: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
     def receive(self, item: dict[str, Any]) -> None:
-        """Take one item of `mx.export_function`'s callback."""
+        """Take one item from `mx.export_function`'s callback."""
         kind = item["type"]
         if kind == "inputs":
             self.inputs = self._names(item["inputs"])
@@ -231,70 +213,67 @@ class Graph:
             names.append(name)
         return names
 
-    def nbytes(self, names: Iterable[str]) -> int:
-        """Bytes of arrays."""
-        return sum(math.prod(self.sizes[n][0]) * self.sizes[n][1] for n in names)
-
     def read(self) -> set[str]:
-        """The inputs that the outputs depend on."""
+        """Return the inputs that the outputs depend on; the graph is `pruned`."""
         used = {n for op in self.ops for n in op.inputs} | set(self.outputs)
         return {n for n in self.inputs if n in used}
 
+    @property
+    def makers(self) -> dict[str, Op]:
+        """The operation that makes each array."""
+        return {out: op for op in self.ops for out in op.outputs}
+
     def peak(self, ahead: bool = False) -> int:
-        """Most bytes that exist at one time beside the inputs.
+        """Return the most bytes that exist at one time, without the inputs.
 
         Args:
-            ahead: as MLX works while memory lasts on a CPU: it prepares operations before those in front are done, and
-                holds their buffers as long. Else each waits for the one before, as where memory is short.
+            ahead: count as MLX works on a CPU with memory to spare: it prepares operations before the earlier ones are
+                done, and holds their buffers as long. Otherwise each waits for the one before, as when memory is short.
         """
         return _Run(self, QUEUE if ahead and planned_backend() == "cpu" else 0).peak
 
     def pruned(self) -> Graph:
-        """Without what the outputs do not depend on."""
-        maker = {out: op for op in self.ops for out in op.outputs}
-        found, names = dict[int, Op](), list(self.outputs)
+        """Return the graph without operations that no output depends on."""
+        makers, found, names = self.makers, dict[int, Op](), list(self.outputs)
         while names:
-            op = maker.get(names.pop())
+            op = makers.get(names.pop())
             if op is not None and id(op) not in found:
                 found[id(op)] = op
                 names += op.inputs
-        return Graph(self.inputs, self.outputs, [op for op in self.ops if id(op) in found], self.sizes)
+        return replace(self, ops=[op for op in self.ops if id(op) in found])
 
     def as_run(self) -> Graph:
-        """As MLX builds it: the exporter makes arrays of one value once that are alike, and knows no `mx.depends`."""
+        """Return the graph as MLX builds it: the exporter merges equal constant arrays, and drops `mx.depends`."""
         users = defaultdict[str, list[Op]](list)
         for op in self.ops:
             for name in op.inputs:
                 users[name].append(op)
-        made = {out: op for op in self.ops for out in op.outputs}
-        waits = dict[int, tuple[str, str]]()  # id of an Add -> what waits, and for what
+        makers = self.makers
+        waits = dict[int, list[str]]()  # id of an Add -> what waits, and for what
         for mark in (op for op in self.ops if op.name == _MARK):
-            awaited, reached = made[mark.inputs[0]].inputs[0], [mark.outputs[0]]
+            awaited, reached = makers[mark.inputs[0]].inputs[0], [mark.outputs[0]]
             while reached:
                 name = reached.pop()
                 for op in users[name]:
                     if op.name == "Add":
-                        waits[id(op)] = next(n for n in op.inputs if n != name), awaited
+                        waits[id(op)] = [next(n for n in op.inputs if n != name), awaited]
                     else:
                         reached += op.outputs
         ops = list[Op]()
         for op in self.ops:
-            name, inputs = op.name, list(op.inputs)
-            if id(op) in waits:
-                name, inputs = "Depends", list(waits[id(op)])
+            inputs = list(waits.get(id(op), op.inputs))
             for i, source in enumerate(inputs):
-                if source in made and made[source].name == "Full":
+                if source in makers and makers[source].name == "Full":
                     inputs[i] = f"{source} of {op.outputs[0]}"
                     self.sizes[inputs[i]] = self.sizes[source]
-                    ops.append(Op("Full", made[source].inputs, [inputs[i]], made[source].arguments))
-            ops.append(Op(name, inputs, op.outputs, op.arguments))
-        return Graph(self.inputs, self.outputs, ops, self.sizes)
+                    ops.append(replace(makers[source], outputs=[inputs[i]]))
+            ops.append(replace(op, name="Depends" if id(op) in waits else op.name, inputs=inputs))
+        return replace(self, ops=ops)
 
     def order(self) -> list[Op]:
-        """The operations as MLX evaluates them: breadth first from the outputs up to a width, then turned round."""
-        maker = {out: op for op in self.ops for out in op.outputs}
-        root = Op("", self.outputs, [], [])
-        waits = Counter(id(maker[n]) for op in [*self.ops, root] for n in op.inputs if n in maker)
+        """Return the operations in MLX's order: breadth first from the outputs up to a width, then reversed."""
+        makers, root = self.makers, Op("", self.outputs, [], [])
+        waits = Counter(id(makers[n]) for op in [*self.ops, root] for n in op.inputs if n in makers)
         tape, stack = [root], list[tuple[Op, int]]()
         at = 0
         while at < len(tape) or stack:
@@ -304,34 +283,32 @@ class Graph:
             else:
                 op, begin = stack.pop()
             for j in range(begin, len(op.inputs)):
-                made_by = maker.get(op.inputs[j])
-                if made_by is None:
+                maker = makers.get(op.inputs[j])
+                if maker is None:
                     continue
                 if len(tape) - at >= WIDTH:
                     stack.append((op, j))
                     break
-                waits[id(made_by)] -= 1
-                if not waits[id(made_by)]:
-                    tape.append(made_by)
+                waits[id(maker)] -= 1
+                if not waits[id(maker)]:
+                    tape.append(maker)
         assert len(tape) == len(self.ops) + 1, "operations that no output depends on"
         return tape[:0:-1]
 
 
 class _Run:
-    """A graph's evaluation, counted and not carried out."""
+    """A simulated evaluation of a graph that counts bytes."""
 
     def __init__(self, graph: Graph, queue: int) -> None:
-        self.graph, self.now, self.peak = graph, 0, 0
-        self.queue, self.given = queue, 0
-        self.waiting: deque[tuple[int, set[int]]] = deque()  # work given so far, and the buffers it holds
+        self.graph, self.queue, self.given = graph, queue, 0
+        self.waiting: deque[tuple[int, set[int]]] = deque()  # work queued so far, and the buffers it holds
         self.users = Counter(n for op in graph.ops for n in op.inputs)
         self.arrays: dict[str, _Array] = {}
-        self.buffers: dict[int, list[int]] = {}  # buffer -> [bytes, arrays that share it]
+        self.buffers: list[list[int]] = []  # [bytes, arrays that share it] of each buffer
         self.kept = set(graph.outputs)
-        made = {n for op in graph.ops for n in op.outputs}
-        for name in graph.sizes:
-            if name not in made:
-                self._new(name, held=True)
+        self.now = self.peak = 0
+        for name in graph.sizes.keys() - graph.makers.keys():
+            self._add(name, held=True)
         self.now = self.peak = 0
         for op in graph.order():
             buffers = {self.arrays[name].buffer for name in op.inputs}
@@ -340,37 +317,29 @@ class _Run:
                 views = self._evaluate(op, out)
             self._hold(buffers - {self.arrays[out].buffer for out in op.outputs}, 1 if views else 2)
             for name in op.inputs:
-                self._release(name)
+                array = self.arrays[name]
+                array.users -= 1
+                if not array.users and not array.held:
+                    self._let_go(self.arrays.pop(name).buffer)
             for name in op.outputs:
                 if not self.users[name] and name not in self.kept:
-                    self._drop(name)
+                    self._let_go(self.arrays.pop(name).buffer)
 
-    def _new(self, name: str, held: bool = False, view: Any = None) -> None:
+    def _add(self, name: str, view: Any = None, shared: str = "", held: bool = False) -> None:
+        """Add an array, in a buffer of its own or in that of the array `shared`."""
         shape, item = self.graph.sizes[name]
-        buffer = len(self.buffers)
         view = _dense(shape) if view is None else view
-        size = _apart(view).size * item
-        self.buffers[buffer] = [size, 1]
-        self.arrays[name] = _Array(view, buffer, self.users[name], held or name in self.kept)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _share(self, name: str, other: str, view: Any) -> None:
-        buffer = self.arrays[other].buffer
+        buffer = self.arrays[shared].buffer if shared else len(self.buffers)
+        if not shared:
+            size = _apart(view).size * item
+            self.buffers.append([size, 0])
+            self.now += size
+            self.peak = max(self.peak, self.now)
         self.buffers[buffer][1] += 1
-        self.arrays[name] = _Array(view, buffer, self.users[name], name in self.kept)
-
-    def _release(self, name: str) -> None:
-        array = self.arrays[name]
-        array.users -= 1
-        if not array.users and not array.held:
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        self._let_go(self.arrays.pop(name).buffer)
+        self.arrays[name] = _Array(view, buffer, self.users[name], held or name in self.kept)
 
     def _donates(self, op: Op, name: str, out: str) -> bool:
-        """Whether the memory of an input that nobody else needs becomes the output's."""
+        """Return whether an output may reuse the memory of an input that nothing else needs."""
         array = self.arrays[name]
         alone = array.users == op.inputs.count(name) and not array.held and self.buffers[array.buffer][1] == 1
         shape, item = self.graph.sizes[out]
@@ -378,7 +347,7 @@ class _Run:
         return alone and fits and self.graph.sizes[name][1] == item and _is_dense(array.view)
 
     def _hold(self, buffers: set[int], work: int) -> None:
-        """Hold an operation's buffers until its work, and all before it, can be taken as done."""
+        """Hold an operation's buffers until its work, and everything queued before it, counts as done."""
         if not self.queue:
             return
         self.given += work
@@ -395,31 +364,28 @@ class _Run:
             self.now -= self.buffers[buffer][0]
 
     def _evaluate(self, op: Op, out: str) -> bool:
-        """Make one output. Returns whether it is a view."""
-        shape, _ = self.graph.sizes[out]
+        """Make one output, and return whether it is a view."""
         source = op.inputs[op.shares(out)] if op.inputs else ""
         first = self.arrays[source].view if source else _BYTE
-        if source and (view := _as_view(op, first, shape)) is not None:
-            self._share(out, source, view)
+        if source and (view := _as_view(op, first, self.graph.sizes[out][0])) is not None:
+            self._add(out, view, source)
             return True
         candidates = op.inputs[:1] if op.name in _UNARY | _UPDATES else op.inputs if op.name in _BINARY else []
         if op.name == "Select":
             candidates = op.inputs[1:]
         for name in candidates:
             if self._donates(op, name, out):
-                self._share(out, name, self.arrays[name].view)
+                self._add(out, self.arrays[name].view, name)
                 return False
         strided = self._strided_copies(op)
         self.now += strided
-        if op.name in _UNARY and _is_dense(_apart(first)):
-            self._new(out, view=first)  # in the order of its input, and as often the same
-        else:
-            self._new(out)
+        # A unary operation keeps the order of its input's elements, and a broadcast one's repetition.
+        self._add(out, first if op.name in _UNARY and _is_dense(_apart(first)) else None)
         self.now -= strided
         return False
 
     def _strided_copies(self, op: Op) -> int:
-        """Bytes that a matrix product copies, since it wants its last two dimensions dense."""
+        """Return the bytes that a matrix product copies, because it needs its last two dimensions dense."""
         if op.name not in ("Matmul", "QuantizedMatmul", "GatherMM", "GatherQMM", "AddMM"):
             return 0
         total = 0
@@ -434,20 +400,17 @@ class _Run:
 
 
 def _dense(shape: Sequence[int]) -> Any:
-    return _strided(shape, np.cumprod([1, *reversed(shape[1:])])[::-1] if shape else ())
-
-
-def _strided(shape: Sequence[int], strides: Any) -> Any:
+    strides = np.cumprod([1, *reversed(shape[1:])])[::-1] if shape else ()
     return np.lib.stride_tricks.as_strided(_BYTE, tuple(shape), tuple(int(s) for s in strides))
 
 
 def _apart(view: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """What a broadcast view repeats."""
+    """Return one copy of what a broadcast view repeats."""
     return view[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in view.strides)]
 
 
 def _is_dense(view: npt.NDArray[np.uint8]) -> bool:
-    """Whether the elements lie side by side, in whatever order."""
+    """Return whether the elements lie side by side, in any order."""
     expected = 1
     for stride, count in sorted((s, n) for s, n in zip(view.strides, view.shape) if n > 1):
         if stride != expected:
@@ -457,7 +420,7 @@ def _is_dense(view: npt.NDArray[np.uint8]) -> bool:
 
 
 def _as_view(op: Op, array: Any, shape: tuple[int, ...]) -> Any:
-    """The output where it is a view of the first input, else None."""
+    """Return the output if it is a view of the first input, otherwise None."""
     if op.name == "Broadcast":
         return np.broadcast_to(array, shape)
     if op.name == "Transpose":
@@ -467,7 +430,7 @@ def _as_view(op: Op, array: Any, shape: tuple[int, ...]) -> Any:
     if op.name in ("ExpandDims", "Squeeze", "Unflatten", "Flatten", "Reshape", *_VIEWS):
         try:
             return np.reshape(array, shape, copy=False)
-        except ValueError:  # the strides do not allow it: a copy
+        except ValueError:  # the strides do not allow it, so MLX copies
             return None
     if op.name == "Contiguous" and array.flags.c_contiguous:
         return array
@@ -475,17 +438,17 @@ def _as_view(op: Op, array: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _arrays_of(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where the model holds arrays, also those that are no parameters: (module, key)."""
+    """Return the places (module, key) of all arrays that the model holds, parameters or not."""
     return [(m, key) for _, m in model.named_modules() for key, value in m.items() if isinstance(value, mx.array)]
 
 
 def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.array]) -> tuple[Graph, list[str]]:
-    """The graph of `fun(*arguments)`, a list of arrays, with all arrays of the model as further inputs.
+    """Trace `fun(*arguments)`, which returns a list of arrays; every array of the model is a further input.
 
     Returns:
-        The graph, and the inputs that are `arguments`.
+        The graph, and the names of its inputs that are `arguments`.
     Raises:
-        ModelError: the graph can not be had.
+        ModelError: the function cannot be exported.
     """
     slots = _arrays_of(model)
     values = [module[key] for module, key in slots]
@@ -499,30 +462,25 @@ def trace(model: nn.Module, fun: Callable[..., Any], arguments: Sequence[mx.arra
         return fun(*given[: len(arguments)])
 
     graph = Graph()
+    trained = {v.size for _, v in tree_flatten(model.trainable_parameters())}
     try:
-        # Aside: a dropout would leave its tracer in the random state.
-        with (
-            aside(),
-            quicker(model),
-            fused_on(planned_backend()),
-            _exportable({v.size for _, v in tree_flatten(model.trainable_parameters())}),
-        ):
+        # Aside, because a dropout would leave its tracer in the random state.
+        with aside(), quicker(model), fused_on(planned_backend()), _exportable(trained):
             mx.export_function(graph.receive, whole, *arguments, *values)
     except (ValueError, RuntimeError) as error:
-        raise ModelError(f"memory can not be predicted for this architecture: {error}") from error
+        raise ModelError(f"memory cannot be predicted for this architecture: {error}") from error
     finally:
         put(values)
     return graph.as_run().pruned(), graph.inputs[: len(arguments)]
 
 
-@contextmanager
-def _exportable(trained: set[int]) -> Iterator[None]:
-    """Stand-ins for what can not be exported, of the same shapes and dependencies.
+def _exportable(trained: set[int]) -> AbstractContextManager[None]:
+    """Replace functions that cannot be exported by stand-ins with the same shapes and dependencies.
 
     Args:
         trained: sizes of the trained parameters.
     """
-    depends, gather_mm = mx.depends, mx.gather_mm
+    gather_mm = mx.gather_mm
 
     def after(arrays: Sequence[mx.array], others: Sequence[mx.array]) -> list[mx.array]:
         for other in others:
@@ -531,7 +489,7 @@ def _exportable(trained: set[int]) -> Iterator[None]:
         return list(arrays)
 
     def product(a: mx.array, b: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        # With sorted indices, the gradient of the experts' weights is a product by segments, which has no export.
+        # With sorted indices, the gradient of the experts' weights is a segmented product, which cannot be exported.
         if not kwargs.get("sorted_indices") or b.size not in trained:
             return gather_mm(a, b, *args, **kwargs)
         out = gather_mm(a, mx.stop_gradient(b), *args, **kwargs)
@@ -539,35 +497,31 @@ def _exportable(trained: set[int]) -> Iterator[None]:
         dense = mx.stop_gradient(a).reshape(-1, a.shape[-1]) @ (b * one).sum(axis=0)
         return out + (dense.reshape(out.shape) if dense.size == out.size else dense.mean())
 
-    mx.depends, mx.gather_mm = after, product  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        mx.depends, mx.gather_mm = depends, gather_mm
+    return patched([(mx, "depends", after), (mx, "gather_mm", product)])
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
 # The graph of checkpointed blocks.
 #
-# `mx.checkpoint` can not be exported. So blocks are traced one by one, forward and backward; in the model's graph a
-# stand-in takes their place, and then their graphs are put where it stands, as MLX builds them: the forward pass
-# keeps its arguments only, and the backward pass begins with computing it again.
+# `mx.checkpoint` cannot be exported. So blocks are traced one by one, forward and backward; in the model's graph a
+# stand-in takes their place, which is then replaced by their graphs, as MLX builds them: the forward pass keeps its
+# arguments only, and the backward pass begins by computing it again.
 
 
 @dataclass
 class _Call:
-    """One block as the model calls it."""
+    """A block as the model calls it."""
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def arrays(self) -> dict[str, mx.array]:
-        """Key -> array among the arguments and in their tuples; the hidden states are "0"."""
+        """Return the arrays among the arguments and in their tuples by key; the hidden states are "0"."""
         return {k: a for k, a in self._all() if isinstance(a, mx.array)}
 
     def signature(self) -> tuple[Any, ...]:
-        """The same for calls whose graphs are alike."""
+        """Return a key that is the same for calls with the same graph."""
         arrays = tuple((k, a.shape, a.dtype) for k, a in self.arrays().items())
         other = tuple((k, repr(a)) for k, a in self._all() if not isinstance(a, mx.array))
         trained = tuple(n for n, _ in tree_flatten(self.layer.trainable_parameters()))
@@ -575,12 +529,12 @@ class _Call:
         return (type(self.layer), arrays, other, trained, held)
 
     def run(self, arrays: dict[str, mx.array]) -> mx.array:
-        """The hidden states that come out."""
+        """Return the hidden states that the block computes from these arrays."""
         args, kwargs = (
             tree_map_with_path(lambda key, value: arrays.get(key, value), given, is_leaf=_is_module)
             for given in (self.args, self.kwargs)
         )
-        return first(self.layer(*args, **kwargs))
+        return _hidden_of(self.layer(*args, **kwargs))
 
     def _all(self) -> list[tuple[str, Any]]:
         return [pair for given in (self.args, self.kwargs) for pair in tree_flatten(given, is_leaf=_is_module)]
@@ -590,8 +544,8 @@ def _is_module(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
-def first(out: Any) -> mx.array:
-    """The first array of what a block returns: the hidden states."""
+def _hidden_of(out: Any) -> mx.array:
+    """Return the first array of a block's output, the hidden states."""
     found: Any = out if isinstance(out, mx.array) else tree_flatten(out)[0][1]
     assert isinstance(found, mx.array)
     return found
@@ -601,8 +555,8 @@ class Blocks:
     """The blocks of a model that will be checkpointed.
 
     Attributes:
-        tap: added to the first block's input. Its gradient makes one flow through all blocks, as their parameters do
-            where they are checkpointed.
+        tap: an array added to the first block's input, so that a gradient flows through all blocks, as it does
+            to the parameters of checkpointed ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -611,24 +565,24 @@ class Blocks:
         self._calls: list[_Call] = []
         self._known: dict[Any, tuple[Graph, Graph]] = {}
 
-    @contextlib.contextmanager
+    @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Stand-ins in place of the blocks: |x|, whose gradient is the incoming one times sign(x)."""
-        layers = list(self.model.layers)
-        kinds = [type(layer) for layer in layers]
-        for layer, kind in zip(layers, kinds):
+        """Replace the blocks by stand-ins inside the block: |x|, whose gradient is the incoming one times sign(x)."""
+        kinds = [(layer, type(layer)) for layer in self.model.layers]
+        for layer, kind in kinds:
             layer.__class__ = type(kind.__name__, (kind,), {"__call__": self._stand_in(kind)})
         try:
             yield
         finally:
-            for layer, kind in zip(layers, kinds):
+            for layer, kind in kinds:
                 layer.__class__ = kind
 
     def _stand_in(self, kind: type) -> Callable[..., Any]:
         def call(layer: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
             out = kind.__call__(layer, x, *args, **kwargs)
-            if not isinstance(x, mx.array) or first(out).shape != x.shape or first(out).dtype != x.dtype:
-                raise ModelError("memory with checkpointing can not be predicted for this architecture's blocks")
+            hidden = _hidden_of(out)
+            if not isinstance(x, mx.array) or hidden.shape != x.shape or hidden.dtype != x.dtype:
+                raise ModelError("memory with checkpointing cannot be predicted for this architecture's blocks")
             stand = mx.abs(x if self._calls else x + self.tap.astype(x.dtype))
             self._calls.append(_Call(layer, (x, *args), kwargs))
             if isinstance(out, mx.array):
@@ -639,7 +593,7 @@ class Blocks:
         return call
 
     def spliced(self, graph: Graph, trained: Sequence[str]) -> Graph:
-        """The model's graph with the blocks' own graphs in it.
+        """Put the blocks' own graphs into the model's graph.
 
         Args:
             graph: with stand-ins; its outputs are the loss, the gradients of `trained`, and the tap's.
@@ -647,7 +601,7 @@ class Blocks:
         marks = [op for op in graph.ops if op.name == "Abs"]
         signs = {op.inputs[0]: op for op in graph.ops if op.name == "Sign"}
         if len(marks) != len(self._calls):
-            raise ModelError("memory with checkpointing can not be predicted for this architecture")
+            raise ModelError("memory with checkpointing cannot be predicted for this architecture")
         users = {name: op for op in graph.ops for name in op.inputs}
         held = _arrays_of(self.model)
         names = dict(zip(((id(m), k) for m, k in held), graph.inputs[len(graph.inputs) - len(held) :]))
@@ -660,30 +614,29 @@ class Blocks:
             gone |= {id(mark), id(sign), id(product)}
             (cotangent,) = (n for n in product.inputs if n != sign.outputs[0])
             own = [names[id(m), k] for m, k in _arrays_of(call.layer)]
-            others = {k: f"argument {id(a)}" for k, a in call.arrays().items() if k != "0"}
-            for key, name in others.items():
-                graph.sizes[name] = (tuple(call.arrays()[key].shape), call.arrays()[key].dtype.size)
-            leaves = [n for n, _ in tree_flatten(call.layer.trainable_parameters())]
-            arguments = [mark.inputs[0], *others.values()]
+            arguments = [mark.inputs[0]]
+            for array in (a for k, a in call.arrays().items() if k != "0"):
+                arguments.append(f"argument {id(array)}")
+                graph.sizes[arguments[-1]] = (tuple(array.shape), array.dtype.size)
             ops += _inlined(graph, forward, f"{i}f", [*arguments, *own], [out := f"{i}out"])
             ops.append(Op("CustomTransforms", [*arguments, out], list(mark.outputs), []))
-            # The block's arguments again, but not before its output is there.
+            # The backward pass takes the block's arguments again, but not before the block's output exists.
             again = [f"{i}again{k}" for k in range(len(arguments))]
-            for new, old in zip(again, arguments):
-                graph.sizes[new] = graph.sizes[old]
+            graph.sizes.update({new: graph.sizes[old] for new, old in zip(again, arguments)})
             ops.append(Op("Depends", [*arguments, *mark.outputs], again, []))
-            path = paths[id(call.layer)]
-            at = [1 + trained.index(f"{path}.{leaf}") for leaf in leaves]
+            leaves = [n for n, _ in tree_flatten(call.layer.trainable_parameters())]
             gradients = [f"{i}g{k}" for k in range(len(leaves))]
             results = [*product.outputs, *gradients]
             ops += _inlined(graph, backward, f"{i}b", [cotangent, *again, *own], results)
-            for k, gradient in zip(at, gradients):
-                outputs[k] = gradient
+            for leaf, gradient in zip(leaves, gradients):
+                outputs[1 + trained.index(f"{paths[id(call.layer)]}.{leaf}")] = gradient
         rest = [op for op in graph.ops if id(op) not in gone]
         return Graph(graph.inputs, outputs[:-1], rest + ops, graph.sizes).pruned()
 
     def _graphs(self, call: _Call) -> tuple[Graph, Graph]:
-        """Forward: arguments -> hidden states. Backward: their gradient, arguments -> the input's, the parameters'."""
+        """Trace a block forward (arguments -> hidden states) and backward (their gradient, arguments -> the gradients of
+        the input and of the parameters).
+        """
         key = call.signature()
         if key in self._known:
             return self._known[key]
@@ -708,7 +661,7 @@ class Blocks:
 
 
 def _inlined(into: Graph, part: Graph, prefix: str, arguments: Sequence[str], results: Sequence[str]) -> list[Op]:
-    """The operations of `part` under names of its own, from `arguments` to `results`."""
+    """Return the operations of `part` with names prefixed, from `arguments` to `results`."""
     names = {n: f"{prefix} {n}" for n in part.sizes} | dict(zip(part.inputs, arguments))
     for name, size in part.sizes.items():
         into.sizes.setdefault(names[name], size)
