@@ -31,13 +31,7 @@ _FUSED = {(24, 24), (32, 32), (16, 16), (16, 32), (16, 48), (16, 64)}  # (Hk, Hv
 
 
 def gated_delta(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    g: mx.array,
-    beta: mx.array,
-    state: mx.array | None = None,
-    mask: mx.array | None = None,
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: Any = None, mask: Any = None
 ) -> tuple[mx.array, mx.array]:
     """Read a sequence by the gated delta rule; replaces mlx-lm's `gated_delta_ops`.
 
