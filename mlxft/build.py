@@ -81,11 +81,7 @@ def load_base(config: Config, *, lazy: bool = False, template: Path | None = Non
 
 
 def make_objective(config: Config, tokenizer: Any) -> Objective:
-    """Make a recipe's objective, with its data.
-
-    Raises:
-        ConfigError, DataError: settings or rows do not fit.
-    """
+    """Make a recipe's objective, with its data; raise ConfigError or DataError if settings or rows do not fit."""
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
     objective: Objective = objective_class(config.objective)(config, tokenizer)
@@ -106,11 +102,10 @@ def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
     tune, model = config.tune, loaded.model
     if tune.router_aux is not None:
         watch_routers(model, "tune.router_aux")
-    if config.model.adapter is not None:
-        spec = _continue_adapter(config, loaded)
-        mx.random.seed(config.run.seed)
-        return spec
+    spec = _continue_adapter(config, loaded) if config.model.adapter is not None else None
     mx.random.seed(config.run.seed)
+    if spec is not None:
+        return spec
     if tune.method == "full":
         prepare_full(model, tune.layers, tune.train, tune.freeze)
         return None
@@ -235,11 +230,7 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
 def plan_batches(
     config: Config, model: nn.Module, shapes: Sequence[Shape], around: Beside | None = None
 ) -> tuple[MemoryPlan, int, int]:
-    """Return the plan of the largest batch, with checkpointing as training will choose it, and its rows and width.
-
-    Raises:
-        ModelError: this architecture's memory cannot be predicted.
-    """
+    """Return the plan of the largest batch, with checkpointing as training will choose it, and its rows and width."""
     kind = objective_class(config.objective)
     together = kind.outline(config).together
     frozen = sum(kind.residents(config, model).frozen.values()) if around is None else 0
@@ -333,10 +324,9 @@ def _auto_tokens(config: Config) -> int:
             f"{width:,}; lower it, or give batch.tokens as a number"
         )
     try:
-        bare = bare_skeleton(config)
+        model = base_skeleton(config)
     except NotBeforeLoading as error:
         return _unplanned_tokens(config, error)
-    model = outfitted(config, bare)
     try:
         job = job_of(config, model)
         room = MARGIN * usable - objective_class(config.objective).residents(config, model).with_training(job)
@@ -370,20 +360,15 @@ def _planned_tokens(config: Config, job: Job, room: float) -> int:
     return found
 
 
+@aside()
 def base_skeleton(config: Config) -> nn.Module:
-    """Return the recipe's prepared model without weights; the random state is restored."""
-    return outfitted(config, bare_skeleton(config))
+    """Return the recipe's model without weights, with what is trained and what the objective adds.
 
-
-@aside()
-def bare_skeleton(config: Config) -> Loaded:
-    """Return the recipe's model without weights; raise NotBeforeLoading if its shapes are not known before."""
-    return skeleton(config.model.path, **config.model.model_dump(include=_LOADING))
-
-
-@aside()
-def outfitted(config: Config, bare: Loaded) -> nn.Module:
-    """Return the model prepared for training, with what the objective adds; it raises what training would raise."""
+    Raises:
+        NotBeforeLoading: its shapes are not known before it is loaded.
+        ConfigError, ModelError: as in training.
+    """
+    bare = skeleton(config.model.path, **config.model.model_dump(include=_LOADING))
     prepare(config, bare)
     kind = objective_class(config.objective)
     if not kind.outline(config).dropout:
@@ -408,12 +393,10 @@ def full_logits(split: Split) -> list[str]:
 def decide_checkpointing(
     config: Config, model: nn.Module, objective: Objective, refuse: bool = True
 ) -> tuple[bool, list[str]]:
-    """Return whether to checkpoint, and notes about the memory of training.
+    """Return whether to checkpoint, and notes about the memory of training; refuse a recipe that needs too much.
 
     Args:
         refuse: whether a plan of the steps may refuse the recipe; otherwise a measured step does, or did.
-    Raises:
-        ConfigError: it takes more than `memory.limit`, or than this machine has.
     """
     split = Split(model)
     shapes, notes = objective.shapes(), full_logits(split)
@@ -448,11 +431,7 @@ def _unpredicted(config: Config, why: str) -> str:
 
 
 def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:
-    """Return why the step of a recipe cannot be compiled; empty: it can.
-
-    Raises:
-        ConfigError: it cannot, and `run.compile` asks for it.
-    """
+    """Return why a step cannot be compiled, or ""; raise ConfigError if it cannot but `run.compile` is on."""
     why = ""
     if not objective.traceable:
         why = f"the loss of objective {config.objective} reads more than the arrays of a batch"
@@ -489,7 +468,6 @@ def _limit(config: Config) -> str:
 
 
 # --- measure ----------------------------------------------------------------------------------------------------------
-
 
 _ALL = 1 << 62  # bytes of a step that did not fit in memory
 MEASURED = 5  # most measurements for batch.tokens: auto

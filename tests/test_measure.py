@@ -128,7 +128,7 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     def fails(*args: Any) -> Any:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(build, "gradient", fails)
+    monkeypatch.setattr(build.Gradients, "__call__", fails)
     said = "[metal::malloc] Resource limit (499000) exceeded."
     assert build.measured_bytes(config, loaded.model, objective, optimizer) == 1 << 62
     said = "[matmul] shapes"

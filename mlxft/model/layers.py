@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +29,7 @@ _replays: list[mx.array] = []  # keys of the generators beside the global one; t
 
 def random_state() -> list[int]:
     """Return the key of the global generator, two 32-bit numbers. Waits for the device."""
-    return _numbers(_global())
+    return cast(list[int], _global().tolist())
 
 
 def set_random_state(state: list[int]) -> None:
@@ -78,7 +79,7 @@ def aside() -> Iterator[None]:
         yield
     finally:
         if _global() is not before:
-            set_random_state(_numbers(before))
+            set_random_state(cast(list[int], before.tolist()))
 
 
 @contextmanager
@@ -103,11 +104,6 @@ def probing(model: nn.Module, training: bool = False) -> Iterator[None]:
 def _global() -> mx.array:
     key: mx.array = mx.random.state[0]  # type: ignore[index]
     return key
-
-
-def _numbers(key: mx.array) -> list[int]:
-    numbers: list[int] = key.tolist()  # type: ignore[assignment]
-    return numbers
 
 
 # --- lora -------------------------------------------------------------------------------------------------------------
@@ -337,7 +333,6 @@ SOFTMAX = (
 )
 
 Masks = Mapping[tuple[int, ...], mx.array]
-_MIXTURES: dict[type, type] = {}
 
 
 class _Watch(NamedTuple):
@@ -401,19 +396,17 @@ def watch_routers(model: nn.Module, setting: str) -> None:
         while not any(n in modules[name] for n in _NAMES):
             name = name.rpartition(".")[0]
         block = modules[name]
-        kind = type(block)
-        if kind not in _MIXTURES:
-            _MIXTURES[kind] = type(kind.__name__, (kind,), {"__call__": _watched_call(kind)})
         block._name, block._experts = name, path[len(name) + 1 :]
-        block.__class__ = _MIXTURES[kind]
+        block.__class__ = _watched(block.__class__)
 
 
 def _file_of(module: nn.Module) -> str:
     return type(module).__module__.rpartition(".")[2]
 
 
-def _watched_call(kind: type) -> Any:
-    """Return a mixture's `__call__` that collects its router's logits and choices."""
+@cache
+def _watched(kind: type) -> type:
+    """Return a subclass of a mixture's class that collects its router's logits and choices."""
 
     def call(self: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         if _watch is None or not self.training:  # a probe of the model runs in eval mode
@@ -437,7 +430,7 @@ def _watched_call(kind: type) -> Any:
         _collect({self._name: _sums(logits[0], chosen[0], mask)})
         return out
 
-    return call
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def _at(block: nn.Module, path: str) -> tuple[Any, str, Any]:
@@ -494,37 +487,34 @@ def intercepted(owner: nn.Module, name: str, call: Callable[..., Any]) -> Iterat
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-_CHECKPOINTED: dict[type, type] = {}
 
-
+@cache
 def _checkpointed(kind: type) -> type:
     """Return a subclass of a layer's class that keeps only its inputs, and computes again for the gradient."""
-    if kind not in _CHECKPOINTED:
 
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if not self.training:
-                return kind.__call__(self, *args, **kwargs)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return kind.__call__(self, *args, **kwargs)
 
-            # For the gradient it is called again, when the block may have another role and nobody watches.
-            own, masks, calls = _contents(self), None if _watch is None else _watch.masks, count()
+        # For the gradient it is called again, when the block may have another role and nobody watches.
+        own, masks, calls = _contents(self), None if _watch is None else _watch.masks, count()
 
-            def inner(params: Any, drawn: mx.array, *inputs: Any, **named: Any) -> Any:
-                before = _contents(self)
-                _put(own)
-                try:
-                    self.update(params)
-                    with again(drawn) if next(calls) else nullcontext(), watching(masks) as seen:
-                        return kind.__call__(self, *inputs, **named), seen
-                finally:
-                    _put(before)  # removes tracers, and restores the role
+        def inner(params: Any, drawn: mx.array, *inputs: Any, **named: Any) -> Any:
+            before = _contents(self)
+            _put(own)
+            try:
+                self.update(params)
+                with again(drawn) if next(calls) else nullcontext(), watching(masks) as seen:
+                    return kind.__call__(self, *inputs, **named), seen
+            finally:
+                _put(before)  # removes tracers, and restores the role
 
-            # As an argument, the position makes dropout masks wait until the block's output exists.
-            out, seen = mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
-            _collect(seen)
-            return out
+        # As an argument, the position makes dropout masks wait until the block's output exists.
+        out, seen = mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
+        _collect(seen)
+        return out
 
-        _CHECKPOINTED[kind] = type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
-    return _CHECKPOINTED[kind]
+    return type(kind.__name__, (kind,), {"__call__": call, "checkpointed": kind})
 
 
 def _contents(part: Any) -> list[tuple[Any, Any]]:
@@ -556,7 +546,7 @@ def checkpoint_layers(model: nn.Module, on: bool = True) -> None:
     for layer in model.layers:
         kind = getattr(type(layer), "checkpointed", None)
         if on and kind is None:
-            layer.__class__ = _checkpointed(type(layer))
+            layer.__class__ = _checkpointed(layer.__class__)
         elif not on and kind is not None:
             layer.__class__ = kind
 

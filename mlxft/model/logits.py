@@ -80,8 +80,6 @@ class Packing:
         model: any mlx-lm model, with or without adapters.
         width: number of positions of training; if given, the trial also reads the last of them.
         weights: whether the model has weights; otherwise only shapes are tried.
-    Raises:
-        ModelError: the model cannot keep the rows of a sequence apart.
     """
 
     def __init__(self, model: nn.Module, width: int = 0, weights: bool = True) -> None:
@@ -202,12 +200,7 @@ class Split:
         return Packing(self.model)
 
     def call(self, ids: mx.array, segments: mx.array | None = None, caches: Sequence[Any] | None = None) -> mx.array:
-        """Compute (B, T) ids -> (B, T, V) by the model itself.
-
-        Args:
-            segments: (B, T) row numbers of packed sequences.
-            caches: caches of its layers, in place of segments.
-        """
+        """Compute (B, T) ids -> (B, T, V); `segments` (B, T) numbers packed rows, or `caches` are the layers'."""
         if segments is not None:
             caches = self.packing.caches(segments)
         return self.model(ids) if caches is None else self.model(ids, cache=caches)

@@ -154,12 +154,6 @@ class Op:
     outputs: list[str]
     arguments: list[Any]
 
-    def shares(self, out: str) -> int:
-        """Return the index of the input that an output is a view of, if it is a view."""
-        if self.name == "CustomTransforms":  # its inputs are the arguments, then the outputs
-            return len(self.inputs) - len(self.outputs) + self.outputs.index(out)
-        return self.outputs.index(out) if self.name == "Depends" else 0
-
 
 @dataclass
 class _Array:
@@ -338,7 +332,10 @@ class _Run:
 
     def _evaluate(self, op: Op, out: str) -> bool:
         """Make one output, and return whether it is a view."""
-        source = op.inputs[op.shares(out)] if op.inputs else ""
+        at = op.outputs.index(out) if op.name in ("CustomTransforms", "Depends") else 0
+        if op.name == "CustomTransforms":  # its inputs are the arguments, then the outputs
+            at += len(op.inputs) - len(op.outputs)
+        source = op.inputs[at] if op.inputs else ""
         first = self.arrays[source].view if source else _BYTE
         if source and (view := _as_view(op, first, self.graph.sizes[out][0])) is not None:
             self._add(out, view, source)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,12 +45,6 @@ class Scales(NamedTuple):
 
 
 PLAIN_SCALES = Scales({})
-
-
-def scales_of(per: dict[str, float], aux: float | None, trained: int) -> Scales:
-    """Return the scales of a micro-batch in a step with these denominators."""
-    first = next(iter(per.values()))
-    return Scales({name: first / count for name, count in per.items() if count != first}, aux, trained)
 
 
 def gradient(
@@ -112,7 +105,6 @@ class CompiledGradient:
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         self._model, self._objective = model, objective
         self._functions: dict[type, Callable[..., Any]] = {}
-        self._known: set[str] = set()
         self.traces: list[str] = []
 
     def _function(self, kind: type) -> Callable[..., Any]:
@@ -129,17 +121,11 @@ class CompiledGradient:
         return self._functions[kind]
 
     def __call__(self, batch: MicroBatch) -> LossAndGradients:
-        """Compute `gradient` of terms that have one denominator.
-
-        Raises:
-            ModelError: the model reads numbers while it is computed, so that it cannot be traced.
-        """
-        key = shapes_of(batch)
-        if key not in self._known:
+        """Compute `gradient` of terms that have one denominator; raise ModelError if the model cannot be traced."""
+        if shapes_of(batch) not in self.traces:
             # A trace cannot evaluate anything, so what is found by trying (how to take a model apart) must be known
             # before. This graph is thrown away, not computed.
             gradient(self._model, self._objective, batch, PLAIN_SCALES)
-            self._known.add(key)
         params = dict(tree_flatten(self._model.trainable_parameters()))
         try:
             total, terms, grads = self._function(type(batch.data))(params, arrays_of(batch.data))
@@ -169,7 +155,9 @@ class Gradients:
 
     def __call__(self, batch: MicroBatch, per: dict[str, float]) -> LossAndGradients:
         """Compute `gradient` in a step with these denominators."""
-        scales = scales_of(per, self._aux, batch.trained_tokens)
+        first = next(iter(per.values()))
+        factors = {name: first / count for name, count in per.items() if count != first}
+        scales = Scales(factors, self._aux, batch.trained_tokens)
         whole = batch.trains is None and not scales.of
         if self.compiled is not None and whole and self._comes_again(shapes_of(batch)):
             return self.compiled(batch)
@@ -279,21 +267,21 @@ class Hooks:
 
 
 @contextmanager
-def _watched_signals() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C and SIGTERM set; a second signal raises KeyboardInterrupt."""
-    asked = threading.Event()
+def _watched_signals() -> Iterator[list[int]]:
+    """Yield a list, to which Ctrl-C and SIGTERM are added; a second signal raises KeyboardInterrupt."""
+    seen: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if seen:
             raise KeyboardInterrupt
-        asked.set()
+        seen.append(signum)
 
     try:
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, whose owner handles signals
         before = {}
     try:
-        yield asked
+        yield seen
     finally:
         for s, old in before.items():
             signal.signal(s, old)
@@ -314,24 +302,22 @@ class _Made:
     rows: tuple[str, ...]
 
 
+@dataclass(eq=False)
 class Loop:
     """The training loop, which runs until `total_steps`, an early stop or an interrupt."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        optimizer: Optimizer,
-        config: Config,
-        total_steps: int,
-        progress: Progress,
-        hooks: Hooks,
-    ) -> None:
-        self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.config, self.total_steps, self.progress, self.hooks = config, total_steps, progress, hooks
-        self.gradients = Gradients(model, objective, config.tune.router_aux, progress)
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    config: Config
+    total_steps: int
+    progress: Progress
+    hooks: Hooks
+
+    def __post_init__(self) -> None:
+        self.gradients = Gradients(self.model, self.objective, self.config.tune.router_aux, self.progress)
         self._pending: list[_Made] = []
-        self._started = time.perf_counter() - progress.elapsed_s
+        self._started = time.perf_counter() - self.progress.elapsed_s
         self._reported = time.perf_counter()
 
     def run(self) -> bool:
@@ -342,7 +328,7 @@ class Loop:
         """
         p, settings = self.progress, self.config.run
         self.model.train()
-        with _watched_signals() as interrupted, quicker(self.model):
+        with _watched_signals() as signals, quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
             steps = self.objective.steps(self.model)
@@ -363,7 +349,7 @@ class Loop:
                 due = p.step % settings.eval_every == 0 if settings.eval_every else ends_epoch
                 if due or last:
                     self._evaluate()
-                stop = interrupted.is_set()
+                stop = bool(signals)
                 if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
                     self._save()
                 if stop:
