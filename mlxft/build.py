@@ -71,11 +71,7 @@ _LOADING = {"dtype", "quantize", "group_size", "trust_remote_code"}  # settings 
 
 
 def load_base(config: Config, *, lazy: bool = False, template: Path | None = None) -> Loaded:
-    """Load a recipe's model, without adapters.
-
-    Args:
-        template: chat template, in place of model.chat_template.
-    """
+    """Load a recipe's model, without adapters; `template` is a chat template in place of model.chat_template."""
     m = config.model
     return load_model(m.path, chat_template=template or m.chat_template, lazy=lazy, **m.model_dump(include=_LOADING))
 
@@ -395,8 +391,7 @@ def decide_checkpointing(
 ) -> tuple[bool, list[str]]:
     """Return whether to checkpoint, and notes about the memory of training; refuse a recipe that needs too much.
 
-    Args:
-        refuse: whether a plan of the steps may refuse the recipe; otherwise a measured step does, or did.
+    Without `refuse`, the plan of the steps refuses nothing, because a measured step does, or did.
     """
     split = Split(model)
     shapes, notes = objective.shapes(), full_logits(split)

@@ -134,11 +134,7 @@ def without_dropout(*modules: nn.Module) -> bool:
 
 
 def dense_weight(base: nn.Module, exact: bool = False) -> mx.array:
-    """Return the weight of a layer, dequantised if it is quantised.
-
-    Args:
-        exact: dequantise in float32, so that nothing is rounded on the way; otherwise in the scales' type.
-    """
+    """Return the weight of a layer, dequantised; with `exact` in float32, so that nothing is rounded on the way."""
     weight = base.weight
     if isinstance(base, QUANTIZED):
         scales, biases = base.scales, base.get("biases")

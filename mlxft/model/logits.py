@@ -144,10 +144,8 @@ CHUNK, GPU_CHUNK = (256, 32 << 20), (1024, 256 << 20)
 
 
 class Split:
-    """The body and the head of a model.
+    """The body and the head of any mlx-lm model, with or without adapters.
 
-    Args:
-        model: any mlx-lm model, with or without adapters.
     Attributes:
         separable: whether logits can be computed at selected positions only; otherwise `rows_nll` computes them all.
     """

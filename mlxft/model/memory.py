@@ -193,9 +193,8 @@ class Graph:
     def peak(self, ahead: bool = False) -> int:
         """Return the most bytes that exist at one time, without the inputs.
 
-        Args:
-            ahead: count as MLX works on a CPU with memory to spare: it prepares operations before the earlier ones are
-                done, and holds their buffers as long. Otherwise each waits for the one before, as when memory is short.
+        With `ahead`, as MLX works on a CPU while memory lasts: it prepares operations before the earlier ones are done,
+        and holds their buffers as long. Otherwise each waits for the one before.
         """
         return _Run(self, QUEUE if ahead and planned_backend() == "cpu" else 0).peak
 
@@ -538,10 +537,9 @@ class Blocks:
         return call
 
     def spliced(self, graph: Graph, trained: Sequence[str]) -> Graph:
-        """Put the blocks' own graphs into the model's graph.
+        """Put the blocks' own graphs in place of their stand-ins in the model's graph.
 
-        Args:
-            graph: with stand-ins; its outputs are the loss, the gradients of `trained`, and the tap's.
+        The outputs of `graph` are the loss, the gradients of `trained`, and the tap's.
         """
         marks = [op for op in graph.ops if op.name == "Abs"]
         signs = {op.inputs[0]: op for op in graph.ops if op.name == "Sign"}

@@ -48,16 +48,11 @@ PLAIN_SCALES = Scales({})
 
 
 def gradient(
-    model: nn.Module,
-    objective: Objective,
-    batch: MicroBatch,
-    scales: Scales,
-    params: dict[str, mx.array] | None = None,
+    model: nn.Module, objective: Objective, batch: MicroBatch, scales: Scales, params: dict[str, mx.array] | None = None
 ) -> LossAndGradients:
     """Return a micro-batch's sums, and the gradient of their total in the parameters that it trains, by name.
 
-    Args:
-        params: replace the model's own while it is traced.
+    `params` replace the model's own while it is traced.
     """
 
     def loss(params: dict[str, mx.array]) -> tuple[mx.array, Terms]:
