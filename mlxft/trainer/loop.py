@@ -373,7 +373,7 @@ class Loop:
         per = step.per if self.config.tune.router_aux is None else step.per | {AUX: float(trained)}
         total, sums, grads = self.gradients.summed(batches, per)
         first = next(iter(per.values()))
-        lr = learning_rate(self.config.optim, self.progress.step, self.total_steps)
+        lr = self.rate()
         norms = self.optimizer.step(self.model, grads, mx.array(first), lr)
         mx.async_eval(norms)
         if step.after is not None:
@@ -381,6 +381,10 @@ class Loop:
         rows = tuple(row for batch in batches for row in batch.rows)
         tokens = sum(b.tokens for b in batches)
         return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows)
+
+    def rate(self) -> float:
+        """Return the next step's learning rate."""
+        return learning_rate(self.config.optim, self.progress.step, self.total_steps)
 
     def _send(self, event: Event, before_s: float) -> None:
         """Report an event of the next step. A resumed run that repeats the step drops it and sends it again."""
