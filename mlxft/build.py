@@ -1,11 +1,9 @@
-"""Build what a recipe describes: the model with what is trained, the objective, and the plan and measurement of its
-memory.
-"""
+"""Build a recipe's model and objective, and plan and measure the memory of its training."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -53,7 +51,6 @@ from mlxft.model.memory import (
     Beside,
     Job,
     MemoryPlan,
-    PhasedPlan,
     Shape,
     ShapeSplit,
     largest_packed,
@@ -62,62 +59,49 @@ from mlxft.model.memory import (
     with_phases,
 )
 from mlxft.model.prefix import Sharing
-from mlxft.objectives.base import MakesStep, MicroBatch, Objective, Step, heaviest
+from mlxft.objectives.base import MakesStep, Objective, heaviest
 from mlxft.runs import find_adapter
-from mlxft.trainer.loop import CompiledGradient, LossAndGradients, gradient, scales_of, summed
-from mlxft.trainer.optim import Arrays, Optimizer
+from mlxft.trainer.loop import Gradients
+from mlxft.trainer.optim import Optimizer
 
 # --- parts ------------------------------------------------------------------------------------------------------------
-# What a recipe names: its model, its objective with the data, and what of the model is trained.
+# The parts that a recipe names: its model, its objective with the data, and the parameters that are trained.
+
+_LOADING = {"dtype", "quantize", "group_size", "trust_remote_code"}  # settings of model. that loading takes
 
 
 def load_base(config: Config, *, lazy: bool = False, template: Path | None = None) -> Loaded:
-    """The model that a recipe names, without adapters.
-
-    Args:
-        template: where the chat template is, in place of model.chat_template.
-    """
+    """Load a recipe's model, without adapters; `template` is a chat template in place of model.chat_template."""
     m = config.model
-    return load_model(
-        m.path,
-        dtype=m.dtype,
-        quantize=m.quantize,
-        group_size=m.group_size,
-        chat_template=template or m.chat_template,
-        trust_remote_code=m.trust_remote_code,
-        lazy=lazy,
-    )
+    return load_model(m.path, chat_template=template or m.chat_template, lazy=lazy, **m.model_dump(include=_LOADING))
 
 
 def make_objective(config: Config, tokenizer: Any) -> Objective:
-    """The objective that a recipe names, with its data.
-
-    Raises:
-        ConfigError, DataError: settings or rows do not fit.
-    """
+    """Make a recipe's objective, with its data; raise ConfigError or DataError if settings or rows do not fit."""
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
     objective: Objective = objective_class(config.objective)(config, tokenizer)
-    run = config.run
-    needing = {"patience": run.patience is not None}
-    if not run.sample_prompts:  # these are answered at each validation, with or without held-out rows
-        needing |= {"eval_every": run.eval_every is not None, "eval_at_start": run.eval_at_start}
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
-    idle = [f"run.{name}" for name, given in needing.items() if given]
-    if idle and not objective.summary().validates:
-        raise ConfigError(f"{', '.join(idle)}: there is no validation data to use; give data.valid (0.05: a share)")
+    run = config.run
+    unused = ["run.patience"] if run.patience is not None else []
+    if not run.sample_prompts:  # they are completed at each validation, with or without held-out rows
+        unused += ["run.eval_every"] if run.eval_every is not None else []
+        unused += ["run.eval_at_start"] if run.eval_at_start else []
+    if unused and not objective.summary().validates:
+        raise ConfigError(f"{', '.join(unused)}: there is no validation data to use; give data.valid (0.05: a share)")
     return objective
 
 
 def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
-    """Make trainable what the recipe says. Returns the adapter's shape, None for whole weights."""
+    """Make trainable what the recipe trains, and return the adapter's shape; None: the weights themselves."""
     tune, model = config.tune, loaded.model
     if tune.router_aux is not None:
         watch_routers(model, "tune.router_aux")
-    if config.model.adapter is not None:
-        return _continue_adapter(config, loaded)
+    spec = _continue_adapter(config, loaded) if config.model.adapter is not None else None
     mx.random.seed(config.run.seed)
+    if spec is not None:
+        return spec
     if tune.method == "full":
         prepare_full(model, tune.layers, tune.train, tune.freeze)
         return None
@@ -129,12 +113,14 @@ def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
 
 
 def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
-    """Start from an adapter that there is; its shape is what it is."""
+    """Attach the recipe's adapter, which keeps its shape."""
     assert config.model.adapter is not None
     folder = find_adapter(Path(config.model.adapter))
     spec = load_adapter(loaded.model, folder, base_fingerprint(loaded))
     if spec is None or config.tune.method == "full":
-        raise ConfigError("model.adapter: only low-rank adapters can be trained further; fuse it and train the result")
+        raise ConfigError(
+            "model.adapter: only low-rank adapters can be trained further; fuse it and train the fused model"
+        )
     mine = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "method": "dora" if spec.dora else "lora"}
     given = config.tune.model_fields_set
     wrong = [k for k, v in mine.items() if k in given and getattr(config.tune, k) not in (None, v)]
@@ -144,90 +130,77 @@ def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
             f"model.adapter: {folder} has rank {spec.rank}, scale {spec.scale:g}, dropout {spec.dropout:g}, method "
             f"{mine['method']} and its own targets; leave out tune.{', tune.'.join(wrong)}"
         )
-    mx.random.seed(config.run.seed)
     return spec
 
 
 def check_head(config: Config, model: nn.Module) -> None:
-    """ConfigError where a reward run is to be trained further by an objective that has no use for its head."""
+    """Raise ConfigError if the recipe starts from a reward model but its objective trains no score head."""
     given = {"model.adapter": config.model.adapter, "model.path": config.model.path}
     found = [(setting, path) for setting, path in given.items() if find_head(path)]
     if found and head_of(model) is None:
         setting, path = found[0]
         raise ConfigError(
-            f"{setting}: {path} is a reward model, which gives scores, and objective {config.objective} trains one "
-            "that gives text; start from a policy, or from the base"
+            f"{setting}: {path} is a reward model, which returns scores, and objective {config.objective} trains a "
+            "model that writes text; start from a policy, or from the base"
         )
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
-# From a recipe to a memory plan: what `mlxft check` shows, and what training decides by it.
+# The memory plan of a recipe: what `mlxft check` shows, and what training decides by it.
 
-MARGIN = 0.9  # of what is usable: the prediction is good to a tenth
-LEAST_TOKENS = 2048  # below it, `auto` would rather checkpoint
-MOST_TOKENS = 1 << 16  # for `auto`: no device is quicker with more in one go
+MARGIN = 0.9  # share of the usable bytes that is planned for, because predictions are good to a tenth
+LEAST_TOKENS = 2048  # with fewer, batch.tokens: auto prefers gradient checkpointing
+MOST_TOKENS = 1 << 16  # limit of batch.tokens: auto; no device is faster with more at once
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A recipe's plan.
+    """A recipe's memory plan."""
 
-    Attributes:
-        plan: of the batch that takes most.
-        rows, width: of that batch.
-        usable: bytes that training may take here.
-        tokens: the largest batch.tokens that fits here, of rows of that width; 0 if none does.
-        others: setting -> bytes that it would take instead, where this machine does not decide between them.
-    """
-
-    plan: MemoryPlan
-    rows: int
+    plan: MemoryPlan  # of the largest batch
+    rows: int  # of that batch
     width: int
-    usable: int
-    tokens: int
-    others: dict[str, int] = field(default_factory=dict)
+    usable: int  # bytes that training may take here
+    tokens: int  # the largest batch.tokens that fits here, with rows of that width; 0: none fits
+    others: dict[str, int] = field(default_factory=dict)  # setting -> bytes, if this machine does not decide on it
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, in bytes."""
-        p = self.plan
-        parts = {k: getattr(p, k) for k in _PARTS}
-        phased = {"roles": dict(p.roles), "phases": p.phases()} if isinstance(p, PhasedPlan) else {}
+        """Return the plan as JSON, in bytes."""
+        p, known = self.plan, self.usable != UNKNOWN
         return {
-            **parts,
-            **phased,
+            **{k: getattr(p, k) for k in _PARTS},
+            **({"roles": dict(p.roles), "phases": p.phases()} if p.sampling else {}),
             "total": p.total,
             "needed": p.needed,
             "checkpoint": p.checkpoint,
             "rows": self.rows,
             "width": self.width,
-            "usable": None if self.usable == UNKNOWN else self.usable,
-            "fits": None if self.usable == UNKNOWN else p.fits(self.usable),
+            "usable": self.usable if known else None,
+            "fits": p.fits(self.usable) if known else None,
             "device": planned_backend(),
             "macs": p.macs(),
             "largest_tokens": self.tokens,
         }
 
     def lines(self) -> list[str]:
-        """In words."""
-        p = self.plan
+        """Return the plan as lines of text."""
+        p, known = self.plan, self.usable != UNKNOWN
         macs = ", ".join(map(str, p.macs())) or "none of up to 128"
         fits = f"{'fits' if p.fits(self.usable) else 'DOES NOT FIT'} here ({amount(self.usable)})"
-        where = f"on {BACKEND_NAMES[planned_backend()]}" if self.usable == UNKNOWN else fits
+        where = fits if known else f"on {BACKEND_NAMES[planned_backend()]}"
         largest = f"batch.tokens up to {self.tokens:,}" if self.tokens else "not even one row of this length"
-        on = "on" if p.checkpoint else "off"
         batch = f"{self.rows} x {self.width} tokens"
-        phases = p.phases() if isinstance(p, PhasedPlan) else {}
-        roles = {k: v for k, v in p.roles.items() if v} if isinstance(p, PhasedPlan) else {}
+        phases = p.phases() if p.sampling else {}
         return [
-            f"memory: {amount(p.needed)} for {batch}, checkpointing {on}; {where}",
+            f"memory: {amount(p.needed)} for {batch}, checkpointing {'on' if p.checkpoint else 'off'}; {where}",
             *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[:2]),
             *([f"  frozen models: {amount(p.frozen)}"] if p.frozen else []),
-            *(f"  {k} (a role): {amount(v)}" for k, v in roles.items()),
+            *(f"  {k} (a role): {amount(v)}" for k, v in p.roles.items() if v),
             *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[3:-1]),
             *(f"  peak of {k}: {amount(v)}" for k, v in phases.items()),
             f"  peak where there is room to work ahead: {amount(p.total)}",
             f"fits on Macs of (GB): {macs}",
-            *([] if self.usable == UNKNOWN else [f"would fit here: {largest}"]),
+            *([f"would fit here: {largest}"] if known else []),
             *(f"with {other}: {amount(needed)}" for other, needed in self.others.items()),
         ]
 
@@ -236,12 +209,12 @@ _PARTS = ("weights", "adapters", "frozen", "gradients", "optimizer", "activation
 
 
 def amount(size: float) -> str:
-    """Bytes for people."""
+    """Format bytes for people."""
     return f"{size / 1e9:.2f} GB" if abs(size) >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
-    """What a plan needs to know of a recipe and its prepared model."""
+    """Return what a plan needs to know of a recipe and its prepared model."""
     optim = config.optim.model_copy(update={"groups": []})  # they may name what the objective adds later
     optimizer = Optimizer(optim, model)
     state = sum(v.nbytes for v in optimizer.arrays().values())
@@ -253,65 +226,47 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
 def plan_batches(
     config: Config, model: nn.Module, shapes: Sequence[Shape], around: Beside | None = None
 ) -> tuple[MemoryPlan, int, int]:
-    """The plan of the batch that takes most, and its rows and width, with checkpointing as it will be.
-
-    Raises:
-        ModelError: this architecture's memory can not be predicted.
-    """
+    """Return the plan of the largest batch, with checkpointing as training will choose it, and its rows and width."""
     kind = objective_class(config.objective)
     together = kind.outline(config).together
     frozen = sum(kind.residents(config, model).frozen.values()) if around is None else 0
     if any(s.prompt for s in shapes) and not Sharing(ShapeSplit(model)).thinkable:
         shapes = [Shape(*s[:3]) for s in shapes]
 
-    def plans(checkpoint: bool) -> list[tuple[MemoryPlan, int, int]]:
-        found = []
-        for s in (shapes[i] for i in heaviest(shapes, together)):
-            job = job_of(config, model, s.trained / (s.rows * s.width))
-            shared = (0, 0) if checkpoint else (s.prompt, s.answer)
-            found.append((_planned(job, s, checkpoint, shared, frozen, around), s.rows, s.width))
-        return found
+    def planned(s: Shape, checkpoint: bool) -> MemoryPlan:
+        job = job_of(config, model, s.trained / (s.rows * s.width))
+        shared = (0, 0) if checkpoint else (s.prompt, s.completion)
+        if around is None:
+            return replace(plan(job, s.rows, s.width, checkpoint, shared), frozen=frozen)
+        # As if the micro-batch were alone in its step: `with_phases` adds what earlier ones leave.
+        return with_phases(plan(replace(job, accumulate=1), s.rows, s.width, checkpoint, shared), around, job.sums)
 
-    def most(found: list[tuple[MemoryPlan, int, int]]) -> tuple[MemoryPlan, int, int]:
-        return max(found, key=lambda f: f[0].needed)
+    def largest(checkpoint: bool) -> tuple[MemoryPlan, int, int]:
+        heavy = [shapes[i] for i in heaviest(shapes, together)]
+        return max(((planned(s, checkpoint), s.rows, s.width) for s in heavy), key=lambda f: f[0].needed)
 
     setting = config.memory.checkpoint
-    off = most(plans(False)) if setting != "on" else None
+    if setting == "on":
+        return largest(True)
+    off = largest(False)
     room = min(usable_bytes(config.memory.limit), machine_bytes() * CHECKPOINT_ABOVE)
-    if off is not None and (setting == "off" or off[0].fits(room)):
-        return off
-    return most(plans(True))
-
-
-def _planned(
-    job: Job, s: Shape, checkpoint: bool, shared: tuple[int, int], frozen: int, around: Beside | None
-) -> MemoryPlan:
-    if around is None:
-        return replace(plan(job, s.rows, s.width, checkpoint, shared), frozen=frozen)
-    # As if the micro-batch were alone in its step: what earlier ones leave is counted with the critic's.
-    step = plan(replace(job, accumulate=1), s.rows, s.width, checkpoint, shared)
-    return with_phases(step, around.residents, around.sampling, around.scoring, job.sums if around.several else 0)
+    return off if setting == "off" or off[0].fits(room) else largest(True)
 
 
 def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: Beside | None = None) -> Planned:
-    """The plan of a recipe's batches, and what else would fit.
-
-    Raises:
-        ModelError: this architecture's memory can not be predicted.
-    """
+    """Return the plan of a recipe's batches, and what else would fit."""
     found, rows, width = plan_batches(config, model, shapes, around)
     room, others = usable_bytes(config.memory.limit), dict[str, int]()
 
-    def other(said: str, section: str, setting: str, value: Any) -> None:
-        changed = getattr(config, section).model_copy(update={setting: value})
-        there = plan_batches(config.model_copy(update={section: changed}), model, shapes, around)[0]
-        others[said] = there.needed
+    def needed(section: str, **changes: Any) -> int:
+        return plan_batches(_with(config, section, **changes), model, shapes, around)[0].needed
 
     if config.batch.pack and planned_backend() != "cpu":
-        other("batches as large of rows that are not packed, whose attention is fused", "batch", "pack", False)
+        name = "batches as large of rows that are not packed, whose attention is fused"
+        others[name] = needed("batch", pack=False)
     if room == UNKNOWN:
         if config.memory.checkpoint == "auto":
-            other("memory.checkpoint: on", "memory", "checkpoint", "on")
+            others["memory.checkpoint: on"] = needed("memory", checkpoint="on")
         return Planned(found, rows, width, room, 0, others)
     job = job_of(config, model)
     beside = objective_class(config.objective).residents(config, model).with_training(job)
@@ -319,45 +274,43 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: B
     return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others)
 
 
-def settled(config: Config, resume: bool) -> Config:
-    """Settle what a recipe leaves open: `batch.tokens: auto`, by what a plan says fits, and the day.
+def _with(config: Config, section: str, **settings: Any) -> Config:
+    """Return the recipe with other settings in one section."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=settings)})
 
-    A run that is resumed keeps what it began with: these two, the optim.lr that its recipe did not give, and whether
-    blocks are checkpointed and the step is compiled.
+
+def settled(config: Config, resume: bool) -> Config:
+    """Decide what a recipe leaves open: `batch.tokens: auto`, by a plan of what fits, and the day.
+
+    A resumed run keeps both from its start; also the default of optim.lr, and whether blocks are checkpointed and the
+    step is compiled.
 
     Raises:
-        ModelError: the model can not be had.
-        ConfigError: no row of data.max_length fits; memory can not be predicted, and `memory.measure` is off.
+        ModelError: the model cannot be found or read.
+        ConfigError: no row of data.max_length fits; memory cannot be predicted, and `memory.measure` is off.
     """
     file = config.run_dir / "config.yaml"
     stored = load_config(file, looked_at=True) if resume and file.exists() else None
     if stored is not None:
-        checkpoint = stored.memory.checkpoint if config.memory.checkpoint == "auto" else config.memory.checkpoint
-        memory = config.memory.model_copy(update={"checkpoint": checkpoint})
-        compile_ = stored.run.compile if config.run.compile == "auto" else config.run.compile
-        run = config.run.model_copy(update={"compile": compile_})
-        optim = config.optim.with_default(stored.optim.lr)
-        config = config.model_copy(update={"optim": optim, "memory": memory, "run": run})
+        if config.memory.checkpoint == "auto":
+            config = _with(config, "memory", checkpoint=stored.memory.checkpoint)
+        if config.run.compile == "auto":
+            config = _with(config, "run", compile=stored.run.compile)
+        config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
     if config.data.date is None:
-        day = (stored and stored.data.date) or date.today()
-        config = config.model_copy(update={"data": config.data.model_copy(update={"date": day})})
+        config = _with(config, "data", date=(stored and stored.data.date) or date.today())
     if config.batch.tokens != "auto":
         return config
-    return with_tokens(config, _auto_tokens(config) if stored is None else stored.batch.tokens)
-
-
-def with_tokens(config: Config, tokens: Any) -> Config:
-    """The recipe with another batch.tokens."""
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": tokens})})
+    return _with(config, "batch", tokens=_auto_tokens(config) if stored is None else stored.batch.tokens)
 
 
 def is_open(config: Config) -> bool:
-    """Whether a recipe, before it was `settled`, leaves batch.tokens to what is measured."""
+    """Return whether a recipe, before `settled`, leaves batch.tokens to a measured step."""
     return config.batch.tokens == "auto" and config.memory.measure
 
 
 def _auto_tokens(config: Config) -> int:
-    """By the plan; where there can be none, what the first measured step is of."""
+    """Return the batch.tokens that a plan predicts to fit; without a plan, those of the first measured step."""
     width, usable = config.data.max_length, usable_bytes(config.memory.limit)
     if usable == UNKNOWN:
         raise ConfigError("batch.tokens: auto: the other machine's memory is not known; give memory.limit too")
@@ -367,12 +320,13 @@ def _auto_tokens(config: Config) -> int:
             f"{width:,}; lower it, or give batch.tokens as a number"
         )
     try:
-        bare = bare_skeleton(config)
+        model = base_skeleton(config)
     except NotBeforeLoading as error:
         return _unplanned_tokens(config, error)
-    model = outfitted(config, bare)
     try:
-        found, room = _planned_tokens(config, model, MARGIN * usable)
+        job = job_of(config, model)
+        room = MARGIN * usable - objective_class(config.objective).residents(config, model).with_training(job)
+        found = _planned_tokens(config, job, room)
     except ModelError as error:
         return _unplanned_tokens(config, error)
     if not found:
@@ -389,54 +343,28 @@ def _unplanned_tokens(config: Config, error: ModelError) -> int:
     raise ConfigError(f"batch.tokens: auto: {error}; give it as a number, or set memory.measure: true") from error
 
 
-def _planned_tokens(config: Config, model: nn.Module, room: float) -> tuple[int, float]:
-    """The largest batch.tokens that fits, 0 if none does; and the bytes of `room` that steps may take.
-
-    Raises:
-        ModelError: this architecture's memory can not be predicted.
-    """
-    job, width, setting = job_of(config, model), config.data.max_length, config.memory.checkpoint
-    room -= objective_class(config.objective).residents(config, model).with_training(job)
+def _planned_tokens(config: Config, job: Job, room: float) -> int:
+    """Return the largest batch.tokens whose steps fit in `room` bytes, or 0."""
+    width, setting, found = config.data.max_length, config.memory.checkpoint, 0
     largest = largest_packed if job.packed else largest_tokens
-    found = 0
     if setting != "on":
-        # On its own, checkpointing is left off up to a share of the machine: larger batches would switch it on.
+        # With `auto`, up to a share of the machine: larger batches would switch checkpointing on.
         most = room if setting == "off" else min(room, machine_bytes() * CHECKPOINT_ABOVE)
         found = largest(job, width, False, most, MOST_TOKENS)
     if setting != "off" and found < LEAST_TOKENS:
         found = largest(job, width, True, room, MOST_TOKENS)
-    return found, room
+    return found
 
 
+@aside()
 def base_skeleton(config: Config) -> nn.Module:
-    """The recipe's model with what is trained, without weights; the random state is left as it was.
+    """Return the recipe's model without weights, with what is trained and what the objective adds.
 
     Raises:
-        ConfigError, ModelError: as training would, or the model is not known before it is loaded.
+        NotBeforeLoading: its shapes are not known before it is loaded.
+        ConfigError, ModelError: as in training.
     """
-    return outfitted(config, bare_skeleton(config))
-
-
-@aside()
-def bare_skeleton(config: Config) -> Loaded:
-    """The recipe's model without weights.
-
-    Raises:
-        ModelError: it is not known before it is loaded.
-    """
-    m = config.model
-    return skeleton(
-        m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size, trust_remote_code=m.trust_remote_code
-    )
-
-
-@aside()
-def outfitted(config: Config, bare: Loaded) -> nn.Module:
-    """The model with what is trained, as `prepare` and the objective add it.
-
-    Raises:
-        ConfigError, ModelError: as training would.
-    """
+    bare = skeleton(config.model.path, **config.model.model_dump(include=_LOADING))
     prepare(config, bare)
     kind = objective_class(config.objective)
     if not kind.outline(config).dropout:
@@ -447,13 +375,13 @@ def outfitted(config: Config, bare: Loaded) -> nn.Module:
 
 
 def full_logits(split: Split) -> list[str]:
-    """What to say where the logits of chosen positions can not be had alone."""
+    """Return a note if the model computes logits at every position."""
     if split.separable or head_of(split.model) is not None:
         return []
     kind = type(split.model).__module__.rpartition(".")[2]
     text = (
-        f"logits are computed for every position: the body of this model ({kind}) can not be taken apart from its "
-        "output layer, so tokens that are not trained cost as much memory and time as those that are"
+        f"logits are computed for every position: the body of this model ({kind}) cannot be taken apart from its "
+        "output layer, so tokens that are not trained take as much memory and time as trained ones"
     )
     return [text]
 
@@ -461,12 +389,9 @@ def full_logits(split: Split) -> list[str]:
 def decide_checkpointing(
     config: Config, model: nn.Module, objective: Objective, refuse: bool = True
 ) -> tuple[bool, list[str]]:
-    """Whether to checkpoint, and what to say of the memory that training will take.
+    """Return whether to checkpoint, and notes about the memory of training; refuse a recipe that needs too much.
 
-    Args:
-        refuse: whether a plan of the steps may refuse them; else what is measured does, or it was when the run began.
-    Raises:
-        ConfigError: it takes more than `memory.limit`, or than this machine has.
+    Without `refuse`, the plan of the steps refuses nothing, because a measured step does, or did.
     """
     split = Split(model)
     shapes, notes = objective.shapes(), full_logits(split)
@@ -475,7 +400,7 @@ def decide_checkpointing(
     if not shapes:
         unknown = f"the batches of objective {config.objective} are not known before it runs"
         return config.memory.checkpoint == "on", [*notes, _unpredicted(config, unknown)]
-    # A critic stands in the model by now: it is counted among the roles.
+    # A critic is in the model by now: it is counted among the roles.
     with without_head(model) if objective.steps_per_rollout() else nullcontext():
         try:
             around = objective.beside(model)
@@ -484,16 +409,16 @@ def decide_checkpointing(
             return config.memory.checkpoint == "on", [*notes, _unpredicted(config, str(error))]
     if around is not None:
         notes += around.residents.notes
-    phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
-    if refuse or max((v for k, v in phases.items() if k != "training"), default=0) > usable_bytes(config.memory.limit):
+    others = [v for k, v in found.phases(ahead=False).items() if k != "training"]
+    if refuse or max(others, default=0) > usable_bytes(config.memory.limit):
         check_memory(config, found, rows, width)
     why = " (memory.checkpoint: auto)" if config.memory.checkpoint == "auto" else ""
-    said = f"expected peak memory: {amount(found.total)}"
-    return found.checkpoint, [*notes, said + (f"; gradient checkpointing is on{why}" if found.checkpoint else "")]
+    on = f"; gradient checkpointing is on{why}" if found.checkpoint else ""
+    return found.checkpoint, [*notes, f"expected peak memory: {amount(found.total)}{on}"]
 
 
 def _unpredicted(config: Config, why: str) -> str:
-    """What to say where there is no plan: what then becomes of gradient checkpointing."""
+    """Return a note about a missing plan, and what it means for gradient checkpointing."""
     if config.memory.checkpoint != "auto":
         return f"memory is not predicted: {why}"
     then = "a measured step decides" if config.memory.measure else "set memory.checkpoint: on where memory runs out"
@@ -501,87 +426,73 @@ def _unpredicted(config: Config, why: str) -> str:
 
 
 def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:
-    """What to say where the step of a recipe and its prepared model can not be compiled; empty if it can.
-
-    Raises:
-        ConfigError: it can not, and `run.compile` asks for it.
-    """
+    """Return why a step cannot be compiled, or ""; raise ConfigError if it cannot but `run.compile` is on."""
     why = ""
     if not objective.traceable:
         why = f"the loss of objective {config.objective} reads more than the arrays of a batch"
     elif config.tune.router_aux is not None:
         why = "tune.router_aux reads more of a batch than its arrays"
     elif dropouts(model):
-        why = "dropout draws anew in each step (tune.dropout, or what the model or model.adapter brings)"
+        why = "dropout draws new masks in each step (tune.dropout, or dropout of the model or model.adapter)"
     if why and config.run.compile == "on":
         raise ConfigError(f"run.compile: on: {why}; leave it out")
     return why and f"the step is not compiled: {why}"
 
 
 def check_memory(config: Config, found: MemoryPlan, rows: int, width: int) -> None:
-    """Refuse a recipe whose largest batch, of rows x width tokens, does not fit.
+    """Raise ConfigError if the plan of the largest batch, of rows x width tokens, does not fit."""
+    if found.fits(usable_bytes(config.memory.limit)):
+        return
+    phases = found.phases(ahead=False)
+    phase = max(phases, key=lambda name: phases[name])
+    if phase == "sampling":
+        needs = amount(found.needed)
+        helps = "a smaller rollout.rows (completions decoded at once) or rollout.max_tokens, shorter prompts"
+    else:
+        needs = f"{amount(found.needed)} (batches of {rows} x {width} tokens)"
+        step = "with batch.accumulate for the same step; auto finds one" if len(phases) == 1 else "the step is the same"
+        helps = f"a smaller batch.tokens ({step}), memory.checkpoint: on, a shorter data.max_length"
+    raise ConfigError(
+        f"{phase} needs {needs}; {_limit(config)}. What helps: {helps}, model.quantize: 4, or a higher memory.limit"
+    )
 
-    Raises:
-        ConfigError: it takes more than `memory.limit`, or than this machine has.
-    """
-    if not found.fits(usable_bytes(config.memory.limit)):
-        raise ConfigError(f"{_needs(found, rows, width)}, or raise memory.limit; {room_of(config)}")
 
-
-def room_of(config: Config) -> str:
-    """What a recipe's training may take, in words."""
+def _limit(config: Config) -> str:
     limit = "memory.limit" if config.memory.limit is not None else "what this machine can give"
     return f"{limit} is {amount(usable_bytes(config.memory.limit))}"
 
 
-def _needs(found: MemoryPlan, rows: int, width: int) -> str:
-    """What a plan that does not fit needs, and what helps."""
-    phases = found.phases(ahead=False) if isinstance(found, PhasedPlan) else {}
-    phase = max(phases, key=lambda name: phases[name]) if phases else "training"
-    if phase == "sampling":
-        return (
-            f"sampling needs {amount(found.needed)}. What helps: a smaller rollout.rows (completions decoded at once) "
-            "or rollout.max_tokens, shorter prompts, model.quantize: 4"
-        )
-    step = "the step stays the same" if phases else "with batch.accumulate for the same step; auto finds one"
-    return (
-        f"{phase} needs {amount(found.needed)} (batches of {rows} x {width} tokens). What helps: a smaller "
-        f"batch.tokens ({step}), memory.checkpoint: on, model.quantize: 4, a shorter data.max_length"
-    )
-
-
 # --- measure ----------------------------------------------------------------------------------------------------------
 
-_ALL = 1 << 62  # bytes of a step that no memory was left for
-MEASURED = 5  # times, at most, that a step is measured for batch.tokens: auto
-TIMED = 4  # gradients, after the first, which makes caches and kernels
-QUICKER = 0.95  # share of the eager gradient's time below which the compiled one is taken: above lies noise
-FILLED = 0.95  # of the room is what it aims at: the run agrees with what was measured within a few percent
-ENOUGH = 1.15  # times as many tokens would fit: below that, they are not tried
-OVER = 1.05  # times a limit: MLX works ahead until it is reached, and a little beyond, before it waits
+_ALL = 1 << 62  # bytes of a step that did not fit in memory
+MEASURED = 5  # most measurements for batch.tokens: auto
+TIMED = 4  # gradients that are timed, after the first, which makes caches and kernels
+QUICKER = 0.95  # compile if the compiled gradient takes less than this share of the eager one's time
+FILLED = 0.95  # share of the room to aim at: a run agrees with its measurement within a few percent
+ENOUGH = 1.15  # try more tokens only if this many times as many would fit
+OVER = 1.05  # times a limit: MLX works ahead until a little above it, and then waits
 
 
 def settle_by_measure(
     config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, taken: int | None = None
 ) -> list[str]:
-    """Measure a step, and settle by it what is left open: gradient checkpointing, where it takes too much, and on a
-    GPU whether the loop compiles (`objective.compiled`).
+    """Measure a step to decide what is left open: gradient checkpointing and, on a GPU, `objective.compiled`.
 
     Args:
-        taken: what it takes, where that was measured already.
+        taken: bytes of the step, if it has been measured.
     Returns:
-        What there is to say of it; nothing where the objective's batches are not known before it runs.
+        Notes for the user; none if the objective's batches are not known before it runs.
     Raises:
         ConfigError: it takes more than `memory.limit`, or than this machine has.
-        ModelError: the model can not be compiled, and `run.compile` asks for it.
+        ModelError: the model cannot be compiled, and `run.compile` asks for it.
     """
     eager = why_eager(config, model, objective)
     objective.compiled = config.run.compile == "on"
     if not config.memory.measure:
         return []
     taken = measured_bytes(config, model, objective, optimizer) if taken is None else taken
-    room = room_of_all(config)
-    if taken is not None and taken > room_for_step(config, model):
+    room = OVER * usable_bytes(config.memory.limit)
+    if taken is not None and taken > _room_for_step(config, model):
         checkpoint_layers(model)
         taken = measured_bytes(config, model, objective, optimizer)
     if taken is None:
@@ -598,15 +509,9 @@ def settle_by_measure(
     return notes
 
 
-def room_of_all(config: Config) -> float:
-    """Bytes that training may be measured to take."""
-    return OVER * usable_bytes(config.memory.limit)
-
-
-def room_for_step(config: Config, model: nn.Module) -> float:
-    """Bytes that a step may take with the blocks as they are: beyond a share of the machine they are checkpointed,
-    where that is left open."""
-    room = room_of_all(config)
+def _room_for_step(config: Config, model: nn.Module) -> float:
+    """Return the bytes above which blocks are checkpointed, if that is left open, or else a step does not fit."""
+    room = OVER * usable_bytes(config.memory.limit)
     if config.memory.checkpoint != "auto" or is_checkpointed(model):
         return room
     return min(room, machine_bytes() * CHECKPOINT_ABOVE)
@@ -615,11 +520,10 @@ def room_for_step(config: Config, model: nn.Module) -> float:
 def fit_tokens(
     config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer
 ) -> tuple[Config, int | None, list[str]]:
-    """Correct what the plan has made of `batch.tokens: auto` by what the largest batch takes; the objective's batches
-    are made by it from then on.
+    """Correct the planned `batch.tokens: auto` by measuring the largest batch, and rebatch the objective.
 
     Returns:
-        The recipe with the number; what was measured with it, None if nothing was; what to say of it.
+        The recipe with the number; the bytes measured with it, or None; notes for the user.
     """
     objective.compiled = config.run.compile == "on"
     tokens, tried, said = config.batch.budget, dict[int, int](), list[str]()
@@ -630,11 +534,11 @@ def fit_tokens(
             return config, None, [f"batch.tokens: auto is {tokens:,}: there is no batch to measure"]
         tried[tokens] = taken
         said.append(f"{tokens:,} takes {'more than there is' if taken == _ALL else amount(taken)}")
-        most = room_for_step(config, model)
+        most = _room_for_step(config, model)
         largest = max(shape.rows * shape.width for shape in objective.shapes())
         wanted = _corrected(tokens, largest, taken, most, _lasting(model, optimizer))
-        open_ = config.memory.checkpoint == "auto" and not is_checkpointed(model)
-        if open_ and taken > most and wanted < LEAST_TOKENS:
+        undecided = config.memory.checkpoint == "auto" and not is_checkpointed(model)
+        if undecided and taken > most and wanted < LEAST_TOKENS:
             checkpoint_layers(model)  # rather than smaller batches
             tried.clear()
             said[-1] += ", and less with gradient checkpointing"
@@ -649,19 +553,18 @@ def fit_tokens(
 
 
 def _rebatched(config: Config, objective: Objective, tokens: int) -> Config:
-    """The recipe with this batch.tokens, by which the objective makes its batches from then on."""
     if tokens != config.batch.budget:
-        config = with_tokens(config, tokens)
+        config = _with(config, "batch", tokens=tokens)
         objective.rebatch(config)
     return config
 
 
 def _corrected(tokens: int, largest: int, taken: int, most: float, lasting: int) -> int:
-    """The batch.tokens to try next; the same where it is good.
+    """Return the batch.tokens to try next; the same number: it is good.
 
     Args:
-        largest: tokens of the largest batch that was made of `tokens`, padding included.
-        taken: what its step takes, of `most`.
+        largest: tokens of the largest batch made with `tokens`, padding included.
+        taken: bytes of its step, of `most`.
         lasting: bytes of it that do not grow with the batch.
     """
     if taken == _ALL:
@@ -674,18 +577,18 @@ def _corrected(tokens: int, largest: int, taken: int, most: float, lasting: int)
 
 
 def _lasting(model: nn.Module, optimizer: Optimizer) -> int:
-    """Bytes of weights, gradients and the optimiser."""
+    """Return the bytes of weights, gradients and the optimiser."""
     arrays = tree_flatten([model.parameters(), model.trainable_parameters(), optimizer.arrays()])
     return sum(v.nbytes for _, v in arrays)
 
 
 def _too_much(config: Config, taken: int) -> str:
     takes = "found no room" if taken == _ALL else f"takes {amount(taken)}"
-    return f"a step {takes}; {room_of(config)}. What helps: {FAILURES['memory'][1]}"
+    return f"a step {takes}; {_limit(config)}. What helps: {FAILURES['memory'][1]}"
 
 
 def _settle_compiling(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, room: float) -> str:
-    """Compile where the largest batch's gradient is quicker so, and its step fits into `room`. Returns what to say."""
+    """Compile if it makes the largest batch's gradient faster and its step fits into `room`; return a note."""
     objective.compiled = True
     try:
         taken = measured_bytes(config, model, objective, optimizer)
@@ -693,7 +596,7 @@ def _settle_compiling(config: Config, model: nn.Module, objective: Objective, op
             eager, compiled = (gradient_seconds(config, model, objective, on) for on in (False, True))
             objective.compiled = compiled < QUICKER * eager
             said = f"{'' if objective.compiled else 'not '}compiled where shapes come again"
-            return f"the step is {said}: its gradient took {compiled:.3g} s so, {eager:.3g} s eager"
+            return f"the step is {said}: its gradient took {compiled:.3g} s compiled, {eager:.3g} s eager"
         said = f"the step is not compiled: it would take {amount(taken or 0)}"
     except (ModelError, RuntimeError, MemoryError) as error:
         if not isinstance(error, ModelError) and gpu_failure(error) != "memory":
@@ -704,58 +607,44 @@ def _settle_compiling(config: Config, model: nn.Module, objective: Objective, op
 
 
 def gradient_seconds(config: Config, model: nn.Module, objective: Objective, compiled: bool) -> float:
-    """Seconds of a gradient of the largest batch, of several in a row; the random state is afterwards as it was."""
-    objective.compiled = compiled  # its batches are filled up then
+    """Return the seconds per gradient of the largest batch, from several in a row; the random state is restored."""
+    objective.compiled = compiled  # its batches are padded then
     with _probed(config, model):
-        step, compute = objective.largest(model)[0](), _computing(config, model, objective)
+        step, gradients = objective.largest(model)[0](), Gradients(model, objective, config.tune.router_aux)
         batch = step.micro_batches[0]
-        mx.eval(compute(batch, step.per))
+        mx.eval(gradients(batch, step.per))
         began, before = time.perf_counter(), mx.array(0.0)
         for _ in range(TIMED):
-            total, sums, grads = compute(batch, step.per)
+            total, sums, grads = gradients(batch, step.per)
             mx.async_eval(total, sums, grads)
             del grads
-            mx.eval(before)  # as the loop does: while one is computed the next is made
+            mx.eval(before)  # as in the loop: the next is made while one is computed
             before = total
         mx.eval(before)
         mx.synchronize()
         return (time.perf_counter() - began) / TIMED
 
 
-def _computing(
-    config: Config, model: nn.Module, objective: Objective
-) -> Callable[[MicroBatch, dict[str, float]], LossAndGradients]:
-    """`gradient` as the loop has it for shapes that come again."""
-    if objective.compiled:
-        compiled = CompiledGradient(model, objective)
-        return lambda batch, per: compiled(batch)
-    aux = config.tune.router_aux
-    return lambda batch, per: gradient(model, objective, batch, scales_of(per, aux, batch.trained_tokens))
-
-
 def crowded(config: Config) -> list[str]:
-    """What there is to warn of before training: swap in use, and a limit above what the system recommends."""
-    limit, lent = config.memory.limit, usable_bytes()
-    notes = (
-        []
-        if limit is None or limit * 1e9 <= lent
-        else [f"warning: memory.limit is above the {amount(lent)} that this machine lends"]
-    )
-    used = swap_bytes()
-    return notes + (
-        [f"warning: {amount(used)} of swap are in use: close what crowds the memory"] if used > CROWDED else []
-    )
+    """Return warnings before training: a limit above what the system recommends, and swap in use."""
+    limit, lent, used = config.memory.limit, usable_bytes(), swap_bytes()
+    notes = []
+    if limit is not None and limit * 1e9 > lent:
+        notes.append(f"warning: memory.limit is above the {amount(lent)} that this machine lends")
+    if used > CROWDED:
+        notes.append(f"warning: {amount(used)} of swap are in use: close programs that take much memory")
+    return notes
 
 
 def measured_bytes(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer) -> int | None:
-    """Peak of training on the batches that may take most, weights included; None if there is none to take.
+    """Return the peak of training on the largest batches, weights included; None: the objective knows no such batch.
 
-    It is two steps as the loop makes them, with a learning rate of 0: weights, random state and the objective's state
-    are afterwards as they were, and the optimiser begins anew. Without memory for them, all there is.
+    It runs two steps as the loop does, with a learning rate of 0: weights, random state and the objective's state are
+    restored, and the optimiser starts again. Steps for which memory runs out take `_ALL`.
 
     Raises:
-        ConfigError: no memory was left amid an update, when it is not known what has become of the weights.
-        TrainingError: macOS has ended the GPU's work.
+        ConfigError: memory ran out during an update, after which the weights are not known.
+        TrainingError: macOS stopped the GPU's work.
     """
     try:
         with _probed(config, model):
@@ -770,7 +659,7 @@ def measured_bytes(config: Config, model: nn.Module, objective: Objective, optim
 
 @contextmanager
 def _probed(config: Config, model: nn.Module) -> Iterator[None]:
-    """The model inside the block is as the loop has it, and what macOS ends there is told as it is of the loop."""
+    """Set the loop's modes inside the block, and report work that macOS stops as the loop does."""
     try:
         with probing(model, training=True), quicker(model), limits(config.memory.limit, config.memory.cache):
             yield
@@ -781,23 +670,29 @@ def _probed(config: Config, model: nn.Module) -> Iterator[None]:
 
 
 def _peak(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, step: MakesStep) -> int:
-    """Peak of two steps in a row, without what else stands in this process."""
+    """Return the peak of two steps in a row, without other arrays of this process."""
     held = [model.parameters(), optimizer.arrays(), objective.held()]
     mx.eval(held)
     mx.clear_cache()
     mx.reset_peak_memory()
-    own = {id(v): v.nbytes for _, v in tree_flatten(held)}  # a critic may begin as the policy's very arrays
+    own = {id(v): v.nbytes for _, v in tree_flatten(held)}  # a critic may start as the policy's very arrays
     others = max(0, mx.get_active_memory() - sum(own.values()))
     del held
-    compute = _computing(config, model, objective)
-    total, grads = _gradients(compute, step())
+    gradients = Gradients(model, objective, config.tune.router_aux)
+
+    def summed() -> tuple[mx.array, dict[str, mx.array]]:
+        made = step()
+        total, _, grads = gradients.summed(made.micro_batches, made.per)
+        return total, grads
+
+    total, grads = summed()
     mx.eval(total, grads)
-    # A rate of 0 times what is not finite would be no 0; the run ends at such a step.
+    # A learning rate of 0 times a gradient that is not finite is not 0; the run ends at such a step.
     if all(mx.isfinite(g.square().sum()).item() for g in grads.values()):
         try:
             mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
-            # The next step's forward pass begins while old and new parameters stand side by side.
-            total, grads = _gradients(compute, step())
+            # The next step's forward pass begins while old and new parameters exist side by side.
+            total, grads = summed()
             mx.async_eval(optimizer.step(model, grads, mx.array(1.0), 0.0))
             mx.eval(total, model.parameters(), optimizer.arrays())
         except (RuntimeError, MemoryError) as error:
@@ -807,16 +702,3 @@ def _peak(config: Config, model: nn.Module, objective: Objective, optimizer: Opt
         finally:
             optimizer.begin(model)
     return mx.get_peak_memory() - others
-
-
-def _gradients(
-    compute: Callable[[MicroBatch, dict[str, float]], LossAndGradients], step: Step
-) -> tuple[mx.array, Arrays]:
-    """Total and gradients of a step's micro-batches, on their way as the loop has them."""
-    grads: Arrays = {}
-    for batch in step.micro_batches:
-        total, sums, more = compute(batch, step.per)
-        grads = summed(grads, more)
-        mx.async_eval(total, sums, grads)
-        del more
-    return total, grads

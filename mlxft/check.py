@@ -16,13 +16,12 @@ from rich.text import Text
 from mlxft.build import (
     Planned,
     amount,
-    bare_skeleton,
+    base_skeleton,
     check_memory,
     full_logits,
     is_open,
     load_base,
     make_objective,
-    outfitted,
     planned,
     settled,
     why_eager,
@@ -318,10 +317,9 @@ def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, s
         ConfigError, ModelError: the model cannot be trained with this recipe.
     """
     try:
-        bare = bare_skeleton(config)
+        model = base_skeleton(config)
     except NotBeforeLoading as error:
         return None, str(error), []
-    model = outfitted(config, bare)
     if config.batch.pack:
         refuse_states(model)
     why_eager(config, model, objective)

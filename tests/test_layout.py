@@ -44,11 +44,11 @@ ORDER = {
 # Files and lines of each room, comments and blank lines included. A change that needs more says so here, and why.
 # Before the rooms were merged: 189 files, 35,959 lines.
 BUDGET = {
-    "top": (14, 6400),
+    "top": (14, 6300),
     "data": (5, 4300),
-    "model": (15, 7650),  # frozen.py: what objectives read and never train, opened and planned in one place
+    "model": (15, 7300),  # frozen.py: what objectives read and never train, opened and planned in one place
     "objectives": (11, 4800),
-    "trainer": (5, 1600),
+    "trainer": (5, 1550),
     "study": (13, 6100),
     "exports": (6, 3750),
     "demo": (3, 300),
@@ -367,6 +367,7 @@ PASSED = [
     *("trainer/report.py", "trainer/trackers.py", "objectives/base.py", "objectives/pairs.py"),
     *("objectives/preference.py", "objectives/reward.py", "objectives/rewards.py", "objectives/rollouts.py"),
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
+    *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
 ]
 # Regular expressions for whole words.
 FORBIDDEN = [

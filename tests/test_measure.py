@@ -128,7 +128,7 @@ def test_no_memory_for_the_step_is_all_memory(recipe: Make, monkeypatch: pytest.
     def fails(*args: Any) -> Any:
         raise RuntimeError(said)
 
-    monkeypatch.setattr(build, "gradient", fails)
+    monkeypatch.setattr(build.Gradients, "__call__", fails)
     said = "[metal::malloc] Resource limit (499000) exceeded."
     assert build.measured_bytes(config, loaded.model, objective, optimizer) == 1 << 62
     said = "[matmul] shapes"
@@ -145,7 +145,7 @@ def test_a_crowded_memory_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(build, "swap_bytes", lambda: 3e9)
     above, swap = build.crowded(config)
     assert above.startswith("warning: memory.limit is above the ")
-    assert swap == "warning: 3.00 GB of swap are in use: close what crowds the memory"
+    assert swap.startswith("warning: 3.00 GB of swap are in use")
     monkeypatch.setattr(build, "swap_bytes", lambda: 0.0)
     assert build.crowded(parse_config(recipe())) == []
 
@@ -273,7 +273,7 @@ def test_what_can_not_be_planned_is_said_and_measured(
     recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(*args: Any) -> Any:
-        raise ModelError("memory can not be predicted for this architecture")
+        raise ModelError("memory cannot be predicted for this architecture")
 
     monkeypatch.setattr(build, "plan_batches", fails)
     monkeypatch.setattr(build, "largest_tokens", fails)
@@ -287,7 +287,7 @@ def test_what_can_not_be_planned_is_said_and_measured(
     found = said()
     assert "gradient checkpointing is off: a measured step decides" in found
     assert "batch.tokens: auto is 2,048, by measured steps" in found
-    with pytest.raises(ConfigError, match=r"batch\.tokens: auto: memory can not .* memory\.measure: true"):
+    with pytest.raises(ConfigError, match=r"batch\.tokens: auto: memory cannot .* memory\.measure: true"):
         said(memory={"measure": False})
     found = said(memory={"measure": False}, batch={"tokens": 512})
     assert "gradient checkpointing is off: set memory.checkpoint: on where memory runs out" in found

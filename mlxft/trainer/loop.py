@@ -1,4 +1,4 @@
-"""The one loop. It pulls steps, adds up their sums and gradients, divides once, updates; it never looks into data."""
+"""Train: pull steps from an objective, add up sums and gradients, divide once, update."""
 
 from __future__ import annotations
 
@@ -27,49 +27,32 @@ from mlxft.text import Event
 from mlxft.trainer.optim import Optimizer, learning_rate
 
 # --- gradient ---------------------------------------------------------------------------------------------------------
-# A micro-batch's gradient: as the loss is written or, where shapes come again, by a function compiled for them.
+# The gradient of a micro-batch: eager or, for shapes that come again, by a function compiled for them.
 
-TRACES = 16  # most shapes that a run compiles: each trace is a graph that stays in memory
-REMEMBERED = 1024  # shapes that were seen once; where none comes again they would become as many as batches
+TRACES = 16  # most shapes that a run compiles, because each trace keeps a graph in memory
+REMEMBERED = 1024  # most shapes seen once that are remembered
 AUX = "router_aux"
-# total, to be divided by the denominator of the step's first term; the sums it is made of; gradients by name
+# The total, to be divided by the denominator of the step's first term; its sums; gradients by name.
 LossAndGradients = tuple[mx.array, Terms, dict[str, mx.array]]
 
 
 class Scales(NamedTuple):
-    """How a micro-batch's terms become one number, which the whole step is divided by once.
+    """Factors that make a micro-batch's terms one number, to be divided once for the whole step."""
 
-    Attributes:
-        of: term -> what it is multiplied by, the first term's denominator over its own; a term that is not there: 1.
-        aux: tune.router_aux, None where no balance is added.
-        trained: tokens that the micro-batch trains, by which its balance counts.
-    """
-
-    of: dict[str, float]
-    aux: float | None = None
-    trained: int = 0
+    of: dict[str, float]  # term -> the first term's denominator over its own; a missing term has 1
+    aux: float | None = None  # tune.router_aux; None: no balance is added
+    trained: int = 0  # trained tokens of the micro-batch, which weight its balance
 
 
 PLAIN_SCALES = Scales({})
 
 
-def scales_of(per: dict[str, float], aux: float | None, trained: int) -> Scales:
-    """Return the scales of a micro-batch in a step of these denominators."""
-    first = next(iter(per.values()))
-    return Scales({name: first / count for name, count in per.items() if count != first}, aux, trained)
-
-
 def gradient(
-    model: nn.Module,
-    objective: Objective,
-    batch: MicroBatch,
-    scales: Scales,
-    params: dict[str, mx.array] | None = None,
+    model: nn.Module, objective: Objective, batch: MicroBatch, scales: Scales, params: dict[str, mx.array] | None = None
 ) -> LossAndGradients:
-    """Return a micro-batch's sums, and the gradient of their total in what it trains, by name.
+    """Return a micro-batch's sums, and the gradient of their total in the parameters that it trains, by name.
 
-    Args:
-        params: stand in for the model's own while it is traced.
+    `params` replace the model's own while it is traced.
     """
 
     def loss(params: dict[str, mx.array]) -> tuple[mx.array, Terms]:
@@ -77,7 +60,7 @@ def gradient(
         if scales.aux is None:
             terms = objective.loss(model, batch.data)
         else:
-            terms = _balanced(model, objective, batch.data, scales)
+            terms = _balanced(model, objective, batch.data, scales.aux, scales.trained)
         scaled = [scales.of[name] * value if name in scales.of else value for name, value in terms.losses.items()]
         return sum(scaled[1:], scaled[0]), terms
 
@@ -87,52 +70,44 @@ def gradient(
     try:
         (total, terms), grads = mx.value_and_grad(loss)(own if params is None else params)
     finally:
-        model.update(tree_unflatten(list(own.items())))  # no tracers are left
+        model.update(tree_unflatten(list(own.items())))  # removes tracers
     return total, terms, grads
 
 
-def _balanced(model: nn.Module, objective: Objective, data: Any, scales: Scales) -> Terms:
-    """The objective's terms, and the balance of the model's routers, mean over the layers that have one, as another.
+def _balanced(model: nn.Module, objective: Objective, data: Any, aux: float, trained: int) -> Terms:
+    """Return the objective's terms and one for the balance of the model's routers, a mean over their layers.
 
-    Micro-batches are balanced each by itself, and count by their trained tokens: the choice of experts has to be known
-    of all tokens that are balanced together. Metric router_aux is 1 where tokens are spread evenly.
+    The choice of experts must be known for all tokens that are balanced together, so each micro-batch is balanced
+    separately and counts by its trained tokens. The metric router_aux is 1 where tokens are spread evenly.
     """
-    assert scales.aux is not None
     with watching({mask.shape: mask for mask in objective.real_tokens(data)}) as seen:
         terms = objective.loss(model, data)
     balance = mx.stack([load_balance(chosen, shares) for chosen, shares in seen.values()]).mean()
-    added = balance * scales.trained
-    return Terms(terms.losses | {AUX: scales.aux * added}, terms.metrics | {AUX: mx.stop_gradient(added)})
-
-
-def summed(grads: dict[str, mx.array], more: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The gradients of micro-batches so far, and those of one more."""
-    # In float32: a sum in bfloat16 has 8 bits, and stands still at 256 times what is added to it.
-    return grads | {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
+    added = balance * trained
+    return Terms(terms.losses | {AUX: aux * added}, terms.metrics | {AUX: mx.stop_gradient(added)})
 
 
 class CompiledGradient:
-    """`gradient` of an objective that is `traceable`, compiled: once for each set of shapes.
+    """`gradient` of a `traceable` objective, compiled once for each set of shapes.
 
-    What is trained goes in with the micro-batch's arrays, since it changes. All else that is read, the frozen weights
-    among it, is part of the trace, by reference.
+    The trained parameters change, so they are inputs like the micro-batch's arrays. Everything else that is read,
+    frozen weights included, is part of the trace by reference.
 
     Attributes:
-        traces: the shapes of each that there is, as `shapes_of`.
+        traces: the shapes of each trace, as `shapes_of` returns them.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         self._model, self._objective = model, objective
         self._functions: dict[type, Callable[..., Any]] = {}
-        self._known: set[str] = set()
         self.traces: list[str] = []
 
     def _function(self, kind: type) -> Callable[..., Any]:
-        # No method: what is compiled keeps what it reads, and a model that is done with should go at once.
+        # Not a method: a compiled function keeps what it reads, and would keep this object and thus the model alive.
         model, objective, traces = self._model, self._objective, self.traces
 
         def traced(params: dict[str, mx.array], arrays: dict[str, mx.array]) -> LossAndGradients:
-            batch = MicroBatch(kind(**arrays), 0, 0)  # nothing else of it: the trace would keep it
+            batch = MicroBatch(kind(**arrays), 0, 0)  # nothing else of it, which the trace would keep
             traces.append(shapes_of(batch))
             return gradient(model, objective, batch, PLAIN_SCALES, params)
 
@@ -141,83 +116,94 @@ class CompiledGradient:
         return self._functions[kind]
 
     def __call__(self, batch: MicroBatch) -> LossAndGradients:
-        """As `gradient`, of terms that have one denominator.
-
-        Raises:
-            ModelError: the model reads numbers while it is computed, so that it cannot be traced.
-        """
-        key = shapes_of(batch)
-        if key not in self._known:
-            # Whatever is found out by trying (how a model is taken apart) must be known before: in a trace nothing
-            # can be evaluated. The graph is thrown away, not computed.
+        """Compute `gradient` of terms that have one denominator; raise ModelError if the model cannot be traced."""
+        if shapes_of(batch) not in self.traces:
+            # A trace cannot evaluate anything, so what is found by trying (how to take a model apart) must be known
+            # before. This graph is thrown away, not computed.
             gradient(self._model, self._objective, batch, PLAIN_SCALES)
-            self._known.add(key)
-        function = self._function(type(batch.data))
+        params = dict(tree_flatten(self._model.trainable_parameters()))
         try:
-            total, terms, grads = function(
-                dict(tree_flatten(self._model.trainable_parameters())), arrays_of(batch.data)
-            )
+            total, terms, grads = self._function(type(batch.data))(params, arrays_of(batch.data))
         except ValueError as error:
             if "function transformations" not in str(error):
                 raise
             name = getattr(self._model, "model_type", type(self._model).__name__)
             why = "reads numbers while it is computed"
-            raise ModelError(f"run.compile: {name} can not be compiled, it {why} ({error}); set it to off") from error
+            raise ModelError(f"run.compile: {name} cannot be compiled, it {why} ({error}); set it to off") from error
         return total, Terms(*terms), grads
 
 
 class Gradients:
-    """The gradients of a run: compiled for shapes that are seen again, up to TRACES of them; eager for all others.
+    """The gradients of a run: compiled for up to TRACES shapes that are seen again, eager for all others.
 
     Args:
         aux: tune.router_aux.
-        once: shapes that were seen once, oldest first; changed in place.
-        again: those that are compiled; changed in place. Compiled and eager differ in the last bits, so a run that
-            is resumed needs both lists as they were.
+        progress: keeps the shapes, because compiled and eager gradients differ in the last bits, so that a resumed
+            run needs the same ones. None: every shape is compiled if `objective.compiled`.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, aux: float | None, once: list[str], again: list[str]
+        self, model: nn.Module, objective: Objective, aux: float | None, progress: Progress | None = None
     ) -> None:
-        self._model, self._objective, self._aux, self._once, self._again = model, objective, aux, once, again
+        self._model, self._objective, self._aux, self._progress = model, objective, aux, progress
         self.compiled = CompiledGradient(model, objective) if objective.compiled else None
 
     def __call__(self, batch: MicroBatch, per: dict[str, float]) -> LossAndGradients:
-        """As `gradient`, of a step of these denominators."""
-        scales = scales_of(per, self._aux, batch.trained_tokens)
+        """Compute `gradient` in a step with these denominators."""
+        first = next(iter(per.values()))
+        factors = {name: first / count for name, count in per.items() if count != first}
+        scales = Scales(factors, self._aux, batch.trained_tokens)
         whole = batch.trains is None and not scales.of
         if self.compiled is not None and whole and self._comes_again(shapes_of(batch)):
             return self.compiled(batch)
         return gradient(self._model, self._objective, batch, scales)
 
+    def summed(self, batches: Sequence[MicroBatch], per: dict[str, float]) -> LossAndGradients:
+        """Sum over the micro-batches of a step, being evaluated."""
+        grads: dict[str, mx.array] = {}
+        total, sums = mx.array(0.0), Terms({}, {})
+        for k, batch in enumerate(batches):
+            part, terms, more = self(batch, per)
+            total, sums = (total + part, sums.plus(terms)) if k else (part, terms)
+            # In float32, because bfloat16 has 8 bits: a sum stops growing at 256 times what is added to it.
+            grads |= {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
+            # All at once and before anything else is evaluated: an array that only one of them needs would keep the
+            # activations of the others alive.
+            mx.async_eval(total, sums, grads)
+            del more
+        return total, sums, grads
+
     def _comes_again(self, key: str) -> bool:
-        if key in self._again:
+        if self._progress is None:
             return True
-        if len(self._again) == TRACES:
+        once, again = self._progress.shapes_seen, self._progress.shapes_compiled
+        if key in again:
+            return True
+        if len(again) == TRACES:
             return False
-        if key in self._once:
-            self._once.remove(key)
-            self._again.append(key)
+        if key in once:
+            once.remove(key)
+            again.append(key)
             return True
-        self._once.append(key)
-        del self._once[:-REMEMBERED]
+        once.append(key)
+        del once[:-REMEMBERED]
         return False
 
 
 def shapes_of(batch: MicroBatch) -> str:
-    """Return a digest of the names, shapes and types of its arrays."""
+    """Return a digest of the names, shapes and types of a micro-batch's arrays."""
     about = sorted((name, value.shape, str(value.dtype)) for name, value in arrays_of(batch.data).items())
     return blake2b(repr(about).encode(), digest_size=8).hexdigest()
 
 
 # --- validate ---------------------------------------------------------------------------------------------------------
-# Held-out loss and metrics: the whole set, the same each time, weighted by items.
+# Held-out loss and metrics, over the same whole set each time, weighted by items.
 
 
 def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
-    """Loss and metrics over the validation set, {} if there is none. Dropout is off; randomness is left as it was.
+    """Return loss and metrics over the validation set, {} if there is none, or what `evaluate` returns.
 
-    An objective may have a way of its own.
+    Dropout is off, and the random state is restored.
     """
     sums, per = Terms({}, {}), dict[str, float]()
     with probing(model):
@@ -238,7 +224,7 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
 
 # --- loop -------------------------------------------------------------------------------------------------------------
 
-MOST_PENDING = 64  # steps whose numbers stay on the device: each is a buffer, and Metal has a limit of those
+MOST_PENDING = 64  # most steps whose numbers stay on the device: each is a buffer, and Metal limits their number
 ADVICE = (
     "What was saved before is intact. Try a lower optim.lr, a longer optim.warmup, a smaller optim.clip, "
     "model.dtype: float32, or look at the rows"
@@ -247,7 +233,7 @@ ADVICE = (
 
 @dataclass
 class Progress:
-    """Where a run stands; with weights, optimiser and data position, all that exact resume needs."""
+    """The progress of a run; with weights, optimiser and data position, all that exact resume needs."""
 
     step: int = 0
     tokens: int = 0
@@ -257,21 +243,17 @@ class Progress:
     best_step: int | None = None
     evals_without_gain: int = 0
     skipped_batches: int = 0
-    # Since the last report, so that reports are the same whether or not a run was interrupted between two.
+    # Sums since the last report, saved so that an interruption does not change the next report.
     window: dict[str, float] = field(default_factory=dict)
-    about: dict[str, float] = field(default_factory=dict)  # the newest event's numbers, which go into each report
+    about: dict[str, float] = field(default_factory=dict)  # the latest event's numbers, repeated in each report
     stopped_early: bool = False
-    shapes_seen: list[str] = field(default_factory=list)  # of micro-batches: once, and to be compiled
+    shapes_seen: list[str] = field(default_factory=list)  # of micro-batches, seen once
     shapes_compiled: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 @dataclass
 class Hooks:
-    """What the loop tells others: events, and that it is time to save."""
+    """Functions that the loop calls with events, and when to save or to complete the sample prompts."""
 
     event: Callable[[Event], None]
     checkpoint: Callable[[Progress], None]
@@ -279,39 +261,30 @@ class Hooks:
     samples: Callable[[Progress], None]
 
 
-class Interrupt:
-    """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
+@contextmanager
+def _watched_signals() -> Iterator[list[int]]:
+    """Yield a list, to which Ctrl-C and SIGTERM are added; a second signal raises KeyboardInterrupt."""
+    seen: list[int] = []
 
-    def __init__(self) -> None:
-        self.asked = False
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(signum)
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Handle the signals inside the block."""
-
-        def handle(signum: int, frame: FrameType | None) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        try:
-            before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever started it handles signals
-            before = {}
-        try:
-            yield
-        finally:
-            for s, old in before.items():
-                signal.signal(s, old)
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, whose owner handles signals
+        before = {}
+    try:
+        yield seen
+    finally:
+        for s, old in before.items():
+            signal.signal(s, old)
 
 
 @dataclass
 class _Made:
-    """One update, not looked at yet: everything lazy.
-
-    Attributes:
-        total: over the denominator of the step's first term.
-    """
+    """An update whose numbers have not been read: everything is lazy."""
 
     number: int
     total: mx.array
@@ -324,38 +297,33 @@ class _Made:
     rows: tuple[str, ...]
 
 
+@dataclass(eq=False)
 class Loop:
-    """Trains `model` by `objective` until `total_steps`, an early stop or an interrupt."""
+    """The training loop, which runs until `total_steps`, an early stop or an interrupt."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        optimizer: Optimizer,
-        config: Config,
-        total_steps: int,
-        progress: Progress,
-        hooks: Hooks,
-    ) -> None:
-        self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.config, self.total_steps, self.progress, self.hooks = config, total_steps, progress, hooks
-        self.gradients = Gradients(
-            model, objective, config.tune.router_aux, progress.shapes_seen, progress.shapes_compiled
-        )
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    config: Config
+    total_steps: int
+    progress: Progress
+    hooks: Hooks
+
+    def __post_init__(self) -> None:
+        self.gradients = Gradients(self.model, self.objective, self.config.tune.router_aux, self.progress)
         self._pending: list[_Made] = []
-        self._started = time.perf_counter() - progress.elapsed_s
+        self._started = time.perf_counter() - self.progress.elapsed_s
         self._reported = time.perf_counter()
 
     def run(self) -> bool:
-        """Train. Returns False if it was interrupted (a checkpoint is saved then).
+        """Train. Return False if it was interrupted, after a checkpoint was saved.
 
         Raises:
             TrainingError: a loss or gradient is NaN or infinite.
         """
         p, settings = self.progress, self.config.run
         self.model.train()
-        interrupt = Interrupt()
-        with interrupt.watch(), quicker(self.model):
+        with _watched_signals() as signals, quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
             steps = self.objective.steps(self.model)
@@ -366,17 +334,17 @@ class Loop:
                 p.trained_tokens += step.trained_tokens
                 self._pending.append(step)
                 if len(self._pending) > 1:
-                    # Wait for the step before: the device is kept busy by one step, never by a growing queue.
+                    # Wait for the step before, so that one step keeps the device busy and the queue does not grow.
                     mx.eval(self._pending[-2].total)
                 if len(self._pending) > MOST_PENDING:
-                    self._look(self._pending[:-1])  # they are done
+                    self._read(self._pending[:-1])  # they are computed
                 last = p.step == self.total_steps
                 if p.step % settings.report_every == 0 or last:
                     self._report()
                 due = p.step % settings.eval_every == 0 if settings.eval_every else ends_epoch
                 if due or last:
                     self._evaluate()
-                stop = interrupt.asked
+                stop = bool(signals)
                 if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
                     self._save()
                 if stop:
@@ -384,12 +352,12 @@ class Loop:
         return True
 
     def _update(self, steps: Iterator[Step]) -> tuple[_Made, bool]:
-        """Make the next step that has anything to train; those without are skipped and counted."""
+        """Make the next step that trains anything, and return whether it ends an epoch; count the skipped ones."""
         epochs = 0
         while True:
             step = next(steps)
             if step.event is not None:
-                self._tell(step.event, step.before_s)
+                self._send(step.event, step.before_s)
             batches = [b for b in step.micro_batches if b.trained_tokens or not b.tokens]
             self.progress.skipped_batches += len(step.micro_batches) - len(batches) if step.micro_batches else 1
             if batches and any(step.per.values()):
@@ -399,21 +367,13 @@ class Loop:
                 raise TrainingError("no batch of a whole epoch has anything to train: see the rows with mlxft check")
 
     def _make(self, step: Step, batches: Sequence[MicroBatch]) -> _Made:
-        """One optimiser update. Sums are added up over the micro-batches, and divided once by the whole step's items:
-        micro-batches differ in them, and a mean of means would count a short row's tokens more than a long one's."""
         trained = sum(b.trained_tokens for b in batches)
+        # Divide by the whole step's items: micro-batches differ in them, and a mean of means would count a short
+        # row's tokens more than a long one's.
         per = step.per if self.config.tune.router_aux is None else step.per | {AUX: float(trained)}
-        grads: dict[str, mx.array] = {}
-        total, sums = mx.array(0.0), Terms({}, {})
-        for k, batch in enumerate(batches):
-            part, terms, more = self.gradients(batch, per)
-            total, sums = (total + part, sums.plus(terms)) if k else (part, terms)
-            grads = summed(grads, more)
-            # Together, and before anything else is asked for: what only one of them needs would keep the others'
-            # activations alive.
-            mx.async_eval(total, sums, grads)
-            del more
-        lr, first = self.rate(), next(iter(per.values()))
+        total, sums, grads = self.gradients.summed(batches, per)
+        first = next(iter(per.values()))
+        lr = self.rate()
         norms = self.optimizer.step(self.model, grads, mx.array(first), lr)
         mx.async_eval(norms)
         if step.after is not None:
@@ -423,45 +383,39 @@ class Loop:
         return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows)
 
     def rate(self) -> float:
-        """The next step's learning rate."""
+        """Return the next step's learning rate."""
         return learning_rate(self.config.optim, self.progress.step, self.total_steps)
 
-    def _tell(self, event: Event, before_s: float) -> None:
-        """Report what comes with a batch. It is the next step's: a resumed run that repeats it drops it and tells it
-        again."""
+    def _send(self, event: Event, before_s: float) -> None:
+        """Report an event of the next step. A resumed run that repeats the step drops it and sends it again."""
         self._drain()
-        self.progress.window["seconds"] -= before_s  # speed is of training alone
+        self.progress.window["seconds"] -= before_s  # speed is that of training alone
         self.hooks.event({**event, "step": self.progress.step + 1, "elapsed_s": self.progress.elapsed_s})
         self.progress.about = {k: v for k, v in event.items() if isinstance(v, (int, float))}
 
     def _drain(self) -> None:
-        """Look at the steps since the last time: the only place where the loop waits for numbers.
-
-        Raises:
-            TrainingError: one is not finite.
-        """
-        self._look(self._pending)
+        """Read the numbers of all pending steps: only here, and with MOST_PENDING, the loop waits for the device."""
+        self._read(self._pending)
         window, now = self.progress.window, time.perf_counter()
         window["seconds"] = window.get("seconds", 0.0) + now - self._reported
         self._reported = now
         self.progress.elapsed_s = now - self._started
 
-    def _look(self, steps: list[_Made]) -> None:
-        """Add the numbers of some pending steps, the oldest, to the window; TrainingError where one is not finite."""
+    def _read(self, steps: list[_Made]) -> None:
+        """Add the numbers of the oldest pending steps to the window; raise TrainingError if one is not finite."""
         window = self.progress.window
         for step in steps:
             total, weight = float(step.total), next(iter(step.per.values()))
             norms = {k: float(v) for k, v in step.norms.items()}
             if not all(map(math.isfinite, (total, *norms.values()))):
                 raise TrainingError(_not_finite(step, total, norms))
-            sums = {"total": total, "weight": weight, **{f"sum:{k}": float(v) for k, v in step.metrics.items()}}
-            sums |= {f"of:{k}": step.per.get(k, weight) for k in step.metrics}  # not every step need have all metrics
+            sums = {"total": total, "weight": weight, "tokens": step.tokens, "trained": step.trained_tokens}
+            sums |= {f"sum:{k}": float(v) for k, v in step.metrics.items()}
+            sums |= {f"of:{k}": step.per.get(k, weight) for k in step.metrics}  # a step may lack some metrics
             for name, value in sums.items():
                 known = window.get(name)
                 window[name] = value if known is None else max(known, value) if name.endswith(MAX) else known + value
             window |= {"lr": step.lr, **{f"norm:{k}": v for k, v in norms.items()}}
-            window["tokens"] = window.get("tokens", 0) + step.tokens
-            window["trained"] = window.get("trained", 0) + step.trained_tokens
         del self._pending[: len(steps)]
 
     def _report(self) -> None:
@@ -491,29 +445,26 @@ class Loop:
         self.hooks.event(event)
 
     def _epochs(self) -> dict[str, float]:
-        """Passes over the data so far, where the objective knows how many steps one has."""
+        """Return the passes over the data so far, if the objective knows the steps of each."""
         epoch, left = 0, self.progress.step
         while (size := self.objective.steps_per_epoch(epoch)) is not None and left >= size:
             epoch, left = epoch + 1, left - size
         return {} if size is None else {"epoch": round(epoch + left / size, 4)}
 
     def _evaluate(self, candidate: bool = True) -> None:
-        """Validate and answer the sample prompts; the untrained model is no `candidate` for the best."""
+        """Validate and complete the sample prompts; the untrained model is not a `candidate` for the best."""
         self._drain()
         p = self.progress
         began = time.perf_counter()
         found = validate(self.model, self.objective)
         samples = found.pop("samples", [])
         if found:
-            better = (
-                candidate
-                and math.isfinite(found["loss"])
-                and found["loss"] < (math.inf if p.best_loss is None else p.best_loss)
-            )
+            loss, best = found["loss"], math.inf if p.best_loss is None else p.best_loss
+            better = candidate and math.isfinite(loss) and loss < best
             self.hooks.event({"event": "eval", "step": p.step, **found, "best": better, "elapsed_s": p.elapsed_s})
             p.evals_without_gain = 0 if better or not candidate else p.evals_without_gain + 1
             if better:
-                p.best_loss, p.best_step = found["loss"], p.step
+                p.best_loss, p.best_step = loss, p.step
                 self.hooks.best(p)
             patience = self.config.run.patience
             p.stopped_early = patience is not None and p.evals_without_gain >= patience
@@ -522,29 +473,29 @@ class Loop:
         self.hooks.samples(p)
         self._pause(began)
         if p.stopped_early and p.window.get("weight"):
-            self._report()  # the steps since the last one would go unreported
+            self._report()  # otherwise the steps since the last report would be missing
 
     def _save(self) -> None:
         self._drain()
         began = time.perf_counter()
         weights = tree_flatten(self.model.trainable_parameters())
         if not mx.stack([mx.isfinite(v).all() for _, v in weights]).all().item():
-            # The loss would show it one step later, when the only good checkpoint might be gone.
+            # The loss would show it one step later, when the only good checkpoint might have been deleted.
             raise TrainingError(f"step {self.progress.step}: the update made weights infinite or NaN. {ADVICE}")
         self.hooks.checkpoint(self.progress)
         self._pause(began)
 
     def _pause(self, began: float) -> None:
-        """Take the time since `began` out of the training time."""
+        """Exclude the time since `began` from the training time."""
         away = time.perf_counter() - began
         self._started += away
         self._reported += away
 
 
 def loop_state(loop: Loop) -> dict[str, Any]:
-    """What a checkpoint's state.json holds beside the arrays."""
+    """Return what a checkpoint's state.json holds beside the arrays."""
     return {
-        "progress": loop.progress.to_json(),
+        "progress": asdict(loop.progress),
         "objective": loop.objective.state_dict(),
         "random": random_state(),
         "total_steps": loop.total_steps,

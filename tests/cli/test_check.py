@@ -185,7 +185,7 @@ def whole(make_model_dir: Callable[..., Path], tmp_path: Path) -> str:
 def test_where_all_logits_are_computed_it_is_said(
     write: Callable[..., str], whole: str, mlxft: Callable[..., Any]
 ) -> None:
-    said = "logits are computed for every position: the body of this model (gpt_neox) can not be taken apart"
+    said = "logits are computed for every position: the body of this model (gpt_neox) cannot be taken apart"
     pairs = {"data.train": "pairs.jsonl", "data.format": "preference"}
     row = json.dumps({"prompt": "the in", "chosen": "on it", "rejected": "at a"})
     recipes = [write("sft.yaml"), write("orpo.yaml", objective="preference", preference={"loss": "orpo"}, **pairs)]

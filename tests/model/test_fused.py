@@ -165,7 +165,7 @@ def test_attention_in_operations_is_mlxs_own(mask: str, sinks: bool, heads: int,
 
 def test_without_stand_ins_it_could_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFT_CPU", "off")
-    with opaque(), pytest.raises(ModelError, match="memory can not be predicted"):
+    with opaque(), pytest.raises(ModelError, match="memory cannot be predicted"):
         plan(Job(model_of("llama"), 0), 2, 16, False)
 
 

@@ -160,7 +160,7 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_model_that_asks_its_caches_for_more_is_refused_by_a_sentence(weights: bool) -> None:
     said = r"gemma3n does not keep packed rows apart: its own code fails .* caches \(AttributeError: .*keys_and_values"
-    with pytest.raises(ModelError, match=rf"^batch\.pack: {said}'\); leave batch\.pack out$"):
+    with pytest.raises(ModelError, match=rf"^batch\.pack: {said}'\); remove batch\.pack$"):
         Packing(build("gemma3n"), weights=weights)
 
 

@@ -25,7 +25,7 @@ from mlxft.build import (
 from mlxft.config import Config, parse_config
 from mlxft.errors import ConfigError
 from mlxft.model.load import base_fingerprint, load_tokenizer
-from mlxft.model.memory import PhasedPlan, Rolling, sampling_bytes
+from mlxft.model.memory import MemoryPlan, Rolling, sampling_bytes
 from mlxft.objectives.rollouts import OnPolicy
 
 Make = Callable[..., dict[str, Any]]
@@ -72,12 +72,12 @@ def ppo(recipe: Make, small: str, tmp_path: Path) -> Make:
     return make
 
 
-def plan_of(settings: dict[str, Any]) -> tuple[Config, PhasedPlan]:
+def plan_of(settings: dict[str, Any]) -> tuple[Config, MemoryPlan]:
     config = parse_config(settings)
     objective = make_objective(config, load_tokenizer(settings["model"]["path"]))
     model = base_skeleton(config)
     found, _, _ = plan_batches(config, model, objective.shapes(), objective.beside(model))
-    assert isinstance(found, PhasedPlan)
+    assert found.sampling
     return config, found
 
 
@@ -204,7 +204,7 @@ def test_a_budget_leaves_room_for_the_roles(ppo: Make) -> None:
 def test_what_does_not_fit_is_refused_before_anything_is_written(ppo: Make, tmp_path: Path) -> None:
     import mlxft
 
-    with pytest.raises(ConfigError, match=r"sampling needs .* MB.*rollout\.rows.*memory\.limit is 20\.0 MB"):
+    with pytest.raises(ConfigError, match=r"sampling needs .* MB.*memory\.limit is 20\.0 MB.*rollout\.rows"):
         mlxft.train(ppo(memory={"limit": 0.02}, batch={"rows": 1}, **{"rollout.rows": 64, "rollout.samples": 4}))
     with pytest.raises(ConfigError, match=r"training needs .* MB .*memory\.limit is 20\.0 MB"):
         mlxft.train(ppo(memory={"limit": 0.02, "checkpoint": "off"}, **{"rollout.rows": 1, "batch.rows": 16}))

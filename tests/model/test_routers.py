@@ -86,7 +86,7 @@ def test_what_routers_say(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in MIXTURES if OWN.get(n, n) not in SOFTMAX])
 def test_routers_that_are_not_a_plain_softmax_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"tune\.router_aux: is for .* mixtral.*; those of {name} are not known to"):
+    with pytest.raises(ConfigError, match=rf"tune\.router_aux: .* mixtral.*; those of {name} are not known to"):
         watch_routers(build(name), "tune.router_aux")
 
 

@@ -22,7 +22,7 @@ from mlxft.objectives.base import MicroBatch, Objective, Step, Terms, arrays_of
 from mlxft.objectives.sft import SFTBatch, one_of_few
 from mlxft.run import assemble, train
 from mlxft.trainer import loop as module
-from mlxft.trainer.loop import PLAIN_SCALES, TRACES, CompiledGradient, Gradients, gradient
+from mlxft.trainer.loop import PLAIN_SCALES, TRACES, CompiledGradient, Gradients, Progress, gradient
 
 Make = Callable[..., dict[str, Any]]
 PACKED = {"batch": {"rows": 1, "pack": True}, "data.max_length": 64}
@@ -151,7 +151,7 @@ def batch_of(size: int) -> MicroBatch:
 def test_traces_are_bounded(sizes: Any, traces: int) -> None:
     """Forty shapes that come four times each, and three; and each gradient is that of its own batch and weights."""
     model, once, again = Number(), list[str](), list[str]()
-    gradients = Gradients(model, Sums(), None, once, again)
+    gradients = Gradients(model, Sums(), None, Progress(shapes_seen=once, shapes_compiled=again))
     assert gradients.compiled is not None
     for turn in range(4):
         for size in sizes:
@@ -170,7 +170,7 @@ def test_traces_are_bounded(sizes: Any, traces: int) -> None:
 def test_shapes_that_never_come_again_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REMEMBERED", 3)
     once, again = list[str](), list[str]()
-    gradients = Gradients(Number(), Sums(), None, once, again)
+    gradients = Gradients(Number(), Sums(), None, Progress(shapes_seen=once, shapes_compiled=again))
     for size in (1, 2, 3, 4, 1, 4):
         gradients(batch_of(size), {"w": size})
     assert (len(once), len(again)) == (2, 1), "1 was forgotten when it came again, 4 was not"
@@ -178,7 +178,7 @@ def test_shapes_that_never_come_again_are_forgotten(monkeypatch: pytest.MonkeyPa
 
 def test_of_a_batch_that_trains_a_part_nothing_is_compiled() -> None:
     model = Number()
-    gradients = Gradients(model, Sums(), None, [], [])
+    gradients = Gradients(model, Sums(), None, Progress())
     for _ in range(3):
         gradients(replace(batch_of(3), trains=lambda name: True), {"w": 3})
     assert gradients.compiled is not None
@@ -191,7 +191,7 @@ def test_a_loss_that_reads_numbers_is_refused_and_leaves_no_tracer() -> None:
             return super().loss(model, data) if model.w.item() > 0 else Terms({"w": model.w}, {})
 
     model = Number()
-    with pytest.raises(ModelError, match=r"Number can not be compiled, it reads numbers .* set it to off"):
+    with pytest.raises(ModelError, match=r"Number cannot be compiled, it reads numbers .* set it to off"):
         CompiledGradient(model, Reads())(batch_of(3))
     assert model.w.item() == 2.0
 
@@ -302,7 +302,7 @@ def test_both_gradients_are_timed_and_leave_no_trace(settings: Make) -> None:
 
 RULES = {"rewards": {"rules": [{"kind": "length", "max": 2}]}, "rollout": {"prompts": 2, "samples": 2, "max_tokens": 4}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "dropout": ({"tune.dropout": 0.1}, "dropout draws anew"),
+    "dropout": ({"tune.dropout": 0.1}, "dropout draws new masks"),
     "router_aux": ({"tune.router_aux": 0.01}, "tune.router_aux reads more"),
     "on-policy": ({"objective": "grpo", **RULES}, "the loss of objective grpo reads more"),
 }
