@@ -53,7 +53,7 @@ def test_so_many_of_each_label_and_fewer_are_among_more() -> None:
 
 
 def test_more_shots_than_a_label_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.shots: asks for 4 rows of each label .* only 3 of 'b', 3 of 'c'"):
+    with pytest.raises(ConfigError, match=r"data\.shots: asks for 4 rows of each label.* only 3 of 'b', 3 of 'c'"):
         pick_shots(LABELS, 10, 4, 0, "data.shots")
     with pytest.raises(ConfigError, match="11 rows are asked for, and there are 10"):
         pick_shots(None, 10, 11, 0, "data.shots")
@@ -245,7 +245,7 @@ def test_shots_are_never_evaluated_rows(reviews: Callable[..., Path], tmp_path: 
     ("plan", "overrides", "error"),
     [
         ({"in_context": [41]}, [], "^--in-context or --k: 41 shots are asked for; .* has 40 rows"),
-        ({"tuned": [21]}, [], "^--tuned or --k: asks for 21 rows of each label .* only 20 of 'bad', 20 of 'good'"),
+        ({"tuned": [21]}, [], "^--tuned or --k: asks for 21 rows of each label.* only 20 of 'bad', 20 of 'good'"),
         ({"task": "loss"}, [], "is a loss; few-shot tables want choices"),
         ({"task": "exact_mtch"}, [], "no such task"),
         ({"test": "train.jsonl"}, [], "is data.train itself"),
