@@ -23,16 +23,13 @@ from mlxft.data.formats import ROLES, WRITTEN, Message
 from mlxft.errors import DataError
 
 # --- thoughts ---------------------------------------------------------------------------------------------------------
-# Where a reasoning model's thoughts end in a completion, and its answer begins.
-#
-# Marks are looked for in text, not in token ids: a model that learned `<think>` from its rows may write it letter by
-# letter.
+# A completion of a reasoning model has thoughts and then an answer. Their marks are looked for in text, not in token
+# ids: a model that learned `<think>` from its rows may write it letter by letter.
 
 Thoughts = Literal["drop", "keep"]
 
 _TAGS = ("think", "thinking", "thought", "reasoning", "longcat_think", "seed:think", "mm:think")
-# What opens and what closes a thought: the marks that mlx-lm's TokenizerWrapper and vLLM's reasoning parsers know, and
-# those of data sets to fine-tune on.
+# Marks that open and close a thought: those of mlx-lm's TokenizerWrapper, vLLM's reasoning parsers, and data sets.
 MARKS: tuple[tuple[str, str], ...] = (
     *((f"<{tag}>", f"</{tag}>") for tag in _TAGS),
     ("[THINK]", "[/THINK]"),  # Mistral
@@ -45,12 +42,12 @@ MARKS: tuple[tuple[str, str], ...] = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # OpenThoughts
 )
 _CLOSING = dict(MARKS)
-# What stands around an answer beside the thoughts; made of special tokens, so never text of the answer.
+# Other marks around an answer; special tokens, so never part of it.
 _FRAMES = (
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
     ("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
 )
-# gpt-oss writes messages, each with its channel: analysis (thoughts), commentary (calls of tools) or final.
+# gpt-oss writes messages with channels: analysis (thoughts), commentary (tool calls) or final.
 _ANALYSIS = "<|channel|>analysis<|message|>"
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 _MESSAGE_END = re.compile(r"<\|(?:end|return|call|start)\|>")
@@ -68,16 +65,16 @@ _SPACE = re.compile(r"\s*")
 
 
 def split_thoughts(text: str, opening: str = "") -> tuple[str, str]:
-    """Cut a completion into its thoughts, marks and white space after them included, and its answer.
+    """Split a completion into its thoughts, with their marks and following white space, and its answer.
 
-    Thoughts stand at the beginning, in one block or several. Pairs of marks within a thought are part of it; once the
-    answer has begun, marks are text that it quotes. A closing mark that no opening one precedes ends a thought that was
-    opened out of sight. A thought that never ends leaves no answer.
+    Thoughts come first, in one or several blocks. Pairs of marks within a thought are part of it; marks in the answer
+    are quoted text. A closing mark without an opening one ends a thought that was opened before the completion. A
+    thought that never ends leaves no answer.
 
     Args:
-        opening: the mark by which the prompt has opened a thought already; see `opening_of`.
+        opening: the mark that opens a thought at the end of the prompt; see `opening_of`.
     """
-    end = _end_of_thoughts(opening + text) - len(opening)  # a mark that opens a thought does not end it
+    end = _end_of_thoughts(opening + text) - len(opening)
     return text[:end], text[end:]
 
 
@@ -102,7 +99,7 @@ def _end_of_thoughts(text: str) -> int:
 
 
 def _closed(text: str, start: int, opening: str) -> int | None:
-    """Where the thought ends that `opening` began before `start`: at its own closing mark, or else at the first."""
+    """Return where the thought that `opening` began before `start` ends: at its own closing mark, or else the first."""
     closing, depth, first = _CLOSING[opening], 1, None
     for mark in re.finditer(_any_of([opening, closing]), text[start:]):
         depth += 1 if mark[0] == opening else -1
@@ -117,9 +114,8 @@ def until_stop(text: str, stop: Sequence[str], opening: str = "", in_answer: boo
     """Return a completion up to its first stop text.
 
     Args:
-        opening: the mark by which the prompt has opened a thought already.
-        in_answer: whether a stop text counts in the answer only, not in the thoughts before it; one that holds a mark
-            of thoughts counts everywhere.
+        opening: the mark that opens a thought at the end of the prompt.
+        in_answer: whether stop texts count in the answer only; one with a mark of thoughts counts everywhere.
     """
     answer = len(split_thoughts(text, opening)[0]) if in_answer and stop else 0
     ends = (text.find(end, 0 if _ANY_MARK.search(end) else answer) for end in stop)
@@ -127,10 +123,10 @@ def until_stop(text: str, stop: Sequence[str], opening: str = "", in_answer: boo
 
 
 def answer_of(text: str, opening: str = "") -> str:
-    """Return a completion without its thoughts; a text without marks as it is.
+    """Return a completion without its thoughts; a text without marks is unchanged.
 
     Args:
-        opening: the mark by which the prompt has opened a thought already; see `opening_of`.
+        opening: the mark that opens a thought at the end of the prompt; see `opening_of`.
     """
     thoughts, answer = split_thoughts(text, opening)
     if "<|channel|>" in opening + thoughts:
@@ -142,29 +138,29 @@ def answer_of(text: str, opening: str = "") -> str:
 
 
 def wanted_of(text: str) -> str:
-    """Return a row's wanted text without its thoughts; where nothing would be left, as it is."""
+    """Return a row's wanted text without its thoughts, or unchanged if nothing would be left."""
     return answer_of(text) or text
 
 
 def opening_of(prompt: str) -> str:
-    """Return the mark of the thought that a rendered prompt leaves open at its end, as DeepSeek R1's does, or ''."""
+    """Return the mark of a thought that a rendered prompt opens at its end (as DeepSeek R1's does), or ''."""
     opened = _OPENED.search(prompt)
     return opened[1] if opened else ""
 
 
 def opening_after(tokenizer: Any, ids: Sequence[int]) -> str:
     """Return `opening_of` a prompt of token ids."""
-    # No mark is longer, in tokens of a character each.
+    # Enough for the longest mark in tokens of one character.
     longest = 2 * max(map(len, [*_CLOSING, _ANALYSIS]))
     return opening_of(str(tokenizer.decode(list(ids[-longest:]))))
 
 
 def keeps_thoughts(own: Thoughts | None, general: Thoughts, pattern: str | None = None) -> bool:
-    """Return whether a rule or metric judges the whole completion.
+    """Return whether a rule or metric reads the whole completion.
 
     Args:
-        own, general: its own setting, and the one that holds where it has none.
-        pattern: its regular expression: one that names the marks of thoughts is about them.
+        own, general: its own setting, and the default.
+        pattern: its regular expression: one with marks of thoughts is about them.
     """
     if own is None and pattern is not None and _IN_PATTERN.search(pattern.replace("\\", "")):
         return True
@@ -172,7 +168,7 @@ def keeps_thoughts(own: Thoughts | None, general: Thoughts, pattern: str | None 
 
 
 def decode_completion(tokenizer: Any, ids: Iterable[int]) -> str:
-    """Decode a completion without special tokens, but for those that mark its thoughts."""
+    """Decode a completion without special tokens other than the marks of thoughts."""
     left_out = _left_out(tokenizer)
     return str(tokenizer.decode([i for i in ids if i not in left_out]))
 
@@ -187,28 +183,25 @@ def _left_out(tokenizer: Any) -> frozenset[int]:
 
 
 # --- sandbox ----------------------------------------------------------------------------------------------------------
-# Chat templates in bounds: a template is a program that came with a model, and it may take no more than a rendering.
-#
-# jinja2's sandbox keeps a template from reading and running things, not from filling the memory or going on for ever.
-# Here everything that a template makes is paid for out of a budget for each rendering: a step of a loop, a call, a
-# filter and a text by their size. What can grow by far more than what it is given (`*`, `**`, `%`, join, center, ...)
-# is estimated before it is made. A list counts as often as it is met: one that holds a list twice, forty times over, is
-# never made.
+# A chat template is a program that comes with a model. jinja2's sandbox keeps it from reading and running things, but
+# not from filling the memory or running forever. Here each rendering has a budget, and everything that a template makes
+# is paid from it by size: loop steps, calls, filters and texts. What may grow far beyond its input (`*`, `**`, `%`,
+# join, center, ...) is estimated first. A list counts as often as it occurs, so nested repetition is never built.
 
-BUDGET = 1 << 28  # characters, roughly, of all that one rendering makes
-STEP = 64  # what a step costs beside what it makes
+BUDGET = 1 << 28  # characters, roughly, of everything that one rendering makes
+STEP = 64  # cost of a step besides its result
 LARGEST = 1 << 24  # size of a single value
-SECONDS = 5.0  # for what costs time and makes nothing, such as comparing long lists
-DEPTH = 64  # of lists within lists
+SECONDS = 5.0  # for what takes time and makes nothing, such as comparing long lists
+DEPTH = 64  # of nested lists
 _LONGEST = 1 << 18  # characters of a template
-COUNT = 100_000  # a number that says how often or how wide, as of jinja2's own range
-# Methods, filters and functions whose result can be larger than what they are given.
+COUNT = 100_000  # largest count or width, as in jinja2's range
+# Methods, filters and functions whose result can be larger than their input.
 _GROWING = (
     "center ljust rjust zfill expandtabs join replace translate format format_map to_bytes batch slice indent wordwrap "
     "truncate round tojson xmlattr urlize pprint sum fromkeys"
 )
 GROWING = frozenset(_GROWING.split())
-# Filters that do much for each character, so that one alone would outlast SECONDS; they may be given so many.
+# Filters that are slow for each character, so that a single one could exceed SECONDS; their input is bounded.
 SLOW = frozenset(["sort", "urlize", "max", "min", "title", "striptags", "unique", "pprint"])
 MOST_SLOW = 1 << 19
 NESTED = re.compile(r"\{[^{}]*\{")
@@ -216,11 +209,11 @@ NUMBERS = re.compile(r"\d{5,}")
 
 
 class TemplateTooLarge(jinja2.TemplateError):
-    """A template takes more than a rendering may."""
+    """A template uses more than the budget of a rendering."""
 
 
 def bound_templates() -> None:
-    """Let transformers, and mlx-lm by it, render every template of this process in bounds."""
+    """Let transformers, and so mlx-lm, render every template of this process within bounds."""
     from transformers.utils import chat_template_utils
 
     if chat_template_utils.ImmutableSandboxedEnvironment is not Bounded:
@@ -229,10 +222,12 @@ def bound_templates() -> None:
 
 
 def size_of(value: Any, number: bool = False, depth: int = 0) -> int:
-    """Characters of a value's text, roughly: each list counts as often as it is met. A `number` is as much as it says.
+    """Return roughly the characters of a value's text; a list counts as often as it occurs.
 
+    Args:
+        number: a number counts as its value instead of its digits.
     Raises:
-        TemplateTooLarge: it is too large, or nests too deep.
+        TemplateTooLarge: the value is too large, or nested too deep.
     """
     if isinstance(value, str | bytes):
         return len(value)
@@ -252,7 +247,7 @@ def size_of(value: Any, number: bool = False, depth: int = 0) -> int:
 
 
 class _Generator(CodeGenerator):
-    """Writes the budget's calls into a template's code."""
+    """Compiles templates with calls that pay from the budget."""
 
     def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
         written = sum(len(child.data) for child in node.nodes if isinstance(child, nodes.TemplateData))
@@ -276,7 +271,7 @@ def _paying(name: str) -> Callable[..., None]:
     visit = getattr(CodeGenerator, name)
 
     def visitor(self: _Generator, node: nodes.Expr, frame: Frame) -> None:
-        if getattr(node, "ctx", "load") != "load":  # the names that are set
+        if getattr(node, "ctx", "load") != "load":  # targets of an assignment
             visit(self, node, frame)
             return
         self.write("environment.made(")
@@ -306,7 +301,7 @@ class _Rendered(jinja2.Template):
 
 
 class _Filters(dict[str, Callable[..., Any]]):
-    """Filters that pay: whatever is entered."""
+    """Filters that pay from the budget."""
 
     def __init__(self, owner: Bounded, given: Mapping[str, Callable[..., Any]]) -> None:
         self._owner = owner
@@ -332,9 +327,9 @@ class _Filters(dict[str, Callable[..., Any]]):
 
 
 class Bounded(ImmutableSandboxedEnvironment):
-    """The sandbox that transformers renders chat templates in, with a budget.
+    """The sandbox in which transformers renders chat templates, with a budget.
 
-    A template that took long until it was refused is refused at once from then on: it is asked again for each row.
+    A template that was refused after a long time is refused at once from then on, since it is rendered for each row.
     """
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
@@ -344,7 +339,7 @@ class Bounded(ImmutableSandboxedEnvironment):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.globals.pop("lipsum", None)
-        self.optimized = False  # constants would be computed while it compiles, unpaid
+        self.optimized = False  # constants would be computed at compile time, unpaid
         self.filters = _Filters(self, self.filters)
         self.finalize = self._written
         self._refused: str | None = None
@@ -353,34 +348,34 @@ class Bounded(ImmutableSandboxedEnvironment):
     def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(source, str) and len(source) > _LONGEST:
             raise TemplateTooLarge(f"the template has {len(source):,} characters; at most {_LONGEST:,} are read")
-        # A namespace within namespaces would be written as often as it is met; nobody writes one.
+        # Nested namespaces would be written out as often as they occur.
         short = {"__repr__": lambda self: "<Namespace>"}
         self.globals["namespace"] = type("Namespace", (cast(type, self.globals["namespace"]),), short)
         return super().from_string(source, *args, **kwargs)
 
     def begin(self) -> None:
-        """A rendering begins."""
+        """Start the budget of a rendering."""
         if self._refused is not None:
             raise TemplateTooLarge(self._refused)
         self._left, self._until = BUDGET, time.monotonic() + SECONDS
 
     def refuse(self, why: str) -> None:
-        """Let no more be rendered, if it took long."""
+        """Refuse further renderings if this one took long."""
         if time.monotonic() > self._until - SECONDS + 1:
             self._refused = why
 
     def pay(self, size: int) -> None:
-        """Take a step that makes something of a size.
+        """Pay for a step that makes a result of a size.
 
         Raises:
-            TemplateTooLarge: there is nothing left to pay with.
+            TemplateTooLarge: the budget is used up.
         """
         self._left -= STEP + size
         if self._left < 0 or time.monotonic() > self._until:
-            raise TemplateTooLarge("it takes more steps, or makes more text, than a rendering may")
+            raise TemplateTooLarge("it takes more steps, or makes more text, than allowed")
 
     def made(self, value: Any) -> Any:
-        """Pay for a value, and give it back."""
+        """Pay for a value and return it."""
         size = size_of(value)
         if size > LARGEST:
             raise TemplateTooLarge(f"it makes a value of {size:,} characters; at most {LARGEST:,} are taken")
@@ -388,7 +383,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         return value
 
     def concat(self, parts: tuple[Any, ...]) -> str:  # type: ignore[override]
-        """What `~` makes."""
+        """Return the result of `~`."""
         texts = [self._written(None, part) for part in parts]
         return cast(str, self.made("".join(texts)))
 
@@ -399,15 +394,15 @@ class Bounded(ImmutableSandboxedEnvironment):
         return text
 
     def listed(self, value: Any) -> Any:
-        """What is counted before it is used: the list of an iterator."""
+        """Return an iterator as a list, so that it can be measured; other values unchanged."""
         return self.made(list(islice(value, LARGEST))) if isinstance(value, Iterator) else value
 
     def foresee(self, name: str, value: Any, given: list[Any]) -> None:
-        """Refuse what would grow too large, before it is made.
+        """Refuse a result that would be too large, before it is made.
 
         Args:
             name: of an operator, a filter or a method.
-            value: what it is applied to.
+            value: its input.
         """
         many: list[Any] = [arg for arg in given if isinstance(arg, int | float) and name != "%" and abs(arg) > COUNT]
         if name == "round" and any(isinstance(arg, int) and arg > 1000 for arg in given):
@@ -455,31 +450,31 @@ class Bounded(ImmutableSandboxedEnvironment):
 _T = TypeVar("_T")
 
 Tools = list[dict[str, Any]]
-# Names that a message's thoughts go by; templates read one of them.
+# Keys of a message's thoughts; templates read one of them.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class NotAPrefix(Exception):
-    """The template does not render a turn as its own generation prompt begins it."""
+    """The template does not render a turn after its own generation prompt."""
 
 
 class Unwritten(DataError):
-    """The template does not write a part of the row, or refuses the row.
+    """The template leaves out a part of the row, or refuses the row.
 
     Attributes:
-        reached: how much of the row was found before; of several forms' errors the furthest is the reason.
+        reached: how far the row was found in the text; the error of the form that reached farthest is raised.
     """
 
     reached = 0
 
 
 class _Form(NamedTuple):
-    """How tool calls and tools are handed to a template.
+    """How tool calls and tools are passed to a template.
 
     Attributes:
-        text_arguments: the arguments of calls as JSON text, not as a mapping.
-        null_content: the content of a turn that only calls is null, not "".
-        wrapped_tools: each tool within {"type": "function", "function": ...}, where the row has it bare.
+        text_arguments: the arguments of calls are JSON text, not a mapping.
+        null_content: a turn with calls only has null as content, not "".
+        wrapped_tools: a bare tool of the row is wrapped as {"type": "function", "function": ...}.
     """
 
     text_arguments: bool = False
@@ -492,13 +487,13 @@ USUAL = _Form()
 
 @dataclass(frozen=True)
 class Chat:
-    """The template with what each call of it is given for one row.
+    """A chat template with the options for one row.
 
     Attributes:
         tokenizer: mlx-lm's TokenizerWrapper, or anything with its `apply_chat_template`.
-        where: the row's place, for messages; "" where there is none.
-        uses_tools: whether the row has tools or calls, so that a template named `tool_use` is its template.
-        thinking: `enable_thinking`; None is the tokenizer's own choice.
+        where: the row's place, for messages; "" if it has none.
+        uses_tools: whether the row has tools or calls, so that a template named `tool_use` is used.
+        thinking: `enable_thinking`; None: the tokenizer's default.
     """
 
     tokenizer: Any
@@ -509,22 +504,22 @@ class Chat:
     thinking: bool | None = None
 
     def error(self, text: str, reached: int = 0) -> Unwritten:
-        """An error with the row's place."""
+        """Return an error with the row's place."""
         error = Unwritten(f"{self.where}: {text}" if self.where else text)
         error.reached = reached
         return error
 
     @property
     def tail(self) -> str:
-        """What the template writes after a whole conversation, behind the mark that ends its last turn; mostly ""."""
+        """Return what the template writes after the mark that ends a conversation's last turn; mostly ""."""
         template = str(getattr(self.tokenizer, "chat_template", None))
         return _tail_of(self.tokenizer, template, self.uses_tools, self.form, self.thinking)
 
     def render(self, messages: Sequence[Message], generation: bool = False) -> str:
-        """Return the text of messages; with `generation`, up to where the next assistant turn is written.
+        """Return the text of messages; with `generation`, with the generation prompt of an assistant turn.
 
         Raises:
-            DataError: the template refuses them, with its own reason.
+            DataError: the template refuses them; its reason is in the message.
         """
         given = [_formed(message, self.form) for message in messages]
         tools = self.tools
@@ -532,11 +527,11 @@ class Chat:
             tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         try:
             return str(self._apply(given, tools, generation))
-        except Exception as exc:  # a template is a program of its own: anything may come out of it
+        except Exception as exc:  # a template is a program and may raise anything
             reason = str(exc).strip() or type(exc).__name__
             raise self.error(
                 f"the chat template refuses these messages: {reason}; change the row, or set model.chat_template to "
-                "one that takes them"
+                "one that accepts them"
             ) from exc
 
     def _apply(self, messages: list[Message], tools: Tools | None, generation: bool) -> Any:
@@ -544,7 +539,7 @@ class Chat:
         options: dict[str, Any] = {}
         template = getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, dict):
-            # transformers goes by the list of tools alone; a row with calls needs the template that writes them.
+            # transformers looks at the list of tools only; a row with calls needs that template too.
             template = template.get("tool_use" if self.uses_tools and "tool_use" in template else "default")
             options |= {} if template is None else {"chat_template": template}
         day: date | None = getattr(self.tokenizer, "_mlxft_day", None)
@@ -554,23 +549,23 @@ class Chat:
             options["enable_thinking"] = self.thinking
         if self.form.null_content:
             return _render_with_nulls(self.tokenizer, messages, tools, generation, options)
-        if tools is not None:  # mlx-lm's own templates, which are functions, do not all take a `tools` that is None
+        if tools is not None:  # not all of mlx-lm's templates that are functions accept tools=None
             options["tools"] = tools
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **options)
 
     @staticmethod
     def turn(prompt: str, ended: str) -> str:
-        """Return a turn's text, with the mark of the thought that its generation prompt has opened already."""
+        """Return a turn's text, with the mark of a thought that its generation prompt opens."""
         return opening_of(prompt) + ended[len(prompt) :]
 
     def check_written(self, messages: Sequence[Message], text: str, trained: Mapping[int, str]) -> None:
-        """Find every part of a row in its rendered text.
+        """Check that every part of a row is in its rendered text.
 
         Args:
-            text: what `render` gave for the messages, or what begins with it.
-            trained: index of a trained turn -> the part of the text that is the turn; see `turn`.
+            text: the rendered messages, or a text that begins with them.
+            trained: index of a trained turn -> its part of the text; see `turn`.
         Raises:
-            DataError: the first part that is missing, by turn and name.
+            DataError: a part is missing; it is named by turn.
         """
         for i, message in enumerate(messages):
             turn = trained.get(i)
@@ -590,14 +585,14 @@ class Chat:
         bos = getattr(self.tokenizer, "bos_token", None)
         if bos and content.startswith(str(bos)):
             raise self.error(
-                f"{at} begins with {bos}, which the chat template writes itself: this text has been through a template "
-                "already; set data.template: none, or take the marks out",
+                f"{at} begins with {bos}, which the chat template writes too: this text is rendered already; set "
+                "data.template: none, or remove the marks",
                 index + 1,
             )
         if trained and (mark := self._ends_twice(content.strip(), text)):
             raise self.error(
-                f"{at} ends with {mark}, which the chat template writes behind it as well: take it out of the row, or "
-                "set data.template: none if the rest of the row has its marks too",
+                f"{at} ends with {mark}, which the chat template writes too: remove it from the row, or set "
+                "data.template: none if the rest of the row has its marks too",
                 index + 1,
             )
         if trained and split_thoughts(content)[0] and (key := next(filter(message.get, THOUGHTS), None)):
@@ -610,7 +605,7 @@ class Chat:
             problem = f"({message['role']}) has content, {_NOT_WRITTEN}"
         elif not all(_is_in(part, text) for part in thoughts):
             problem = (
-                "has thoughts that this chat template does not write into the turn; take them out of the row, or set "
+                "has thoughts that this chat template does not write into the turn; remove them from the row, or set "
                 "model.chat_template to one that keeps them"
             )
         for call in message.get("tool_calls", ()):
@@ -619,7 +614,7 @@ class Chat:
             raise self.error(f"{at} {problem}", index + 1)
 
     def _ends_twice(self, content: str, turn: str) -> str | None:
-        """The token that ends both the content of a turn and, behind that, the turn; None where there is none."""
+        """Return the token that ends a turn's content and then the turn again; None if there is none."""
         marks = _marks(self.tokenizer, special_ids(self.tokenizer)[0])
         if not content.endswith(marks):
             return None
@@ -627,9 +622,9 @@ class Chat:
         return next((mark for mark in marks if content.endswith(mark) and rest.startswith(mark)), None)
 
     def _lost_of_call(self, function: Mapping[str, Any], text: str) -> str | None:
-        """What of a call is not in a text, or not as it should be; None where all is."""
+        """Return what is missing or changed of a call in a text, else None."""
         name, arguments = function["name"], function["arguments"]
-        # Text that stands there as the row wrote it holds all its values, however they are spelt: 1e5, \u00FC, \/.
+        # Arguments kept as the row's text have all values, however they are spelled: 1e5, \u00FC, \/.
         as_text = self.form.text_arguments
         missing = next(
             (part for part in (name, *(() if as_text else _leaves(arguments))) if not _is_in(part, text)), None
@@ -649,7 +644,7 @@ class Chat:
         return None
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
-        """What the template drops of any row of this shape, in words; short texts may stand in others by chance."""
+        """Return what the template drops of any row of this shape; short texts may occur in others by chance."""
         template = getattr(self.tokenizer, "chat_template", None)
         shape = tuple(_shape(message) for message in messages)
         tools = None if self.tools is None else tuple("function" in tool for tool in self.tools)
@@ -663,21 +658,21 @@ _NOT_WRITTEN = f"which this chat template does not write: {_ADVICE}"
 def by_template(
     tokenizer: Any, messages: Sequence[Message], tools: Tools | None, where: str, encode: Callable[[Chat], _T]
 ) -> _T:
-    """Return what `encode` makes of the first form of a row that the template writes whole.
+    """Return the result of `encode` for the first form of a row that the template writes completely.
 
     Raises:
-        DataError: no form is; the reason is that of the row as it stands.
+        DataError: the template writes no form completely.
     """
     uses_tools = bool(tools) or any("tool_calls" in m or m["role"] == "tool" for m in messages)
     failed: list[tuple[Chat, Unwritten | NotAPrefix]] = []
-    # Templates of reasoning models may open a thought in the generation prompt that the turn itself does not have.
+    # Templates of reasoning models may open a thought in the generation prompt that the turn does not have.
     for form, thinking in product(_forms(messages, tools), (None, False) if thinking_of(tokenizer) else (False, None)):
         chat = Chat(tokenizer, tools, where, uses_tools, form, thinking)
         try:
             return encode(chat)
         except (Unwritten, NotAPrefix) as exc:
             failed.append((chat, exc))
-    # Where a turn follows its prompt with one choice of thinking, that it does not with the other is no reason.
+    # If a turn follows its prompt with one choice of thinking, the other's NotAPrefix is not the reason.
     follows = {chat.form for chat, exc in failed if isinstance(exc, Unwritten) and exc.reached}
     errors = [
         exc if isinstance(exc, Unwritten) else _apart(chat, messages, str(exc))
@@ -688,18 +683,18 @@ def by_template(
 
 
 def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
-    """Why no turn begins as its generation prompt does, as far as it can be found out, and the way out."""
+    """Return an error that says why turns do not follow their generation prompt, and the way out."""
     last = len(messages) - 1
     text = chat.render(messages)
     try:
-        # Where the template has no place for thoughts that the row has, that is the reason.
+        # A template that drops the row's thoughts is reason enough.
         chat.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
     except Unwritten as exc:
         return exc
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and chat.render(messages[: i + 1]) == chat.render(messages[:i]):
             return chat.error(
-                f"messages[{i}] is an empty turn, which this chat template leaves out: take it out of the row, or set "
+                f"messages[{i}] is an empty turn, which this chat template leaves out: remove it from the row, or set "
                 "model.chat_template to one that writes it",
                 i + 1,
             )
@@ -709,14 +704,14 @@ def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
     ways += ["set model.chat_template to one that keeps a turn as generated"]
     return chat.error(
         f"{what}; this chat template changes what the model generated (reasoning models open a thought that their "
-        f"template drops), so the turn cannot be masked rightly: {', '.join(ways)}, or prepare whole texts for "
+        f"template drops), so the turn has no correct mask: {', '.join(ways)}, or prepare whole texts for "
         "data.format: text",
         len(messages) + 3,
     )
 
 
 def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[_Form]:
-    """The forms of a row, the usual one first; one where there are neither calls nor bare tools."""
+    """Yield the forms of a row, the usual one first; only one for rows without calls and bare tools."""
     calls = any("tool_calls" in message for message in messages)
     silent = any("tool_calls" in message and not message["content"] for message in messages)
     bare = any("function" not in tool for tool in tools or ())
@@ -726,8 +721,8 @@ def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[_Form]:
 
 
 def _formed(message: Message, form: _Form) -> Message:
-    """A message as a template is given it."""
-    # Of empty thoughts Qwen3's template takes note, and then leaves those in the content where they stand.
+    """Return a message in a form for the template."""
+    # Qwen3's template takes empty thoughts for given ones, and then leaves thoughts in the content.
     given = {key: value for key, value in message.items() if key != "weight" and (value or key not in THOUGHTS)}
     thoughts = next((given[key] for key in THOUGHTS if key in given), None)
     if thoughts is not None:
@@ -745,7 +740,7 @@ def _function(function: Mapping[str, Any], form: _Form) -> dict[str, Any]:
 
 
 def _text_of(function: Mapping[str, Any]) -> str:
-    """A call's arguments as JSON text: as the row wrote them, if it wrote text."""
+    """Return a call's arguments as JSON text: the row's own text if it has one."""
     return str(function.get(WRITTEN) or _dumps(function["arguments"]))
 
 
@@ -754,10 +749,11 @@ def _dumps(value: Any) -> str:
 
 
 def complete_template(tokenizer: Any) -> None:
-    """Add a generation prompt to a chat template that has none, and take note of it (see `template_notes`).
+    """Add a generation prompt to a chat template that has none, and note it (see `template_notes`).
 
-    Without it the marks that open an assistant turn would be trained as a part of the answer. They are what the
-    template writes between a user turn and the content of the answer; one whose user turns end with them needs none.
+    Without it the marks that open an assistant turn would be trained as part of the completion. They are what the
+    template writes between a user turn and the assistant's content; a template whose user turns end with them needs
+    none.
     """
     bound_templates()
     found = tokenizer.chat_template if getattr(tokenizer, "_chat_template", None) is None else None
@@ -773,34 +769,34 @@ def complete_template(tokenizer: Any) -> None:
             before, whole = render(asked), render(answered)
             if render(asked, add_generation_prompt=True) != before:
                 continue
-        except Exception:  # a template that wants more of a conversation than this has what it needs
+        except Exception:  # the template needs a longer conversation
             continue
         opening, content, _ = whole.removeprefix(before).partition("textqz1x")
         if whole.startswith(before) and content and opening.strip():
             named = {**named, name: f"{text}{{% if add_generation_prompt %}}{{{{ {_dumps(opening)} }}}}{{% endif %}}"}
             tokenizer._mlxft_notes = [
-                f"the chat template has no generation prompt; {opening!r} is added to it, and kept with the result"
+                f"the chat template has no generation prompt; {opening!r} is added to it, and kept with the run"
             ]
             tokenizer.chat_template = named if isinstance(found, dict) else named["default"]
 
 
 def template_notes(tokenizer: Any) -> list[str]:
-    """What `complete_template` did, a sentence each."""
+    """Return notes on what `complete_template` did."""
     return list(getattr(tokenizer, "_mlxft_notes", ()))
 
 
 def set_thinking(tokenizer: Any, thinking: bool) -> None:
-    """Let chat templates be rendered with `enable_thinking: false` where they can be, or (True) as they are."""
+    """Render chat templates with `enable_thinking: false` where possible, or (True) by their default."""
     tokenizer._mlxft_thinking = thinking
 
 
 def thinking_of(tokenizer: Any) -> bool:
-    """Return False where `set_thinking` has said so."""
+    """Return what `set_thinking` has set; default True."""
     return bool(getattr(tokenizer, "_mlxft_thinking", True))
 
 
 def needs_thinking_off(tokenizer: Any, messages: Sequence[Message], tools: Tools | None) -> bool:
-    """Tell whether the last turn follows its generation prompt with `enable_thinking: false` only."""
+    """Return whether the last turn follows its generation prompt only with `enable_thinking: false`."""
 
     def check(chat: Chat) -> bool:
         if not chat.render(messages).startswith(chat.render(messages[:-1], generation=True)):
@@ -814,18 +810,18 @@ def needs_thinking_off(tokenizer: Any, messages: Sequence[Message], tools: Tools
 
 
 def set_day(tokenizer: Any, day: date) -> None:
-    """Let templates that write the date write this one, whenever they are rendered."""
+    """Let templates that write the date write this one."""
     tokenizer._mlxft_day = day
 
 
 def day_of(tokenizer: Any) -> str:
-    """The day that the tokenizer's template writes, as 2026-11-26; "" where it writes none."""
+    """Return the day that the tokenizer's template writes, as 2026-11-26; "" if it writes none."""
     if "strftime_now" not in str(getattr(tokenizer, "chat_template", None)):
         return ""
     return str(getattr(tokenizer, "_mlxft_day", None) or date.today())
 
 
-# What a template may ask of its clock. An escaped % goes first, so that what follows it is not taken for a code.
+# Codes of a date format. An escaped % comes first, so that what follows it is not taken for a code.
 _CODES = (
     "%%",
     *(f"%-{code}" for code in "dmyHIMSj"),
@@ -835,10 +831,10 @@ _CODES = (
 
 @lru_cache(maxsize=16)
 def _clock(template: str, day: date) -> str:
-    """What stands before a template to make its clock stand still, at noon; "" for one that has none.
+    """Return a prefix for a template that fixes its clock at noon of a day; "" for one without a clock.
 
-    Templates call `strftime_now`, which transformers gives them and does not let anyone replace; a macro of that name
-    comes before it. No macro can format a date, so it puts what each code stands for into the format that is asked for.
+    Templates call `strftime_now`, which transformers provides and does not let anyone replace; a macro of that name
+    takes precedence. A macro cannot format a date, so it replaces each code in the format by its value.
     """
     if "strftime_now" not in template:
         return ""
@@ -847,14 +843,14 @@ def _clock(template: str, day: date) -> str:
     return (
         "{%- macro strftime_now(format) %}{%- set ns = namespace(text=format) %}"
         f"{{%- for code, value in {codes} %}}{{%- set ns.text = ns.text | replace(code, value) %}}{{%- endfor %}}"
-        "{{- ns.text }}{%- endmacro %}\n"  # Jinja takes this newline away
+        "{{- ns.text }}{%- endmacro %}\n"  # Jinja drops this newline
     )
 
 
 def _render_with_nulls(
     tokenizer: Any, messages: list[Message], tools: Tools | None, generation: bool, options: dict[str, Any]
 ) -> str:
-    """As `apply_chat_template`, which takes keys with null away before a template sees them."""
+    """Render as `apply_chat_template` does, but keep keys with null, which that function removes."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
@@ -875,7 +871,7 @@ def _squeezed(text: str) -> str:
 
 
 def _is_in(part: str, text: str) -> bool:
-    """Whether a text holds a part of a row, as it is or as a JSON string; white space may differ."""
+    """Return whether a text has a part of a row, as it is or as a JSON string; white space may differ."""
     if part.strip() in text:
         return True
     squeezed = _squeezed(text)
@@ -884,7 +880,7 @@ def _is_in(part: str, text: str) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The keys and the texts, numbers and truth values of a call's arguments; null may be left out by a template."""
+    """Yield the keys, texts and numbers of a call's arguments; a template may leave out null."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
@@ -899,7 +895,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _containers(value: Any) -> Iterator[Any]:
-    """The objects and lists of a call's arguments that hold something, at every depth."""
+    """Yield the non-empty objects and lists of a call's arguments, at every depth."""
     if isinstance(value, Mapping | list) and value:
         yield value
         for inner in value.values() if isinstance(value, Mapping) else value:
@@ -907,7 +903,7 @@ def _containers(value: Any) -> Iterator[Any]:
 
 
 class _Shape(NamedTuple):
-    """What of a message a template may look at, beside its texts."""
+    """What a template may look at in a message, besides its texts."""
 
     role: str
     content: bool
@@ -924,8 +920,7 @@ def _shape(message: Message) -> _Shape:
 
 @lru_cache(maxsize=64)
 def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: _Form, thinking: bool | None) -> str:
-    """See `Chat.tail`: what a turn is followed by at the end of a conversation and not within it, where a special token
-    ends it in both."""
+    """Return what follows a turn at the end of a conversation only, if a special token ends turns; see `Chat.tail`."""
     chat = Chat(tokenizer, None, "", uses_tools, form, thinking)
     turns = [{"role": role, "content": f"textqz{i}x"} for i, role in enumerate(("user", "assistant", "user"))]
     try:
@@ -942,12 +937,12 @@ def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: _Form, think
     return rest[len(ending[0]) :]
 
 
-# How the names of tokens that close differ from those that open: </tool_call>, [/THINK], <|END_ACTION|>, ...calls▁end.
+# Names of closing and opening tokens differ by: </tool_call>, [/THINK], <|END_ACTION|>, ...calls▁end.
 _PAIRED = (("</", "<"), ("[/", "["), ("END", "START"), ("END", "BEGIN"), ("end", "start"), ("end", "begin"))
 
 
 def special_ids(tokenizer: Any) -> tuple[frozenset[int], dict[int, int]]:
-    """Control tokens: what the tokenizer names or marks as special, and every EOS; and what opens those that close."""
+    """Return control tokens (named or marked as special, and every EOS), and the opening token of each closing one."""
     return _special_ids(tokenizer, frozenset(getattr(tokenizer, "eos_token_ids", ())))
 
 
@@ -956,7 +951,7 @@ def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozens
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marked = {index for index, token in added.items() if getattr(token, "special", False)}
     eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    named = (index for index in getattr(tokenizer, "all_special_ids", ()) if index is not None)  # a token it has not
+    named = (index for index in getattr(tokenizer, "all_special_ids", ()) if index is not None)
     special = frozenset(marked.union(named, eos_token_ids, eos))
     names = {str(token): index for index, token in added.items()}
     openers = {
@@ -970,7 +965,7 @@ def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozens
 
 @lru_cache(maxsize=8)
 def _marks(tokenizer: Any, ids: frozenset[int]) -> tuple[str, ...]:
-    """The texts of control tokens, the longest first."""
+    """Return the texts of control tokens, the longest first."""
     return tuple(sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in ids), key=len, reverse=True))
 
 
@@ -984,9 +979,9 @@ def _dropped_of(
     form: _Form,
     thinking: bool | None,
 ) -> str | None:
-    """Which part of a row of these shapes a template drops: each part is a word that stands nowhere else.
+    """Return which part of a row of these shapes a template drops, by rendering unique words.
 
-    A template that refuses such words (it may want JSON, or names it knows) is not asked further.
+    A template that refuses such words (it may need JSON, or known names) is not checked.
     """
     words = [[f"textqz{i}x", *(f"callqz{i}n{k}x" for k in range(shape.calls))] for i, shape in enumerate(shapes)]
     names = [f"toolqz{i}x" for i in range(len(tools or ()))]
@@ -1010,12 +1005,12 @@ def _dropped_of(
 
 
 def _stand_in(shape: _Shape, content: str, calls: Sequence[str]) -> Message:
-    """A message of a shape, with words that stand in no template."""
+    """Return a message of a shape, made of words that are in no template."""
     assert shape.role in ROLES
     message: Message = {"role": shape.role, "content": content if shape.content else ""}
     if shape.thoughts:
         message["reasoning_content"] = "thoughtqzx"
-    # Nine letters, which is what Mistral's templates want of an id.
+    # Nine letters, as Mistral's templates require of an id.
     message |= dict.fromkeys(shape.keys, "callqzxid")
     functions = [{"name": f"{call}name", "arguments": {f"{call}key": f"{call}value"}} for call in calls]
     if functions:

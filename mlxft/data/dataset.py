@@ -469,7 +469,7 @@ def _continued(tokenizer: Any, prompt: list[int], whole: list[int], text: str, w
 
 
 def check_ids(ids: list[int], tokenizer: Any, where: str) -> list[int]:
-    """Return the ids, all of which the model has.
+    """Check that the model has all ids, and return them.
 
     Raises:
         DataError: the model's embedding has no row for an id; MLX would read beyond its memory.
@@ -736,7 +736,7 @@ def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int |
 # it. A pair that is too long is left out, never cut: its two completions could become equal.
 
 PAIR_OVERFLOW = ("error", "drop")
-_BIASED = 0.9  # share of pairs that length alone would get right, which is worth a note
+_BIASED = 0.9  # share of pairs that length alone would get right, above which it is noted
 _FEW = 10  # pairs, too few for that note
 
 

@@ -482,11 +482,11 @@ def with_system(row: Mapping[str, Any], messages: list[Message], name: str = "pr
 
 
 def read_alpaca(row: dict[str, Any]) -> Conversation:
-    """{"instruction", "output", "input"?, "system"?, "history"?: [[question, answer], ...]}"""
+    """{"instruction", "output", "input"?, "system"?, "history"?: [[user, assistant], ...]}"""
     messages = system_turn(row)
     for i, pair in enumerate(row.get("history") or []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"history[{i}] is not a pair; expected [question, answer]")
+            raise DataError(f"history[{i}] is not a pair; expected [user, assistant]")
         messages.append({"role": "user", "content": string_at(pair[0], f"history[{i}][0]")})
         messages.append({"role": "assistant", "content": string_at(pair[1], f"history[{i}][1]")})
     question = string_at(row["instruction"], "instruction")
@@ -702,7 +702,7 @@ def _nectar(row: Fields, chat: bool, names: Fields) -> Published | None:
     if asked is None or rated is None:
         return None
     return Published(
-        "Nectar: answers' answer and rank, 1 is the best",
+        "Nectar: answers are answers' answer, ratings their rank, 1 is the best",
         (*asked.columns, "answers"),
         {"prompt": asked.prompt, "answers": rated[0], "ratings": [-float(rank) for rank in rated[1]]},
     )
@@ -1163,7 +1163,7 @@ def convert(
         fields: the format's field -> the row's name for it, where the two differ, or a template of the row's fields.
         skipped: rows that do not fit are appended and left out; without it, or if no row fits, they raise.
         chat: whether texts can become turns of a chat template; without, a row's system text has no place.
-        columns: is told which columns are read.
+        columns: filled with the columns that are read.
     Raises:
         ConfigError: `format` is unknown; or `fields` names a field that the format, or every row, does not have.
         DataError: rows cannot be read or do not fit; all of them in one.

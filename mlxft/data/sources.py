@@ -1,9 +1,8 @@
 """Where rows come from: jsonl, json, csv and parquet files, folders of them, and the Hugging Face hub.
 
-A reader gives the rows as they were before they were written to the file: what only its kind of file put there (the
-null keys of Arrow's structs) is gone. It does not stop at a bad line: it yields a `Problem` in the row's place, so that
-whoever converts the rows can report all that is wrong with a file at once. What leaves no row to read (no such file, an
-empty one) is raised.
+A reader yields rows as they were before they were written: null keys that Arrow adds are removed. It does not stop at
+a bad line but yields a `Problem` in its place, so that all problems of a file are reported at once. It raises where
+there is no row to read, such as an empty file.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from mlxft.text import home_path, parse_json
 
 
 class Row(NamedTuple):
-    """One row: `where` it stands ("train.jsonl:17", "train.json[16]") and its fields."""
+    """A row: its place `where` ("train.jsonl:17", "train.json[16]") and its fields."""
 
     where: str
     data: dict[str, Any]
 
 
 class Problem(NamedTuple):
-    """A row that can not be read: `where` it stands and what is wrong with it."""
+    """A row that cannot be read: its place `where` and what is wrong."""
 
     where: str
     text: str
@@ -39,7 +38,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "valid": ("valid", "validation", "val", "dev"),
     "test": ("test",),
 }
-"""The splits, each with the names that files and hub data sets give it."""
+"""Splits with the names that files and hub data sets give them."""
 
 _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 _SHOWN = 20
@@ -52,15 +51,15 @@ _HUB = re.compile(r"hf:([^:\[\]]+)(?::([^:\[\]]+)(?=:|$))?(?::([^:\[\]]+(?:\[[^\
 
 
 def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
-    """Rows of one split of a file, a folder or a hub data set, in order.
+    """Read the rows of one split of a file, a folder or a hub data set, in order.
 
     Args:
         spec: a .jsonl, .json, .csv or .parquet file (read whole, whatever the split); a folder with
             {split}.{jsonl,json,csv,parquet}; or `hf:org/name[:config][:split]`.
-        split: "train", "valid" or "test"; "valid" also answers to validation, val and dev.
+        split: "train", "valid" or "test"; "valid" has the names validation, val and dev, too.
     Raises:
-        ConfigError: no such file or split, or a kind of file that is not known. Raised at once.
-        DataError: the file has no rows, is damaged as a whole, or the hub did not give it. Raised while iterating.
+        ConfigError: there is no such file or split, or its kind is unknown. Raised at once.
+        DataError: the file has no rows, is damaged as a whole, or the hub did not return it. Raised while iterating.
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
@@ -92,7 +91,7 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
 
 
 def _handed_rows(spec: str, split: str) -> Iterator[Row | Problem]:
-    """Rows that a program has handed over."""
+    """Return the rows that a program has handed over."""
     for i, row in enumerate(handed_over(f"data.{split}", spec)):
         where = f"{spec.removeprefix('python:')}[{i}]"
         if isinstance(row, Mapping):
@@ -102,7 +101,7 @@ def _handed_rows(spec: str, split: str) -> Iterator[Row | Problem]:
 
 
 def find_split(folder: Path, split: str) -> Path | None:
-    """The file of a folder that holds a split, or None. Two that could be it are a ConfigError."""
+    """Return the file of a folder with a split, or None; raise ConfigError if there are two."""
     candidates = [folder / f"{name}{suffix}" for name in SPLITS[split] for suffix in READERS]
     found = [path for path in candidates if path.exists() and not path.is_dir()]
     if len(found) > 1:
@@ -121,7 +120,7 @@ def _listing(folder: Path) -> str:
 
 
 def neighbour(path: Path) -> str:
-    """What a path that leads nowhere may have meant, or that its folder is missing too, for the end of a message."""
+    """Return a hint for a missing path: a similar name, or that its folder is missing too."""
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent} either"
     return nearest(path.name, [other.name for other in path.parent.iterdir()])
@@ -138,7 +137,7 @@ def _some(rows: Iterator[Row | Problem], name: str) -> Iterator[Row | Problem]:
 
 
 def _too_large(data: dict[str, Any]) -> str | None:
-    """Say that a row is nested, or as long, as no row is, which what reads it later could not follow."""
+    """Return what is wrong with a row that is nested too deep or too long for later readers."""
     level: list[Any] = [data]
     for _ in range(_DEEPEST):
         level = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
@@ -151,10 +150,10 @@ def _too_large(data: dict[str, Any]) -> str | None:
 
 
 def read_json(text: str) -> Any:
-    """Read JSON of a row.
+    """Parse the JSON of a row.
 
     Raises:
-        ValueError: it is no JSON, is nested too deep, or has a key twice, of which the first would be lost in silence.
+        ValueError: it is not JSON, is nested too deep, or has a key twice, so that one would be lost silently.
     """
     return parse_json(text, object_pairs_hook=_once)
 
@@ -175,7 +174,7 @@ def _object(value: Any, where: str) -> Row | Problem:
 
 
 def type_name(value: Any) -> str:
-    """A value's type in JSON's words, for messages."""
+    """Return a value's type by its JSON name, for messages."""
     if isinstance(value, bool):
         return "true or false"
     names = {str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number", type(None): "null"}
@@ -183,7 +182,7 @@ def type_name(value: Any) -> str:
 
 
 def report_lines(lines: Sequence[str]) -> str:
-    """The first problems of many, a line each, and how many more there are."""
+    """Return the first problems, a line each, and the number of others."""
     more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:_SHOWN]), *more])
 
@@ -213,7 +212,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
 
 
 def _read_json(path: Path) -> Iterator[Row | Problem]:
-    """An array of objects, or one object a line; which of them, the first character says."""
+    """Yield the rows of an array of objects, or of one object a line, as the first character says."""
     raw = path.read_bytes()
     if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _read_jsonl(path)
@@ -311,7 +310,7 @@ def _read_parquet(path: Path) -> Iterator[Row | Problem]:
 
 
 def _batch_rows(batch: Any) -> list[Any]:
-    """The rows of an Arrow batch; in place of one whose texts are not UTF-8, which Arrow does not check, the error."""
+    """Return the rows of an Arrow batch, with an error in place of a row whose texts are not UTF-8."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError as exc:
@@ -324,12 +323,12 @@ _SPARSE = ("tools", "functions", "tool_calls", "function_call")
 
 
 def _without_gaps(value: Any, kind: Any = None, sparse: bool = False) -> Any:
-    """What a value was before Arrow gave every struct of a column the keys of all, null where it had none.
+    """Remove the null keys that Arrow adds to every struct of a column.
 
-    Only descriptions and calls of tools are mended, at every depth: what else is null may be meant.
+    Only from descriptions and calls of tools, at every depth: other nulls may be intended.
 
     Args:
-        kind: the value's Arrow type, which tells a map from a struct; None where there are no maps.
+        kind: the value's Arrow type, to distinguish maps from structs; None where there are no maps.
         sparse: whether the value lies within descriptions or calls of tools.
     """
     if isinstance(value, dict):
@@ -347,7 +346,7 @@ def _without_gaps(value: Any, kind: Any = None, sparse: bool = False) -> Any:
 
 
 def _describes_tools(value: Any) -> bool:
-    """Whether a column holds descriptions of tools, whatever its name is."""
+    """Return whether a column has descriptions of tools, whatever its name."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and (isinstance(first.get("function"), dict) or {"name", "parameters"} <= {*first})
 
@@ -361,7 +360,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Problem]]] = {
 
 
 def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
-    """`hf:org/name[:config][:split]` in its parts. A lone suffix is a split if it is named like one, else a config."""
+    """Parse `hf:org/name[:config][:split]`. A single suffix is a split if it has a split's name, else a config."""
     match = _HUB.fullmatch(spec)
     if match is None:
         raise ConfigError(
@@ -369,7 +368,7 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
         )
     name, config, split = match.groups()
     if not _HUB_NAME.fullmatch(name) or ".." in name:
-        raise ConfigError(f"{spec}: {name} is no name of a data set on the hub; a folder is named without hf:")
+        raise ConfigError(f"{spec}: {name} is not a name of a data set on the hub; a folder is named without hf:")
     if Path(name).exists():  # which datasets would read in its place
         raise ConfigError(
             f"{spec}: there is a file or folder {name} here, which the library datasets takes for the data set; name "

@@ -121,7 +121,7 @@ def test_runs_of_the_wrong_kind(judged: Write, refused: Refused, mlxft: Callable
     Path("p.jsonl").write_text('{"prompt": "x"}\n', "utf-8")
     for command in ("check", "train"):
         said = refused(2, command, judged("preference", tune={}), f"model.adapter={judge}")
-        assert "is a reward model, which gives scores, and objective preference trains one that gives text" in said
+        assert "is a reward model, which returns scores, and objective preference" in said
     for use in (("generate", "x", "--model", judge), ("chat", "--model", judge)):
         assert "is a reward model: it gives scores, not text" in refused(1, *use)
     assert "gives text, not scores" in refused(1, "score", policy, "pairs.jsonl")

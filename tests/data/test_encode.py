@@ -141,7 +141,7 @@ def test_generation_prompt_that_opens_a_thought(tokenizer: Make) -> None:
     (row,) = encode(chat("Hi?", "Yes."), tok, "x", "assistant")
     assert trained(row, tok) == ["Yes.<|im_end|>"]
     with pytest.raises(
-        DataError, match=r"a:7: messages\[1\] is not rendered.*cannot be masked rightly.*model\.chat_template"
+        DataError, match=r"a:7: messages\[1\] is not rendered.*has no correct mask.*model\.chat_template"
     ):
         encode(chat("Hi?", "Yes."), tokenizer("always-opens-thought", thinking=True), "a:7", "assistant")
 
