@@ -70,36 +70,35 @@ from mlxft.study.tasks import (
 from mlxft.text import bar, home_path, json_text
 
 # --- choice -----------------------------------------------------------------------------------------------------------
-# Log-likelihoods of continuations: of choices after a prompt, and of whatever else is asked so.
+# Log-likelihoods of texts that follow a context, such as choices.
 #
-# No token goes through the model twice where that can be helped: continuations that begin alike share a row, and rows
-# that begin alike (the choices of one prompt, or all rows behind the same shots) share what they begin with.
+# Tokens are computed once where possible: texts that begin alike share a row, and rows that begin alike (the choices of
+# one prompt, or all rows with the same shots) share their beginning.
 
-_PADDING = 64  # tokens of padding that cost less than one more call of the model
-_GAIN = 0.75  # share of the tokens that may be left for sharing to be worth its masks, which are slower than "causal"
+_PADDING = 64  # tokens of padding that cost less than another call of the model
+_GAIN = 0.75  # share of the tokens below which sharing pays: its masks are slower than the causal one
 
 
 class Request(NamedTuple):
-    """What stands before, as ids, at least one; and how it may go on."""
+    """Ids of a context, at least one, and of a text that may follow it."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: its log-likelihood in nats, and whether each token of it is the likeliest one."""
+    """The log-likelihood of a text in nats, and whether each of its tokens is the likeliest one."""
 
     logprob: float
     greedy: bool
 
 
 class EncodedChoices(NamedTuple):
-    """Continuations of one context, as ids.
+    """Texts that follow one context, as ids.
 
     Attributes:
-        requests: one for each continuation, all after the same ids.
-        joint: characters of the context that are scored along with every continuation; 0 where none joins its last
-            token.
+        requests: one for each text, all with the same context.
+        joint: characters of the context that are scored with every text; 0 where no text joins its last token.
     """
 
     requests: list[Request]
@@ -109,29 +108,26 @@ class EncodedChoices(NamedTuple):
 def encode_choices(
     tokenizer: Any, context: str, continuations: Sequence[str], *, plain: bool, special: bool | None = None
 ) -> EncodedChoices:
-    """Encode a text with each of its continuations, cut where the context's own ids end.
+    """Encode a context with each text that may follow it, cut where the context's ids end.
 
-    A tokenizer may join the beginning of a continuation to the context's last token: the context's own ids are then
-    not the beginning of the whole's, and no cut of the whole is the continuation alone. All continuations are then cut
-    after the ids that the context has in common with every whole, and log p(rest of the context + continuation) is
-    scored. It differs from the log-probability of the whole text, as the tokenizer writes it, by a term that is the
-    same for all of them, so that they compare; tokenised apart, a continuation would be scored in a spelling that no
-    model has seen.
+    A tokenizer may join the beginning of a text to the context's last token, so that no cut of the whole is the text
+    alone. All texts are then cut after the ids that the context shares with every whole, and log p(rest of the context
+    + text) is scored. It differs from the log-probability of the whole by a term that is equal for all texts, so they
+    compare; tokenised apart, a text would have tokens that no model has seen.
 
     Args:
-        plain: a text as it stands: the tokenizer adds what it adds by itself (a BOS), and white space that ends the
-            context goes to the continuation, which may have it within a token, as lm-eval does. Otherwise it is a
-            rendered chat, which has both its BOS and the place where an answer begins.
-        special: whether the tokenizer adds what it adds by itself; default: as plain.
+        plain: the context is a plain text: the tokenizer adds its BOS, and white space at the end of the context moves
+            to the text, as in lm-eval. Otherwise it is a rendered chat with its BOS.
+        special: whether the tokenizer adds special tokens; default: as plain.
     Raises:
-        DataError: a context without tokens, or a continuation without any of its own.
+        DataError: a context has no tokens, or a text has none of its own.
     """
     bare = context.rstrip() if plain else context
     moved = context[len(bare) :]
     special = plain if special is None else special
     before = context_ids(tokenizer, bare, plain=special)
     if not before:
-        raise DataError("the prompt is empty: there is no token to go on from")
+        raise DataError("the prompt is empty; expected at least one token")
     wholes = [context_ids(tokenizer, bare + moved + continuation, plain=special) for continuation in continuations]
     cut = min(_common(before, whole) for whole in wholes)
     sizes = [len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (before, before[:cut])]
@@ -139,20 +135,20 @@ def encode_choices(
     first = before[:cut] or [_start(tokenizer)]
     for continuation, whole in zip(continuations, wholes):
         if len(whole) <= cut and continuation:
-            raise DataError(f"{continuation!r:.60} adds no token to the prompt: the tokenizer leaves it out")
+            raise DataError(f"{continuation!r:.60} adds no token to the prompt: the tokenizer drops it")
     return EncodedChoices([Request(tuple(first), tuple(whole[cut:])) for whole in wholes], joint)
 
 
 def _start(tokenizer: Any) -> int:
-    """The token before a text whose first token joins a continuation."""
+    """Return the token before a context whose first token joins a text."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise DataError("a choice joins the prompt's first token, and the tokenizer has no BOS or EOS to begin a text with")
+    raise DataError("a choice joins the prompt's first token, and the tokenizer has no BOS or EOS to put before it")
 
 
 class _Unit(NamedTuple):
-    """Ids that go through the model once, and the rests of the rows that begin with them."""
+    """Ids that are computed once, and the rests of the rows that begin with them."""
 
     prompt: tuple[int, ...]
     rests: tuple[tuple[int, ...], ...] = ()
@@ -161,13 +157,13 @@ class _Unit(NamedTuple):
 def loglikelihoods(
     split: Split, requests: Sequence[Request], tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Likelihood]:
-    """The log-likelihood of each continuation after its context.
+    """Compute the log-likelihood of each text after its context.
 
     Args:
         tokens: of a batch, padding included; a longer row is a batch of its own.
-        on_done: told how many continuations were finished since it was told last.
+        on_done: called with the number of texts finished since its last call.
     """
-    found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)  # what an empty continuation has
+    found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)  # as empty texts have
     members = _members(requests)
     sharing = Sharing(split)
     if on_done is not None and (empty := sum(not request.continuation for request in requests)):
@@ -189,12 +185,12 @@ def loglikelihoods(
 
 
 def _members(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    """Rows of ids that go through the model -> the requests that each answers; no row is the beginning of another."""
+    """Return rows of ids -> the requests that each serves; no row is the beginning of another."""
     needed = [request.context + request.continuation[:-1] for request in requests]
     asking = [i for i, request in enumerate(requests) if request.continuation]
     members: dict[tuple[int, ...], list[int]] = {}
     last: tuple[int, ...] = ()
-    # In this order a row stands right behind the ones that begin with it.
+    # In this order a row follows those that begin with it.
     for i in sorted(asking, key=lambda i: needed[i], reverse=True):
         if last[: len(needed[i])] != needed[i]:
             last = needed[i]
@@ -206,8 +202,7 @@ def _members(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
 def _units(
     members: dict[tuple[int, ...], list[int]], requests: Sequence[Request], tokens: int, sharing: Sharing
 ) -> list[_Unit]:
-    """The rows, cut the way that leaves the fewest tokens to compute: not at all, after each context, or all at once
-    after what all of them begin with."""
+    """Split rows so that few tokens are computed: not at all, after each context, or after their common start."""
     plain = [_Unit(row) for row in members]
     by_context: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for row, asking in members.items():
@@ -228,11 +223,11 @@ def _units(
 
 
 def _behind(prompt: tuple[int, ...], rests: Sequence[tuple[int, ...]], tokens: int) -> Iterator[_Unit]:
-    """All rests behind one prompt, which is computed again for each batch of `tokens`."""
+    """Yield all rests of one prompt, which is computed again for each batch of `tokens`."""
     batch: list[tuple[int, ...]] = []
     for rest in sorted(rests, key=len):
         size, real = (len(batch) + 1) * len(rest), sum(map(len, batch)) + len(rest)
-        # Here one more call costs the prompt once more.
+        # Another call costs the prompt again.
         padded = size - real > max(_PADDING + len(prompt), real // 10)
         if batch and (len(prompt) + size > tokens or padded):
             yield _Unit(prompt, tuple(batch))
@@ -242,7 +237,7 @@ def _behind(prompt: tuple[int, ...], rests: Sequence[tuple[int, ...]], tokens: i
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two rows have in common at the beginning; of the first and last in order: all between them too."""
+    """Return how many ids two rows share at the beginning; so do all rows between them in order."""
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
@@ -251,7 +246,7 @@ def _cost(units: Sequence[_Unit]) -> int:
 
 
 def _batches(units: Sequence[_Unit], tokens: int) -> Iterator[list[_Unit]]:
-    """Units of like length share a batch of so many tokens, little of which is padding."""
+    """Batch units of like length, up to a number of tokens and with little padding."""
     batch: list[_Unit] = []
     for unit in sorted(units, key=lambda unit: (len(unit.prompt), max(map(len, unit.rests), default=0))):
         size = _size([*batch, unit])
@@ -265,7 +260,7 @@ def _batches(units: Sequence[_Unit], tokens: int) -> Iterator[list[_Unit]]:
 
 
 def _size(batch: Sequence[_Unit]) -> int:
-    """Tokens that are computed, padding included."""
+    """Return the computed tokens, padding included."""
     rests = [rest for unit in batch for rest in unit.rests]
     return len(batch) * max(len(unit.prompt) for unit in batch) + len(rests) * max(map(len, rests), default=0)
 
@@ -273,7 +268,7 @@ def _size(batch: Sequence[_Unit]) -> int:
 def _asked(
     batch: Sequence[_Unit], members: dict[tuple[int, ...], list[int]], requests: Sequence[Request]
 ) -> tuple[list[int], list[int], list[int]]:
-    """The requests that a batch answers, in order; the flat positions of all their tokens, and the tokens."""
+    """Return the requests that a batch serves, in order, the flat positions of all their tokens, and the tokens."""
     prompts = max(len(unit.prompt) for unit in batch)
     rests = max((len(rest) for unit in batch for rest in unit.rests), default=0)
     own: list[int] = []
@@ -281,7 +276,7 @@ def _asked(
     labels: list[int] = []
     row = 0
     for b, unit in enumerate(batch):
-        # A prompt without rests, or one whose own ids are a row too, is answered by itself.
+        # A prompt without rests, or whose own ids are a row too, serves requests itself.
         for rest in unit.rests or ((),):
             begins = len(batch) * prompts + row * rests - len(unit.prompt)
             row += bool(rest)
@@ -297,7 +292,7 @@ def _asked(
 def _read(
     sharing: Sharing, batch: Sequence[_Unit], positions: list[int], labels: list[int]
 ) -> tuple[Floats64, npt.NDArray[np.bool_]]:
-    """Log-probabilities of the labels, and whether each is the likeliest token."""
+    """Return log-probabilities of the labels, and whether each is the likeliest token."""
     where, wanted = mx.array(positions, dtype=mx.int32), mx.array(labels, dtype=mx.int32)
     prompts = _padded([unit.prompt for unit in batch])
     rests = [rest for unit in batch for rest in unit.rests]
@@ -316,7 +311,7 @@ def _read(
 
 
 def _padded(rows: Sequence[tuple[int, ...]]) -> mx.array:
-    """(B, T) int32, padded on the right, where causal attention never sees it."""
+    """Return (B, T) int32, padded on the right, where causal attention never sees it."""
     ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = row
@@ -324,12 +319,12 @@ def _padded(rows: Sequence[tuple[int, ...]]) -> mx.array:
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
-# What a model makes of a task's rows: a score for each row, figures with their errors, and differences of two models.
+# Scores of a model for each row of a task, figures with errors, and differences of two models.
 #
 # task = read_task("configs/eval-reviews.yaml")
 # cases = make_cases(read_rows("test.jsonl", "test"), task)
-# result = evaluate(load("runs/a"), cases, task)          # shots=[...] are cases too, of other rows
-# print(result.figures()["accuracy"], compare(result, other)[0])
+# result = run_task(load("runs/a"), cases, task)  # shots=[...] are cases of other rows
+# print(result.figures()["accuracy"], paired_differences(result, other)[0])
 
 EVAL_TOKENS = 2048  # of a batch, padding included
 _MAX_TOKENS = 256
@@ -338,15 +333,15 @@ _ANY = 1 << 31  # no limit
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a model made of a task.
+    """The result of a model on a task.
 
     Attributes:
         kind: loss, choice or generate.
         rows: the evaluated rows' places, in order.
-        scores: metric -> (n,) a score for each row; of a loss its mean over the row's tokens, in nats.
-        weights: metric -> (n,) what a row counts, where not 1: tokens.
-        predictions: a mapping a row: row, prompt, prediction, target and scores, and what else there is to know.
-        notes: what was left out or is odd, a sentence each.
+        scores: metric -> (n,) a score for each row; for a loss the mean over the row's tokens, in nats.
+        weights: metric -> (n,) weights of rows other than 1: tokens.
+        predictions: a mapping for each row: row, prompt, prediction, target, scores and more.
+        notes: on rows that are left out or unusual.
     """
 
     task: str
@@ -358,7 +353,7 @@ class Evaluated:
     notes: list[str] = field(default_factory=list)
 
     def figures(self) -> dict[str, Figure]:
-        """Metric -> its mean, standard error and number of rows; a loss brings its perplexity along."""
+        """Return metric -> mean, standard error and number of rows; for a loss the perplexity too."""
         found = {name: mean(values, self.weights.get(name)) for name, values in self.scores.items()}
         if "loss" in found:
             loss = found["loss"]
@@ -367,7 +362,7 @@ class Evaluated:
         return found
 
     def only(self, rows: Set[str]) -> Evaluated:
-        """The same of some of the rows."""
+        """Return the result on some of the rows."""
         kept = [i for i, where in enumerate(self.rows) if where in rows]
         scores, weights = ({k: v[kept] for k, v in of.items()} for of in (self.scores, self.weights))
         lines = [self.predictions[i] for i in kept]
@@ -378,9 +373,9 @@ class Paired(NamedTuple):
     """One model against another on the same rows.
 
     Attributes:
-        difference: mean of the first's scores less the second's; `se` its standard error.
-        low, high: the bootstrap interval around it.
-        won, lost, tied: rows on which the first is better, worse, or neither; less loss is better.
+        difference: mean of the first's scores minus the second's; `se` its standard error.
+        low, high: its bootstrap interval.
+        won, lost, tied: rows on which the first is better, worse, or neither; a lower loss is better.
     """
 
     metric: str
@@ -395,10 +390,10 @@ class Paired(NamedTuple):
 
 
 def paired_differences(a: Evaluated, b: Evaluated, *, seed: int = 0, confidence: float = 0.95) -> list[Paired]:
-    """What `a` is better or worse by than `b`, for each metric.
+    """Return the difference of `a` and `b` for each metric.
 
     Raises:
-        ConfigError: they are not of the same rows and tokens.
+        ConfigError: they have different rows or tokens.
     """
     if a.rows != b.rows or a.scores.keys() != b.scores.keys():
         raise ConfigError(f"the two were not evaluated on the same rows by the same task: {a.task}, {b.task}")
@@ -407,8 +402,8 @@ def paired_differences(a: Evaluated, b: Evaluated, *, seed: int = 0, confidence:
         other, weights = b.scores[name], a.weights.get(name)
         if weights is not None and not np.array_equal(weights, b.weights[name]):
             raise ConfigError(
-                "the two models make other tokens of the same text, so a loss a token of one is not that of the "
-                "other; compare them by a task with choices or metrics"
+                "the two models tokenise the same text differently, so their losses per token do not compare; compare "
+                "them by a task with choices or metrics"
             )
         interval = bootstrap(values, other, weights, seed=seed, confidence=confidence)
         better = other - values if a.kind == "loss" else values - other
@@ -435,20 +430,20 @@ def run_task(
     seed: int = 0,
     console: Console | None = None,
 ) -> Evaluated:
-    """Ask a model the cases of a task.
+    """Evaluate a model on the cases of a task.
 
     Args:
-        loaded: a model that gives text; every module's training flag is as before at the end.
-        shots: solved cases that are shown before each (choice and written answers only).
+        loaded: a model that writes text; its training flags are restored at the end.
+        shots: solved cases that are shown before each (choice and generate only).
         tokens: of a batch, padding included.
-        max_length: most tokens a row may have, answer included; default: what the model's config says.
-        overflow: what to do with a longer one: "error" reports them all, "drop" leaves them out and counts them;
-            a loss can also "truncate" and, of texts, "split".
+        max_length: most tokens of a row, completion included; default: the model's context.
+        overflow: what to do with a longer row: "error" reports them all, "drop" leaves them out and counts them;
+            a loss can also "truncate" and, for texts, "split".
         seed: of sampling, where the task has a temperature.
-        console: where progress is shown.
+        console: shows progress.
     Raises:
         ConfigError, DataError: the task, its rows or shots do not fit the model.
-        RewardError: a function gives no number.
+        RewardError: a function does not return a number.
     """
     wanted = OVERFLOW if task.kind == "loss" else OVERFLOW[:2]
     if overflow not in wanted:
@@ -481,12 +476,12 @@ class _How:
         return self.task.template == "auto" and bool(self.loaded.tokenizer.has_chat_template)
 
     def fitting(self, cases: Sequence[Case], lengths: Sequence[int], shots: int) -> tuple[list[int], list[str]]:
-        """The cases that fit the context, and what there is to say of the others."""
+        """Return the indices of the cases that fit the context, and notes on the others."""
         limit = self.limit
         long = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
         if not long:
             return list(range(len(cases))), []
-        whose = f"prompt, {shots} shots and answer" if shots else "prompt and answer"
+        whose = f"prompt, {shots} shots and completion" if shots else "prompt and completion"
         if self.overflow == "error" or len(long) == len(cases):
             lines = [f"{cases[i].where}: {whose} take {lengths[i]:,} tokens; the context has {limit:,}" for i in long]
             ways = ["fewer shots"] if shots else []
@@ -499,10 +494,10 @@ class _How:
         ]
 
 
-def _in_own_words(text: str) -> str:
-    """What building rows for training has to say, by the names that an evaluation has for it."""
+def _for_evaluation(text: str) -> str:
+    """Return a message about training rows with the names of an evaluation's options."""
     names = {"data.max_length": "--max-length", "data.overflow:": "--overflow"}
-    names |= {"left to train on": "left to evaluate", "token to train": "token to evaluate"}
+    names |= {"left to train on": "left to evaluate", "trained token": "evaluated token"}
     for theirs, ours in names.items():
         text = text.replace(theirs, ours)
     return text.replace("--max-length and data.train_on", "--max-length and a task's train_on")
@@ -521,7 +516,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
             chat=task.template == "auto",
         )
     except (ConfigError, DataError) as e:
-        raise type(e)(_in_own_words(str(e))) from e
+        raise type(e)(_for_evaluation(str(e))) from e
     split, lengths = Split(how.loaded.model), np.array([len(row.ids) for row in data.rows])
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
@@ -552,35 +547,35 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
         for w, x in zip(places, losses.tolist())
     ]
     weights = {"loss": np.array([counts[w] for w in places], dtype=np.float64)}
-    notes = [_in_own_words(line) for line in data.counts.notes()]
+    notes = [_for_evaluation(line) for line in data.counts.notes()]
     return Evaluated(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
 
 
 def _rendered(how: _How, prompt: str | list[Message], case: Case) -> str:
-    """A prompt as the text that the model goes on from."""
+    """Return a prompt as text."""
     if isinstance(prompt, str):
         return prompt
     return prompt_text(prompt, how.loaded.tokenizer, tools=case.tools, where=case.where)
 
 
-def _before_answer(how: _How, prompt: str | list[Message], case: Case) -> str:
-    """A prompt as the text that an answer follows at once.
+def _before_choice(how: _How, prompt: str | list[Message], case: Case) -> str:
+    """Return a prompt as the text that a choice follows directly.
 
     After the generation prompt a reasoning model writes a thought, if only an empty one, or the mark of a channel; and
-    some generation prompts open a thought. As its template writes an answered turn, so a choice is scored.
+    some generation prompts open a thought. A choice is scored where the template writes the content of a turn.
     """
     text = _rendered(how, prompt, case)
     if isinstance(prompt, str):
         return text
-    place = "\u2063answer\u2063"  # no template looks for it
+    place = "\u2063answer\u2063"  # occurs in no template
     turns = [*prompt, {"role": "assistant", "content": place}]
     try:
-        answered = by_template(how.loaded.tokenizer, turns, case.tools, case.where, lambda chat: chat.render(turns))
-    except DataError:  # a template that takes no answered turn
+        whole = by_template(how.loaded.tokenizer, turns, case.tools, case.where, lambda chat: chat.render(turns))
+    except DataError:  # the template refuses such a turn
         return text
-    begun, found, _ = answered.partition(place)
-    goes_on = begun.startswith(text) or (opening_of(text) and text.startswith(begun))
-    return begun if found and goes_on else text
+    begun, found, _ = whole.partition(place)
+    follows = begun.startswith(text) or (opening_of(text) and text.startswith(begun))
+    return begun if found and follows else text
 
 
 def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluated:
@@ -588,7 +583,7 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluate
     between = "" if how.chat else delimiter(how.task)
     asked: list[EncodedChoices] = []
     for case, prompt in zip(cases, prompts):
-        text, ends = _before_answer(how, prompt, case), [between + c for c in case.choices]
+        text, ends = _before_choice(how, prompt, case), [between + c for c in case.choices]
         try:
             asked.append(encode_choices(how.loaded.tokenizer, text, ends, plain=not how.chat))
         except DataError as e:
@@ -597,7 +592,7 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluate
     kept, notes = how.fitting(cases, lengths, len(shots))
     if joint := sum(asked[i].joint > 0 for i in kept):
         rows = f"{joint:,} of {len(kept):,} rows"
-        notes.append(f"in {rows} a choice joins the prompt's last token, which is scored along with every choice")
+        notes.append(f"in {rows} a choice joins the prompt's last token, which is scored with every choice")
     flat = [request for i in kept for request in asked[i].requests]
     with bar(how.console, len(flat), "choices") as advance:
         found = [x.logprob for x in loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance)]
@@ -609,8 +604,8 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluate
         case, end = cases[i], at + len(cases[i].choices)
         logprobs = np.array(found[at:end])
         at = end
-        # As lm-eval's acc and acc_norm: by characters, so that long choices are not at a disadvantage; of the prompt
-        # those count that are scored too.
+        # As lm-eval's acc and acc_norm: by characters, so that long choices have no disadvantage; scored characters of
+        # the prompt count too.
         sizes = [asked[i].joint + len(choice) for choice in case.choices]
         said, said_norm = int(logprobs.argmax()), int((logprobs / sizes).argmax())
         right.append(float(said == case.right))
@@ -628,7 +623,7 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evalua
     task, tokenizer = how.task, how.loaded.tokenizer
     judging = judges(task)
     prompts = [with_shots(case, shots, task, how.chat) for case in cases]
-    # In plain text a model goes on with a block of its own after its answer, as the shots have shown it.
+    # In plain text a model would continue with another block, as the shots show it.
     stop = tuple(task.stop if task.stop is not None else ["\n\n"] if shots and not how.chat else [])
     most = task.max_tokens or _MAX_TOKENS
     drops, ends = task.judged == "drop", bool(tokenizer.eos_token_ids)
@@ -636,40 +631,40 @@ def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evalua
     texts = [_rendered(how, prompt, case) for case, prompt in zip(cases, prompts)]
     ids = [context_ids(tokenizer, text, plain=not how.chat, where=case.where) for case, text in zip(cases, texts)]
     if empty := [case.where for case, own in zip(cases, ids) if not own]:
-        raise DataError(f"{empty[0]}: the prompt is empty: there is no token to go on from")
+        raise DataError(f"{empty[0]}: the prompt is empty; expected at least one token")
     kept, notes = how.fitting(cases, [len(own) + most for own in ids], len(shots))
     rows = max(1, min(ROWS_AT_ONCE, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
-    with bar(how.console, len(kept), "answers") as advance:
+    with bar(how.console, len(kept), "completions") as advance:
         found = sample_batch(
             how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
         )
-    answers = [Generated(a.ids, a.finish, text_of(tokenizer, a, sampling, ids[i])) for i, (a,) in zip(kept, found)]
+    written = [Generated(a.ids, a.finish, text_of(tokenizer, a, sampling, ids[i])) for i, (a,) in zip(kept, found)]
     chosen = [cases[i] for i in kept]
     asked = [texts[i] if isinstance(prompts[i], list) else prompts[i] for i in kept]
-    items = items_of(chosen, asked, answers, [opening_of(texts[i]) for i in kept])
+    items = items_of(chosen, asked, written, [opening_of(texts[i]) for i in kept])
     scores = {name: np.asarray(judge(chosen, items), dtype=np.float64) for name, judge in judging.items()}
     lines = [
         {"row": case.where, "prompt": prompts[i], "prediction": item.completion}
         | ({"answer": item.answer} if drops and item.answer != item.completion else {})
-        | {"target": _target(case), "finish": answer.finish}
+        | {"target": _target(case), "finish": completion.finish}
         | {"scores": {name: float(values[k]) for name, values in scores.items()}}
-        for k, (i, case, item, answer) in enumerate(zip(kept, chosen, items, answers))
+        for k, (i, case, item, completion) in enumerate(zip(kept, chosen, items, written))
     ]
-    notes += _answer_notes(items, most, drops)
+    notes += _completion_notes(items, most, drops)
     return Evaluated(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
 
 
-def _answer_notes(items: Sequence[ToScore], most: int, drops: bool) -> list[str]:
-    """What there is to say of answers that are none, or not whole."""
+def _completion_notes(items: Sequence[ToScore], most: int, drops: bool) -> list[str]:
+    """Return notes on completions that are empty, cut off, or thoughts only."""
     total, empty = len(items), sum(not item.completion.strip() for item in items)
     cut, thoughts = sum(not item.finished for item in items), 0
     if drops:
         thoughts = sum(bool(item.completion.strip()) and not item.answer.strip() for item in items)
-    notes = [f"{empty:,} of {total:,} answers are empty"] if empty else []
-    notes += [f"{cut:,} of {total:,} answers were cut off at {most} tokens (max_tokens)"] if cut else []
+    notes = [f"{empty:,} of {total:,} completions are empty"] if empty else []
+    notes += [f"{cut:,} of {total:,} completions were cut off at {most} tokens (max_tokens)"] if cut else []
     if thoughts:
         notes.append(
-            f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep judges them)"
+            f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep scores them)"
         )
     return notes
 
@@ -679,21 +674,20 @@ def _target(case: Case) -> str | list[str] | None:
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
-# `mlxft eval`: models opened one after the other, the same rows asked of each, and what comes of it kept.
 
 
 @dataclass(frozen=True)
 class Asking:
-    """What is asked, and how.
+    """Settings of an evaluation.
 
     Attributes:
         tasks: names, files, or Task.
-        format: how rows are read; None: as a run's own rows are, else what they look like.
-        template: as data.template, before what a task or a run says.
-        thoughts: what is judged of written answers, before what a task says; see Task.
-        shots: solved rows of the file `shots_from` shown before each prompt.
-        limit: only the first rows.
-        max_length, overflow, tokens, seed: see `evaluate`; the seed also chooses shots and resamples.
+        format: of the rows; None: that of the run's rows, else the one that they look like.
+        template: as data.template; overrides a task's and a run's.
+        thoughts: which part of completions is scored; overrides a task's.
+        shots: number of solved rows of the file `shots_from` that are shown before each prompt.
+        limit: take the first rows only.
+        max_length, overflow, tokens, seed: see `run_task`; the seed also picks shots and resamples.
     """
 
     tasks: Sequence[str | Task] = ("loss",)
@@ -711,7 +705,7 @@ class Asking:
 
 
 class Compared(NamedTuple):
-    """A task's result, and where there is another model its result and the differences."""
+    """A task's result and, if there is another model, its result and the differences."""
 
     result: Evaluated
     other: Evaluated | None
@@ -720,7 +714,7 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `mlxft eval` found; `against` is None where nothing was compared."""
+    """The result of `mlxft eval`; `against` is None without another model."""
 
     model: str
     file: str
@@ -729,7 +723,7 @@ class Evaluation:
     tasks: list[Compared]
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json has it; what is not a number is null."""
+        """Return the content of results.json; NaN is null."""
         found: dict[str, Any] = {
             "model": self.model,
             "file": self.file,
@@ -744,7 +738,7 @@ class Evaluation:
         return finite
 
     def lines(self) -> Iterable[dict[str, Any]]:
-        """As predictions.jsonl has them: each row of each task, with what the other model said."""
+        """Yield the lines of predictions.jsonl: each row of each task, with the other model's prediction."""
         for result, other, _ in self.tasks:
             for i, line in enumerate(result.predictions):
                 also = {}
@@ -754,10 +748,10 @@ class Evaluation:
                 yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **also}
 
     def write(self, out: Path) -> None:
-        """predictions.jsonl and results.json in a folder, both of them of one evaluation.
+        """Write predictions.jsonl and results.json into a folder.
 
         Raises:
-            CheckpointError: they can not be written.
+            CheckpointError: they cannot be written.
         """
         texts = ("".join(f"{json_text(_finite(line))}\n" for line in self.lines()), json_text(self.to_json(), 1) + "\n")
         with writing(out):
@@ -777,12 +771,12 @@ class Evaluation:
 
 
 def check_out(out: Path | None, overwrite: bool, model: str) -> None:
-    """Refuse, before the work, a folder that can not be written, or that holds what an evaluation would replace.
+    """Check an output folder before the work.
 
     Args:
         out: None: `default_out` of the model.
     Raises:
-        ConfigError: so it is.
+        ConfigError: it cannot be written, or holds files that an evaluation would replace.
     """
     if out is None:
         if is_run(folder := home_path(model)):
@@ -808,7 +802,7 @@ def _task_json(found: Compared) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -819,14 +813,15 @@ def _finite(value: Any) -> Any:
 def run_evaluation(
     model: str, file: str, asking: Asking, *, adapter: str | None = None, against: str | None = None, console: Console
 ) -> Evaluation:
-    """Evaluate a model on a file, and another one on the same rows.
+    """Evaluate a model on a file and, if given, another one on the same rows.
 
     Args:
-        model: run, adapter, fused or any other model; with an adapter if one is named.
+        model: a run, adapter, fused or other model.
+        adapter: an adapter for the model.
         file: a file, folder (its test split) or hub data set, as data.train takes it.
         against: another model, or "base": what the run or adapter started from.
     Raises:
-        ConfigError, DataError, ModelError: something given can not be used; what does not need a model is found first.
+        ConfigError, DataError, ModelError: something does not fit; checks that need no model come first.
     """
     named = adapter or model
     rows = list(read_rows(file, "test"))
@@ -835,24 +830,24 @@ def run_evaluation(
     data = _run_data(named)
     tasks = merged([_settled(task, asking, data, rows) for task in asking.tasks])
     if asking.thoughts is not None and all(task.kind != "generate" for task in tasks):
-        raise ConfigError(f"--thoughts {asking.thoughts}: only for metrics of written answers; leave it out")
+        raise ConfigError(f"--thoughts {asking.thoughts}: is for metrics of completions; leave it out")
     asked = [make_cases(rows, task) for task in tasks]
     shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
     other, options = _base(model, adapter) if against == "base" else (against, {})
     if other is not None:
-        load_run(other, lazy=True, **options)  # what is wrong with it shows now, not when the first model is done
+        load_run(other, lazy=True, **options)  # raises now, not after the first model is done
 
-    def answered(loaded: Loaded) -> list[Evaluated]:
+    def evaluated(loaded: Loaded) -> list[Evaluated]:
         how: dict[str, Any] = {"tokens": asking.tokens, "overflow": asking.overflow, "seed": asking.seed}
         how |= {"max_length": asking.max_length, "console": console}
         return [run_task(loaded, cases, t, shots=s, **how) for t, cases, s in zip(tasks, asked, shots)]
 
-    results = answered(load_run(model, adapter))
+    results = evaluated(load_run(model, adapter))
     if other is None:
         return Evaluation(named, file, None, asking, [Compared(result, None, []) for result in results])
     gc.collect()  # the first model's weights, before the second's
     mx.clear_cache()
-    others = answered(load_run(other, **options))
+    others = evaluated(load_run(other, **options))
     found = []
     for result, second in zip(results, others):
         first, second = _same_rows(result, second)
@@ -862,7 +857,7 @@ def run_evaluation(
 
 
 def merged(tasks: Sequence[Task]) -> list[Task]:
-    """Tasks that differ only in how answers are judged as one, so that a model answers once.
+    """Merge tasks that differ in metrics only, so that completions are written once.
 
     Raises:
         ConfigError: a task is given twice.
@@ -882,26 +877,26 @@ def merged(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _same_rows(a: Evaluated, b: Evaluated) -> tuple[Evaluated, Evaluated]:
-    """Both without the rows that the other's context had no room for."""
+    """Return both without rows that do not fit the other's context."""
     common = set(a.rows) & set(b.rows)
     return a.only(common), b.only(common)
 
 
 def _run_data(model: str) -> DataSettings | None:
-    """How the rows of a run are read; None for what is no run."""
+    """Return the data settings of a run; None for anything else."""
     folder = home_path(model)
     try:
         return open_run(folder).config.data if (folder / "config.yaml").is_file() else None
     except MlxftError:
-        return None  # loading it will say what is wrong
+        return None  # loading it raises
 
 
 def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows: Sequence[Row | Problem]) -> Task:
-    """A task with what the command and the run say of how rows are read."""
+    """Return a task with the command's and the run's settings for rows."""
     task = read_task(given) if isinstance(given, str) else given
     if asking.format is not None:
         if task.prompt is not None:
-            raise ConfigError(f"--format {asking.format}: task {task.name} has a prompt of its own; leave it out")
+            raise ConfigError(f"--format {asking.format}: task {task.name} has its own prompt; leave it out")
         if asking.format not in FORMATS:
             hint = nearest(asking.format, FORMATS)
             raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
@@ -924,7 +919,7 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
 
 
 def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
-    """Whether the first row has what a run's rows have."""
+    """Return whether the first row has the fields of a run's rows."""
     first = next((row.data for row in rows if isinstance(row, Row)), {})
     names = dict.fromkeys(first, "there")
     names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
@@ -932,17 +927,17 @@ def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
 
 
 def _shots(asking: Asking, task: Task, cases: Sequence[Case]) -> list[Case]:
-    """Solved cases to show, of other rows than the evaluated ones."""
+    """Return solved cases to show, from other rows than the evaluated ones."""
     if not asking.shots:
         return []
     return choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed)
 
 
 def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
-    """The bare base of a run or adapter, and how it is loaded.
+    """Return the base of a run or adapter, and its loading options.
 
     Raises:
-        ConfigError: it does not say.
+        ConfigError: the adapter does not name its base.
     """
     if adapter is not None:
         return model, {}
@@ -956,11 +951,11 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     elif is_run(folder):
         run = open_run(folder)
         return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
-    raise ConfigError(f"--against base: {model} does not say what it was made from; name the model: --against MODEL")
+    raise ConfigError(f"--against base: {model} does not name its base; give it: --against MODEL")
 
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:
-    """Where a run's evaluations are kept, one folder for each file, tasks and shots; None for what is no run."""
+    """Return a run's folder for an evaluation, one for each file, tasks and shots; None for other models."""
     folder = home_path(model)
     if not is_run(folder):
         return None
@@ -969,7 +964,7 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     names += [f"{found.asking.shots}-shot"] if found.asking.shots else []
     name = re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".") or "rows"
     out = folder / "eval" / name
-    # What stands in a folder without a mark may be the user's.
+    # A folder without a mark may be the user's.
     numbered = (out.with_name(f"{name}-{n}") for n in itertools.count(2))
     return out if read_mark(folder) or not out.exists() else next(f for f in numbered if not f.exists())
 
@@ -978,19 +973,19 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
 
 
 def _number(value: float) -> str:
-    """Four digits after the point, fewer of large numbers; a dash for what is not known."""
+    """Format with four digits after the point, fewer for large numbers; NaN is a dash."""
     if math.isnan(value):
         return "-"
     return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def with_error(figure: Figure) -> str:
-    """A figure and its standard error."""
+    """Format a figure with its standard error."""
     return f"{_number(figure.value)} ± {_number(figure.se)}"
 
 
 def show_evaluation(console: Console, found: Evaluation) -> None:
-    """A table for each task, one more for the differences, and what there is to say of the rows."""
+    """Print a table for each task, one for the differences, and the notes."""
     for task in found.tasks:
         shots = f", {found.asking.shots} shots" if found.asking.shots else ""
         console.print(
@@ -1017,7 +1012,7 @@ def _figures(found: Evaluation, task: Compared) -> Table:
 
 
 def _differences(found: Evaluation, task: Compared) -> Table:
-    """Of the model less the other; less loss is better."""
+    """Return the table of differences, the model minus the other."""
     heads = ("difference", f"{found.asking.confidence:.0%} interval", "won/lost/tied")
     table = Table("", *(Column(head, justify="right") for head in heads))
     for pair in task.paired:

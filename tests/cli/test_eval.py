@@ -121,7 +121,7 @@ def test_shots_are_never_rows_that_are_asked(here: Path, tiny_model_dir: Path, m
     assert "6 shots are asked for; reviews.jsonl has 5 rows" in refused(2, *args)
     args[-3] = "4"
     said = refused(1, *args, "--max-length", "60")
-    assert "reviews.jsonl:1: prompt, 4 shots and answer take" in said
+    assert "reviews.jsonl:1: prompt, 4 shots and completion take" in said
     assert "use fewer shots, or --overflow drop" in said
 
 
@@ -161,9 +161,9 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
         (None, ["--task", "choice", "--task", "choice"], 2, "choice is given twice"),
         (None, ["--task", "choice", "--shots", "2"], 2, "--shots and --shots-from go together"),
         (None, ["--task", "choice", "--overflow", "truncate"], 2, "a choice task takes error, drop"),
-        (None, ["--against", "base", "--task", "choice"], 2, "does not say what it was made from"),
+        (None, ["--against", "base", "--task", "choice"], 2, "does not name its base"),
         (None, ["--against", "nowhere", "--task", "choice"], 1, "nowhere"),
-        (None, ["--task", "choice", "--thoughts", "keep"], 2, "--thoughts keep: only for metrics of written answers"),
+        (None, ["--task", "choice", "--thoughts", "keep"], 2, "--thoughts keep: is for metrics of completions"),
         (None, ["--tasks", "arc_easy"], 2, "FILE: not with --tasks"),
         (None, ["--include-path", "."], 2, "go with --tasks"),
         (["{"], [], 1, "rows.jsonl:1: not valid JSON"),
@@ -222,8 +222,8 @@ def test_bad_input(
         ({"chioces": ["a", "b"]}, "no such setting (did you mean choices?)"),
         ({"prompt": "{text"}, "prompt"),
         ({"answer": "lable"}, "'lable', which no row has (did you mean label?)"),
-        ({"max_tokens": 5}, "only for metrics of written answers"),
-        ({"thoughts": "keep"}, "thoughts: only for metrics of written answers"),
+        ({"max_tokens": 5}, "is for metrics of completions"),
+        ({"thoughts": "keep"}, "thoughts: is for metrics of completions"),
         ({"metrics": [{"kind": "reward", "run": "x", "thoughts": "drop"}], "choices": None}, "no setting thoughts"),
         ({"format": "prompts"}, "give prompt, or format and fields, not both"),
     ],

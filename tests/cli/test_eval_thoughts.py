@@ -130,7 +130,7 @@ def test_a_thought_that_is_cut_off_is_no_answer(
     done = mlxft("eval", model, "qa.jsonl", "--task", "task.yaml", "--json")
     assert figures(done) == {"contains": 0, "regex": 0}
     notes = json.loads(done.out)["tasks"][0]["notes"]
-    assert "4 of 4 completions are thoughts without an answer (thoughts: keep judges them)" in notes
+    assert "4 of 4 completions are thoughts without an answer (thoughts: keep scores them)" in notes
 
 
 def test_choices_stand_where_the_template_has_an_answer(

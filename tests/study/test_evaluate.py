@@ -202,7 +202,7 @@ def test_thoughts_are_not_judged(tiny_model: Loaded, tmp_path: Path, monkeypatch
     assert {name: v.tolist() for name, v in found.scores.items()} == {**expected, "size": [len(text) for text in said]}
     assert [line["prediction"] for line in found.predictions] == said
     assert [line["answer"] for line in found.predictions] == ["4", "4", "", "4"]
-    assert found.notes == ["1 of 4 completions are thoughts without an answer (thoughts: keep judges them)"]
+    assert found.notes == ["1 of 4 completions are thoughts without an answer (thoughts: keep scores them)"]
     keep = task.model_copy(update={"thoughts": "keep"})
     whole = written(tiny_model, monkeypatch, said, keep, rows)
     assert whole.scores["exact_match"].tolist() == [0, 0, 0, 0]
@@ -257,7 +257,7 @@ def test_empty_answers_are_counted_and_wrong(tiny_model: Loaded, monkeypatch: py
     task = Task.model_validate({"prompt": "{q}", "answer": "a", "metrics": ["exact_match", "f1", "number", "json"]})
     found = written(tiny_model, monkeypatch, ["", " "], task, [{"q": "x", "a": "4"}] * 2)
     assert all(not values.any() for values in found.scores.values())
-    assert found.notes == ["2 of 2 answers are empty"]
+    assert found.notes == ["2 of 2 completions are empty"]
 
 
 def test_a_model_writes_and_is_cut_off(tiny_model: Loaded) -> None:
@@ -293,7 +293,7 @@ def test_shots_are_earlier_turns_or_blocks(tiny_model: Loaded) -> None:
     (line,) = run_task(tiny_model, [case], PLAIN, shots=shots).predictions
     assert line["prompt"] == "Two and two are four\n\nA cat is an animal\n\nThe sky on a clear day is"
     with pytest.raises(
-        DataError, match=r"rows.jsonl:1: prompt, 2 shots and answer take \d+ tokens; the context has 30"
+        DataError, match=r"rows.jsonl:1: prompt, 2 shots and completion take \d+ tokens; the context has 30"
     ):
         run_task(tiny_model, [case], PLAIN, shots=shots, max_length=30)
     with pytest.raises(ConfigError, match="not a loss"):
@@ -324,7 +324,7 @@ def test_a_comparison_counts_rows_won_and_lost() -> None:
     ulp = 2.0**-23
     (pair,) = paired_differences(a_result("loss", [1 + ulp, 2, 3]), a_result("loss", [1, 2 + 2 * ulp, 2.9]))
     assert (pair.won, pair.lost, pair.tied) == (0, 1, 2), "what is no more than rounding is a tie"
-    with pytest.raises(ConfigError, match="other tokens"):
+    with pytest.raises(ConfigError, match="tokenise the same text differently"):
         paired_differences(a_result("loss", [1, 2], [1, 3]), a_result("loss", [2, 2], [1, 2]))
     with pytest.raises(ConfigError, match="same rows"):
         paired_differences(a_result("choice", [1]), a_result("choice", [1, 0]))

@@ -55,7 +55,7 @@ def test_so_many_of_each_label_and_fewer_are_among_more() -> None:
 def test_more_shots_than_a_label_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.shots: asks for 4 rows of each label.* only 3 of 'b', 3 of 'c'"):
         pick_shots(LABELS, 10, 4, 0, "data.shots")
-    with pytest.raises(ConfigError, match="11 rows are asked for, and there are 10"):
+    with pytest.raises(ConfigError, match="at most 10, the number of rows, seen 11"):
         pick_shots(None, 10, 11, 0, "data.shots")
 
 

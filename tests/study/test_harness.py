@@ -89,7 +89,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def a_model(loaded: Loaded, limit: int = 512) -> Any:
     module = harness()
-    return module.Model(loaded, limit, 256, 0)
+    return module.EvalModel(loaded, limit, 256, 0)
 
 
 def test_a_local_task_gives_lm_evals_numbers(tiny_model_dir: Path) -> None:
@@ -150,8 +150,8 @@ def test_tasks_are_given_answers_without_thoughts(tiny_model: Loaded, monkeypatc
 
     monkeypatch.setattr(module, "sample_batch", sample)
     requests = [asked(prompt, {"until": ["\n\n"]}) for prompt in said]
-    assert module.Model(tiny_model, 512, 256, 0).generate_until(requests) == ["on", "on", ""]
-    whole = module.Model(tiny_model, 512, 256, 0, thoughts="keep")
+    assert module.EvalModel(tiny_model, 512, 256, 0).generate_until(requests) == ["on", "on", ""]
+    whole = module.EvalModel(tiny_model, 512, 256, 0, thoughts="keep")
     assert whole.generate_until(requests) == ["<think>", "or on?</think>on", "<think>or"]
 
 
@@ -165,7 +165,7 @@ def test_until_does_not_end_a_thought(tiny_model: Loaded, monkeypatch: pytest.Mo
         lambda m, t, p, how, **o: (seen.append(how.stop_in_answer), sample(m, t, p, how, **o))[1],
     )
     for thoughts in ("drop", "keep"):
-        module.Model(tiny_model, 512, 256, 0, thoughts=thoughts).generate_until([asked("in", {"max_tokens": 2})])
+        module.EvalModel(tiny_model, 512, 256, 0, thoughts=thoughts).generate_until([asked("in", {"max_tokens": 2})])
     assert seen == [True, False]
 
 
