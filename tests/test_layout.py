@@ -399,8 +399,8 @@ ALLOWED = re.compile(
 )
 
 
-# A reasoning model's completion has thoughts and an answer; rows of ratings have the field answers.
-EXEMPT = {"mlxft/data/chat.py": "answer", "mlxft/data/formats.py": "answers?"}
+# A reasoning model's completion has thoughts and an answer; rows of ratings and tasks have such a field.
+EXEMPT = {"mlxft/data/chat.py": "answer", "mlxft/data/formats.py": "answers?", "mlxft/study/tasks.py": "answers?"}
 
 
 def texts_of(source: str) -> Iterator[tuple[int, str]]:

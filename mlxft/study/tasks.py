@@ -43,32 +43,32 @@ from mlxft.study.score import open_scorer
 from mlxft.text import home_path
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
-# What an answer is worth next to the wanted one, from 0 to 1: pure functions of two texts.
+# Scores of a completion against the wanted answer, from 0 to 1, as pure functions of two texts.
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(said: str, wanted: str, ignore_case: bool = False) -> float:
-    """1 if the two are the same, white space around them aside."""
+    """Return 1 if the two are equal without surrounding white space."""
     if ignore_case:
         said, wanted = said.casefold(), wanted.casefold()
     return float(said.strip() == wanted.strip())
 
 
 def contains(said: str, wanted: str, ignore_case: bool = False) -> float:
-    """1 if the wanted text stands somewhere in what was said; an empty one only in nothing."""
+    """Return 1 if the wanted text occurs in what was said; an empty one only in an empty text."""
     if ignore_case:
         said, wanted = said.casefold(), wanted.casefold()
     return float(wanted.strip() in said if wanted.strip() else not said.strip())
 
 
 def number(said: str, wanted: str, tolerance: float = 1e-6, pattern: str | None = None) -> float:
-    """1 if the last number said is the (last) wanted one; commas, currency and percent signs do not count.
+    """Return 1 if the last number said is the (last) wanted one; commas, currency and percent signs are ignored.
 
     Args:
         tolerance: largest difference between the two.
-        pattern: where to look: the last match of this regular expression, or of its first group.
+        pattern: look in the last match of this regular expression, or of its first group.
     """
     if pattern is not None:
         every = list(re.finditer(pattern, said))
@@ -78,39 +78,37 @@ def number(said: str, wanted: str, tolerance: float = 1e-6, pattern: str | None 
 
 
 def regex(said: str, pattern: str) -> float:
-    """1 if the regular expression is found."""
+    """Return 1 if the regular expression is found."""
     return float(re.search(pattern, said) is not None)
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation and articles, as SQuAD 1.1 normalises answers (Rajpurkar et al. 2016)."""
+    """Return lower-case words without punctuation and articles, as SQuAD 1.1 does (Rajpurkar et al. 2016)."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def f1(said: str, wanted: str) -> float:
-    """F1 of the words that the two have in common, each as often as it stands in both: SQuAD's."""
+    """Return SQuAD's F1 of the words that the two have in common."""
     one, two = words(said), words(wanted)
     common = sum((Counter(one) & Counter(two)).values())
-    if not one or not two:  # SQuAD 2.0: nothing is right where nothing was wanted
+    if not one or not two:  # SQuAD 2.0: an empty text is right where an empty one is wanted
         return float(one == two)
     return 2 * common / (len(one) + len(two))
 
 
 def best(score: Callable[[str, str], float], said: str, wanted: tuple[str, ...]) -> float:
-    """The score of the wanted text that suits best, where several are right."""
+    """Return the best score over several wanted texts."""
     return max(score(said, text) for text in wanted)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
-# Tasks: what is asked of a model and how its answers are judged, by a name or by a few lines of YAML.
-#
-# A task with `choices` is multiple choice by log-likelihood, one with `metrics` has the model write an answer, and one
-# with neither measures the loss of the rows' answers.
+# A task says what a model is asked and how it is scored, by a name or a few lines of YAML. A task with `choices` is
+# multiple choice by log-likelihood, one with `metrics` lets the model write, and one with neither measures the loss.
 
 Kind = Literal["exact_match", "contains", "regex", "number", "f1", "json", "function", "reward"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 NAMED = ("loss", "choice", *(k for k in _KINDS if k not in ("regex", "function", "reward")))
-# What a metric of each kind may say beside its kind and name.
+# Settings of each kind of metric besides kind and name.
 TAKES: dict[Kind, tuple[str, ...]] = {
     "exact_match": ("ignore_case", "thoughts"),
     "contains": ("ignore_case", "thoughts"),
@@ -122,30 +120,30 @@ TAKES: dict[Kind, tuple[str, ...]] = {
     "reward": ("run",),
 }
 NEEDS: dict[Kind, str] = {"regex": "pattern", "function": "function", "reward": "run"}
-# Metrics that hold the answer against a wanted one.
+# Metrics that compare with a wanted answer.
 COMPARING: tuple[Kind, ...] = ("exact_match", "contains", "number", "f1")
 
 
 class Metric(Settings):
-    """How an answer is judged."""
+    """A metric of completions."""
 
     kind: Kind = Field(description=f"{', '.join(_KINDS)}.")
     name: str | None = Field(None, min_length=1, description="Its name in reports; default: the kind.")
-    ignore_case: bool = Field(False, description="exact_match, contains: upper and lower case are the same.")
+    ignore_case: bool = Field(False, description="exact_match, contains: ignore upper and lower case.")
     pattern: str | None = Field(
-        None, min_length=1, description="regex: what must be found. number: where to look; its first group, if any."
+        None, min_length=1, description="regex: what to find. number: where to look; its first group, if any."
     )
     tolerance: float = Field(1e-6, ge=0, description="number: largest difference.")
     schema_: str | dict[str, Any] | None = Field(
-        None, alias="schema", description="json: a JSON Schema or its file; default: any JSON will do."
+        None, alias="schema", description="json: a JSON Schema or its file; default: any JSON fits."
     )
     function: str | None = Field(
         None, description="function: file.py:name, called as name(prompts, completions, rows) -> list of floats."
     )
     thoughts: Thoughts | None = Field(
         None,
-        description="drop: judge the answer without its thoughts; keep: the whole completion; default: as the task's "
-        "thoughts, and keep where pattern names the marks of thoughts, as <think>.",
+        description="drop: score the answer without its thoughts; keep: the whole completion. Default: as the task's "
+        "thoughts, but keep where pattern names the marks of thoughts, such as <think>.",
     )
     run: str | None = Field(None, description="reward: a run of objective reward.")
 
@@ -155,7 +153,7 @@ class Metric(Settings):
         try:
             re.compile(value or "")
         except (re.error, RecursionError, OverflowError) as e:
-            raise ValueError(f"pattern {value!r} is no regular expression: {e}") from e
+            raise ValueError(f"pattern {value!r} is not a regular expression: {e}") from e
         return value
 
     @model_validator(mode="after")
@@ -171,12 +169,12 @@ class Metric(Settings):
         return self
 
     def keeps_thoughts(self, general: Thoughts) -> bool:
-        """Return whether the whole completion is judged, where the task's `thoughts` is `general`."""
+        """Return whether the whole completion is scored, where the task's `thoughts` is `general`."""
         return keeps_thoughts(self.thoughts, general, self.pattern)
 
     @property
     def label(self) -> str:
-        """Its name in reports."""
+        """Return its name in reports."""
         return self.name or (self.function or "").rpartition(":")[2] or self.kind
 
 
@@ -189,33 +187,33 @@ class Task(Settings):
             get_args(DataSettings.model_fields["format"].annotation)
         ]
         | None
-    ) = Field(None, description="How rows are read, as data.format, where no prompt is given.")
-    fields: dict[str, str] = Field(default_factory=dict, description="As data.fields: other names of its fields.")
+    ) = Field(None, description="Format of the rows, as data.format, where no prompt is given.")
+    fields: dict[str, str] = Field(default_factory=dict, description="As data.fields: the rows' names for fields.")
     prompt: str | list[dict[str, str]] | None = Field(
-        None, description="Template of the prompt, or messages whose contents are; default: the row's own."
+        None, description="Template of the prompt, or messages with templates; default: the row's own prompt."
     )
     system: str | None = Field(None, min_length=1, description="System prompt.")
     answer: str | None = Field(
-        None, min_length=1, description="Field (or template) of the wanted answer; of choices: its text or index."
+        None, min_length=1, description="Field (or template) of the wanted answer; for choices: its text or index."
     )
-    choices: str | list[str] | None = Field(None, description="The answers to choose from, or the field with them.")
-    metrics: list[Metric] | None = Field(None, description="How written answers are judged: names, or mappings.")
-    template: Literal["auto", "none"] = Field("auto", description="As data.template: none is plain text.")
+    choices: str | list[str] | None = Field(None, description="Texts to choose from, or the field with them.")
+    metrics: list[Metric] | None = Field(None, description="Metrics of completions: names, or mappings.")
+    template: Literal["auto", "none"] = Field("auto", description="As data.template; none: plain text.")
     delimiter: str | None = Field(
-        None, description="Plain text: what stands between a prompt and its answer; default a space."
+        None, description="Plain text: text between a prompt and what follows; default: a space."
     )
     train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
-        None, description="loss: of which tokens, as data.train_on."
+        None, description="loss: the evaluated tokens, as data.train_on."
     )
-    max_tokens: int | None = Field(None, ge=1, description="metrics: longest answer; default 256.")
-    stop: list[str] | None = Field(None, description="metrics: texts that end an answer.")
+    max_tokens: int | None = Field(None, ge=1, description="metrics: longest completion in tokens; default 256.")
+    stop: list[str] | None = Field(None, description="metrics: texts that end a completion.")
     thoughts: Thoughts | None = Field(
         None,
-        description="metrics: what is judged. drop (default): the answer without its thoughts (<think>...</think>, and "
+        description="metrics: what is scored. drop (default): the answer without its thoughts (<think>...</think>, and "
         "other families' marks); a thought that never ends leaves no answer. keep: the whole completion, as functions "
         "(see mlxft.answer_of) and reward runs always read it.",
     )
-    temperature: float | None = Field(None, ge=0, description="metrics: default 0, the most likely answer.")
+    temperature: float | None = Field(None, ge=0, description="metrics: sampling temperature; default 0.")
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -225,7 +223,9 @@ class Task(Settings):
         for given in value:
             kind = given.get("kind") if isinstance(given, dict) else given
             if isinstance(kind, str) and kind not in _KINDS:
-                raise ValueError(f"no such metric {kind!r}{nearest(kind, _KINDS)}; there are {', '.join(_KINDS)}")
+                raise ValueError(
+                    f"there is no metric {kind!r}{nearest(kind, _KINDS)}; expected one of {', '.join(_KINDS)}"
+                )
         return [{"kind": m} if isinstance(m, str) else m for m in value]
 
     @field_validator("choices")
@@ -245,19 +245,19 @@ class Task(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         if self.choices is not None and self.metrics is not None:
-            raise ValueError("give choices (by log-likelihood) or metrics (of written answers), not both")
+            raise ValueError("give choices (by log-likelihood) or metrics (of completions), not both")
         if self.metrics is not None:
             labels = [m.label for m in self.metrics]
             twice = sorted({name for name in labels if labels.count(name) > 1})
             if not labels:
                 raise ValueError(f"metrics is empty; there are {', '.join(_KINDS)}")
             if twice:
-                raise ValueError(f"two metrics are called {', '.join(twice)}; give them a name each")
+                raise ValueError(f"two metrics are called {', '.join(twice)}; give each a name")
         written = [n for n in ("max_tokens", "stop", "temperature", "thoughts") if getattr(self, n) is not None]
         if written and self.kind != "generate":
-            raise ValueError(f"{', '.join(written)}: only for metrics of written answers")
+            raise ValueError(f"{', '.join(written)}: for metrics of completions")
         if self.train_on is not None and self.kind != "loss":
-            raise ValueError("train_on: only for a loss, without choices and metrics")
+            raise ValueError("train_on: for a loss, without choices and metrics")
         if self.prompt is not None and (self.format is not None or self.fields):
             raise ValueError("give prompt, or format and fields, not both")
         if self.prompt is not None and self.answer is None and self.compares:
@@ -266,25 +266,25 @@ class Task(Settings):
 
     @property
     def kind(self) -> str:
-        """loss, choice or generate."""
+        """Return loss, choice or generate."""
         return "choice" if self.choices is not None else "loss" if self.metrics is None else "generate"
 
     @property
     def judged(self) -> Thoughts:
-        """What is judged of a completion."""
+        """Return which part of a completion is scored."""
         return self.thoughts or "drop"
 
     @property
     def compares(self) -> bool:
-        """Whether rows must have a wanted answer."""
+        """Return whether rows must have a wanted answer."""
         return self.metrics is None or any(m.kind in COMPARING for m in self.metrics)
 
 
 def read_task(given: str) -> Task:
-    """A task by name (`NAMED`), by `file.py:function`, by `reward:RUN`, or from a YAML file.
+    """Return a task by name (`NAMED`), by `file.py:function`, by `reward:RUN`, or from a YAML file.
 
     Raises:
-        ConfigError: no such task or file, or all that is wrong with its settings.
+        ConfigError: there is no such task or file, or its settings are wrong, all of them in one.
     """
     head, colon, rest = given.partition(":")
     if Path(given).suffix in (".yaml", ".yml"):
@@ -300,13 +300,13 @@ def read_task(given: str) -> Task:
     if head == "reward" and colon and rest:
         return Task.model_validate({"name": "reward", "metrics": [{"kind": "reward", "run": rest}]})
     raise ConfigError(
-        f"--task {given!r}: no such task{nearest(given, NAMED)}; there are {', '.join(NAMED)}, file.py:function, "
-        "reward:RUN, and files of YAML (configs/eval-reviews.yaml is one); tasks of lm-eval go to --tasks"
+        f"--task: there is no task {given!r}{nearest(given, NAMED)}; expected {', '.join(NAMED)}, file.py:function, "
+        "reward:RUN, or a YAML file such as configs/eval-reviews.yaml; tasks of lm-eval go to --tasks"
     )
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
-# Rows as a task asks them: prompt, wanted answers, choices; and shots set before a prompt.
+# Rows as cases of a task: prompt, wanted answers and choices.
 
 READ = ("messages", "prompt-completion", "text", "sharegpt", "alpaca", "prompts")
 _QUESTIONS = ("prompt", "question")
@@ -314,16 +314,16 @@ _QUESTIONS = ("prompt", "question")
 
 @dataclass(frozen=True)
 class Case:
-    """A row as a task asks it.
+    """A row as a case of a task.
 
     Attributes:
         where: the row's place, for messages.
         row: its fields.
         prompt: a text, or messages up to a user or tool turn.
-        answers: the wanted answers, of which one is enough; of choices the right one.
-        choices: to choose from; `right` is the index of the wanted one.
-        item: what a loss is of.
-        tools: that a chat template is told of.
+        answers: wanted answers, any of them right; for choices the right one.
+        choices: texts to choose from; `right` is the index of the wanted one.
+        item: what a loss is computed of.
+        tools: for the chat template.
     """
 
     where: str
@@ -337,16 +337,16 @@ class Case:
 
     @property
     def label(self) -> str | None:
-        """The (first) wanted answer."""
+        """Return the (first) wanted answer."""
         return self.answers[0] if self.answers else None
 
 
 def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
-    """A case for each row, in order.
+    """Return a case for each row, in order.
 
     Raises:
-        ConfigError: a format that can not be asked, or a field that no row has.
-        DataError: rows that can not be read or do not fit, all of them in one, with their places.
+        ConfigError: the format is not for evaluation, or no row has a field.
+        DataError: rows cannot be read or do not fit, all of them in one, with their places.
     """
     rows = list(rows)
     problems = [f"{row.where}: {row.text}" for row in rows if isinstance(row, Problem)]
@@ -369,21 +369,21 @@ def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
 
 
 def _is_question(rows: Sequence[Row], task: Task) -> bool:
-    """Whether rows ask and answer in fields of their own, in none of the formats for training."""
+    """Return whether rows have a question and an answer in fields of no training format."""
     asks = any(row.data.get(name) is not None for row in rows[:1] for name in _QUESTIONS)
     return asks and any(row.data.get(task.answer or "answer") is not None for row in rows)
 
 
 def _format(task: Task, rows: Sequence[Row]) -> str:
-    """The format that rows are read by: the task's, else what the first row looks like."""
+    """Return the format of the rows: the task's, else what the first row looks like."""
     looks = task.format or suggest_format(rows[0].data)
     if looks in READ and not (looks == "text" and task.kind != "loss"):
         return str(looks)
     if looks is None:
         has = ", ".join(rows[0].data) or "no fields"
         raise DataError(
-            f"{rows[0].where}: the row has {has}, which is none of the formats "
-            f"{', '.join(READ)}; name one with --format, or say what to ask in a task's prompt (--task TASK.yaml)"
+            f"{rows[0].where}: the row has {has}, which fits no format of "
+            f"{', '.join(READ)}; name one with --format, or give a task with a prompt (--task TASK.yaml)"
         )
     what = f"a {task.kind} task" if task.kind != "loss" else "a loss"
     more = "; mlxft score takes pairs and rankings" if looks in FORMATS and looks not in READ else ""
@@ -391,7 +391,7 @@ def _format(task: Task, rows: Sequence[Row]) -> str:
 
 
 def _check_fields(task: Task, rows: Sequence[Row]) -> None:
-    """A field that the task names and no row has is a mistake in the task, not in each row."""
+    """Raise ConfigError for a field that the task names and no row has."""
     names = {name for row in rows for name in row.data}
     named = {"answer": task.answer, "choices": task.choices}
     for setting, field in named.items():
@@ -427,7 +427,7 @@ def _case(row: Row, item: Item | None, task: Task) -> Case:
 
 
 def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | list[Message], tuple[str, ...]]:
-    """The prompt, and the wanted answers where the format says what they are."""
+    """Return the prompt, and the wanted answers where the format has them."""
     if isinstance(task.prompt, str):
         return fill(task.prompt, row, "prompt"), ()
     if task.prompt is not None:
@@ -445,13 +445,13 @@ def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | li
     name = next((name for name in _QUESTIONS if row.get(name) is not None), None)
     if name is None:
         raise DataError(
-            f"no field {' or '.join(_QUESTIONS)}; the row has {', '.join(row)} (a task's prompt: says what to ask)"
+            f"no field {' or '.join(_QUESTIONS)}; the row has {', '.join(row)} (a task's prompt names the fields)"
         )
     return read_prompts({"prompt": row[name], "system": row.get("system")}).prompt, ()
 
 
 def _completion(row: dict[str, Any], prompt: str | list[Message], task: Task) -> Item:
-    """What a loss is of, where a template says what is asked."""
+    """Return the item of a loss, where a template gives the prompt."""
     (text, *_) = _texts(_value(row, task.answer or "answer"), task.answer or "answer")
     if isinstance(prompt, str) and task.system is None:
         return Completion(prompt, text)
@@ -459,7 +459,7 @@ def _completion(row: dict[str, Any], prompt: str | list[Message], task: Task) ->
 
 
 def _value(row: dict[str, Any], field: str) -> Any:
-    """A field of the row, or a template filled from it."""
+    """Return a field of the row, or a template filled from it."""
     if is_template(field):
         return fill(field, row, "answer")
     if row.get(field) is None:
@@ -468,7 +468,7 @@ def _value(row: dict[str, Any], field: str) -> Any:
 
 
 def _texts(value: Any, field: str) -> tuple[str, ...]:
-    """The wanted answers: a text, a number, or a list of them."""
+    """Return the wanted answers: a text, a number, or a list of them."""
     every = value if isinstance(value, list) else [value]
     if not every or any(isinstance(v, bool) or not isinstance(v, str | int | float) for v in every):
         seen = "an empty list" if value == [] else type_name(value)
@@ -498,7 +498,7 @@ def _choices(row: dict[str, Any], task: Task) -> tuple[str, ...]:
 
 
 def _right(value: Any, choices: tuple[str, ...], field: str) -> int:
-    """The wanted choice, given as its text or, as a number, its index."""
+    """Return the index of the wanted choice, given as its text or as a number."""
     if value is None:
         raise DataError(f"no field {field!r}, which says which choice is right")
     if isinstance(value, str) and value in choices:
@@ -516,26 +516,26 @@ def _right(value: Any, choices: tuple[str, ...], field: str) -> int:
 
 
 def as_messages(prompt: str | list[Message], system: str | None = None) -> list[Message]:
-    """The turns that a prompt is in a chat."""
+    """Return a prompt as turns of a chat."""
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is None:
         return turns
     if turns and turns[0]["role"] == "system":
-        raise ConfigError("system is given, and the messages start with one of their own; keep one of them")
+        raise ConfigError("system is given, and the messages start with their own; keep one of them")
     return [{"role": "system", "content": system}, *turns]
 
 
 def with_shots(case: Case, shots: Sequence[Case], task: Task, chat: bool) -> str | list[Message]:
-    """A case's prompt after solved ones: earlier turns of the chat, or blocks of text with an empty line between.
+    """Return a case's prompt after solved ones: earlier turns of a chat, or blocks of text with empty lines between.
 
     Args:
-        shots: cases with an answer; their first one is shown.
+        shots: cases with an answer; the first answer is shown.
         chat: whether the prompt goes through a chat template.
     Raises:
-        ConfigError: a system prompt, or messages, where there is no chat.
+        ConfigError: there is a system prompt, or messages, without a chat template.
     """
     if missing := [shot.where for shot in shots if shot.label is None]:
-        raise DataError(f"{missing[0]}: has no answer, so it can not be shown as an example")
+        raise DataError(f"{missing[0]}: has no answer, so it cannot be shown as an example")
     if chat:
         turns: list[Message] = []
         for shot in shots:
@@ -545,9 +545,7 @@ def with_shots(case: Case, shots: Sequence[Case], task: Task, chat: bool) -> str
         opening = [m for m in last[:1] if m["role"] == "system"]
         return as_messages([*opening, *turns, *last[len(opening) :]], task.system)
     if task.system is not None:
-        raise ConfigError(
-            "system has no place in plain text (no chat template, or template: none); write it into prompt"
-        )
+        raise ConfigError("system has no place in plain text (no chat template, or template: none); put it into prompt")
     texts = [case.prompt, *(shot.prompt for shot in shots)]
     if any(not isinstance(text, str) for text in texts):
         raise DataError(
@@ -558,36 +556,34 @@ def with_shots(case: Case, shots: Sequence[Case], task: Task, chat: bool) -> str
 
 
 def delimiter(task: Task) -> str:
-    """Plain text: what stands between a prompt and its answer. Rows of prompt-completion bring their own."""
+    """Return the text between a prompt and what follows in plain text. Rows of prompt-completion have their own."""
     if task.delimiter is not None:
         return task.delimiter
     return "" if task.prompt is None and task.kind != "choice" else " "
 
 
 # --- shots ------------------------------------------------------------------------------------------------------------
-# Solved rows to show before a prompt: chosen from a file, never one of the rows that are asked.
+# Solved rows to show before a prompt, chosen from a file; never an evaluated row.
 
 
 def choose_shots(
     spec: str, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
 ) -> list[Case]:
-    """`shots` cases of a file, mixed, with the same number (or one more) of each label where there are few labels.
+    """Choose `shots` cases of a file, shuffled, balanced over labels where there are few labels.
 
     Args:
         spec: a file, folder (its train split) or hub data set.
-        asked: the evaluated cases: rows that are equal to one of them, or have its prompt, are left out.
-        setting: what asks for them, for messages.
+        asked: the evaluated cases; rows with the prompt of one of them are left out.
+        setting: the setting that asks for them, for messages.
     Raises:
-        ConfigError: no such file, or not as many other rows. DataError: rows that do not fit the task.
+        ConfigError: there is no such file, or it has too few other rows. DataError: rows do not fit the task.
     """
     cases = make_cases(read_rows(spec, "train"), task)
     prompts = {_key(case) for case in asked}
     others = [case for case in cases if _key(case) not in prompts]
     if len(others) < shots:
         left = f" ({len(cases) - len(others)} are among the evaluated rows)" if len(others) < len(cases) else ""
-        raise ConfigError(
-            f"{setting}: {shots} shots are asked for; {spec} has {len(others)} rows to take them from{left}"
-        )
+        raise ConfigError(f"{setting}: asks for {shots} shots, and {spec} has {len(others)} rows for them{left}")
     labels = few_of([case.label for case in others])
     return [others[i] for i in balanced(labels, len(others), shots, seed, setting)]
 
@@ -596,19 +592,18 @@ def _key(case: Case) -> str:
     return json.dumps(case.prompt, sort_keys=True, ensure_ascii=False)
 
 
-# --- judges -----------------------------------------------------------------------------------------------------------
+# --- scorers ----------------------------------------------------------------------------------------------------------
 
 Judge = Callable[[Sequence[Case], Sequence[ToScore]], Sequence[float]]
 
 
 def judges(task: Task) -> dict[str, Judge]:
-    """Metric -> what gives a score to each of a task's cases for the answers to them.
+    """Return metric -> function that scores completions of a task's cases.
 
-    Functions are loaded now, so that a mistake in one shows before a model answers anything; a reward run is loaded
-    when it judges, and checked now.
+    Functions are loaded now, so that mistakes show before anything is generated.
 
     Raises:
-        ConfigError, ModelError: a function, a schema or a reward run can not be used.
+        ConfigError, ModelError: a function, a schema or a reward run cannot be used.
     """
     return {metric.label: _judge(metric, task.judged) for metric in task.metrics or []}
 
@@ -661,20 +656,20 @@ def _rule(metric: Metric, thoughts: Thoughts) -> ScoredRule:
 
 
 def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[ToScore]) -> Sequence[float]:
-    """A reward model's scores, by its own template. An answer without text is one: its end."""
-    answers = []
+    """Return a reward model's scores, by its own template; an empty completion has its end token."""
+    completions = []
     for case, item in zip(cases, items):
         chat: bool = isinstance(case.prompt, list)
         reply: str | Message = {"role": "assistant", "content": item.completion} if chat else item.completion
         prompt = as_messages(case.prompt) if chat else case.prompt
-        answers.append(scorer.encode(prompt, reply, case.where, case.tools))
-    return scorer.scores(answers)
+        completions.append(scorer.encode(prompt, reply, case.where, case.tools))
+    return scorer.scores(completions)
 
 
 def items_of(
     cases: Sequence[Case], prompts: Sequence[Any], answers: Sequence[Any], openings: Sequence[str]
 ) -> list[ToScore]:
-    """What functions and rules are given: prompts as text, answers, the rows' fields, and thoughts begun by prompts."""
+    """Return what functions and rules read of completions."""
     empty = np.zeros(0, dtype=np.int32)
     return [
         ToScore(

@@ -118,7 +118,7 @@ def test_shots_are_never_rows_that_are_asked(here: Path, tiny_model_dir: Path, m
     assert mlxft(*args, "--out", "out", "--overwrite").code == 0
     assert (here / "out/predictions.jsonl").read_bytes() == before, "the same seed shows the same rows"
     args[-3] = "6"
-    assert "6 shots are asked for; reviews.jsonl has 5 rows" in refused(2, *args)
+    assert "asks for 6 shots, and reviews.jsonl has 5 rows" in refused(2, *args)
     args[-3] = "4"
     said = refused(1, *args, "--max-length", "60")
     assert "reviews.jsonl:1: prompt, 4 shots and completion take" in said
@@ -155,7 +155,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
 @pytest.mark.parametrize(
     ("rows", "args", "code", "said"),
     [
-        (None, ["--task", "exactmatch"], 2, "no such task (did you mean exact_match?)"),
+        (None, ["--task", "exactmatch"], 2, "there is no task 'exactmatch' (did you mean exact_match?)"),
         (None, ["--task", "none.yaml"], 2, "none.yaml: cannot read the recipe"),
         (None, ["--format", "mesages"], 2, "(did you mean messages?)"),
         (None, ["--task", "choice", "--task", "choice"], 2, "choice is given twice"),
@@ -167,7 +167,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
         (None, ["--tasks", "arc_easy"], 2, "FILE: not with --tasks"),
         (None, ["--include-path", "."], 2, "go with --tasks"),
         (["{"], [], 1, "rows.jsonl:1: not valid JSON"),
-        (['{"a": 1}'], [], 1, "rows.jsonl:1: the row has a, which is none of the formats"),
+        (['{"a": 1}'], [], 1, "rows.jsonl:1: the row has a, which fits no format"),
         (['{"question": "x", "answer": 0}'], ["--task", "choice"], 2, "choices is 'choices', which no row has"),
         (
             ['{"question": "x", "choices": ["a", "b"], "answer": 1}', '{"question": "x", "choices": [], "answer": 0}'],
@@ -212,18 +212,18 @@ def test_bad_input(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"metrics": ["contain"], "choices": None}, "no such metric 'contain' (did you mean contains?)"),
+        ({"metrics": ["contain"], "choices": None}, "there is no metric 'contain' (did you mean contains?)"),
         ({"metrics": ["f1"]}, "give choices (by log-likelihood) or metrics"),
         ({"metrics": [], "choices": None}, "metrics is empty"),
-        ({"metrics": [{"kind": "regex", "pattern": "("}], "choices": None}, "is no regular expression"),
+        ({"metrics": [{"kind": "regex", "pattern": "("}], "choices": None}, "is not a regular expression"),
         ({"metrics": [{"kind": "f1", "pattern": "x"}], "choices": None}, "f1 has no setting pattern"),
         ({"metrics": [{"kind": "reward"}], "choices": None}, "reward needs run"),
         ({"choices": ["good"]}, "at least two different texts"),
         ({"chioces": ["a", "b"]}, "no such setting (did you mean choices?)"),
         ({"prompt": "{text"}, "prompt"),
         ({"answer": "lable"}, "'lable', which no row has (did you mean label?)"),
-        ({"max_tokens": 5}, "is for metrics of completions"),
-        ({"thoughts": "keep"}, "thoughts: is for metrics of completions"),
+        ({"max_tokens": 5}, "for metrics of completions"),
+        ({"thoughts": "keep"}, "thoughts: for metrics of completions"),
         ({"metrics": [{"kind": "reward", "run": "x", "thoughts": "drop"}], "choices": None}, "no setting thoughts"),
         ({"format": "prompts"}, "give prompt, or format and fields, not both"),
     ],
