@@ -238,7 +238,7 @@ def test_what_can_not_go_out(
     with pytest.raises(ExportError, match="architecture gpt_neox is not among those"):
         export_peft(tmp_path / "neox-adapter", out)
     full = mlxft.train(recipe(**{"tune.method": "full", "tune.rank": None, "run.steps": 1}))
-    with pytest.raises(ModelError, match=r"was trained whole, there is no adapter; its model is .*model"):
+    with pytest.raises(ModelError, match=r"was fully fine-tuned and has no adapter; its model is .*model"):
         export_peft(full.dir, out)
     with pytest.raises(ModelError, match="gives text, not scores"):
         export_seqcls(full.dir, out)
