@@ -368,6 +368,7 @@ PASSED = [
     *("objectives/preference.py", "objectives/reward.py", "objectives/rewards.py", "objectives/rollouts.py"),
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
     *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
+    *("exports/", "demo/"),
 ]
 # Regular expressions for whole words.
 FORBIDDEN = [

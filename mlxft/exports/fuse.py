@@ -178,9 +178,9 @@ def _check_one_base(sources: Sequence[_Source]) -> None:
                 f"{s.folder} is for {s.base.get('model')} ({s.base['fingerprint']})" for s in (known[0], source)
             )
             raise ModelError(f"adapters of two bases cannot be merged: {one}, {two}")
-    heads = [str(source.folder) for source in sources if find_head(source.folder)]
-    if len(sources) > 1 and heads:
-        raise ModelError(f"{heads[0]} is a reward model, whose head cannot be merged; fuse it alone")
+    head = next((source.folder for source in sources if find_head(source.folder)), None)
+    if len(sources) > 1 and head:
+        raise ModelError(f"{head} is a reward model, whose head cannot be merged; fuse it alone")
 
 
 def load_shared_base(sources: Sequence[_Source], model: str | None) -> tuple[Loaded, list[str]]:

@@ -21,27 +21,6 @@ from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused, foreign
-from mlxft.model.gguf import (
-    ARCHITECTURES,
-    BYTE,
-    CONTROL,
-    GEMMA_SCALED_BY_WIDTH,
-    MODEL_TYPES,
-    NORMAL,
-    PRE_TOKENIZERS,
-    ROPE_FREQS,
-    ROPE_LONG,
-    ROPE_SHORT,
-    ROPE_TENSORS,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Architecture,
-    llama3_divisors,
-    permute,
-    recognise,
-)
 from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
@@ -60,14 +39,14 @@ _SCALABLE = {
 }
 
 
-def _family(config: dict[str, Any]) -> Architecture:
+def _family(config: dict[str, Any]) -> gguf.Architecture:
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if kind not in gguf.MODEL_TYPES:
         raise ExportError(
-            f"architecture {kind!r} is not written as .gguf, only {', '.join(MODEL_TYPES)}; use the fused folder "
+            f"architecture {kind!r} is not written as .gguf, only {', '.join(gguf.MODEL_TYPES)}; use the fused folder "
             "(mlxft fuse), which mlx-lm and LM Studio load and llama.cpp's own convert_hf_to_gguf.py reads"
         )
-    return ARCHITECTURES[MODEL_TYPES[kind]]
+    return gguf.ARCHITECTURES[gguf.MODEL_TYPES[kind]]
 
 
 def _lookup(model: Any, config: dict[str, Any]) -> _Get:
@@ -84,7 +63,7 @@ def _lookup(model: Any, config: dict[str, Any]) -> _Get:
     return get
 
 
-def _settings(arch: Architecture, get: _Get) -> dict[str, Any]:
+def _settings(arch: gguf.Architecture, get: _Get) -> dict[str, Any]:
     """Return the metadata under `<architecture>.`; Python's int, float, bool and str say how a value is stored."""
     heads, head_dim = get("num_attention_heads"), _head_width(arch, get)
     out: dict[str, Any] = {
@@ -113,13 +92,13 @@ def _settings(arch: Architecture, get: _Get) -> dict[str, Any]:
     return {f"{arch.name}.{key}": value for key, value in out.items()}
 
 
-def _head_width(arch: Architecture, get: _Get) -> int:
+def _head_width(arch: gguf.Architecture, get: _Get) -> int:
     own = int(get("hidden_size") // get("num_attention_heads"))
     return own if arch.name in ("qwen2", "phi3") else int(get("head_dim", own))
 
 
-def _gemma(arch: Architecture, get: _Get, head_dim: int) -> dict[str, Any]:
-    by_width = get("num_hidden_layers") == GEMMA_SCALED_BY_WIDTH[arch.name]
+def _gemma(arch: gguf.Architecture, get: _Get, head_dim: int) -> dict[str, Any]:
+    by_width = get("num_hidden_layers") == gguf.GEMMA_SCALED_BY_WIDTH[arch.name]
     scaled = get("hidden_size") // get("num_attention_heads") if by_width else head_dim
     if get("query_pre_attn_scalar") != scaled:
         raise ExportError(
@@ -142,7 +121,7 @@ def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
     return {"su": "longrope"}.get(kind, kind), scaling
 
 
-def _scaling(arch: Architecture, get: _Get, context: int) -> dict[str, Any]:
+def _scaling(arch: gguf.Architecture, get: _Get, context: int) -> dict[str, Any]:
     kind, scaling = _rope_kind(get("rope_scaling"))
     out: dict[str, Any] = {}
     if kind == "default":
@@ -170,14 +149,14 @@ def _scaling(arch: Architecture, get: _Get, context: int) -> dict[str, Any]:
     return out
 
 
-def _rope_tensors(arch: Architecture, get: _Get) -> dict[str, mx.array]:
+def _rope_tensors(arch: gguf.Architecture, get: _Get) -> dict[str, mx.array]:
     """Return what llama.cpp stores of the rope as tensors: Llama 3's divisors, Phi 3's long and short factors."""
     kind, scaling = _rope_kind(get("rope_scaling"))
     if kind == "llama3":
-        divisors = llama3_divisors(scaling, float(get("rope_theta", 10000.0)), _head_width(arch, get))
-        return {ROPE_FREQS: mx.array(divisors, dtype=mx.float32)}
+        divisors = gguf.llama3_divisors(scaling, float(get("rope_theta", 10000.0)), _head_width(arch, get))
+        return {gguf.ROPE_FREQS: mx.array(divisors, dtype=mx.float32)}
     if kind == "longrope" and arch.name == "phi3":
-        pairs = ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor"))
+        pairs = ((gguf.ROPE_LONG, "long_factor"), (gguf.ROPE_SHORT, "short_factor"))
         return {name: mx.array(scaling[key], dtype=mx.float32) for name, key in pairs}
     return {}
 
@@ -223,14 +202,14 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
 
 def _kind(number: int, token: str | None, added: dict[int, dict[str, Any]], model: dict[str, Any]) -> int:
     if token is None:
-        return UNUSED
+        return gguf.UNUSED
     if token == model.get("unk_token") and model.get("byte_fallback"):
-        return UNKNOWN
+        return gguf.UNKNOWN
     if number in added:
-        return CONTROL if added[number]["special"] or _looks_special(token) else USER_DEFINED
+        return gguf.CONTROL if added[number]["special"] or _looks_special(token) else gguf.USER_DEFINED
     if model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return BYTE
-    return NORMAL
+        return gguf.BYTE
+    return gguf.NORMAL
 
 
 def _looks_special(token: str) -> bool:
@@ -242,14 +221,14 @@ def _looks_special(token: str) -> bool:
 
 
 def _byte_level(spec: dict[str, Any], merges: list[Any]) -> dict[str, Any]:
-    name = recognise(spec)
+    name = gguf.recognise(spec)
     normal = _flat(spec.get("normalizer"), "normalizers")
     if name is None or any(step["type"] != "NFC" for step in normal):
         what = json.dumps(spec.get("pre_tokenizer") if name is None else spec["normalizer"])
         raise ExportError(
             f"the tokenizer splits text in a way that llama.cpp has no known name for: {what[:200]}; known are "
-            f"{', '.join(PRE_TOKENIZERS)}. llama.cpp's own convert_hf_to_gguf.py may know it: give it the fused folder "
-            "(mlxft fuse)"
+            f"{', '.join(gguf.PRE_TOKENIZERS)}. llama.cpp's own convert_hf_to_gguf.py may know it: give it the fused "
+            "folder (mlxft fuse)"
         )
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -267,10 +246,10 @@ def _sentencepiece(
         ranks.setdefault(left + right, rank)
     scores = [0.0] * len(texts)
     for i, (text, kind) in enumerate(zip(texts, types)):
-        if kind == NORMAL:
+        if kind == gguf.NORMAL:
             scores[i] = -float(ranks[text]) if text in ranks else _NO_SCORE
-        elif kind == USER_DEFINED:
-            texts[i] = text.replace(SPACE, " ")
+        elif kind == gguf.USER_DEFINED:
+            texts[i] = text.replace(gguf.SPACE, " ")
     steps = [*_flat(spec.get("normalizer"), "normalizers"), *_flat(spec.get("pre_tokenizer"), "pretokenizers")]
     known = ("Prepend", "Replace", "Metaspace", "Split")
     odd = [step["type"] for step in steps if step["type"] not in known]
@@ -417,7 +396,7 @@ _WHOLE = "export the whole model instead (without --lora), or fuse it (mlxft fus
 
 
 def _adapter_tensors(
-    run: Path, loaded: Loaded, arch: Architecture, kind: str
+    run: Path, loaded: Loaded, arch: gguf.Architecture, kind: str
 ) -> tuple[list[_Tensor], dict[str, Any], list[str]]:
     """Return an adapter's tensors and metadata, and a note."""
     folder = find_adapter(run)
@@ -453,12 +432,12 @@ def _adapter_tensors(
     return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
 
 
-def _pair(layer: LoRALinear, name: str, arch: Architecture, config: dict[str, Any], kind: str) -> list[_Tensor]:
+def _pair(layer: LoRALinear, name: str, arch: gguf.Architecture, config: dict[str, Any], kind: str) -> list[_Tensor]:
     heads = arch.heads(name, config)
 
     def read(part: str) -> Any:
         value = layer[part].T
-        return _encode(permute(value, heads) if part == "lora_b" and heads else value, kind, f"{name}.{part}")
+        return _encode(gguf.permute(value, heads) if part == "lora_b" and heads else value, kind, f"{name}.{part}")
 
     return [_Tensor(f"{name}.{p}", layer[p].shape[::-1], kind, partial(read, p)) for p in ("lora_a", "lora_b")]
 
@@ -517,7 +496,7 @@ def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = Fal
         said += _notes(loaded, own, tensors)
     check_space(out, sum(t.bytes for t in tensors))
     # The rope's tensors first, as llama.cpp's converter writes them.
-    ordered = sorted(tensors, key=lambda t: t.name not in ROPE_TENSORS)
+    ordered = sorted(tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
     try:
         write_beside(out, lambda part: _fill(part, arch.name, metadata | own, ordered))
     except CheckpointError as error:
@@ -585,7 +564,7 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
     return f"{name} (phi-3)" if is_phi3 else re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
-def _model_tensors(model: nn.Module, arch: Architecture, get: _Get, kind: str) -> tuple[list[_Tensor], list[str]]:
+def _model_tensors(model: nn.Module, arch: gguf.Architecture, get: _Get, kind: str) -> tuple[list[_Tensor], list[str]]:
     """Return all tensors of a model in llama.cpp's names and layout, and notes."""
     packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
@@ -594,7 +573,7 @@ def _model_tensors(model: nn.Module, arch: Architecture, get: _Get, kind: str) -
     def read(take: Callable[[], mx.array], name: str, kind: str) -> Any:
         value = take()
         if (heads := arch.heads(name, counts)) is not None:
-            value = permute(value, heads)
+            value = gguf.permute(value, heads)
         return _encode(value + 1 if arch.is_shifted(name) else value, kind, name)
 
     tensors, unknown = [], []
@@ -630,7 +609,7 @@ def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> 
     if "text_config" in loaded.config:
         said.append("only the language model is written, without its vision part")
     start = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
-    if metadata.get("tokenizer.ggml.add_space_prefix") is False and start[0].startswith(SPACE):
+    if metadata.get("tokenizer.ggml.add_space_prefix") is False and start[0].startswith(gguf.SPACE):
         said.append(
             "llama.cpp tokenises chats as mlx-lm does; plain text, without the chat template, begins without a space"
         )
@@ -639,7 +618,7 @@ def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> 
             f"every other layer of a Gemma 2 sees only the last {window} tokens in llama.cpp, and all in mlx-lm: "
             "beyond that length their completions differ"
         )
-    if any(t.name == ROPE_LONG for t in tensors):
+    if any(t.name == gguf.ROPE_LONG for t in tensors):
         original = loaded.config.get("original_max_position_embeddings", 4096)
         said.append(
             f"mlx-lm uses the long rope factors at every length; llama.cpp does if its context (-c) is over "

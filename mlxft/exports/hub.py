@@ -494,10 +494,13 @@ def pack(
     if picture:
         files[_PICTURE] = picture
     with foreign(f"{trained.dir if trained else folder}: its configuration cannot be read"):
+        noted = (about.get("mlxft") or {}).get("base") or {}
+        path = noted.get("model") or about.get("base_model_name_or_path")
+        path = path if isinstance(path, str) else None
         facts = Facts(
             repo=repo,
             kind=kind,
-            base=find_base(_base_path(about, trained), licence),
+            base=find_base(trained.config.model.path if trained else path, licence),
             scores=(folder / HEAD_FILE).exists() or kind == "classifier" or about.get("task_type") == "SEQ_CLS",
             config=trained.config if trained else None,
             events=events,
@@ -658,14 +661,6 @@ def _picture(events: list[dict[str, Any]], draw: _Draw | None, notes: list[str])
         except MlxftError as e:
             notes.append(f"no picture of the curves: {e}")
             return None
-
-
-def _base_path(about: Metadata, run: Run | None) -> str | None:
-    if run is not None:
-        return run.config.model.path
-    noted = (about.get("mlxft") or {}).get("base") or {}
-    path = noted.get("model") or about.get("base_model_name_or_path")
-    return path if isinstance(path, str) else None
 
 
 def upload(package: Upload, *, public: bool, update: bool, message: str) -> str:

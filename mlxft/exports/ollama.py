@@ -106,13 +106,13 @@ class _Pieces(NamedTuple):
 
     Attributes:
         start, end: before the first user message, and after each one.
-        answer, between: before a completion, and after it up to the next user message.
+        reply, between: before a completion, and after it up to the next user message.
         before, after: around a system prompt before the first user message.
     """
 
     start: str
     end: str
-    answer: str
+    reply: str
     between: str
     before: str
     after: str
@@ -134,7 +134,7 @@ class _Pieces(NamedTuple):
             if role == "system":
                 system = content
             elif role == "assistant":
-                out += self.answer + content
+                out += self.reply + content
             else:
                 first = self.before + system + self.after if system and i == 1 else self.between
                 out += (self.start if i == 0 else first) + content + self.end

@@ -74,33 +74,13 @@ from mlxft.runs import find_adapter, load_run, open_run
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Architectures whose modules have the same names in mlx-lm and in transformers, with the class that gives scores.
+# Architectures whose modules have the same names in mlx-lm and in transformers.
 # Compared by name and shape: mlx-lm 0.32.2, transformers 5.23.
-_DENSE: dict[str, str | None] = {
-    "llama": "LlamaForSequenceClassification",
-    "mistral": "MistralForSequenceClassification",
-    "ministral3": "Ministral3ForSequenceClassification",
-    "qwen2": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
-    "gemma": "GemmaForSequenceClassification",
-    "gemma2": "Gemma2ForSequenceClassification",
-    "gemma3_text": "Gemma3TextForSequenceClassification",
-    "phi": "PhiForSequenceClassification",
-    "phi3": "Phi3ForSequenceClassification",
-    "smollm3": "SmolLM3ForSequenceClassification",
-    "olmo2": "Olmo2ForSequenceClassification",
-    "granite": None,
-    "starcoder2": "Starcoder2ForSequenceClassification",
-    "stablelm": "StableLmForSequenceClassification",
-    "cohere": None,
-    "cohere2": None,
-    "glm": "GlmForSequenceClassification",
-    "glm4": "Glm4ForSequenceClassification",
-    "helium": "HeliumForSequenceClassification",
-    "ernie4_5": None,
-    "seed_oss": "SeedOssForSequenceClassification",
-    "nemotron": "NemotronForSequenceClassification",
-}
+_DENSE = (
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3"),
+    *("olmo2", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm", "glm4", "helium", "ernie4_5"),
+    *("seed_oss", "nemotron"),
+)
 # Mixtures: transformers stores their experts and routers as single parameters, so only attention has a counterpart.
 _MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
@@ -584,13 +564,10 @@ def _take_head(whole: _Arrays, config: dict[str, Any], base: dict[str, Any], fol
 
 def _check_there(base: Loaded, low: list[str], whole: list[str], folder: Path) -> None:
     """Raise ModelError for all modules that the base does not have; `lm_head` of a tied base is checked by `_untie`."""
-    modules = dict(base.model.named_modules())
-    names = dict(tree_flatten(base.model.parameters()))
-    missing = [p for p in low if p != "lm_head" and not (p in modules and adaptable(modules[p]))]
-    for name in whole:
-        original = re.sub(r"\.base_layer\.weight$", ".weight", name)
-        if original != "lm_head.weight" and original not in names:
-            missing.append(name)
+    fits = {"lm_head", *(path for path, module in base.model.named_modules() if adaptable(module))}
+    names = {"lm_head.weight", *(name for name, _ in tree_flatten(base.model.parameters()))}
+    missing = [path for path in low if path not in fits]
+    missing += [name for name in whole if re.sub(r"\.base_layer\.weight$", ".weight", name) not in names]
     if missing:
         more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ModelError(
@@ -657,12 +634,15 @@ def export_seqcls(run: Path, out: Path, *, model: str | None = None, overwrite: 
         ModelError: the run is missing, or gives text and not scores.
         ExportError: transformers has no such class for the architecture, or `out` cannot be written.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
     check_destination(out, overwrite)
     loaded = load_run(model, find_adapter(run), scores=True) if model else load_run(run, scores=True)
     check_unused(out, [loaded.path, find_adapter(run)])
     kind = str(loaded.config["model_type"])
-    if _DENSE.get(kind) is None or "model" not in loaded.model:
-        known = ", ".join(name for name, there in _DENSE.items() if there)
+    classes = {name: found for name in _DENSE if (found := CLASSES.get(name))}
+    if kind not in classes or "model" not in loaded.model:
+        known = ", ".join(classes)
         raise ExportError(f"seq-cls: architecture {kind} has no class for scores that is known to fit ({known})")
     file = find_head(run)
     assert file is not None, "load_run has found it"
@@ -677,14 +657,14 @@ def export_seqcls(run: Path, out: Path, *, model: str | None = None, overwrite: 
     pad = _set_pad(loaded.tokenizer, loaded.config)
     dropped = ("quantization", "quantization_config", "tie_word_embeddings")
     config = {k: v for k, v in loaded.config.items() if k not in dropped} | {
-        "architectures": [_DENSE[kind]],
+        "architectures": [classes[kind]],
         "id2label": {"0": "score"},
         "label2id": {"score": 0},
         "problem_type": "regression",
         "pad_token_id": pad,
     }
     save_folder(out, whole, loaded.tokenizer, config, overwrite=overwrite, source=loaded.path)
-    said = [f"wrote {out}: {_DENSE[kind]} with one label ({weight_bytes(whole) / 1e6:,.0f} MB of weights)"]
+    said = [f"wrote {out}: {classes[kind]} with one label ({weight_bytes(whole) / 1e6:,.0f} MB of weights)"]
     if packed:
         said.append("the base was quantised; the model is written in float, so no update is rounded away")
     return said + _score_notes(saved, pad)
