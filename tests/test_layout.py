@@ -50,7 +50,7 @@ BUDGET = {
     "objectives": (11, 4800),
     "trainer": (5, 1550),
     "study": (13, 6100),
-    "exports": (6, 3750),
+    "exports": (6, 3300),
     "demo": (3, 300),
     "cli": (5, 1750),
 }

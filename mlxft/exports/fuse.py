@@ -55,7 +55,7 @@ from mlxft.model.heads import (
     without_head,
 )
 from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain_layer, shift
-from mlxft.model.load import Loaded, base_fingerprint, fits_base, without_weights
+from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run
@@ -450,13 +450,11 @@ class _Meter:
         found = []
         with unpacked(self._split.model):
             for rows, ids in self._batches:
-                for part in self._scores(rows, ids) if self.scores else self._logprobs(rows, ids):
+                last = mx.array([len(row.ids) - 1 for row in rows])
+                for part in [read_scores(self._split, ids, last)] if self.scores else self._logprobs(rows, ids):
                     mx.eval(part)
                     found.append(part)
         return found
-
-    def _scores(self, rows: list[Encoded], ids: mx.array) -> Iterator[mx.array]:
-        yield read_scores(self._split, ids, mx.array([len(row.ids) - 1 for row in rows]))
 
     def _logprobs(self, rows: list[Encoded], ids: mx.array) -> Iterator[mx.array]:
         split, width = self._split, ids.shape[1]
@@ -506,12 +504,7 @@ def _batches(rows: list[Encoded]) -> Iterator[tuple[list[Encoded], mx.array]]:
 
 
 class _Standin(nn.Module):
-    """Replaces a layer by one whose weight is computed at each use and not kept, so no second model is held.
-
-    Args:
-        base: the layer, quantised or not, that gives its bias and kind.
-        weight: computes the dense weight.
-    """
+    """Replaces the layer `base` by one whose dense weight is computed at each use, so no second model is held."""
 
     def __init__(self, base: nn.Module, weight: Callable[[], mx.array]) -> None:
         super().__init__()
@@ -713,14 +706,12 @@ def _search(model: nn.Module, measure: Callable[[_Forms], Trial], keep: float) -
     trials.append(trial(len(steps)))
     if not trials[-1].meets(keep):
         return trials
-    (low, small), (high, large) = (0, trials[0].bytes), (len(steps), trials[1].bytes)
-    while high - low > 1 and large - small > 0.01 * large:
-        middle = (low + high) // 2
+    low, high = (0, trials[0].bytes), (len(steps), trials[1].bytes)
+    while high[0] - low[0] > 1 and high[1] - low[1] > 0.01 * high[1]:
+        middle = (low[0] + high[0]) // 2
         trials.append(trial(middle))
-        if trials[-1].meets(keep):
-            high, large = middle, trials[-1].bytes
-        else:
-            low, small = middle, trials[-1].bytes
+        at = (middle, trials[-1].bytes)
+        low, high = (low, at) if trials[-1].meets(keep) else (at, high)
     return trials
 
 
@@ -992,8 +983,6 @@ def convert_model(
         ModelError: `src` cannot be loaded.
         ExportError: the disk is too small, or writing failed.
     """
-    from mlxft.model.load import count_parameters, load
-
     if dequantize and quantize:
         raise ConfigError(f"convert: dequantize and quantize={quantize} exclude each other; do one, then the other")
     if group_size is not None and not quantize:

@@ -594,17 +594,12 @@ def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str], list[str]]
         if file.name == MARK or (file.is_dir() and file.name == NAMED_TEMPLATES):
             continue
         name = file.relative_to(folder).as_posix() if file != folder else file.name
-        if (
-            name.startswith(".")
-            or not file.is_file()
-            or not any(fnmatchcase(file.name, pattern) for pattern in _UPLOADED)
-        ):
+        known = any(fnmatchcase(file.name, pattern) for pattern in _UPLOADED)
+        if name.startswith(".") or not file.is_file() or not known:
             left_out.append(name + ("/" if file.is_dir() else ""))
             continue
         if file != folder and not lies_in(folder, file):  # it may lead to any file of this machine
-            raise ModelError(
-                f"{file}: is a link out of its folder, which is not uploaded; put a copy there if it is yours"
-            )
+            raise ModelError(f"{file}: is a link out of its folder and not uploaded; put a copy there if it is yours")
         files[name] = file
         if name in _MAY_HOLD_PATHS and (clean := _clean(file)) is not None:
             files[name] = clean

@@ -121,10 +121,9 @@ def _open_adapter(run: Path, model: str | None) -> _Opened:
     spec = load_adapter(loaded.model, folder, loaded.fingerprint)
     if spec is None:
         raise ModelError(f"{folder}: holds whole weights (fine_tune_type full), not an adapter")
-    head = None
-    if (file := folder / HEAD_FILE).is_file():
-        head = read_head(file)
-        check_pair(file, head.weight)
+    head = read_head(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else None
+    if head is not None:
+        check_pair(folder / HEAD_FILE, head.weight)
     rslora = False
     with suppress(MlxftError):  # only a run's recipe says it, not the adapter's folder
         rslora = (run / "config.yaml").is_file() and open_run(run).config.tune.rslora
