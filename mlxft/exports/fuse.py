@@ -646,12 +646,12 @@ def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, _Form]]]:
             continue
         start[path] = own
         weight = module.fused_weight()
-        points = []
+        points: list[tuple[_Form, int, float]] = []
         for bits in (own.bits, *(bits for bits in _BITS if bits > own.bits), 0):
             if (form := _form(base, bits)) is not None:
                 layer = form.layer(base, weight)
                 error = (dense_weight(layer).astype(mx.float32) - weight).square().sum() / weight.square().sum()
-                points.append((form, weight_bytes(layer), error.item()))
+                points.append((form, weight_bytes(layer), float(error)))
         # The lower convex hull of noise over bytes: from each point on, the steepest way down.
         at, *rest = points
         while rest := [p for p in rest if p[1] > at[1] and p[2] < at[2]]:
@@ -750,21 +750,21 @@ class Fused:
         done = f"wrote {self.out} ({self.bytes / 1e6:,.1f} MB of weights)" if self.written else "nothing is written"
         if self.scores:
             unit, same, what = "squared difference", "same order", f"{len(self.probe.rows)} completions"
-            found = f"mean squared difference of scores {self.whole.divergence:.3g}, pairs in the same order"
+            whole = f"mean squared difference of scores {self.whole.divergence:.3g}, pairs in the same order"
         else:
             unit, same, what = "KL a token", "same likeliest token", f"{self.probe.tokens:,} tokens"
-            found = f"KL a token {self.whole.divergence:.3g}, same likeliest token"
+            whole = f"KL a token {self.whole.divergence:.3g}, same likeliest token"
         lines = [
             f"fused {len(self.chosen.forms):,} layers{several}; {done}",
             *self.notes,
             f"measured on {what} ({self.probe.source}); from the adapted model to its base:",
-            f"{found} {self.whole.agreement:.1%}",
+            f"{whole} {self.whole.agreement:.1%}",
         ]
         rows = [(" ", "fused layers", "weights", unit, "kept", same)]
         for trial in sorted(self.trials, key=lambda t: t.bytes):
             gap, kept = trial.gap, "-" if trial.kept is None else f"{trial.kept:.1%}"
-            numbers = (f"{trial.bytes / 1e6:,.1f} MB", f"{gap.divergence:.3g}", kept, f"{gap.agreement:.1%}")
-            rows.append(("*" if trial is self.chosen else " ", trial.name, *numbers))
+            found = (f"{trial.bytes / 1e6:,.1f} MB", f"{gap.divergence:.3g}", kept, f"{gap.agreement:.1%}")
+            rows.append(("*" if trial is self.chosen else " ", trial.name, *found))
         widths = [max(map(len, column)) for column in zip(*rows)]
         for mark, name, *cells in rows:
             numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:]))
