@@ -1,4 +1,4 @@
-"""The walk of `mlxft rlhf`: SFT, pairs, a reward model, PPO, fuse; all on one small model and a file of reviews."""
+"""Run `mlxft rlhf`: SFT, pairs, a reward model, PPO and fuse, with one small model and a file of reviews."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from mlxft.text import parse_json
 
 _HERE = Path(__file__).parent
 TOPIC = "Food review:"
-OPENING = 4  # words of a review that are given
-WORDS = (8, 45)  # of the reviews that are used: longer ones would be cut off
+OPENING = 4  # words of a review in the prompt
+WORDS = (8, 45)  # of the reviews that are used; longer ones would be truncated
 HELD_OUT = 32  # openings that are not trained on
 _SHOWN = 10
 
 
 class Review(NamedTuple):
-    """A review's text, and whether it is a happy one."""
+    """A review, which is `great` or another one."""
 
     text: str
     great: bool
 
     @property
     def opening(self) -> str:
-        """The prompt that it answers."""
+        """The prompt."""
         return f"{TOPIC} {' '.join(self.text.split()[:OPENING])}"
 
     @property
     def rest(self) -> str:
-        """The answer."""
+        """The completion."""
         return " " + " ".join(self.text.split()[OPENING:])
 
 
 def read_reviews(file: str) -> list[Review]:
-    """Reviews of a usable length.
+    """Read the reviews of a usable length.
 
     Raises:
-        ConfigError, DataError: no such file; rows without `review` and `label`; too few of either kind.
+        ConfigError, DataError: the file is missing, a row has no `review` or `label`, or there are too few of a kind.
     """
     found = []
     for row in read_rows(file, "train"):
@@ -76,7 +76,7 @@ def read_reviews(file: str) -> list[Review]:
 
 
 def pairs_of(reviews: Sequence[Review]) -> list[dict[str, str]]:
-    """Great reviews, each preferred to an other one of like length, or length would be what is learned."""
+    """Pair each great review with another one of similar length, so that length is not what is learned."""
     left = [r for r in reviews if not r.great]
     random.Random(0).shuffle(left)
     pairs = []
@@ -90,7 +90,6 @@ def pairs_of(reviews: Sequence[Review]) -> list[dict[str, str]]:
 
 
 def _write(folder: Path, reviews: Sequence[Review]) -> None:
-    """The rows of all three runs."""
     order = list(reviews)
     random.Random(0).shuffle(order)
     held, rest = order[:HELD_OUT], order[HELD_OUT:]
@@ -107,10 +106,10 @@ def _write(folder: Path, reviews: Sequence[Review]) -> None:
 
 
 def recipes(folder: Path, overrides: Sequence[str]) -> dict[str, Config]:
-    """The three runs; an override names its run first: ppo:run.steps=20.
+    """Return the recipes of the three runs; an override begins with its run, as in ppo:run.steps=20.
 
     Raises:
-        ConfigError: an override names none of them, or a setting is wrong.
+        ConfigError: an override names no run, or a setting is wrong.
     """
     data = folder / "data"
     places = {
@@ -134,16 +133,16 @@ def recipes(folder: Path, overrides: Sequence[str]) -> dict[str, Config]:
 
 
 def distinct2(texts: Sequence[str]) -> float:
-    """Different pairs of neighbouring words by all of them (Li et al. 2016): low where a text repeats itself."""
+    """Return the share of distinct word pairs (Li et al. 2016): low if a text repeats itself."""
     found = [pair for text in texts for pair in zip(text.split(), text.split()[1:])]
     return len(set(found)) / max(1, len(found))
 
 
 def walk_rlhf(folder: Path, file: str | None, overrides: Sequence[str], console: Console) -> Mapping[str, float]:
-    """The whole road below `folder`. Returns the last evaluation's numbers.
+    """Run all steps below `folder`, and return the metrics of the last evaluation.
 
     Raises:
-        ConfigError: `folder` holds what no such walk made.
+        ConfigError: `folder` holds files that `mlxft rlhf` did not make.
     """
     configs = recipes(folder, overrides)
     check_replaceable(folder, "rlhf")
@@ -166,7 +165,7 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
     lines = (folder / "data" / "held-out.jsonl").read_text("utf-8").splitlines()
     prompts = [parse_json(line)["prompt"] for line in lines]
     most = configs["ppo"].section("rollout", RolloutSettings).max_tokens
-    before, after = (_answers(path, prompts, most) for path in (runs["sft"].dir, fused))
+    before, after = (_completions(path, prompts, most) for path in (runs["sft"].dir, fused))
     console.rule("Openings that it was not trained on, before and after")
     for prompt, old, new in list(zip(prompts, before, after))[:_SHOWN]:
         console.print(Text(prompt.removeprefix(TOPIC).strip(), style="bold"))
@@ -176,12 +175,12 @@ def _walk(folder: Path, configs: Mapping[str, Config], console: Console) -> Mapp
     return last
 
 
-def _answers(path: Path, prompts: Sequence[str], most: int) -> list[str]:
+def _completions(path: Path, prompts: Sequence[str], most: int) -> list[str]:
     loaded = load_run(path)
     sampling = Sampling(most)
     ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
     found = sample_batch(loaded.model, loaded.tokenizer, ids, sampling, seed=0)
-    return [text_of(loaded.tokenizer, answers[0], sampling) for answers in found]
+    return [text_of(loaded.tokenizer, samples[0], sampling) for samples in found]
 
 
 def _table(last: Mapping[str, float], before: Sequence[str], after: Sequence[str]) -> Table:

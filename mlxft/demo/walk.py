@@ -1,4 +1,4 @@
-"""The walk of `mlxft demo`: answers before, training, answers after, fuse, one answer from the fused folder."""
+"""Run `mlxft demo`: completions before and after training, fuse, and one completion of the fused model."""
 
 from __future__ import annotations
 
@@ -28,33 +28,26 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the strings of which a right answer holds one, in lower case."""
+    """A question and strings, in lower case; a correct completion contains one of them."""
 
     question: str
     expect: list[str]
 
-    def right(self, answer: str) -> bool:
-        """Whether the answer states the fact."""
-        return any(e.lower() in answer.lower() for e in self.expect)
+    def is_right(self, completion: str) -> bool:
+        """Return whether the completion states the fact."""
+        return any(e.lower() in completion.lower() for e in self.expect)
 
 
-def questions() -> list[Question]:
-    """The held-out questions: phrased otherwise than any training row."""
-    lines = (_HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Question(**parse_json(line)) for line in lines]
-
-
-def answers(loaded: Loaded, asked: Sequence[Question]) -> list[str]:
-    """The most likely answer to each question."""
+def _completions(loaded: Loaded, asked: Sequence[Question]) -> list[str]:
     line = Sampling(40, temperature=0.0, stop=("\n",))
     return [complete(loaded.model, loaded.tokenizer, q.question, line).strip() for q in asked]
 
 
 def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
-    """Run the whole demo below `folder`. Returns how many held-out questions are right after training.
+    """Run the whole demo below `folder`, and return how many held-out questions are right after training.
 
     Raises:
-        ConfigError: `folder` holds what no demo made.
+        ConfigError: `folder` holds files that no demo made.
     """
     check_replaceable(folder, "demo")
     with hold(folder):
@@ -63,7 +56,8 @@ def walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
 
 
 def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
-    asked = questions()
+    lines = (_HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [Question(**parse_json(line)) for line in lines]  # no training row is phrased like them
     places = [
         override("data.train", _HERE / "rows.jsonl"),
         override("data.valid", _HERE / "valid.jsonl"),
@@ -71,21 +65,21 @@ def _walk(folder: Path, overrides: Sequence[str], console: Console) -> int:
         "run.name=run",
     ]
     config = load_config(_HERE / "recipe.yaml", [*places, *overrides])
-    console.rule("Before: what the model says of a company that it has never heard of")
-    before = answers(load_base(config), asked)
-    for q, answer in zip(asked, before):
-        console.print(Text.assemble((q.question, "bold"), f"\n  {answer}"))
+    console.rule("Before: what the model says about a company that it has never heard of")
+    before = _completions(load_base(config), asked)
+    for q, completion in zip(asked, before):
+        console.print(Text.assemble((q.question, "bold"), f"\n  {completion}"))
     console.rule("Training")
     run = train(config, overwrite=True, console=console)
-    console.rule("After: questions that are phrased otherwise than the rows it learned from")
-    after = answers(load_run(run.dir), asked)
+    console.rule("After: questions that are phrased differently from the rows it learned from")
+    after = _completions(load_run(run.dir), asked)
     table = Table("question", "before", "after", "")
     for q, old, new in zip(asked, before, after):
-        old = shorten(old, 100, placeholder=" ...")  # an untrained answer rambles, and 80 columns are narrow
-        table.add_row(q.question, old, new, Text("right", "green") if q.right(new) else Text("wrong", "red"))
+        old = shorten(old, 100, placeholder=" ...")  # an untrained model rambles
+        table.add_row(q.question, old, new, Text("right", "green") if q.is_right(new) else Text("wrong", "red"))
     console.print(table)
-    right = sum(q.right(a) for q, a in zip(asked, after))
-    console.print(f"right before: {sum(q.right(a) for q, a in zip(asked, before))} of {len(asked)}")
+    right = sum(q.is_right(a) for q, a in zip(asked, after))
+    console.print(f"right before: {sum(q.is_right(a) for q, a in zip(asked, before))} of {len(asked)}")
     console.print(f"right after:  {right} of {len(asked)}")
     console.rule("Fusing")
     fused = folder / "fused"

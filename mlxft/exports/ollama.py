@@ -1,7 +1,7 @@
-"""A folder for Ollama: model.gguf and a Modelfile with chat template, stop words, parameters and system prompt.
+"""Write a folder for Ollama: model.gguf and a Modelfile with chat template, stop words, parameters and system prompt.
 
-Ollama's template is written in Go. It is found by rendering conversations with the tokenizer's own Jinja template, and
-kept only if it gives the same text for all of them.
+Ollama's template is written in Go. It is derived from conversations that the tokenizer's own Jinja template renders,
+and kept only if it renders the same text for all of them.
 Source: Ollama's docs/modelfile.md and docs/template.md.
 """
 
@@ -19,27 +19,22 @@ from mlxft.model.folder import check_destination, check_unused, generation_setti
 from mlxft.model.load import Loaded
 from mlxft.runs import find_adapter
 
-# What generation_config.json calls a setting -> what a Modelfile does.
-_PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+# Name of a setting in generation_config.json -> in a Modelfile.
+_PARAMETERS = {name: name for name in ("temperature", "top_p", "top_k", "min_p")}
 _PARAMETERS["repetition_penalty"] = "repeat_penalty"
 
 
 class OllamaChat(NamedTuple):
-    """How a model wants to be spoken to, in Ollama's terms."""
+    """A model's chat format in Ollama's terms."""
 
-    template: str | None  # None: not one that Go's template can be found for
-    system: str | None  # the system prompt that the model's own template begins with
+    template: str | None  # None: no Go template renders the same
+    system: str | None  # the system prompt that the model's own template adds
 
 
 def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, overwrite: bool = False) -> list[str]:
-    """Write the folder `out` with model.gguf and Modelfile; then: ollama create NAME -f OUT/Modelfile.
+    """Write the folder `out` with model.gguf and Modelfile, for `ollama create NAME -f OUT/Modelfile`.
 
-    Args:
-        as for `export_gguf`; `out` is a folder.
-    Returns:
-        What was done, a sentence each.
-    Raises:
-        ExportError, ModelError: as for `export_gguf`.
+    Arguments, results and errors are as for `export_gguf`, but `out` is a folder.
     """
     gguf.check_arguments(kind)
     check_destination(out, overwrite, "ollama")
@@ -48,20 +43,18 @@ def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, 
     chat = find_chat(loaded.tokenizer)
     text = modelfile(chat, stop_words(loaded.tokenizer), parameters(loaded))
     with replace_folder(out, "ollama") as part:
-        said = gguf.write_model(run, loaded, part / "model.gguf", kind)
+        said = gguf.write_gguf(run, loaded, part / "model.gguf", kind)
         (part / "Modelfile").write_text(text, encoding="utf-8")
     size = (out / "model.gguf").stat().st_size
     said = [f"wrote {out} (model.gguf, {size / 1e6:,.1f} MB, {kind}; Modelfile)", *said[1:]]
     if chat.template is None:
-        why = (
-            "has no chat template" if chat_template(loaded.tokenizer) is None else "has a chat template of its own kind"
-        )
-        said.append(f"the model {why}: the Modelfile has no TEMPLATE, and Ollama goes by what it finds in model.gguf")
+        why = "no chat template" if chat_template(loaded.tokenizer) is None else "a chat template of its own kind"
+        said.append(f"the model has {why}: the Modelfile has no TEMPLATE, and Ollama uses what it finds in model.gguf")
     return [*said, f"next: ollama create {out.resolve().name} -f {out / 'Modelfile'}"]
 
 
 def modelfile(chat: OllamaChat, stops: list[str], numbers: dict[str, float]) -> str:
-    """The text of a Modelfile."""
+    """Return the text of a Modelfile."""
     lines = ["FROM ./model.gguf"]
     if chat.template is not None:
         lines.append(f"TEMPLATE {quoted(chat.template)}")
@@ -73,34 +66,34 @@ def modelfile(chat: OllamaChat, stops: list[str], numbers: dict[str, float]) -> 
 
 
 def quoted(text: str) -> str:
-    """A value in a Modelfile: three quotes, between which everything stands for itself.
+    """Return a value for a Modelfile; between three quotes nothing needs an escape.
 
     Raises:
-        ExportError: it holds three quotes, or one at its end, which a Modelfile has no way to write.
+        ExportError: the text contains three quotes, or ends with one, which a Modelfile cannot express.
     """
     if '"' not in text and "\n" not in text:
         return f'"{text}"'
     if '"""' in text or text.endswith('"'):
-        raise ExportError(f"a Modelfile can not hold this text, for its quotes: {text[:80]!r}")
+        raise ExportError(f"a Modelfile cannot hold this text because of its quotes: {text[:80]!r}")
     return f'"""{text}"""'
 
 
 def stop_words(tokenizer: Any) -> list[str]:
-    """Texts of the tokens that end an answer."""
+    """Return the texts of the tokens that end a completion."""
     ids = sorted({*getattr(tokenizer, "eos_token_ids", ()), tokenizer.eos_token_id} - {None})
     return [str(tokenizer.convert_ids_to_tokens(int(i))) for i in ids]
 
 
 def parameters(loaded: Loaded) -> dict[str, float]:
-    """How the base's makers would sample, from generation_config.json."""
+    """Return the sampling parameters of the base's generation_config.json."""
     given = generation_settings(loaded.path)
     if given.get("do_sample") is False:
         return {"temperature": 0.0}
     return {theirs: given[ours] for ours, theirs in _PARAMETERS.items() if isinstance(given.get(ours), (int, float))}
 
 
-# Words that stand in no template.
-_SYSTEM, _FIRST, _ANSWER, _SECOND, _REPLY = "sysqx", "firstqx", "answerqx", "secondqx", "replyqx"
+# Words that no template contains.
+_SYSTEM, _FIRST, _ANSWER, _SECOND = "sysqx", "firstqx", "answerqx", "secondqx"
 
 
 def _conversation(*texts: str, system: str | None = None) -> list[dict[str, str]]:
@@ -109,23 +102,23 @@ def _conversation(*texts: str, system: str | None = None) -> list[dict[str, str]
 
 
 class _Pieces(NamedTuple):
-    """What stands around the texts of a conversation.
+    """The text around the messages of a conversation.
 
     Attributes:
-        start, end: before the first question, and after each one.
-        answer, between: before an answer, and after it up to the next question.
-        before, after: around a system prompt that stands before the first question.
+        start, end: before the first user message, and after each one.
+        reply, between: before a completion, and after it up to the next user message.
+        before, after: around a system prompt before the first user message.
     """
 
     start: str
     end: str
-    answer: str
+    reply: str
     between: str
     before: str
     after: str
 
     def go(self) -> str:
-        """As Ollama's template; to it a system prompt is the first message, and goes out with the first question."""
+        """Return Ollama's template, in which a system prompt is the first message, written with the next one."""
         start, end, answer, between, before, after = map(literal, self)
         with_system = f"{{{{ else if and $.System (eq $i 1) }}}}{before}{{{{ $.System }}}}{after}"
         opening = f"{{{{ if eq $i 0 }}}}{start}{with_system}{{{{ else }}}}{between}{{{{ end }}}}"
@@ -134,14 +127,14 @@ class _Pieces(NamedTuple):
         return f"{{{{ range $i, $m := .Messages }}}}{user}{reply}{{{{ end }}}}"
 
     def text(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """What Go prints by that template."""
+        """Return what Go renders with that template."""
         out, system = "", ""
         for i, message in enumerate(messages):
             role, content = message["role"], message["content"]
             if role == "system":
                 system = content
             elif role == "assistant":
-                out += self.answer + content
+                out += self.reply + content
             else:
                 first = self.before + system + self.after if system and i == 1 else self.between
                 out += (self.start if i == 0 else first) + content + self.end
@@ -149,14 +142,14 @@ class _Pieces(NamedTuple):
 
 
 def literal(text: str) -> str:
-    """A text as a Go action that prints it: nothing in it is taken for an action or trimmed."""
-    # JSON's escapes are Go's as well, once the fences of an action are escaped too.
+    """Return a Go action that prints a text, so that nothing in it is read as an action or trimmed."""
+    # JSON's escapes are Go's too, once the braces of an action are escaped.
     quoted = json.dumps(text, ensure_ascii=False).replace("{", "\\u007b").replace("}", "\\u007d")
     return f"{{{{ {quoted} }}}}" if text else ""
 
 
 def find_chat(tokenizer: Any) -> OllamaChat:
-    """The Go template that gives the text of the tokenizer's Jinja template, and its own system prompt."""
+    """Return the Go template that renders like the tokenizer's Jinja template, and its default system prompt."""
     if chat_template(tokenizer) is None:
         return OllamaChat(None, None)
     plain = _jinja(tokenizer, _conversation(_FIRST, _ANSWER, _SECOND))
@@ -165,7 +158,7 @@ def find_chat(tokenizer: Any) -> OllamaChat:
     start, rest = plain.split(_FIRST)
     asked, rest = rest.split(_ANSWER)
     between, end = rest.split(_SECOND)
-    if not asked.startswith(end):  # what follows a question begins with the mark that asks for an answer
+    if not asked.startswith(end):  # the completion's opening follows the end of the user message
         return OllamaChat(None, None)
     answer = asked.removeprefix(end)
     with_system = _jinja(tokenizer, _conversation(_FIRST, system=_SYSTEM)) or ""
@@ -174,13 +167,13 @@ def find_chat(tokenizer: Any) -> OllamaChat:
         pieces = _Pieces(start, end, answer, between, before, rest.split(_FIRST)[0])
         if _agrees(tokenizer, pieces, (None, "Be brief.")):
             return OllamaChat(pieces.go(), _own_system(pieces))
-    # No system prompts, or in a place where Go's template can not put them: they go before the first question.
+    # No system prompts, or in a place that Go's template cannot express: they go before the first user message.
     pieces = _Pieces(start, end, answer, between, start, "\n\n")
     return OllamaChat(pieces.go() if _agrees(tokenizer, pieces, (None,)) else None, None)
 
 
 def _own_system(pieces: _Pieces) -> str | None:
-    """The system prompt that stands in a conversation without one, if a Modelfile can hold it."""
+    """Return the system prompt that the template adds to a conversation without one, if a Modelfile can hold it."""
     start, before, after = pieces.start, pieces.before, pieces.after
     if not (start.startswith(before) and start.endswith(after)):
         return None
@@ -189,17 +182,17 @@ def _own_system(pieces: _Pieces) -> str | None:
 
 
 def _agrees(tokenizer: Any, pieces: _Pieces, systems: Sequence[str | None]) -> bool:
-    """Whether Go and Jinja give one text for conversations of several shapes."""
+    """Return whether Go and Jinja render the same text for conversations of several shapes."""
     texts = [("Who?",), ("Who?", "Me.", "Why?"), ("a b", "c", "d", "e\n\nf", "g {{ .System }}")]
     given = [_conversation(*turns, system=system) for system in systems for turns in texts]
     return all(pieces.text(messages) == _jinja(tokenizer, messages) for messages in given)
 
 
 def _jinja(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    """The prompt for an answer, without the bos that llama.cpp adds by itself; None where the template refuses."""
+    """Return the rendered prompt, without the bos that llama.cpp adds; None if the template refuses."""
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except Exception:  # a template raises what it likes
+    except Exception:  # a template may raise anything
         return None
     bos = tokenizer.bos_token
     begins = bos is not None and list(tokenizer.encode("a"))[:1] == [tokenizer.bos_token_id]

@@ -1,4 +1,4 @@
-"""PEFT adapters, out and in, and reward models as sequence classifiers."""
+"""Export and import PEFT adapters, and export reward models as sequence classifiers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,54 +65,34 @@ from mlxft.model.load import ALIASES, Loaded, load, load_tokenizer, skeleton, st
 from mlxft.runs import find_adapter, load_run, open_run
 
 # --- peft -------------------------------------------------------------------------------------------------------------
-# Adapters as PEFT holds them: adapter_config.json beside adapter_model.safetensors.
+# A PEFT adapter is adapter_config.json beside adapter_model.safetensors.
 #
-# PEFT names a module as transformers does, below `base_model.model.`, and holds the transposes of mlx-lm's matrices:
+# PEFT names modules as transformers does, below `base_model.model.`, and stores the transposes of mlx-lm's matrices:
 # lora_A (rank, in) and lora_B (out, rank); an embedding's are lora_embedding_A (rank, V) and lora_embedding_B (D,
-# rank). What it multiplies an update by is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
+# rank). An update's multiplier is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.
 
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Architectures whose modules have the same names in mlx-lm and in transformers, with the class that gives scores.
-# Compared name by name and shape by shape: mlx-lm 0.32.2, transformers 5.23.
-DENSE: dict[str, str | None] = {
-    "llama": "LlamaForSequenceClassification",
-    "mistral": "MistralForSequenceClassification",
-    "ministral3": "Ministral3ForSequenceClassification",
-    "qwen2": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
-    "gemma": "GemmaForSequenceClassification",
-    "gemma2": "Gemma2ForSequenceClassification",
-    "gemma3_text": "Gemma3TextForSequenceClassification",
-    "phi": "PhiForSequenceClassification",
-    "phi3": "Phi3ForSequenceClassification",
-    "smollm3": "SmolLM3ForSequenceClassification",
-    "olmo2": "Olmo2ForSequenceClassification",
-    "granite": None,
-    "starcoder2": "Starcoder2ForSequenceClassification",
-    "stablelm": "StableLmForSequenceClassification",
-    "cohere": None,
-    "cohere2": None,
-    "glm": "GlmForSequenceClassification",
-    "glm4": "Glm4ForSequenceClassification",
-    "helium": "HeliumForSequenceClassification",
-    "ernie4_5": None,
-    "seed_oss": "SeedOssForSequenceClassification",
-    "nemotron": "NemotronForSequenceClassification",
-}
-# Mixtures: transformers holds their experts and routers as single parameters, so only attention has a counterpart.
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+# Architectures whose modules have the same names in mlx-lm and in transformers.
+# Compared by name and shape: mlx-lm 0.32.2, transformers 5.23.
+_DENSE = (
+    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3"),
+    *("olmo2", "granite", "starcoder2", "stablelm", "cohere", "cohere2", "glm", "glm4", "helium", "ernie4_5"),
+    *("seed_oss", "nemotron"),
+)
+# Mixtures: transformers stores their experts and routers as single parameters, so only attention has a counterpart.
+_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An adapter on the shapes of its base; no weight of the base is read.
+class _Opened:
+    """An adapter on the shapes of its base, whose weights are not read.
 
     Attributes:
-        base: the name of the base, as it was trained on or as it was given.
+        base: the name of the base, as noted in the adapter or as given.
         head: of a reward model.
-        rslora: whether its run scaled by alpha / sqrt(rank).
+        rslora: its run scaled by alpha / sqrt(rank).
     """
 
     folder: Path
@@ -124,16 +105,12 @@ class Opened:
 
     @property
     def tied(self) -> bool:
-        """Whether text comes out through the embedding."""
-        return "lm_head" not in self.loaded.model
+        """The embedding is also the output layer."""
+        return "lm_head" not in self.loaded.model and self.head is None
 
 
-def open_adapter(run: Path, model: str | None) -> Opened:
-    """The adapter of a run, or in a folder, checked against its base's names and shapes.
-
-    Raises:
-        ModelError: there is none, its base is missing or another one, or it does not fit.
-    """
+def _open_adapter(run: Path, model: str | None) -> _Opened:
+    """Open the adapter of a run or folder, checked against its base's names and shapes."""
     folder = adapter_of(run)
     about = base_noted(read_adapter_config(folder))
     named = model or about.get("model")
@@ -144,37 +121,31 @@ def open_adapter(run: Path, model: str | None) -> Opened:
     spec = load_adapter(loaded.model, folder, loaded.fingerprint)
     if spec is None:
         raise ModelError(f"{folder}: holds whole weights (fine_tune_type full), not an adapter")
-    head = None
-    if (file := folder / HEAD_FILE).is_file():
-        head = read_head(file)
-        check_pair(file, head.weight)
-    return Opened(folder, base, about, loaded, spec, head, _rslora(run))
+    head = read_head(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else None
+    if head is not None:
+        check_pair(folder / HEAD_FILE, head.weight)
+    rslora = False
+    with suppress(MlxftError):  # only a run's recipe says it, not the adapter's folder
+        rslora = (run / "config.yaml").is_file() and open_run(run).config.tune.rslora
+    return _Opened(folder, base, about, loaded, spec, head, rslora)
 
 
-def _rslora(run: Path) -> bool:
-    """What the recipe says; an adapter's own folder says only what the update is multiplied by."""
-    try:
-        return (run / "config.yaml").is_file() and open_run(run).config.tune.rslora
-    except MlxftError:
-        return False
-
-
-def check_names(config: dict[str, Any], paths: Sequence[str], model: nn.Module) -> None:
-    """ExportError unless transformers has all of `paths` (modules of an mlx-lm model) under the same names."""
+def _check_names(config: dict[str, Any], paths: Sequence[str], model: nn.Module) -> None:
+    """Raise ExportError unless transformers has all of `paths` (modules of an mlx-lm model) under the same names."""
     kind = str(config["model_type"])
-    if kind not in DENSE and kind not in MIXTURES:
+    if kind not in _DENSE and kind not in _MIXTURES:
         raise ExportError(
             f"PEFT: architecture {kind} is not among those whose modules are known to have the same names in "
-            f"transformers ({', '.join([*DENSE, *MIXTURES])}); mlxft fuse writes a model in place of an adapter"
+            f"transformers ({', '.join([*_DENSE, *_MIXTURES])}); mlxft fuse writes a model instead of an adapter"
         )
     modules = dict(model.named_modules())
     for path in paths:
         inner = modules.get(path)
         base = inner.base if isinstance(inner, LowRank) else inner
-        apart = kind in MIXTURES and ".layers." in path and ".self_attn." not in path and "norm" not in path
+        apart = kind in _MIXTURES and ".layers." in path and ".self_attn." not in path and "norm" not in path
         if isinstance(base, SWITCH) or apart:
             raise ExportError(
-                f"PEFT: {path} is part of a mixture of experts, which transformers holds as single parameters and "
+                f"PEFT: {path} is part of a mixture of experts, which transformers stores as single parameters and "
                 "not as layers that PEFT can adapt; adapt attention only (tune.targets), or fuse it (mlxft fuse)"
             )
 
@@ -184,48 +155,41 @@ def export_peft(run: Path, out: Path, *, model: str | None = None, overwrite: bo
 
     Args:
         run: a run, or an adapter folder of mlxft or mlx-lm.
-        model: the base, where the adapter does not say or it has moved; PEFT's config names it too.
+        model: the base, if the adapter does not name it or it has moved; PEFT's config names it too.
     Returns:
         What was done, a sentence each.
     Raises:
-        ModelError: no such adapter or base, or they do not belong together.
-        ConfigError: `out` is there and may not be replaced.
-        ExportError: what was adapted has no counterpart in transformers, or `out` can not be written.
+        ModelError: the adapter or base is missing, or they do not belong together.
+        ConfigError: `out` exists and may not be replaced.
+        ExportError: an adapted module has no counterpart in transformers, or `out` cannot be written.
     """
     check_destination(out, overwrite, "adapter")
     check_unused(out, [find_adapter(run)])
-    opened = open_adapter(run, model)
-    tensors, saved = peft_tensors(opened)
-    config = peft_config(opened, saved)
+    opened = _open_adapter(run, model)
+    tensors, saved = _peft_tensors(opened)
+    config = _peft_config(opened, saved)
     check_space(out, sum(v.nbytes for v in tensors.values()))
     tokenizer = load_tokenizer(opened.base, template_of(opened.folder))
     ends = ask_as_trained(tokenizer, opened.folder)
-    pad = set_pad(tokenizer, opened.loaded.config) if opened.head is not None else None
+    pad = _set_pad(tokenizer, opened.loaded.config) if opened.head is not None else None
     with replace_folder(out, "adapter") as part:
         save_arrays(part / WEIGHTS, tensors, {"format": "pt"})
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         tokenizer.save_pretrained(str(part))
         flush(part / WEIGHTS)
     kind = "DoRA" if opened.spec.dora else "rsLoRA" if config["use_rslora"] else "LoRA"
-    also = f" and {', '.join(saved)} as a whole" if saved else ""
+    also = f" and the whole of {', '.join(saved)}" if saved else ""
     said = (
         f"wrote {out}: {kind} of rank {opened.spec.rank} on {len(opened.spec.paths)} modules{also}, "
         f"lora_alpha {config['lora_alpha']:g}, for {opened.base}"
     )
     if ends and opened.head is None:
-        ends = [
-            *ends,
-            f"transformers wants to be told: model.generate(..., eos_token_id={sorted(tokenizer.eos_token_ids)})",
-        ]
+        ends = [*ends, f"in transformers: model.generate(..., eos_token_id={sorted(tokenizer.eos_token_ids)})"]
     return [said, *ends, *_notes(opened, pad)]
 
 
-def peft_tensors(opened: Opened) -> tuple[dict[str, mx.array], list[str]]:
-    """The adapter's arrays by PEFT's names, and the modules that are in it as a whole (modules_to_save).
-
-    Raises:
-        ExportError: a module has no counterpart, or only a part of it was trained.
-    """
+def _peft_tensors(opened: _Opened) -> tuple[dict[str, mx.array], list[str]]:
+    """Return the adapter's arrays by PEFT's names, and the modules that it holds whole (modules_to_save)."""
     model = opened.loaded.model
     modules = dict(model.named_modules())
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -234,7 +198,7 @@ def peft_tensors(opened: Opened) -> tuple[dict[str, mx.array], list[str]]:
         owner, _, leaf = name.rpartition(".")
         if leaf not in LEAVES:
             whole.setdefault(owner, []).append(leaf)
-    check_names(opened.loaded.config, [*opened.spec.paths, *whole], model)
+    _check_names(opened.loaded.config, [*opened.spec.paths, *whole], model)
     tensors: dict[str, mx.array] = {}
     for path in opened.spec.paths:
         tensors |= _low_rank(path, modules[path], opened)
@@ -245,34 +209,34 @@ def peft_tensors(opened: Opened) -> tuple[dict[str, mx.array], list[str]]:
                 f"PEFT: of {owner} only {', '.join(leaves)} was trained, not {', '.join(rest)}; its modules_to_save "
                 "are whole modules: name the whole one in tune.train, or fuse it (mlxft fuse)"
             )
-        tensors |= {f"{PREFIX}{owner}.{leaf}": trained[f"{owner}.{leaf}"] for leaf in leaves}
+        tensors |= {f"{_PREFIX}{owner}.{leaf}": trained[f"{owner}.{leaf}"] for leaf in leaves}
     saved = list(whole)
-    if "model.embed_tokens" in whole and opened.tied and opened.head is None:
-        # PEFT trains a copy of the embedding; the output layer is tied to the one that stays.
-        tensors[f"{PREFIX}lm_head.weight"] = trained["model.embed_tokens.weight"]
+    if "model.embed_tokens" in whole and opened.tied:
+        # PEFT trains a copy of the embedding; the output layer stays tied to the original.
+        tensors[f"{_PREFIX}lm_head.weight"] = trained["model.embed_tokens.weight"]
         saved.append("lm_head")
     if opened.head is not None:
-        tensors[f"{PREFIX}score.weight"] = opened.head.weight.astype(mx.float32)
+        tensors[f"{_PREFIX}score.weight"] = opened.head.weight.astype(mx.float32)
         saved.append("score")
     return tensors, saved
 
 
-def _low_rank(path: str, layer: LowRank, opened: Opened) -> dict[str, mx.array]:
-    name = PREFIX + path
+def _low_rank(path: str, layer: LowRank, opened: _Opened) -> dict[str, mx.array]:
+    name = _PREFIX + path
     a, b = layer.lora_a, layer.lora_b
     if isinstance(layer.base, EMBEDDING):
         found = {f"{name}.lora_embedding_A": a.T, f"{name}.lora_embedding_B": b.T}
-        if opened.tied and opened.head is None:
-            found |= {f"{PREFIX}lm_head.lora_A.weight": b, f"{PREFIX}lm_head.lora_B.weight": a}
-        return {n: mx.contiguous(v) for n, v in found.items()}
-    found = {f"{name}.lora_A.weight": a.T, f"{name}.lora_B.weight": b.T}
+        if opened.tied:
+            found |= {f"{_PREFIX}lm_head.lora_A.weight": b, f"{_PREFIX}lm_head.lora_B.weight": a}
+    else:
+        found = {f"{name}.lora_A.weight": a.T, f"{name}.lora_B.weight": b.T}
     if "m" in layer:
         found[f"{name}.lora_magnitude_vector"] = layer.m
     return {n: mx.contiguous(v) for n, v in found.items()}
 
 
-def peft_config(opened: Opened, saved: Sequence[str]) -> dict[str, Any]:
-    """adapter_config.json: what `peft.LoraConfig` reads, as far as it is not its default."""
+def _peft_config(opened: _Opened, saved: Sequence[str]) -> dict[str, Any]:
+    """Return adapter_config.json: the fields of `peft.LoraConfig` that differ from its defaults."""
     spec = opened.spec
     alpha = spec.scale * (math.sqrt(spec.rank) if opened.rslora else spec.rank)
     near = round(alpha)
@@ -294,21 +258,21 @@ def peft_config(opened: Opened, saved: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _targets(opened: Opened) -> list[str]:
-    """Short names (q_proj) where they hit what was trained and nothing else; else full ones, which PEFT takes too."""
+def _targets(opened: _Opened) -> list[str]:
+    """Return short names (q_proj) if they match only what was trained, else full ones, which PEFT accepts too."""
     paths = set(opened.spec.paths)
-    if opened.tied and opened.head is None and "model.embed_tokens" in paths:
+    if opened.tied and "model.embed_tokens" in paths:
         paths.add("lm_head")
     short = {path.rpartition(".")[2] for path in paths}
     there = {n for n, _ in opened.loaded.model.named_modules() if n.rpartition(".")[2] in short}
     return sorted(short if there <= paths else paths)
 
 
-def set_pad(tokenizer: Any, config: dict[str, Any]) -> int | None:
-    """Give the tokenizer a padding token that ends no row, and return its id; None where there is none.
+def _set_pad(tokenizer: Any, config: dict[str, Any]) -> int | None:
+    """Give the tokenizer a padding token that ends no row, and return its id, or None if there is none.
 
-    transformers pools at the last token that is not `pad_token_id`: padding with the end-of-turn token, as many
-    tokenizers do, would make it read the token before the end.
+    transformers reads the score at the last token that is not `pad_token_id`: padding with the end-of-turn token, as
+    many tokenizers do, would make it read the token before the end.
     """
     plain = getattr(tokenizer, "_tokenizer", tokenizer)
     ends = set(tokenizer.eos_token_ids) | {plain.eos_token_id}
@@ -322,66 +286,55 @@ def set_pad(tokenizer: Any, config: dict[str, Any]) -> int | None:
     return None
 
 
-def _notes(opened: Opened, pad: int | None) -> list[str]:
-    """What whoever loads it has to know."""
+def _notes(opened: _Opened, pad: int | None) -> list[str]:
     said = []
     packed = [m.base for _, m in opened.loaded.model.named_modules() if isinstance(m, LowRank)]
     bits = opened.about.get("quantize") or next((m.bits for m in packed if isinstance(m, QUANTIZED)), None)
     if bits:
         said.append(
-            f"the base was quantised to {bits} bits in training: load the adapter on the float original; its answers "
-            "differ from the run's by what quantising rounded off"
+            f"the base was quantised to {bits} bits in training: load the adapter on the float original; its "
+            "completions differ from the run's by the rounding"
         )
     if opened.base in ALIASES or opened.base.endswith(".gguf"):
         said.append(
-            f"{opened.base} is no folder that transformers loads: write it as one (mlxft convert {opened.base} FOLDER) "
-            "and load the adapter on that"
+            f"transformers cannot load {opened.base}: write it as a folder (mlxft convert {opened.base} FOLDER), and "
+            "load the adapter on that"
         )
-    if "model.embed_tokens" in opened.spec.paths and opened.tied and opened.head is None:
+    if "model.embed_tokens" in opened.spec.paths and opened.tied:
         said.append(
-            "the embedding is adapted and tied to the output layer: PEFT adapts both, but can not merge them "
+            "the embedding is adapted and tied to the output layer: PEFT adapts both, but cannot merge them "
             "(merge_and_unload); mlxft fuse can"
         )
-    if opened.head is not None:
-        said += score_notes(opened.head, pad)
-    return said
+    return said + _score_notes(opened.head, pad) if opened.head is not None else said
 
 
-def score_notes(head: Saved, pad: int | None) -> list[str]:
-    """How the scores of a reward model are read in transformers."""
+def _score_notes(head: Saved, pad: int | None) -> list[str]:
+    """Say how transformers reads the scores of a reward model."""
     said = [
-        f"scores are read at the last token that is not padding: set config.pad_token_id = {pad}, as the tokenizer "
-        "beside it pads, and never the token that ends a turn"
+        f"scores are read at the last token that is not padding: set config.pad_token_id = {pad}, with which the "
+        "tokenizer beside it pads, and never the token that ends a turn"
         if pad is not None
-        else "no token is left to pad with: score one row at a time"
+        else "no token is free for padding: score one row at a time"
     ]
     noted = head.about.get("reward", {})
     if noted.get("mean") is not None:
         said.append(
-            f"scores are raw, as mlxft score gives them; on the validation rows their mean was {noted['mean']:.6g} and "
+            f"scores are raw, as in mlxft score; on the validation rows their mean was {noted['mean']:.6g} and "
             f"their standard deviation {noted.get('std') or 0.0:.6g}"
         )
     return said
 
 
 # --- peft in ----------------------------------------------------------------------------------------------------------
-# A PEFT adapter as mlxft and mlx-lm read them; see mlxft.exports.peft for how the two differ.
+# A PEFT adapter as an adapter of mlxft and mlx-lm.
 
-# Settings that make of LoRA something else; each is refused where it is set.
-OTHER = (
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
+# Settings that change LoRA into something else; each is refused.
+_OTHER = (
+    *("lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "trainable_token_indices"),
+    *("target_parameters", "layer_replication", "arrow_config", "kasa_config", "monteclora_config"),
 )
-# Ways to begin that leave the base as it is; others (pissa, olora, corda, loftq, ...) change it.
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Initialisations that leave the base as it is; others (pissa, olora, corda, loftq, ...) change it.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _PARTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -394,7 +347,7 @@ _Arrays = dict[str, mx.array]
 
 
 class _PeftConfig(Lenient):
-    """What is read of PEFT's adapter_config.json."""
+    """The fields of PEFT's adapter_config.json that are read."""
 
     base_model_name_or_path: str | None = None
     r: Rank
@@ -405,15 +358,15 @@ class _PeftConfig(Lenient):
 
 
 def _wrong_pattern(pattern: str) -> list[str]:
-    """What is wrong with an expression of someone else's: matching it must end soon."""
+    """Return what is wrong with a stranger's regular expression: it must compile and match fast."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        return [f"the pattern {shorten(pattern)!r} can not be read: {error}"]
+        return [f"the pattern {shorten(pattern)!r} cannot be read: {error}"]
     repeats = len(re.findall(r"[*+?{]", re.sub(r"\\.", "", pattern)))
     nested = re.search(r"\)[*+?{]", pattern)
     if len(pattern) > 200 or repeats > 3 or pattern.count("|") > 8 or nested:
-        return [f"the pattern {shorten(pattern)!r} may take for ever to match; write module names in its place"]
+        return [f"the pattern {shorten(pattern)!r} may take for ever to match; write module names instead"]
     return []
 
 
@@ -426,27 +379,31 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
     Returns:
         What was done, a sentence each.
     Raises:
-        ModelError: the adapter can not be read, is of another kind, or does not fit the base.
-        ConfigError: `out` is there and may not be replaced.
-        ExportError: `out` can not be written.
+        ModelError: the adapter cannot be read, is of another kind, or does not fit the base.
+        ConfigError: `out` exists and may not be replaced.
+        ExportError: `out` cannot be written.
     """
     check_destination(out, overwrite, "adapter")
     check_unused(out, [folder])
-    config = read_config(folder)
+    config = _read_config(folder)
     arrays = _read_weights(folder)
     name = model or config.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{folder / CONFIG}: names no base (base_model_name_or_path); name it with --model")
-    base = _base(model or stated_name(str(name)), model is None)
-    low, whole = sort_arrays(arrays, folder)
+    try:
+        base = skeleton(model or stated_name(str(name)))
+    except ModelError as e:
+        raise ModelError(f"{e}{'' if model else '; name the folder of the base with --model'}") from e
+    low, whole = _sort_arrays(arrays, folder)
     head = _take_head(whole, config, base.config, folder)
     _check_there(base, list(low), list(whole), folder)
-    check_names(base.config, list(low), base.model)
-    _settle_tied(base, low, whole, folder, scores=head is not None)
-    spec, weights = to_mlx(low, config, folder)
-    modules = [n for n, _ in base.model.named_modules() if n in low]
-    spec = LoRASpec(tuple(modules), spec.rank, spec.scale, spec.dropout, spec.dora)
-    _check_kinds(base, spec, folder)
+    _check_names(base.config, list(low), base.model)
+    _untie(base, low, whole, folder, scores=head is not None)
+    modules = {n: m for n, m in base.model.named_modules() if n in low}
+    spec, weights = _to_mlx(low, config, folder)
+    spec = replace(spec, paths=tuple(modules))
+    if spec.dora and (unfit := [path for path, m in modules.items() if not isinstance(m, LINEAR)]):
+        raise ModelError(f"{folder}: DoRA on {unfit[0]}, which is not a linear layer; mlxft adapts only those by DoRA")
     attach(base.model, spec)
     load_trained(base.model, weights | whole, str(folder / WEIGHTS))
     unfreeze(base.model, list(whole), str(folder / CONFIG))
@@ -465,20 +422,8 @@ def import_peft(folder: Path, out: Path, *, model: str | None = None, overwrite:
     return [f"wrote {out}: {shape}{also} for {name}{scored}"]
 
 
-def _base(name: str, from_adapter: bool) -> Loaded:
-    try:
-        return skeleton(name)
-    except ModelError as e:
-        way = "; name the base's folder with --model" if from_adapter else ""
-        raise ModelError(f"{e}{way}") from e
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a PEFT adapter that can be imported.
-
-    Raises:
-        ModelError: there is none, or it asks for what mlx-lm's adapters can not do; all of it in one.
-    """
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read a PEFT adapter's adapter_config.json, and refuse all that mlx-lm's adapters cannot do in one message."""
     file = folder / CONFIG
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; expected a PEFT adapter ({CONFIG} and {WEIGHTS})")
@@ -486,24 +431,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         check_links(folder)
         config = read_object(file)
     except OSError as e:
-        raise ModelError(f"{folder} is no PEFT adapter: can not read {CONFIG} ({e.strerror})") from e
+        raise ModelError(f"{folder} is not a PEFT adapter: cannot read {CONFIG} ({e.strerror})") from e
     if "peft_type" not in config:
         mine = "fine_tune_type" in config
         raise ModelError(
             f"{file}: has no peft_type"
-            + ("; it is an adapter of mlxft or mlx-lm already" if mine else ", so it is not PEFT's")
+            + ("; it already is an adapter of mlxft or mlx-lm" if mine else ", so it is not PEFT's")
         )
     check_schema(_PeftConfig, config, file)
     kind = config["peft_type"]
     if kind != "LORA":
         raise ModelError(f"{file}: peft_type is {kind!r}; expected 'LORA' (also with use_rslora and use_dora)")
     task = config.get("task_type")
-    problems = [f"{key} is set ({config[key]!r:.60})" for key in OTHER if config.get(key)]
+    problems = [f"{key} is set ({config[key]!r:.60})" for key in _OTHER if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}; expected 'none': mlx-lm's adapters have no biases")
     if task not in (None, "CAUSAL_LM", "SEQ_CLS"):
         problems.append(f"task_type is {task!r}; expected CAUSAL_LM, or SEQ_CLS with one label")
-    if config.get("init_lora_weights", True) not in STARTS:
+    if config.get("init_lora_weights", True) not in _STARTS:
         problems.append(
             f"init_lora_weights is {config['init_lora_weights']!r}, which changes the base itself; save it from PEFT "
             "as plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
@@ -511,7 +456,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for pattern in {**(config.get("rank_pattern") or {}), **(config.get("alpha_pattern") or {})}:
         problems += _wrong_pattern(pattern)
     if problems:
-        raise ModelError(f"{file}: can not be imported:\n  " + "\n  ".join(problems))
+        raise ModelError(f"{file}: cannot be imported:\n  " + "\n  ".join(problems))
     return config
 
 
@@ -519,13 +464,13 @@ def _read_weights(folder: Path) -> _Arrays:
     file = folder / WEIGHTS
     if not file.is_file():
         old = "adapter_model.bin"
-        seen = f" ({old} is a pickle, which may run code when opened: save it again as safetensors)"
+        seen = f" ({old} is a pickle, which may run code when opened; save it again as safetensors)"
         raise ModelError(f"{folder}: has no {WEIGHTS}{seen if (folder / old).exists() else ''}")
     try:
         check_arrays(file)
         arrays = mx.load(str(file))
     except (OSError, RuntimeError, ValueError) as e:
-        raise ModelError(f"{file}: can not be read: {e}") from e
+        raise ModelError(f"{file}: cannot be read: {e}") from e
     assert isinstance(arrays, dict)
     if not arrays:
         raise ModelError(f"{file}: is empty")
@@ -533,17 +478,13 @@ def _read_weights(folder: Path) -> _Arrays:
     return arrays
 
 
-def sort_arrays(arrays: _Arrays, folder: Path) -> tuple[dict[str, _Arrays], _Arrays]:
-    """Module -> its A, B and m; and what was trained whole, by the names of the base.
-
-    Raises:
-        ModelError: a name that is not LoRA's, or half of a pair is missing.
-    """
+def _sort_arrays(arrays: _Arrays, folder: Path) -> tuple[dict[str, _Arrays], _Arrays]:
+    """Return module -> its A, B and m, and the arrays that were trained whole, by their names in the base."""
     low: dict[str, _Arrays] = {}
     whole: _Arrays = {}
     strange = []
     for name, value in arrays.items():
-        short = name.removeprefix(PREFIX)
+        short = name.removeprefix(_PREFIX)
         found = re.fullmatch(rf"(.+?)\.({'|'.join(map(re.escape, _PARTS))})", short)
         if found:
             low.setdefault(found[1], {})[_PARTS[found[2]]] = value
@@ -554,14 +495,14 @@ def sort_arrays(arrays: _Arrays, folder: Path) -> tuple[dict[str, _Arrays], _Arr
     strange += [f"{p}: has no lora_{k}" for p, parts in low.items() for k in ("A", "B") if k not in parts]
     if strange or not low:
         lines = "\n  ".join(strange[:10]) or "no LoRA at all"
-        raise ModelError(f"{folder / WEIGHTS}: holds what is not known of LoRA:\n  {lines}")
+        raise ModelError(f"{folder / WEIGHTS}: holds arrays that are not LoRA's:\n  {lines}")
     return low, whole
 
 
-def to_mlx(low: dict[str, _Arrays], config: dict[str, Any], folder: Path) -> tuple[LoRASpec, _Arrays]:
-    """mlx-lm's matrices of one rank and one scale.
+def _to_mlx(low: dict[str, _Arrays], config: dict[str, Any], folder: Path) -> tuple[LoRASpec, _Arrays]:
+    """Return mlx-lm's matrices of one rank and one scale.
 
-    Smaller ranks are filled with zeros, and other scales are multiplied into B: both are exact.
+    Smaller ranks are padded with zeros, and other scales are multiplied into B: both are exact.
 
     Args:
         low: module -> A (rank, in), B (out, rank) and, with DoRA, m (out,).
@@ -591,7 +532,7 @@ def to_mlx(low: dict[str, _Arrays], config: dict[str, Any], folder: Path) -> tup
 
 
 def _scale(path: str, rank: int, config: dict[str, Any], folder: Path) -> float:
-    """lora_alpha / r of a module, by the patterns that PEFT matches at the end of its name."""
+    """Return lora_alpha / r of a module, by the patterns that PEFT matches at the end of its name."""
     alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     said = _by_pattern(config.get("rank_pattern"), path, config["r"])
     # The output layer that is tied to an adapted embedding has the embedding's rank.
@@ -608,7 +549,7 @@ def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any
 
 
 def _take_head(whole: _Arrays, config: dict[str, Any], base: dict[str, Any], folder: Path) -> ScoreHead | None:
-    """The score head of a SEQ_CLS adapter, out of `whole`."""
+    """Take the score head of a SEQ_CLS adapter out of `whole`."""
     if config.get("task_type") != "SEQ_CLS":
         return None
     weight = whole.pop("score.weight", None)
@@ -621,12 +562,11 @@ def _take_head(whole: _Arrays, config: dict[str, Any], base: dict[str, Any], fol
 
 
 def _check_there(base: Loaded, low: list[str], whole: list[str], folder: Path) -> None:
-    """ModelError for modules that the base does not have, all in one. `lm_head` of a tied base is looked at later."""
-    modules = dict(base.model.named_modules())
-    names = dict(tree_flatten(base.model.parameters()))
-    missing = [p for p in low if p != "lm_head" and not (p in modules and adaptable(modules[p]))]
-    owners = {n: n.removesuffix(".base_layer.weight") for n in whole}
-    missing += [n for n, o in owners.items() if o != "lm_head" and n != "lm_head.weight" and not _known(n, o, names)]
+    """Raise ModelError for all modules that the base does not have; `lm_head` of a tied base is checked by `_untie`."""
+    fits = {"lm_head", *(path for path, module in base.model.named_modules() if adaptable(module))}
+    names = {"lm_head.weight", *(name for name, _ in tree_flatten(base.model.parameters()))}
+    missing = [path for path in low if path not in fits]
+    missing += [name for name in whole if re.sub(r"\.base_layer\.weight$", ".weight", name) not in names]
     if missing:
         more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ModelError(
@@ -634,12 +574,8 @@ def _check_there(base: Loaded, low: list[str], whole: list[str], folder: Path) -
         )
 
 
-def _known(name: str, owner: str, names: _Arrays) -> bool:
-    return (name if owner == name else f"{owner}.weight") in names
-
-
-def _settle_tied(base: Loaded, low: dict[str, _Arrays], whole: _Arrays, folder: Path, scores: bool) -> None:
-    """Take out what PEFT stores twice; ModelError where embedding and output layer are one here and two there.
+def _untie(base: Loaded, low: dict[str, _Arrays], whole: _Arrays, folder: Path, scores: bool) -> None:
+    """Remove what PEFT stores twice; raise ModelError if embedding and output layer are tied here and differ there.
 
     `base_layer.weight` is a copy of the base's own embedding, which PEFT stores beside an adapted one.
     """
@@ -657,7 +593,7 @@ def _settle_tied(base: Loaded, low: dict[str, _Arrays], whole: _Arrays, folder: 
         apart |= not _same(out, given)
     if apart:
         raise ModelError(
-            f"{folder}: adapts embed_tokens and lm_head each for itself, and in {base.source} they are one (tied); "
+            f"{folder}: adapts embed_tokens and lm_head separately, and in {base.source} they are one (tied); "
             "train with ensure_weight_tying, leave them out, or merge it in PEFT and convert the model (mlxft convert)"
         )
 
@@ -667,7 +603,7 @@ def _same(x: mx.array, y: mx.array) -> bool:
 
 
 def _check_copies(base: Loaded, copies: _Arrays, folder: Path) -> None:
-    """ModelError where a copy of the base's embedding is not the base's: its vocabulary was changed."""
+    """Raise ModelError if a copy of the base's embedding differs from it, because its vocabulary was changed."""
     for name, value in copies.items():
         owner = name.removesuffix(".base_layer.weight")
         if owner == "lm_head" and owner not in dict(base.model.named_modules()):
@@ -675,7 +611,7 @@ def _check_copies(base: Loaded, copies: _Arrays, folder: Path) -> None:
         real = load(base.source, dtype="own", lazy=True).model
         module = dict(real.named_modules())[owner]
         if isinstance(module, QUANTIZED):
-            continue  # rounded: there is nothing to compare with
+            continue  # rounded: there is no original to compare with
         mine = module.weight.astype(mx.float32)
         near = mine.shape == value.shape and mx.abs(mine - value.astype(mx.float32)).max() <= 1e-2 * mx.abs(mine).max()
         if not near:
@@ -683,13 +619,6 @@ def _check_copies(base: Loaded, copies: _Arrays, folder: Path) -> None:
                 f"{folder / WEIGHTS}: {name} {tuple(value.shape)} is not the embedding of {base.source} "
                 f"{tuple(mine.shape)}: the adapter was trained on a base with another vocabulary"
             )
-
-
-def _check_kinds(base: Loaded, spec: LoRASpec, folder: Path) -> None:
-    modules = dict(base.model.named_modules())
-    unfit = [p for p in spec.paths if spec.dora and not isinstance(modules[p], LINEAR)]
-    if unfit:
-        raise ModelError(f"{folder}: DoRA on {unfit[0]}, which is no linear layer; mlxft has it for linear layers only")
 
 
 # --- seqcls -----------------------------------------------------------------------------------------------------------
@@ -701,18 +630,21 @@ def export_seqcls(run: Path, out: Path, *, model: str | None = None, overwrite: 
     Returns:
         What was done, a sentence each.
     Raises:
-        ModelError: no such run, or it gives text and not scores.
-        ExportError: transformers has no such class for the architecture, or `out` can not be written.
+        ModelError: the run is missing, or gives text and not scores.
+        ExportError: transformers has no such class for the architecture, or `out` cannot be written.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
     check_destination(out, overwrite)
     loaded = load_run(model, find_adapter(run), scores=True) if model else load_run(run, scores=True)
     check_unused(out, [loaded.path, find_adapter(run)])
     kind = str(loaded.config["model_type"])
-    if DENSE.get(kind) is None or "model" not in loaded.model:
-        known = ", ".join(name for name, there in DENSE.items() if there)
+    classes = {name: found for name in _DENSE if (found := CLASSES.get(name))}
+    if kind not in classes or "model" not in loaded.model:
+        known = ", ".join(classes)
         raise ExportError(f"seq-cls: architecture {kind} has no class for scores that is known to fit ({known})")
     file = find_head(run)
-    assert file is not None, "load has found it"
+    assert file is not None, "load_run has found it"
     saved = read_head(file)
     packed = any(isinstance(m, QUANTIZED) for m in loaded.model.modules())
     fuse_layers(loaded.model, dequantize=True)
@@ -720,28 +652,18 @@ def export_seqcls(run: Path, out: Path, *, model: str | None = None, overwrite: 
     with without_head(loaded.model):
         whole.model = loaded.model.model
     whole.score = nn.Linear(1, 1, bias=False)
-    whole.score.weight = saved.weight.astype(_dtype(whole.model))
-    pad = set_pad(loaded.tokenizer, loaded.config)
-    config = seqcls_config(loaded.config, kind, pad)
-    save_folder(out, whole, loaded.tokenizer, config, overwrite=overwrite, source=loaded.path)
-    said = [f"wrote {out}: {DENSE[kind]} with one label ({weight_bytes(whole) / 1e6:,.0f} MB of weights)"]
-    if packed:
-        said.append("the base was quantised; what is written is float: nothing of the adapter is rounded away")
-    return said + score_notes(saved, pad)
-
-
-def _dtype(body: nn.Module) -> mx.Dtype:
-    """Of the body's embedding: transformers holds the head in the same."""
-    return body.embed_tokens.weight.dtype
-
-
-def seqcls_config(config: dict[str, Any], kind: str, pad: int | None) -> dict[str, Any]:
-    """config.json of the classifier: of a model with one label, whose number is a score."""
+    whole.score.weight = saved.weight.astype(whole.model.embed_tokens.weight.dtype)  # as transformers stores it
+    pad = _set_pad(loaded.tokenizer, loaded.config)
     dropped = ("quantization", "quantization_config", "tie_word_embeddings")
-    return {k: v for k, v in config.items() if k not in dropped} | {
-        "architectures": [DENSE[kind]],
+    config = {k: v for k, v in loaded.config.items() if k not in dropped} | {
+        "architectures": [classes[kind]],
         "id2label": {"0": "score"},
         "label2id": {"score": 0},
         "problem_type": "regression",
         "pad_token_id": pad,
     }
+    save_folder(out, whole, loaded.tokenizer, config, overwrite=overwrite, source=loaded.path)
+    said = [f"wrote {out}: {classes[kind]} with one label ({weight_bytes(whole) / 1e6:,.0f} MB of weights)"]
+    if packed:
+        said.append("the base was quantised; the model is written in float, so no update is rounded away")
+    return said + _score_notes(saved, pad)

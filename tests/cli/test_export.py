@@ -40,6 +40,6 @@ def test_what_export_and_import_refuse(trained: str, mlxft: Command, refused: Ca
     assert "not an adapter folder" in refused(2, "export", "out", trained, "--format", "peft", "--overwrite")
     told = json.loads(mlxft("export", trained, "out", "--format", "peft", "--overwrite", "--json").out)
     assert (told["format"], told["out"]) == ("peft", "out")
-    assert "is an adapter of mlxft or mlx-lm already" in refused(1, "import", "runs/a/adapter", "o")
+    assert "it already is an adapter of mlxft or mlx-lm" in refused(1, "import", "runs/a/adapter", "o")
     assert "nowhere: no such folder" in refused(1, "import", "nowhere", "o")
     assert "Example: mlxft import" in mlxft("import", "--help").out

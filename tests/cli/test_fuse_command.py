@@ -83,7 +83,7 @@ def test_rows_to_measure_on(write: Command, mlxft: Command, refused: Command, tm
 def test_too_little_kept(write: Command, mlxft: Command, refused: Command, tmp_path: Path) -> None:
     assert mlxft("train", write(**PACKED, **{"optim.lr": 1e-3, "run.steps": 2})).code == 0
     said = refused(1, "fuse", "runs/a", "out", "--bits", "4")
-    assert "of the adaptation is kept, wished is 95.0% (--keep), so out is not written; leave --bits 4 out" in said
+    assert "of the adaptation is kept, --keep asks for 95.0%, so out is not written; leave --bits 4 out" in said
     told = mlxft("fuse", "runs/a", "out", "--bits", "4", "--json")
     assert told.code == 1
     assert json.loads(told.out)["written"] is False
@@ -110,7 +110,7 @@ def test_merging_from_the_command_line(write: Command, mlxft: Command, refused: 
     assert [part["weight"] for part in found[0]["adapters"]] == [0.7, 0.3]
     third = json.loads(mlxft("fuse", "runs/a", "three", "--adapter", "runs/b:0", "--json").out)
     assert [part["weight"] for part in third["adapters"]] == [1, 0]
-    assert "'x' is no weight" in refused(2, "fuse", "out", "--adapter", "runs/a:x")
+    assert "'x' is not a weight" in refused(2, "fuse", "out", "--adapter", "runs/a:x")
     assert "is named twice" in refused(2, "fuse", "out", "--adapter", "runs/a", "--adapter", "runs/a:0.3")
     assert "give RUN and OUT, or OUT" in refused(2, "fuse", "out")
     assert "give RUN and OUT, or OUT" in refused(2, "fuse", "runs/a", "b", "c")

@@ -59,7 +59,7 @@ def test_fused_run(changes: dict[str, Any], recipe: Recipe, tiny_model_dir: Path
     fused = fuse_sources(run.dir, out)
     assert f"wrote {out}" in fused.lines()[0]
     assert fused.chosen.kept == pytest.approx(1, abs=1e-6)
-    assert fused.chosen.agreement == 1
+    assert fused.chosen.gap.agreement == 1
     assert fused.bytes == fused.chosen.bytes == weight_bytes(mlxft.load(out).model)
     adapted = logits(run.dir)
     assert mx.abs(adapted - logits(str(tiny_model_dir))).max() > 1e-2
@@ -85,7 +85,7 @@ def test_a_whole_model_needs_no_fusing(recipe: Recipe, tmp_path: Path) -> None:
     settings = recipe(**{"tune.method": "full", "tune.rank": None})
     run = train(settings)
     assert mx.array_equal(theirs(run.result), logits(run.dir))
-    with pytest.raises(ModelError, match=r"trained whole, there is no adapter; its model is .*model"):
+    with pytest.raises(ModelError, match=r"was fully fine-tuned and has no adapter; its model is .*model"):
         fuse_sources(run.dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -104,7 +104,7 @@ def test_quantised_base(method: str, recipe: Recipe, tmp_path: Path) -> None:
         assert fused.bytes == weight_bytes(mlxft.load(out).model)
         again = logits(out)
         assert mx.allclose(theirs(out), again, atol=1e-5)
-        errors[name], lost[name] = float(mx.sqrt(mx.mean((again - adapted) ** 2))), fused.chosen.divergence
+        errors[name], lost[name] = float(mx.sqrt(mx.mean((again - adapted) ** 2))), fused.chosen.gap.divergence
         kinds = {m.bits for m in mlxft.load(out).model.modules() if isinstance(m, QUANTIZED)}
         config = config_of(out)
         if name == "float":
@@ -151,10 +151,10 @@ def test_an_adapter_goes_onto_the_float_base_and_back(recipe: Recipe, tiny_model
 
 
 def test_the_least_precision_that_keeps_enough(recipe: Recipe, tmp_path: Path) -> None:
-    """A small update over 4 bits: plain requantising loses it; the choice keeps what is wished, and says how."""
+    """A small update over 4 bits: plain requantising loses it; the choice keeps what --keep asks for, and says how."""
     run = mlxft.train(recipe(**{"model.quantize": 4, "model.group_size": 32, "optim.lr": 3e-3}))
     adapted, sizes = logits(run.dir), []
-    with pytest.raises(LostTooMuch, match=r"of the adaptation is kept, wished is 95.0% \(--keep\)") as lost:
+    with pytest.raises(LostTooMuch, match=r"of the adaptation is kept, --keep asks for 95.0%") as lost:
         fuse_sources(run.dir, tmp_path / "plain", bits=4)
     assert lost.value.fused.chosen.kept is not None
     assert lost.value.fused.chosen.kept < 0.8

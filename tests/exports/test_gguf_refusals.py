@@ -25,13 +25,13 @@ LLAMA3 = {
     ("kind", "changes", "asked", "says"),
     [
         ("gpt_neox", {}, {}, r"'gpt_neox' is not written as \.gguf, only llama, qwen2.*mlxft fuse"),
-        ("llama", {"hidden_size": 48}, {"kind": "q8_0"}, r"rows of 48 numbers can not be packed as q8_0.*f16"),
+        ("llama", {"hidden_size": 48}, {"kind": "q8_0"}, r"rows of 48 numbers cannot be packed as q8_0.*f16"),
         ("llama", {}, {"kind": "q4_k"}, r"type 'q4_k' is not written as \.gguf, only f32, f16, bf16, q8_0"),
         ("llama", {}, {"lora": True}, r"--lora: .* holds no adapter; leave --lora out"),
         ("llama", {}, {"lora": True, "kind": "q8_0"}, r"written as f16, bf16 or f32, not q8_0"),
         ("llama", {}, {"model": "x"}, r"--model: .* holds no adapter"),
         ("llama", {"rope_traditional": True}, {}, "rope_traditional"),
-        ("gemma2", {"query_pre_attn_scalar": 100}, {}, r"query_pre_attn_scalar is 100; llama.cpp takes 8"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, {}, r"query_pre_attn_scalar is 100; llama.cpp uses 8"),
         ("qwen2", {"rope_scaling": LLAMA3}, {}, r"rope scaling 'llama3' of qwen2 .* only linear, yarn"),
         ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 7}}, {}, "beta_fast of its own"),
         ("llama", {"vocab_size": 200}, {}, "the tokenizer has 300 tokens, the embedding 200 rows"),
@@ -56,7 +56,7 @@ def test_adapters_that_a_file_can_not_hold(tiny_model_dir: Path, tmp_path: Path,
     with pytest.raises(ExportError, match=r"DoRA rescales rows .*without --lora"):
         export_gguf(tmp_path / "dora", tmp_path / "a.gguf", kind="f16", lora=True)
     save_adapter(tiny_model_dir, tmp_path / "embedding", targets=["embed_tokens"])
-    with pytest.raises(ExportError, match=r"model\.embed_tokens is no linear layer"):
+    with pytest.raises(ExportError, match=r"model\.embed_tokens is not a linear layer"):
         export_gguf(tmp_path / "embedding", tmp_path / "a.gguf", kind="f16", lora=True)
     save_adapter(tiny_model_dir, tmp_path / "whole")
     file = tmp_path / "whole" / "adapters.safetensors"
@@ -122,6 +122,6 @@ def test_numbers_too_large_for_f16(tiny_model: Any, tiny_model_dir: Path, tmp_pa
 
     tiny_model.model.layers[1].mlp.up_proj.weight[3, 4] = 1e5
     save_folder(tmp_path / "m", tiny_model.model, tiny_model.tokenizer, tiny_model.config, source=tiny_model_dir)
-    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, take bf16"):
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, use bf16"):
         export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="f16")
     export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="bf16")

@@ -102,7 +102,7 @@ def test_the_weight_of_an_adapter() -> None:
     assert parse_adapter("runs/a:0.7") == (Path("runs/a"), 0.7)
     assert parse_adapter("a:b:-1e-1") == (Path("a:b"), -0.1)
     for text in ("a:x", "a:", "a:nan", "a:inf", ":1"):
-        with pytest.raises(ConfigError, match=r"is no weight; expected FOLDER or FOLDER:NUMBER"):
+        with pytest.raises(ConfigError, match=r"is not a weight; expected FOLDER or FOLDER:NUMBER"):
             parse_adapter(text)
 
 
@@ -113,7 +113,7 @@ def test_refusals(recipe: Recipe, make_model_dir: Any, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is named twice"):
             fuse_sources(a, out, adapters=[(again, 0.5)])
     other = train(recipe, "e", **{"model.path": str(make_model_dir(tmp_path / "other", num_hidden_layers=3))})
-    with pytest.raises(ModelError, match="adapters of two bases can not be merged"):
+    with pytest.raises(ModelError, match="adapters of two bases cannot be merged"):
         fuse_sources(a, out, adapters=[(other.dir, 1.0)])
     with pytest.raises(ModelError, match="no such run or adapter"):
         fuse_sources(a, out, adapters=[(tmp_path / "nowhere", 1.0)])

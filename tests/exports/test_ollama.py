@@ -157,7 +157,7 @@ def test_quotes() -> None:
     assert quoted("plain") == '"plain"'
     assert quoted('say "a"\nb') == '"""say "a"\nb"""'
     for text in ('a """ b', 'ends with "'):
-        with pytest.raises(ExportError, match="can not hold this text"):
+        with pytest.raises(ExportError, match="cannot hold this text"):
             quoted(text)
 
 

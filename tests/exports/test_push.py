@@ -295,7 +295,7 @@ def send(run: Run, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
 def test_public_and_update_are_said_aloud(send: Callable[..., str], hub: Any) -> None:
     with pytest.raises(ExportError, match=r"ada/taken is taken: choose another name, or give --update"):
         send("ada/taken")
-    with pytest.raises(ExportError, match="is there and public: say so with --public"):
+    with pytest.raises(ExportError, match="exists and is public: confirm with --public"):
         send("ada/open", update=True)
     assert hub.commits == []
     send("ada/taken", update=True)
@@ -326,7 +326,7 @@ def test_the_hubs_refusals_are_told(send: Callable[..., str], hub: Any) -> None:
 def test_no_network_is_told(run: Run, command: Any) -> None:
     done = command(run.dir, "ada/tuned", HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0")
     assert done.returncode == 1
-    assert done.stderr.startswith("ExportError: http://127.0.0.1:9 can not be reached or fails (")
+    assert done.stderr.startswith("ExportError: http://127.0.0.1:9 cannot be reached or fails (")
     assert "nothing was pushed" in done.stderr
     assert TOKEN not in done.stderr
 
@@ -348,7 +348,7 @@ def test_what_can_not_be_pushed(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="has no weights"):
         pack(tmp_path, "ada/x")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json: can not be read"):
+    with pytest.raises(ModelError, match=r"config\.json: cannot be read"):
         pack(tmp_path, "ada/x")
 
 
@@ -359,7 +359,7 @@ def test_events_that_were_altered_are_named_by_their_file(run: Run, tmp_path: Pa
     if line.startswith("["):  # left out, as what a kill has cut short
         pack(copy, "ada/a")
     else:
-        with pytest.raises(ModelError, match=r"metrics\.jsonl can not be read"):
+        with pytest.raises(ModelError, match=r"metrics\.jsonl cannot be read"):
             pack(copy, "ada/a")
 
 
