@@ -366,7 +366,8 @@ PASSED = [
     *("runs.py", "check.py", "run.py", "trainer/__init__.py", "trainer/checkpoint.py", "trainer/optim.py"),
     *("trainer/report.py", "trainer/trackers.py", "objectives/base.py", "objectives/pairs.py"),
     *("objectives/preference.py", "objectives/reward.py", "objectives/rewards.py", "objectives/rollouts.py"),
-    "data/",
+    *("data/", "study/evaluate.py", "study/tasks.py", "study/generate.py", "study/score.py", "study/lm_eval.py"),
+    *("study/stats.py", "study/report.py"),
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
     *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
     *("exports/", "demo/"),
@@ -401,7 +402,11 @@ ALLOWED = re.compile(
 
 
 # A reasoning model's completion has thoughts and an answer; rows of ratings and tasks have such a field.
-EXEMPT = {"mlxft/data/chat.py": "answer", "mlxft/data/formats.py": "answers?", "mlxft/study/tasks.py": "answers?"}
+EXEMPT = {
+    "mlxft/data/chat.py": "answer",
+    "mlxft/data/formats.py": "answers?",
+    "mlxft/study/tasks.py": "answers?",
+} | dict.fromkeys(("mlxft/study/evaluate.py", "mlxft/study/generate.py", "mlxft/study/score.py"), r"answers?|is no run")
 
 
 def texts_of(source: str) -> Iterator[tuple[int, str]]:

@@ -25,14 +25,13 @@ from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
 from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore
 from mlxft.text import bar, json_text, make_console
 
-# --- answers ----------------------------------------------------------------------------------------------------------
-# Answers to a file of prompts, in batches.
+# --- completions ------------------------------------------------------------------------------------------------------
 
-_BATCHES = 4  # that are sampled before their answers are given out
+_BATCHES = 4  # sampled before their completions are returned
 
 
 class Generated(NamedTuple):
-    """An answer's ids as sampled, why it ended ("eos", "stop" or "length"), and its text."""
+    """A completion's ids as sampled, why it ended ("eos", "stop" or "length"), and its text."""
 
     ids: list[int]
     finish: str
@@ -43,7 +42,7 @@ class Asked:
     """A file's prompts, of data.format: prompts, rendered for a model.
 
     Raises:
-        ConfigError: no such file. DataError: rows that do not fit, or that the chat template refuses; all in one.
+        ConfigError: there is no such file. DataError: rows do not fit, or the chat template refuses them; all in one.
     """
 
     def __init__(self, spec: str, loaded: Loaded, system: str | None = None) -> None:
@@ -70,11 +69,11 @@ class Asked:
     def sampled(
         self, sampling: Sampling, samples: int, seed: int, console: Console
     ) -> Iterator[tuple[int, list[list[Generated]]]]:
-        """The answers to some prompts at a time, in order: the first one's number, and each one's answers."""
+        """Yield completions of some prompts at a time, in order: the first one's index, and each one's completions."""
         tokenizer = self.loaded.tokenizer
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
         size = max(1, _BATCHES * ROWS_AT_ONCE // samples)
-        with bar(console, samples * len(self.ids), "answers") as advance:
+        with bar(console, samples * len(self.ids), "completions") as advance:
             for start in range(0, len(self.ids), size):
                 found = sample_batch(
                     self.loaded.model,
@@ -90,31 +89,31 @@ class Asked:
                     [[Generated(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found],
                 )
 
-    def answers(self, sampling: Sampling, samples: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
-        """A line for each prompt, in order: prompt, completions and why each ended, as they are there."""
+    def lines(self, sampling: Sampling, samples: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
+        """Yield a line for each prompt, in order: prompt, completions, and why each ended."""
         for start, found in self.sampled(sampling, samples, seed, console):
             for item, row in zip(self.prompts[start:], found):
-                texts, ends = [answer.text for answer in row], [answer.finish for answer in row]
+                texts, ends = [found.text for found in row], [found.finish for found in row]
                 yield {"prompt": unwritten(item.prompt), "completions": texts, "finish": ends}
 
 
 def drawn(seed: int | None) -> int:
-    """The seed, or a new one from the system."""
+    """Return the seed, or a random one."""
     return int.from_bytes(os.urandom(7), "big") if seed is None else seed
 
 
 def write_completions(asked: Asked, sampling: Sampling, samples: int, seed: int | None, out: Path | None) -> None:
-    """Each prompt's line of JSON, to `out` (whole or not at all) or to standard output as they come.
+    """Write a JSON line for each prompt to `out`, completely or not at all, or to standard output one by one.
 
     Args:
-        seed: None draws a new one from the system.
+        seed: None: a random one.
     Raises:
-        CheckpointError: `out` can not be written.
+        CheckpointError: `out` cannot be written.
     """
     seed = drawn(seed)
 
     def lines(file: TextIO) -> None:
-        for line in asked.answers(sampling, samples, seed, make_console(stderr=True)):
+        for line in asked.lines(sampling, samples, seed, make_console(stderr=True)):
             file.write(json_text(line) + "\n")
             file.flush()
 
@@ -130,19 +129,19 @@ def write_completions(asked: Asked, sampling: Sampling, samples: int, seed: int 
 
 # --- best -------------------------------------------------------------------------------------------------------------
 
-_TOKENS = 4096  # most of a batch that a reward model reads
+_TOKENS = 4096  # of a batch for a reward model
 _KEEP = "best, all, or above:X with a number"
 
 
 class Keep(NamedTuple):
-    """Which of a prompt's answers are kept: the best one, or all that score above `least`."""
+    """Which of a prompt's completions are kept: the best one, or all that score above `least`."""
 
     best: bool
     least: float = -math.inf
 
 
 class Choice(NamedTuple):
-    """How answers are sampled and chosen: `n` a prompt; `cut_off` keeps also those that did not come to an end."""
+    """How completions are sampled and chosen: `n` per prompt; `cut_off` also keeps those that were cut off."""
 
     n: int
     keep: Keep
@@ -152,15 +151,15 @@ class Choice(NamedTuple):
 
 
 def read_keep(text: str, n: int) -> Keep:
-    """What `--keep` says.
+    """Parse `--keep`.
 
     Raises:
-        ConfigError: it is none of best, all, above:X; or the best of one is asked for.
+        ConfigError: it is not best, all or above:X; or best with a single completion.
     """
     kind, colon, number = text.partition(":")
     if text == "best":
         if n == 1:
-            raise ConfigError("--keep best: --n is 1, which leaves nothing to choose from; raise it, or use above:X")
+            raise ConfigError("--keep best: --n is 1, so there is no choice; raise it, or use above:X")
         return Keep(True)
     if text == "all":
         return Keep(False)
@@ -175,12 +174,12 @@ def read_keep(text: str, n: int) -> Keep:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was sampled and kept.
+    """Counts and mean scores of sampled and kept completions.
 
     Attributes:
-        cut_off, empty: answers that did not come to an end (0 where they may be kept), and those without text, which
-            are left out.
-        mean: score of all answers. kept_mean: of those that are kept.
+        answers: number of completions that were sampled.
+        cut_off, empty: completions that are left out: cut off (0 where they may be kept), and without text.
+        mean: score of all completions. kept_mean: of the kept ones.
     """
 
     prompts: int
@@ -193,14 +192,14 @@ class Chosen:
     out: str
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return it as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
         left = ", ".join(f"{n} {why}" for n, why in ((self.cut_off, "cut off"), (self.empty, "empty")) if n)
         return (
-            f"{self.kept} of {self.answers} answers to {self.prompts} prompts kept"
-            f"{f' ({left} left out)' if left else ''}, mean score {self.kept_mean:.4f} against {self.mean:.4f} of all: "
+            f"{self.kept} of {self.answers} completions of {self.prompts} prompts kept"
+            f"{f' ({left} left out)' if left else ''}, mean score {self.kept_mean:.4f}, of all {self.mean:.4f}: "
             f"{self.out}"
         )
 
@@ -215,15 +214,15 @@ def best_of_n(
     system: str | None = None,
     console: Console,
 ) -> Chosen:
-    """Sample, score, choose, and write the rows, of data.format: prompt-completion, with their scores.
+    """Sample and score completions, choose, and write rows of data.format: prompt-completion with their scores.
 
     Args:
         spec: rows of data.format: prompts.
-        seed: None draws a new one from the system.
+        seed: None: a random one.
     Raises:
-        ConfigError, ModelError, DataError: prompts or reward can not be used; or nothing is left to keep.
-        RewardError: the reward gives no number.
-        CheckpointError: `out` can not be written.
+        ConfigError, ModelError, DataError: prompts or reward cannot be used, or nothing is left to keep.
+        RewardError: the reward does not return a number.
+        CheckpointError: `out` cannot be written.
     """
     rewards = Rewards(choice.rewards, loaded.tokenizer)
     asked = Asked(spec, loaded, system)
@@ -233,15 +232,15 @@ def best_of_n(
     cut = empty = 0
     for start, found in asked.sampled(choice.sampling, choice.n, drawn(seed), console):
         places = range(start, start + len(found))
-        items = [_item(asked, i, answer) for i, answers in zip(places, found) for answer in answers]
+        items = [_item(asked, i, each) for i, row in zip(places, found) for each in row]
         block = rewards.score(items, tokens=_TOKENS).total.tolist()
         scores += block
-        for k, (i, answers) in enumerate(zip(places, found)):
+        for k, (i, row) in enumerate(zip(places, found)):
             own = block[k * choice.n : (k + 1) * choice.n]
-            whole = [j for j, a in enumerate(answers) if choice.cut_off or a.finish != "length"]
-            fit = [j for j in whole if answers[j].text.strip()]
-            cut, empty = cut + len(answers) - len(whole), empty + len(whole) - len(fit)
-            lines += [_line(asked.prompts[i], system, answers[j].text, own[j]) for j in _kept(own, fit, choice.keep)]
+            whole = [j for j, each in enumerate(row) if choice.cut_off or each.finish != "length"]
+            fit = [j for j in whole if row[j].text.strip()]
+            cut, empty = cut + len(row) - len(whole), empty + len(whole) - len(fit)
+            lines += [_line(asked.prompts[i], system, row[j].text, own[j]) for j in _kept(own, fit, choice.keep)]
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
     kept = float(np.mean([line["score"] for line in lines]))
@@ -249,17 +248,17 @@ def best_of_n(
     return Chosen(len(asked.ids), len(scores), len(lines), cut, empty, float(np.mean(scores)), kept, str(out))
 
 
-def _item(asked: Asked, number: int, answer: Generated) -> ToScore:
+def _item(asked: Asked, number: int, found: Generated) -> ToScore:
     item, ids = asked.prompts[number], asked.ids[number]
     text = item.prompt if isinstance(item.prompt, str) else str(asked.loaded.tokenizer.decode(ids))
-    prompt, reply = np.array(ids, dtype=np.int32), np.array(answer.ids, dtype=np.int32)
+    prompt, reply = np.array(ids, dtype=np.int32), np.array(found.ids, dtype=np.int32)
     opening = opening_after(asked.loaded.tokenizer, ids)
-    finished, where = answer.finish != "length", asked.wheres[number]
-    return ToScore(prompt, reply, text, answer.text, item.row, finished, where, item.prompt, opening)
+    finished, where = found.finish != "length", asked.wheres[number]
+    return ToScore(prompt, reply, text, found.text, item.row, finished, where, item.prompt, opening)
 
 
 def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:
-    """Which answers of a prompt; of the best, the first."""
+    """Return the indices of a prompt's kept completions; of several best ones the first."""
     if keep.best:
         return [max(fit, key=lambda j: scores[j])] if fit else []
     return [j for j in fit if scores[j] > keep.least]
@@ -267,7 +266,7 @@ def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:
 
 def _line(item: Prompt, system: str | None, text: str, score: float) -> dict[str, Any]:
     prompt: Any = item.prompt
-    # Without system text and tools the row would teach the answer to another prompt.
+    # Without system text and tools the completion would belong to another prompt.
     if system is not None:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         prompt = [{"role": "system", "content": system}, *turns]
@@ -276,11 +275,11 @@ def _line(item: Prompt, system: str | None, text: str, score: float) -> dict[str
 
 
 def _nothing(choice: Choice, scores: Sequence[float], cut: int, empty: int) -> str:
-    text = f"no answer of {len(scores)} is left to keep"
+    text = f"none of {len(scores)} completions is kept"
     if cut:
         text += f"; {cut} were cut off: raise --max-tokens ({choice.sampling.max_tokens}), or give --cut-off"
     if empty:
         text += f"; {empty} are empty"
     if not choice.keep.best and choice.keep.least > -math.inf:
-        text += f"; the highest score is {max(scores):g}, asked for is above {choice.keep.least:g}"
+        text += f"; the highest score is {max(scores):g}; --keep asks for above {choice.keep.least:g}"
     return text

@@ -37,17 +37,17 @@ try:
 except ModuleNotFoundError as e:
     raise ConfigError(f"--tasks: {missing_extra('lm-eval', 'eval')}") from e
 
-_MAX_TOKENS = 256  # of an answer, where the task does not say: lm-eval's own default
+_MAX_TOKENS = 256  # of a completion where the task does not say: lm-eval's default
 _NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class EvalModel(TemplateLM):
-    """A loaded model as lm-eval calls one.
+    """A loaded model with the interface of lm-eval.
 
     Args:
-        limit: most tokens of a request; of longer ones the beginning is cut off, as lm-eval's own models do.
+        limit: most tokens of a request; the beginning of longer ones is cut off, as in lm-eval's own models.
         tokens: of a batch, padding included.
-        thoughts: "drop" gives tasks written answers without the thoughts before them.
+        thoughts: "drop": tasks get completions without their thoughts.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class EvalModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """Return the token that ends a text."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise DataError("the tokenizer has no EOS token, which lm-eval begins a text with")
+            raise DataError("the tokenizer has no EOS token, with which lm-eval starts a text")
         return int(eos)
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's caches."""
+        """Return a name for lm-eval's caches."""
         return str(self.loaded.source).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, without a BOS unless it is asked for: as lm-eval's own model of transformers."""
+        """Return the ids of a text, by default without a BOS, as lm-eval's model of transformers does."""
         return context_ids(self.tokenizer, string, plain=bool(add_special_tokens))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text."""
+        """Return a chat as text."""
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -93,23 +93,23 @@ class EvalModel(TemplateLM):
         return text
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations, all of one context cut at the same place: see `encode_choices`."""
+        """Return log-likelihoods of texts after contexts; see `encode_choices`."""
         of_context: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             of_context[request.args[0]].append(i)
         asked: list[Any] = [None] * len(requests)
         for context, members in of_context.items():
-            said = [requests[i].args[1] for i in members]
-            for i, request in zip(members, self._requests(context, said)):
+            texts = [requests[i].args[1] for i in members]
+            for i, request in zip(members, self._requests(context, texts)):
                 asked[i] = (requests[i].args, list(request.context), list(request.continuation))
         return self._loglikelihood_tokens(asked)
 
-    def _requests(self, context: str, continuations: Sequence[str]) -> list[Request]:
+    def _requests(self, context: str, texts: Sequence[str]) -> list[Request]:
         if context:
-            return encode_choices(self.tokenizer, context, continuations, plain=True, special=False).requests
+            return encode_choices(self.tokenizer, context, texts, plain=True, special=False).requests
         first = self.eot_token_id
-        every = [self.tok_encode(continuation) for continuation in continuations]
-        # As lm-eval: a text that begins with the token itself is not given it twice.
+        every = [self.tok_encode(text) for text in texts]
+        # As lm-eval: a text that begins with that token does not get it twice.
         return [Request((first,), tuple(ids[1:] if ids[:1] == [first] else ids)) for ids in every]
 
     def _loglikelihood_tokens(
@@ -117,16 +117,16 @@ class EvalModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         asked = []
         for _, context, continuation in requests:
-            # The last token is predicted, and need not go in.
+            # The last token is predicted and is not an input.
             room = max(1, self.limit + 1 - len(continuation))
             self.cut += len(context) > room
             asked.append(Request(tuple(context[-room:]), tuple(continuation)))
         with bar(self._console, len(asked), "log-likelihoods") as advance:
             found = loglikelihoods(self._split, asked, self._tokens, advance)
-        return [(answer.logprob, answer.greedy) for answer in found]
+        return [(one.logprob, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the context's length."""
+        """Return log-likelihoods of whole texts, in windows of the context's length."""
         windows: list[tuple[Any, list[int], list[int]]] = []
         counts = []
         for request in requests:
@@ -139,12 +139,12 @@ class EvalModel(TemplateLM):
         return [sum(next(found)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers that end before a stop text."""
+        """Return completions that end before a stop text."""
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         texts = [""] * len(requests)
-        with bar(self._console, len(requests), "answers") as advance:
+        with bar(self._console, len(requests), "completions") as advance:
             for how, members in groups.items():
                 sampling = replace(self._sampling(parse_json(how)), stop_in_answer=self._drops)
                 room = max(1, self.limit - sampling.max_tokens)
@@ -158,13 +158,13 @@ class EvalModel(TemplateLM):
                     seed=self._seed,
                     on_done=advance,
                 )
-                for i, ids, (answer,) in zip(members, prompts, found):
-                    text = text_of(self.tokenizer, answer, sampling, ids)
+                for i, ids, (completion,) in zip(members, prompts, found):
+                    text = text_of(self.tokenizer, completion, sampling, ids)
                     texts[i] = answer_of(text, opening_of(requests[i].args[0])) if self._drops else text
         return texts
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
-        """lm-eval's words for how to sample; greedy unless do_sample."""
+        """Return the sampling of lm-eval's settings; greedy unless do_sample."""
         until = given.get("until") or []
         stop = [until] if isinstance(until, str) else list(until)
         most = next((given[name] for name in _NAMES if given.get(name)), _MAX_TOKENS)
@@ -175,7 +175,7 @@ class EvalModel(TemplateLM):
         return Sampling(int(most), stop=tuple(text for text in stop if text), stop_at_eos=ends, **drawn)
 
 
-CONTEXT = 2048  # where the model's config does not say
+CONTEXT = 2048  # where the model's config has none
 
 
 def run_tasks(
@@ -196,28 +196,28 @@ def run_tasks(
     """Run tasks of lm-eval.
 
     Args:
-        names: tasks, groups or tags that lm-eval knows, or finds in the folder `include_path`.
-        shots: shown before each question; default: as each task says.
-        limit: only the first questions of each task.
+        names: tasks, groups or tags of lm-eval, or from the folder `include_path`.
+        shots: shown before each question; default: as in each task.
+        limit: take the first questions of each task only.
         max_length: of a request in tokens; default: the model's context.
         chat: whether questions go through the chat template.
-        thoughts: whether tasks are given written answers without the thoughts before them (drop), or whole (keep).
+        thoughts: whether tasks get completions without their thoughts (drop), or whole (keep).
     Returns:
         {"tasks": {name: {"n", "shots", "figures": {metric: {"value", "se"}}}}, "groups": ..., "notes": [...]}
     Raises:
-        ConfigError: lm-eval knows no such task. ModelError: no such model.
-        DataError: a task's rows can not be had, or it fails.
+        ConfigError: lm-eval does not have a task. ModelError: there is no such model.
+        DataError: a task's rows cannot be loaded, or it fails.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not Path(include_path).is_dir():
-        raise ConfigError(f"--include-path {include_path}: no such folder")
+        raise ConfigError(f"--include-path: there is no folder {include_path}")
     manager = TaskManager(include_path=include_path)
     if not names:
-        raise ConfigError("--tasks names none; expected for example arc_easy,hellaswag")
+        raise ConfigError("--tasks is empty; expected e.g. arc_easy,hellaswag")
     known = set(manager.all_tasks)
     if unknown := [name for name in names if name not in known]:
         said = [f"{name}{nearest(name, known)}" for name in unknown]
-        raise ConfigError(f"--tasks: lm-eval knows no {', '.join(said)}; `lm-eval ls tasks` lists all {len(known):,}")
+        raise ConfigError(f"--tasks: lm-eval has no {', '.join(said)}; `lm-eval ls tasks` lists all {len(known):,}")
     loaded = load_run(model, adapter)
     if chat and not loaded.tokenizer.has_chat_template:
         raise ConfigError("--chat: this model has no chat template")
@@ -240,7 +240,7 @@ def run_tasks(
         )
     except MlxftError:
         raise
-    except Exception as e:  # its tasks fetch data sets and run code of their own
+    except Exception as e:  # tasks fetch data sets and run their own code
         raise DataError(f"lm-eval could not run {', '.join(names)}: {type(e).__name__}: {str(e)[:500]}") from e
     return _as_json(found, lm.cut, lm.limit)
 
@@ -260,7 +260,7 @@ def _as_json(found: dict[str, Any], cut: int, limit: int) -> dict[str, Any]:
 
 
 def figures(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} as {"acc": {"value": 0.5, "se": 0.1}, ...}."""
+    """Return lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} as {"acc": {"value": 0.5, "se": 0.1}, ...}."""
     every: dict[str, dict[str, float | None]] = {}
     for key, value in values.items():
         metric, comma, selection = key.partition(",")
@@ -273,7 +273,7 @@ def figures(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def show_tasks(console: Console, found: dict[str, Any]) -> None:
-    """A table of all tasks."""
+    """Print a table of all tasks."""
     table = Table()
     for name in ("task", "n", "shots", "metric", "value ± standard error"):
         table.add_column(name, justify="left" if name in ("task", "metric") else "right", overflow="fold")

@@ -23,17 +23,15 @@ if TYPE_CHECKING:
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
-# One run in detail, and runs side by side: what differs in their settings and in what came of them.
-
-OWN = ("run.name", "run.dir", "data.date", "versions")  # of each run by itself: neither settings to compare nor to tune
-# Of a training report: sums and speeds, which say what a run took.
+OWN = ("run.name", "run.dir", "data.date", "versions")  # settings of a single run, which are not compared
+# Sums and speeds of a training report.
 COSTS = ("tokens", "trained_tokens", "tokens_per_s", "peak_memory_gb", "elapsed_s")
 NOT_RESULTS = {"event", "step", "best", "epoch", "elapsed_s", "lr", "rollout", "tokens", "trained_tokens"}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a run answered to one prompt, first and last."""
+    """A run's first and last completion of one prompt."""
 
     prompt: str
     first_step: int
@@ -44,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Details:
-    """All that a run folder tells.
+    """The content of a run folder.
 
     Args:
         settings: dotted name -> value, in the order of config.yaml.
@@ -68,7 +66,7 @@ class Details:
     events: list[Event] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, without the events, which metrics.jsonl holds."""
+        """Return it as JSON, without the events, which are in metrics.jsonl."""
         parts = {k: getattr(self, k) for k in ("settings", "differs", "before", "kept", "last", "files")}
         samples = [vars(s) for s in self.samples]
         data = {k: v for k, v in self.start.items() if k not in ("event", "step", "text")}
@@ -76,14 +74,14 @@ class Details:
 
 
 def details(folder: Path, name: str | None = None) -> Details:
-    """All that a run folder tells; what is missing or broken is left out, and said in info.note.
+    """Read a run folder; missing or broken parts are left out and named in info.note.
 
     Args:
         name: what to call the run; default: as its folder, which several may be called.
     """
     info, events = run_info(folder, name), read_events(folder)
     try:
-        from mlxft.config import flat  # it takes pydantic, which listing has no need of
+        from mlxft.config import flat  # it needs pydantic, which listing runs does not
 
         settings = flat(read_run_settings(folder))
     except MlxftError:
@@ -107,7 +105,7 @@ def details(folder: Path, name: str | None = None) -> Details:
 
 
 def unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not the default of this version; all, where the objective is not known."""
+    """Return the settings that differ from this version's defaults; all if the objective is unknown."""
     from mlxft.config import config_class, flat
 
     needed = {"model": {"path": "x"}, "data": {"train": "x", "format": "messages"}}
@@ -126,7 +124,7 @@ def unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def samples(events: Sequence[Event]) -> list[Sample]:
-    """The first and the last answer to each prompt that was answered on the way."""
+    """Return the first and last completion of each sample prompt."""
     found: dict[str, list[Event]] = {}
     for event in events:
         if event["event"] == "sample" and "prompt" in event and "answer" in event:
@@ -138,14 +136,14 @@ def samples(events: Sequence[Event]) -> list[Sample]:
 
 
 def _text(value: Any) -> str:
-    """A prompt may be a list of messages."""
+    """Return a prompt as text; it may be a list of messages."""
     if isinstance(value, list):
         return "\n".join(f"{m['role']}: {m['content']}" for m in value if isinstance(m, dict) and {*m} >= {"role"})
     return str(value)
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """What lies in a run folder, folders as one, and bytes."""
+    """Return the entries of a run folder with their bytes, each folder as one."""
     found = {}
     for path in sorted(folder.iterdir()):
         files = [p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file()]
@@ -168,7 +166,7 @@ class Comparison:
     results: dict[str, list[Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return it as JSON."""
         names = [r.name for r in self.runs]
         return {
             "runs": names,
@@ -178,7 +176,7 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[Details]) -> Comparison:
-    """What differs between runs in settings and result."""
+    """Return what differs between runs in settings and results."""
     keys = dict.fromkeys(k for r in runs for k in r.settings if not k.startswith(("run.name", "run.dir")))
     settings = {k: [r.settings.get(k) for r in runs] for k in keys}
     results = [result(r) for r in runs]
@@ -191,7 +189,7 @@ def compare_runs(runs: Sequence[Details]) -> Comparison:
 
 
 def result(run: Details) -> dict[str, Any]:
-    """What came of a run: the validation of the weights that were kept, the last report, and what it took."""
+    """Return a run's results: the validation of the kept weights, the last report, time and memory."""
     kept, last, start = run.kept, run.last, run.start
     found: dict[str, Any] = {"status": run.info.status, "steps": run.info.step}
     if kept:
@@ -207,7 +205,7 @@ def result(run: Details) -> dict[str, Any]:
 
 
 def plot_runs(names: Sequence[str], place: Path, out: Path | None, overwrite: bool = False) -> list[Path]:
-    """Draw the curves of one run, or of several in one picture.
+    """Draw the curves of one run, or of several runs in one picture.
 
     Args:
         out: .png, .svg or .pdf; default: the run's name, or the names, .png in the working directory.
@@ -235,15 +233,13 @@ def plot_runs(names: Sequence[str], place: Path, out: Path | None, overwrite: bo
 
 
 # --- run tables -------------------------------------------------------------------------------------------------------
-# Runs on the terminal: a list, one in detail, several side by side.
-
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
-MOST_NAMES = 4  # in one remark
-WIDE = 100  # columns, from which dates are whole and methods are shown
+MOST_NAMES = 4  # in one note
+WIDE = 100  # columns from which full dates and methods are shown
 
 
 def when(iso: str, short: bool = False) -> str:
-    """A time of status.json in the time of this place."""
+    """Return a time of status.json in local time."""
     try:
         at = datetime.fromisoformat(iso).astimezone()
     except ValueError:
@@ -252,7 +248,7 @@ def when(iso: str, short: bool = False) -> str:
 
 
 def value(v: Any) -> str:
-    """A setting or a number in few characters."""
+    """Format a setting or number in few characters."""
     if v is None:
         return "-"
     if isinstance(v, bool):
@@ -265,7 +261,7 @@ def value(v: Any) -> str:
 
 
 def span(seconds: float | None) -> str:
-    """A time in words."""
+    """Format a duration."""
     if seconds is None:
         return "-"
     minutes, rest = divmod(round(seconds), 60)
@@ -275,7 +271,7 @@ def span(seconds: float | None) -> str:
 
 
 def size(n: int) -> str:
-    """Bytes in words."""
+    """Format a number of bytes."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= scale:
             return f"{n / scale:.1f} {unit}"
@@ -283,19 +279,19 @@ def size(n: int) -> str:
 
 
 def counted(data: Mapping[str, Any]) -> str:
-    """A start event's counts and shares of the rows."""
+    """Format the row counts of a start event."""
     return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {value(v)}" for k, v in data.items())
 
 
 def status(run: RunInfo) -> Text:
-    """The status, and how far a run is that has not ended as it should."""
+    """Return the status, and the progress of a run that has not ended normally."""
     far = run.status not in ("done", "half-written") and run.steps
     share = f" {run.step}/{run.steps}" if far else ""
     return Text(f"{run.status}{share}", style=STYLES.get(run.status, "dim"))
 
 
 def show_list(console: Console, runs: Sequence[RunInfo]) -> None:
-    """A table of runs, and below it what is odd about some."""
+    """Print a table of runs, and notes below it."""
     wide = console.width >= WIDE
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name, options in (
@@ -325,7 +321,7 @@ def show_list(console: Console, runs: Sequence[RunInfo]) -> None:
 
 
 def show_details(console: Console, run: Details) -> None:
-    """All of one run."""
+    """Print one run in detail."""
     info = run.info
     console.print(Text.assemble((info.name, "bold"), "  ", status(info), f"  {info.dir}"), soft_wrap=True)
     if info.error or info.note:
@@ -370,13 +366,13 @@ def _facts(run: Details) -> dict[str, Any]:
 
 
 def change_of(pair: Sequence[float]) -> str:
-    """The second less the first, with its sign."""
+    """Format the second minus the first, with its sign."""
     change = pair[1] - pair[0]
     return f"{change:+,.0f}" if abs(change) >= 1000 else f"{change:+.4g}"
 
 
 def show_comparison(console: Console, found: Comparison) -> None:
-    """What differs in settings, then what came of it; of two runs also the difference of each number."""
+    """Print differing settings, then results; for two runs also the difference of each number."""
     names = [r.name for r in found.runs]
     console.print(Text("settings that differ", style="bold"))
     if found.settings:
@@ -414,7 +410,7 @@ def _pairs(console: Console, title: str, pairs: Mapping[str, Any]) -> None:
 
 
 def ending(run: RunInfo) -> str:
-    """How a run stands, in a line."""
+    """Return a run's status in a line."""
     best = f"; {run.best}" if run.best else ""
     why = f": {run.error.splitlines()[0]}" if run.error else f" ({run.note})" if run.note else ""
     return f"{run.name}: {run.status} after step {run.step}{why}{best}"
@@ -427,14 +423,14 @@ NOT_NUMBERS = ("event", "best", "step", "text", "rollout")
 
 
 def write_report(folder: Path, out: Path | None = None, overwrite: bool = False) -> Path:
-    """Write the page about a run.
+    """Write the HTML page of a run.
 
     Args:
         out: the file; default: report.html in the run folder, where one that mlxft wrote is replaced.
         overwrite: replace the file.
     Raises:
         ConfigError: matplotlib is not installed, or the file is there.
-        CheckpointError: the file can not be written.
+        CheckpointError: the file cannot be written.
     """
     from mlxft.files import text_writer, write_result
 
@@ -446,7 +442,7 @@ def write_report(folder: Path, out: Path | None = None, overwrite: bool = False)
 
 
 def render(run: Details) -> str:
-    """The page's HTML."""
+    """Return the page's HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -454,7 +450,7 @@ def render(run: Details) -> str:
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
-        finalize=lambda v: printable(v) if type(v) is str else v,  # what is markup already is of this page
+        finalize=lambda v: printable(v) if type(v) is str else v,  # markup comes from this page
     )
     curves, no_curves = _curves(run)
     return environment.get_template(_TEMPLATE).render(
@@ -476,7 +472,7 @@ def render(run: Details) -> str:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The tables of what `mlxft eval` has left in the run folder; what is not its result is passed over."""
+    """Return the tables of `mlxft eval`'s results in the run folder; other files are skipped."""
     tables = []
     for path in sorted(folder.glob("**/results.json")):
         try:
@@ -488,7 +484,7 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def _evaluation(found: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
-    """One task on one file: each figure with its standard error, and next to another model if there was one."""
+    """Return the table of one task on one file: figures with standard errors, and another model's."""
     other, pairs = task.get("against"), {pair["metric"]: pair for pair in task.get("paired", ())}
     shots = f", {found['shots']} shots" if found.get("shots") else ""
     columns = ["", "this run ± standard error"]
@@ -516,7 +512,7 @@ def _difference(pair: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def _curves(run: Details) -> tuple[dict[str, str], str]:
-    """The pictures by title, and why there are none."""
+    """Return the pictures by title, and why there are none."""
     from mlxft.study.plots import svg_panels
 
     try:
@@ -561,7 +557,7 @@ def _tiles(run: Details) -> dict[str, str]:
 
 
 def _numbers(run: Details) -> dict[str, Any]:
-    """The validation before and of the kept weights, and the last report, side by side."""
+    """Return the first validation, that of the kept weights, and the last report."""
     named = {
         "untrained": run.before,
         f"kept, step {run.kept.get('step', 0)}": run.kept if run.kept is not run.before else {},

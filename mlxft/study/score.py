@@ -1,4 +1,4 @@
-"""Scores of a reward run: of single answers, of pairs, and of several answers to one prompt, which they rank."""
+"""Score completions by a reward run: single ones, pairs, and several of one prompt, which are ranked."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and an
 
 @dataclass
 class ScoredRow:
-    """One row of the file: its answers' texts or turns, in the order of `names`, and their scores.
+    """A row's completions, in the order of `names`, and their scores.
 
     Attributes:
         kind: "answer", "pair" (chosen and rejected) or "ranking".
-        names: of each answer: score, chosen, rejected, or its number.
-        weight: of a pair: the pairs of one row add up to 1.
-        tie: a pair of which neither answer is better.
+        names: of each completion: score, chosen, rejected, or its number.
+        weight: of a pair; the pairs of one row add up to 1.
+        tie: a pair without a better completion.
     """
 
     where: str
@@ -46,7 +46,7 @@ class ScoredRow:
     tie: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The row's line."""
+        """Return the row's line of JSON."""
         if self.kind == "ranking":
             order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
             return {"row": self.where, "scores": self.scores, "ranking": order}
@@ -67,16 +67,16 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     """Load a reward run (or its adapter or model folder).
 
     Raises:
-        ConfigError: no such folder. ModelError: it is none, or does not fit its base.
+        ConfigError: there is no such folder. ModelError: it is not a reward run, or does not fit its base.
     """
     if not home_path(path).exists():
-        raise ConfigError(f"{path}: no such run; name one of objective: reward")
+        raise ConfigError(f"there is no run {path}; name a run of objective: reward")
     loaded = load_run(path, scores=True, **options)
     loaded.model.eval()
     mx.eval(loaded.model.parameters())
     folder = home_path(path)
     head = find_head(folder)
-    assert head is not None, "load has found it"
+    assert head is not None, "load_run requires it"
     about = read_head(head).about
     noted = about.get("reward", {})
     chat = reads_chat(folder, about)
@@ -88,10 +88,10 @@ def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SC
 
     Args:
         file: rows of messages, prompt and completion, chosen and rejected, or prompt and answers.
-        console: where progress is shown.
+        console: shows progress.
     Raises:
-        ConfigError, DataError: no such file, or rows that can not be scored, all of them in one.
-        ModelError: no reward run.
+        ConfigError, DataError: there is no such file, or rows cannot be scored, all of them in one.
+        ModelError: the run is not a reward run.
     """
     rows = list(read_rows(file, "test"))
     scorer = open_scorer(run)
@@ -107,9 +107,9 @@ def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SC
             problems.append(text if text.startswith(f"{row.where}: ") else f"{row.where}: {text}")
     if problems:
         raise DataError(report_lines(problems))
-    answers = [answer for item in found for answer in item.answers]
-    with bar(console, len(answers), "answers") as advance:
-        scores = scorer.scores(answers, tokens, advance)
+    every = [completion for item in found for completion in item.answers]
+    with bar(console, len(every), "completions") as advance:
+        scores = scorer.scores(every, tokens, advance)
     at = 0
     for item in found:
         item.scores = scores[at : at + len(item.answers)]
@@ -118,10 +118,10 @@ def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SC
 
 
 def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[ScoredRow]:
-    """What a row asks to be scored; its fields say which kind it is.
+    """Return what is to be scored of a row, by its fields.
 
     Raises:
-        DataError: it is of none, or not well formed.
+        DataError: the row has none of the fields, or is not well formed.
     """
     row = in_our_fields(row, ("preference", "ratings"), scorer.chat and bool(scorer.tokenizer.has_chat_template))
     has = {name for name, value in row.items() if value is not None}
@@ -133,19 +133,19 @@ def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[ScoredRow]
     if "prompt" in has and listed:
         texts = row[listed]
         if not isinstance(texts, list) or not texts:
-            raise DataError(f"{listed} is {texts!r:.40}; expected a list of answers")
-        items = [FORMATS["unpaired"].read({**row, "completion": answer, "label": True}) for answer in texts]
-        answers = [_answer(scorer, item, where) for item in items]
-        return [ScoredRow(where, "ranking", answers, [str(i) for i in range(len(answers))])]
+            raise DataError(f"{listed} is {texts!r:.40}; expected a list of completions")
+        items = [FORMATS["unpaired"].read({**row, "completion": text, "label": True}) for text in texts]
+        encoded = [_encoded(scorer, item, where) for item in items]
+        return [ScoredRow(where, "ranking", encoded, [str(i) for i in range(len(encoded))])]
     single = "unpaired" if isinstance(row.get("prompt"), str) else "prompt-completion"
     kind = FORMATS["messages" if "messages" in has else single]
-    judged = {**row, "label": True}  # good or bad, it has a score
-    if not kind.missing(judged):
-        return [ScoredRow(where, "answer", [_answer(scorer, kind.read(judged), where)], ["score"])]
+    labelled = {**row, "label": True}  # the label does not matter for a score
+    if not kind.missing(labelled):
+        return [ScoredRow(where, "answer", [_encoded(scorer, kind.read(labelled), where)], ["score"])]
     raise DataError(f"the row has {', '.join(sorted(has)) or 'no fields'}; expected {FIELDS}")
 
 
-def _answer(scorer: Scorer, item: Any, where: str) -> EncodedCompletion:
+def _encoded(scorer: Scorer, item: Any, where: str) -> EncodedCompletion:
     if isinstance(item, Completion):
         return scorer.encode(item.prompt, item.completion, where)
     if isinstance(item, Labelled):
@@ -161,7 +161,7 @@ def _pair(scorer: Scorer, pair: Pair, where: str) -> ScoredRow:
 
 
 def summarise(rows: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Mean and spread of all scores; of pairs what a validation says: a row of several counts once, ties aside."""
+    """Return mean and spread of all scores; for pairs the numbers of a validation: rows count once, ties do not."""
     values = np.array([value for row in rows for value in row.scores])
     weights = np.array([row.weight for row in rows for _ in row.scores])
     mean = np.average(values, weights=weights)
@@ -174,9 +174,9 @@ def summarise(rows: Sequence[ScoredRow]) -> dict[str, Any]:
 
 
 def _of_pairs(pairs: Sequence[ScoredRow]) -> dict[str, Any]:
-    """How often chosen is above rejected, by how much, and how sure that may be taken to be.
+    """Return accuracy, margin and calibration of pairs.
 
-    Scores that differ by no more than rounding count half.
+    Scores that are equal within rounding count half.
     """
     weights = np.array([row.weight for row in pairs], dtype=np.float32)  # a GPU has no float64
     chosen, rejected = (np.array([row.scores[side] for row in pairs], dtype=np.float32) for side in (0, 1))
@@ -195,7 +195,7 @@ def _of_pairs(pairs: Sequence[ScoredRow]) -> dict[str, Any]:
 
 
 def tables(summary: dict[str, Any]) -> list[str]:
-    """The lines of what a summary has beside plain numbers: reliability, and scores by the answers' length."""
+    """Return a summary's tables as lines: reliability, and scores by the completions' length."""
     lines = []
     if "reliability" in summary:
         lines += ["how sure   how often right   share of pairs"]
@@ -204,7 +204,7 @@ def tables(summary: dict[str, Any]) -> list[str]:
             for row in summary["reliability"]
         ]
     if "scores_by_length" in summary:
-        lines += ["answers    mean score       std   share"]
+        lines += ["length     mean score       std   share"]
         lines += [
             f"{name:8}   {row['mean']:10.4f}   {row['std']:7.4f}   {row['share']:5.1%}"
             for name, row in summary["scores_by_length"].items()

@@ -10,16 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# --- stats ------------------------------------------------------------------------------------------------------------
-# How sure a figure is: standard errors clustered by row, and a paired bootstrap of differences. Pure numpy.
-
 Floats64 = npt.NDArray[np.float64]
 RESAMPLES = 9999
-_CHUNK = 1 << 22  # indices drawn at one time
+_CHUNK = 1 << 22  # indices that are drawn at once
 
 
 class Figure(NamedTuple):
-    """A mean over `n` rows and its standard error, NaN where one row leaves it unknown."""
+    """A mean over `n` rows and its standard error, NaN for a single row."""
 
     value: float
     se: float
@@ -27,7 +24,7 @@ class Figure(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A difference and the interval around it that holds the true one with the wanted confidence."""
+    """A difference and its confidence interval."""
 
     difference: float
     low: float
@@ -35,7 +32,7 @@ class Interval(NamedTuple):
 
 
 def mean(values: Sequence[float] | Floats64, weights: Sequence[float] | Floats64 | None = None) -> Figure:
-    """A (weighted) mean, with its standard error clustered by row.
+    """Return a (weighted) mean with its standard error, clustered by row.
 
     Args:
         values: (n,) a row's own mean.
@@ -62,7 +59,7 @@ def bootstrap(
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """The (weighted) mean of `a - b`, with its BCa bootstrap interval (Efron 1987) over rows.
+    """Return the (weighted) mean of `a - b` with its BCa bootstrap interval (Efron 1987) over rows.
 
     A row's two values stay together, so what rows have in common drops out. Draws and interval are those of
     scipy.stats.bootstrap with method="BCa" and the same seed.
@@ -85,19 +82,19 @@ def bootstrap(
         at = rng.integers(0, n, (min(step, resamples - start), n))
         found.append(sums[at].sum(axis=1) / w[at].sum(axis=1))
     means = np.concatenate(found)
-    # A row left out at a time: how the mean's spread depends on the mean itself.
+    # The jackknife: how the mean's spread depends on the mean.
     left = (sums.sum() - sums) / (w.sum() - w)
     low, high = np.quantile(means, _bca(means, value, left, confidence))
     return Interval(value, float(low), float(high))
 
 
 def _bca(means: Floats64, value: float, left: Floats64, confidence: float) -> tuple[float, float]:
-    """The two quantiles of the resampled means that bound the interval: corrected for bias and for acceleration."""
+    """Return the quantiles of the resampled means that bound the interval, corrected for bias and acceleration."""
     normal, count = NormalDist(), len(means)
-    # Half of the ties count: scores of 0 and 1 have many.
+    # Ties count half: scores of 0 and 1 have many.
     share = float((means < value).sum() + (means <= value).sum()) / (2 * count)
     alpha = (1 - confidence) / 2
-    if not 0 < share < 1:  # the value lies outside of all resamples: nothing to correct by
+    if not 0 < share < 1:  # the value is outside all resamples: no correction
         return alpha, 1 - alpha
     bias = normal.inv_cdf(share)
     apart = left.mean() - left
@@ -114,7 +111,7 @@ def _bca(means: Floats64, value: float, left: Floats64, confidence: float) -> tu
 
 
 class Estimate(NamedTuple):
-    """A mean, its standard error, and the interval that holds the true one with the wanted confidence; NaN: unknown."""
+    """A mean, its standard error and its confidence interval; NaN: unknown."""
 
     value: float
     se: float
@@ -123,7 +120,7 @@ class Estimate(NamedTuple):
 
 
 def crossed(scores: Floats64, confidence: float = 0.95, bounds: tuple[float, float] | None = None) -> Estimate:
-    """The mean of scores in which every seed meets every row.
+    """Return the mean of scores where every seed has every row.
 
     The variance of the mean is that of two crossed random effects (Searle, Casella and McCulloch 1992, 4.4): rows and
     seeds each bring their own, and what is left is spread over both. Degrees of freedom are Satterthwaite's.
@@ -137,7 +134,7 @@ def crossed(scores: Floats64, confidence: float = 0.95, bounds: tuple[float, flo
     if rows < 2:
         return Estimate(value, math.nan, math.nan, math.nan)
     by_row, by_seed = scores.mean(axis=0), scores.mean(axis=1)
-    # Mean squares of rows and of seeds; where the seeds differ by no more than chance, rows are all there is.
+    # Mean squares of rows and seeds; where seeds differ by chance only, rows are the only source of variance.
     of_rows, df = seeds * float(by_row.var(ddof=1)), float(rows - 1)
     total = of_rows
     if seeds > 1:
@@ -155,7 +152,7 @@ def crossed(scores: Floats64, confidence: float = 0.95, bounds: tuple[float, flo
 
 
 def t_quantile(share: float, df: float) -> float:
-    """The quantile of Student's t, for shares above one half and at least one degree of freedom."""
+    """Return a quantile of Student's t, for shares above one half and at least one degree of freedom."""
     # With t = tan(angle) * root of df the density is a power of a cosine, smooth over a finite interval.
     angles = np.linspace(0.0, math.pi / 2, 20001)
     density = np.cos(angles) ** (df - 1)
