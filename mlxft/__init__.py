@@ -21,6 +21,7 @@ _PLACES = {
     "Step": "objectives.base",
     "Summary": "objectives.base",
     "Terms": "objectives.base",
+    "adapt": "api",
     "answer_of": "data.chat",
     "errors": "",
     "evaluate": "api",
@@ -30,10 +31,14 @@ _PLACES = {
     "generate": "api",
     "load": "runs:load_run",
     "load_encoded": "data.dataset",
+    "logprobs": "api",
     "open_run": "runs",
     "read_rows": "data.sources",
     "sample": "api",
+    "sample_tokens": "api",
+    "save_adapter": "api",
     "score": "api",
+    "tokenize": "api",
     "train": "run",
 }
 __all__ = [
@@ -49,6 +54,7 @@ __all__ = [
     "Summary",
     "Terms",
     "__version__",
+    "adapt",
     "answer_of",
     "errors",
     "evaluate",
@@ -58,15 +64,31 @@ __all__ = [
     "generate",
     "load",
     "load_encoded",
+    "logprobs",
     "open_run",
     "read_rows",
     "sample",
+    "sample_tokens",
+    "save_adapter",
     "score",
+    "tokenize",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from mlxft.api import evaluate, export, fuse, generate, sample, score
+    from mlxft.api import (
+        adapt,
+        evaluate,
+        export,
+        fuse,
+        generate,
+        logprobs,
+        sample,
+        sample_tokens,
+        save_adapter,
+        score,
+        tokenize,
+    )
     from mlxft.config import Config, Settings
     from mlxft.data.chat import answer_of
     from mlxft.data.dataset import load_encoded

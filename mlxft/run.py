@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -26,12 +25,11 @@ from mlxft.build import (
     settled,
 )
 from mlxft.config import Config, dump_config, flat, hand_over, load_config, override_all, parse_config, put
-from mlxft.data.chat import thinking_of
 from mlxft.data.dataset import encode_prompt
 from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
 from mlxft.files import Held, hold, save_arrays, write_beside, write_text
-from mlxft.model.adapters import LoRASpec, adapter_config, load_trained, trainable_weights
+from mlxft.model.adapters import LoRASpec, adapter_texts, load_trained, trainable_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limits, set_random_state
@@ -199,14 +197,9 @@ class _Saver:
                 return
         base = config.model.model_dump(mode="json", exclude={"adapter"})
         base = {"model": base.pop("path"), "fingerprint": fingerprint, **base}
-        tokenizer = self.loaded.tokenizer
         about = {"base": base, "objective": config.objective, "versions": versions(), **noted}
-        if not thinking_of(tokenizer):
-            about["enable_thinking"] = False
-        about["eos_tokens"] = sorted(str(tokenizer.convert_ids_to_tokens(i)) for i in tokenizer.eos_token_ids)
-        text = json.dumps(adapter_config(self.spec, model, about), indent=2)
-        write_text(out / "adapter_config.json", text + "\n")
-        _keep_template(self.loaded, out)
+        for name, text in adapter_texts(self.loaded, self.spec, about).items():
+            write_text(out / name, text)
         save_head(out)
         write_beside(out / "adapters.safetensors", lambda p: save_arrays(p, weights, adapter_metadata(head)))
 

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 import mlxft
+from mlxft.build import load_base, prepare
 from mlxft.errors import CheckpointError, ConfigError
+from mlxft.model.load import Loaded
 from mlxft.model.sampling import Sampling, complete
 from mlxft.objectives.grpo import GRPO
+from mlxft.run import as_config
 from mlxft.trainer.loop import Loop
 
 ROWS = [
@@ -250,6 +256,161 @@ def test_rows_are_scored(settings: dict[str, Any]) -> None:
     found = mlxft.score(run, pairs)
     assert [row["row"] for row in found] == ["rows[0]", "rows[1]", "rows[2]"]
     assert all(row["margin"] == pytest.approx(row["chosen"] - row["rejected"]) for row in found)
+
+
+# What a training loop of one's own is made of.
+
+
+def adapted(folder: Path, **options: Any) -> Loaded:
+    """An adapter whose update is not zero."""
+    model = mlxft.adapt(mlxft.load(str(folder), **options), rank=4, dora="quantize" not in options)
+    changed = tree_map(lambda v: v + 0.05 * mx.random.normal(v.shape, key=mx.random.key(1)), model.model.parameters())
+    trained = model.model.trainable_parameters()
+    flat = {name: value for name, value in tree_flatten(changed) if name in dict(tree_flatten(trained))}
+    model.model.load_weights(list(flat.items()), strict=False)
+    return model
+
+
+def logits(model: Loaded, ids: mx.array) -> mx.array:
+    model.model.eval()
+    found: mx.array = model.model(ids)
+    return found
+
+
+IDS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 0, 0]]
+MASK = [[0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 0, 0]]
+
+
+def test_adapt_starts_where_train_does(settings: dict[str, Any]) -> None:
+    settings |= {"tune": {"rank": 4, "alpha": 8, "targets": "attention"}}
+    settings["run"]["seed"] = 7
+    config = as_config(settings)
+    theirs = load_base(config)
+    prepare(config, theirs)
+    ours = mlxft.load(config.model.path)
+    before = np.array(mx.random.state[0]).tolist()  # type: ignore[index]
+    assert mlxft.adapt(ours, rank=4, alpha=8, targets="attention", seed=7) is ours
+    assert np.array(mx.random.state[0]).tolist() == before, "the random state is the caller's"  # type: ignore[index]
+    one, other = (dict(tree_flatten(m.model.trainable_parameters())) for m in (theirs, ours))
+    assert one.keys() == other.keys()
+    assert all(mx.array_equal(one[name], other[name]).item() for name in one)
+    assert ours.model.training
+    bare = mlxft.load(config.model.path)
+    assert mx.array_equal(logits(ours, mx.array(IDS)), logits(bare, mx.array(IDS))).item(), "no effect at first"
+    with pytest.raises(ConfigError, match="adapter already"):
+        mlxft.adapt(ours)
+    problems: list[dict[str, Any]] = [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"targets": "q_porj"}]
+    for wrong in problems:
+        with pytest.raises(ConfigError, match="q_porj" if "targets" in wrong else f"{next(iter(wrong))} is "):
+            mlxft.adapt(bare, **wrong)
+
+
+def test_tokenize(settings: dict[str, Any], tiny_model: Loaded) -> None:
+    rows = mlxft.tokenize(tiny_model, ROWS)
+    for row, other in zip(rows, mlxft.tokenize(tiny_model, settings["data"]["train"])):
+        assert row.ids.tolist() == other.ids.tolist()
+    decode = tiny_model.tokenizer.decode
+    assert decode(rows[0].ids[rows[0].trained].tolist()) == "It is the house.<|im_end|>"
+    assert not rows[0].trained[0]
+    (whole,) = mlxft.tokenize(tiny_model, [{"text": "the sea"}], format="text")
+    assert whole.trained[1:].all()
+    with pytest.raises(mlxft.errors.DataError, match=r"rows\[1\]"):
+        mlxft.tokenize(tiny_model, [ROWS[0], {"messages": []}])
+    with pytest.raises(mlxft.errors.DataError, match=r"rows\[0\]: \d+ tokens"):
+        mlxft.tokenize(tiny_model, ROWS, max_length=4)
+    with pytest.raises(ConfigError, match="train_on"):
+        mlxft.tokenize(tiny_model, ROWS, train_on="asistant")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_whole_logits(tiny_model_dir: Path, temperature: float) -> None:
+    """Values and gradient, with an adapter that has an effect."""
+    model, ids, mask = adapted(tiny_model_dir), mx.array(IDS), mx.array(MASK)
+    model.model.eval()
+
+    def direct() -> mx.array:
+        found = mlxft.functional.token_logprobs(model.model(ids)[:, :-1], ids[:, 1:], temperature)
+        return mx.pad(found, [(0, 0), (1, 0)]) * mask
+
+    def ours() -> mx.array:
+        return mlxft.logprobs(model, ids, mask, temperature=temperature)
+
+    assert mx.allclose(ours(), direct(), atol=1e-5).item()
+    still = mlxft.logprobs(model, np.array(IDS), np.array(MASK), temperature=temperature, grad=False)
+    assert mx.allclose(still, direct(), atol=1e-5).item()
+    weights = mx.random.normal(mask.shape, key=mx.random.key(2))  # of tokens, as advantages are
+    one, other = (nn.value_and_grad(model.model, lambda f=f: (f() * weights).sum())()[1] for f in (ours, direct))
+    one, other = dict(tree_flatten(one)), dict(tree_flatten(other))
+    assert one.keys() == other.keys()
+    assert one
+    for name in one:
+        assert mx.allclose(one[name], other[name], rtol=1e-3, atol=1e-4).item(), name
+
+
+def test_logprobs_of_the_base(tiny_model_dir: Path) -> None:
+    """By the model without its adapter, to the last bit, and nothing of the model has changed after it."""
+    model, bare = adapted(tiny_model_dir), mlxft.load(str(tiny_model_dir))
+    before = dict(tree_flatten(model.model.trainable_parameters()))
+    expected = mlxft.logprobs(bare, IDS, MASK, grad=False)
+    assert mx.array_equal(mlxft.logprobs(model, IDS, MASK, base=True), expected).item()
+    assert not mx.allclose(mlxft.logprobs(model, IDS, MASK), expected, atol=1e-2).item()
+    after = dict(tree_flatten(model.model.trainable_parameters()))
+    assert before.keys() == after.keys()
+    assert all(before[name] is after[name] for name in before)
+    assert model.model.training
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [([[1, 0, 0]], "first token"), ([[0, 0, 0]], "no token"), ([[0, 1]], r"\(1, 3\) and mask \(1, 2\)")],
+)
+def test_masks_that_mean_nothing_are_refused(tiny_model: Loaded, mask: list[list[int]], message: str) -> None:
+    with pytest.raises(mlxft.errors.DataError, match=message):
+        mlxft.logprobs(tiny_model, [[1, 2, 3]], mask)
+    with pytest.raises(ConfigError, match="temperature"):
+        mlxft.logprobs(tiny_model, [[1, 2, 3]], [[0, 1, 1]], temperature=0)
+
+
+def test_sample_tokens_are_the_texts_of_sample(tiny_model: Loaded) -> None:
+    prompts = ["What is sea?", "What is the longest road?"]
+    found = mlxft.sample_tokens(tiny_model, prompts, samples=3, max_tokens=8, seed=1)
+    texts = mlxft.sample(tiny_model, prompts, samples=3, max_tokens=8, seed=1)
+    assert [[completion.text for completion in group] for group in found] == texts
+    for prompt, group in zip(prompts, found):
+        assert prompt in tiny_model.tokenizer.decode(group[0].prompt)
+        assert all(c.finish == ("eos" if c.ids[-1] in tiny_model.tokenizer.eos_token_ids else "length") for c in group)
+        assert all(0 < len(c.ids) <= 8 for c in group)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": 4, "group_size": 32}], ids=["float", "4 bits"])
+def test_an_adapter_that_is_saved_is_loaded(tiny_model_dir: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    model, ids = adapted(tiny_model_dir, **options), mx.array(IDS)
+    folder = mlxft.save_adapter(model, tmp_path / "a")
+    again = mlxft.load(folder)
+    assert mx.array_equal(logits(model, ids), logits(again, ids)).item(), "the base is loaded as it was"
+    assert not mx.allclose(logits(again, ids), logits(mlxft.load(str(tiny_model_dir)), ids), atol=1e-2).item()
+    assert again.tokenizer.eos_token_ids == model.tokenizer.eos_token_ids
+    with pytest.raises(ConfigError, match="exists already"):
+        mlxft.save_adapter(model, folder)
+    second = mlxft.save_adapter(again, tmp_path / "b")  # one that was loaded
+    assert mx.array_equal(logits(mlxft.load(second), ids), logits(model, ids)).item()
+    mlxft.save_adapter(again, folder, overwrite=True)
+    with pytest.raises(ConfigError, match="no adapter"):
+        mlxft.save_adapter(mlxft.load(str(tiny_model_dir)), tmp_path / "c")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("of the user's own")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        mlxft.save_adapter(model, tmp_path / "mine", overwrite=True)
+
+
+def test_mlx_lm_reads_what_save_adapter_writes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    import mlx_lm
+
+    model = adapted(tiny_model_dir)
+    folder = mlxft.save_adapter(model, tmp_path / "a")
+    theirs = mlx_lm.load(str(tiny_model_dir), adapter_path=str(folder))[0]
+    theirs.eval()
+    assert mx.allclose(theirs(mx.array(IDS)), logits(model, mx.array(IDS)), atol=1e-4).item()
 
 
 def test_every_public_name_is_there() -> None:

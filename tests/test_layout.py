@@ -44,7 +44,7 @@ ORDER = {
 # Files and lines of each room, comments and blank lines included. A change that needs more says so here, and why.
 # Before the rooms were merged: 189 files, 35,959 lines.
 BUDGET = {
-    "top": (14, 6300),
+    "top": (14, 6530),  # api.py: what a training loop of one's own is made of (examples/)
     "data": (5, 4300),
     "model": (15, 7300),  # frozen.py: what objectives read and never train, opened and planned in one place
     "objectives": (11, 4800),

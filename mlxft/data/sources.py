@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,8 +92,13 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
 
 def _handed_rows(spec: str, split: str) -> Iterator[Row | Problem]:
     """Return the rows that a program has handed over."""
-    for i, row in enumerate(handed_over(f"data.{split}", spec)):
-        where = f"{spec.removeprefix('python:')}[{i}]"
+    return given_rows(handed_over(f"data.{split}", spec), spec.removeprefix("python:"))
+
+
+def given_rows(rows: Iterable[Any], name: str = "rows") -> Iterator[Row | Problem]:
+    """Yield rows that are objects of a program, each with its place in what the program calls `name`."""
+    for i, row in enumerate(rows):
+        where = f"{name}[{i}]"
         if isinstance(row, Mapping):
             yield Row(where, dict(row))
         else:

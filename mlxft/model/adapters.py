@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from pydantic import Field
 
-from mlxft.data.chat import set_thinking
+from mlxft.data.chat import set_thinking, thinking_of
 from mlxft.data.dataset import end_completions
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model.folder import (
@@ -30,7 +31,7 @@ from mlxft.model.folder import (
     read_object,
 )
 from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain_layer, shift, wrap
-from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, fits_base, stated_name
+from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, chat_template_files, fits_base, stated_name
 from mlxft.model.load import load as load_model
 from mlxft.text import home_path
 
@@ -317,6 +318,29 @@ def adapter_config(spec: LoRASpec | None, model: nn.Module, about: dict[str, Any
         },
         "mlxft": about,
     }
+
+
+def attached_spec(layers: Mapping[str, LowRank]) -> LoRASpec | None:
+    """Return the shape of an adapter by its layers, path -> layer; None where there are none."""
+    if not layers:
+        return None
+    first = next(iter(layers.values()))
+    # Experts' factors are (experts, rank, in) and (experts, out, rank), all others (in, rank) and (rank, out).
+    rank = int(first.lora_a.shape[1])
+    return LoRASpec(tuple(layers), rank, first.scale, float(1 - first.dropout._p_1), "m" in first)
+
+
+def adapter_texts(loaded: Loaded, spec: LoRASpec | None, about: Mapping[str, Any]) -> dict[str, str]:
+    """Return the text files of an adapter folder, name -> text: adapter_config.json, and the chat template.
+
+    Args:
+        about: base, versions and whatever else is noted; how prompts and completions end is added.
+    """
+    tokenizer = loaded.tokenizer
+    asking: dict[str, Any] = {} if thinking_of(tokenizer) else {"enable_thinking": False}
+    ends = sorted(str(tokenizer.convert_ids_to_tokens(i)) for i in tokenizer.eos_token_ids)
+    config = adapter_config(spec, loaded.model, {**about, **asking, "eos_tokens": ends})
+    return {"adapter_config.json": json.dumps(config, indent=2) + "\n", **chat_template_files(tokenizer)}
 
 
 def trainable_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ from mlxft.text import echo, home_path, parse_json, read_small
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlxft.model.logits import Split
 
 
 # --- fingerprint ------------------------------------------------------------------------------------------------------
@@ -413,7 +416,8 @@ class Loaded:
         config: config.json as transformers and mlx-lm read it, true to the weights as they are now.
         source: the name that was asked for.
         path: the folder or file that it led to.
-        fingerprint: of the base as loaded, before adapters (see fingerprint.py).
+        fingerprint: of the base as loaded, before adapters.
+        options: dtype, quantize and group_size as given to `load`, by which an adapter's base is loaded again.
     """
 
     model: nn.Module
@@ -422,6 +426,14 @@ class Loaded:
     source: str
     path: Path | None
     fingerprint: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def split(self) -> Split:
+        """Body and head of the model apart, so that logits exist only where they are needed."""
+        from mlxft.model.logits import Split
+
+        return Split(self.model)
 
 
 def load(
@@ -452,6 +464,7 @@ def load(
         ModelError: nothing there, the hub does not answer, or what is there can not be used.
     """
     _check_arguments(dtype, quantize, group_size)
+    options = {"dtype": dtype, "quantize": quantize, "group_size": group_size}
     where = resolve(path, revision)
     if where.suffix == ".gguf":
         with foreign(f"model {path!r}: its metadata cannot be used"):
@@ -477,7 +490,7 @@ def load(
     except RuntimeError as error:
         raise ModelError(f"model {path!r}: the weights can not be read: {brief(error)}") from error
     model.eval()
-    return Loaded(model, tokenizer, config, path, where, fingerprint(config, model))
+    return Loaded(model, tokenizer, config, path, where, fingerprint(config, model), options)
 
 
 def load_tokenizer(

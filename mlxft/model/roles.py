@@ -18,6 +18,7 @@ from mlxft.errors import ModelError
 from mlxft.model.adapters import (
     LoRASpec,
     adapter_config,
+    attached_spec,
     count_all,
     load_trained,
     read_adapter,
@@ -100,7 +101,7 @@ class Roles:
             self._learn(path, layer.base)
         whole = {n: v for n, v in trained_without_head(model).items() if n not in leaves}
         self._learn_whole(whole)
-        self._roles[adopt] = Role(_spec(adapted), adapted, whole, head_of(model))
+        self._roles[adopt] = Role(attached_spec(adapted), adapted, whole, head_of(model))
         self.active = adopt
 
     @property
@@ -297,13 +298,3 @@ def _twin(layer: LowRank) -> LowRank:
     twin.dropout = copy.copy(layer.dropout)
     twin._no_grad, twin.dropout._no_grad = set(layer._no_grad), set(layer.dropout._no_grad)
     return twin
-
-
-def _spec(layers: dict[str, LowRank]) -> LoRASpec | None:
-    """The shape of an adapter that is there."""
-    if not layers:
-        return None
-    first = next(iter(layers.values()))
-    # Experts' factors are (experts, rank, in) and (experts, out, rank), all others (in, rank) and (rank, out).
-    rank = int(first.lora_a.shape[1])
-    return LoRASpec(tuple(layers), rank, first.scale, float(1 - first.dropout._p_1), "m" in first)
