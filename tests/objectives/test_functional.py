@@ -336,7 +336,9 @@ def test_first_minibatch_has_ratio_1_and_clips_nothing() -> None:
     got = F.policy_loss(x, x, random(1, 2, 5), mask, 0.2)
     assert {name: value.item() for name, value in got.metrics.items()} == {
         "approx_kl": 0.0,
+        "approx_kl_k3": 0.0,
         "clip_fraction": 0.0,
+        "ratio_max": 1.0,
         "ratio_mean": 8.0,
     }
 
