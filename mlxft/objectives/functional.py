@@ -225,7 +225,7 @@ def policy_loss(
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, owners=how.owners)
     keep, advantages = mask != 0, mx.stop_gradient(advantages)
-    rows = _Rows(keep, how.owners, advantages.shape[0])
+    rows = _Rows(keep, how.owners, count=advantages.shape[0])
     new, old = _masked(logprobs, keep), _masked(mx.stop_gradient(old_logprobs), keep)
     log_ratio, counted = new - old, keep
     tokens = {"approx_kl": -mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO), "approx_kl_k3": kl(old, new, "k3")}
@@ -250,6 +250,7 @@ def policy_loss(
     length = how.length if how.loss == "constant" else 1
     total = rows.means(losses) if how.loss == "sequence" and how.ratio == "token" else losses
     means = items | {name: rows.means(x) for name, x in tokens.items()}
+    # A completion weighs `length` in metrics too, so that they stay means over its tokens.
     sums = {name: length * x.sum() for name, x in means.items()}
     return LossSum(total.sum(), length * _float(rows.sizes > 0).sum(), sums | highest)
 

@@ -556,7 +556,7 @@ class HeldOut:
 # --- on-policy --------------------------------------------------------------------------------------------------------
 
 _M = TypeVar("_M", bound=OnPolicySettings)
-FAR = "approx_kl_k3"  # metric: KL to the policy that sampled by k3, never below 0; approx_kl is k1
+FAR = "approx_kl_k3"  # metric of policy_loss: KL to the policy that sampled by k3, never below 0; approx_kl is k1
 _IDLE = 8  # consecutive rollouts with nothing to train on before a run is stopped, at least
 
 

@@ -175,7 +175,7 @@ def test_tokens_on_end_are_padded_rows(loss: Any, ratio: Any) -> None:
     """Loss, weight, metrics and gradient of (N,) tokens with owners are those of (B, T)."""
     if ratio == "completion" and loss == "token":
         with pytest.raises(AssertionError, match="sequence or constant"):
-            F.policy_loss(*[MASK] * 4, 0.2, how=F.Aggregation(loss, ratio=ratio))
+            F.policy_loss(MASK, MASK, MASK, MASK, 0.2, how=F.Aggregation(loss, ratio=ratio))
         return
     how, sizes = F.Aggregation(loss, 6, ratio), np.array(GOLDEN["lengths"])
     owners = mx.array(np.repeat(np.arange(len(sizes)), sizes).astype(np.int32))
