@@ -13,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.device import planned_backend
-from mlxft.errors import ModelError
+from mlxft.errors import ConfigError, ModelError
 from mlxft.model.cpu import cross_entropy, exp, logsumexp, on_cpu
 from mlxft.model.layers import again, intercepted, position, probing, repeatable
 
@@ -396,14 +396,35 @@ def ahead(batches: Iterable[tuple[_K, A]], read: Callable[[A], V]) -> Iterator[t
     yield from before
 
 
-def _picked(logits: mx.array, labels: mx.array) -> mx.array:
-    return -cross_entropy(logits, labels)
+def _tempered(logits: mx.array, temperature: float) -> mx.array:
+    if not temperature > 0:
+        raise ConfigError(f"temperature is {temperature}; expected a number above 0")
+    return logits if temperature == 1.0 else logits.astype(mx.float32) / temperature
 
 
-def _entropy(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    total = logsumexp(logits)
-    return total - (exp(logits - total[:, None]) * logits).sum(axis=-1)
+def token_logprobs(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
+    """Return the log-probability of each token, log softmax(logits / temperature)[ids], (B, T) float32, in nats.
+
+    Args:
+        logits: (B, T, V) of any float type, position t predicting ids[:, t]; or (N, V).
+        ids: (B, T) integers in 0..V-1, at pads too; or (N,).
+        temperature: the sampling temperature, or PPO's ratio compares other distributions; ConfigError unless above 0.
+    """
+    if tuple(logits.shape[:-1]) != tuple(ids.shape):
+        raise AssertionError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)}; expected (B, T, V) and (B, T)")
+    flat = _tempered(logits, temperature).reshape(-1, logits.shape[-1])
+    return -cross_entropy(flat, ids.reshape(-1)).reshape(ids.shape)
+
+
+def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
+    """Return the entropy of softmax(z), z = logits / temperature: logsumexp(z) - sum p z, (B, T) in nats, 0 to log V.
+
+    logits: (B, T, V) or (N, V); -inf marks a token that is never sampled. ConfigError unless temperature is above 0.
+    """
+    # -inf would give 0 * -inf; a low finite floor has probability 0, too.
+    scaled = mx.maximum(_tempered(logits, temperature).astype(mx.float32), _OUT)
+    total = logsumexp(scaled)
+    return total - (exp(scaled - total[..., None]) * scaled).sum(axis=-1)
 
 
 class Draw(NamedTuple):
@@ -422,9 +443,8 @@ def _at(draw: Draw, read: Read) -> Read:
         return read
 
     def of_drawn(logits: mx.array, labels: mx.array) -> mx.array:
-        logits = logits.astype(mx.float32) / draw.temperature
+        logits = _tempered(logits.astype(mx.float32), draw.temperature)
         if draw.without is not None:
-            # Finite, because -inf would become 0 * inf in an entropy.
             logits = mx.where(mx.arange(logits.shape[-1]) == draw.without, _OUT, logits)
         return read(logits, labels)
 
@@ -443,7 +463,7 @@ def rows_logprobs(
         grad: whether a gradient will be taken.
         draw: the distribution that the labels were sampled from.
     """
-    return _read_rows(split, ids, positions, labels, _at(draw, _picked), grad)
+    return _read_rows(split, ids, positions, labels, _at(draw, token_logprobs), grad)
 
 
 def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
@@ -453,13 +473,13 @@ def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
 
 def hidden_logprobs(split: Split, hidden: mx.array, labels: mx.array, *, grad: bool, draw: Draw = _PLAIN) -> mx.array:
     """Return log-probabilities after (N, D) hidden states, in chunks: the logits of all of them never exist."""
-    return _read(split, hidden, labels, _at(draw, _picked), grad)
+    return _read(split, hidden, labels, _at(draw, token_logprobs), grad)
 
 
 def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _PLAIN) -> mx.array:
     """Return the entropy of the next token after (N, D) hidden states, (N,) float32, in nats."""
     labels = mx.zeros(hidden.shape[0], dtype=mx.int32)
-    return _read(split, hidden, labels, _at(draw, lambda logits, _: _entropy(logits)), grad)
+    return _read(split, hidden, labels, _at(draw, lambda logits, _: entropy(logits)), grad)
 
 
 def rows_logprobs_entropy(
@@ -479,7 +499,7 @@ def hidden_logprobs_entropy(
 
 
 def _picked_entropy(logits: mx.array, labels: mx.array) -> mx.array:
-    return mx.stack([_picked(logits, labels), _entropy(logits)], axis=-1)
+    return mx.stack([token_logprobs(logits, labels), entropy(logits)], axis=-1)
 
 
 def hidden_logprobs_greedy(split: Split, hidden: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
@@ -498,7 +518,7 @@ def rows_logprobs_greedy(
 
 def _picked_greedy(logits: mx.array, labels: mx.array) -> mx.array:
     likeliest = mx.argmax(logits, axis=-1) == labels
-    return mx.stack([_picked(logits, labels), likeliest.astype(mx.float32)], axis=-1)
+    return mx.stack([token_logprobs(logits, labels), likeliest.astype(mx.float32)], axis=-1)
 
 
 def _read_rows(split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:

@@ -9,7 +9,6 @@ such as (n,) with (n, 1), are refused with an AssertionError.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -17,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.errors import ConfigError, ModelError, nearest
+from mlxft.model.logits import entropy as entropy
+from mlxft.model.logits import row_sums
+from mlxft.model.logits import token_logprobs as token_logprobs
 
 
 class LossSum(NamedTuple):
     """Sums over items: `total` and `weight`, the number of items, both (), and metrics over the same items.
 
-    Sums of several batches add up exactly; the mean of their means would not be the mean over all items.
+    Sums of several batches add up exactly; the mean of their means would not be the mean over all items. A metric named
+    `..._max` is a maximum.
     """
 
     total: mx.array
@@ -63,40 +66,6 @@ def _masked(x: mx.array, keep: mx.array) -> mx.array:
 def _neg_log_sigmoid(x: mx.array) -> mx.array:
     """Return -log sigmoid(x) = log(1 + exp(-x)), finite for every finite x."""
     return mx.logaddexp(-x, mx.array(0.0, dtype=mx.float32))
-
-
-def _tempered(logits: mx.array, temperature: float) -> mx.array:
-    if not temperature > 0:
-        raise ConfigError(f"temperature is {temperature}; expected a number above 0")
-    scaled = _float(logits)
-    return scaled if temperature == 1.0 else scaled / temperature
-
-
-def token_logprobs(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
-    """Return the log-probability of each token, log softmax(logits / temperature)[ids], (B, T) in nats.
-
-    Args:
-        logits: (B, T, V), position t predicting ids[:, t].
-        ids: (B, T) integers in 0..V-1, at pads too.
-        temperature: that of sampling, or PPO's ratio compares other distributions; ConfigError unless above 0.
-    """
-    if tuple(logits.shape[:-1]) != tuple(ids.shape):
-        raise AssertionError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)}; expected (B, T, V) and (B, T)")
-    scaled = _tempered(logits, temperature)
-    chosen = mx.take_along_axis(scaled, ids[..., None], axis=-1).squeeze(-1)
-    return chosen - mx.logsumexp(scaled, axis=-1)
-
-
-def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
-    """Return the entropy of softmax(z), z = logits / temperature: logsumexp(z) - sum p z, (B, T) in nats, 0 to log V.
-
-    logits: (B, T, V), where -inf marks a token that cannot be sampled. ConfigError unless temperature is above 0.
-    """
-    # -inf would give 0 * -inf; a low finite floor has probability 0, too.
-    scaled = mx.maximum(_tempered(logits, temperature), -1e30)
-    log_total = mx.logsumexp(scaled, axis=-1)
-    probs = mx.exp(scaled - log_total[..., None])
-    return log_total - (probs * scaled).sum(axis=-1)
 
 
 def _scan_from_right(decay: mx.array, add: mx.array) -> mx.array:
@@ -156,32 +125,14 @@ def _ratio(log_ratio: mx.array) -> mx.array:
     return mx.exp(mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
 
 
-def surrogate(
-    log_ratio: mx.array,
-    advantages: mx.array,
-    low: float | None,
-    high: float | None,
-    dual_clip: float | None = None,
+def _surrogate(
+    log_ratio: mx.array, advantages: mx.array, low: float | None, high: float | None, dual_clip: float | None
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Compute the clipped surrogate of tokens, or of whole completions, to be minimised; nothing is summed.
-
-    max(-A ratio, -A clip(ratio, 1 - low, 1 + high)) (Schulman et al. 2017, eq. 7; low and high apart as in DAPO, Yu et
-    al. 2025), ratio = exp(log_ratio), whose argument is clipped to +-20. Where A < 0 that grows without bound in the
-    ratio; dual_clip = c bounds it by -A c (Ye et al. 2020; c = 3 is usual).
-
-    Args:
-        log_ratio, advantages: of one shape, at the sampling temperature; the gradient flows into the first only.
-        low, high: above 0, or None for the plain ratio, else ConfigError.
-        dual_clip: above 1, or None for none, else ConfigError.
-    Returns:
-        Losses, and metrics for each item: clip_fraction (the clipped branch is the larger), ratio_mean, and
-        dual_clip_fraction where dual_clip is given.
-    """
+    """Return the loss of each item, a token or a completion, and its metrics; arguments as for `policy_loss`."""
     if wrong := [clip for clip in (low, high) if clip is not None and not clip > 0]:
         raise ConfigError(f"clip is {wrong[0]}; expected a number above 0")
     if dual_clip is not None and not dual_clip > 1:
         raise ConfigError(f"dual_clip is {dual_clip}; expected a number above 1, or none")
-    advantages = mx.stop_gradient(advantages)
     ratio = _ratio(log_ratio)
     losses = plain = -advantages * ratio
     metrics = {"clip_fraction": mx.zeros_like(ratio), "ratio_mean": ratio}
@@ -197,29 +148,111 @@ def surrogate(
     return losses, metrics
 
 
+class Aggregation(NamedTuple):
+    """How a policy's loss is summed, and what its ratio is of.
+
+    Attributes:
+        loss: token: the mean over all tokens (DAPO, Yu et al. 2025); sequence: the mean over a completion's tokens,
+            then over completions (Shao et al. 2024); constant: the sum over tokens, divided by completions x length
+            (Dr. GRPO, Liu et al. 2025).
+        length: of constant; 1 sums over a completion's tokens, so that the loss is that of whole completions.
+        ratio: token, or completion: the ratio of the whole completion's probability is clipped; not with loss: token.
+        owners: the completion that each token belongs to, 0 to B - 1, in the mask's shape; None: its row.
+    """
+
+    loss: Literal["token", "sequence", "constant"] = "token"
+    length: float = 1
+    ratio: Literal["token", "completion"] = "token"
+    owners: mx.array | None = None
+
+
+_BY_TOKEN = Aggregation()
+
+
+class KLPenalty(NamedTuple):
+    """A term of a policy's loss: coef x the KL of each token to the reference, by `kl_loss`."""
+
+    ref_logprobs: mx.array
+    coef: float
+    estimator: Literal["k2", "k3"]
+
+
+class _Rows:
+    """The completions that tokens belong to; only tokens in `keep` count."""
+
+    def __init__(self, keep: mx.array, owners: mx.array | None, count: int) -> None:
+        first = mx.arange(keep.shape[0]).reshape(-1, *[1] * (keep.ndim - 1))
+        self.owners = mx.broadcast_to(first, keep.shape) if owners is None else owners
+        self._keep, self._count = keep, count
+        self.sizes = self.sums(mx.ones(keep.shape))
+
+    def sums(self, x: mx.array) -> mx.array:
+        return row_sums(_masked(x, self._keep), self.owners, self._count)
+
+    def means(self, x: mx.array) -> mx.array:
+        return self.sums(x) / mx.maximum(self.sizes, 1.0)
+
+
 def policy_loss(
     logprobs: mx.array,
     old_logprobs: mx.array,
     advantages: mx.array,
     mask: mx.array,
-    clip: float,
+    clip: float | tuple[float, float] | None,
     dual_clip: float | None = None,
+    how: Aggregation = _BY_TOKEN,
+    penalty: KLPenalty | None = None,
 ) -> LossSum:
-    """Sum PPO's clipped surrogate over the mask; see `surrogate`.
+    """Sum the clipped surrogate of PPO, GRPO, RLOO and REINFORCE, to be minimised (Schulman et al. 2017, eq. 7).
+
+    max(-A ratio, -A clip(ratio, 1 - low, 1 + high)), with ratio = exp(logprobs - old_logprobs), whose argument is
+    clipped to +-20. Where A < 0 the loss grows without bound in the ratio; dual_clip = c bounds it by -A c (Ye et al.
+    2020; c = 3 is usual).
 
     Args:
-        logprobs, old_logprobs, advantages, mask: (B, T), at the sampling temperature. No gradient flows into
-            old_logprobs and advantages.
+        logprobs, old_logprobs, mask: (B, T), or (N,) tokens with `how.owners`; at the sampling temperature. The
+            gradient flows into logprobs only.
+        advantages: of tokens, in the mask's shape, or of completions, (B,).
+        clip: low and high, or one number for both, above 0 (else ConfigError); None: the plain ratio.
+        dual_clip: above 1 (else ConfigError), or None.
     Returns:
-        LossSum over the mask's tokens. Metrics: those of `surrogate`, and approx_kl (old - new, verl's ppo_kl).
+        LossSum over tokens, completions or completions x length. Metrics, over the same items: clip_fraction (the
+        clipped branch is the larger), dual_clip_fraction, ratio_mean, approx_kl (k1 of old to new, verl's ppo_kl),
+        approx_kl_k3, and the penalty's kl_loss, without its coef; and ratio_max, which is the largest.
     """
-    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    keep = mask != 0
-    log_ratio = _masked(logprobs, keep) - _masked(mx.stop_gradient(old_logprobs), keep)
-    losses, items = surrogate(log_ratio, _masked(advantages, keep), clip, clip, dual_clip)
-    metrics = {name: _masked(values, keep).sum() for name, values in items.items()}
-    metrics["approx_kl"] = (-mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)).sum()
-    return LossSum(losses.sum(), _float(keep).sum(), metrics)
+    if how.ratio == "completion" and how.loss == "token":
+        raise AssertionError("the ratio is of completions and the mean over tokens; expected sequence or constant")
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, owners=how.owners)
+    keep, advantages = mask != 0, mx.stop_gradient(advantages)
+    rows = _Rows(keep, how.owners, count=advantages.shape[0])
+    new, old = _masked(logprobs, keep), _masked(mx.stop_gradient(old_logprobs), keep)
+    log_ratio, counted = new - old, keep
+    tokens = {"approx_kl": -mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO), "approx_kl_k3": kl(old, new, "k3")}
+    if how.ratio == "completion":
+        log_ratio, counted = rows.sums(log_ratio), rows.sizes > 0
+    elif advantages.ndim == 1 and advantages.shape != mask.shape:
+        advantages = advantages[rows.owners]
+    _same_shape(log_ratio=log_ratio, advantages=advantages)
+    losses, items = _surrogate(log_ratio, _masked(advantages, counted), low, high, dual_clip)
+    if penalty is not None:
+        reference = _masked(mx.stop_gradient(penalty.ref_logprobs), keep)
+        tokens["kl_loss"] = kl_loss(new, old, reference, penalty.estimator)
+        _same_shape(losses=losses, kl_loss=tokens["kl_loss"])
+        losses = losses + penalty.coef * tokens["kl_loss"]
+    items = {name: _masked(x, counted) for name, x in items.items()}
+    highest = {"ratio_max": items["ratio_mean"].max()}
+    if how.ratio == "token":
+        items, tokens = {}, items | tokens
+    if how.loss == "token":
+        sums = {name: _masked(x, keep).sum() for name, x in tokens.items()}
+        return LossSum(losses.sum(), _float(keep).sum(), sums | highest)
+    length = how.length if how.loss == "constant" else 1
+    total = rows.means(losses) if how.loss == "sequence" and how.ratio == "token" else losses
+    means = items | {name: rows.means(x) for name, x in tokens.items()}
+    # A completion weighs `length` in metrics too, so that they stay means over its tokens.
+    sums = {name: length * x.sum() for name, x in means.items()}
+    return LossSum(total.sum(), length * _float(rows.sizes > 0).sum(), sums | highest)
 
 
 def value_loss(
@@ -268,6 +301,21 @@ def kl(logprobs: mx.array, ref_logprobs: mx.array, estimator: str) -> mx.array:
     return mx.clip(mx.expm1(-d) + d, 0.0, _MAX_K3)
 
 
+def kl_loss(logprobs: mx.array, old: mx.array, reference: mx.array, estimator: Literal["k2", "k3"]) -> mx.array:
+    """Return each token's KL to the reference, (n,), as a term of a loss.
+
+    k2's gradient on the policy's own tokens is that of KL(policy || reference). In later passes an older policy sampled
+    the tokens, so it is weighted by the ratio to that one; without, four passes over a rollout end 18 % below the best
+    KL of a task where that is known. k3 is as published (Shao et al. 2024, eq. 4).
+
+    Args:
+        logprobs, old, reference: (n,) by the policy, the one that sampled, and the reference; the gradient flows into
+            the first only.
+    """
+    apart = kl(logprobs, reference, estimator)
+    return apart * mx.stop_gradient(_ratio(logprobs - old)) if estimator == "k2" else apart
+
+
 def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
     """Return how unevenly a router spreads tokens over E experts (Fedus et al. 2021, eq. 4 to 6, without alpha), ().
 
@@ -281,21 +329,6 @@ def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
     _same_shape(chosen=chosen, shares=shares)
     chosen, shares = mx.stop_gradient(_float(chosen)), _float(shares)
     return chosen.size * (chosen / chosen.sum() * (shares / shares.sum())).sum()
-
-
-def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.array:
-    """Replace everything after a row's first stop token by pad; the stop token stays.
-
-    ids: (B, T) integers; stop: one id, or several that each end a row. Returns (B, T), dtype of ids; a row without a
-    stop token is unchanged.
-    """
-    hits = mx.zeros(ids.shape, dtype=mx.bool_)
-    for token in [stop] if isinstance(stop, int) else stop:
-        hits = hits | (ids == token)
-    counts = hits.astype(mx.int32)
-    # Stops before a position: 0 up to and including the first one.
-    before = mx.cumsum(counts, axis=1) - counts
-    return mx.where(before > 0, mx.array(pad, dtype=ids.dtype), ids)
 
 
 def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: int) -> float:
@@ -518,18 +551,3 @@ def equal_groups(scores: npt.NDArray[Any], size: int) -> npt.NDArray[np.bool_]:
     """Return (B / G,) whether all scores of a group are equal, so that its advantages are 0."""
     groups = _groups(scores, size)
     return np.asarray(groups.max(axis=1) == groups.min(axis=1))
-
-
-def kl_loss(logprobs: mx.array, old: mx.array, reference: mx.array, estimator: Literal["k2", "k3"]) -> mx.array:
-    """Return each token's KL to the reference, (n,), as a term of a loss.
-
-    k2's gradient on the policy's own tokens is that of KL(policy || reference). In later passes an older policy sampled
-    the tokens, so it is weighted by the ratio to that one; without, four passes over a rollout end 18 % below the best
-    KL of a task where that is known. k3 is as published (Shao et al. 2024, eq. 4).
-
-    Args:
-        logprobs, old, reference: (n,) by the policy, the one that sampled, and the reference; the gradient flows into
-            the first only.
-    """
-    apart = kl(logprobs, reference, estimator)
-    return apart * mx.stop_gradient(_ratio(logprobs - old)) if estimator == "k2" else apart

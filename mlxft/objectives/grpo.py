@@ -13,11 +13,10 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError
-from mlxft.model.logits import row_sums
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
-from mlxft.objectives.functional import Floats, equal_groups, group_relative, kl_loss, leave_one_out, surrogate
-from mlxft.objectives.rollouts import FAR, Drawn, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, resample, sections
+from mlxft.objectives.functional import Floats, equal_groups, group_relative, leave_one_out
+from mlxft.objectives.rollouts import Drawn, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, resample, sections
 
 _M = TypeVar("_M", bound=OnPolicySettings)
 
@@ -40,22 +39,23 @@ class CriticFree(OnPolicy[_M], Generic[_M]):
         data = replace(
             batch.data,
             owners=mx.array(np.repeat(np.arange(len(rows)), sizes).astype(np.int32)),
-            lengths=mx.array(sizes.astype(np.float32)),
-            row_advantages=mx.array(np.array([rollout.tokens["advantages"][i][0] for i in rows])),
+            advantages=mx.array(np.array([rollout.tokens["advantages"][i][0] for i in rows])),
         )
         return [replace(batch, data=data)]
 
-    @staticmethod
-    def row_sums(values: mx.array, data: RolloutBatch) -> mx.array:
-        """Return (B,) sums over completions of (N,) numbers of their tokens."""
-        assert data.owners is not None
-        assert data.lengths is not None
-        return row_sums(values, data.owners, data.lengths.shape[0])
-
-    def row_means(self, values: mx.array, data: RolloutBatch) -> mx.array:
-        """Return (B,) means over a completion's tokens, exactly 1 for ones."""
-        assert data.lengths is not None
-        return self.row_sums(values, data) / data.lengths
+    def policy_loss(
+        self,
+        data: RolloutBatch,
+        clip: float | tuple[float, float] | None,
+        how: F.Aggregation,
+        penalty: F.KLPenalty | None = None,
+    ) -> Terms:
+        """Return the term `policy` and its metrics."""
+        assert data.advantages is not None
+        logprobs, how = self.logprobs(data), how._replace(owners=data.owners)
+        mask = mx.ones_like(logprobs)
+        sums = F.policy_loss(logprobs, data.old_logprobs, data.advantages, mask, clip, how=how, penalty=penalty)
+        return Terms({"policy": sums.total}, sums.metrics)
 
 
 class InReward(OnPolicySettings):
@@ -91,22 +91,8 @@ class Reinforced(CriticFree[R], Generic[R]):
         return {"policy": float(len(rows))}
 
     def loss(self, model: nn.Module, data: RolloutBatch) -> Terms:
-        assert data.row_advantages is not None
-        assert data.advantages is not None
-        clip = self.settings.clip
-        logprobs = self.logprobs(data)
-        log_ratio = logprobs - data.old_logprobs
-        if self.settings.ratio == "completion":
-            losses, metrics = surrogate(self.row_sums(log_ratio, data), data.row_advantages, clip, clip)
-        else:
-            losses, metrics = surrogate(log_ratio, data.advantages, clip, clip)
-        highest = metrics["ratio_mean"].max()
-        if self.settings.ratio == "token":
-            metrics = {name: self.row_means(values, data) for name, values in metrics.items()}
-        metrics["approx_kl"] = self.row_means(-log_ratio, data)
-        metrics[FAR] = self.row_means(F.kl(data.old_logprobs, logprobs, "k3"), data)
-        sums = {name: mx.stop_gradient(values).sum() for name, values in metrics.items()}
-        return Terms({"policy": losses.sum()}, {**sums, "ratio_max": mx.stop_gradient(highest)})
+        how = F.Aggregation("constant", ratio=self.settings.ratio)
+        return self.policy_loss(data, self.settings.clip, how)
 
 
 # --- grpo -------------------------------------------------------------------------------------------------------------
@@ -239,34 +225,12 @@ class GRPO(CriticFree[GRPOSettings]):
         return {"policy": float(len(rows) * (self.rollouts.max_tokens if self.settings.loss == "constant" else 1))}
 
     def loss(self, model: nn.Module, data: RolloutBatch) -> Terms:
-        assert data.advantages is not None
-        s = self.settings
-        logprobs = self.logprobs(data)
-        log_ratio = logprobs - data.old_logprobs
-        losses, metrics = surrogate(log_ratio, data.advantages, s.clip, s.clip_high or s.clip)
-        metrics |= {"approx_kl": -log_ratio, FAR: F.kl(data.old_logprobs, logprobs, "k3")}
-        highest = mx.stop_gradient(metrics["ratio_mean"].max())
+        s, penalty = self.settings, None
         if self.needs_reference:
             assert data.ref_logprobs is not None
-            apart = kl_loss(logprobs, data.old_logprobs, data.ref_logprobs, s.kl_estimator)
-            losses = losses + self.kl_coef * apart
-            metrics["kl_loss"] = apart
-        still = {name: mx.stop_gradient(values) for name, values in metrics.items()}
-        total, sums = self._over(losses, still, data)
-        return Terms({"policy": total}, {**sums, "ratio_max": highest})
-
-    def _over(
-        self, losses: mx.array, metrics: dict[str, mx.array], data: RolloutBatch
-    ) -> tuple[mx.array, dict[str, mx.array]]:
-        """Return total and metrics as sums over the items that `per` counts."""
-        if self.settings.loss == "token":
-            return losses.sum(), {name: values.sum() for name, values in metrics.items()}
-        means = {name: self.row_means(values, data).sum() for name, values in metrics.items()}
-        if self.settings.loss == "sequence":
-            return self.row_means(losses, data).sum(), means
-        # Metrics are means over tokens as elsewhere: only the loss divides by the most tokens there can be.
-        most = self.rollouts.max_tokens
-        return losses.sum(), {name: most * value for name, value in means.items()}
+            penalty = F.KLPenalty(data.ref_logprobs, self.kl_coef, s.kl_estimator)
+        how = F.Aggregation(s.loss, self.rollouts.max_tokens)
+        return self.policy_loss(data, (s.clip, s.clip_high or s.clip), how, penalty)
 
 
 # --- rloo -------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mlxft.model.prefix import Completions
 from mlxft.model.roles import Roles
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
-from mlxft.objectives.rollouts import FAR, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, sections
+from mlxft.objectives.rollouts import OnPolicy, OnPolicySettings, Rollout, RolloutBatch, sections
 
 # --- critic -----------------------------------------------------------------------------------------------------------
 
@@ -273,19 +273,17 @@ class PPO(OnPolicy[PPOSettings]):
         assert data.advantages is not None
         s = self.settings
         logprobs = hidden_logprobs(self.split, hidden, data.labels, grad=True, draw=self.how)
-        old, advantages, mask = data.old_logprobs[None], data.advantages[None], mx.ones_like(logprobs[None])
-        total, _, metrics = F.policy_loss(logprobs[None], old, advantages, mask, s.clip, s.dual_clip)
+        mask = mx.ones_like(logprobs)
+        total, _, metrics = F.policy_loss(logprobs, data.old_logprobs, data.advantages, mask, s.clip, s.dual_clip)
         if s.entropy_coef:
             (behind,) = mx.depends([hidden], [logprobs])  # or logits would be in memory twice
             entropy = hidden_entropy(self.split, behind, grad=True, draw=self.how)
             total = total - s.entropy_coef * entropy.sum()
-        ratio_max = mx.exp(mx.stop_gradient(logprobs) - data.old_logprobs).max()
-        metrics |= {"ratio_max": ratio_max, FAR: F.kl(data.old_logprobs, logprobs, "k3").sum()}
         return Terms({"policy": total}, metrics)
 
     def _value_loss(self, values: mx.array, data: RolloutBatch) -> Terms:
         assert data.values is not None
         assert data.returns is not None
-        old, returns, mask = data.values[None], data.returns[None], mx.ones_like(values[None])
-        total, _, more = F.value_loss(values[None], old, returns, mask, self.settings.value_clip)
+        mask = mx.ones_like(values)
+        total, _, more = F.value_loss(values, data.values, data.returns, mask, self.settings.value_clip)
         return Terms({"value": self.settings.value_coef * total}, {"value_loss": total, **more})

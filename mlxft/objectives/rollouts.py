@@ -556,7 +556,7 @@ class HeldOut:
 # --- on-policy --------------------------------------------------------------------------------------------------------
 
 _M = TypeVar("_M", bound=OnPolicySettings)
-FAR = "approx_kl_k3"  # metric: KL to the policy that sampled by k3, never below 0; approx_kl is k1
+FAR = "approx_kl_k3"  # metric of policy_loss: KL to the policy that sampled by k3, never below 0; approx_kl is k1
 _IDLE = 8  # consecutive rollouts with nothing to train on before a run is stopped, at least
 
 
@@ -568,8 +568,7 @@ class RolloutBatch:
         ids: (B, T) right-padded; last: (B,) the last real token of each row.
         positions, labels: (N,) flat index that predicts a token, and the token.
         old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss does not read it.
-        owners: (N,) the completion of a token; lengths: (B,) tokens of each, float32; row_advantages: (B,). For methods
-            with one advantage per completion.
+        owners: (N,) the completion of a token, for methods with one advantage per completion: advantages are (B,).
     """
 
     ids: mx.array
@@ -582,8 +581,6 @@ class RolloutBatch:
     values: mx.array | None = None
     returns: mx.array | None = None
     owners: mx.array | None = None
-    lengths: mx.array | None = None
-    row_advantages: mx.array | None = None
 
 
 class OnPolicy(Objective, Generic[_M]):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlxft.objectives import functional as F
-from mlxft.objectives.functional import equal_groups, group_relative, kl_loss, leave_one_out, surrogate
+from mlxft.objectives.functional import equal_groups, group_relative, kl_loss, leave_one_out
 from mlxft.objectives.grpo import GRPO, RLOO, GRPOSettings, RLOOSettings
 from mlxft.objectives.rollouts import RolloutBatch
 
@@ -27,16 +27,75 @@ ALL = (10 / 7) ** 0.5
 
 @pytest.mark.golden
 @pytest.mark.parametrize("case", GOLDEN["advantages"])
-def test_advantages_are_verls(case: dict[str, Any]) -> None:
+def test_advantages_are_verls_and_trls(case: dict[str, Any]) -> None:
+    """The first case has a group of equal scores."""
     scores, size = np.array(case["scores"], dtype=np.float32), case["size"]
-    np.testing.assert_allclose(group_relative(scores, size, "group"), case["group"], atol=1e-5)
-    np.testing.assert_allclose(group_relative(scores, size, "none"), case["none"], atol=1e-6)
+    scales: tuple[F.Scale, ...] = ("group", "batch", "none")
+    for scale in scales:
+        np.testing.assert_allclose(group_relative(scores, size, scale), case[scale], atol=1e-5, err_msg=scale)
     np.testing.assert_allclose(leave_one_out(scores, size), case["leave_one_out"], atol=1e-6)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", GOLDEN["rloo_advantages"])
+def test_rloo_s_advantages_with_kl_in_the_reward_are_trls(case: dict[str, Any]) -> None:
+    objective: Any = object.__new__(RLOO)
+    objective.kl_coef, objective.rollouts = case["kl_coef"], SimpleNamespace(samples=case["size"])
+    tokens = {
+        name: [np.array(row[:n], np.float32) for row, n in zip(GOLDEN[name], GOLDEN["lengths"])]
+        for name in ("old_logprobs", "ref_logprobs")
+    }
+    rollout: Any = SimpleNamespace(tokens=tokens, scores=np.array(case["scores"], np.float32))
+    np.testing.assert_allclose(objective.compute_advantages(rollout)[0], case["advantages"], atol=1e-6)
 
 
 def flat(name: str) -> mx.array:
     """(N,) numbers of the tokens of the golden batch, completion by completion."""
     return mx.array(np.concatenate([row[:n] for row, n in zip(GOLDEN[name], GOLDEN["lengths"])]).astype(np.float32))
+
+
+def padded(name: str) -> mx.array:
+    """(B, T) numbers of the tokens of the golden batch; NaN behind each completion."""
+    return mx.array(np.where(np.array(MASK) > 0, np.array(GOLDEN[name], np.float32), np.nan))
+
+
+MASK = mx.array([[1.0] * n + [0.0] * (GOLDEN["max_tokens"] - n) for n in GOLDEN["lengths"]])
+ADVANTAGES = mx.array(np.array(GOLDEN["advantages_of_rows"], np.float32))
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=[f"{c['of']} {c['settings']}" for c in GOLDEN["cases"]])
+def test_policy_loss_of_padded_rows_is_verls_and_trls(case: dict[str, Any]) -> None:
+    s, old, ref = case["settings"], padded("old_logprobs"), padded("ref_logprobs")
+    how = F.Aggregation(s.get("loss", "constant"), GOLDEN["max_tokens"])
+    if case["objective"] == "rloo":
+        how = F.Aggregation("constant", ratio="completion")
+    clip = (s["clip"], s.get("clip_high", s["clip"]))
+    penalty = F.KLPenalty(ref, s["kl_coef"], "k3") if s.get("kl_coef") else None
+
+    def loss(logprobs: mx.array) -> mx.array:
+        return F.policy_loss(logprobs, old, ADVANTAGES, MASK, clip, how=how, penalty=penalty).mean()
+
+    value, gradient = mx.value_and_grad(loss)(padded("logprobs"))
+    assert value.item() == pytest.approx(case["loss"], abs=2e-6)
+    np.testing.assert_allclose(gradient, case["gradient"], atol=2e-6)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", GOLDEN["policy_loss"])
+def test_policy_loss_with_far_ratios_is_verls(case: dict[str, Any]) -> None:
+    """Two bounds and dual clipping, with the gradient and the metrics, for ratios far from 1."""
+    clip, old = (case["clip_low"], case["clip_high"]), padded("old_logprobs")
+
+    def loss(logprobs: mx.array) -> tuple[mx.array, F.LossSum]:
+        sums = F.policy_loss(logprobs, old, ADVANTAGES, MASK, clip, case["dual_clip"])
+        return sums.mean(), sums
+
+    (value, sums), gradient = mx.value_and_grad(loss)(padded("wide_logprobs"))
+    assert value.item() == pytest.approx(case["loss"], abs=2e-6)
+    np.testing.assert_allclose(gradient, case["gradient"], atol=2e-6)
+    for name in ("clip_fraction", "approx_kl", *(["dual_clip_fraction"] if case["dual_clip"] else [])):
+        assert (sums.metrics[name] / sums.weight).item() == pytest.approx(case[name], abs=1e-6), name
 
 
 @pytest.mark.golden
@@ -57,10 +116,8 @@ def test_the_loss_that_is_trained_is_verls_and_trls(case: dict[str, Any]) -> Non
         labels=mx.zeros(1),
         old_logprobs=flat("old_logprobs"),
         ref_logprobs=flat("ref_logprobs"),
-        advantages=mx.array(np.repeat(np.array(GOLDEN["advantages_of_rows"], np.float32), sizes)),
-        row_advantages=mx.array(np.array(GOLDEN["advantages_of_rows"], np.float32)),
+        advantages=ADVANTAGES,
         owners=mx.array(np.repeat(np.arange(count), sizes).astype(np.int32)),
-        lengths=mx.array(sizes.astype(np.float32)),
     )
     per = objective.per(SimpleNamespace(sizes=sizes), range(count))["policy"]
 
@@ -112,22 +169,33 @@ def test_scores_that_are_no_groups() -> None:
         leave_one_out(SCORES[:7], 2)
 
 
-def test_the_surrogate_is_that_of_ppo() -> None:
-    rng = np.random.default_rng(1)
-    new, old, gain = (mx.array(rng.normal(size=50).astype(np.float32)) for _ in range(3))
+@pytest.mark.parametrize("loss", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "completion"])
+def test_tokens_on_end_are_padded_rows(loss: Any, ratio: Any) -> None:
+    """Loss, weight, metrics and gradient of (N,) tokens with owners are those of (B, T)."""
+    if ratio == "completion" and loss == "token":
+        with pytest.raises(AssertionError, match="sequence or constant"):
+            F.policy_loss(MASK, MASK, MASK, MASK, 0.2, how=F.Aggregation(loss, ratio=ratio))
+        return
+    how, sizes = F.Aggregation(loss, 6, ratio), np.array(GOLDEN["lengths"])
+    owners = mx.array(np.repeat(np.arange(len(sizes)), sizes).astype(np.int32))
 
-    def ours(new: mx.array) -> mx.array:
-        return surrogate(new - old, gain, 0.2, 0.2)[0].sum()
+    def of_rows(x: mx.array) -> tuple[mx.array, F.LossSum]:
+        sums = F.policy_loss(x, padded("old_logprobs"), ADVANTAGES, MASK, 0.2, how=how)
+        return sums.mean(), sums
 
-    def theirs(new: mx.array) -> mx.array:
-        return F.policy_loss(new[None], old[None], gain[None], mx.ones((1, 50)), 0.2).total
+    def of_tokens(x: mx.array) -> tuple[mx.array, F.LossSum]:
+        sums = F.policy_loss(x, flat("old_logprobs"), ADVANTAGES, mx.ones_like(x), 0.2, how=how._replace(owners=owners))
+        return sums.mean(), sums
 
-    assert abs((ours(new) - theirs(new)).item()) < 1e-4
-    np.testing.assert_allclose(mx.grad(ours)(new), mx.grad(theirs)(new), atol=1e-6)
-    metrics = surrogate(new - old, gain, 0.2, 0.2)[1]
-    wanted = F.policy_loss(new[None], old[None], gain[None], mx.ones((1, 50)), 0.2).metrics
-    assert metrics["clip_fraction"].sum().item() == wanted["clip_fraction"].item()
-    assert abs(metrics["ratio_mean"].sum().item() - wanted["ratio_mean"].item()) < 1e-3
+    (_, rows), by_row = mx.value_and_grad(of_rows)(padded("logprobs"))
+    (_, tokens), by_token = mx.value_and_grad(of_tokens)(flat("logprobs"))
+    assert rows.weight.item() == tokens.weight.item()
+    assert rows.total.item() == pytest.approx(tokens.total.item(), abs=1e-5)
+    assert {n: x.item() for n, x in rows.metrics.items()} == pytest.approx(
+        {n: x.item() for n, x in tokens.metrics.items()}, abs=1e-5
+    )
+    np.testing.assert_allclose(np.array(by_row)[np.array(MASK) > 0], by_token, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +211,8 @@ def test_the_surrogate_is_that_of_ppo() -> None:
 )
 def test_bounds_apart(ratio: float, gain: float, low: float | None, high: float | None, slope: float) -> None:
     """d loss / d log ratio is -A ratio, or 0 beyond the bound that A pushes towards."""
-    found = mx.grad(lambda x: surrogate(x, mx.array([gain]), low, high)[0].sum())(mx.log(mx.array([ratio])))
+    one, clip = mx.ones(1), None if low is None or high is None else (low, high)
+    found = mx.grad(lambda x: F.policy_loss(x, 0 * one, gain * one, one, clip).total)(mx.log(mx.array([ratio])))
     assert abs(found.item() - slope) < 1e-5
 
 
