@@ -9,6 +9,7 @@ such as (n,) with (n, 1), are refused with an AssertionError.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -329,6 +330,21 @@ def load_balance(chosen: mx.array, shares: mx.array) -> mx.array:
     _same_shape(chosen=chosen, shares=shares)
     chosen, shares = mx.stop_gradient(_float(chosen)), _float(shares)
     return chosen.size * (chosen / chosen.sum() * (shares / shares.sum())).sum()
+
+
+def truncate_at_stop(ids: mx.array, stop: int | Sequence[int], pad: int) -> mx.array:
+    """Replace everything after a row's first stop token by pad; the stop token stays.
+
+    ids: (B, T) integers; stop: one id, or several that each end a row. Returns (B, T), dtype of ids; a row without a
+    stop token is unchanged.
+    """
+    hits = mx.zeros(ids.shape, dtype=mx.bool_)
+    for token in [stop] if isinstance(stop, int) else stop:
+        hits = hits | (ids == token)
+    counts = hits.astype(mx.int32)
+    # Stops before a position: 0 up to and including the first one.
+    before = mx.cumsum(counts, axis=1) - counts
+    return mx.where(before > 0, mx.array(pad, dtype=ids.dtype), ids)
 
 
 def adaptive_kl(coef: float, observed: float, target: float, horizon: float, n: int) -> float:

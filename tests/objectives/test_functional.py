@@ -130,6 +130,13 @@ def test_adaptive_kl_is_verls(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("case", golden("truncate"))
+def test_truncation_is_trls(case: dict[str, Any]) -> None:
+    got = F.truncate_at_stop(mx.array(case["responses"]), case["stop_token"], case["pad_token"])
+    assert got.tolist() == case["truncated"]
+
+
+@pytest.mark.golden
 @pytest.mark.parametrize("case", golden("bradley_terry"))
 def test_bradley_terry_is_trls(case: dict[str, Any]) -> None:
     chosen, rejected = arrays(case, "chosen", "rejected")
@@ -456,7 +463,7 @@ def test_loss_sum_is_what_compiled_gradients_return() -> None:
     assert grads.tolist() == [[3.0, 4.0]]
 
 
-# KL
+# KL and rollouts
 
 
 def test_k3_keeps_its_digits_near_zero() -> None:
@@ -488,6 +495,21 @@ def test_adaptive_kl_refuses_what_it_can_not_use() -> None:
         F.adaptive_kl(0.1, 1.0, 1.0, -1, 1)
     with pytest.raises(ModelError, match="not a number"):
         F.adaptive_kl(0.1, NAN, 1.0, 100, 1)
+
+
+def test_truncation_with_several_stops_and_with_none() -> None:
+    ids = mx.array([[5, 9, 2, 9], [5, 2, 9, 5], [5, 6, 7, 8]])
+    assert F.truncate_at_stop(ids, [2, 9], 0).tolist() == [[5, 9, 0, 0], [5, 2, 0, 0], [5, 6, 7, 8]]
+    assert F.truncate_at_stop(ids, [], 0).tolist() == ids.tolist()
+    assert F.truncate_at_stop(ids, 77, 0).tolist() == ids.tolist()
+    assert F.truncate_at_stop(mx.zeros((2, 0), dtype=mx.int32), 2, 0).shape == (2, 0)
+
+
+def test_truncation_where_pad_is_the_stop() -> None:
+    """pad = eos: the row's own stop stays, what follows is pad; ids keep their dtype."""
+    got = F.truncate_at_stop(mx.array([[4, 2, 5, 6]], dtype=mx.uint32), 2, 2)
+    assert got.tolist() == [[4, 2, 2, 2]]
+    assert got.dtype == mx.uint32
 
 
 # Pairs
