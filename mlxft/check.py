@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import mlx.core as mx
@@ -113,8 +113,8 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     count = rolled or _STEPS
     mx.reset_peak_memory()
     with limits(config.memory.limit, config.memory.cache):
-        made: Any = objective if rolled else _Few(objective, loaded.model)
-        Loop(loaded.model, made, optimizer, config, count, Progress(), hooks).run()
+        few = None if rolled else _few_steps(objective, loaded.model)
+        Loop(loaded.model, objective, optimizer, config, count, Progress(), hooks, few).run()
     if rolled:
         return _of_rollout(events, total / count, mx.get_peak_memory())
     first, last = events[0], events[-1]
@@ -137,21 +137,11 @@ def _of_rollout(events: list[Event], rollouts: float, peak: int) -> TimedSteps:
     return TimedSteps(rollouts * seconds, last["tokens"] / seconds, peak, phases)
 
 
-class _Few:
-    """An objective that repeats its first steps; the one with the largest micro-batch comes first."""
-
-    def __init__(self, objective: Objective, model: nn.Module) -> None:
-        self._objective = objective
-        seen = list(islice(objective.steps(model), max(LOOKED_AT // objective.config.batch.accumulate, _STEPS)))
-        largest = max(seen, key=_largest_bytes)
-        self._steps = [largest, *(step for step in seen if step is not largest)][:_STEPS]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._objective, name)
-
-    def steps(self, model: nn.Module) -> Iterator[Step]:
-        while True:
-            yield from self._steps
+def _few_steps(objective: Objective, model: nn.Module) -> Iterator[Step]:
+    """Return an objective's first steps over and over, the one with the largest micro-batch first."""
+    seen = list(islice(objective.steps(model), max(LOOKED_AT // objective.config.batch.accumulate, _STEPS)))
+    largest = max(seen, key=_largest_bytes)
+    return cycle([largest, *(step for step in seen if step is not largest)][:_STEPS])
 
 
 def _largest_bytes(step: Step) -> int:

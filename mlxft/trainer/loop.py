@@ -299,7 +299,11 @@ class _Made:
 
 @dataclass(eq=False)
 class Loop:
-    """The training loop, which runs until `total_steps`, an early stop or an interrupt."""
+    """The training loop, which runs until `total_steps`, an early stop or an interrupt.
+
+    Attributes:
+        steps: what is trained on; None: `objective.steps`.
+    """
 
     model: nn.Module
     objective: Objective
@@ -308,6 +312,7 @@ class Loop:
     total_steps: int
     progress: Progress
     hooks: Hooks
+    steps: Iterator[Step] | None = None
 
     def __post_init__(self) -> None:
         self.gradients = Gradients(self.model, self.objective, self.config.tune.router_aux, self.progress)
@@ -326,7 +331,7 @@ class Loop:
         with _watched_signals() as signals, quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
-            steps = self.objective.steps(self.model)
+            steps = self.objective.steps(self.model) if self.steps is None else self.steps
             while p.step < self.total_steps and not p.stopped_early:
                 step, ends_epoch = self._update(steps)
                 p.step += 1
