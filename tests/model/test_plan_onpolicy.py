@@ -104,6 +104,17 @@ def test_predicted_is_near_measured(name: str, ppo: Make) -> None:
     assert found.total == pytest.approx(float(done.stdout) * 1e9, rel=0.15)
 
 
+def test_a_sum_of_gradients_is_counted_once(ppo: Make) -> None:
+    """Where a step has several micro-batches: by accumulation, or since the rows do not fit into one."""
+    changes = {"objective": "grpo", "ppo": None, "rollout.samples": 2, "batch": {"rows": 32}}
+    alone = plan_of(ppo(**changes, grpo={"minibatches": 1}))[1]
+    several = plan_of(ppo(**changes | {"batch": {"rows": 8}}, grpo={"minibatches": 1}))[1]
+    summed = {"grpo": {"minibatches": 2}, "batch": {"rows": 16, "accumulate": 2}}
+    accumulated = plan_of(ppo(**changes | summed))[1]
+    both = plan_of(ppo(**changes | {"grpo": {"minibatches": 2}, "batch": {"rows": 8, "accumulate": 2}}))[1]
+    assert several.gradients == accumulated.gradients == both.gradients == 2 * alone.gradients > 0
+
+
 @pytest.fixture
 def reward_run(recipe: Make, small: str, tmp_path: Path) -> Callable[..., str]:
     """`reward_run(model)` trains a reward run of one step."""
