@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
-from itertools import islice, product
+from itertools import chain, islice, product
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import jinja2
@@ -19,8 +21,9 @@ from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mlxft.data.formats import ROLES, WRITTEN, Message
+from mlxft.data.formats import WRITTEN, Message
 from mlxft.errors import DataError
+from mlxft.text import parse_json
 
 # --- thoughts ---------------------------------------------------------------------------------------------------------
 # A completion of a reasoning model has thoughts and then an answer. Their marks are looked for in text, not in token
@@ -300,32 +303,6 @@ class _Rendered(jinja2.Template):
         return super().generate(*args, **kwargs)
 
 
-class _Filters(dict[str, Callable[..., Any]]):
-    """Filters that pay from the budget."""
-
-    def __init__(self, owner: Bounded, given: Mapping[str, Callable[..., Any]]) -> None:
-        self._owner = owner
-        super().__init__()
-        for name, function in given.items():
-            self[name] = function
-
-    def __setitem__(self, name: str, function: Callable[..., Any]) -> None:
-        owner, skip = self._owner, int(hasattr(function, "jinja_pass_arg"))
-
-        @functools.wraps(function)
-        def paid(*args: Any, **kwargs: Any) -> Any:
-            owner.pay(0)
-            if name in SLOW and args[skip:] and size_of(args[skip]) > MOST_SLOW:
-                raise TemplateTooLarge(f"{name} is given more than {MOST_SLOW:,} characters")
-            if name in GROWING:
-                given = [owner.listed(arg) for arg in args[skip:]]
-                owner.foresee(name, given[0] if given else None, [*given[1:], *kwargs.values()])
-                args = (*args[:skip], *given)
-            return owner.made(function(*args, **kwargs))
-
-        super().__setitem__(name, paid)
-
-
 class Bounded(ImmutableSandboxedEnvironment):
     """The sandbox in which transformers renders chat templates, with a budget.
 
@@ -340,7 +317,6 @@ class Bounded(ImmutableSandboxedEnvironment):
         super().__init__(*args, **kwargs)
         self.globals.pop("lipsum", None)
         self.optimized = False  # constants would be computed at compile time, unpaid
-        self.filters = _Filters(self, self.filters)
         self.finalize = self._written
         self._refused: str | None = None
         self.begin()
@@ -348,10 +324,29 @@ class Bounded(ImmutableSandboxedEnvironment):
     def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(source, str) and len(source) > _LONGEST:
             raise TemplateTooLarge(f"the template has {len(source):,} characters; at most {_LONGEST:,} are read")
+        self.filters = {name: self._paid(name, function) for name, function in self.filters.items()}
+        self.globals["strftime_now"] = _strftime_now
         # Nested namespaces would be written out as often as they occur.
         short = {"__repr__": lambda self: "<Namespace>"}
         self.globals["namespace"] = type("Namespace", (cast(type, self.globals["namespace"]),), short)
         return super().from_string(source, *args, **kwargs)
+
+    def _paid(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter that pays from the budget."""
+        skip = int(hasattr(function, "jinja_pass_arg"))
+
+        @functools.wraps(function)
+        def paid(*args: Any, **kwargs: Any) -> Any:
+            self.pay(0)
+            if name in SLOW and args[skip:] and size_of(args[skip]) > MOST_SLOW:
+                raise TemplateTooLarge(f"{name} is given more than {MOST_SLOW:,} characters")
+            if name in GROWING:
+                given = [self.listed(arg) for arg in args[skip:]]
+                self.foresee(name, given[0] if given else None, [*given[1:], *kwargs.values()])
+                args = (*args[:skip], *given)
+            return self.made(function(*args, **kwargs))
+
+        return paid
 
     def begin(self) -> None:
         """Start the budget of a rendering."""
@@ -503,6 +498,11 @@ class Chat:
     form: _Form = USUAL
     thinking: bool | None = None
 
+    @property
+    def _cached_by(self) -> tuple[Chat, str]:
+        """Return what the shape of a rendering depends on; the tokenizer's template may be replaced."""
+        return replace(self, tools=None, where=""), str(getattr(self.tokenizer, "chat_template", None))
+
     def error(self, text: str, reached: int = 0) -> Unwritten:
         """Return an error with the row's place."""
         error = Unwritten(f"{self.where}: {text}" if self.where else text)
@@ -512,8 +512,7 @@ class Chat:
     @property
     def tail(self) -> str:
         """Return what the template writes after the mark that ends a conversation's last turn; mostly ""."""
-        template = str(getattr(self.tokenizer, "chat_template", None))
-        return _tail_of(self.tokenizer, template, self.uses_tools, self.form, self.thinking)
+        return _tail_of(*self._cached_by)
 
     def render(self, messages: Sequence[Message], generation: bool = False) -> str:
         """Return the text of messages; with `generation`, with the generation prompt of an assistant turn.
@@ -525,6 +524,7 @@ class Chat:
         tools = self.tools
         if tools is not None and self.form.wrapped_tools:
             tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        day = _day.set(getattr(self.tokenizer, "_mlxft_day", None))
         try:
             return str(self._apply(given, tools, generation))
         except Exception as exc:  # a template is a program and may raise anything
@@ -533,6 +533,8 @@ class Chat:
                 f"the chat template refuses these messages: {reason}; change the row, or set model.chat_template to "
                 "one that accepts them"
             ) from exc
+        finally:
+            _day.reset(day)
 
     def _apply(self, messages: list[Message], tools: Tools | None, generation: bool) -> Any:
         bound_templates()
@@ -542,9 +544,6 @@ class Chat:
             # transformers looks at the list of tools only; a row with calls needs that template too.
             template = template.get("tool_use" if self.uses_tools and "tool_use" in template else "default")
             options |= {} if template is None else {"chat_template": template}
-        day: date | None = getattr(self.tokenizer, "_mlxft_day", None)
-        if day is not None and isinstance(template, str) and (clock := _clock(template, day)):
-            options["chat_template"] = clock + template
         if self.thinking is not None:
             options["enable_thinking"] = self.thinking
         if self.form.null_content:
@@ -568,50 +567,40 @@ class Chat:
             DataError: a part is missing; it is named by turn.
         """
         for i, message in enumerate(messages):
-            turn = trained.get(i)
-            self._check_turn(i, message, text if turn is None else turn, turn is not None)
-        for tool in self.tools or ():
-            inner = tool.get("function")
-            name = str((inner if isinstance(inner, dict) else tool).get("name", ""))
+            if problem := self._problem_of(message, trained.get(i, text), i in trained):
+                raise self.error(f"messages[{i}] {problem}", i + 1)
+        for name in map(_tool_name, self.tools or ()):
             if not _is_in(name, text):
-                raise self.error(
-                    f"tools has {name!r}, which this chat template does not write: {_ADVICE}", len(messages) + 1
-                )
+                raise self.error(f"tools has {name!r}, {_NOT_WRITTEN}", len(messages) + 1)
         if dropped := self._dropped(messages):
-            raise self.error(f"{dropped}, which this chat template does not write: {_ADVICE}", len(messages) + 2)
+            raise self.error(f"{dropped}, {_NOT_WRITTEN}", len(messages) + 2)
 
-    def _check_turn(self, index: int, message: Message, text: str, trained: bool) -> None:
-        at, content = f"messages[{index}]", str(message.get("content") or "")
+    def _problem_of(self, message: Message, text: str, trained: bool) -> str | None:
+        """Return what is wrong with a message, or with how a text has it, else None."""
+        content = str(message.get("content") or "")
         bos = getattr(self.tokenizer, "bos_token", None)
         if bos and content.startswith(str(bos)):
-            raise self.error(
-                f"{at} begins with {bos}, which the chat template writes too: this text is rendered already; set "
-                "data.template: none, or remove the marks",
-                index + 1,
+            return (
+                f"begins with {bos}, which the chat template writes too: this text is rendered already; set "
+                "data.template: none, or remove the marks"
             )
         if trained and (mark := self._ends_twice(content.strip(), text)):
-            raise self.error(
-                f"{at} ends with {mark}, which the chat template writes too: remove it from the row, or set "
-                "data.template: none if the rest of the row has its marks too",
-                index + 1,
+            return (
+                f"ends with {mark}, which the chat template writes too: remove it from the row, or set "
+                "data.template: none if the rest of the row has its marks too"
             )
         if trained and split_thoughts(content)[0] and (key := next(filter(message.get, THOUGHTS), None)):
-            raise self.error(f"{at} has thoughts in content and in {key}; keep one of them", index + 1)
-        answer = answer_of(content) if message["role"] == "assistant" else content
-        thoughts = [content] if trained else []
-        thoughts += [message[key] for key in THOUGHTS if trained and isinstance(message.get(key), str)]
-        problem = None
-        if not _is_in(answer, text):
-            problem = f"({message['role']}) has content, {_NOT_WRITTEN}"
-        elif not all(_is_in(part, text) for part in thoughts):
-            problem = (
+            return f"has thoughts in content and in {key}; keep one of them"
+        if not _is_in(answer_of(content) if message["role"] == "assistant" else content, text):
+            return f"({message['role']}) has content, {_NOT_WRITTEN}"
+        thoughts = [content, *(message[key] for key in THOUGHTS if isinstance(message.get(key), str))]
+        if trained and not all(_is_in(part, text) for part in thoughts):
+            return (
                 "has thoughts that this chat template does not write into the turn; remove them from the row, or set "
                 "model.chat_template to one that keeps them"
             )
-        for call in message.get("tool_calls", ()):
-            problem = problem or self._lost_of_call(call["function"], text)
-        if problem:
-            raise self.error(f"{at} {problem}", index + 1)
+        lost = (self._lost_of_call(call["function"], text) for call in message.get("tool_calls", ()))
+        return next(filter(None, lost), None)
 
     def _ends_twice(self, content: str, turn: str) -> str | None:
         """Return the token that ends a turn's content and then the turn again; None if there is none."""
@@ -626,9 +615,9 @@ class Chat:
         name, arguments = function["name"], function["arguments"]
         # Arguments kept as the row's text have all values, however they are spelled: 1e5, \u00FC, \/.
         as_text = self.form.text_arguments
-        missing = next(
-            (part for part in (name, *(() if as_text else _leaves(arguments))) if not _is_in(part, text)), None
-        )
+        parts = list(_parts(arguments))
+        leaves = () if as_text else (_leaf(part) for part in parts)
+        missing = next((leaf for leaf in (name, *leaves) if leaf is not None and not _is_in(leaf, text)), None)
         if missing is not None:
             what = f"calls {name}" if missing == name else f"calls {name} with {missing!r}"
             return f"{what}, {_NOT_WRITTEN}"
@@ -637,7 +626,9 @@ class Chat:
                 return None
             return f"calls {name}, whose arguments this chat template does not write as they are: {_ADVICE}"
         written = _squeezed(text)
-        for part in _containers(arguments):
+        for part in parts:
+            if not isinstance(part, Mapping | list) or not part:
+                continue
             as_json, as_python = _dumps(part), repr(part)
             if _squeezed(as_python) in written and _squeezed(as_json) not in written:
                 return f"calls {name}, and this chat template writes {as_python} for {as_json}: {_ADVICE}"
@@ -645,10 +636,9 @@ class Chat:
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
         """Return what the template drops of any row of this shape; short texts may occur in others by chance."""
-        template = getattr(self.tokenizer, "chat_template", None)
-        shape = tuple(_shape(message) for message in messages)
-        tools = None if self.tools is None else tuple("function" in tool for tool in self.tools)
-        return _dropped_of(self.tokenizer, str(template), tools, shape, self.uses_tools, self.form, self.thinking)
+        tools = self.tools and [_tool_stand_in(i, "function" in tool) for i, tool in enumerate(self.tools)]
+        row = _dumps([[_stand_in(i, message) for i, message in enumerate(messages)], tools])
+        return _dropped_of(*self._cached_by, row)
 
 
 _ADVICE = "change the row, or set model.chat_template to one that does"
@@ -728,15 +718,15 @@ def _formed(message: Message, form: _Form) -> Message:
     if thoughts is not None:
         given |= dict.fromkeys(THOUGHTS[:2], thoughts)
     if "tool_calls" in given:
-        given["tool_calls"] = [{**call, "function": _function(call["function"], form)} for call in given["tool_calls"]]
+        calls = copy.deepcopy(given["tool_calls"])
+        for function in (call["function"] for call in calls):
+            if form.text_arguments:
+                function["arguments"] = _text_of(function)
+            function.pop(WRITTEN, None)
+        given["tool_calls"] = calls
         if form.null_content and not given["content"]:
             given["content"] = None
     return given
-
-
-def _function(function: Mapping[str, Any], form: _Form) -> dict[str, Any]:
-    given = {key: value for key, value in function.items() if key != WRITTEN}
-    return {**given, "arguments": _text_of(function)} if form.text_arguments else given
 
 
 def _text_of(function: Mapping[str, Any]) -> str:
@@ -821,30 +811,13 @@ def day_of(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "_mlxft_day", None) or date.today())
 
 
-# Codes of a date format. An escaped % comes first, so that what follows it is not taken for a code.
-_CODES = (
-    "%%",
-    *(f"%-{code}" for code in "dmyHIMSj"),
-    *(f"%{code}" for code in "aAbBcCdDeFGhHIjklmMnpPrRsStTuUVwWxXyYzZ"),
-)
+_day: ContextVar[date | None] = ContextVar("day", default=None)  # that the template being rendered writes
 
 
-@lru_cache(maxsize=16)
-def _clock(template: str, day: date) -> str:
-    """Return a prefix for a template that fixes its clock at noon of a day; "" for one without a clock.
-
-    Templates call `strftime_now`, which transformers provides and does not let anyone replace; a macro of that name
-    takes precedence. A macro cannot format a date, so it replaces each code in the format by its value.
-    """
-    if "strftime_now" not in template:
-        return ""
-    noon = datetime(day.year, day.month, day.day, 12)
-    codes = _dumps([["%%", "\0"], *((code, noon.strftime(code)) for code in _CODES[1:]), ["\0", "%"]])
-    return (
-        "{%- macro strftime_now(format) %}{%- set ns = namespace(text=format) %}"
-        f"{{%- for code, value in {codes} %}}{{%- set ns.text = ns.text | replace(code, value) %}}{{%- endfor %}}"
-        "{{- ns.text }}{%- endmacro %}\n"  # Jinja drops this newline
-    )
+def _strftime_now(format: str) -> str:
+    """Format the time for a template: noon of the day that `set_day` has set, or else now."""
+    day = _day.get()
+    return (datetime.now() if day is None else datetime(day.year, day.month, day.day, 12)).strftime(format)
 
 
 def _render_with_nulls(
@@ -879,49 +852,28 @@ def _is_in(part: str, text: str) -> bool:
     return any(_squeezed(form) in squeezed for form in forms)
 
 
-def _leaves(value: Any) -> Iterator[str]:
-    """Yield the keys, texts and numbers of a call's arguments; a template may leave out null."""
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield a value of a call's arguments and everything in it, keys included."""
+    yield value
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield str(key)
-            yield from _leaves(inner)
+            yield from _parts(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaves(inner)
-    elif isinstance(value, str):
-        yield value
-    elif value is not None and not isinstance(value, bool):  # True is true in JSON and True in Python
-        yield _dumps(value)
+            yield from _parts(inner)
 
 
-def _containers(value: Any) -> Iterator[Any]:
-    """Yield the non-empty objects and lists of a call's arguments, at every depth."""
-    if isinstance(value, Mapping | list) and value:
-        yield value
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _containers(inner)
-
-
-class _Shape(NamedTuple):
-    """What a template may look at in a message, besides its texts."""
-
-    role: str
-    content: bool
-    thoughts: bool
-    calls: int
-    keys: tuple[str, ...]
-
-
-def _shape(message: Message) -> _Shape:
-    thoughts = any(message.get(key) for key in THOUGHTS)
-    keys = tuple(key for key in ("name", "tool_call_id") if key in message)
-    return _Shape(message["role"], bool(message["content"].strip()), thoughts, len(message.get("tool_calls", ())), keys)
+def _leaf(value: Any) -> str | None:
+    """Return a text or number as templates write it, else None; they may leave out null, and write True for true."""
+    if isinstance(value, str):
+        return value
+    return _dumps(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 @lru_cache(maxsize=64)
-def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: _Form, thinking: bool | None) -> str:
+def _tail_of(chat: Chat, template: str) -> str:
     """Return what follows a turn at the end of a conversation only, if a special token ends turns; see `Chat.tail`."""
-    chat = Chat(tokenizer, None, "", uses_tools, form, thinking)
     turns = [{"role": role, "content": f"textqz{i}x"} for i, role in enumerate(("user", "assistant", "user"))]
     try:
         whole, longer = chat.render(turns[:2]), chat.render(turns)
@@ -930,7 +882,7 @@ def _tail_of(tokenizer: Any, template: str, uses_tools: bool, form: _Form, think
     head, answer, rest = whole.partition("textqz1x")
     if longer.startswith(whole) or not answer or not longer.startswith(head + answer):
         return ""
-    marks = _marks(tokenizer, special_ids(tokenizer)[0])
+    marks = _marks(chat.tokenizer, special_ids(chat.tokenizer)[0])
     ending = re.match(rf"\s*({'|'.join(map(re.escape, marks))})", rest) if marks else None
     if ending is None or not longer.startswith(head + answer + ending[0]):
         return ""
@@ -970,49 +922,44 @@ def _marks(tokenizer: Any, ids: frozenset[int]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _dropped_of(
-    tokenizer: Any,
-    template: str,
-    tools: tuple[bool, ...] | None,
-    shapes: tuple[_Shape, ...],
-    uses_tools: bool,
-    form: _Form,
-    thinking: bool | None,
-) -> str | None:
-    """Return which part of a row of these shapes a template drops, by rendering unique words.
+def _dropped_of(chat: Chat, template: str, row: str) -> str | None:
+    """Return which part of a row of unique words, as JSON, a template drops.
 
     A template that refuses such words (it may need JSON, or known names) is not checked.
     """
-    words = [[f"textqz{i}x", *(f"callqz{i}n{k}x" for k in range(shape.calls))] for i, shape in enumerate(shapes)]
-    names = [f"toolqz{i}x" for i in range(len(tools or ()))]
-    messages = [_stand_in(shape, content, calls) for shape, (content, *calls) in zip(shapes, words)]
-    nothing = {"type": "object", "properties": {}}
-    functions = [{"name": name, "description": "d", "parameters": nothing} for name in names]
-    described = [{"type": "function", "function": f} if own else f for f, own in zip(functions, tools or ())]
-    chat = Chat(tokenizer, None if tools is None else described, "", uses_tools, form, thinking)
+    messages, tools = parse_json(row)
     try:
-        text = chat.render(messages)
+        text = replace(chat, tools=tools).render(messages)
     except DataError:
         return None
-    for i, (shape, (content, *calls)) in enumerate(zip(shapes, words)):
-        if shape.content and content not in text:
-            return f"messages[{i}] has role {shape.role} and content"
-        if any(f"{call}{part}" not in text for call in calls for part in ("name", "key", "value")):
+    for i, message in enumerate(messages):
+        if message["content"] not in text:
+            return f"messages[{i}] has role {message['role']} and content"
+        functions = [call["function"] for call in message.get("tool_calls", ())]
+        if any(word not in text for f in functions for word in (f["name"], *chain(*f["arguments"].items()))):
             return f"messages[{i}] calls a tool"
-    if any(name not in text for name in names):
-        return "the row has tools"
-    return None
+    return None if all(_tool_name(tool) in text for tool in tools or ()) else "the row has tools"
 
 
-def _stand_in(shape: _Shape, content: str, calls: Sequence[str]) -> Message:
-    """Return a message of a shape, made of words that are in no template."""
-    assert shape.role in ROLES
-    message: Message = {"role": shape.role, "content": content if shape.content else ""}
-    if shape.thoughts:
-        message["reasoning_content"] = "thoughtqzx"
+def _tool_name(tool: Mapping[str, Any]) -> str:
+    inner = tool.get("function")
+    return str((inner if isinstance(inner, dict) else tool).get("name", ""))
+
+
+def _tool_stand_in(index: int, wrapped: bool) -> dict[str, Any]:
+    tool = {"name": f"toolqz{index}x", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    return {"type": "function", "function": tool} if wrapped else tool
+
+
+def _stand_in(index: int, message: Message) -> Message:
+    """Return a message with the same parts, made of words that are in no template."""
+    made: Message = {"role": message["role"], "content": f"textqz{index}x" if message["content"].strip() else ""}
+    if any(message.get(key) for key in THOUGHTS):
+        made["reasoning_content"] = "thoughtqzx"
     # Nine letters, as Mistral's templates require of an id.
-    message |= dict.fromkeys(shape.keys, "callqzxid")
+    made |= dict.fromkeys([key for key in ("name", "tool_call_id") if key in message], "callqzxid")
+    calls = [f"callqz{index}n{k}x" for k in range(len(message.get("tool_calls", ())))]
     functions = [{"name": f"{call}name", "arguments": {f"{call}key": f"{call}value"}} for call in calls]
     if functions:
-        message["tool_calls"] = [{"id": "callqzxid", "type": "function", "function": f} for f in functions]
-    return message
+        made["tool_calls"] = [{"id": "callqzxid", "type": "function", "function": f} for f in functions]
+    return made

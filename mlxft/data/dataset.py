@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import tempfile
-import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass, replace
@@ -15,7 +14,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +49,8 @@ from mlxft.data.formats import (
     pick_shots,
 )
 from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
-from mlxft.errors import ConfigError, DataError, nearest
+from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
+from mlxft.files import write_beside
 
 # --- batching ---------------------------------------------------------------------------------------------------------
 # Rows are batched by length, or packed into sequences, so that there is little padding.
@@ -111,17 +111,15 @@ def plan_epoch(
 
 def _cut(order: IntArray, lengths: IntArray, tokens: int | None, rows: int | None) -> list[Slot]:
     """Cut rows, shortest first, into batches."""
-    slots: list[Slot] = []
+    batches: list[list[int]] = []
     batch: list[int] = []
     for row in order.tolist():
         full = len(batch) >= rows if rows is not None else (len(batch) + 1) * int(lengths[row]) > (tokens or 0)
-        if batch and full:
-            slots.append(Slot(tuple((r,) for r in batch), int(lengths[batch[-1]])))
+        if not batch or full:
             batch = []
+            batches.append(batch)
         batch.append(row)
-    if batch:
-        slots.append(Slot(tuple((r,) for r in batch), int(lengths[batch[-1]])))
-    return slots
+    return [Slot(tuple((row,) for row in batch), int(lengths[batch[-1]])) for batch in batches]
 
 
 def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
@@ -278,11 +276,9 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
         item = Conversation(turns)
     if not isinstance(item, Conversation):
         raise ConfigError(f"{where}: prompts, pairs and labelled completions are not for supervised fine-tuning")
-    conversation = item
     _check_has_template(tokenizer, where, chat)
-    return by_template(
-        tokenizer, item.messages, item.tools, where, lambda chat: _conversation(conversation, chat, train_on)
-    )
+    messages = item.messages
+    return by_template(tokenizer, messages, item.tools, where, lambda chat: _conversation(messages, chat, train_on))
 
 
 class EncodedCompletion(NamedTuple):
@@ -350,23 +346,19 @@ def encode_prompt(
         if messages and messages[0]["role"] == "system":
             raise ConfigError("system is given, and the messages start with their own; keep one of them")
         messages = [{"role": "system", "content": system}, *messages]
-    return by_template(tokenizer, messages, tools, where, lambda chat: _prompt(messages, chat))
+    text = prompt_text(messages, tokenizer, tools=tools, where=where)
+    return context_ids(tokenizer, text, plain=False, where=where)
 
 
 def prompt_text(prompt: list[Message], tokenizer: Any, *, tools: Tools | None = None, where: str = "") -> str:
     """Return the text of messages up to where the completion starts; raise as `encode_prompt`."""
-    return by_template(tokenizer, prompt, tools, where, lambda chat: _prompt_text(prompt, chat))
 
+    def written(chat: Chat) -> str:
+        text = chat.render(prompt, generation=True)
+        chat.check_written(prompt, text, {})
+        return text
 
-def _prompt_text(messages: list[Message], chat: Chat) -> str:
-    text = chat.render(messages, generation=True)
-    chat.check_written(messages, text, {})
-    return text
-
-
-def _prompt(messages: list[Message], chat: Chat) -> list[int]:
-    ids = _tokenise(chat.tokenizer, _prompt_text(messages, chat)).ids
-    return check_ids(ids, chat.tokenizer, chat.where)
+    return by_template(tokenizer, prompt, tools, where, written)
 
 
 def _reply(messages: list[Message], chat: Chat) -> EncodedCompletion:
@@ -567,67 +559,47 @@ def _encoded(
     spans: list[tuple[int, int]],
     tokenizer: Any,
     where: str,
-    off: list[_Turn] | None = None,
+    off: Iterable[tuple[int, int]] = (),
     ends: Iterable[int] = (),
 ) -> Encoded:
     check_ids(ids, tokenizer, where)
     trained = np.zeros(len(ids), dtype=np.bool_)
     for first, stop in spans:
         trained[first:stop] = True
-    for turn in off or []:
-        trained[turn.first : turn.stop] = False
+    for first, stop in off:
+        trained[first:stop] = False
     # Nothing predicts the first token.
     trained[:1] = False
     return Encoded(np.asarray(ids, dtype=np.int32), trained, where, tuple(sorted(set(ends))))
 
 
-def _conversation(item: Conversation, chat: Chat, train_on: str) -> list[Encoded]:
-    messages = item.messages
+def _conversation(messages: list[Message], chat: Chat, train_on: str) -> list[Encoded]:
+    final = len(messages) - 1
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on in ("last", "completion"):
         turns = turns[-1:]
     wanted = [i for i in turns if messages[i].get("weight", 1) != 0]
-    watched = turns if train_on == "all" else wanted
     whole = _tokenise(chat.tokenizer, chat.render(messages))
-    final = len(messages) - 1
-    found: dict[int, _Turn | None] = {}
+    found: dict[int, _Turn] = {}
     texts: dict[int, str] = {}
-    for i in watched:
+    for i in turns if train_on == "all" else wanted:
         prompt = chat.render(messages[:i], generation=True)
         ended = whole.text if i == final else chat.render(messages[: i + 1])
-        found[i] = _find(chat, whole, prompt, ended.removesuffix(chat.tail), i)
-        if found[i] is None:
-            break
-        texts[i] = chat.turn(prompt, ended)
-    if all(found.values()):
-        chat.check_written(messages, whole.text, {i: texts[i] for i in wanted})
-        located = {i: turn for i, turn in found.items() if turn is not None}
-        ids, located = _closed(whole.ids, located, final, chat)
-        ends = [ids[located[i].stop - 1] for i in wanted if located[i].closed]
-        if train_on == "all":
-            off = [located[i] for i in turns if i not in wanted]
-            return [_encoded(ids, [(1, len(ids))], chat.tokenizer, chat.where, off, ends)]
-        return [_encoded(ids, [located[i][:2] for i in wanted], chat.tokenizer, chat.where, ends=ends)]
-    if train_on == "all":
-        raise DataError(
-            f"{chat.where}: this chat template rewrites earlier turns (reasoning models drop their thoughts), so no "
-            "single row holds every token as it was generated; use data.train_on: assistant or last"
-        )
-    return [_one_turn(messages[: i + 1], chat) for i in wanted]
-
-
-def _one_turn(messages: list[Message], chat: Chat) -> Encoded:
-    """Encode a conversation with only its last turn trained."""
-    final = len(messages) - 1
-    whole = _tokenise(chat.tokenizer, chat.render(messages))
-    prompt = chat.render(messages[:-1], generation=True)
-    turn = _find(chat, whole, prompt, whole.text.removesuffix(chat.tail), final)
-    if turn is None:
-        raise AssertionError("a text is always a prefix of itself")
-    chat.check_written(messages, whole.text, {final: chat.turn(prompt, whole.text)})
-    ids, located = _closed(whole.ids, {final: turn}, final, chat)
-    last = located[final]
-    return _encoded(ids, [last[:2]], chat.tokenizer, chat.where, ends=[ids[last.stop - 1]] if last.closed else ())
+        turn = _find(chat, whole, prompt, ended.removesuffix(chat.tail), i)
+        if turn is None and train_on == "all":
+            raise DataError(
+                f"{chat.where}: this chat template rewrites earlier turns (reasoning models drop their thoughts), so "
+                "no single row holds every token as it was generated; use data.train_on: assistant or last"
+            )
+        if turn is None:  # a final turn never is: a text is a prefix of itself
+            return [row for j in wanted for row in _conversation(messages[: j + 1], chat, "last")]
+        found[i], texts[i] = turn, chat.turn(prompt, ended)
+    chat.check_written(messages, whole.text, {i: texts[i] for i in wanted})
+    ids, found = _closed(whole.ids, found, final, chat)
+    ends = [ids[found[i].stop - 1] for i in wanted if found[i].closed]
+    spans = [(1, len(ids))] if train_on == "all" else [found[i][:2] for i in wanted]
+    off = [found[i][:2] for i in found if i not in wanted]
+    return [_encoded(ids, spans, chat.tokenizer, chat.where, off, ends)]
 
 
 def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> tuple[list[int], dict[int, _Turn]]:
@@ -816,28 +788,20 @@ class PairCounts:
         return notes
 
 
-@dataclass(frozen=True)
-class PairRows:
-    """Encoded pairs in the order of their source, and the counts."""
-
-    rows: list[EncodedPair]
-    counts: PairCounts
-
-
-@dataclass(frozen=True)
-class LabelledRows:
-    """Encoded labelled completions in the order of their source, and the counts."""
-
-    rows: list[EncodedLabelled]
-    counts: PairCounts
-
-
 EncodedRow = TypeVar("EncodedRow", EncodedPair, EncodedLabelled)
+
+
+@dataclass(frozen=True)
+class PairRows(Generic[EncodedRow]):
+    """Encoded pairs, or labelled completions, in the order of their source, and the counts."""
+
+    rows: list[EncodedRow]
+    counts: PairCounts
 
 
 def encode_pairs(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
-) -> PairRows:
+) -> PairRows[EncodedPair]:
     """Encode examples of the formats preference and ratings.
 
     Args:
@@ -869,7 +833,7 @@ def encode_pairs(
         share = sum(pair.weight for pair in kept) / sum(pair.weight for pair in group) if kept else 1.0
         rows += [pair._replace(weight=pair.weight / share) for pair in kept]
     counts = PairCounts(len(examples), identical=identical, dropped=dropped, undecided=undecided)
-    counts = _count(counts, rows, [(pair.chosen_ids, pair.rejected_ids) for pair in rows])
+    counts = _count(counts, rows)
     decided = [pair for pair in rows if not pair.tie]
     longer = [0.5 + 0.5 * np.sign(len(pair.chosen_ids) - len(pair.rejected_ids)) for pair in decided]
     share_longer = float(np.mean(longer)) if longer else None
@@ -878,7 +842,7 @@ def encode_pairs(
 
 def encode_labelled(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
-) -> LabelledRows:
+) -> PairRows[EncodedLabelled]:
     """Encode examples of the format unpaired; arguments and errors as for `build_pairs`."""
 
     def encode(example: Example) -> list[EncodedLabelled]:
@@ -891,24 +855,24 @@ def encode_labelled(
     encoded = [row for group in _fit_pairs(examples, encode, max_length, overflow) for row in group]
     rows = [row for row in encoded if length(row) <= max_length]
     counts = PairCounts(len(examples), dropped=len(encoded) - len(rows))
-    return LabelledRows(rows, _count(counts, rows, [(row.completion_ids,) for row in rows]))
+    return PairRows(rows, _count(counts, rows))
 
 
 def length(row: EncodedPair | EncodedLabelled) -> int:
     """Return the tokens of the prompt and its longest completion."""
-    return len(row.prompt_ids) + max(map(len, _answers(row)))
+    return len(row.prompt_ids) + max(map(len, _completions(row)))
 
 
 def ends_of(rows: Sequence[EncodedPair | EncodedLabelled]) -> set[int]:
     """Return the ids that end completions."""
-    return {int(ids[-1]) for row in rows for ids in _answers(row)}
+    return {int(ids[-1]) for row in rows for ids in _completions(row)}
 
 
 def ids_fingerprint(rows: Sequence[EncodedPair | EncodedLabelled]) -> str:
     """Hash the ids and labels of every row, in order."""
     digest = blake2b(digest_size=16)
     for row in rows:
-        for ids in (row.prompt_ids, *_answers(row)):
+        for ids in (row.prompt_ids, *_completions(row)):
             # The length first: it separates a completion from the next one.
             digest.update(len(ids).to_bytes(8, "little"))
             digest.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
@@ -927,12 +891,8 @@ class Part(NamedTuple):
 
 def describe_pair(row: EncodedPair | EncodedLabelled, tokenizer: Any) -> list[Part]:
     """Return the texts of a row, the prompt first."""
-    named = {"prompt": row.prompt_ids}
-    if isinstance(row, EncodedPair):
-        named |= {"chosen": row.chosen_ids, "rejected": row.rejected_ids}
-    else:
-        named |= {"completion": row.completion_ids}
-    return [Part(name, str(tokenizer.decode(ids.tolist())), len(ids)) for name, ids in named.items()]
+    named = [(name.removesuffix("_ids"), ids) for name, ids in row._asdict().items() if name.endswith("_ids")]
+    return [Part(name, str(tokenizer.decode(ids.tolist())), len(ids)) for name, ids in named]
 
 
 def shared_part(pair: EncodedPair, tokenizer: Any) -> Part:
@@ -943,7 +903,7 @@ def shared_part(pair: EncodedPair, tokenizer: Any) -> Part:
     return Part("shared", str(tokenizer.decode(pair.chosen_ids[:size].tolist())) if size else "", size)
 
 
-def _answers(row: EncodedPair | EncodedLabelled) -> tuple[Ids, ...]:
+def _completions(row: EncodedPair | EncodedLabelled) -> tuple[Ids, ...]:
     return (row.chosen_ids, row.rejected_ids) if isinstance(row, EncodedPair) else (row.completion_ids,)
 
 
@@ -977,14 +937,12 @@ def _fit_pairs(
     return groups
 
 
-def _count(
-    counts: PairCounts, rows: Sequence[EncodedPair | EncodedLabelled], answers: list[tuple[Ids, ...]]
-) -> PairCounts:
+def _count(counts: PairCounts, rows: Sequence[EncodedPair | EncodedLabelled]) -> PairCounts:
     """Add the counts that pairs and labelled completions share."""
     if not rows:
         why = "; ".join(counts.notes()) or "there are none"
         raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}")
-    lengths = [len(ids) for row in answers for ids in row]
+    lengths = [len(ids) for row in rows for ids in _completions(row)]
     tokens = sum(lengths) + sum(len(row.prompt_ids) for row in rows)
     one = lengths[0] if len(set(lengths)) == 1 else None
     return replace(counts, pairs=len(rows), tokens=tokens, response_tokens=sum(lengths), one_length=one)
@@ -998,7 +956,6 @@ def _count(
 # left out.
 
 LIMIT = 2 * 10**9  # bytes; the entries used last stay
-_ABANDONED = 3600.0  # seconds after which an unfinished file is taken for one of a dead process
 
 
 def cache_folder() -> Path | None:
@@ -1048,14 +1005,13 @@ def read_cache(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
         with path.open("rb") as raw, np.load(raw) as file:  # the archive's own checksums tell a damaged one
             ids, trained, lengths, sources = (file[n] for n in ("ids", "trained", "lengths", "sources"))
             ends, counts = (file[n].tolist() for n in ("ends", "end_counts"))
-        stops = np.cumsum(lengths)
         if not (ids.shape == trained.shape == (int(lengths.sum()),) and lengths.shape == sources.shape):
             return None
+        cuts = np.cumsum(lengths)[:-1]
+        parts = np.split(ids.astype(np.int32, copy=False), cuts), np.split(trained.astype(np.bool_, copy=False), cuts)
         wheres = [examples[i].where for i in sources.tolist()]
-        ids, trained = ids.astype(np.int32, copy=False), trained.astype(np.bool_, copy=False)
         rest = iter(ends)
-        turns = [tuple(islice(rest, count)) for count in counts]
-        rows = [Encoded(ids[e - n : e], trained[e - n : e], w, t) for e, n, w, t in zip(stops, lengths, wheres, turns)]
+        rows = [Encoded(i, t, w, tuple(islice(rest, count))) for i, t, w, count in zip(*parts, wheres, counts)]
         with suppress(OSError):
             os.utime(path)  # used now: among the last to go
     except Exception:  # a file of any content may stand there, and numpy's readers raise whatever they meet
@@ -1068,43 +1024,31 @@ def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> No
     folder = cache_folder()
     if folder is None:
         return
-    try:
+    arrays = {
+        "ids": np.concatenate([row.ids for row in rows]).astype(np.int32),
+        "trained": np.concatenate([row.trained for row in rows]),
+        "lengths": np.array([len(row.ids) for row in rows], dtype=np.int64),
+        "sources": np.array(sources, dtype=np.int64),
+        "ends": np.array([end for row in rows for end in row.ends], dtype=np.int64),
+        "end_counts": np.array([len(row.ends) for row in rows], dtype=np.int64),
+    }
+    with suppress(OSError, CheckpointError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A name of its own: another process may be writing the same entry, and the last rename wins.
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", delete=False) as file:
-            try:
-                np.savez(
-                    file,
-                    ids=np.concatenate([r.ids for r in rows]).astype(np.int32),
-                    trained=np.concatenate([r.trained for r in rows]),
-                    lengths=np.array([len(r.ids) for r in rows], dtype=np.int64),
-                    sources=np.array(sources, dtype=np.int64),
-                    ends=np.array([end for r in rows for end in r.ends], dtype=np.int64),
-                    end_counts=np.array([len(r.ends) for r in rows], dtype=np.int64),
-                )
-                file.close()
-                os.replace(file.name, folder / f"{key}.npz")
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write_beside(folder / f"{key}.npz", lambda path: np.savez(path, **arrays))  # type: ignore[arg-type]
         _prune(folder)
-    except OSError:
-        return
 
 
 def _prune(folder: Path) -> None:
-    """Delete the entries used longest ago, so that the rest stays within LIMIT, and what was never finished."""
+    """Delete the entries used longest ago, so that the rest stays within LIMIT."""
     found = []
-    for path in [*folder.glob("*.npz"), *folder.glob(".tmp-*")]:
+    for path in folder.glob("*.npz"):
         with suppress(OSError):  # another process deleted it
             found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = 0
-    for changed, size, path in sorted(found, reverse=True):
-        unfinished = path.name.startswith(".tmp-")
-        total += 0 if unfinished else size
-        if (unfinished and time.time() - changed > _ABANDONED) or (not unfinished and total > LIMIT):
-            with suppress(OSError):
-                path.unlink()
+    for _, size, path in sorted(found, reverse=True):
+        total += size
+        if total > LIMIT:
+            path.unlink(missing_ok=True)
 
 
 # --- dataset ----------------------------------------------------------------------------------------------------------
@@ -1193,14 +1137,9 @@ def encode_rows(
     encoded = _encode_all(examples, tokenizer, train_on, chat, cache)
     if overflow == "error":
         _refuse_long([(row.where, len(row.ids)) for row in encoded], max_length, "drop, truncate or split (texts)")
-    rows, counts = _fit(encoded, max_length, overflow)
-    counts = replace(
-        counts,
-        source_rows=len(examples),
-        encoded_rows=len(rows),
-        tokens=sum(len(row.ids) for row in rows),
-        trained_tokens=sum(int(row.trained.sum()) for row in rows),
-    )
+    rows, changed = _fit(encoded, max_length, overflow)
+    tokens, trained = sum(len(row.ids) for row in rows), sum(int(row.trained.sum()) for row in rows)
+    counts = Counts(len(examples), len(rows), tokens, trained, **changed)
     if not rows:
         why = "; ".join(counts.notes()) or "there are none"
         raise DataError(
@@ -1246,23 +1185,24 @@ def _refuse_long(rows: Iterable[tuple[str, int]], max_length: int, ways: str) ->
     raise DataError(f"{report_lines(lines)}\n{advice}")
 
 
-def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[Encoded], Counts]:
+def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[Encoded], Counter[str]]:
+    """Return rows within the length, and how many are left out or cut, by the names in `Counts`."""
     rows: list[Encoded] = []
-    dropped = truncated = split = untrainable = 0
+    changed: Counter[str] = Counter()
     for row in encoded:
         if not row.trained.any():
-            untrainable += 1
+            changed["untrainable"] += 1
         elif len(row.ids) <= max_length:
             rows.append(row)
         elif overflow == "split":
-            split += 1
+            changed["split"] += 1
             rows.extend(_pieces(row, max_length))
         elif overflow == "truncate" and row.trained[:max_length].any():
-            truncated += 1
+            changed["truncated"] += 1
             rows.append(row._replace(ids=row.ids[:max_length], trained=row.trained[:max_length]))
         else:
-            dropped += 1
-    return rows, Counts(dropped=dropped, truncated=truncated, split=split, untrainable=untrainable)
+            changed["dropped"] += 1
+    return rows, changed
 
 
 def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
@@ -1345,15 +1285,10 @@ class Splits(NamedTuple):
     notes: list[str]
 
 
-class _Loaded(NamedTuple):
-    """The examples of one split, their labels where data.shots needs them and they have some, and notes."""
-
-    examples: list[Example]
-    labels: list[str] | None
-    notes: list[str]
-
-
-def _load(data: DataSettings, spec: str, split: str, chat: bool, reads: Collection[str] | None) -> _Loaded:
+def _load(
+    data: DataSettings, spec: str, split: str, chat: bool, reads: Collection[str] | None
+) -> tuple[list[Example], list[str] | None, list[str]]:
+    """Return the examples of one split, their labels where data.shots needs them and they have some, and notes."""
     try:
         rows = list(read_rows(spec, split))
     except ConfigError as e:
@@ -1371,7 +1306,7 @@ def _load(data: DataSettings, spec: str, split: str, chat: bool, reads: Collecti
         labels = labels_of(
             examples, [row.data for row in rows if isinstance(row, Row) and row.where in used], data.label
         )
-    return _Loaded(examples, labels, notes)
+    return examples, labels, notes
 
 
 def load_splits(
@@ -1399,10 +1334,8 @@ def load_splits(
         kept, held_out = split_valid(list(range(len(train))), data.valid, seed)
         train, valid = [train[i] for i in kept], [train[i] for i in held_out]
         labels = labels and [labels[i] for i in kept]
-    elif data.valid is not None:
-        valid, _, other = _load(data, data.valid, "valid", *how)
-    elif Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
-        valid, _, other = _load(data, data.train, "valid", *how)
+    elif data.valid is not None or (Path(data.train).is_dir() and find_split(Path(data.train), "valid")):
+        valid, _, other = _load(data, data.valid or data.train, "valid", *how)
     notes += [f"validation: {note}" for note in other if note not in notes]
     if data.shots is None:
         return Splits(train, valid, notes)

@@ -20,6 +20,7 @@ from mlxft.data.chat import set_day
 from mlxft.data.dataset import Dataset, Encoded, data_fingerprint, encode_rows
 from mlxft.data.formats import Completion, Conversation, Example, Text
 from mlxft.errors import DataError
+from mlxft.files import temporary
 
 Make = Callable[..., Any]
 
@@ -198,8 +199,8 @@ def test_a_folder_that_can_not_be_written_changes_nothing(
 def test_a_full_disk_leaves_nothing(
     tokenizer: Make, folder: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: Any, **arrays: Any) -> None:
-        file.write(b"half")
+    def full(path: Path, **arrays: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
@@ -230,16 +231,18 @@ def test_the_entries_used_last_stay(tokenizer: Make, folder: Path, monkeypatch: 
         (new,) = {p.name for p in folder.iterdir()} - set(names)
         names.append(new)
         os.utime(folder / new, (1000 + i, 1000 + i))
-    (folder / ".tmp-dead").write_bytes(b"x")
-    os.utime(folder / ".tmp-dead", (1000, 1000))
-    (folder / ".tmp-busy").write_bytes(b"x")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    busy, dead = (temporary(folder / "x.npz", pid) for pid in (os.getppid(), ended.pid))
+    for unfinished in (busy, dead):
+        unfinished.write_bytes(b"x")
     size = (folder / names[0]).stat().st_size
     make(examples(answer="a"), tok)  # used: now the newest
     monkeypatch.setattr(dataset, "LIMIT", 3 * size + size // 2)
     make(examples(answer="d"), tok)
     left = {p.name for p in folder.iterdir()}
     assert len(left) == 4
-    assert {names[0], names[2], ".tmp-busy"} < left
+    assert {names[0], names[2], busy.name} < left
 
 
 def test_where_it_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
