@@ -9,6 +9,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 from mlxft.data.sources import Problem, Row, read_json, report_lines, type_name
@@ -221,14 +222,9 @@ def _objects(value: Any, at: str, of: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Return tool descriptions; None where there are none."""
-    return _objects(value, "tools", "tool descriptions") or None
-
-
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a row: from `tools`, or from OpenAI's older `functions`."""
-    tools, functions = read_tools(row.get("tools")), functions_of(row)
+    """Return the tools of a row, or None: from `tools`, or from OpenAI's older `functions`."""
+    tools, functions = _objects(row.get("tools"), "tools", "tool descriptions"), functions_of(row)
     if tools and functions:
         raise DataError("the row has tools and functions; expected one of them")
     return tools or [{"type": "function", "function": function} for function in functions] or None
@@ -383,10 +379,24 @@ def check_order(
         )
 
 
-def messages_at(value: Any, name: str, last: tuple[str, ...] = ("assistant",)) -> list[Message]:
+def _turns(
+    value: Any,
+    name: str,
+    read: Callable[[Any, str], Message] = message_at,
+    last: tuple[str, ...] = ("assistant",),
+    in_text: bool = False,
+) -> list[Message]:
+    """Read a list of turns, and check their order; arguments as for `check_order`."""
     at = [f"{name}[{i}]" for i in range(len(list_at(value, name, "messages")))]
-    messages = [message_at(message, place) for message, place in zip(value, at)]
-    check_order(messages, at, last)
+    messages = [read(turn, place) for turn, place in zip(value, at)]
+    check_order(messages, at, last, in_text)
+    return messages
+
+
+def _messages(
+    value: Any, name: str, last: tuple[str, ...] = ("assistant",), read: Callable[[Any, str], Message] = message_at
+) -> list[Message]:
+    messages = _turns(value, name, read, last)
     # Real chats have empty turns, but a chat with nothing else has nothing to learn.
     turns = [m for m in messages if m["role"] == "assistant"]
     if turns and not any(m["content"].strip() or "tool_calls" in m or "reasoning_content" in m for m in turns):
@@ -394,10 +404,22 @@ def messages_at(value: Any, name: str, last: tuple[str, ...] = ("assistant",)) -
     return messages
 
 
+_ASKING = ("user", "tool")
+
+
+def _prompt(
+    value: Any, last: tuple[str, ...] = _ASKING, read: Callable[[Any, str], Message] = message_at
+) -> str | list[Message]:
+    if isinstance(value, str):
+        return string_at(value, "prompt")
+    if not isinstance(value, list):
+        raise DataError(f"prompt is {type_name(value)}; expected a string or a list of messages")
+    return _messages(value, "prompt", last, read)
+
+
 def read_messages(row: dict[str, Any]) -> Conversation:
     """{"messages": [{"role", "content", ...}], "system"?, "tools"?: [...]}"""
-    messages = messages_at(row["messages"], "messages")
-    return Conversation(with_system(row, messages, "messages"), tools_of(row))
+    return Conversation(with_system(row, _messages(row["messages"], "messages"), "messages"), tools_of(row))
 
 
 def read_prompt_completion(row: dict[str, Any]) -> Conversation | Completion:
@@ -405,17 +427,14 @@ def read_prompt_completion(row: dict[str, Any]) -> Conversation | Completion:
 
     A prompt of messages is context: its assistant turns get weight 0 unless they have a weight.
     """
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = _prompt(row["prompt"], (*_ASKING, "assistant")), row["completion"]
     if isinstance(prompt, str):
-        texts = string_at(prompt, "prompt"), string_at(completion, "completion")
+        completion = string_at(completion, "completion")
         if is_text(row):
-            return Completion(*texts)
-        turns = [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
+            return Completion(prompt, completion)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return Conversation(with_system(row, turns), tools_of(row))
-    if not isinstance(prompt, list):
-        raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
-    context = messages_at(prompt, "prompt", ("user", "tool", "assistant"))
-    context = [{"weight": 0, **message} if message["role"] == "assistant" else message for message in context]
+    context = [{"weight": 0, **message} if message["role"] == "assistant" else message for message in prompt]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": string_at(completion, "completion")}]
     elif isinstance(completion, dict):
@@ -449,10 +468,7 @@ def sharegpt_turn(turn: Any, at: str) -> Message:
 
 def read_sharegpt(row: dict[str, Any]) -> Conversation:
     """{"conversations": [{"from", "value"}], "system"?, "tools"?}"""
-    turns = list_at(row["conversations"], "conversations", "turns")
-    at = [f"conversations[{i}]" for i in range(len(turns))]
-    messages = [sharegpt_turn(turn, place) for turn, place in zip(turns, at)]
-    check_order(messages, at, in_text=True)
+    messages = _turns(row["conversations"], "conversations", sharegpt_turn, in_text=True)
     return Conversation(with_system(row, messages, "conversations"), tools_of(row))
 
 
@@ -498,13 +514,10 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
 
 def read_prompts(row: dict[str, Any]) -> Prompt:
     """{"prompt": a string, or messages that end with a user or tool turn, "system"?}, and what rewards read."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        turn = {"role": "user", "content": string_at(prompt, "prompt")}
-        return Prompt(with_system(row, [turn]) if system_turn(row) else prompt, row)
-    if not isinstance(prompt, list):
-        raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
-    return Prompt(with_system(row, messages_at(prompt, "prompt", ("user", "tool"))), row)
+    prompt = _prompt(row["prompt"])
+    if isinstance(prompt, str) and system_turn(row):
+        prompt = [{"role": "user", "content": prompt}]
+    return Prompt(prompt if isinstance(prompt, str) else with_system(row, prompt), row)
 
 
 # --- published --------------------------------------------------------------------------------------------------------
@@ -531,6 +544,10 @@ class Published(NamedTuple):
     columns: tuple[str, ...]
     fields: dict[str, Any]
 
+    def replaced(self, row: Fields) -> dict[str, Any]:
+        """Return a row with our fields in place of the columns."""
+        return {name: value for name, value in row.items() if name not in self.columns} | self.fields
+
 
 def as_published(row: Fields, format: str, chat: bool = True, names: Fields | None = None) -> Published | None:
     """Read a row by its layout; None where it has none.
@@ -549,41 +566,37 @@ def as_published(row: Fields, format: str, chat: bool = True, names: Fields | No
 def in_our_fields(row: Fields, formats: Iterable[str], chat: bool = True) -> dict[str, Any]:
     """Return a row in our fields by the first format with a layout for it; unchanged where none has."""
     found = next((found for name in formats if (found := as_published(row, name, chat)) is not None), None)
-    if found is None:
-        return dict(row)
-    return {name: value for name, value in row.items() if name not in found.columns} | found.fields
+    return dict(row) if found is None else found.replaced(row)
 
 
 def _has(row: Fields, *names: str) -> bool:
     return all(row.get(name) is not None for name in names)
 
 
-class _Prompt(NamedTuple):
-    """The columns of the prompt, and the prompt."""
+def _with_prompt(row: Fields, chat: bool, says: str, columns: tuple[str, ...], fields: Fields) -> Published | None:
+    """Add the prompt to a layout's fields, by one of its names in published sets; None where there is none.
 
-    columns: tuple[str, ...]
-    prompt: Any
-
-
-def _prompt_of(row: Fields, chat: bool) -> _Prompt | None:
-    """Return the prompt by one of its names in published sets. Alpaca's `input` belongs to an instruction.
-
+    Args:
+        says: a format for the note, with the names of the prompt's columns.
     Raises:
         DataError: there are several prompts.
     """
-    if _has(row, "prompt"):
-        return _Prompt(("prompt",), (_turns_asked(row["prompt"]) if chat else []) or row["prompt"])
+    # Alpaca's `input` belongs to an instruction.
     names = tuple(name for name in ("question", "instruction", "input") if _has(row, name))
-    if not names or _has(row, "conversations"):
+    if _has(row, "prompt"):
+        names, prompt = ("prompt",), (_turns_asked(row["prompt"]) if chat else []) or row["prompt"]
+    elif not names or _has(row, "conversations"):
         return None
-    if len(names) == 1:
-        return _Prompt(names, row[names[0]])
-    texts = [row[name] for name in names if name != "input" or row[name] != ""]
-    if "question" in names or not all(isinstance(text, str) for text in texts):
-        raise DataError(
-            f"the row has {' and '.join(names)}; say which is the prompt: data.fields: {{prompt: {names[0]}}}"
-        )
-    return _Prompt(names, "\n\n".join(texts))
+    elif len(names) == 1:
+        prompt = row[names[0]]
+    else:
+        texts = [row[name] for name in names if name != "input" or row[name] != ""]
+        if "question" in names or not all(isinstance(text, str) for text in texts):
+            raise DataError(
+                f"the row has {' and '.join(names)}; say which is the prompt: data.fields: {{prompt: {names[0]}}}"
+            )
+        prompt = "\n\n".join(texts)
+    return Published(says.format(" and ".join(names)), (*names, *columns), {"prompt": prompt, **fields})
 
 
 # Anthropic's HH
@@ -639,22 +652,15 @@ def _orca(row: Fields, chat: bool, names: Fields) -> Published | None:
     # Whole conversations include their prompt: another column may be something else.
     if _has(row, "prompt") or None in sides or all(isinstance(side, list) and len(side) > 1 for side in sides):
         return None
-    asked = _prompt_of(row, chat)
-    if asked is None:
-        return None
-    return Published(f"Orca: prompt is {' and '.join(asked.columns)}", asked.columns, {"prompt": asked.prompt})
+    return _with_prompt(row, chat, "Orca: prompt is {}", (), {})
 
 
 def _responses(row: Fields, chat: bool, names: Fields) -> Published | None:
-    pair = ("chosen_response", "rejected_response")
-    if not _has(row, *pair) or _has(row, "chosen") or (asked := _prompt_of(row, chat)) is None:
+    columns = ("chosen_response", "rejected_response")
+    if not _has(row, *columns) or _has(row, "chosen"):
         return None
-    fields = {"prompt": asked.prompt, "chosen": row[pair[0]], "rejected": row[pair[1]]}
-    return Published(
-        f"UltraFeedback of Argilla: prompt is {' and '.join(asked.columns)}, chosen is chosen_response",
-        (*asked.columns, *pair),
-        fields,
-    )
+    says = "UltraFeedback of Argilla: prompt is {}, chosen is chosen_response"
+    return _with_prompt(row, chat, says, columns, {"chosen": row[columns[0]], "rejected": row[columns[1]]})
 
 
 def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
@@ -687,36 +693,27 @@ def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], l
 
 def _ultrafeedback(row: Fields, chat: bool, names: Fields) -> Published | None:
     score = str(names.get("ratings", "overall_score"))
-    asked, rated = _prompt_of(row, chat), _rated(row, "completions", "response", score)
-    if asked is None or rated is None:
+    if (rated := _rated(row, "completions", "response", score)) is None:
         return None
-    return Published(
-        f"UltraFeedback: prompt is {' and '.join(asked.columns)}, answers are completions' response, ratings {score}",
-        (*asked.columns, "completions", score),
-        {"prompt": asked.prompt, "answers": rated[0], "ratings": rated[1]},
-    )
+    says = f"UltraFeedback: prompt is {{}}, answers are completions' response, ratings {score}"
+    return _with_prompt(row, chat, says, ("completions", score), {"answers": rated[0], "ratings": rated[1]})
 
 
 def _nectar(row: Fields, chat: bool, names: Fields) -> Published | None:
-    asked, rated = _prompt_of(row, chat), _rated(row, "answers", "answer", "rank")
-    if asked is None or rated is None:
+    if (rated := _rated(row, "answers", "answer", "rank")) is None:
         return None
-    return Published(
-        "Nectar: answers are answers' answer, ratings their rank, 1 is the best",
-        (*asked.columns, "answers"),
-        {"prompt": asked.prompt, "answers": rated[0], "ratings": [-float(rank) for rank in rated[1]]},
-    )
+    fields = {"answers": rated[0], "ratings": [-float(rank) for rank in rated[1]]}
+    says = "Nectar: answers are answers' answer, ratings their rank, 1 is the best"
+    return _with_prompt(row, chat, says, ("answers",), fields)
 
 
 def _distilabel(row: Fields, chat: bool, names: Fields) -> Published | None:
     rating = next((name for name in ("ratings", "rating") if isinstance(row.get(name), list)), None)
-    if rating is None or not _has(row, "generations") or (asked := _prompt_of(row, chat)) is None:
+    if rating is None or not _has(row, "generations"):
         return None
-    return Published(
-        f"distilabel: prompt is {' and '.join(asked.columns)}, answers are generations, ratings is {rating}",
-        (*asked.columns, "generations", rating),
-        {"prompt": asked.prompt, "answers": row["generations"], "ratings": row[rating]},
-    )
+    says = f"distilabel: prompt is {{}}, answers are generations, ratings is {rating}"
+    fields = {"answers": row["generations"], "ratings": row[rating]}
+    return _with_prompt(row, chat, says, ("generations", rating), fields)
 
 
 LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...]] = {
@@ -735,30 +732,25 @@ def together(rows: Iterable[Row | Problem], rating: str, prompt: str) -> Iterato
         rating: the column with a response's rating.
         prompt: the column with the prompt.
     """
-    held: list[Row] = []
-    for row in rows:
-        data = row.data if isinstance(row, Row) and _has(row.data, prompt, "response", rating) else {}
-        if held and data.get(prompt) != held[0].data[prompt]:
-            yield _one_row(held, rating)
-            held = []
-        if isinstance(row, Row) and data and not isinstance(data[rating], list):
-            held.append(row)
-        else:
-            yield row
-    if held:
-        yield _one_row(held, rating)
 
+    def prompt_of(row: Row | Problem) -> Any:
+        data = row.data if isinstance(row, Row) else {}
+        joined = _has(data, prompt, "response", rating) and not isinstance(data[rating], list)
+        return data[prompt] if joined else None
 
-def _one_row(rows: list[Row], rating: str) -> Row:
-    first = {name: value for name, value in rows[0].data.items() if name != "response"}
-    lists = {"answers": [row.data["response"] for row in rows], rating: [row.data[rating] for row in rows]}
-    return Row(rows[0].where, first | lists)
+    for found, group in groupby(rows, prompt_of):
+        if found is None:
+            yield from group
+            continue
+        held = [row for row in group if isinstance(row, Row)]
+        first = {name: value for name, value in held[0].data.items() if name != "response"}
+        lists = {"answers": [row.data["response"] for row in held], rating: [row.data[rating] for row in held]}
+        yield Row(held[0].where, first | lists)
 
 
 # --- preference -------------------------------------------------------------------------------------------------------
 # Pairs, several completions with ratings, and single completions with a label.
 
-_ASKING = ("user", "tool")
 _DIFFERENCE = re.compile(r"\s*(-?[\d.]+(?:[eE][-+]?\d+)?) - (-?[\d.]+(?:[eE][-+]?\d+)?)\s*")
 _LARGEST = 3.4e38  # a larger number is infinite in float32, in which losses are computed
 
@@ -780,31 +772,42 @@ def read_preference(row: dict[str, Any]) -> Pair | Ranked:
 
 def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Pair:
     sides = {"chosen": _side(row["chosen"], "chosen"), at: _side(rejected, at)}
-    good, bad = sides.values()
-    prompt = _context(row)
-    if prompt is None:
-        prompt = _shared(good, bad)
-    elif isinstance(prompt, str) and not (isinstance(good, str) and isinstance(bad, str)):
-        prompt = _shared(*(_whole(prompt, side, name) for name, side in sides.items()))
+    prompt: str | list[Message] | None = None
+    if row.get("conversations") is not None:
+        if row.get("prompt") is not None:
+            raise DataError("the row has prompt and conversations; expected one of them")
+        prompt = _turns(row["conversations"], "conversations", _message, _ASKING, in_text=True)
+    elif row.get("prompt") is not None:
+        prompt = _context(row)
+    prompt, (better, worse) = _completed(row, prompt, sides)
     tie, margin = _tie(row), _margin(row)
     if tie and margin:
         raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
-    prompt, (better, worse) = _asked(row, prompt, [_reply(side, prompt, name) for name, side in sides.items()])
     if _same(better, worse) and not tie:
         raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
     return Pair(prompt, better, worse, margin, weight, tie, tools_of(row))
 
 
-def _asked(
-    row: dict[str, Any], prompt: str | list[Message], replies: list[str | Message]
+def _completed(
+    row: dict[str, Any], prompt: str | list[Message] | None, sides: Mapping[str, str | list[Message]]
 ) -> tuple[str | list[Message], list[str | Message]]:
-    """Return prompt and completions, as turns where the row has a system text."""
+    """Return the prompt and its completions: all of them texts, or messages where one is or the row has a system text.
+
+    Args:
+        prompt: as the row has it; None where completions are whole conversations.
+        sides: the completions by their names; each a text, or messages.
+    """
+    if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
+        prompt = _shared({at: _whole(prompt, side, at) for at, side in sides.items()})
+    elif prompt is None:
+        prompt = _shared(sides)
+    completions = [_completion(side, prompt, at) for at, side in sides.items()]
     if isinstance(prompt, str):
         if not system_turn(row):
-            return prompt, replies
+            return prompt, completions
         prompt = [{"role": "user", "content": prompt}]
-        replies = [{"role": "assistant", "content": reply} for reply in replies]
-    return with_system(row, prompt), replies
+        completions = [{"role": "assistant", "content": text} for text in completions]
+    return with_system(row, prompt), completions
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -831,48 +834,31 @@ def _side(value: Any, at: str) -> str | list[Message]:
 def _message(value: Any, at: str) -> Message:
     """Return a message given by role and content, or by ShareGPT's from and value."""
     sharegpt = isinstance(value, dict) and value.get("role") is None and value.get("from") is not None
-    return _unweighted((sharegpt_turn if sharegpt else message_at)(value, at))
-
-
-def _unweighted(message: Message) -> Message:
+    message = (sharegpt_turn if sharegpt else message_at)(value, at)
     return {key: value for key, value in message.items() if key != "weight"}
 
 
-def _context(row: dict[str, Any]) -> str | list[Message] | None:
-    """Return the prompt of a row; None where it has no field for it."""
-    if row.get("conversations") is not None:
-        if row.get("prompt") is not None:
-            raise DataError("the row has prompt and conversations; expected one of them")
-        turns = list_at(row["conversations"], "conversations", "turns")
-        at = [f"conversations[{i}]" for i in range(len(turns))]
-        messages = [_message(turn, place) for turn, place in zip(turns, at)]
-        check_order(messages, at, _ASKING, in_text=True)
-        return messages
-    return None if row.get("prompt") is None else _prompt(row["prompt"])
-
-
-def _prompt(prompt: Any) -> str | list[Message]:
-    if isinstance(prompt, str):
-        return string_at(prompt, "prompt")
-    if not isinstance(prompt, list):
-        raise DataError(f"prompt is {type_name(prompt)}; expected a string or a list of messages")
-    turns = list_at(prompt, "prompt", "messages")
-    return messages_at([_message(turn, f"prompt[{i}]") for i, turn in enumerate(turns)], "prompt", _ASKING)
-
-
-def _shared(good: str | list[Message], bad: str | list[Message]) -> list[Message]:
-    """Return the prompt of two whole conversations: all but the last turn, in which alone they may differ."""
-    if isinstance(good, str) or isinstance(bad, str):
-        raise DataError("no field 'prompt', and the completions are texts; give the prompt, or whole conversations")
-    prompt, other = good[:-1], bad[:-1]
-    if not _same(prompt, other):
-        at = _parting(prompt, other)
-        raise DataError(
-            f"chosen[{at}] and rejected[{at}] differ before the last turn; expected two completions of one prompt"
-        )
-    if not prompt:
-        raise DataError("no field 'prompt', and chosen has one message only; give the prompt, or whole conversations")
+def _context(row: dict[str, Any]) -> str | list[Message]:
+    # Runs on the disk have hashed prompts without WRITTEN.
+    prompt: str | list[Message] = unwritten(_prompt(row["prompt"], read=_message))
     return prompt
+
+
+def _shared(sides: Mapping[str, str | list[Message]]) -> list[Message]:
+    """Return the prompt of whole conversations: all but the last turn, in which alone they may differ."""
+    wholes = {at: side for at, side in sides.items() if not isinstance(side, str)}
+    if len(wholes) < len(sides):
+        raise DataError("no field 'prompt', and the completions are texts; give the prompt, or whole conversations")
+    (first, whole), *others = wholes.items()
+    for name, other in others:
+        if not _same(whole[:-1], other[:-1]):
+            at = _parting(whole[:-1], other[:-1])
+            raise DataError(
+                f"{first}[{at}] and {name}[{at}] differ before the last turn; expected two completions of one prompt"
+            )
+    if len(whole) < 2:
+        raise DataError("no field 'prompt', and chosen has one message only; give the prompt, or whole conversations")
+    return whole[:-1]
 
 
 def _whole(prompt: str, side: str | list[Message], at: str) -> list[Message]:
@@ -886,12 +872,11 @@ def _whole(prompt: str, side: str | list[Message], at: str) -> list[Message]:
     return whole
 
 
-def _reply(side: str | list[Message], prompt: str | list[Message], at: str) -> str | Message:
+def _completion(side: str | list[Message], prompt: str | list[Message], at: str) -> str | Message:
     """Return the completion alone: the last turn."""
     if isinstance(prompt, str):
-        if isinstance(side, str):
-            return side
-        raise AssertionError("a text prompt has texts as completions here")
+        assert isinstance(side, str), "a text prompt has texts as completions here"
+        return side
     if isinstance(side, str):
         return {"role": "assistant", "content": side}
     if len(side) > 1 and not _same(side[:-1], prompt):
@@ -949,11 +934,8 @@ def read_ratings(row: dict[str, Any]) -> Ranked:
     if len(sides) < 2:
         raise DataError(f"{name} has one entry; expected two or more to compare")
     ratings = _ratings(row, len(sides), name)
-    prompt, tools = _prompt(row["prompt"]), tools_of(row)
-    if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
-        wholes = [_whole(prompt, side, at) for at, side in sides.items()]
-        prompt = wholes[0][:-1]
-    prompt, turns = _asked(row, prompt, [_reply(side, prompt, at) for at, side in sides.items()])
+    prompt, turns = _completed(row, _context(row), sides)
+    tools = tools_of(row)
     order = sorted(range(len(turns)), key=lambda i: -ratings[i])
     better = [(a, b) for n, a in enumerate(order) for b in order[n + 1 :] if ratings[a] > ratings[b]]
     for a, b in better:
@@ -985,11 +967,9 @@ def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
 
 def read_unpaired(row: dict[str, Any]) -> Labelled:
     """{"prompt", "completion", "label": true or false, "system"?, "tools"?}: the first two as in a preference."""
-    prompt, completion = _prompt(row["prompt"]), _side(row["completion"], "completion")
-    if isinstance(prompt, str) and not isinstance(completion, str):
-        prompt = _whole(prompt, completion, "completion")[:-1]
-    prompt, (reply,) = _asked(row, prompt, [_reply(completion, prompt, "completion")])
-    return Labelled(prompt, reply, flag_at(row["label"], "label"), tools_of(row))
+    sides = {"completion": _side(row["completion"], "completion")}
+    prompt, (completion,) = _completed(row, _context(row), sides)
+    return Labelled(prompt, completion, flag_at(row["label"], "label"), tools_of(row))
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
@@ -1002,6 +982,11 @@ class Format(NamedTuple):
     read: Callable[[dict[str, Any]], Item]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> list[str]:
+        """Return every field, the required ones first."""
+        return "|".join(self.required + self.optional).split("|")
 
     def missing(self, row: Mapping[str, Any]) -> list[str]:
         """Return the required fields that a row does not have, or has as null."""
@@ -1020,27 +1005,22 @@ FORMATS: dict[str, Format] = {
         ("chosen", "rejected"),
         ("prompt", "conversations", "tools", "system", "margin", "tie", "preferred"),
     ),
-    "ratings": Format(
-        read_ratings,
-        ("prompt", "answers|completions", "ratings|scores|ranking"),
-        ("tools", "system"),
-    ),
+    "ratings": Format(read_ratings, ("prompt", "answers|completions", "ratings|scores|ranking"), ("tools", "system")),
     "unpaired": Format(read_unpaired, ("prompt", "completion", "label"), ("tools", "system")),
 }
 
 
 def suggest_format(row: dict[str, Any]) -> str | None:
     """Return the format that a row looks like, or None; for messages only."""
-    fitting = [name for name, form in FORMATS.items() if not form.missing(row) or _fits_published(row, name)]
+
+    def fits(name: str) -> bool:
+        try:
+            return not (FORMATS[name].missing(row) and FORMATS[name].missing(in_our_fields(row, (name,))))
+        except DataError:  # the columns of a layout hold something else
+            return False
+
     # The most specific one: the fields of a format may be among those of another.
-    return max(fitting, key=lambda name: len(FORMATS[name].required), default=None)
-
-
-def _fits_published(row: dict[str, Any], format: str) -> bool:
-    try:
-        return not FORMATS[format].missing(in_our_fields(row, (format,)))
-    except DataError:  # the columns of a layout hold something else
-        return False
+    return max(filter(fits, FORMATS), key=lambda name: len(FORMATS[name].required), default=None)
 
 
 @dataclass
@@ -1082,8 +1062,7 @@ class _Reader:
     """
 
     def __init__(self, format: str, fields: Mapping[str, str], chat: bool, columns: Columns) -> None:
-        self.form, self.format, self.chat, self.columns = _format(format), format, chat, columns
-        _check_fields(fields, format)
+        self.form, self.format, self.chat, self.columns = _checked(format, fields), format, chat, columns
         self.fields = fields
         self.templates = {ours: text for ours, text in fields.items() if is_template(text)}
         self.renamed = {ours: theirs for ours, theirs in fields.items() if ours not in self.templates}
@@ -1091,17 +1070,7 @@ class _Reader:
         # A system text that a template has put into a field must not be used again.
         self.in_template = "system" not in fields and any("system" in names for names in self.named.values())
         self.names: set[str] = set()
-        declared = "|".join(self.form.required + self.form.optional).split("|")
-        columns.read |= {name for name in declared if name not in fields}.union(
-            self.renamed.values(), *self.named.values()
-        )
-
-    def gathered(self, rows: Iterable[Row | Problem]) -> Iterable[Row | Problem]:
-        """Join rows of one prompt where the format needs it."""
-        rating = next((self.renamed[name] for name in ("ratings", "scores") if name in self.renamed), None)
-        if self.format != "ratings" or rating is None:
-            return rows
-        return together(rows, rating, self.renamed.get("prompt", "prompt"))
+        columns.read |= {*self.form.fields}.difference(fields).union(self.renamed.values(), *self.named.values())
 
     def item(self, row: dict[str, Any]) -> Item:
         """Return a row's item.
@@ -1117,7 +1086,7 @@ class _Reader:
         asked = {name: value for name, value in data.items() if name != "system"} if self.in_template else data
         published = as_published(asked, self.format, self.chat, self.fields)
         if published is not None:
-            asked = {name: value for name, value in asked.items() if name not in published.columns} | published.fields
+            asked = published.replaced(asked)
             self.names.update(published.columns)
             self.columns.read.update(published.columns)
             self.columns.layouts[published.says] = None
@@ -1172,7 +1141,10 @@ def convert(
     examples: list[Example] = []
     problems: list[Problem] = []
     looks: list[str | None] = []
-    for row in reader.gathered(rows):
+    rating = next((reader.renamed[name] for name in ("ratings", "scores") if name in reader.renamed), None)
+    if format == "ratings" and rating is not None:
+        rows = together(rows, rating, reader.renamed.get("prompt", "prompt"))
+    for row in rows:
         try:
             if isinstance(row, Problem):
                 raise DataError(row.text)
@@ -1182,30 +1154,22 @@ def convert(
             if isinstance(exc, _NoField) and isinstance(row, Row):
                 looks.append(suggest_format(row.data))
     reader.check_names()
-    total = len(examples) + len(problems)
     if problems and (skipped is None or not examples):
-        raise DataError(_report(problems, [name for name in looks if name and name != format], total))
+        text = report_lines([f"{problem.where}: {problem.text}" for problem in problems])
+        looks = [name for name in looks if name and name != format]
+        likely = max(looks, key=looks.count, default=None)
+        if likely and 2 * looks.count(likely) >= len(examples) + len(problems):
+            text += f"\nthis file looks like data.format: {likely}"
+        raise DataError(text)
     if skipped is not None:
         skipped.extend(problems)
     return examples
 
 
-def _report(problems: list[Problem], looks: list[str], total: int) -> str:
-    text = report_lines([f"{problem.where}: {problem.text}" for problem in problems])
-    likely = max(looks, key=looks.count, default=None)
-    if likely and 2 * looks.count(likely) >= total:
-        text += f"\nthis file looks like data.format: {likely}"
-    return text
-
-
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        raise ConfigError(f"data.format is {name!r}; expected one of {', '.join(FORMATS)}{nearest(name, FORMATS)}")
-    return FORMATS[name]
-
-
-def _check_fields(fields: Mapping[str, str], format: str) -> None:
-    known = "|".join(FORMATS[format].required + FORMATS[format].optional).split("|")
+def _checked(format: str, fields: Mapping[str, str]) -> Format:
+    if format not in FORMATS:
+        raise ConfigError(f"data.format is {format!r}; expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
+    known = FORMATS[format].fields
     unknown = [
         f"data.fields.{name}: format {format} has no field {name!r}{nearest(name, known)}"
         for name in fields
@@ -1213,6 +1177,7 @@ def _check_fields(fields: Mapping[str, str], format: str) -> None:
     ]
     if unknown:
         raise ConfigError("\n".join([*unknown, f"the fields of {format} are {', '.join(known)}"]))
+    return FORMATS[format]
 
 
 # --- shots ------------------------------------------------------------------------------------------------------------
