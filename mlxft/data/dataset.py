@@ -91,11 +91,11 @@ def plan_epoch(
         seed: gives, with `epoch`, the order of rows and batches; None sorts all by length, for validation.
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
-    size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
     if seed is None:
         return _cut(np.argsort(lengths, kind="stable"), lengths, tokens, rows)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
+    size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
     # At least two windows: one would group the same rows in every epoch.
     count = max(2, round(len(order) / (WINDOW * max(1.0, size))))
     # Cut windows to whole batches where rows are counted, so that only the last batch is not full.
@@ -136,7 +136,7 @@ def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
         least = longest
     sample = lengths[np.linspace(0, len(lengths) - 1, min(len(lengths), SAMPLE)).astype(np.int64)]
     order = np.argsort(-sample, kind="stable")
-    best: tuple[float, int] | None = None
+    tried: list[tuple[float, int]] = []
     for wanted in WIDTHS:
         width = max(least, wanted)
         if tokens is not None:
@@ -146,9 +146,8 @@ def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
         padding = 1 - int(sample.sum()) / (len(_best_fit(order, sample, width)) * width)
         if padding <= PADDING:
             return width
-        best = min(best or (padding, width), (padding, width))
-    assert best is not None
-    return best[1]
+        tried.append((padding, width))
+    return min(tried)[1]
 
 
 def pack_epoch(
@@ -233,12 +232,11 @@ class Encoded(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """A text's ids, and where each token starts and ends in it; None where the tokenizer gives no offsets."""
+    """A text's ids, and where each token starts and ends in it, (T, 2); None where the tokenizer gives no offsets."""
 
     text: str
     ids: list[int]
-    starts: npt.NDArray[np.int64] | None
-    ends: npt.NDArray[np.int64] | None
+    offsets: npt.NDArray[np.int64] | None = None
 
 
 class _Turn(NamedTuple):
@@ -268,7 +266,10 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
         hint = nearest(train_on, TRAIN_ON)
         raise ConfigError(f"data.train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}{hint}")
     if isinstance(item, Text):
-        return [_text(item, tokenizer, where)]
+        ids, eos = text_ids(tokenizer, item.text), tokenizer.eos_token_id
+        if eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        return [_encoded(ids, [(1, len(ids))], tokenizer, where)]
     if isinstance(item, Completion):
         if not (chat and tokenizer.has_chat_template):
             return [_completion(item, tokenizer, where, train_on)]
@@ -387,14 +388,6 @@ def _check_has_template(tokenizer: Any, where: str, chat: bool) -> None:
             "use data.format: text or prompt-completion, or set model.chat_template; prompt and completions of a "
             "pair may be texts too"
         )
-
-
-def _text(item: Text, tokenizer: Any, where: str) -> Encoded:
-    ids = text_ids(tokenizer, item.text)
-    eos = tokenizer.eos_token_id
-    if eos is not None and ids[-1:] != [eos]:
-        ids.append(eos)
-    return _encoded(ids, [(1, len(ids))], tokenizer, where)
 
 
 def _completion(item: Completion, tokenizer: Any, where: str, train_on: str) -> Encoded:
@@ -651,42 +644,41 @@ def _tokenise(tokenizer: Any, text: str) -> _Tokens:
     # Only calling the tokenizer gives offsets, and mlx-lm's wrapper cannot be called.
     inner = tokenizer if callable(tokenizer) else getattr(tokenizer, "_tokenizer", None)
     if not callable(inner) or not getattr(inner, "is_fast", False):
-        return _Tokens(text, list(tokenizer.encode(text, add_special_tokens=False)), None, None)
+        return _Tokens(text, list(tokenizer.encode(text, add_special_tokens=False)))
     out = inner(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    if np.any(offsets[1:] < offsets[:-1]):
-        # Offsets out of order mean something else.
-        return _Tokens(text, list(out["input_ids"]), None, None)
-    return _Tokens(text, list(out["input_ids"]), offsets[:, 0], offsets[:, 1])
+    # Offsets out of order mean something else.
+    return _Tokens(text, list(out["input_ids"]), None if np.any(offsets[1:] < offsets[:-1]) else offsets)
 
 
 def _from(chat: Chat, tokens: _Tokens, char: int) -> int:
     """Return the index of the first token that begins at or after a character."""
-    if tokens.starts is None or tokens.ends is None:
-        head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
-        if tokens.ids[: len(head)] != head:
-            raise DataError(
-                f"{chat.where}: a token spans the beginning of an assistant turn, and this tokenizer gives no offsets; "
-                "use a fast tokenizer (tokenizer.json), or data.format: text"
-            )
+    index = -1
+    if tokens.offsets is not None:
+        index = int(np.searchsorted(tokens.offsets[:, 0], char))
+        if index == 0 or tokens.offsets[index - 1, 1] >= char:
+            return index
+    # Without offsets, or where none has the white space before the character (the tokenizer drops it, or trims it from
+    # the offsets of a token that has it), the ids of the text before decide.
+    head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
+    if tokens.ids[: len(head)] == head:
         return len(head)
-    index = int(np.searchsorted(tokens.starts, char))
-    if index > 0 and tokens.ends[index - 1] < char:
-        # No token's offsets have the white space before the character: the tokenizer drops it, or trims it from the
-        # offsets of a token that has it. The ids of the text before decide.
-        head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
-        return len(head) if tokens.ids[: len(head)] == head else min(index + 1, len(tokens.ids))
-    return index
+    if index >= 0:
+        return min(index + 1, len(tokens.ids))
+    raise DataError(
+        f"{chat.where}: a token spans the beginning of an assistant turn, and this tokenizer gives no offsets; use a "
+        "fast tokenizer (tokenizer.json), or data.format: text"
+    )
 
 
 def _until(chat: Chat, tokens: _Tokens, char: int) -> int | None:
     """Return how many tokens end at or before a character; None where the tokenizer does not tell."""
     if char == len(tokens.text):
         return len(tokens.ids)
-    if tokens.ends is None:
-        head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
-        return len(head) if tokens.ids[: len(head)] == head else None
-    return int(np.searchsorted(tokens.ends, char, side="right"))
+    if tokens.offsets is not None:
+        return int(np.searchsorted(tokens.offsets[:, 1], char, side="right"))
+    head = _tokenise(chat.tokenizer, tokens.text[:char]).ids
+    return len(head) if tokens.ids[: len(head)] == head else None
 
 
 def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int | None:
@@ -695,12 +687,11 @@ def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int |
     A token that closes what another one opened within the turn (`</tool_call>`) does not end the turn.
     """
     special, openers = special_ids(tokenizer)
-    for index in range(stop - 1, first - 1, -1):
-        if ids[index] in special:
-            rest = ids[index + 1 : stop]
-            last = not rest or not tokenizer.decode(rest).strip()
-            return index if last and openers.get(ids[index]) not in ids[first:index] else None
-    return None
+    index = next((i for i in range(stop - 1, first - 1, -1) if ids[i] in special), None)
+    if index is None or openers.get(ids[index]) in ids[first:index]:
+        return None
+    rest = ids[index + 1 : stop]
+    return None if rest and tokenizer.decode(rest).strip() else index
 
 
 # --- encode pairs -----------------------------------------------------------------------------------------------------
@@ -1035,20 +1026,13 @@ def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> No
     with suppress(OSError, CheckpointError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_beside(folder / f"{key}.npz", lambda path: np.savez(path, **arrays))  # type: ignore[arg-type]
-        _prune(folder)
-
-
-def _prune(folder: Path) -> None:
-    """Delete the entries used longest ago, so that the rest stays within LIMIT."""
-    found = []
-    for path in folder.glob("*.npz"):
-        with suppress(OSError):  # another process deleted it
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
-    total = 0
-    for _, size, path in sorted(found, reverse=True):
-        total += size
-        if total > LIMIT:
-            path.unlink(missing_ok=True)
+        # Delete the entries used longest ago, so that the rest stays within LIMIT.
+        total = 0
+        found = [(path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.npz")]
+        for _, size, path in sorted(found, reverse=True):
+            total += size
+            if total > LIMIT:
+                path.unlink(missing_ok=True)
 
 
 # --- dataset ----------------------------------------------------------------------------------------------------------
@@ -1134,7 +1118,13 @@ def encode_rows(
         raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to read and one to predict")
     if overflow == "split" and not all(isinstance(example.item, Text) for example in examples):
         raise ConfigError("data.overflow: split is for data.format: text; use error, drop or truncate")
-    encoded = _encode_all(examples, tokenizer, train_on, chat, cache)
+    key = encoding_key(data_fingerprint(examples), tokenizer, train_on, chat) if cache else None
+    encoded = read_cache(key, examples) if key else None
+    if encoded is None:
+        groups = _encode_each(examples, lambda example: encode(example.item, tokenizer, example.where, train_on, chat))
+        encoded = [row for group in groups for row in group]
+        if key and encoded:
+            write_cache(key, encoded, [i for i, group in enumerate(groups) for _ in group])
     if overflow == "error":
         _refuse_long([(row.where, len(row.ids)) for row in encoded], max_length, "drop, truncate or split (texts)")
     rows, changed = _fit(encoded, max_length, overflow)
@@ -1146,18 +1136,6 @@ def encode_rows(
             f"no row is left to train on, of {len(examples):,}: {why}; see data.max_length and data.train_on"
         )
     return Dataset(rows, counts)
-
-
-def _encode_all(examples: Sequence[Example], tokenizer: Any, train_on: str, chat: bool, cache: bool) -> list[Encoded]:
-    key = encoding_key(data_fingerprint(examples), tokenizer, train_on, chat) if cache else None
-    kept = read_cache(key, examples) if key else None
-    if kept is not None:
-        return kept
-    groups = _encode_each(examples, lambda example: encode(example.item, tokenizer, example.where, train_on, chat))
-    encoded = [row for group in groups for row in group]
-    if key and encoded:
-        write_cache(key, encoded, [i for i, group in enumerate(groups) for _ in group])
-    return encoded
 
 
 def _encode_each(examples: Sequence[Example], encode: Callable[[Example], list[_T]]) -> list[list[_T]]:
@@ -1196,23 +1174,17 @@ def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[E
             rows.append(row)
         elif overflow == "split":
             changed["split"] += 1
-            rows.extend(_pieces(row, max_length))
+            # The last token of a piece is a target there, and the context of the next piece's first target.
+            for start in range(0, len(row.ids) - 1, max_length - 1):
+                trained = row.trained[start : start + max_length].copy()
+                trained[0] = False
+                rows.append(Encoded(row.ids[start : start + max_length], trained, row.where))
         elif overflow == "truncate" and row.trained[:max_length].any():
             changed["truncated"] += 1
             rows.append(row._replace(ids=row.ids[:max_length], trained=row.trained[:max_length]))
         else:
             changed["dropped"] += 1
     return rows, changed
-
-
-def _pieces(row: Encoded, max_length: int) -> list[Encoded]:
-    pieces = []
-    # The last token of a piece is a target there, and the context of the next piece's first target.
-    for start in range(0, len(row.ids) - 1, max_length - 1):
-        trained = row.trained[start : start + max_length].copy()
-        trained[0] = False
-        pieces.append(Encoded(row.ids[start : start + max_length], trained, row.where))
-    return pieces
 
 
 def split_valid(examples: Sequence[_T], share: float, seed: int) -> tuple[list[_T], list[_T]]:
@@ -1243,19 +1215,18 @@ def data_fingerprint(*splits: Sequence[Example]) -> str:
 
     The rows and not their ids, which depend on the date where a chat template writes it, and on versions of libraries.
     """
+
+    def plain(value: Any) -> Any:  # of an item within an item, or a row's value, such as a date of parquet's
+        return vars(value) if is_dataclass(value) else repr(value)
+
     digest = blake2b(digest_size=16)
     for examples in splits:
         for _, item in examples:
             kind = _HASHED_AS.get(type(item), type(item).__name__)
-            text = json.dumps([kind, vars(item)], default=_plain, sort_keys=True)
+            text = json.dumps([kind, vars(item)], default=plain, sort_keys=True)
             digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON form of an item within an item, or of a row's value, such as a date of parquet's."""
-    return vars(value) if is_dataclass(value) else repr(value)
 
 
 def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:

@@ -33,16 +33,12 @@ class Problem(NamedTuple):
     text: str
 
 
-SPLITS: dict[str, tuple[str, ...]] = {
-    "train": ("train",),
-    "valid": ("valid", "validation", "val", "dev"),
-    "test": ("test",),
-}
-"""Splits with the names that files and hub data sets give them."""
-
+# Splits with the names that files and hub data sets give them.
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 _SHOWN = 20
 _DEEPEST = 100
+_SPARSE = ("tools", "functions", "tool_calls", "function_call")
 _LONGEST = 1 << 22  # characters of a text; tokenizers hold some 200 bytes for each
 _MAX_CSV_FIELD = 2**31 - 1
 _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -61,12 +57,13 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         ConfigError: there is no such file or split, or its kind is unknown. Raised at once.
         DataError: the file has no rows, is damaged as a whole, or the hub did not return it. Raised while iterating.
     """
+    known = ", ".join(READERS)
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if spec.startswith("hf:"):
         return _some(_read_hub(spec, split), spec)
     if spec.startswith("python:"):
-        return _some(_handed_rows(spec, split), spec)
+        return _some(given_rows(handed_over(f"data.{split}", spec), spec.removeprefix("python:")), spec)
     try:
         path = home_path(spec)
         folder = path.is_dir()
@@ -76,9 +73,9 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         found = find_split(path, split)
         if found is None:
             wanted = ", ".join(f"{name}.jsonl" for name in SPLITS[split])
-            raise ConfigError(
-                f"{spec}: no file for the {split} split; expected {wanted} (or {_known()}); it has {_listing(path)}"
-            )
+            names = sorted(file.name for file in path.iterdir())
+            has = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "no files"
+            raise ConfigError(f"{spec}: no file for the {split} split; expected {wanted} (or {known}); it has {has}")
         path = found
     if not path.exists():
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
@@ -86,13 +83,8 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         raise ConfigError(f"{spec}: is a device or a pipe; expected a file, which is read more than once")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {_known()}")
+        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {known}")
     return _some(reader(path), path.name)
-
-
-def _handed_rows(spec: str, split: str) -> Iterator[Row | Problem]:
-    """Return the rows that a program has handed over."""
-    return given_rows(handed_over(f"data.{split}", spec), spec.removeprefix("python:"))
 
 
 def given_rows(rows: Iterable[Any], name: str = "rows") -> Iterator[Row | Problem]:
@@ -113,15 +105,6 @@ def find_split(folder: Path, split: str) -> Path | None:
         names = " and ".join(path.name for path in found)
         raise ConfigError(f"{folder}: {names} could both be the {split} split; name the file instead of the folder")
     return found[0] if found else None
-
-
-def _known() -> str:
-    return ", ".join(READERS)
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "no files"
 
 
 def neighbour(path: Path) -> str:
@@ -160,16 +143,16 @@ def read_json(text: str) -> Any:
     Raises:
         ValueError: it is not JSON, is nested too deep, or has a key twice, so that one would be lost silently.
     """
-    return parse_json(text, object_pairs_hook=_once)
 
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in found if keys.count(key) > 1)
+            raise ValueError(f"the key {twice[:80]!r} is given twice in one object")
+        return found
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is given twice in one object")
-    return found
+    return parse_json(text, object_pairs_hook=once)
 
 
 def _object(value: Any, where: str) -> Row | Problem:
@@ -196,10 +179,8 @@ def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
     return f"byte {exc.start + 1} of {what} is not UTF-8 (0x{exc.object[exc.start]:02x}); save the file as UTF-8"
 
 
-def _json_problem(exc: ValueError | RecursionError) -> str:
-    if isinstance(exc, json.JSONDecodeError):
-        return f"not valid JSON: {exc.msg} at column {exc.colno}"
-    return f"not valid JSON: {exc}"
+def _not_json(exc: ValueError | RecursionError) -> str:
+    return f"not valid JSON: {f'{exc.msg} at column {exc.colno}' if isinstance(exc, json.JSONDecodeError) else exc}"
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
@@ -213,7 +194,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
             except UnicodeDecodeError as exc:
                 yield Problem(where, _not_utf8(exc))
             except (ValueError, RecursionError) as exc:
-                yield Problem(where, _json_problem(exc))
+                yield Problem(where, _not_json(exc))
 
 
 def _read_json(path: Path) -> Iterator[Row | Problem]:
@@ -228,37 +209,33 @@ def _read_json(path: Path) -> Iterator[Row | Problem]:
         line = raw.count(b"\n", 0, exc.start) + 1
         yield Problem(f"{path.name}:{line}", f"not UTF-8 (0x{raw[exc.start]:02x}); save the file as UTF-8")
     except json.JSONDecodeError as exc:
-        yield Problem(f"{path.name}:{exc.lineno}", _json_problem(exc))
+        yield Problem(f"{path.name}:{exc.lineno}", _not_json(exc))
     except (ValueError, RecursionError) as exc:
-        yield Problem(path.name, _json_problem(exc))
+        yield Problem(path.name, _not_json(exc))
     else:
         for index, value in enumerate(values):
             yield _object(value, f"{path.name}[{index}]")
 
 
 def _read_csv(path: Path) -> Iterator[Row | Problem]:
-    raw = path.read_bytes()
-    lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True)
-    bad = False
-    for number, line in enumerate(lines, 1):
+    lines: list[str] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
         try:
-            line.decode()
+            lines.append(line.decode())
         except UnicodeDecodeError as exc:
-            bad = True
-            yield Problem(f"{path.name}:{number}", _not_utf8(exc))
-    if bad:
+            problems.append(Problem(f"{path.name}:{number}", _not_utf8(exc)))
+    if problems:
         # A row of such a file may span a bad line: what the others hold is not certain either.
+        yield from problems
         return
-    yield from _csv_records([line.decode() for line in lines], path.name)
-
-
-def _csv_records(lines: list[str], name: str) -> list[Row | Problem]:
     # The stdlib's limit of 128 KiB a field is less than a long document; it is one for the whole process.
     limit = csv.field_size_limit(_MAX_CSV_FIELD)
     try:
-        return list(_csv_rows(csv.reader(lines, strict=True), name))
+        rows = list(_csv_rows(csv.reader(lines, strict=True), path.name))
     finally:
         csv.field_size_limit(limit)
+    yield from rows
 
 
 def _csv_rows(reader: Any, name: str) -> Iterator[Row | Problem]:
@@ -322,9 +299,6 @@ def _batch_rows(batch: Any) -> list[Any]:
         if batch.num_rows == 1:
             return [exc]
         return [row for i in range(batch.num_rows) for row in _batch_rows(batch.slice(i, 1))]
-
-
-_SPARSE = ("tools", "functions", "tool_calls", "function_call")
 
 
 def _without_gaps(value: Any, kind: Any = None, sparse: bool = False) -> Any:
