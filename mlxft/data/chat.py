@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from functools import lru_cache
 from itertools import chain, islice, product
@@ -56,26 +56,22 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|me
 _MESSAGE_END = re.compile(r"<\|(?:end|return|call|start)\|>")
 
 
-def _any_of(marks: Sequence[str]) -> str:
-    return "|".join(re.escape(mark) for mark in marks)
+def _any_of(marks: Iterable[str]) -> str:
+    return "|".join(map(re.escape, marks))
 
 
 _OPENS = re.compile(rf"\s*({_any_of(list(_CLOSING))})")
 _OPENED = re.compile(rf"({_any_of([*_CLOSING, _ANALYSIS])})\s*\Z")
 _ANY_MARK = re.compile(_any_of([mark for pair in MARKS for mark in pair]))
 _IN_PATTERN = re.compile(r"[<\[\u25c1][^>\]]*(?:think|thought|reason)|<\|(?:channel|inner)", re.IGNORECASE)
-_SPACE = re.compile(r"\s*")
 
 
 def split_thoughts(text: str, opening: str = "") -> tuple[str, str]:
     """Split a completion into its thoughts, with their marks and following white space, and its answer.
 
     Thoughts come first, in one or several blocks. Pairs of marks within a thought are part of it; marks in the answer
-    are quoted text. A closing mark without an opening one ends a thought that was opened before the completion. A
-    thought that never ends leaves no answer.
-
-    Args:
-        opening: the mark that opens a thought at the end of the prompt; see `opening_of`.
+    are quoted text. A closing mark without an opening one ends a thought that was opened before the completion (see
+    `opening_of` for `opening`). A thought that never ends leaves no answer.
     """
     end = _end_of_thoughts(opening + text) - len(opening)
     return text[:end], text[end:]
@@ -92,33 +88,24 @@ def _end_of_thoughts(text: str) -> int:
             return 0
         end = first.end()
     while opened := _OPENS.match(text, end):
-        closed = _closed(text, opened.end(), opened[1])
-        if closed is None:
+        # The thought ends at its own closing mark, or else at the first one.
+        opening, closing, depth, ends = opened[1], _CLOSING[opened[1]], 1, []
+        for mark in re.compile(_any_of([opening, closing])).finditer(text, opened.end()):
+            depth += 1 if mark[0] == opening else -1
+            if mark[0] == closing:
+                ends.append(mark.end())
+            if depth == 0:
+                break
+        if not ends:
             return len(text)
-        end = closed
-    spaces = _SPACE.match(text, end)
-    assert spaces is not None
-    return spaces.end()
-
-
-def _closed(text: str, start: int, opening: str) -> int | None:
-    """Return where the thought that `opening` began before `start` ends: at its own closing mark, or else the first."""
-    closing, depth, first = _CLOSING[opening], 1, None
-    for mark in re.finditer(_any_of([opening, closing]), text[start:]):
-        depth += 1 if mark[0] == opening else -1
-        if mark[0] == closing and first is None:
-            first = start + mark.end()
-        if depth == 0:
-            return start + mark.end()
-    return first
+        end = ends[-1] if depth == 0 else ends[0]
+    return len(text) - len(text[end:].lstrip())
 
 
 def until_stop(text: str, stop: Sequence[str], opening: str = "", in_answer: bool = True) -> str:
-    """Return a completion up to its first stop text.
+    """Return a completion up to its first stop text; with `in_answer` only those in the answer count.
 
-    Args:
-        opening: the mark that opens a thought at the end of the prompt.
-        in_answer: whether stop texts count in the answer only; one with a mark of thoughts counts everywhere.
+    A stop text with a mark of thoughts counts everywhere.
     """
     answer = len(split_thoughts(text, opening)[0]) if in_answer and stop else 0
     ends = (text.find(end, 0 if _ANY_MARK.search(end) else answer) for end in stop)
@@ -126,11 +113,7 @@ def until_stop(text: str, stop: Sequence[str], opening: str = "", in_answer: boo
 
 
 def answer_of(text: str, opening: str = "") -> str:
-    """Return a completion without its thoughts; a text without marks is unchanged.
-
-    Args:
-        opening: the mark that opens a thought at the end of the prompt; see `opening_of`.
-    """
+    """Return a completion without its thoughts, as `split_thoughts` finds them."""
     thoughts, answer = split_thoughts(text, opening)
     if "<|channel|>" in opening + thoughts:
         answer = _MESSAGE_END.split(answer, maxsplit=1)[0]
@@ -159,11 +142,9 @@ def opening_after(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def keeps_thoughts(own: Thoughts | None, general: Thoughts, pattern: str | None = None) -> bool:
-    """Return whether a rule or metric reads the whole completion.
+    """Return whether a rule or metric reads the whole completion, by its own setting or else the general one.
 
-    Args:
-        own, general: its own setting, and the default.
-        pattern: its regular expression: one with marks of thoughts is about them.
+    Without its own, a `pattern` (regular expression) with marks of thoughts is about them.
     """
     if own is None and pattern is not None and _IN_PATTERN.search(pattern.replace("\\", "")):
         return True
@@ -454,49 +435,29 @@ class NotAPrefix(Exception):
 
 
 class Unwritten(DataError):
-    """The template leaves out a part of the row, or refuses the row.
+    """The template leaves out a part of the row, or refuses the row."""
 
-    Attributes:
-        reached: how far the row was found in the text; the error of the form that reached farthest is raised.
-    """
-
-    reached = 0
+    reached = 0  # how far the row was found in the text; the error of the form that reached farthest is raised
 
 
 class _Form(NamedTuple):
-    """How tool calls and tools are passed to a template.
+    """How tool calls and tools are passed to a template."""
 
-    Attributes:
-        text_arguments: the arguments of calls are JSON text, not a mapping.
-        null_content: a turn with calls only has null as content, not "".
-        wrapped_tools: a bare tool of the row is wrapped as {"type": "function", "function": ...}.
-    """
-
-    text_arguments: bool = False
-    null_content: bool = False
-    wrapped_tools: bool = False
-
-
-USUAL = _Form()
+    text_arguments: bool = False  # the arguments of calls are JSON text, not a mapping
+    null_content: bool = False  # a turn with calls only has null as content, not ""
+    wrapped_tools: bool = False  # a bare tool of the row is wrapped as {"type": "function", "function": ...}
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template with the options for one row.
+    """A chat template with the options for one row."""
 
-    Attributes:
-        tokenizer: mlx-lm's TokenizerWrapper, or anything with its `apply_chat_template`.
-        where: the row's place, for messages; "" if it has none.
-        uses_tools: whether the row has tools or calls, so that a template named `tool_use` is used.
-        thinking: `enable_thinking`; None: the tokenizer's default.
-    """
-
-    tokenizer: Any
+    tokenizer: Any  # mlx-lm's TokenizerWrapper, or anything with its `apply_chat_template`
     tools: Tools | None
-    where: str
-    uses_tools: bool = False
-    form: _Form = USUAL
-    thinking: bool | None = None
+    where: str  # the row's place, for messages; "" if it has none
+    uses_tools: bool = False  # the row has tools or calls, so that a template named `tool_use` is used
+    form: _Form = field(default_factory=_Form)
+    thinking: bool | None = None  # `enable_thinking`; None: the tokenizer's default
 
     @property
     def _cached_by(self) -> tuple[Chat, str]:
@@ -515,11 +476,7 @@ class Chat:
         return _tail_of(*self._cached_by)
 
     def render(self, messages: Sequence[Message], generation: bool = False) -> str:
-        """Return the text of messages; with `generation`, with the generation prompt of an assistant turn.
-
-        Raises:
-            DataError: the template refuses them; its reason is in the message.
-        """
+        """Return the text of messages; with `generation`, with the generation prompt of an assistant turn."""
         given = [_formed(message, self.form) for message in messages]
         tools = self.tools
         if tools is not None and self.form.wrapped_tools:
@@ -564,7 +521,7 @@ class Chat:
             text: the rendered messages, or a text that begins with them.
             trained: index of a trained turn -> its part of the text; see `turn`.
         Raises:
-            DataError: a part is missing; it is named by turn.
+            Unwritten: a part is missing; it is named by turn.
         """
         for i, message in enumerate(messages):
             if problem := self._problem_of(message, trained.get(i, text), i in trained):
@@ -654,9 +611,17 @@ def by_template(
         DataError: the template writes no form completely.
     """
     uses_tools = bool(tools) or any("tool_calls" in m or m["role"] == "tool" for m in messages)
+    calls = [message for message in messages if "tool_calls" in message]
+    silent = any(not message["content"] for message in calls)
+    bare = any("function" not in tool for tool in tools or ())
+    forms = [  # the usual one first; rows without calls and bare tools have no other
+        _Form(text, null, wrapped)
+        for wrapped, null, text in product((False, True), repeat=3)
+        if wrapped <= bare and null <= silent and text <= bool(calls)
+    ]
     failed: list[tuple[Chat, Unwritten | NotAPrefix]] = []
     # Templates of reasoning models may open a thought in the generation prompt that the turn does not have.
-    for form, thinking in product(_forms(messages, tools), (None, False) if thinking_of(tokenizer) else (False, None)):
+    for form, thinking in product(forms, (None, False) if thinking_of(tokenizer) else (False, None)):
         chat = Chat(tokenizer, tools, where, uses_tools, form, thinking)
         try:
             return encode(chat)
@@ -698,16 +663,6 @@ def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
         "data.format: text",
         len(messages) + 3,
     )
-
-
-def _forms(messages: Sequence[Message], tools: Tools | None) -> Iterator[_Form]:
-    """Yield the forms of a row, the usual one first; only one for rows without calls and bare tools."""
-    calls = any("tool_calls" in message for message in messages)
-    silent = any("tool_calls" in message and not message["content"] for message in messages)
-    bare = any("function" not in tool for tool in tools or ())
-    for wrapped, null, text in product((False, True), repeat=3):
-        if wrapped <= bare and null <= silent and text <= calls:
-            yield _Form(text, null, wrapped)
 
 
 def _formed(message: Message, form: _Form) -> Message:

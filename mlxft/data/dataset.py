@@ -216,19 +216,12 @@ TRAIN_ON = ("assistant", "last", "completion", "all")
 
 
 class Encoded(NamedTuple):
-    """A row ready to train on.
+    """A row ready to train on."""
 
-    Attributes:
-        ids: (T,) int32.
-        trained: (T,) bool; true where token t is a target, predicted from the tokens before it; never the first.
-        where: the row's place, for messages.
-        ends: the ids that end its trained turns.
-    """
-
-    ids: Ids
-    trained: Mask
-    where: str
-    ends: tuple[int, ...] = ()
+    ids: Ids  # (T,)
+    trained: Mask  # (T,), true where token t is a target, predicted from the tokens before it; never the first
+    where: str  # the row's place, for messages
+    ends: tuple[int, ...] = ()  # the ids that end its trained turns
 
 
 class _Tokens(NamedTuple):
@@ -727,34 +720,20 @@ class EncodedLabelled(NamedTuple):
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Counts of a source's pairs, or labelled completions.
+    """Counts of a source's pairs, or labelled completions."""
 
-    Attributes:
-        source_rows: rows given.
-        pairs: pairs (or completions) in the data set.
-        tokens, response_tokens: in them; a pair's prompt counts once.
-        dropped: pairs left out as too long.
-        identical: pairs left out because their completions have the same tokens.
-        undecided: rows left out because all their ratings are equal.
-        ties: pairs in the data set without a better completion.
-        chosen_longer: share of the pairs without ties whose chosen completion is longer; equal lengths count half.
-        one_length: the tokens of every completion, where all have the same number; else None.
-        source_notes: notes on how the rows were chosen.
-        fingerprint: of the chosen rows, both splits.
-    """
-
-    source_rows: int = 0
-    pairs: int = 0
-    tokens: int = 0
+    source_rows: int = 0  # rows given
+    pairs: int = 0  # pairs (or completions) in the data set
+    tokens: int = 0  # in them; a pair's prompt counts once
     response_tokens: int = 0
-    dropped: int = 0
-    identical: int = 0
-    undecided: int = 0
-    ties: int = 0
-    chosen_longer: float | None = None
-    one_length: int | None = None
-    source_notes: tuple[str, ...] = ()
-    fingerprint: str = ""
+    dropped: int = 0  # pairs left out as too long
+    identical: int = 0  # pairs left out because their completions have the same tokens
+    undecided: int = 0  # rows left out because all their ratings are equal
+    ties: int = 0  # pairs in the data set without a better completion
+    chosen_longer: float | None = None  # share of pairs without ties whose chosen completion is longer; equal: half
+    one_length: int | None = None  # the tokens of every completion, where all have the same number
+    source_notes: tuple[str, ...] = ()  # on how the rows were chosen
+    fingerprint: str = ""  # of the chosen rows, both splits
 
     def left_out(self) -> list[str]:
         """Return a sentence for each kind of row that is left out."""
@@ -1045,25 +1024,16 @@ OVERFLOW = ("error", "drop", "truncate", "split")
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of a source's rows.
+    """Counts of a source's rows."""
 
-    Attributes:
-        source_rows: rows given.
-        encoded_rows: rows in the data set: fewer by those left out, more by turns and pieces that stand alone.
-        tokens, trained_tokens: in the data set.
-        dropped: encoded rows left out as too long.
-        truncated, split: encoded rows cut at the limit, and into pieces.
-        untrainable: encoded rows left out because they have no trained token.
-    """
-
-    source_rows: int = 0
-    encoded_rows: int = 0
-    tokens: int = 0
+    source_rows: int = 0  # rows given
+    encoded_rows: int = 0  # in the data set: fewer by those left out, more by turns and pieces that stand alone
+    tokens: int = 0  # in the data set
     trained_tokens: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    split: int = 0
-    untrainable: int = 0
+    dropped: int = 0  # encoded rows left out as too long
+    truncated: int = 0  # encoded rows cut at the limit
+    split: int = 0  # encoded rows cut into pieces
+    untrainable: int = 0  # encoded rows left out because they have no trained token
 
     def notes(self) -> list[str]:
         """Return a sentence for each kind of row that is left out or cut."""

@@ -111,19 +111,15 @@ class Prompt:
 class Pair:
     """Two completions of one prompt; the chosen one is better unless it is a tie.
 
-    Attributes:
-        prompt: a text, and then both completions are texts; or messages, and then both are an assistant message.
-        margin: how much better the chosen one is, in units of score; None if unknown.
-        weight: of the pair; the pairs of one row add up to 1.
-        tie: neither is better.
+    The prompt is a text, and then both completions are texts; or messages, and then both are an assistant message.
     """
 
     prompt: str | list[Message]
     chosen: str | Message
     rejected: str | Message
-    margin: float | None = None
-    weight: float = 1.0
-    tie: bool = False
+    margin: float | None = None  # how much better the chosen one is, in units of score; None if unknown
+    weight: float = 1.0  # the pairs of one row add up to 1
+    tie: bool = False  # neither is better
     tools: list[dict[str, Any]] | None = None
 
 
@@ -157,19 +153,10 @@ class Example(NamedTuple):
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OPENERS = ("system", "developer")
 _SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     "system": "system",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
+    **dict.fromkeys(("observation", "tool"), "tool"),
 }
 
 
@@ -532,17 +519,11 @@ _ANSWER = "\n\nAssistant:"
 
 
 class Published(NamedTuple):
-    """A row of a published set in our fields.
+    """A row of a published set in our fields."""
 
-    Attributes:
-        says: the layout and its set, for a note.
-        columns: of the row, those that are read.
-        fields: ours, in their place.
-    """
-
-    says: str
-    columns: tuple[str, ...]
-    fields: dict[str, Any]
+    says: str  # the layout and its set, for a note
+    columns: tuple[str, ...]  # of the row, those that are read
+    fields: dict[str, Any]  # ours, in their place
 
     def replaced(self, row: Fields) -> dict[str, Any]:
         """Return a row with our fields in place of the columns."""
@@ -1025,17 +1006,11 @@ def suggest_format(row: dict[str, Any]) -> str | None:
 
 @dataclass
 class Columns:
-    """The columns of a source's rows.
+    """The columns of a source's rows."""
 
-    Attributes:
-        seen: those with a value in some row, in their order.
-        read: those that are read.
-        layouts: of published sets, by which rows were read.
-    """
-
-    seen: dict[str, None] = field(default_factory=dict)
+    seen: dict[str, None] = field(default_factory=dict)  # those with a value in some row, in their order
     read: set[str] = field(default_factory=set)
-    layouts: dict[str, None] = field(default_factory=dict)
+    layouts: dict[str, None] = field(default_factory=dict)  # of published sets, by which rows were read
 
     def notes(self, also: Iterable[str] | None = ()) -> list[str]:
         """Return notes on the layouts by which rows were read, and on unused columns.
@@ -1054,12 +1029,7 @@ class _NoField(DataError):
 
 
 class _Reader:
-    """Turns rows into items of a format.
-
-    Attributes:
-        columns: of the rows, which ones are read.
-        names: every column of any row.
-    """
+    """Turns rows into items of a format."""
 
     def __init__(self, format: str, fields: Mapping[str, str], chat: bool, columns: Columns) -> None:
         self.form, self.format, self.chat, self.columns = _checked(format, fields), format, chat, columns
@@ -1069,7 +1039,7 @@ class _Reader:
         self.named = {ours: names_in(text, f"data.fields.{ours}") for ours, text in self.templates.items()}
         # A system text that a template has put into a field must not be used again.
         self.in_template = "system" not in fields and any("system" in names for names in self.named.values())
-        self.names: set[str] = set()
+        self.names: set[str] = set()  # every column of any row
         columns.read |= {*self.form.fields}.difference(fields).union(self.renamed.values(), *self.named.values())
 
     def item(self, row: dict[str, Any]) -> Item:
