@@ -200,12 +200,12 @@ def _objects(value: Any, at: str, of: str) -> list[dict[str, Any]]:
         value = _json(value, at) if value.strip() else None
     if value is None or value in ([], {}):
         return []
-    found = [
-        _json(part, f"{at}[{i}]") if isinstance(part, str) else part for i, part in enumerate(list_at(value, at, of))
-    ]
-    for i, part in enumerate(found):
+    found = []
+    for i, part in enumerate(list_at(value, at, of)):
+        part = _json(part, f"{at}[{i}]") if isinstance(part, str) else part
         if not isinstance(part, dict):
             raise DataError(f"{at}[{i}] is {type_name(part)}; expected an object: {of}")
+        found.append(part)
     return found
 
 
@@ -366,24 +366,19 @@ def check_order(
         )
 
 
-def _turns(
-    value: Any,
-    name: str,
-    read: Callable[[Any, str], Message] = message_at,
-    last: tuple[str, ...] = ("assistant",),
-    in_text: bool = False,
-) -> list[Message]:
-    """Read a list of turns, and check their order; arguments as for `check_order`."""
-    at = [f"{name}[{i}]" for i in range(len(list_at(value, name, "messages")))]
-    messages = [read(turn, place) for turn, place in zip(value, at)]
-    check_order(messages, at, last, in_text)
-    return messages
+_Read: TypeAlias = Callable[[Any, str], Message]
 
 
 def _messages(
-    value: Any, name: str, last: tuple[str, ...] = ("assistant",), read: Callable[[Any, str], Message] = message_at
+    value: Any,
+    name: str,
+    last: tuple[str, ...] = ("assistant",),
+    read: _Read = message_at,
+    in_text: bool = False,
 ) -> list[Message]:
-    messages = _turns(value, name, read, last)
+    at = [f"{name}[{i}]" for i in range(len(list_at(value, name, "messages")))]
+    messages = [read(turn, place) for turn, place in zip(value, at)]
+    check_order(messages, at, last, in_text)
     # Real chats have empty turns, but a chat with nothing else has nothing to learn.
     turns = [m for m in messages if m["role"] == "assistant"]
     if turns and not any(m["content"].strip() or "tool_calls" in m or "reasoning_content" in m for m in turns):
@@ -394,9 +389,7 @@ def _messages(
 _ASKING = ("user", "tool")
 
 
-def _prompt(
-    value: Any, last: tuple[str, ...] = _ASKING, read: Callable[[Any, str], Message] = message_at
-) -> str | list[Message]:
+def _prompt(value: Any, last: tuple[str, ...] = _ASKING, read: _Read = message_at) -> str | list[Message]:
     if isinstance(value, str):
         return string_at(value, "prompt")
     if not isinstance(value, list):
@@ -455,7 +448,7 @@ def sharegpt_turn(turn: Any, at: str) -> Message:
 
 def read_sharegpt(row: dict[str, Any]) -> Conversation:
     """{"conversations": [{"from", "value"}], "system"?, "tools"?}"""
-    messages = _turns(row["conversations"], "conversations", sharegpt_turn, in_text=True)
+    messages = _messages(row["conversations"], "conversations", read=sharegpt_turn, in_text=True)
     return Conversation(with_system(row, messages, "conversations"), tools_of(row))
 
 
@@ -471,11 +464,7 @@ def is_text(row: Mapping[str, Any]) -> bool:
 
 
 def with_system(row: Mapping[str, Any], messages: list[Message], name: str = "prompt") -> list[Message]:
-    """Put the system turn of a row's `system` field, if any, before messages.
-
-    Args:
-        name: of the messages, for an error.
-    """
+    """Put the system turn of a row's `system` field, if any, before its messages, which are in the field `name`."""
     system, first = system_turn(row), messages[0]
     if not system or first == system[0]:
         return messages
@@ -531,14 +520,11 @@ class Published(NamedTuple):
 
 
 def as_published(row: Fields, format: str, chat: bool = True, names: Fields | None = None) -> Published | None:
-    """Read a row by its layout; None where it has none.
+    """Read a row by its layout; None where it has none, DataError where its columns hold something else.
 
     Args:
-        format: our format for it.
         chat: whether texts go through a chat template: then a transcript becomes its turns.
         names: data.fields.
-    Raises:
-        DataError: the columns of a layout hold something else.
     """
     found = (read(row, chat, names or {}) for read in LAYOUTS.get(format, ()))
     return next((published for published in found if published is not None), None)
@@ -555,12 +541,10 @@ def _has(row: Fields, *names: str) -> bool:
 
 
 def _with_prompt(row: Fields, chat: bool, says: str, columns: tuple[str, ...], fields: Fields) -> Published | None:
-    """Add the prompt to a layout's fields, by one of its names in published sets; None where there is none.
+    """Add the prompt, by its names in published sets, to a layout's fields; None where there is none.
 
     Args:
-        says: a format for the note, with the names of the prompt's columns.
-    Raises:
-        DataError: there are several prompts.
+        says: the note, with {} for the names of the prompt's columns.
     """
     # Alpaca's `input` belongs to an instruction.
     names = tuple(name for name in ("question", "instruction", "input") if _has(row, name))
@@ -577,17 +561,11 @@ def _with_prompt(row: Fields, chat: bool, says: str, columns: tuple[str, ...], f
                 f"the row has {' and '.join(names)}; say which is the prompt: data.fields: {{prompt: {names[0]}}}"
             )
         prompt = "\n\n".join(texts)
-    return Published(says.format(" and ".join(names)), (*names, *columns), {"prompt": prompt, **fields})
-
-
-# Anthropic's HH
+    return Published(says.replace("{}", " and ".join(names)), (*names, *columns), {"prompt": prompt, **fields})
 
 
 def _transcript(text: Any) -> list[Message]:
-    """Return the turns of "Human: ...\\n\\nAssistant: ..."; none where the text is something else.
-
-    Neighbouring turns of one speaker become one.
-    """
+    """Return the turns of "Human: ...\\n\\nAssistant: ...", those of one speaker joined; none of another text."""
     before, *parts = _TURN.split(text.lstrip()) if isinstance(text, str) else [""]
     turns: list[Message] = []
     for speaker, said in zip(parts[::2], parts[1::2]):
@@ -599,10 +577,9 @@ def _transcript(text: Any) -> list[Message]:
 
 
 def _turns_asked(text: Any) -> list[Message]:
-    """Return the turns of a transcript that ends where the assistant speaks; none where a text is something else."""
-    if not isinstance(text, str) or not text.rstrip().endswith(_ANSWER):
-        return []
-    return _transcript(text.rstrip().removesuffix(_ANSWER))
+    """Return the turns of a transcript that ends where the assistant speaks; none of another text."""
+    asks = isinstance(text, str) and text.rstrip().endswith(_ANSWER)
+    return _transcript(text.rstrip().removesuffix(_ANSWER)) if asks else []
 
 
 def _hh(row: Fields, chat: bool, names: Fields) -> Published | None:
@@ -623,9 +600,6 @@ def _asking(row: Fields, chat: bool, names: Fields) -> Published | None:
     # A prompt from a template of data.fields stays as it is.
     turns = _turns_asked(row.get("prompt")) if chat and not is_template(str(names.get("prompt", ""))) else []
     return Published("Anthropic's HH: the prompt is a transcript", ("prompt",), {"prompt": turns}) if turns else None
-
-
-# Pairs
 
 
 def _orca(row: Fields, chat: bool, names: Fields) -> Published | None:
@@ -650,14 +624,8 @@ def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
         return None
     history, *pair, label = (row[name] for name in columns)
     chosen, rejected = pair if flag_at(label, "labels") else reversed(pair)
-    return Published(
-        "SHP: prompt is history, chosen is human_ref_A where labels is 1, else human_ref_B",
-        columns,
-        {"prompt": history, "chosen": chosen, "rejected": rejected},
-    )
-
-
-# Several completions with ratings
+    says = "SHP: prompt is history, chosen is human_ref_A where labels is 1, else human_ref_B"
+    return Published(says, columns, {"prompt": history, "chosen": chosen, "rejected": rejected})
 
 
 def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], list[Any]] | None:
@@ -709,9 +677,7 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
 def together(rows: Iterable[Row | Problem], rating: str, prompt: str) -> Iterator[Row | Problem]:
     """Join neighbouring rows of one response each, as in HelpSteer, into one row for each prompt.
 
-    Args:
-        rating: the column with a response's rating.
-        prompt: the column with the prompt.
+    `rating` and `prompt` are names of columns.
     """
 
     def prompt_of(row: Row | Problem) -> Any:
@@ -757,7 +723,7 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Pair:
     if row.get("conversations") is not None:
         if row.get("prompt") is not None:
             raise DataError("the row has prompt and conversations; expected one of them")
-        prompt = _turns(row["conversations"], "conversations", _message, _ASKING, in_text=True)
+        prompt = _messages(row["conversations"], "conversations", _ASKING, _message, in_text=True)
     elif row.get("prompt") is not None:
         prompt = _context(row)
     prompt, (better, worse) = _completed(row, prompt, sides)
@@ -795,9 +761,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(unwritten(one) == unwritten(other))
 
 
-def _parting(one: list[Message], other: list[Message]) -> int:
-    """Return the first index at which two lists of messages differ."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if not _same(a, b)), min(len(one), len(other)))
+def _parting(one: list[Message], other: list[Message]) -> int | None:
+    """Return the first index at which two lists of messages differ, or None."""
+    if _same(one, other):
+        return None
+    return next((i for i, pair in enumerate(zip(one, other)) if not _same(*pair)), min(len(one), len(other)))
 
 
 def _side(value: Any, at: str) -> str | list[Message]:
@@ -808,8 +776,7 @@ def _side(value: Any, at: str) -> str | list[Message]:
         return [_message(value, at)]
     if not isinstance(value, list):
         raise DataError(f"{at} is {type_name(value)}; expected text, a message or a list of messages")
-    turns = list_at(value, at, "messages")
-    return [_message(turn, f"{at}[{i}]") for i, turn in enumerate(turns)]
+    return [_message(turn, f"{at}[{i}]") for i, turn in enumerate(list_at(value, at, "messages"))]
 
 
 def _message(value: Any, at: str) -> Message:
@@ -832,8 +799,7 @@ def _shared(sides: Mapping[str, str | list[Message]]) -> list[Message]:
         raise DataError("no field 'prompt', and the completions are texts; give the prompt, or whole conversations")
     (first, whole), *others = wholes.items()
     for name, other in others:
-        if not _same(whole[:-1], other[:-1]):
-            at = _parting(whole[:-1], other[:-1])
+        if (at := _parting(whole[:-1], other[:-1])) is not None:
             raise DataError(
                 f"{first}[{at}] and {name}[{at}] differ before the last turn; expected two completions of one prompt"
             )
@@ -860,8 +826,7 @@ def _completion(side: str | list[Message], prompt: str | list[Message], at: str)
         return side
     if isinstance(side, str):
         return {"role": "assistant", "content": side}
-    if len(side) > 1 and not _same(side[:-1], prompt):
-        place = _parting(side[:-1], prompt)
+    if len(side) > 1 and (place := _parting(side[:-1], prompt)) is not None:
         raise DataError(f"{at}[{place}] is not as in the prompt; expected the prompt's messages and one more")
     reply = side[-1]
     check_order([*prompt, reply], ["prompt"] * len(prompt) + [f"{at}[{len(side) - 1}]" if len(side) > 1 else at])
@@ -910,11 +875,18 @@ def read_ratings(row: dict[str, Any]) -> Ranked:
     completions counts as much as one with few. `ranking` holds indices of completions, from 0.
     """
     name, given = _one_of(row, ("answers", "completions"))
-    places = {f"{name}[{i}]": side for i, side in enumerate(list_at(given, name, "answers"))}
-    sides = {at: _side(side, at) for at, side in places.items()}
-    if len(sides) < 2:
+    sides = {f"{name}[{i}]": _side(side, f"{name}[{i}]") for i, side in enumerate(list_at(given, name, "answers"))}
+    count = len(sides)
+    if count < 2:
         raise DataError(f"{name} has one entry; expected two or more to compare")
-    ratings = _ratings(row, len(sides), name)
+    rated_by, given = _one_of(row, ("ratings", "scores", "ranking"))
+    ratings = [_number(value, f"{rated_by}[{i}]") for i, value in enumerate(list_at(given, rated_by, "numbers"))]
+    if len(ratings) != count:
+        raise DataError(f"{rated_by} has {len(ratings)} numbers for {count} {name}; expected one for each")
+    if rated_by == "ranking":
+        if sorted(ratings) != list(range(count)):
+            raise DataError(f"ranking is {given}; expected each index from 0 to {count - 1} once, the best first")
+        ratings = [-float(ratings.index(i)) for i in range(count)]
     prompt, turns = _completed(row, _context(row), sides)
     tools = tools_of(row)
     order = sorted(range(len(turns)), key=lambda i: -ratings[i])
@@ -932,18 +904,6 @@ def _one_of(row: dict[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     if len(given) != 1:
         raise DataError(f"the row has {' and '.join(given)}; expected one of them")
     return given[0], row[given[0]]
-
-
-def _ratings(row: dict[str, Any], count: int, answers: str) -> list[float]:
-    name, given = _one_of(row, ("ratings", "scores", "ranking"))
-    values = [_number(value, f"{name}[{i}]") for i, value in enumerate(list_at(given, name, "numbers"))]
-    if len(values) != count:
-        raise DataError(f"{name} has {len(values)} numbers for {count} {answers}; expected one for each")
-    if name != "ranking":
-        return values
-    if sorted(values) != list(range(count)):
-        raise DataError(f"ranking is {given}; expected each index from 0 to {count - 1} once, the best first")
-    return [-float(values.index(i)) for i in range(count)]
 
 
 def read_unpaired(row: dict[str, Any]) -> Labelled:
