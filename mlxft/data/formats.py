@@ -25,13 +25,7 @@ def is_template(text: str) -> bool:
 
 
 def names_in(template: str, setting: str) -> list[str]:
-    """Return the fields that a template names, each once.
-
-    Args:
-        setting: the template's setting, for messages.
-    Raises:
-        ConfigError: braces do not match, or have more than a field's name between them.
-    """
+    """Return the fields that the template of a setting names, each once; raise ConfigError if its braces are wrong."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as e:
@@ -973,11 +967,7 @@ class Columns:
     layouts: dict[str, None] = field(default_factory=dict)  # of published sets, by which rows were read
 
     def notes(self, also: Iterable[str] | None = ()) -> list[str]:
-        """Return notes on the layouts by which rows were read, and on unused columns.
-
-        Args:
-            also: columns that something else reads; None: all.
-        """
+        """Return notes on layouts by which rows were read, and on columns not read here nor in `also` (None: all are)."""
         unused = [name for name in self.seen if also is not None and name not in self.read.union(also)]
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
         names = [f"columns not used: {', '.join(unused[:_NAMED])}{more}"] if unused else []
@@ -992,22 +982,25 @@ class _Reader:
     """Turns rows into items of a format."""
 
     def __init__(self, format: str, fields: Mapping[str, str], chat: bool, columns: Columns) -> None:
-        self.form, self.format, self.chat, self.columns = _checked(format, fields), format, chat, columns
-        self.fields = fields
+        if format not in FORMATS:
+            hint = nearest(format, FORMATS)
+            raise ConfigError(f"data.format is {format!r}; expected one of {', '.join(FORMATS)}{hint}")
+        self.form, self.format, self.fields = FORMATS[format], format, fields
+        self.chat, self.columns = chat, columns
+        known = self.form.fields
+        if unknown := [name for name in fields if name not in known]:
+            lines = [f"data.fields.{n}: format {format} has no field {n!r}{nearest(n, known)}" for n in unknown]
+            raise ConfigError("\n".join([*lines, f"the fields of {format} are {', '.join(known)}"]))
         self.templates = {ours: text for ours, text in fields.items() if is_template(text)}
         self.renamed = {ours: theirs for ours, theirs in fields.items() if ours not in self.templates}
         self.named = {ours: names_in(text, f"data.fields.{ours}") for ours, text in self.templates.items()}
         # A system text that a template has put into a field must not be used again.
         self.in_template = "system" not in fields and any("system" in names for names in self.named.values())
         self.names: set[str] = set()  # every column of any row
-        columns.read |= {*self.form.fields}.difference(fields).union(self.renamed.values(), *self.named.values())
+        columns.read |= {*known}.difference(fields).union(self.renamed.values(), *self.named.values())
 
     def item(self, row: dict[str, Any]) -> Item:
-        """Return a row's item.
-
-        Raises:
-            DataError: the row does not fit the format.
-        """
+        """Return a row's item; raise DataError if it does not fit the format."""
         self.names.update(row)
         self.columns.seen |= {name: None for name, value in row.items() if value not in (None, "", [], {})}
         data = {key: value for key, value in row.items() if key not in self.renamed or self.renamed[key] == key}
@@ -1035,15 +1028,6 @@ class _Reader:
         item = self.form.read(asked)
         self.columns.read |= {"functions"} if "tools" in self.form.optional and functions_of(asked) else set()
         return replace(item, row=data) if isinstance(item, Prompt) else item
-
-    def check_names(self) -> None:
-        """Raise ConfigError where data.fields names a column that no row has."""
-        named = [(ours, name) for ours, given in self.named.items() for name in given]
-        for ours, theirs in [*self.renamed.items(), *named]:
-            if self.names and theirs not in self.names:
-                seen = f"no row has{nearest(theirs, self.names)}; rows have {', '.join(sorted(self.names))}"
-                verb = "names" if ours in self.templates else "is"
-                raise ConfigError(f"data.fields.{ours} {verb} {theirs!r}, which {seen}")
 
 
 def convert(
@@ -1083,7 +1067,12 @@ def convert(
             problems.append(Problem(row.where, str(exc)))
             if isinstance(exc, _NoField) and isinstance(row, Row):
                 looks.append(suggest_format(row.data))
-    reader.check_names()
+    named = [(ours, name) for ours, given in reader.named.items() for name in given]
+    for ours, theirs in [*reader.renamed.items(), *named]:
+        if reader.names and theirs not in reader.names:
+            seen = f"no row has{nearest(theirs, reader.names)}; rows have {', '.join(sorted(reader.names))}"
+            verb = "names" if ours in reader.templates else "is"
+            raise ConfigError(f"data.fields.{ours} {verb} {theirs!r}, which {seen}")
     if problems and (skipped is None or not examples):
         text = report_lines([f"{problem.where}: {problem.text}" for problem in problems])
         looks = [name for name in looks if name and name != format]
@@ -1094,20 +1083,6 @@ def convert(
     if skipped is not None:
         skipped.extend(problems)
     return examples
-
-
-def _checked(format: str, fields: Mapping[str, str]) -> Format:
-    if format not in FORMATS:
-        raise ConfigError(f"data.format is {format!r}; expected one of {', '.join(FORMATS)}{nearest(format, FORMATS)}")
-    known = FORMATS[format].fields
-    unknown = [
-        f"data.fields.{name}: format {format} has no field {name!r}{nearest(name, known)}"
-        for name in fields
-        if name not in known
-    ]
-    if unknown:
-        raise ConfigError("\n".join([*unknown, f"the fields of {format} are {', '.join(known)}"]))
-    return FORMATS[format]
 
 
 # --- shots ------------------------------------------------------------------------------------------------------------
@@ -1149,8 +1124,6 @@ def labels_of(
     Args:
         rows: the examples' rows as read; needed with `field`.
         field: the rows' field with the label: a text, a number, true or false.
-    Raises:
-        ConfigError: no row has the field. DataError: some rows do not have it.
     """
     if field is None:
         return few_of([wanted_completion(item) for _, item in examples])
@@ -1171,13 +1144,9 @@ def labels_of(
 
 
 def pick_shots(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> Shots:
-    """Pick `shots` rows of each label, or of all rows without labels. A larger number includes a smaller one's rows.
+    """Pick `shots` of `count` rows for a setting: of each label, or of all rows without labels.
 
-    Args:
-        count: number of rows.
-        setting: the setting that asks for them, for messages.
-    Raises:
-        ConfigError: there are too few rows.
+    A larger number includes a smaller one's rows.
     """
     rng = random.Random(seed)
     order = rng.sample(range(count), count)
@@ -1198,12 +1167,9 @@ def pick_shots(labels: Sequence[str] | None, count: int, shots: int, seed: int, 
 
 
 def balanced(labels: Sequence[str] | None, count: int, shots: int, seed: int, setting: str) -> list[int]:
-    """Pick `shots` rows in all, shuffled, with numbers of labels that differ by at most one.
+    """Pick `shots` of `count` rows, shuffled, with numbers of labels that differ by at most one.
 
     A larger number includes a smaller one's rows.
-
-    Raises:
-        ConfigError: there are too few rows, or too few of a label.
     """
     rng = random.Random(seed)
     order = rng.sample(range(count), count)
