@@ -49,7 +49,7 @@ from mlxft.data.formats import (
     pick_shots,
 )
 from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
-from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
+from mlxft.errors import CheckpointError, ConfigError, DataError
 from mlxft.files import write_beside
 
 # --- batching ---------------------------------------------------------------------------------------------------------
@@ -212,8 +212,6 @@ def padding_share(slots: list[Slot], lengths: IntArray) -> float:
 Ids: TypeAlias = npt.NDArray[np.int32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
-TRAIN_ON = ("assistant", "last", "completion", "all")
-
 
 class Encoded(NamedTuple):
     """A row ready to train on."""
@@ -252,12 +250,9 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
             template every value but "all" trains the completion and its EOS.
         chat: whether a Completion becomes a user and an assistant turn where there is a chat template.
     Raises:
-        ConfigError: `train_on` is unknown, or a conversation comes with `chat` off.
+        ConfigError: a conversation comes with `chat` off.
         DataError: a conversation has no chat template, or one that does not give a mask.
     """
-    if train_on not in TRAIN_ON:
-        hint = nearest(train_on, TRAIN_ON)
-        raise ConfigError(f"data.train_on is {train_on!r}; expected one of {', '.join(TRAIN_ON)}{hint}")
     if isinstance(item, Text):
         ids, eos = text_ids(tokenizer, item.text), tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:
@@ -324,8 +319,7 @@ def encode_prompt(
         chat: whether a chat template is used; without one the prompt is a text.
     Raises:
         ConfigError: `system` is given where it has no place.
-        DataError: messages or tools have no chat template, the template refuses messages or leaves them out, or a token
-            is not in the model.
+        DataError: messages or tools have no chat template, or one that does not write them.
     """
     at = f"{where}: " if where else ""
     if not (chat and tokenizer.has_chat_template):
@@ -404,11 +398,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def context_ids(tokenizer: Any, text: str, *, plain: bool, where: str = "") -> list[int]:
-    """Return the ids of a text to complete: a plain one (see `text_ids`), or one that a template rendered.
-
-    Raises:
-        DataError: a token is not in the model.
-    """
+    """Return the ids of a text to complete: a plain one (see `text_ids`), or one that a template rendered."""
     ids = text_ids(tokenizer, text) if plain else list(tokenizer.encode(text, add_special_tokens=False))
     return check_ids(ids, tokenizer, where)
 
@@ -421,6 +411,7 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ([], []) if at is None else (whole[:at], whole[at + len(bare) :])
 
 
+_LOOKED_AT = 32  # rows
 # Texts whose tokens rarely join with what follows.
 _ANCHORS = ("\n", "\n\n", ":", "0", "a", "(", "\u4e00")
 
@@ -447,11 +438,7 @@ def _continued(tokenizer: Any, prompt: list[int], whole: list[int], text: str, w
 
 
 def check_ids(ids: list[int], tokenizer: Any, where: str) -> list[int]:
-    """Check that the model has all ids, and return them.
-
-    Raises:
-        DataError: the model's embedding has no row for an id; MLX would read beyond its memory.
-    """
+    """Return ids; raise DataError if the model's embedding has no row for one: MLX would read beyond its memory."""
     rows: int | None = getattr(tokenizer, "_mlxft_rows", None)
     if rows is not None and ids and max(ids) >= rows:
         worst = next(i for i in ids if i >= rows)
@@ -470,11 +457,7 @@ def set_embedding_rows(tokenizer: Any, rows: int | None) -> None:
 
 
 def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
-    """Add the ids that end trained turns to the tokenizer's EOS ids, so that they end completions.
-
-    Returns:
-        A note for each that was not among them.
-    """
+    """Add the ids that end trained turns to the tokenizer's EOS ids, and return a note for each that was not one."""
     notes = []
     for end in sorted(set(ends) - set(tokenizer.eos_token_ids)):
         had = ", ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(tokenizer.eos_token_ids)) or "none"
@@ -487,9 +470,8 @@ def end_completions(tokenizer: Any, ends: Iterable[int]) -> list[str]:
 def chat_notes(tokenizer: Any, ends: Iterable[int], examples: Sequence[Example] = ()) -> list[str]:
     """Set the tokenizer up so that generation matches training, and return notes; see `end_completions`.
 
-    Args:
-        examples: what is trained on. If the first ones have no thoughts and the generation prompt opens one by default,
-            thinking is switched off in the template from now on.
+    If the first examples have no thoughts, and the generation prompt opens one by default, thinking is switched off in
+    the template from now on.
     """
     notes = [*template_notes(tokenizer), *end_completions(tokenizer, ends)]
     turns = [turns for example in examples[:_LOOKED_AT] if (turns := _answered(example.item)) is not None]
@@ -500,9 +482,6 @@ def chat_notes(tokenizer: Any, ends: Iterable[int], examples: Sequence[Example] 
             "enable_thinking: false, in training and use; set that yourself in other programs"
         )
     return notes
-
-
-_LOOKED_AT = 32  # rows
 
 
 def _answered(item: Item) -> tuple[list[Message], Tools | None] | None:
@@ -532,12 +511,11 @@ def turn_end(tokenizer: Any, prompt: list[Message] | None = None, tools: Tools |
 
 
 def _eos(tokenizer: Any, where: str) -> int:
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise DataError(
             f"{where}: the tokenizer has no EOS token, so the model cannot learn to stop; set its eos_token"
         )
-    return int(eos)
+    return int(tokenizer.eos_token_id)
 
 
 def _encoded(
@@ -607,10 +585,7 @@ def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> 
 def _find(chat: Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _Turn | None:
     """Return the turn within `whole`, given the text before it and the text up to its end.
 
-    Returns:
-        None where `whole` renders the turn, or what is before it, differently.
-    Raises:
-        NotAPrefix: `ended` itself does not begin with `prompt`.
+    It is None where `whole` renders the turn, or what is before it, differently.
     """
     if not ended.startswith(prompt):
         raise NotAPrefix(f"messages[{index}] is not rendered after its generation prompt")
@@ -691,7 +666,6 @@ def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int |
 # Pairs and labelled completions become token ids: the prompt as a model sees it, each completion as it would generate
 # it. A pair that is too long is left out, never cut: its two completions could become equal.
 
-PAIR_OVERFLOW = ("error", "drop")
 _BIASED = 0.9  # share of pairs that length alone would get right, above which it is noted
 _FEW = 10  # pairs, too few for that note
 
@@ -779,7 +753,7 @@ def encode_pairs(
         overflow: "error" reports all longer ones; "drop" leaves them out.
         chat: whether texts become a user and an assistant turn where there is a chat template.
     Raises:
-        ConfigError: an `overflow` that would cut completions, or rows that are not pairs.
+        ConfigError: rows are not pairs.
         DataError: rows cannot be encoded or are too long (all of them in one), or no pair is left.
     """
 
@@ -802,8 +776,7 @@ def encode_pairs(
         # The remaining pairs of a prompt still count as one prompt.
         share = sum(pair.weight for pair in kept) / sum(pair.weight for pair in group) if kept else 1.0
         rows += [pair._replace(weight=pair.weight / share) for pair in kept]
-    counts = PairCounts(len(examples), identical=identical, dropped=dropped, undecided=undecided)
-    counts = _count(counts, rows)
+    counts = _count(PairCounts(len(examples), identical=identical, dropped=dropped, undecided=undecided), rows)
     decided = [pair for pair in rows if not pair.tie]
     longer = [0.5 + 0.5 * np.sign(len(pair.chosen_ids) - len(pair.rejected_ids)) for pair in decided]
     share_longer = float(np.mean(longer)) if longer else None
@@ -813,7 +786,7 @@ def encode_pairs(
 def encode_labelled(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
 ) -> PairRows[EncodedLabelled]:
-    """Encode examples of the format unpaired; arguments and errors as for `build_pairs`."""
+    """Encode examples of the format unpaired; arguments and errors as for `encode_pairs`."""
 
     def encode(example: Example) -> list[EncodedLabelled]:
         where, item = example
@@ -892,15 +865,6 @@ def _fit_pairs(
     examples: Sequence[Example], encode: Callable[[Example], list[EncodedRow]], max_length: int, overflow: str
 ) -> list[list[EncodedRow]]:
     """Encode each example; raise together what cannot be encoded or, under "error", is too long."""
-    if overflow not in PAIR_OVERFLOW:
-        why = (
-            "a completion that is cut is another one"
-            if overflow in ("truncate", "split")
-            else nearest(overflow, PAIR_OVERFLOW)
-        )
-        raise ConfigError(f"data.overflow is {overflow!r}; expected error or drop for pairs and labels: {why}")
-    if max_length < 2:
-        raise ConfigError(f"data.max_length is {max_length}; expected at least 2: a prompt and a completion")
     groups = _encode_each(examples, encode)
     if overflow == "error":
         _refuse_long([(row.where, length(row)) for group in groups for row in group], max_length, "drop")
@@ -966,9 +930,8 @@ def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | 
 
 
 def read_cache(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
-    """The entry's rows, or None if there is none, or none that is whole."""
-    folder = cache_folder()
-    if folder is None:
+    """Return the entry's rows; None if there is none, or it is damaged."""
+    if (folder := cache_folder()) is None:
         return None
     path = folder / f"{key}.npz"
     try:
@@ -991,8 +954,7 @@ def read_cache(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
 
 def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> None:
     """Make an entry of rows and the indices of the examples that they come from; whole, or not at all."""
-    folder = cache_folder()
-    if folder is None:
+    if (folder := cache_folder()) is None:
         return
     arrays = {
         "ids": np.concatenate([row.ids for row in rows]).astype(np.int32),
@@ -1078,12 +1040,9 @@ def encode_rows(
             beginning with the last token of the one before, untrained: every token but the first is trained once.
         cache: whether to read the encoded rows from the disk, and to write them there.
     Raises:
-        ConfigError: an unknown `overflow`, a `max_length` below 2, or "split" for other items than texts.
+        ConfigError: a `max_length` below 2, or "split" for other items than texts.
         DataError: rows cannot be encoded or are too long (all of them in one), or no row is left.
     """
-    if overflow not in OVERFLOW:
-        hint = nearest(overflow, OVERFLOW)
-        raise ConfigError(f"data.overflow is {overflow!r}; expected one of {', '.join(OVERFLOW)}{hint}")
     if max_length < 2:
         raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to read and one to predict")
     if overflow == "split" and not all(isinstance(example.item, Text) for example in examples):
@@ -1161,9 +1120,6 @@ def split_valid(examples: Sequence[_T], share: float, seed: int) -> tuple[list[_
     """Split a share of the examples off for validation: (train, valid), each in the source's order.
 
     The same examples, share and seed give the same lists. Valid has the rounded share, at least one row.
-
-    Raises:
-        DataError: one of the two would be empty.
     """
     count = max(1, round(share * len(examples)))
     if not 0 < share < 1 or count >= len(examples):
@@ -1276,7 +1232,7 @@ def load_splits(
         train, valid = [train[i] for i in kept], [train[i] for i in held_out]
         labels = labels and [labels[i] for i in kept]
     elif data.valid is not None or (Path(data.train).is_dir() and find_split(Path(data.train), "valid")):
-        valid, _, other = _load(data, data.valid or data.train, "valid", *how)
+        valid, _, other = _load(data, data.train if data.valid is None else data.valid, "valid", *how)
     notes += [f"validation: {note}" for note in other if note not in notes]
     if data.shots is None:
         return Splits(train, valid, notes)
@@ -1294,11 +1250,7 @@ class EncodedSplits(NamedTuple):
 
 
 def load_encoded(config: Config, tokenizer: Any) -> EncodedSplits:
-    """Load and encode the rows that a recipe names.
-
-    Raises:
-        ConfigError, DataError: settings or rows do not fit.
-    """
+    """Load and encode the rows that a recipe names."""
     data = config.data
     options: dict[str, Any] = {
         "train_on": data.train_on or "assistant",

@@ -967,7 +967,7 @@ class Columns:
     layouts: dict[str, None] = field(default_factory=dict)  # of published sets, by which rows were read
 
     def notes(self, also: Iterable[str] | None = ()) -> list[str]:
-        """Return notes on layouts by which rows were read, and on columns not read here nor in `also` (None: all are)."""
+        """Return notes on the layouts of rows, and on columns that are neither read nor in `also` (None: all are)."""
         unused = [name for name in self.seen if also is not None and name not in self.read.union(also)]
         more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
         names = [f"columns not used: {', '.join(unused[:_NAMED])}{more}"] if unused else []

@@ -85,8 +85,6 @@ def test_settings_out_of_bounds(tokenizer: Make) -> None:
     examples = [chat("a:1", "Hi?", "Yes.")]
     with pytest.raises(ConfigError, match=r"data\.overflow: split is for data\.format: text"):
         encode_rows(examples, tok, train_on="assistant", max_length=99, overflow="split")
-    with pytest.raises(ConfigError, match=r"data\.overflow is 'trunc'.*did you mean truncate"):
-        encode_rows(examples, tok, train_on="assistant", max_length=99, overflow="trunc")
     with pytest.raises(ConfigError, match=r"data\.max_length is 1"):
         encode_rows(examples, tok, train_on="assistant", max_length=1, overflow="drop")
 

@@ -83,8 +83,6 @@ def test_train_on(tokenizer: Make) -> None:
         assert trained(row, tok) == ["No.<|im_end|>"]
     (row,) = encode(TWO, tok, "x", "all")
     assert row.trained.tolist() == [False] + [True] * (len(row.ids) - 1)
-    with pytest.raises(ConfigError, match=r"data\.train_on is 'asistant'.*did you mean assistant"):
-        encode(TWO, tok, "x", "asistant")
 
 
 def test_weight_zero_turns_a_turn_off(tokenizer: Make) -> None:

@@ -317,9 +317,6 @@ def test_too_long_is_refused_or_dropped_but_never_cut(tokenizer: Make) -> None:
     assert [row.where for row in kept.rows] == ["a:1"]
     assert (kept.counts.dropped, kept.counts.tokens, kept.counts.response_tokens) == (2, 11, 9)
     assert "2 pairs were longer than data.max_length and are left out" in kept.counts.notes()
-    for cut in ("truncate", "split"):
-        with pytest.raises(ConfigError, match="expected error or drop for pairs and labels: a completion that is cut"):
-            pairs(*items, tok=tok, overflow=cut)
     with pytest.raises(DataError, match="no row is left"):
         pairs(*items, tok=tok, max_length=3, overflow="drop")
 
