@@ -206,12 +206,9 @@ def bound_templates() -> None:
 
 
 def size_of(value: Any, number: bool = False, depth: int = 0) -> int:
-    """Return roughly the characters of a value's text; a list counts as often as it occurs.
+    """Return roughly the characters of a value's text; with `number`, a number counts as its value.
 
-    Args:
-        number: a number counts as its value instead of its digits.
-    Raises:
-        TemplateTooLarge: the value is too large, or nested too deep.
+    A list counts as often as it occurs.
     """
     if isinstance(value, str | bytes):
         return len(value)
@@ -222,8 +219,7 @@ def size_of(value: Any, number: bool = False, depth: int = 0) -> int:
     if depth > DEPTH:
         raise TemplateTooLarge(f"it nests values deeper than {DEPTH}")
     total = 16
-    parts = value if not isinstance(value, Mapping) else (part for pair in value.items() for part in pair)
-    for part in parts:
+    for part in chain(*value.items()) if isinstance(value, Mapping) else value:
         total += 16 + size_of(part, number, depth + 1)
         if total > LARGEST:
             raise TemplateTooLarge(f"it makes a value of more than {LARGEST:,} characters")
@@ -341,11 +337,7 @@ class Bounded(ImmutableSandboxedEnvironment):
             self._refused = why
 
     def pay(self, size: int) -> None:
-        """Pay for a step that makes a result of a size.
-
-        Raises:
-            TemplateTooLarge: the budget is used up.
-        """
+        """Pay for a step that makes a result of a size."""
         self._left -= STEP + size
         if self._left < 0 or time.monotonic() > self._until:
             raise TemplateTooLarge("it takes more steps, or makes more text, than allowed")
@@ -374,12 +366,7 @@ class Bounded(ImmutableSandboxedEnvironment):
         return self.made(list(islice(value, LARGEST))) if isinstance(value, Iterator) else value
 
     def foresee(self, name: str, value: Any, given: list[Any]) -> None:
-        """Refuse a result that would be too large, before it is made.
-
-        Args:
-            name: of an operator, a filter or a method.
-            value: its input.
-        """
+        """Refuse a result of an operator, filter or method that would be too large, before it is made."""
         many: list[Any] = [arg for arg in given if isinstance(arg, int | float) and name != "%" and abs(arg) > COUNT]
         if name == "round" and any(isinstance(arg, int) and arg > 1000 for arg in given):
             many = given
@@ -437,7 +424,7 @@ class NotAPrefix(Exception):
 class Unwritten(DataError):
     """The template leaves out a part of the row, or refuses the row."""
 
-    reached = 0  # how far the row was found in the text; the error of the form that reached farthest is raised
+    reached = 0  # how far the row was found in the text
 
 
 class _Form(NamedTuple):
@@ -472,7 +459,7 @@ class Chat:
 
     @property
     def tail(self) -> str:
-        """Return what the template writes after the mark that ends a conversation's last turn; mostly ""."""
+        """Return what the template writes after the token that ends the last turn of a conversation; mostly ""."""
         return _tail_of(*self._cached_by)
 
     def render(self, messages: Sequence[Message], generation: bool = False) -> str:
@@ -593,7 +580,11 @@ class Chat:
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
         """Return what the template drops of any row of this shape; short texts may occur in others by chance."""
-        tools = self.tools and [_tool_stand_in(i, "function" in tool) for i, tool in enumerate(self.tools)]
+        tools = self.tools
+        if tools is not None:
+            nothing = {"type": "object", "properties": {}}
+            made = [{"name": f"toolqz{i}x", "description": "d", "parameters": nothing} for i in range(len(tools))]
+            tools = [{"type": "function", "function": f} if "function" in tool else f for f, tool in zip(made, tools)]
         row = _dumps([[_stand_in(i, message) for i, message in enumerate(messages)], tools])
         return _dropped_of(*self._cached_by, row)
 
@@ -607,8 +598,7 @@ def by_template(
 ) -> _T:
     """Return the result of `encode` for the first form of a row that the template writes completely.
 
-    Raises:
-        DataError: the template writes no form completely.
+    If there is none, raise the error of the form that comes closest.
     """
     uses_tools = bool(tools) or any("tool_calls" in m or m["role"] == "tool" for m in messages)
     calls = [message for message in messages if "tool_calls" in message]
@@ -639,11 +629,11 @@ def by_template(
 
 def _apart(chat: Chat, messages: Sequence[Message], what: str) -> Unwritten:
     """Return an error that says why turns do not follow their generation prompt, and the way out."""
-    last = len(messages) - 1
     text = chat.render(messages)
     try:
         # A template that drops the row's thoughts is reason enough.
-        chat.check_written(messages, text, {last: text} if messages[last]["role"] == "assistant" else {})
+        trained = {len(messages) - 1: text} if messages[-1]["role"] == "assistant" else {}
+        chat.check_written(messages, text, trained)
     except Unwritten as exc:
         return exc
     for i, message in enumerate(messages):
@@ -828,7 +818,6 @@ def _leaf(value: Any) -> str | None:
 
 @lru_cache(maxsize=64)
 def _tail_of(chat: Chat, template: str) -> str:
-    """Return what follows a turn at the end of a conversation only, if a special token ends turns; see `Chat.tail`."""
     turns = [{"role": role, "content": f"textqz{i}x"} for i, role in enumerate(("user", "assistant", "user"))]
     try:
         whole, longer = chat.render(turns[:2]), chat.render(turns)
@@ -872,7 +861,6 @@ def _special_ids(tokenizer: Any, eos_token_ids: frozenset[int]) -> tuple[frozens
 
 @lru_cache(maxsize=8)
 def _marks(tokenizer: Any, ids: frozenset[int]) -> tuple[str, ...]:
-    """Return the texts of control tokens, the longest first."""
     return tuple(sorted((str(tokenizer.convert_ids_to_tokens(i)) for i in ids), key=len, reverse=True))
 
 
@@ -899,11 +887,6 @@ def _dropped_of(chat: Chat, template: str, row: str) -> str | None:
 def _tool_name(tool: Mapping[str, Any]) -> str:
     inner = tool.get("function")
     return str((inner if isinstance(inner, dict) else tool).get("name", ""))
-
-
-def _tool_stand_in(index: int, wrapped: bool) -> dict[str, Any]:
-    tool = {"name": f"toolqz{index}x", "description": "d", "parameters": {"type": "object", "properties": {}}}
-    return {"type": "function", "function": tool} if wrapped else tool
 
 
 def _stand_in(index: int, message: Message) -> Message:

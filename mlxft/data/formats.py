@@ -335,9 +335,7 @@ def check_order(
 ) -> None:
     """Check the order: system first or not at all, user and assistant alternating, tool turns after calls.
 
-    Args:
-        at: names of the messages.
-        in_text: calls may be in an assistant turn's text, so that a tool turn may follow any such turn.
+    With `in_text`, calls may be in an assistant turn's text, so that a tool turn may follow any such turn.
     """
     previous: Message = {"role": "nothing"}
     for message, place in zip(messages, at):
@@ -734,9 +732,7 @@ def _completed(
 ) -> tuple[str | list[Message], list[str | Message]]:
     """Return the prompt and its completions: all of them texts, or messages where one is or the row has a system text.
 
-    Args:
-        prompt: as the row has it; None where completions are whole conversations.
-        sides: the completions by their names; each a text, or messages.
+    The prompt is None where the completions (`sides`, by their names) are whole conversations.
     """
     if isinstance(prompt, str) and not all(isinstance(side, str) for side in sides.values()):
         prompt = _shared({at: _whole(prompt, side, at) for at, side in sides.items()})
@@ -1042,13 +1038,12 @@ def convert(
     """Convert all rows of a source to items of one format.
 
     Args:
-        format: a name of `FORMATS`.
         fields: the format's field -> the row's name for it, where the two differ, or a template of the row's fields.
         skipped: rows that do not fit are appended and left out; without it, or if no row fits, they raise.
         chat: whether texts can become turns of a chat template; without, a row's system text has no place.
         columns: filled with the columns that are read.
     Raises:
-        ConfigError: `format` is unknown; or `fields` names a field that the format, or every row, does not have.
+        ConfigError: `fields` names a field that the format, or every row, does not have.
         DataError: rows cannot be read or do not fit; all of them in one.
     """
     reader = _Reader(format, dict(fields or {}), chat, Columns() if columns is None else columns)

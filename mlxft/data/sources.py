@@ -138,11 +138,7 @@ def _too_large(data: dict[str, Any]) -> str | None:
 
 
 def read_json(text: str) -> Any:
-    """Parse the JSON of a row.
-
-    Raises:
-        ValueError: it is not JSON, is nested too deep, or has a key twice, so that one would be lost silently.
-    """
+    """Parse the JSON of a row; raise ValueError also if a key is given twice, as one would be lost silently."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -302,13 +298,9 @@ def _batch_rows(batch: Any) -> list[Any]:
 
 
 def _without_gaps(value: Any, kind: Any = None, sparse: bool = False) -> Any:
-    """Remove the null keys that Arrow adds to every struct of a column.
+    """Remove the null keys that Arrow adds to every struct, from descriptions and calls of tools (`sparse`).
 
-    Only from descriptions and calls of tools, at every depth: other nulls may be intended.
-
-    Args:
-        kind: the value's Arrow type, to distinguish maps from structs; None where there are no maps.
-        sparse: whether the value lies within descriptions or calls of tools.
+    Other nulls may be intended. The value's Arrow type, `kind`, distinguishes maps from structs.
     """
     if isinstance(value, dict):
         kinds = {} if kind is None else {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
@@ -325,7 +317,6 @@ def _without_gaps(value: Any, kind: Any = None, sparse: bool = False) -> Any:
 
 
 def _describes_tools(value: Any) -> bool:
-    """Return whether a column has descriptions of tools, whatever its name."""
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and (isinstance(first.get("function"), dict) or {"name", "parameters"} <= {*first})
 
