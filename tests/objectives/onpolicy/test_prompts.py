@@ -31,7 +31,7 @@ def test_tools_reach_the_template(
     assert tokenizer.decode(without.ids.tolist()).split() == ["on"]
     assert tokenizer.decode(with_tools.ids.tolist()).split() == ["the", "on"]
     plain = parse_config(settings)
-    with pytest.raises(DataError, match=r"^p:2: the chat template is not used .*, so messages and tools have no form"):
+    with pytest.raises(DataError, match=r"^p:2: the chat template is not used .*, so messages and tools"):
         encode_prompts(examples, [], plain, tokenizer, [])
     with pytest.raises(DataError, match=r"^data\.valid: p:2: the chat template is not used"):
         encode_prompts(examples[:1], examples, plain, tokenizer, [])
