@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from functools import lru_cache
 from itertools import chain, islice, product
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
@@ -266,18 +267,9 @@ for _name in ("visit_List", "visit_Tuple", "visit_Dict", "visit_Compare"):
 
 
 class _Rendered(jinja2.Template):
-    def render(self, *args: Any, **kwargs: Any) -> str:
-        owner = cast(Bounded, self.environment)
-        owner.begin()
-        try:
-            return super().render(*args, **kwargs)
-        except TemplateTooLarge as error:
-            owner.refuse(str(error))
-            raise
-
-    def generate(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+    def new_context(self, *args: Any, **kwargs: Any) -> Any:
         cast(Bounded, self.environment).begin()
-        return super().generate(*args, **kwargs)
+        return super().new_context(*args, **kwargs)
 
 
 class Bounded(ImmutableSandboxedEnvironment):
@@ -331,10 +323,11 @@ class Bounded(ImmutableSandboxedEnvironment):
             raise TemplateTooLarge(self._refused)
         self._left, self._until = BUDGET, time.monotonic() + SECONDS
 
-    def refuse(self, why: str) -> None:
-        """Refuse further renderings if this one took long."""
-        if time.monotonic() > self._until - SECONDS + 1:
-            self._refused = why
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        error = sys.exc_info()[1]
+        if isinstance(error, TemplateTooLarge) and time.monotonic() > self._until - SECONDS + 1:
+            self._refused = str(error)
+        super().handle_exception(source)
 
     def pay(self, size: int) -> None:
         """Pay for a step that makes a result of a size."""
@@ -350,10 +343,9 @@ class Bounded(ImmutableSandboxedEnvironment):
         self.pay(size)
         return value
 
-    def concat(self, parts: tuple[Any, ...]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[Any]) -> str:
         """Return the result of `~`."""
-        texts = [self._written(None, part) for part in parts]
-        return cast(str, self.made("".join(texts)))
+        return cast(str, self.made("".join([self._written(None, part) for part in parts])))
 
     @jinja2.pass_context
     def _written(self, _: Any, value: Any) -> str:
@@ -465,12 +457,9 @@ class Chat:
     def render(self, messages: Sequence[Message], generation: bool = False) -> str:
         """Return the text of messages; with `generation`, with the generation prompt of an assistant turn."""
         given = [_formed(message, self.form) for message in messages]
-        tools = self.tools
-        if tools is not None and self.form.wrapped_tools:
-            tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
         day = _day.set(getattr(self.tokenizer, "_mlxft_day", None))
         try:
-            return str(self._apply(given, tools, generation))
+            return str(self._apply(given, generation))
         except Exception as exc:  # a template is a program and may raise anything
             reason = str(exc).strip() or type(exc).__name__
             raise self.error(
@@ -480,16 +469,16 @@ class Chat:
         finally:
             _day.reset(day)
 
-    def _apply(self, messages: list[Message], tools: Tools | None, generation: bool) -> Any:
+    def _apply(self, messages: list[Message], generation: bool) -> Any:
         bound_templates()
-        options: dict[str, Any] = {}
-        template = getattr(self.tokenizer, "chat_template", None)
+        tools, template = self.tools, getattr(self.tokenizer, "chat_template", None)
+        if tools is not None and self.form.wrapped_tools:
+            tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+        options: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
         if isinstance(template, dict):
             # transformers looks at the list of tools only; a row with calls needs that template too.
             template = template.get("tool_use" if self.uses_tools and "tool_use" in template else "default")
             options |= {} if template is None else {"chat_template": template}
-        if self.thinking is not None:
-            options["enable_thinking"] = self.thinking
         if self.form.null_content:
             return _render_with_nulls(self.tokenizer, messages, tools, generation, options)
         if tools is not None:  # not all of mlx-lm's templates that are functions accept tools=None

@@ -761,9 +761,14 @@ def encode_pairs(
         where, item = example
         if not isinstance(item, Pair | Ranked):
             raise ConfigError(f"{where}: not a pair; use data.format: preference or ratings")
-        done: dict[int, EncodedCompletion] = {}  # one of several completions is in several pairs
         pairs = item.pairs if isinstance(item, Ranked) else (item,)
-        return [_pair(pair, tokenizer, where, chat, done) for pair in pairs]
+        # One of several completions is in several pairs.
+        sides = {id(side): (pair, side) for pair in pairs for side in (pair.chosen, pair.rejected)}
+        done = {
+            key: encode_completion(pair.prompt, side, tokenizer, where, pair.tools, chat)
+            for key, (pair, side) in sides.items()
+        }
+        return [_pair(pair, done[id(pair.chosen)], done[id(pair.rejected)], where) for pair in pairs]
 
     rows: list[EncodedPair] = []
     identical = dropped = undecided = 0
@@ -850,15 +855,11 @@ def _completions(row: EncodedPair | EncodedLabelled) -> tuple[Ids, ...]:
     return (row.chosen_ids, row.rejected_ids) if isinstance(row, EncodedPair) else (row.completion_ids,)
 
 
-def _pair(pair: Pair, tokenizer: Any, where: str, chat: bool, done: dict[int, EncodedCompletion]) -> EncodedPair:
-    for reply in (pair.chosen, pair.rejected):
-        if id(reply) not in done:
-            done[id(reply)] = encode_completion(pair.prompt, reply, tokenizer, where, pair.tools, chat)
-    (prompt, chosen), (again, rejected) = done[id(pair.chosen)], done[id(pair.rejected)]
-    if not np.array_equal(prompt, again):
+def _pair(pair: Pair, chosen: EncodedCompletion, rejected: EncodedCompletion, where: str) -> EncodedPair:
+    if not np.array_equal(chosen.prompt, rejected.prompt):
         # Only where one completion has thoughts and the other has none.
         raise DataError(f"{where}: the chat template gives chosen and rejected different prompts; give both thoughts")
-    return EncodedPair(prompt, chosen, rejected, pair.margin, pair.weight, pair.tie, where)
+    return EncodedPair(chosen.prompt, chosen.reply, rejected.reply, pair.margin, pair.weight, pair.tie, where)
 
 
 def _fit_pairs(
@@ -906,10 +907,9 @@ def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | 
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     template = getattr(inner, "chat_template", None)
     backend = getattr(inner, "backend_tokenizer", None)
-    if not getattr(inner, "is_fast", False) or backend is None:
-        return None
     # A template that is code has no text to hash.
-    if getattr(tokenizer, "_chat_template", None) is not None or not isinstance(template, (str, dict, type(None))):
+    text = getattr(tokenizer, "_chat_template", None) is None and isinstance(template, str | dict | None)
+    if not text or not getattr(inner, "is_fast", False) or backend is None:
         return None
     # Hash the code itself: a version to raise by hand would be forgotten.
     code = blake2b(Path(__file__).read_bytes() + Path(chat_module.__file__).read_bytes())
