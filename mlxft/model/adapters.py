@@ -167,18 +167,28 @@ def _what_there_is(names: Iterable[str], blocks: tuple[str, ...], wanted: str) -
     return f"there are {', '.join(listed[:30])}{more}, or all-linear, attention, mlp{hint}"
 
 
-def attach(model: nn.Module, spec: LoRASpec) -> None:
-    """Freeze the model and wrap `spec.paths` in low-rank layers, whose update is zero at first."""
+def low_rank_layers(model: nn.Module, spec: LoRASpec, owner: str) -> dict[str, LowRank]:
+    """Return new low-rank layers around a model's modules, by path. Their update is zero, and only it is trainable.
+
+    Raises:
+        ModelError: the model has no such modules for `owner`.
+    """
     modules = dict(model.named_modules())
     missing = [p for p in spec.paths if p not in modules or not adaptable(modules[p])]
     if missing:
-        raise ModelError(f"the adapter is for {missing[0]}, which this model does not have (of {len(missing)} such)")
-    model.freeze()
-    wrapped = [(p, wrap(modules[p], spec.rank, spec.scale, spec.dropout, spec.dora)) for p in spec.paths]
-    model.update_modules(tree_unflatten(wrapped))
-    for _, layer in wrapped:
+        raise ModelError(f"{owner}: the model has no layer {missing[0]} to adapt (of {len(missing)} such)")
+    layers = {p: wrap(modules[p], spec.rank, spec.scale, spec.dropout, spec.dora) for p in spec.paths}
+    for layer in layers.values():
         layer.freeze()
         layer.unfreeze(recurse=False, keys=[k for k in LEAVES if k in layer])
+    return layers
+
+
+def attach(model: nn.Module, spec: LoRASpec) -> None:
+    """Freeze the model and wrap `spec.paths` in low-rank layers."""
+    layers = low_rank_layers(model, spec, "the adapter")
+    model.freeze()
+    model.update_modules(tree_unflatten(list(layers.items())))
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
