@@ -371,7 +371,7 @@ PASSED = [
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
     *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
     *("exports/", "demo/"),
-    *("model/roles.py", "model/heads.py"),
+    *("model/roles.py", "model/heads.py", "model/prefix.py", "model/sampling.py"),
 ]
 # Regular expressions for whole words.
 FORBIDDEN = [
