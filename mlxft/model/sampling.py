@@ -338,7 +338,7 @@ def _draw(logits: mx.array, uniform: mx.array) -> mx.array:
 
 
 def _first(mass: mx.array, uniform: mx.array) -> mx.array:
-    """Return the first place (B,) where the cumulative share of mass (B, N), not normalised, is above `uniform` (B,)."""
+    """Return the first place (B,) where the cumulative share of mass (B, N), not normalised, is above uniform (B,)."""
     upto = mx.cumsum(mass, axis=-1)
     # A GPU's parallel sums need not be monotone: a place without mass is never taken.
     return mx.argmax((upto > uniform[:, None] * upto[:, -1:]) & (mass > 0), axis=-1)
@@ -452,9 +452,7 @@ def sample_batch(
     return found
 
 
-def text_of(
-    tokenizer: TokenizerWrapper, completion: Sampled, sampling: Sampling, prompt: Sequence[int] = ()
-) -> str:
+def text_of(tokenizer: TokenizerWrapper, completion: Sampled, sampling: Sampling, prompt: Sequence[int] = ()) -> str:
     """Return a completion as text, as `stream` shows it: without the eos, and up to the first stop string.
 
     Args:
