@@ -92,7 +92,7 @@ def _check_places(table: dict[str, Entry], free: int, end: int) -> None:
         items, size = sizes.get(kind, (1, 0))
         free = offset + -(-math.prod(shape) // items) * size
         if free > end:
-            raise ValueError(f"broken or cut off: the tensor {name[:80]!r} ends after the file")
+            raise ValueError(f"broken or cut off: the tensor {name[:80]!r} reaches beyond the file's end")
 
 
 @dataclass
@@ -704,7 +704,7 @@ def _unpacked(path: Path, entry: Entry) -> mx.array:
 
 
 def weights(file: GgufFile, config: dict[str, Any], model: nn.Module) -> dict[str, mx.array]:
-    """Return all tensors under the model's names, without llama.cpp's order of rows of q and k and its shifted norms."""
+    """Return all tensors under the model's names, without llama.cpp's order of rows and shifted norms."""
     out, unknown = dict[str, mx.array](), list[str]()
     layers = config["num_hidden_layers"]
     ours = {file.architecture.theirs(path, layers): path for path, _ in model.named_modules()}
