@@ -1,4 +1,4 @@
-"""Steps of an objective, taken one by one as the loop takes them."""
+"""Steps of an objective, taken one by one as the loop takes them; and what a role holds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxft.model.roles import Roles
 from mlxft.objectives.base import MicroBatch, Step
 from mlxft.objectives.functional import LossSum
 
@@ -27,3 +28,9 @@ def sums_of(objective: Any, model: Any, step: Step, only: int | None = None) -> 
         terms = terms.plus(objective.loss(model, batch.data))
     values = list(terms.losses.values())
     return LossSum(sum(values[1:], values[0]), mx.array(float(next(iter(step.per.values())))), terms.metrics)
+
+
+def role_bytes(roles: Roles, name: str) -> int:
+    """The bytes of a role's own arrays, its head's among them."""
+    head = roles[name].head
+    return sum(v.nbytes for v in roles.weights(name).values()) + (0 if head is None else head.weight.nbytes)

@@ -311,7 +311,7 @@ def adapter_config(spec: LoRASpec | None, model: nn.Module, about: dict[str, Any
 
 
 def attached_spec(layers: Mapping[str, LowRank]) -> LoRASpec | None:
-    """Return the shape of an adapter by its layers, path -> layer; None where there are none."""
+    """Return the shape of an adapter that consists of these layers, by path; None if there are none."""
     if not layers:
         return None
     first = next(iter(layers.values()))
@@ -324,7 +324,7 @@ def adapter_texts(loaded: Loaded, spec: LoRASpec | None, about: Mapping[str, Any
     """Return the text files of an adapter folder, name -> text: adapter_config.json, and the chat template.
 
     Args:
-        about: base, versions and whatever else is noted; how prompts and completions end is added.
+        about: notes, such as base and versions; what ends prompts and completions is added.
     """
     tokenizer = loaded.tokenizer
     asking: dict[str, Any] = {} if thinking_of(tokenizer) else {"enable_thinking": False}

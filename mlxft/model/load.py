@@ -512,7 +512,8 @@ class _Source:
     """
 
     def __init__(self, name: str, revision: str | None = None, *, weights: bool = True, trust: bool = False) -> None:
-        self._name, self._weights, self._trust = name, weights, trust or TRUSTED.get()
+        self._name, self._where = name, f"model {name!r}"
+        self._weights, self._trust = weights, trust or TRUSTED.get()
         self._path = resolve(name, revision, weights=weights)
         self._file: gguf.GgufFile | None = None
         if self._path.suffix == ".gguf":
@@ -523,7 +524,7 @@ class _Source:
             self.config = folder_config(self._path, name, weights)
 
     def _metadata(self) -> contextlib.AbstractContextManager[None]:
-        return foreign(f"model {self._name!r}: its metadata cannot be used")
+        return foreign(f"{self._where}: its metadata cannot be used")
 
     def model(self) -> tuple[nn.Module, Any]:
         """Return the model with its own numbers, and the type of most of its floats."""
@@ -533,10 +534,50 @@ class _Source:
                 return model, gguf.own_dtype(self._file)
         if not self._weights:
             declared = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").rpartition(".")[2]
-            # Types of 8 bits are unknown to MLX.
-            return _untrained(self.config, self._name), getattr(mx, declared, mx.bfloat16)
-        model, self.config = _folder_model(self._path, self._name, self.config, self._trust)
-        return model, _own_dtype(model)
+            return self._untrained(), getattr(mx, declared, mx.bfloat16)  # MLX has no types of 8 bits
+        code = self.config.get("model_file")
+        if code is not None and not self._trust:
+            raise self._untrusted(code)
+        extra = older_rope(self.config, model_module(self.config, self._name)) if code is None else {}
+        with foreign(f"{self._where}: {self._path} cannot be loaded"), _without_globs(self._path) as plain:
+            for file in sorted(self._path.glob("model*.safetensors")):
+                check_arrays(file)
+            model, self.config = mlx_lm_utils.load_model(
+                plain, lazy=True, model_config=extra, trust_remote_code=self._trust
+            )
+        sizes: Counter[Any] = Counter()
+        for _, value in tree_flatten(model.parameters()):
+            if mx.issubdtype(value.dtype, mx.floating):
+                sizes[value.dtype] += value.size
+        return repaired(model), sizes.most_common(1)[0][0] if sizes else mx.float32
+
+    def _untrained(self) -> nn.Module:
+        """Build the architecture of the config, packed as its `quantization` says."""
+        config = self.config
+        packed: Any = config.get("quantization")
+        other = (config.get("quantization_config") or {}).get("quant_method")
+        if (code := config.get("model_file")) is not None or (packed is None and other):
+            what = f"weights packed by {other}" if code is None else f"code of its own ({code})"
+            raise NotBeforeLoading(f"{self._where}: has {what}; the memory it takes is unknown before it is loaded")
+        module = model_module(config, self._name)
+        config.update(older_rope(config, module))
+
+        def packing(path: str, layer: nn.Module) -> Any:
+            own = packed.get(path, hasattr(layer, "to_quantized"))
+            return own and layer.weight.shape[-1] % packed["group_size"] == 0 and own
+
+        with foreign(f"{self._where}: its config.json does not fit its architecture"):
+            model = module.Model(module.ModelArgs.from_dict(config))
+            if packed:
+                mode = packed.get("mode", "affine")
+                nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)
+            return repaired(model)
+
+    def _untrusted(self, code: object) -> ModelError:
+        return ModelError(
+            f"{self._where}: wants to run its own code ({code}); if you have read it and trust it, allow it with "
+            "--trust-remote-code (in a recipe, or when a run is resumed: model.trust_remote_code=true)"
+        )
 
     def tokenizer(self, chat_template: Path | None = None, model: nn.Module | None = None) -> TokenizerWrapper:
         """Return the tokenizer with what mlxft needs for encoding: its template, and the rows of the embedding."""
@@ -544,7 +585,7 @@ class _Source:
             with self._metadata():
                 found = gguf.tokenizer(self._file)
         else:
-            found = _folder_tokenizer(self._path, self._name, self.config, self._trust)
+            found = self._folder_tokenizer()
         if chat_template is not None:
             _set_chat_template(found, chat_template)
         complete_template(found)
@@ -553,6 +594,20 @@ class _Source:
         if isinstance(noted, dict) and noted.get("enable_thinking") is False:
             set_thinking(found, False)
         return found
+
+    def _folder_tokenizer(self) -> Any:
+        folder, ends = self._path, self.config.get("eos_token_id")
+        with foreign(f"{self._where}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
+            try:
+                # Explicitly, also false: for None, transformers asks at the terminal, and `y` runs the code.
+                options = {"trust_remote_code": self._trust}
+                found = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=ends)
+                _check_growth(found)
+                return found
+            except Exception as error:
+                if not self._trust and (code := _tokenizer_code(folder)):
+                    raise self._untrusted(code) from error
+                raise
 
     def finish(
         self,
@@ -573,16 +628,68 @@ class _Source:
             target = own if target is None else target
         if self._file is not None:
             quantize = quantize or 0
-        _try_out(model, self._name)
+        # Build one token's logits without computing them, which finds settings of a wrong type. A RuntimeError only
+        # means that there is no kernel here: conversion needs none.
+        with foreign(f"{self._where}: its config does not fit its architecture"), contextlib.suppress(RuntimeError):
+            model(mx.array([[0]]))
         try:
-            _set_numbers(model, self.config, self._name, target, own, quantize, group_size)
+            self._convert(model, target, own, quantize, group_size)
             if not lazy:
                 mx.eval(model.parameters())
         except RuntimeError as error:
-            raise ModelError(f"model {self._name!r}: the weights cannot be read: {brief(error)}") from error
+            raise ModelError(f"{self._where}: the weights cannot be read: {brief(error)}") from error
         model.eval()
         base = fingerprint(self.config, model, weights=self._weights)
         return Loaded(model, tokenizer, self.config, self._name, self._path, base, options)
+
+    def _convert(self, model: nn.Module, target: Any, own: Any, quantize: int | None, group_size: int | None) -> None:
+        """Cast, dequantise or quantise in place, and update the config."""
+        config = self.config
+        packed = any(is_packed(m) for m in model.modules())
+        if packed and quantize == 0:
+            # In the type of the scales, whatever follows: so a converted folder has the numbers of a direct load.
+            mlx_lm_utils.dequantize_model(model)
+            config.pop("quantization", None)
+            config.pop("quantization_config", None)
+            target = own if target is None else target
+        if target is not None:
+            # Some architectures keep a few numbers in float32: they say which.
+            wanted = getattr(model, "cast_predicate", lambda _: True)
+
+            def cast(name: str, value: mx.array) -> mx.array:
+                return value.astype(target) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
+
+            model.update(tree_map_with_path(cast, model.parameters()))
+            config["torch_dtype"] = str(target).rpartition(".")[2]
+            config.pop("dtype", None)
+        if quantize and packed:
+            bits = (config.get("quantization") or {}).get("bits")
+            if bits != quantize:
+                raise ModelError(
+                    f"{self._where}: is quantised already, to {bits or 'other'} bits, and cannot go to {quantize}; "
+                    f"leave quantize out (or {bits}), or dequantise it first (quantize=0, mlxft convert)"
+                )
+            groups = config["quantization"].get("group_size")
+            if group_size not in (None, groups):
+                raise ModelError(
+                    f"{self._where}: is quantised already, in groups of {groups}, not {group_size}; leave group_size "
+                    "out, or dequantise it first (mlxft convert)"
+                )
+        elif quantize:
+            self._quantise(model, quantize, group_size or 64)
+
+    def _quantise(self, model: nn.Module, bits: int, group_size: int) -> None:
+        widths = [m.weight.shape[-1] for m in model.modules() if hasattr(m, "to_quantized")]
+        if not any(width % group_size == 0 for width in widths):
+            fitting = [str(g) for g in GROUP_SIZES if math.gcd(*widths, g) == g] if widths else []
+            hint = f"try group_size {' or '.join(fitting)}" if fitting else "this model cannot be quantised"
+            raise ModelError(f"{self._where}: no layer's width is a multiple of group_size {group_size}; {hint}")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
+                _, new = mlx_lm_utils.quantize_model(model, self.config, group_size=group_size, bits=bits)
+        except ValueError as error:  # some architectures have groups of their own for some layers
+            raise ModelError(f"{self._where}: cannot be quantised to {bits} bits: {brief(error)}") from error
+        self.config.update(new)
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
@@ -609,46 +716,6 @@ def _check_arguments(dtype: str, quantize: int | None, group_size: int | None) -
         raise ConfigError("model: " + "; ".join(problems))
 
 
-def _untrained(config: dict[str, Any], name: str) -> nn.Module:
-    """Build the architecture of a config, packed as its `quantization` says."""
-    other = (config.get("quantization_config") or {}).get("quant_method")
-    packed = config.get("quantization")
-    if "model_file" in config or (packed is None and other):
-        what = f"code of its own ({config['model_file']})" if "model_file" in config else f"weights packed by {other}"
-        raise NotBeforeLoading(f"model {name!r}: has {what}; the memory it takes is unknown before it is loaded")
-    module = model_module(config, name)
-    config.update(older_rope(config, module))
-
-    def packing(path: str, layer: nn.Module) -> Any:
-        own = packed.get(path, hasattr(layer, "to_quantized"))
-        return own and layer.weight.shape[-1] % packed["group_size"] == 0 and own
-
-    with foreign(f"model {name!r}: its config.json does not fit its architecture"):
-        model = module.Model(module.ModelArgs.from_dict(config))
-        if packed:
-            mode = packed.get("mode", "affine")
-            nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)
-        return repaired(model)
-
-
-def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) -> tuple[nn.Module, dict[str, Any]]:
-    if (code := config.get("model_file")) is not None and not trust:
-        raise _untrusted(name, code)
-    extra = older_rope(config, model_module(config, name)) if code is None else {}
-    with foreign(f"model {name!r}: {folder} cannot be loaded"), _without_globs(folder) as plain:
-        for file in sorted(folder.glob("model*.safetensors")):
-            check_arrays(file)
-        model, loaded = mlx_lm_utils.load_model(plain, lazy=True, model_config=extra, trust_remote_code=trust)
-    return repaired(model), loaded
-
-
-def _untrusted(name: str, code: object) -> ModelError:
-    return ModelError(
-        f"model {name!r}: wants to run its own code ({code}); if you have read it and trust it, allow it with "
-        "--trust-remote-code (in a recipe, or when a run is resumed: model.trust_remote_code=true)"
-    )
-
-
 @contextmanager
 def _without_globs(folder: Path) -> Iterator[Path]:
     """Yield a path of the folder without characters that mlx-lm would take for a pattern: run[2]."""
@@ -660,17 +727,6 @@ def _without_globs(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def _try_out(model: nn.Module, name: str) -> None:
-    """Build one token's logits without computing them, which finds settings of a wrong type.
-
-    Raises:
-        ModelError: a layer cannot use its settings.
-    """
-    # A RuntimeError: there is no kernel here, and conversion needs none.
-    with foreign(f"model {name!r}: its config does not fit its architecture"), contextlib.suppress(RuntimeError):
-        model(mx.array([[0]]))
-
-
 def repaired(model: nn.Module) -> nn.Module:
     """Return a model after adding what some of mlx-lm's architectures leave out."""
     if not hasattr(model, "_no_grad"):  # recurrent_gemma does not call Module's own constructor
@@ -680,20 +736,6 @@ def repaired(model: nn.Module) -> nn.Module:
 
         share_without_cache(model)
     return model
-
-
-def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bool) -> Any:
-    # Also if trust is false: for None, transformers asks a question at the terminal, and `y` runs the code.
-    with foreign(f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
-        try:
-            options = {"trust_remote_code": trust}
-            found = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=config.get("eos_token_id"))
-            _check_growth(found)
-            return found
-        except Exception as error:
-            if not trust and (code := _tokenizer_code(folder)):
-                raise _untrusted(name, code) from error
-            raise
 
 
 def _tokenizer_code(folder: Path) -> str:
@@ -770,73 +812,6 @@ def embedding_rows(config: Mapping[str, Any], model: nn.Module | None = None) ->
     known = {**config, **_text_config(config)}
     found = found or [n for key in ("vocab_size", "padded_vocab_size") if isinstance(n := known.get(key), int)]
     return max(found, default=None)
-
-
-def _own_dtype(model: nn.Module) -> Any:
-    """Return the type that most floating weights have."""
-    sizes: Counter[Any] = Counter()
-    for _, value in tree_flatten(model.parameters()):
-        if mx.issubdtype(value.dtype, mx.floating):
-            sizes[value.dtype] += value.size
-    return sizes.most_common(1)[0][0] if sizes else mx.float32
-
-
-def _set_numbers(
-    model: nn.Module,
-    config: dict[str, Any],
-    name: str,
-    target: Any,
-    own: Any,
-    quantize: int | None,
-    group_size: int | None,
-) -> None:
-    """Cast, dequantise or quantise in place, and update `config`."""
-    packed = any(is_packed(m) for m in model.modules())
-    if packed and quantize == 0:
-        # In the type of the scales, whatever follows: so a converted folder has exactly the numbers of a direct load.
-        mlx_lm_utils.dequantize_model(model)
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
-        target = own if target is None else target
-    if target is not None:
-        # Some architectures keep a few numbers in float32: they say which.
-        wanted = getattr(model, "cast_predicate", lambda _: True)
-
-        def cast(name: str, value: mx.array) -> mx.array:
-            return value.astype(target) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
-
-        model.update(tree_map_with_path(cast, model.parameters()))
-        config["torch_dtype"] = str(target).rpartition(".")[2]
-        config.pop("dtype", None)
-    if quantize and packed:
-        bits = (config.get("quantization") or {}).get("bits")
-        if bits != quantize:
-            raise ModelError(
-                f"model {name!r}: is quantised already, to {bits or 'other'} bits, and cannot go to {quantize}; "
-                f"leave quantize out (or {bits}), or dequantise it first (quantize=0, mlxft convert)"
-            )
-        groups = config["quantization"].get("group_size")
-        if group_size not in (None, groups):
-            raise ModelError(
-                f"model {name!r}: is quantised already, in groups of {groups}, not {group_size}; leave group_size out, "
-                "or dequantise it first (mlxft convert)"
-            )
-    elif quantize:
-        _quantise(model, config, name, quantize, group_size or 64)
-
-
-def _quantise(model: nn.Module, config: dict[str, Any], name: str, bits: int, group_size: int) -> None:
-    widths = [m.weight.shape[-1] for m in model.modules() if hasattr(m, "to_quantized")]
-    if not any(width % group_size == 0 for width in widths):
-        fitting = [str(g) for g in GROUP_SIZES if math.gcd(*widths, g) == g] if widths else []
-        hint = f"try group_size {' or '.join(fitting)}" if fitting else "this model cannot be quantised"
-        raise ModelError(f"model {name!r}: no layer's width is a multiple of group_size {group_size}; {hint}")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
-            _, new = mlx_lm_utils.quantize_model(model=model, config=config, group_size=group_size, bits=bits)
-    except ValueError as error:  # some architectures have groups of their own for some layers
-        raise ModelError(f"model {name!r}: cannot be quantised to {bits} bits: {brief(error)}") from error
-    config.update(new)
 
 
 def copy_sharing_arrays(loaded: Loaded) -> Loaded:

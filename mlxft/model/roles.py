@@ -253,13 +253,6 @@ class Roles:
                 attach_head(self.model, None)
         return self.add(name, spec, weights, head)
 
-    def nbytes(self, name: str) -> int:
-        """Return the bytes of a role's own arrays."""
-        role = self._roles[name]
-        own = [v for layer in role.layers.values() for k, v in layer.items() if k in LEAVES or k == "_norm2"]
-        own += role.whole.values()
-        return sum(v.nbytes for v in own) + (role.head.weight.nbytes if role.head is not None else 0)
-
 
 def _copy_layer(layer: LowRank) -> LowRank:
     """Return a new layer with the same arrays; nothing is drawn from the random state."""

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from stepping import role_bytes
 
 from mlxft.errors import ModelError
 from mlxft.model.adapters import LoRASpec, attach, select_targets
@@ -205,7 +206,7 @@ def test_four_roles_hold_the_base_once_and_a_thousand_switches_leak_nothing(
         roles.add(name, spec_of_rank(roles, model, rank), head=head)
         with roles.use(name):
             mx.eval(model.parameters(), model.state)
-    own = sum(roles.nbytes(name) for name in roles.names)
+    own = sum(role_bytes(roles, name) for name in roles.names)
     gc.collect()
     held = mx.get_active_memory() - empty
     assert own > 0.05 * base, "the adapters are large enough to be seen"
