@@ -51,7 +51,6 @@ _READ_DIRECTLY = (
     *("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"),
 )
 _COUNTING: dict[type, type] = {}
-_OF_BASE = ("model", "fingerprint", "dtype", "quantize", "group_size", "chat_template")
 _GROUPS = {
     "all-linear": ("*",),
     "attention": ("*attn*", "*attention*"),
@@ -398,7 +397,7 @@ def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
     Other keys are ignored: a stranger's adapter must not declare its base's code trusted.
     """
     found: dict[str, Any] = config.get("mlxft", {}).get("base", {})
-    return {key: found[key] for key in _OF_BASE if key in found}
+    return {key: found[key] for key in _Base.model_fields if key in found}
 
 
 def spec_of(config: dict[str, Any], model: nn.Module) -> LoRASpec | None:

@@ -512,6 +512,10 @@ def tokenizer(file: GgufFile) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokens = file.value("tokenizer.ggml.tokens")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise ModelError(f"{file.path}: the vocabulary has a token twice; convert the model again")
+    types = file.value("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     names: dict[str, str] = {}
     for role, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
         if file.has(f"tokenizer.ggml.{key}_token_id"):
@@ -522,11 +526,11 @@ def tokenizer(file: GgufFile) -> Any:
             f"{file.path}: a vocabulary of kind {kind!r} is not read from .gguf files, only byte-level BPE ('gpt2') "
             "and SentencePiece's BPE ('llama'); use the model's safetensors folder or hub id"
         )
-    backend, add_bos = _BACKENDS[kind](file, tokens)
-    _add_marks(file, backend, tokens)
+    backend, add_bos = _BACKENDS[kind](file, vocab, types)
+    _add_marks(file, backend, vocab, types)
     if (bos := names.get("bos_token")) is not None and file.value("tokenizer.ggml.add_bos_token", add_bos):
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
         )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -541,18 +545,7 @@ def tokenizer(file: GgufFile) -> Any:
     return TokenizerWrapper(fast, streaming, eos_token_ids=eos_ids(file))
 
 
-def _types(file: GgufFile, tokens: list[str]) -> list[int]:
-    return list(file.value("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
-
-
-def _vocab(file: GgufFile, tokens: list[str]) -> dict[str, int]:
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise ModelError(f"{file.path}: the vocabulary has a token twice; convert the model again")
-    return vocab
-
-
-def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
+def _byte_level(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tuple[Any, bool]:
     """Return byte-level BPE with the file's merges and pre-tokenizer, and whether bos is added by default."""
     pre = file.value("tokenizer.ggml.pre", "none")
     if pre not in PRE_TOKENIZERS:
@@ -564,8 +557,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
     merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
     if any(len(pair) != 2 for pair in merges):
         raise ModelError(f"{file.path}: the vocabulary has a merge that is not a pair; convert the model again")
-    model = models.BPE(vocab=_vocab(file, tokens), merges=merges, fuse_unk=False, ignore_merges=rule.ignore_merges)
-    out = Tokenizer(model)
+    out = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=rule.ignore_merges))
     out.pre_tokenizer = pre_tokenizers.Sequence(list(rule.splits))
     out.decoder = decoders.ByteLevel()
     if rule.nfc:
@@ -573,10 +565,9 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
     return out, rule.add_bos
 
 
-def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
+def _sentencepiece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tuple[Any, bool]:
     """Return SentencePiece's BPE: the pair with the highest score merges first, and unknown letters become bytes."""
-    types, vocab = _types(file, tokens), _vocab(file, tokens)
-    unknown = tokens[types.index(UNKNOWN)] if UNKNOWN in types else None
+    unknown = next((token for token, kind in zip(vocab, types) if kind == UNKNOWN), None)
     merges = _merges(vocab, types, file.value("tokenizer.ggml.scores"))
     out = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = _prefixed(file)
@@ -610,17 +601,16 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
 _BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
-def _add_marks(file: GgufFile, backend: Any, tokens: list[str]) -> None:
+def _add_marks(file: GgufFile, backend: Any, vocab: dict[str, int], types: list[int]) -> None:
     """Add the tokens that are never split: special and user-defined ones."""
-    types = _types(file, tokens)
-    control = [token for token, kind in zip(tokens, types) if kind in (CONTROL, UNKNOWN)]
+    control = [token for token, kind in zip(vocab, types) if kind in (CONTROL, UNKNOWN)]
     # Phi 3's marks include the space behind them; as in llama.cpp, only the file's name shows that.
     phi3 = re.search("phi-?3", str(file.value("general.name", "")), re.IGNORECASE) is not None
     greedy = [phi3 and token not in ("<unk>", "<s>", "<|endoftext|>") for token in control]
     marks = [AddedToken(token, normalized=False, special=True, rstrip=g) for token, g in zip(control, greedy)]
     backend.add_special_tokens(marks)
     # Not runs of spaces: the normalizer rewrites spaces, and merges make the runs.
-    added = [token for token, kind in zip(tokens, types) if kind == USER_DEFINED and token.strip(f" {SPACE}")]
+    added = [token for token, kind in zip(vocab, types) if kind == USER_DEFINED and token.strip(f" {SPACE}")]
     backend.add_tokens([AddedToken(token, normalized=False) for token in added])
 
 

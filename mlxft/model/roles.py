@@ -10,7 +10,6 @@ its own arrays only.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.model.adapters import (
     LoRASpec,
-    adapter_config,
     attached_spec,
     count_all,
     load_trained,
@@ -32,18 +30,7 @@ from mlxft.model.adapters import (
     read_adapter,
     spec_of,
 )
-from mlxft.model.folder import replace_folder
-from mlxft.model.heads import (
-    HEAD_FILE,
-    ScoreHead,
-    adapter_metadata,
-    attach_head,
-    head_arrays,
-    head_metadata,
-    head_of,
-    load_head,
-    trained_without_head,
-)
+from mlxft.model.heads import HEAD_FILE, ScoreHead, attach_head, head_of, load_head, trained_without_head
 from mlxft.model.layers import LEAVES, LowRank
 from mlxft.model.logits import Split
 
@@ -213,27 +200,6 @@ class Roles:
         """Return a role's own parameters, without its head."""
         with self.use(name):
             return trained_without_head(self.model)
-
-    def save(self, name: str, folder: Path, about: dict[str, Any]) -> None:
-        """Write a role as an adapter folder, with its head: all of it or nothing.
-
-        Args:
-            about: stored in adapter_config.json under `mlxft`; `load` compares its base.fingerprint.
-        Raises:
-            ExportError: the folder cannot be written.
-        """
-        role, weights = self._roles[name], self.weights(name)
-        # A bare base with a head is an adapter without layers.
-        spec = LoRASpec((), 1, 1.0) if role.spec is None and not weights else role.spec
-        config = adapter_config(spec, self.model, about)
-        with replace_folder(folder, "adapter") as part:
-            (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            arrays = dict(sorted(weights.items()))
-            mx.save_safetensors(str(part / "adapters.safetensors"), arrays, adapter_metadata(role.head))
-            if role.head is not None:
-                fingerprint = str(about.get("base", {}).get("fingerprint", ""))
-                saved = head_metadata(fingerprint, {k: v for k, v in about.items() if k == "reward"})
-                mx.save_safetensors(str(part / HEAD_FILE), head_arrays(role.head), saved)
 
     def load(self, name: str, folder: Path, base: str | None) -> Role:
         """Add a role from an adapter folder, with the head that lies there.

@@ -155,18 +155,15 @@ def step(model: nn.Module, caches: list[Any], ids: mx.array) -> mx.array:
 
 def take(caches: Sequence[Any], rows: mx.array) -> list[Any]:
     """Return caches of these rows, in this order, with repetitions. The given ones stay as they are."""
-    return [_take(cache, rows) for cache in caches]
-
-
-def _take(cache: Any, rows: mx.array) -> Any:
-    taken = copy.copy(cache)
-    if type(cache) is CacheList:
-        taken.caches = tuple(_take(part, rows) for part in cache.caches)
-    elif isinstance(cache, (BatchKVCache, BatchRotatingKVCache, ArraysCache)):
-        taken.filter(rows)
-    elif cache.keys is not None:
-        taken.keys, taken.values = cache.keys[rows], cache.values[rows]
-    return taken
+    found = [copy.copy(cache) for cache in caches]
+    for cache in found:
+        if type(cache) is CacheList:
+            cache.caches = tuple(take(cache.caches, rows))
+        elif isinstance(cache, (BatchKVCache, BatchRotatingKVCache, ArraysCache)):
+            cache.filter(rows)
+        elif cache.keys is not None:
+            cache.keys, cache.values = cache.keys[rows], cache.values[rows]
+    return found
 
 
 # --- sample -----------------------------------------------------------------------------------------------------------
@@ -549,17 +546,14 @@ class _Decoding:
 
     def _end(self, ids: list[int], opening: str) -> str | None:
         """Return why a completion ends with its last token, if it does."""
-        if self.sampling.stop_at_eos and ids[-1] in self.tokenizer.eos_token_ids:
+        how = self.sampling
+        if how.stop_at_eos and ids[-1] in self.tokenizer.eos_token_ids:
             return "eos"
-        if self.sampling.stop:
+        if how.stop:
             text = self.tokenizer.decode(ids[-self._window :])
-            if any(stop in text for stop in self.sampling.stop) and self._stops(ids, opening):
-                return "stop"
-        return "length" if len(ids) == self.sampling.max_tokens else None
-
-    def _stops(self, ids: list[int], opening: str) -> bool:
-        """Return whether a stop string in the completion counts, or is part of its thoughts."""
-        if not self.sampling.stop_in_answer:
-            return True
-        text = self.tokenizer.decode(ids)
-        return len(until_stop(text, self.sampling.stop, opening)) < len(text)
+            if any(stop in text for stop in how.stop):
+                whole = self.tokenizer.decode(ids) if how.stop_in_answer else ""
+                # A stop string among the thoughts does not count.
+                if not how.stop_in_answer or len(until_stop(whole, how.stop, opening)) < len(whole):
+                    return "stop"
+        return "length" if len(ids) == how.max_tokens else None
