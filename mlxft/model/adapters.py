@@ -24,10 +24,9 @@ from mlxft.model.folder import (
     Rank,
     Real,
     Share,
-    check_arrays,
     check_links,
-    check_numbers,
     check_schema,
+    read_arrays,
     read_object,
 )
 from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain_layer, shift, wrap
@@ -432,15 +431,7 @@ def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any],
             f"{folder} was trained on another base: {about.get('model')} ({about['fingerprint']}), and this model is "
             f"{base} (shapes-settings); load the adapter on its own base"
         )
-    file = folder / "adapters.safetensors"
-    try:
-        check_arrays(file)
-        weights = mx.load(str(file))
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ModelError(f"{file}: the adapter's weights cannot be read: {e}") from e
-    assert isinstance(weights, dict)
-    check_numbers(file, weights)
-    return config, weights
+    return config, read_arrays(folder / "adapters.safetensors")[0]
 
 
 def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoRASpec | None:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -191,7 +191,9 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         found = parse_json(file.read_bytes())
         depth, level = 0, [found]
-        while level := [v for at in level for v in (at.values() if isinstance(at, dict) else at if _deep(at) else ())]:
+        while level := [
+            v for at in level for v in (at.values() if isinstance(at, dict) else at if isinstance(at, list) else ())
+        ]:
             if (depth := depth + 1) > _MOST_DEPTH:
                 raise TooDeep
     except TooDeep:
@@ -203,10 +205,6 @@ def read_object(file: Path) -> dict[str, Any]:
     if half := half_character(found):
         raise ModelError(f"{file}: {half}")
     return found
-
-
-def _deep(value: Any) -> bool:
-    return isinstance(value, dict | list)
 
 
 def check_schema(schema: type[BaseModel], found: Mapping[str, Any], where: Path | str) -> None:
@@ -240,7 +238,7 @@ def _keys(value: Any) -> set[str]:
 def _short(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out thousands of digits
         return "a number of more than 60 digits"
-    text = type_name(value) if value is None or _deep(value) else repr(value)
+    text = type_name(value) if value is None or isinstance(value, dict | list) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -284,11 +282,21 @@ def check_arrays(file: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{file}: is not a whole safetensors file ({error}); download it again") from error
 
 
-def check_numbers(file: Path, arrays: Mapping[str, Any]) -> None:
-    """Raise a ModelError if arrays of a file have NaN or infinity: a model would silently compute nonsense."""
+def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Read the arrays and metadata of a .safetensors file.
+
+    Raises:
+        ModelError: the file cannot be read or is damaged, or has NaN, with which a model would compute nonsense.
+    """
+    try:
+        check_arrays(file)
+        arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
     for name, value in arrays.items():
         if not mx.isfinite(value).all().item():
             raise ModelError(f"{file}: {name[:80]} holds NaN or infinity; the training that wrote it has failed")
+    return arrays, metadata
 
 
 # --- folder -----------------------------------------------------------------------------------------------------------

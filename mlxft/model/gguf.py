@@ -237,9 +237,6 @@ class GgufFile:
     metadata: dict[str, Any]
     architecture: Architecture
 
-    def has(self, key: str) -> bool:
-        return self._full(key) in self.metadata
-
     def _full(self, key: str) -> str:
         common = key.startswith(("general.", "tokenizer.", "split."))
         return key if common else f"{self.metadata['general.architecture']}.{key}"
@@ -294,7 +291,7 @@ def config(file: GgufFile) -> dict[str, Any]:
     }
     out.update(_FAMILIES.get(file.architecture.name, lambda *_: {})(file, out))
     for name in ("bos", "eos", "padding"):
-        if file.has(f"tokenizer.ggml.{name}_token_id"):
+        if f"tokenizer.ggml.{name}_token_id" in file.metadata:
             out[f"{'pad' if name == 'padding' else name}_token_id"] = file.integer(f"tokenizer.ggml.{name}_token_id")
     if len(stops := eos_ids(file)) > 1:
         out["eos_token_id"] = stops
@@ -304,7 +301,7 @@ def config(file: GgufFile) -> dict[str, Any]:
 def eos_ids(file: GgufFile) -> list[int]:
     """Return the ids that end a completion: end of text and, if the file has one, end of turn."""
     keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return list(dict.fromkeys(file.integer(key) for key in keys if file.has(key)))
+    return list(dict.fromkeys(file.integer(key) for key in keys if key in file.metadata))
 
 
 def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -386,17 +383,10 @@ def llama3_divisors(scaling: dict[str, Any], theta: float, head_dim: int) -> lis
     """
     factor, original = scaling["factor"], scaling.get("original_max_position_embeddings", 8192)
     low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
-    out = []
-    for i in range(head_dim // 2):
-        wavelength = 2 * math.pi * theta ** (2 * i / head_dim)
-        if wavelength < original / high:
-            out.append(1.0)
-        elif wavelength > original / low:
-            out.append(float(factor))
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            out.append(1 / ((1 - smooth) / factor + smooth))
-    return out
+    waves = original / (2 * np.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim))  # in the original context
+    smooth = np.clip((waves - low) / (high - low), 0, 1)
+    found: list[float] = (1 / ((1 - smooth) / factor + smooth)).tolist()
+    return found
 
 
 # --- gguf pretokenizers -----------------------------------------------------------------------------------------------
@@ -518,7 +508,7 @@ def tokenizer(file: GgufFile) -> Any:
     types = file.value("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     names: dict[str, str] = {}
     for role, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
-        if file.has(f"tokenizer.ggml.{key}_token_id"):
+        if f"tokenizer.ggml.{key}_token_id" in file.metadata:
             names[f"{role}_token"] = tokens[file.integer(f"tokenizer.ggml.{key}_token_id")]
     kind = file.value("tokenizer.ggml.model")
     if kind not in _BACKENDS:
@@ -538,8 +528,8 @@ def tokenizer(file: GgufFile) -> Any:
         clean_up_tokenization_spaces=False,
         **names,
     )
-    if file.has("tokenizer.chat_template"):
-        fast.chat_template = file.value("tokenizer.chat_template")
+    if (template := file.metadata.get("tokenizer.chat_template")) is not None:
+        fast.chat_template = template
     pieces = partial(SPMStreamingDetokenizer, trim_space=_prefixed(file))
     streaming = BPEStreamingDetokenizer if kind == "gpt2" else pieces
     return TokenizerWrapper(fast, streaming, eos_token_ids=eos_ids(file))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.data.dataset import EncodedCompletion, Slot, encode_completion, plan_epoch
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.folder import check_arrays, check_numbers
+from mlxft.model.folder import read_arrays
 from mlxft.model.layers import probing
 from mlxft.model.load import fits_base
 from mlxft.model.logits import Split, ahead
@@ -196,18 +196,16 @@ def read_head(file: Path) -> Saved:
     Raises:
         ModelError: the file cannot be read, or has no head.
     """
+    arrays, metadata = read_arrays(file)
     try:
-        check_arrays(file)
-        arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
         about = parse_json(metadata.get("about", "{}"))
-        if not isinstance(about, dict):
-            raise ValueError("its notes are not a JSON object")
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ModelError(f"{file}: the head cannot be read: {e}") from e
+    except ValueError:
+        about = None
+    if not isinstance(about, dict):
+        raise ModelError(f"{file}: its notes are not a JSON object")
     weight = arrays.get(_WEIGHT)
     if weight is None or weight.ndim != 2 or weight.shape[0] != 1:
         raise ModelError(f"{file}: has no head; expected {_WEIGHT} of shape (1, width), it has {sorted(arrays)}")
-    check_numbers(file, arrays)
     return Saved(weight, metadata.get("fingerprint"), about)
 
 

@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -448,46 +448,34 @@ def load(
         ConfigError: an argument is out of bounds or the chat template's file is missing.
         ModelError: there is no model, the hub fails, or the model cannot be used.
     """
-    _check_arguments(dtype, quantize, group_size)
+    numbers = _Numbers(dtype, quantize, group_size).checked()
     source = _Source(path, revision, trust=trust_remote_code)
     model, own = source.model()
     tokenizer = source.tokenizer(chat_template, model)
-    return source.finish(model, tokenizer, own, dtype, quantize, group_size, lazy)
+    return source.finish(model, tokenizer, own, numbers, lazy)
 
 
 def load_tokenizer(
-    path: str,
-    chat_template: Path | None = None,
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    path: str, chat_template: Path | None = None, *, trust_remote_code: bool = False
 ) -> TokenizerWrapper:
     """Load only the tokenizer, as `load` does; only small files are downloaded from the hub."""
-    return _Source(path, revision, weights=False, trust=trust_remote_code).tokenizer(chat_template)
+    return _Source(path, weights=False, trust=trust_remote_code).tokenizer(chat_template)
 
 
-def read_model_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
+def read_model_config(path: str) -> dict[str, Any]:
     """Read only the config of a checkpoint (a .gguf file's without its quantisation); no weights are downloaded."""
-    return _Source(path, revision, weights=False).config
+    return _Source(path, weights=False).config
 
 
-def skeleton(
-    path: str,
-    *,
-    dtype: str = "auto",
-    quantize: int | None = None,
-    group_size: int | None = None,
-    trust_remote_code: bool = False,
-) -> Loaded:
+def skeleton(path: str, *, dtype: str = "auto", quantize: int | None = None, group_size: int | None = None) -> Loaded:
     """Build the model that `load` returns from its config.json: shapes and types are right, no weights are read.
 
-    Its arrays are lazy and must not be evaluated; it has no tokenizer. Arguments as for `load`, but a model with its
-    own code is refused whatever `trust_remote_code` is.
+    Its arrays are lazy and must not be evaluated, and it has no tokenizer. A model with its own code is refused.
     """
-    _check_arguments(dtype, quantize, group_size)
+    numbers = _Numbers(dtype, quantize, group_size).checked()
     source = _Source(path, weights=False)
     model, own = source.model()
-    return source.finish(model, None, own, dtype, quantize, group_size, lazy=True)
+    return source.finish(model, None, own, numbers, lazy=True)
 
 
 def check_weights(path: str) -> None:
@@ -501,6 +489,29 @@ def check_weights(path: str) -> None:
         if "model_file" not in source.config:
             with aside():  # new layers draw random weights
                 source.model()
+
+
+class _Numbers(NamedTuple):
+    """Type and packing of a model's weights; see `load`."""
+
+    dtype: str
+    quantize: int | None
+    group_size: int | None
+
+    def checked(self) -> _Numbers:
+        """Return itself, or raise a ConfigError with all values that are out of bounds."""
+        dtype, quantize, group_size = self
+        problems = []
+        if dtype not in DTYPES:
+            problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+        if quantize not in (None, *_BITS):
+            bits = ", ".join(map(str, _BITS))
+            problems.append(f"quantize is {quantize!r}; expected one of {bits} bits (0 dequantises)")
+        if group_size not in (None, *GROUP_SIZES):
+            problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+        if problems:
+            raise ConfigError("model: " + "; ".join(problems))
+        return self
 
 
 class _Source:
@@ -609,18 +620,9 @@ class _Source:
                     raise self._untrusted(code) from error
                 raise
 
-    def finish(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        own: Any,
-        dtype: str,
-        quantize: int | None,
-        group_size: int | None,
-        lazy: bool,
-    ) -> Loaded:
-        """Convert the model's numbers as the arguments of `load` say."""
-        options = {"dtype": dtype, "quantize": quantize, "group_size": group_size}
+    def finish(self, model: nn.Module, tokenizer: Any, own: Any, numbers: _Numbers, lazy: bool) -> Loaded:
+        """Convert the model's numbers, and put the model together."""
+        dtype, quantize, group_size = numbers
         if dtype == "auto":
             dtype = "float32" if planned_backend() == "cpu" else "own"
         target = None if dtype == "own" else getattr(mx, dtype)
@@ -640,7 +642,7 @@ class _Source:
             raise ModelError(f"{self._where}: the weights cannot be read: {brief(error)}") from error
         model.eval()
         base = fingerprint(self.config, model, weights=self._weights)
-        return Loaded(model, tokenizer, self.config, self._name, self._path, base, options)
+        return Loaded(model, tokenizer, self.config, self._name, self._path, base, numbers._asdict())
 
     def _convert(self, model: nn.Module, target: Any, own: Any, quantize: int | None, group_size: int | None) -> None:
         """Cast, dequantise or quantise in place, and update the config."""
@@ -702,18 +704,6 @@ def context_of(config: Mapping[str, Any]) -> int | None:
 def base_fingerprint(loaded: Loaded) -> str:
     """Return the fingerprint taken when a model was loaded, which adapters attached since do not change."""
     return loaded.fingerprint or fingerprint(loaded.config, loaded.model)
-
-
-def _check_arguments(dtype: str, quantize: int | None, group_size: int | None) -> None:
-    problems = []
-    if dtype not in DTYPES:
-        problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
-    if quantize not in (None, *_BITS):
-        problems.append(f"quantize is {quantize!r}; expected one of {', '.join(map(str, _BITS))} bits (0 dequantises)")
-    if group_size not in (None, *GROUP_SIZES):
-        problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
-    if problems:
-        raise ConfigError("model: " + "; ".join(problems))
 
 
 @contextmanager

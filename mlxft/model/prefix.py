@@ -126,12 +126,12 @@ class Sharing:
 
     @property
     def possible(self) -> bool:
-        """Whether prompts can be shared now. A checkpointed block cannot: its recomputation would lack the prompt."""
+        """Return whether prompts can be shared now; not if blocks are checkpointed: recomputation lacks the prompt."""
         return not self.reason and not is_checkpointed(self.split.model)
 
     @cached_property
     def thinkable(self) -> bool:
-        """Whether prompts can be shared as far as shapes tell; the model needs no weights, but its own layers."""
+        """Return whether prompts can be shared by the shapes; the model needs no weights, but its own layers."""
         return not self._trial(weights=False)
 
     @cached_property

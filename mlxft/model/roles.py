@@ -96,7 +96,6 @@ class Roles:
         return found
 
     def _note_layer(self, path: str, base: nn.Module) -> None:
-        """Note where a layer stands."""
         holder: Any = self.model
         *above, key = path.split(".")
         for part in above:
@@ -105,7 +104,6 @@ class Roles:
         self._base[path] = base
 
     def _note_parameters(self, names: Iterable[str]) -> None:
-        """Note where parameters stand, and their values in the base."""
         modules = dict(self.model.named_modules())
         for name in names:
             if name not in self._owners:

@@ -363,7 +363,7 @@ def test_folders_that_are_no_adapter(tmp_path: Path, model: nn.Module) -> None:
     with pytest.raises(ModelError, match="looks like a PEFT adapter"):
         read_adapter_config(tmp_path)
     file.write_text(json.dumps(adapter_config(LoRASpec(("model.layers.0.mlp.up_proj",), 2, 1.0), model, {})))
-    with pytest.raises(ModelError, match="the adapter's weights cannot be read"):
+    with pytest.raises(ModelError, match=r"adapters\.safetensors: cannot be read"):
         load_adapter(model, tmp_path)
 
 

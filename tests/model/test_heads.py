@@ -127,7 +127,7 @@ def test_a_head_of_another_base_or_width_is_refused(tiny_model: Loaded, tmp_path
     broken = tmp_path / "c" / "head.safetensors"
     broken.parent.mkdir()
     broken.write_bytes(b"x")
-    with pytest.raises(ModelError, match="the head cannot be read"):
+    with pytest.raises(ModelError, match="cannot be read"):
         load_head(split, broken, None)
     mx.save_safetensors(str(broken), {"weight": mx.zeros(3)})
     with pytest.raises(ModelError, match="has no head"):
