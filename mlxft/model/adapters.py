@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -601,12 +602,11 @@ def merge_adapters(model: nn.Module, adapters: Sequence[tuple[Path, float]], bas
     Raises:
         ModelError: an adapter has another base, or does not fit.
     """
-    changes: dict[str, list[Change]] = {}
-    whole: dict[str, list[Change]] = {}
+    changes, whole = defaultdict[str, list[Change]](list), defaultdict[str, list[Change]](list)
     for folder, weight in adapters:
         for found, new in zip((changes, whole), _changes(model, folder, weight, base)):
             for name, change in new.items():
-                found.setdefault(name, []).append(change)
+                found[name].append(change)
     modules = dict(model.named_modules())
     for path in changes:  # one adapter may have trained whole what another has a low-rank layer on
         changes[path] += whole.pop(f"{path}.weight", [])

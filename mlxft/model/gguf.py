@@ -283,7 +283,7 @@ def config(file: GgufFile) -> dict[str, Any]:
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "max_position_embeddings": file.integer("context_length"),
         "rope_theta": int(theta) if theta.is_integer() else theta,
-        "rope_scaling": _phi3_scaling(file) if phi3 else _rope_scaling(file, theta, head_dim),
+        "rope_scaling": _rope_scaling(file, theta, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -339,18 +339,11 @@ def _phi3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 _FAMILIES = {"gemma2": _gemma, "gemma3": _gemma, "phi3": _phi3}
 
 
-def _phi3_scaling(file: GgufFile) -> dict[str, Any] | None:
-    """Return the rope's divisors, which the file has as tensors."""
-    if ROPE_LONG not in file.tensors:
-        return None
-    factors = {
-        name: file.tensors[key].astype(mx.float32).tolist()
-        for name, key in (("long_factor", ROPE_LONG), ("short_factor", ROPE_SHORT))
-    }
-    return {"type": "longrope", **factors}
-
-
 def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
+    if file.architecture.name == "phi3":  # its divisors are tensors
+        named = {"long_factor": ROPE_LONG, "short_factor": ROPE_SHORT} if ROPE_LONG in file.tensors else {}
+        factors = {name: file.tensors[key].astype(mx.float32).tolist() for name, key in named.items()}
+        return {"type": "longrope", **factors} if factors else None
     kind = file.value("rope.scaling.type", "none")
     if kind in ("linear", "yarn"):
         found = {"rope_type": kind, "factor": file.number("rope.scaling.factor")}

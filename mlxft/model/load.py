@@ -49,12 +49,8 @@ from mlxft.text import echo, home_path, parse_json, read_small
 # A short text that identifies an adapter's base: its structure, its settings, and a sample of its weights.
 
 _SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
 )
 # Settings that change what the same weights compute, by mlx-lm's names. Another name here would change the hash of
 # every model that has it, and existing adapters of these models would be refused.
@@ -93,7 +89,7 @@ def fingerprint(config: Mapping[str, Any], model: nn.Module, *, weights: bool = 
         model: without adapters.
         weights: false for a skeleton, which has none.
     """
-    sizes = {**config, **_text_config(config)}
+    sizes = _flat(config)
     structure = {
         "model_type": config.get("model_type"),
         "sizes": {key: sizes.get(key) for key in _SIZES},
@@ -104,9 +100,10 @@ def fingerprint(config: Mapping[str, Any], model: nn.Module, *, weights: bool = 
     return "-".join(parts).rstrip("-")
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("text_config")
-    return found if isinstance(found, Mapping) else {}
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config together with that of its language model, if it is nested."""
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, Mapping) else {})}
 
 
 def fits_base(recorded: str | None, base: str) -> bool:
@@ -696,7 +693,7 @@ class _Source:
 
 def context_of(config: Mapping[str, Any]) -> int | None:
     """Return the most tokens that a model was made for by its config, if it says so."""
-    known = {**config, **_text_config(config)}
+    known = _flat(config)
     found = known.get("max_position_embeddings", known.get("n_positions"))
     return found if isinstance(found, int) and found > 0 else None
 
@@ -799,7 +796,7 @@ def embedding_rows(config: Mapping[str, Any], model: nn.Module | None = None) ->
     tables = {name: m for name, m in named if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)}
     # Not the table of positions, which may be longer.
     found = [m.weight.shape[0] for name, m in tables.items() if not _POSITIONS.search(name)]
-    known = {**config, **_text_config(config)}
+    known = _flat(config)
     found = found or [n for key in ("vocab_size", "padded_vocab_size") if isinstance(n := known.get(key), int)]
     return max(found, default=None)
 
