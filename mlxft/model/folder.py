@@ -152,9 +152,6 @@ def check_links(folder: Path) -> None:
     """Refuse links out of a folder, which may be a stranger's: their files would be copied, shown and uploaded.
 
     Weights may be links: users keep them elsewhere, and nothing but weights can be read from them.
-
-    Raises:
-        ModelError: there is such a link.
     """
     for file in (*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*")):
         read = file.is_dir() if file.name == NAMED_TEMPLATES else file.is_file() and file.suffix != ".safetensors"
@@ -163,11 +160,7 @@ def check_links(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Check the files of a model's folder.
-
-    Raises:
-        ModelError: a file is not a JSON object, has a value of the wrong type or out of bounds, or is a link out.
-    """
+    """Refuse a model's folder with links out of it, or JSON files with values of the wrong type or out of bounds."""
     check_links(folder)
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
@@ -434,11 +427,7 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
 
 
 def generation_settings(folder: Path | None) -> dict[str, Any]:
-    """Return generation_config.json of a folder, the recommended sampling; empty if there is none.
-
-    Raises:
-        ModelError: the file is not a JSON object.
-    """
+    """Return generation_config.json of a folder, the recommended sampling; empty if there is none."""
     file = folder / "generation_config.json" if folder is not None else None
     return read_object(file) if file is not None and file.is_file() else {}
 

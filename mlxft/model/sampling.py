@@ -296,11 +296,7 @@ def pick(logits: mx.array, sampling: Sampling, noise: Noise, without: int | None
 
 
 def checked(token: int) -> int:
-    """Return an id of `pick`.
-
-    Raises:
-        ModelError: the logits were NaN, which would otherwise give a meaningless completion.
-    """
+    """Return an id of `pick`, or raise a ModelError if the logits were NaN."""
     if token < 0:
         raise ModelError(NO_NUMBERS)
     return token
