@@ -364,7 +364,7 @@ def base_skeleton(config: Config) -> nn.Module:
         NotBeforeLoading: its shapes are not known before it is loaded.
         ConfigError, ModelError: as in training.
     """
-    bare = skeleton(config.model.path, **config.model.model_dump(include=_LOADING))
+    bare = skeleton(config.model.path, **config.model.model_dump(include=_LOADING - {"trust_remote_code"}))
     prepare(config, bare)
     kind = objective_class(config.objective)
     if not kind.outline(config).dropout:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxft.model.load import mended
+from mlxft.model.load import repaired
 
 # What mlx-lm's architectures call their sizes; each takes those that its ModelArgs has.
 SIZES: dict[str, Any] = {
@@ -429,7 +429,7 @@ def build(name: str, **sizes: Any) -> nn.Module:
     """A tiny model of these `settings`, with random weights."""
     module = importlib.import_module(f"mlx_lm.models.{name.split(' ')[0]}")
     model = module.Model(module.ModelArgs.from_dict(settings(name, **sizes)))
-    scatter(mended(model), seed=1)
+    scatter(repaired(model), seed=1)
     model.eval()
     return model
 

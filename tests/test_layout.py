@@ -46,7 +46,7 @@ ORDER = {
 BUDGET = {
     "top": (14, 6530),  # api.py: what a training loop of one's own is made of (examples/)
     "data": (5, 4300),
-    "model": (15, 7300),  # frozen.py: what objectives read and never train, opened and planned in one place
+    "model": (15, 6950),  # frozen.py: what objectives read and never train, opened and planned in one place
     "objectives": (11, 4800),
     "trainer": (5, 1550),
     "study": (13, 6100),
@@ -369,8 +369,7 @@ PASSED = [
     *("data/", "study/evaluate.py", "study/tasks.py", "study/generate.py", "study/score.py", "study/lm_eval.py"),
     *("study/stats.py", "study/report.py"),
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
-    *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
-    *("exports/", "demo/"),
+    *("build.py", "trainer/loop.py", "exports/", "demo/", "model/"),
 ]
 # Regular expressions for whole words.
 FORBIDDEN = [

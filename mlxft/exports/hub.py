@@ -18,9 +18,9 @@ import yaml
 from mlxft.config import Config
 from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
 from mlxft.files import MARK
-from mlxft.model.folder import NAMED_TEMPLATES, foreign, lies_in
+from mlxft.model.folder import NAMED_TEMPLATES, brief, foreign, lies_in
 from mlxft.model.heads import HEAD_FILE
-from mlxft.model.load import ALIASES, brief
+from mlxft.model.load import ALIASES
 from mlxft.runs import Run, open_run
 from mlxft.text import home_path, parse_json, printable, read_small
 

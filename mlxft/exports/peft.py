@@ -36,13 +36,12 @@ from mlxft.model.folder import (
     Rank,
     Real,
     Share,
-    check_arrays,
     check_destination,
     check_links,
-    check_numbers,
     check_schema,
     check_space,
     check_unused,
+    read_arrays,
     read_object,
     replace_folder,
     save_folder,
@@ -466,15 +465,9 @@ def _read_weights(folder: Path) -> _Arrays:
         old = "adapter_model.bin"
         seen = f" ({old} is a pickle, which may run code when opened; save it again as safetensors)"
         raise ModelError(f"{folder}: has no {WEIGHTS}{seen if (folder / old).exists() else ''}")
-    try:
-        check_arrays(file)
-        arrays = mx.load(str(file))
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ModelError(f"{file}: cannot be read: {e}") from e
-    assert isinstance(arrays, dict)
+    arrays, _ = read_arrays(file)
     if not arrays:
         raise ModelError(f"{file}: is empty")
-    check_numbers(file, arrays)
     return arrays
 
 

@@ -1,10 +1,10 @@
-"""Models: where they come from, what they may say, and how they are read, adapted and sampled from."""
+"""Models: load, check, adapt, read and sample them."""
 
 from __future__ import annotations
 
 import resource
 
-# mlx-lm asks for 4,096 open files as it is imported, and dies where the hard limit is lower (or lowers a higher one).
+# mlx-lm requests 4,096 open files when it is imported, and fails if the hard limit is lower (or lowers a higher one).
 _set = resource.setrlimit
 try:
     resource.setrlimit = lambda *_: None

@@ -1,9 +1,10 @@
-"""Adapter folders: the one reader and the one writer, and adapters merged into their base."""
+"""Adapters: choose what is trained, read and describe adapter folders, and merge adapters into their base."""
 
 from __future__ import annotations
 
 import fnmatch
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +25,9 @@ from mlxft.model.folder import (
     Rank,
     Real,
     Share,
-    check_arrays,
     check_links,
-    check_numbers,
     check_schema,
+    read_arrays,
     read_object,
 )
 from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain_layer, shift, wrap
@@ -40,21 +40,19 @@ from mlxft.text import home_path
 #
 # An adapter folder is mlx-lm's: adapters.safetensors beside adapter_config.json, with the full path of every adapted
 # module under `lora_parameters.keys`. Modules that are trained whole beside the adapters are in the same file under
-# their own names; mlx-lm refuses those by name instead of leaving them out in silence.
+# their own names; mlx-lm refuses those by name instead of silently leaving them out.
 
 _Layers = Literal["all"] | int | list[int]
-# Of which parameter a layer takes rows by number.
-TABLES = {nn.Embedding: "weight", SwitchLinear: "bias"}
-# Layers whose weights the model's own code reads past them: Gemma 3n's AltUp, Kimi K3's attention over blocks.
-READ_PAST = (
+# Layers that select rows, by number, of a parameter.
+_TABLES = {nn.Embedding: "weight", SwitchLinear: "bias"}
+# Layers whose weights the model's own code reads directly: Gemma 3n's AltUp, Kimi K3's attention over blocks.
+_READ_DIRECTLY = (
     *("prediction_coefs", "correction_coefs"),
     *("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"),
 )
 _COUNTING: dict[type, type] = {}
-
-_OF_BASE = ("model", "fingerprint", "dtype", "quantize", "group_size", "chat_template")
-
-GROUPS = {
+_GROUPS = {
+    "all-linear": ("*",),
     "attention": ("*attn*", "*attention*"),
     "mlp": ("*mlp*", "*ffn*", "*feed_forward*", "*moe*", "*expert*"),
 }
@@ -62,7 +60,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """Shape of a low-rank adapter: `paths` are the full names of the wrapped modules."""
+    """Shape of a low-rank adapter; `paths` are the full names of the wrapped modules."""
 
     paths: tuple[str, ...]
     rank: int
@@ -72,32 +70,32 @@ class LoRASpec:
 
 
 def layer_paths(model: nn.Module) -> list[str]:
-    """Names of the model's blocks, first to last."""
+    """Return the names of the model's blocks, first to last."""
     names = {id(module): name for name, module in model.named_modules()}
     return [names[id(layer)] for layer in model.layers if id(layer) in names]
 
 
 def select_layers(model: nn.Module, layers: _Layers) -> list[str]:
-    """Names of the chosen blocks: all, the last N, or a list of indices.
+    """Return the names of the chosen blocks: all, the last N, or a list of indices.
 
     Raises:
-        ConfigError: more layers than there are, or an index that does not exist.
+        ConfigError: there are fewer layers, or an index does not exist.
     """
     paths = layer_paths(model)
     if layers == "all":
         return paths
     if isinstance(layers, int):
         if layers > len(paths):
-            raise ConfigError(f"tune.layers: {layers} asked for, the model has {len(paths)}")
+            raise ConfigError(f"tune.layers is {layers}; the model has {len(paths)} layers")
         return paths[-layers:]
     wrong = [i for i in layers if not 0 <= i < len(paths)]
     if wrong or not layers:
-        raise ConfigError(f"tune.layers: {wrong or layers}; the model has layers 0 to {len(paths) - 1}")
+        raise ConfigError(f"tune.layers: no layer {wrong or layers}; the model has 0 to {len(paths) - 1}")
     return [paths[i] for i in sorted(set(layers))]
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether `pattern` names `path`, a parent of it, or the end of either: q_proj, layers.0.*, model.norm."""
+    """Return whether a pattern names a path, a parent of it, or the end of either: q_proj, layers.0.*, model.norm."""
     parts = path.split(".")
     return any(
         fnmatch.fnmatchcase(".".join(parts[:end]), p)
@@ -106,41 +104,42 @@ def matches(path: str, pattern: str) -> bool:
     )
 
 
+def _in_block(name: str, blocks: Sequence[str]) -> str:
+    """Return a module's name within its block; "" if it is in none of the blocks."""
+    block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+    return name.removeprefix(f"{block}.") if block else ""
+
+
 def select_targets(model: nn.Module, targets: str | Sequence[str], layers: _Layers, dora: bool = False) -> list[str]:
-    """Full names of the modules that get a low-rank layer.
+    """Return the full names of the modules that get a low-rank layer.
 
     Args:
-        targets: all-linear (every linear layer of the blocks but routers of experts), attention, mlp, or name
+        targets: all-linear (every linear layer of the blocks except routers of experts), attention, mlp, or name
             patterns.
         layers: restricts modules of the blocks; modules outside of them (lm_head, embed_tokens) are named by pattern.
     Raises:
-        ConfigError: a pattern matches nothing (it lists what there is), or DoRA is asked where it is not defined.
+        ConfigError: a pattern matches nothing, or DoRA is not defined for a module.
     """
-    chosen = tuple(f"{p}." for p in select_layers(model, layers))
-    blocks = tuple(f"{p}." for p in layer_paths(model))
+    chosen, blocks = select_layers(model, layers), layer_paths(model)
     candidates = {
         name: module
         for name, module in model.named_modules()
         if adaptable(module)
-        and (name.startswith(chosen) or not name.startswith(blocks))
-        and name.rpartition(".")[2] not in READ_PAST
+        and (_in_block(name, chosen) or not _in_block(name, blocks))
+        and name.rpartition(".")[2] not in _READ_DIRECTLY
     }
     found: list[str] = []
     for target in [targets] if isinstance(targets, str) else targets:
-        if target in ("all-linear", *GROUPS):
-            # Within the blocks only: adapting the head or the embedding is a choice of its own.
-            # Nor are routers: their update would change which experts are chosen.
-            inside = [n for n in candidates if n.startswith(chosen) and not is_router(n)]
-            kinds = GROUPS.get(target, ("*",))
-            hits = [
-                n for n in inside if any(fnmatch.fnmatchcase(n, f"{p}{k}") for k in kinds for p in _block(n, chosen))
-            ]
+        if kinds := _GROUPS.get(target):
+            # Not the head or the embedding, which are named if they should be adapted; and not routers: their update
+            # would change which experts are chosen.
+            within = {n: _in_block(n, chosen) for n in candidates if not is_router(n)}
+            hits = [n for n, part in within.items() if part and any(fnmatch.fnmatchcase(part, k) for k in kinds)]
         else:
             hits = [n for n in candidates if matches(n, target)]
         if not hits:
-            raise ConfigError(
-                f"tune.targets: {target!r} matches no module; {_what_there_is(candidates, blocks, target)}"
-            )
+            there = _suggestion(candidates, blocks, target, *_GROUPS)
+            raise ConfigError(f"tune.targets: {target!r} matches no module; {there}")
         found += hits
     paths = sorted(set(found), key=list(candidates).index)
     unfit = [p for p in paths if dora and not isinstance(candidates[p], LINEAR)]
@@ -150,54 +149,53 @@ def select_targets(model: nn.Module, targets: str | Sequence[str], layers: _Laye
     return paths
 
 
-def _block(name: str, chosen: tuple[str, ...]) -> list[str]:
-    """The block that `name` lies in, as a prefix."""
-    return [p for p in chosen if name.startswith(p)]
-
-
-def _what_there_is(names: Iterable[str], blocks: tuple[str, ...], wanted: str) -> str:
-    """The names to choose from, each once, as they stand within a block."""
-    short: dict[str, None] = {}
-    for name in names:
-        block = next((b for b in blocks if name.startswith(b)), "")
-        short[name.removeprefix(block)] = None
-    listed = sorted(short)
+def _suggestion(names: Iterable[str], blocks: Sequence[str], wanted: str, *groups: str) -> str:
+    """List the names to choose from, as they are within a block, with the most similar one."""
+    listed = sorted({_in_block(name, blocks) or name for name in names})
     more = f" and {len(listed) - 30} more" if len(listed) > 30 else ""
+    either = f", or {', '.join(groups)}" if groups else ""
     hint = nearest(wanted, [part for n in listed for part in {n, n.rpartition(".")[2]}])
-    return f"there are {', '.join(listed[:30])}{more}, or all-linear, attention, mlp{hint}"
+    return f"there are {', '.join(listed[:30])}{more}{either}{hint}"
 
 
-def attach(model: nn.Module, spec: LoRASpec) -> None:
-    """Freeze the model and wrap `spec.paths` in low-rank layers, whose update is zero at first."""
+def low_rank_layers(model: nn.Module, spec: LoRASpec, owner: str) -> dict[str, LowRank]:
+    """Return new low-rank layers around a model's modules, by path. Their update is zero, and only it is trainable.
+
+    Raises:
+        ModelError: the model does not have the modules that `owner` needs.
+    """
     modules = dict(model.named_modules())
     missing = [p for p in spec.paths if p not in modules or not adaptable(modules[p])]
     if missing:
-        raise ModelError(f"the adapter is for {missing[0]}, which this model does not have (of {len(missing)} such)")
-    model.freeze()
-    wrapped = [(p, wrap(modules[p], spec.rank, spec.scale, spec.dropout, spec.dora)) for p in spec.paths]
-    model.update_modules(tree_unflatten(wrapped))
-    for _, layer in wrapped:
+        raise ModelError(f"{owner}: the model has no layer {missing[0]} to adapt (of {len(missing)} such)")
+    layers = {p: wrap(modules[p], spec.rank, spec.scale, spec.dropout, spec.dora) for p in spec.paths}
+    for layer in layers.values():
         layer.freeze()
         layer.unfreeze(recurse=False, keys=[k for k in LEAVES if k in layer])
+    return layers
+
+
+def attach(model: nn.Module, spec: LoRASpec) -> None:
+    """Freeze the model and wrap `spec.paths` in low-rank layers."""
+    layers = low_rank_layers(model, spec, "the adapter")
+    model.freeze()
+    model.update_modules(tree_unflatten(list(layers.items())))
 
 
 def select_parameters(model: nn.Module, patterns: Sequence[str], setting: str) -> list[str]:
-    """Full names of the parameters that `patterns` name, by module or by parameter.
+    """Return the full names of the parameters that `patterns` name, by module or by parameter.
 
     Raises:
-        ConfigError: a pattern matches nothing (it lists what there is).
+        ConfigError: a pattern matches nothing.
     """
     names = [name for name, _ in tree_flatten(model.parameters())]
     found: set[str] = set()
     for pattern in patterns:
         hits = {n for n in names if matches(n, pattern)}
         if not hits:
-            blocks = tuple(f"{p}." for p in layer_paths(model))
-            there = _what_there_is((n.rpartition(".")[0] for n in names), blocks, pattern).partition(", or all-linear")
-            tied = ""
-            if pattern == "lm_head":
-                tied = "; the head of this model is its embedding (tied): train that"
-            raise ConfigError(f"{setting}: {pattern!r} matches nothing; {there[0]}{tied}")
+            there = _suggestion((n.rpartition(".")[0] for n in names), layer_paths(model), pattern)
+            tied = "; the head of this model is its embedding (tied): train that" if pattern == "lm_head" else ""
+            raise ConfigError(f"{setting}: {pattern!r} matches nothing; {there}{tied}")
         found |= hits
     return [n for n in names if n in found]
 
@@ -213,10 +211,10 @@ def unfreeze(model: nn.Module, names: Sequence[str], setting: str = "tune.train"
         owner, _, leaf = name.rpartition(".")
         module = modules.get(owner)
         if module is None:  # a parameter in a list or a dict of its module
-            raise ModelError(f"{setting}: {name} can not be trained by itself")
+            raise ModelError(f"{setting}: {name} cannot be trained alone")
         if isinstance(module, QUANTIZED):
             raise ModelError(
-                f"{setting}: {owner} is quantised to {module.bits} bits, and quantised weights can not be trained; "
+                f"{setting}: {owner} is quantised to {module.bits} bits, and quantised weights cannot be trained; "
                 "load the base without quantisation (model.quantize) or train it through an adapter (tune.targets)"
             )
         module.unfreeze(recurse=False, keys=[leaf], strict=False)
@@ -224,16 +222,16 @@ def unfreeze(model: nn.Module, names: Sequence[str], setting: str = "tune.train"
 
 
 def count_all(module: nn.Module, leaf: str) -> None:
-    """Let a layer's gradient count every row that it takes of a table, where its parameter `leaf` is one."""
-    if any(isinstance(module, kind) and leaf == table for kind, table in TABLES.items()):
+    """Sum a layer's gradient in float32 if its parameter `leaf` is a table, so that every selected row counts."""
+    if any(isinstance(module, kind) and leaf == table for kind, table in _TABLES.items()):
         module.__class__ = _counting(type(module), leaf)
 
 
 class _Table:
-    """Stands in for a table while a layer takes rows of it: their gradient is then summed in float32.
+    """A substitute for a table while a layer selects rows, which sums their gradient in float32.
 
-    MLX adds up the gradients of equal rows in the table's own type, and a sum in bfloat16 stands still at 256. So
-    equal ids read one row, in float32: there their gradients meet, and each row of the table gets one.
+    MLX adds the gradients of equal rows in the table's own type, and a sum in bfloat16 stops at 256. So equal ids read
+    one row in float32, where their gradients are summed, and each row of the table receives one.
     """
 
     def __init__(self, rows: mx.array) -> None:
@@ -244,13 +242,13 @@ class _Table:
         if rows.dtype == mx.float32:
             return rows[ids]
         places = mx.zeros(rows.shape[0], mx.int32)
-        places[flat] = mx.arange(flat.size)  # of several places of an id any will do
+        places[flat] = mx.arange(flat.size)  # any place of an id
         found = rows[flat].astype(mx.float32)[places[flat]]
         return found.astype(rows.dtype).reshape(*ids.shape, *rows.shape[1:])
 
 
 def _counting(kind: type, table: str) -> type:
-    """A subclass of a layer's class in which `_Table` stands for its table; one that is such a class stays."""
+    """Return the subclass of a layer's class that replaces its table by a `_Table`."""
     if kind not in _COUNTING:
 
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -267,7 +265,7 @@ def _counting(kind: type, table: str) -> type:
 
 
 def prepare_full(model: nn.Module, layers: _Layers, train: Sequence[str], freeze: Sequence[str]) -> None:
-    """Make everything trainable (embeddings, norms and head too), or what `layers` and the patterns leave.
+    """Make everything trainable, embeddings, norms and head included, or the part that `layers` and patterns select.
 
     Raises:
         ModelError: the base is quantised.
@@ -282,10 +280,8 @@ def prepare_full(model: nn.Module, layers: _Layers, train: Sequence[str], freeze
     every = [n for n, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)]
     chosen = set(every)
     if layers != "all" or train:
-        inside = tuple(f"{p}." for p in select_layers(model, layers)) if layers != "all" else ()
-        chosen = {n for n in every if inside and n.startswith(inside)} | set(
-            select_parameters(model, train, "tune.train")
-        )
+        inside = select_layers(model, layers) if layers != "all" else []
+        chosen = {n for n in every if _in_block(n, inside)} | {*select_parameters(model, train, "tune.train")}
     chosen -= set(select_parameters(model, freeze, "tune.freeze"))
     if not chosen:
         raise ConfigError("tune: train, freeze and layers leave nothing to train")
@@ -294,7 +290,7 @@ def prepare_full(model: nn.Module, layers: _Layers, train: Sequence[str], freeze
 
 
 def prepare_adapter(model: nn.Module, spec: LoRASpec, train: Sequence[str]) -> None:
-    """Attach a fresh adapter; modules that `train` names are trained whole beside it."""
+    """Attach a fresh adapter, and make the modules that `train` names trainable beside it."""
     whole = select_parameters(model, train, "tune.train")
     both = [n for n in whole if n.rpartition(".")[0] in spec.paths]
     if both:
@@ -304,24 +300,17 @@ def prepare_adapter(model: nn.Module, spec: LoRASpec, train: Sequence[str]) -> N
 
 
 def adapter_config(spec: LoRASpec | None, model: nn.Module, about: dict[str, Any]) -> dict[str, Any]:
-    """adapter_config.json as mlx-lm reads it; `about` is kept under `mlxft` (base, objective, versions)."""
-    if spec is None:
-        return {"fine_tune_type": "full", "num_layers": len(layer_paths(model)), "mlxft": about}
-    return {
-        "fine_tune_type": "dora" if spec.dora else "lora",
-        "num_layers": len(layer_paths(model)),
-        "lora_parameters": {
-            "rank": spec.rank,
-            "scale": spec.scale,
-            "dropout": spec.dropout,
-            "keys": list(spec.paths),
-        },
-        "mlxft": about,
-    }
+    """Return adapter_config.json as mlx-lm reads it; `about` is stored under `mlxft` (base, objective, versions)."""
+    config = {"fine_tune_type": "full", "num_layers": len(layer_paths(model))}
+    if spec is not None:
+        config["fine_tune_type"] = "dora" if spec.dora else "lora"
+        numbers = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout}
+        config["lora_parameters"] = {**numbers, "keys": list(spec.paths)}
+    return {**config, "mlxft": about}
 
 
 def attached_spec(layers: Mapping[str, LowRank]) -> LoRASpec | None:
-    """Return the shape of an adapter by its layers, path -> layer; None where there are none."""
+    """Return the shape of an adapter that consists of these layers, by path; None if there are none."""
     if not layers:
         return None
     first = next(iter(layers.values()))
@@ -334,7 +323,7 @@ def adapter_texts(loaded: Loaded, spec: LoRASpec | None, about: Mapping[str, Any
     """Return the text files of an adapter folder, name -> text: adapter_config.json, and the chat template.
 
     Args:
-        about: base, versions and whatever else is noted; how prompts and completions end is added.
+        about: notes, such as base and versions; what ends prompts and completions is added.
     """
     tokenizer = loaded.tokenizer
     asking: dict[str, Any] = {} if thinking_of(tokenizer) else {"enable_thinking": False}
@@ -344,22 +333,22 @@ def adapter_texts(loaded: Loaded, spec: LoRASpec | None, about: Mapping[str, Any
 
 
 def trainable_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Name -> array of everything that is trained."""
+    """Return name -> array of all trainable parameters."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of an adapter folder.
+    """Read adapter_config.json of an adapter folder.
 
     Raises:
-        ModelError: no such folder or file, or not an adapter of mlxft or mlx-lm.
+        ModelError: the file does not exist, or is not an adapter's of mlxft or mlx-lm.
     """
     file = folder / "adapter_config.json"
     try:
         check_links(folder)
         config = read_object(file)
     except OSError as e:
-        raise ModelError(f"{folder} is no adapter: can not read adapter_config.json ({e.strerror})") from e
+        raise ModelError(f"{folder} is not an adapter: adapter_config.json cannot be read ({e.strerror})") from e
     if "fine_tune_type" not in config:
         peft = " (it looks like a PEFT adapter)" if "peft_type" in config else ""
         raise ModelError(f"{file}: not an adapter of mlxft or mlx-lm{peft}")
@@ -389,7 +378,7 @@ class _LowRank(Lenient):
 
 
 class _WholeConfig(Lenient):
-    """What is read of adapter_config.json beside whole weights."""
+    """adapter_config.json beside whole weights."""
 
     fine_tune_type: Literal["lora", "dora", "full"]
     num_layers: Annotated[int, Field(strict=True, ge=-1)] = 0
@@ -397,76 +386,60 @@ class _WholeConfig(Lenient):
 
 
 class _AdapterConfig(_WholeConfig):
-    """What is read of adapter_config.json of a low-rank adapter."""
+    """adapter_config.json of a low-rank adapter."""
 
     lora_parameters: _LowRank
 
 
 def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's configuration says of its base: model, fingerprint, and how it was loaded; may be empty.
+    """Return what an adapter's configuration records of its base: model, fingerprint, loading options; maybe nothing.
 
-    Nothing else is taken from it: an adapter that someone sends must not say that its base's code is trusted.
+    Other keys are ignored: a stranger's adapter must not declare its base's code trusted.
     """
     found: dict[str, Any] = config.get("mlxft", {}).get("base", {})
-    return {key: found[key] for key in _OF_BASE if key in found}
+    return {key: found[key] for key in _Base.model_fields if key in found}
 
 
 def spec_of(config: dict[str, Any], model: nn.Module) -> LoRASpec | None:
-    """The adapter's shape on this model; None for whole weights. Understands mlx-lm's keys relative to a layer."""
+    """Return the adapter's shape on this model; None for whole weights. mlx-lm's keys within a block also count."""
     if config["fine_tune_type"] == "full":
         return None
-    given = config["lora_parameters"]
-    blocks = layer_paths(model)
-    last = blocks[-max(config.get("num_layers", 0), 0) :]
-    keys = given.get("keys")
+    given, keys = config["lora_parameters"], config["lora_parameters"].get("keys")
+    last = layer_paths(model)[-max(config.get("num_layers", 0), 0) :]
 
     def adapted(name: str) -> bool:
-        inside = _relative(name, last)
-        if keys is None:  # mlx-lm's default: every layer that can be, in the last blocks
-            return bool(inside)
-        return name in keys or inside in keys
+        inside = _in_block(name, last)
+        # mlx-lm's default, without keys, is every possible layer in the last blocks.
+        return bool(inside) if keys is None else name in keys or inside in keys
 
     paths = [name for name, module in model.named_modules() if adaptable(module) and adapted(name)]
     dora = config["fine_tune_type"] == "dora"
     return LoRASpec(tuple(paths), given["rank"], given["scale"], given.get("dropout", 0.0), dora)
 
 
-def _relative(name: str, blocks: Sequence[str]) -> str:
-    block = next((b for b in blocks if name.startswith(f"{b}.")), None)
-    return name.removeprefix(f"{block}.") if block else ""
-
-
 def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Config and weights of an adapter folder.
+    """Read the config and weights of an adapter folder.
 
     Args:
         base: fingerprint of the model; an adapter that names another base is refused.
     Raises:
-        ModelError: not an adapter, of another base, or its weights can not be read.
+        ModelError: the folder has no adapter, or one of another base, or its weights cannot be read.
     """
     config = read_adapter_config(folder)
     about = base_noted(config)
     if base is not None and not fits_base(about.get("fingerprint"), base):
         raise ModelError(
             f"{folder} was trained on another base: {about.get('model')} ({about['fingerprint']}), and this model is "
-            f"{base} (shapes-settings); load the adapter on the base it was trained on"
+            f"{base} (shapes-settings); load the adapter on its own base"
         )
-    file = folder / "adapters.safetensors"
-    try:
-        check_arrays(file)
-        weights = mx.load(str(file))
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ModelError(f"{file}: can not read the adapter's weights: {e}") from e
-    assert isinstance(weights, dict)
-    check_numbers(file, weights)
-    return config, weights
+    return config, read_arrays(folder / "adapters.safetensors")[0]
 
 
 def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoRASpec | None:
-    """Attach the adapter in `folder` and load its weights; its layers, and modules it trained whole, are trainable.
+    """Attach the adapter in a folder and load its weights; its layers and modules trained whole become trainable.
 
     Raises:
-        ModelError: as `read_adapter`, or its tensors do not fit.
+        ModelError: as for `read_adapter`, or its tensors do not fit.
     """
     config, weights = read_adapter(folder, base)
     spec = spec_of(config, model)
@@ -481,7 +454,7 @@ def load_adapter(model: nn.Module, folder: Path, base: str | None = None) -> LoR
 
 
 def load_with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
-    """A base with the adapter in a folder, ready to use. Arguments and errors as for `load_base_of`."""
+    """Load a base with the adapter in a folder. Arguments and errors as for `load_base_of`."""
     loaded = load_base_of(path, adapter, options)
     load_adapter(loaded.model, adapter, base_fingerprint(loaded))
     loaded.model.eval()
@@ -489,21 +462,21 @@ def load_with_adapter(path: str | Path, adapter: Path, options: Mapping[str, Any
 
 
 def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) -> Loaded:
-    """The base of the adapter in a folder, without it.
+    """Load the base of the adapter in a folder, without the adapter.
 
     Args:
-        path: the base, or the adapter's own place: then the adapter says which.
-        options: as for mlxft.model.load.load; they override what the adapter says of its base.
+        path: the base, or the folder of the adapter or its run: then the base that the adapter names.
+        options: as for mlxft.model.load.load; they override what the adapter records.
     Raises:
-        ModelError: no such base, or the adapter belongs to another one.
+        ModelError: there is no such base, or the adapter belongs to another one.
     """
-    base = dict(base_noted(read_adapter_config(adapter)))
+    base = base_noted(read_adapter_config(adapter))
     base.pop("fingerprint", None)
     name = base.pop("model", None)
     named = home_path(path) not in (adapter, adapter.parent)
     if not named:
         if name is None:
-            raise ModelError(f"{adapter} does not say which base it is for; name it with --model")
+            raise ModelError(f"{adapter} does not record its base; name it with --model")
         path = stated_name(name)
     elif str(path) != name:
         base = {}
@@ -513,24 +486,24 @@ def load_base_of(path: str | Path, adapter: Path, options: Mapping[str, Any]) ->
     except ModelError as e:
         if named:
             raise
-        raise ModelError(f"{adapter}: its base can not be loaded: {e}; if it has moved, name it with --model") from e
+        raise ModelError(f"{adapter}: its base cannot be loaded: {e}; if it has moved, name it with --model") from e
     ask_as_trained(loaded.tokenizer, adapter)
     return loaded
 
 
 def template_of(adapter: Path) -> Path | None:
-    """`kept_template` of an adapter."""
+    """Return the `kept_template` of an adapter."""
     return kept_template(adapter, base_noted(read_adapter_config(adapter)).get("chat_template"))
 
 
 def kept_template(folder: Path, named: Any) -> Path | None:
-    """Where the chat template is that was trained with: the folder, if it keeps one; None: it is the base's own.
+    """Return the folder if it has the chat template of training; None: that was the base's own template.
 
     Args:
         folder: an adapter's or a run's.
-        named: the file that the template was read from, by what stands in the folder.
+        named: the file that the template was read from, as the folder records it.
     Raises:
-        ModelError: only that is known, as before it was kept: no path out of a file that someone may have sent is read.
+        ModelError: the folder has no template and only names a file: such a path may be a stranger's and is not read.
     """
     if (folder / TEMPLATE_FILE).is_file():
         check_links(folder)
@@ -544,10 +517,10 @@ def kept_template(folder: Path, named: Any) -> Path | None:
 
 
 def ask_as_trained(tokenizer: Any, adapter: Path) -> list[str]:
-    """Let prompts be rendered as when the adapter in a folder was trained, and completions end at what ended a turn.
+    """Render prompts as in the training of an adapter, and end completions at the tokens that ended a turn there.
 
     Returns:
-        What is to be said of EOS tokens that are new, a sentence each.
+        A note on each EOS token that is new.
     """
     about = read_adapter_config(adapter).get("mlxft", {})
     if about.get("enable_thinking") is False:
@@ -557,35 +530,33 @@ def ask_as_trained(tokenizer: Any, adapter: Path) -> list[str]:
 
 
 def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) -> None:
-    """Put trained weights into the model; every name and shape must fit, and no adapter leaf may be missing.
+    """Put trained weights into the model; every name and shape must fit, and each adapter must be complete.
 
     Raises:
-        ModelError: all that does not fit.
+        ModelError: some do not fit; it lists them.
     """
     there = dict(tree_flatten(model.parameters()))
-    problems = [f"{n}: the model has no such parameter" for n in weights if n not in there]
-    problems += [
-        f"{n}: shape {tuple(w.shape)}, the model's is {tuple(there[n].shape)}"
-        for n, w in weights.items()
-        if n in there and w.shape != there[n].shape
-    ]
     adapted = {f"{name}.{k}" for name, m in model.named_modules() if isinstance(m, LowRank) for k in LEAVES if k in m}
+    problems = [f"{n}: the model has no such parameter" for n in weights if n not in there]
+    for n, w in weights.items():
+        if n in there and w.shape != there[n].shape:
+            problems.append(f"{n}: shape {tuple(w.shape)}, the model's is {tuple(there[n].shape)}")
     problems += [f"{n}: not in the file" for n in sorted(adapted - set(weights))]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ModelError(f"{origin} does not fit this model:\n  " + "\n  ".join(problems[:10]) + more)
-    # Low-rank factors are trained in float32, whatever type a file has them in.
+    # Low-rank factors are trained in float32, whatever their type in the file.
     full = {n: w.astype(mx.float32) for n, w in weights.items() if n in adapted}
     model.load_weights(list((weights | full).items()), strict=False)
 
 
 # --- merge ------------------------------------------------------------------------------------------------------------
 
-Change = Callable[[], mx.array]  # of a weight, in its shape, float32
+Change = Callable[[], mx.array]  # computes the change of a weight, in its shape, float32
 
 
 class Merged(LowRank):
-    """A layer whose weight is the base's plus the sum of changes, which may be of any rank."""
+    """A layer whose weight is the base's plus a sum of changes of any rank."""
 
     def __init__(self, base: nn.Module, changes: Sequence[Change]) -> None:
         super().__init__(scale=1.0, dropout=0.0)
@@ -593,15 +564,12 @@ class Merged(LowRank):
             self.embedding = base
         else:
             self.linear = base
-        # Functions: what a module holds as a module or in a list is part of its weights.
+        # As functions: modules and lists that a module holds are part of its weights.
         self._changes = lambda: changes
-        self._kind = lambda: base  # whatever stands in for the base
+        self._kind = lambda: base  # also while another layer replaces the base
 
     def delta(self) -> mx.array:
-        total = mx.zeros((), dtype=mx.float32)
-        for change in self._changes():
-            total = total + change()
-        return total
+        return sum((change() for change in self._changes()), mx.zeros((), dtype=mx.float32))
 
     def _layer(self, kind: Any) -> nn.Module:
         layer = plain_layer(self._kind(), self.delta().astype(kind))
@@ -613,7 +581,6 @@ class Merged(LowRank):
         return y + self._layer(y.dtype)(x, *args, **options).astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """The embedding as the output layer."""
         y = self.base.as_linear(x)
         return y + self._layer(y.dtype).as_linear(x).astype(y.dtype)
 
@@ -625,40 +592,36 @@ class Merged(LowRank):
 
 
 def merge_adapters(model: nn.Module, adapters: Sequence[tuple[Path, float]], base: str) -> int:
-    """Put the weighted sum of adapters onto their base; modules that one trained whole count by what they changed.
+    """Add the weighted sum of adapters to their base; modules trained whole count with the change of their weights.
 
     Args:
-        adapters: folders and the number that each one's change is multiplied by.
+        adapters: folders, and the weight of each one's change.
         base: fingerprint of the model.
     Returns:
-        How many parameters changed by modules that were trained whole.
+        The number of parameters changed by modules that were trained whole.
     Raises:
-        ModelError: an adapter of another base, or one that does not fit.
+        ModelError: an adapter has another base, or does not fit.
     """
-    changes: dict[str, list[Change]] = {}
-    whole: dict[str, list[Change]] = {}
+    changes, whole = defaultdict[str, list[Change]](list), defaultdict[str, list[Change]](list)
     for folder, weight in adapters:
-        for path, change in _changes(model, folder, weight, base, whole).items():
-            changes.setdefault(path, []).append(change)
+        for found, new in zip((changes, whole), _changes(model, folder, weight, base)):
+            for name, change in new.items():
+                found[name].append(change)
     modules = dict(model.named_modules())
-    for path in changes:  # one adapter trained whole what another has a low-rank layer on
+    for path in changes:  # one adapter may have trained whole what another has a low-rank layer on
         changes[path] += whole.pop(f"{path}.weight", [])
     model.update_modules(tree_unflatten([(path, Merged(modules[path], given)) for path, given in changes.items()]))
     there = dict(tree_flatten(model.parameters()))
     for name, given in whole.items():
-        total = there[name].astype(mx.float32)
-        for change in given:
-            total = total + change()
+        total = sum((change() for change in given), there[name].astype(mx.float32))
         model.load_weights([(name, total.astype(there[name].dtype))], strict=False)
     return len(whole)
 
 
-def _changes(
-    model: nn.Module, folder: Path, weight: float, base: str, whole: dict[str, list[Change]]
-) -> dict[str, Change]:
-    """One adapter's changes: of its low-rank layers returned, of what it trained whole into `whole`.
+def _changes(model: nn.Module, folder: Path, weight: float, base: str) -> tuple[dict[str, Change], dict[str, Change]]:
+    """Return an adapter's changes: of layers by path, and of parameters that it trained whole by name.
 
-    The adapter is loaded onto the model, which checks it, and taken off again.
+    The adapter is loaded onto the model, which checks it, and removed again.
     """
     modules = dict(model.named_modules())
     before = dict(tree_flatten(model.parameters()))
@@ -668,14 +631,12 @@ def _changes(
     model.update_modules(tree_unflatten([(path, modules[path]) for path in layers]))
     moved = {n: v for n, v in after.items() if n in before and v is not before[n]}
     model.load_weights([(name, before[name]) for name in moved], strict=False)
-    for name, value in moved.items():
-        whole.setdefault(name, []).append(partial(_difference, value, before[name], weight))
-    return {path: partial(_weighted, layer, weight) for path, layer in layers.items()}
 
+    def layer_change(layer: LowRank) -> mx.array:
+        return weight * shift(layer)
 
-def _difference(new: mx.array, old: mx.array, weight: float) -> mx.array:
-    return weight * (new.astype(mx.float32) - old.astype(mx.float32))
+    def whole_change(name: str) -> mx.array:
+        return weight * (moved[name].astype(mx.float32) - before[name].astype(mx.float32))
 
-
-def _weighted(layer: LowRank, weight: float) -> mx.array:
-    return weight * shift(layer)
+    of_layers: dict[str, Change] = {path: partial(layer_change, layer) for path, layer in layers.items()}
+    return of_layers, {name: partial(whole_change, name) for name in moved}

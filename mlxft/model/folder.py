@@ -1,4 +1,4 @@
-"""A model folder: what its files declare, checked before it is believed, and how one is written."""
+"""Check the files of a model folder before they are used, and write such folders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 
 
 # --- declared ---------------------------------------------------------------------------------------------------------
-# What the files of a model or adapter may declare, held against bounds before anything is built from them.
+# Types and limits of what the files of a model or adapter may declare, checked before anything is built from them.
 #
-# These files come from strangers. Whatever in them is of the wrong kind or absurd is refused by name here, in one place
-# for every command; what only another library's reader finds is named by `foreign`.
+# These files come from strangers. A wrong type or an absurd number is refused by name here, for all commands; `foreign`
+# covers what only another library's reader finds.
 
-MOST_BYTES, MOST_DEPTH = 1 << 26, 64  # of a JSON file; real ones have some kilobytes and five levels
+_MOST_BYTES, _MOST_DEPTH = 1 << 26, 64  # of a JSON file; real ones have some kilobytes and five levels
+_MOST_NUMBER = 1 << 31  # of a size that the schema does not name
+_MOST_COUNT = 1 << 20  # of a size whose name begins with num_ or n_: models are built in loops over it
 NO_NUMBERS = "the model computes NaN: its weights, its adapter or a scale are damaged"
-MOST_NUMBER = 1 << 31  # of a size that the schema does not name
 
 _Layers = Annotated[int, Field(strict=True, ge=1, le=2_000)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=1 << 14)]
@@ -43,9 +45,8 @@ Experts = Annotated[int, Field(strict=True, ge=0, le=1 << 14)]
 Rank = Annotated[int, Field(strict=True, ge=1, le=1 << 16)]
 Share = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Id = Annotated[int, Field(strict=True, ge=-1, le=MOST_NUMBER)]
+Id = Annotated[int, Field(strict=True, ge=-1, le=_MOST_NUMBER)]
 Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(float(8\w*|16|32|64)|bfloat16|auto)$")]
-MOST_COUNTED = 1 << 20  # of what a name that begins with num_ or n_ counts: models are built in loops over it
 
 _SIZES: dict[Any, str] = {
     _Layers: "num_hidden_layers num_layers n_layers n_layer num_transformer_layers",
@@ -56,17 +57,17 @@ _SIZES: dict[Any, str] = {
     Real: "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps",
 }
 # Some architectures list these, one for each layer.
-_LISTED = "num_attention_heads num_key_value_heads num_heads num_kv_heads head_dim num_experts_per_tok"
+_LISTED = ["num_attention_heads", "num_key_value_heads", "num_heads", "num_kv_heads", "head_dim", "num_experts_per_tok"]
 
 
 class Lenient(BaseModel):
-    """A part of a stranger's file: what is not named is let through."""
+    """A part of a stranger's file; keys without a type here may have any value."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
 class Quantization(Lenient):
-    """How weights are packed; under the name of a layer stands how that one is, or false."""
+    """Packing of weights; a key with a layer's name has that layer's packing, or false."""
 
     group_size: Literal[16, 32, 64, 128]
     bits: Literal[2, 3, 4, 5, 6, 8]
@@ -82,17 +83,15 @@ class Quantization(Lenient):
         return self
 
 
-def _kind(name: str, kind: Any) -> Any:
-    return (kind | list[Any] | None, None) if name in _LISTED.split() else (kind | None, None)
+_FIELDS: dict[str, Any] = {
+    name: (kind | list[Any] | None if name in _LISTED else kind | None, None)
+    for kind, names in _SIZES.items()
+    for name in names.split()
+}
 
 
-_Sizes = create_model(
-    "_Sizes", __base__=Lenient, **{name: _kind(name, kind) for kind, names in _SIZES.items() for name in names.split()}
-)
-
-
-class ModelConfig(_Sizes):
-    """config.json, as far as every architecture has it."""
+class ModelConfig(create_model("_Sizes", __base__=Lenient, **_FIELDS)):  # type: ignore[misc]
+    """The part of config.json that all architectures share."""
 
     model_type: Annotated[str, Field(pattern=r"^[\w-]{1,100}$")] | None = None
     architectures: list[str] | str | None = None
@@ -112,7 +111,7 @@ class ModelConfig(_Sizes):
     def _others(self) -> ModelConfig:
         for name, value in (self.model_extra or {}).items():
             counts = name.startswith(("num_", "n_")) and name not in ("n_ctx", "n_positions")
-            most = MOST_COUNTED if counts else MOST_NUMBER
+            most = _MOST_COUNT if counts else _MOST_NUMBER
             if isinstance(value, int) and abs(value) > most and not name.endswith(("_length", "_tokens")):
                 raise ValueError(f"{name} is {_short(value)}; expected at most {most:,}")
         return self
@@ -139,36 +138,29 @@ _FILES: dict[str, type[BaseModel]] = {
     "generation_config.json": GenerationConfig,
     "tokenizer_config.json": TokenizerConfig,
 }
-NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for those beside the default
+NAMED_TEMPLATES = "additional_chat_templates"  # transformers' folder for templates beside the default
 
 
 def lies_in(folder: Path, file: Path) -> bool:
-    """Whether a folder's file is its own, no link to a file elsewhere; links of the hub's cache are."""
+    """Return whether a file is in its folder, not a link to a file elsewhere; links of the hub's cache count as in."""
     real = file.resolve()
     cached = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
     return cached or folder.resolve() in real.parents
 
 
 def check_links(folder: Path) -> None:
-    """Refuse links out of a folder that someone may have sent: what they lead to would be copied, shown and pushed.
+    """Refuse links out of a folder, which may be a stranger's: their files would be copied, shown and uploaded.
 
-    Weights are let through: users keep them elsewhere, and nothing but weights can be read from them.
-
-    Raises:
-        ModelError: there is one.
+    Weights may be links: users keep them elsewhere, and nothing but weights can be read from them.
     """
     for file in (*folder.iterdir(), *(folder / NAMED_TEMPLATES).glob("*")):
         read = file.is_dir() if file.name == NAMED_TEMPLATES else file.is_file() and file.suffix != ".safetensors"
         if read and not lies_in(folder, file):
-            raise ModelError(f"{file}: is a link out of its folder, and is not read; put a copy there if it is yours")
+            raise ModelError(f"{file}: is a link out of its folder, so it is not read; put a copy there if it is yours")
 
 
 def check_files(folder: Path) -> None:
-    """Hold the files of a model's folder against what they may declare.
-
-    Raises:
-        ModelError: one is not a JSON object, what it says is of the wrong kind or out of bounds, or it is a link out.
-    """
+    """Refuse a model's folder with links out of it, or JSON files with values of the wrong type or out of bounds."""
     check_links(folder)
     for file in folder.iterdir():
         if file.exists() and not (file.is_file() or file.is_dir()):
@@ -182,21 +174,23 @@ def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object of reasonable size and depth.
 
     Raises:
-        ModelError: it is something else.
-        OSError: it cannot be read.
+        ModelError: the file is something else.
+        OSError: the file cannot be read.
     """
     if not file.is_file() and file.exists():
         raise ModelError(f"{file}: is not a file; expected a JSON object")
-    if (size := file.stat().st_size) > MOST_BYTES:
-        raise ModelError(f"{file}: has {size:,} bytes; expected at most {MOST_BYTES:,}")
+    if (size := file.stat().st_size) > _MOST_BYTES:
+        raise ModelError(f"{file}: has {size:,} bytes; expected at most {_MOST_BYTES:,}")
     try:
         found = parse_json(file.read_bytes())
         depth, level = 0, [found]
-        while level := [v for at in level for v in (at.values() if isinstance(at, dict) else at if _deep(at) else ())]:
-            if (depth := depth + 1) > MOST_DEPTH:
+        while level := [
+            v for at in level for v in (at.values() if isinstance(at, dict) else at if isinstance(at, list) else ())
+        ]:
+            if (depth := depth + 1) > _MOST_DEPTH:
                 raise TooDeep
     except TooDeep:
-        raise ModelError(f"{file}: is nested deeper than {MOST_DEPTH} levels") from None
+        raise ModelError(f"{file}: is nested deeper than {_MOST_DEPTH} levels") from None
     except ValueError as error:
         raise ModelError(f"{file}: not valid JSON: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(found, dict):
@@ -206,76 +200,69 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _deep(value: Any) -> bool:
-    return isinstance(value, dict | list)
-
-
 def check_schema(schema: type[BaseModel], found: Mapping[str, Any], where: Path | str) -> None:
-    """ModelError naming all that does not fit the schema."""
+    """Raise a ModelError with all values that do not fit the schema."""
     try:
         schema.model_validate(found)
     except RecursionError:
         raise ModelError(f"{where}: refers to itself") from None
     except ValidationError as error:
-        said: dict[str, str] = {}
-        for e in error.errors():  # the branches of a union are one problem: the first says most
-            place = ".".join(str(p) for p in e["loc"] if str(p) in _names(found) or isinstance(p, int))
-            wanted = (
-                e["msg"].replace("Input should be", "expected").replace("String should match", "expected a text of")
-            )
-            if e["type"] == "missing":
-                place = ".".join(map(str, e["loc"]))
-                said[place] = f"{place} is missing"
+        problems: dict[str, str] = {}  # the branches of a union are one problem: the first explains most
+        for e in error.errors():
+            missing = e["type"] == "missing"
+            # Not the names of a union's branches, which are among the locations.
+            place = ".".join(str(p) for p in e["loc"] if missing or isinstance(p, int) or p in _keys(found))
+            wanted = e["msg"].replace("Input should be", "expected").replace("String should", "expected a text to")
+            if missing:
+                problem = f"{place} is missing"
             elif e["type"] == "value_error":
-                said.setdefault(place, str(e["ctx"]["error"]))
+                problem = str(e["ctx"]["error"])
             else:
-                said.setdefault(place, f"{place} is {_short(e['input'])}; {wanted}")
-        raise ModelError(f"{where}: {'; '.join(said.values())}") from error
+                problem = f"{place} is {_short(e['input'])}; {wanted}"
+            problems.setdefault(place, problem)
+        raise ModelError(f"{where}: {'; '.join(problems.values())}") from error
 
 
-def _names(found: Mapping[str, Any]) -> set[str]:
-    """Every key in a value, at any depth."""
-    names: set[str] = set()
-    todo: list[Any] = [found]
-    while todo:
-        at = todo.pop()
-        if isinstance(at, Mapping):
-            names |= set(map(str, at))
-            todo += at.values()
-    return names
+def _keys(value: Any) -> set[str]:
+    """Return all keys in nested mappings."""
+    return set(value).union(*map(_keys, value.values())) if isinstance(value, Mapping) else set()
 
 
 def _short(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write out thousands of digits
         return "a number of more than 60 digits"
-    text = type_name(value) if value is None or _deep(value) else repr(value)
+    text = type_name(value) if value is None or isinstance(value, dict | list) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextmanager
 def foreign(where: str) -> Iterator[None]:
-    """Turn whatever another library raises over a stranger's file into a ModelError that says where.
+    """Turn any error of another library about a stranger's file into a ModelError that names the place.
 
-    Readers raise nearly anything, and some of mlx-lm's architectures end the process where a package is missing.
+    Readers raise nearly anything, and some of mlx-lm's architectures end the process if a package is missing.
     """
     try:
         yield
     except (MlxftError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # Rust's panics are no Exceptions, nor is SystemExit; nothing else of that kind is a library's.
+        # Neither SystemExit nor a panic of Rust is an Exception; nothing else of that kind comes from a library.
         if not isinstance(error, Exception | SystemExit) and type(error).__name__ != "PanicException":
             raise
-        said = " ".join(str(error).split())[:300]
-        raise ModelError(f"{where}: {said or type(error).__name__}") from error
+        raise ModelError(f"{where}: {brief(error)}") from error
+
+
+def brief(error: BaseException) -> str:
+    """Return another library's error message in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def check_arrays(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of a .safetensors file by its header; nothing else is read.
+    """Return name -> shape of a .safetensors file from its header; nothing else is read.
 
     Raises:
-        ModelError: it is cut off, or its tensors overlap, leave gaps or reach beyond it.
-        OSError: it cannot be read.
+        ModelError: the file is cut off, or its tensors overlap, leave gaps or reach beyond its end.
+        OSError: the file cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -288,19 +275,26 @@ def check_arrays(file: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{file}: is not a whole safetensors file ({error}); download it again") from error
 
 
-def check_numbers(file: Path, arrays: Mapping[str, Any]) -> None:
-    """ModelError where arrays of a file hold NaN or infinity, of which a model computes nothing, in silence."""
-    import mlx.core as mx
+def read_arrays(file: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Read the arrays and metadata of a .safetensors file.
 
+    Raises:
+        ModelError: the file cannot be read or is damaged, or has NaN, with which a model would compute nonsense.
+    """
+    try:
+        check_arrays(file)
+        arrays, metadata = cast(Any, mx.load(str(file), return_metadata=True))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
     for name, value in arrays.items():
         if not mx.isfinite(value).all().item():
             raise ModelError(f"{file}: {name[:80]} holds NaN or infinity; the training that wrote it has failed")
+    return arrays, metadata
 
 
 # --- folder -----------------------------------------------------------------------------------------------------------
 
-# Beside the weights: a tokenizer of a quarter of a million tokens, and some air.
-_SLACK_BYTES = 48 << 20
+_SLACK_BYTES = 48 << 20  # of files beside the weights: a tokenizer with a quarter of a million tokens, and a reserve
 
 
 def save_folder(
@@ -315,14 +309,13 @@ def save_folder(
 ) -> Path:
     """Write config.json, model*.safetensors, tokenizer files and generation_config.json to `dst`.
 
-    Everything is written to a hidden folder beside `dst` and renamed at the end. The model stays as it is; lazily
-    loaded weights are read on the way, also from `dst` itself.
+    Everything is written to a hidden folder beside `dst`, which is renamed at the end. The model stays as it is;
+    lazily loaded weights are read, also from `dst` itself.
 
     Args:
         overwrite: replace `dst` if it is a model folder that mlxft made.
-        source: what the model came from: a folder's generation settings, and the code of a model that has its own,
-            are carried over.
-        beside: writes what else belongs into the folder.
+        source: folder of the original model, whose generation settings and own code are copied.
+        beside: a function that writes further files into the folder.
     Raises:
         ConfigError: `dst` exists and may not be replaced.
         ExportError: the disk is too small, or writing failed; then nothing is left behind.
@@ -338,49 +331,45 @@ def save_folder(
 
 @contextmanager
 def replace_folder(dst: Path, kind: str) -> Iterator[Path]:
-    """A hidden folder beside `dst`, to be filled inside the block; at its end it takes the name of `dst`.
+    """Yield a hidden folder beside `dst` to be filled inside the block; at its end it takes the name of `dst`.
 
     Args:
-        kind: of mlxft.files.KINDS.
+        kind: a key of mlxft.files.KINDS.
     Raises:
-        ConfigError: `dst` is there, and is not one of its kind that mlxft made.
-        ExportError: writing failed; nothing is left of it, and `dst` is as it was.
+        ConfigError: `dst` exists, and mlxft did not make it, or it is of another kind.
+        ExportError: writing failed; nothing of it is left, and `dst` is unchanged.
     """
     part = dst.with_name(f".{dst.name}.partial-{os.getpid()}")
     try:
         clear(dst.parent)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        claim(part, kind)  # by which `clear` knows it for ours after a kill
+        claim(part, kind)  # so that `clear` can remove it after a kill
         yield part
         claim(part, kind, (p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file()))
         check_replaceable(dst, kind)  # again: what was written may have taken hours
         _swap(part, dst)
         note(dst)
-    # MLX's writer raises RuntimeError where the disk is full.
-    except (OSError, RuntimeError, CheckpointError) as error:
-        said = f"{dst}: writing failed, nothing is left of it: {error}"
-        raise ExportError(said.replace(str(part), str(dst))) from error
-    except ExportError as error:  # a file in it has no room
-        if str(part) not in str(error):
-            raise
-        raise ExportError(str(error).replace(str(part), str(dst))) from error
+    # MLX's writer raises a RuntimeError if the disk is full.
+    except (OSError, RuntimeError, CheckpointError, ExportError) as error:
+        failed = "" if isinstance(error, ExportError) else f"{dst}: writing failed, nothing is left of it: "
+        raise ExportError(failed + str(error).replace(str(part), str(dst))) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, read or not yet."""
+    """Return the bytes of all parameters; lazy ones stay unread."""
     return sum(value.nbytes for _, value in tree_flatten(model.parameters()))
 
 
 def check_destination(dst: Path, overwrite: bool, kind: str = "model") -> None:
-    """Refuse a folder that may not be written: it is there, and not empty or `overwrite` and of its kind and ours.
+    """Refuse a folder that may not be written.
 
     Args:
-        kind: of mlxft.files.KINDS.
+        kind: a key of mlxft.files.KINDS.
     Raises:
-        ConfigError: so it is.
+        ConfigError: it exists and is not empty, except with `overwrite` if mlxft made a folder of this kind.
     """
     if dst.name in ("", ".."):
         raise ConfigError(f"{str(dst)!r}: give the name of a folder to write")
@@ -388,28 +377,25 @@ def check_destination(dst: Path, overwrite: bool, kind: str = "model") -> None:
         raise ConfigError(f"{dst}: exists already; give another name, or overwrite it ({switch('overwrite')})")
     check_replaceable(dst, kind)
     check_writable(dst, "OUT")
-    if "\udc80" <= max(str(dst.absolute())) <= "\udcff":  # MLX writes under UTF-8 names alone
+    if "\udc80" <= max(str(dst.absolute())) <= "\udcff":  # MLX writes only to UTF-8 names
         raise ConfigError(f"{dst}: is not UTF-8; give another name")
 
 
 def check_unused(dst: Path, used: Iterable[Path | None]) -> None:
-    """ExportError if one of the files or folders that `dst` is made of would be gone with what `dst` replaces."""
-    gone = dst.resolve()
+    """Raise an ExportError if `dst` would replace one of the files or folders that it is made from."""
     for source in used:
-        if source is not None and gone in (path := source.resolve(), *path.parents):
-            raise ExportError(
-                f"{dst}: what it is made of lies there ({source}) and would be lost; give another name for it"
-            )
+        if source is not None and dst.resolve() in (path := source.resolve(), *path.parents):
+            raise ExportError(f"{dst}: its source {source} is there and would be lost; give another name")
 
 
 def check_space(dst: Path, weights: int) -> None:
-    """ExportError unless the disk of `dst` has room for `weights` bytes and the small files beside them."""
+    """Raise an ExportError unless the disk of `dst` has room for `weights` bytes and small files."""
     existing = next(folder for folder in (dst.absolute().parent, *dst.absolute().parents) if folder.exists())
     free, needed = shutil.disk_usage(existing).free, weights + _SLACK_BYTES
     if free < needed:
         raise ExportError(
-            f"{dst}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk; "
-            "free some, write elsewhere, or quantise"
+            f"{dst}: needs about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on its disk; free some space, "
+            "write elsewhere, or quantise"
         )
 
 
@@ -420,7 +406,7 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
     written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if written < weight_bytes(model):
         raise OSError(f"only {written} of {weight_bytes(model)} bytes of weights were written")
-    # save_config drops keys from what it is given; a vision tower's model can not be loaded without them.
+    # A model with a vision tower cannot be loaded without these keys, which save_config removes.
     keep_vision = "vision_tower" in getattr(model, "model", {})
     ends = sorted(tokenizer.eos_token_ids)
     config = copy.deepcopy(config)
@@ -441,19 +427,13 @@ def _write(folder: Path, model: nn.Module, tokenizer: Any, config: dict[str, Any
 
 
 def generation_settings(folder: Path | None) -> dict[str, Any]:
-    """How a model's makers would sample: generation_config.json, or nothing where there is none.
-
-    Raises:
-        ModelError: it is no JSON object.
-    """
+    """Return generation_config.json of a folder, the recommended sampling; empty if there is none."""
     file = folder / "generation_config.json" if folder is not None else None
-    if file is None or not file.is_file():
-        return {}
-    return read_object(file)
+    return read_object(file) if file is not None and file.is_file() else {}
 
 
 def _swap(part: Path, dst: Path) -> None:
-    """`part` takes the name of `dst`; what was there before goes only after that."""
+    """Rename `part` to `dst`, and only then remove what was there before."""
     old = dst.with_name(f".{dst.name}.old-{os.getpid()}")
     if dst.exists():
         dst.rename(old)
@@ -464,5 +444,5 @@ def _swap(part: Path, dst: Path) -> None:
             old.rename(dst)
         raise
     if old.exists():
-        with suppress(OSError):  # what has a new name is in its place
+        with suppress(OSError):  # the new folder is in place
             remove(old)

@@ -1,7 +1,7 @@
-"""Gemma 3n as it generates, also where there is no cache.
+"""Let Gemma 3n compute the same without a cache as with one.
 
-Its last layers read the keys and values of earlier ones. mlx-lm 0.32 finds those in the cache only: without one, as in
-training and scoring, such a layer makes its own, by weights that generating never reads.
+Its last layers read the keys and values of earlier ones. mlx-lm 0.32 finds them only in a cache: without one, as in
+training and scoring, such a layer makes its own, from weights that generation never uses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KeysValues = tuple[mx.array, mx.array]
 
 
 class _Given:
-    """What a layer that shares asks a cache for."""
+    """A substitute for the cache of a layer that reads an earlier one's keys and values."""
 
     def __init__(self, keys: mx.array, values: mx.array) -> None:
         self._both = keys, values
@@ -28,7 +28,7 @@ class _Given:
 
 class _Attention(gemma3n.Gemma3nAttention):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None, offset: int = 0) -> mx.array:
-        # A plain tuple until here: these are arguments of the block, and their gradient passes a checkpointed one.
+        # Until here a plain tuple of arguments of the block: their gradient passes through a checkpointed block.
         return super().__call__(x, mask, _Given(*cache) if isinstance(cache, (tuple, list)) else cache, offset)
 
 
@@ -39,7 +39,7 @@ class _Model(gemma3n.LanguageModel):
         layers, given = self["layers"], dict[int, KeysValues]()
         sources = self.layer_idx_to_cache_idx
 
-        def handing(i: int, layer: nn.Module) -> Callable[..., mx.array]:
+        def sharing(i: int, layer: nn.Module) -> Callable[..., mx.array]:
             def call(h: mx.array, mask: Any, _: None, per_layer_input: mx.array, offset: int) -> mx.array:
                 if i in sources[self.first_kv_shared_layer_idx :]:
                     given[i] = _keys_and_values(layer, h)
@@ -47,7 +47,7 @@ class _Model(gemma3n.LanguageModel):
 
             return call
 
-        self.layers = [handing(i, layer) for i, layer in enumerate(layers)]
+        self.layers = [sharing(i, layer) for i, layer in enumerate(layers)]
         try:
             return super().__call__(inputs, None, input_embeddings)
         finally:
@@ -55,7 +55,7 @@ class _Model(gemma3n.LanguageModel):
 
 
 def _keys_and_values(layer: nn.Module, h: mx.array) -> KeysValues:
-    """What a block's attention makes of the block's input, (streams, B, T, D)."""
+    """Return keys and values of a block's attention for the block's input (streams, B, T, D)."""
     x = layer.input_layernorm(layer.altup.predict(h)[layer.config.altup_active_idx])
     own = layer.self_attn
     keys, values = (f(x).reshape(*x.shape[:2], -1, own.head_dim) for f in (own.k_proj, own.v_proj))
@@ -63,7 +63,7 @@ def _keys_and_values(layer: nn.Module, h: mx.array) -> KeysValues:
 
 
 def share_without_cache(model: nn.Module) -> None:
-    """Hand keys and values on from layer to layer where there is no cache."""
+    """Pass keys and values from layer to layer when there is no cache."""
     text = model.model.language_model
     text.__class__ = _Model
     for layer in text.layers:

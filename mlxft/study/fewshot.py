@@ -26,7 +26,8 @@ from mlxft.data.formats import Completion, Example, labels_of
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
 from mlxft.files import check_replaceable, claim, clear, empty, hold, is_empty, is_of_kind, write_text
-from mlxft.model.load import Loaded, brief, load_tokenizer
+from mlxft.model.folder import brief
+from mlxft.model.load import Loaded, load_tokenizer
 from mlxft.objectives.base import Objective
 from mlxft.run import total_steps, train
 from mlxft.runs import load_run, read_events

@@ -208,7 +208,7 @@ def test_a_reward_model_that_can_not_be_is_refused_by_check_as_by_training(
     recipe = write(objective="reward", **{"data.train": "pairs.jsonl", "data.format": "preference"})
     for command in ("check", "train"):
         said = refused(1, command, recipe, f"model.path={whole}")
-        assert "this model (gpt_neox) does not keep its body apart from its output layer" in said
+        assert "the body of this model (gpt_neox) cannot be separated from its output layer" in said
 
 
 def test_what_training_would_refuse_for_room_check_refuses_after_its_plan(

@@ -250,7 +250,7 @@ def test_messages_without_a_chat_template(
         (2, ["tune.targets=q_prj"], "tune.targets: 'q_prj' matches no module; there are mlp.down_proj, mlp.gate_proj,"),
         (2, ["tune.targets=q_prj"], "self_attn.v_proj, or all-linear, attention, mlp (did you mean q_proj?)"),
         (2, ["tune.targets=[q_proj, nope]"], "tune.targets: 'nope' matches no module"),
-        (2, ["tune.layers=3"], "tune.layers: 3 asked for, the model has 2"),
+        (2, ["tune.layers=3"], "tune.layers is 3; the model has 2 layers"),
         (2, ["tune.layers=[0, 2, -1]"], "tune.layers: [2, -1]; the model has layers 0 to 1"),
         (2, ["tune.layers=[]"], "tune.layers: []; the model has layers 0 to 1"),
         (2, ["tune.layers=0"], "layers must be all, a number of at least 1 (the last N), or a list; seen 0"),
@@ -306,7 +306,7 @@ def test_a_quantised_model_keeps_its_bits_and_groups(
     recipe = write()
     assert mlxft("convert", str(tiny_model_dir), "q4", "--quantize", "4", "--group-size", "32").code == 0
     asked = ["model.path=q4", "model.quantize=8"]
-    assert "is quantised already, to 4 bits, and can not go to 8" in refused(1, "train", recipe, *asked)
+    assert "is quantised already, to 4 bits, and cannot go to 8" in refused(1, "train", recipe, *asked)
     asked = ["model.path=q4", "model.quantize=4", "model.group_size=64"]
     assert "is quantised already, in groups of 32, not 64" in refused(1, "train", recipe, *asked)
 

@@ -148,4 +148,4 @@ def test_adapters_and_heads_of_another_base_or_width(
         assert "was not saved together with adapters.safetensors" in refused(1, *use)
     mx.save_safetensors(str(other / "adapters.safetensors"), weights, adapter_metadata(head))
     for use in (("train", recipe, f"model.adapter={other}"), ("score", str(other), "pairs.jsonl")):
-        assert "reads hidden states of width 48, this model's have 32" in refused(1, *use)
+        assert "reads hidden states of width 48, and this model's have 32" in refused(1, *use)

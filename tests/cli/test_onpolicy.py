@@ -311,7 +311,7 @@ def test_a_model_without_a_body_of_its_own(
     folder = make_model_dir(tmp_path / "whole", "gpt_neox")
     for command in ("check", "train"):
         said = refused(1, command, ppo(**{"model.path": str(folder)}))
-        assert "this model (gpt_neox) does not keep its body apart from its output layer" in said
+        assert "the body of this model (gpt_neox) cannot be separated from its output layer" in said
     changes = {"objective": "rloo", "ppo": None, "rloo": {"epochs": 1}, "rollout.samples": 2}
     recipe = ppo(**changes, **{"model.path": str(folder)})
     assert list(json.loads(mlxft("check", recipe, "--json").out)["memory"]["phases"])

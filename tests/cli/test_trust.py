@@ -321,7 +321,7 @@ def test_a_folder_here_is_not_taken_for_a_hub_id(
     for command in (OPENED[name] for name in ("generate", "eval", "eval-against", "fuse", "export")):
         done = mlxft(*command.split())
         assert done.code == 1, done
-        assert "if it is meant, name ./ada/tiny as the adapter's base" in done.err
+        assert "if you mean the folder, give ./ada/tiny as the adapter's base" in done.err
     assert mlxft("fuse", "runs/a", "fused", "--force", "--model", "./ada/tiny").code == 0
 
 

@@ -71,7 +71,7 @@ def test_wrong_use_of_generate(trained: str, refused: Callable[..., str], tiny_m
     assert "-1 is not in the range" in refused(2, *use, "hi", "--seed", "-1")
     assert "No such option '--temprature'" in refused(2, *use, "hi", "--temprature", "1")
     nope = refused(1, "generate", "--model", str(tiny_model_dir), "--adapter", "nope", "hi")
-    assert "nope is no adapter: can not read adapter_config.json" in nope
+    assert "nope is not an adapter: adapter_config.json cannot be read" in nope
     (tmp_path / "empty").mkdir()
     assert "no config.json in empty" in refused(1, "generate", "--model", "empty", "hi")
     assert "no such file or folder" in refused(1, "generate", "--model", "./nope", "hi")

@@ -175,7 +175,7 @@ def test_blocks_that_stand_for_no_finite_number(make_model_dir: Callable[..., Pa
     full = lambda _, value: np.full((value.shape[0], value.shape[1] // 256 * 144), 0xFF, np.uint8)  # noqa: E731
     with np.errstate(all="ignore"):
         repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K", full)
-    with pytest.raises(ModelError, match="a tensor in Q4_K holds numbers that are not finite; download it again"):
+    with pytest.raises(ModelError, match="a tensor in Q4_K has values that are not finite; download it again"):
         load(str(tmp_path / "b.gguf"))
 
 

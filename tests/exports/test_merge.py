@@ -124,7 +124,7 @@ def test_a_base_that_is_gone_or_another_now(recipe: Recipe, make_model_dir: Any,
     base = make_model_dir(tmp_path / "base")
     run = train(recipe, "a", **{"model.path": str(base)})
     base.rename(tmp_path / "moved")
-    with pytest.raises(ModelError, match=r"its base can not be loaded: .*; if it has moved, name it with --model"):
+    with pytest.raises(ModelError, match=r"its base cannot be loaded: .*; if it has moved, name it with --model"):
         fuse_sources(run.dir, tmp_path / "out")
     assert fuse_sources(run.dir, tmp_path / "out", model=str(tmp_path / "moved")).written
     make_model_dir(base, intermediate_size=96)

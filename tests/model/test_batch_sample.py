@@ -346,7 +346,7 @@ def test_one_sample_of_a_batch_is_what_generate_says(tiny_model: Any) -> None:
 
 def test_refusals(tiny_model: Any) -> None:
     model, tokenizer = tiny_model.model, tiny_model.tokenizer
-    with pytest.raises(DataError, match="no prompts to answer"):
+    with pytest.raises(DataError, match="no prompts to complete"):
         sample_batch(model, tokenizer, [], Sampling(1), seed=0)
     with pytest.raises(DataError, match=r"prompt 1 is empty \(2 are\)"):
         sample_batch(model, tokenizer, [[1], [], []], Sampling(1), seed=0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from stepping import role_bytes
 
 from mlxft.build import (
     amount,
@@ -148,10 +149,10 @@ def test_four_roles_are_counted_as_they_are(
     assert isinstance(objective, OnPolicy)
     roles = objective.roles
     assert roles.names == ["policy", "reference", "reward", "value"]
-    assert found.adapters == found.roles["reference"] == roles.nbytes("reference")
+    assert found.adapters == found.roles["reference"] == role_bytes(roles, "reference")
     # Of the critic the head is not counted, and of the reward role the header of its files is.
-    assert found.roles["reward"] == pytest.approx(roles.nbytes("reward"), rel=0.1)
-    assert found.roles["critic"] == pytest.approx(roles.nbytes("value"), rel=0.1)
+    assert found.roles["reward"] == pytest.approx(role_bytes(roles, "reward"), rel=0.1)
+    assert found.roles["critic"] == pytest.approx(role_bytes(roles, "value"), rel=0.1)
     assert found.roles["reward"] < 0.75 * found.roles["reference"], "of rank 2, the policy's is of rank 4"
     # The same plan is made from the loaded model, in which the critic stands.
     on, said = decide_checkpointing(config, loaded.model, objective)
