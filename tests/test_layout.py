@@ -369,7 +369,7 @@ PASSED = [
     *("data/", "study/evaluate.py", "study/tasks.py", "study/generate.py", "study/score.py", "study/lm_eval.py"),
     *("study/stats.py", "study/report.py"),
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
-    *("study/plots.py", "study/lr_find.py"),
+    *("study/plots.py", "study/lr_find.py", "study/label.py"),
     *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
     *("exports/", "demo/"),
 ]
@@ -397,8 +397,8 @@ FORBIDDEN = [
 # Names of fields and files, and the texts of `mlxft label`, which is about judgements.
 # An answer is what follows a model's thoughts.
 ALLOWED = re.compile(
-    r'"answers?"|answers\.jsonl|prompt and answers|(?:is|prompts) judged|answer(?:,)? without (?:its|the) thoughts|'
-    r"leaves no answer|no run or folder"
+    r'"answers?"|answers\.jsonl|prompt and answers|(?:is|are|be|prompts) judged|'
+    r"answer(?:,)? without (?:its|the) thoughts|leaves no answer|no run or folder"
 )
 
 
