@@ -369,7 +369,7 @@ PASSED = [
     *("data/", "study/evaluate.py", "study/tasks.py", "study/generate.py", "study/score.py", "study/lm_eval.py"),
     *("study/stats.py", "study/report.py"),
     *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
-    *("study/plots.py", "study/lr_find.py", "study/label.py"),
+    *("study/plots.py", "study/lr_find.py", "study/label.py", "study/sweep.py", "study/fewshot.py"),
     *("build.py", "trainer/loop.py", "model/memory.py", "model/logits.py", "model/layers.py", "model/cpu.py"),
     *("exports/", "demo/"),
 ]
