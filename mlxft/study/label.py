@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 from rich.console import Console
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 # --- judgements -------------------------------------------------------------------------------------------------------
 # Files of judgements, which survive a kill, and their statistics: win rates and agreement.
 
+_T = TypeVar("_T")
 _Row = dict[str, Any]
 TIE = "tie"
 _BEGIN = b'{"id": '  # of each line
@@ -256,29 +257,40 @@ def _verdicts(path: Path) -> dict[tuple[str, int], _Verdict]:
     """Return verdicts by prompt with completions, and the number of equal ones before."""
     seen: Counter[str] = Counter()
     verdicts: dict[tuple[str, int], _Verdict] = {}
-    problems: list[str] = []
-    for row in read_rows(str(path), "train"):
-        if isinstance(row, Problem):
-            problems.append(f"{row.where}: {row.text}")
-            continue
-        data = row.data
-        if data.get("auto"):
-            continue
-        rejected = data.get("rejected")
-        texts = [data.get("chosen"), *(rejected if isinstance(rejected, list) else [rejected])]
-        if "prompt" not in data or None in texts:
-            problems.append(f"{row.where}: no prompt, chosen and rejected; expected a line of mlxft label")
-            continue
-        listed = data["answers"] if isinstance(data.get("answers"), list) else []
-        held, shown = ([json.dumps(text, sort_keys=True) for text in some] for some in (texts, listed))
-        key = json.dumps([data["prompt"], sorted(held)], sort_keys=True)
-        tied = data.get("tie") or data.get("preferred") == TIE
-        order = shown if sorted(shown) == sorted(held) else sorted(held)
-        verdicts[key, seen[key]] = _Verdict(order, None if tied else held[0])
-        seen[key] += 1
+    for key, verdict in _read_each(str(path), _verdict):
+        if verdict is not None:
+            verdicts[key, seen[key]] = verdict
+            seen[key] += 1
+    return verdicts
+
+
+def _verdict(row: _Row) -> tuple[str, _Verdict | None]:
+    rejected = row.get("rejected")
+    texts = [row.get("chosen"), *(rejected if isinstance(rejected, list) else [rejected])]
+    if row.get("auto"):
+        return "", None
+    if "prompt" not in row or None in texts:
+        raise DataError("no prompt, chosen and rejected; expected a line of mlxft label")
+    listed = row["answers"] if isinstance(row.get("answers"), list) else []
+    held, shown = ([json.dumps(text, sort_keys=True) for text in some] for some in (texts, listed))
+    order = shown if sorted(shown) == sorted(held) else sorted(held)
+    tied = row.get("tie") or row.get("preferred") == TIE
+    return json.dumps([row["prompt"], sorted(held)], sort_keys=True), _Verdict(order, None if tied else held[0])
+
+
+def _read_each(spec: str, read: Callable[[_Row], _T]) -> list[_T]:
+    """Return what `read` returns for each row; raise a DataError with all problems."""
+    found, problems = [], []
+    for row in read_rows(spec, "train"):
+        try:
+            if isinstance(row, Problem):
+                raise DataError(row.text)
+            found.append(read(row.data))
+        except DataError as e:
+            problems.append(f"{row.where}: {e}")
     if problems:
         raise DataError(report_lines(problems))
-    return verdicts
+    return found
 
 
 # --- label recipe -----------------------------------------------------------------------------------------------------
@@ -416,21 +428,13 @@ class LabelSource:
 
 
 class LabelTask(NamedTuple):
-    """A prompt to judge, with its completions and, if known, the model of each; None: they are to be sampled."""
+    """A prompt to judge, with its completions ([]: they are to be sampled) and, if known, the model of each."""
 
     id: str
     prompt: str | list[Message]
-    completions: list[str] | None
-    models: list[str] | None
-    tools: list[dict[str, Any]] | None = None
-
-
-class _Shown(NamedTuple):
-    """A task's completions, and the order in which they are shown."""
-
     completions: list[str]
     models: list[str] | None
-    order: list[int]
+    tools: list[dict[str, Any]] | None = None
 
 
 class LabelSummary(NamedTuple):
@@ -451,48 +455,36 @@ def read_tasks(spec: str) -> list[LabelTask]:
         ConfigError: the file does not exist. DataError: rows do not fit; all are reported at once.
     """
     tasks: list[LabelTask] = []
-    problems: list[str] = []
     seen: Counter[str] = Counter()
-    for row in read_rows(spec, "train"):
-        try:
-            if isinstance(row, Problem):
-                raise DataError(row.text)
-            data = in_our_fields(row.data, ("preference", "ratings"))
-            prompt, completions, models = _task(data)
-            tools = tools_of(data)
-        except DataError as e:
-            problems.append(f"{row.where}: {e}")
-            continue
-        content = json.dumps([unwritten(prompt), completions, *([tools] if tools else [])], sort_keys=True)
-        name = blake2b(content.encode(), digest_size=8).hexdigest()
+    for task in _read_each(spec, _task):
+        parts = [unwritten(task.prompt), task.completions or None, *([task.tools] if task.tools else [])]
+        name = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
         seen[name] += 1
-        name += f"-{seen[name]}" if seen[name] > 1 else ""
-        tasks.append(LabelTask(name, prompt, completions, models, tools))
-    if problems:
-        raise DataError(report_lines(problems))
+        tasks.append(task._replace(id=name if seen[name] == 1 else f"{name}-{seen[name]}"))
     return tasks
 
 
-def _task(row: _Row) -> tuple[str | list[Message], list[str] | None, list[str] | None]:
-    """Return a row's prompt, completions and models."""
+def _task(row: _Row) -> LabelTask:
+    """Return the task of a row, without its id."""
+    row = in_our_fields(row, ("preference", "ratings"))
     name = next((name for name in ("answers", "completions") if row.get(name) is not None), None)
     if name is None and row.get("chosen") is not None and row.get("rejected") is not None:
-        return _pair(row)
+        return LabelTask("", *_pair(row), None, tools_of(row))
     if row.get("prompt") is None:
         raise DataError(f"no field 'prompt'; the row has {', '.join(map(str, row)) or 'none'}")
     prompt = read_prompts(row).prompt
     if name is None:
-        return prompt, None, None
+        return LabelTask("", prompt, [], None, tools_of(row))
     texts = [string_at(text, f"{name}[{i}]") for i, text in enumerate(list_at(row[name], name, "texts"))]
     if not 2 <= len(set(texts)) == len(texts) <= MOST:
         raise DataError(f"{name} has {len(texts)} texts, {len(set(texts))} of them different; expected 2 to {MOST}")
     models = row.get("models")
     if models is not None and len(models := [str(m) for m in list_at(models, "models", "names")]) != len(texts):
         raise DataError(f"models has {len(models)} names for {len(texts)} {name}; expected one for each")
-    return prompt, texts, models
+    return LabelTask("", prompt, texts, models, tools_of(row))
 
 
-def _pair(row: _Row) -> tuple[str | list[Message], list[str], None]:
+def _pair(row: _Row) -> tuple[str | list[Message], list[str]]:
     item = read_preference(row)
     pairs = item.pairs if isinstance(item, Ranked) else (item,)
     found = [pairs[0].chosen, *(pair.rejected for pair in pairs)]
@@ -501,7 +493,7 @@ def _pair(row: _Row) -> tuple[str | list[Message], list[str], None]:
     texts = [message if isinstance(message, str) else str(message["content"]) for message in found]
     if len(set(texts)) < len(texts):
         raise DataError("two completions are the same; expected a difference to judge")
-    return pairs[0].prompt, texts, None
+    return pairs[0].prompt, texts
 
 
 def label(spec: str, out: Path, source: LabelSource, console: Console) -> LabelSummary:
@@ -525,7 +517,7 @@ def label(spec: str, out: Path, source: LabelSource, console: Console) -> LabelS
 
 
 def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -> None:
-    sampled = any(task.completions is None for task in tasks)
+    sampled = any(not task.completions for task in tasks)
     problems = {
         "--out is the file of prompts; choose another": spec.exists() and out.exists() and spec.samefile(out),
         f"{spec} holds prompts without completions; name a --model to sample": sampled and source.model is None,
@@ -543,7 +535,7 @@ def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -
 
 def _check_models(judged: Journal, tasks: list[LabelTask], source: LabelSource) -> None:
     """Refuse a file with judgements of other models: a file has one win rate, of two models."""
-    sampled = {task.id for task in tasks if task.completions is None}
+    sampled = {task.id for task in tasks if not task.completions}
     for row in judged.rows:
         before = set(row.get("models") or ())
         if row["id"] in sampled and before != set(source.names):
@@ -566,16 +558,17 @@ class _Session:
         self.tasks, self.judged, self.skipped = tasks, judged, skipped
         self.source, self.console = source, console
         self._models: list[Loaded] = []
-        self._known: dict[str, _Shown] = {}
+        self._sampled: dict[str, LabelTask] = {}
 
     def run(self) -> None:
         with Keys() as keys:
             while (found := self._next()) is not None:
                 number, task = found
-                shown = self._shown(task)
-                if len(shown.completions) < 2:
-                    self._no_choice(task, shown)
-                elif not self._judge(keys, number, task, shown):
+                if not task.completions:
+                    task = self._sampled[task.id] = self._sampled.get(task.id) or self._sample(task)
+                if len(task.completions) < 2:
+                    self._no_choice(task)
+                elif not self._judge(keys, number, task):
                     return
 
     def _rows(self) -> list[_Row]:
@@ -585,35 +578,29 @@ class _Session:
         done = {row["id"] for row in self._rows()}
         return next(((i, task) for i, task in enumerate(self.tasks, 1) if task.id not in done), None)
 
-    def _shown(self, task: LabelTask) -> _Shown:
-        if task.id not in self._known:
-            completions, models = task.completions, task.models
-            if completions is None:
-                with self.console.status("sampling completions"):
-                    completions, models = self._sample(task)
-            order = list(range(len(completions)))
-            # The order depends on the seed and the prompt only, so it reveals nothing about the models.
-            random.Random(f"{self.source.seed} {task.id}").shuffle(order)
-            self._known[task.id] = _Shown(completions, models, order)
-        return self._known[task.id]
+    def _order(self, task: LabelTask) -> list[int]:
+        """Return an order that depends on the seed and the prompt only, so that it reveals nothing about the models."""
+        order = list(range(len(task.completions)))
+        random.Random(f"{self.source.seed} {task.id}").shuffle(order)
+        return order
 
-    def _no_choice(self, task: LabelTask, shown: _Shown) -> None:
+    def _no_choice(self, task: LabelTask) -> None:
         """Record a tie if two models gave the same completion; otherwise skip the prompt."""
-        if self.source.against and shown.completions:
-            same = _Shown(shown.completions * 2, self.source.names, [0, 1])
-            self.judged.append({**self._line(task, same, TIE), "auto": True})
+        if self.source.against and task.completions:
+            same = task._replace(completions=task.completions * 2, models=self.source.names)
+            self.judged.append({**self._line(same, TIE), "shown": [0, 1], "auto": True})
             self.console.print("both models gave the same completion: a tie")
         else:
             self.skipped.append({"id": task.id, "turn": self._turn(), "auto": True})
             self.console.print("the completions are empty or all the same: skipped")
 
-    def _judge(self, keys: Keys, number: int, task: LabelTask, shown: _Shown) -> bool:
+    def _judge(self, keys: Keys, number: int, task: LabelTask) -> bool:
         """Show a prompt until it is judged or skipped, or the last one is undone; return False to quit."""
-        count, note = len(shown.completions), ""
+        count, order, note = len(task.completions), self._order(task), ""
         places = {str(i + 1): i for i in range(count)} | ({"l": 0, "r": 1} if count == 2 else {})
         choose = "l or r" if count == 2 else f"1 to {count}"
         usage = f"{choose} choose   t tie   s skip   u undo   n note   q quit"
-        title, texts = f"{number} of {len(self.tasks)}", [shown.completions[i] for i in shown.order]
+        title, texts = f"{number} of {len(self.tasks)}", [task.completions[i] for i in order]
         keys.discard()
         show_side_by_side(self.console, title, task.prompt, texts)
         self.console.print(usage)
@@ -627,7 +614,7 @@ class _Session:
                 self.skipped.append({"id": task.id, "turn": self._turn()})
                 return True
             if key in places or key == "t":
-                row = self._line(task, shown, TIE if key == "t" else shown.order[places[key]])
+                row = self._line(task, TIE if key == "t" else order[places[key]])
                 self.judged.append({**row, "note": note} if note else row)
                 return True
             if key == "n":
@@ -647,35 +634,35 @@ class _Session:
             if not max(journals, key=lambda journal: journal.rows[-1]["turn"]).undo().get("auto"):
                 return True
 
-    def _line(self, task: LabelTask, shown: _Shown, verdict: int | str) -> _Row:
+    def _line(self, task: LabelTask, verdict: int | str) -> _Row:
         best = 0 if isinstance(verdict, str) else verdict
-        rest = [text for i, text in enumerate(shown.completions) if i != best]
+        rest = [text for i, text in enumerate(task.completions) if i != best]
         return {
             "id": task.id,
             "prompt": unwritten(task.prompt),
-            "chosen": shown.completions[best],
+            "chosen": task.completions[best],
             "rejected": rest[0] if len(rest) == 1 else rest,
             **({"tools": task.tools} if task.tools else {}),
             **({"tie": True} if verdict == TIE else {}),
-            "answers": shown.completions,
-            "models": shown.models,
-            "shown": shown.order,
+            "answers": task.completions,
+            "models": task.models,
+            "shown": self._order(task),
             "judgement": verdict,
             "turn": self._turn(),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
-    def _sample(self, task: LabelTask) -> tuple[list[str], list[str]]:
-        """Return different completions and their models, the same each time."""
-        source = self.source
-        if not source.against:
-            texts = self._different(task, 0, source.n)
-            return texts, source.names[: len(texts)]
-        # Equal completions of two models are a tie; without a completion of each there is nothing to compare.
-        first, second = self._different(task, 0, 1), self._different(task, 1, 1)
-        if not first or not second:
-            return [], []
-        return (first, source.names[:1]) if first == second else (first + second, source.names)
+    def _sample(self, task: LabelTask) -> LabelTask:
+        """Add different completions and their models, the same each time."""
+        names = self.source.names
+        with self.console.status("sampling completions"):
+            if not self.source.against:
+                texts = self._different(task, 0, self.source.n)
+            else:
+                # Equal completions of two models are a tie; without a completion of each there is nothing to compare.
+                first, second = self._different(task, 0, 1), self._different(task, 1, 1)
+                texts = [] if not first or not second else first if first == second else first + second
+        return task._replace(completions=texts, models=names[: len(texts)])
 
     def _different(self, task: LabelTask, which: int, count: int) -> list[str]:
         """Sample at most `count` completions of a model that are all different and not blank."""
