@@ -448,21 +448,17 @@ class _Job:
         folder = config.run_dir
         begun = (folder / "config.yaml").is_file()
         if not any(e["event"] == "end" for e in read_events(folder)):
-            train(self._with_steps(config), resume=begun, overwrite=not begun and folder.exists(), console=self.console)
+            if config.run.steps is None:
+                plain = settled(config, resume=False)
+                if total_steps(plain, self._objective(plain)) < self.plan.least_steps:
+                    run = {"steps": self.plan.least_steps, "epochs": None}
+                    config = config.model_copy(update={"run": config.run.model_copy(update=run)})
+            train(config, resume=begun, overwrite=not begun and folder.exists(), console=self.console)
         return load_run(folder, trust_remote_code=config.model.trust_remote_code)
 
     def _objective(self, config: Config) -> Objective:
         m = config.model
         return make_objective(config, load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code))
-
-    def _with_steps(self, config: Config) -> Config:
-        if config.run.steps is not None:
-            return config
-        plain = settled(config, resume=False)
-        if total_steps(plain, self._objective(plain)) >= self.plan.least_steps:
-            return config
-        run = {"steps": self.plan.least_steps, "epochs": None}
-        return config.model_copy(update={"run": config.run.model_copy(update=run)})
 
     def _file(self, cell: Cell) -> Path:
         return self.out / "cells" / f"{cell.name}.json"

@@ -13,7 +13,7 @@ import sys
 import termios
 import tty
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -311,11 +311,7 @@ class Label(Settings):
 
 
 def read_label_recipe(path: Path) -> dict[str, Any]:
-    """Return the settings that a recipe gives, by name.
-
-    Raises:
-        ConfigError: the file is missing or not valid YAML, or a setting is wrong; all problems at once.
-    """
+    """Return the settings that a recipe gives, by name; raise a ConfigError with all problems at once."""
     return read_settings(path, Label, "configs/label.yaml shows one of mlxft label").model_dump(exclude_none=True)
 
 
@@ -383,23 +379,21 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, now)
 
 
-def show_side_by_side(
-    console: Console, title: str, prompt: str | list[dict[str, Any]], completions: Sequence[str]
-) -> None:
+def show_side_by_side(console: Console, title: str, prompt: str | list[dict[str, Any]], texts: Sequence[str]) -> None:
     """Print a prompt and its completions, side by side if there is room."""
     console.rule(Text(title))
     lines = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
     console.print(Text("\n".join(lines), style="bold"))
-    count = len(completions)
+    count = len(texts)
     names = ["left (l)", "right (r)"] if count == 2 else [str(i + 1) for i in range(count)]
     if console.width < max(_NARROW, _COLUMN * count):
-        for name, text in zip(names, completions):
+        for name, text in zip(names, texts):
             console.print(Panel(Text(text), title=name, title_align="left"))
         return
     table = Table(expand=True, show_lines=True)
     for name in names:
         table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*map(Text, completions))
+    table.add_row(*map(Text, texts))
     console.print(table)
 
 
@@ -518,6 +512,7 @@ def label(spec: str, out: Path, source: LabelSource, console: Console) -> LabelS
 
 def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -> None:
     sampled = any(not task.completions for task in tasks)
+    same = sampled and not source.against and source.sampling.temperature == 0
     problems = {
         "--out is the file of prompts; choose another": spec.exists() and out.exists() and spec.samefile(out),
         f"{spec} holds prompts without completions; name a --model to sample": sampled and source.model is None,
@@ -525,9 +520,7 @@ def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -
         "--adapter and --against go with --model": source.model is None and (source.adapter or source.against),
         f"--against compares one completion of each model; --n is {source.n}": source.against and source.n != 2,
         "--against is the model itself; name another, or leave it out": source.against and len(set(source.names)) == 1,
-        "--temperature 0 gives the same completion each time; raise it": sampled
-        and not source.against
-        and source.sampling.temperature == 0,
+        "--temperature 0 gives the same completion each time; raise it": same,
     }
     if wrong := [text for text, found in problems.items() if found]:
         raise ConfigError("\n".join(wrong))
@@ -536,17 +529,11 @@ def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -
 def _check_models(judged: Journal, tasks: list[LabelTask], source: LabelSource) -> None:
     """Refuse a file with judgements of other models: a file has one win rate, of two models."""
     sampled = {task.id for task in tasks if not task.completions}
+    wanted = " and ".join(sorted(set(source.names)))
     for row in judged.rows:
-        before = set(row.get("models") or ())
-        if row["id"] in sampled and before != set(source.names):
-            raise ConfigError(
-                f"--out: {judged.path} holds judgements of {_and(before) or 'no model'}; choose another file for "
-                f"{_and(source.names)}"
-            )
-
-
-def _and(names: Iterable[str]) -> str:
-    return " and ".join(sorted(set(names)))
+        before = " and ".join(sorted(set(row.get("models") or ["no model"])))
+        if row["id"] in sampled and before != wanted:
+            raise ConfigError(f"--out: {judged.path} holds judgements of {before}; choose another file for {wanted}")
 
 
 class _Session:

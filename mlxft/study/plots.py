@@ -25,20 +25,15 @@ if TYPE_CHECKING:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 # What all plots share: an empty figure, its style, and writing it to a file or into an HTML page.
 
-SUFFIXES = (".png", ".svg", ".pdf")
 # Medium brightness: the contrast is at least 3:1 against white and against a dark page.
 COLOURS = ("#2f7ed8", "#d9730d", "#2a9d62", "#b455c9", "#c2413b", "#8a8a00")
 INK, INLINE_INK = "#222222", "#010203"  # the second is a placeholder for the text colour of an HTML page
 
 
 def check_suffix(out: Path) -> Path:
-    """Return `out`.
-
-    Raises:
-        ConfigError: its suffix is not .png, .svg or .pdf.
-    """
-    if out.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"{out}: a picture ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    """Return `out`; raise a ConfigError if its suffix is not .png, .svg or .pdf."""
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"{out}: a picture ends in .png, .svg or .pdf")
     return out
 
 
@@ -216,11 +211,7 @@ def _series(events: Iterable[_Event], panel: Panel) -> Series:
 
 
 def panels(events: Sequence[_Event]) -> list[tuple[Panel, Series]]:
-    """Return the panels that a run has numbers for, with their lines.
-
-    Raises:
-        DataError: the run has none.
-    """
+    """Return the panels that a run has numbers for, with their lines; raise a DataError if it has none."""
     losses = LOSS_ON_POLICY if any(e.get("event") == "rollout" for e in events) else LOSS
     found = [(panel, lines) for panel in (*losses, *PANELS) if (lines := _series(events, panel))]
     if not found:
@@ -272,11 +263,7 @@ def curves(events: Sequence[_Event], out: Path, *, title: str = "") -> list[Path
 
 
 def overlay(runs: Mapping[str, Sequence[_Event]], out: Path) -> list[Path]:
-    """Plot the curves of several runs, given by name, into one file; see `curves`.
-
-    Raises:
-        DataError: a run has nothing to draw.  ConfigError, CheckpointError: as for `curves`.
-    """
+    """Plot the curves of several runs, given by name, into one file; raise the errors of `curves`."""
     merged: dict[str, tuple[Panel, Series]] = {}
     for name, events in runs.items():
         try:

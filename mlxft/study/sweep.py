@@ -53,29 +53,8 @@ from mlxft.config import (
     read_recipe,
     seconds,
 )
-from mlxft.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MlxftError,
-    ModelError,
-    TrainingError,
-    missing_extra,
-    nearest,
-    shorten,
-)
-from mlxft.files import (
-    check_replaceable,
-    claim,
-    digest,
-    empty,
-    hold,
-    is_empty,
-    is_of_kind,
-    read_mark,
-    remove,
-    write_text,
-)
+from mlxft.errors import CheckpointError, ConfigError, MlxftError, TrainingError, missing_extra, nearest, shorten
+from mlxft.files import check_replaceable, claim, digest, empty, hold, is_empty, is_of_kind, remove, write_text
 from mlxft.model.load import base_fingerprint, copy_sharing_arrays
 from mlxft.objectives.base import Objective
 from mlxft.run import total_steps, train_config
@@ -102,7 +81,7 @@ MOST_COMBINATIONS = 10_000
 
 
 @contextmanager
-def reachable(file: Path) -> Iterator[None]:
+def _reachable(file: Path) -> Iterator[None]:
     """Turn a failure of the database into a CheckpointError that names the reason."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
@@ -246,12 +225,8 @@ class Store:
         return {k: float(v) for k, v in found.items()}
 
 
-def grid_size(sweep: SweepSettings) -> int:
-    """Return the number of combinations of a grid.
-
-    Raises:
-        ConfigError: there are too many.
-    """
+def _grid_size(sweep: SweepSettings) -> int:
+    """Return the number of combinations of a grid; raise a ConfigError if there are too many."""
     count = math.prod(len(r.value) if r.kind == "choice" else r.value[1] - r.value[0] + 1 for r in sweep.space.values())
     if count > MOST_COMBINATIONS:
         raise ConfigError(f"sweep.sampler: the grid has {count:,} combinations; give choices, or use tpe or random")
@@ -378,28 +353,6 @@ def _settings(params: Mapping[str, Any]) -> str:
     return " ".join(f"{k}={_shown(v)}" for k, v in params.items())
 
 
-def best_recipe(result: SweepResult, raw: Mapping[str, Any], config: Config) -> str:
-    """Return the text of best.yaml: the recipe with the best trial's settings, usable from any folder.
-
-    Args:
-        raw: the recipe with these settings.
-        config: the sweep's configuration, which has absolute paths.
-    """
-    best = result.best
-    assert best is not None
-    recipe = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items() if v is not None}
-    run = {"name": f"{config.run.name}-best", "dir": str(config.run.dir.absolute())}
-    recipe["run"] = {**run, **{k: v for k, v in recipe.get("run", {}).items() if k not in run}}
-    for section, keys in (("model", ("path", "adapter", "chat_template")), ("data", ("train", "valid"))):
-        for key in keys:
-            if key in recipe[section] and f"{section}.{key}" not in best.params:
-                value = getattr(getattr(config, section), key)
-                recipe[section][key] = str(value) if isinstance(value, Path) else value
-    place = repr(str(result.dir))  # a line break in it would end the comment
-    comment = f"# Trial {best.number} of the sweep {place}: {result.metric} {best.value!r}, which this trains to.\n"
-    return comment + dump_yaml(recipe)
-
-
 # --- sweep ------------------------------------------------------------------------------------------------------------
 
 ENDS = 64  # combinations of the ends of ranges that are checked before the first trial
@@ -460,7 +413,7 @@ def sweep(
         if is_empty(folder):
             claim(folder, "sweep")
         try:
-            with reachable(folder / _FILE):
+            with _reachable(folder / _FILE):
                 return job.run(longest)
         except ConfigError:
             if made:  # nothing was learnt from it
@@ -469,11 +422,7 @@ def sweep(
 
 
 def _check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
-    """Check that the varied settings exist and may vary, and that the ends of their ranges are valid.
-
-    Raises:
-        ConfigError: every problem, one per line.
-    """
+    """Raise a ConfigError with every setting that does not exist or may not vary, or whose range has invalid ends."""
     space, keys, problems = config.sweep.space, all_keys(type(config)), []
     for key, r in space.items():
         place = f"{origin}: sweep.space.{key}"
@@ -481,11 +430,11 @@ def _check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
             problems.append(f"{place}: no such setting{nearest_key(key, type(config))}")
             continue
         if key in FIXED or key.startswith(FIXED_SECTIONS):
-            problems.append(f"{place}: cannot be varied: it is not part of what is learnt, or of how it is measured")
+            problems.append(f"{place}: cannot be varied: trials differ in what is learnt, and are measured in one way")
             continue
         for value in r.value:
             try:
-                parse_config(with_values(raw, {key: value}), "")
+                parse_config(_with_values(raw, {key: value}), "")
             except ConfigError as e:
                 reasons = "; ".join(line.removeprefix(": ") for line in str(e).splitlines())
                 problems.append(f"{place}: with {value!r}: {reasons}")
@@ -496,10 +445,10 @@ def _check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
     if config.sweep.sampler == "grid":
-        grid_size(config.sweep)
+        _grid_size(config.sweep)
 
 
-def with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def _with_values(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe with these settings, and without its sweep."""
     found = {k: copy.deepcopy(v) for k, v in raw.items() if k != "sweep"}
     for key, value in values.items():
@@ -534,7 +483,7 @@ class _Watch:
 
     def _judge(self, event: Event) -> None:
         metric = self._job.config.sweep.metric
-        value = find_metric(event, metric)
+        value = _find_metric(event, metric)
         if not math.isfinite(value):
             raise TrainingError(f"step {self.step}: {metric} is {value}")
         self.evals, self.last = self.evals + 1, value
@@ -545,12 +494,8 @@ class _Watch:
             raise Stopped(f"pruned at step {self.step} of {self.total}: {metric} {value:.4g}")
 
 
-def find_metric(reported: Mapping[str, Any], metric: str) -> float:
-    """Return a metric of a validation.
-
-    Raises:
-        ConfigError: validation does not report it.
-    """
+def _find_metric(reported: Mapping[str, Any], metric: str) -> float:
+    """Return a metric of a validation; raise a ConfigError if it is not reported."""
     known = [k for k, v in reported.items() if isinstance(v, (int, float)) and k not in ("step", "elapsed_s", "best")]
     if metric not in known:
         raise ConfigError(
@@ -586,11 +531,7 @@ class _Job:
         self._bar = Bar(*columns, TextColumn("{task.fields[now]}"), console=console, disable=not console.is_terminal)
 
     def _check_trials(self, objective: Objective) -> None:
-        """Refuse what would fail in every trial: check combinations of the ends of all ranges, until one would train.
-
-        Raises:
-            ConfigError, DataError, ModelError: none would.
-        """
+        """Check combinations of the ends of all ranges until one would train; raise the first error if none would."""
         space, refused = self.config.sweep.space, None
         ends = list(islice(product(*(r.value for r in space.values())), ENDS + 1))
         for values in ends[:ENDS]:
@@ -599,20 +540,20 @@ class _Job:
                 config = self._trial_config(params)
                 own = objective if _length_key(params) == _length_key({}) else self._objective(config, params)
                 check_trains(config, own)
-            except (ConfigError, DataError, ModelError) as error:
+            except MlxftError as error:
                 refused = refused or type(error)(f"no trial could be trained; with {_settings(params)}: {error}")
             else:
                 if self.config.sweep.metric != "loss":  # which all validations report
                     loaded = load_base(config, lazy=True)
                     prepare(config, loaded)
                     own.prepare(loaded.model, base_fingerprint(loaded))
-                    find_metric(validate(loaded.model, own), self.config.sweep.metric)
+                    _find_metric(validate(loaded.model, own), self.config.sweep.metric)
                 return
         if refused is not None and len(ends) <= ENDS:
             raise refused
 
     def _trial_config(self, params: Mapping[str, Any]) -> Config:
-        return settled(parse_config(with_values(self.raw, params), "trial"), resume=False)
+        return settled(parse_config(_with_values(self.raw, params), "trial"), resume=False)
 
     def _objective(self, config: Config, params: Mapping[str, Any]) -> Objective:
         own = any(k.startswith("model.") for k in params)
@@ -631,7 +572,7 @@ class _Job:
         self.store = Store(self.folder, sweep, self.config.run.seed, _about(self.config) | {"data": self._data})
         count = sweep.trials or (None if sweep.time else DEFAULT_TRIALS)
         if sweep.sampler == "grid":
-            count = min(count or MOST_COMBINATIONS, grid_size(sweep))
+            count = min(count or MOST_COMBINATIONS, _grid_size(sweep))
         before = len(self.store.trials())
         self._bar.add_task("trials", total=count, completed=before, now="")
         with self._bar:
@@ -670,7 +611,7 @@ class _Job:
         try:
             if attempts >= ATTEMPTS:
                 raise TrainingError(f"the process ended {attempts} times during this trial: out of memory?")
-            config = parse_config(with_values(self.raw, self._values(params)), f"trial {trial.number}")
+            config = parse_config(_with_values(self.raw, self._values(params)), f"trial {trial.number}")
             run = {"name": str(trial.number), "dir": self.folder / "trials", "save_every": 2**62, "keep": 1}
             config = config.model_copy(update={"run": config.run.model_copy(update=run)})
             base = copy_sharing_arrays(self._loaded) if self._keeps_base else None
@@ -699,11 +640,7 @@ class _Job:
         return True
 
     def _restart(self, number: int, attempts: int) -> None:
-        """Remove the run of a trial that is not finished, and record the attempts at it.
-
-        Raises:
-            ConfigError: the run's folder contains files that mlxft did not make.
-        """
+        """Remove the run of a trial that is not finished, and record the attempts at it."""
         trial = self.folder / "trials" / str(number)
         check_replaceable(trial, "run")
         if trial.exists():
@@ -715,16 +652,31 @@ class _Job:
         sweep = self.config.sweep
         result = SweepResult(self.folder, sweep.metric, sweep.minimize, self.store.outcomes(), importance or {})
         if result.best is not None:
-            self._write_best(best_recipe(result, with_values(self.raw, self._values(result.best.params)), self.config))
+            self._write_best(self._best_recipe(result.best))
         for o in result.trials:
             folder = self.folder / "trials" / str(o.number)
-            if read_mark(folder) is not None:
+            if folder.exists():  # a trial that failed early has none
                 unused = {"checkpoints": True, "adapter": o.state != "complete", "model": o is not result.best}
                 for name in [name for name, is_unused in unused.items() if is_unused]:
                     empty(folder, name)
         gc.collect()
         mx.clear_cache()
         return result
+
+    def _best_recipe(self, best: Outcome) -> str:
+        """Return the text of best.yaml: the recipe with the best trial's settings, usable from any folder."""
+        config, raw = self.config, _with_values(self.raw, self._values(best.params))
+        recipe = {k: dict(v) if isinstance(v, Mapping) else v for k, v in raw.items() if v is not None}
+        run = {"name": f"{config.run.name}-best", "dir": str(config.run.dir.absolute())}
+        recipe["run"] = run | {k: v for k, v in recipe.get("run", {}).items() if k not in run}
+        for section, keys in (("model", ("path", "adapter", "chat_template")), ("data", ("train", "valid"))):
+            for key in keys:
+                if key in recipe[section] and f"{section}.{key}" not in best.params:
+                    value = getattr(getattr(config, section), key)
+                    recipe[section][key] = str(value) if isinstance(value, Path) else value
+        place = repr(str(self.folder))  # a line break in it would end the comment
+        reached = f"{config.sweep.metric} {best.value!r}, which this trains to"
+        return f"# Trial {best.number} of the sweep {place}: {reached}.\n{dump_yaml(recipe)}"
 
     def _write_best(self, text: str) -> None:
         """Write best.yaml, unless a user has changed it."""
