@@ -49,7 +49,7 @@ BUDGET = {
     "model": (15, 6950),  # frozen.py: what objectives read and never train, opened and planned in one place
     "objectives": (11, 4800),
     "trainer": (5, 1550),
-    "study": (13, 6100),
+    "study": (13, 5800),
     "exports": (6, 3300),
     "demo": (3, 300),
     "cli": (5, 1750),
@@ -359,18 +359,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 # --- plain English ----------------------------------------------------------------------------------------------------
-# One word for one thing, and standard English. A room is added to PASSED when its texts have been rewritten.
+# One word for one thing, and standard English, in all texts of the package.
 
-PASSED = [
-    *("cli/", "config.py", "errors.py", "text.py", "files.py", "device.py", "doctor.py", "selftest.py"),
-    *("runs.py", "check.py", "run.py", "trainer/__init__.py", "trainer/checkpoint.py", "trainer/optim.py"),
-    *("trainer/report.py", "trainer/trackers.py", "objectives/base.py", "objectives/pairs.py"),
-    *("objectives/preference.py", "objectives/reward.py", "objectives/rewards.py", "objectives/rollouts.py"),
-    *("data/", "study/evaluate.py", "study/tasks.py", "study/generate.py", "study/score.py", "study/lm_eval.py"),
-    *("study/stats.py", "study/report.py"),
-    *("objectives/sft.py", "objectives/functional.py", "objectives/grpo.py", "objectives/ppo.py"),
-    *("build.py", "trainer/loop.py", "exports/", "demo/", "model/"),
-]
 # Regular expressions for whole words.
 FORBIDDEN = [
     # Not standard English, or a riddle.
@@ -395,8 +385,8 @@ FORBIDDEN = [
 # Names of fields and files, and the texts of `mlxft label`, which is about judgements.
 # An answer is what follows a model's thoughts.
 ALLOWED = re.compile(
-    r'"answers?"|answers\.jsonl|prompt and answers|(?:is|prompts) judged|answer(?:,)? without (?:its|the) thoughts|'
-    r"leaves no answer|no run or folder"
+    r'"answers?"|answers\.jsonl|prompt and answers|(?:is|are|be|prompts) judged|'
+    r"answer(?:,)? without (?:its|the) thoughts|leaves no answer|no run or folder"
 )
 
 
@@ -438,8 +428,6 @@ def test_texts_are_plain_english() -> None:
         (1, "told"),
     ]
     assert not forbidden_words('help("Judge completions of \\"answers\\"; cannot")\ntold = "told"')
-    files = [f for f in FILES if f"{f.relative_to(PACKAGE)}".startswith(tuple(PASSED))]
-    assert len(files) > len(PASSED)
     offenders = [
         f"{relative(f)}:{line}: {word}"
         for f in files

@@ -650,16 +650,16 @@ def fewshot(
     Example: mlxft fewshot configs/fewshot-reviews.yaml --k 0,1,4,16,all --test test.jsonl
              mlxft fewshot configs/fewshot-reviews.yaml --in-context 4 --tuned 16,all --test test.jsonl
     """
-    from mlxft.study.fewshot import StudyPlan, _draw, read_ks, show_study
+    from mlxft.study.fewshot import StudyPlan, read_ks
     from mlxft.study.fewshot import fewshot as run
 
     given = {"in_context": in_context, "tuned": tuned, "both": both}
     numbers = read_ks(ks, given)
     plan = StudyPlan(test, *numbers, seeds, limit, task, least_steps, overflow)
     study = run(recipe, overrides, plan, out=out, overwrite=overwrite, console=make_console(stderr=True))
-    message = _draw(study)
+    message = study.plot()
     if as_json:
         echo(json_text(study.to_json()))
         return
-    show_study(make_console(), study)
+    study.show(make_console())
     echo(message)

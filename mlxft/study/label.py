@@ -1,4 +1,4 @@
-"""Judging answers by hand: sampled from a model or two, or held in a file; shown blind, in random order."""
+"""mlxft label: judge completions by hand, sampled from one or two models or read from a file, in random order."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import termios
 import tty
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -41,99 +41,96 @@ from mlxft.data.formats import (
 )
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, MlxftError
-from mlxft.files import check_file, is_stream
+from mlxft.files import check_file, flush, is_stream
 from mlxft.text import parse_json
 
 if TYPE_CHECKING:
+    from mlxft.model.load import Loaded
     from mlxft.model.sampling import Sampling
 
 
 # --- judgements -------------------------------------------------------------------------------------------------------
-# Files of judgements: kept so that a kill loses none, and what they say: win rates and agreement.
+# Files of judgements, which survive a kill, and their statistics: win rates and agreement.
 
+_T = TypeVar("_T")
 _Row = dict[str, Any]
 TIE = "tie"
 _BEGIN = b'{"id": '  # of each line
 
 
 class Journal:
-    """A jsonl file that grows by a line at a time, each on the disk before `append` returns.
+    """A jsonl file to which lines are appended; each is on the disk before `append` returns.
 
-    One process at a time may have it open. The last line can be taken back by cutting the file, so that at any moment
-    the file is whole; a line that a kill left half written is cut when the file is opened.
+    Only one process at a time may open it. The last line can be removed by truncating the file, so the file is complete
+    at any moment; a line that a kill left incomplete is removed when the file is opened.
 
     Raises:
-        ConfigError: it can not be opened, or another process has it.
+        ConfigError: the file cannot be opened, or another process has opened it.
         DataError: a line is not a JSON object with an id.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[_Row] = []
-        self._starts: list[int] = []
         check_file(path, overwrite=True)
-        self._theirs = path.exists() and not path.stat().st_size
+        self._was_empty = path.exists() and not path.stat().st_size
         if is_stream(path):
             raise ConfigError(
-                f"--out: {path} is a device or a pipe; judgements are gone on with, so give a file's name"
+                f"--out: {path} is a device or a pipe, which cannot be continued; give the name of a file"
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as e:
-            raise ConfigError(f"--out: can not write {path}: {e.strerror or e}") from e
+            raise ConfigError(f"--out: cannot write {path}: {e.strerror or e}") from e
         try:
-            self._lock()
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise ConfigError(
+                    f"--out: another mlxft label is writing {path}; end it, or choose another file"
+                ) from e
             self._read()
-            self._flush_folder()
+            flush(path.parent)
         except BaseException:
             os.close(self._fd)
             raise
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise ConfigError(f"--out: another mlxft label is writing {self.path}; end it, or choose another") from e
-
     def _read(self) -> None:
         raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        # Only what begins as our lines do may be cut: a file of something else is left as it is.
-        tail = b"" if _object(raw[whole:]) else raw[whole:]
-        torn = tail.startswith(_BEGIN) or _BEGIN.startswith(tail)
-        start = 0
-        for number, line in enumerate((raw.removesuffix(tail) if torn else raw).splitlines(keepends=True), 1):
+        end = raw.rfind(b"\n") + 1
+        tail = raw[end:]
+        # Remove only what begins as a line of ours does: another program's file stays as it is.
+        torn = _object(tail) is None and (tail.startswith(_BEGIN) or _BEGIN.startswith(tail))
+        for number, line in enumerate((raw[:end] if torn else raw).splitlines(), 1):
             row = _object(line)
             if row is None or not {"id", "turn"} <= row.keys():
                 raise DataError(f"{self.path}:{number}: not a line that mlxft label wrote; choose another --out")
             self.rows.append(row)
-            self._starts.append(start)
-            start += len(line)
-        if tail:
-            self._cut(whole)
-        elif whole < len(raw):  # only the newline is missing
+        if tail and torn:
+            self._truncate(end)
+        elif tail:  # only the newline is missing
             self._write(b"\n")
 
     def append(self, row: _Row) -> None:
-        """Add a line; it is on the disk when this returns."""
+        """Add a line and write it to the disk."""
         start = os.fstat(self._fd).st_size
         try:
             self._write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
         except OSError as e:
-            self._cut(start)
-            raise MlxftError(f"can not write {self.path}: {e.strerror or e}; what was judged before is safe") from e
+            self._truncate(start)
+            raise MlxftError(f"cannot write {self.path}: {e.strerror or e}; earlier judgements are safe") from e
         self.rows.append(row)
-        self._starts.append(start)
 
     def undo(self) -> _Row:
-        """Take the last line back, and give it."""
-        self._cut(self._starts.pop())
+        """Remove the last line, and return it."""
+        raw = self.path.read_bytes()
+        self._truncate(raw.rfind(b"\n", 0, -1) + 1)
         return self.rows.pop()
 
     def close(self) -> None:
-        """Let others write it. A file that holds nothing is removed, unless it was there like that."""
-        if not self._theirs and os.fstat(self._fd).st_size == 0:
+        """Release the file, and delete it if it is empty and was not there before."""
+        if not self._was_empty and os.fstat(self._fd).st_size == 0:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
 
@@ -142,16 +139,9 @@ class Journal:
             data = data[os.write(self._fd, data) :]
         os.fsync(self._fd)
 
-    def _cut(self, size: int) -> None:
+    def _truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
         os.fsync(self._fd)
-
-    def _flush_folder(self) -> None:
-        fd = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _object(line: bytes) -> _Row | None:
@@ -163,7 +153,7 @@ def _object(line: bytes) -> _Row | None:
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval of a share of n trials (Wilson 1927); z is the normal quantile, of 95 % unless told."""
+    """Return the interval of a share of n trials (Wilson 1927); z is the normal quantile, by default for 95 %."""
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
@@ -171,7 +161,7 @@ def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 class WinRate(NamedTuple):
-    """How often one model's answers were chosen over another's; ties count half."""
+    """How often one model's completions were preferred to another's; ties count half."""
 
     model: str
     against: str
@@ -180,17 +170,13 @@ class WinRate(NamedTuple):
     ties: int
 
     @property
-    def n(self) -> int:
-        return self.wins + self.losses + self.ties
-
-    @property
     def rate(self) -> float:
-        return (self.wins + self.ties / 2) / self.n
+        return (self.wins + self.ties / 2) / (self.wins + self.losses + self.ties)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's, of 95 %."""
-        return wilson(self.rate, self.n)
+        """Return Wilson's 95 % interval."""
+        return wilson(self.rate, self.wins + self.losses + self.ties)
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -201,38 +187,38 @@ class WinRate(NamedTuple):
 
 
 def win_rate(rows: Sequence[_Row], model: str | None = None) -> WinRate | None:
-    """Over the judgements of two answers by two models; None where no such, or more than two models, are there.
+    """Return the win rate over judgements of two models' completions; None unless there are exactly two models.
 
     Args:
-        model: whose wins are counted; the first row's first model unless told.
+        model: the model whose wins are counted (default: the first model of the first row).
     """
     duels = [row for row in rows if row.get("models") and len(row["models"]) == 2 == len(set(row["models"]))]
     names = {name for row in duels for name in row["models"]}
     if len(names) != 2:
         return None
-    first = model if model in names and model is not None else str(duels[0]["models"][0])
+    first = str(model if model in names else duels[0]["models"][0])
     (second,) = names - {first}
-    won = [row["judgement"] if row["judgement"] == TIE else row["models"][row["judgement"]] for row in duels]
-    count = Counter(won)
-    return WinRate(first, second, count[first], count[second], count[TIE])
+    won = Counter(TIE if row["judgement"] == TIE else row["models"][row["judgement"]] for row in duels)
+    return WinRate(first, second, won[first], won[second], won[TIE])
 
 
 class Agreement(NamedTuple):
-    """Two labellers on the same prompts: how many, the share judged alike, and that beyond chance (Cohen's kappa)."""
+    """Agreement of two labellers: number of shared prompts, share with equal verdicts, and Cohen's kappa."""
 
     n: int
     observed: float
     kappa: float | None
 
     def __str__(self) -> str:
-        said = (
-            "undefined (each gave one and the same verdict throughout)" if self.kappa is None else f"{self.kappa:.3f}"
-        )
-        return f"Cohen's kappa {said}; {self.observed:.1%} of {self.n} shared prompts judged alike"
+        kappa = "undefined (both gave one verdict throughout)" if self.kappa is None else f"{self.kappa:.3f}"
+        return f"Cohen's kappa {kappa}; {self.observed:.1%} of {self.n} shared prompts judged alike"
 
 
 def cohens_kappa(first: Sequence[Any], second: Sequence[Any]) -> Agreement:
-    """Agreement of two raters' verdicts on the same items (Cohen 1960); kappa is None where chance agreement is 1."""
+    """Return the agreement of two raters' verdicts on the same items (Cohen 1960).
+
+    Kappa, the agreement beyond chance, is None if chance agreement is 1.
+    """
     n = len(first)
     observed = sum(a == b for a, b in zip(first, second)) / n
     one, two = Counter(first), Counter(second)
@@ -241,104 +227,107 @@ def cohens_kappa(first: Sequence[Any], second: Sequence[Any]) -> Agreement:
 
 
 def agreement(first: Path, second: Path) -> Agreement:
-    """Agreement of two labellers' files over the prompts, with the same answers, that both judged.
+    """Return the agreement of two files of judgements, over the prompts with the same completions that are in both.
 
-    Ties that no human gave (of equal answers) do not count. What chance gives is counted by the answers' places in the
-    file that was judged, which tell their models where there are two; where the places differ, by the texts' order.
+    Automatic ties (of equal completions) do not count. Chance agreement is that of the completions' places in the file
+    of prompts, since the place names the model if there are two; where the places differ, that of the texts' order.
 
     Raises:
-        ConfigError: no such file. DataError: a line is no judgement, or the files share no prompt.
+        ConfigError: a file does not exist. DataError: a line is not a judgement, or the files share no prompt.
     """
     one, two = _verdicts(first), _verdicts(second)
-    shared = [key for key in one if key in two]
-    if not shared:
-        raise DataError(f"{first} and {second} share no prompt with the same answers")
-    orders = [one[key].answers if one[key].answers == two[key].answers else sorted(one[key].answers) for key in shared]
-    return cohens_kappa(*([file[key].place(order) for key, order in zip(shared, orders)] for file in (one, two)))
+    verdicts: tuple[list[int | str], list[int | str]] = ([], [])
+    for key in one.keys() & two.keys():
+        order = one[key].texts if one[key].texts == two[key].texts else sorted(one[key].texts)
+        for found, verdict in zip(verdicts, (one[key], two[key])):
+            found.append(TIE if verdict.best is None else order.index(verdict.best))
+    if not verdicts[0]:
+        raise DataError(f"{first} and {second} share no prompt with the same completions")
+    return cohens_kappa(*verdicts)
 
 
 class _Verdict(NamedTuple):
-    """The answers' texts as JSON, and the best one among them or a tie."""
+    """The completions as JSON, and the best of them; None: a tie."""
 
-    answers: list[str]
-    best: str
-
-    def place(self, order: list[str]) -> str:
-        """Where the best one stands in an order of the answers."""
-        return TIE if self.best == TIE else str(order.index(self.best))
+    texts: list[str]
+    best: str | None
 
 
 def _verdicts(path: Path) -> dict[tuple[str, int], _Verdict]:
-    """Verdicts by prompt, answers, and how many such there were before."""
-    from mlxft.data.sources import Problem, read_rows, report_lines
-
+    """Return verdicts by prompt with completions, and the number of equal ones before."""
     seen: Counter[str] = Counter()
     verdicts: dict[tuple[str, int], _Verdict] = {}
-    problems: list[str] = []
-    for row in read_rows(str(path), "train"):
-        if isinstance(row, Problem):
-            problems.append(f"{row.where}: {row.text}")
-            continue
-        data = row.data
-        if data.get("auto"):
-            continue
-        rejected = data.get("rejected")
-        texts = [data.get("chosen"), *(rejected if isinstance(rejected, list) else [rejected])]
-        if "prompt" not in data or None in texts:
-            problems.append(f"{row.where}: no prompt, chosen and rejected; expected a line of mlxft label")
-            continue
-        listed = data["answers"] if isinstance(data.get("answers"), list) else []
-        held, shown = ([json.dumps(text, sort_keys=True) for text in some] for some in (texts, listed))
-        key = json.dumps([data["prompt"], sorted(held)], sort_keys=True)
-        tied = data.get("tie") or data.get("preferred") == TIE
-        order = shown if sorted(shown) == sorted(held) else sorted(held)
-        verdicts[key, seen[key]] = _Verdict(order, TIE if tied else held[0])
-        seen[key] += 1
-    if problems:
-        raise DataError(report_lines(problems))
+    for key, verdict in _read_each(str(path), _verdict):
+        if verdict is not None:
+            verdicts[key, seen[key]] = verdict
+            seen[key] += 1
     return verdicts
 
 
+def _verdict(row: _Row) -> tuple[str, _Verdict | None]:
+    rejected = row.get("rejected")
+    texts = [row.get("chosen"), *(rejected if isinstance(rejected, list) else [rejected])]
+    if row.get("auto"):
+        return "", None
+    if "prompt" not in row or None in texts:
+        raise DataError("no prompt, chosen and rejected; expected a line of mlxft label")
+    listed = row["answers"] if isinstance(row.get("answers"), list) else []
+    held, shown = ([json.dumps(text, sort_keys=True) for text in some] for some in (texts, listed))
+    order = shown if sorted(shown) == sorted(held) else sorted(held)
+    tied = row.get("tie") or row.get("preferred") == TIE
+    return json.dumps([row["prompt"], sorted(held)], sort_keys=True), _Verdict(order, None if tied else held[0])
+
+
+def _read_each(spec: str, read: Callable[[_Row], _T]) -> list[_T]:
+    """Return what `read` returns for each row; raise a DataError with all problems."""
+    found, problems = [], []
+    for row in read_rows(spec, "train"):
+        try:
+            if isinstance(row, Problem):
+                raise DataError(row.text)
+            found.append(read(row.data))
+        except DataError as e:
+            problems.append(f"{row.where}: {e}")
+    if problems:
+        raise DataError(report_lines(problems))
+    return found
+
+
 # --- label recipe -----------------------------------------------------------------------------------------------------
-# A recipe of `mlxft label`: its options in a file.
 
 
 class Label(Settings):
-    """Each setting is the option of its name; what stands there and is not given has the option's default."""
+    """Recipe of `mlxft label`: each setting is the option of the same name, which also has its default."""
 
-    prompts: str | None = Field(None, min_length=1, description="Rows with a prompt; those with answers are judged.")
-    out: Path | None = Field(None, description="Judgements, a line each; gone on with if it exists.")
-    model: str | None = Field(None, min_length=1, description="What answers.")
-    adapter: str | None = Field(None, min_length=1, description="Adapter folder or run to put on the model.")
-    against: str | None = Field(None, min_length=1, description="Another model: one answer from each.")
-    n: int | None = Field(None, ge=2, le=9, description="Answers a prompt.")
-    max_tokens: int | None = Field(None, ge=1, description="Longest answer.")
-    temperature: float | None = Field(None, ge=0, description="Of sampling.")
-    seed: int | None = Field(None, ge=0, description="Of the answers and their order.")
+    prompts: str | None = Field(None, min_length=1, description="Rows with a prompt; completions in them are judged.")
+    out: Path | None = Field(None, description="File of judgements, one per line; an existing file is continued.")
+    model: str | None = Field(None, min_length=1, description="Model that is sampled.")
+    adapter: str | None = Field(None, min_length=1, description="Adapter folder or run to apply to the model.")
+    against: str | None = Field(None, min_length=1, description="Another model: one completion from each is judged.")
+    n: int | None = Field(None, ge=2, le=9, description="Completions per prompt.")
+    max_tokens: int | None = Field(None, ge=1, description="Maximum length of a completion in tokens.")
+    temperature: float | None = Field(None, ge=0, description="Sampling temperature.")
+    seed: int | None = Field(None, ge=0, description="Seed for the completions and their order.")
 
 
 def read_label_recipe(path: Path) -> dict[str, Any]:
-    """The settings that a recipe gives, by name.
-
-    Raises:
-        ConfigError: missing file, bad YAML, or any wrong setting, all reported at once.
-    """
+    """Return the settings that a recipe gives, by name; raise a ConfigError with all problems at once."""
     return read_settings(path, Label, "configs/label.yaml shows one of mlxft label").model_dump(exclude_none=True)
 
 
 # --- terminal ---------------------------------------------------------------------------------------------------------
-# The terminal that answers are judged at: single keys, and answers side by side.
+# Single keys, and completions side by side.
 
-_NARROW = 80  # columns below which answers stand one below the other
-_COLUMN = 30  # columns an answer needs
-_ESCAPE = 0.05  # seconds in which the rest of an arrow key comes
+_NARROW = 80  # columns; on narrower terminals completions are stacked
+_COLUMN = 30  # columns that a completion needs
+_ESCAPE = 0.05  # seconds to wait for the rest of an arrow key
 _ARROWS = {b"[D": "l", b"[C": "r"}
 
 
 class Keys:
-    """Keys of standard input: at a terminal each as it is pressed, from a pipe the first letter of each line.
+    """Keys from standard input: each as it is pressed on a terminal, the first letter of each line from a pipe.
 
-    The terminal is as before when the context ends, also by SIGTERM.
+    The terminal's settings are restored when the context ends, also by SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -353,18 +342,18 @@ class Keys:
             self._on_term = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._fd is not None:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
             signal.signal(signal.SIGTERM, self._on_term)
 
-    def forget(self) -> None:
-        """Drop what was typed so far: it was meant for what stood there before."""
+    def discard(self) -> None:
+        """Discard the keys pressed so far: they were meant for the previous prompt."""
         if self._fd is not None:
             termios.tcflush(self._fd, termios.TCIFLUSH)
 
     def key(self) -> str:
-        """The next key, in lower case; an arrow is l or r; the end of input is q."""
+        """Return the next key in lower case: an arrow as l or r, the end of input as q."""
         if self._fd is None:
             line = sys.stdin.readline()
             return line.strip().lower()[:1] if line else "q"
@@ -376,59 +365,47 @@ class Keys:
             return _ARROWS.get(rest, "")
         return pressed.decode("ascii", "ignore").lower()
 
-    def line(self, ask: Callable[[], None]) -> str:
-        """A line of text, typed with the terminal's own editing once `ask` has asked for it."""
+    def line(self, show: Callable[[], None]) -> str:
+        """Return a line of text; `show` shows what to type once the terminal edits lines."""
         if self._fd is None:
-            ask()
+            show()
             return sys.stdin.readline().strip()
         now = termios.tcgetattr(self._fd)
         termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
         try:
-            ask()
+            show()
             return os.read(self._fd, 4096).decode("utf-8", "replace").strip()
         finally:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, now)
 
 
-def show_side_by_side(console: Console, title: str, prompt: str | list[dict[str, Any]], answers: Sequence[str]) -> None:
-    """A prompt and the answers to it, in the order given: side by side where there is room for that."""
+def show_side_by_side(console: Console, title: str, prompt: str | list[dict[str, Any]], texts: Sequence[str]) -> None:
+    """Print a prompt and its completions, side by side if there is room."""
     console.rule(Text(title))
-    turns = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
-    console.print(Text("\n".join(turns), style="bold"))
-    names = ["left (l)", "right (r)"] if len(answers) == 2 else [str(i) for i in range(1, len(answers) + 1)]
-    texts: list[RenderableType] = [Text(answer) for answer in answers]
-    if console.width < max(_NARROW, _COLUMN * len(answers)):
+    lines = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
+    console.print(Text("\n".join(lines), style="bold"))
+    count = len(texts)
+    names = ["left (l)", "right (r)"] if count == 2 else [str(i + 1) for i in range(count)]
+    if console.width < max(_NARROW, _COLUMN * count):
         for name, text in zip(names, texts):
-            console.print(Panel(text, title=name, title_align="left"))
+            console.print(Panel(Text(text), title=name, title_align="left"))
         return
     table = Table(expand=True, show_lines=True)
     for name in names:
         table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*texts)
+    table.add_row(*map(Text, texts))
     console.print(table)
-
-
-def choices(count: int) -> dict[str, int]:
-    """Key -> place of the answer it chooses."""
-    digits = {str(i + 1): i for i in range(count)}
-    return {"l": 0, "r": 1, **digits} if count == 2 else digits
-
-
-def keys_help(count: int) -> str:
-    """The line that says which keys there are."""
-    choose = "l or r" if count == 2 else f"1 to {count}"
-    return f"{choose} choose   t tie   s skip   u undo   n note   q quit"
 
 
 # --- label ------------------------------------------------------------------------------------------------------------
 
-MOST = 9  # answers that a digit can choose
-_AGAIN = 4  # more samples where answers are empty or alike
+MOST = 9  # completions that a digit can select
+_AGAIN = 4  # further samples if completions are empty or equal
 
 
 @dataclass(frozen=True)
 class LabelSource:
-    """Where answers come from. `against` is a second model: then each gives one answer."""
+    """How completions are sampled. With `against`, a second model, each model gives one completion."""
 
     sampling: Sampling
     model: str | None = None
@@ -439,31 +416,23 @@ class LabelSource:
 
     @property
     def names(self) -> list[str]:
-        """The model of each answer."""
+        """Return the model of each completion."""
         own = f"{self.model} with {self.adapter}" if self.adapter else str(self.model)
         return [own, self.against] if self.against else [own] * self.n
 
 
 class LabelTask(NamedTuple):
-    """A prompt to judge: its answers and, where known, the model of each; None where they are to be sampled."""
+    """A prompt to judge, with its completions ([]: they are to be sampled) and, if known, the model of each."""
 
     id: str
     prompt: str | list[Message]
-    answers: list[str] | None
+    completions: list[str]
     models: list[str] | None
     tools: list[dict[str, Any]] | None = None
 
 
-class Shown(NamedTuple):
-    """A task's answers, as sampled or held, and the order they are shown in."""
-
-    answers: list[str]
-    models: list[str] | None
-    order: list[int]
-
-
 class LabelSummary(NamedTuple):
-    """What a file of judgements holds, of how many prompts."""
+    """Numbers of prompts, and the win rate of a file of judgements."""
 
     judged: int
     skipped: int
@@ -472,180 +441,156 @@ class LabelSummary(NamedTuple):
 
 
 def read_tasks(spec: str) -> list[LabelTask]:
-    """Prompts of a file, in order; rows may hold answers: `answers` (and `models`), or `chosen` and `rejected`.
+    """Return the prompts of a file, in order.
+
+    Rows may hold completions: "answers" or "completions" (and "models"), or "chosen" and "rejected".
 
     Raises:
-        ConfigError: no such file. DataError: rows that do not fit, all in one.
+        ConfigError: the file does not exist. DataError: rows do not fit; all are reported at once.
     """
     tasks: list[LabelTask] = []
-    problems: list[str] = []
     seen: Counter[str] = Counter()
-    for row in read_rows(spec, "train"):
-        try:
-            if isinstance(row, Problem):
-                raise DataError(row.text)
-            data = in_our_fields(row.data, ("preference", "ratings"))
-            prompt, answers, models = _task(data)
-            tools = tools_of(data)
-        except DataError as e:
-            problems.append(f"{row.where}: {e}")
-            continue
-        said = json.dumps([unwritten(prompt), answers, *([tools] if tools else [])], sort_keys=True)
-        name = blake2b(said.encode(), digest_size=8).hexdigest()
+    for task in _read_each(spec, _task):
+        parts = [unwritten(task.prompt), task.completions or None, *([task.tools] if task.tools else [])]
+        name = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
         seen[name] += 1
-        tasks.append(LabelTask(name if seen[name] == 1 else f"{name}-{seen[name]}", prompt, answers, models, tools))
-    if problems:
-        raise DataError(report_lines(problems))
+        tasks.append(task._replace(id=name if seen[name] == 1 else f"{name}-{seen[name]}"))
     return tasks
 
 
-def _task(row: _Row) -> tuple[str | list[Message], list[str] | None, list[str] | None]:
+def _task(row: _Row) -> LabelTask:
+    """Return the task of a row, without its id."""
+    row = in_our_fields(row, ("preference", "ratings"))
     name = next((name for name in ("answers", "completions") if row.get(name) is not None), None)
     if name is None and row.get("chosen") is not None and row.get("rejected") is not None:
-        return _held_pair(row)
+        return LabelTask("", *_pair(row), None, tools_of(row))
     if row.get("prompt") is None:
         raise DataError(f"no field 'prompt'; the row has {', '.join(map(str, row)) or 'none'}")
     prompt = read_prompts(row).prompt
     if name is None:
-        return prompt, None, None
-    answers = [string_at(text, f"{name}[{i}]") for i, text in enumerate(list_at(row[name], name, "texts"))]
-    if not 2 <= len(set(answers)) == len(answers) <= MOST:
-        raise DataError(f"{name} has {len(answers)} texts, {len(set(answers))} of them different; expected 2 to {MOST}")
+        return LabelTask("", prompt, [], None, tools_of(row))
+    texts = [string_at(text, f"{name}[{i}]") for i, text in enumerate(list_at(row[name], name, "texts"))]
+    if not 2 <= len(set(texts)) == len(texts) <= MOST:
+        raise DataError(f"{name} has {len(texts)} texts, {len(set(texts))} of them different; expected 2 to {MOST}")
     models = row.get("models")
-    if models is not None and len(models := [str(m) for m in list_at(models, "models", "names")]) != len(answers):
-        raise DataError(f"models has {len(models)} names for {len(answers)} {name}; expected one for each")
-    return prompt, answers, models
+    if models is not None and len(models := [str(m) for m in list_at(models, "models", "names")]) != len(texts):
+        raise DataError(f"models has {len(models)} names for {len(texts)} {name}; expected one for each")
+    return LabelTask("", prompt, texts, models, tools_of(row))
 
 
-def _held_pair(row: _Row) -> tuple[str | list[Message], list[str], None]:
+def _pair(row: _Row) -> tuple[str | list[Message], list[str]]:
     item = read_preference(row)
     pairs = item.pairs if isinstance(item, Ranked) else (item,)
-    turns = [pairs[0].chosen, *(pair.rejected for pair in pairs)]
-    answers = [turn if isinstance(turn, str) else str(turn["content"]) for turn in turns]
-    if any("tool_calls" in turn for turn in turns if isinstance(turn, dict)):
-        raise DataError("an answer has tool_calls; only texts can be judged")
-    if len(set(answers)) < len(answers):
-        raise DataError("two answers are the same; expected a difference to judge")
-    return pairs[0].prompt, answers, None
+    found = [pairs[0].chosen, *(pair.rejected for pair in pairs)]
+    if any("tool_calls" in message for message in found if isinstance(message, dict)):
+        raise DataError("a completion has tool_calls; expected texts, since only texts can be judged")
+    texts = [message if isinstance(message, str) else str(message["content"]) for message in found]
+    if len(set(texts)) < len(texts):
+        raise DataError("two completions are the same; expected a difference to judge")
+    return pairs[0].prompt, texts
 
 
 def label(spec: str, out: Path, source: LabelSource, console: Console) -> LabelSummary:
-    """Judge the prompts of a file, from where the last time ended, until all are judged or `q` is pressed.
+    """Judge the prompts of a file that have no judgement yet, until none is left or `q` is pressed.
 
-    Each judgement is a line of `out`, on the disk before the next prompt is shown, and is a row of data.format:
-    preference. Skipped prompts stand in a file beside it.
+    Each judgement is a line of `out`, is on the disk before the next prompt is shown, and is a row of data.format:
+    preference. Skipped prompts are recorded in a file beside it.
 
     Raises:
-        ConfigError: settings that do not go together, or `out` holds judgements of other models.
-        DataError: the file's rows do not fit.
+        ConfigError: settings contradict each other, or `out` holds judgements of other models.
+        DataError: rows of the file do not fit.
     """
     tasks = read_tasks(spec)
     _check(tasks, source, Path(spec), out)
-    judged = Journal(out)
-    try:
-        skipped = Journal(out.with_name(out.name + ".skipped"))
-        try:
-            _check_models(judged, tasks, source)
-            _Session(tasks, judged, skipped, source, console).run()
-            known = {task.id for task in tasks}
-            done, left = (sum(row["id"] in known for row in journal.rows) for journal in (judged, skipped))
-            own = source.names[0] if source.model else None
-            return LabelSummary(done, left, len(tasks), win_rate(judged.rows, own))
-        finally:
-            skipped.close()
-    finally:
-        judged.close()
+    with closing(Journal(out)) as judged, closing(Journal(out.with_name(out.name + ".skipped"))) as skipped:
+        _check_models(judged, tasks, source)
+        _Session(tasks, judged, skipped, source, console).run()
+        known = {task.id for task in tasks}
+        done, left = (sum(row["id"] in known for row in journal.rows) for journal in (judged, skipped))
+        return LabelSummary(done, left, len(tasks), win_rate(judged.rows, source.names[0] if source.model else None))
 
 
 def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -> None:
-    wrong = []
-    asked = any(task.answers is None for task in tasks)
-    if spec.exists() and out.exists() and spec.samefile(out):
-        wrong.append("--out is the file of prompts; choose another")
-    if asked and source.model is None:
-        wrong.append(f"{spec} holds prompts without answers; name a --model to sample them from")
-    if not asked and source.model is not None:
-        wrong.append(f"--model: {spec} holds all answers already; leave it out to judge those")
-    if source.model is None and (source.adapter or source.against):
-        wrong.append("--adapter and --against go with --model")
-    if source.against and source.n != 2:
-        wrong.append(f"--against compares one answer of each model; --n is {source.n}")
-    if source.against and len(set(source.names)) == 1:
-        wrong.append("--against is the model itself; name another, or leave it out")
-    if asked and not source.against and source.sampling.temperature == 0:
-        wrong.append("--temperature 0 gives the same answer each time; raise it to have answers that differ")
-    if wrong:
+    sampled = any(not task.completions for task in tasks)
+    same = sampled and not source.against and source.sampling.temperature == 0
+    problems = {
+        "--out is the file of prompts; choose another": spec.exists() and out.exists() and spec.samefile(out),
+        f"{spec} holds prompts without completions; name a --model to sample": sampled and source.model is None,
+        f"--model: {spec} holds all completions already; leave it out to judge those": not sampled and source.model,
+        "--adapter and --against go with --model": source.model is None and (source.adapter or source.against),
+        f"--against compares one completion of each model; --n is {source.n}": source.against and source.n != 2,
+        "--against is the model itself; name another, or leave it out": source.against and len(set(source.names)) == 1,
+        "--temperature 0 gives the same completion each time; raise it": same,
+    }
+    if wrong := [text for text, found in problems.items() if found]:
         raise ConfigError("\n".join(wrong))
 
 
 def _check_models(judged: Journal, tasks: list[LabelTask], source: LabelSource) -> None:
-    """A file of judgements compares one thing: its win rate is of two models, not of any."""
-    sampled = {task.id for task in tasks if task.answers is None}
+    """Refuse a file with judgements of other models: a file has one win rate, of two models."""
+    sampled = {task.id for task in tasks if not task.completions}
+    wanted = " and ".join(sorted(set(source.names)))
     for row in judged.rows:
-        if row["id"] in sampled and set(row.get("models") or ()) != set(source.names):
-            before = " and ".join(sorted(set(row.get("models") or ["none"])))
-            raise ConfigError(
-                f"--out: {judged.path} holds judgements of {before}; choose another file for "
-                f"{' and '.join(sorted(set(source.names)))}"
-            )
+        before = " and ".join(sorted(set(row.get("models") or ["no model"])))
+        if row["id"] in sampled and before != wanted:
+            raise ConfigError(f"--out: {judged.path} holds judgements of {before}; choose another file for {wanted}")
 
 
 class _Session:
-    """A sitting: the prompts that are not done yet, one after the other."""
+    """Judging of the prompts that have no judgement yet, one after the other."""
 
     def __init__(
         self, tasks: list[LabelTask], judged: Journal, skipped: Journal, source: LabelSource, console: Console
     ) -> None:
         self.tasks, self.judged, self.skipped = tasks, judged, skipped
         self.source, self.console = source, console
-        self._sample = _sampler(source)
-        self._answers: dict[str, Shown] = {}
+        self._models: list[Loaded] = []
+        self._sampled: dict[str, LabelTask] = {}
 
     def run(self) -> None:
         with Keys() as keys:
             while (found := self._next()) is not None:
                 number, task = found
-                shown = self._shown(task)
-                if len(shown.answers) < 2:
-                    self._no_choice(task, shown)
-                elif not self._judge(keys, number, task, shown):
+                if not task.completions:
+                    task = self._sampled[task.id] = self._sampled.get(task.id) or self._sample(task)
+                if len(task.completions) < 2:
+                    self._no_choice(task)
+                elif not self._judge(keys, number, task):
                     return
 
+    def _rows(self) -> list[_Row]:
+        return [*self.judged.rows, *self.skipped.rows]
+
     def _next(self) -> tuple[int, LabelTask] | None:
-        done = {row["id"] for journal in (self.judged, self.skipped) for row in journal.rows}
+        done = {row["id"] for row in self._rows()}
         return next(((i, task) for i, task in enumerate(self.tasks, 1) if task.id not in done), None)
 
-    def _shown(self, task: LabelTask) -> Shown:
-        if task.id not in self._answers:
-            answers, models = task.answers, task.models
-            if answers is None:
-                with self.console.status("sampling answers"):
-                    answers, models = self._sample(task)
-            order = list(range(len(answers)))
-            # Other answers' lengths, models and places in the file must not show through the order.
-            random.Random(f"{self.source.seed} {task.id}").shuffle(order)
-            self._answers[task.id] = Shown(answers, models, order)
-        return self._answers[task.id]
+    def _order(self, task: LabelTask) -> list[int]:
+        """Return an order that depends on the seed and the prompt only, so that it reveals nothing about the models."""
+        order = list(range(len(task.completions)))
+        random.Random(f"{self.source.seed} {task.id}").shuffle(order)
+        return order
 
-    def _no_choice(self, task: LabelTask, shown: Shown) -> None:
-        """Two models that say the same are tied; otherwise there is nothing to learn."""
-        if self.source.against and shown.answers:
-            models = self.source.names
-            same = Shown(shown.answers * 2, models, [0, 1])
-            self.judged.append({**self._line(task, same, TIE), "auto": True})
-            self.console.print("both models gave the same answer: a tie")
+    def _no_choice(self, task: LabelTask) -> None:
+        """Record a tie if two models gave the same completion; otherwise skip the prompt."""
+        if self.source.against and task.completions:
+            same = task._replace(completions=task.completions * 2, models=self.source.names)
+            self.judged.append({**self._line(same, TIE), "shown": [0, 1], "auto": True})
+            self.console.print("both models gave the same completion: a tie")
         else:
             self.skipped.append({"id": task.id, "turn": self._turn(), "auto": True})
-            self.console.print("the answers are empty or all the same: skipped")
+            self.console.print("the completions are empty or all the same: skipped")
 
-    def _judge(self, keys: Keys, number: int, task: LabelTask, shown: Shown) -> bool:
-        """One prompt until it is judged, skipped, or another one is to be shown; False is to quit."""
-        count, note = len(shown.answers), ""
-        keys.forget()
-        show_side_by_side(
-            self.console, f"{number} of {len(self.tasks)}", task.prompt, [shown.answers[i] for i in shown.order]
-        )
-        self.console.print(keys_help(count))
+    def _judge(self, keys: Keys, number: int, task: LabelTask) -> bool:
+        """Show a prompt until it is judged or skipped, or the last one is undone; return False to quit."""
+        count, order, note = len(task.completions), self._order(task), ""
+        places = {str(i + 1): i for i in range(count)} | ({"l": 0, "r": 1} if count == 2 else {})
+        choose = "l or r" if count == 2 else f"1 to {count}"
+        usage = f"{choose} choose   t tie   s skip   u undo   n note   q quit"
+        title, texts = f"{number} of {len(self.tasks)}", [task.completions[i] for i in order]
+        keys.discard()
+        show_side_by_side(self.console, title, task.prompt, texts)
+        self.console.print(usage)
         while True:
             key = keys.key()
             if key == "q":
@@ -655,88 +600,81 @@ class _Session:
             if key == "s":
                 self.skipped.append({"id": task.id, "turn": self._turn()})
                 return True
-            if key in choices(count) or key == "t":
-                verdict = TIE if key == "t" else shown.order[choices(count)[key]]
-                row = self._line(task, shown, verdict)
+            if key in places or key == "t":
+                row = self._line(task, TIE if key == "t" else order[places[key]])
                 self.judged.append({**row, "note": note} if note else row)
                 return True
             if key == "n":
                 note = keys.line(lambda: self.console.print("note: ", end=""))
             elif key.strip():
-                self.console.print("nothing to undo" if key == "u" else keys_help(count))
+                self.console.print("nothing to undo" if key == "u" else usage)
 
     def _turn(self) -> int:
-        return 1 + max((row["turn"] for journal in (self.judged, self.skipped) for row in journal.rows), default=0)
+        return 1 + max((row["turn"] for row in self._rows()), default=0)
 
     def _undo(self) -> bool:
-        """Take back the last judgement or skip by hand, and what no hand did since."""
-        journals = (self.judged, self.skipped)
-        if not any(not row.get("auto") for journal in journals for row in journal.rows):
+        """Undo the last judgement or skip by hand, and the automatic ones after it."""
+        if all(row.get("auto") for row in self._rows()):
             return False
         while True:
-            last = max((journal for journal in journals if journal.rows), key=lambda journal: journal.rows[-1]["turn"])
-            if not last.undo().get("auto"):
+            journals = [journal for journal in (self.judged, self.skipped) if journal.rows]
+            if not max(journals, key=lambda journal: journal.rows[-1]["turn"]).undo().get("auto"):
                 return True
 
-    def _line(self, task: LabelTask, shown: Shown, verdict: int | str) -> _Row:
+    def _line(self, task: LabelTask, verdict: int | str) -> _Row:
         best = 0 if isinstance(verdict, str) else verdict
-        rest = [text for i, text in enumerate(shown.answers) if i != best]
+        rest = [text for i, text in enumerate(task.completions) if i != best]
         return {
             "id": task.id,
             "prompt": unwritten(task.prompt),
-            "chosen": shown.answers[best],
+            "chosen": task.completions[best],
             "rejected": rest[0] if len(rest) == 1 else rest,
             **({"tools": task.tools} if task.tools else {}),
             **({"tie": True} if verdict == TIE else {}),
-            "answers": shown.answers,
-            "models": shown.models,
-            "shown": shown.order,
+            "answers": task.completions,
+            "models": task.models,
+            "shown": self._order(task),
             "judgement": verdict,
             "turn": self._turn(),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
+    def _sample(self, task: LabelTask) -> LabelTask:
+        """Add different completions and their models, the same each time."""
+        names = self.source.names
+        with self.console.status("sampling completions"):
+            if not self.source.against:
+                texts = self._different(task, 0, self.source.n)
+            else:
+                # Equal completions of two models are a tie; without a completion of each there is nothing to compare.
+                first, second = self._different(task, 0, 1), self._different(task, 1, 1)
+                texts = [] if not first or not second else first if first == second else first + second
+        return task._replace(completions=texts, models=names[: len(texts)])
 
-def _sampler(source: LabelSource) -> Callable[[LabelTask], tuple[list[str], list[str]]]:
-    """From a task to different answers and their models, the same each time. Models are loaded when first needed."""
-    loaded: list[Any] = []
-
-    def ask(task: LabelTask, which: int, attempt: int, count: int) -> list[str]:
-        from mlxft.data.dataset import encode_prompt
-        from mlxft.model.sampling import sample_batch, text_of
-        from mlxft.runs import load_run
-
-        if not loaded:
-            loaded.append(load_run(str(source.model), source.adapter))
-            if source.against:
-                loaded.append(load_run(source.against))
-        model, tokenizer = loaded[which].model, loaded[which].tokenizer
-        said = f"{source.seed} {task.id} {which} {attempt}".encode()
-        seed = int.from_bytes(blake2b(said, digest_size=7).digest(), "big")
-        how = replace(source.sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
-        ids = encode_prompt(task.prompt, tokenizer, tools=task.tools)
-        (found,) = sample_batch(model, tokenizer, [ids], how, samples=count, seed=seed)
-        return [text_of(tokenizer, answer, how) for answer in found]
-
-    def several(task: LabelTask, which: int, count: int) -> list[str]:
-        """At most `count` texts, all different, none of them blank."""
+    def _different(self, task: LabelTask, which: int, count: int) -> list[str]:
+        """Sample at most `count` completions of a model that are all different and not blank."""
         texts: list[str] = []
-        for attempt in range(1 if source.sampling.temperature == 0 else 1 + _AGAIN):
-            for text in ask(task, which, attempt, count - len(texts)):
+        for attempt in range(1 if self.source.sampling.temperature == 0 else 1 + _AGAIN):
+            for text in self._complete(task, which, attempt, count - len(texts)):
                 if text.strip() and text not in texts:
                     texts.append(text)
             if len(texts) == count:
                 break
         return texts
 
-    def sample(task: LabelTask) -> tuple[list[str], list[str]]:
-        if not source.against:
-            texts = several(task, 0, source.n)
-            return texts, source.names[: len(texts)]
-        # A second model that says the same is a result.
-        first, second = several(task, 0, 1), several(task, 1, 1)
-        if not first or not second:
-            return [], []
-        return (first, source.names[:1]) if first == second else (first + second, source.names)
+    def _complete(self, task: LabelTask, which: int, attempt: int, count: int) -> list[str]:
+        from mlxft.data.dataset import encode_prompt
+        from mlxft.model.sampling import sample_batch, text_of
+        from mlxft.runs import load_run
 
-    return sample
+        source = self.source
+        if not self._models:
+            self._models.append(load_run(str(source.model), source.adapter))
+            if source.against:
+                self._models.append(load_run(source.against))
+        model, tokenizer = self._models[which].model, self._models[which].tokenizer
+        seed = blake2b(f"{source.seed} {task.id} {which} {attempt}".encode(), digest_size=7).digest()
+        how = replace(source.sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
+        ids = encode_prompt(task.prompt, tokenizer, tools=task.tools)
+        (found,) = sample_batch(model, tokenizer, [ids], how, samples=count, seed=int.from_bytes(seed, "big"))
+        return [text_of(tokenizer, completion, how) for completion in found]

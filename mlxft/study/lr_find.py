@@ -1,10 +1,10 @@
-"""mlxft lr-find: the learning-rate range test (Smith 2015): the loss while the rate rises step by step."""
+"""mlxft lr-find: the learning-rate range test (Smith 2015), which records the loss while the rate rises."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +15,57 @@ from mlxft.config import Config
 from mlxft.errors import ConfigError, TrainingError, missing_extra
 from mlxft.model.layers import aside, limits
 from mlxft.run import assemble
-from mlxft.study import plots
-from mlxft.study.plots import check_suffix
+from mlxft.study.plots import check_suffix, lr_curve
 from mlxft.text import Event, make_console
 from mlxft.trainer.loop import Hooks, Loop, Progress
 from mlxft.trainer.report import Stopped, sparkline
 
-SMOOTHING = 0.9  # of the running mean: about ten steps count
-WARMUP = 10  # steps before the running mean is judged
+SMOOTHING = 0.9  # weight of the past in the running mean, which is then over about ten steps
+WARMUP = 10  # steps before the running mean can be relied on
 LEAST_STEPS = 20
-RISE = 0.25  # of the loss's whole fall; less is noise
+RISE = 0.25  # share of the loss's whole fall; a smaller rise is noise
 RULE = "a tenth of the rate at which the smoothed loss was lowest before it first rose by a quarter of its whole fall"
 
 
 @dataclass(frozen=True)
 class RateRange:
-    """What a range test found.
+    """Result of a range test.
 
     Attributes:
-        rates, losses, smoothed: of each step, up to where the loss ran away.
-        suggestion: by RULE; None where the loss did not fall.
-        steepest: the rate at which the smoothed loss fell fastest; None where it did not.
-        diverged: whether the loss ran away before the highest rate.
-        note: what to think of it, where that is in doubt.
+        suggestion: rate by RULE; None if the loss did not fall.
+        steepest: rate at which the smoothed loss fell fastest; None if it did not fall.
+        diverged: whether the loss diverged before the highest rate.
+        note: a doubt about the result, or "".
+        rates, losses, smoothed: values of each step, up to the last one before the test ended.
     """
 
-    rates: list[float]
-    losses: list[float]
-    smoothed: list[float]
     suggestion: float | None
     steepest: float | None
     diverged: bool
-    note: str = ""
+    note: str
+    rates: list[float]
+    losses: list[float]
+    smoothed: list[float]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        names = ("suggestion", "steepest", "diverged", "note", "rates", "losses", "smoothed")
-        return {"rule": RULE, **{k: getattr(self, k) for k in names}}
+        return {"rule": RULE, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """In words."""
+        """Return the result as lines for a terminal."""
         shape = sparkline(self.smoothed[:: max(1, len(self.smoothed) // 60)])
-        said = [f"loss {shape} at rates {self.rates[0]:.1e} to {self.rates[-1]:.1e}, {len(self.rates)} steps"]
+        lines = [f"loss {shape} at rates {self.rates[0]:.1e} to {self.rates[-1]:.1e}, {len(self.rates)} steps"]
         if self.suggestion is not None:
-            said.append(f"suggestion: optim.lr={self.suggestion:.2g} ({RULE}); steepest fall at {self.steepest:.2g}")
-        return said + ([f"note: {self.note}"] if self.note else [])
+            lines.append(f"suggestion: optim.lr={self.suggestion:.2g} ({RULE}); steepest fall at {self.steepest:.2g}")
+        return lines + ([f"note: {self.note}"] if self.note else [])
 
 
 def rate_at(step: int, steps: int, low: float, high: float) -> float:
-    """Rate of `step` (from 0) of `steps`: from low to high, evenly in the logarithm."""
+    """Return the rate of a step (from 0): evenly spaced in the logarithm from low to high."""
     return low * (high / low) ** (step / (steps - 1))
 
 
 def smooth(losses: list[float]) -> list[float]:
-    """Running mean with weight SMOOTHING on what was, corrected for its start at 0 (as in Adam)."""
+    """Return the exponential running mean, corrected for its start at 0 as in Adam."""
     mean, found = 0.0, []
     for k, loss in enumerate(losses, 1):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
@@ -76,16 +73,14 @@ def smooth(losses: list[float]) -> list[float]:
     return found
 
 
-def ran_away(smoothed: list[float]) -> bool:
-    """Whether the last value is above the lowest by as much as the lowest itself, or as much as the loss has fallen,
-    whichever is more."""
+def has_diverged(smoothed: list[float]) -> bool:
+    """Return whether the last value exceeds the lowest by as much as the lowest, and by as much as the whole fall."""
     low = min(smoothed)
     return len(smoothed) > WARMUP and smoothed[-1] > low + max(abs(low), smoothed[0] - low)
 
 
 def valley(smoothed: list[float]) -> int:
-    """Where the loss was lowest before it first rose by RISE of its whole fall: what it does at rates far beyond is no
-    matter."""
+    """Return the index of the lowest loss before its first rise by RISE of its whole fall; later values are ignored."""
     rise = RISE * (smoothed[0] - min(smoothed))
     low = 0
     for k, loss in enumerate(smoothed):
@@ -97,29 +92,18 @@ def valley(smoothed: list[float]) -> int:
 
 
 def suggest_rate(rates: list[float], losses: list[float], diverged: bool) -> RateRange:
-    """A suggestion from the course of the loss."""
+    """Suggest a rate from the losses at rising rates."""
     smoothed = smooth(losses)
     low = valley(smoothed)
     slopes = [(b - a, r) for a, b, r in zip(smoothed[WARMUP:low], smoothed[WARMUP + 1 : low + 1], rates[WARMUP + 1 :])]
-    fell = low > WARMUP and slopes and min(slopes)[0] < 0
-    if not fell:
+    slope, steepest = min(slopes, default=(0.0, None))
+    if slope >= 0:
         note = "the loss never fell: try a lower --min, more --steps, or look at the rows with mlxft check"
-        return RateRange(rates, losses, smoothed, None, None, diverged, note)
+        return RateRange(None, None, diverged, note, rates, losses, smoothed)
     note = ""
     if not diverged and low > 0.9 * (len(smoothed) - 1):
         note = "the loss was still falling at the highest rate: a higher --max may find more"
-    return RateRange(rates, losses, smoothed, rates[low] / 10, min(slopes)[1], diverged, note)
-
-
-class _Rising(Loop):
-    """The loop, with a rate that rises and without validation."""
-
-    def __init__(self, *parts: Any, low: float, high: float) -> None:
-        super().__init__(*parts)
-        self._low, self._high = low, high
-
-    def rate(self) -> float:
-        return rate_at(self.progress.step, self.total_steps, self._low, self._high)
+    return RateRange(rates[low] / 10, steepest, diverged, note, rates, losses, smoothed)
 
 
 @aside()
@@ -131,67 +115,72 @@ def lr_find(
     plot: Path | None = None,
     console: Console | None = None,
 ) -> RateRange:
-    """Train for some steps at rising rates, and look where the loss falls; nothing of it is kept.
+    """Train for some steps at rising rates, record the losses, and discard the training.
 
     Args:
         low, high: first and last rate.
-        plot: a picture, .png, .svg or .pdf.
+        plot: file for a plot: .png, .svg or .pdf.
     Raises:
-        ConfigError, DataError, ModelError: as training would; bounds that hold no range.
-        TrainingError: the first loss is no number already.
-        KeyboardInterrupt: interrupted.
+        ConfigError, DataError, ModelError: as for training; or low, high or steps do not make a range.
+        TrainingError: the loss is NaN or infinite from the start.
+        KeyboardInterrupt: the test was interrupted.
     """
     if not 0 < low < high < math.inf:
         raise ConfigError(f"--min {low:g} --max {high:g}: expected 0 < min < max")
     if steps < LEAST_STEPS:
-        raise ConfigError(f"--steps {steps}: at least {LEAST_STEPS} are needed to see a course")
+        raise ConfigError(f"--steps {steps}: a range test needs at least {LEAST_STEPS} steps")
     if plot is not None:
         check_suffix(plot)
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(f"--plot: {missing_extra('matplotlib', 'plots')}")
-    rates, losses, diverged = _rise(config, low, high, steps, console or make_console())
-    found = suggest_rate(rates, losses, diverged)
+    found = suggest_rate(*_train(config, low, high, steps, console or make_console()))
     if plot is not None:
-        plots.lr_curve(found.rates, found.smoothed, found.suggestion, plot)
+        lr_curve(found.rates, found.smoothed, found.suggestion, plot)
     return found
 
 
-def _rise(
+def _train(
     config: Config, low: float, high: float, steps: int, console: Console
 ) -> tuple[list[float], list[float], bool]:
-    """Rates, losses, and whether they ran away."""
+    """Return the rates, the losses, and whether they diverged."""
     rates: list[float] = []
     losses: list[float] = []
 
-    def hear(event: Event) -> None:
+    class Rising(Loop):
+        def rate(self) -> float:
+            return rate_at(self.progress.step, steps, low, high)
+
+    def on_event(event: Event) -> None:
         if event["event"] != "train":
             return
         rates.append(event["lr"])
         losses.append(event["loss"])
-        if console.is_terminal:
-            status.update(f"step {event['step']} of {steps}: rate {event['lr']:.1e}, loss {event['loss']:.4f}")
-        # The loop would validate after its last step.
-        if ran_away(smooth(losses)):
-            raise Stopped("the loss runs away")
-        if len(losses) == steps:
+        status.update(f"step {event['step']} of {steps}: rate {event['lr']:.1e}, loss {event['loss']:.4f}")
+        if has_diverged(smooth(losses)):
+            raise Stopped("the loss has diverged")
+        if len(losses) == steps:  # the loop itself would validate after its last step
             raise Stopped("done", "done")
 
     correct, config = is_open(config), settled(config, resume=False)
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
     _, optimizer, config, _ = assemble(config, loaded, objective, correct)
-    run: dict[str, Any] = {"report_every": 1, "eval_at_start": False, "patience": None}
-    run |= {"eval_every": steps + 1, "save_every": steps + 1}
+    run = {
+        "report_every": 1,
+        "eval_at_start": False,
+        "patience": None,
+        "eval_every": steps + 1,
+        "save_every": steps + 1,
+    }
     config = config.model_copy(update={"run": config.run.model_copy(update=run)})
-    hooks = Hooks(hear, lambda p: None, lambda p: None, lambda p: None)
+    hooks = Hooks(on_event, *[lambda progress: None] * 3)
     with limits(config.memory.limit, config.memory.cache), console.status("range test") as status:
         try:
-            parts = (loaded.model, objective, optimizer, config, steps, Progress(), hooks)
-            _Rising(*parts, low=low, high=high).run()
+            Rising(loaded.model, objective, optimizer, config, steps, Progress(), hooks).run()
         except Stopped as e:
             return rates, losses, e.run_status != "done"
         except TrainingError:
             if len(losses) <= WARMUP:
                 raise
             return rates, losses, True
-    raise KeyboardInterrupt  # the loop ends by itself only where it is asked to
+    raise KeyboardInterrupt  # the loop returns only when it was interrupted

@@ -41,7 +41,7 @@ def test_a_table_and_its_json(write: Command, shell: Command, mlxft: Command, tm
 def test_refusals_leave_everything_as_it_was(write: Command, refused: Command, tmp_path: Path) -> None:
     train, test = rows(tmp_path / "t.jsonl", 0, 12), rows(tmp_path / "e.jsonl", 50, 6)
     recipe = write(**{"data.train": train, "data.format": "prompt-completion"})
-    assert "no number of examples" in refused(2, "fewshot", recipe, "--test", test, "--k", "few")
+    assert "not a number of examples" in refused(2, "fewshot", recipe, "--test", test, "--k", "few")
     assert "12 rows" in refused(2, "fewshot", recipe, "--test", test, "--in-context", "13")
     assert "only 6 of" in refused(2, "fewshot", recipe, "--test", test, "--tuned", "7")
     assert "Missing option '--test'" in refused(2, "fewshot", recipe)

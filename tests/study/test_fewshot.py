@@ -224,7 +224,7 @@ def test_a_study_learns_goes_on_and_is_the_same_again(reviews: Callable[..., Pat
     whole = cells[0].read_text("utf-8")
     for damaged in ("[]", "{}", json.dumps(before | {"rows": [{"row": "a"}]}), json.dumps(before | {"notes": 3})):
         cells[0].write_text(damaged, "utf-8")
-        with pytest.raises(ConfigError, match=f"{cells[0].name}: can not be read.*delete it"):
+        with pytest.raises(ConfigError, match=f"{cells[0].name}: cannot be read.*delete it"):
             study(file, plan)
     cells[0].write_text(whole.replace('"scores": {"', '"scores": {"other '), "utf-8")
     with pytest.raises(ConfigError, match="not all have the same scores"):
@@ -244,10 +244,10 @@ def test_shots_are_never_evaluated_rows(reviews: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("plan", "overrides", "error"),
     [
-        ({"in_context": [41]}, [], "^--in-context or --k: 41 shots are asked for; .* has 40 rows"),
+        ({"in_context": [41]}, [], "^--in-context or --k: asks for 41 shots, .* has 40 rows"),
         ({"tuned": [21]}, [], "^--tuned or --k: asks for 21 rows of each label.* only 20 of 'bad', 20 of 'good'"),
-        ({"task": "loss"}, [], "is a loss; few-shot tables want choices"),
-        ({"task": "exact_mtch"}, [], "no such task"),
+        ({"task": "loss"}, [], "is a loss; few-shot tables need choices"),
+        ({"task": "exact_mtch"}, [], "there is no task 'exact_mtch'"),
         ({"test": "train.jsonl"}, [], "is data.train itself"),
         ({}, ["data.shots=2"], "is set for each cell"),
         ({"test": "none.jsonl"}, [], "no such file"),
@@ -312,9 +312,9 @@ def test_numbers_of_examples() -> None:
     assert read_ks(None, {**none, "tuned": "16, all"}) == ([], [16, "all"], [])
     assert read_ks("2", {**none, "tuned": "all"}) == ([2], ["all"], [2])
     for ks, given, error in (
-        ("1,x", none, "--k: 'x' is no number"),
-        ("-1", none, "no number"),
-        (None, {**none, "both": "all"}, "--both: all rows can not be shown"),
+        ("1,x", none, "--k: 'x' is not a number"),
+        ("-1", none, "not a number"),
+        (None, {**none, "both": "all"}, "--both: all rows cannot be shown"),
         ("1,1", none, "1 is given twice"),
         (",", none, "has no numbers"),
     ):

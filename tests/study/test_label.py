@@ -293,7 +293,7 @@ def test_prompts_that_do_not_fit(tmp_path: Path, sit: Sit) -> None:
         ({"adapter": "x"}, "--adapter and --against go with --model"),
         ({"model": "M", "against": "M"}, "--against is the model itself"),
         ({"model": "M", "against": "N", "n": 3}, "--n is 3"),
-        ({"model": "M", "temperature": 0.0}, "--temperature 0 gives the same answer"),
+        ({"model": "M", "temperature": 0.0}, "--temperature 0 gives the same completion"),
     ],
 )
 def test_settings_that_do_not_go_together(tmp_path: Path, sit: Sit, sampling: dict[str, Any], text: str) -> None:
@@ -302,7 +302,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, sit: Sit, sampling: di
         sit(prompts, tmp_path / "o.jsonl", **sampling)
     with pytest.raises(ConfigError, match="--out is the file of prompts"):
         sit(prompts, prompts, **sampling)
-    with pytest.raises(ConfigError, match="holds all answers already"):
+    with pytest.raises(ConfigError, match="holds all completions already"):
         sit(held(tmp_path / "h.jsonl", 1), tmp_path / "o.jsonl", model="M")
     assert not (tmp_path / "o.jsonl").exists()
 
@@ -349,7 +349,7 @@ def test_two_models(tmp_path: Path, sit: Sit, tiny_model_dir: Path, make_model_d
     done, shown = sit(prompts, tmp_path / "same.jsonl", model=model, against=twin, **greedy)
     assert done.win_rate is not None
     assert done.win_rate[:] == (model, twin, 0, 0, 2)
-    assert shown.count("both models gave the same answer: a tie") == 2
+    assert shown.count("both models gave the same completion: a tie") == 2
     assert [(row["tie"], row["auto"]) for row in read(tmp_path / "same.jsonl")] == [(True, True)] * 2
     assert all(e.item.tie for e in convert(read_rows(str(tmp_path / "same.jsonl"), "train"), "preference"))  # type: ignore[union-attr]
 

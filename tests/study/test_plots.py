@@ -25,7 +25,6 @@ from mlxft.study.plots import (
     lr_curve,
     panels,
     running_mean,
-    svg,
     svg_panels,
     sweep_history,
 )
@@ -58,8 +57,8 @@ def titles(events: list[dict[str, Any]]) -> list[str]:
 def test_only_what_is_there_is_drawn() -> None:
     assert titles(SFT) == ["loss", "learning rate", "gradient norm, before clipping", "speed", "peak memory"]
     assert titles(PAIRS) == ["loss", "accuracy", "margin"]
-    wanted = {"reward", "KL to the reference", "win rate against the reference", "response length", "entropy"}
-    wanted |= {"responses ended by EOS", "value loss", "explained variance of the critic", "speed"}
+    wanted = {"reward", "KL to the reference", "win rate against the reference", "completion length", "entropy"}
+    wanted |= {"completions ended by EOS", "value loss", "explained variance of the critic", "speed"}
     assert wanted <= set(titles(PPO))
     assert "loss" not in titles(PPO), "a policy's surrogate and what its validation is chosen by are not one thing"
 
@@ -127,43 +126,42 @@ def test_colours_stand_out_on_light_and_on_dark(colour: str) -> None:
 
 
 def test_inline_pictures_take_the_colours_of_their_page() -> None:
-    whole = svg(SFT)
-    assert whole.startswith("<svg")
-    assert 'width="100%"' in whole.split(">")[0]
-    assert " height=" not in whole.split(">")[0]
-    assert "currentColor" in whole
-    for unwanted in (INK, INLINE_INK, "<style", "<?xml", "<metadata", "<script", "white"):
-        assert unwanted not in whole
-    assert [e.text for e in ET.fromstring(whole).iter() if e.text in ("loss", "peak memory")] == ["loss", "peak memory"]
     parts = svg_panels(SFT)
     assert list(parts) == titles(SFT)
-    for part in parts.values():
+    for title, part in parts.items():
+        assert part.startswith("<svg")
+        assert 'width="100%"' in part.split(">")[0]
+        assert " height=" not in part.split(">")[0]
+        assert "currentColor" in part
+        for unwanted in (INK, INLINE_INK, "<style", "<?xml", "<metadata", "<script", "white"):
+            assert unwanted not in part
+        assert title in [e.text for e in ET.fromstring(part).iter()]
         ids = [e.attrib["id"] for e in ET.fromstring(part).iter() if "id" in e.attrib]
         assert all(f"#{name}" in part for name in ids), "an id that nothing refers to may meet another on the page"
 
 
 def test_pyplot_is_left_alone(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, matplotlib\nfrom mlxft.study.plots import curves, svg\n"
+        "import sys, pathlib, matplotlib\nfrom mlxft.study.plots import curves, svg_panels\n"
         "def settings():\n    return {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}\n"
-        f"before = settings()\nevents = {SFT!r}\ncurves(events, pathlib.Path('a.svg'))\nsvg(events)\n"
+        f"before = settings()\nevents = {SFT!r}\ncurves(events, pathlib.Path('a.svg'))\nsvg_panels(events)\n"
         "print(settings() == before, 'matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.stdout, done.stderr) == ("True False\n", "")
 
 
-TRIALS = [
-    {"number": 0, "value": 2.0, "state": "COMPLETE"},
+TRIALS: list[dict[str, Any]] = [
+    {"number": 0, "value": 2.0, "state": "complete"},
     {"number": 1, "value": 2.5, "state": "pruned"},
-    {"number": 2, "value": None, "state": "FAIL"},
+    {"number": 2, "value": None, "state": "failed"},
     {"number": 3, "value": 1.0, "state": "complete"},
     {"number": 4, "value": 1.5, "state": "complete"},
 ]
-TABLE = [
+TABLE: list[dict[str, Any]] = [
     {"k": 0, "method": "zero-shot", "value": 0.5, "low": 0.4, "high": 0.6},
     {"k": 16, "method": "tuned", "value": 0.8, "low": 0.7, "high": 0.85},
-    {"k": "all", "method": "tuned", "value": 0.9},
+    {"k": "all", "method": "tuned", "value": 0.9, "low": math.nan, "high": math.nan},
 ]
 
 
@@ -188,7 +186,7 @@ def lines_of(monkeypatch: pytest.MonkeyPatch, draw: Callable[[Path], Path]) -> d
     import mlxft.study.plots as module
 
     made: list[Any] = []
-    monkeypatch.setattr(module, "save", lambda out, make: made.append(make()) or out)
+    monkeypatch.setattr(module, "_save", lambda fig, out: made.append(fig))
     draw(Path("a.png"))
     return {str(x.get_label()): [list(x.get_xdata()), list(x.get_ydata())] for x in made[0].axes[0].lines}
 

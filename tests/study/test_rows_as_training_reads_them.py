@@ -65,7 +65,7 @@ def test_published_pairs_and_ratings_are_judged_by_hand(save: Callable[..., str]
     rows = [HH, SHP, ULTRAFEEDBACK, {"system": "of", "question": "in", "chosen": "on", "rejected": "at"}]
     found = read_tasks(save(*rows))
     assert [task.prompt for task in found] == [[USER], "in", "in", [SYSTEM, USER]]
-    assert [sorted(task.answers or ()) for task in found] == [["at", "on"]] * 4
+    assert [sorted(task.completions or ()) for task in found] == [["at", "on"]] * 4
 
 
 def test_prompts_to_judge_keep_system_text_tools_and_calls(save: Callable[..., str]) -> None:

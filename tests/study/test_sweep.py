@@ -126,7 +126,7 @@ def test_an_interrupted_sweep_says_so_and_goes_on(write: Write, tmp_path: Path) 
     begun.send_signal(signal.SIGINT)
     out, err = begun.communicate(timeout=60)
     assert (begun.returncode, err.strip()) == (130, "interrupted")
-    assert "interrupted after 0 trials; the same command goes on" in out
+    assert "interrupted after 0 trials; the same command resumes" in out
     assert not first.exists()
     assert stored(tmp_path / "runs/s") == []
     assert attempts(tmp_path / "runs/s") == [0, 0]
@@ -176,7 +176,7 @@ def test_the_time_is_up_and_the_sweep_goes_on(write: Write, tmp_path: Path) -> N
         quiet(path, limit="0.01s")
     found = quiet(path, trials=1)
     assert [(o.number, o.state) for o in found.trials] == [(0, "complete")]
-    with pytest.raises(ConfigError, match=r"(?s)another recipe.*--name.*run.seed: the sweep has 0, asked for is 3"):
+    with pytest.raises(ConfigError, match=r"(?s)another recipe.*--name.*run.seed: the sweep has 0, the recipe has 3"):
         quiet(path, "run.seed=3", trials=2)
     assert len(quiet(path, "run.report_every=2", trials=2).trials) == 2
     again = quiet(path, "run.seed=3", trials=1, overwrite=True)
@@ -192,10 +192,10 @@ def test_a_sweep_in_use_and_other_folders_are_refused(write: Write, tmp_path: Pa
             quiet(path)
         claim(folder, "sweep")
     (folder / "sweep.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(CheckpointError, match=r"sweep.db: file is not a database; begin again with --overwrite"):
+    with pytest.raises(CheckpointError, match=r"sweep.db: file is not a database; start over with --overwrite"):
         quiet(path)
     (folder / "sweep.db").rename(folder / "config.yaml")
-    with pytest.raises(ConfigError, match=r"exists and is no sweep that this version of mlxft made; give another"):
+    with pytest.raises(ConfigError, match=r"exists and is not a sweep"):
         quiet(path)
     with pytest.raises(ConfigError, match=r"that mlxft did not make \(config.yaml\)"):
         quiet(path, overwrite=True)
@@ -227,7 +227,7 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "no space": ({"trials": 3}, {}, r"sweep: space is needed"),
     "unknown": ({"space": {"optim.rate": {"log": [1, 2]}}}, {}, r"sweep.space.optim.rate: no such setting"),
     "elsewhere": ({"space": {"tune.lr": {"log": [1, 2]}}}, {}, r"tune.lr: no such setting \(did you mean optim.lr\?\)"),
-    "fixed": ({"space": {"run.name": {"choice": ["a", "b"]}}}, {}, r"run.name: can not be varied"),
+    "fixed": ({"space": {"run.name": {"choice": ["a", "b"]}}}, {}, r"run.name: cannot be varied"),
     "empty": ({"space": {"optim.lr": {"float": [1, 1]}}}, {}, r"optim.lr: the range float: \[1, 1\] is empty"),
     "reversed": ({"space": {"tune.rank": {"int": [8, 2]}}}, {}, r"tune.rank: the range int: \[8, 2\] is empty"),
     "log of 0": ({"space": {"optim.lr": {"log": [0, 1]}}}, {}, r"log: \[0, 1\] starts at 0"),
