@@ -461,43 +461,52 @@ def render(run: Details) -> str:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return the tables of the results of `mlxft eval` in the run folder; other files of that name are skipped."""
-    tables = []
+    """Return title, tables and notes of each `mlxft eval` in the run folder; other files of that name are skipped."""
+    every = []
     for path in sorted(folder.glob("**/results.json")):
         try:
             found = parse_json(read_file(path))
-            tables += [_evaluation(found, task) for task in found["tasks"]]
+            for task in found["tasks"]:
+                title, tables = evaluation_tables(found, task)
+                every.append({"title": title, "tables": tables, "notes": task.get("notes", [])})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
-    return tables
+    return every
 
 
-def _evaluation(found: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
-    """Return the table of one task: each figure with its standard error, and the other model's if there is one."""
-    other, pairs = task.get("against"), {pair["metric"]: pair for pair in task.get("paired", ())}
+Cells = list[str]
+
+
+def evaluation_tables(found: dict[str, Any], task: dict[str, Any]) -> tuple[str, list[tuple[Cells, list[Cells]]]]:
+    """Return the title of a task of results.json, and tables of its figures and of differences from another model.
+
+    Returns:
+        the title, and for each table its columns and rows; a row begins with its name, which has no column.
+    """
+    models = [("model", task["figures"]), *([(found["against"], task["against"])] if "against" in task else [])]
+    figures = [[name, *(_with_error(of[name]) for _, of in models)] for name in task["figures"]]
+    tables = [([f"{name} ± standard error" for name, _ in models], figures)]
+    if pairs := task.get("paired"):
+        columns = ["difference", f"{found['confidence']:.0%} interval", "won/lost/tied"]
+        rows = []
+        for pair in pairs:
+            interval = "-" if pair["low"] is None else f"[{pair['low']:+.4f}, {pair['high']:+.4f}]"
+            difference = f"{pair['difference']:+.4f} ± {_figure(pair['se'])}"
+            rows.append([pair["metric"], difference, interval, f"{pair['won']}/{pair['lost']}/{pair['tied']}"])
+        tables.append((columns, rows))
     shots = f", {found['shots']} shots" if found.get("shots") else ""
-    columns = ["", "this run ± standard error"]
-    if other is not None:
-        columns += [f"{found['against']} ± standard error", f"difference [{found['confidence']:.0%}]", "won/lost/tied"]
-    rows = []
-    for name, figure in task["figures"].items():
-        row = [name, _with_error(figure)]
-        if other is not None:
-            row += [_with_error(other[name]), *_difference(pairs.get(name))]
-        rows.append(row)
-    title = f"{task['task']} on {Path(found['file']).name}: {_value(task['rows'])} rows{shots}"
-    return {"title": title, "columns": columns, "rows": rows, "notes": task.get("notes", [])}
+    return f"{task['task']} on {Path(found['file']).name}: {task['rows']:,} rows{shots}", tables
 
 
 def _with_error(figure: dict[str, Any]) -> str:
-    return f"{_value(figure['value'])} ± {_value(figure['se'])}"
+    return f"{_figure(figure['value'])} ± {_figure(figure['se'])}"
 
 
-def _difference(pair: dict[str, Any] | None) -> tuple[str, str]:
-    if pair is None:
-        return "", ""
-    ends = "" if pair["low"] is None else f" [{pair['low']:+.4f}, {pair['high']:+.4f}]"
-    return f"{pair['difference']:+.4f}{ends}", f"{pair['won']}/{pair['lost']}/{pair['tied']}"
+def _figure(v: float | None) -> str:
+    """Format with four digits after the point, fewer for large numbers."""
+    if v is None:
+        return "-"
+    return f"{v:,.4f}" if abs(v) < 100 else f"{v:,.2f}" if abs(v) < 1e6 else f"{v:.3g}"
 
 
 def _sentence(run: Details) -> str:
