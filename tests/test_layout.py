@@ -59,7 +59,7 @@ MOST_FILES = 90
 # a subject of its own.
 SINGLE = {
     *("api", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "model.gemma3n", "objectives.reward"),
-    *("objectives.sft", "selftest", "study.fewshot", "study.label", "study.lm_eval", "study.lr_find", "study.report"),
+    *("objectives.sft", "selftest", "study.fewshot", "study.label", "study.lm_eval", "study.lr_find", "study.generate"),
     *("study.sweep", "trainer.checkpoint"),
 }
 MAX_FUNCTION_LINES = 60

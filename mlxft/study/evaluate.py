@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
-from rich import text
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from mlxft.config import DataSettings
 from mlxft.data.chat import Thoughts, by_template, opening_of
@@ -53,7 +53,7 @@ from mlxft.objectives.functional import wins
 from mlxft.objectives.rewards import ToScore
 from mlxft.objectives.sft import make_batch
 from mlxft.runs import find_adapter, is_run, load_run, open_run, versions
-from mlxft.study.generate import Generated
+from mlxft.study.report import evaluation_tables
 from mlxft.study.stats import Figure, Floats64, bootstrap, mean
 from mlxft.study.tasks import (
     READ,
@@ -61,13 +61,12 @@ from mlxft.study.tasks import (
     Task,
     choose_shots,
     delimiter,
-    items_of,
-    judges,
     make_cases,
+    open_scorers,
     read_task,
     with_shots,
 )
-from mlxft.text import bar, home_path, json_text
+from mlxft.text import bar, home_path, json_text, parse_json
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 # Log-likelihoods of texts that follow a context, such as choices.
@@ -75,6 +74,8 @@ from mlxft.text import bar, home_path, json_text
 # Tokens are computed once where possible: texts that begin alike share a row, and rows that begin alike (the choices of
 # one prompt, or all rows with the same shots) share their beginning.
 
+_Ids = tuple[int, ...]
+_T = TypeVar("_T")
 _PADDING = 64  # tokens of padding that cost less than another call of the model
 _GAIN = 0.75  # share of the tokens below which sharing pays: its masks are slower than the causal one
 
@@ -82,8 +83,8 @@ _GAIN = 0.75  # share of the tokens below which sharing pays: its masks are slow
 class Request(NamedTuple):
     """Ids of a context, at least one, and of a text that may follow it."""
 
-    context: tuple[int, ...]
-    continuation: tuple[int, ...]
+    context: _Ids
+    continuation: _Ids
 
 
 class Likelihood(NamedTuple):
@@ -122,36 +123,32 @@ def encode_choices(
     Raises:
         DataError: a context has no tokens, or a text has none of its own.
     """
-    bare = context.rstrip() if plain else context
-    moved = context[len(bare) :]
     special = plain if special is None else special
-    before = context_ids(tokenizer, bare, plain=special)
+    before = context_ids(tokenizer, context.rstrip() if plain else context, plain=special)
     if not before:
         raise DataError("the prompt is empty; expected at least one token")
-    wholes = [context_ids(tokenizer, bare + moved + continuation, plain=special) for continuation in continuations]
+    wholes = [context_ids(tokenizer, context + continuation, plain=special) for continuation in continuations]
     cut = min(_common(before, whole) for whole in wholes)
     sizes = [len(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (before, before[:cut])]
     joint = max(1, sizes[0] - sizes[1]) if cut < len(before) else 0
-    first = before[:cut] or [_start(tokenizer)]
+    starts = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    first = before[:cut] or [int(token) for token in starts if token is not None][:1]
+    if not first:
+        raise DataError("a choice joins the prompt's first token, and the tokenizer has no BOS or EOS to put before it")
     for continuation, whole in zip(continuations, wholes):
         if len(whole) <= cut and continuation:
             raise DataError(f"{continuation!r:.60} adds no token to the prompt: the tokenizer drops it")
     return EncodedChoices([Request(tuple(first), tuple(whole[cut:])) for whole in wholes], joint)
 
 
-def _start(tokenizer: Any) -> int:
-    """Return the token before a context whose first token joins a text."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise DataError("a choice joins the prompt's first token, and the tokenizer has no BOS or EOS to put before it")
-
-
 class _Unit(NamedTuple):
-    """Ids that are computed once, and the rests of the rows that begin with them."""
+    """Ids that are computed once, and the rests of the rows that begin with them -> the requests that a row serves.
 
-    prompt: tuple[int, ...]
-    rests: tuple[tuple[int, ...], ...] = ()
+    The rest () is the prompt alone.
+    """
+
+    prompt: _Ids
+    rests: dict[_Ids, list[int]]
 
 
 def loglikelihoods(
@@ -164,76 +161,53 @@ def loglikelihoods(
         on_done: called with the number of texts finished since its last call.
     """
     found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)  # as empty texts have
-    members = _members(requests)
-    sharing = Sharing(split)
-    if on_done is not None and (empty := sum(not request.continuation for request in requests)):
-        on_done(empty)
-    if not members:
+    done = on_done or (lambda count: None)
+    asked = [i for i, request in enumerate(requests) if request.continuation]
+    done(len(requests) - len(asked))
+    if not asked:
         return found
+    sharing = Sharing(split)
     with probing(split.model):
-        for batch in _batches(_units(members, requests, tokens, sharing), tokens):
-            own, positions, labels = _asked(batch, members, requests)
-            logprobs, greedy = _read(sharing, batch, positions, labels)
-            at = 0
-            for i in own:
-                end = at + len(requests[i].continuation)
-                found[i] = Likelihood(float(logprobs[at:end].sum()), bool(greedy[at:end].all()))
-                at = end
-            if on_done is not None:
-                on_done(len(own))
+        units = _units(requests, asked, tokens, sharing)
+        # Units of like length have little padding.
+        units.sort(key=lambda unit: (len(unit.prompt), max(map(len, unit.rests))))
+        for batch in _cut(units, lambda batch: batch, tokens, _PADDING):
+            own = _read(sharing, batch, requests)
+            for i, likelihood in own.items():
+                found[i] = likelihood
+            done(len(own))
     return found
 
 
-def _members(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    """Return rows of ids -> the requests that each serves; no row is the beginning of another."""
-    needed = [request.context + request.continuation[:-1] for request in requests]
-    asking = [i for i, request in enumerate(requests) if request.continuation]
-    members: dict[tuple[int, ...], list[int]] = {}
-    last: tuple[int, ...] = ()
-    # In this order a row follows those that begin with it.
-    for i in sorted(asking, key=lambda i: needed[i], reverse=True):
-        if last[: len(needed[i])] != needed[i]:
-            last = needed[i]
-            members[last] = []
-        members[last].append(i)
-    return members
-
-
-def _units(
-    members: dict[tuple[int, ...], list[int]], requests: Sequence[Request], tokens: int, sharing: Sharing
-) -> list[_Unit]:
+def _units(requests: Sequence[Request], asked: Sequence[int], tokens: int, sharing: Sharing) -> list[_Unit]:
     """Split rows so that few tokens are computed: not at all, after each context, or after their common start."""
-    plain = [_Unit(row) for row in members]
-    by_context: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for row, asking in members.items():
-        begins = min(len(requests[i].context) for i in asking)
-        by_context.setdefault(row[:begins], []).append(row[begins:])
+    rows: dict[_Ids, list[int]] = {}
+    by_context: dict[_Ids, dict[_Ids, list[int]]] = {}
+    for i in asked:
+        context, text = requests[i]
+        rows.setdefault(context + text[:-1], []).append(i)
+        by_context.setdefault(context, {}).setdefault(text[:-1], []).append(i)
+    plain = [_Unit(row, {(): served}) for row, served in rows.items()]
     contexts = []
-    for prompt, rests in by_context.items():
-        one = [_Unit(prompt + rest) for rest in rests]
-        contexts += one if len(one) == 1 else [_Unit(prompt, tuple(rests))]
-    common = min(_common(min(members), max(members)), min(map(len, members)) - 1)
+    for context, rests in by_context.items():
+        if sum(map(bool, rests)) > 1:
+            contexts.append(_Unit(context, rests))
+        else:
+            contexts.append(
+                _Unit(context + max(rests, key=len), {(): [i for served in rests.values() for i in served]})
+            )
     plans = [contexts]
+    common = min(_common(min(rows), max(rows)), min(map(len, rows)) - 1)
     if common > 0:
-        plans.append(list(_behind(min(members)[:common], [row[common:] for row in members], tokens)))
-    best = min(plans, key=_cost)
-    if _cost(best) > _GAIN * _cost(plain) or not (sharing.split.separable and sharing.possible):
+        start = min(rows)[:common]
+        after = sorted(((row[common:], served) for row, served in rows.items()), key=lambda pair: len(pair[0]))
+        # The start is computed again in each batch.
+        parts = _cut(after, lambda part: [_Unit(start, dict(part))], tokens, _PADDING + common)
+        plans.append([_Unit(start, dict(part)) for part in parts])
+    best = min(plans, key=lambda units: _size(units)[1])
+    if _size(best)[1] > _GAIN * _size(plain)[1] or not (sharing.split.separable and sharing.possible):
         return plain
     return best
-
-
-def _behind(prompt: tuple[int, ...], rests: Sequence[tuple[int, ...]], tokens: int) -> Iterator[_Unit]:
-    """Yield all rests of one prompt, which is computed again for each batch of `tokens`."""
-    batch: list[tuple[int, ...]] = []
-    for rest in sorted(rests, key=len):
-        size, real = (len(batch) + 1) * len(rest), sum(map(len, batch)) + len(rest)
-        # Another call costs the prompt again.
-        padded = size - real > max(_PADDING + len(prompt), real // 10)
-        if batch and (len(prompt) + size > tokens or padded):
-            yield _Unit(prompt, tuple(batch))
-            batch = []
-        batch.append(rest)
-    yield _Unit(prompt, tuple(batch))
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -241,81 +215,68 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _cost(units: Sequence[_Unit]) -> int:
-    return sum(len(unit.prompt) + sum(map(len, unit.rests)) for unit in units)
+def _cut(
+    items: Sequence[_T], units: Callable[[list[_T]], Sequence[_Unit]], tokens: int, padding: int
+) -> Iterator[list[_T]]:
+    """Yield batches of items, in order, up to a number of tokens and with little padding.
 
-
-def _batches(units: Sequence[_Unit], tokens: int) -> Iterator[list[_Unit]]:
-    """Batch units of like length, up to a number of tokens and with little padding."""
-    batch: list[_Unit] = []
-    for unit in sorted(units, key=lambda unit: (len(unit.prompt), max(map(len, unit.rests), default=0))):
-        size = _size([*batch, unit])
-        real = _cost([*batch, unit])
-        if batch and (size > tokens or size - real > max(_PADDING, real // 10)):
+    Args:
+        units: function that returns the units of some items.
+        padding: tokens of padding that cost less than another call of the model.
+    """
+    batch: list[_T] = []
+    for item in items:
+        size, real = _size(units([*batch, item]))
+        if batch and (size > tokens or size - real > max(padding, real // 10)):
             yield batch
             batch = []
-        batch.append(unit)
-    if batch:
-        yield batch
+        batch.append(item)
+    yield batch
 
 
-def _size(batch: Sequence[_Unit]) -> int:
-    """Return the computed tokens, padding included."""
-    rests = [rest for unit in batch for rest in unit.rests]
-    return len(batch) * max(len(unit.prompt) for unit in batch) + len(rests) * max(map(len, rests), default=0)
+def _size(units: Sequence[_Unit]) -> tuple[int, int]:
+    """Return the tokens of a batch, with padding and without."""
+    prompts = [len(unit.prompt) for unit in units]
+    rests = [len(rest) for unit in units for rest in unit.rests if rest]
+    return len(prompts) * max(prompts) + len(rests) * max(rests, default=0), sum(prompts) + sum(rests)
 
 
-def _asked(
-    batch: Sequence[_Unit], members: dict[tuple[int, ...], list[int]], requests: Sequence[Request]
-) -> tuple[list[int], list[int], list[int]]:
-    """Return the requests that a batch serves, in order, the flat positions of all their tokens, and the tokens."""
-    prompts = max(len(unit.prompt) for unit in batch)
-    rests = max((len(rest) for unit in batch for rest in unit.rests), default=0)
+def _read(sharing: Sharing, batch: Sequence[_Unit], requests: Sequence[Request]) -> dict[int, Likelihood]:
+    """Compute a batch and return the likelihoods of the requests that it serves."""
+    prompts, rests = [unit.prompt for unit in batch], [rest for unit in batch for rest in unit.rests if rest]
+    width, rest_width = max(map(len, prompts)), max(map(len, rests), default=0)
     own: list[int] = []
-    positions: list[int] = []
-    labels: list[int] = []
+    positions: list[int] = []  # flat, in all prompts and then all rests
     row = 0
     for b, unit in enumerate(batch):
-        # A prompt without rests, or whose own ids are a row too, serves requests itself.
-        for rest in unit.rests or ((),):
-            begins = len(batch) * prompts + row * rests - len(unit.prompt)
+        for rest, served in unit.rests.items():
+            begins = len(batch) * width + row * rest_width - len(unit.prompt)
             row += bool(rest)
-            for i in members[unit.prompt + rest]:
+            for i in served:
                 first = len(requests[i].context) - 1
-                for at in range(first, first + len(requests[i].continuation)):
-                    positions.append(b * prompts + at if at < len(unit.prompt) else begins + at)
-                own.append(i)
-                labels += requests[i].continuation
-    return own, positions, labels
-
-
-def _read(
-    sharing: Sharing, batch: Sequence[_Unit], positions: list[int], labels: list[int]
-) -> tuple[Floats64, npt.NDArray[np.bool_]]:
-    """Return log-probabilities of the labels, and whether each is the likeliest token."""
-    where, wanted = mx.array(positions, dtype=mx.int32), mx.array(labels, dtype=mx.int32)
-    prompts = _padded([unit.prompt for unit in batch])
-    rests = [rest for unit in batch for rest in unit.rests]
+                places = range(first, first + len(requests[i].continuation))
+                positions += [b * width + at if at < len(unit.prompt) else begins + at for at in places]
+            own += served
+    at, labels = mx.array(positions), mx.array([token for i in own for token in requests[i].continuation])
     if not rests:
-        logprobs, greedy = rows_logprobs_greedy(sharing.split, prompts, where, wanted)
+        logprobs, greedy = rows_logprobs_greedy(sharing.split, _padded(prompts), at, labels)
     else:
         rows = Rows(
             ids=_padded(rests),
-            prompts=prompts,
-            begins=mx.array([len(unit.prompt) for unit in batch]),
-            of=mx.array([b for b, unit in enumerate(batch) for _ in unit.rests]),
+            prompts=_padded(prompts),
+            begins=mx.array([len(prompt) for prompt in prompts]),
+            of=mx.array([b for b, unit in enumerate(batch) for rest in unit.rests if rest]),
         )
-        logprobs, greedy = hidden_logprobs_greedy(sharing.split, sharing.hidden(rows)[where], wanted)
+        logprobs, greedy = hidden_logprobs_greedy(sharing.split, sharing.hidden(rows)[at], labels)
     mx.eval(logprobs, greedy)
-    return np.array(logprobs, dtype=np.float64), np.array(greedy)
+    ends = np.cumsum([len(requests[i].continuation) for i in own])[:-1]
+    values = np.split(np.array(logprobs, dtype=np.float64), ends), np.split(np.array(greedy), ends)
+    return {i: Likelihood(float(x.sum()), bool(y.all())) for i, x, y in zip(own, *values)}
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> mx.array:
+def _padded(rows: Sequence[_Ids]) -> mx.array:
     """Return (B, T) int32, padded on the right, where causal attention never sees it."""
-    ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)] = row
-    return mx.array(ids)
+    return mx.array(np.array([*itertools.zip_longest(*rows, fillvalue=0)], dtype=np.int32).T)
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -357,7 +318,7 @@ class Evaluated:
         found = {name: mean(values, self.weights.get(name)) for name, values in self.scores.items()}
         if "loss" in found:
             loss = found["loss"]
-            value = _exp(loss.value)
+            value = math.exp(loss.value) if loss.value < 700 else math.inf
             found["perplexity"] = Figure(value, value * loss.se, loss.n)  # by the delta method
         return found
 
@@ -414,10 +375,6 @@ def paired_differences(a: Evaluated, b: Evaluated, *, seed: int = 0, confidence:
     return found
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
 def run_task(
     loaded: Loaded,
     cases: Sequence[Case],
@@ -452,11 +409,9 @@ def run_task(
         raise ConfigError("shots are shown before prompts: give a task with choices or metrics (--task), not a loss")
     if not cases:
         raise DataError("there are no rows to evaluate")
-    how = _How(loaded, task, tokens, max_length or context_of(loaded.config), overflow, seed, console)
+    how = _How(loaded, task, shots, tokens, max_length or context_of(loaded.config), overflow, seed, console)
     with quicker(loaded.model):
-        if task.kind == "loss":
-            return _loss(how, cases)
-        return _choice(how, cases, shots) if task.kind == "choice" else _generate(how, cases, shots)
+        return {"loss": _loss, "choice": _choice, "generate": _generate}[task.kind](how, cases)
 
 
 @dataclass(frozen=True)
@@ -465,6 +420,7 @@ class _How:
 
     loaded: Loaded
     task: Task
+    shots: Sequence[Case]
     tokens: int
     limit: int | None
     overflow: str
@@ -475,23 +431,37 @@ class _How:
     def chat(self) -> bool:
         return self.task.template == "auto" and bool(self.loaded.tokenizer.has_chat_template)
 
-    def fitting(self, cases: Sequence[Case], lengths: Sequence[int], shots: int) -> tuple[list[int], list[str]]:
+    def rendered(self, prompt: str | list[Message], case: Case) -> str:
+        """Return a prompt as text."""
+        if isinstance(prompt, str):
+            return prompt
+        return prompt_text(prompt, self.loaded.tokenizer, tools=case.tools, where=case.where)
+
+    def fitting(self, cases: Sequence[Case], lengths: Sequence[int]) -> tuple[list[int], list[str]]:
         """Return the indices of the cases that fit the context, and notes on the others."""
-        limit = self.limit
-        long = [i for i, length in enumerate(lengths) if limit is not None and length > limit]
+        limit = _ANY if self.limit is None else self.limit
+        long = [i for i, length in enumerate(lengths) if length > limit]
         if not long:
             return list(range(len(cases))), []
-        whose = f"prompt, {shots} shots and completion" if shots else "prompt and completion"
+        whose = f"prompt, {len(self.shots)} shots and completion" if self.shots else "prompt and completion"
         if self.overflow == "error" or len(long) == len(cases):
             lines = [f"{cases[i].where}: {whose} take {lengths[i]:,} tokens; the context has {limit:,}" for i in long]
-            ways = ["fewer shots"] if shots else []
+            ways = ["fewer shots"] if self.shots else []
             ways += ["a smaller max_tokens"] if self.task.kind == "generate" else []
             ways += ["--overflow drop, which leaves such rows out"]
             raise DataError(f"{report_lines(lines)}\nuse {', or '.join(ways)}")
-        left = set(long)
-        return [i for i in range(len(cases)) if i not in left], [
+        note = (
             f"{len(long):,} of {len(cases):,} rows are left out: {whose} take more than the context's {limit:,} tokens"
-        ]
+        )
+        return [i for i, length in enumerate(lengths) if length <= limit], [note]
+
+    def result(
+        self, lines: list[dict[str, Any]], notes: list[str], weights: dict[str, Floats64] | None = None
+    ) -> Evaluated:
+        """Return the result of a line for each row."""
+        scores = {name: np.array([line["scores"][name] for line in lines]) for name in lines[0]["scores"]}
+        name, rows = self.task.name or self.task.kind, [line["row"] for line in lines]
+        return Evaluated(name, self.task.kind, rows, scores, lines, weights or {}, notes)
 
 
 def _for_evaluation(text: str) -> str:
@@ -531,31 +501,17 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
                 sums[row.where] = sums.get(row.where, 0.0) + float(total)
                 counts[row.where] = counts.get(row.where, 0) + int(row.trained.sum())
             advance(len(rows))
-    by_place = {case.where: case for case in cases}
-    places = [case.where for case in cases if case.where in counts]
-    losses = np.array([sums[w] / counts[w] for w in places])
-    if np.isnan(losses).any():
-        raise ModelError(NO_NUMBERS)
+    kept = [case for case in cases if case.where in counts]
     lines = [
-        {
-            "row": w,
-            "prompt": by_place[w].prompt,
-            "target": by_place[w].label,
-            "tokens": counts[w],
-            "scores": {"loss": x},
-        }
-        for w, x in zip(places, losses.tolist())
+        {"row": c.where, "prompt": c.prompt, "target": c.label, "tokens": counts[c.where]}
+        | {"scores": {"loss": sums[c.where] / counts[c.where]}}
+        for c in kept
     ]
-    weights = {"loss": np.array([counts[w] for w in places], dtype=np.float64)}
-    notes = [_for_evaluation(line) for line in data.counts.notes()]
-    return Evaluated(task.name or "loss", "loss", places, {"loss": losses}, lines, weights, notes)
-
-
-def _rendered(how: _How, prompt: str | list[Message], case: Case) -> str:
-    """Return a prompt as text."""
-    if isinstance(prompt, str):
-        return prompt
-    return prompt_text(prompt, how.loaded.tokenizer, tools=case.tools, where=case.where)
+    weights = np.array([counts[c.where] for c in kept], dtype=np.float64)
+    result = how.result(lines, [_for_evaluation(line) for line in data.counts.notes()], {"loss": weights})
+    if np.isnan(result.scores["loss"]).any():
+        raise ModelError(NO_NUMBERS)
+    return result
 
 
 def _before_choice(how: _How, prompt: str | list[Message], case: Case) -> str:
@@ -564,7 +520,7 @@ def _before_choice(how: _How, prompt: str | list[Message], case: Case) -> str:
     After the generation prompt a reasoning model writes a thought, if only an empty one, or the mark of a channel; and
     some generation prompts open a thought. A choice is scored where the template writes the content of a turn.
     """
-    text = _rendered(how, prompt, case)
+    text = how.rendered(prompt, case)
     if isinstance(prompt, str):
         return text
     place = "\u2063answer\u2063"  # occurs in no template
@@ -578,8 +534,8 @@ def _before_choice(how: _How, prompt: str | list[Message], case: Case) -> str:
     return begun if found and follows else text
 
 
-def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluated:
-    prompts = [with_shots(case, shots, how.task, how.chat) for case in cases]
+def _choice(how: _How, cases: Sequence[Case]) -> Evaluated:
+    prompts = [with_shots(case, how.shots, how.task, how.chat) for case in cases]
     between = "" if how.chat else delimiter(how.task)
     asked: list[EncodedChoices] = []
     for case, prompt in zip(cases, prompts):
@@ -589,69 +545,70 @@ def _choice(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluate
         except DataError as e:
             raise DataError(f"{case.where}: {e}") from e
     lengths = [max(len(r.context) + len(r.continuation) for r in own.requests) for own in asked]
-    kept, notes = how.fitting(cases, lengths, len(shots))
+    kept, notes = how.fitting(cases, lengths)
     if joint := sum(asked[i].joint > 0 for i in kept):
         rows = f"{joint:,} of {len(kept):,} rows"
         notes.append(f"in {rows} a choice joins the prompt's last token, which is scored with every choice")
     flat = [request for i in kept for request in asked[i].requests]
     with bar(how.console, len(flat), "choices") as advance:
-        found = [x.logprob for x in loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance)]
+        found = iter(loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance))
     lines: list[dict[str, Any]] = []
-    right: list[float] = []
-    normed: list[float] = []
-    at = 0
     for i in kept:
-        case, end = cases[i], at + len(cases[i].choices)
-        logprobs = np.array(found[at:end])
-        at = end
+        case, logprobs = cases[i], np.array([next(found).logprob for _ in cases[i].choices])
         # As lm-eval's acc and acc_norm: by characters, so that long choices have no disadvantage; scored characters of
         # the prompt count too.
         sizes = [asked[i].joint + len(choice) for choice in case.choices]
-        said, said_norm = int(logprobs.argmax()), int((logprobs / sizes).argmax())
-        right.append(float(said == case.right))
-        normed.append(float(said_norm == case.right))
-        own = {"accuracy": right[-1], "accuracy_norm": normed[-1]}
+        first, normed = int(logprobs.argmax()), int((logprobs / sizes).argmax())
         lines.append(
-            {"row": case.where, "prompt": prompts[i], "prediction": case.choices[said], "target": case.label}
-            | {"choices": list(case.choices), "logprobs": logprobs.tolist(), "scores": own}
+            {"row": case.where, "prompt": prompts[i], "prediction": case.choices[first], "target": case.label}
+            | {"choices": list(case.choices), "logprobs": logprobs.tolist()}
+            | {"scores": {"accuracy": float(first == case.right), "accuracy_norm": float(normed == case.right)}}
         )
-    scores = {"accuracy": np.array(right), "accuracy_norm": np.array(normed)}
-    return Evaluated(how.task.name or "choice", "choice", [cases[i].where for i in kept], scores, lines, notes=notes)
+    return how.result(lines, notes)
 
 
-def _generate(how: _How, cases: Sequence[Case], shots: Sequence[Case]) -> Evaluated:
-    task, tokenizer = how.task, how.loaded.tokenizer
-    judging = judges(task)
-    prompts = [with_shots(case, shots, task, how.chat) for case in cases]
+def _generate(how: _How, cases: Sequence[Case]) -> Evaluated:
+    task, tokenizer, chat = how.task, how.loaded.tokenizer, how.chat
+    scorers = open_scorers(task)
+    prompts = [with_shots(case, how.shots, task, chat) for case in cases]
     # In plain text a model would continue with another block, as the shots show it.
-    stop = tuple(task.stop if task.stop is not None else ["\n\n"] if shots and not how.chat else [])
+    stop = tuple(task.stop if task.stop is not None else ["\n\n"] if how.shots and not chat else [])
     most = task.max_tokens or _MAX_TOKENS
-    drops, ends = task.judged == "drop", bool(tokenizer.eos_token_ids)
+    drops, ends = task.thoughts != "keep", bool(tokenizer.eos_token_ids)
     sampling = Sampling(most, task.temperature or 0.0, stop=stop, stop_at_eos=ends, stop_in_answer=drops)
-    texts = [_rendered(how, prompt, case) for case, prompt in zip(cases, prompts)]
-    ids = [context_ids(tokenizer, text, plain=not how.chat, where=case.where) for case, text in zip(cases, texts)]
+    texts = [how.rendered(prompt, case) for case, prompt in zip(cases, prompts)]
+    ids = [context_ids(tokenizer, text, plain=not chat, where=case.where) for case, text in zip(cases, texts)]
     if empty := [case.where for case, own in zip(cases, ids) if not own]:
         raise DataError(f"{empty[0]}: the prompt is empty; expected at least one token")
-    kept, notes = how.fitting(cases, [len(own) + most for own in ids], len(shots))
+    kept, notes = how.fitting(cases, [len(own) + most for own in ids])
     rows = max(1, min(ROWS_AT_ONCE, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
     with bar(how.console, len(kept), "completions") as advance:
         found = sample_batch(
             how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
         )
-    written = [Generated(a.ids, a.finish, text_of(tokenizer, a, sampling, ids[i])) for i, (a,) in zip(kept, found)]
+    items = [
+        ToScore(
+            prompt_ids=np.zeros(0, dtype=np.int32),
+            reply_ids=np.array(sampled.ids, dtype=np.int32),
+            prompt=texts[i],
+            completion=text_of(tokenizer, sampled, sampling, ids[i]),
+            row=cases[i].row,
+            finished=sampled.finish != "length",
+            where=cases[i].where,
+            opening=opening_of(texts[i]),
+        )
+        for i, (sampled,) in zip(kept, found)
+    ]
     chosen = [cases[i] for i in kept]
-    asked = [texts[i] if isinstance(prompts[i], list) else prompts[i] for i in kept]
-    items = items_of(chosen, asked, written, [opening_of(texts[i]) for i in kept])
-    scores = {name: np.asarray(judge(chosen, items), dtype=np.float64) for name, judge in judging.items()}
+    scores = {name: scorer(chosen, items) for name, scorer in scorers.items()}
     lines = [
         {"row": case.where, "prompt": prompts[i], "prediction": item.completion}
         | ({"answer": item.answer} if drops and item.answer != item.completion else {})
-        | {"target": _target(case), "finish": completion.finish}
+        | {"target": list(case.answers) if len(case.answers) > 1 else case.label, "finish": sampled.finish}
         | {"scores": {name: float(values[k]) for name, values in scores.items()}}
-        for k, (i, case, item, completion) in enumerate(zip(kept, chosen, items, written))
+        for k, (i, case, item, (sampled,)) in enumerate(zip(kept, chosen, items, found))
     ]
-    notes += _completion_notes(items, most, drops)
-    return Evaluated(task.name or "generate", "generate", [c.where for c in chosen], scores, lines, notes=notes)
+    return how.result(lines, notes + _completion_notes(items, most, drops))
 
 
 def _completion_notes(items: Sequence[ToScore], most: int, drops: bool) -> list[str]:
@@ -663,14 +620,9 @@ def _completion_notes(items: Sequence[ToScore], most: int, drops: bool) -> list[
     notes = [f"{empty:,} of {total:,} completions are empty"] if empty else []
     notes += [f"{cut:,} of {total:,} completions were cut off at {most} tokens (max_tokens)"] if cut else []
     if thoughts:
-        notes.append(
-            f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep scores them)"
-        )
+        note = f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep scores them)"
+        notes.append(note)
     return notes
-
-
-def _target(case: Case) -> str | list[str] | None:
-    return list(case.answers) if len(case.answers) > 1 else case.label
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -724,7 +676,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of results.json; NaN is null."""
-        found: dict[str, Any] = {
+        found = {
             "model": self.model,
             "file": self.file,
             "against": self.against,
@@ -734,18 +686,16 @@ class Evaluation:
             "tasks": [_task_json(found) for found in self.tasks],
             "versions": versions(),
         }
-        finite: dict[str, Any] = _finite(found)
-        return finite
+        return dict(_finite(found))
 
     def lines(self) -> Iterable[dict[str, Any]]:
         """Yield the lines of predictions.jsonl: each row of each task, with the other model's prediction."""
+        kept = ("prediction", "answer", "logprobs", "finish", "scores")
         for result, other, _ in self.tasks:
             for i, line in enumerate(result.predictions):
-                also = {}
-                if other is not None:
-                    kept = ("prediction", "answer", "logprobs", "finish", "scores")
-                    also = {"against": {k: v for k, v in other.predictions[i].items() if k in kept}}
-                yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **also}
+                also = {k: v for k, v in other.predictions[i].items() if k in kept} if other is not None else {}
+                against = {"against": also} if other is not None else {}
+                yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **against}
 
     def write(self, out: Path) -> None:
         """Write predictions.jsonl and results.json into a folder.
@@ -803,11 +753,7 @@ def _task_json(found: Compared) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     """Replace NaN and infinity, which JSON does not have, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return parse_json(json.dumps(value), parse_constant=lambda name: None)
 
 
 def run_evaluation(
@@ -832,7 +778,10 @@ def run_evaluation(
     if asking.thoughts is not None and all(task.kind != "generate" for task in tasks):
         raise ConfigError(f"--thoughts {asking.thoughts}: is for metrics of completions; leave it out")
     asked = [make_cases(rows, task) for task in tasks]
-    shots = [_shots(asking, task, cases) for task, cases in zip(tasks, asked)]
+    shots = [
+        choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed) if asking.shots else []
+        for task, cases in zip(tasks, asked)
+    ]
     other, options = _base(model, adapter) if against == "base" else (against, {})
     if other is not None:
         load_run(other, lazy=True, **options)  # raises now, not after the first model is done
@@ -850,7 +799,8 @@ def run_evaluation(
     others = evaluated(load_run(other, **options))
     found = []
     for result, second in zip(results, others):
-        first, second = _same_rows(result, second)
+        common = set(result.rows) & set(second.rows)  # those that fit both contexts
+        first, second = result.only(common), second.only(common)
         paired = paired_differences(first, second, seed=asking.seed, confidence=asking.confidence)
         found.append(Compared(first, second, paired))
     return Evaluation(named, file, against, asking, found)
@@ -876,12 +826,6 @@ def merged(tasks: Sequence[Task]) -> list[Task]:
     return every
 
 
-def _same_rows(a: Evaluated, b: Evaluated) -> tuple[Evaluated, Evaluated]:
-    """Return both without rows that do not fit the other's context."""
-    common = set(a.rows) & set(b.rows)
-    return a.only(common), b.only(common)
-
-
 def _run_data(model: str) -> DataSettings | None:
     """Return the data settings of a run; None for anything else."""
     folder = home_path(model)
@@ -894,20 +838,22 @@ def _run_data(model: str) -> DataSettings | None:
 def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows: Sequence[Row | Problem]) -> Task:
     """Return a task with the command's and the run's settings for rows."""
     task = read_task(given) if isinstance(given, str) else given
+    update: dict[str, Any] = {}
     if asking.format is not None:
         if task.prompt is not None:
             raise ConfigError(f"--format {asking.format}: task {task.name} has its own prompt; leave it out")
         if asking.format not in FORMATS:
             hint = nearest(asking.format, FORMATS)
             raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
-        task = task.model_copy(update={"format": asking.format})
+        update["format"] = asking.format
     if asking.template is not None:
-        task = task.model_copy(update={"template": asking.template})
+        update["template"] = asking.template
     if asking.thoughts is not None and task.kind == "generate":
-        task = task.model_copy(update={"thoughts": asking.thoughts})
+        update["thoughts"] = asking.thoughts
+    task = task.model_copy(update=update)
     if data is None:
         return task
-    update: dict[str, Any] = {}
+    update = {}
     if "template" not in task.model_fields_set:
         update["template"] = data.template
     fits = task.prompt is None and data.format in READ and task.format in (None, data.format)
@@ -924,13 +870,6 @@ def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
     names = dict.fromkeys(first, "there")
     names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
     return not FORMATS[data.format].missing(names)
-
-
-def _shots(asking: Asking, task: Task, cases: Sequence[Case]) -> list[Case]:
-    """Return solved cases to show, from other rows than the evaluated ones."""
-    if not asking.shots:
-        return []
-    return choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed)
 
 
 def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
@@ -969,54 +908,19 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     return out if read_mark(folder) or not out.exists() else next(f for f in numbered if not f.exists())
 
 
-# --- eval tables ------------------------------------------------------------------------------------------------------
-
-
-def _number(value: float) -> str:
-    """Format with four digits after the point, fewer for large numbers; NaN is a dash."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def with_error(figure: Figure) -> str:
-    """Format a figure with its standard error."""
-    return f"{_number(figure.value)} ± {_number(figure.se)}"
-
-
 def show_evaluation(console: Console, found: Evaluation) -> None:
-    """Print a table for each task, one for the differences, and the notes."""
-    for task in found.tasks:
-        shots = f", {found.asking.shots} shots" if found.asking.shots else ""
-        console.print(
-            text.Text(f"{task.result.task}: {len(task.result.rows):,} rows{shots}, ± standard error", style="bold")
-        )
-        console.print(_figures(found, task))
-        if task.paired:
-            console.print(_differences(found, task))
-        for line in task.result.notes:
-            console.print(text.Text(f"note: {line}"))
-        for line in task.other.notes if task.other else []:
-            console.print(text.Text(f"note ({found.against}): {line}"))
-
-
-def _figures(found: Evaluation, task: Compared) -> Table:
-    others = task.other.figures() if task.other else {}
-    table = Table("", Column("model", justify="right"))
-    if others:
-        table.add_column(text.Text(found.against or ""), justify="right", overflow="fold")
-    for name, figure in task.result.figures().items():
-        cells = [name, with_error(figure)] + ([with_error(others[name])] if others else [])
-        table.add_row(*map(text.Text, cells))
-    return table
-
-
-def _differences(found: Evaluation, task: Compared) -> Table:
-    """Return the table of differences, the model minus the other."""
-    heads = ("difference", f"{found.asking.confidence:.0%} interval", "won/lost/tied")
-    table = Table("", *(Column(head, justify="right") for head in heads))
-    for pair in task.paired:
-        interval = "-" if math.isnan(pair.low) else f"[{pair.low:+.4f}, {pair.high:+.4f}]"
-        rows = f"{pair.won}/{pair.lost}/{pair.tied}"
-        table.add_row(*map(text.Text, (pair.metric, f"{pair.difference:+.4f} ± {_number(pair.se)}", interval, rows)))
-    return table
+    """Print the tables of each task and its notes."""
+    data = found.to_json()
+    for task, (result, other, _) in zip(data["tasks"], found.tasks):
+        title, tables = evaluation_tables(data, task)
+        console.print(Text(title, style="bold"))
+        for columns, rows in tables:
+            heads = (Column(Text(name), justify="right", overflow="fold") for name in columns)
+            table = Table("", *heads)
+            for row in rows:
+                table.add_row(*map(Text, row))
+            console.print(table)
+        for line in result.notes:
+            console.print(Text(f"note: {line}"))
+        for line in other.notes if other else []:
+            console.print(Text(f"note ({found.against}): {line}"))

@@ -38,6 +38,14 @@ class Generated(NamedTuple):
     text: str
 
 
+class AskedPrompt(NamedTuple):
+    """A row's prompt and its ids."""
+
+    where: str
+    item: Prompt
+    ids: list[int]
+
+
 class Asked:
     """A file's prompts, of data.format: prompts, rendered for a model.
 
@@ -47,9 +55,7 @@ class Asked:
 
     def __init__(self, spec: str, loaded: Loaded, system: str | None = None) -> None:
         self.loaded = loaded
-        self.prompts: list[Prompt] = []
-        self.wheres: list[str] = []
-        self.ids: list[list[int]] = []
+        self.prompts: list[AskedPrompt] = []
         problems = []
         for where, item in convert(read_rows(spec, "test"), "prompts"):
             assert isinstance(item, Prompt)
@@ -58,64 +64,49 @@ class Asked:
                 ids = encode_prompt(item.prompt, loaded.tokenizer, system=system, tools=tools, where=where)
                 if not ids:
                     raise DataError(f"{where}: the prompt has no tokens")
-                self.ids.append(ids)
-                self.prompts.append(item)
-                self.wheres.append(where)
+                self.prompts.append(AskedPrompt(where, item, ids))
             except DataError as e:
                 problems.append(str(e))
         if problems:
             raise DataError(report_lines(problems))
 
     def sampled(
-        self, sampling: Sampling, samples: int, seed: int, console: Console
-    ) -> Iterator[tuple[int, list[list[Generated]]]]:
-        """Yield completions of some prompts at a time, in order: the first one's index, and each one's completions."""
-        tokenizer = self.loaded.tokenizer
+        self, sampling: Sampling, samples: int, seed: int | None, console: Console
+    ) -> Iterator[list[tuple[AskedPrompt, list[Generated]]]]:
+        """Yield blocks of prompts, in order, with their completions.
+
+        Args:
+            seed: None: a random one.
+        """
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        seed = int.from_bytes(os.urandom(7), "big") if seed is None else seed
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
         size = max(1, _BATCHES * ROWS_AT_ONCE // samples)
-        with bar(console, samples * len(self.ids), "completions") as advance:
-            for start in range(0, len(self.ids), size):
-                found = sample_batch(
-                    self.loaded.model,
-                    tokenizer,
-                    self.ids[start : start + size],
-                    how,
-                    samples=samples,
-                    seed=seed + start,
-                    on_done=advance,
-                )
-                yield (
-                    start,
-                    [[Generated(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found],
-                )
-
-    def lines(self, sampling: Sampling, samples: int, seed: int, console: Console) -> Iterator[dict[str, Any]]:
-        """Yield a line for each prompt, in order: prompt, completions, and why each ended."""
-        for start, found in self.sampled(sampling, samples, seed, console):
-            for item, row in zip(self.prompts[start:], found):
-                texts, ends = [found.text for found in row], [found.finish for found in row]
-                yield {"prompt": unwritten(item.prompt), "completions": texts, "finish": ends}
-
-
-def drawn(seed: int | None) -> int:
-    """Return the seed, or a random one."""
-    return int.from_bytes(os.urandom(7), "big") if seed is None else seed
+        with bar(console, samples * len(self.prompts), "completions") as advance:
+            for start in range(0, len(self.prompts), size):
+                block = self.prompts[start : start + size]
+                ids = [prompt.ids for prompt in block]
+                found = sample_batch(model, tokenizer, ids, how, samples=samples, seed=seed + start, on_done=advance)
+                texts = [[Generated(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found]
+                yield list(zip(block, texts))
 
 
 def write_completions(asked: Asked, sampling: Sampling, samples: int, seed: int | None, out: Path | None) -> None:
-    """Write a JSON line for each prompt to `out`, completely or not at all, or to standard output one by one.
+    """Write a line of JSON for each prompt (prompt, completions, and why each ended).
 
     Args:
         seed: None: a random one.
+        out: written completely or not at all; None: standard output, line by line.
     Raises:
         CheckpointError: `out` cannot be written.
     """
-    seed = drawn(seed)
 
     def lines(file: TextIO) -> None:
-        for line in asked.lines(sampling, samples, seed, make_console(stderr=True)):
-            file.write(json_text(line) + "\n")
-            file.flush()
+        for block in asked.sampled(sampling, samples, seed, make_console(stderr=True)):
+            for prompt, row in block:
+                line = {"prompt": unwritten(prompt.item.prompt), "completions": [each.text for each in row]}
+                file.write(json_text(line | {"finish": [each.finish for each in row]}) + "\n")
+                file.flush()
 
     def write(path: Path) -> None:
         with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -130,7 +121,6 @@ def write_completions(asked: Asked, sampling: Sampling, samples: int, seed: int 
 # --- best -------------------------------------------------------------------------------------------------------------
 
 _TOKENS = 4096  # of a batch for a reward model
-_KEEP = "best, all, or above:X with a number"
 
 
 class Keep(NamedTuple):
@@ -156,19 +146,20 @@ def read_keep(text: str, n: int) -> Keep:
     Raises:
         ConfigError: it is not best, all or above:X; or best with a single completion.
     """
-    kind, colon, number = text.partition(":")
+    if text == "all":
+        return Keep(False)
     if text == "best":
         if n == 1:
             raise ConfigError("--keep best: --n is 1, so there is no choice; raise it, or use above:X")
         return Keep(True)
-    if text == "all":
-        return Keep(False)
+    kind, _, number = text.partition(":")
     try:
-        least = float(number) if kind == "above" and colon else math.nan
+        least = float(number) if kind == "above" else math.nan
     except ValueError:
         least = math.nan
     if not math.isfinite(least):
-        raise ConfigError(f"--keep is {text!r}{nearest(kind, ('best', 'all', 'above'))}; expected {_KEEP}")
+        hint = nearest(kind, ("best", "all", "above"))
+        raise ConfigError(f"--keep is {text!r}{hint}; expected best, all, or above:X with a number")
     return Keep(False, least)
 
 
@@ -230,38 +221,40 @@ def best_of_n(
     lines: list[dict[str, Any]] = []
     scores: list[float] = []
     cut = empty = 0
-    for start, found in asked.sampled(choice.sampling, choice.n, drawn(seed), console):
-        places = range(start, start + len(found))
-        items = [_item(asked, i, each) for i, row in zip(places, found) for each in row]
-        block = rewards.score(items, tokens=_TOKENS).total.tolist()
-        scores += block
-        for k, (i, row) in enumerate(zip(places, found)):
-            own = block[k * choice.n : (k + 1) * choice.n]
-            whole = [j for j, each in enumerate(row) if choice.cut_off or each.finish != "length"]
-            fit = [j for j in whole if row[j].text.strip()]
+    for block in asked.sampled(choice.sampling, choice.n, seed, console):
+        items = [_item(loaded.tokenizer, prompt, each) for prompt, row in block for each in row]
+        scores += rewards.score(items, tokens=_TOKENS).total.tolist()
+        values = iter(scores[-len(items) :])
+        for prompt, row in block:
+            scored = list(zip(row, values))
+            whole = [pair for pair in scored if choice.cut_off or pair[0].finish != "length"]
+            fit = [pair for pair in whole if pair[0].text.strip()]
             cut, empty = cut + len(row) - len(whole), empty + len(whole) - len(fit)
-            lines += [_line(asked.prompts[i], system, row[j].text, own[j]) for j in _kept(own, fit, choice.keep)]
+            if choice.keep.best:
+                kept = [max(fit, key=lambda pair: pair[1])] if fit else []
+            else:
+                kept = [pair for pair in fit if pair[1] > choice.keep.least]
+            lines += [_line(prompt.item, system, each.text, score) for each, score in kept]
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
-    kept = float(np.mean([line["score"] for line in lines]))
+    mean = float(np.mean([line["score"] for line in lines]))
     write_result(out, text_writer("".join(json_text(line) + "\n" for line in lines)))
-    return Chosen(len(asked.ids), len(scores), len(lines), cut, empty, float(np.mean(scores)), kept, str(out))
+    return Chosen(len(asked.prompts), len(scores), len(lines), cut, empty, float(np.mean(scores)), mean, str(out))
 
 
-def _item(asked: Asked, number: int, found: Generated) -> ToScore:
-    item, ids = asked.prompts[number], asked.ids[number]
-    text = item.prompt if isinstance(item.prompt, str) else str(asked.loaded.tokenizer.decode(ids))
-    prompt, reply = np.array(ids, dtype=np.int32), np.array(found.ids, dtype=np.int32)
-    opening = opening_after(asked.loaded.tokenizer, ids)
-    finished, where = found.finish != "length", asked.wheres[number]
-    return ToScore(prompt, reply, text, found.text, item.row, finished, where, item.prompt, opening)
-
-
-def _kept(scores: Sequence[float], fit: Sequence[int], keep: Keep) -> list[int]:
-    """Return the indices of a prompt's kept completions; of several best ones the first."""
-    if keep.best:
-        return [max(fit, key=lambda j: scores[j])] if fit else []
-    return [j for j in fit if scores[j] > keep.least]
+def _item(tokenizer: Any, asked: AskedPrompt, found: Generated) -> ToScore:
+    item, ids = asked.item, asked.ids
+    return ToScore(
+        prompt_ids=np.array(ids, dtype=np.int32),
+        reply_ids=np.array(found.ids, dtype=np.int32),
+        prompt=item.prompt if isinstance(item.prompt, str) else str(tokenizer.decode(ids)),
+        completion=found.text,
+        row=item.row,
+        finished=found.finish != "length",
+        where=asked.where,
+        asked=item.prompt,
+        opening=opening_after(tokenizer, ids),
+    )
 
 
 def _line(item: Prompt, system: str | None, text: str, score: float) -> dict[str, Any]:

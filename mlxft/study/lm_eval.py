@@ -38,6 +38,7 @@ except ModuleNotFoundError as e:
     raise ConfigError(f"--tasks: {missing_extra('lm-eval', 'eval')}") from e
 
 _MAX_TOKENS = 256  # of a completion where the task does not say: lm-eval's default
+_CONTEXT = 2048  # where the model's config has none
 _NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -60,9 +61,9 @@ class EvalModel(TemplateLM):
         thoughts: Thoughts = "drop",
     ) -> None:
         super().__init__()
-        self._drops = thoughts == "drop"
         self.loaded, self.tokenizer, self.limit = loaded, loaded.tokenizer, limit
         self._split, self._tokens, self._seed, self._console = Split(loaded.model), tokens, seed, console
+        self._drops = thoughts == "drop"
         self.cut = 0  # requests that were longer
 
     @property
@@ -130,10 +131,9 @@ class EvalModel(TemplateLM):
         windows: list[tuple[Any, list[int], list[int]]] = []
         counts = []
         for request in requests:
-            (text,) = request.args
-            own = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.limit, 1)
-            pairs = [make_disjoint_window(window) for window in own]
-            windows += [(None, *pair) for pair in pairs]
+            own = get_rolling_token_windows(self.tok_encode(request.args[0]), self.eot_token_id, self.limit, 1)
+            pairs = [(None, *make_disjoint_window(window)) for window in own]
+            windows += pairs
             counts.append(len(pairs))
         found = iter(self._loglikelihood_tokens(windows))
         return [sum(next(found)[0] for _ in range(count)) for count in counts]
@@ -150,14 +150,8 @@ class EvalModel(TemplateLM):
                 room = max(1, self.limit - sampling.max_tokens)
                 prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
                 self.cut += sum(len(ids) > room for ids in prompts)
-                found = sample_batch(
-                    self.loaded.model,
-                    self.tokenizer,
-                    [ids[-room:] for ids in prompts],
-                    sampling,
-                    seed=self._seed,
-                    on_done=advance,
-                )
+                model, cut = self.loaded.model, [ids[-room:] for ids in prompts]
+                found = sample_batch(model, self.tokenizer, cut, sampling, seed=self._seed, on_done=advance)
                 for i, ids, (completion,) in zip(members, prompts, found):
                     text = text_of(self.tokenizer, completion, sampling, ids)
                     texts[i] = answer_of(text, opening_of(requests[i].args[0])) if self._drops else text
@@ -165,17 +159,14 @@ class EvalModel(TemplateLM):
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         """Return the sampling of lm-eval's settings; greedy unless do_sample."""
-        until = given.get("until") or []
-        stop = [until] if isinstance(until, str) else list(until)
+        until = given.get("until") or ()
+        stop = (until,) if isinstance(until, str) else until
         most = next((given[name] for name in _NAMES if given.get(name)), _MAX_TOKENS)
         drawn: dict[str, Any] = {"temperature": 0.0}
         if given.get("do_sample"):
             drawn = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p") if name in given}
         ends = bool(self.tokenizer.eos_token_ids)
         return Sampling(int(most), stop=tuple(text for text in stop if text), stop_at_eos=ends, **drawn)
-
-
-CONTEXT = 2048  # where the model's config has none
 
 
 def run_tasks(
@@ -221,7 +212,7 @@ def run_tasks(
     loaded = load_run(model, adapter)
     if chat and not loaded.tokenizer.has_chat_template:
         raise ConfigError("--chat: this model has no chat template")
-    lm = EvalModel(loaded, max_length or context_of(loaded.config) or CONTEXT, tokens, seed, console, thoughts)
+    lm = EvalModel(loaded, max_length or context_of(loaded.config) or _CONTEXT, tokens, seed, console, thoughts)
     try:
         found = simple_evaluate(
             model=lm,
@@ -250,25 +241,24 @@ def _as_json(found: dict[str, Any], cut: int, limit: int) -> dict[str, Any]:
         name: {
             "n": found.get("n-samples", {}).get(name, {}).get("effective"),
             "shots": found.get("n-shot", {}).get(name),
-            "figures": figures(values),
+            "figures": _as_figures(values),
         }
         for name, values in found["results"].items()
     }
     notes = [f"{cut:,} requests were longer than {limit:,} tokens, and their beginning is cut off"] if cut else []
-    groups = {name: figures(values) for name, values in (found.get("groups") or {}).items()}
+    groups = {name: _as_figures(values) for name, values in (found.get("groups") or {}).items()}
     return {"tasks": tasks, "groups": groups, "notes": notes}
 
 
-def figures(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+def _as_figures(values: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Return lm-eval's {"acc,none": 0.5, "acc_stderr,none": 0.1, ...} as {"acc": {"value": 0.5, "se": 0.1}, ...}."""
     every: dict[str, dict[str, float | None]] = {}
     for key, value in values.items():
         metric, comma, selection = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = values.get(f"{metric}_stderr,{selection}")
-        name = metric if selection == "none" else f"{metric}, {selection}"
-        every[name] = {"value": float(value), "se": float(error) if isinstance(error, int | float) else None}
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = values.get(f"{metric}_stderr,{selection}")
+            name = metric if selection == "none" else f"{metric}, {selection}"
+            every[name] = {"value": float(value), "se": float(error) if isinstance(error, int | float) else None}
     return every
 
 

@@ -23,16 +23,13 @@ from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import load_run
 from mlxft.text import bar, home_path
 
-FIELDS = "messages; prompt and completion; chosen and rejected; or prompt and answers"
-
 
 @dataclass
 class ScoredRow:
-    """A row's completions, in the order of `names`, and their scores.
+    """A row's completions and their scores.
 
     Attributes:
         kind: "answer", "pair" (chosen and rejected) or "ranking".
-        names: of each completion: score, chosen, rejected, or its number.
         weight: of a pair; the pairs of one row add up to 1.
         tie: a pair without a better completion.
     """
@@ -40,7 +37,6 @@ class ScoredRow:
     where: str
     kind: str
     answers: list[EncodedCompletion]
-    names: list[str]
     scores: list[float] = field(default_factory=list)
     weight: float = 1.0
     tie: bool = False
@@ -48,19 +44,23 @@ class ScoredRow:
     def to_json(self) -> dict[str, Any]:
         """Return the row's line of JSON."""
         if self.kind == "ranking":
-            order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
-            return {"row": self.where, "scores": self.scores, "ranking": order}
-        line = {"row": self.where, **dict(zip(self.names, self.scores))}
+            return {"row": self.where, "scores": self.scores, "ranking": self._order()}
+        line = {"row": self.where, **self._named()}
         if self.kind == "pair":
             line |= {"margin": self.scores[0] - self.scores[1], **({"tie": True} if self.tie else {})}
         return line
 
     def __str__(self) -> str:
         if self.kind == "ranking":
-            order = self.to_json()["ranking"]
-            return f"{self.where}: " + " > ".join(f"answers[{i}] {self.scores[i]:.4f}" for i in order)
-        said = ", ".join(f"{name} {value:.4f}" for name, value in zip(self.names, self.scores))
-        return f"{self.where}: {said}{' (a tie)' if self.tie else ''}"
+            return f"{self.where}: " + " > ".join(f"answers[{i}] {self.scores[i]:.4f}" for i in self._order())
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in self._named().items())
+        return f"{self.where}: {scores}{' (a tie)' if self.tie else ''}"
+
+    def _order(self) -> list[int]:
+        return sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
+
+    def _named(self) -> dict[str, float]:
+        return dict(zip(("chosen", "rejected") if self.kind == "pair" else ("score",), self.scores))
 
 
 def open_scorer(path: str | Path, **options: Any) -> Scorer:
@@ -69,18 +69,18 @@ def open_scorer(path: str | Path, **options: Any) -> Scorer:
     Raises:
         ConfigError: there is no such folder. ModelError: it is not a reward run, or does not fit its base.
     """
-    if not home_path(path).exists():
+    folder = home_path(path)
+    if not folder.exists():
         raise ConfigError(f"there is no run {path}; name a run of objective: reward")
     loaded = load_run(path, scores=True, **options)
     loaded.model.eval()
     mx.eval(loaded.model.parameters())
-    folder = home_path(path)
     head = find_head(folder)
     assert head is not None, "load_run requires it"
     about = read_head(head).about
-    noted = about.get("reward", {})
+    statistics = about.get("reward", {})
     chat = reads_chat(folder, about)
-    return Scorer(Split(loaded.model), loaded.tokenizer, chat, noted.get("mean"), noted.get("std"))
+    return Scorer(Split(loaded.model), loaded.tokenizer, chat, statistics.get("mean"), statistics.get("std"))
 
 
 def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SCORING_TOKENS) -> list[ScoredRow]:
@@ -109,11 +109,9 @@ def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SC
         raise DataError(report_lines(problems))
     every = [completion for item in found for completion in item.answers]
     with bar(console, len(every), "completions") as advance:
-        scores = scorer.scores(every, tokens, advance)
-    at = 0
+        scores = iter(scorer.scores(every, tokens, advance))
     for item in found:
-        item.scores = scores[at : at + len(item.answers)]
-        at += len(item.answers)
+        item.scores = [next(scores) for _ in item.answers]
     return found
 
 
@@ -135,29 +133,29 @@ def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[ScoredRow]
         if not isinstance(texts, list) or not texts:
             raise DataError(f"{listed} is {texts!r:.40}; expected a list of completions")
         items = [FORMATS["unpaired"].read({**row, "completion": text, "label": True}) for text in texts]
-        encoded = [_encoded(scorer, item, where) for item in items]
-        return [ScoredRow(where, "ranking", encoded, [str(i) for i in range(len(encoded))])]
+        return [ScoredRow(where, "ranking", [_encoded(scorer, item, where) for item in items])]
     single = "unpaired" if isinstance(row.get("prompt"), str) else "prompt-completion"
     kind = FORMATS["messages" if "messages" in has else single]
     labelled = {**row, "label": True}  # the label does not matter for a score
     if not kind.missing(labelled):
-        return [ScoredRow(where, "answer", [_encoded(scorer, kind.read(labelled), where)], ["score"])]
-    raise DataError(f"the row has {', '.join(sorted(has)) or 'no fields'}; expected {FIELDS}")
+        return [ScoredRow(where, "answer", [_encoded(scorer, kind.read(labelled), where)])]
+    raise DataError(
+        f"the row has {', '.join(sorted(has)) or 'no fields'}; expected messages; prompt and "
+        "completion; chosen and rejected; or prompt and answers"
+    )
 
 
 def _encoded(scorer: Scorer, item: Any, where: str) -> EncodedCompletion:
-    if isinstance(item, Completion):
-        return scorer.encode(item.prompt, item.completion, where)
-    if isinstance(item, Labelled):
-        return scorer.encode(item.prompt, item.completion, where, item.tools)
-    assert isinstance(item, Conversation)
-    *prompt, reply = ({k: v for k, v in message.items() if k != "weight"} for message in item.messages)
-    return scorer.encode(prompt, reply, where, item.tools)
+    if isinstance(item, Conversation):
+        *prompt, reply = ({k: v for k, v in message.items() if k != "weight"} for message in item.messages)
+        return scorer.encode(prompt, reply, where, item.tools)
+    assert isinstance(item, Completion | Labelled)
+    return scorer.encode(item.prompt, item.completion, where, item.tools if isinstance(item, Labelled) else None)
 
 
 def _pair(scorer: Scorer, pair: Pair, where: str) -> ScoredRow:
     both = [scorer.encode(pair.prompt, reply, where, pair.tools) for reply in (pair.chosen, pair.rejected)]
-    return ScoredRow(where, "pair", both, ["chosen", "rejected"], [], pair.weight, pair.tie)
+    return ScoredRow(where, "pair", both, [], pair.weight, pair.tie)
 
 
 def summarise(rows: Sequence[ScoredRow]) -> dict[str, Any]:
@@ -174,10 +172,7 @@ def summarise(rows: Sequence[ScoredRow]) -> dict[str, Any]:
 
 
 def _of_pairs(pairs: Sequence[ScoredRow]) -> dict[str, Any]:
-    """Return accuracy, margin and calibration of pairs.
-
-    Scores that are equal within rounding count half.
-    """
+    """Return accuracy, margin and calibration of pairs; scores that are equal within rounding count half."""
     weights = np.array([row.weight for row in pairs], dtype=np.float32)  # a GPU has no float64
     chosen, rejected = (np.array([row.scores[side] for row in pairs], dtype=np.float32) for side in (0, 1))
     margins = chosen - rejected
@@ -196,17 +191,12 @@ def _of_pairs(pairs: Sequence[ScoredRow]) -> dict[str, Any]:
 
 def tables(summary: dict[str, Any]) -> list[str]:
     """Return a summary's tables as lines: reliability, and scores by the completions' length."""
-    lines = []
-    if "reliability" in summary:
-        lines += ["how sure   how often right   share of pairs"]
-        lines += [
-            f"{row['confidence']:8.3f}   {row['accuracy']:15.3f}   {row['share']:14.1%}"
-            for row in summary["reliability"]
-        ]
-    if "scores_by_length" in summary:
-        lines += ["length     mean score       std   share"]
-        lines += [
-            f"{name:8}   {row['mean']:10.4f}   {row['std']:7.4f}   {row['share']:5.1%}"
-            for name, row in summary["scores_by_length"].items()
-        ]
+    if "pairs" not in summary:
+        return []
+    lines = ["how sure   how often right   share of pairs"]
+    for row in summary["reliability"]:
+        lines.append(f"{row['confidence']:8.3f}   {row['accuracy']:15.3f}   {row['share']:14.1%}")
+    lines.append("length     mean score       std   share")
+    for name, row in summary["scores_by_length"].items():
+        lines.append(f"{name:8}   {row['mean']:10.4f}   {row['std']:7.4f}   {row['share']:5.1%}")
     return lines

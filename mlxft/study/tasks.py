@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from mlxft.config import DataSettings, Settings, read_settings
@@ -38,12 +37,13 @@ from mlxft.data.formats import (
 )
 from mlxft.data.sources import Problem, Row, read_rows, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, nearest
-from mlxft.objectives.rewards import JsonSchema, ScoredRule, ToScore, last_number, load_functions
+from mlxft.model.heads import Scorer
+from mlxft.objectives.rewards import JsonSchema, ScoredFunction, ScoredRule, ToScore, last_number, load_functions
 from mlxft.study.score import open_scorer
 from mlxft.text import home_path
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
-# Scores of a completion against the wanted answer, from 0 to 1, as pure functions of two texts.
+# _Scores of a completion against the wanted answer, from 0 to 1, as pure functions of two texts.
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -77,11 +77,6 @@ def number(said: str, wanted: str, tolerance: float = 1e-6, pattern: str | None 
     return float(one is not None and two is not None and abs(one - two) <= tolerance)
 
 
-def regex(said: str, pattern: str) -> float:
-    """Return 1 if the regular expression is found."""
-    return float(re.search(pattern, said) is not None)
-
-
 def words(text: str) -> list[str]:
     """Return lower-case words without punctuation and articles, as SQuAD 1.1 does (Rajpurkar et al. 2016)."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
@@ -94,11 +89,6 @@ def f1(said: str, wanted: str) -> float:
     if not one or not two:  # SQuAD 2.0: an empty text is right where an empty one is wanted
         return float(one == two)
     return 2 * common / (len(one) + len(two))
-
-
-def best(score: Callable[[str, str], float], said: str, wanted: tuple[str, ...]) -> float:
-    """Return the best score over several wanted texts."""
-    return max(score(said, text) for text in wanted)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -223,9 +213,8 @@ class Task(Settings):
         for given in value:
             kind = given.get("kind") if isinstance(given, dict) else given
             if isinstance(kind, str) and kind not in _KINDS:
-                raise ValueError(
-                    f"there is no metric {kind!r}{nearest(kind, _KINDS)}; expected one of {', '.join(_KINDS)}"
-                )
+                hint = nearest(kind, _KINDS)
+                raise ValueError(f"there is no metric {kind!r}{hint}; expected one of {', '.join(_KINDS)}")
         return [{"kind": m} if isinstance(m, str) else m for m in value]
 
     @field_validator("choices")
@@ -268,11 +257,6 @@ class Task(Settings):
     def kind(self) -> str:
         """Return loss, choice or generate."""
         return "choice" if self.choices is not None else "loss" if self.metrics is None else "generate"
-
-    @property
-    def judged(self) -> Thoughts:
-        """Return which part of a completion is scored."""
-        return self.thoughts or "drop"
 
     @property
     def compares(self) -> bool:
@@ -396,34 +380,34 @@ def _check_fields(task: Task, rows: Sequence[Row]) -> None:
     named = {"answer": task.answer, "choices": task.choices}
     for setting, field in named.items():
         if isinstance(field, str) and not is_template(field) and names and field not in names:
-            raise ConfigError(
-                f"{setting} is {field!r}, which no row has{nearest(field, names)}; rows have {', '.join(sorted(names))}"
-            )
+            hint, has = nearest(field, names), ", ".join(sorted(names))
+            raise ConfigError(f"{setting} is {field!r}, which no row has{hint}; rows have {has}")
 
 
 def _case(row: Row, item: Item | None, task: Task) -> Case:
-    prompt, own = _asked(row.data, item, task)
-    tools = item.tools if isinstance(item, Conversation) else tools_of(row.data) if isinstance(item, Prompt) else None
+    data, field = row.data, task.answer or "answer"
+    prompt, own = _asked(data, item, task)
+    tools = item.tools if isinstance(item, Conversation) else tools_of(data) if isinstance(item, Prompt) else None
     if task.kind == "loss":
-        if item is None or isinstance(item, Prompt):
-            item = _completion(row.data, prompt, task)
-            own = _texts(_value(row.data, task.answer or "answer"), task.answer or "answer")
-        return Case(row.where, row.data, prompt, own, item=item)
+        if item is None or isinstance(item, Prompt):  # a template gives the prompt
+            own = _answers(data, field)
+            if isinstance(prompt, str) and task.system is None:
+                item = Completion(prompt, own[0])
+            else:
+                item = Conversation([*as_messages(prompt, task.system), {"role": "assistant", "content": own[0]}])
+        return Case(row.where, data, prompt, own, item=item)
     if task.kind == "choice":
-        choices = _choices(row.data, task)
-        wanted = own[0] if own and task.answer is None else _value(row.data, task.answer or "answer")
-        right = _right(wanted, choices, task.answer or "answer")
-        return Case(row.where, row.data, prompt, (choices[right],), choices, right, tools=tools)
-    if task.answer is not None:
-        own = _texts(_value(row.data, task.answer), task.answer)
-    elif isinstance(item, Prompt) and row.data.get("answer") is not None:
-        own = _texts(row.data["answer"], "answer")
+        choices = _choices(data, task)
+        right = _right(own[0] if own and task.answer is None else _value(data, field), choices, field)
+        return Case(row.where, data, prompt, (choices[right],), choices, right, tools=tools)
+    if task.answer is not None or (isinstance(item, Prompt) and data.get("answer") is not None):
+        own = _answers(data, field)
     if task.compares and not own:
-        has = ", ".join(row.data)
+        has = ", ".join(data)
         raise DataError(
             f"no wanted answer to compare with: no field 'answer'; the row has {has} (a task's answer: names one)"
         )
-    return Case(row.where, row.data, prompt, own, tools=tools)
+    return Case(row.where, data, prompt, own, tools=tools)
 
 
 def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | list[Message], tuple[str, ...]]:
@@ -450,14 +434,6 @@ def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | li
     return read_prompts({"prompt": row[name], "system": row.get("system")}).prompt, ()
 
 
-def _completion(row: dict[str, Any], prompt: str | list[Message], task: Task) -> Item:
-    """Return the item of a loss, where a template gives the prompt."""
-    (text, *_) = _texts(_value(row, task.answer or "answer"), task.answer or "answer")
-    if isinstance(prompt, str) and task.system is None:
-        return Completion(prompt, text)
-    return Conversation([*as_messages(prompt, task.system), {"role": "assistant", "content": text}])
-
-
 def _value(row: dict[str, Any], field: str) -> Any:
     """Return a field of the row, or a template filled from it."""
     if is_template(field):
@@ -467,29 +443,28 @@ def _value(row: dict[str, Any], field: str) -> Any:
     return row[field]
 
 
-def _texts(value: Any, field: str) -> tuple[str, ...]:
+def _answers(row: dict[str, Any], field: str) -> tuple[str, ...]:
     """Return the wanted answers: a text, a number, or a list of them."""
+    value = _value(row, field)
     every = value if isinstance(value, list) else [value]
     if not every or any(isinstance(v, bool) or not isinstance(v, str | int | float) for v in every):
         seen = "an empty list" if value == [] else type_name(value)
         raise DataError(f"{field} is {seen}; expected a text, a number, or a list of them")
-    return tuple(str(v) for v in every)
+    return tuple(map(str, every))
 
 
 def _choices(row: dict[str, Any], task: Task) -> tuple[str, ...]:
     if isinstance(task.choices, list):
         return tuple(task.choices)
     name = task.choices or "choices"
-    value = row.get(name)
-    if value is None:
-        raise DataError(f"no field {name!r}; the row has {', '.join(row) or 'none'}")
+    value = _value(row, name)
     if not isinstance(value, list):
         raise DataError(f"{name} is {type_name(value)}; expected a list of texts")
     for i, choice in enumerate(value):
         if isinstance(choice, bool) or not isinstance(choice, str | int | float) or not str(choice).strip():
-            seen = "empty" if choice == "" or isinstance(choice, str) else type_name(choice)
+            seen = "empty" if isinstance(choice, str) else type_name(choice)
             raise DataError(f"{name}[{i}] is {seen}; expected a text")
-    texts = tuple(str(choice) for choice in value)
+    texts = tuple(map(str, value))
     if len(texts) < 2:
         raise DataError(f"{name} has {len(texts)} texts; expected at least two to choose from")
     if len(set(texts)) < len(texts):
@@ -499,19 +474,15 @@ def _choices(row: dict[str, Any], task: Task) -> tuple[str, ...]:
 
 def _right(value: Any, choices: tuple[str, ...], field: str) -> int:
     """Return the index of the wanted choice, given as its text or as a number."""
-    if value is None:
-        raise DataError(f"no field {field!r}, which says which choice is right")
-    if isinstance(value, str) and value in choices:
-        return choices.index(value)
-    if isinstance(value, str) and value.strip() in [c.strip() for c in choices]:
-        return [c.strip() for c in choices].index(value.strip())
-    if isinstance(value, (str, bool)) or not isinstance(value, int):
+    if isinstance(value, str):
+        stripped = [choice.strip() for choice in choices]
+        if value in choices or value.strip() in stripped:
+            return choices.index(value) if value in choices else stripped.index(value.strip())
+    if isinstance(value, bool) or not isinstance(value, int):
         near = nearest(value, choices) if isinstance(value, str) else ""
         raise DataError(f"{field} is {value!r:.60}{near}; expected one of the choices, or its index from 0 as a number")
     if not 0 <= value < len(choices):
-        raise DataError(
-            f"{field} is {value}; out of range: there are {len(choices)} choices, from 0 to {len(choices) - 1}"
-        )
+        raise DataError(f"{field} is {value}; out of range: there are {len(choices)} choices, the first is 0")
     return value
 
 
@@ -594,10 +565,10 @@ def _key(case: Case) -> str:
 
 # --- scorers ----------------------------------------------------------------------------------------------------------
 
-Judge = Callable[[Sequence[Case], Sequence[ToScore]], Sequence[float]]
+_Scores = Callable[[Sequence[Case], Sequence[ToScore]], Sequence[float]]
 
 
-def judges(task: Task) -> dict[str, Judge]:
+def open_scorers(task: Task) -> dict[str, _Scores]:
     """Return metric -> function that scores completions of a task's cases.
 
     Functions are loaded now, so that mistakes show before anything is generated.
@@ -605,26 +576,35 @@ def judges(task: Task) -> dict[str, Judge]:
     Raises:
         ConfigError, ModelError: a function, a schema or a reward run cannot be used.
     """
-    return {metric.label: _judge(metric, task.judged) for metric in task.metrics or []}
+    return {metric.label: _open_scorer(metric, task.thoughts or "drop") for metric in task.metrics or []}
 
 
-def _judge(metric: Metric, thoughts: Thoughts) -> Judge:
-    if metric.kind == "function":
-        (function,) = _functions(metric)
-        return lambda cases, items: function.score(items)
-    if metric.kind == "json":
-        rule = _rule(metric, thoughts)
-        return lambda cases, items: rule.score(items)
+def _open_scorer(metric: Metric, thoughts: Thoughts) -> _Scores:
     if metric.kind == "reward":
         return partial(_rewards, open_scorer(metric.run or ""))
+    if metric.kind in ("function", "json"):
+        try:
+            scorer = _rule(metric, thoughts)
+        except ConfigError as e:
+            text = str(e).replace("rewards.function", "function", 1).replace("rewards.rules[0].schema", "json: schema")
+            raise ConfigError(text) from e
+        return lambda cases, items: scorer.score(items)
     compare, whole = _comparing(metric), metric.keeps_thoughts(thoughts)
 
     def score(case: Case, item: ToScore) -> float:
-        if whole:
-            return best(compare, item.completion, case.answers or ("",))
-        return best(compare, item.answer, tuple(map(wanted_of, case.answers)) or ("",))
+        said, wanted = item.completion, case.answers
+        if not whole:
+            said, wanted = item.answer, tuple(map(wanted_of, case.answers))
+        return max(compare(said, text) for text in wanted or ("",))
 
     return lambda cases, items: [score(case, item) for case, item in zip(cases, items)]
+
+
+def _rule(metric: Metric, thoughts: Thoughts) -> ScoredRule | ScoredFunction:
+    if metric.kind == "function":
+        return load_functions(metric.function)[0]
+    rule = JsonSchema.model_validate({"schema": metric.schema_, "thoughts": metric.thoughts})
+    return ScoredRule(0, rule, thoughts)
 
 
 def _comparing(metric: Metric) -> Callable[[str, str], float]:
@@ -635,45 +615,18 @@ def _comparing(metric: Metric) -> Callable[[str, str], float]:
     if metric.kind == "number":
         return partial(number, tolerance=metric.tolerance, pattern=metric.pattern)
     if metric.kind == "regex":
-        pattern = metric.pattern or ""
-        return lambda said, _: regex(said, pattern)
+        pattern = re.compile(metric.pattern or "")
+        return lambda said, _: float(pattern.search(said) is not None)
     return f1
 
 
-def _functions(metric: Metric) -> Any:
-    try:
-        return load_functions(metric.function)
-    except ConfigError as e:
-        raise ConfigError(str(e).replace("rewards.function", "function", 1)) from e
-
-
-def _rule(metric: Metric, thoughts: Thoughts) -> ScoredRule:
-    try:
-        rule = JsonSchema.model_validate({"schema": metric.schema_, "thoughts": metric.thoughts})
-        return ScoredRule(0, rule, thoughts)
-    except ConfigError as e:
-        raise ConfigError(str(e).replace("rewards.rules[0].schema", "json: schema")) from e
-
-
-def _rewards(scorer: Any, cases: Sequence[Case], items: Sequence[ToScore]) -> Sequence[float]:
+def _rewards(scorer: Scorer, cases: Sequence[Case], items: Sequence[ToScore]) -> list[float]:
     """Return a reward model's scores, by its own template; an empty completion has its end token."""
     completions = []
     for case, item in zip(cases, items):
-        chat: bool = isinstance(case.prompt, list)
-        reply: str | Message = {"role": "assistant", "content": item.completion} if chat else item.completion
-        prompt = as_messages(case.prompt) if chat else case.prompt
+        prompt: str | list[Message] = case.prompt
+        reply: str | Message = item.completion
+        if isinstance(prompt, list):
+            reply = {"role": "assistant", "content": item.completion}
         completions.append(scorer.encode(prompt, reply, case.where, case.tools))
     return scorer.scores(completions)
-
-
-def items_of(
-    cases: Sequence[Case], prompts: Sequence[Any], answers: Sequence[Any], openings: Sequence[str]
-) -> list[ToScore]:
-    """Return what functions and rules read of completions."""
-    empty = np.zeros(0, dtype=np.int32)
-    return [
-        ToScore(
-            empty, np.array(a.ids, dtype=np.int32), p, a.text, c.row, a.finish != "length", c.where, opening=opening
-        )
-        for c, p, a, opening in zip(cases, prompts, answers, openings)
-    ]

@@ -83,7 +83,7 @@ def test_answers_that_did_not_end_are_left_out(use: tuple[str, ...], mlxft: Comm
     assert summary["cut_off"] > 0
     assert summary["kept"] == 180 - summary["cut_off"] - summary["empty"] == len(lines(tmp_path / "o.jsonl"))
     text = mlxft(*use, "--n", "60", "--keep", "all", "--max-tokens", "40", "--overwrite", "--out", "o.jsonl").out
-    assert f"{summary['kept']} of 180 answers to 3 prompts kept ({summary['cut_off']} cut off" in text
+    assert f"{summary['kept']} of 180 completions of 3 prompts kept ({summary['cut_off']} cut off" in text
 
 
 def test_by_a_reward_run(use: tuple[str, ...], mlxft: Command, tmp_path: Path, recipe: Callable[..., Any]) -> None:
@@ -119,7 +119,7 @@ def test_wrong_use(use: tuple[str, ...], refused: Callable[..., str], tmp_path: 
     assert "Missing option '--out'" in refused(2, *use)
     assert "nope.jsonl: no such file" in refused(2, "sample", "nope.jsonl", *use[2:], *out)
     err = refused(1, *use, "--cut-off", "--keep", "above:3", *out)
-    assert "no answer of 24 is left to keep; the highest score is" in err
+    assert "none of 24 completions is kept; the highest score is" in err
     err = refused(1, *use, "--max-tokens", "1", "--n", "2", *out)
     assert "cut off: raise --max-tokens (1), or give --cut-off" in err
     (tmp_path / "f.py").write_text("def near(prompts, completions, rows):\n    return [None] * len(rows)\n")

@@ -119,7 +119,7 @@ def test_samples_at_a_terminal(rows: Path, screen: Callable[..., str], tiny_mode
     good = "def f(prompts, completions, rows):\n    return [1.0] * len(prompts)\n"
     rows.with_name("f.py").write_text(good, "utf-8")
     seen = screen(*sample, "--function", "f.py:f", "--out", f"{BAD.replace('/', '')}.out", "--keep", "all")
-    assert "answers to 1 prompts kept" in seen
+    assert "completions of 1 prompts kept" in seen
     assert not_obeyed(seen)
 
 

@@ -65,7 +65,7 @@ def test_the_wrong_kind_of_run_is_refused(
     assert mlxft("train", write(**{"run.name": "policy", "run.dir": "runs"})).code == 0
     assert "gives text, not scores" in refused(1, "score", "runs/policy", "pairs.jsonl")
     assert "no such file" in refused(2, "score", reward, "pears.jsonl")
-    assert "runs/none: no such run" in refused(2, "score", "runs/none", "pairs.jsonl")
+    assert "there is no run runs/none" in refused(2, "score", "runs/none", "pairs.jsonl")
 
 
 def test_rows_that_can_not_be_scored_are_all_named(reward: str, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -186,12 +186,11 @@ def _numbers(table: Any) -> list[float]:
 def test_a_row_of_several_pairs_counts_once_and_a_tie_not_at_all() -> None:
     """Right in the first row, wrong in both halves of the second: 1/2, and a margin of (2 - (1 + 3) / 2) / 2 = 0."""
     answers = [EncodedCompletion(np.zeros(1, np.int32), np.zeros(n, np.int32)) for n in (1, 2)]
-    names = ["chosen", "rejected"]
     rows = [
-        ScoredRow("f:1", "pair", answers, names, [3.0, 1.0]),
-        ScoredRow("f:2", "pair", answers, names, [0.0, 1.0], 0.5),
-        ScoredRow("f:2", "pair", answers, names, [0.0, 3.0], 0.5),
-        ScoredRow("f:3", "pair", answers, names, [5.0, 3.0], 1.0, True),
+        ScoredRow("f:1", "pair", answers, [3.0, 1.0]),
+        ScoredRow("f:2", "pair", answers, [0.0, 1.0], 0.5),
+        ScoredRow("f:2", "pair", answers, [0.0, 3.0], 0.5),
+        ScoredRow("f:3", "pair", answers, [5.0, 3.0], 1.0, True),
     ]
     found = summarise(rows)
     assert (found["rows"], found["pairs"], found["ties"]) == (3, 3, 1)

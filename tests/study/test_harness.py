@@ -185,11 +185,11 @@ def test_a_continuation_that_joins_its_context_is_not_certain(tiny_model: Loaded
 
 
 def test_what_lm_eval_does_not_know(tiny_model_dir: Path) -> None:
-    with pytest.raises(ConfigError, match=r"lm-eval knows no locl \(did you mean local\?\)"):
+    with pytest.raises(ConfigError, match=r"lm-eval has no locl \(did you mean local\?\)"):
         harness().run_tasks(str(tiny_model_dir), ["locl"])
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         harness().run_tasks(str(tiny_model_dir), ["local"], include_path="/nowhere")
-    with pytest.raises(ConfigError, match="names none"):
+    with pytest.raises(ConfigError, match="--tasks is empty"):
         harness().run_tasks(str(tiny_model_dir), [])
     with pytest.raises(DataError, match="could not run broken: ConnectionError: no network"):
         harness().run_tasks(str(tiny_model_dir), ["broken"])
@@ -197,4 +197,4 @@ def test_what_lm_eval_does_not_know(tiny_model_dir: Path) -> None:
 
 def test_figures_of_lm_eval() -> None:
     values = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1, "em_stderr,strict": "N/A"}
-    assert harness().figures(values) == {"acc": {"value": 0.5, "se": 0.1}, "em, strict": {"value": 1.0, "se": None}}
+    assert harness()._as_figures(values) == {"acc": {"value": 0.5, "se": 0.1}, "em, strict": {"value": 1.0, "se": None}}

@@ -98,7 +98,7 @@ def test_published_pairs_are_scored(telling: Loaded) -> None:
 
 def test_a_batch_of_prompts_is_asked_with_system_text_and_tools(save: Callable[..., str], telling: Loaded) -> None:
     spec = save({"prompt": "in", "system": "of", "tools": TOOLS}, {"prompt": "in", "tools": json.dumps(TOOLS)})
-    first, second = (telling.tokenizer.decode(ids) for ids in Asked(spec, telling).ids)
+    first, second = (telling.tokenizer.decode(asked.ids) for asked in Asked(spec, telling).prompts)
     assert first == "[sky]<|im_start|>system\nof<|im_end|>\n<|im_start|>user\nin<|im_end|>\n<|im_start|>assistant\n"
     assert second == "[sky]<|im_start|>user\nin<|im_end|>\n<|im_start|>assistant\n"
 
