@@ -585,7 +585,7 @@ def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> 
 def _find(chat: Chat, whole: _Tokens, prompt: str, ended: str, index: int) -> _Turn | None:
     """Return the turn within `whole`, given the text before it and the text up to its end.
 
-    It is None where `whole` renders the turn, or what is before it, differently.
+    Return None where `whole` renders the turn, or what is before it, differently.
     """
     if not ended.startswith(prompt):
         raise NotAPrefix(f"messages[{index}] is not rendered after its generation prompt")
