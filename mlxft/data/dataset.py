@@ -47,6 +47,7 @@ from mlxft.data.formats import (
     convert,
     labels_of,
     pick_shots,
+    with_completion,
 )
 from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
 from mlxft.errors import CheckpointError, ConfigError, DataError
@@ -261,8 +262,7 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
     if isinstance(item, Completion):
         if not (chat and tokenizer.has_chat_template):
             return [_completion(item, tokenizer, where, train_on)]
-        turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion}]
-        item = Conversation(turns)
+        item = Conversation(with_completion(item.prompt, item.completion))
     if not isinstance(item, Conversation):
         raise ConfigError(f"{where}: prompts, pairs and labelled completions are not for supervised fine-tuning")
     _check_has_template(tokenizer, where, chat)
@@ -289,15 +289,11 @@ def encode_completion(
 
     The prompt's ids do not depend on the completion: where a token would span the two, they are tokenised apart.
     """
-    if isinstance(prompt, str) and isinstance(reply, str):
-        if not (chat and tokenizer.has_chat_template):
-            row = _completion(Completion(prompt, reply), tokenizer, where, "last")
-            first = int(np.argmax(row.trained))
-            return EncodedCompletion(row.ids[:first], row.ids[first:])
-        prompt, reply = [{"role": "user", "content": prompt}], {"role": "assistant", "content": reply}
-    if isinstance(prompt, str) or isinstance(reply, str):
-        raise AssertionError("a text is completed by a text, messages by a message")
-    messages = [*prompt, reply]
+    if isinstance(prompt, str) and isinstance(reply, str) and not (chat and tokenizer.has_chat_template):
+        row = _completion(Completion(prompt, reply), tokenizer, where, "last")
+        first = int(np.argmax(row.trained))
+        return EncodedCompletion(row.ids[:first], row.ids[first:])
+    messages = with_completion(prompt, reply)
     _check_has_template(tokenizer, where, chat)
     return by_template(tokenizer, messages, tools, where, lambda chat: _reply(messages, chat))
 
@@ -492,9 +488,7 @@ def _answered(item: Item) -> tuple[list[Message], Tools | None] | None:
         return item.messages, item.tools
     reply = getattr(item, "chosen", None) or getattr(item, "completion", None)
     if isinstance(item, Completion | Pair | Labelled) and reply is not None:
-        turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
-        last = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
-        return [*turns, last], getattr(item, "tools", None)
+        return with_completion(item.prompt, reply), getattr(item, "tools", None)
     return None
 
 
