@@ -47,6 +47,7 @@ from mlxft.data.formats import (
     convert,
     labels_of,
     pick_shots,
+    with_completion,
 )
 from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
 from mlxft.errors import CheckpointError, ConfigError, DataError
@@ -261,8 +262,7 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
     if isinstance(item, Completion):
         if not (chat and tokenizer.has_chat_template):
             return [_completion(item, tokenizer, where, train_on)]
-        turns = [{"role": "user", "content": item.prompt}, {"role": "assistant", "content": item.completion}]
-        item = Conversation(turns)
+        item = Conversation(with_completion(item.prompt, item.completion))
     if not isinstance(item, Conversation):
         raise ConfigError(f"{where}: prompts, pairs and labelled completions are not for supervised fine-tuning")
     _check_has_template(tokenizer, where, chat)
@@ -289,15 +289,11 @@ def encode_completion(
 
     The prompt's ids do not depend on the completion: where a token would span the two, they are tokenised apart.
     """
-    if isinstance(prompt, str) and isinstance(reply, str):
-        if not (chat and tokenizer.has_chat_template):
-            row = _completion(Completion(prompt, reply), tokenizer, where, "last")
-            first = int(np.argmax(row.trained))
-            return EncodedCompletion(row.ids[:first], row.ids[first:])
-        prompt, reply = [{"role": "user", "content": prompt}], {"role": "assistant", "content": reply}
-    if isinstance(prompt, str) or isinstance(reply, str):
-        raise AssertionError("a text is completed by a text, messages by a message")
-    messages = [*prompt, reply]
+    if isinstance(prompt, str) and isinstance(reply, str) and not (chat and tokenizer.has_chat_template):
+        row = _completion(Completion(prompt, reply), tokenizer, where, "last")
+        first = int(np.argmax(row.trained))
+        return EncodedCompletion(row.ids[:first], row.ids[first:])
+    messages = with_completion(prompt, reply)
     _check_has_template(tokenizer, where, chat)
     return by_template(tokenizer, messages, tools, where, lambda chat: _reply(messages, chat))
 
@@ -492,9 +488,7 @@ def _answered(item: Item) -> tuple[list[Message], Tools | None] | None:
         return item.messages, item.tools
     reply = getattr(item, "chosen", None) or getattr(item, "completion", None)
     if isinstance(item, Completion | Pair | Labelled) and reply is not None:
-        turns = [{"role": "user", "content": item.prompt}] if isinstance(item.prompt, str) else item.prompt
-        last = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
-        return [*turns, last], getattr(item, "tools", None)
+        return with_completion(item.prompt, reply), getattr(item, "tools", None)
     return None
 
 
@@ -666,9 +660,6 @@ def _end_of_turn(tokenizer: Any, ids: list[int], first: int, stop: int) -> int |
 # Pairs and labelled completions become token ids: the prompt as a model sees it, each completion as it would generate
 # it. A pair that is too long is left out, never cut: its two completions could become equal.
 
-_BIASED = 0.9  # share of pairs that length alone would get right, above which it is noted
-_FEW = 10  # pairs, too few for that note
-
 
 class EncodedPair(NamedTuple):
     """A prompt (P,) and two completions (C,), (R,), int32, each with the token that ends it."""
@@ -692,39 +683,56 @@ class EncodedLabelled(NamedTuple):
     weight: float = 1.0
 
 
+# --- counts -----------------------------------------------------------------------------------------------------------
+# Encoded rows of any kind as a data set, with everything that was left out counted.
+
+_BIASED = 0.9  # share of pairs that length alone would get right, above which it is noted
+_FEW = 10  # pairs, too few for that note
+_LEFT_OUT = {
+    "dropped": "{} were longer than data.max_length and are left out",
+    "truncated": "{} were longer than data.max_length and are cut",
+    "split": "{} were longer than data.max_length and are split",
+    "untrainable": "{} have no trained token and are left out",
+    "identical": "{} have two completions with the same tokens and are left out",
+    "undecided": "rows have equal ratings only and are left out",
+}
+EncodedRow = TypeVar("EncodedRow", Encoded, EncodedPair, EncodedLabelled)
+_PairRow = TypeVar("_PairRow", EncodedPair, EncodedLabelled)
+
+
 @dataclass(frozen=True)
-class PairCounts:
-    """Counts of a source's pairs, or labelled completions."""
+class Counts:
+    """Counts of a source's rows: of supervised fine-tuning, pairs, or labelled completions."""
 
     source_rows: int = 0  # rows given
-    pairs: int = 0  # pairs (or completions) in the data set
-    tokens: int = 0  # in them; a pair's prompt counts once
-    response_tokens: int = 0
-    dropped: int = 0  # pairs left out as too long
-    identical: int = 0  # pairs left out because their completions have the same tokens
-    undecided: int = 0  # rows left out because all their ratings are equal
+    rows: int = 0  # in the data set: fewer by those left out, more by turns, pieces and pairs that stand alone
+    tokens: int = 0  # in the data set; a pair's prompt counts once
+    trained_tokens: int = 0  # of pairs and labelled completions: of the completions
+    dropped: int = 0
+    truncated: int = 0
+    split: int = 0
+    untrainable: int = 0
+    identical: int = 0
+    undecided: int = 0  # source rows of ratings
     ties: int = 0  # pairs in the data set without a better completion
     chosen_longer: float | None = None  # share of pairs without ties whose chosen completion is longer; equal: half
     one_length: int | None = None  # the tokens of every completion, where all have the same number
     source_notes: tuple[str, ...] = ()  # on how the rows were chosen
     fingerprint: str = ""  # of the chosen rows, both splits
+    kind: str = "rows"  # or "pairs"
 
     def left_out(self) -> list[str]:
-        """Return a sentence for each kind of row that is left out."""
-        said = {
-            "dropped": "pairs were longer than data.max_length and are left out",
-            "identical": "pairs have two completions with the same tokens and are left out",
-            "undecided": "rows have equal ratings only and are left out",
-        }
-        return [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
+        """Return a sentence for each kind of row that is left out or cut."""
+        counted = ((getattr(self, name), text.format(self.kind)) for name, text in _LEFT_OUT.items())
+        return [f"{count:,} {text}" for count, text in counted if count]
 
     def notes(self) -> list[str]:
         """Return notes on what was left out, and on lengths that give the choice away."""
         notes = [*self.source_notes, *self.left_out(), *([f"{self.ties:,} pairs are ties"] if self.ties else [])]
-        if self.one_length is not None and self.pairs > 1:
+        if self.one_length is not None and self.rows > 1:
             notes.append(f"every completion has {self.one_length} tokens: were they cut before?")
         share = self.chosen_longer
-        if share is not None and self.pairs - self.ties >= _FEW and not 1 - _BIASED < share < _BIASED:
+        if share is not None and self.rows - self.ties >= _FEW and not 1 - _BIASED < share < _BIASED:
             which, part = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
             notes.append(
                 f"the chosen completion is the {which} one in {part:.0%} of the pairs: the model may only learn length"
@@ -732,20 +740,17 @@ class PairCounts:
         return notes
 
 
-EncodedRow = TypeVar("EncodedRow", EncodedPair, EncodedLabelled)
-
-
 @dataclass(frozen=True)
-class PairRows(Generic[EncodedRow]):
-    """Encoded pairs, or labelled completions, in the order of their source, and the counts."""
+class Dataset(Generic[EncodedRow]):
+    """Encoded rows in the order of their source, and the counts."""
 
     rows: list[EncodedRow]
-    counts: PairCounts
+    counts: Counts
 
 
 def encode_pairs(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
-) -> PairRows[EncodedPair]:
+) -> Dataset[EncodedPair]:
     """Encode examples of the formats preference and ratings.
 
     Args:
@@ -781,16 +786,17 @@ def encode_pairs(
         # The remaining pairs of a prompt still count as one prompt.
         share = sum(pair.weight for pair in kept) / sum(pair.weight for pair in group) if kept else 1.0
         rows += [pair._replace(weight=pair.weight / share) for pair in kept]
-    counts = _count(PairCounts(len(examples), identical=identical, dropped=dropped, undecided=undecided), rows)
+    counts = Counts(len(examples), identical=identical, dropped=dropped, undecided=undecided, kind="pairs")
     decided = [pair for pair in rows if not pair.tie]
     longer = [0.5 + 0.5 * np.sign(len(pair.chosen_ids) - len(pair.rejected_ids)) for pair in decided]
     share_longer = float(np.mean(longer)) if longer else None
-    return PairRows(rows, replace(counts, ties=len(rows) - len(decided), chosen_longer=share_longer))
+    counts = replace(_counted(rows, counts), ties=len(rows) - len(decided), chosen_longer=share_longer)
+    return Dataset(rows, counts)
 
 
 def encode_labelled(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
-) -> PairRows[EncodedLabelled]:
+) -> Dataset[EncodedLabelled]:
     """Encode examples of the format unpaired; arguments and errors as for `encode_pairs`."""
 
     def encode(example: Example) -> list[EncodedLabelled]:
@@ -802,8 +808,7 @@ def encode_labelled(
 
     encoded = [row for group in _fit_pairs(examples, encode, max_length, overflow) for row in group]
     rows = [row for row in encoded if length(row) <= max_length]
-    counts = PairCounts(len(examples), dropped=len(encoded) - len(rows))
-    return PairRows(rows, _count(counts, rows))
+    return Dataset(rows, _counted(rows, Counts(len(examples), dropped=len(encoded) - len(rows), kind="pairs")))
 
 
 def length(row: EncodedPair | EncodedLabelled) -> int:
@@ -811,9 +816,13 @@ def length(row: EncodedPair | EncodedLabelled) -> int:
     return len(row.prompt_ids) + max(map(len, _completions(row)))
 
 
-def ends_of(rows: Sequence[EncodedPair | EncodedLabelled]) -> set[int]:
-    """Return the ids that end completions."""
-    return {int(ids[-1]) for row in rows for ids in _completions(row)}
+def ends_of(rows: Iterable[Encoded | EncodedPair | EncodedLabelled]) -> set[int]:
+    """Return the ids that end trained turns."""
+    return {
+        end
+        for row in rows
+        for end in (row.ends if isinstance(row, Encoded) else [int(ids[-1]) for ids in _completions(row)])
+    }
 
 
 def ids_fingerprint(rows: Sequence[EncodedPair | EncodedLabelled]) -> str:
@@ -863,8 +872,8 @@ def _pair(pair: Pair, chosen: EncodedCompletion, rejected: EncodedCompletion, wh
 
 
 def _fit_pairs(
-    examples: Sequence[Example], encode: Callable[[Example], list[EncodedRow]], max_length: int, overflow: str
-) -> list[list[EncodedRow]]:
+    examples: Sequence[Example], encode: Callable[[Example], list[_PairRow]], max_length: int, overflow: str
+) -> list[list[_PairRow]]:
     """Encode each example; raise together what cannot be encoded or, under "error", is too long."""
     groups = _encode_each(examples, encode)
     if overflow == "error":
@@ -872,15 +881,17 @@ def _fit_pairs(
     return groups
 
 
-def _count(counts: PairCounts, rows: Sequence[EncodedPair | EncodedLabelled]) -> PairCounts:
-    """Add the counts that pairs and labelled completions share."""
+def _counted(rows: Sequence[Encoded | EncodedPair | EncodedLabelled], counts: Counts) -> Counts:
+    """Add the counts of rows and tokens; raise DataError if there are none."""
     if not rows:
         why = "; ".join(counts.notes()) or "there are none"
-        raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}")
-    lengths = [len(ids) for row in rows for ids in _completions(row)]
-    tokens = sum(lengths) + sum(len(row.prompt_ids) for row in rows)
+        see = "data.max_length and data.train_on" if counts.kind == "rows" else "data.max_length"
+        raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}; see {see}")
+    lengths = [len(ids) for row in rows if not isinstance(row, Encoded) for ids in _completions(row)]
+    tokens = sum(lengths) + sum(len(row.ids if isinstance(row, Encoded) else row.prompt_ids) for row in rows)
+    trained = sum(lengths) + sum(int(row.trained.sum()) for row in rows if isinstance(row, Encoded))
     one = lengths[0] if len(set(lengths)) == 1 else None
-    return replace(counts, pairs=len(rows), tokens=tokens, response_tokens=sum(lengths), one_length=one)
+    return replace(counts, rows=len(rows), tokens=tokens, trained_tokens=trained, one_length=one)
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
@@ -984,43 +995,6 @@ _T = TypeVar("_T")
 OVERFLOW = ("error", "drop", "truncate", "split")
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Counts of a source's rows."""
-
-    source_rows: int = 0  # rows given
-    encoded_rows: int = 0  # in the data set: fewer by those left out, more by turns and pieces that stand alone
-    tokens: int = 0  # in the data set
-    trained_tokens: int = 0
-    dropped: int = 0  # encoded rows left out as too long
-    truncated: int = 0  # encoded rows cut at the limit
-    split: int = 0  # encoded rows cut into pieces
-    untrainable: int = 0  # encoded rows left out because they have no trained token
-
-    def notes(self) -> list[str]:
-        """Return a sentence for each kind of row that is left out or cut."""
-        said = {
-            "dropped": "rows were longer than data.max_length and are left out",
-            "truncated": "rows were longer than data.max_length and are cut",
-            "split": "rows were longer than data.max_length and are split",
-            "untrainable": "rows have no trained token and are left out",
-        }
-        return [f"{getattr(self, name):,} {text}" for name, text in said.items() if getattr(self, name)]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Encoded rows in the order of their source, and the counts."""
-
-    rows: list[Encoded]
-    counts: Counts
-
-    @property
-    def ends(self) -> set[int]:
-        """Return the ids that end trained turns."""
-        return {end for row in self.rows for end in row.ends}
-
-
 def encode_rows(
     examples: Sequence[Example],
     tokenizer: Any,
@@ -1030,7 +1004,7 @@ def encode_rows(
     overflow: str,
     chat: bool = True,
     cache: bool = False,
-) -> Dataset:
+) -> Dataset[Encoded]:
     """Encode examples of supervised fine-tuning, up to a length.
 
     Args:
@@ -1057,14 +1031,7 @@ def encode_rows(
     if overflow == "error":
         _refuse_long([(row.where, len(row.ids)) for row in encoded], max_length, "drop, truncate or split (texts)")
     rows, changed = _fit(encoded, max_length, overflow)
-    tokens, trained = sum(len(row.ids) for row in rows), sum(int(row.trained.sum()) for row in rows)
-    counts = Counts(len(examples), len(rows), tokens, trained, **changed)
-    if not rows:
-        why = "; ".join(counts.notes()) or "there are none"
-        raise DataError(
-            f"no row is left to train on, of {len(examples):,}: {why}; see data.max_length and data.train_on"
-        )
-    return Dataset(rows, counts)
+    return Dataset(rows, _counted(rows, Counts(len(examples), **changed)))
 
 
 def _encode_each(examples: Sequence[Example], encode: Callable[[Example], list[_T]]) -> list[list[_T]]:
@@ -1092,7 +1059,7 @@ def _refuse_long(rows: Iterable[tuple[str, int]], max_length: int, ways: str) ->
     raise DataError(f"{report_lines(lines)}\n{advice}")
 
 
-def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[Encoded], Counter[str]]:
+def _fit(encoded: list[Encoded], max_length: int, overflow: str) -> tuple[list[Encoded], dict[str, Any]]:
     """Return rows within the length, and how many are left out or cut, by the names in `Counts`."""
     rows: list[Encoded] = []
     changed: Counter[str] = Counter()
@@ -1243,8 +1210,8 @@ def load_splits(
 class EncodedSplits(NamedTuple):
     """A recipe's training and validation rows as token ids, notes, and a hash of the rows."""
 
-    train: Dataset
-    valid: Dataset | None
+    train: Dataset[Encoded]
+    valid: Dataset[Encoded] | None
     notes: list[str]
     fingerprint: str
 
@@ -1263,5 +1230,5 @@ def load_encoded(config: Config, tokenizer: Any) -> EncodedSplits:
     first = encode_rows(train, tokenizer, **options)
     with of_valid():
         second = encode_rows(valid, tokenizer, **options) if valid else None
-    notes += chat_notes(tokenizer, first.ends, train if data.template == "auto" else ())
+    notes += chat_notes(tokenizer, ends_of(first.rows), train if data.template == "auto" else ())
     return EncodedSplits(first, second, notes, data_fingerprint(train, valid))

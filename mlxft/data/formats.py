@@ -144,8 +144,21 @@ class Example(NamedTuple):
     item: Item
 
 
+def with_completion(prompt: str | list[Message], completion: str | Message) -> list[Message]:
+    """Return a prompt and its completion as messages."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*turns, {"role": "assistant", "content": completion} if isinstance(completion, str) else completion]
+
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OPENERS = ("system", "developer")
+# The roles that a role may follow, for messages.
+_ORDER = {
+    **dict.fromkeys(_OPENERS, (("nothing",), "it may only stand first")),
+    "user": (("nothing", *_OPENERS, "assistant"), "user and assistant take turns"),
+    "assistant": (("user", "tool"), "an assistant turn follows a user or tool turn"),
+    "tool": (("tool",), "a tool turn follows an assistant turn with tool_calls, or another tool turn"),
+}
 _SHAREGPT = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
@@ -340,22 +353,14 @@ def check_order(
     previous: Message = {"role": "nothing"}
     for message, place in zip(messages, at):
         role, before = message["role"], previous["role"]
-        if role in _OPENERS:
-            fits, wanted = before == "nothing", "it may only stand first"
-        elif role == "user":
-            fits, wanted = before in ("nothing", *_OPENERS, "assistant"), "user and assistant take turns"
-        elif role == "assistant":
-            fits, wanted = before in ("user", "tool"), "an assistant turn follows a user or tool turn"
-        else:
-            fits = before == "tool" or "tool_calls" in previous or (in_text and before == "assistant")
-            wanted = "a tool turn follows an assistant turn with tool_calls, or another tool turn"
-        if not fits:
+        follows, wanted = _ORDER[role]
+        after_call = "tool_calls" in previous or (in_text and before == "assistant")
+        if before not in follows and not (role == "tool" and after_call):
             raise DataError(f"{place}.role is {role} after {before}; {wanted}")
         previous = message
     if previous["role"] not in last:
-        raise DataError(
-            f"{at[-1]}.role is {previous['role']}, and it is the last; expected {' or '.join(last)} to end it"
-        )
+        ends = " or ".join(last)
+        raise DataError(f"{at[-1]}.role is {previous['role']}, and it is the last; expected {ends} to end it")
 
 
 _Read: TypeAlias = Callable[[Any, str], Message]
@@ -404,8 +409,7 @@ def read_prompt_completion(row: dict[str, Any]) -> Conversation | Completion:
         completion = string_at(completion, "completion")
         if is_text(row):
             return Completion(prompt, completion)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return Conversation(with_system(row, turns), tools_of(row))
+        return Conversation(with_system(row, with_completion(prompt, completion)), tools_of(row))
     context = [{"weight": 0, **message} if message["role"] == "assistant" else message for message in prompt]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": string_at(completion, "completion")}]

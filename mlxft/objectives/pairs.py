@@ -14,11 +14,11 @@ import numpy as np
 
 from mlxft.config import Config
 from mlxft.data.dataset import (
+    Counts,
     EncodedCompletion,
     EncodedLabelled,
     EncodedPair,
     Ids,
-    PairCounts,
     Slot,
     chat_notes,
     data_fingerprint,
@@ -131,7 +131,7 @@ def stack_pairs(pairs: Sequence[EncodedPair], width: int, sharing: Sharing) -> C
 
 def encode_splits(
     config: Config, tokenizer: Any, build: Callable[..., Any], keep: Callable[[list[Example]], list[Example]] = list
-) -> tuple[list[Any], PairCounts, list[Any], PairCounts | None]:
+) -> tuple[list[Any], Counts, list[Any], Counts | None]:
     """Encode training and validation rows by `encode_pairs` or `encode_labelled`, and count them.
 
     Raises:
@@ -173,7 +173,7 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
     traceable = True  # the reference's numbers, and KTO's reference point, are in the batch
 
     def __init__(
-        self, config: Config, tokenizer: Any, rows: list[_Row], counts: PairCounts, valid: list[_Row], per_row: int
+        self, config: Config, tokenizer: Any, rows: list[_Row], counts: Counts, valid: list[_Row], per_row: int
     ) -> None:
         self.counts = counts
         self.rows: list[_Row] = rows
@@ -259,7 +259,7 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
         counts: dict[str, int | float] = {
             kind: len(self.rows),
             "tokens": self.counts.tokens,
-            "response tokens": self.counts.response_tokens,
+            "response tokens": self.counts.trained_tokens,
             "padding share": padding_share(self.plan(0), self._lengths),
         }
         if self.counts.chosen_longer is not None:

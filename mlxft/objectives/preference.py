@@ -15,10 +15,10 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config, Settings
 from mlxft.data.dataset import (
+    Counts,
     EncodedCompletion,
     EncodedLabelled,
     EncodedPair,
-    PairCounts,
     Slot,
     encode_labelled,
     encode_pairs,
@@ -144,7 +144,7 @@ class Preference(CompletionObjective[_Row]):
         return object.__new__((_Single if kto else _Pairs) if cls is Preference else cls)  # type: ignore[arg-type]
 
     def __init__(
-        self, config: Config, tokenizer: Any, rows: list[_Row], counts: PairCounts, valid: list[_Row], per_row: int
+        self, config: Config, tokenizer: Any, rows: list[_Row], counts: Counts, valid: list[_Row], per_row: int
     ) -> None:
         self.settings = config.section("preference", PreferenceSettings)
         super().__init__(config, tokenizer, rows, counts, valid, per_row)  # type: ignore[arg-type]

@@ -11,7 +11,17 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxft.config import Config, Settings
-from mlxft.data.dataset import Dataset, Encoded, IntArray, Slot, load_encoded, pack_epoch, pack_width, padding_share
+from mlxft.data.dataset import (
+    Dataset,
+    Encoded,
+    IntArray,
+    Slot,
+    ends_of,
+    load_encoded,
+    pack_epoch,
+    pack_width,
+    padding_share,
+)
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape
@@ -99,7 +109,7 @@ class SFT(OffPolicy):
     def summary(self) -> Summary:
         c = self.train.counts
         counts: dict[str, int | float] = {
-            "rows": c.encoded_rows,
+            "rows": c.rows,
             "tokens": c.tokens,
             "trained tokens": c.trained_tokens,
             "padding share": padding_share(self.plan(0), self._lengths),
@@ -107,16 +117,16 @@ class SFT(OffPolicy):
         notes = [*self._notes, *c.notes()]
         if self.valid is not None:
             notes += [f"validation: {note}" for note in self.valid.counts.notes()]
-            counts["validation rows"] = self.valid.counts.encoded_rows
+            counts["validation rows"] = self.valid.counts.rows
             counts["validation trained tokens"] = self.valid.counts.trained_tokens
-        return Summary(counts, notes, self.valid is not None, self._width or 0, frozenset(self.train.ends))
+        return Summary(counts, notes, self.valid is not None, self._width or 0, frozenset(ends_of(self.train.rows)))
 
     def previews(self, n: int) -> list[Encoded]:
         """Return the first `n` training rows."""
         return self.train.rows[:n]
 
 
-def _lengths(data: Dataset) -> IntArray:
+def _lengths(data: Dataset[Encoded]) -> IntArray:
     return np.array([len(row.ids) for row in data.rows], dtype=np.int64)
 
 

@@ -50,13 +50,13 @@ def examples(n: int = 3, name: str = "a.jsonl", answer: str = "Yes.") -> list[Ex
     return [Example(f"{name}:{i}", Conversation(turns[:1] * i + turns)) for i in range(n)]
 
 
-def make(rows: list[Example], tok: Any, **options: Any) -> Dataset:
+def make(rows: list[Example], tok: Any, **options: Any) -> Dataset[Encoded]:
     return encode_rows(
         rows, tok, **{"train_on": "assistant", "max_length": 500, "overflow": "error", "cache": True, **options}
     )
 
 
-def same(a: Dataset, b: Dataset) -> bool:
+def same(a: Dataset[Encoded], b: Dataset[Encoded]) -> bool:
     return a.counts == b.counts and [(r.ids.tolist(), r.trained.tolist(), r.where, r.ends) for r in a.rows] == [
         (r.ids.tolist(), r.trained.tolist(), r.where, r.ends) for r in b.rows
     ]

@@ -30,7 +30,7 @@ def test_counts_add_up(tokenizer: Make) -> None:
     assert row.where == "a:1"
     assert dataset.counts == Counts(
         source_rows=3,
-        encoded_rows=1,
+        rows=1,
         tokens=len(row.ids),
         trained_tokens=len("Yes.") + 1,
         dropped=1,

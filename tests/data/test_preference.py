@@ -315,7 +315,7 @@ def test_too_long_is_refused_or_dropped_but_never_cut(tokenizer: Make) -> None:
     ]
     kept = pairs(*items, tok=tok, max_length=7, overflow="drop")
     assert [row.where for row in kept.rows] == ["a:1"]
-    assert (kept.counts.dropped, kept.counts.tokens, kept.counts.response_tokens) == (2, 11, 9)
+    assert (kept.counts.dropped, kept.counts.tokens, kept.counts.trained_tokens) == (2, 11, 9)
     assert "2 pairs were longer than data.max_length and are left out" in kept.counts.notes()
     with pytest.raises(DataError, match="no row is left"):
         pairs(*items, tok=tok, max_length=3, overflow="drop")
@@ -326,7 +326,7 @@ def test_what_is_left_of_a_prompt_counts_once(tokenizer: Make) -> None:
     group = Ranked(tuple(text_pair(3, n, weight=0.25) for n in (1, 2, 20, 30)))
     kept = pairs(group, Ranked(()), tok=tok, max_length=10, overflow="drop")
     assert [row.weight for row in kept.rows] == [0.5, 0.5]
-    assert (kept.counts.source_rows, kept.counts.pairs, kept.counts.dropped, kept.counts.undecided) == (2, 2, 2, 1)
+    assert (kept.counts.source_rows, kept.counts.rows, kept.counts.dropped, kept.counts.undecided) == (2, 2, 2, 1)
 
 
 def test_answers_that_only_the_template_makes_equal_are_left_out(tokenizer: Make) -> None:
@@ -361,7 +361,7 @@ def test_labelled_answers(tokenizer: Make) -> None:
         ("aaa<|eos|>", True, "a:1"),
         ("e<|eos|>", False, "a:3"),
     ]
-    assert (kept.counts.dropped, kept.counts.tokens, kept.counts.pairs) == (1, 10, 2)
+    assert (kept.counts.dropped, kept.counts.tokens, kept.counts.rows) == (1, 10, 2)
     with pytest.raises(ConfigError, match="a:1: not a pair; use"):
         encode_pairs(examples, tok, max_length=10, overflow="drop")
     with pytest.raises(ConfigError, match="a:1: not a completion with a label"):
