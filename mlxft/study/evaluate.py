@@ -160,23 +160,20 @@ def loglikelihoods(
         tokens: of a batch, padding included; a longer row is a batch of its own.
         on_done: called with the number of texts finished since its last call.
     """
-    found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)  # as empty texts have
+    found: dict[int, Likelihood] = {}
     done = on_done or (lambda count: None)
     asked = [i for i, request in enumerate(requests) if request.continuation]
     done(len(requests) - len(asked))
-    if not asked:
-        return found
     sharing = Sharing(split)
     with probing(split.model):
-        units = _units(requests, asked, tokens, sharing)
+        units = _units(requests, asked, tokens, sharing) if asked else []
         # Units of like length have little padding.
         units.sort(key=lambda unit: (len(unit.prompt), max(map(len, unit.rests))))
         for batch in _cut(units, lambda batch: batch, tokens, _PADDING):
             own = _read(sharing, batch, requests)
-            for i, likelihood in own.items():
-                found[i] = likelihood
+            found |= own
             done(len(own))
-    return found
+    return [found.get(i, Likelihood(0.0, True)) for i in range(len(requests))]  # an empty text's is 1
 
 
 def _units(requests: Sequence[Request], asked: Sequence[int], tokens: int, sharing: Sharing) -> list[_Unit]:
@@ -190,12 +187,9 @@ def _units(requests: Sequence[Request], asked: Sequence[int], tokens: int, shari
     plain = [_Unit(row, {(): served}) for row, served in rows.items()]
     contexts = []
     for context, rests in by_context.items():
-        if sum(map(bool, rests)) > 1:
-            contexts.append(_Unit(context, rests))
-        else:
-            contexts.append(
-                _Unit(context + max(rests, key=len), {(): [i for served in rests.values() for i in served]})
-            )
+        served = [i for own in rests.values() for i in own]
+        shared = sum(map(bool, rests)) > 1
+        contexts.append(_Unit(context, rests) if shared else _Unit(context + max(rests, key=len), {(): served}))
     plans = [contexts]
     common = min(_common(min(rows), max(rows)), min(map(len, rows)) - 1)
     if common > 0:
@@ -231,7 +225,8 @@ def _cut(
             yield batch
             batch = []
         batch.append(item)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _size(units: Sequence[_Unit]) -> tuple[int, int]:
@@ -492,11 +487,11 @@ class _How:
 
 def _for_evaluation(text: str) -> str:
     """Return a message about training rows with the names of an evaluation's options."""
-    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow"}
+    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow", "data.train_on": "a task's train_on"}
     names |= {"left to train on": "left to evaluate", "trained token": "evaluated token"}
     for theirs, ours in names.items():
         text = text.replace(theirs, ours)
-    return text.replace("--max-length and data.train_on", "--max-length and a task's train_on")
+    return text
 
 
 def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
