@@ -465,17 +465,17 @@ def _refuse_beside_tasks(
 def _by_harness(
     model: str, adapter: str | None, names: str, include_path: str | None, options: dict[str, Any], as_json: bool
 ) -> None:
+    from mlxft.study.evaluate import Asking
     from mlxft.study.lm_eval import run_tasks, show_tasks
 
     found = run_tasks(
         model,
         [name.strip() for name in names.split(",") if name.strip()],
+        Asking(**{name: options[name] for name in ("shots", "limit", "max_length", "tokens", "seed", "thoughts")}),
         adapter=adapter,
         include_path=include_path,
-        shots=options["shots"] or None,
+        chat=options["chat"],
         console=make_console(stderr=True),
-        thoughts=options["thoughts"] or "drop",
-        **{name: options[name] for name in ("limit", "max_length", "tokens", "seed", "chat")},
     )
     if as_json:
         echo(json_text(found))

@@ -160,23 +160,20 @@ def loglikelihoods(
         tokens: of a batch, padding included; a longer row is a batch of its own.
         on_done: called with the number of texts finished since its last call.
     """
-    found: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)  # as empty texts have
+    found: dict[int, Likelihood] = {}
     done = on_done or (lambda count: None)
     asked = [i for i, request in enumerate(requests) if request.continuation]
     done(len(requests) - len(asked))
-    if not asked:
-        return found
     sharing = Sharing(split)
     with probing(split.model):
-        units = _units(requests, asked, tokens, sharing)
+        units = _units(requests, asked, tokens, sharing) if asked else []
         # Units of like length have little padding.
         units.sort(key=lambda unit: (len(unit.prompt), max(map(len, unit.rests))))
         for batch in _cut(units, lambda batch: batch, tokens, _PADDING):
             own = _read(sharing, batch, requests)
-            for i, likelihood in own.items():
-                found[i] = likelihood
+            found |= own
             done(len(own))
-    return found
+    return [found.get(i, Likelihood(0.0, True)) for i in range(len(requests))]  # an empty text's is 1
 
 
 def _units(requests: Sequence[Request], asked: Sequence[int], tokens: int, sharing: Sharing) -> list[_Unit]:
@@ -190,12 +187,9 @@ def _units(requests: Sequence[Request], asked: Sequence[int], tokens: int, shari
     plain = [_Unit(row, {(): served}) for row, served in rows.items()]
     contexts = []
     for context, rests in by_context.items():
-        if sum(map(bool, rests)) > 1:
-            contexts.append(_Unit(context, rests))
-        else:
-            contexts.append(
-                _Unit(context + max(rests, key=len), {(): [i for served in rests.values() for i in served]})
-            )
+        served = [i for own in rests.values() for i in own]
+        shared = sum(map(bool, rests)) > 1
+        contexts.append(_Unit(context, rests) if shared else _Unit(context + max(rests, key=len), {(): served}))
     plans = [contexts]
     common = min(_common(min(rows), max(rows)), min(map(len, rows)) - 1)
     if common > 0:
@@ -231,7 +225,8 @@ def _cut(
             yield batch
             batch = []
         batch.append(item)
-    yield batch
+    if batch:
+        yield batch
 
 
 def _size(units: Sequence[_Unit]) -> tuple[int, int]:
@@ -289,7 +284,38 @@ def _padded(rows: Sequence[_Ids]) -> mx.array:
 
 EVAL_TOKENS = 2048  # of a batch, padding included
 _MAX_TOKENS = 256
-_ANY = 1 << 31  # no limit
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Settings of an evaluation.
+
+    Attributes:
+        tasks: names, files, or Task.
+        format: of the rows; None: that of the run's rows, else the one that they look like.
+        template: as data.template; overrides a task's and a run's.
+        thoughts: which part of completions is scored; overrides a task's.
+        shots: number of solved rows of the file `shots_from` that are shown before each prompt.
+        limit: take the first rows only.
+        max_length: most tokens of a row, completion included; default: the model's context.
+        overflow: what to do with a longer row: "error" reports them all, "drop" leaves them out and counts them;
+            a loss can also "truncate" and, for texts, "split".
+        tokens: of a batch, padding included.
+        seed: for shots, sampling and resamples.
+    """
+
+    tasks: Sequence[str | Task] = ("loss",)
+    format: str | None = None
+    template: str | None = None
+    thoughts: Thoughts | None = None
+    shots: int = 0
+    shots_from: str | None = None
+    limit: int | None = None
+    max_length: int | None = None
+    overflow: str = "error"
+    tokens: int = EVAL_TOKENS
+    seed: int = 0
+    confidence: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -379,39 +405,33 @@ def run_task(
     loaded: Loaded,
     cases: Sequence[Case],
     task: Task,
+    asking: Asking | None = None,
     *,
     shots: Sequence[Case] = (),
-    tokens: int = EVAL_TOKENS,
-    max_length: int | None = None,
-    overflow: str = "error",
-    seed: int = 0,
     console: Console | None = None,
 ) -> Evaluated:
     """Evaluate a model on the cases of a task.
 
     Args:
         loaded: a model that writes text; its training flags are restored at the end.
+        asking: its max_length, overflow, tokens and seed.
         shots: solved cases that are shown before each (choice and generate only).
-        tokens: of a batch, padding included.
-        max_length: most tokens of a row, completion included; default: the model's context.
-        overflow: what to do with a longer row: "error" reports them all, "drop" leaves them out and counts them;
-            a loss can also "truncate" and, for texts, "split".
-        seed: of sampling, where the task has a temperature.
         console: shows progress.
     Raises:
         ConfigError, DataError: the task, its rows or shots do not fit the model.
         RewardError: a function does not return a number.
     """
+    asking = asking or Asking()
     wanted = OVERFLOW if task.kind == "loss" else OVERFLOW[:2]
-    if overflow not in wanted:
-        raise ConfigError(f"overflow is {overflow!r}; a {task.kind} task takes {', '.join(wanted)}")
+    if asking.overflow not in wanted:
+        raise ConfigError(f"overflow is {asking.overflow!r}; a {task.kind} task takes {', '.join(wanted)}")
     if task.kind == "loss" and shots:
         raise ConfigError("shots are shown before prompts: give a task with choices or metrics (--task), not a loss")
     if not cases:
         raise DataError("there are no rows to evaluate")
-    how = _How(loaded, task, shots, tokens, max_length or context_of(loaded.config), overflow, seed, console)
+    evaluate = {"loss": _loss, "choice": _choice, "generate": _generate}[task.kind]
     with quicker(loaded.model):
-        return {"loss": _loss, "choice": _choice, "generate": _generate}[task.kind](how, cases)
+        return evaluate(_How(loaded, task, asking, shots, console), cases)
 
 
 @dataclass(frozen=True)
@@ -420,12 +440,13 @@ class _How:
 
     loaded: Loaded
     task: Task
+    asking: Asking
     shots: Sequence[Case]
-    tokens: int
-    limit: int | None
-    overflow: str
-    seed: int
     console: Console | None
+
+    @property
+    def limit(self) -> int:
+        return self.asking.max_length or context_of(self.loaded.config) or 1 << 31
 
     @property
     def chat(self) -> bool:
@@ -439,12 +460,12 @@ class _How:
 
     def fitting(self, cases: Sequence[Case], lengths: Sequence[int]) -> tuple[list[int], list[str]]:
         """Return the indices of the cases that fit the context, and notes on the others."""
-        limit = _ANY if self.limit is None else self.limit
+        limit = self.limit
         long = [i for i, length in enumerate(lengths) if length > limit]
         if not long:
             return list(range(len(cases))), []
         whose = f"prompt, {len(self.shots)} shots and completion" if self.shots else "prompt and completion"
-        if self.overflow == "error" or len(long) == len(cases):
+        if self.asking.overflow == "error" or len(long) == len(cases):
             lines = [f"{cases[i].where}: {whose} take {lengths[i]:,} tokens; the context has {limit:,}" for i in long]
             ways = ["fewer shots"] if self.shots else []
             ways += ["a smaller max_tokens"] if self.task.kind == "generate" else []
@@ -466,11 +487,11 @@ class _How:
 
 def _for_evaluation(text: str) -> str:
     """Return a message about training rows with the names of an evaluation's options."""
-    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow"}
+    names = {"data.max_length": "--max-length", "data.overflow:": "--overflow", "data.train_on": "a task's train_on"}
     names |= {"left to train on": "left to evaluate", "trained token": "evaluated token"}
     for theirs, ours in names.items():
         text = text.replace(theirs, ours)
-    return text.replace("--max-length and data.train_on", "--max-length and a task's train_on")
+    return text
 
 
 def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
@@ -481,8 +502,8 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
             examples,
             tokenizer,
             train_on=task.train_on or "assistant",
-            max_length=how.limit or _ANY,
-            overflow=how.overflow,
+            max_length=how.limit,
+            overflow=how.asking.overflow,
             chat=task.template == "auto",
         )
     except (ConfigError, DataError) as e:
@@ -490,7 +511,7 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
     split, lengths = Split(how.loaded.model), np.array([len(row.ids) for row in data.rows])
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
-    slots = plan_epoch(lengths, tokens=how.tokens, seed=None)
+    slots = plan_epoch(lengths, tokens=how.asking.tokens, seed=None)
     with probing(how.loaded.model), bar(how.console, len(data.rows), "rows") as advance:
         for slot in slots:
             rows = [data.rows[i] for i in slot.rows]
@@ -551,7 +572,7 @@ def _choice(how: _How, cases: Sequence[Case]) -> Evaluated:
         notes.append(f"in {rows} a choice joins the prompt's last token, which is scored with every choice")
     flat = [request for i in kept for request in asked[i].requests]
     with bar(how.console, len(flat), "choices") as advance:
-        found = iter(loglikelihoods(Split(how.loaded.model), flat, how.tokens, advance))
+        found = iter(loglikelihoods(Split(how.loaded.model), flat, how.asking.tokens, advance))
     lines: list[dict[str, Any]] = []
     for i in kept:
         case, logprobs = cases[i], np.array([next(found).logprob for _ in cases[i].choices])
@@ -581,11 +602,10 @@ def _generate(how: _How, cases: Sequence[Case]) -> Evaluated:
     if empty := [case.where for case, own in zip(cases, ids) if not own]:
         raise DataError(f"{empty[0]}: the prompt is empty; expected at least one token")
     kept, notes = how.fitting(cases, [len(own) + most for own in ids])
-    rows = max(1, min(ROWS_AT_ONCE, 8 * how.tokens // max(len(ids[i]) + most for i in kept)))
+    rows = max(1, min(ROWS_AT_ONCE, 8 * how.asking.tokens // max(len(ids[i]) + most for i in kept)))
+    model, wanted, seed = how.loaded.model, [ids[i] for i in kept], how.asking.seed
     with bar(how.console, len(kept), "completions") as advance:
-        found = sample_batch(
-            how.loaded.model, tokenizer, [ids[i] for i in kept], sampling, seed=how.seed, rows=rows, on_done=advance
-        )
+        found = sample_batch(model, tokenizer, wanted, sampling, seed=seed, rows=rows, on_done=advance)
     items = [
         ToScore(
             prompt_ids=np.zeros(0, dtype=np.int32),
@@ -612,48 +632,18 @@ def _generate(how: _How, cases: Sequence[Case]) -> Evaluated:
 
 
 def _completion_notes(items: Sequence[ToScore], most: int, drops: bool) -> list[str]:
-    """Return notes on completions that are empty, cut off, or thoughts only."""
-    total, empty = len(items), sum(not item.completion.strip() for item in items)
-    cut, thoughts = sum(not item.finished for item in items), 0
-    if drops:
-        thoughts = sum(bool(item.completion.strip()) and not item.answer.strip() for item in items)
-    notes = [f"{empty:,} of {total:,} completions are empty"] if empty else []
-    notes += [f"{cut:,} of {total:,} completions were cut off at {most} tokens (max_tokens)"] if cut else []
-    if thoughts:
-        note = f"{thoughts:,} of {total:,} completions are thoughts without an answer (thoughts: keep scores them)"
-        notes.append(note)
-    return notes
+    empty = sum(not item.completion.strip() for item in items)
+    cut = sum(not item.finished for item in items)
+    thoughts = sum(bool(item.completion.strip()) and not item.answer.strip() for item in items) if drops else 0
+    notes = {
+        "are empty": empty,
+        f"were cut off at {most} tokens (max_tokens)": cut,
+        "are thoughts without an answer (thoughts: keep scores them)": thoughts,
+    }
+    return [f"{count:,} of {len(items):,} completions {what}" for what, count in notes.items() if count]
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Settings of an evaluation.
-
-    Attributes:
-        tasks: names, files, or Task.
-        format: of the rows; None: that of the run's rows, else the one that they look like.
-        template: as data.template; overrides a task's and a run's.
-        thoughts: which part of completions is scored; overrides a task's.
-        shots: number of solved rows of the file `shots_from` that are shown before each prompt.
-        limit: take the first rows only.
-        max_length, overflow, tokens, seed: see `run_task`; the seed also picks shots and resamples.
-    """
-
-    tasks: Sequence[str | Task] = ("loss",)
-    format: str | None = None
-    template: str | None = None
-    thoughts: Thoughts | None = None
-    shots: int = 0
-    shots_from: str | None = None
-    limit: int | None = None
-    max_length: int | None = None
-    overflow: str = "error"
-    tokens: int = EVAL_TOKENS
-    seed: int = 0
-    confidence: float = 0.95
 
 
 class Compared(NamedTuple):
@@ -707,8 +697,7 @@ class Evaluation:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         with hold(out, wait=True):
-            fresh = is_empty(out) and our_folder(out) is None
-            if fresh:
+            if fresh := is_empty(out) and our_folder(out) is None:
                 claim(out, "eval")
             try:
                 for name, text in zip(EVALUATION, texts):
@@ -787,9 +776,8 @@ def run_evaluation(
         load_run(other, lazy=True, **options)  # raises now, not after the first model is done
 
     def evaluated(loaded: Loaded) -> list[Evaluated]:
-        how: dict[str, Any] = {"tokens": asking.tokens, "overflow": asking.overflow, "seed": asking.seed}
-        how |= {"max_length": asking.max_length, "console": console}
-        return [run_task(loaded, cases, t, shots=s, **how) for t, cases, s in zip(tasks, asked, shots)]
+        every = zip(tasks, asked, shots)
+        return [run_task(loaded, cases, task, asking, shots=own, console=console) for task, cases, own in every]
 
     results = evaluated(load_run(model, adapter))
     if other is None:
@@ -812,25 +800,22 @@ def merged(tasks: Sequence[Task]) -> list[Task]:
     Raises:
         ConfigError: a task is given twice.
     """
-    found: dict[str, list[Task]] = {}
+    found: dict[tuple[str, str], Task] = {}
     for task in tasks:
-        how = task.model_dump_json(exclude={"name", "metrics"})
-        found.setdefault(f"{task.kind} {how}", []).append(task)
-    every = []
-    for alike in found.values():
-        labels = [metric.label for task in alike for metric in task.metrics or []]
-        if len(alike) > 1 and (alike[0].kind != "generate" or len(set(labels)) < len(labels)):
-            raise ConfigError(f"--task: {alike[0].name} is given twice")
-        update = {"metrics": [m for t in alike for m in t.metrics or []], "name": "+".join(t.name or "" for t in alike)}
-        every.append(alike[0].model_copy(update=update) if len(alike) > 1 else alike[0])
-    return every
+        key = task.kind, task.model_dump_json(exclude={"name", "metrics"})
+        if (other := found.get(key)) is not None:
+            metrics = [*(other.metrics or []), *(task.metrics or [])]
+            if task.kind != "generate" or len({metric.label for metric in metrics}) < len(metrics):
+                raise ConfigError(f"--task: {task.name} is given twice")
+            task = other.model_copy(update={"metrics": metrics, "name": f"{other.name or ''}+{task.name or ''}"})
+        found[key] = task
+    return list(found.values())
 
 
 def _run_data(model: str) -> DataSettings | None:
-    """Return the data settings of a run; None for anything else."""
     folder = home_path(model)
     try:
-        return open_run(folder).config.data if (folder / "config.yaml").is_file() else None
+        return open_run(folder).config.data if is_run(folder) else None
     except MlxftError:
         return None  # loading it raises
 
@@ -873,20 +858,16 @@ def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
 
 
 def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the base of a run or adapter, and its loading options.
-
-    Raises:
-        ConfigError: the adapter does not name its base.
-    """
+    """Return the base of a run or adapter, and its loading options."""
     if adapter is not None:
         return model, {}
     folder = home_path(model)
-    if (find_adapter(folder) / "adapter_config.json").is_file():
-        options = dict(base_noted(read_adapter_config(find_adapter(folder))))
-        options.pop("fingerprint", None)
-        name = options.pop("model", None)
-        if name is not None:
-            return stated_name(str(name)), {**options, "chat_template": template_of(find_adapter(folder))}
+    own = find_adapter(folder)
+    if (own / "adapter_config.json").is_file():
+        options = base_noted(read_adapter_config(own))
+        if (name := options.pop("model", None)) is not None:
+            options.pop("fingerprint", None)
+            return stated_name(str(name)), {**options, "chat_template": template_of(own)}
     elif is_run(folder):
         run = open_run(folder)
         return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}

@@ -35,7 +35,7 @@ from mlxft.model.load import Loaded, load_tokenizer
 from mlxft.objectives.base import Objective
 from mlxft.run import total_steps, train
 from mlxft.runs import load_run, read_events
-from mlxft.study.evaluate import run_task
+from mlxft.study.evaluate import Asking, run_task
 from mlxft.study.plots import fewshot_curves
 from mlxft.study.stats import Estimate, Interval, bootstrap, crossed
 from mlxft.study.tasks import READ, Case, Task, choose_shots, make_cases, read_task
@@ -420,8 +420,8 @@ class _Job:
     def _run_cell(self, cell: Cell, loaded: Loaded, config: Config | None, start: float) -> None:
         """Evaluate a model, and write the file of the cell."""
         shots = self.shots.get(cell, [])
-        how: dict[str, Any] = {"overflow": self.plan.overflow, "seed": self.config.run.seed, "console": self.console}
-        result = run_task(loaded, self.cases, self.task, shots=shots, **how)
+        asking = Asking(overflow=self.plan.overflow, seed=self.config.run.seed)
+        result = run_task(loaded, self.cases, self.task, asking, shots=shots, console=self.console)
         begun = [e for e in read_events(config.run_dir) if e["event"] in ("start", "resume")] if config else []
         found = {
             **cell._asdict(),

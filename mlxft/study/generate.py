@@ -23,6 +23,7 @@ from mlxft.model.frozen import FrozenModels
 from mlxft.model.load import Loaded, base_fingerprint
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
 from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore
+from mlxft.study.tasks import as_messages
 from mlxft.text import bar, json_text, make_console
 
 # --- completions ------------------------------------------------------------------------------------------------------
@@ -123,44 +124,43 @@ def write_completions(asked: Asked, sampling: Sampling, samples: int, seed: int 
 _TOKENS = 4096  # of a batch for a reward model
 
 
-class Keep(NamedTuple):
-    """Which of a prompt's completions are kept: the best one, or all that score above `least`."""
-
-    best: bool
-    least: float = -math.inf
-
-
 class Choice(NamedTuple):
-    """How completions are sampled and chosen: `n` per prompt; `cut_off` also keeps those that were cut off."""
+    """How completions are sampled and chosen.
+
+    Attributes:
+        n: completions per prompt.
+        above: keep all that score above it; None: the best one of each prompt.
+        cut_off: also keep those that were cut off.
+    """
 
     n: int
-    keep: Keep
+    above: float | None
     cut_off: bool
     sampling: Sampling
     rewards: RewardsSettings
 
 
-def read_keep(text: str, n: int) -> Keep:
-    """Parse `--keep`.
+def read_keep(text: str, n: int) -> float | None:
+    """Parse `--keep` into `Choice.above`.
 
     Raises:
         ConfigError: it is not best, all or above:X; or best with a single completion.
     """
     if text == "all":
-        return Keep(False)
+        return -math.inf
     if text == "best":
         if n == 1:
             raise ConfigError("--keep best: --n is 1, so there is no choice; raise it, or use above:X")
-        return Keep(True)
+        return None
     kind, _, number = text.partition(":")
     try:
-        least = float(number) if kind == "above" else math.nan
+        above = float(number) if kind == "above" else math.nan
     except ValueError:
-        least = math.nan
-    if not math.isfinite(least):
+        above = math.nan
+    if not math.isfinite(above):
         hint = nearest(kind, ("best", "all", "above"))
         raise ConfigError(f"--keep is {text!r}{hint}; expected best, all, or above:X with a number")
-    return Keep(False, least)
+    return above
 
 
 @dataclass(frozen=True)
@@ -230,10 +230,10 @@ def best_of_n(
             whole = [pair for pair in scored if choice.cut_off or pair[0].finish != "length"]
             fit = [pair for pair in whole if pair[0].text.strip()]
             cut, empty = cut + len(row) - len(whole), empty + len(whole) - len(fit)
-            if choice.keep.best:
+            if choice.above is None:
                 kept = [max(fit, key=lambda pair: pair[1])] if fit else []
             else:
-                kept = [pair for pair in fit if pair[1] > choice.keep.least]
+                kept = [pair for pair in fit if pair[1] > choice.above]
             lines += [_line(prompt.item, system, each.text, score) for each, score in kept]
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
@@ -258,11 +258,8 @@ def _item(tokenizer: Any, asked: AskedPrompt, found: Generated) -> ToScore:
 
 
 def _line(item: Prompt, system: str | None, text: str, score: float) -> dict[str, Any]:
-    prompt: Any = item.prompt
     # Without system text and tools the completion would belong to another prompt.
-    if system is not None:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        prompt = [{"role": "system", "content": system}, *turns]
+    prompt = item.prompt if system is None else as_messages(item.prompt, system)
     tools = tools_of(item.row)
     return {"prompt": unwritten(prompt), "completion": text, "score": score, **({"tools": tools} if tools else {})}
 
@@ -273,6 +270,6 @@ def _nothing(choice: Choice, scores: Sequence[float], cut: int, empty: int) -> s
         text += f"; {cut} were cut off: raise --max-tokens ({choice.sampling.max_tokens}), or give --cut-off"
     if empty:
         text += f"; {empty} are empty"
-    if not choice.keep.best and choice.keep.least > -math.inf:
-        text += f"; the highest score is {max(scores):g}; --keep asks for above {choice.keep.least:g}"
+    if choice.above is not None and choice.above > -math.inf:
+        text += f"; the highest score is {max(scores):g}; --keep asks for above {choice.above:g}"
     return text

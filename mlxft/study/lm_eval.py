@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxft.data.chat import Thoughts, answer_of, opening_of
+from mlxft.data.chat import answer_of, opening_of
 from mlxft.data.dataset import context_ids
 from mlxft.errors import ConfigError, DataError, MlxftError, missing_extra, nearest
 from mlxft.model.load import Loaded, context_of
 from mlxft.model.logits import Split
 from mlxft.model.sampling import Sampling, sample_batch, text_of
 from mlxft.runs import load_run
-from mlxft.study.evaluate import EVAL_TOKENS, Request, encode_choices, loglikelihoods
+from mlxft.study.evaluate import Asking, Request, encode_choices, loglikelihoods
 from mlxft.text import bar, parse_json
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,24 +46,15 @@ class EvalModel(TemplateLM):
     """A loaded model with the interface of lm-eval.
 
     Args:
-        limit: most tokens of a request; the beginning of longer ones is cut off, as in lm-eval's own models.
-        tokens: of a batch, padding included.
-        thoughts: "drop": tasks get completions without their thoughts.
+        asking: its max_length (the beginning of longer requests is cut off, as in lm-eval's own models), tokens, seed,
+            and thoughts: "keep" gives tasks completions with their thoughts.
     """
 
-    def __init__(
-        self,
-        loaded: Loaded,
-        limit: int,
-        tokens: int,
-        seed: int,
-        console: Console | None = None,
-        thoughts: Thoughts = "drop",
-    ) -> None:
+    def __init__(self, loaded: Loaded, asking: Asking, console: Console | None = None) -> None:
         super().__init__()
-        self.loaded, self.tokenizer, self.limit = loaded, loaded.tokenizer, limit
-        self._split, self._tokens, self._seed, self._console = Split(loaded.model), tokens, seed, console
-        self._drops = thoughts == "drop"
+        self.loaded, self.tokenizer, self._asking, self._console = loaded, loaded.tokenizer, asking, console
+        self.limit = asking.max_length or context_of(loaded.config) or _CONTEXT
+        self._split, self._drops = Split(loaded.model), asking.thoughts != "keep"
         self.cut = 0  # requests that were longer
 
     @property
@@ -123,7 +114,7 @@ class EvalModel(TemplateLM):
             self.cut += len(context) > room
             asked.append(Request(tuple(context[-room:]), tuple(continuation)))
         with bar(self._console, len(asked), "log-likelihoods") as advance:
-            found = loglikelihoods(self._split, asked, self._tokens, advance)
+            found = loglikelihoods(self._split, asked, self._asking.tokens, advance)
         return [(one.logprob, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -150,8 +141,8 @@ class EvalModel(TemplateLM):
                 room = max(1, self.limit - sampling.max_tokens)
                 prompts = [self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members]
                 self.cut += sum(len(ids) > room for ids in prompts)
-                model, cut = self.loaded.model, [ids[-room:] for ids in prompts]
-                found = sample_batch(model, self.tokenizer, cut, sampling, seed=self._seed, on_done=advance)
+                model, cut, seed = self.loaded.model, [ids[-room:] for ids in prompts], self._asking.seed
+                found = sample_batch(model, self.tokenizer, cut, sampling, seed=seed, on_done=advance)
                 for i, ids, (completion,) in zip(members, prompts, found):
                     text = text_of(self.tokenizer, completion, sampling, ids)
                     texts[i] = answer_of(text, opening_of(requests[i].args[0])) if self._drops else text
@@ -172,33 +163,27 @@ class EvalModel(TemplateLM):
 def run_tasks(
     model: str,
     names: Sequence[str],
+    asking: Asking | None = None,
     *,
     adapter: str | None = None,
     include_path: str | None = None,
-    shots: int | None = None,
-    limit: int | None = None,
-    max_length: int | None = None,
-    tokens: int = EVAL_TOKENS,
-    seed: int = 0,
     chat: bool = False,
-    thoughts: Thoughts = "drop",
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run tasks of lm-eval.
 
     Args:
         names: tasks, groups or tags of lm-eval, or from the folder `include_path`.
-        shots: shown before each question; default: as in each task.
-        limit: take the first questions of each task only.
-        max_length: of a request in tokens; default: the model's context.
+        asking: its shots (0: as in each task), limit (the first questions of each task), max_length, tokens, seed and
+            thoughts.
         chat: whether questions go through the chat template.
-        thoughts: whether tasks get completions without their thoughts (drop), or whole (keep).
     Returns:
         {"tasks": {name: {"n", "shots", "figures": {metric: {"value", "se"}}}}, "groups": ..., "notes": [...]}
     Raises:
         ConfigError: lm-eval does not have a task. ModelError: there is no such model.
         DataError: a task's rows cannot be loaded, or it fails.
     """
+    asking = asking or Asking()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path: there is no folder {include_path}")
@@ -212,22 +197,22 @@ def run_tasks(
     loaded = load_run(model, adapter)
     if chat and not loaded.tokenizer.has_chat_template:
         raise ConfigError("--chat: this model has no chat template")
-    lm = EvalModel(loaded, max_length or context_of(loaded.config) or _CONTEXT, tokens, seed, console, thoughts)
+    lm = EvalModel(loaded, asking, console)
     try:
         found = simple_evaluate(
             model=lm,
             tasks=list(names),
-            num_fewshot=shots,
-            limit=limit,
+            num_fewshot=asking.shots or None,
+            limit=asking.limit,
             task_manager=manager,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
             bootstrap_iters=1000,
             log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
+            random_seed=asking.seed,
+            numpy_random_seed=asking.seed,
             torch_random_seed=None,
-            fewshot_random_seed=seed,
+            fewshot_random_seed=asking.seed,
         )
     except MlxftError:
         raise

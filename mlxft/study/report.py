@@ -443,7 +443,7 @@ def render(run: Details) -> str:
     columns, rows = _numbers(run)
     return environment.get_template("report.html.jinja").render(
         run=run.info,
-        sentence=_sentence(run),
+        facts=", ".join(f"{name} {_value(v)}" for name, v in _facts(run).items()),
         tiles=_tiles(run),
         curves=curves,
         no_curves=no_curves,
@@ -507,15 +507,6 @@ def _figure(v: float | None) -> str:
     if v is None:
         return "-"
     return f"{v:,.4f}" if abs(v) < 100 else f"{v:,.2f}" if abs(v) < 1e6 else f"{v:.3g}"
-
-
-def _sentence(run: Details) -> str:
-    info = run.info
-    if not info.objective:
-        return ""
-    trained, started = _trained(run.start), f"started {_when(info.started)}" if info.started else ""
-    parts = [f"{info.objective} of {info.base} by {info.method or '?'}", trained and f"{trained} are trained"]
-    return ", ".join(part for part in (*parts, _counts(run.start), started) if part)
 
 
 def _tiles(run: Details) -> dict[str, str]:

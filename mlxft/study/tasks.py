@@ -158,10 +158,6 @@ class Metric(Settings):
             raise ValueError(f"{self.kind} needs {needed}: {type(self).model_fields[needed].description}")
         return self
 
-    def keeps_thoughts(self, general: Thoughts) -> bool:
-        """Return whether the whole completion is scored, where the task's `thoughts` is `general`."""
-        return keeps_thoughts(self.thoughts, general, self.pattern)
-
     @property
     def label(self) -> str:
         """Return its name in reports."""
@@ -589,7 +585,7 @@ def _open_scorer(metric: Metric, thoughts: Thoughts) -> _Scores:
             text = str(e).replace("rewards.function", "function", 1).replace("rewards.rules[0].schema", "json: schema")
             raise ConfigError(text) from e
         return lambda cases, items: scorer.score(items)
-    compare, whole = _comparing(metric), metric.keeps_thoughts(thoughts)
+    compare, whole = _comparing(metric), keeps_thoughts(metric.thoughts, thoughts, metric.pattern)
 
     def score(case: Case, item: ToScore) -> float:
         said, wanted = item.completion, case.answers

@@ -11,7 +11,7 @@ import pytest
 
 from mlxft.data.formats import convert
 from mlxft.data.sources import read_rows
-from mlxft.study.generate import Keep, read_keep
+from mlxft.study.generate import read_keep
 
 Command = Callable[..., Any]
 TURNS = [
@@ -127,8 +127,8 @@ def test_wrong_use(use: tuple[str, ...], refused: Callable[..., str], tmp_path: 
 
 
 def test_what_keep_says() -> None:
-    assert read_keep("above:-1.5", 1) == Keep(False, -1.5)
-    assert read_keep("best", 2).best
+    assert read_keep("above:-1.5", 1) == -1.5
+    assert read_keep("best", 2) is None
     for text in ("above:nan", "above:", "above", "above:x", "3"):
         with pytest.raises(ValueError, match="expected best, all, or above:X with a number"):
             read_keep(text, 2)

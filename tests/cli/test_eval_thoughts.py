@@ -7,6 +7,7 @@ one where a row has none) and of DeepSeek R1 (the generation prompt opens the th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,13 +189,13 @@ def test_best_of_n_by_rules(learned: tuple[str, str], here: Path) -> None:
     from mlxft import load
     from mlxft.model.sampling import Sampling
     from mlxft.objectives.rewards import RewardsSettings
-    from mlxft.study.generate import Choice, Keep, best_of_n
+    from mlxft.study.generate import Choice, best_of_n
 
     kind, model = learned
 
     def mean(rewards: dict[str, Any], tokens: int) -> float:
         given = RewardsSettings.model_validate(rewards)
-        how = Choice(1, Keep(False), True, Sampling(tokens, temperature=0.0), given)
+        how = Choice(1, -math.inf, True, Sampling(tokens, temperature=0.0), given)
         return best_of_n("qa.jsonl", load(model), how, here / "best.jsonl", seed=0, console=Console(quiet=True)).mean
 
     assert mean(ANYTHING, 2) == 0

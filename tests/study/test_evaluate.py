@@ -17,7 +17,7 @@ from mlxft.model.load import Loaded, load
 from mlxft.model.logits import Split
 from mlxft.study import evaluate as evaluate_module
 from mlxft.study import tasks
-from mlxft.study.evaluate import Evaluated, Request, loglikelihoods, paired_differences, run_task
+from mlxft.study.evaluate import Asking, Evaluated, Request, loglikelihoods, paired_differences, run_task
 from mlxft.study.tasks import Case, Task, make_cases, read_task
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
@@ -98,7 +98,7 @@ def test_what_rows_begin_with_is_computed_once(tiny_model: Loaded, monkeypatch: 
 def test_loss_is_token_weighted(tiny_model: Loaded) -> None:
     rows = [{"text": "the cat is in the house"}, {"text": "the"}, {"text": "an end of it"}]
     task = read_task("loss")
-    found = run_task(tiny_model, cases_of(rows, task), task, tokens=16)
+    found = run_task(tiny_model, cases_of(rows, task), task, Asking(tokens=16))
     sums, counts = [], []
     for row in rows:
         ids = [*tiny_model.tokenizer.encode(row["text"]), tiny_model.tokenizer.eos_token_id]
@@ -294,14 +294,14 @@ def test_shots_are_earlier_turns_or_blocks(tiny_model: Loaded) -> None:
     with pytest.raises(
         DataError, match=r"rows.jsonl:1: prompt, 2 shots and completion take \d+ tokens; the context has 30"
     ):
-        run_task(tiny_model, [case], PLAIN, shots=shots, max_length=30)
+        run_task(tiny_model, [case], PLAIN, Asking(max_length=30), shots=shots)
     with pytest.raises(ConfigError, match="not a loss"):
         run_task(tiny_model, [case], read_task("loss"), shots=shots)
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted(tiny_model: Loaded) -> None:
     rows = [*GOLDEN["items"][:2], {**GOLDEN["items"][2], "question": "the cat is in the house " * 20}]
-    found = run_task(tiny_model, cases_of(rows, PLAIN), PLAIN, max_length=60, overflow="drop")
+    found = run_task(tiny_model, cases_of(rows, PLAIN), PLAIN, Asking(max_length=60, overflow="drop"))
     assert found.rows == ["rows.jsonl:1", "rows.jsonl:2"]
     assert found.notes[0].startswith("1 of 3 rows are left out")
 

@@ -17,6 +17,7 @@ import pytest
 
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.load import Loaded
+from mlxft.study.evaluate import Asking
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/lm_eval_choice.json").read_text("utf-8"))
 
@@ -89,7 +90,7 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def a_model(loaded: Loaded, limit: int = 512) -> Any:
     module = harness()
-    return module.EvalModel(loaded, limit, 256, 0)
+    return module.EvalModel(loaded, Asking(max_length=limit, tokens=256))
 
 
 def test_a_local_task_gives_lm_evals_numbers(tiny_model_dir: Path) -> None:
@@ -97,7 +98,7 @@ def test_a_local_task_gives_lm_evals_numbers(tiny_model_dir: Path) -> None:
     assert found["tasks"] == {
         "local": {"n": 20, "shots": 0, "figures": {"acc": {"value": pytest.approx(GOLDEN["acc"]), "se": None}}}
     }
-    assert harness().run_tasks(str(tiny_model_dir), ["local"], limit=3)["tasks"]["local"]["n"] == 3
+    assert harness().run_tasks(str(tiny_model_dir), ["local"], Asking(limit=3))["tasks"]["local"]["n"] == 3
 
 
 def test_rolling_log_likelihood_is_of_every_token(tiny_model: Loaded) -> None:
@@ -150,8 +151,8 @@ def test_tasks_are_given_answers_without_thoughts(tiny_model: Loaded, monkeypatc
 
     monkeypatch.setattr(module, "sample_batch", sample)
     requests = [asked(prompt, {"until": ["\n\n"]}) for prompt in said]
-    assert module.EvalModel(tiny_model, 512, 256, 0).generate_until(requests) == ["on", "on", ""]
-    whole = module.EvalModel(tiny_model, 512, 256, 0, thoughts="keep")
+    assert module.EvalModel(tiny_model, Asking(max_length=512, tokens=256)).generate_until(requests) == ["on", "on", ""]
+    whole = module.EvalModel(tiny_model, Asking(max_length=512, tokens=256, thoughts="keep"))
     assert whole.generate_until(requests) == ["<think>", "or on?</think>on", "<think>or"]
 
 
@@ -165,7 +166,8 @@ def test_until_does_not_end_a_thought(tiny_model: Loaded, monkeypatch: pytest.Mo
         lambda m, t, p, how, **o: (seen.append(how.stop_in_answer), sample(m, t, p, how, **o))[1],
     )
     for thoughts in ("drop", "keep"):
-        module.EvalModel(tiny_model, 512, 256, 0, thoughts=thoughts).generate_until([asked("in", {"max_tokens": 2})])
+        asking = Asking(max_length=512, tokens=256, thoughts=thoughts)
+        module.EvalModel(tiny_model, asking).generate_until([asked("in", {"max_tokens": 2})])
     assert seen == [True, False]
 
 

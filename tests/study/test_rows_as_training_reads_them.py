@@ -16,7 +16,7 @@ from mlxft.model.heads import Scorer
 from mlxft.model.load import Loaded
 from mlxft.model.sampling import Sampling
 from mlxft.objectives.rewards import RewardsSettings
-from mlxft.study.generate import Asked, Choice, Keep, best_of_n
+from mlxft.study.generate import Asked, Choice, best_of_n
 from mlxft.study.label import read_tasks
 from mlxft.study.score import read_row
 from mlxft.study.tasks import Task, make_cases
@@ -107,7 +107,7 @@ def test_chosen_answers_keep_what_they_were_asked_with(
     save: Callable[..., str], telling: Loaded, tmp_path: Path
 ) -> None:
     (tmp_path / "f.py").write_text("def one(prompts, completions, rows):\n    return [1.0] * len(rows)\n")
-    choice = Choice(1, Keep(True, 0.0), True, Sampling(4), RewardsSettings(function=f"{tmp_path}/f.py:one"))
+    choice = Choice(1, None, True, Sampling(4), RewardsSettings(function=f"{tmp_path}/f.py:one"))
     spec = save({"prompt": ASKED, "system": "of", "tools": TOOLS}, {"prompt": "in"})
     best_of_n(spec, telling, choice, tmp_path / "out.jsonl", seed=1, console=Console(quiet=True))
     first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
