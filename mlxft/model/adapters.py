@@ -90,7 +90,7 @@ def select_layers(model: nn.Module, layers: _Layers) -> list[str]:
         return paths[-layers:]
     wrong = [i for i in layers if not 0 <= i < len(paths)]
     if wrong or not layers:
-        raise ConfigError(f"tune.layers: no layer {wrong or layers}; the model has 0 to {len(paths) - 1}")
+        raise ConfigError(f"tune.layers is {layers}; the model has layers 0 to {len(paths) - 1}")
     return [paths[i] for i in sorted(set(layers))]
 
 
