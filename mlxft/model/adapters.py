@@ -88,8 +88,7 @@ def select_layers(model: nn.Module, layers: _Layers) -> list[str]:
         if layers > len(paths):
             raise ConfigError(f"tune.layers is {layers}; the model has {len(paths)} layers")
         return paths[-layers:]
-    wrong = [i for i in layers if not 0 <= i < len(paths)]
-    if wrong or not layers:
+    if not layers or any(not 0 <= i < len(paths) for i in layers):
         raise ConfigError(f"tune.layers is {layers}; the model has layers 0 to {len(paths) - 1}")
     return [paths[i] for i in sorted(set(layers))]
 
