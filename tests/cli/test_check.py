@@ -93,7 +93,7 @@ def test_what_would_be_trained_in_words(good: str, mlxft: Callable[..., Any]) ->
 
 
 def test_an_adapter_that_is_not_there_is_refused(good: str, refused: Callable[..., str]) -> None:
-    assert "runs/b is no adapter" in refused(1, "check", good, "model.adapter=runs/b")
+    assert "runs/b is not an adapter" in refused(1, "check", good, "model.adapter=runs/b")
 
 
 def test_json_is_json_and_nothing_else(

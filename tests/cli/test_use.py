@@ -67,7 +67,7 @@ def test_wrong_use_of_generate(trained: str, refused: Callable[..., str], tiny_m
     assert "Missing option '--model'" in refused(2, "generate", "hi")
     assert "0 is not in the range" in refused(2, *use, "hi", "--max-tokens", "0")
     assert "top-p" in refused(2, *use, "hi", "--top-p", "1.5")
-    assert "temperature is nan; at least 0" in refused(2, *use, "hi", "--temperature", "nan")
+    assert "temperature is nan; expected at least 0" in refused(2, *use, "hi", "--temperature", "nan")
     assert "-1 is not in the range" in refused(2, *use, "hi", "--seed", "-1")
     assert "No such option '--temprature'" in refused(2, *use, "hi", "--temprature", "1")
     nope = refused(1, "generate", "--model", str(tiny_model_dir), "--adapter", "nope", "hi")
@@ -103,7 +103,7 @@ def test_an_adapter_of_another_base(
         err = refused(1, *args)
         assert err.startswith("ModelError: ")
         assert "was trained on another base: " in err
-        assert "load the adapter on the base" in err
+        assert "load the adapter on its own base" in err
 
 
 def test_chat_over_a_pipe_ends_with_it(trained: str, mlxft: Command, shell: Command) -> None:
