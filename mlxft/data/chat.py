@@ -47,10 +47,7 @@ MARKS: tuple[tuple[str, str], ...] = (
 )
 _CLOSING = dict(MARKS)
 # Other marks around an answer; special tokens, so never part of it.
-_FRAMES = (
-    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
-    ("<|open|>response<|sep|>", "<|close|>response<|sep|>"),
-)
+_FRAMES = (("<|START_RESPONSE|>", "<|END_RESPONSE|>"), ("<|open|>response<|sep|>", "<|close|>response<|sep|>"))
 # gpt-oss writes messages with channels: analysis (thoughts), commentary (tool calls) or final.
 _ANALYSIS = "<|channel|>analysis<|message|>"
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
@@ -545,26 +542,26 @@ class Chat:
 
     def _lost_of_call(self, function: Mapping[str, Any], text: str) -> str | None:
         """Return what is missing or changed of a call in a text, else None."""
-        name, arguments = function["name"], function["arguments"]
-        # Arguments kept as the row's text have all values, however they are spelled: 1e5, \u00FC, \/.
-        as_text = self.form.text_arguments
-        parts = list(_parts(arguments))
-        leaves = () if as_text else (_leaf(part) for part in parts)
-        missing = next((leaf for leaf in (name, *leaves) if leaf is not None and not _is_in(leaf, text)), None)
-        if missing is not None:
-            what = f"calls {name}" if missing == name else f"calls {name} with {missing!r}"
-            return f"{what}, {_NOT_WRITTEN}"
-        if as_text:
+        name = function["name"]
+        if not _is_in(name, text):
+            return f"calls {name}, {_NOT_WRITTEN}"
+        if self.form.text_arguments:
+            # The row's text of the arguments has all values, however they are spelled: 1e5, \u00FC, \/.
             if _text_of(function).strip() in text:
                 return None
             return f"calls {name}, whose arguments this chat template does not write as they are: {_ADVICE}"
-        written = _squeezed(text)
+        parts, written = list(_parts(function["arguments"])), _squeezed(text)
         for part in parts:
-            if not isinstance(part, Mapping | list) or not part:
-                continue
-            as_json, as_python = _dumps(part), repr(part)
-            if _squeezed(as_python) in written and _squeezed(as_json) not in written:
-                return f"calls {name}, and this chat template writes {as_python} for {as_json}: {_ADVICE}"
+            # A template may leave out null, and write true as True.
+            if isinstance(part, str | int | float) and not isinstance(part, bool):
+                leaf = part if isinstance(part, str) else _dumps(part)
+                if not _is_in(leaf, text):
+                    return f"calls {name} with {leaf!r}, {_NOT_WRITTEN}"
+        for part in parts:
+            if isinstance(part, Mapping | list) and part:
+                as_json, as_python = _dumps(part), repr(part)
+                if _squeezed(as_python) in written and _squeezed(as_json) not in written:
+                    return f"calls {name}, and this chat template writes {as_python} for {as_json}: {_ADVICE}"
         return None
 
     def _dropped(self, messages: Sequence[Message]) -> str | None:
@@ -796,13 +793,6 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, list):
         for inner in value:
             yield from _parts(inner)
-
-
-def _leaf(value: Any) -> str | None:
-    """Return a text or number as templates write it, else None; they may leave out null, and write True for true."""
-    if isinstance(value, str):
-        return value
-    return _dumps(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 @lru_cache(maxsize=64)

@@ -258,7 +258,7 @@ def encode(item: Item, tokenizer: Any, where: str, train_on: str, chat: bool = T
         ids, eos = text_ids(tokenizer, item.text), tokenizer.eos_token_id
         if eos is not None and ids[-1:] != [eos]:
             ids.append(eos)
-        return [_encoded(ids, [(1, len(ids))], tokenizer, where)]
+        return [_encoded(ids, [(1, len(ids), True)], tokenizer, where)]
     if isinstance(item, Completion):
         if not (chat and tokenizer.has_chat_template):
             return [_completion(item, tokenizer, where, train_on)]
@@ -379,7 +379,7 @@ def _completion(item: Completion, tokenizer: Any, where: str, train_on: str) -> 
     eos = _eos(tokenizer, where)
     if ids[-1] != eos:
         ids.append(eos)
-    return _encoded(ids, [(1 if train_on == "all" else len(prompt), len(ids))], tokenizer, where)
+    return _encoded(ids, [(1 if train_on == "all" else len(prompt), len(ids), True)], tokenizer, where)
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
@@ -513,19 +513,12 @@ def _eos(tokenizer: Any, where: str) -> int:
 
 
 def _encoded(
-    ids: list[int],
-    spans: list[tuple[int, int]],
-    tokenizer: Any,
-    where: str,
-    off: Iterable[tuple[int, int]] = (),
-    ends: Iterable[int] = (),
+    ids: list[int], spans: Iterable[tuple[int, int, bool]], tokenizer: Any, where: str, ends: Iterable[int] = ()
 ) -> Encoded:
     check_ids(ids, tokenizer, where)
     trained = np.zeros(len(ids), dtype=np.bool_)
-    for first, stop in spans:
-        trained[first:stop] = True
-    for first, stop in off:
-        trained[first:stop] = False
+    for first, stop, on in spans:
+        trained[first:stop] = on
     # Nothing predicts the first token.
     trained[:1] = False
     return Encoded(np.asarray(ids, dtype=np.int32), trained, where, tuple(sorted(set(ends))))
@@ -555,9 +548,9 @@ def _conversation(messages: list[Message], chat: Chat, train_on: str) -> list[En
     chat.check_written(messages, whole.text, {i: texts[i] for i in wanted})
     ids, found = _closed(whole.ids, found, final, chat)
     ends = [ids[found[i].stop - 1] for i in wanted if found[i].closed]
-    spans = [(1, len(ids))] if train_on == "all" else [found[i][:2] for i in wanted]
-    off = [found[i][:2] for i in found if i not in wanted]
-    return [_encoded(ids, spans, chat.tokenizer, chat.where, off, ends)]
+    spans = [(1, len(ids), True)] if train_on == "all" else []
+    spans += [(turn.first, turn.stop, i in wanted) for i, turn in found.items()]
+    return [_encoded(ids, spans, chat.tokenizer, chat.where, ends)]
 
 
 def _closed(ids: list[int], turns: dict[int, _Turn], final: int, chat: Chat) -> tuple[list[int], dict[int, _Turn]]:
@@ -682,9 +675,6 @@ class EncodedLabelled(NamedTuple):
     where: str
     weight: float = 1.0
 
-
-# --- counts -----------------------------------------------------------------------------------------------------------
-# Encoded rows of any kind as a data set, with everything that was left out counted.
 
 _BIASED = 0.9  # share of pairs that length alone would get right, above which it is noted
 _FEW = 10  # pairs, too few for that note
@@ -1127,9 +1117,6 @@ def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
     ids, trained = encoded.ids.tolist(), encoded.trained
     edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(ids)]
     return [(str(tokenizer.decode(ids[a:b])), bool(trained[a])) for a, b in pairwise(edges) if a < b]
-
-
-# --- splits -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

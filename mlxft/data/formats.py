@@ -475,13 +475,11 @@ def read_alpaca(row: dict[str, Any]) -> Conversation:
     for i, pair in enumerate(row.get("history") or []):
         if not isinstance(pair, list) or len(pair) != 2:
             raise DataError(f"history[{i}] is not a pair; expected [user, assistant]")
-        messages.append({"role": "user", "content": string_at(pair[0], f"history[{i}][0]")})
-        messages.append({"role": "assistant", "content": string_at(pair[1], f"history[{i}][1]")})
+        messages += with_completion(*(string_at(text, f"history[{i}][{j}]") for j, text in enumerate(pair)))
     question = string_at(row["instruction"], "instruction")
     extra = string_at("" if row.get("input") is None else row["input"], "input", empty=True)
-    messages.append({"role": "user", "content": f"{question}\n\n{extra}" if extra.strip() else question})
-    messages.append({"role": "assistant", "content": string_at(row["output"], "output")})
-    return Conversation(messages)
+    asked = f"{question}\n\n{extra}" if extra.strip() else question
+    return Conversation(messages + with_completion(asked, string_at(row["output"], "output")))
 
 
 def read_prompts(row: dict[str, Any]) -> Prompt:
@@ -522,8 +520,8 @@ def as_published(row: Fields, format: str, chat: bool = True, names: Fields | No
         chat: whether texts go through a chat template: then a transcript becomes its turns.
         names: data.fields.
     """
-    found = (read(row, chat, names or {}) for read in LAYOUTS.get(format, ()))
-    return next((published for published in found if published is not None), None)
+    layouts = LAYOUTS.get(format, ())
+    return next((found for read in layouts if (found := read(row, chat, names or {})) is not None), None)
 
 
 def in_our_fields(row: Fields, formats: Iterable[str], chat: bool = True) -> dict[str, Any]:
@@ -918,11 +916,6 @@ class Format(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
-    @property
-    def fields(self) -> list[str]:
-        """Return every field, the required ones first."""
-        return "|".join(self.required + self.optional).split("|")
-
     def missing(self, row: Mapping[str, Any]) -> list[str]:
         """Return the required fields that a row does not have, or has as null."""
         return [name for name in self.required if all(row.get(part) is None for part in name.split("|"))]
@@ -987,7 +980,7 @@ class _Reader:
             raise ConfigError(f"data.format is {format!r}; expected one of {', '.join(FORMATS)}{hint}")
         self.form, self.format, self.fields = FORMATS[format], format, fields
         self.chat, self.columns = chat, columns
-        known = self.form.fields
+        known = "|".join(self.form.required + self.form.optional).split("|")
         if unknown := [name for name in fields if name not in known]:
             lines = [f"data.fields.{n}: format {format} has no field {n!r}{nearest(n, known)}" for n in unknown]
             raise ConfigError("\n".join([*lines, f"the fields of {format} are {', '.join(known)}"]))
