@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -678,13 +678,13 @@ class Evaluation:
         }
         return dict(_finite(found))
 
-    def lines(self) -> Iterable[dict[str, Any]]:
+    def lines(self) -> Iterator[dict[str, Any]]:
         """Yield the lines of predictions.jsonl: each row of each task, with the other model's prediction."""
         kept = ("prediction", "answer", "logprobs", "finish", "scores")
         for result, other, _ in self.tasks:
             for i, line in enumerate(result.predictions):
-                also = {k: v for k, v in other.predictions[i].items() if k in kept} if other is not None else {}
-                against = {"against": also} if other is not None else {}
+                also = {k: other.predictions[i][k] for k in kept if k in other.predictions[i]} if other else {}
+                against = {"against": also} if other else {}
                 yield {"task": result.task, **line, "prompt": unwritten(line["prompt"]), **against}
 
     def write(self, out: Path) -> None:
@@ -823,22 +823,18 @@ def _run_data(model: str) -> DataSettings | None:
 def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows: Sequence[Row | Problem]) -> Task:
     """Return a task with the command's and the run's settings for rows."""
     task = read_task(given) if isinstance(given, str) else given
-    update: dict[str, Any] = {}
     if asking.format is not None:
         if task.prompt is not None:
             raise ConfigError(f"--format {asking.format}: task {task.name} has its own prompt; leave it out")
         if asking.format not in FORMATS:
             hint = nearest(asking.format, FORMATS)
             raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
-        update["format"] = asking.format
-    if asking.template is not None:
-        update["template"] = asking.template
-    if asking.thoughts is not None and task.kind == "generate":
-        update["thoughts"] = asking.thoughts
-    task = task.model_copy(update=update)
+    thoughts = asking.thoughts if task.kind == "generate" else None
+    options = {"format": asking.format, "template": asking.template, "thoughts": thoughts}
+    task = task.model_copy(update={name: value for name, value in options.items() if value is not None})
     if data is None:
         return task
-    update = {}
+    update: dict[str, Any] = {}
     if "template" not in task.model_fields_set:
         update["template"] = data.template
     fits = task.prompt is None and data.format in READ and task.format in (None, data.format)

@@ -238,7 +238,6 @@ def _when(iso: str, short: bool = False) -> str:
 
 
 def _value(v: Any) -> str:
-    """Format a setting or a number briefly."""
     if v is None:
         return "-"
     if isinstance(v, bool):
@@ -261,7 +260,6 @@ def span(seconds: float | None) -> str:
 
 
 def _counts(start: Event) -> str:
-    """Format a start event's counts and shares of the rows."""
     data = start.get("data")
     found = data.items() if isinstance(data, Mapping) else ()
     return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {_value(v)}" for k, v in found)
@@ -273,7 +271,6 @@ def _trained(start: Event) -> str:
 
 
 def _status(run: RunInfo) -> Text:
-    """Format the status, with the progress of a run that is not done."""
     progress = f" {run.step}/{run.steps}" if run.status not in ("done", "half-written") and run.steps else ""
     return Text(f"{run.status}{progress}", style=_STYLES.get(run.status, "dim"))
 
@@ -520,8 +517,6 @@ def _tiles(run: Details) -> dict[str, str]:
     if (kl := finite(run.kept.get("kl", last.get("kl")))) is not None:
         tiles["KL to the reference"] = _value(kl)
     tiles["steps"] = f"{info.step:,}" + (f" / {info.steps:,}" if info.steps and info.steps != info.step else "")
-    if (elapsed := finite(last.get("elapsed_s"))) is not None:
-        tiles["training took"] = span(elapsed)
     if run.speed is not None:
         tiles["trained tokens / s"] = _value(round(run.speed))
     if (peak := finite(last.get("peak_memory_gb"))) is not None:

@@ -101,10 +101,9 @@ def _bca(means: Floats64, value: float, left: Floats64, confidence: float) -> tu
     squares = float((apart**2).sum())
     # Each difference is a row's, so the sum of their cubes over the root of their squares' cube is of order n ** -0.5.
     acceleration = float((apart**3).sum()) / (6 * squares**1.5) if squares else 0.0
-    ends = []
-    for z in (normal.inv_cdf(alpha), normal.inv_cdf(1 - alpha)):
-        ends.append(normal.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))))
-    return ends[0], ends[1]
+    shifted = (bias + normal.inv_cdf(alpha), bias + normal.inv_cdf(1 - alpha))
+    low, high = (normal.cdf(bias + z / (1 - acceleration * z)) for z in shifted)
+    return low, high
 
 
 # --- crossed ----------------------------------------------------------------------------------------------------------

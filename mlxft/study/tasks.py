@@ -148,9 +148,8 @@ class Metric(Settings):
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Metric:
-        given = {"schema" if name == "schema_" else name for name in self.model_fields_set} - {"kind", "name"}
-        foreign = sorted(given - set(TAKES[self.kind]))
-        if foreign:
+        given = {name.rstrip("_") for name in self.model_fields_set} - {"kind", "name"}
+        if foreign := sorted(given - set(TAKES[self.kind])):
             has = ", ".join(TAKES[self.kind]) or "none"
             raise ValueError(f"{self.kind} has no setting {', '.join(foreign)} (its own: {has})")
         needed = NEEDS.get(self.kind)
@@ -183,7 +182,7 @@ class Task(Settings):
         None, min_length=1, description="Field (or template) of the wanted answer; for choices: its text or index."
     )
     choices: str | list[str] | None = Field(None, description="Texts to choose from, or the field with them.")
-    metrics: list[Metric] | None = Field(None, description="Metrics of completions: names, or mappings.")
+    metrics: list[Metric] | None = Field(None, min_length=1, description="Metrics of completions: names, or mappings.")
     template: Literal["auto", "none"] = Field("auto", description="As data.template; none: plain text.")
     delimiter: str | None = Field(
         None, description="Plain text: text between a prompt and what follows; default: a space."
@@ -204,14 +203,7 @@ class Task(Settings):
     @field_validator("metrics", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return value
-        for given in value:
-            kind = given.get("kind") if isinstance(given, dict) else given
-            if isinstance(kind, str) and kind not in _KINDS:
-                hint = nearest(kind, _KINDS)
-                raise ValueError(f"there is no metric {kind!r}{hint}; expected one of {', '.join(_KINDS)}")
-        return [{"kind": m} if isinstance(m, str) else m for m in value]
+        return [{"kind": m} if isinstance(m, str) else m for m in value] if isinstance(value, list) else value
 
     @field_validator("choices")
     @classmethod
@@ -231,13 +223,9 @@ class Task(Settings):
     def _consistent(self) -> Task:
         if self.choices is not None and self.metrics is not None:
             raise ValueError("give choices (by log-likelihood) or metrics (of completions), not both")
-        if self.metrics is not None:
-            labels = [m.label for m in self.metrics]
-            twice = sorted({name for name in labels if labels.count(name) > 1})
-            if not labels:
-                raise ValueError(f"metrics is empty; there are {', '.join(_KINDS)}")
-            if twice:
-                raise ValueError(f"two metrics are called {', '.join(twice)}; give each a name")
+        labels = [m.label for m in self.metrics or []]
+        if twice := sorted({name for name in labels if labels.count(name) > 1}):
+            raise ValueError(f"two metrics are called {', '.join(twice)}; give each a name")
         written = [n for n in ("max_tokens", "stop", "temperature", "thoughts") if getattr(self, n) is not None]
         if written and self.kind != "generate":
             raise ValueError(f"{', '.join(written)}: for metrics of completions")
@@ -266,7 +254,7 @@ def read_task(given: str) -> Task:
     Raises:
         ConfigError: there is no such task or file, or its settings are wrong, all of them in one.
     """
-    head, colon, rest = given.partition(":")
+    head, _, rest = given.partition(":")
     if Path(given).suffix in (".yaml", ".yml"):
         path = home_path(given)
         task = read_settings(path, Task, "configs/eval-reviews.yaml shows a task of mlxft eval")
@@ -277,7 +265,7 @@ def read_task(given: str) -> Task:
     if given.rpartition(":")[0].endswith(".py"):
         metric = {"kind": "function", "function": given}
         return Task.model_validate({"name": given.rpartition(":")[2], "metrics": [metric]})
-    if head == "reward" and colon and rest:
+    if head == "reward" and rest:
         return Task.model_validate({"name": "reward", "metrics": [{"kind": "reward", "run": rest}]})
     raise ConfigError(
         f"--task: there is no task {given!r}{nearest(given, NAMED)}; expected {', '.join(NAMED)}, file.py:function, "
@@ -399,10 +387,8 @@ def _case(row: Row, item: Item | None, task: Task) -> Case:
     if task.answer is not None or (isinstance(item, Prompt) and data.get("answer") is not None):
         own = _answers(data, field)
     if task.compares and not own:
-        has = ", ".join(data)
-        raise DataError(
-            f"no wanted answer to compare with: no field 'answer'; the row has {has} (a task's answer: names one)"
-        )
+        why = f"no field 'answer'; the row has {', '.join(data)} (a task's answer: names one)"
+        raise DataError(f"no wanted answer to compare with: {why}")
     return Case(row.where, data, prompt, own, tools=tools)
 
 
@@ -424,9 +410,8 @@ def _asked(row: dict[str, Any], item: Item | None, task: Task) -> tuple[str | li
         return "", ()
     name = next((name for name in _QUESTIONS if row.get(name) is not None), None)
     if name is None:
-        raise DataError(
-            f"no field {' or '.join(_QUESTIONS)}; the row has {', '.join(row)} (a task's prompt names the fields)"
-        )
+        has = ", ".join(row)
+        raise DataError(f"no field {' or '.join(_QUESTIONS)}; the row has {has} (a task's prompt names the fields)")
     return read_prompts({"prompt": row[name], "system": row.get("system")}).prompt, ()
 
 
@@ -515,9 +500,8 @@ def with_shots(case: Case, shots: Sequence[Case], task: Task, chat: bool) -> str
         raise ConfigError("system has no place in plain text (no chat template, or template: none); put it into prompt")
     texts = [case.prompt, *(shot.prompt for shot in shots)]
     if any(not isinstance(text, str) for text in texts):
-        raise DataError(
-            f"{case.where}: messages need a chat template; this model has none, or the task's template is none"
-        )
+        why = "this model has none, or the task's template is none"
+        raise DataError(f"{case.where}: messages need a chat template; {why}")
     blocks = [f"{shot.prompt}{delimiter(task)}{shot.label}" for shot in shots]
     return "\n\n".join([*blocks, str(case.prompt)])
 
