@@ -320,6 +320,8 @@ def test_tokenize(settings: dict[str, Any], tiny_model: Loaded) -> None:
         mlxft.tokenize(tiny_model, ROWS, max_length=4)
     with pytest.raises(ConfigError, match="train_on"):
         mlxft.tokenize(tiny_model, ROWS, train_on="asistant")
+    with pytest.raises(ConfigError, match=r"overflow is 'cut'; expected one of error"):
+        mlxft.tokenize(tiny_model, ROWS, overflow="cut")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -98,7 +98,7 @@ def test_a_failure_in_training_leaves_the_checkpoint_and_advice(
     said: str, helps: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU fails in the third step: one error, and the run goes on to the very weights of one that did not fail."""
-    settings = {"run.steps": 4, "run.save_every": 2}
+    settings = {"run.steps": 4, "run.save_every": 2, "memory.measure": False}
     whole = train(recipe(**settings))
     gradient, calls = Gradients.__call__, iter(range(9))
 
@@ -128,11 +128,11 @@ def test_without_a_checkpoint_none_is_promised(
     monkeypatch.setattr(Gradients, "__call__", failing)
     error: Exception = MemoryError()
     with pytest.raises(TrainingError, match=r"after step 0; there is no checkpoint yet.*start over") as told:
-        train(recipe())
+        train(recipe(**{"memory.measure": False}))
     assert "--resume" not in str(told.value)
     error = TrainingError("step 1: the loss is nan; its rows: allocations.jsonl:1, out of memory.jsonl:2")
     with pytest.raises(TrainingError, match=r"^step 1: the loss is nan; its rows: allocations\.jsonl:1"):
-        train(recipe(), overwrite=True)
+        train(recipe(**{"memory.measure": False}), overwrite=True)
 
 
 def test_a_mac_is_kept_awake_as_long_as_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

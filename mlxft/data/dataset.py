@@ -983,6 +983,7 @@ def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> No
 _T = TypeVar("_T")
 
 OVERFLOW = ("error", "drop", "truncate", "split")
+TRAIN_ON = ("assistant", "last", "completion", "all")
 
 
 def encode_rows(
@@ -1004,9 +1005,13 @@ def encode_rows(
             beginning with the last token of the one before, untrained: every token but the first is trained once.
         cache: whether to read the encoded rows from the disk, and to write them there.
     Raises:
-        ConfigError: a `max_length` below 2, or "split" for other items than texts.
+        ConfigError: an unknown `train_on` or `overflow`, a `max_length` below 2, or "split" for other items than texts.
         DataError: rows cannot be encoded or are too long (all of them in one), or no row is left.
     """
+    for setting, value, known in (("train_on", train_on, TRAIN_ON), ("overflow", overflow, OVERFLOW)):
+        if value not in known:
+            expected = f"expected one of {', '.join(known)}{nearest(value, known)}"
+            raise ConfigError(f"data.{setting} is {value!r}; {expected}")
     if max_length < 2:
         raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to read and one to predict")
     if overflow == "split" and not all(isinstance(example.item, Text) for example in examples):
