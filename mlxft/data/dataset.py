@@ -50,7 +50,7 @@ from mlxft.data.formats import (
     with_completion,
 )
 from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
-from mlxft.errors import CheckpointError, ConfigError, DataError
+from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
 from mlxft.files import write_beside
 
 # --- batching ---------------------------------------------------------------------------------------------------------
