@@ -22,7 +22,7 @@ from rich.text import Text
 from mlxft.config import DataSettings
 from mlxft.data.chat import Thoughts, by_template, opening_of
 from mlxft.data.dataset import OVERFLOW, context_ids, encode_rows, plan_epoch, prompt_text
-from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten
+from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten, with_completion
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
 from mlxft.files import (
@@ -545,7 +545,7 @@ def _before_choice(how: _How, prompt: str | list[Message], case: Case) -> str:
     if isinstance(prompt, str):
         return text
     place = "\u2063answer\u2063"  # occurs in no template
-    turns = [*prompt, {"role": "assistant", "content": place}]
+    turns = with_completion(prompt, place)
     try:
         whole = by_template(how.loaded.tokenizer, turns, case.tools, case.where, lambda chat: chat.render(turns))
     except DataError:  # the template refuses such a turn

@@ -34,10 +34,10 @@ from mlxft.data.formats import (
     read_prompts,
     suggest_format,
     tools_of,
+    with_completion,
 )
 from mlxft.data.sources import Problem, Row, read_rows, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, nearest
-from mlxft.model.heads import Scorer
 from mlxft.objectives.rewards import JsonSchema, ScoredFunction, ScoredRule, ToScore, last_number, load_functions
 from mlxft.study.score import open_scorer
 from mlxft.text import home_path
@@ -378,7 +378,7 @@ def _case(row: Row, item: Item | None, task: Task) -> Case:
             if isinstance(prompt, str) and task.system is None:
                 item = Completion(prompt, own[0])
             else:
-                item = Conversation([*as_messages(prompt, task.system), {"role": "assistant", "content": own[0]}])
+                item = Conversation(with_completion(as_messages(prompt, task.system), own[0]))
         return Case(row.where, data, prompt, own, item=item)
     if task.kind == "choice":
         choices = _choices(data, task)
@@ -491,8 +491,7 @@ def with_shots(case: Case, shots: Sequence[Case], task: Task, chat: bool) -> str
     if chat:
         turns: list[Message] = []
         for shot in shots:
-            own = as_messages(shot.prompt)
-            turns += [m for m in own if m["role"] != "system"] + [{"role": "assistant", "content": shot.label}]
+            turns += [m for m in with_completion(shot.prompt, shot.label or "") if m["role"] != "system"]
         last = as_messages(case.prompt)
         opening = [m for m in last[:1] if m["role"] == "system"]
         return as_messages([*opening, *turns, *last[len(opening) :]], task.system)
@@ -561,7 +560,10 @@ def open_scorers(task: Task) -> dict[str, _Scores]:
 
 def _open_scorer(metric: Metric, thoughts: Thoughts) -> _Scores:
     if metric.kind == "reward":
-        return partial(_rewards, open_scorer(metric.run or ""))
+        model = open_scorer(metric.run or "")
+        return lambda cases, items: model.scores(
+            [model.encode(case.prompt, item.completion, case.where, case.tools) for case, item in zip(cases, items)]
+        )
     if metric.kind in ("function", "json"):
         try:
             scorer = _rule(metric, thoughts)
@@ -598,15 +600,3 @@ def _comparing(metric: Metric) -> Callable[[str, str], float]:
         pattern = re.compile(metric.pattern or "")
         return lambda said, _: float(pattern.search(said) is not None)
     return f1
-
-
-def _rewards(scorer: Scorer, cases: Sequence[Case], items: Sequence[ToScore]) -> list[float]:
-    """Return a reward model's scores, by its own template; an empty completion has its end token."""
-    completions = []
-    for case, item in zip(cases, items):
-        prompt: str | list[Message] = case.prompt
-        reply: str | Message = item.completion
-        if isinstance(prompt, list):
-            reply = {"role": "assistant", "content": item.completion}
-        completions.append(scorer.encode(prompt, reply, case.where, case.tools))
-    return scorer.scores(completions)
