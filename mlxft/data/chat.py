@@ -204,10 +204,7 @@ def bound_templates() -> None:
 
 
 def size_of(value: Any, number: bool = False, depth: int = 0) -> int:
-    """Return roughly the characters of a value's text; with `number`, a number counts as its value.
-
-    A list counts as often as it occurs.
-    """
+    """Return roughly the characters of a value's text; a list counts as often as it occurs, a `number` as its value."""
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, int):

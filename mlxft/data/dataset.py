@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.config import Config, DataSettings
-from mlxft.data import chat as chat_module
 from mlxft.data.chat import (
     Chat,
     NotAPrefix,
@@ -317,10 +316,10 @@ def encode_prompt(
         ConfigError: `system` is given where it has no place.
         DataError: messages or tools have no chat template, or one that does not write them.
     """
-    at = f"{where}: " if where else ""
     if not (chat and tokenizer.has_chat_template):
         why = "this tokenizer has no chat template" if chat else "the chat template is not used (template: none)"
         if not isinstance(prompt, str) or tools:
+            at = f"{where}: " if where else ""
             raise DataError(f"{at}{why}, so messages and tools cannot be rendered; give text, or a template")
         if system is not None:
             raise ConfigError(f"{why}, so system has no place; write it into the prompt")
@@ -913,7 +912,7 @@ def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | 
     if not text or not getattr(inner, "is_fast", False) or backend is None:
         return None
     # Hash the code itself: a version to raise by hand would be forgotten.
-    code = blake2b(Path(__file__).read_bytes() + Path(chat_module.__file__).read_bytes())
+    code = blake2b(Path(__file__).read_bytes() + Path(__file__).with_name("chat.py").read_bytes())
     facts = {
         "rows": rows,
         "code": code.hexdigest(),
@@ -948,9 +947,9 @@ def read_cache(key: str, examples: Sequence[Example]) -> list[Encoded] | None:
         rows = [Encoded(i, t, w, tuple(islice(rest, count))) for i, t, w, count in zip(*parts, wheres, counts)]
         with suppress(OSError):
             os.utime(path)  # used now: among the last to go
+        return rows
     except Exception:  # a file of any content may stand there, and numpy's readers raise whatever they meet
         return None
-    return rows
 
 
 def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> None:
@@ -1103,16 +1102,13 @@ def data_fingerprint(*splits: Sequence[Example]) -> str:
 
     The rows and not their ids, which depend on the date where a chat template writes it, and on versions of libraries.
     """
-
-    def plain(value: Any) -> Any:  # of an item within an item, or a row's value, such as a date of parquet's
-        return vars(value) if is_dataclass(value) else repr(value)
-
+    # An item within an item is not JSON, nor a row's value such as a date of parquet's.
+    as_json = json.JSONEncoder(sort_keys=True, default=lambda v: vars(v) if is_dataclass(v) else repr(v))
     digest = blake2b(digest_size=16)
     for examples in splits:
         for _, item in examples:
             kind = _HASHED_AS.get(type(item), type(item).__name__)
-            text = json.dumps([kind, vars(item)], default=plain, sort_keys=True)
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\n")
+            digest.update(as_json.encode([kind, vars(item)]).encode("utf-8", "surrogatepass") + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()
 

@@ -38,11 +38,7 @@ def names_in(template: str, setting: str) -> list[str]:
 
 
 def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
-    """Fill a template with a row's fields; values other than texts are written as JSON.
-
-    Raises:
-        ConfigError: the template is wrong. DataError: the row does not have a field, or has it as null.
-    """
+    """Fill a template with a row's fields, written as JSON unless they are texts; raise DataError if one is missing."""
     names_in(template, setting)
     text = []
     for before, name, _, _ in string.Formatter().parse(template):
@@ -516,9 +512,7 @@ class Published(NamedTuple):
 def as_published(row: Fields, format: str, chat: bool = True, names: Fields | None = None) -> Published | None:
     """Read a row by its layout; None where it has none, DataError where its columns hold something else.
 
-    Args:
-        chat: whether texts go through a chat template: then a transcript becomes its turns.
-        names: data.fields.
+    With `chat`, texts go through a chat template, and a transcript becomes its turns; `names` are data.fields.
     """
     layouts = LAYOUTS.get(format, ())
     return next((found for read in layouts if (found := read(row, chat, names or {})) is not None), None)
@@ -537,8 +531,7 @@ def _has(row: Fields, *names: str) -> bool:
 def _with_prompt(row: Fields, chat: bool, says: str, columns: tuple[str, ...], fields: Fields) -> Published | None:
     """Add the prompt, by its names in published sets, to a layout's fields; None where there is none.
 
-    Args:
-        says: the note, with {} for the names of the prompt's columns.
+    In the note `says`, {} stands for the names of the prompt's columns.
     """
     # Alpaca's `input` belongs to an instruction.
     names = tuple(name for name in ("question", "instruction", "input") if _has(row, name))
@@ -669,10 +662,7 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
 
 
 def together(rows: Iterable[Row | Problem], rating: str, prompt: str) -> Iterator[Row | Problem]:
-    """Join neighbouring rows of one response each, as in HelpSteer, into one row for each prompt.
-
-    `rating` and `prompt` are names of columns.
-    """
+    """Join neighbouring rows of one response each, as in HelpSteer, into one for each prompt, by names of columns."""
 
     def prompt_of(row: Row | Problem) -> Any:
         data = row.data if isinstance(row, Row) else {}
@@ -721,9 +711,7 @@ def _pair(row: dict[str, Any], rejected: Any, at: str, weight: float) -> Pair:
     elif row.get("prompt") is not None:
         prompt = _context(row)
     prompt, (better, worse) = _completed(row, prompt, sides)
-    tie, margin = _tie(row), _margin(row)
-    if tie and margin:
-        raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
+    margin, tie = _margin_and_tie(row)
     if _same(better, worse) and not tie:
         raise DataError(f"chosen and {at} are the same; expected a difference (or tie: true)")
     return Pair(prompt, better, worse, margin, weight, tie, tools_of(row))
@@ -838,25 +826,21 @@ def _number(value: Any, at: str) -> float:
     return number
 
 
-def _margin(row: dict[str, Any]) -> float | None:
-    """Return the margin: a number, or a difference of two that data.fields wrote as a text."""
-    given = row.get("margin")
-    if given in (None, ""):
-        return None
-    if isinstance(given, str) and (of := _DIFFERENCE.fullmatch(given)):
-        return _number(of[1], "margin") - _number(of[2], "margin")
-    return _number(given, "margin")
-
-
-def _tie(row: dict[str, Any]) -> bool:
-    preferred = row.get("preferred") or "chosen"
+def _margin_and_tie(row: dict[str, Any]) -> tuple[float | None, bool]:
+    preferred, said, given = row.get("preferred") or "chosen", row.get("tie"), row.get("margin")
     if preferred not in ("chosen", "tie"):
         raise DataError(f"preferred is {preferred!r}; expected 'tie' or 'chosen' (the columns are named by it)")
-    said = row.get("tie")
     tie = preferred == "tie" if said in (None, "") else flag_at(said, "tie")
     if preferred == "tie" and not tie:
         raise DataError("preferred is 'tie' and tie is false; expected the two to agree")
-    return tie
+    margin = None
+    if isinstance(given, str) and (of := _DIFFERENCE.fullmatch(given)):  # as data.fields wrote two columns
+        margin = _number(of[1], "margin") - _number(of[2], "margin")
+    elif given not in (None, ""):
+        margin = _number(given, "margin")
+    if tie and margin:
+        raise DataError(f"margin is {margin:g} and the row is a tie; expected one of them")
+    return margin, tie
 
 
 def read_ratings(row: dict[str, Any]) -> Ranked:
@@ -1113,9 +1097,7 @@ def labels_of(
 ) -> list[str] | None:
     """Return a label for each row, or None where rows have none.
 
-    Args:
-        rows: the examples' rows as read; needed with `field`.
-        field: the rows' field with the label: a text, a number, true or false.
+    With `field`, it is that field (a text, a number, true or false) of `rows`, the examples' rows as read.
     """
     if field is None:
         return few_of([wanted_completion(item) for _, item in examples])

@@ -35,7 +35,6 @@ class Problem(NamedTuple):
 
 # Splits with the names that files and hub data sets give them.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-_SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 _SHOWN = 20
 _DEEPEST = 100
 _SPARSE = ("tools", "functions", "tool_calls", "function_call")
@@ -344,7 +343,7 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
             f"{spec}: there is a file or folder {name} here, which the library datasets takes for the data set; name "
             f"it as ./{name} if it is meant, else call mlxft from another folder"
         )
-    if split is None and config in _SPLIT_NAMES:
+    if split is None and any(config in names for names in SPLITS.values()):
         config, split = None, config
     return name, config, split
 
