@@ -259,7 +259,7 @@ def test_the_help_says_the_default_rates() -> None:
         stated = re.search(rf"\b{objective} (\S+?),", said) or re.search(r"any other objective (\S+?);", said)
         assert stated is not None
         assert float(stated[1]) == rate, objective
-    assert "default" not in Config.model_json_schema()["$defs"]["Optim"]["properties"]["lr"]
+    assert "default" not in Config.model_json_schema()["$defs"]["OptimSettings"]["properties"]["lr"]
 
 
 def test_min_lr_is_held_against_the_rate_that_counts() -> None:
