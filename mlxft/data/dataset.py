@@ -437,11 +437,10 @@ def check_ids(ids: list[int], tokenizer: Any, where: str) -> list[int]:
     rows: int | None = getattr(tokenizer, "_mlxft_rows", None)
     if rows is not None and ids and max(ids) >= rows:
         worst = next(i for i in ids if i >= rows)
-        token = tokenizer.convert_ids_to_tokens(worst)
-        at = f"{where}: " if where else ""
+        token = f"{f'{where}: ' if where else ''}token {tokenizer.convert_ids_to_tokens(worst)!r} ({worst})"
         raise DataError(
-            f"{at}token {token!r} ({worst}) is not in the model, whose embedding has {rows} rows; leave the token out, "
-            "or use the model's own tokenizer"
+            f"{token} is not in the model, whose embedding has {rows} rows; leave the token out, or use the model's "
+            "own tokenizer"
         )
     return ids
 
@@ -1009,8 +1008,7 @@ def encode_rows(
     """
     for setting, value, known in (("train_on", train_on, TRAIN_ON), ("overflow", overflow, OVERFLOW)):
         if value not in known:
-            expected = f"expected one of {', '.join(known)}{nearest(value, known)}"
-            raise ConfigError(f"data.{setting} is {value!r}; {expected}")
+            raise ConfigError(f"data.{setting} is {value!r}; expected one of {', '.join(known)}{nearest(value, known)}")
     if max_length < 2:
         raise ConfigError(f"data.max_length is {max_length}; expected at least 2: one token to read and one to predict")
     if overflow == "split" and not all(isinstance(example.item, Text) for example in examples):
@@ -1155,9 +1153,8 @@ def _load(
     labels = None
     if data.shots is not None and split == "train":
         used = {example.where for example in examples}
-        labels = labels_of(
-            examples, [row.data for row in rows if isinstance(row, Row) and row.where in used], data.label
-        )
+        kept = [row.data for row in rows if isinstance(row, Row) and row.where in used]
+        labels = labels_of(examples, kept, data.label)
     return examples, labels, notes
 
 

@@ -45,8 +45,7 @@ def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
         text.append(before)
         if name is None:
             continue
-        value = row.get(name)
-        if value is None:
+        if (value := row.get(name)) is None:
             seen = f"{nearest(name, map(str, row))}; the row has {', '.join(map(str, row)) or 'none'}"
             raise DataError(f"no field {name!r}, which {setting} names{seen}")
         text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
