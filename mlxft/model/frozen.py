@@ -7,10 +7,9 @@ the base that is trained where that is possible, and else as a model of its own.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.config import Config
-from mlxft.errors import ModelError
-from mlxft.files import clear, temporary
+from mlxft.errors import CheckpointError, ModelError
+from mlxft.files import write_beside
 from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
 from mlxft.model.cpu import as_trained
 from mlxft.model.heads import HEAD_FILE, load_head
@@ -293,14 +292,8 @@ class Reference:
         for i, rows in enumerate(found):
             arrays[f"values{i}"] = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
             arrays[f"lengths{i}"] = np.array([len(row) for row in rows], dtype=np.int64)
-        beside = temporary(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            clear(path.parent)
-            np.savez(beside, **arrays)
-            os.replace(beside, path)
-        except OSError:  # it is only a cache: a resumed run computes them again
-            beside.unlink(missing_ok=True)
+        with suppress(CheckpointError):  # it is only a cache: a resumed run computes them again
+            write_beside(path, lambda beside: np.savez(beside, **arrays))
 
     def _read(self) -> list[list[Any]] | None:
         assert self._file is not None
