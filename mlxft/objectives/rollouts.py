@@ -222,7 +222,7 @@ def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """Tokens that a prompt may have, what bounds them, and the way out, for messages."""
 
     tokens: int
@@ -247,21 +247,16 @@ def encode_prompts(
         assert isinstance(item, Prompt)
         asked = item.prompt if isinstance(item.prompt, list) else None
         notes += chat_notes(tokenizer, turn_end(tokenizer, asked, tools_of(item.row)))
-    room = _room(config)
+    room = room_for_prompts(config, tokenizer)
     found = _encode(train, config, tokenizer, room, notes)
     with of_valid():
         return found, _encode(valid, config, tokenizer, room, notes) if valid else []
 
 
 def _encode(
-    examples: Sequence[Example], config: Config, tokenizer: Any, room: _Room, notes: list[str]
+    examples: Sequence[Example], config: Config, tokenizer: Any, room: Room, notes: list[str]
 ) -> list[EncodedPrompt]:
     longest, why, way = room
-    if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
-        raise ConfigError(
-            "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
-            "completions then end at a text of rollout.stop, or at rollout.max_tokens"
-        )
     chat = config.data.template == "auto"
     found: list[EncodedPrompt] = []
     problems: list[str] = []
@@ -295,16 +290,26 @@ def _encode(
     return found
 
 
-def _room(config: Config) -> _Room:
+def room_for_prompts(config: Config, tokenizer: Any) -> Room:
+    """Return the room that completions leave to prompts.
+
+    Raises:
+        ConfigError: completions are to end at EOS and there is none; or they are longer than the model's context.
+    """
+    if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
+        raise ConfigError(
+            "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
+            "completions then end at a text of rollout.stop, or at rollout.max_tokens"
+        )
     most, completion = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
     context = context_of(read_model_config(config.model.path))
     if context is None or context >= most:
-        return _Room(most - completion, f"data.max_length ({most})", "Raise the first")
+        return Room(most - completion, f"data.max_length ({most})", "Raise the first")
     if context <= completion:
         raise ConfigError(
             f"rollout.max_tokens ({completion}) leaves no room for a prompt in the model's {context} tokens"
         )
-    return _Room(context - completion, f"the model's context ({context})", "Lower rollout.max_tokens")
+    return Room(context - completion, f"the model's context ({context})", "Lower rollout.max_tokens")
 
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
@@ -500,7 +505,8 @@ def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
 
 # --- validation -------------------------------------------------------------------------------------------------------
 
-_SHOWN = 4  # completions that are shown
+SHOWN = 4  # completions that are shown
+CUT_OFF = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
 
 
 class HeldOut:
@@ -539,7 +545,7 @@ class HeldOut:
                     "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
                     "score": float(scores.total[i]),
                 }
-                for i in every[:_SHOWN]
+                for i in every[:SHOWN]
             ],
         }
 
@@ -728,8 +734,8 @@ class RolloutObjective(Objective, Generic[_P]):
         text = decode_completion(self.tokenizer, reply.tolist())
         return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
 
-    def roll(self, model: nn.Module) -> tuple[Rollout, Event]:
-        """Make the next rollout, ready to be trained on, and its event, with `sampling_s` and `scoring_s`."""
+    def roll(self, model: nn.Module) -> tuple[Rollout, Event | None]:
+        """Make the next rollout, ready to be trained on, and its event, if any, with `sampling_s` and `scoring_s`."""
         raise AssertionError(f"{type(self).__name__} makes no rollouts")
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
@@ -748,7 +754,7 @@ class RolloutObjective(Objective, Generic[_P]):
             event, spent = None, 0.0
             if self._rollout is None:
                 self._rollout, event = self.roll(model)
-                spent = event["sampling_s"] + event["scoring_s"]
+                spent = event["sampling_s"] + event["scoring_s"] if event else 0.0
             rollout = self._rollout
             steps = self._steps(rollout, self._lengths(rollout))
             last_of_epoch = (rollout.number + 1) % self._per_pass == 0
@@ -1046,7 +1052,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
             "scoring_s": time.perf_counter() - began - drawn.seconds,
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
-            event["warning"] = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
+            event["warning"] = CUT_OFF
         if kl:
             a_token = kl["kl"] / float(rollout.sizes.mean())
             check_kl(a_token, self.section(), self.settings.highest_kl, bool(self.valid))
