@@ -366,6 +366,43 @@ def _write_array(path: Path, array: npt.NDArray[Any]) -> None:
     write_beside(path, write)
 
 
+def _read_part(folder: Path, number: int) -> tuple[Any, Any, Any]:
+    """Return a part's tokens (N, 2), and its `top` and `shares`, which stay on disk.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    found = []
+    for what in ("tokens", "top", "shares"):
+        file = _part(folder, number, what)
+        try:
+            found.append(np.load(file, mmap_mode="r"))
+            if len(found[-1]) != len(found[0]):
+                raise ValueError("it has another number of tokens")
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(
+                f"distill.cache: {file} is damaged: {error}; mlxft distill-cache RECIPE writes it again"
+            ) from error
+    return np.array(found[0]), found[1], found[2]
+
+
+def _is_whole(folder: Path, number: int) -> bool:
+    try:
+        _read_part(folder, number)
+    except ConfigError:
+        return False
+    return True
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """Return what a folder says of its stored teacher; raise ConfigError where its file cannot be used."""
+    try:
+        about = parse_json(read_small(folder / _FILE))
+        return {name: about[name] for name in ("made_of", "parts", "complete")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"distill.cache: {folder / _FILE} is damaged: {error}; delete the folder") from error
+
+
 class StoredTeacher:
     """What `store_teacher` wrote; the numbers stay on disk, and a batch's are read when it is made.
 
@@ -379,30 +416,27 @@ class StoredTeacher:
         file, way = folder / _FILE, "mlxft distill-cache RECIPE writes it"
         if not file.is_file():
             raise ConfigError(f"distill.cache: there is no stored teacher in {folder}; {way}")
-        about = parse_json(read_small(file))
+        about = _about(folder)
         if apart := [name for name, value in key.items() if about["made_of"].get(name) != value]:
             seen = ", ".join(f"{n} was {about['made_of'].get(n)!r} and is {key[n]!r}" for n in apart)
             raise ConfigError(f"distill.cache: {folder} was made of something else: {seen}; {way} to another folder")
         if not about["complete"]:
             raise ConfigError(f"distill.cache: {folder} is not complete; {way}, from where it stopped")
-        self._folder = folder
         self.completions: list[Ids] = []
         self._places: list[tuple[int, int]] = []  # part, and the first token in it
+        self._parts: list[tuple[Any, Any]] = []
         for number in range(about["parts"]):
-            tokens = np.load(_part(folder, number, "tokens"))
+            tokens, top, shares = _read_part(folder, number)
             ends = np.flatnonzero(np.diff(tokens[:, 0])) + 1
             self._places += [(number, int(start)) for start in (0, *ends)]
             self.completions += [np.ascontiguousarray(part[:, 1]) for part in np.split(tokens, ends)]
-        self._parts: dict[int, tuple[Any, Any]] = {}
+            self._parts.append((top, shares))
 
     def read(self, rows: Sequence[int]) -> dict[str, mx.array]:
         """Return `top` and `shares` of all tokens of some rows."""
         top, shares = [], []
         for row in rows:
             number, start = self._places[row]
-            if number not in self._parts:
-                names = ("top", "shares")
-                self._parts[number] = tuple(np.load(_part(self._folder, number, n), mmap_mode="r") for n in names)
             here = slice(start, start + len(self.completions[row]))
             top.append(self._parts[number][0][here])
             shares.append(self._parts[number][1][here])
@@ -819,10 +853,10 @@ def store_teacher(config: Config, tokenizer: Any, console: Console | None = None
     (source,) = Distill.frozen(config.model_copy(update={"distill": s.model_copy(update={"cache": None})}))
     parts = -(-len(every) // _PART_ROWS)
     about = {"made_of": key, "parts": parts, "rows": len(rows.prompts), "held_out": len(rows.valid), "complete": False}
-    if (folder / _FILE).is_file() and parse_json(read_small(folder / _FILE))["made_of"] != key:
+    if (folder / _FILE).is_file() and _about(folder)["made_of"] != key:
         raise ConfigError(f"distill.cache: {folder} holds what was made of something else; name another folder")
     write_text(folder / _FILE, json.dumps(about, indent=2))
-    left = [n for n in range(parts) if not _part(folder, n, "tokens").is_file()]
+    left = [n for n in range(parts) if not _is_whole(folder, n)]
     if left:
         teacher = _alone(config, source)
         if teacher.tokenizer is not None:
@@ -886,5 +920,4 @@ def _store_part(rows: Distill, teacher: FrozenModel, part: Sequence[TaughtPrompt
     _write_array(_part(folder, number, "shares"), whole[:, : k + 1])
     _write_array(_part(folder, number, "top"), whole[:, k + 1 :].astype(np.int32))
     numbers = np.repeat(np.arange(first, first + len(part)), rollout.sizes)
-    # The last file of a part: where it is, the part is whole.
     _write_array(_part(folder, number, "tokens"), np.stack([numbers, np.concatenate(given)], axis=1).astype(np.int32))
