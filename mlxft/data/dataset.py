@@ -14,7 +14,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,8 @@ WINDOW = 64  # batches; a larger window pads less and mixes less
 WIDTHS = (512, 1024, 2048)  # of packed sequences: attention over longer ones costs more than the padding it saves
 SAMPLE = 4096  # rows that choose a width
 PADDING = 0.05  # share of padding that is good enough
-IntArray = npt.NDArray[np.int64]
+PACKED = 1 << 20  # rows that are packed together: of more, any that come together are packed
+IntArray: TypeAlias = npt.NDArray[np.int64]  # or of int32: rows' lengths
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,61 @@ class Slot:
         return tuple(row for sequence in self.sequences for row in sequence)
 
 
+@dataclass(frozen=True, eq=False)
+class Plan(Sequence[Slot]):
+    """The batches of an epoch, as arrays: 4 bytes a row, and some 24 a batch. Each is made when it is asked for.
+
+    Attributes:
+        order: (N,) rows, sequence after sequence.
+        starts, stops, widths: (B,) of each batch, the sequences that it has, and its width.
+        begins, ends: (S,) of each sequence, its place in `order`; None where each row is a sequence.
+    """
+
+    order: npt.NDArray[np.int32]
+    starts: IntArray
+    stops: IntArray
+    widths: IntArray
+    begins: IntArray | None = None
+    ends: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    @overload
+    def __getitem__(self, at: int) -> Slot: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Slot]: ...
+
+    def __getitem__(self, at: int | slice) -> Slot | list[Slot]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        first, stop = int(self.starts[at]), int(self.stops[at])
+        if self.begins is None or self.ends is None:
+            sequences = tuple((row,) for row in self.order[first:stop].tolist())
+        else:
+            edges = zip(self.begins[first:stop].tolist(), self.ends[first:stop].tolist())
+            sequences = tuple(tuple(self.order[begin:end].tolist()) for begin, end in edges)
+        return Slot(sequences, int(self.widths[at]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and list(self) == list(other)
+
+    def of(self, rows: IntArray) -> Plan:
+        """Return the plan with the rows of these numbers in place of the first, the second, ..."""
+        return replace(self, order=rows[self.order].astype(np.int32))
+
+    def sums(self, values: npt.NDArray[Any]) -> IntArray:
+        """Return (B,) the sum over the rows of each batch of a value (N,) that each row has."""
+        upto = np.concatenate([[0], np.cumsum(values[self.order], dtype=np.int64)])
+        if self.begins is not None:
+            upto = np.concatenate([[0], np.cumsum(upto[self.ends] - upto[self.begins])])
+        return upto[self.stops] - upto[self.starts]
+
+
 def plan_epoch(
     lengths: IntArray, *, tokens: int | None = None, rows: int | None = None, seed: int | None, epoch: int = 0
-) -> list[Slot]:
+) -> Plan:
     """Plan the batches of one epoch, which has every row once.
 
     Args:
@@ -92,34 +145,43 @@ def plan_epoch(
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
     if seed is None:
-        return _cut(np.argsort(lengths, kind="stable"), lengths, tokens, rows)
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
-    # At least two windows: one would group the same rows in every epoch.
-    count = max(2, round(len(order) / (WINDOW * max(1.0, size))))
-    # Cut windows to whole batches where rows are counted, so that only the last batch is not full.
-    step = -(-len(order) // count)
+        order = np.argsort(lengths, kind="stable")
+        ends = np.array(_cut(lengths[order], tokens, rows), dtype=np.int64)
+        mixed = np.arange(len(ends))
+    else:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths))
+        size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
+        # At least two windows: one would group the same rows in every epoch.
+        count = max(2, round(len(order) / (WINDOW * max(1.0, size))))
+        # Cut windows to whole batches where rows are counted, so that only the last batch is not full.
+        step = -(-len(order) // count)
+        if rows is not None:
+            step = max(rows, step - step % rows)
+        found: list[int] = []
+        for start in range(0, len(order), step):
+            window = order[start : start + step]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            order[start : start + step] = window
+            found += [start + end for end in _cut(lengths[window], tokens, rows)]
+        ends = np.array(found, dtype=np.int64)
+        mixed = rng.permutation(len(ends))
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    widths = lengths[order[ends - 1]].astype(np.int64)
+    return Plan(order.astype(np.int32), starts[mixed], ends[mixed], widths[mixed])
+
+
+def _cut(lengths: IntArray, tokens: int | None, rows: int | None) -> list[int]:
+    """Cut rows of these lengths, shortest first, into batches, and return where each ends."""
     if rows is not None:
-        step = max(rows, step - step % rows)
-    slots: list[Slot] = []
-    for start in range(0, len(order), step):
-        window = order[start : start + step]
-        slots += _cut(window[np.argsort(lengths[window], kind="stable")], lengths, tokens, rows)
-    return [slots[i] for i in rng.permutation(len(slots))]
-
-
-def _cut(order: IntArray, lengths: IntArray, tokens: int | None, rows: int | None) -> list[Slot]:
-    """Cut rows, shortest first, into batches."""
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    for row in order.tolist():
-        full = len(batch) >= rows if rows is not None else (len(batch) + 1) * int(lengths[row]) > (tokens or 0)
-        if not batch or full:
-            batch = []
-            batches.append(batch)
-        batch.append(row)
-    return [Slot(tuple((row,) for row in batch), int(lengths[batch[-1]])) for batch in batches]
+        return [*range(rows, len(lengths), rows), *([len(lengths)] if len(lengths) else [])]
+    ends: list[int] = []
+    start = 0
+    for row, length in enumerate(lengths.tolist()):
+        if row > start and (row + 1 - start) * length > (tokens or 0):
+            ends.append(row)
+            start = row
+    return [*ends, *([len(lengths)] if len(lengths) else [])]
 
 
 def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
@@ -152,7 +214,7 @@ def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
 
 def pack_epoch(
     lengths: IntArray, *, width: int, tokens: int | None = None, rows: int | None = None, seed: int, epoch: int = 0
-) -> list[Slot]:
+) -> Plan:
     """Plan an epoch's batches of packed sequences, with every row once. All but the last have one shape.
 
     Args:
@@ -163,12 +225,19 @@ def pack_epoch(
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
     rng = np.random.default_rng([seed, epoch])
-    # Longest first, so that short rows fill gaps; with noise, so that not the same rows meet in every epoch.
-    order = np.argsort(-lengths * rng.uniform(0.8, 1.25, len(lengths)))
-    packs = _best_fit(order, lengths, width)
-    packs = [packs[i] for i in rng.permutation(len(packs))]
+    every = rng.permutation(len(lengths)) if len(lengths) > PACKED else np.arange(len(lengths))
+    order, sizes = np.empty(len(lengths), dtype=np.int32), list[int]()
+    for start in range(0, len(every), PACKED):
+        part = every[start : start + PACKED]
+        # Longest first, so that short rows fill gaps; with noise, so that not the same rows meet in every epoch.
+        packs = _best_fit(part[np.argsort(-lengths[part] * rng.uniform(0.8, 1.25, len(part)))], lengths, width)
+        order[start : start + len(part)] = np.concatenate(packs)
+        sizes += map(len, packs)
+    ends, mixed = np.cumsum(sizes), rng.permutation(len(sizes))
     count = rows if rows is not None else max(1, (tokens or 0) // width)
-    return [Slot(tuple(packs[i : i + count]), width) for i in range(0, len(packs), count)]
+    starts = np.arange(0, len(sizes), count)
+    stops = np.minimum(starts + count, len(sizes))
+    return Plan(order, starts, stops, np.full(len(starts), width), (ends - sizes)[mixed], ends[mixed])
 
 
 def _best_fit(order: IntArray, lengths: IntArray, width: int) -> list[tuple[int, ...]]:
@@ -194,10 +263,9 @@ def _best_fit(order: IntArray, lengths: IntArray, width: int) -> list[tuple[int,
     return [tuple(pack) for pack in packs]
 
 
-def padding_share(slots: list[Slot], lengths: IntArray) -> float:
+def padding_share(plan: Plan, lengths: IntArray) -> float:
     """Return the share of computed tokens that are padding."""
-    computed = sum(len(s.sequences) * s.width for s in slots)
-    return 1.0 - sum(int(lengths[list(s.rows)].sum()) for s in slots) / computed
+    return 1.0 - int(lengths[plan.order].sum()) / int(((plan.stops - plan.starts) * plan.widths).sum())
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
