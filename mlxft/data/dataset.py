@@ -1628,8 +1628,7 @@ def encode_sources(
     found: _Loaded[EncodedRow] = load(config, tokenizer, encode, kind)
     rows: Sequence[EncodedRow] = _joined([each.rows for each in found.sources])
     counts = add_counts([each.counts for each in found.sources])
-    first = found.first if data.template == "auto" else ()
-    notes = [*found.notes, *chat_notes(tokenizer, ends_of(rows), first)]
+    notes = [*found.notes, *chat_notes(tokenizer, ends_of(rows), found.first)]
     if data.mix:
         sizes = sizes_of(rows)
         tokens, trained = (sizes[:, 0], sizes[:, 1]) if kind is Encoded else (sizes.sum(1), sizes[:, 1:].sum(1))
@@ -1641,7 +1640,11 @@ def encode_sources(
 
 @dataclass(frozen=True)
 class _Loaded(Generic[EncodedRow]):
-    """Datasets of a recipe's sources and of its validation rows, notes, the first examples, and a hash of the rows."""
+    """Datasets of a recipe's sources and of its validation rows, notes, and a hash of the rows.
+
+    Attributes:
+        first: the first examples, where a chat template is used.
+    """
 
     sources: list[Dataset[EncodedRow]]
     valid: Dataset[EncodedRow] | None
@@ -1665,12 +1668,11 @@ def _load_encoded(config: Config, tokenizer: Any, encode: Encode[EncodedRow], ki
             sources.append(encode(examples, False))
     with of_valid():
         second = encode(valid, False) if valid else None
-    return _Loaded(sources, second, notes, train, data_fingerprint(*groups.values(), valid))
+    first = train if data.template == "auto" else []
+    return _Loaded(sources, second, notes, first, data_fingerprint(*groups.values(), valid))
 
 
-def _load_stored(
-    config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any
-) -> _Loaded[EncodedRow]:
+def _load_stored(config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any) -> _Loaded[EncodedRow]:
     """Encode rows to the disk, or find them there."""
     data, files, notes = config.data, list[Any](), list[str]()
     wanted = [("data.train", "", data.train, "train")]
@@ -1680,7 +1682,8 @@ def _load_stored(
         with of_setting(setting) if name else nullcontext():
             files.append(_stored(data, setting, source, split, tokenizer, encode, kind))
         notes += [f"{name}{note}" for note in files[-1].facts["notes"] if note not in notes]
-    first = list(islice(_Reading(data, data.train, "train", tokenizer).examples(), _LOOKED_AT))
+    examples = _Reading(data, data.train, "train", tokenizer).examples()
+    first = list(islice(examples, _LOOKED_AT if data.template == "auto" else 0))
     found = [Dataset(StoredRows([file]), file.counts) for file in files]
     fingerprint = blake2b(" ".join(file.facts["fingerprint"] for file in files).encode(), digest_size=16).hexdigest()
     valid = found.pop() if spec is not None else None
