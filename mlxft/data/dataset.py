@@ -843,7 +843,7 @@ def encode_pairs(
         max_length: most tokens of a prompt and its longer completion together.
         overflow: "error" reports all longer ones; "drop" leaves them out.
         chat: whether texts become a user and an assistant turn where there is a chat template.
-        block: whether these are some of a source's rows, of which none need be left.
+        block: whether these are some of a source's rows; then all may be left out.
     Raises:
         ConfigError: rows are not pairs.
         DataError: rows cannot be encoded or are too long (all of them in one), or no pair is left.
@@ -1392,7 +1392,7 @@ def encode_rows(
             head, and drops rows without a trained token in it; "split" (texts only) makes pieces of max_length, each
             beginning with the last token of the one before, untrained: every token but the first is trained once.
         cache: whether to read the encoded rows from the disk, and to write them there.
-        block: whether these are some of a source's rows, of which none need be left.
+        block: whether these are some of a source's rows; then all may be left out.
     Raises:
         ConfigError: an unknown `train_on` or `overflow`, a `max_length` below 2, or "split" for other items than texts.
         DataError: rows cannot be encoded or are too long (all of them in one), or no row is left.
@@ -1588,8 +1588,8 @@ def load_splits(
     """
     for name, used in (("stream", data.stream), ("mix", data.mix and not mix)):
         if used:
-            why = "holds all of its rows in memory" if name == "stream" else "draws its rows from one source"
-            raise ConfigError(f"data.{name}: is for the objectives sft, reward and preference; what is asked for {why}")
+            why = "hold all rows in memory" if name == "stream" else "draw rows from one source"
+            raise ConfigError(f"data.{name}: is for the objectives sft, reward and preference; others {why}")
     chat = data.template == "auto" and (tokenizer is None or tokenizer.has_chat_template)
     how = (chat, None if reads is None else {*reads, data.label or ""})
     train, labels, notes = _load(data, "data.train", data.train, "train", *how)
@@ -1640,11 +1640,7 @@ def encode_sources(
 
 @dataclass(frozen=True)
 class _Loaded(Generic[EncodedRow]):
-    """Datasets of a recipe's sources and of its validation rows, notes, and a hash of the rows.
-
-    Attributes:
-        first: the first examples, where a chat template is used.
-    """
+    """Datasets of a recipe's sources and of its validation rows, notes, the first examples, and a hash of the rows."""
 
     sources: list[Dataset[EncodedRow]]
     valid: Dataset[EncodedRow] | None
@@ -1668,7 +1664,8 @@ def _load_encoded(config: Config, tokenizer: Any, encode: Encode[EncodedRow], ki
             sources.append(encode(examples, False))
     with of_valid():
         second = encode(valid, False) if valid else None
-    first = train if data.template == "auto" else []
+    few = _LOOKED_AT // len(groups) if data.template == "auto" else 0
+    first = [example for group in groups.values() for example in group[:few]]
     return _Loaded(sources, second, notes, first, data_fingerprint(*groups.values(), valid))
 
 
@@ -1682,8 +1679,9 @@ def _load_stored(config: Config, tokenizer: Any, encode: Encode[EncodedRow], kin
         with of_setting(setting) if name else nullcontext():
             files.append(_stored(data, setting, source, split, tokenizer, encode, kind))
         notes += [f"{name}{note}" for note in files[-1].facts["notes"] if note not in notes]
-    examples = _Reading(data, data.train, "train", tokenizer).examples()
-    first = list(islice(examples, _LOOKED_AT if data.template == "auto" else 0))
+    sources = [_Reading(data, source.path, "train", tokenizer).examples() for source in data.sources.values()]
+    few = _LOOKED_AT // len(sources) if data.template == "auto" else 0
+    first = [example for examples in sources for example in islice(examples, few)]
     found = [Dataset(StoredRows([file]), file.counts) for file in files]
     fingerprint = blake2b(" ".join(file.facts["fingerprint"] for file in files).encode(), digest_size=16).hexdigest()
     valid = found.pop() if spec is not None else None

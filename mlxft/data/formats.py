@@ -1053,16 +1053,12 @@ class Conversion:
             self.fitted += 1
             yield example
 
-    def check(self, drop: bool, more: bool = False) -> None:
-        """Raise what is wrong with the rows so far; with `drop`, only if none fits.
-
-        Args:
-            more: whether there are more rows, which may have the columns that `fields` names.
-        """
+    def check(self, drop: bool) -> None:
+        """Raise what is wrong with the rows, once all are read; with `drop`, only if none fits."""
         reader = self._reader
         named = [(ours, name) for ours, given in reader.named.items() for name in given]
         for ours, theirs in [*reader.renamed.items(), *named]:
-            if reader.names and theirs not in reader.names and not (more and self.fitted):
+            if reader.names and theirs not in reader.names:
                 seen = f"no row has{nearest(theirs, reader.names)}; rows have {', '.join(sorted(reader.names))}"
                 verb = "names" if ours in reader.templates else "is"
                 raise ConfigError(f"data.fields.{ours} {verb} {theirs!r}, which {seen}")

@@ -453,6 +453,7 @@ def test_rows_that_are_too_long_or_have_no_template_name_their_line(
         ({"valid": 0.1}, r"valid: a share \(0\.1\).*a file of their own"),
         ({"shots": 3}, "shots draws from all rows.*leave stream out"),
         ({"cache": False}, "leave cache: false out"),
+        ({"train": "python:rows"}, r"data\.train: rows that a program gives are in memory already"),
         ({"train": "a.csv"}, r"data\.train: .*a \.csv file is read whole.*convert it"),
         ({"objective": "ppo", "format": "prompts"}, r"data\.stream: is for the objectives sft"),
         ({"objective": "preference", "format": "preference", "preference.loss": "kto"}, r"data\.stream: loss kto"),
@@ -466,7 +467,7 @@ def test_what_needs_all_rows_is_refused(
     save_rows(tmp_path / "a.jsonl", 5)
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "r.py").write_text("def f(prompts, completions, rows):\n    return [0.0]\n")
-    if "train" in changes:
+    if changes.get("train") == "a.csv":
         changes = {**changes, "train": str(tmp_path / changes["train"])}
     if changes.get("objective") == "ppo":
         changes = {**changes, "rewards.function": f"{tmp_path}/r.py:f"}
@@ -556,6 +557,18 @@ def test_a_mixture_in_memory_and_streamed_are_the_same(
     memory, stream = (build(settings(stream=on, mix=mix), tiny_tokenizer) for on in (False, True))
     assert taken(memory, 30) == taken(stream, 30)
     assert memory.summary() == stream.summary()
+
+
+def test_validation_rows_are_held_out_of_data_train_alone(
+    settings: Callable[..., Config], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    save_rows(tmp_path / "a.jsonl", 20)
+    mix = {"b": {"path": save_rows(tmp_path / "b.jsonl", 12, start=50)}}
+    for changes, rows in (({"valid": 0.25}, 15), ({"shots": 4}, 4)):
+        built = build(settings(mix=mix, **changes), tiny_tokenizer)
+        assert built.summary().counts["rows of train"] == rows
+        assert built.summary().counts["rows of b"] == 12
+    assert {row[2][0] for row in rows_of(build(settings(mix=mix, valid=0.25), tiny_tokenizer), valid=True)} == {"a"}
 
 
 def test_sources_that_cannot_be_mixed(settings: Callable[..., Config], tiny_tokenizer: Any, tmp_path: Path) -> None:
