@@ -1300,7 +1300,11 @@ class _Reading:
         while block := list(islice(examples, _BLOCK)):
             if drop or not self._conversion.wrong:
                 _hash_examples(self._hashed, block)
-                yield encode(block, True)
+                try:
+                    found = encode(block, True)
+                except DataError as e:
+                    raise DataError(f"{e}\nnot encoded yet (data.stream): the rows after {block[-1].where}") from e
+                yield found
             advance(len(block))
         self._conversion.check(drop)
 
