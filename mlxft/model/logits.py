@@ -463,7 +463,7 @@ def rows_logprobs(
         grad: whether a gradient will be taken.
         draw: the distribution that the labels were sampled from.
     """
-    return _read_rows(split, ids, positions, labels, _at(draw, token_logprobs), grad)
+    return read_positions(split, ids, positions, labels, _at(draw, token_logprobs), grad)
 
 
 def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
@@ -486,7 +486,7 @@ def rows_logprobs_entropy(
     split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, draw: Draw = _PLAIN
 ) -> tuple[mx.array, mx.array]:
     """Return log-probabilities, bit for bit those of `rows_logprobs`, and entropies, both (N,), without a gradient."""
-    found = _read_rows(split, ids, positions, labels, _at(draw, _picked_entropy), False)
+    found = read_positions(split, ids, positions, labels, _at(draw, _picked_entropy), False)
     return found[:, 0], found[:, 1]
 
 
@@ -512,7 +512,7 @@ def rows_logprobs_greedy(
     split: Split, ids: mx.array, positions: mx.array, labels: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Return the same of whole rows; arguments as for `rows_logprobs`."""
-    found = _read_rows(split, ids, positions, labels, _picked_greedy, False)
+    found = read_positions(split, ids, positions, labels, _picked_greedy, False)
     return found[:, 0], found[:, 1] > 0
 
 
@@ -521,7 +521,14 @@ def _picked_greedy(logits: mx.array, labels: mx.array) -> mx.array:
     return mx.stack([token_logprobs(logits, labels), likeliest.astype(mx.float32)], axis=-1)
 
 
-def _read_rows(split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:
+def read_positions(
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool
+) -> mx.array:
+    """Return `read` of the logits at positions, in chunks: (N,) or (N, m) numbers; arguments as for `rows_logprobs`.
+
+    Args:
+        labels: (N, ...) what `read` needs beside the (n, V) logits of a chunk; it is given the same rows of it.
+    """
     if split.separable:
         return _read(split, rows_hidden(split, ids, positions), labels, read, grad)
     return read(_flat(split.model(ids))[positions], labels)
