@@ -377,7 +377,8 @@ def chunk_size(vocabulary: int) -> int:
 # --- logprobs ---------------------------------------------------------------------------------------------------------
 
 Parameters = dict[str, mx.array]
-Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers or (n, 2)
+# (n, V) logits, and what belongs to each of them, such as (n,) labels -> (n,) numbers or (n, 2)
+Read = Callable[[mx.array, mx.array], mx.array]
 
 _OUT = -1e30  # a logit of probability 0
 _K = TypeVar("_K")
@@ -427,6 +428,16 @@ def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
     return total - (exp(scaled - total[..., None]) * scaled).sum(axis=-1)
 
 
+def exact_kl(logits: mx.array, others: mx.array) -> mx.array:
+    """Return KL(p || q) of p = softmax(logits) and q = softmax(others), sum p (log p - log q), (N,) in nats.
+
+    logits, others: (N, V); the gradient flows into the first only. -inf in both marks a token that is never sampled.
+    """
+    p, q = (mx.maximum(z.astype(mx.float32), _OUT) for z in (logits, mx.stop_gradient(others)))
+    p, q = p - logsumexp(p)[..., None], q - logsumexp(q)[..., None]
+    return (exp(p) * (p - q)).sum(axis=-1)
+
+
 class Draw(NamedTuple):
     """The distribution that tokens were sampled from: softmax(logits / temperature) of all tokens but `without`."""
 
@@ -437,18 +448,17 @@ class Draw(NamedTuple):
 _PLAIN = Draw()
 
 
+def _drawn(draw: Draw, logits: mx.array) -> mx.array:
+    """Return the logits of the distribution that was sampled from."""
+    if draw == _PLAIN:
+        return logits
+    logits = _tempered(logits.astype(mx.float32), draw.temperature)
+    return logits if draw.without is None else mx.where(mx.arange(logits.shape[-1]) == draw.without, _OUT, logits)
+
+
 def _at(draw: Draw, read: Read) -> Read:
     """Return `read` of the distribution that was sampled from."""
-    if draw == _PLAIN:
-        return read
-
-    def of_drawn(logits: mx.array, labels: mx.array) -> mx.array:
-        logits = _tempered(logits.astype(mx.float32), draw.temperature)
-        if draw.without is not None:
-            logits = mx.where(mx.arange(logits.shape[-1]) == draw.without, _OUT, logits)
-        return read(logits, labels)
-
-    return of_drawn
+    return lambda logits, labels: read(_drawn(draw, logits), labels)
 
 
 def rows_logprobs(
@@ -480,6 +490,27 @@ def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _
     """Return the entropy of the next token after (N, D) hidden states, (N,) float32, in nats."""
     labels = mx.zeros(hidden.shape[0], dtype=mx.int32)
     return _read(split, hidden, labels, _at(draw, lambda logits, _: entropy(logits)), grad)
+
+
+def hidden_kl(
+    split: Split,
+    hidden: mx.array,
+    others: mx.array,
+    other_logits: Callable[[mx.array], mx.array],
+    *,
+    grad: bool,
+    draw: Draw = _PLAIN,
+) -> mx.array:
+    """Return `exact_kl` of the next token to another model after (N, D) hidden states, (N,) float32, in chunks.
+
+    Args:
+        others: (N, D) the other model's hidden states at the same positions, and `other_logits` its head.
+    """
+
+    def read(logits: mx.array, states: mx.array) -> mx.array:
+        return exact_kl(_drawn(draw, logits), _drawn(draw, other_logits(states)))
+
+    return _read(split, hidden, others, read, grad)
 
 
 def rows_logprobs_entropy(

@@ -568,6 +568,7 @@ class RolloutBatch:
         ids: (B, T) right-padded; last: (B,) the last real token of each row.
         positions, labels: (N,) flat index that predicts a token, and the token.
         old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss does not read it.
+        ref_hidden: (N, D) hidden states of the reference at the positions, for the exact KL.
         owners: (N,) the completion of a token, for methods with one advantage per completion: advantages are (B,).
     """
 
@@ -581,6 +582,7 @@ class RolloutBatch:
     values: mx.array | None = None
     returns: mx.array | None = None
     owners: mx.array | None = None
+    ref_hidden: mx.array | None = None
 
 
 class OnPolicy(Objective, Generic[_M]):
