@@ -198,6 +198,7 @@ S = TypeVar("S", bound=Settings)
 # name -> module of mlxft.objectives, and the class in it
 OBJECTIVES = {
     "grpo": "grpo:GRPO",
+    "online_dpo": "online_dpo:OnlineDPO",
     "ppo": "ppo:PPO",
     "preference": "preference:Preference",
     "reinforce": "grpo:Reinforce",

@@ -229,6 +229,7 @@ def test_what_is_not_a_mapping() -> None:
 # The learning rate that a recipe leaves out.
 
 RATES = {"sft": 2e-5, "reward": 1e-5, "preference": 1e-6, "ppo": 3e-6, "grpo": 1e-6, "rloo": 1e-6, "reinforce": 1e-6}
+RATES |= {"online_dpo": 1e-6}
 
 
 def bare(objective: str, **tune: Any) -> dict[str, Any]:
