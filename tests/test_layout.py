@@ -46,7 +46,7 @@ ORDER = {
 BUDGET = {
     "top": (14, 6500),  # api.py: what a training loop of one's own is made of (examples/)
     "data": (5, 3650),
-    "model": (15, 6950),  # frozen.py: what objectives read and never train, opened and planned in one place
+    "model": (15, 7010),  # layers.py: noise on embeddings; before, frozen.py: what objectives read and never train
     "objectives": (12, 4980),  # online_dpo.py; grpo.py: GSPO, CISPO, the exact KL, and `grpo.variant`
     "trainer": (5, 1550),
     "study": (13, 5450),
