@@ -17,6 +17,7 @@ from pydantic import Field
 from mlxft.config import Config
 from mlxft.errors import ConfigError
 from mlxft.model.logits import row_sums
+from mlxft.model.memory import Outline
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.pairs import halves, implicit_rewards
@@ -61,6 +62,10 @@ class OnlineDPO(OnPolicy[OnlineDPOSettings]):
                 f"rollout.samples: {samples} completions of a prompt cannot be split into pairs; give an even number, "
                 "or set online_dpo.pairs: extremes"
             )
+
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        return Outline("logprobs", cls.together)
 
     @property
     def per_prompt(self) -> int:
