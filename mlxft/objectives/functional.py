@@ -249,6 +249,8 @@ def policy_loss(
     """
     if how.ratio == "completion" and how.loss == "token":
         raise AssertionError("the ratio is of completions and the mean over tokens; expected sequence or constant")
+    if how.weighted and dual_clip is not None:
+        raise AssertionError("a weighted surrogate has no dual_clip, which bounds the clipped one")
     bounds = clip if isinstance(clip, tuple) else (clip, clip)
     _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, owners=how.owners)
     keep, advantages = mask != 0, mx.stop_gradient(advantages)

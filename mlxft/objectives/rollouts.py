@@ -571,7 +571,7 @@ class RolloutBatch:
         positions, labels: (N,) flat index that predicts a token, and the token.
         old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss does not read it.
         ref_hidden: (N, D) hidden states of the reference at the positions, for the exact KL.
-        owners: (N,) the completion of a token, for methods with one advantage per completion: advantages are (B,).
+        owners: (N,) the completion of a token, for losses of whole completions; advantages are then (B,).
     """
 
     ids: mx.array

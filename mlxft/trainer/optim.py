@@ -177,8 +177,8 @@ class Optimizer:
             counts its own updates, because a step may leave it out.
         lora_plus: multiplier of the learning rate of adapters' B, beside that of its part or group; None: 1.
     Attributes:
-        scales: pattern of each group in the settings -> its learning rate as a multiple of the run's; and lora_b's,
-            where no group has it.
+        scales: pattern of each group in the settings -> its learning rate as a multiple of the run's; and, with
+            lora_plus, lora_b -> that of B.
     Raises:
         ConfigError: a group matches no parameter.
     """
@@ -198,7 +198,7 @@ class Optimizer:
         owners = {n: next((p for p in parts or () if n.startswith(p)), REST) for n in params}
         self.scales = {g.match: _scale(g, settings) for g in settings.groups}
         if lora_plus is not None:
-            self.scales[_B] = lora_plus
+            self.scales[_B] = self.scales.get(_B, 1.0) * lora_plus
         grouped = group_of(settings.groups, params)
         self._bundles = {
             part: _bundles({n: p for n, p in params.items() if owners[n] == part}, settings, grouped, rate, lora_plus)

@@ -202,6 +202,16 @@ def test_a_variant_sets_its_parts(given: dict[str, Any], seen: dict[str, Any]) -
         assert (f"by the recipe: {', '.join(own)}" in note) is bool(own)
 
 
+@pytest.mark.golden
+def test_the_exact_kl_is_torchs() -> None:
+    """A token that is nearly certain and equal distributions among them."""
+    golden = json.loads((FOLDER / "exact_kl.json").read_text())
+    logits, others = (mx.array(golden[name]) for name in ("logits", "others"))
+    np.testing.assert_allclose(F.exact_kl(logits, others), golden["kl"], rtol=1e-5, atol=1e-6)
+    slope = mx.grad(lambda x: F.exact_kl(x, others).sum())(logits)
+    np.testing.assert_allclose(slope, golden["gradient"], rtol=1e-5, atol=1e-5)
+
+
 def test_the_exact_kl_is_the_mean_of_its_estimates() -> None:
     """Over all tokens, each with its probability: the value of k1's mean, and the gradient of k2's."""
     rng = np.random.default_rng(0)
