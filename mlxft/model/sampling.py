@@ -654,7 +654,7 @@ class _Decoding:
         """
         if not self.keeps:
             return
-        own = caches if len(places) == len(rows) else take(caches, mx.array(places))
+        own = caches if len(places) == len(rows) else take(caches, mx.array(list(places)))
         held = [rows[place] for place in places]
         beyond = [max(0, cached - len(ids[i])) for i in held]
         if any(beyond):  # what stands on the right is padding
