@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import mlx.nn as nn
 import numpy as np
@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from mlxft.config import DataSettings, Settings, error_of, hand_over, handed_over, named_by
 from mlxft.data.chat import (
+    MARKS,
     Chat,
     Tools,
     answer_of,
@@ -308,7 +309,7 @@ class Episode:
         ended: "end" where the environment ended it, "error", or the limit that was reached: turns, tokens, seconds.
         errors, unparsed: steps that raised, and turns whose tool calls cannot be parsed.
         last: where the last turn starts in `ids`, and in `messages`.
-        text: of the last turn.
+        text, opening: of the last turn, and the mark of a thought that was open before it, or "".
     """
 
     prompt: EncodedPrompt
@@ -324,6 +325,7 @@ class Episode:
     unparsed: int = 0
     last: tuple[int, int] = (0, 0)
     text: str = ""
+    opening: str = ""
 
     def add(self, ids: Sequence[int], own: bool) -> None:
         """Add ids, of the policy or not."""
@@ -364,7 +366,8 @@ class Episodes:
         lacks = [name for name in ("reset", "step") if not callable(getattr(self._first, name, None))]
         if lacks:
             raise ConfigError(f"{self.name}: {type(self._first).__name__} has no {' and no '.join(lacks)}")
-        if self.tools and self.chat and not getattr(tokenizer, "has_tool_calling", False):
+        self.parser = _parser(tokenizer) if self.tools and self.chat else None
+        if self.tools and self.chat and self.parser is None:
             raise ConfigError(
                 f"{self.name}: it has tools, and mlx-lm has no parser for the tool calls of this chat template; choose "
                 "a model that was trained to call tools, or set model.chat_template to a template with tools"
@@ -393,9 +396,8 @@ class Episodes:
             before = context[: e.begin + at]
             text = e.prompt.text if not at else str(self.tokenizer.decode(before))
             asked = e.messages[:message] if self.chat else text
-            reply, opening = np.array(e.ids[at:], np.int32), opening_after(self.tokenizer, before)
-            ids, ended = np.array(before, np.int32), e.ended == "end"
-            items.append(ToScore(ids, reply, text, e.text, e.prompt.row, ended, e.prompt.where, asked, opening))
+            ids, reply, ended = np.array(before, np.int32), np.array(e.ids[at:], np.int32), e.ended == "end"
+            items.append(ToScore(ids, reply, text, e.text, e.prompt.row, ended, e.prompt.where, asked, e.opening))
         scores = rewards.score(items, tokens=tokens)
         own = np.array([sum(value for _, value in e.rewards) for e in episodes], np.float32)
         return Scores(scores.total + own, {**scores.components, "environment": own})
@@ -412,7 +414,8 @@ class Episodes:
         """
         functions = [tool.get("function", tool) for tool in self.tools[:1]]
         calls = [ToolCall(str(function["name"]), {}) for function in functions]
-        self.follow(_asked(prompt), _turns(_STAND_IN, calls), [_checked("textqz1x", calls, "")], prompt, None)
+        opening = opening_after(self.tokenizer, prompt.ids.tolist())
+        self.follow(_asked(prompt), _turns(_sound(opening), calls), [_checked("textqz1x", calls, "")], prompt, None)
 
     def play(
         self,
@@ -458,12 +461,14 @@ class Episodes:
         replies: Sequence[list[Message]],
         prompt: EncodedPrompt,
         last: int | None,
+        sound: Message | None = None,
     ) -> tuple[list[Message], list[int]]:
         """Return a turn with what follows it as messages, and the ids from the turn's end to the next turn.
 
         Args:
             turns, replies: forms of the turn and of the observation, the first that the chat template takes is used.
             last: the turn's last id.
+            sound: a turn that stands for one that was cut off or is malformed, where the template takes no form of it.
         Raises:
             DataError: the template writes none of them, or rewrites earlier turns.
         """
@@ -471,7 +476,7 @@ class Episodes:
             text = "".join(str(message["content"]) for message in replies[0])
             return [turns[0], *replies[0]], context_ids(self.tokenizer, text, plain=False, where=prompt.where)
         problems = []
-        for turn, reply in product(turns, replies):
+        for turn, reply in product([*turns, *([sound] if sound else [])], replies):
             try:
                 text = self._written(before, turn, reply, prompt)
             except DataError as error:
@@ -482,15 +487,22 @@ class Episodes:
                 marks = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in ends]
                 mark = next((mark for mark in marks if text.lstrip().startswith(mark)), "")
                 text = text.lstrip()[len(mark) :] if mark else text
-            return [turn, *reply], context_ids(self.tokenizer, text, plain=False, where=prompt.where)
+            return [turns[0] if turn is sound else turn, *reply], context_ids(
+                self.tokenizer, text, plain=False, where=prompt.where
+            )
         raise problems[0]
 
     def _written(self, before: list[Message], turn: Message, reply: list[Message], prompt: EncodedPrompt) -> str:
         """Return what the template writes from a turn's end to the next turn."""
 
         def written(chat: Chat) -> str:
-            head = chat.render([*before, turn])
             whole = chat.render([*before, turn, *reply], generation=True)
+            plain = chat.render(before, generation=True) + turn["content"]
+            if "tool_calls" not in turn and whole.startswith(plain):  # the turn is written as it was sampled
+                replace(chat, tools=None).check_written(reply, whole[len(plain) :], {})
+                return whole[len(plain) :]
+            # It may be written in another form (calls in other white space), if what follows does not depend on that.
+            head = chat.render([*before, turn])
             if not whole.startswith(head):
                 raise chat.error(
                     f"{self.name}: this chat template rewrites earlier turns where a message of role "
@@ -509,6 +521,12 @@ class Episodes:
 
 
 _STAND_IN = "textqz0x"
+
+
+def _sound(opening: str) -> str:
+    """Return a turn after a prompt that may open a thought, which it then closes."""
+    closing = dict(MARKS).get(opening)
+    return _STAND_IN if closing is None else f"thoughtqzx\n{closing}\n\n{_STAND_IN}"
 
 
 @dataclass
@@ -584,17 +602,21 @@ class _Playing:
         starts = []
         for episode, (_, sampled), turn in zip(going, turns, read):
             at = f"{self.owner.name}: {episode.prompt.where}: step {episode.turns}"
-            calls = turn.calls if isinstance(turn, Turn) else (_UNPARSED,)
-            observation = self._observation(episode, next(found) if isinstance(turn, Turn) else turn, at)
-            starts.append(self._next(episode, sampled, calls, observation, at))
+            if isinstance(turn, Turn):
+                reply = next(found)
+                episode.errors += isinstance(reply, BaseException) and not isinstance(reply, TookTooLong)
+                calls: Sequence[ToolCall] = turn.calls
+            else:
+                reply, calls = turn, (_UNPARSED,)
+            starts.append(self._next(episode, sampled, calls, self._observation(episode, reply, at), at))
         self.on_done(sum(start is None for start in starts))
         return starts
 
-    def _read(self, episode: Episode, sampled: Sampled) -> Turn | str:
+    def _read(self, episode: Episode, sampled: Sampled) -> Turn | ValueError:
         """Add a turn to its episode, and return it as its environment gets it, or why its calls cannot be parsed."""
         owner = self.owner
         context = [*episode.prompt.ids[: episode.begin].tolist(), *episode.ids]
-        opening = opening_after(owner.tokenizer, context)
+        opening = episode.opening = opening_after(owner.tokenizer, context)
         episode.last = len(episode.ids), len(episode.messages)
         episode.add(sampled.ids, True)
         episode.turns += 1
@@ -602,10 +624,10 @@ class _Playing:
         episode.text = until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
         try:
             raw = split_thoughts(self._raw(sampled), opening)[1]
-            calls = _read_calls(owner.tokenizer, raw, owner.tools) if owner.tools else []
+            calls = owner.parser.read(raw, owner.tools) if owner.parser is not None else []
         except ValueError as error:
             episode.unparsed += 1
-            return str(error)
+            return error
         return Turn(episode.text, answer_of(episode.text, opening), tuple(calls), sampled.finish != "length")
 
     def _raw(self, sampled: Sampled) -> str:
@@ -613,7 +635,7 @@ class _Playing:
         return str(self.owner.tokenizer.decode(sampled.ids[: -1 if sampled.finish == "eos" else None]))
 
     def _observation(self, episode: Episode, reply: Any, at: str) -> Observation:
-        """Return the observation that a step gave; one of the error where it raised, or where `reply` says why not."""
+        """Return the observation that a step gave, or one of its error."""
         if isinstance(reply, Observation):
             if reply.reward is not None and as_number(reply.reward) is None:
                 raise EpisodeError(f"{at}: its reward is {reply.reward!r:.60}; expected a finite number or None")
@@ -623,13 +645,11 @@ class _Playing:
         if isinstance(reply, TookTooLong):
             episode.ended = "seconds"
             return Observation()
-        if not isinstance(reply, str) and not isinstance(reply, BaseException):
+        if not isinstance(reply, BaseException):
             raise EpisodeError(f"{at}: it returned {reply!r:.60}; expected an mlxft.Observation")
-        if isinstance(reply, BaseException):
-            episode.errors += 1
         if self.owner.settings.on_error == "end":
             episode.ended = "error"
-        return Observation(f"Error: {reply if isinstance(reply, str) else error_of(reply)}")
+        return Observation(f"Error: {error_of(reply)}")
 
     def _next(
         self, episode: Episode, sampled: Sampled, calls: Sequence[ToolCall], observation: Observation, at: str
@@ -654,7 +674,10 @@ class _Playing:
             episode.environment = None
             episode.messages += [turns[0], *replies[0]]
             return None
-        messages, ids = owner.follow(episode.messages, turns, replies, episode.prompt, sampled.ids[-1])
+        thinks = all(part.strip() for part in split_thoughts(turns[0]["content"], episode.opening))
+        standing = {"role": "assistant", "content": _sound(episode.opening)}
+        sound = None if thinks and sampled.finish != "length" else standing
+        messages, ids = owner.follow(episode.messages, turns, replies, episode.prompt, sampled.ids[-1], sound)
         episode.messages += messages
         episode.add(ids, False)
         start = self._start(episode, ids)
@@ -710,23 +733,44 @@ def _checked(given: Any, calls: Sequence[ToolCall], at: str) -> list[Message]:
     return messages
 
 
-def _read_calls(tokenizer: Any, text: str, tools: Tools) -> list[ToolCall]:
-    """Return the tool calls in a turn, by mlx-lm's parser for the model's family.
+class _Parser(NamedTuple):
+    """mlx-lm's parser of tool calls for a family of models: the marks around a call, and what reads its inside."""
 
-    Raises:
-        ValueError: one of them cannot be parsed.
-    """
-    begin, end, found = tokenizer.tool_call_start, tokenizer.tool_call_end, []
-    while begin in text:
-        text = text.partition(begin)[2]
-        inside, _, text = text.partition(end) if end else (text, "", "")
-        try:
-            parsed = tokenizer.tool_parser(inside, tools)
-        except Exception as error:  # each parser has errors of its own
-            raise ValueError(f"the tool call cannot be parsed: {shorten(str(error))}") from error
-        for call in parsed if isinstance(parsed, list) else [parsed]:
-            name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
-            if not isinstance(name, str) or not isinstance(arguments, dict):
-                raise ValueError("the tool call cannot be parsed: it needs a name and arguments, a mapping")
-            found.append(ToolCall(name, arguments))
-    return found
+    begin: str
+    end: str
+    parse: Callable[[str, Tools], Any]
+
+    def read(self, text: str, tools: Tools) -> list[ToolCall]:
+        """Return the tool calls in a turn.
+
+        Raises:
+            ValueError: one of them cannot be parsed.
+        """
+        found = []
+        while self.begin in text:
+            text = text.partition(self.begin)[2]
+            inside, _, text = text.partition(self.end) if self.end else (text, "", "")
+            try:
+                parsed = self.parse(inside, tools)
+            except Exception as error:  # each parser has errors of its own
+                raise ValueError(f"the tool call cannot be parsed: {shorten(str(error))}") from error
+            for call in parsed if isinstance(parsed, list) else [parsed]:
+                name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
+                if not isinstance(name, str) or not isinstance(arguments, dict):
+                    raise ValueError("the tool call cannot be parsed: it needs a name and arguments, a mapping")
+                found.append(ToolCall(name, arguments))
+        return found
+
+
+def _parser(tokenizer: Any) -> _Parser | None:
+    """Return the parser of the tokenizer's tool calls; None if mlx-lm has none."""
+    if getattr(tokenizer, "tool_parser", None) is not None:
+        return _Parser(tokenizer.tool_call_start, tokenizer.tool_call_end, tokenizer.tool_parser)
+    from mlx_lm.tokenizer_utils import _infer_tool_parser
+
+    # The template of model.chat_template or of a .gguf file is not there when mlx-lm looks.
+    name = _infer_tool_parser(tokenizer)
+    if name is None:
+        return None
+    module = importlib.import_module(f"mlx_lm.tool_parsers.{name}")
+    return _Parser(module.tool_call_start, module.tool_call_end, module.parse_tool_call)
