@@ -70,7 +70,7 @@ class Env:
             if not left:
                 kill.unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return Observation(f"{self.seed % 7} more", turn.text.count("a"), end=self.turns == 1 + self.seed % 3)
+        return Observation(f"{self.seed % 7} more", turn.text.count("a"), end=self.turns == 2 + self.seed % 2)
 """
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"target_kl": 1e-5, "kl_target": 3.0, "critic_warmup": 1}),
@@ -136,9 +136,9 @@ def test_killed_amid_an_episode(
         del one["rewards"]
     train(settings[0])
     ends = rollouts(tmp_path / "runs/a")
-    assert all(1 < e["turns"] < 3 for e in ends)
+    assert all(2 < e["turns"] < 3 for e in ends)
     path, run = write_recipe(tmp_path / "b.yaml", settings[1]), tmp_path / "runs/b"
-    for steps in (12, 3):  # second turns until it is killed
+    for steps in (12, 10):  # second turns until it is killed
         (tmp_path / "kill").write_text(str(steps))
         assert cli("train", path, "--resume").returncode == -9
     assert 0 < last_step(run) < 12
