@@ -364,7 +364,7 @@ class Verified(Environment):
 
     async def reset(self, row: dict[str, Any], seed: int) -> list[Message] | None:
         prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-        given = {"example_id": 0, "task": "", **row, "prompt": prompt}
+        given = {"example_id": 0, **row, "prompt": prompt}
         self._asks: asyncio.Queue[list[Message]] = asyncio.Queue()
         self._turns: asyncio.Queue[Turn] = asyncio.Queue()
         self._rollout = asyncio.ensure_future(self._inner.rollout(given, _client(self._ask), "mlxft", {}))

@@ -331,13 +331,13 @@ def test_an_environment_is_found_as_an_objective_is(
         ("env:Env", None),
         ("env:Nothing", "no class 'Nothing' in it"),
         ("calculater", "no such environment 'calculater'; expected file.py:Class"),
-        ("verifiers:none", "pip install 'mlxft.verifiers.'"),
     ):
         if problem is None:
             quietly({**settings, "environment": spec, "run": {**settings["run"], "name": "b"}})
-        elif not spec.startswith("verifiers"):
+        else:
             with pytest.raises(ConfigError, match=problem):
                 quietly({**settings, "environment": spec, "run": {**settings["run"], "name": "c"}})
+    quietly({**settings, "run": {**settings["run"], "name": "handed"}}, environment=Says)
     settings["run"]["name"] = "d"
     with pytest.raises(ConfigError, match=r"environment: turns: there is no environment"):
         quietly({**settings, "environment": {"turns": 3}})
@@ -606,3 +606,136 @@ def test_the_word_game() -> None:
     assert env.step(mlxft.Turn("", "")) == mlxft.Observation("The word was beach.", 0.2, end=True)
     env.reset({}, 5)
     assert env.step(mlxft.Turn("", env.word)) == mlxft.Observation("Right!", 1.0, end=True)
+
+
+# The package verifiers: its protocol, as mlxft uses it, in a stand-in; and the package itself where it is installed.
+
+
+class Fields(dict[str, Any]):
+    """Stands for verifiers' pydantic models."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(fields)
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def model_dump(self, exclude_none: bool = False) -> dict[str, Any]:
+        return {k: v for k, v in self.items() if v is not None or not exclude_none}
+
+
+class FakeRubric:
+    has_group_rewards = False
+
+    async def score_rollout(self, state: dict[str, Any]) -> None:
+        said = [m for m in state["messages"] if m["role"] == "assistant"]
+        state["reward"] = float(state["answer"] in said[-1]["content"]) + 0.1 * len(said)
+
+
+class FakeEnvironment:
+    """Two turns, of which the second is asked for by a user; or one that fails."""
+
+    eval_dataset = None
+    rubric: Any = FakeRubric()
+    tool_defs: Any = None
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def get_dataset(self) -> Any:
+        rows = [{"prompt": [{"role": "user", "content": f"w{i}"}], "answer": "w1", "info": None} for i in range(4)]
+        return type("Dataset", (), {"to_list": lambda self: rows})()
+
+    async def rollout(self, given: Any, client: Any, model: str, sampling_args: Any) -> dict[str, Any]:
+        state: dict[str, Any] = {"answer": given["answer"], "error": None, "messages": list(given["prompt"])}
+        for turn in range(2):
+            messages = [Fields(**m) for m in state["messages"]]
+            response = await client.get_response(prompt=messages, model=model, tools=None, state=state)
+            said = response.message
+            assert said.is_truncated is (said.finish_reason == "length")
+            state["messages"].append({"role": "assistant", "content": said.content})
+            if self.options.get("fails"):
+                state["error"] = RuntimeError("no")
+                break
+            if turn == 0:
+                state["messages"].append({"role": "user", "content": "w2 w3"})
+        return state
+
+
+@pytest.fixture
+def verifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import abc
+    import sys
+    import types
+
+    class Client(abc.ABC):
+        def __init__(self, config: Any) -> None:
+            self.config = config
+
+        @abc.abstractmethod
+        def setup_client(self, config: Any) -> Any: ...
+
+    fake, clients, kinds = (types.ModuleType(f"verifiers{name}") for name in ("", ".clients", ".types"))
+    loaded = {"two": FakeEnvironment}
+    fake.load_environment = lambda name, **options: loaded[name](**options)  # type: ignore[attr-defined]
+    clients.Client = Client  # type: ignore[attr-defined]
+    kinds.Response = kinds.ResponseMessage = kinds.ToolCall = Fields  # type: ignore[attr-defined]
+    for name, module in (("verifiers", fake), ("verifiers.clients", clients), ("verifiers.types", kinds)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("verifiers")
+def test_an_environment_of_verifiers(play: Play, tiny_model_dir: Path) -> None:
+    """Its rollouts run as they are, with its own rows, and its rubric rewards them."""
+    changes = {"run.steps": 2, "data.train": "environment", "data.template": "auto", "data.max_length": 200}
+    settings = play("grpo", TALK, {"kl_coef": 0.0}, model=tiny_model_dir, **changes)
+    settings["environment"] = "verifiers:two"
+    events = quietly(settings).metrics("rollout")
+    assert [(e["turns"], e["tool_errors"], e["eos_share"]) for e in events] == [(2, 0, 1)] * 2
+    assert all(e["reward"] >= 0.2 for e in events)
+    settings["run"]["name"] = "b"
+    with pytest.raises(ConfigError, match="verifiers:three: KeyError"):
+        quietly({**settings, "environment": "verifiers:three"})
+    with pytest.raises(ConfigError, match=r"data.valid: environment verifiers:two has no rows of its own"):
+        quietly({**settings, "data": {**settings["data"], "valid": "environment"}})
+
+
+def verified(options: dict[str, Any], turns: list[mlxft.Turn]) -> list[Any]:
+    """What an environment of verifiers gives at reset and after each turn."""
+    import asyncio
+
+    from mlxft.objectives.environments import from_verifiers
+
+    async def run() -> list[Any]:
+        env = from_verifiers("two", options)()
+        return [await env.reset(env.rows(False)[1], 0), *[await env.step(turn) for turn in turns]]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.usefixtures("verifiers")
+def test_a_rollout_of_verifiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [mlxft.Turn("w5", "w5", finished=False), mlxft.Turn("w1", "w1")]
+    first, second, last = verified({}, turns)
+    assert first is None
+    assert second == mlxft.Observation([{"role": "user", "content": "w2 w3"}])
+    assert last == mlxft.Observation([], 1.2, end=True)
+    with pytest.raises(RuntimeError, match="no"):
+        verified({"fails": True}, turns[:1])
+    monkeypatch.setattr(FakeRubric, "has_group_rewards", True)
+    with pytest.raises(ConfigError, match="it rewards groups of rollouts"):
+        verified({}, turns)
+
+
+def test_without_verifiers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    from mlxft.objectives.environments import from_verifiers
+
+    monkeypatch.setitem(sys.modules, "verifiers", None)
+    with pytest.raises(ConfigError, match=r"needs the package verifiers: pip install 'mlxft\[verifiers\]'"):
+        from_verifiers("two", {})
+    monkeypatch.setitem(sys.modules, "verifiers", types.ModuleType("verifiers"))
+    with pytest.raises(ConfigError, match=r"has another protocol than 0.1.14 to 0.3"):
+        from_verifiers("two", {})
