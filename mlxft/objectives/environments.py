@@ -281,13 +281,14 @@ class Words(Environment):
         self._lives = lives
 
     def rows(self, valid: bool) -> list[dict[str, Any]]:
-        rules = "Guess my word, a letter at a time. Reply with one letter, or with the whole word, and nothing else."
-        return [{"prompt": rules, "word": word} for i, word in enumerate(_LIST) if (i % 10 == 0) is valid]
+        rules = "Guess my word, a letter at a time. Reply with one letter, or with the whole word, and nothing else: "
+        words = [word for i, word in enumerate(_LIST) if (i % 10 == 0) is valid]
+        return [{"prompt": rules + " ".join("_" * len(word)), "word": word} for word in words]
 
-    def reset(self, row: dict[str, Any], seed: int) -> str:
-        self.word = str(row.get("word") or random.Random(seed).choice(_LIST)).casefold()
-        self.found, self.wrong = set[str](), list[str]()
-        return self._shown()
+    def reset(self, row: dict[str, Any], seed: int) -> None:
+        if not isinstance(row.get("word"), str):
+            raise ValueError("the row needs a word")
+        self.word, self.found, self.wrong = row["word"].casefold(), set[str](), list[str]()
 
     def step(self, turn: Turn) -> Observation:
         guess = turn.answer.strip().casefold()

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ConfigDict, Field, model_validator
 
-from mlxft.config import DataSettings, Settings, error_of, hand_over, handed_over, named_by
+from mlxft.config import Settings, error_of, hand_over, handed_over, named_by, read_yaml, validated
 from mlxft.data.chat import (
     MARKS,
     Chat,
@@ -160,6 +160,21 @@ class EnvironmentSettings(Settings):
         if self.path is None and given:
             raise ValueError(f"{', '.join(given)}: there is no environment; give environment.path, or leave it out")
         return self
+
+
+def read_environment(text: str | None) -> EnvironmentSettings | None:
+    """Return the settings that an option gives: a name or path, or YAML of the section `environment`; None for None.
+
+    Raises:
+        ConfigError: it is not YAML of such settings.
+    """
+    if text is None:
+        return None
+    found = read_yaml(text, "--environment")
+    settings = validated(EnvironmentSettings, found if isinstance(found, dict) else {"path": text}, "--environment")
+    if settings.path is None:
+        raise ConfigError("--environment: path is needed")
+    return settings
 
 
 def find_environment(settings: EnvironmentSettings) -> Callable[[], Any]:
@@ -373,20 +388,18 @@ class Episodes:
                 "a model that was trained to call tools, or set model.chat_template to a template with tools"
             )
 
-    def with_rows(self, data: DataSettings) -> DataSettings:
-        """Return `data` with the environment's own rows where it says `environment`.
+    def rows(self, split: str, given: str | None) -> str | None:
+        """Return where the rows of a split are; the environment's own where `given` is environment.
 
         Raises:
             ConfigError: it has none.
         """
-        named: dict[str, str] = {}
-        for name in ("train", "valid"):
-            if getattr(data, name) == "environment":
-                rows = list(self._first.rows(name == "valid")) if hasattr(self._first, "rows") else []
-                if not rows:
-                    raise ConfigError(f"data.{name}: {self.name} has no rows of its own; give a file of prompts")
-                named[name] = hand_over(f"data.{name}", "environment", rows)
-        return data.model_copy(update=named)
+        if given != "environment":
+            return given
+        rows = list(self._first.rows(split != "train")) if hasattr(self._first, "rows") else []
+        if not rows:
+            raise ConfigError(f"data.{split}: {self.name} has no rows of its own; give a file of prompts")
+        return hand_over(f"data.{split}", "environment", rows)
 
     def score(self, episodes: Sequence[Episode], rewards: Rewards, *, tokens: int) -> Scores:
         """Return the rewards of episodes: of their last turns, after what was said before, and their environments'."""

@@ -656,7 +656,8 @@ class OnPolicy(Objective, Generic[_M]):
         self.episodes = Episodes(meets, tokenizer, chat, rewards.given) if meets.path is not None else None
         data, reads = config.data, self.rewards.columns
         if self.episodes is not None:
-            data, reads = self.episodes.with_rows(data), None
+            named = {name: self.episodes.rows(name, getattr(data, name)) for name in ("train", "valid")}
+            data, reads = data.model_copy(update=named), None
         train, valid, said = load_splits(data, config.run.seed, tokenizer=tokenizer, reads=reads)
         self.notes += said
         self._data = data_fingerprint(train, valid)
