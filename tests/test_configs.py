@@ -42,6 +42,13 @@ FITTED = {
     "ppo-reward-model": [f"data.train={PAIRS}", "rollout.prompts=2", "rollout.max_tokens=8", "run.epochs=null"],
     "grpo": ["rollout.prompts=2", "rollout.samples=2", "rollout.max_tokens=8"],
     "rloo": ["rollout.prompts=2", "rollout.max_tokens=8"],
+    "environment": [
+        "data.train=environment",
+        "rollout.prompts=2",
+        "rollout.samples=2",
+        "rollout.max_tokens=8",
+        "environment.turns=2",
+    ],
     "ppo-function": ["rollout.prompts=2", "rollout.max_tokens=8"],
 }
 FITTED["fewshot-reviews"] += ["tune.layers=4", "run.eval_every=null"]  # it has no validation rows

@@ -44,22 +44,24 @@ ORDER = {
 # Files and lines of each room, comments and blank lines included. A change that needs more says so here, and why.
 # Before the rooms were merged: 189 files, 35,959 lines.
 BUDGET = {
-    "top": (14, 6500),  # api.py: what a training loop of one's own is made of (examples/)
+    "top": (14, 6510),  # api.py: what a training loop of one's own is made of (examples/); train takes an environment
     "data": (5, 3650),
-    "model": (15, 6950),  # frozen.py: what objectives read and never train, opened and planned in one place
-    "objectives": (11, 4700),
+    # sampling.py: conversations with kept caches.
+    "model": (15, 7040),  # frozen.py: what objectives read and never train, opened and planned in one place
+    # episodes.py: the protocol of environments, and episodes. environments.py: those that mlxft brings, and verifiers.
+    "objectives": (13, 6010),
     "trainer": (5, 1550),
-    "study": (13, 5450),
+    "study": (13, 5550),  # sample and eval play episodes
     "exports": (6, 3300),
     "demo": (3, 300),
-    "cli": (5, 1700),
+    "cli": (5, 1730),  # --environment
 }
 MOST_FILES = 90
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
 # a subject of its own.
 SINGLE = {
     *("api", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "model.gemma3n", "objectives.reward"),
-    *("objectives.sft", "selftest", "study.fewshot", "study.label", "study.lm_eval", "study.lr_find", "study.generate"),
+    *("objectives.sft", "selftest", "study.fewshot", "study.label", "study.lm_eval", "study.lr_find"),
     *("study.sweep", "trainer.checkpoint"),
 }
 MAX_FUNCTION_LINES = 60
@@ -395,6 +397,8 @@ EXEMPT = {
     "mlxft/data/chat.py": "answer",
     "mlxft/data/formats.py": "answers?",
     "mlxft/study/tasks.py": "answers?",
+    "mlxft/objectives/episodes.py": "answer",
+    "mlxft/objectives/environments.py": "answer",
 } | dict.fromkeys(("mlxft/study/evaluate.py", "mlxft/study/generate.py", "mlxft/study/score.py"), r"answers?|is no run")
 
 

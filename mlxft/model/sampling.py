@@ -607,7 +607,7 @@ class _Decoding:
     def run(self, model: nn.Module, caches: list[Any], logits: mx.array, noise: Noise) -> list[Sampled]:
         """Return a completion for each row of the first logits (B, V); the caches are used up."""
         most, without = max(self.most), never_drawn(self.tokenizer, self.sampling)
-        # A window that goes on behind a row's end would push out what belongs to it.
+        # Tokens behind a row's end would push what belongs to it out of a window.
         at_once = self.keeps and any(isinstance(cache, BatchRotatingKVCache) for cache in caches)
         ids: list[list[int]] = [[] for _ in range(logits.shape[0])]
         finish: list[str | None] = [None] * len(ids)

@@ -25,7 +25,7 @@ from mlxft.objectives.rewards import last_number
 
 
 class _WithTool(Environment):
-    """A question that is to be answered with the help of one tool. A turn without calls is the answer."""
+    """A question, and one tool that helps with it. A turn without calls is the answer."""
 
     def describe(self) -> tuple[str, str, str, str]:
         """Return the tool's name and description, and those of its only argument, a text."""
@@ -80,7 +80,7 @@ def calculate(expression: str) -> Fraction:
     """Return the exact value of an arithmetic expression: + - * / % ^ (or **) and parentheses. No Python is run.
 
     Raises:
-        ValueError: it is no such expression, or it or a number in it is too large.
+        ValueError: it is not such an expression, or it or a number in it is too large.
     """
     if len(expression) > _LONGEST:
         raise ValueError(f"the expression has {len(expression):,} characters; at most {_LONGEST} are read")
@@ -263,9 +263,14 @@ class Search(_WithTool):
 # --- words ------------------------------------------------------------------------------------------------------------
 
 _TEXT = (
-    "apple beach bread brick chair cloud crane dance dream earth field flame fruit glass grape green heart horse house "
-    "juice knife lemon light mouse music night ocean paint paper peach piano plant queen river robot salad sheep shirt "
-    "smile snake spoon stone storm sugar table tiger train tower water whale wheat white woman world zebra"
+    "apple arrow badge beach berry blade board bread brick bride brush cabin camel candy cargo chain chair chalk chest "
+    "chief child civil clock cloth cloud coach coast coral couch cover crane cream crown dance delta diary dough dozen "
+    "draft dream dress drink eagle earth elbow faith feast fence field flame forest fruit ghost giant glass globe "
+    "glove grain grape grass green guest guide heart honey horse hotel house human image ivory jelly jewel juice knife "
+    "label lemon light linen lunch maple march metal model money month motor mouse mouth music night nurse ocean olive "
+    "onion paint panel paper party peach pearl phone piano pilot plain plant plate queen quiet radio river robot round "
+    "salad scale sheep shirt shore skirt slice smile snake spice spoon stage stone storm sugar table tiger tower train "
+    "trail uncle valley violin wagon water whale wheat white woman world yacht young zebra"
 )
 _LIST = _TEXT.split()
 

@@ -353,7 +353,9 @@ def _line(item: Prompt, system: str | None, text: str) -> dict[str, Any]:
 
 def _nothing(choice: Choice, scores: Sequence[float], cut: int, empty: int) -> str:
     text = f"none of {len(scores)} completions is kept"
-    if cut:
+    if cut and choice.environment is not None:
+        text += f"; {cut} were ended by a limit or an error: raise the limits of --environment, or give --cut-off"
+    elif cut:
         text += f"; {cut} were cut off: raise --max-tokens ({choice.sampling.max_tokens}), or give --cut-off"
     if empty:
         text += f"; {empty} are empty"

@@ -740,3 +740,116 @@ def test_without_verifiers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "verifiers", types.ModuleType("verifiers"))
     with pytest.raises(ConfigError, match=r"has another protocol than 0.1.14 to 0.3"):
         from_verifiers("two", {})
+
+
+# Around training: validation, the memory plan, the schema, and the commands.
+
+
+def test_validation_plays_episodes(play: Play, tmp_path: Path) -> None:
+    """Held-out prompts are played too; samples.jsonl has whole conversations."""
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "w3 w4"}\n{"prompt": "w5"}\n')
+    changes = {"run.steps": 2, "run.eval_every": 1, "data.max_length": 40, "data.valid": str(tmp_path / "valid.jsonl")}
+    run = quietly(play("rloo", TALK, {}, **changes))
+    for event in run.metrics("eval"):
+        assert event["reward"] == pytest.approx(event["reward/environment"])
+        assert event["loss"] == pytest.approx(0.05 * event["kl"] - event["reward"])
+        assert 1 <= event["turns"] <= 3
+    lines = [json.loads(line) for line in (run.dir / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) >= 4
+    for line in lines:
+        roles = [m["role"] for m in line["messages"]]
+        assert roles[0] == "user"
+        assert roles.count("assistant") >= 1
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("tokens", [None, 12])
+def test_the_plan_has_the_longest_episode(play: Play, tokens: int | None) -> None:
+    """What data.max_length or environment.tokens leaves; the policy's are at most turns x max_tokens of it."""
+    changes: dict[str, Any] = {"data.max_length": 40, "environment.turns": 4, "batch.rows": 4}
+    changes |= {} if tokens is None else {"environment.tokens": tokens}
+    objective, model = made(play("grpo", TALK, {}, **changes))
+    prompts = [len(p.ids) for p in objective.prompts]
+    widths = {shape.width for shape in objective.shapes()}
+    assert max(widths) == (40 if tokens is None else max(prompts) + tokens)
+    assert {shape.trained for shape in objective.shapes()} == {4 * min(4 * 2, tokens or 99)}
+    rolling = objective._rolling()
+    assert rolling.prompt + rolling.completion == max(widths)
+    for make in objective.largest(model):
+        for batch in make().micro_batches:
+            assert batch.data.ids.shape[1] in widths
+            assert batch.trained_tokens == 4 * 2 * len(batch.data.ids)
+    rollout, _ = objective.roll(model)
+    assert rollout.lengths(objective.prompts).max() <= max(widths)
+
+
+def test_the_schema_takes_a_text_or_a_section() -> None:
+    from jsonschema import Draft202012Validator
+
+    from mlxft.config import recipe_schema
+
+    check = Draft202012Validator(recipe_schema())
+    recipe = {"objective": "grpo", "model": {"path": "x"}, "data": {"train": "x", "format": "prompts"}}
+    for value in ("calculator", {"path": "words", "turns": 3, "options": {"lives": 2}}, None):
+        assert check.is_valid({**recipe, "environment": value}), value
+    for value in (3, {"turnz": 3}, {"turns": 0}):
+        assert not check.is_valid({**recipe, "environment": value}), value
+    assert not check.is_valid({**recipe, "objective": "sft", "environment": "words"})
+
+
+def cli(*args: object) -> Any:
+    from click.testing import CliRunner
+
+    from mlxft.cli import cli as main
+
+    return CliRunner().invoke(main, [*map(str, args)])
+
+
+def test_sample_writes_conversations(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Rows of data.format: messages, with the score of the environment; episodes that a limit ended only if asked."""
+    from mlxft.data.formats import convert
+    from mlxft.data.sources import read_rows
+
+    out = tmp_path / "out.jsonl"
+    given = ("--model", tiny_model_dir, "--out", out, "--max-tokens", 4, "--n", 2, "--seed", 1, "--keep", "all")
+    asked = ("sample", "environment", "--environment", "{path: words, turns: 3, options: {lives: 2}}")
+    done = cli(*asked, *given, "--json")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["kept"] == len(rows) == 2 * said["prompts"] == said["answers"]
+    assert {tuple(m["role"] for m in row["messages"]) for row in rows} <= {("user", "assistant") * n for n in (1, 2, 3)}
+    assert all(0 <= row["score"] <= 1 for row in rows)
+    assert len(list(convert(read_rows(str(out), "train"), "messages"))) == len(rows)
+    late = cli("sample", "environment", "--environment", "{path: words, turns: 1}", *given, "--overwrite")
+    assert "ended by a limit or an error: raise the limits of --environment" in str(late.exception)
+    assert cli("sample", "environment", *given).exit_code == 2
+    wrong = cli("sample", "environment", "--environment", "{path: words, turnz: 1}", *given, "--overwrite")
+    assert "turnz: no such setting (did you mean turns?)" in str(wrong.exception)
+
+
+def test_eval_reports_the_reward_of_episodes(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Its mean with error and interval, turns and errors; against another model as a paired difference."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "the {i}"}}\n' for i in range(5)))
+    (tmp_path / "env.py").write_text(
+        "from mlxft import Observation\n\nclass Env:\n    def reset(self, row, seed):\n        self.n = 0\n\n"
+        "    def step(self, turn):\n        self.n += 1\n        if self.n == 1:\n            raise ValueError('no')\n"
+        "        return Observation(reward=float(seed_of(turn)), end=True)\n\n"
+        "def seed_of(turn):\n    return len(turn.text) % 3\n"
+    )
+    out = tmp_path / "out"
+    asked = ("eval", tiny_model_dir, tmp_path / "prompts.jsonl", "--environment", f"{tmp_path}/env.py:Env")
+    done = cli(*asked, "--out", out, "--against", tiny_model_dir, "--json", "--limit", 4)
+    assert done.exit_code == 0, done.output
+    (task,) = json.loads(done.stdout)["tasks"]
+    assert (task["kind"], task["rows"], task["figures"]["reward"]["n"]) == ("episodes", 4, 4)
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    rewards = [line["scores"]["reward"] for line in lines]
+    assert task["figures"]["reward"]["value"] == pytest.approx(np.mean(rewards))
+    assert [line["finish"] for line in lines] == ["end"] * 4
+    assert all(len(line["messages"]) == 4 and line["turns"] == 2 for line in lines)
+    text = " ".join(task["notes"])
+    assert "95% interval of the mean reward" in text
+    assert "2.00 turns, 1.00 tool errors" in text
+    assert task["paired"][0]["tied"] == 4
+    assert cli(*asked, "--task", "f1").exit_code == 2
