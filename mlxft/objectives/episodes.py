@@ -210,6 +210,15 @@ class TookTooLong(Exception):
     """A call of an environment exceeded its limit."""
 
 
+async def _result(call: Callable[[], Any]) -> Any:
+    """Return the result of a function or coroutine; sys.exit in it would end the thread and is an error like others."""
+    try:
+        found = call()
+        return await found if inspect.isawaitable(found) else found
+    except SystemExit as error:
+        raise RuntimeError(f"it called sys.exit({error})") from error
+
+
 class _Calls:
     """Calls code of environments on an event loop in a thread of its own, which is left behind where it hangs.
 
@@ -252,7 +261,7 @@ class _Calls:
         for k in range(len(calls)):
             try:
                 found.append(futures[k].result(self._seconds + _GRACE))
-            except (Exception, SystemExit) as error:
+            except Exception as error:
                 if futures[k].done():
                     found.append(error)
                     continue
@@ -267,10 +276,7 @@ class _Calls:
         async def run(call: Callable[[], Any]) -> Any:
             if loop is not self._loop:  # left behind, and alive again
                 return None
-            found = call()
-            if not inspect.isawaitable(found):
-                return found
-            task = asyncio.ensure_future(found)
+            task = asyncio.ensure_future(_result(call))
             done, _ = await asyncio.wait({task}, timeout=self._seconds)
             if done:
                 return task.result()
@@ -381,7 +387,7 @@ class Episodes:
         lacks = [name for name in ("reset", "step") if not callable(getattr(self._first, name, None))]
         if lacks:
             raise ConfigError(f"{self.name}: {type(self._first).__name__} has no {' and no '.join(lacks)}")
-        self.parser = _parser(tokenizer) if self.tools and self.chat else None
+        self.parser = _parser(tokenizer) if self.chat else None
         if self.tools and self.chat and self.parser is None:
             raise ConfigError(
                 f"{self.name}: it has tools, and mlx-lm has no parser for the tool calls of this chat template; choose "
@@ -500,9 +506,8 @@ class Episodes:
                 marks = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in ends]
                 mark = next((mark for mark in marks if text.lstrip().startswith(mark)), "")
                 text = text.lstrip()[len(mark) :] if mark else text
-            return [turns[0] if turn is sound else turn, *reply], context_ids(
-                self.tokenizer, text, plain=False, where=prompt.where
-            )
+            ids = context_ids(self.tokenizer, text, plain=False, where=prompt.where)
+            return [turns[0] if turn is sound else turn, *reply], ids
         raise problems[0]
 
     def _written(self, before: list[Message], turn: Message, reply: list[Message], prompt: EncodedPrompt) -> str:
@@ -637,7 +642,8 @@ class _Playing:
         episode.text = until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
         try:
             raw = split_thoughts(self._raw(sampled), opening)[1]
-            calls = owner.parser.read(raw, owner.tools) if owner.parser is not None else []
+            tools = owner.tools_of(episode.prompt.row)
+            calls = owner.parser.read(raw, tools) if tools and owner.parser is not None else []
         except ValueError as error:
             episode.unparsed += 1
             return error

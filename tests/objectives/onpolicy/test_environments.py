@@ -278,8 +278,9 @@ def test_steps_that_raise(play: Play, on_error: str, turns: int) -> None:
     """The model sees the error, or the episode ends with the rewards so far."""
     body = f"{SAYS}raise ValueError('w3')"
     changes = {"environment.on_error": on_error, "environment.turns": 2, "data.max_length": 48}
-    event = outcome(play, body, **changes)
-    assert (event["turns"], event["tool_errors"], event["reward"]) == (turns, turns, 0)
+    for error in ("ValueError('w3')", "SystemExit(3)"):
+        event = outcome(play, body.replace("ValueError('w3')", error), **changes, **{"run.name": error[:6]})
+        assert (event["turns"], event["tool_errors"], event["reward"]) == (turns, turns, 0)
 
 
 ASYNC = """
@@ -726,6 +727,62 @@ def test_a_rollout_of_verifiers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRubric, "has_group_rewards", True)
     with pytest.raises(ConfigError, match="it rewards groups of rollouts"):
         verified({}, turns)
+
+
+REAL = """
+import verifiers as vf
+from datasets import Dataset
+
+def number(letter: str) -> str:
+    \"\"\"Return the number of a letter.
+
+    Args:
+        letter: One letter.
+    \"\"\"
+    return str(ord(letter) - 96)
+
+def load_environment(kind):
+    data = Dataset.from_list([{"question": f"letter {c}", "answer": str(i + 1)} for i, c in enumerate("abcd")])
+    written = lambda completion, **_: float(len(str(completion[-1].content)))
+    rubric = vf.Rubric(funcs=[written])
+    if kind == "single":
+        return vf.SingleTurnEnv(dataset=data, rubric=rubric)
+    if kind == "tool":
+        return vf.ToolEnv(dataset=data, tools=[number], rubric=rubric, max_turns=3)
+
+    class Two(vf.MultiTurnEnv):
+        async def env_response(self, messages, state, **_):
+            return [{"role": "user", "content": "Sure?"}]
+
+    return Two(dataset=data, rubric=rubric, max_turns=2)
+"""
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% for tool_call in m.tool_calls or [] %}{% set tool_call = tool_call.function %}"
+    '<tool_call>{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}</tool_call>'
+    "{% endfor %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of other packages
+@pytest.mark.parametrize(("kind", "turns"), [("single", 1), ("multi", 2), ("tool", 1)])
+def test_the_package_verifiers(
+    play: Play, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, turns: int
+) -> None:
+    """Ten steps of GRPO in environments of its own classes."""
+    if not hasattr(pytest.importorskip("verifiers"), "load_environment"):
+        pytest.skip("another protocol")
+    (tmp_path / "letters.py").write_text(REAL)
+    (tmp_path / "tools.jinja").write_text(TOOLS)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"run.steps": 10, "data.train": "environment", "data.template": "auto", "data.max_length": 400}
+    changes |= {"model.chat_template": str(tmp_path / "tools.jinja")}
+    settings = play("grpo", TALK, {}, model=tiny_model_dir, **changes)
+    settings["environment"] = {"path": "verifiers:letters", "options": {"kind": kind}}
+    events = quietly(settings).metrics("rollout")
+    assert len(events) == 10
+    assert all((e["turns"], e["eos_share"]) == (turns, 1) and e["reward"] > 0 for e in events)
 
 
 def test_without_verifiers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
