@@ -1234,7 +1234,7 @@ def full_path(value: Any) -> Any:
 def _check_paths(config: Config, origin: str) -> None:
     """Raise a ConfigError for a path that is longer than any file system allows."""
     named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
-    named["environment"] = "path"
+    named |= TEXTS
     paths: dict[str, Any] = {
         f"{section}.{name}": getattr(getattr(config, section, None), name, None)
         for section, names in named.items()
@@ -1303,7 +1303,8 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     met = raw.get("environment")
     met = met.get("path") if isinstance(met, dict) else met
     problems = override_all(raw, overrides)
-    if of_run and not looked_at and ":" in str(met) and not _chooses(overrides, "environment.path"):
+    chosen = any(_chooses(overrides, key) for key in ("environment", "environment.path"))
+    if of_run and not looked_at and ":" in str(met) and not chosen:
         given = shlex.quote(override("environment.path", met))
         problems.append(f"environment.path: {_NAMES_PYTHON}{given}{_OR_RECIPE}")
     if of_run and not looked_at and is_foreign(str(raw.get("objective"))) and not _chooses(overrides, "objective"):

@@ -51,7 +51,7 @@ BUDGET = {
     # episodes.py: the protocol of environments, and episodes. environments.py: those that mlxft brings, and verifiers.
     "objectives": (13, 6010),
     "trainer": (5, 1550),
-    "study": (13, 5550),  # sample and eval play episodes
+    "study": (13, 5555),  # sample and eval play episodes
     "exports": (6, 3300),
     "demo": (3, 300),
     "cli": (5, 1730),  # --environment

@@ -749,10 +749,8 @@ class OnPolicy(Objective, Generic[_M]):
         assert self._model is not None
         if self.episodes is not None:
             each = [i for i in chosen for _ in range(samples)]
-            asked_of, most = [prompts[i] for i in each], self.most
-            played = self.episodes.play(
-                self._model, asked_of, self.sampling, most=most, seed=seed, rows=self.rollouts.rows
-            )
+            how: dict[str, Any] = {"most": self.most, "seed": seed, "rows": self.rollouts.rows}
+            played = self.episodes.play(self._model, [prompts[i] for i in each], self.sampling, **how)
             return Rollout(
                 number,
                 each,

@@ -323,7 +323,8 @@ def test_an_environment_is_found_as_an_objective_is(
     assert override("environment.path", path) in run.resume.replace("'", "")
     with pytest.raises(ConfigError, match=r"environment.path: the run folder names Python code"):
         load_config(run.dir / "config.yaml", of_run=True)
-    load_config(run.dir / "config.yaml", [override("environment.path", path)], of_run=True)
+    for key in ("environment.path", "environment"):
+        load_config(run.dir / "config.yaml", [override(key, path)], of_run=True)
     (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
     config = load_config(tmp_path / "recipe.yaml", ["environment.turns=3"])
     assert (config.environment.path, config.environment.turns) == (path, 3)  # type: ignore[attr-defined]
