@@ -11,16 +11,20 @@ __version__ = "0.1.0"
 # The Python API: name -> where it stands. Each is imported when first used, so that `import mlxft` stays fast.
 _PLACES = {
     "Config": "config",
+    "Environment": "objectives.episodes",
     "FrozenModels": "model.frozen",
     "FrozenSource": "model.frozen",
     "MicroBatch": "objectives.base",
     "Objective": "objectives.base",
+    "Observation": "objectives.episodes",
     "Run": "runs",
     "Settings": "config",
     "Shape": "model.memory",
     "Step": "objectives.base",
     "Summary": "objectives.base",
     "Terms": "objectives.base",
+    "ToolCall": "objectives.episodes",
+    "Turn": "objectives.episodes",
     "adapt": "api",
     "answer_of": "data.chat",
     "errors": "",
@@ -43,16 +47,20 @@ _PLACES = {
 }
 __all__ = [
     "Config",
+    "Environment",
     "FrozenModels",
     "FrozenSource",
     "MicroBatch",
     "Objective",
+    "Observation",
     "Run",
     "Settings",
     "Shape",
     "Step",
     "Summary",
     "Terms",
+    "ToolCall",
+    "Turn",
     "__version__",
     "adapt",
     "answer_of",
@@ -97,6 +105,7 @@ if TYPE_CHECKING:
     from mlxft.model.memory import Shape
     from mlxft.objectives import functional
     from mlxft.objectives.base import MicroBatch, Objective, Step, Summary, Terms
+    from mlxft.objectives.episodes import Environment, Observation, ToolCall, Turn
     from mlxft.run import train
     from mlxft.runs import Run, open_run
     from mlxft.runs import load_run as load

@@ -195,6 +195,7 @@ def seconds(text: Any) -> float:
 # Every setting, declared once: its type, default, bounds and help.
 
 S = TypeVar("S", bound=Settings)
+TEXTS = {"environment": "path"}  # a section that a plain text may stand for -> the setting that the text is
 # name -> module of mlxft.objectives, and the class in it
 OBJECTIVES = {
     "distill": "distill:Distill",
@@ -772,21 +773,9 @@ def _stamp(name: str) -> Any:
 
 
 def _import_objective(name: str) -> Any:
-    path, _, attribute = name.rpartition(":")
-    if path == "python":
+    if name.startswith("python:"):
         return _checked_objective(name, handed_over("objective", name))
-    if path.endswith(".py"):
-        module = run_file("objective", name, home_path(path))
-    else:
-        sys.path.append(os.getcwd())  # as `python -m` does
-        try:
-            module = importlib.import_module(path)
-        except Exception as error:  # whatever a module raises when it is run
-            raise ConfigError(f"objective: {name}: {path} cannot be imported: {error_of(error)}") from error
-        finally:
-            sys.path.pop()
-    expected = "class; expected a subclass of mlxft.Objective"
-    return _checked_objective(name, named_in("objective", name, module, attribute, expected))
+    return _checked_objective(name, named_by("objective", name, "class; expected a subclass of mlxft.Objective"))
 
 
 def _checked_objective(name: str, found: Any) -> Any:
@@ -902,6 +891,22 @@ def named_in(setting: str, spec: str, module: ModuleType, name: str, what: str) 
     if not callable(found):
         raise ConfigError(f"{setting}: {spec}: {name} is {type(found).__name__}, not a {what}")
     return found
+
+
+def named_by(setting: str, spec: str, what: str) -> Any:
+    """Return what file.py:name or package.module:name stands for; `what` and errors are as for `named_in`."""
+    path, _, name = spec.rpartition(":")
+    if path.endswith(".py"):
+        module = run_file(setting, spec, home_path(path))
+    else:
+        sys.path.append(os.getcwd())  # as `python -m` does
+        try:
+            module = importlib.import_module(path)
+        except Exception as error:  # whatever a module raises when it is run
+            raise ConfigError(f"{setting}: {spec}: {path} cannot be imported: {error_of(error)}") from error
+        finally:
+            sys.path.pop()
+    return named_in(setting, spec, module, name, what)
 
 
 def error_of(error: BaseException) -> str:
@@ -1174,6 +1179,8 @@ def put(raw: dict[str, Any], key: str, value: Any, chosen: set[str], origin: str
     at = raw
     for name in sections:
         below = at.setdefault(name, {})
+        if isinstance(below, str) and name in TEXTS:
+            below = at[name] = {TEXTS[name]: below}
         if below is None:
             below = at[name] = {}
         if not isinstance(below, dict):
@@ -1295,6 +1302,7 @@ def full_path(value: Any) -> Any:
 def _check_paths(config: Config, origin: str) -> None:
     """Raise a ConfigError for a path that is longer than any file system allows."""
     named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
+    named |= TEXTS
     paths: dict[str, Any] = {
         f"{section}.{name}": getattr(getattr(config, section, None), name, None)
         for section, names in named.items()
@@ -1361,7 +1369,13 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     if of_run and isinstance(model, dict):
         model.pop("trust_remote_code", None)
     named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
+    met = raw.get("environment")
+    met = met.get("path") if isinstance(met, dict) else met
     problems = override_all(raw, overrides)
+    chosen = any(_chooses(overrides, key) for key in ("environment", "environment.path"))
+    if of_run and not looked_at and ":" in str(met) and not chosen:
+        given = shlex.quote(override("environment.path", met))
+        problems.append(f"environment.path: {_NAMES_PYTHON}{given}{_OR_RECIPE}")
     if of_run and not looked_at and is_foreign(str(raw.get("objective"))) and not _chooses(overrides, "objective"):
         given = shlex.quote(override("objective", raw["objective"]))
         problems.append(f"objective: {_NAMES_PYTHON}{given}{_OR_RECIPE}")
@@ -1475,7 +1489,8 @@ def recipe_schema() -> Schema:
 
 def _or_empty(section: Schema) -> Schema:
     """Allow null for a section: `tune:` with nothing below it is an empty section."""
-    section["type"] = [section["type"], "null"]
+    kind = section["type"]
+    section["type"] = [*(kind if isinstance(kind, list) else [kind]), "null"]
     return section
 
 

@@ -8,6 +8,7 @@
       ExportError         a model or adapter cannot be written in the wanted format
       TrainingError       training cannot continue: the numbers have diverged
       RewardError         a reward gives no usable number for a completion
+      EpisodeError        an environment fails, or replies with what cannot be used
 
 All are ValueErrors: they say that something given to mlxft is wrong, and what to do about it. A bug in mlxft
 itself is an AssertionError.
@@ -53,6 +54,10 @@ class TrainingError(MlxftError):
 
 class RewardError(MlxftError):
     """A reward gives no usable number for a completion."""
+
+
+class EpisodeError(MlxftError):
+    """An environment fails, or replies with what cannot be used."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

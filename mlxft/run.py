@@ -69,6 +69,7 @@ def _given(
     valid_rows: Iterable[Mapping[str, Any]] | None,
     rewards: Sequence[Callable[..., Any]] | None,
     objective: str | type[Objective] | None,
+    environment: str | Callable[..., Any] | None,
     model: Loaded | None,
 ) -> dict[str, Any]:
     """The settings that stand for objects, which are handed over."""
@@ -86,6 +87,11 @@ def _given(
     elif objective is not None:
         name = getattr(objective, "__name__", type(objective).__name__)
         found["objective"] = hand_over("objective", name, objective)
+    if isinstance(environment, str):
+        found["environment.path"] = environment
+    elif environment is not None:
+        name = getattr(environment, "__name__", type(environment).__name__)
+        found["environment.path"] = hand_over("environment.path", name, environment)
     if model is not None:
         found["model.path"] = model.source
     return found
@@ -217,6 +223,7 @@ def train(
     valid_rows: Iterable[Mapping[str, Any]] | None = None,
     rewards: Sequence[Callable[..., Any]] | None = None,
     objective: str | type[Objective] | None = None,
+    environment: str | Callable[..., Any] | None = None,
     model: Loaded | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -234,6 +241,7 @@ def train(
         rows, valid_rows: rows in the recipe's data.format, in place of data.train and data.valid.
         rewards: functions called as f(prompts, completions, rows) -> list of floats, in place of rewards.function.
         objective: a subclass of Objective, or a name.
+        environment: a class with `reset` and `step` (see `Environment`), or a name, in place of environment.path.
         model: what `load` returns for a base, in place of model.path; it is trained.
         resume: continue from the latest checkpoint; without one, start over.
         overwrite: replace the run folder if it exists.
@@ -247,7 +255,7 @@ def train(
         TrainingError: the loss is not a number, memory has run out, or macOS has stopped the GPU's work.
         KeyboardInterrupt: the run was interrupted, and a checkpoint was saved.
     """
-    given = _given(rows, valid_rows, rewards, objective, model)
+    given = _given(rows, valid_rows, rewards, objective, environment, model)
     found = as_config(config, overrides, given)
     if model is not None:
         _check_given_model(found, model)

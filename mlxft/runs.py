@@ -93,6 +93,8 @@ class Run:
         function = getattr(getattr(self.config, "rewards", None), "function", None)
         given = [] if function is None else [function_override(function)]
         given += [override("objective", self.config.objective)] if is_foreign(self.config.objective) else []
+        met = getattr(getattr(self.config, "environment", None), "path", None)
+        given += [override("environment.path", met)] if ":" in str(met) else []
         return shlex.join(["mlxft", "train", "--resume", str(self.dir), *given])
 
     def metrics(self, event: str | None = None) -> list[dict[str, Any]]:

@@ -44,6 +44,13 @@ FITTED = {
     "rloo": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "distill": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "distill-prompt": ["rollout.prompts=2", "rollout.max_tokens=8"],
+    "environment": [
+        "data.train=environment",
+        "rollout.prompts=2",
+        "rollout.samples=2",
+        "rollout.max_tokens=8",
+        "environment.turns=2",
+    ],
     "ppo-function": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "gspo": ["rollout.prompts=4", "rollout.samples=2", "rollout.max_tokens=8"],
     # A random model has no word right, and pairs of equal rewards are left out.

@@ -222,6 +222,12 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
     "--function", metavar="FILE.py:NAME", help="Function that scores the completions, as rewards.function in a recipe."
 )
 @click.option(
+    "--environment",
+    metavar="ENV",
+    help="Environment of whole conversations, which may reward them: a name or path as in a recipe, or YAML such as "
+    "'{path: calculator, turns: 4}'. PROMPTS may be `environment`, for its own rows.",
+)
+@click.option(
     "--cut-off", is_flag=True, help="Also keep completions cut off at --max-tokens, which SFT would treat as complete."
 )
 @click.option("--out", required=True, type=PathArg(dir_okay=False), help="File to write the rows for SFT to.")
@@ -234,6 +240,7 @@ def sample(
     keep: str,
     reward: str | None,
     function: str | None,
+    environment: str | None,
     cut_off: bool,
     out: Path,
     overwrite: bool,
@@ -246,29 +253,30 @@ def sample(
 ) -> None:
     """Sample completions for the prompts in the file PROMPTS, score them, and write the best as rows for SFT.
 
-    OUT is read with data.format: prompt-completion; each row also holds its score.
+    OUT is read with data.format: prompt-completion (with --environment: messages); each row also holds its score.
 
     \b
     Example: mlxft sample prompts.jsonl --model runs/sft --reward runs/reward-lora --out best.jsonl
              mlxft sample prompts.jsonl --model runs/sft --function rewards.py:score --keep above:0.5 --out good.jsonl
+             mlxft sample environment --environment calculator --model runs/grpo --out conversations.jsonl
     """
-    if (reward is None) == (function is None):
-        raise click.UsageError("give either --reward or --function, which scores the completions")
+    if environment is None and (reward is None) == (function is None):
+        raise click.UsageError("give either --reward or --function, which scores the completions, or an --environment")
     if n > 1 and options["temperature"] == 0:
         raise click.UsageError(f"--n {n} at temperature 0 would give {n} equal completions; raise --temperature")
     if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
     from mlxft.files import check_file
     from mlxft.model.sampling import Sampling
+    from mlxft.objectives.episodes import read_environment
     from mlxft.objectives.rewards import RewardsSettings
     from mlxft.runs import load_run
     from mlxft.study.generate import Choice, best_of_n, read_keep
 
     reserve(out)
     check_file(out, overwrite)
-    choice = Choice(
-        n, read_keep(keep, n), cut_off, Sampling(**options), RewardsSettings(adapter=reward, function=function)
-    )
+    rewards = RewardsSettings(adapter=reward, function=function)
+    choice = Choice(n, read_keep(keep, n), cut_off, Sampling(**options), rewards, read_environment(environment))
     done = best_of_n(
         prompts, load_run(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)
     )
@@ -337,6 +345,12 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     "reward:RUN, or a YAML file; can be given several times.",
 )
 @click.option(
+    "--environment",
+    metavar="ENV",
+    help="Measure the reward of episodes in this environment: a name or path as in a recipe, or YAML such as "
+    "'{path: calculator, turns: 4}'. FILE has prompts, or is `environment`, for its own rows.",
+)
+@click.option(
     "--template",
     type=click.Choice(["auto", "none"]),
     help="auto applies the chat template; none gives prompts as plain text, as lm-eval does (default: the task's, else "
@@ -400,6 +414,7 @@ def eval(
     tasks: tuple[str, ...],
     harness: str | None,
     include_path: str | None,
+    environment: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -411,10 +426,11 @@ def eval(
     \b
     Example: mlxft eval runs/quickstart mlxft/demo/valid.jsonl --against base
              mlxft eval runs/a test.jsonl --task f1 --task contains --json
+             mlxft eval runs/a environment --environment calculator --against base
              mlxft eval runs/a --tasks arc_easy,hellaswag --limit 100
     """
     if harness is not None:
-        _refuse_beside_tasks(file, out, against, tasks, options)
+        _refuse_beside_tasks(file, out, against, tasks, {**options, "environment": environment})
         _by_harness(model, adapter, harness, include_path, options, as_json)
         return
     if file is None:
@@ -424,14 +440,20 @@ def eval(
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
     from mlxft.files import EVALUATION
-    from mlxft.study.evaluate import Asking, check_out, default_out, run_evaluation, show_evaluation
+    from mlxft.objectives.episodes import read_environment
+    from mlxft.study.evaluate import Asking, check_out, default_out, run_episodes, run_evaluation, show_evaluation
 
     if out is not None:
         reserve(out / EVALUATION[0])
     check_out(out, overwrite, adapter or model)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
-    found = run_evaluation(model, file, asking, adapter=adapter, against=against, console=make_console(stderr=True))
+    how: dict[str, Any] = {"adapter": adapter, "against": against, "console": make_console(stderr=True)}
+    if (met := read_environment(environment)) is not None:
+        _refuse_beside_environment(tasks, options)
+        found = run_episodes(model, file, met, asking, **how)
+    else:
+        found = run_evaluation(model, file, asking, **how)
     folder = out or default_out(adapter or model, file, found)
     # Print before writing, so that a full disk does not lose the results.
     if as_json:
@@ -444,6 +466,14 @@ def eval(
         echo(f"predictions: {folder / 'predictions.jsonl'}" if folder else "give --out DIR to keep the predictions")
 
 
+def _refuse_beside_environment(tasks: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Raise a UsageError for options that episodes do not use."""
+    given = {"--task": tasks, "--overflow": options["overflow"] != "error", "--shots-from": options["shots_from"]}
+    given |= {f"--{name.replace('_', '-')}": options[name] for name in ("format", "template", "thoughts", "max_length")}
+    if unused := [name for name, value in given.items() if value]:
+        raise click.UsageError(f"{', '.join(unused)}: not with --environment, which rewards whole episodes")
+
+
 def _refuse_beside_tasks(
     file: str | None, out: Path | None, against: str | None, tasks: tuple[str, ...], options: dict[str, Any]
 ) -> None:
@@ -452,6 +482,7 @@ def _refuse_beside_tasks(
         "FILE": file,
         "--task": tasks,
         "--against": against,
+        "--environment": options["environment"],
         "--format": options["format_"],
         "--template": options["template"],
         "--shots-from": options["shots_from"],

@@ -1,4 +1,4 @@
-"""Sample completions, one or many at once, with their KV caches."""
+"""Sample completions and whole conversations, one or many at once, with their KV caches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -48,28 +48,35 @@ PREFILL = 4096  # most tokens, padding included, that go through the model in on
 _PADDING = 64  # tokens of padding that cost less than another call of the model
 _PADDED = (KVCache, RotatingKVCache)
 _ROWS = (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
-_TRIED: dict[frozenset[type], bool] = {}
+_TRIED: dict[tuple[frozenset[type], bool], bool] = {}
 
 
-def pads(model: nn.Module) -> bool:
+def pads(model: nn.Module, later: bool = False) -> bool:
     """Return whether prompts of unequal lengths can share a batch, by one trial for each set of module types.
 
     mlx-lm's batched caches have an array where its plain ones have a number, the offset; an architecture that computes
     with the number fails, or returns other logits.
+
+    Args:
+        later: whether they can also get further tokens, in unequal numbers, once they are in the caches.
     """
     caches = make_prompt_cache(model)
-    kind = frozenset(type(part) for part in (*model.modules(), *caches))
+    kind = frozenset(type(part) for part in (*model.modules(), *caches)), later
     if kind not in _TRIED:
-        _TRIED[kind] = all(type(cache) in _PADDED for cache in caches) and _agrees(model)
+        _TRIED[kind] = all(type(cache) in _PADDED for cache in caches) and _agrees(model, later)
     return _TRIED[kind]
 
 
-def _agrees(model: nn.Module) -> bool:
+def _agrees(model: nn.Module, later: bool) -> bool:
     # Much padding, so that a position counted from its beginning is far off: afm7's layers that share keys do that.
     # Only the two tokens that every model has: beyond its embedding, MLX reads arbitrary memory.
     prompts = [[1, 0, 0, 1] * 8, [0, 1, 0, 0, 1]]
     try:
-        _, together = prefill(model, prompts)
+        if later:
+            caches, _ = prefill(model, [[1, 0, 0], [0]], padded=True)
+            together = _extend(model, caches, [prompts[0][3:], prompts[1][1:]])
+        else:
+            _, together = prefill(model, prompts)
         alone = mx.concatenate([prefill(model, [prompt])[1] for prompt in prompts])
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         return False
@@ -90,13 +97,16 @@ def takes_rows(model: nn.Module) -> bool:
     return all(map(known, make_prompt_cache(model)))
 
 
-def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[list[Any], mx.array]:
+def prefill(model: nn.Module, prompts: Sequence[Sequence[int]], padded: bool = False) -> tuple[list[Any], mx.array]:
     """Return caches that hold P prompts, right-aligned, and the logits (P, V) of each next token.
 
     Unequal lengths need a model for which `pads` is true; they cost least where neighbours have similar lengths.
+
+    Args:
+        padded: whether the caches know padding even where lengths are equal, so that rows can grow apart later.
     """
     lengths = [len(prompt) - 1 for prompt in prompts]
-    if min(lengths) == max(lengths):
+    if min(lengths) == max(lengths) and not padded:
         caches = make_prompt_cache(model)
         _fill(model, caches, [prompt[:-1] for prompt in prompts], lengths[0])
     else:
@@ -108,6 +118,20 @@ def prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[list[An
                 cache.extend(more)
             caches = caches or own
     return caches, step(model, caches, mx.array([prompt[-1] for prompt in prompts]))
+
+
+def _extend(model: nn.Module, caches: list[Any], added: Sequence[Sequence[int]]) -> mx.array:
+    """Put further tokens of each row, at least one, into caches, and return the logits (B, V) of each next token.
+
+    Unequal numbers of them need caches of `prefill(padded=True)`.
+    """
+    before = [ids[:-1] for ids in added]
+    lengths = [len(ids) for ids in before]
+    if min(lengths) == max(lengths):
+        _fill(model, caches, before, lengths[0])
+    else:
+        _fill_padded(model, caches, before)
+    return step(model, caches, mx.array([ids[-1] for ids in added]))
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[slice]:
@@ -430,11 +454,12 @@ def sample_batch(
         for group in _groups(prompts, 1 if alone else max(1, rows // samples), pads(model)):
             caches, logits = prefill(model, [prompts[i] for i in group])
             wanted = [(place, prompt * samples + k) for place, prompt in enumerate(group) for k in range(samples)]
-            most = 1 if alone else rows
-            for start in range(0, len(wanted), most):
-                places, numbers = zip(*wanted[start : start + most])
+            size = 1 if alone else rows
+            for start in range(0, len(wanted), size):
+                places, numbers = zip(*wanted[start : start + size])
                 openings = [_opening(tokenizer, prompts[number // samples], sampling) for number in numbers]
-                decoding = _Decoding(tokenizer, sampling, openings, on_done or (lambda n: None))
+                most = [sampling.max_tokens] * len(numbers)
+                decoding = _Decoding(tokenizer, sampling, openings, most, on_done or (lambda n: None))
                 if alone:
                     own, first = copy.deepcopy(caches), logits
                 else:
@@ -443,6 +468,70 @@ def sample_batch(
                 for number, completion in zip(numbers, decoding.run(model, own, first, noise)):
                     found[number // samples].append(completion)
     return found
+
+
+class TurnStart(NamedTuple):
+    """What a conversation gets before a turn of the model: at least one id; and the turn's most tokens."""
+
+    ids: Sequence[int]
+    most: int
+
+
+def sample_turns(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    starts: Sequence[TurnStart],
+    sampling: Sampling,
+    reply: Callable[[list[tuple[int, Sampled]]], Sequence[TurnStart | None]],
+    *,
+    seed: int,
+    rows: int | None = None,
+) -> None:
+    """Sample conversations side by side, a turn at a time; between turns only what is new goes through the model.
+
+    A conversation's random numbers depend only on `seed`, its number and its turns. Models whose caches take no rows
+    of unequal lengths decode one conversation after the other, with its cache.
+
+    Args:
+        starts: the prompt of each conversation.
+        sampling: `max_tokens` is not read.
+        reply: called with the turns that were written at one time, each with its conversation's number; returns what
+            each conversation gets next, or None where it ends.
+        rows: most conversations decoded at one time, 32 by default.
+    Raises:
+        ConfigError, DataError: as `sample_batch`.
+    """
+    from mlx_lm.generate import wired_limit
+
+    rows = ROWS_AT_ONCE if rows is None else rows
+    _check(tokenizer, [start.ids for start in starts], sampling, 1, rows)
+    every = mx.random.split(mx.random.key(seed), len(starts))
+    with evaluating(model), wired_limit(model):
+        together = pads(model, later=True)
+        for going in _groups([start.ids for start in starts], rows if together else 1, True):
+            now = {i: starts[i] for i in going}
+            asked = [tuple(start.ids) for start in now.values()]
+            prompts = list(dict.fromkeys(asked))  # samples of one prompt share its prefill
+            caches, logits = prefill(model, prompts, padded=together)
+            if len(asked) > 1:
+                places = mx.array([prompts.index(ids) for ids in asked])
+                caches, logits = take(caches, places), logits[places]
+            keys = every[mx.array(going)]
+            while True:
+                openings = [_opening(tokenizer, start.ids, sampling) for start in now.values()]
+                most = [start.most for start in now.values()]
+                decoding = _Decoding(tokenizer, sampling, openings, most, keeps=True)
+                turns = decoding.run(model, caches, logits, Noise(keys))
+                replies = reply(list(zip(now, turns)))
+                left = {place: start for place, start in enumerate(replies) if start is not None}
+                if not left:
+                    break
+                numbers = list(now)
+                now = {numbers[place]: start for place, start in left.items()}
+                caches, logits = decoding.extended(model, {place: start.ids for place, start in left.items()})
+                # A third key of each: `Noise` uses the first two.
+                keys = mx.vmap(lambda key: mx.random.split(key, 3)[2])(keys[mx.array(list(left))])
+            mx.clear_cache()
 
 
 def text_of(tokenizer: TokenizerWrapper, completion: Sampled, sampling: Sampling, prompt: Sequence[int] = ()) -> str:
@@ -490,18 +579,36 @@ def _groups(prompts: Sequence[Sequence[int]], most: int, pads: bool) -> Iterator
         yield group
 
 
+class _Kept(NamedTuple):
+    """Rows that have ended, their caches, and the last tokens of each that are not in them yet."""
+
+    caches: list[Any]
+    rows: list[int]
+    missing: list[list[int]]
+
+
 @dataclass
 class _Decoding:
-    """Decodes rows side by side, one token each in every step, until all have ended."""
+    """Decodes rows side by side, one token each in every step, until all have ended.
+
+    Attributes:
+        most: most tokens of each row.
+        keeps: whether the caches of rows that have ended are `kept`, for further turns.
+    """
 
     tokenizer: Any
     sampling: Sampling
     openings: Sequence[str]
-    on_done: Callable[[int], None]
+    most: Sequence[int]
+    on_done: Callable[[int], None] = lambda n: None
+    keeps: bool = False
+    kept: list[_Kept] = field(default_factory=list)
 
     def run(self, model: nn.Module, caches: list[Any], logits: mx.array, noise: Noise) -> list[Sampled]:
         """Return a completion for each row of the first logits (B, V); the caches are used up."""
-        most, without = self.sampling.max_tokens, never_drawn(self.tokenizer, self.sampling)
+        most, without = max(self.most), never_drawn(self.tokenizer, self.sampling)
+        # Tokens behind a row's end would push what belongs to it out of a window.
+        at_once = self.keeps and any(isinstance(cache, BatchRotatingKVCache) for cache in caches)
         ids: list[list[int]] = [[] for _ in range(logits.shape[0])]
         finish: list[str | None] = [None] * len(ids)
         rows = list(range(len(ids)))  # the completion of each row of the batch
@@ -518,15 +625,17 @@ class _Decoding:
             for i, token in zip(rows, cast("list[int]", drawn.tolist())):
                 if finish[i] is None:
                     ids[i].append(checked(token))
-                    finish[i] = self._end(ids[i], self.openings[i])
+                    finish[i] = self._end(ids[i], self.openings[i], self.most[i])
                     ended += finish[i] is not None
             if ended:
                 self.on_done(ended)
             going = [place for place, i in enumerate(rows) if finish[i] is None]
             if ahead is None or not going:
+                self._keep(caches, rows, range(len(rows)), ids, n - (ahead is None))
                 break
             # Rows leave the batch together: each time, the caches are copied.
-            if len(going) <= len(rows) * 3 // 4:
+            if len(going) <= len(rows) * 3 // 4 or (at_once and len(going) < len(rows)):
+                self._keep(caches, rows, sorted({*range(len(rows))} - {*going}), ids, n)
                 keep = mx.array(going)
                 caches, ahead, rows = take(caches, keep), ahead[keep], [rows[place] for place in going]
                 noise.take(keep)
@@ -535,12 +644,43 @@ class _Decoding:
                 mx.clear_cache()
         return [Sampled(completion, why or "length") for completion, why in zip(ids, finish)]
 
+    def _keep(
+        self, caches: list[Any], rows: list[int], places: Sequence[int], ids: list[list[int]], cached: int
+    ) -> None:
+        """Keep the caches of rows that have ended, without the tokens that were computed after their ends.
+
+        Args:
+            cached: tokens of each row that are in the caches.
+        """
+        if not self.keeps:
+            return
+        own = caches if len(places) == len(rows) else take(caches, mx.array(list(places)))
+        held = [rows[place] for place in places]
+        beyond = [max(0, cached - len(ids[i])) for i in held]
+        if any(beyond):  # what stands on the right is padding
+            for cache in own:
+                cache.prepare(right_padding=beyond)
+                cache.finalize()
+        self.kept.append(_Kept(own, held, [ids[i][cached:] for i in held]))
+
+    def extended(self, model: nn.Module, added: Mapping[int, Sequence[int]]) -> tuple[list[Any], mx.array]:
+        """Return caches of some rows with further tokens of each, and the logits (B, V) of each next token."""
+        first, *others = self.kept
+        for more in others:
+            for cache, other in zip(first.caches, more.caches):
+                cache.extend(other)
+        held = [i for kept in self.kept for i in kept.rows]
+        missing = [ids for kept in self.kept for ids in kept.missing]
+        places = [held.index(i) for i in added]
+        caches = first.caches if places == list(range(len(held))) else take(first.caches, mx.array(places))
+        return caches, _extend(model, caches, [[*missing[p], *ids] for p, ids in zip(places, added.values())])
+
     @cached_property
     def _window(self) -> int:
         """Number of last tokens that contain a stop string: a token is at least a byte, except a few special ones."""
         return max((len(text.encode()) for text in self.sampling.stop), default=0) + 8
 
-    def _end(self, ids: list[int], opening: str) -> str | None:
+    def _end(self, ids: list[int], opening: str, most: int) -> str | None:
         """Return why a completion ends with its last token, if it does."""
         how = self.sampling
         if how.stop_at_eos and ids[-1] in self.tokenizer.eos_token_ids:
@@ -552,4 +692,4 @@ class _Decoding:
                 # A stop string among the thoughts does not count.
                 if not how.stop_in_answer or len(until_stop(whole, how.stop, opening)) < len(whole):
                     return "stop"
-        return "length" if len(ids) == how.max_tokens else None
+        return "length" if len(ids) == most else None

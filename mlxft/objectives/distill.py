@@ -48,11 +48,11 @@ from mlxft.model.memory import Beside, ShapeSplit, scoring_bytes
 from mlxft.model.sampling import sample_batch
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, NoDropout, Step, Terms, beyond_context, whole_row_problems
+from mlxft.objectives.episodes import EncodedPrompt
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rollouts import (
     CUT_OFF,
     SAMPLES_SHOWN,
-    EncodedPrompt,
     PassSettings,
     Rollout,
     RolloutObjective,
@@ -580,7 +580,7 @@ class Distill(RolloutObjective[DistillSettings]):
             return self._read_text(rollout, rows, prompts)
         if self.settings.teacher_prompt is not None:
             prompts = [replace(prompt, ids=prompt.taught) for prompt in prompts]
-        a = self._stacked(rollout, rows, prompts)
+        a = rollout.stacked(rows, prompts)
         assert self.teacher is not None
         with self.teacher.reading() as split:
             if split.separable:
@@ -674,13 +674,13 @@ class Distill(RolloutObjective[DistillSettings]):
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
         data = self.batch(rollout, rows, self.prompts)
-        tokens = int(self._lengths(rollout)[list(rows)].sum())
+        tokens = int(rollout.lengths(self.prompts)[list(rows)].sum())
         where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
         return [MicroBatch(data, tokens, int(data.labels.size), where)]
 
     def batch(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[TaughtPrompt]) -> DistillBatch:
         """Return some completions with what the teacher says of them."""
-        a = self._stacked(rollout, rows, prompts)
+        a = rollout.stacked(rows, prompts)
         said = self._read_teacher(rollout, rows, prompts)
         return DistillBatch(ids=a.ids, last=a.last, positions=a.positions, labels=a.labels, **said)
 
@@ -753,7 +753,7 @@ class Distill(RolloutObjective[DistillSettings]):
             return {}
         every = list(range(len(self.valid)))
         rollout = self.mixed(self.valid, every, 1, 0, self.seed_of(0, valid=True))
-        lengths = rollout.sizes + np.array([len(self.valid[i].ids) for i in rollout.prompts])
+        lengths = rollout.lengths(self.valid)
         total = np.zeros(2)
         with probing(model):
             batches = ((0, self.batch(rollout, rows, self.valid)) for rows in self.micro_batches(every, lengths))
@@ -786,10 +786,11 @@ class Distill(RolloutObjective[DistillSettings]):
 
     # Memory
 
-    def most_tokens(self, prompts: Sequence[EncodedPrompt], index: int) -> int:
-        row = prompts[index]
-        given = row.completion if isinstance(row, TaughtPrompt) and self.settings.on_policy < 1 else None
-        return max(self.rollouts.max_tokens if self.samples else 0, len(given) if given is not None else 0)
+    def longest(self, prompt: EncodedPrompt) -> tuple[int, int]:
+        assert isinstance(prompt, TaughtPrompt)
+        given = prompt.completion if self.settings.on_policy < 1 else None
+        most = max(self.rollouts.max_tokens if self.samples else 0, len(given) if given is not None else 0)
+        return most, most
 
     def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Any:
         if self.stored is None:
@@ -893,7 +894,7 @@ def _store_part(rows: Distill, teacher: FrozenModel, part: Sequence[TaughtPrompt
         given = [completion for completion in completions if completion is not None]
         rollout = Rollout(0, list(range(len(part))), given, [])
         theirs = [replace(row, ids=row.taught) for row in part]
-        lengths = rollout.sizes + np.array([len(row.ids) for row in theirs])
+        lengths = rollout.lengths(theirs)
         known = max(rows.tokenizer.get_vocab().values()) + 1  # a padded embedding has more
 
         def read(logits: mx.array, at: mx.array) -> mx.array:
@@ -904,7 +905,7 @@ def _store_part(rows: Distill, teacher: FrozenModel, part: Sequence[TaughtPrompt
             return mx.concatenate([F.log_shares(logits, top, s.temperature), top.astype(mx.float32)], axis=-1)
 
         def of_rows(places: Sequence[int]) -> mx.array:
-            a = rows._stacked(rollout, places, theirs)
+            a = rollout.stacked(places, theirs)
             return read_positions(split, a.ids, a.positions, mx.arange(a.labels.shape[0]), read, False)
 
         said: list[Any] = [None] * len(part)

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlxft.config import Config
 from mlxft.data.dataset import (
@@ -58,22 +59,29 @@ def completions_of(row: EncodedPair | EncodedLabelled) -> list[EncodedCompletion
     return [EncodedCompletion(row.prompt_ids, row.completion_ids)]
 
 
-def stack(rows: Sequence[EncodedCompletion], width: int | None = None) -> Completions:
-    """Stack prompts with their completions as rows of one batch, padded on the right."""
+def stack(
+    rows: Sequence[EncodedCompletion], width: int | None = None, own: Sequence[npt.NDArray[np.bool_]] | None = None
+) -> Completions:
+    """Stack prompts with their completions as rows of one batch, padded on the right.
+
+    Args:
+        own: which tokens of each completion are read; default: all of them.
+    """
+    own = [np.ones(len(row.reply), dtype=bool) for row in rows] if own is None else own
     width = width or max(len(row.prompt) + len(row.reply) for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int32)
     positions = []
     for b, (prompt, reply) in enumerate(rows):
         ids[b, : len(prompt)] = prompt
         ids[b, len(prompt) : len(prompt) + len(reply)] = reply
-        positions.append(b * width + len(prompt) - 1 + np.arange(len(reply)))
-    sizes = [len(row.reply) for row in rows]
+        positions.append(b * width + len(prompt) - 1 + np.flatnonzero(own[b]))
+    sizes = [int(mine.sum()) for mine in own]
     return Completions(
         ids=_int32(ids),
         last=_int32([len(row.prompt) + len(row.reply) - 1 for row in rows]),
         lengths=mx.array(np.array(sizes, dtype=np.float32)),
         positions=_int32(np.concatenate(positions)),
-        labels=_int32(np.concatenate([row.reply for row in rows])),
+        labels=_int32(np.concatenate([row.reply[mine] for row, mine in zip(rows, own)])),
         owners=_int32(np.repeat(np.arange(len(rows)), sizes)),
     )
 

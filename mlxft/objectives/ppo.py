@@ -1,7 +1,8 @@
 """Proximal policy optimisation (Schulman et al. 2017) as in RLHF (Ziegler et al. 2019, Stiennon et al. 2020).
 
-Each token's reward is -kl_coef x its KL to the reference, plus the completion's score at the last one; a critic and
-GAE turn rewards into advantages. The critic is a role over the same base, or a head on the policy's trunk.
+Each token's reward is -kl_coef x its KL to the reference, plus the completion's score at the last one (of an episode,
+each turn's reward at the turn's last one); a critic and GAE turn rewards into advantages. The critic is a role over the
+same base, or a head on the policy's trunk.
 """
 
 from __future__ import annotations
@@ -214,9 +215,7 @@ class PPO(OnPolicy[PPOSettings]):
         if self.kl_coef:
             apart = F.kl(rollout.grid("old_logprobs"), rollout.grid("ref_logprobs"), s.kl_estimator)
             rewards = -self.kl_coef * apart * mask
-        last = mx.array(rollout.sizes - 1)[:, None]
-        ends = mx.arange(mask.shape[1])[None] == last
-        rewards = rewards + ends * mx.array(rollout.scores)[:, None]
+        rewards = rewards + rollout.rewards
         advantages, returns = F.gae(rewards, values, mask, s.gamma, s.lam)
         # Minus its own mean, the sign of a single completion's advantages would be lost.
         whitened = F.whiten(advantages, mask) if s.whiten and len(rollout) > 1 else advantages

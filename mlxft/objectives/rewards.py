@@ -744,15 +744,16 @@ class Rewards:
 
     Args:
         tokenizer: the policy's.
+        needed: whether nothing else gives rewards.
     Attributes:
         role: the reward model's role, if it stands on the policy's base: the critic may start from it.
     Raises:
         ConfigError: no source is given, or one cannot be used. The reward run is loaded by `prepare`.
     """
 
-    def __init__(self, settings: RewardsSettings, tokenizer: Any) -> None:
-        if not settings.given:
-            raise ConfigError("rewards: give adapter, function or rules")
+    def __init__(self, settings: RewardsSettings, tokenizer: Any, needed: bool = True) -> None:
+        if needed and not settings.given:
+            raise ConfigError("rewards: give adapter, function or rules; or an environment that rewards its episodes")
         self.role: str | None = None
         self._settings = settings
         self._tokenizer = tokenizer

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 from pydantic import Field, field_validator
 
-from mlxft.config import Config, Settings
+from mlxft.config import Config, DataSettings, Settings
 from mlxft.data.chat import decode_completion, opening_after, until_stop
 from mlxft.data.dataset import (
     Encoded,
@@ -34,7 +34,7 @@ from mlxft.data.dataset import (
     plan_epoch,
     turn_end,
 )
-from mlxft.data.formats import Example, Message, Prompt, tools_of
+from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.cpu import as_trained
@@ -66,6 +66,7 @@ from mlxft.objectives.base import (
     real_mask,
     whole_row_problems,
 )
+from mlxft.objectives.episodes import LIMITS, EncodedPrompt, EnvironmentSettings, Episode, Episodes
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
@@ -79,7 +80,9 @@ class RolloutSettings(Settings):
 
     prompts: int = Field(32, ge=1, le=10**6, description="Prompts per rollout.")
     samples: int = Field(1, ge=1, le=10**4, description="Completions per prompt.")
-    max_tokens: int = Field(64, ge=1, le=10**6, description="Longest completion in tokens.")
+    max_tokens: int = Field(
+        64, ge=1, le=10**6, description="Longest completion in tokens; with an environment, longest turn."
+    )
     temperature: float = Field(1.0, description="Sampling temperature, above 0, also of log-probabilities.")
     top_p: float = Field(
         1.0, gt=0, le=1, description="Sample from the likeliest tokens up to this probability mass; 1: from all."
@@ -127,7 +130,7 @@ _OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 def sections(own: dict[str, type[Settings]]) -> dict[str, type[Settings]]:
     """Return the sections of an on-policy objective's recipe."""
-    return {**own, "rollout": RolloutSettings, "rewards": RewardsSettings}
+    return {**own, "rollout": RolloutSettings, "rewards": RewardsSettings, "environment": EnvironmentSettings}
 
 
 _NO_DROPOUT = NoDropout("the policy that samples and the one that is trained would differ")
@@ -231,12 +234,18 @@ class Room(NamedTuple):
 
 
 def encode_prompts(
-    train: Sequence[Example], valid: Sequence[Example], config: Config, tokenizer: Any, notes: list[str]
+    train: Sequence[Example],
+    valid: Sequence[Example],
+    config: Config,
+    tokenizer: Any,
+    notes: list[str],
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
     """Return the prompts to train on, and held-out ones, as the model sees them.
 
     Args:
         notes: a note on what was left out is appended.
+        tools: those of an environment, beside the rows' own.
     Raises:
         ConfigError: completions are to end at EOS and there is none; or they are longer than the model's context.
         DataError: prompts cannot be rendered or leave no room for a whole completion, all of them in one; or none is
@@ -248,13 +257,18 @@ def encode_prompts(
         asked = item.prompt if isinstance(item.prompt, list) else None
         notes += chat_notes(tokenizer, turn_end(tokenizer, asked, tools_of(item.row)))
     room = room_for_prompts(config, tokenizer)
-    found = _encode(train, config, tokenizer, room, notes)
+    found = _encode(train, config, tokenizer, room, notes, tools)
     with of_valid():
-        return found, _encode(valid, config, tokenizer, room, notes) if valid else []
+        return found, _encode(valid, config, tokenizer, room, notes, tools) if valid else []
 
 
 def _encode(
-    examples: Sequence[Example], config: Config, tokenizer: Any, room: Room, notes: list[str]
+    examples: Sequence[Example],
+    config: Config,
+    tokenizer: Any,
+    room: Room,
+    notes: list[str],
+    more: Sequence[dict[str, Any]],
 ) -> list[EncodedPrompt]:
     longest, why, way = room
     chat = config.data.template == "auto"
@@ -264,7 +278,7 @@ def _encode(
     for where, item in examples:
         assert isinstance(item, Prompt)
         try:
-            tools = tools_of(item.row)
+            tools = [*(tools_of(item.row) or ()), *more] or None
             ids = encode_prompt(item.prompt, tokenizer, tools=tools, chat=chat, where=where)
         except DataError as error:
             problems.append(str(error))
@@ -318,23 +332,6 @@ def room_for_prompts(config: Config, tokenizer: Any) -> Room:
 _Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt.
-
-    Attributes:
-        ids: (P,) int32, as the model sees them; text: decoded.
-        row, where: the row it comes from, and its place.
-        asked: the text or the messages that were rendered.
-    """
-
-    ids: Ids
-    text: str
-    row: dict[str, Any]
-    where: str
-    asked: str | list[Message]
-
-
 @dataclass
 class Rollout:
     """B completions.
@@ -342,10 +339,14 @@ class Rollout:
     Attributes:
         number: of the rollout, from 0.
         prompts: index of each completion's prompt; completions of one prompt are neighbours.
-        replies: ids of each, (R,) int32, as sampled: with the EOS that ended it.
-        finished: whether EOS or a stop text ended it.
+        replies: ids of each, (R,) int32, as sampled: with the EOS that ended it. Of an episode, observations included.
+        finished: whether EOS or a stop text ended it, or the environment an episode.
         scores: (B,) rewards.
         tokens: name -> numbers for each completion's tokens: old_logprobs, ref_logprobs, values, advantages, returns.
+        own: of episodes, (R,) bool, which of the ids the policy wrote: a completion's tokens are these alone.
+        begins: of episodes, the tokens of each prompt that stand before the ids.
+        turn_rewards: of episodes, for each completion's tokens the environment's reward: a turn's at its last token.
+        episodes: the episodes while they are fresh; a checkpoint does not have them.
     """
 
     number: int
@@ -354,6 +355,10 @@ class Rollout:
     finished: list[bool]
     scores: _Floats = field(default_factory=lambda: np.zeros(0, np.float32))
     tokens: dict[str, list[_Floats]] = field(default_factory=dict)
+    own: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+    turn_rewards: list[_Floats] = field(default_factory=list)
+    episodes: list[Episode] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.replies)
@@ -361,7 +366,30 @@ class Rollout:
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Return (B,) the number of tokens of each completion."""
-        return np.array([len(reply) for reply in self.replies], dtype=np.int64)
+        return np.array([int(own.sum()) for own in self.own] or [*map(len, self.replies)], dtype=np.int64)
+
+    def lengths(self, prompts: Sequence[EncodedPrompt]) -> npt.NDArray[np.int64]:
+        """Return (B,) the number of ids of prompt and completion together."""
+        begins = self.begins or [len(prompts[i].ids) for i in self.prompts]
+        return np.array([begin + len(reply) for begin, reply in zip(begins, self.replies)], dtype=np.int64)
+
+    def stacked(self, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> Completions:
+        """Return some completions after their prompts as rows of a batch."""
+        begins: Sequence[int | None] = self.begins or [None] * len(self)
+        found = [EncodedCompletion(prompts[self.prompts[i]].ids[: begins[i]], self.replies[i]) for i in rows]
+        return stack(found, own=[self.own[i] for i in rows] if self.own else None)
+
+    @property
+    def rewards(self) -> mx.array:
+        """Return (B, T) float32: the environment's reward of each turn, and what else is in the score at the end."""
+        found = pad(self.turn_rewards or [np.zeros(size, np.float32) for size in self.sizes], int(self.sizes.max()))
+        found[np.arange(len(self)), self.sizes - 1] += self.scores - found.sum(axis=1)
+        return mx.array(found)
+
+    def put(self, to: slice, more: Rollout, of: slice) -> None:
+        """Put completions of another rollout, not scored yet, in the places of some of this one's."""
+        for name in ("prompts", "replies", "finished", "own", "begins", "turn_rewards", "episodes"):
+            getattr(self, name)[to] = getattr(more, name)[of]
 
     def grid(self, name: str) -> mx.array:
         """Return the tokens' numbers as (B, T) float32, padded on the right with 0."""
@@ -383,16 +411,18 @@ class Rollout:
 
     def arrays(self) -> dict[str, mx.array]:
         """Return all of it, for a checkpoint."""
-        sizes = self.sizes.astype(np.int32)
         found: dict[str, Any] = {
             "number": np.array([self.number], np.int32),
             "prompts": np.array(self.prompts, np.int32),
-            "sizes": sizes,
+            "sizes": np.array([*map(len, self.replies)], np.int32),
             "replies": np.concatenate(self.replies).astype(np.int32),
             "finished": np.array(self.finished, np.int32),
             "scores": self.scores,
         }
         found |= {f"tokens.{name}": np.concatenate(values) for name, values in self.tokens.items()}
+        if self.own:
+            found |= {"own": np.concatenate(self.own).astype(np.int32), "begins": np.array(self.begins, np.int32)}
+            found["turn_rewards"] = np.concatenate(self.turn_rewards)
         return {name: mx.array(value) for name, value in found.items()}
 
     @classmethod
@@ -400,14 +430,19 @@ class Rollout:
         """Return the rollout whose `arrays` these are."""
         held = {name: np.array(value) for name, value in arrays.items()}
         ends = np.cumsum(held["sizes"])[:-1]
-        return cls(
+        found = cls(
             number=int(held["number"][0]),
             prompts=[int(i) for i in held["prompts"]],
             replies=list(np.split(held["replies"], ends)),
             finished=[bool(x) for x in held["finished"]],
             scores=held["scores"],
-            tokens={n[7:]: list(np.split(v, ends)) for n, v in held.items() if n.startswith("tokens.")},
+            own=list(np.split(held["own"].astype(bool), ends)) if "own" in held else [],
+            begins=[int(i) for i in held.get("begins", ())],
         )
+        each = np.cumsum(found.sizes)[:-1]
+        found.tokens = {n[7:]: list(np.split(v, each)) for n, v in held.items() if n.startswith("tokens.")}
+        found.turn_rewards = list(np.split(held["turn_rewards"], each)) if found.own else []
+        return found
 
 
 def pad(rows: Sequence[npt.NDArray[Any]], width: int) -> npt.NDArray[Any]:
@@ -498,11 +533,25 @@ def resample(objective: OnPolicy[Any], first: Drawn, most: int) -> Drawn:
 
 def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
     """Put completions of one rollout in the places of another's, with their scores."""
-    old, new = drawn.rollout, more.rollout
-    old.prompts[to], old.replies[to], old.finished[to] = new.prompts[of], new.replies[of], new.finished[of]
+    drawn.rollout.put(to, more.rollout, of)
     drawn.scores.total[to] = more.scores.total[of]
     for name, values in drawn.scores.components.items():
         values[to] = more.scores.components[name][of]
+
+
+def episode_numbers(rollout: Rollout) -> dict[str, float]:
+    """Return what is reported of episodes, a mean or share of them each; {} where there are none."""
+    episodes = rollout.episodes
+    if not episodes:
+        return {}
+    found = {name: [e.ended == name for e in episodes] for name in LIMITS}
+    numbers: dict[str, Any] = {
+        "turns": [e.turns for e in episodes],
+        "tool_errors": [e.errors for e in episodes],
+        "unparsed_calls": [e.unparsed for e in episodes],
+        **{f"limit_{name}": values for name, values in found.items()},
+    }
+    return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -528,8 +577,7 @@ class HeldOut:
         seed = o.seed_of(0, valid=True)
         rollout = o.sample(o.valid, every, 1, 0, seed)
         scores = o.score(rollout, o.valid)
-        lengths = rollout.sizes + np.array([len(p.ids) for p in o.valid])
-        entropy = o.record_logprobs(rollout, o.valid, o.micro_batches(every, lengths))
+        entropy = o.record_logprobs(rollout, o.valid, o.micro_batches(every, rollout.lengths(o.valid)))
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
             # What is optimised, lower is better: it decides which weights are kept.
@@ -540,12 +588,14 @@ class HeldOut:
             "entropy": entropy,
             "response_tokens": float(rollout.sizes.mean()),
             "eos_share": float(np.mean(rollout.finished)),
+            **episode_numbers(rollout),
             **(self._against(scores, seed) if o.reference is not None else {}),
             "samples": [
                 {
                     "prompt": o.valid[i].text,
                     "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
                     "score": float(scores.total[i]),
+                    **({"messages": rollout.episodes[i].messages} if rollout.episodes else {}),
                 }
                 for i in every[:SAMPLES_SHOWN]
             ],
@@ -608,6 +658,7 @@ class RolloutObjective(Objective, Generic[_P]):
     Args:
         section: the method's settings.
         notes: of what was checked before.
+        data: which rows are read, where that is not what the recipe says.
         reads: columns of the rows that are read besides those of the format; None: all.
     Raises:
         ConfigError, DataError: settings or rows do not fit.
@@ -619,12 +670,19 @@ class RolloutObjective(Objective, Generic[_P]):
     reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
 
     def __init__(
-        self, config: Config, tokenizer: Any, section: type[_P], notes: list[str], reads: Collection[str] | None = ()
+        self,
+        config: Config,
+        tokenizer: Any,
+        section: type[_P],
+        notes: list[str],
+        *,
+        data: DataSettings | None = None,
+        reads: Collection[str] | None = (),
     ) -> None:
         super().__init__(config, tokenizer)
         self.settings = config.section(self.section(), section)
         self.rollouts = config.section("rollout", RolloutSettings)
-        train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=reads)
+        train, valid, said = load_splits(data or config.data, config.run.seed, tokenizer=tokenizer, reads=reads)
         self.notes = [*notes, *said]
         self._data = data_fingerprint(train, valid)
         self.prompts, self.valid = self.encode(train, valid)
@@ -653,9 +711,9 @@ class RolloutObjective(Objective, Generic[_P]):
     def open_frozen(self) -> None:
         """Open the frozen models."""
 
-    def most_tokens(self, prompts: Sequence[EncodedPrompt], index: int) -> int:
-        """Return the most tokens that a completion of a prompt may have."""
-        return self.rollouts.max_tokens
+    def longest(self, prompt: EncodedPrompt) -> tuple[int, int]:
+        """Return the most ids after a prompt, and how many of them the policy can write."""
+        return self.rollouts.max_tokens, self.rollouts.max_tokens
 
     def recorded(self) -> tuple[str, ...]:
         """Return the names of the numbers of each token that `make` needs."""
@@ -702,12 +760,6 @@ class RolloutObjective(Objective, Generic[_P]):
     def why_idle(self, rollouts: int) -> str:
         """Return the error text for that many rollouts without a completion to train on."""
         return f"nothing of {rollouts} rollouts is trained on"
-
-    def _stacked(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> Completions:
-        return stack([EncodedCompletion(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
-
-    def _lengths(self, rollout: Rollout) -> Any:
-        return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
 
     def _per_epoch(self, rollout: Rollout) -> int:
         units = len(self.kept(rollout)) // self.together
@@ -763,7 +815,7 @@ class RolloutObjective(Objective, Generic[_P]):
                 self._rollout, event = self.roll(model)
                 spent = event["sampling_s"] + event["scoring_s"] if event else 0.0
             rollout = self._rollout
-            steps = self._steps(rollout, self._lengths(rollout))
+            steps = self._steps(rollout, rollout.lengths(self.prompts))
             last_of_epoch = (rollout.number + 1) % self._per_pass == 0
             idle = 0 if steps else idle + 1
             if not steps:
@@ -803,10 +855,13 @@ class RolloutObjective(Objective, Generic[_P]):
         micro_batches: list[MicroBatch] = []
         per: dict[str, float] = {}
         for prompts in chosen:
-            sizes = [self.most_tokens(self.prompts, i) for i in prompts]
-            replies = [np.zeros(n, np.int32) for n in sizes]
+            longest = [self.longest(self.prompts[i]) for i in prompts]
+            replies = [np.zeros(n, np.int32) for n, _ in longest]
             rollout = Rollout(max(self._number, self.first_whole), [*prompts], replies, [])
-            rollout.tokens = {name: [np.zeros(n, np.float32) for n in sizes] for name in self.recorded()}
+            rollout.own = [np.arange(n) < trained for n, trained in longest]
+            rollout.tokens = {
+                name: [np.zeros(trained, np.float32) for _, trained in longest] for name in self.recorded()
+            }
             micro_batches += self.make(rollout, range(len(prompts)))
             for name, count in self.per(rollout, range(len(prompts))).items():
                 per[name] = per.get(name, 0.0) + count
@@ -911,8 +966,9 @@ class RolloutObjective(Objective, Generic[_P]):
         rows = min(most, max(prompts * r.samples, len(self.valid)))
         group = max(min(prompts, max(1, most // r.samples)), min(len(self.valid), most))
         longest = max(len(p.ids) for p in (*self.prompts, *self.valid))
+        whole = max(len(p.ids) + self.longest(p)[0] for p in (*self.prompts, *self.valid))
         filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
-        return Rolling(rows, group, longest, r.max_tokens, filtered, self.scored())
+        return Rolling(rows, group, longest, whole - longest, filtered, self.scored())
 
     def scored(self) -> list[Shape]:
         """Return the shapes of the batches that are read without a gradient."""
@@ -930,13 +986,17 @@ class RolloutObjective(Objective, Generic[_P]):
 
     def _cut(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> list[tuple[Shape, list[int]]]:
         """Return micro-batches of full-length completions of these prompts."""
-        most = np.array([self.most_tokens(prompts, i) for i in asked], dtype=np.int64)
-        lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + most
+        lengths = self._longest_rows(prompts, asked)
+        trained = [self.longest(prompts[i])[1] for i in asked]
         batches = self.micro_batches(range(len(lengths)), lengths)
         return [
-            (Shape(len(rows), int(lengths[rows].max()), int(most[rows].sum())), [asked[i] for i in rows])
+            (Shape(len(rows), int(lengths[rows].max()), sum(trained[i] for i in rows)), [asked[i] for i in rows])
             for rows in batches
         ]
+
+    def _longest_rows(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return the ids of prompts with completions of full length."""
+        return np.array([len(prompts[i].ids) + self.longest(prompts[i])[0] for i in asked], dtype=np.int64)
 
 
 class OnPolicy(RolloutObjective[_M], Generic[_M]):
@@ -948,8 +1008,18 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
 
     def __init__(self, config: Config, tokenizer: Any, section: type[_M]) -> None:
         notes = check_on_policy_recipe(config, config.section("rollout", RolloutSettings), self.section(), self.grouped)
-        self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
-        super().__init__(config, tokenizer, section, notes, self.rewards.columns)
+        rewards, meets = config.section("rewards", RewardsSettings), config.section("environment", EnvironmentSettings)
+        self.rewards = Rewards(rewards, tokenizer, needed=meets.path is None)
+        data, reads, chat = config.data, self.rewards.columns, config.data.template == "auto"
+        self.episodes = Episodes(meets, tokenizer, chat, rewards.given) if meets.path is not None else None
+        if self.episodes is not None:
+            named = {name: self.episodes.rows(name, getattr(data, name)) for name in ("train", "valid")}
+            data, reads = data.model_copy(update=named), None
+        super().__init__(config, tokenizer, section, notes, data=data, reads=reads)
+        if self.episodes is not None:
+            self.episodes.check(self.prompts[0])
+        # Of prompt and completion together.
+        self.most = room_for_prompts(config, tokenizer).tokens + self.rollouts.max_tokens
         self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
         self.kl_coef: float = self.settings.kl_coef
         # KL to the policy that sampled, over this pass: sum and weight, and those of steps that are not read yet.
@@ -957,6 +1027,19 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         self._unread: list[tuple[mx.array, float]] = []
         self._held_out = HeldOut(self)
         self.reference: FrozenModel | None = None
+
+    def encode(
+        self, train: Sequence[Example], valid: Sequence[Example]
+    ) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+        tools = self.episodes.tools if self.episodes is not None else ()
+        return encode_prompts(train, valid, self.config, self.tokenizer, self.notes, tools)
+
+    def longest(self, prompt: EncodedPrompt) -> tuple[int, int]:
+        if self.episodes is None:
+            return super().longest(prompt)
+        s = self.episodes.settings
+        whole = min(self.most - len(prompt.ids), self.most if s.tokens is None else s.tokens)
+        return whole, min(whole, s.turns * self.rollouts.max_tokens)
 
     def open_frozen(self) -> None:
         """Open the reference, where anything reads it, and the reward model."""
@@ -971,8 +1054,30 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
 
     # Rollouts
 
+    def sample(
+        self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
+    ) -> Rollout:
+        if self.episodes is None:
+            return super().sample(prompts, chosen, samples, number, seed)
+        assert self._model is not None
+        each = [i for i in chosen for _ in range(samples)]
+        how: dict[str, Any] = {"most": self.most, "seed": seed, "rows": self.rollouts.rows}
+        played = self.episodes.play(self._model, [prompts[i] for i in each], self.sampling, **how)
+        return Rollout(
+            number,
+            each,
+            [np.array(episode.ids, dtype=np.int32) for episode in played],
+            [episode.ended == "end" for episode in played],
+            own=[np.array(episode.own, dtype=bool) for episode in played],
+            begins=[episode.begin for episode in played],
+            turn_rewards=[episode.turn_rewards for episode in played],
+            episodes=played,
+        )
+
     def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
-        """Return the rewards of the completions."""
+        """Return the rewards of the completions: of episodes those of their last turns, and their environments'."""
+        if self.episodes is not None:
+            return self.episodes.score(rollout.episodes, self.rewards, tokens=self.config.batch.budget)
         items = []
         for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
             p, opening = prompts[i], self.opening(prompts[i])
@@ -1011,7 +1116,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         read: Callable[[Completions], dict[str, mx.array]],
     ) -> None:
         """Record what `read` returns for each batch of completions: name -> (N,) for their tokens."""
-        batches = ((rows, self._stacked(rollout, rows, prompts)) for rows in micro)
+        batches = ((rows, rollout.stacked(rows, prompts)) for rows in micro)
         for rows, found in ahead(batches, lambda stacked: as_trained(lambda: read(stacked))):
             ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
             for name, values in found.items():
@@ -1036,7 +1141,8 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         began = time.perf_counter()
         rollout = self.sample(self.prompts, chosen, self.rollouts.samples, number, seed)
         seconds = time.perf_counter() - began
-        return Drawn(rollout, self.score(rollout, self.prompts), int(rollout.sizes.sum()), seconds, {})
+        scores = self.score(rollout, self.prompts)
+        return Drawn(rollout, scores, int(rollout.sizes.sum()), seconds, episode_numbers(rollout))
 
     def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
         """Make the next rollout, ready to be trained on, and its event."""
@@ -1046,7 +1152,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         drawn = self.draw(number)
         rollout, scores = drawn.rollout, drawn.scores
         rollout.scores = scores.total
-        lengths = self._lengths(rollout)
+        lengths = rollout.lengths(self.prompts)
         first = [rows for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for rows in step]
         if rest := sorted({*range(len(rollout))}.difference(*first)):
             first += self.micro_batches(rest, lengths)
@@ -1069,7 +1175,9 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
             "sampling_s": drawn.seconds,
             "scoring_s": time.perf_counter() - began - drawn.seconds,
         }
-        if not any(rollout.finished) and self.rollouts.stop_at_eos:
+        if not any(rollout.finished) and self.episodes is not None:
+            event["warning"] = "no episode was ended by the environment: see limit_turns, limit_tokens, limit_seconds"
+        elif not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = CUT_OFF
         if kl:
             a_token = kl["kl"] / float(rollout.sizes.mean())
@@ -1095,7 +1203,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
         """Return the micro-batches that train on some completions."""
-        stacked = self._stacked(rollout, rows, self.prompts)
+        stacked = rollout.stacked(rows, self.prompts)
         names = [n for n in rollout.tokens if n != "ref_logprobs" or self.needs_reference]
         data = RolloutBatch(
             ids=stacked.ids,
@@ -1104,7 +1212,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
             labels=stacked.labels,
             **{name: rollout.flat(name, rows) for name in names},
         )
-        tokens = int(self._lengths(rollout)[list(rows)].sum())
+        tokens = int(rollout.lengths(self.prompts)[list(rows)].sum())
         where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
         return [MicroBatch(data, tokens, int(rollout.sizes[list(rows)].sum()), where)]
 
@@ -1176,7 +1284,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
             # A reward model reads by a budget of tokens even where steps have one of rows.
             r = self.rollouts
             asked = _longest(self.prompts, r.samples, self._count)
-            lengths = np.array([len(self.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
+            lengths = self._longest_rows(self.prompts, asked)
             slots = plan_epoch(lengths, tokens=self.config.batch.budget, seed=None)
             found += [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
         return found

@@ -49,12 +49,14 @@ from mlxft.model.load import Loaded, context_of, stated_name
 from mlxft.model.logits import Split, hidden_logprobs_greedy, row_sums, rows_logprobs, rows_logprobs_greedy
 from mlxft.model.prefix import Rows, Sharing
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
+from mlxft.objectives.episodes import LIMITS, EnvironmentSettings, Episode
 from mlxft.objectives.functional import wins
 from mlxft.objectives.rewards import ToScore
 from mlxft.objectives.sft import make_batch
 from mlxft.runs import find_adapter, is_run, load_run, open_run, versions
+from mlxft.study.generate import Asked, Met
 from mlxft.study.report import evaluation_tables
-from mlxft.study.stats import Figure, Floats64, bootstrap, mean
+from mlxft.study.stats import Figure, Floats64, bootstrap, mean, t_quantile
 from mlxft.study.tasks import (
     READ,
     Case,
@@ -792,6 +794,71 @@ def run_evaluation(
         paired = paired_differences(first, second, seed=asking.seed, confidence=asking.confidence)
         found.append(Compared(first, second, paired))
     return Evaluation(named, file, against, asking, found)
+
+
+def run_episodes(
+    model: str,
+    file: str,
+    environment: EnvironmentSettings,
+    asking: Asking,
+    *,
+    adapter: str | None = None,
+    against: str | None = None,
+    console: Console,
+) -> Evaluation:
+    """Evaluate a model in an environment and, if given, another one on the same rows: the reward of episodes.
+
+    Turns are the likeliest ones, of at most 256 tokens.
+
+    Args:
+        file: rows of data.format: prompts; or environment, for its own.
+        asking: its limit, seed and confidence.
+        model, adapter, against: as for `run_evaluation`.
+    Raises:
+        ConfigError, DataError, ModelError, EpisodeError: something does not fit, or the environment fails.
+    """
+    named = adapter or model
+    other, options = _base(model, adapter) if against == "base" else (against, {})
+
+    def evaluated(loaded: Loaded) -> Evaluated:
+        asked = Asked(file, loaded, limit=asking.limit, met=Met(environment))
+        with quicker(loaded.model):
+            blocks = asked.played(Sampling(_MAX_TOKENS, temperature=0.0), 1, asking.seed, console)
+            pairs = [(prompt, episode) for block in blocks for prompt, (episode,) in block]
+        rewards = np.array([sum(value for _, value in episode.rewards) for _, episode in pairs])
+        lines = [
+            {"row": prompt.where, "prompt": prompt.item.prompt, "prediction": episode.text, "finish": episode.ended}
+            | {"messages": unwritten(episode.messages), "turns": episode.turns, "scores": {"reward": float(reward)}}
+            for (prompt, episode), reward in zip(pairs, rewards)
+        ]
+        notes = _episode_notes([episode for _, episode in pairs], rewards, asking.confidence)
+        rows = [prompt.where for prompt, _ in pairs]
+        return Evaluated(str(environment.path), "episodes", rows, {"reward": rewards}, lines, notes=notes)
+
+    first = evaluated(load_run(model, adapter))
+    if other is None:
+        return Evaluation(named, file, None, asking, [Compared(first, None, [])])
+    gc.collect()  # the first model's weights, before the second's
+    mx.clear_cache()
+    second = evaluated(load_run(other, **options))
+    paired = paired_differences(first, second, seed=asking.seed, confidence=asking.confidence)
+    return Evaluation(named, file, against, asking, [Compared(first, second, paired)])
+
+
+def _episode_notes(episodes: Sequence[Episode], rewards: Floats64, confidence: float) -> list[str]:
+    """Return the interval of the mean reward, and the numbers of episodes, as sentences."""
+    around, n = mean(rewards), len(episodes)
+    notes = []
+    if n > 1:
+        reach = t_quantile((1 + confidence) / 2, n - 1) * around.se
+        low, high = around.value - reach, around.value + reach
+        notes.append(f"the {confidence:.0%} interval of the mean reward is [{low:.4f}, {high:.4f}]")
+    counts = {"turns": sum(e.turns for e in episodes), "tool errors": sum(e.errors for e in episodes)}
+    counts["turns with calls that cannot be parsed"] = sum(e.unparsed for e in episodes)
+    notes.append(", ".join(f"{count / n:.2f} {name}" for name, count in counts.items()) + " in the mean of an episode")
+    ends = {why: sum(e.ended == why for e in episodes) for why in (*LIMITS, "error")}
+    notes += [f"{count:,} of {n:,} episodes ended by {why}" for why, count in ends.items() if count]
+    return notes
 
 
 def merged(tasks: Sequence[Task]) -> list[Task]:

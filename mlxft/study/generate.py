@@ -1,4 +1,4 @@
-"""Complete prompts from a file, and best of n or rejection sampling by a reward."""
+"""Complete prompts from a file, or play episodes from them; best of n or rejection sampling by a reward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -20,8 +21,9 @@ from mlxft.data.sources import read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, nearest
 from mlxft.files import text_writer, write_result
 from mlxft.model.frozen import FrozenModels
-from mlxft.model.load import Loaded, base_fingerprint
+from mlxft.model.load import Loaded, base_fingerprint, context_of
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
+from mlxft.objectives.episodes import EncodedPrompt, EnvironmentSettings, Episode, Episodes
 from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore
 from mlxft.study.tasks import as_messages
 from mlxft.text import bar, json_text, make_console
@@ -29,6 +31,14 @@ from mlxft.text import bar, json_text, make_console
 # --- completions ------------------------------------------------------------------------------------------------------
 
 _BATCHES = 4  # sampled before their completions are returned
+_CONTEXT = 32768  # most tokens of an episode where a model's config does not say its context
+
+
+class Met(NamedTuple):
+    """The environment of episodes, and whether something else rewards them, so that it need not."""
+
+    environment: EnvironmentSettings
+    rewarded: bool = False
 
 
 class Generated(NamedTuple):
@@ -50,18 +60,26 @@ class AskedPrompt(NamedTuple):
 class Asked:
     """A file's prompts, of data.format: prompts, rendered for a model.
 
+    Args:
+        limit: read the first rows only.
+        met: the environment of episodes; FILE may be `environment` then, for its own rows.
     Raises:
         ConfigError: there is no such file. DataError: rows do not fit, or the chat template refuses them; all in one.
     """
 
-    def __init__(self, spec: str, loaded: Loaded, system: str | None = None) -> None:
-        self.loaded = loaded
+    def __init__(
+        self, spec: str, loaded: Loaded, system: str | None = None, *, limit: int | None = None, met: Met | None = None
+    ) -> None:
+        self.loaded, self._system = loaded, system
+        self.episodes = None if met is None else Episodes(met.environment, loaded.tokenizer, True, met.rewarded)
         self.prompts: list[AskedPrompt] = []
         problems = []
-        for where, item in convert(read_rows(spec, "test"), "prompts"):
+        if self.episodes is not None:
+            spec = self.episodes.rows("test", spec) or spec
+        for where, item in islice(convert(read_rows(spec, "test"), "prompts"), limit):
             assert isinstance(item, Prompt)
             try:
-                tools = tools_of(item.row)
+                tools = tools_of(item.row) if self.episodes is None else self.episodes.tools_of(item.row)
                 ids = encode_prompt(item.prompt, loaded.tokenizer, system=system, tools=tools, where=where)
                 if not ids:
                     raise DataError(f"{where}: the prompt has no tokens")
@@ -70,6 +88,33 @@ class Asked:
                 problems.append(str(e))
         if problems:
             raise DataError(report_lines(problems))
+        if self.episodes is not None:
+            self.episodes.check(self._encoded(self.prompts[0]))
+
+    def _encoded(self, prompt: AskedPrompt) -> EncodedPrompt:
+        asked = prompt.item.prompt if self._system is None else as_messages(prompt.item.prompt, self._system)
+        text = asked if isinstance(asked, str) else str(self.loaded.tokenizer.decode(prompt.ids))
+        return EncodedPrompt(np.array(prompt.ids, dtype=np.int32), text, prompt.item.row, prompt.where, asked)
+
+    def played(
+        self, sampling: Sampling, samples: int, seed: int | None, console: Console
+    ) -> Iterator[list[tuple[AskedPrompt, list[Episode]]]]:
+        """Yield blocks of prompts, in order, with their episodes.
+
+        Args:
+            sampling: of a turn.
+            seed: None: a random one.
+        """
+        assert self.episodes is not None
+        seed = int.from_bytes(os.urandom(7), "big") if seed is None else seed
+        how = replace(sampling, stop_at_eos=bool(self.loaded.tokenizer.eos_token_ids))
+        most, size = context_of(self.loaded.config) or _CONTEXT, max(1, _BATCHES * ROWS_AT_ONCE // samples)
+        with bar(console, samples * len(self.prompts), "episodes") as advance:
+            for start in range(0, len(self.prompts), size):
+                block = self.prompts[start : start + size]
+                asked = [self._encoded(prompt) for prompt in block for _ in range(samples)]
+                found = self.episodes.play(self.loaded.model, asked, how, most=most, seed=seed + start, on_done=advance)
+                yield [(prompt, found[i * samples : (i + 1) * samples]) for i, prompt in enumerate(block)]
 
     def sampled(
         self, sampling: Sampling, samples: int, seed: int | None, console: Console
@@ -130,7 +175,8 @@ class Choice(NamedTuple):
     Attributes:
         n: completions per prompt.
         above: keep all that score above it; None: the best one of each prompt.
-        cut_off: also keep those that were cut off.
+        cut_off: also keep those that were cut off, and episodes that a limit or an error ended.
+        environment: plays episodes in place of single completions; None: none.
     """
 
     n: int
@@ -138,6 +184,7 @@ class Choice(NamedTuple):
     cut_off: bool
     sampling: Sampling
     rewards: RewardsSettings
+    environment: EnvironmentSettings | None = None
 
 
 def read_keep(text: str, n: int) -> float | None:
@@ -207,39 +254,79 @@ def best_of_n(
 ) -> Chosen:
     """Sample and score completions, choose, and write rows of data.format: prompt-completion with their scores.
 
+    Of episodes the rows are whole conversations, of data.format: messages.
+
     Args:
         spec: rows of data.format: prompts.
         seed: None: a random one.
     Raises:
         ConfigError, ModelError, DataError: prompts or reward cannot be used, or nothing is left to keep.
         RewardError: the reward does not return a number.
+        EpisodeError: the environment fails.
         CheckpointError: `out` cannot be written.
     """
-    rewards = Rewards(choice.rewards, loaded.tokenizer)
-    asked = Asked(spec, loaded, system)
+    met = None if choice.environment is None else Met(choice.environment, choice.rewards.given)
+    rewards = Rewards(choice.rewards, loaded.tokenizer, needed=met is None)
+    asked = Asked(spec, loaded, system, met=met)
     rewards.prepare(FrozenModels(loaded.model, base_fingerprint(loaded), loaded.source))
     lines: list[dict[str, Any]] = []
     scores: list[float] = []
     cut = empty = 0
-    for block in asked.sampled(choice.sampling, choice.n, seed, console):
-        items = [_item(loaded.tokenizer, prompt, each) for prompt, row in block for each in row]
-        scores += rewards.score(items, tokens=_TOKENS).total.tolist()
-        values = iter(scores[-len(items) :])
-        for prompt, row in block:
-            scored = list(zip(row, values))
-            whole = [pair for pair in scored if choice.cut_off or pair[0].finish != "length"]
-            fit = [pair for pair in whole if pair[0].text.strip()]
-            cut, empty = cut + len(row) - len(whole), empty + len(whole) - len(fit)
-            if choice.above is None:
-                kept = [max(fit, key=lambda pair: pair[1])] if fit else []
-            else:
-                kept = [pair for pair in fit if pair[1] > choice.above]
-            lines += [_line(prompt.item, system, each.text, score) for each, score in kept]
+    scored = _scored if met is None else _scored_episodes
+    for row in scored(asked, choice, rewards, system, seed, console):
+        scores += [each.score for each in row]
+        whole = [each for each in row if choice.cut_off or each.finished]
+        fit = [each for each in whole if each.written]
+        cut, empty = cut + len(row) - len(whole), empty + len(whole) - len(fit)
+        if choice.above is None:
+            kept = [max(fit, key=lambda each: each.score)] if fit else []
+        else:
+            kept = [each for each in fit if each.score > choice.above]
+        lines += [each.line | {"score": each.score} for each in kept]
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
     mean = float(np.mean([line["score"] for line in lines]))
     write_result(out, text_writer("".join(json_text(line) + "\n" for line in lines)))
     return Chosen(len(asked.prompts), len(scores), len(lines), cut, empty, float(np.mean(scores)), mean, str(out))
+
+
+class _Candidate(NamedTuple):
+    """A completion or an episode: its score, whether it was finished and has text, and its row without the score."""
+
+    score: float
+    finished: bool
+    written: bool
+    line: dict[str, Any]
+
+
+def _scored(
+    asked: Asked, choice: Choice, rewards: Rewards, system: str | None, seed: int | None, console: Console
+) -> Iterator[list[_Candidate]]:
+    """Yield the completions of each prompt."""
+    for block in asked.sampled(choice.sampling, choice.n, seed, console):
+        items = [_item(asked.loaded.tokenizer, prompt, each) for prompt, row in block for each in row]
+        values = iter(rewards.score(items, tokens=_TOKENS).total.tolist())
+        for prompt, row in block:
+            yield [
+                _Candidate(next(values), g.finish != "length", bool(g.text.strip()), _line(prompt.item, system, g.text))
+                for g in row
+            ]
+
+
+def _scored_episodes(
+    asked: Asked, choice: Choice, rewards: Rewards, system: str | None, seed: int | None, console: Console
+) -> Iterator[list[_Candidate]]:
+    """Yield the episodes of each prompt."""
+    assert asked.episodes is not None
+    for block in asked.played(choice.sampling, choice.n, seed, console):
+        every = [episode for _, row in block for episode in row]
+        values = iter(asked.episodes.score(every, rewards, tokens=_TOKENS).total.tolist())
+        for prompt, row in block:
+            tools = asked.episodes.tools_of(prompt.item.row)
+            also = {"tools": tools} if tools else {}
+            # What an environment says at its end is not for the model.
+            said = [{"messages": unwritten(e.messages[: e.last[1] + 1]), **also} for e in row]
+            yield [_Candidate(next(values), e.ended == "end", True, line) for e, line in zip(row, said)]
 
 
 def _item(tokenizer: Any, asked: AskedPrompt, found: Generated) -> ToScore:
@@ -257,16 +344,18 @@ def _item(tokenizer: Any, asked: AskedPrompt, found: Generated) -> ToScore:
     )
 
 
-def _line(item: Prompt, system: str | None, text: str, score: float) -> dict[str, Any]:
+def _line(item: Prompt, system: str | None, text: str) -> dict[str, Any]:
     # Without system text and tools the completion would belong to another prompt.
     prompt = item.prompt if system is None else as_messages(item.prompt, system)
     tools = tools_of(item.row)
-    return {"prompt": unwritten(prompt), "completion": text, "score": score, **({"tools": tools} if tools else {})}
+    return {"prompt": unwritten(prompt), "completion": text, **({"tools": tools} if tools else {})}
 
 
 def _nothing(choice: Choice, scores: Sequence[float], cut: int, empty: int) -> str:
     text = f"none of {len(scores)} completions is kept"
-    if cut:
+    if cut and choice.environment is not None:
+        text += f"; {cut} were ended by a limit or an error: raise the limits of --environment, or give --cut-off"
+    elif cut:
         text += f"; {cut} were cut off: raise --max-tokens ({choice.sampling.max_tokens}), or give --cut-off"
     if empty:
         text += f"; {empty} are empty"

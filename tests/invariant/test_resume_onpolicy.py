@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from .test_resume import assert_same, command, kill_when, killed, last_step, train, write_recipe
+from .test_resume import assert_same, cli, command, kill_when, killed, last_step, train, write_recipe
 
 Recipe = Callable[..., dict[str, Any]]
 TIMES = ("elapsed_s", "sampling_s", "scoring_s", "sampling_tokens_per_s")
@@ -50,6 +50,28 @@ def rollouts(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k not in TIMES} for e in events if e["event"] == "rollout"]
 
 
+ENV = """
+import os, signal
+from pathlib import Path
+
+from mlxft import Observation
+
+class Env:
+    def reset(self, row, seed):
+        self.turns, self.seed = 0, seed
+        return "again" if seed % 2 else None
+
+    async def step(self, turn):
+        self.turns += 1
+        kill = Path(__file__).with_name("kill")
+        if self.turns == 2 and kill.exists():
+            left = int(kill.read_text()) - 1
+            kill.write_text(str(left))
+            if not left:
+                kill.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return Observation(f"{self.seed % 7} more", turn.text.count("a"), end=self.turns == 2 + self.seed % 2)
+"""
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"target_kl": 1e-5, "kl_target": 3.0, "critic_warmup": 1}),
     ("ppo", {"critic": "shared"}),
@@ -102,3 +124,26 @@ def test_killed_from_outside(
     train(settings, resume=True)
     assert_same(tmp_path / "runs/a", run)
     assert rollouts(tmp_path / "runs/a") == rollouts(run)
+
+
+@pytest.mark.parametrize(("objective", "own"), [("ppo", {"critic": "shared"}), ("grpo", {"resample": 1})])
+def test_killed_amid_an_episode(
+    rolling: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, own: dict[str, Any]
+) -> None:
+    """kill -9 by an environment in a second turn, twice: the rollout is sampled again from its seeds."""
+    (tmp_path / "env.py").write_text(ENV)
+    changes = {"environment": f"{tmp_path}/env.py:Env", "data.max_length": 120, "run.save_every": 2}
+    settings = [rolling(objective, own, **{**changes, "run.name": name}) for name in "ab"]
+    for one in settings:
+        del one["rewards"]
+    train(settings[0])
+    ends = rollouts(tmp_path / "runs/a")
+    assert all(2 < e["turns"] < 3 for e in ends)
+    path, run = write_recipe(tmp_path / "b.yaml", settings[1]), tmp_path / "runs/b"
+    for steps in (12, 10):  # second turns until it is killed
+        (tmp_path / "kill").write_text(str(steps))
+        assert cli("train", path, "--resume").returncode == -9
+    assert 0 < last_step(run) < 12
+    assert cli("train", path, "--resume").returncode == 0
+    assert_same(tmp_path / "runs/a", run)
+    assert ends == rollouts(run)

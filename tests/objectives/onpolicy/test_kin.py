@@ -440,7 +440,7 @@ def test_groups_without_variance_and_cut_off_answers_are_left_out(words: Words, 
     assert 0 < event["equal_groups"] == np.mean(np.ptp(groups, axis=1) == 0)
     assert all(rollout.finished[i] and np.ptp(groups[i // 4]) > 0 for i in kept)
     assert all(len(values) for values in rollout.tokens["old_logprobs"]), "KL and entropy are over all of them"
-    steps = objective._steps(rollout, objective._lengths(rollout))
+    steps = objective._steps(rollout, rollout.lengths(objective.prompts))
     assert sorted(i for step in steps for rows in step for i in rows) == kept
     assert len(steps) == 2
 

@@ -96,7 +96,7 @@ def test_the_completions_of_a_pair_stay_together(words: Words, on_policy: OnPoli
     body, count = "return [c.count('w1') for c in completions]", 4 if pairs == "extremes" else 12
     objective, model = made(on_policy("online_dpo", words(4, eos=True, spread=0.1), body, own, **changes))
     rollout, event = objective.roll(model)
-    steps = objective._steps(rollout, objective._lengths(rollout))
+    steps = objective._steps(rollout, rollout.lengths(objective.prompts))
     assert len(steps) == 6 <= objective.steps_per_rollout() == 6
     wanted = sorted(p for p in objective.pairs(rollout) if rollout.scores[p[0]] > rollout.scores[p[1]])
     for epoch in (steps[:3], steps[3:]):

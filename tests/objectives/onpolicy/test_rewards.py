@@ -252,7 +252,7 @@ def test_reward_runs_that_are_none(run: Run, tiny_model: Loaded, tiny_model_dir:
             Rewards(RewardsSettings.model_validate(settings), tiny_model.tokenizer)
         return str(raised.value)
 
-    assert refused() == "rewards: give adapter, function or rules"
+    assert refused().startswith("rewards: give adapter, function or rules")
     assert "rewards.adapter: there is no run or folder runs/none" in refused(adapter="runs/none")
     assert "has no head: not a reward run" in refused(adapter=str(tiny_model_dir))
     folder = tmp_path / "adapter"
