@@ -197,6 +197,7 @@ def seconds(text: Any) -> float:
 S = TypeVar("S", bound=Settings)
 # name -> module of mlxft.objectives, and the class in it
 OBJECTIVES = {
+    "distill": "distill:Distill",
     "grpo": "grpo:GRPO",
     "online_dpo": "online_dpo:OnlineDPO",
     "ppo": "ppo:PPO",
@@ -451,8 +452,8 @@ class OptimSettings(Settings):
     lr: float = Field(
         2e-4,
         gt=0,
-        description="Peak learning rate (default for adamw: sft 2e-5, reward 1e-5, ppo 3e-6, any other objective "
-        "1e-6; LoRA and DoRA: 10 times as much).",
+        description="Peak learning rate (default for adamw: sft and distill 2e-5, reward 1e-5, ppo 3e-6, any other "
+        "objective 1e-6; LoRA and DoRA: 10 times as much).",
         json_schema_extra=_without_default,  # the default depends on objective and method
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(

@@ -42,6 +42,8 @@ FITTED = {
     "ppo-reward-model": [f"data.train={PAIRS}", "rollout.prompts=2", "rollout.max_tokens=8", "run.epochs=null"],
     "grpo": ["rollout.prompts=2", "rollout.samples=2", "rollout.max_tokens=8"],
     "rloo": ["rollout.prompts=2", "rollout.max_tokens=8"],
+    "distill": ["rollout.prompts=2", "rollout.max_tokens=8"],
+    "distill-prompt": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "ppo-function": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "gspo": ["rollout.prompts=4", "rollout.samples=2", "rollout.max_tokens=8"],
     # A random model has no word right, and pairs of equal rewards are left out.
@@ -49,10 +51,11 @@ FITTED = {
 }
 FITTED["fewshot-reviews"] += ["tune.layers=4", "run.eval_every=null"]  # it has no validation rows
 BY_FUNCTION = ("ppo-function", "grpo", "gspo", "rloo", "online-dpo")
-FITTED |= {name: [*FITTED[name], f"data.train={PAIRS}"] for name in BY_FUNCTION}
+FITTED |= {name: [*FITTED[name], f"data.train={PAIRS}"] for name in (*BY_FUNCTION, "distill", "distill-prompt")}
 NEEDED = {
     "transfer-sft": {"model.adapter": "continued-pretraining"},
     "ppo-reward-model": {"rewards.adapter": "reward-lora"},
+    "distill": {"distill.teacher": "sft-lora"},
 }
 ROWS = 40
 JUDGED = ("reward-lora", "reward-qlora", "dpo-lora", "orpo", "kto")
@@ -178,7 +181,7 @@ def test_recipe_runs_as_it_is_from_a_clone_or_says_what_is_yours(
     monkeypatch.chdir(ROOT)
     config = load_config(recipe)
     if "YOURS" in recipe.read_text("utf-8"):
-        with pytest.raises(ConfigError, match=r"texts\.jsonl|runs/reward-lora|reviews-train\.jsonl"):
+        with pytest.raises(ConfigError, match=r"texts\.jsonl|runs/reward-lora|runs/sft-lora|reviews-train\.jsonl"):
             make_objective(config, tiny_tokenizer)
     else:
         summary = make_objective(config, tiny_tokenizer).summary()

@@ -27,6 +27,7 @@ SECTIONS = {
         "check": ("train", "Validate a recipe and show its rows as they are trained."),
         "sweep": ("train", "Search for better settings; stop the worse trials early."),
         "lr-find": ("train", "Suggest a learning rate from a range test."),
+        "distill-cache": ("train", "Store what a teacher says, to distil without it in memory."),
         "schema": ("train", "Print the JSON schema of recipes, for editors."),
         "demo": ("train", "Train a small model on built-in rows, as a demonstration."),
         "rlhf": ("train", "Demonstrate RLHF: SFT, a reward model, PPO, fuse."),

@@ -1,4 +1,4 @@
-"""Commands that train: train, check, sweep, lr-find, schema, demo, rlhf."""
+"""Commands that train: train, check, sweep, lr-find, distill-cache, schema, demo, rlhf."""
 
 from __future__ import annotations
 
@@ -204,6 +204,40 @@ def lr_find(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if plot is not None:
         echo(f"plot: {plot}")
+
+
+# --- distill-cache ----------------------------------------------------------------------------------------------------
+
+
+@click.command("distill-cache")
+@click.argument("recipe", type=PathArg())
+@OVERRIDES
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
+def distill_cache(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Store what the teacher of RECIPE says in the folder distill.cache, so that training needs no teacher in memory.
+
+    At each token of a completion the log-probabilities of its distill.top_k likeliest tokens are stored. Rows without
+    completions (data.format: prompts) get those that the teacher samples. Only the teacher is loaded. A command that
+    was interrupted continues where it was.
+
+    \b
+    Example: mlxft distill-cache configs/distill.yaml distill.on_policy=0 distill.cache=teacher
+             mlxft train configs/distill.yaml distill.on_policy=0 distill.cache=teacher
+    """
+    from mlxft.build import settled
+    from mlxft.config import load_config
+    from mlxft.model.load import load_tokenizer
+    from mlxft.objectives.distill import store_teacher
+
+    console = make_console(stderr=as_json)
+    config = settled(load_config(recipe, overrides), resume=False)
+    m = config.model
+    tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
+    found = store_teacher(config, tokenizer, console)
+    if as_json:
+        echo(json_text(found))
+    else:
+        echo(f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['bytes'] / 1e6:.1f} MB")
 
 
 # --- schema -----------------------------------------------------------------------------------------------------------

@@ -38,10 +38,12 @@ class FrozenSource(NamedTuple):
     Attributes:
         name: what it is for: reference, reward, teacher.
         folder: of an adapter or of a whole model; None: what is trained, as it is when training begins.
+        quantize: bits to which a whole model is quantised when it is loaded; None: as it is.
     """
 
     name: str
     folder: Path | None = None
+    quantize: int | None = None
 
 
 class FrozenModel:
@@ -102,9 +104,13 @@ class FrozenModels:
     def start(self, name: str, config: Config) -> FrozenModel:
         """Return the trained model as it is now: the bare base where a fresh adapter is trained, else a copy."""
         if is_bare(config):
-            return FrozenModel(self.split, self.roles)
+            return self.base()
         self.roles.copy("policy", name)
         return FrozenModel(self.split, self.roles, name)
+
+    def base(self) -> FrozenModel:
+        """Return the base that is trained, without any role's adapter."""
+        return FrozenModel(self.split, self.roles)
 
     def arrays(self) -> list[mx.array]:
         """Return what all of them hold, and what the base had where training replaces it."""
@@ -118,21 +124,33 @@ class FrozenModels:
         """
         folder = source.folder
         assert folder is not None, "what is trained is not loaded: see start"
-        if same_base(folder, self._fingerprint, self._path):
+        if source.quantize is None and same_base(folder, self._fingerprint, self._path):
             self.roles.load(source.name, folder, self._fingerprint)
             found = FrozenModel(self.split, self.roles, source.name)
             mx.eval(found.arrays())
             return found
-        is_adapter = (folder / "adapter_config.json").is_file()
-        loaded = load_with_adapter(folder, folder, {}) if is_adapter else load(str(folder))
-        split = Split(loaded.model)
-        if (folder / HEAD_FILE).is_file():
-            load_head(split, folder / HEAD_FILE, base_fingerprint(loaded))
-        loaded.model.freeze()
-        loaded.model.eval()
-        mx.eval(loaded.model.parameters())
-        self._apart.append(FrozenModel(split, tokenizer=loaded.tokenizer))
+        self._apart.append(open_apart(source))
         return self._apart[-1]
+
+
+def open_apart(source: FrozenSource) -> FrozenModel:
+    """Load a frozen model as a model of its own, with the head that lies in its folder.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    folder = source.folder
+    assert folder is not None, "what is trained is not loaded: see FrozenModels.start"
+    options: dict[str, Any] = {} if source.quantize is None else {"quantize": source.quantize}
+    is_adapter = (folder / "adapter_config.json").is_file()
+    loaded = load_with_adapter(folder, folder, options) if is_adapter else load(str(folder), **options)
+    split = Split(loaded.model)
+    if (folder / HEAD_FILE).is_file():
+        load_head(split, folder / HEAD_FILE, base_fingerprint(loaded))
+    loaded.model.freeze()
+    loaded.model.eval()
+    mx.eval(loaded.model.parameters())
+    return FrozenModel(split, tokenizer=loaded.tokenizer)
 
 
 def same_base(folder: Path, fingerprint: str | None, path: str | None) -> bool:
@@ -165,33 +183,51 @@ def frozen_residents(sources: Sequence[FrozenSource], config: Config, model: nn.
     if config.model.adapter is None:  # without its adapter the base is what it was, but for parameters trained whole
         trained = [(name, value) for name, value in trained if name.rpartition(".")[2] not in LEAVES]
     found, apart, notes = dict[str, int](), set[str](), list[str]()
-    for name, folder in sources:
-        if folder is None:
-            found[name] = sum(value.nbytes for _, value in trained)
+    for source in sources:
+        if source.folder is None:
+            found[source.name] = sum(value.nbytes for _, value in trained)
         else:
-            found[name], shared, note = _stored(name, folder, config)
+            found[source.name], shared, note = _stored(source, source.folder, config)
             notes += note
-            apart |= set() if shared else {name}
+            apart |= set() if shared else {source.name}
     return Residents(found, apart=frozenset(apart), notes=tuple(notes))
 
 
-def _stored(name: str, folder: Path, config: Config) -> tuple[int, bool, list[str]]:
+def _stored(source: FrozenSource, folder: Path, config: Config) -> tuple[int, bool, list[str]]:
     """Return the bytes of a frozen model in a folder, whether it stands on the trained base, and notes on it."""
+    name, m = source.name, config.model
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if not (folder / "adapter_config.json").is_file():
-        return stored, False, [f"the {name} model is a whole model of its own"]
-    m = config.model
+    is_adapter = (folder / "adapter_config.json").is_file()
     try:
         own = skeleton(m.path, dtype=m.dtype, quantize=m.quantize, group_size=m.group_size).fingerprint
-        if same_base(folder, own, m.path):
+        if source.quantize is None and same_base(folder, own, m.path):
             return stored, True, []
-        base = read_adapter_config(folder).get("mlxft", {}).get("base", {})
-        options = {k: base[k] for k in ("dtype", "quantize", "group_size") if base.get(k) is not None}
-        other = skeleton(base.get("model", ""), **options).model
+        weights = sum(value.nbytes for _, value in tree_flatten(frozen_skeleton(source).parameters()))
     except ModelError as error:
-        return stored, False, [f"the base of the {name} model is not counted: {error}"]
-    weights = sum(value.nbytes for _, value in tree_flatten(other.parameters()))
-    return stored + weights, False, [f"the {name} model has a base of its own ({base['model']})"]
+        what = f"the base of the {name} model" if is_adapter else f"the {name} model"
+        return stored, False, [f"{what} is not counted{'' if is_adapter else ' but for its files'}: {error}"]
+    if not is_adapter:
+        return weights, False, [f"the {name} model is a whole model of its own"]
+    return stored + weights, False, [f"the {name} model has a base of its own ({_base_of(folder)['model']})"]
+
+
+def _base_of(folder: Path) -> dict[str, Any]:
+    base: dict[str, Any] = read_adapter_config(folder).get("mlxft", {}).get("base", {})
+    return base
+
+
+def frozen_skeleton(source: FrozenSource) -> nn.Module:
+    """Return a model of its own without weights; of an adapter its base."""
+    folder = source.folder
+    assert folder is not None, "what is trained is a skeleton already"
+    options, path = dict[str, Any](), str(folder)
+    if (folder / "adapter_config.json").is_file():
+        base = _base_of(folder)
+        path = base.get("model", "")
+        options = {k: base[k] for k in ("dtype", "quantize", "group_size") if base.get(k) is not None}
+    if source.quantize is not None:
+        options["quantize"] = source.quantize
+    return skeleton(path, **options).model
 
 
 # --- reference --------------------------------------------------------------------------------------------------------

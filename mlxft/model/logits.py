@@ -428,16 +428,6 @@ def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
     return total - (exp(scaled - total[..., None]) * scaled).sum(axis=-1)
 
 
-def exact_kl(logits: mx.array, others: mx.array) -> mx.array:
-    """Return KL(p || q) of p = softmax(logits) and q = softmax(others), sum p (log p - log q), (N,) in nats.
-
-    logits, others: (N, V); the gradient flows into the first only. -inf in both marks a token that is never sampled.
-    """
-    p, q = (mx.maximum(z.astype(mx.float32), _OUT) for z in (logits, mx.stop_gradient(others)))
-    p, q = p - logsumexp(p)[..., None], q - logsumexp(q)[..., None]
-    return (exp(p) * (p - q)).sum(axis=-1)
-
-
 class Draw(NamedTuple):
     """The distribution that tokens were sampled from: softmax(logits / temperature) of all tokens but `without`."""
 
@@ -448,7 +438,7 @@ class Draw(NamedTuple):
 _PLAIN = Draw()
 
 
-def _drawn(draw: Draw, logits: mx.array) -> mx.array:
+def drawn_logits(draw: Draw, logits: mx.array) -> mx.array:
     """Return the logits of the distribution that was sampled from."""
     if draw == _PLAIN:
         return logits
@@ -458,7 +448,7 @@ def _drawn(draw: Draw, logits: mx.array) -> mx.array:
 
 def _at(draw: Draw, read: Read) -> Read:
     """Return `read` of the distribution that was sampled from."""
-    return lambda logits, labels: read(_drawn(draw, logits), labels)
+    return lambda logits, labels: read(drawn_logits(draw, logits), labels)
 
 
 def rows_logprobs(
@@ -473,7 +463,7 @@ def rows_logprobs(
         grad: whether a gradient will be taken.
         draw: the distribution that the labels were sampled from.
     """
-    return _read_rows(split, ids, positions, labels, _at(draw, token_logprobs), grad)
+    return read_positions(split, ids, positions, labels, _at(draw, token_logprobs), grad)
 
 
 def rows_hidden(split: Split, ids: mx.array, positions: mx.array) -> mx.array:
@@ -492,32 +482,18 @@ def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _
     return _read(split, hidden, labels, _at(draw, lambda logits, _: entropy(logits)), grad)
 
 
-def hidden_kl(
-    split: Split,
-    hidden: mx.array,
-    others: mx.array,
-    other_logits: Callable[[mx.array], mx.array],
-    *,
-    grad: bool,
-    draw: Draw = _PLAIN,
+def hidden_read(
+    split: Split, hidden: mx.array, labels: mx.array, read: Read, *, grad: bool, draw: Draw = _PLAIN
 ) -> mx.array:
-    """Return `exact_kl` of the next token to another model after (N, D) hidden states, (N,) float32, in chunks.
-
-    Args:
-        others: (N, D) the other model's hidden states at the same positions, and `other_logits` its head.
-    """
-
-    def read(logits: mx.array, states: mx.array) -> mx.array:
-        return exact_kl(_drawn(draw, logits), _drawn(draw, other_logits(states)))
-
-    return _read(split, hidden, others, read, grad)
+    """Return `read` of the logits after (N, D) hidden states, (N,), in chunks; `labels` as for `read_positions`."""
+    return _read(split, hidden, labels, _at(draw, read), grad)
 
 
 def rows_logprobs_entropy(
     split: Split, ids: mx.array, positions: mx.array, labels: mx.array, *, draw: Draw = _PLAIN
 ) -> tuple[mx.array, mx.array]:
     """Return log-probabilities, bit for bit those of `rows_logprobs`, and entropies, both (N,), without a gradient."""
-    found = _read_rows(split, ids, positions, labels, _at(draw, _picked_entropy), False)
+    found = read_positions(split, ids, positions, labels, _at(draw, _picked_entropy), False)
     return found[:, 0], found[:, 1]
 
 
@@ -543,7 +519,7 @@ def rows_logprobs_greedy(
     split: Split, ids: mx.array, positions: mx.array, labels: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Return the same of whole rows; arguments as for `rows_logprobs`."""
-    found = _read_rows(split, ids, positions, labels, _picked_greedy, False)
+    found = read_positions(split, ids, positions, labels, _picked_greedy, False)
     return found[:, 0], found[:, 1] > 0
 
 
@@ -552,7 +528,14 @@ def _picked_greedy(logits: mx.array, labels: mx.array) -> mx.array:
     return mx.stack([token_logprobs(logits, labels), likeliest.astype(mx.float32)], axis=-1)
 
 
-def _read_rows(split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:
+def read_positions(
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool
+) -> mx.array:
+    """Return `read` of the logits at positions, in chunks: (N,) or (N, m) numbers; arguments as for `rows_logprobs`.
+
+    Args:
+        labels: (N, ...) what `read` needs beside the (n, V) logits of a chunk; it is given the same rows of it.
+    """
     if split.separable:
         return _read(split, rows_hidden(split, ids, positions), labels, read, grad)
     return read(_flat(split.model(ids))[positions], labels)

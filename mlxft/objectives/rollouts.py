@@ -7,7 +7,7 @@ step, for some epochs. What frozen models say of a completion is computed when i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -69,6 +69,7 @@ from mlxft.objectives.base import (
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
+from mlxft.text import Event
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -133,14 +134,19 @@ _NO_DROPOUT = NoDropout("the policy that samples and the one that is trained wou
 MAX_KL = 4.0  # nats a token: the reference would sample 2 % of the tokens that the policy writes
 
 
-class OnPolicySettings(Settings):
-    """Settings of every on-policy method."""
+class PassSettings(Settings):
+    """Settings of every objective that trains on rollouts."""
 
-    kl_coef: float = Field(0.05, ge=0, description="Cost of a nat of KL to the reference; 0: no reference is kept.")
     epochs: int = Field(1, ge=1, description="Passes over each rollout.")
     minibatches: int = Field(
         1, ge=1, description="Minibatches per pass over a rollout; batch.accumulate of them make a step."
     )
+
+
+class OnPolicySettings(PassSettings):
+    """Settings of every on-policy method with rewards."""
+
+    kl_coef: float = Field(0.05, ge=0, description="Cost of a nat of KL to the reference; 0: no reference is kept.")
     target_kl: float | None = Field(
         None,
         gt=0,
@@ -216,7 +222,7 @@ def check_kl(kl: float, name: str, most: float | None, validated: bool) -> None:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """Tokens that a prompt may have, what bounds them, and the way out, for messages."""
 
     tokens: int
@@ -241,21 +247,16 @@ def encode_prompts(
         assert isinstance(item, Prompt)
         asked = item.prompt if isinstance(item.prompt, list) else None
         notes += chat_notes(tokenizer, turn_end(tokenizer, asked, tools_of(item.row)))
-    room = _room(config)
+    room = room_for_prompts(config, tokenizer)
     found = _encode(train, config, tokenizer, room, notes)
     with of_valid():
         return found, _encode(valid, config, tokenizer, room, notes) if valid else []
 
 
 def _encode(
-    examples: Sequence[Example], config: Config, tokenizer: Any, room: _Room, notes: list[str]
+    examples: Sequence[Example], config: Config, tokenizer: Any, room: Room, notes: list[str]
 ) -> list[EncodedPrompt]:
     longest, why, way = room
-    if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
-        raise ConfigError(
-            "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
-            "completions then end at a text of rollout.stop, or at rollout.max_tokens"
-        )
     chat = config.data.template == "auto"
     found: list[EncodedPrompt] = []
     problems: list[str] = []
@@ -289,16 +290,26 @@ def _encode(
     return found
 
 
-def _room(config: Config) -> _Room:
+def room_for_prompts(config: Config, tokenizer: Any) -> Room:
+    """Return the room that completions leave to prompts.
+
+    Raises:
+        ConfigError: completions are to end at EOS and there is none; or they are longer than the model's context.
+    """
+    if config.section("rollout", RolloutSettings).stop_at_eos and not tokenizer.eos_token_ids:
+        raise ConfigError(
+            "rollout.stop_at_eos: the tokenizer has no EOS token, so no completion can end at one; set it to false: "
+            "completions then end at a text of rollout.stop, or at rollout.max_tokens"
+        )
     most, completion = config.data.max_length, config.section("rollout", RolloutSettings).max_tokens
     context = context_of(read_model_config(config.model.path))
     if context is None or context >= most:
-        return _Room(most - completion, f"data.max_length ({most})", "Raise the first")
+        return Room(most - completion, f"data.max_length ({most})", "Raise the first")
     if context <= completion:
         raise ConfigError(
             f"rollout.max_tokens ({completion}) leaves no room for a prompt in the model's {context} tokens"
         )
-    return _Room(context - completion, f"the model's context ({context})", "Lower rollout.max_tokens")
+    return Room(context - completion, f"the model's context ({context})", "Lower rollout.max_tokens")
 
 
 # --- rollout ----------------------------------------------------------------------------------------------------------
@@ -496,7 +507,8 @@ def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
 
 # --- validation -------------------------------------------------------------------------------------------------------
 
-_SHOWN = 4  # completions that are shown
+SHOWN = 4  # completions that are shown
+CUT_OFF = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
 
 
 class HeldOut:
@@ -535,7 +547,7 @@ class HeldOut:
                     "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
                     "score": float(scores.total[i]),
                 }
-                for i in every[:_SHOWN]
+                for i in every[:SHOWN]
             ],
         }
 
@@ -557,6 +569,7 @@ class HeldOut:
 
 # --- on-policy --------------------------------------------------------------------------------------------------------
 
+_P = TypeVar("_P", bound=PassSettings)
 _M = TypeVar("_M", bound=OnPolicySettings)
 FAR = "approx_kl_k3"  # metric of policy_loss: KL to the policy that sampled by k3, never below 0; approx_kl is k1
 _IDLE = 8  # consecutive rollouts with nothing to train on before a run is stopped, at least
@@ -587,61 +600,66 @@ class RolloutBatch:
     ref_hidden: mx.array | None = None
 
 
-class OnPolicy(Objective, Generic[_M]):
-    """An objective over completions that the policy samples. A subclass gives advantages and the loss.
+class RolloutObjective(Objective, Generic[_P]):
+    """An objective over completions that the policy samples, rollout by rollout.
+
+    A subclass gives `roll`, `make`, `per` and the loss.
 
     Args:
         section: the method's settings.
+        notes: of what was checked before.
+        reads: columns of the rows that are read besides those of the format; None: all.
     Raises:
         ConfigError, DataError: settings or rows do not fit.
     """
 
     # Nothing is compiled: micro-batches of completions rarely have the same shape.
-    grouped = False  # whether completions are compared with others of their prompt
     together = 1  # completions that stay in one micro-batch: the two of a pair
+    first_whole = 0  # the first rollout that trains everything
+    reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
 
-    def __init__(self, config: Config, tokenizer: Any, section: type[_M]) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, section: type[_P], notes: list[str], reads: Collection[str] | None = ()
+    ) -> None:
         super().__init__(config, tokenizer)
         self.settings = config.section(self.section(), section)
         self.rollouts = config.section("rollout", RolloutSettings)
-        self.notes = check_on_policy_recipe(config, self.rollouts, self.section(), self.grouped)
-        self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
-        train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=self.rewards.columns)
-        self.notes += said
+        train, valid, said = load_splits(config.data, config.run.seed, tokenizer=tokenizer, reads=reads)
+        self.notes = [*notes, *said]
         self._data = data_fingerprint(train, valid)
-        self.prompts, self.valid = encode_prompts(train, valid, config, tokenizer, self.notes)
-        self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
+        self.prompts, self.valid = self.encode(train, valid)
         s = self.rollouts
         filters = s.top_p, s.top_k, s.min_p
         self.sampling = Sampling(s.max_tokens, s.temperature, *filters, tuple(s.stop), s.stop_at_eos, True)
         self.how = Draw(s.temperature, never_drawn(tokenizer, self.sampling))
-        self.kl_coef: float = self.settings.kl_coef
         self._number, self._step = 0, 0  # the rollout and its next step
         self._rollout: Rollout | None = None
-        # KL to the policy that sampled, over this pass: sum and weight, and those of steps that are not read yet.
-        self._apart = [0.0, 0.0]
-        self._unread: list[tuple[mx.array, float]] = []
-        self._held_out = HeldOut(self)
         self._model: nn.Module | None = None
-        self.reference: FrozenModel | None = None
 
-    # Roles
+    def encode(
+        self, train: Sequence[Example], valid: Sequence[Example]
+    ) -> tuple[list[EncodedPrompt], list[EncodedPrompt]]:
+        """Return the prompts to train on, and held-out ones; notes on them are added."""
+        return encode_prompts(train, valid, self.config, self.tokenizer, self.notes)
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
-        """Open the frozen models: the reference, where anything reads it, and the reward model."""
         self._model = model
         self.models = FrozenModels(model, base, self.config.model.path)
         self.roles, self.split = self.models.roles, self.models.split
-        if self.settings.refers or is_bare(self.config):  # the bare base is there at no cost
-            self.reference = self.models.start("reference", self.config)
-        with trusting(self.config.model.trust_remote_code):
-            self.rewards.prepare(self.models)
-        replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
-        if self.rewards.role is not None and replaced:
-            seen = f"rewards.adapter: it is for the base, in which model.adapter replaces {replaced[0]}"
-            raise ConfigError(f"{seen}; fuse model.adapter and train from the fused folder")
+        self.open_frozen()
         layers = [layer for role in self.roles.names for layer in self.roles[role].layers.values()]
         self.notes += _NO_DROPOUT.take_out(model, *layers)
+
+    def open_frozen(self) -> None:
+        """Open the frozen models."""
+
+    def most_tokens(self, prompts: Sequence[EncodedPrompt], index: int) -> int:
+        """Return the most tokens that a completion of a prompt may have."""
+        return self.rollouts.max_tokens
+
+    def recorded(self) -> tuple[str, ...]:
+        """Return the names of the numbers of each token that `make` needs."""
+        return self.reads
 
     # Data
 
@@ -688,6 +706,13 @@ class OnPolicy(Objective, Generic[_M]):
     def _stacked(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[EncodedPrompt]) -> Completions:
         return stack([EncodedCompletion(prompts[rollout.prompts[i]].ids, rollout.replies[i]) for i in rows])
 
+    def _lengths(self, rollout: Rollout) -> Any:
+        return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
+
+    def _per_epoch(self, rollout: Rollout) -> int:
+        units = len(self.kept(rollout)) // self.together
+        return -(-min(self.settings.minibatches, units) // self.config.batch.accumulate)
+
     # Rollouts
 
     def sample(
@@ -707,15 +732,6 @@ class OnPolicy(Objective, Generic[_M]):
             [completion.finish != "length" for completion in completions],
         )
 
-    def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
-        """Return the rewards of the completions."""
-        items = []
-        for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
-            p, opening = prompts[i], self.opening(prompts[i])
-            text = self.text(reply, opening)
-            items.append(ToScore(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
-        return self.rewards.score(items, tokens=self.config.batch.budget)
-
     def opening(self, prompt: EncodedPrompt) -> str:
         """Return the mark that opens a thought at the end of a prompt, or ''."""
         return opening_after(self.tokenizer, prompt.ids.tolist())
@@ -724,6 +740,245 @@ class OnPolicy(Objective, Generic[_M]):
         """Return a completion's text as rewards read it: without the stop text that ended it."""
         text = decode_completion(self.tokenizer, reply.tolist())
         return until_stop(text, self.sampling.stop, opening, self.sampling.stop_in_answer)
+
+    def roll(self, model: nn.Module) -> tuple[Rollout, Event | None]:
+        """Make the next rollout, ready to be trained on, and its event, if any, with `sampling_s` and `scoring_s`."""
+        raise AssertionError(f"{type(self).__name__} makes no rollouts")
+
+    def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
+        """Return the micro-batches that train on some completions."""
+        raise AssertionError(f"{type(self).__name__} makes no micro-batches")
+
+    def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
+        """Return the denominators of a step that trains on these completions."""
+        raise AssertionError(f"{type(self).__name__} has no denominators")
+
+    # The contract
+
+    def steps(self, model: nn.Module) -> Iterator[Step]:
+        idle, owed = 0, False  # owed: an epoch ended without a step of its own; the next step ends it
+        while True:
+            event, spent = None, 0.0
+            if self._rollout is None:
+                self._rollout, event = self.roll(model)
+                spent = event["sampling_s"] + event["scoring_s"] if event else 0.0
+            rollout = self._rollout
+            steps = self._steps(rollout, self._lengths(rollout))
+            last_of_epoch = (rollout.number + 1) % self._per_pass == 0
+            idle = 0 if steps else idle + 1
+            if not steps:
+                self._number, self._rollout, owed = self._number + 1, None, owed or last_of_epoch
+                yield Step([], {}, event=event, before_s=spent)  # only to report it
+            if idle >= max(_IDLE, 2 * self._per_pass):
+                raise TrainingError(self.why_idle(idle))
+            while self._rollout is rollout:
+                at = self._step
+                if at % self._per_epoch(rollout) == 0 and self.too_far() and at:
+                    self._number, self._step, self._rollout = self._number + 1, 0, None
+                    owed = owed or last_of_epoch
+                    break
+                micro_batches = [m for rows in steps[at] for m in self.make(rollout, rows)]
+                per = self.per(rollout, [i for rows in steps[at] for i in rows])
+                final = at + 1 == len(steps)
+                self._step = at + 1
+                if final:
+                    self._number, self._step, self._rollout = self._number + 1, 0, None
+                ends = owed or (final and last_of_epoch)
+                yield Step(micro_batches, per, ends, event, spent, self.after_step)
+                event, spent, owed = None, 0.0, False
+
+    def too_far(self) -> bool:
+        """Return whether the passes over this rollout end with the one before."""
+        return False
+
+    def after_step(self, sums: Terms, per: dict[str, float]) -> None:
+        """Take note of a step's sums, which are not evaluated yet."""
+
+    def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Step:
+        """Return a step over made-up completions of full length.
+
+        Args:
+            chosen: for each micro-batch the prompts of its completions.
+        """
+        micro_batches: list[MicroBatch] = []
+        per: dict[str, float] = {}
+        for prompts in chosen:
+            sizes = [self.most_tokens(self.prompts, i) for i in prompts]
+            replies = [np.zeros(n, np.int32) for n in sizes]
+            rollout = Rollout(max(self._number, self.first_whole), [*prompts], replies, [])
+            rollout.tokens = {name: [np.zeros(n, np.float32) for n in sizes] for name in self.recorded()}
+            micro_batches += self.make(rollout, range(len(prompts)))
+            for name, count in self.per(rollout, range(len(prompts))).items():
+                per[name] = per.get(name, 0.0) + count
+        return Step(micro_batches, per)
+
+    def real_tokens(self, data: RolloutBatch) -> list[mx.array]:
+        return [real_mask(data.ids, data.last + 1)]
+
+    def held(self) -> list[mx.array]:
+        return self.models.arrays()
+
+    def steps_per_epoch(self, epoch: int = 0) -> int:
+        """Return an upper bound: `target_kl` may end the passes over a rollout early."""
+        full, rest = divmod(len(self.prompts), self.rollouts.prompts)
+        sizes = [self.rollouts.prompts * self.per_prompt] * full + [rest * self.per_prompt] * bool(rest)
+        steps = (-(-min(self.settings.minibatches, size) // self.config.batch.accumulate) for size in sizes)
+        return self.settings.epochs * sum(steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rollout": self._number, "step": self._step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._number, self._step = state["rollout"], state["step"]
+
+    def arrays(self) -> dict[str, mx.array]:
+        return self._rollout.arrays() if self._rollout is not None else {}
+
+    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
+        self._rollout = Rollout.of(arrays) if arrays else None
+
+    def fingerprint(self) -> str:
+        return self._data
+
+    def summary(self) -> Summary:
+        counts: dict[str, int | float] = {
+            "prompts": len(self.prompts),
+            "prompt tokens": sum(len(p.ids) for p in self.prompts),
+            "rollouts a pass": self._per_pass,
+            "completions a rollout": min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples,
+        }
+        if self.valid:
+            counts["held-out prompts"] = len(self.valid)
+        first = self.prompts[0]
+        asked = first.asked if isinstance(first.asked, list) else None
+        chat = self.config.data.template == "auto"
+        ends = turn_end(self.tokenizer, asked, tools_of(first.row)) if chat else ()
+        return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends))
+
+    def previews(self, n: int) -> list[Encoded]:
+        """Return the first prompts; nothing of them is trained."""
+        return [Encoded(p.ids, np.zeros(len(p.ids), dtype=bool), p.where) for p in self.prompts[:n]]
+
+    # Memory: the largest steps, of the longest prompts and of the shortest, which fit in larger numbers
+
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        return Outline(reads="logprobs")
+
+    def beside(self, model: nn.Module) -> Beside:
+        rolling = self._rolling()
+        phases = sampling_bytes(model, rolling), scoring_bytes(model, rolling.scored)
+        return Beside(self.residents(self.config, model), *phases, self._several())
+
+    def shapes(self) -> list[Shape]:
+        return [shape for step in self._largest_steps() for shape, _ in step]
+
+    def largest(self, model: nn.Module) -> list[MakesStep]:
+        """Return steps over made-up completions; where a step has several micro-batches, two stand for all."""
+        cut = [(shape, asked) for step in self._largest_steps() for shape, asked in step]
+        times = 2 if self._several() else 1
+        chosen = heaviest([shape for shape, _ in cut])
+        return [partial(self.rehearsed, [cut[i][1]] * times) for i in chosen]
+
+    def steps_per_rollout(self) -> int:
+        minibatches = min(self.settings.minibatches, self._units)
+        return int(self.settings.epochs * -(-minibatches // self.config.batch.accumulate))
+
+    @property
+    def _count(self) -> int:
+        """Return the completions of a rollout."""
+        return min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
+
+    @property
+    def per_prompt(self) -> int:
+        """Return how many units of `together` completions are trained of a prompt, at most."""
+        return self.rollouts.samples // self.together
+
+    @property
+    def _units(self) -> int:
+        """Return the units of a rollout."""
+        return min(self.rollouts.prompts, len(self.prompts)) * self.per_prompt
+
+    def _several(self) -> bool:
+        """Return whether a step has several micro-batches, so that a gradient is held while others are computed."""
+        return self.config.batch.accumulate > 1 or any(len(step) > 1 for step in self._largest_steps())
+
+    def _rolling(self) -> Rolling:
+        """Return the largest rollout, held-out prompts included."""
+        r = self.rollouts
+        most = r.rows or ROWS_AT_ONCE
+        prompts = min(r.prompts, len(self.prompts))
+        rows = min(most, max(prompts * r.samples, len(self.valid)))
+        group = max(min(prompts, max(1, most // r.samples)), min(len(self.valid), most))
+        longest = max(len(p.ids) for p in (*self.prompts, *self.valid))
+        filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
+        return Rolling(rows, group, longest, r.max_tokens, filtered, self.scored())
+
+    def scored(self) -> list[Shape]:
+        """Return the shapes of the batches that are read without a gradient."""
+        found = self.shapes()
+        if self.valid:
+            found += [shape for shape, _ in self._cut(self.valid, range(len(self.valid)))]
+        return found
+
+    def _largest_steps(self) -> list[list[tuple[Shape, list[int]]]]:
+        """Return the micro-batches of each kind of minibatch, with the prompts of their completions."""
+        count = -(-self._units // min(self.settings.minibatches, self._units)) * self.together
+        each = self.per_prompt * self.together
+        asked = [_longest(self.prompts, each, count, shortest) for shortest in (False, True)]
+        return [self._cut(self.prompts, chosen) for chosen in asked]
+
+    def _cut(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> list[tuple[Shape, list[int]]]:
+        """Return micro-batches of full-length completions of these prompts."""
+        most = np.array([self.most_tokens(prompts, i) for i in asked], dtype=np.int64)
+        lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + most
+        batches = self.micro_batches(range(len(lengths)), lengths)
+        return [
+            (Shape(len(rows), int(lengths[rows].max()), int(most[rows].sum())), [asked[i] for i in rows])
+            for rows in batches
+        ]
+
+
+class OnPolicy(RolloutObjective[_M], Generic[_M]):
+    """An objective over the policy's completions and their rewards. A subclass gives advantages and the loss."""
+
+    grouped = False  # whether completions are compared with others of their prompt
+    needs_reference = False  # whether the loss reads ref_logprobs
+    reads: tuple[str, ...] = ("old_logprobs", "advantages")
+
+    def __init__(self, config: Config, tokenizer: Any, section: type[_M]) -> None:
+        notes = check_on_policy_recipe(config, config.section("rollout", RolloutSettings), self.section(), self.grouped)
+        self.rewards = Rewards(config.section("rewards", RewardsSettings), tokenizer)
+        super().__init__(config, tokenizer, section, notes, self.rewards.columns)
+        self.rewards.check_rows([(p.where, p.row) for p in (*self.prompts, *self.valid)])
+        self.kl_coef: float = self.settings.kl_coef
+        # KL to the policy that sampled, over this pass: sum and weight, and those of steps that are not read yet.
+        self._apart = [0.0, 0.0]
+        self._unread: list[tuple[mx.array, float]] = []
+        self._held_out = HeldOut(self)
+        self.reference: FrozenModel | None = None
+
+    def open_frozen(self) -> None:
+        """Open the reference, where anything reads it, and the reward model."""
+        if self.settings.refers or is_bare(self.config):  # the bare base is there at no cost
+            self.reference = self.models.start("reference", self.config)
+        with trusting(self.config.model.trust_remote_code):
+            self.rewards.prepare(self.models)
+        replaced = sorted(self.roles["policy"].whole) if self.config.model.adapter is not None else []
+        if self.rewards.role is not None and replaced:
+            seen = f"rewards.adapter: it is for the base, in which model.adapter replaces {replaced[0]}"
+            raise ConfigError(f"{seen}; fuse model.adapter and train from the fused folder")
+
+    # Rollouts
+
+    def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
+        """Return the rewards of the completions."""
+        items = []
+        for i, reply, finished in zip(rollout.prompts, rollout.replies, rollout.finished):
+            p, opening = prompts[i], self.opening(prompts[i])
+            text = self.text(reply, opening)
+            items.append(ToScore(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
+        return self.rewards.score(items, tokens=self.config.batch.budget)
 
     def record_logprobs(
         self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]
@@ -815,22 +1070,18 @@ class OnPolicy(Objective, Generic[_M]):
             "scoring_s": time.perf_counter() - began - drawn.seconds,
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
-            event["warning"] = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
+            event["warning"] = CUT_OFF
         if kl:
             a_token = kl["kl"] / float(rollout.sizes.mean())
             check_kl(a_token, self.section(), self.settings.highest_kl, bool(self.valid))
             self.after_rollout(kl["kl"], len(rollout))
         return rollout, event
 
+    def recorded(self) -> tuple[str, ...]:
+        return (*self.reads, "ref_logprobs") if self.needs_reference else self.reads
+
     def after_rollout(self, kl: float, count: int) -> None:
         """Adapt settings after a rollout of `count` completions with this `kl`."""
-
-    def _lengths(self, rollout: Rollout) -> Any:
-        return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
-
-    def _per_epoch(self, rollout: Rollout) -> int:
-        units = len(self.kept(rollout)) // self.together
-        return -(-min(self.settings.minibatches, units) // self.config.batch.accumulate)
 
     @staticmethod
     def kls(rollout: Rollout) -> npt.NDArray[np.float64]:
@@ -841,40 +1092,6 @@ class OnPolicy(Objective, Generic[_M]):
     def kl_of(self, rollout: Rollout) -> dict[str, float]:
         """Return `kl`, nats summed over a completion, mean over completions; {} without a reference."""
         return {"kl": float(self.kls(rollout).mean())} if self.settings.refers else {}
-
-    # The contract
-
-    def steps(self, model: nn.Module) -> Iterator[Step]:
-        idle, owed = 0, False  # owed: an epoch ended without a step of its own; the next step ends it
-        while True:
-            event, spent = None, 0.0
-            if self._rollout is None:
-                self._rollout, event = self.roll(model)
-                spent = event["sampling_s"] + event["scoring_s"]
-            rollout = self._rollout
-            steps = self._steps(rollout, self._lengths(rollout))
-            last_of_epoch = (rollout.number + 1) % self._per_pass == 0
-            idle = 0 if steps else idle + 1
-            if not steps:
-                self._number, self._rollout, owed = self._number + 1, None, owed or last_of_epoch
-                yield Step([], {}, event=event, before_s=spent)  # only to report it
-            if idle >= max(_IDLE, 2 * self._per_pass):
-                raise TrainingError(self.why_idle(idle))
-            while self._rollout is rollout:
-                at = self._step
-                if at % self._per_epoch(rollout) == 0 and self._too_far() and at:
-                    self._number, self._step, self._rollout = self._number + 1, 0, None
-                    owed = owed or last_of_epoch
-                    break
-                micro_batches = [m for rows in steps[at] for m in self.make(rollout, rows)]
-                per = self.per(rollout, [i for rows in steps[at] for i in rows])
-                final = at + 1 == len(steps)
-                self._step = at + 1
-                if final:
-                    self._number, self._step, self._rollout = self._number + 1, 0, None
-                ends = owed or (final and last_of_epoch)
-                yield Step(micro_batches, per, ends, event, spent, self._note_kl)
-                event, spent, owed = None, 0.0, False
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
         """Return the micro-batches that train on some completions."""
@@ -892,41 +1109,13 @@ class OnPolicy(Objective, Generic[_M]):
         return [MicroBatch(data, tokens, int(rollout.sizes[list(rows)].sum()), where)]
 
     def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
-        """Return the denominators of a step that trains on these completions: by default their tokens."""
         return {"policy": float(rollout.sizes[list(rows)].sum())}
 
-    def real_tokens(self, data: RolloutBatch) -> list[mx.array]:
-        return [real_mask(data.ids, data.last + 1)]
+    def logprobs(self, a: Completions | RolloutBatch, grad: bool = True) -> mx.array:
+        """Return (N,) log-probabilities of a batch's tokens by the active role."""
+        return rows_logprobs(self.split, a.ids, a.positions, a.labels, grad=grad, draw=self.how)
 
-    needs_reference = False  # whether the loss reads ref_logprobs
-    reads: tuple[str, ...] = ("old_logprobs", "advantages")  # what the loss reads of each token, besides ref_logprobs
-
-    def rehearsed(self, chosen: Sequence[Sequence[int]]) -> Step:
-        """Return a step over made-up completions of full length.
-
-        Args:
-            chosen: for each micro-batch the prompts of its completions.
-        """
-        most = self.rollouts.max_tokens
-        micro_batches: list[MicroBatch] = []
-        per: dict[str, float] = {}
-        for prompts in chosen:
-            rollout = Rollout(
-                max(self._number, self.first_whole), [*prompts], [np.zeros(most, np.int32)] * len(prompts), []
-            )
-            names = (*self.reads, "ref_logprobs") if self.needs_reference else self.reads
-            rollout.tokens = {name: [np.zeros(most, np.float32)] * len(prompts) for name in names}
-            micro_batches += self.make(rollout, range(len(prompts)))
-            for name, count in self.per(rollout, range(len(prompts))).items():
-                per[name] = per.get(name, 0.0) + count
-        return Step(micro_batches, per)
-
-    first_whole = 0  # the first rollout that trains everything
-
-    def held(self) -> list[mx.array]:
-        return self.models.arrays()
-
-    def _too_far(self) -> bool:
+    def too_far(self) -> bool:
         """Return whether the policy moved too far from the one that sampled, on average over the ended pass."""
         total, weight = self._read_apart()
         self._apart = [0.0, 0.0]
@@ -940,65 +1129,19 @@ class OnPolicy(Objective, Generic[_M]):
         self._unread.clear()
         return self._apart
 
-    def _note_kl(self, sums: Terms, per: dict[str, float]) -> None:
+    def after_step(self, sums: Terms, per: dict[str, float]) -> None:
         if self.settings.target_kl is not None and FAR in sums.metrics:
             self._unread.append((sums.metrics[FAR], next(iter(per.values()))))
 
-    def logprobs(self, a: Completions | RolloutBatch, grad: bool = True) -> mx.array:
-        """Return (N,) log-probabilities of a batch's tokens by the active role."""
-        return rows_logprobs(self.split, a.ids, a.positions, a.labels, grad=grad, draw=self.how)
-
-    def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Return an upper bound: `target_kl` may end the passes over a rollout early."""
-        full, rest = divmod(len(self.prompts), self.rollouts.prompts)
-        sizes = [self.rollouts.prompts * self.per_prompt] * full + [rest * self.per_prompt] * bool(rest)
-        steps = (-(-min(self.settings.minibatches, size) // self.config.batch.accumulate) for size in sizes)
-        return self.settings.epochs * sum(steps)
-
     def state_dict(self) -> dict[str, Any]:
-        apart = self._read_apart()
-        return {"rollout": self._number, "step": self._step, "apart": apart, "kl_coef": self.kl_coef}
+        return super().state_dict() | {"apart": self._read_apart(), "kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._number, self._step = state["rollout"], state["step"]
+        super().load_state_dict(state)
         self._apart, self.kl_coef = state.get("apart", [0.0, 0.0]), state["kl_coef"]
-
-    def arrays(self) -> dict[str, mx.array]:
-        return self._rollout.arrays() if self._rollout is not None else {}
-
-    def load_arrays(self, arrays: dict[str, mx.array]) -> None:
-        self._rollout = Rollout.of(arrays) if arrays else None
-
-    def fingerprint(self) -> str:
-        return self._data
-
-    def summary(self) -> Summary:
-        counts: dict[str, int | float] = {
-            "prompts": len(self.prompts),
-            "prompt tokens": sum(len(p.ids) for p in self.prompts),
-            "rollouts a pass": self._per_pass,
-            "completions a rollout": min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples,
-        }
-        if self.valid:
-            counts["held-out prompts"] = len(self.valid)
-        first = self.prompts[0]
-        asked = first.asked if isinstance(first.asked, list) else None
-        chat = self.config.data.template == "auto"
-        ends = turn_end(self.tokenizer, asked, tools_of(first.row)) if chat else ()
-        return Summary(counts, self.notes, bool(self.valid), ends=frozenset(ends))
-
-    def previews(self, n: int) -> list[Encoded]:
-        """Return the first prompts; nothing of them is trained."""
-        return [Encoded(p.ids, np.zeros(len(p.ids), dtype=bool), p.where) for p in self.prompts[:n]]
 
     def evaluate(self, model: nn.Module) -> dict[str, Any] | None:
         return self._held_out.measure() if self.valid else {}
-
-    # Memory: the largest steps, of the longest prompts and of the shortest, which fit in larger numbers
-
-    @classmethod
-    def outline(cls, config: Config) -> Outline:
-        return Outline(reads="logprobs")
 
     @classmethod
     def separate_critic(cls, config: Config) -> bool:
@@ -1027,79 +1170,16 @@ class OnPolicy(Objective, Generic[_M]):
             notes.append(f"tune.method: full: {' and '.join(whole)} {what} of what is trained")
         return frozen._replace(critic=critic, notes=tuple(notes))
 
-    def beside(self, model: nn.Module) -> Beside:
-        rolling = self._rolling()
-        phases = sampling_bytes(model, rolling), scoring_bytes(model, rolling.scored)
-        return Beside(self.residents(self.config, model), *phases, self._several())
-
-    def shapes(self) -> list[Shape]:
-        return [shape for step in self._largest_steps() for shape, _ in step]
-
-    def largest(self, model: nn.Module) -> list[MakesStep]:
-        """Return steps over made-up completions; where a step has several micro-batches, two stand for all."""
-        cut = [(shape, asked) for step in self._largest_steps() for shape, asked in step]
-        times = 2 if self._several() else 1
-        chosen = heaviest([shape for shape, _ in cut])
-        return [partial(self.rehearsed, [cut[i][1]] * times) for i in chosen]
-
-    def steps_per_rollout(self) -> int:
-        minibatches = min(self.settings.minibatches, self._units)
-        return int(self.settings.epochs * -(-minibatches // self.config.batch.accumulate))
-
-    @property
-    def _count(self) -> int:
-        """Return the completions of a rollout."""
-        return min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
-
-    @property
-    def per_prompt(self) -> int:
-        """Return how many units of `together` completions are trained of a prompt, at most."""
-        return self.rollouts.samples // self.together
-
-    @property
-    def _units(self) -> int:
-        """Return the units of a rollout."""
-        return min(self.rollouts.prompts, len(self.prompts)) * self.per_prompt
-
-    def _several(self) -> bool:
-        """Return whether a step has several micro-batches, so that a gradient is held while others are computed."""
-        return self.config.batch.accumulate > 1 or any(len(step) > 1 for step in self._largest_steps())
-
-    def _rolling(self) -> Rolling:
-        """Return the largest rollout, held-out prompts included."""
-        r = self.rollouts
-        most = r.rows or ROWS_AT_ONCE
-        prompts = min(r.prompts, len(self.prompts))
-        rows = min(most, max(prompts * r.samples, len(self.valid)))
-        group = max(min(prompts, max(1, most // r.samples)), min(len(self.valid), most))
-        longest = max(len(p.ids) for p in (*self.prompts, *self.valid))
-        scored = self.shapes()
-        if self.valid:
-            scored += [shape for shape, _ in self._cut(self.valid, range(len(self.valid)))]
+    def scored(self) -> list[Shape]:
+        found = super().scored()
         if self.config.section("rewards", RewardsSettings).adapter is not None:
             # A reward model reads by a budget of tokens even where steps have one of rows.
+            r = self.rollouts
             asked = _longest(self.prompts, r.samples, self._count)
             lengths = np.array([len(self.prompts[i].ids) for i in asked], dtype=np.int64) + r.max_tokens
             slots = plan_epoch(lengths, tokens=self.config.batch.budget, seed=None)
-            scored += [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
-        filtered = r.top_p < 1 or r.min_p > 0 or r.top_k > 0
-        return Rolling(rows, group, longest, r.max_tokens, filtered, scored)
-
-    def _largest_steps(self) -> list[list[tuple[Shape, list[int]]]]:
-        """Return the micro-batches of each kind of minibatch, with the prompts of their completions."""
-        count = -(-self._units // min(self.settings.minibatches, self._units)) * self.together
-        each = self.per_prompt * self.together
-        asked = [_longest(self.prompts, each, count, shortest) for shortest in (False, True)]
-        return [self._cut(self.prompts, chosen) for chosen in asked]
-
-    def _cut(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> list[tuple[Shape, list[int]]]:
-        """Return micro-batches of full-length completions of these prompts."""
-        most = self.rollouts.max_tokens
-        lengths = np.array([len(prompts[i].ids) for i in asked], dtype=np.int64) + most
-        batches = self.micro_batches(range(len(lengths)), lengths)
-        return [
-            (Shape(len(rows), int(lengths[rows].max()), len(rows) * most), [asked[i] for i in rows]) for rows in batches
-        ]
+            found += [Shape(len(slot.rows), slot.width, len(slot.rows)) for slot in slots]
+        return found
 
 
 def _inside(model: nn.Module) -> int:
