@@ -276,7 +276,7 @@ def tokenize(
     found = read_rows(str(rows), "train") if isinstance(rows, (str, Path)) else given_rows(rows)
     examples = convert(found, format, chat=model.tokenizer.has_chat_template)
     options: dict[str, Any] = {"train_on": train_on, "max_length": max_length, "overflow": overflow}
-    return encode_rows(examples, model.tokenizer, **options).rows
+    return list(encode_rows(examples, model.tokenizer, **options).rows)
 
 
 def sample_tokens(

@@ -108,7 +108,12 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     events: list[Event] = []
     settings = {"report_every": 1, "eval_at_start": False, "eval_every": None, "patience": None}
     config = config.model_copy(update={"run": config.run.model_copy(update=settings)})
-    hooks = Hooks(events.append, lambda p: None, lambda p: None, lambda p: None)
+
+    def keep(event: Event) -> None:
+        if event["event"] in ("train", "rollout"):  # and not the validation at the end
+            events.append(event)
+
+    hooks = Hooks(keep, lambda p: None, lambda p: None, lambda p: None)
     rolled = objective.steps_per_rollout()
     count = rolled or _STEPS
     mx.reset_peak_memory()

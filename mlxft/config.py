@@ -312,6 +312,19 @@ class TuneSettings(Settings):
         return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
+class SourceSettings(Settings):
+    """A source of training rows beside data.train."""
+
+    path: str = Field(description="File, folder or hub data set, as data.train names one.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="How often an epoch uses each row of the source. A fraction uses other rows in each epoch, all of "
+        "them equally often.",
+    )
+
+
 class DataSettings(Settings):
     """Rows to train on, and which of their tokens are trained."""
 
@@ -322,6 +335,11 @@ class DataSettings(Settings):
         None,
         description="Validation rows, given like train, or a share of the training rows to split off, e.g. 0.05; in a "
         "folder of data.train a validation file is found by its name.",
+    )
+    mix: dict[str, SourceSettings] = Field(
+        default_factory=dict,
+        description="Further sources of training rows, in the same format: a name for each, mapped to its path and "
+        "weight, e.g. {general: {path: general.jsonl, weight: 0.1}}. An epoch has each row of data.train once.",
     )
     format: Literal[
         "messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "ratings", "unpaired", "prompts"
@@ -360,9 +378,23 @@ class DataSettings(Settings):
         "begins; a resumed run keeps it).",
     )
     cache: bool = Field(True, description="Cache encoded rows on disk, so that the next run need not encode them.")
+    stream: bool = Field(
+        False,
+        description="Read rows one at a time, encode them to the disk before the first step, and train from there, for "
+        "data larger than memory: jsonl, parquet and hub data sets. Batches are the same as without it.",
+    )
+
+    @property
+    def sources(self) -> dict[str, SourceSettings]:
+        """Return all sources of training rows by name, data.train as train."""
+        return {"train": SourceSettings(path=self.train), **self.mix}
 
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
+        if "train" in self.mix:
+            raise ValueError("mix: train is the name of the rows of data.train; choose another name")
+        if self.stream:
+            self._check_stream()
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid as a share must be between 0 and 1, seen {self.valid:g}")
         if self.format == "text" and self.train_on not in (None, "all"):
@@ -376,6 +408,18 @@ class DataSettings(Settings):
         if self.label is not None and self.shots is None:
             raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
         return self
+
+    def _check_stream(self) -> None:
+        """Raise ValueError for settings that need all rows at once."""
+        if isinstance(self.valid, float):
+            raise ValueError(
+                f"valid: a share ({self.valid:g}) is drawn from all rows at once, which stream does not hold; write "
+                "the validation rows to a file of their own, and give it"
+            )
+        if self.shots is not None:
+            raise ValueError("shots draws from all rows at once, which stream does not hold; leave stream out")
+        if not self.cache:
+            raise ValueError("stream keeps encoded rows on the disk; leave cache: false out")
 
 
 class BatchSettings(Settings):
@@ -1176,6 +1220,7 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None, open
     template = config.model.chat_template
     model["chat_template"] = None if template is None else Path(full_path(template))
     data = {k: full_path(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    data["mix"] = {k: v.model_copy(update={"path": full_path(v.path)}) for k, v in config.data.mix.items()}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
@@ -1255,6 +1300,7 @@ def _check_paths(config: Config, origin: str) -> None:
         for section, names in named.items()
         for name in names.split()
     }
+    paths |= {f"data.mix.{name}.path": source.path for name, source in config.data.mix.items()}
     wrong = [
         f"{origin}: {name}: the path is too long (at most {_LONGEST} bytes, 255 per name): {shorten(str(path))}"
         for name, given in paths.items()

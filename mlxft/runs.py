@@ -291,6 +291,7 @@ def _check_unused(run: Run) -> None:
         "model.chat_template": model.chat_template,
         "data.train": data.train,
         "data.valid": data.valid if isinstance(data.valid, str) else None,
+        **{f"data.mix.{name}.path": source.path for name, source in data.mix.items()},
     }
     replaced = run.dir.resolve()
     inside = [k for k, v in used.items() if v is not None and replaced in (p := Path(v).absolute(), *p.parents)]

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
+import time
+import weakref
+import zlib
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, is_dataclass, replace
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from fractions import Fraction
+from functools import lru_cache, partial
 from hashlib import blake2b
 from importlib.metadata import version
-from itertools import islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +43,7 @@ from mlxft.data.formats import (
     Columns,
     Completion,
     Conversation,
+    Conversion,
     Example,
     Item,
     Labelled,
@@ -48,9 +56,10 @@ from mlxft.data.formats import (
     pick_shots,
     with_completion,
 )
-from mlxft.data.sources import Problem, Row, find_split, read_rows, report_lines
+from mlxft.data.sources import SHOWN, Problem, Row, find_split, read_rows, report_lines, source_hash
 from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
 from mlxft.files import write_beside
+from mlxft.text import bar, make_console, parse_json
 
 # --- batching ---------------------------------------------------------------------------------------------------------
 # Rows are batched by length, or packed into sequences, so that there is little padding.
@@ -63,7 +72,8 @@ WINDOW = 64  # batches; a larger window pads less and mixes less
 WIDTHS = (512, 1024, 2048)  # of packed sequences: attention over longer ones costs more than the padding it saves
 SAMPLE = 4096  # rows that choose a width
 PADDING = 0.05  # share of padding that is good enough
-IntArray = npt.NDArray[np.int64]
+PACKED = 1 << 20  # rows that are packed together: of more, any that come together are packed
+IntArray: TypeAlias = npt.NDArray[np.int64]  # or of int32: rows' lengths
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,61 @@ class Slot:
         return tuple(row for sequence in self.sequences for row in sequence)
 
 
+@dataclass(frozen=True, eq=False)
+class Plan(Sequence[Slot]):
+    """The batches of an epoch, as arrays: 4 bytes a row, and some 24 a batch. Each is made when it is asked for.
+
+    Attributes:
+        order: (N,) rows, sequence after sequence.
+        starts, stops, widths: (B,) of each batch, the sequences that it has, and its width.
+        begins, ends: (S,) of each sequence, its place in `order`; None where each row is a sequence.
+    """
+
+    order: npt.NDArray[np.int32]
+    starts: IntArray
+    stops: IntArray
+    widths: IntArray
+    begins: IntArray | None = None
+    ends: IntArray | None = None
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    @overload
+    def __getitem__(self, at: int) -> Slot: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Slot]: ...
+
+    def __getitem__(self, at: int | slice) -> Slot | list[Slot]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        first, stop = int(self.starts[at]), int(self.stops[at])
+        if self.begins is None or self.ends is None:
+            sequences = tuple((row,) for row in self.order[first:stop].tolist())
+        else:
+            edges = zip(self.begins[first:stop].tolist(), self.ends[first:stop].tolist())
+            sequences = tuple(tuple(self.order[begin:end].tolist()) for begin, end in edges)
+        return Slot(sequences, int(self.widths[at]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and list(self) == list(other)
+
+    def of(self, rows: IntArray) -> Plan:
+        """Return the plan with the rows of these numbers in place of the first, the second, ..."""
+        return replace(self, order=rows[self.order].astype(np.int32))
+
+    def sums(self, values: npt.NDArray[Any]) -> IntArray:
+        """Return (B,) the sum over the rows of each batch of a value (N,) that each row has."""
+        upto = np.concatenate([[0], np.cumsum(values[self.order], dtype=np.int64)])
+        if self.begins is not None:
+            upto = np.concatenate([[0], np.cumsum(upto[self.ends] - upto[self.begins])])
+        return upto[self.stops] - upto[self.starts]
+
+
 def plan_epoch(
     lengths: IntArray, *, tokens: int | None = None, rows: int | None = None, seed: int | None, epoch: int = 0
-) -> list[Slot]:
+) -> Plan:
     """Plan the batches of one epoch, which has every row once.
 
     Args:
@@ -92,34 +154,43 @@ def plan_epoch(
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
     if seed is None:
-        return _cut(np.argsort(lengths, kind="stable"), lengths, tokens, rows)
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
-    # At least two windows: one would group the same rows in every epoch.
-    count = max(2, round(len(order) / (WINDOW * max(1.0, size))))
-    # Cut windows to whole batches where rows are counted, so that only the last batch is not full.
-    step = -(-len(order) // count)
+        order = np.argsort(lengths, kind="stable")
+        ends = np.array(_cut(lengths[order], tokens, rows), dtype=np.int64)
+        mixed = np.arange(len(ends))
+    else:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths))
+        size = rows if rows is not None else (tokens or 0) / float(lengths.mean())
+        # At least two windows: one would group the same rows in every epoch.
+        count = max(2, round(len(order) / (WINDOW * max(1.0, size))))
+        # Cut windows to whole batches where rows are counted, so that only the last batch is not full.
+        step = -(-len(order) // count)
+        if rows is not None:
+            step = max(rows, step - step % rows)
+        found: list[int] = []
+        for start in range(0, len(order), step):
+            window = order[start : start + step]
+            window = window[np.argsort(lengths[window], kind="stable")]
+            order[start : start + step] = window
+            found += [start + end for end in _cut(lengths[window], tokens, rows)]
+        ends = np.array(found, dtype=np.int64)
+        mixed = rng.permutation(len(ends))
+    starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    widths = lengths[order[ends - 1]].astype(np.int64)
+    return Plan(order.astype(np.int32), starts[mixed], ends[mixed], widths[mixed])
+
+
+def _cut(lengths: IntArray, tokens: int | None, rows: int | None) -> list[int]:
+    """Cut rows of these lengths, shortest first, into batches, and return where each ends."""
     if rows is not None:
-        step = max(rows, step - step % rows)
-    slots: list[Slot] = []
-    for start in range(0, len(order), step):
-        window = order[start : start + step]
-        slots += _cut(window[np.argsort(lengths[window], kind="stable")], lengths, tokens, rows)
-    return [slots[i] for i in rng.permutation(len(slots))]
-
-
-def _cut(order: IntArray, lengths: IntArray, tokens: int | None, rows: int | None) -> list[Slot]:
-    """Cut rows, shortest first, into batches."""
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    for row in order.tolist():
-        full = len(batch) >= rows if rows is not None else (len(batch) + 1) * int(lengths[row]) > (tokens or 0)
-        if not batch or full:
-            batch = []
-            batches.append(batch)
-        batch.append(row)
-    return [Slot(tuple((row,) for row in batch), int(lengths[batch[-1]])) for batch in batches]
+        return [*range(rows, len(lengths), rows), *([len(lengths)] if len(lengths) else [])]
+    ends: list[int] = []
+    start = 0
+    for row, length in enumerate(lengths.tolist()):
+        if row > start and (row + 1 - start) * length > (tokens or 0):
+            ends.append(row)
+            start = row
+    return [*ends, *([len(lengths)] if len(lengths) else [])]
 
 
 def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
@@ -152,7 +223,7 @@ def pack_width(lengths: IntArray, tokens: int | None = None) -> int:
 
 def pack_epoch(
     lengths: IntArray, *, width: int, tokens: int | None = None, rows: int | None = None, seed: int, epoch: int = 0
-) -> list[Slot]:
+) -> Plan:
     """Plan an epoch's batches of packed sequences, with every row once. All but the last have one shape.
 
     Args:
@@ -163,12 +234,19 @@ def pack_epoch(
     """
     assert (tokens is None) != (rows is None), "one of tokens and rows"
     rng = np.random.default_rng([seed, epoch])
-    # Longest first, so that short rows fill gaps; with noise, so that not the same rows meet in every epoch.
-    order = np.argsort(-lengths * rng.uniform(0.8, 1.25, len(lengths)))
-    packs = _best_fit(order, lengths, width)
-    packs = [packs[i] for i in rng.permutation(len(packs))]
+    every = rng.permutation(len(lengths)) if len(lengths) > PACKED else np.arange(len(lengths))
+    order, sizes = np.empty(len(lengths), dtype=np.int32), list[int]()
+    for start in range(0, len(every), PACKED):
+        part = every[start : start + PACKED]
+        # Longest first, so that short rows fill gaps; with noise, so that not the same rows meet in every epoch.
+        packs = _best_fit(part[np.argsort(-lengths[part] * rng.uniform(0.8, 1.25, len(part)))], lengths, width)
+        order[start : start + len(part)] = np.concatenate(packs)
+        sizes += map(len, packs)
+    ends, mixed = np.cumsum(np.array(sizes, dtype=np.int64)), rng.permutation(len(sizes))
     count = rows if rows is not None else max(1, (tokens or 0) // width)
-    return [Slot(tuple(packs[i : i + count]), width) for i in range(0, len(packs), count)]
+    starts = np.arange(0, len(sizes), count)
+    stops = np.minimum(starts + count, len(sizes))
+    return Plan(order, starts, stops, np.full(len(starts), width), (ends - sizes)[mixed], ends[mixed])
 
 
 def _best_fit(order: IntArray, lengths: IntArray, width: int) -> list[tuple[int, ...]]:
@@ -194,10 +272,9 @@ def _best_fit(order: IntArray, lengths: IntArray, width: int) -> list[tuple[int,
     return [tuple(pack) for pack in packs]
 
 
-def padding_share(slots: list[Slot], lengths: IntArray) -> float:
+def padding_share(plan: Plan, lengths: IntArray) -> float:
     """Return the share of computed tokens that are padding."""
-    computed = sum(len(s.sequences) * s.width for s in slots)
-    return 1.0 - sum(int(lengths[list(s.rows)].sum()) for s in slots) / computed
+    return 1.0 - int(lengths[plan.order].sum()) / int(((plan.stops - plan.starts) * plan.widths).sum())
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
@@ -211,6 +288,7 @@ def padding_share(slots: list[Slot], lengths: IntArray) -> float:
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
+Sizes: TypeAlias = npt.NDArray[np.int32]
 
 
 class Encoded(NamedTuple):
@@ -708,6 +786,7 @@ class Counts:
     source_notes: tuple[str, ...] = ()  # on how the rows were chosen
     fingerprint: str = ""  # of the chosen rows, both splits
     kind: str = "rows"  # or "pairs"
+    mixture: Mixture | None = None  # of several sources
 
     def left_out(self) -> list[str]:
         """Return a sentence for each kind of row that is left out or cut."""
@@ -728,16 +807,35 @@ class Counts:
         return notes
 
 
+def add_counts(parts: Sequence[Counts]) -> Counts:
+    """Return the counts of several sources, or of several blocks of a source, together."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(Counts) if f.type == "int"}
+    decided = sums["rows"] - sums["ties"]
+    longer = sum(part.chosen_longer * (part.rows - part.ties) for part in parts if part.chosen_longer is not None)
+    paired = any(part.chosen_longer is not None for part in parts)
+    lengths = {part.one_length for part in parts if part.rows}
+    one = lengths.pop() if len(lengths) == 1 else None
+    return Counts(**sums, chosen_longer=longer / decided if paired else None, one_length=one, kind=parts[0].kind)
+
+
 @dataclass(frozen=True)
 class Dataset(Generic[EncodedRow]):
-    """Encoded rows in the order of their source, and the counts."""
+    """Encoded rows in the order of their sources, in memory or on the disk, and the counts."""
 
-    rows: list[EncodedRow]
+    rows: Sequence[EncodedRow]
     counts: Counts
 
 
 def encode_pairs(
-    examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    overflow: str,
+    chat: bool = True,
+    block: bool = False,
 ) -> Dataset[EncodedPair]:
     """Encode examples of the formats preference and ratings.
 
@@ -745,6 +843,7 @@ def encode_pairs(
         max_length: most tokens of a prompt and its longer completion together.
         overflow: "error" reports all longer ones; "drop" leaves them out.
         chat: whether texts become a user and an assistant turn where there is a chat template.
+        block: whether these are some of a source's rows; then all may be left out.
     Raises:
         ConfigError: rows are not pairs.
         DataError: rows cannot be encoded or are too long (all of them in one), or no pair is left.
@@ -778,12 +877,18 @@ def encode_pairs(
     decided = [pair for pair in rows if not pair.tie]
     longer = [0.5 + 0.5 * np.sign(len(pair.chosen_ids) - len(pair.rejected_ids)) for pair in decided]
     share_longer = float(np.mean(longer)) if longer else None
-    counts = replace(_counted(rows, counts), ties=len(rows) - len(decided), chosen_longer=share_longer)
+    counts = replace(_counted(rows, counts, block), ties=len(rows) - len(decided), chosen_longer=share_longer)
     return Dataset(rows, counts)
 
 
 def encode_labelled(
-    examples: Sequence[Example], tokenizer: Any, *, max_length: int, overflow: str, chat: bool = True
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    overflow: str,
+    chat: bool = True,
+    block: bool = False,
 ) -> Dataset[EncodedLabelled]:
     """Encode examples of the format unpaired; arguments and errors as for `encode_pairs`."""
 
@@ -796,7 +901,7 @@ def encode_labelled(
 
     encoded = [row for group in _fit_pairs(examples, encode, max_length, overflow) for row in group]
     rows = [row for row in encoded if length(row) <= max_length]
-    return Dataset(rows, _counted(rows, Counts(len(examples), dropped=len(encoded) - len(rows), kind="pairs")))
+    return Dataset(rows, _counted(rows, Counts(len(examples), dropped=len(encoded) - len(rows), kind="pairs"), block))
 
 
 def length(row: EncodedPair | EncodedLabelled) -> int:
@@ -804,8 +909,31 @@ def length(row: EncodedPair | EncodedLabelled) -> int:
     return len(row.prompt_ids) + max(map(len, _completions(row)))
 
 
+def sizes_of(rows: Iterable[Encoded | EncodedPair | EncodedLabelled]) -> Sizes:
+    """Return (N, 2) the tokens of each row and the trained ones; or (N, 2 or 3) those of prompt and completions."""
+    if isinstance(rows, StoredRows):
+        return rows.sizes
+    return np.array([_sizes(row) for row in rows], dtype=np.int32, order="F")
+
+
+def lengths_of(rows: Sequence[Encoded | EncodedPair | EncodedLabelled]) -> IntArray:
+    """Return (N,) the tokens of each row, or of its prompt and its longest completion."""
+    sizes: Any = sizes_of(rows)
+    if not len(rows) or isinstance(rows[0], Encoded):
+        return sizes.reshape(len(rows), -1)[:, 0] if len(rows) else np.zeros(0, dtype=np.int64)
+    return sizes[:, 0] + sizes[:, 1:].max(axis=1)
+
+
+def _sizes(row: Encoded | EncodedPair | EncodedLabelled) -> tuple[int, ...]:
+    if isinstance(row, Encoded):
+        return len(row.ids), int(row.trained.sum())
+    return tuple(map(len, (row.prompt_ids, *_completions(row))))
+
+
 def ends_of(rows: Iterable[Encoded | EncodedPair | EncodedLabelled]) -> set[int]:
     """Return the ids that end trained turns."""
+    if isinstance(rows, StoredRows):
+        return rows.ends
     return {
         end
         for row in rows
@@ -869,17 +997,23 @@ def _fit_pairs(
     return groups
 
 
-def _counted(rows: Sequence[Encoded | EncodedPair | EncodedLabelled], counts: Counts) -> Counts:
-    """Add the counts of rows and tokens; raise DataError if there are none."""
-    if not rows:
-        why = "; ".join(counts.notes()) or "there are none"
-        see = "data.max_length and data.train_on" if counts.kind == "rows" else "data.max_length"
-        raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}; see {see}")
+def _counted(rows: Sequence[Encoded | EncodedPair | EncodedLabelled], counts: Counts, block: bool = False) -> Counts:
+    """Add the counts of rows and tokens; raise DataError if there are none, but for a block of a source."""
+    if not (rows or block):
+        _refuse_empty(counts)
     lengths = [len(ids) for row in rows if not isinstance(row, Encoded) for ids in _completions(row)]
     tokens = sum(lengths) + sum(len(row.ids if isinstance(row, Encoded) else row.prompt_ids) for row in rows)
     trained = sum(lengths) + sum(int(row.trained.sum()) for row in rows if isinstance(row, Encoded))
     one = lengths[0] if len(set(lengths)) == 1 else None
     return replace(counts, rows=len(rows), tokens=tokens, trained_tokens=trained, one_length=one)
+
+
+def _refuse_empty(counts: Counts) -> None:
+    """Raise DataError if no row is left."""
+    if not counts.rows:
+        why = "; ".join(counts.notes()) or "there are none"
+        see = "data.max_length and data.train_on" if counts.kind == "rows" else "data.max_length"
+        raise DataError(f"no row is left to train on, of {counts.source_rows:,}: {why}; see {see}")
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
@@ -911,7 +1045,7 @@ def encoding_key(rows: str, tokenizer: Any, train_on: str, chat: bool) -> str | 
     if not text or not getattr(inner, "is_fast", False) or backend is None:
         return None
     # Hash the code itself: a version to raise by hand would be forgotten.
-    code = blake2b(Path(__file__).read_bytes() + Path(__file__).with_name("chat.py").read_bytes())
+    code = blake2b(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
     facts = {
         "rows": rows,
         "code": code.hexdigest(),
@@ -966,13 +1100,272 @@ def write_cache(key: str, rows: Sequence[Encoded], sources: Sequence[int]) -> No
     with suppress(OSError, CheckpointError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_beside(folder / f"{key}.npz", lambda path: np.savez(path, **arrays))  # type: ignore[arg-type]
-        # Delete the entries used longest ago, so that the rest stays within LIMIT.
-        total = 0
-        found = [(path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.npz")]
-        for _, size, path in sorted(found, reverse=True):
-            total += size
-            if total > LIMIT:
-                path.unlink(missing_ok=True)
+        _evict(folder, "*.npz", LIMIT)
+
+
+def _evict(folder: Path, pattern: str, limit: int, spared_s: float = 0) -> None:
+    """Delete the entries used longest ago, so that the rest stays within a limit; but none of the last seconds."""
+    total, now = 0, time.time()
+    found = [(path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob(pattern)]
+    for used, size, path in sorted(found, reverse=True):
+        total += size
+        if total > limit and now - used >= spared_s:
+            path.unlink(missing_ok=True)
+
+
+# --- stored rows ------------------------------------------------------------------------------------------------------
+# Rows of a streamed source (data.stream): encoded to one file, from which training reads those of a batch.
+#
+# The file has the rows one after another; then where each begins, int64, and their `Sizes`, int32, a column after the
+# other; then facts as JSON, their number of bytes and _WHOLE. It is named as an entry of the cache is, by everything
+# that the rows depend on, and renamed into place once it is complete: what a killed process leaves is never read. In
+# memory are the sizes, 8 bytes a row (12 of a pair); where it begins is read from the file. Rows are read by their
+# numbers, so that an epoch's order is drawn from all rows, as it is without `data.stream`.
+
+STORED_LIMIT = 50 * 10**9  # bytes; the files used last stay
+_SPARED_S = 86400.0  # however many they are, files that were used on the last day stay, too
+_BLOCK = 256  # examples that are encoded at once
+_WHOLE = b"mlxft rows 1"
+_HEAD = struct.Struct("<IQ")  # of a row: checksum of the rest, bytes of its JSON
+_ARRAYS = ("ids", "trained", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
+
+
+def _packed(row: Encoded | EncodedPair | EncodedLabelled) -> bytes:
+    arrays = [value for value in row if isinstance(value, np.ndarray)]
+    others = [value for value in row if not isinstance(value, np.ndarray)]
+    about = json.dumps([[len(value) for value in arrays], others]).encode()
+    rest = b"".join([about, *(value.tobytes() for value in arrays)])
+    return _HEAD.pack(zlib.crc32(rest), len(about)) + rest
+
+
+class _File(Generic[EncodedRow]):
+    """A file of stored rows, open for reading: it can be read even when another process has removed it.
+
+    Raises:
+        ValueError, OSError, LookupError, TypeError: there is none, or it is damaged.
+    """
+
+    def __init__(self, path: Path, kind: type[EncodedRow]) -> None:
+        self._path, self._kind = path, cast(Any, kind)
+        self._fd = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._fd)
+        end = os.fstat(self._fd).st_size - len(_WHOLE)
+        if self._read(end, len(_WHOLE)) != _WHOLE:
+            raise ValueError("not a whole file of rows")
+        (size,) = struct.unpack("<Q", self._read(end - 8, 8))
+        self.facts: dict[str, Any] = parse_json(self._read(end - 8 - size, size))
+        rows, columns = self.facts["shape"]
+        place = end - 8 - size - 4 * rows * columns
+        sizes = np.frombuffer(self._read(place, 4 * rows * columns), dtype="<i4")
+        self.sizes: Sizes = sizes.reshape(columns, rows).T
+        self._places = place - 8 * (rows + 1)
+        self.counts = Counts(**self.facts["counts"] | {"source_notes": ()})
+
+    def _read(self, at: int, size: int) -> bytes:
+        if at < 0 or len(found := os.pread(self._fd, size, at)) < size:
+            raise ValueError("the file is too short")
+        return found
+
+    def row(self, number: int) -> EncodedRow:
+        """Return a row; raise DataError if the disk gives another than was written."""
+        start, stop = struct.unpack("<QQ", self._read(self._places + 8 * number, 16))
+        raw = self._read(start, stop - start)
+        checksum, size = _HEAD.unpack_from(raw)
+        if zlib.crc32(raw[_HEAD.size :]) != checksum:
+            raise DataError(f"{self._path}: is damaged at row {number}; delete it, and resume: it is made again")
+        at = _HEAD.size + size
+        lengths, others = (iter(part) for part in parse_json(raw[_HEAD.size : at]))
+        values: list[Any] = []
+        for name in self._kind._fields:
+            if name in _ARRAYS:
+                kind, length = np.dtype(np.bool_ if name == "trained" else "<i4"), next(lengths)
+                values.append(np.frombuffer(raw, kind, length, at).copy())
+                at += length * kind.itemsize
+            else:
+                value = next(others)
+                values.append(tuple(value) if isinstance(value, list) else value)
+        return self._kind(*values)
+
+
+class StoredRows(Sequence[EncodedRow]):
+    """The rows of files, one source after the other, each read when it is asked for.
+
+    Attributes:
+        sizes: see `sizes_of`.
+        ends: the ids that end trained turns.
+    """
+
+    def __init__(self, files: Sequence[_File[EncodedRow]]) -> None:
+        self.files: Sequence[_File[EncodedRow]] = files
+        self._starts = [0, *accumulate(len(file.sizes) for file in files)]
+        self.sizes = files[0].sizes if len(files) == 1 else np.concatenate([file.sizes.T for file in files], axis=1).T
+        self.ends = {end for file in files for end in file.facts["ends"]}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, at: int) -> EncodedRow: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[EncodedRow]: ...
+
+    def __getitem__(self, at: int | slice) -> EncodedRow | list[EncodedRow]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        file = bisect_right(self._starts, at) - 1
+        return self.files[file].row(at - self._starts[file])
+
+
+def _write_stored(path: Path, blocks: Iterable[Dataset[Any]], facts: Callable[[], dict[str, Any]]) -> None:
+    """Write the rows of blocks, and then the facts."""
+    places, columns = array("q", [0]), list[Any]()
+    marks: set[int] = set()
+    counts: Counts | None = None
+    with path.open("wb", buffering=1 << 20) as file:
+        for block in blocks:
+            counts = add_counts([block.counts] if counts is None else [counts, block.counts])
+            marks |= ends_of(block.rows)
+            for row in block.rows:
+                raw = _packed(row)
+                file.write(raw)
+                places.append(places[-1] + len(raw))
+                sizes = _sizes(row)
+                columns = columns or [array("i") for _ in sizes]
+                for column, size in zip(columns, sizes):
+                    column.append(size)
+        assert counts is not None, "a source without rows has raised"
+        _refuse_empty(counts)
+        about = {"shape": [len(places) - 1, len(columns)], "counts": asdict(counts), "ends": sorted(marks), **facts()}
+        text = json.dumps(about).encode()
+        file.writelines([places.tobytes(), *(column.tobytes() for column in columns), text])
+        file.write(struct.pack("<Q", len(text)) + _WHOLE)
+
+
+def _stored(
+    data: DataSettings, setting: str, spec: str, split: str, tokenizer: Any, encode: Encode[Any], kind: type[EncodedRow]
+) -> _File[EncodedRow]:
+    """Open a source's encoded rows on the disk; where there are none yet, encode them.
+
+    Raises:
+        ConfigError: the source is read whole, or there is no place for the file.
+        DataError: rows do not fit, cannot be encoded or are too long.
+        CheckpointError: the file cannot be written, as on a full disk.
+    """
+    try:
+        found, total = source_hash(spec, split)
+    except ConfigError as e:
+        raise ConfigError(f"{setting}: {e}") from e
+    chosen = data.model_dump_json(include={"format", "fields", "max_length", "overflow", "invalid"})
+    of = f"{kind.__name__} {chosen} {found}"
+    key = encoding_key(of, tokenizer, data.train_on or "assistant", data.template == "auto")
+    if (folder := cache_folder()) is None or key is None:
+        why = "there is no home folder: set MLXFT_CACHE to one" if key else "the tokenizer has no tokenizer.json"
+        raise ConfigError(f"data.stream: encoded rows are found again by what they depend on, and {why}")
+    path = folder / f"{key}.rows"
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        opened = _File(path, kind)
+        os.utime(path)  # used now: among the last to go
+        return opened
+    rows = _Reading(data, spec, split, tokenizer)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with bar(make_console(stderr=True), total, f"rows of {setting} encoded") as advance:
+            write_beside(path, lambda part: _write_stored(part, rows.blocks(encode, advance), rows.facts))
+    except (CheckpointError, OSError) as e:
+        way = "encoded rows take some 5 bytes a token: make room, or set MLXFT_CACHE to a folder on another disk"
+        raise CheckpointError(f"data.stream: {e}; {way}") from e
+    with suppress(OSError):
+        _evict(folder, "*.rows", STORED_LIMIT, _SPARED_S)
+    return _File(path, kind)
+
+
+class _Reading:
+    """Reads a source block by block, and hashes the rows that fit as `data_fingerprint` does."""
+
+    def __init__(self, data: DataSettings, spec: str, split: str, tokenizer: Any) -> None:
+        self._data, self._source, self._columns, self._hashed = data, (spec, split), Columns(), blake2b(digest_size=16)
+        chat = data.template == "auto" and tokenizer.has_chat_template
+        self._conversion = Conversion(data.format, data.fields, chat=chat, columns=self._columns, kept=SHOWN)
+
+    def examples(self) -> Iterator[Example]:
+        """Yield the rows that fit."""
+        return self._conversion.examples(read_rows(*self._source))
+
+    def blocks(self, encode: Encode[EncodedRow], advance: Callable[[int], None]) -> Iterator[Dataset[EncodedRow]]:
+        """Yield encoded rows. After the first row that does not fit nothing more is encoded, only the others found."""
+        drop, examples = self._data.invalid == "drop", self.examples()
+        while block := list(islice(examples, _BLOCK)):
+            if drop or not self._conversion.wrong:
+                _hash_examples(self._hashed, block)
+                try:
+                    found = encode(block, True)
+                except DataError as e:
+                    raise DataError(f"{e}\nnot encoded yet (data.stream): the rows after {block[-1].where}") from e
+                yield found
+            advance(len(block))
+        self._conversion.check(drop)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the notes and the hash of the rows, once all are read."""
+        notes = _notes(self._columns, (), self._conversion.wrong, self._conversion.problems)
+        return {"notes": notes, "fingerprint": self._hashed.hexdigest()}
+
+
+# --- mixture ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several sources of training rows, and how often an epoch uses each.
+
+    The rows of a source are drawn in passes, each in an order of its own. An epoch continues where the one before has
+    ended and takes weight x rows of them, rounded so that epochs add up. So no row is ever used twice more than another
+    one of its source.
+
+    Attributes:
+        weights: name of each source -> uses of each of its rows in an epoch.
+        starts: (S + 1,) where each source begins among all rows, and their number.
+        tokens, trained: (N,) of each row.
+    """
+
+    weights: dict[str, Fraction]
+    starts: tuple[int, ...]
+    tokens: Sizes
+    trained: Sizes
+    seed: int
+
+    def __post_init__(self) -> None:
+        for (name, weight), (start, end) in zip(self.weights.items(), pairwise(self.starts)):
+            if weight * (end - start) < 1:
+                raise ConfigError(
+                    f"data.mix.{name}.weight: {float(weight):g} of {end - start:,} rows is less than one row an epoch; "
+                    f"raise it to at least {1 / (end - start):.2g}"
+                )
+
+    def epoch(self, number: int) -> IntArray:
+        """Return the rows of an epoch, of one source after the other; a row may be among them several times."""
+        found = []
+        for source, (weight, (start, end)) in enumerate(zip(self.weights.values(), pairwise(self.starts))):
+            rows = end - start
+            at, stop = int(number * weight * rows), int((number + 1) * weight * rows)
+            while at < stop:
+                turn, first = divmod(at, rows)
+                order = np.random.default_rng([self.seed, 7, source, turn]).permutation(rows)
+                part = order[first : first + stop - at]
+                found.append(start + part)
+                at += len(part)
+        return np.concatenate(found)
+
+    def count(self, rows: Sequence[int] | npt.NDArray[Any]) -> dict[str, tuple[int, int, int]]:
+        """Return the rows, tokens and trained tokens that each source has among some rows."""
+        chosen = np.asarray(rows)
+        sources = np.searchsorted(self.starts, chosen, side="right") - 1
+        values = (None, self.tokens[chosen], self.trained[chosen])
+        sums = [np.bincount(sources, each, len(self.weights)) for each in values]
+        return {name: (int(a), int(b), int(c)) for name, a, b, c in zip(self.weights, *sums)}
 
 
 # --- dataset ----------------------------------------------------------------------------------------------------------
@@ -993,6 +1386,7 @@ def encode_rows(
     overflow: str,
     chat: bool = True,
     cache: bool = False,
+    block: bool = False,
 ) -> Dataset[Encoded]:
     """Encode examples of supervised fine-tuning, up to a length.
 
@@ -1002,6 +1396,7 @@ def encode_rows(
             head, and drops rows without a trained token in it; "split" (texts only) makes pieces of max_length, each
             beginning with the last token of the one before, untrained: every token but the first is trained once.
         cache: whether to read the encoded rows from the disk, and to write them there.
+        block: whether these are some of a source's rows; then all may be left out.
     Raises:
         ConfigError: an unknown `train_on` or `overflow`, a `max_length` below 2, or "split" for other items than texts.
         DataError: rows cannot be encoded or are too long (all of them in one), or no row is left.
@@ -1023,7 +1418,7 @@ def encode_rows(
     if overflow == "error":
         _refuse_long([(row.where, len(row.ids)) for row in encoded], max_length, "drop, truncate or split (texts)")
     rows, changed = _fit(encoded, max_length, overflow)
-    return Dataset(rows, _counted(rows, Counts(len(examples), **changed)))
+    return Dataset(rows, _counted(rows, Counts(len(examples), **changed), block))
 
 
 def _encode_each(examples: Sequence[Example], encode: Callable[[Example], list[_T]]) -> list[list[_T]]:
@@ -1100,15 +1495,19 @@ def data_fingerprint(*splits: Sequence[Example]) -> str:
 
     The rows and not their ids, which depend on the date where a chat template writes it, and on versions of libraries.
     """
-    # An item within an item is not JSON, nor a row's value such as a date of parquet's.
-    as_json = json.JSONEncoder(sort_keys=True, default=lambda v: vars(v) if is_dataclass(v) else repr(v))
     digest = blake2b(digest_size=16)
     for examples in splits:
-        for _, item in examples:
-            kind = _HASHED_AS.get(type(item), type(item).__name__)
-            digest.update(as_json.encode([kind, vars(item)]).encode("utf-8", "surrogatepass") + b"\n")
+        _hash_examples(digest, examples)
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def _hash_examples(digest: blake2b, examples: Sequence[Example]) -> None:
+    # An item within an item is not JSON, nor a row's value such as a date of parquet's.
+    as_json = json.JSONEncoder(sort_keys=True, default=lambda v: vars(v) if is_dataclass(v) else repr(v))
+    for _, item in examples:
+        kind = _HASHED_AS.get(type(item), type(item).__name__)
+        digest.update(as_json.encode([kind, vars(item)]).encode("utf-8", "surrogatepass") + b"\n")
 
 
 def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -1119,12 +1518,15 @@ def trained_spans(encoded: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 @contextmanager
-def of_valid() -> Iterator[None]:
-    """Let a DataError inside the block name data.valid."""
+def of_setting(setting: str) -> Iterator[None]:
+    """Let a DataError inside the block name a setting."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"data.valid: {error}") from error
+        raise DataError(f"{setting}: {error}") from error
+
+
+of_valid = partial(of_setting, "data.valid")
 
 
 class Splits(NamedTuple):
@@ -1136,26 +1538,37 @@ class Splits(NamedTuple):
 
 
 def _load(
-    data: DataSettings, spec: str, split: str, chat: bool, reads: Collection[str] | None
+    data: DataSettings, setting: str, spec: str, split: str, chat: bool, reads: Collection[str] | None
 ) -> tuple[list[Example], list[str] | None, list[str]]:
     """Return the examples of one split, their labels where data.shots needs them and they have some, and notes."""
     try:
         rows = list(read_rows(spec, split))
     except ConfigError as e:
-        raise ConfigError(f"data.{split}: {e}") from e
+        raise ConfigError(f"{setting}: {e}") from e
     columns = Columns()
     skipped: list[Problem] | None = [] if data.invalid == "drop" else None
     examples = convert(rows, data.format, data.fields, skipped, chat=chat, columns=columns)
-    notes = columns.notes(reads)
-    if skipped:
-        first = f"{skipped[0].where}: {skipped[0].text}"
-        notes.append(f"{len(skipped):,} rows are left out (data.invalid: drop), the first: {first}")
     labels = None
-    if data.shots is not None and split == "train":
+    if data.shots is not None and setting == "data.train":
         used = {example.where for example in examples}
         kept = [row.data for row in rows if isinstance(row, Row) and row.where in used]
         labels = labels_of(examples, kept, data.label)
-    return examples, labels, notes
+    return examples, labels, _notes(columns, reads, len(skipped or ()), skipped or ())
+
+
+def _notes(columns: Columns, reads: Collection[str] | None, wrong: int, problems: Sequence[Problem]) -> list[str]:
+    """Return notes on the columns of a source, and on its rows that are left out."""
+    first = [f"{problem.where}: {problem.text}" for problem in problems[:1]]
+    return columns.notes(reads) + [
+        f"{wrong:,} rows are left out (data.invalid: drop), the first: {text}" for text in first
+    ]
+
+
+def valid_source(data: DataSettings) -> str | None:
+    """Return the source of validation rows: data.valid, or the folder of data.train if it has some; else None."""
+    if data.valid is None and Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
+        return data.train
+    return data.valid if isinstance(data.valid, str) else None
 
 
 def load_splits(
@@ -1165,6 +1578,7 @@ def load_splits(
     *,
     tokenizer: Any = None,
     reads: Collection[str] | None = (),
+    mix: bool = False,
 ) -> Splits:
     """Read the training and validation examples; the second is empty where a recipe names none and a folder has none.
 
@@ -1172,10 +1586,17 @@ def load_splits(
         setting: the setting that asks for few rows, for messages.
         tokenizer: of the model to train; None: one with a chat template.
         reads: columns that the objective reads besides those of the format; None: all.
+        mix: whether the caller reads the sources of data.mix, which are not among these examples.
+    Raises:
+        ConfigError: a recipe streams rows, or mixes sources, which the caller does not.
     """
+    for name, used in (("stream", data.stream), ("mix", data.mix and not mix)):
+        if used:
+            why = "hold all rows in memory" if name == "stream" else "draw rows from one source"
+            raise ConfigError(f"data.{name}: is for the objectives sft, reward and preference; others {why}")
     chat = data.template == "auto" and (tokenizer is None or tokenizer.has_chat_template)
     how = (chat, None if reads is None else {*reads, data.label or ""})
-    train, labels, notes = _load(data, data.train, "train", *how)
+    train, labels, notes = _load(data, "data.train", data.train, "train", *how)
     valid: list[Example] = []
     other: list[str] = []
     if isinstance(data.valid, float):
@@ -1183,13 +1604,100 @@ def load_splits(
         kept, held_out = split_valid(list(range(len(train))), data.valid, seed)
         train, valid = [train[i] for i in kept], [train[i] for i in held_out]
         labels = labels and [labels[i] for i in kept]
-    elif data.valid is not None or (Path(data.train).is_dir() and find_split(Path(data.train), "valid")):
-        valid, _, other = _load(data, data.train if data.valid is None else data.valid, "valid", *how)
+    elif (spec := valid_source(data)) is not None:
+        valid, _, other = _load(data, "data.valid", spec, "valid", *how)
     notes += [f"validation: {note}" for note in other if note not in notes]
     if data.shots is None:
         return Splits(train, valid, notes)
     shots = pick_shots(labels, len(train), data.shots, seed, setting)
     return Splits([train[i] for i in shots.rows], valid, [*notes, shots.note])
+
+
+Encode: TypeAlias = Callable[[Sequence[Example], bool], Dataset[EncodedRow]]
+
+
+def encode_sources(
+    config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any
+) -> tuple[Dataset[EncodedRow], Dataset[EncodedRow] | None, list[str], str]:
+    """Load and encode the rows that a recipe names, from one source or several, in memory or on the disk.
+
+    Args:
+        encode: encodes examples; called also with whether they are a block of a source.
+        kind: of the rows that it makes.
+    Returns:
+        Training and validation rows, notes, and a hash of the rows.
+    """
+    data = config.data
+    load: Any = _load_stored if data.stream else _load_encoded
+    found: _Loaded[EncodedRow] = load(config, tokenizer, encode, kind)
+    rows: Sequence[EncodedRow] = _joined([each.rows for each in found.sources])
+    counts = add_counts([each.counts for each in found.sources])
+    notes = [*found.notes, *chat_notes(tokenizer, ends_of(rows), found.first)]
+    if data.mix:
+        sizes = sizes_of(rows)
+        tokens, trained = (sizes[:, 0], sizes[:, 1]) if kind is Encoded else (sizes.sum(1), sizes[:, 1:].sum(1))
+        weights = {name: Fraction(repr(source.weight)) for name, source in data.sources.items()}
+        starts = (0, *accumulate(len(each.rows) for each in found.sources))
+        counts = replace(counts, mixture=Mixture(weights, starts, tokens, trained, config.run.seed))
+    return Dataset(rows, counts), found.valid, notes, found.fingerprint
+
+
+@dataclass(frozen=True)
+class _Loaded(Generic[EncodedRow]):
+    """Datasets of a recipe's sources and of its validation rows, notes, the first examples, and a hash of the rows."""
+
+    sources: list[Dataset[EncodedRow]]
+    valid: Dataset[EncodedRow] | None
+    notes: list[str]
+    first: Sequence[Example]
+    fingerprint: str
+
+
+def _load_encoded(config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any) -> _Loaded[EncodedRow]:
+    """Load and encode rows into memory."""
+    data = config.data
+    train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)
+    groups = {"data.train": train}
+    for name, source in data.mix.items():
+        setting, chat = f"data.mix.{name}.path", data.template == "auto" and tokenizer.has_chat_template
+        groups[setting], _, said = _load(data, setting, source.path, "train", chat, ())
+        notes += [f"{name}: {note}" for note in said]
+    sources = [encode(train, False)]
+    for setting, examples in islice(groups.items(), 1, None):
+        with of_setting(setting):
+            sources.append(encode(examples, False))
+    with of_valid():
+        second = encode(valid, False) if valid else None
+    few = _LOOKED_AT // len(groups) if data.template == "auto" else 0
+    first = [example for group in groups.values() for example in group[:few]]
+    return _Loaded(sources, second, notes, first, data_fingerprint(*groups.values(), valid))
+
+
+def _load_stored(config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any) -> _Loaded[EncodedRow]:
+    """Encode rows to the disk, or find them there."""
+    data, files, notes = config.data, list[Any](), list[str]()
+    wanted = [("data.train", "", data.train, "train")]
+    wanted += [(f"data.mix.{name}.path", f"{name}: ", source.path, "train") for name, source in data.mix.items()]
+    wanted += [("data.valid", "validation: ", spec, "valid")] if (spec := valid_source(data)) is not None else []
+    for setting, name, source, split in wanted:
+        with of_setting(setting) if name else nullcontext():
+            files.append(_stored(data, setting, source, split, tokenizer, encode, kind))
+        notes += [f"{name}{note}" for note in files[-1].facts["notes"] if note not in notes]
+    sources = [_Reading(data, source.path, "train", tokenizer).examples() for source in data.sources.values()]
+    few = _LOOKED_AT // len(sources) if data.template == "auto" else 0
+    first = [example for examples in sources for example in islice(examples, few)]
+    found = [Dataset(StoredRows([file]), file.counts) for file in files]
+    fingerprint = blake2b(" ".join(file.facts["fingerprint"] for file in files).encode(), digest_size=16).hexdigest()
+    valid = found.pop() if spec is not None else None
+    return _Loaded(found, valid, notes, first, f"stream {fingerprint}")
+
+
+def _joined(parts: Sequence[Sequence[EncodedRow]]) -> Sequence[EncodedRow]:
+    """Return the rows of several sources, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    stored = [file for part in parts if isinstance(part, StoredRows) for file in part.files]
+    return StoredRows(stored) if stored else list(chain(*parts))
 
 
 class EncodedSplits(NamedTuple):
@@ -1201,19 +1709,25 @@ class EncodedSplits(NamedTuple):
     fingerprint: str
 
 
-def load_encoded(config: Config, tokenizer: Any) -> EncodedSplits:
-    """Load and encode the rows that a recipe names."""
+def load_encoded(config: Config, tokenizer: Any, *, mix: bool = False) -> EncodedSplits:
+    """Load and encode the rows that a recipe names.
+
+    Args:
+        mix: whether the caller draws an epoch's rows by `counts.mixture`.
+    Raises:
+        ConfigError, DataError: settings or rows do not fit; a recipe mixes sources, and the caller does not.
+    """
     data = config.data
+    if data.mix and not mix:
+        raise ConfigError(f"data.mix: objective {config.objective} draws its rows from one source; leave it out")
     options: dict[str, Any] = {
         "train_on": data.train_on or "assistant",
         "max_length": data.max_length,
         "overflow": data.overflow,
         "chat": data.template == "auto",
-        "cache": data.cache,
     }
-    train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer)
-    first = encode_rows(train, tokenizer, **options)
-    with of_valid():
-        second = encode_rows(valid, tokenizer, **options) if valid else None
-    notes += chat_notes(tokenizer, ends_of(first.rows), train if data.template == "auto" else ())
-    return EncodedSplits(first, second, notes, data_fingerprint(train, valid))
+
+    def encode_some(examples: Sequence[Example], block: bool) -> Dataset[Encoded]:
+        return encode_rows(examples, tokenizer, **options, cache=data.cache and not block, block=block)
+
+    return EncodedSplits(*encode_sources(config, tokenizer, encode_some, Encoded))

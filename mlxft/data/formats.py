@@ -7,6 +7,7 @@ import math
 import random
 import re
 import string
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -1006,6 +1007,70 @@ class _Reader:
         return replace(item, row=data) if isinstance(item, Prompt) else item
 
 
+class Conversion:
+    """Converts the rows of a source to items of one format; keeps what is wrong with those that do not fit.
+
+    Args:
+        format, fields, chat, columns: as for `convert`.
+        kept: most problems to keep; all are counted.
+    Raises:
+        ConfigError: `fields` names a field that the format does not have.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        fields: Mapping[str, str] | None = None,
+        *,
+        chat: bool = True,
+        columns: Columns | None = None,
+        kept: int | None = None,
+    ) -> None:
+        self._reader = _Reader(format, dict(fields or {}), chat, Columns() if columns is None else columns)
+        self._kept = kept
+        self._looks: Counter[str | None] = Counter()
+        self.fitted = self.wrong = 0  # rows
+        self.problems: list[Problem] = []
+
+    def examples(self, rows: Iterable[Row | Problem]) -> Iterator[Example]:
+        """Yield the rows that fit."""
+        reader = self._reader
+        rating = next((reader.renamed[name] for name in ("ratings", "scores") if name in reader.renamed), None)
+        if reader.format == "ratings" and rating is not None:
+            rows = together(rows, rating, reader.renamed.get("prompt", "prompt"))
+        for row in rows:
+            try:
+                if isinstance(row, Problem):
+                    raise DataError(row.text)
+                example = Example(row.where, reader.item(row.data))
+            except DataError as exc:
+                self.wrong += 1
+                if self._kept is None or len(self.problems) < self._kept:
+                    self.problems.append(Problem(row.where, str(exc)))
+                if isinstance(exc, _NoField) and isinstance(row, Row):
+                    self._looks[suggest_format(row.data)] += 1
+                continue
+            self.fitted += 1
+            yield example
+
+    def check(self, drop: bool) -> None:
+        """Raise what is wrong with the rows, once all are read; with `drop`, only if none fits."""
+        reader = self._reader
+        named = [(ours, name) for ours, given in reader.named.items() for name in given]
+        for ours, theirs in [*reader.renamed.items(), *named]:
+            if reader.names and theirs not in reader.names:
+                seen = f"no row has{nearest(theirs, reader.names)}; rows have {', '.join(sorted(reader.names))}"
+                verb = "names" if ours in reader.templates else "is"
+                raise ConfigError(f"data.fields.{ours} {verb} {theirs!r}, which {seen}")
+        if self.wrong and not (drop and self.fitted):
+            text = report_lines([f"{problem.where}: {problem.text}" for problem in self.problems], self.wrong)
+            looks = {name: count for name, count in self._looks.items() if name and name != reader.format}
+            likely = max(looks, key=looks.__getitem__, default=None)
+            if likely and 2 * looks[likely] >= self.fitted + self.wrong:
+                text += f"\nthis file looks like data.format: {likely}"
+            raise DataError(text)
+
+
 def convert(
     rows: Iterable[Row | Problem],
     format: str,
@@ -1026,37 +1091,11 @@ def convert(
         ConfigError: `fields` names a field that the format, or every row, does not have.
         DataError: rows cannot be read or do not fit; all of them in one.
     """
-    reader = _Reader(format, dict(fields or {}), chat, Columns() if columns is None else columns)
-    examples: list[Example] = []
-    problems: list[Problem] = []
-    looks: list[str | None] = []
-    rating = next((reader.renamed[name] for name in ("ratings", "scores") if name in reader.renamed), None)
-    if format == "ratings" and rating is not None:
-        rows = together(rows, rating, reader.renamed.get("prompt", "prompt"))
-    for row in rows:
-        try:
-            if isinstance(row, Problem):
-                raise DataError(row.text)
-            examples.append(Example(row.where, reader.item(row.data)))
-        except DataError as exc:
-            problems.append(Problem(row.where, str(exc)))
-            if isinstance(exc, _NoField) and isinstance(row, Row):
-                looks.append(suggest_format(row.data))
-    named = [(ours, name) for ours, given in reader.named.items() for name in given]
-    for ours, theirs in [*reader.renamed.items(), *named]:
-        if reader.names and theirs not in reader.names:
-            seen = f"no row has{nearest(theirs, reader.names)}; rows have {', '.join(sorted(reader.names))}"
-            verb = "names" if ours in reader.templates else "is"
-            raise ConfigError(f"data.fields.{ours} {verb} {theirs!r}, which {seen}")
-    if problems and (skipped is None or not examples):
-        text = report_lines([f"{problem.where}: {problem.text}" for problem in problems])
-        looks = [name for name in looks if name and name != format]
-        likely = max(looks, key=looks.count, default=None)
-        if likely and 2 * looks.count(likely) >= len(examples) + len(problems):
-            text += f"\nthis file looks like data.format: {likely}"
-        raise DataError(text)
+    conversion = Conversion(format, fields, chat=chat, columns=columns)
+    examples = list(conversion.examples(rows))
+    conversion.check(skipped is not None)
     if skipped is not None:
-        skipped.extend(problems)
+        skipped.extend(conversion.problems)
     return examples
 
 

@@ -11,11 +11,14 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxft.config import handed_over
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
+from mlxft.files import digest
 from mlxft.text import home_path, parse_json
 
 
@@ -35,7 +38,7 @@ class Problem(NamedTuple):
 
 # Splits with the names that files and hub data sets give them.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-_SHOWN = 20
+SHOWN = 20  # problems in a message
 _DEEPEST = 100
 _SPARSE = ("tools", "functions", "tool_calls", "function_call")
 _LONGEST = 1 << 22  # characters of a text; tokenizers hold some 200 bytes for each
@@ -56,13 +59,19 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         ConfigError: there is no such file or split, or its kind is unknown. Raised at once.
         DataError: the file has no rows, is damaged as a whole, or the hub did not return it. Raised while iterating.
     """
-    known = ", ".join(READERS)
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if spec.startswith("hf:"):
         return _some(_read_hub(spec, split), spec)
     if spec.startswith("python:"):
         return _some(given_rows(handed_over(f"data.{split}", spec), spec.removeprefix("python:")), spec)
+    path = find_file(spec, split)
+    return _some(READERS[path.suffix.lower()](path), path.name)
+
+
+def find_file(spec: str, split: str) -> Path:
+    """Return the file with the rows of a split: `spec` itself, or one in that folder; raise ConfigError without one."""
+    known = ", ".join(READERS)
     try:
         path = home_path(spec)
         folder = path.is_dir()
@@ -80,10 +89,47 @@ def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
     if not path.is_file():
         raise ConfigError(f"{spec}: is a device or a pipe; expected a file, which is read more than once")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in READERS:
         raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {known}")
-    return _some(reader(path), path.name)
+    return path
+
+
+def source_hash(spec: str, split: str) -> tuple[str, int]:
+    """Hash what a source holds that is read row by row, and its name; return also how many rows it has, blank ones too.
+
+    Raises:
+        ConfigError: it is read whole.
+        DataError: the hub did not return it.
+    """
+    if spec.startswith("python:"):
+        raise ConfigError("rows that a program gives are in memory already; leave data.stream out")
+    if not spec.startswith("hf:"):
+        path = find_file(spec, split)
+        if path.suffix.lower() not in STREAMED:
+            raise ConfigError(
+                f"{spec}: a {path.suffix} file is read whole; data.stream is for {', '.join(STREAMED)} and data sets "
+                "of the hub: convert it, or leave data.stream out"
+            )
+        return f"{path.name} {digest(path)}", _count(path)
+    rows, name = _open_hub(spec, split)
+    files = [digest(Path(file["filename"])) for file in getattr(rows, "cache_files", ())]
+    if not files:
+        hashed = blake2b(digest_size=16)
+        for row in rows:
+            hashed.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+        files = [hashed.hexdigest()]
+    return f"{spec} {name} {len(rows)} {' '.join(files)}", len(rows)
+
+
+def _count(path: Path) -> int:
+    if path.suffix.lower() == ".parquet":
+        with suppress(Exception):  # reading its rows says what is wrong
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(path).num_rows)
+        return 0
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
 def given_rows(rows: Iterable[Any], name: str = "rows") -> Iterator[Row | Problem]:
@@ -164,10 +210,11 @@ def type_name(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def report_lines(lines: Sequence[str]) -> str:
-    """Return the first problems, a line each, and the number of others."""
-    more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:_SHOWN]), *more])
+def report_lines(lines: Sequence[str], count: int | None = None) -> str:
+    """Return the first problems, a line each, and the number of others; of `count`, where not all are in `lines`."""
+    count = len(lines) if count is None else count
+    more = [f"... and {count - SHOWN} more"] if count > SHOWN else []
+    return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:SHOWN]), *more])
 
 
 def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
@@ -328,6 +375,10 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Problem]]] = {
 }
 
 
+# Read row by row: the others' readers hold a whole file.
+STREAMED = (".jsonl", ".parquet")
+
+
 def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
     """Parse `hf:org/name[:config][:split]`. A single suffix is a split if it has a split's name, else a config."""
     match = _HUB.fullmatch(spec)
@@ -348,7 +399,8 @@ def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:
     return name, config, split
 
 
-def _read_hub(spec: str, split: str) -> Iterator[Row | Problem]:
+def _open_hub(spec: str, split: str) -> tuple[Any, str]:
+    """Return a data set of the hub, whose rows are on the disk, and the name that their places have."""
     name, config, part = _parse_hub(spec)
     try:
         import datasets
@@ -371,8 +423,13 @@ def _read_hub(spec: str, split: str) -> Iterator[Row | Problem]:
             f"{spec}: could not load it from the hub ({type(exc).__name__}: {str(exc).strip()[:300]}); check the name, "
             "the network, and `hf auth login` for a gated one; or download it and name the file"
         ) from exc
+    return rows, f"{name}:{part}"
+
+
+def _read_hub(spec: str, split: str) -> Iterator[Row | Problem]:
+    rows, name = _open_hub(spec, split)
     for index in range(len(rows)):
-        where = f"{name}:{part}[{index}]"
+        where = f"{name}[{index}]"
         try:
             yield Row(where, _without_gaps(dict(rows[index])))
         except UnicodeDecodeError as exc:

@@ -19,7 +19,7 @@ from mlx.utils import tree_unflatten
 
 import mlxft
 from mlxft.config import Config
-from mlxft.data.dataset import Encoded, encode, encode_completion, load_splits, plan_epoch, prompt_text
+from mlxft.data.dataset import Encoded, encode, encode_completion, load_splits, plan_epoch, prompt_text, valid_source
 from mlxft.data.formats import (
     Completion,
     Conversation,
@@ -31,7 +31,7 @@ from mlxft.data.formats import (
     convert,
     suggest_format,
 )
-from mlxft.data.sources import Problem, find_split, read_rows
+from mlxft.data.sources import Problem, read_rows
 from mlxft.errors import ConfigError, DataError, ExportError, MlxftError, ModelError
 from mlxft.files import save_arrays
 from mlxft.model.adapters import (
@@ -283,10 +283,8 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     """Return a run's validation rows, if it had any."""
     data = config.data
     if isinstance(data.valid, float):
-        return load_splits(data, config.run.seed, tokenizer=tokenizer)[1]
-    spec = data.valid
-    if spec is None and Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
-        spec = data.train
+        return load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)[1]
+    spec = valid_source(data)
     if spec is None:
         return []
     skipped: list[Problem] | None = [] if data.invalid == "drop" else None

@@ -187,7 +187,7 @@ def front_matter(facts: Facts) -> ModelCardData:
     if config:
         method = facts.method or config.tune.method
         tags += [_method(config), *([] if method == "full" else [method])]
-        sets = [config.data.train, config.data.valid]
+        sets = [*(source.path for source in config.data.sources.values()), config.data.valid]
         datasets = list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d))))
     return ModelCardData(
         library_name=library,
@@ -309,6 +309,7 @@ def _training(config: Config, events: Sequence[_Event]) -> str:
     if config.model.adapter:
         rows.append(("went on from", f"the run or adapter {code(Path(config.model.adapter).name)}"))
     rows.append(("data", _data(config.data.train)))
+    rows += [(f"mixed in: {code(k)}", f"{_data(v.path)}, weight {v.weight:g}") for k, v in config.data.mix.items()]
     if config.data.valid is not None:
         share = isinstance(config.data.valid, float)
         rows.append(("validation", f"{config.data.valid:.3g} of the rows" if share else _data(str(config.data.valid))))

@@ -141,6 +141,7 @@ class Packing:
 # Limits of the trained positions whose logits exist at one time: their number, and bytes of their logits in float32.
 # Each chunk reads the whole head; a GPU needs little more time for a product of a thousand rows.
 CHUNK, GPU_CHUNK = (256, 32 << 20), (1024, 256 << 20)
+_LEAST_CHUNK = 32
 
 
 class Split:
@@ -371,7 +372,7 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
 def chunk_size(vocabulary: int) -> int:
     """Return the number of positions whose logits exist at one time, on the device that is planned for."""
     most, size = CHUNK if planned_backend() == "cpu" else GPU_CHUNK
-    return max(32, min(most, size // (4 * vocabulary) // 32 * 32))
+    return max(_LEAST_CHUNK, min(most, size // (4 * vocabulary) // 32 * 32))
 
 
 # --- logprobs ---------------------------------------------------------------------------------------------------------
@@ -529,35 +530,39 @@ def _picked_greedy(logits: mx.array, labels: mx.array) -> mx.array:
 
 
 def read_positions(
-    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool, arrays: int = 1
 ) -> mx.array:
     """Return `read` of the logits at positions, in chunks: (N,) or (N, m) numbers; arguments as for `rows_logprobs`.
 
     Args:
         labels: (N, ...) what `read` needs beside the (n, V) logits of a chunk; it is given the same rows of it.
+        arrays: how many times as many (n, V) arrays it holds as log-probabilities take; chunks are so much smaller.
     """
     if split.separable:
-        return _read(split, rows_hidden(split, ids, positions), labels, read, grad)
+        return _read(split, rows_hidden(split, ids, positions), labels, read, grad, arrays)
     return read(_flat(split.model(ids))[positions], labels)
 
 
-def _read(split: Split, hidden: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:
+def _read(split: Split, hidden: mx.array, labels: mx.array, read: Read, grad: bool, arrays: int = 1) -> mx.array:
+    parts = _parts(split, hidden.shape[0], arrays)
     if not grad:
-        return _values(split, hidden, labels, {}, read)
+        return _values(split, hidden, labels, {}, read, parts)
     head = split.trained_head()
     if head:
-        return _recomputed(split, hidden, labels, head, read)
-    return _with_slopes(split, hidden, labels, read)
+        return _recomputed(split, hidden, labels, head, read, parts)
+    return _with_slopes(split, hidden, labels, read, parts)
 
 
-def _parts(split: Split, count: int) -> list[slice]:
-    size = chunk_size(split.vocabulary)
+def _parts(split: Split, count: int, arrays: int = 1) -> list[slice]:
+    size = max(_LEAST_CHUNK, chunk_size(split.vocabulary) // arrays)
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
+def _values(
+    split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read, parts: Sequence[slice]
+) -> mx.array:
     done: list[mx.array] = []
-    for part in _parts(split, hidden.shape[0]):
+    for part in parts:
         h = hidden[part]
         if done:  # one chunk at a time; otherwise MLX would begin with all of them
             (h,) = mx.depends([h], [done[-1]])
@@ -565,7 +570,7 @@ def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, 
     return mx.concatenate(done)
 
 
-def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -> mx.array:
+def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read, parts: Sequence[slice]) -> mx.array:
     """Compute the numbers, and the gradient of each in its own hidden state, (N, D), which is kept.
 
     A row of logits depends on its own hidden state alone, so the gradient of the sum holds all of these gradients.
@@ -573,7 +578,7 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -
     still = mx.stop_gradient
     values: list[mx.array] = []
     slopes: list[mx.array] = []
-    for part in _parts(split, hidden.shape[0]):
+    for part in parts:
         h, y = still(hidden[part]), labels[part]
         if values:
             (h,) = mx.depends([h], [values[-1], slopes[-1]])
@@ -590,12 +595,14 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -
     return still(mx.concatenate(values)) + ((hidden - still(hidden)).astype(mx.float32) * slope).sum(axis=-1)
 
 
-def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
+def _recomputed(
+    split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read, parts: Sequence[slice]
+) -> mx.array:
     """Compute the numbers, and their chunks again for the gradient: a trained head's depends on all cotangents."""
     names, drawn = list(head), position()
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
-        return _values(split, hidden, labels, dict(zip(names, parameters)), read)
+        return _values(split, hidden, labels, dict(zip(names, parameters)), read, parts)
 
     values: Any = mx.custom_function(forward)
 
@@ -604,7 +611,7 @@ def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Paramete
         slopes: list[mx.array] = []
         sums: list[mx.array] = []
         with again(drawn):
-            for part in _parts(split, hidden.shape[0]):
+            for part in parts:
                 h, y, c = hidden[part], labels[part], cotangent[part]
                 if slopes:
                     (h,) = mx.depends([h], [slopes[-1], *sums])

@@ -14,9 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxft.config import Config, Settings
-from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Slot, plan_epoch
+from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Mixture, Plan, Slot, plan_epoch
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.frozen import FrozenSource, frozen_residents
 from mlxft.model.layers import without_dropout
@@ -88,6 +89,7 @@ class Step:
         event: what is reported before the step: of the rollout that it begins.
         before_s: seconds spent on the event's work, sampling and scoring, which do not count as training.
         after: called with the step's sums, not evaluated yet, and `per`, once the step is made.
+        sources: of a mixture, name of a source -> rows, tokens and trained tokens of the step.
     """
 
     micro_batches: Sequence[MicroBatch]
@@ -96,6 +98,7 @@ class Step:
     event: Event | None = None
     before_s: float = 0.0
     after: Callable[[Terms, dict[str, float]], None] | None = None
+    sources: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 MakesStep = Callable[[], Step]
@@ -336,7 +339,7 @@ class Objective(ABC):
         return 0
 
 
-def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
+def beyond_context(config: Config, lengths: Sequence[int] | IntArray) -> list[str]:
     """Return a note if rows are longer than the model's context; nothing where its config does not say.
 
     Args:
@@ -349,8 +352,8 @@ def beyond_context(config: Config, lengths: Sequence[int]) -> list[str]:
     except ModelError:  # loading the model reports it
         return []
     context = context_of(about)
-    long = [length for length in lengths if context is not None and length > context]
-    if not long:
+    long = np.asarray(lengths)[np.asarray(lengths) > context] if context is not None else ()
+    if not len(long):
         return []
     if about.get("model_type") in POSITION_TABLES:
         raise DataError(
@@ -391,11 +394,14 @@ class OffPolicy(Objective):
     Args:
         lengths: (N,) tokens of each row.
         per_row: rows of a micro-batch that one row of the data set becomes: two of a pair.
+        mixture: the rows of each epoch; None: all, once.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, lengths: IntArray, per_row: int = 1) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, lengths: IntArray, per_row: int = 1, mixture: Mixture | None = None
+    ) -> None:
         super().__init__(config, tokenizer)
-        self._lengths, self._seed, self._per_row = lengths, config.run.seed, per_row
+        self._lengths, self._seed, self._per_row, self._mixture = lengths, config.run.seed, per_row, mixture
         self._epoch, self._next = 0, 0
         self.rebatch(config)
 
@@ -409,12 +415,33 @@ class OffPolicy(Objective):
         self._budget: dict[str, Any] = {"rows": rows, "tokens": None if rows else tokens}
         self._accumulate = config.batch.accumulate
         self._sizes: dict[int, int] = {}  # epoch -> its number of micro-batches
+        self._planned: tuple[int, Plan] | None = None  # the epoch asked for last
 
-    def plan(self, epoch: int) -> list[Slot]:
+    def plan(self, epoch: int) -> Plan:
         """Return the micro-batches of one epoch."""
-        return plan_epoch(self._lengths, **self._budget, seed=self._seed, epoch=epoch)
+        if self._planned is None or self._planned[0] != epoch:
+            if self._mixture is None:
+                self._planned = epoch, self.arrange(self._lengths, epoch)
+            else:
+                rows = self._mixture.epoch(epoch)
+                self._planned = epoch, self.arrange(self._lengths[rows], epoch).of(rows)
+        return self._planned[1]
 
-    def plan_valid(self, lengths: IntArray) -> list[Slot]:
+    def arrange(self, lengths: IntArray, epoch: int) -> Plan:
+        """Return the micro-batches of an epoch whose rows have these lengths."""
+        return plan_epoch(lengths, **self._budget, seed=self._seed, epoch=epoch)
+
+    def epoch_counts(self, rows: str, tokens: str, trained: str) -> dict[str, int]:
+        """Return, under these names, what the first epoch draws from all sources, and from each; {} of one source."""
+        if self._mixture is None:
+            return {}
+        found = self._mixture.count(self.plan(0).order)
+        counts = dict(zip((rows, tokens, trained), map(sum, zip(*found.values()))))
+        for name, (n, _, of_those) in found.items():
+            counts |= {f"{rows} of {name}": n, f"{trained} of {name}": of_those}
+        return counts
+
+    def plan_valid(self, lengths: IntArray) -> Plan:
         """Return the micro-batches of validation rows of these lengths."""
         return plan_epoch(lengths, **self._budget, seed=None)
 
@@ -425,15 +452,16 @@ class OffPolicy(Objective):
         return [partial(self.make_step, model, step) for step in steps]
 
     def steps(self, model: nn.Module) -> Iterator[Step]:
-        planned, slots = -1, list[Slot]()
         while True:
-            if planned != self._epoch:
-                planned, slots = self._epoch, self.plan(self._epoch)
-            after = min(self._next + self._accumulate, len(slots))
-            step = self.make_step(model, slots[self._next : after])
-            last = after == len(slots)
+            plan = self.plan(self._epoch)
+            after = min(self._next + self._accumulate, len(plan))
+            slots = plan[self._next : after]
+            step = self.make_step(model, slots)
+            rows = [row for slot in slots for row in slot.rows]
+            sources = {} if self._mixture is None else self._mixture.count(rows)
+            last = after == len(plan)
             self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, after)
-            yield replace(step, ends_epoch=last)
+            yield replace(step, ends_epoch=last, sources=sources)
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         if epoch not in self._sizes:

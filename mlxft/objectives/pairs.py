@@ -19,17 +19,15 @@ from mlxft.data.dataset import (
     EncodedLabelled,
     EncodedPair,
     Ids,
+    Sizes,
     Slot,
-    chat_notes,
-    data_fingerprint,
+    encode_sources,
     ends_of,
     ids_fingerprint,
-    length,
-    load_splits,
-    of_valid,
+    lengths_of,
     padding_share,
+    sizes_of,
 )
-from mlxft.data.formats import Example
 from mlxft.errors import ConfigError
 from mlxft.model.logits import Split
 from mlxft.model.memory import Shape
@@ -111,13 +109,15 @@ def stack_shared(prompts: Sequence[Ids], completions: Sequence[tuple[int, Ids]])
     )
 
 
-def sharing_pays(rows: Sequence[EncodedPair | EncodedLabelled], width: int) -> tuple[int, int] | None:
-    """Return the widths of prompts and completions where computing each prompt once is cheaper than rows of `width`."""
-    pairs = [row for row in rows if isinstance(row, EncodedPair)]
-    if not pairs or min(len(pair.prompt_ids) for pair in pairs) < LEAST_PROMPT:
+def sharing_pays(sizes: Sizes, width: int) -> tuple[int, int] | None:
+    """Return the widths of prompts and completions where computing each prompt once is cheaper than rows of `width`.
+
+    Args:
+        sizes: of some rows, see `sizes_of`; labelled ones share no prompt.
+    """
+    if sizes.shape[1] != 3 or sizes[:, 0].min() < LEAST_PROMPT:
         return None
-    prompt = max(len(pair.prompt_ids) for pair in pairs)
-    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    prompt, longest = int(sizes[:, 0].max()), int(sizes[:, 1:].max())
     return (prompt, longest) if prompt + 2 * longest <= SHARED * 2 * width else None
 
 
@@ -125,30 +125,27 @@ def stack_pairs(pairs: Sequence[EncodedPair], width: int, sharing: Sharing) -> C
     """Stack the chosen and then the rejected completions, with each prompt once where that is cheaper."""
     prompts = [pair.prompt_ids for pair in pairs]
     replies = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    if sharing_pays(pairs, width) and sharing.possible:
+    if sharing_pays(sizes_of(pairs), width) and sharing.possible:
         return stack_shared(prompts, [(i % len(pairs), reply) for i, reply in enumerate(replies)])
     return stack([EncodedCompletion(prompts[i % len(pairs)], reply) for i, reply in enumerate(replies)], width)
 
 
 def encode_splits(
-    config: Config, tokenizer: Any, build: Callable[..., Any], keep: Callable[[list[Example]], list[Example]] = list
-) -> tuple[list[Any], Counts, list[Any], Counts | None]:
-    """Encode training and validation rows by `encode_pairs` or `encode_labelled`, and count them.
+    config: Config, tokenizer: Any, build: Callable[..., Any], kind: type[Any]
+) -> tuple[Sequence[Any], Counts, Sequence[Any], Counts | None]:
+    """Encode training and validation rows by `encode_pairs` or `encode_labelled` to rows of a kind, and count them.
 
     Raises:
         ConfigError, DataError: settings or rows do not fit.
     """
     data = config.data
     options = {"max_length": data.max_length, "overflow": data.overflow, "chat": data.template == "auto"}
-    train, valid, notes = load_splits(data, config.run.seed, tokenizer=tokenizer)
-    train, valid = keep(train), keep(valid)
-    first = build(train, tokenizer, **options)
-    with of_valid():
-        second = build(valid, tokenizer, **options) if valid else None
+    first, second, notes, fingerprint = encode_sources(
+        config, tokenizer, lambda examples, block: build(examples, tokenizer, **options, block=block), kind
+    )
     if second:
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
-    notes = [*notes, *chat_notes(tokenizer, ends_of(first.rows), train if options["chat"] else ())]
-    counts = replace(first.counts, source_notes=tuple(notes), fingerprint=data_fingerprint(train, valid))
+    counts = replace(first.counts, source_notes=tuple(notes), fingerprint=fingerprint)
     return first.rows, counts, second.rows if second else [], second.counts if second else None
 
 
@@ -198,16 +195,22 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
     traceable = True  # the reference's numbers, and KTO's reference point, are in the batch
 
     def __init__(
-        self, config: Config, tokenizer: Any, rows: list[_Row], counts: Counts, valid: list[_Row], per_row: int
+        self,
+        config: Config,
+        tokenizer: Any,
+        rows: Sequence[_Row],
+        counts: Counts,
+        valid: Sequence[_Row],
+        per_row: int,
     ) -> None:
         self.counts = counts
-        self.rows: list[_Row] = rows
-        self.valid: list[_Row] = valid
+        self.rows: Sequence[_Row] = rows
+        self.valid: Sequence[_Row] = valid
         self.notes: list[str] = counts.notes()
         self._sharing: Sharing | None = None
-        super().__init__(config, tokenizer, np.array([length(row) for row in rows], dtype=np.int64), per_row)
-        self.notes += beyond_context(config, self._lengths.tolist())
-        self.notes += [f"validation: {note}" for note in beyond_context(config, list(map(length, valid)))]
+        super().__init__(config, tokenizer, lengths_of(rows), per_row, counts.mixture)
+        self.notes += beyond_context(config, self._lengths)
+        self.notes += [f"validation: {note}" for note in beyond_context(config, lengths_of(valid))]
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         self.notes += _NO_DROPOUT.take_out(model)
@@ -237,12 +240,11 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
         self.__dict__.pop("most", None)
 
     def shapes(self) -> list[Shape]:
-        found = []
+        found, every = [], sizes_of(self.rows)
         for slot in self.plan(0):
-            rows = [self.rows[i] for i in slot.rows]
-            completions = [completion for row in rows for completion in completions_of(row)]
-            trained = sum(len(completion.reply) for completion in completions)
-            found.append(Shape(len(completions), slot.width, trained, *(sharing_pays(rows, slot.width) or ())))
+            sizes = every[list(slot.rows)]
+            shared = sharing_pays(sizes, slot.width) or ()
+            found.append(Shape(sizes[:, 1:].size, slot.width, int(sizes[:, 1:].sum()), *shared))
         return found
 
     @cached_property
@@ -262,7 +264,7 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
     def valid_steps(self, model: nn.Module) -> Iterator[Step]:
         if not self.valid:
             return
-        slots = self.plan_valid(np.array([length(row) for row in self.valid], dtype=np.int64))
+        slots = self.plan_valid(lengths_of(self.valid))
         point = self.reference_point(model, slots, True)
         yield from (self._step(model, [slot], point, True) for slot in slots)
 
@@ -286,6 +288,7 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
             "tokens": self.counts.tokens,
             "response tokens": self.counts.trained_tokens,
             "padding share": padding_share(self.plan(0), self._lengths),
+            **self.epoch_counts(kind, "tokens", "response tokens"),
         }
         if self.counts.chosen_longer is not None:
             counts["chosen is longer"] = self.counts.chosen_longer
@@ -295,4 +298,4 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
 
     def previews(self, n: int) -> list[_Row]:
         """Return the first `n` pairs, or labelled completions."""
-        return self.rows[:n]
+        return list(self.rows[:n])

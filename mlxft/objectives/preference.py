@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -24,7 +25,7 @@ from mlxft.data.dataset import (
     encode_pairs,
     length,
 )
-from mlxft.errors import DataError
+from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModels, FrozenSource, Reference
 from mlxft.model.layers import probing
@@ -146,12 +147,18 @@ class Preference(CompletionObjective[_Row]):
         return object.__new__((_Single if kto else _Pairs) if cls is Preference else cls)  # type: ignore[arg-type]
 
     def __init__(
-        self, config: Config, tokenizer: Any, rows: list[_Row], counts: Counts, valid: list[_Row], per_row: int
+        self,
+        config: Config,
+        tokenizer: Any,
+        rows: Sequence[_Row],
+        counts: Counts,
+        valid: Sequence[_Row],
+        per_row: int,
     ) -> None:
         self.settings = config.section("preference", PreferenceSettings)
         super().__init__(config, tokenizer, rows, counts, valid, per_row)  # type: ignore[arg-type]
         if self.settings.precompute:
-            count = 2 * len([*rows, *valid])  # for kto each prompt's own completion, and another prompt's
+            count = 2 * (len(rows) + len(valid))  # for kto each prompt's own completion, and another prompt's
             what = "completions are computed before the first step"
             self.notes.append(f"the reference's log-probabilities of {count:,} {what}")
         self.reference: Reference | None = None
@@ -207,9 +214,12 @@ class _Pairs(Preference[EncodedPair]):
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_completion_recipe(config, ("preference", "ratings"))
-        rows, counts, valid, _ = encode_splits(config, tokenizer, encode_pairs)
-        loss = config.section("preference", PreferenceSettings).loss
-        _refuse_ties([*rows, *valid], loss)
+        settings = config.section("preference", PreferenceSettings)
+        if config.data.stream and settings.precompute:
+            raise ConfigError("preference.precompute: holds numbers of all rows in memory; leave it or data.stream out")
+        rows, counts, valid, _ = encode_splits(config, tokenizer, encode_pairs, EncodedPair)
+        loss = settings.loss
+        _refuse_ties(chain(rows, valid), loss)
         super().__init__(config, tokenizer, rows, counts, valid, per_row=2)
         self.notes += _idle_margins(rows, loss)
 
@@ -271,14 +281,20 @@ class _Single(Preference[EncodedLabelled]):
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_completion_recipe(config, ("unpaired", "preference"))
         idle: list[str] = []
+        if wrong := [name for name in ("stream", "mix") if getattr(config.data, name)]:
+            raise ConfigError(
+                f"data.{wrong[0]}: loss kto scores each prompt with the completion of another row, drawn from all rows "
+                "of one source in memory; leave it out, or choose a loss on pairs"
+            )
         if config.data.format == "preference":
-            pairs, counts, others, _ = encode_splits(config, tokenizer, encode_pairs)
-            _refuse_ties([*pairs, *others], "kto")
+            pairs, counts, others, _ = encode_splits(config, tokenizer, encode_pairs, EncodedPair)
+            _refuse_ties(chain(pairs, others), "kto")
             rows, valid = _apart(pairs), _apart(others)
             counts = replace(counts, tokens=sum(map(length, rows)))  # a prompt is read with each of its completions
             idle = _idle_margins(pairs, "kto")
         else:
-            rows, counts, valid, _ = encode_splits(config, tokenizer, encode_labelled)
+            labelled, counts, held_out, _ = encode_splits(config, tokenizer, encode_labelled, EncodedLabelled)
+            rows, valid = list(labelled), list(held_out)
         super().__init__(config, tokenizer, rows, counts, valid, per_row=1)
         self.notes += idle
         good = sum(row.label for row in rows)
@@ -370,7 +386,7 @@ def _kl(tokens: mx.array, reference: mx.array, data: Completions) -> mx.array:
     return row_sums(F.kl(mx.stop_gradient(tokens), reference, "k2"), data.owners, data.lengths.size)
 
 
-def _refuse_ties(rows: Sequence[EncodedPair], loss: str) -> None:
+def _refuse_ties(rows: Iterable[EncodedPair], loss: str) -> None:
     """Raise DataError for ties, which this loss cannot learn from."""
     ties = [row.where for row in rows if row.tie]
     if ties:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from mlxft.config import Config, Settings
-from mlxft.data.dataset import EncodedPair, encode_pairs
+from mlxft.data.dataset import EncodedPair, Sizes, encode_pairs, sizes_of
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import begin_head
 from mlxft.model.logits import Split
@@ -23,7 +23,6 @@ from mlxft.objectives.functional import bradley_terry, wins
 from mlxft.objectives.pairs import (
     CompletionObjective,
     check_completion_recipe,
-    completions_of,
     encode_splits,
     micro_batch,
     stack_pairs,
@@ -81,9 +80,10 @@ class Reward(CompletionObjective[EncodedPair]):
         check_completion_recipe(config, _FORMATS)
         if config.run.sample_prompts:
             raise ConfigError("run.sample_prompts: a reward model gives scores, not text; leave it out")
-        rows, counts, valid, _ = encode_splits(config, tokenizer, encode_pairs)
+        rows, counts, valid, _ = encode_splits(config, tokenizer, encode_pairs, EncodedPair)
         self._settings = config.section("reward", RewardSettings)
-        super().__init__(config, tokenizer, rows, counts, [row for row in valid if not row.tie], per_row=2)
+        decided = [row for row in valid if not row.tie] if any(row.tie for row in valid) else valid
+        super().__init__(config, tokenizer, rows, counts, decided, per_row=2)
         if valid and not self.valid:
             raise DataError("data.valid: has ties only, which cannot measure a reward model")
         if len(self.valid) < len(valid):
@@ -93,8 +93,7 @@ class Reward(CompletionObjective[EncodedPair]):
             raise ConfigError("reward.margin: no row has a margin; leave it out, or give rows a field margin")
         if margins and not self._settings.margin:
             self.notes.append(f"{margins:,} rows have a margin, which is not used (reward.margin: true)")
-        sizes = [len(completion.reply) for row in self.valid for completion in completions_of(row)]
-        self._thirds = thirds_of(sizes) if sizes else (0.0, 0.0)
+        self._thirds = thirds_of(sizes_of(self.valid)[:, 1:].ravel()) if self.valid else (0.0, 0.0)
         self._about: dict[str, Any] = {}
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
@@ -140,7 +139,7 @@ class Reward(CompletionObjective[EncodedPair]):
         return self._about
 
 
-def thirds_of(lengths: Sequence[int]) -> tuple[float, float]:
+def thirds_of(lengths: Sequence[int] | Sizes) -> tuple[float, float]:
     """Return where the middle third of the lengths begins and ends."""
     low, high = np.quantile(lengths, [1 / 3, 2 / 3]).tolist()
     return low, high

@@ -13,15 +13,17 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.dataset import (
-    Dataset,
     Encoded,
     IntArray,
+    Plan,
     Slot,
     ends_of,
+    lengths_of,
     load_encoded,
     pack_epoch,
     pack_width,
     padding_share,
+    sizes_of,
 )
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.layers import noisy_embedding, token_embedding
@@ -50,7 +52,7 @@ class SFTBatch(Rows):
 
 
 class SFT(OffPolicy):
-    """SFT over rows held in memory as token ids and masks."""
+    """SFT over rows of token ids and masks, in memory or on the disk."""
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate = 2e-5  # of full fine-tuning; LoRA 2e-4
@@ -62,11 +64,11 @@ class SFT(OffPolicy):
             raise ConfigError(
                 f"data.format: {config.data.format} is not for objective sft; choose {', '.join(SFT_FORMATS)}"
             )
-        self.train, self.valid, self._notes, self._data = load_encoded(config, tokenizer)
-        super().__init__(config, tokenizer, _lengths(self.train))
-        self._notes += beyond_context(config, self._lengths.tolist())
+        self.train, self.valid, self._notes, self._data = load_encoded(config, tokenizer, mix=True)
+        super().__init__(config, tokenizer, lengths_of(self.train.rows), mixture=self.train.counts.mixture)
+        self._notes += beyond_context(config, self._lengths)
         if self.valid is not None:
-            self._notes += [f"validation: {n}" for n in beyond_context(config, _lengths(self.valid).tolist())]
+            self._notes += [f"validation: {n}" for n in beyond_context(config, lengths_of(self.valid.rows))]
         self._split: Split | None = None
         self._embedding: nn.Module | None = None  # what noise is added to
 
@@ -78,14 +80,15 @@ class SFT(OffPolicy):
         super().rebatch(config)
         self._width = pack_width(self._lengths, self._budget["tokens"]) if config.batch.pack else None
 
-    def plan(self, epoch: int) -> list[Slot]:
+    def arrange(self, lengths: IntArray, epoch: int) -> Plan:
         if self._width is not None:
-            return pack_epoch(self._lengths, width=self._width, **self._budget, seed=self._seed, epoch=epoch)
-        return super().plan(epoch)
+            return pack_epoch(lengths, width=self._width, **self._budget, seed=self._seed, epoch=epoch)
+        return super().arrange(lengths, epoch)
 
     def shapes(self) -> list[Shape]:
-        trained = [int(r.trained.sum()) for r in self.train.rows]
-        return [Shape(len(s.sequences), s.width, sum(trained[i] for i in s.rows)) for s in self.plan(0)]
+        plan = self.plan(0)
+        columns = (plan.stops - plan.starts, plan.widths, plan.sums(sizes_of(self.train.rows)[:, 1]))
+        return [Shape(*numbers) for numbers in zip(*(column.tolist() for column in columns))]
 
     def make_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool = False) -> Step:
         micro_batches = [self._make(slot, valid) for slot in slots]
@@ -100,7 +103,8 @@ class SFT(OffPolicy):
 
     def valid_steps(self, model: nn.Module) -> Iterator[Step]:
         if self.valid is not None:
-            yield from (self.make_step(model, [slot], valid=True) for slot in self.plan_valid(_lengths(self.valid)))
+            slots = self.plan_valid(lengths_of(self.valid.rows))
+            yield from (self.make_step(model, [slot], valid=True) for slot in slots)
 
     def loss(self, model: nn.Module, data: SFTBatch) -> Terms:
         if self._split is None or self._split.model is not model:
@@ -131,6 +135,7 @@ class SFT(OffPolicy):
             "tokens": c.tokens,
             "trained tokens": c.trained_tokens,
             "padding share": padding_share(self.plan(0), self._lengths),
+            **self.epoch_counts("rows", "tokens", "trained tokens"),
         }
         notes = [*self._notes, *c.notes()]
         if self.valid is not None:
@@ -141,11 +146,7 @@ class SFT(OffPolicy):
 
     def previews(self, n: int) -> list[Encoded]:
         """Return the first `n` training rows."""
-        return self.train.rows[:n]
-
-
-def _lengths(data: Dataset[Encoded]) -> IntArray:
-    return np.array([len(row.ids) for row in data.rows], dtype=np.int64)
+        return list(self.train.rows[:n])
 
 
 def make_batch(rows: list[Encoded], width: int) -> MicroBatch:

@@ -294,6 +294,11 @@ def _check(config: Config, plan: StudyPlan) -> None:
         problems.append(f"objective: expected sft for a few-shot study, found {config.objective}")
     if config.data.shots is not None:
         problems.append(f"data.shots ({config.data.shots}): is set for each cell; leave it out")
+    problems += [
+        f"data.{name}: is not for a few-shot study; leave it out"
+        for name in ("mix", "stream")
+        if getattr(config.data, name)
+    ]
     if config.data.format not in READ or config.data.format == "text":
         problems.append(f"data.format: rows of {config.data.format} have no completions to compare with")
     train_file, test = Path(config.data.train), home_path(plan.test)

@@ -359,7 +359,17 @@ ENDS = 64  # combinations of the ends of ranges that are checked before the firs
 EVALS = 8  # validations of a trial where the recipe leaves their number open: pruning needs some
 ATTEMPTS = 3  # attempts at a trial during which the process was killed, perhaps because of the trial
 # Settings that change how or where the metric is measured, or nothing that is learnt.
-FIXED = {"objective", "versions", "data.valid", "data.cache", "run.name", "run.dir", "run.save_every", "run.keep"}
+FIXED = {
+    "objective",
+    "versions",
+    "data.valid",
+    "data.cache",
+    "data.stream",
+    "run.name",
+    "run.dir",
+    "run.save_every",
+    "run.keep",
+}
 FIXED |= {"run.report_every", "run.eval_every", "run.eval_at_start", "run.sample_prompts", "run.sample_tokens"}
 FIXED_SECTIONS = ("sweep.", "report.", "memory.")
 # Settings that may change when a sweep is resumed.

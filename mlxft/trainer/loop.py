@@ -243,6 +243,7 @@ class Progress:
     best_step: int | None = None
     evals_without_gain: int = 0
     skipped_batches: int = 0
+    sources: dict[str, list[int]] = field(default_factory=dict)  # of a mixture: rows, tokens, trained tokens of each
     # Sums since the last report, saved so that an interruption does not change the next report.
     window: dict[str, float] = field(default_factory=dict)
     about: dict[str, float] = field(default_factory=dict)  # the latest event's numbers, repeated in each report
@@ -295,6 +296,7 @@ class _Made:
     tokens: int
     trained_tokens: int
     rows: tuple[str, ...]
+    sources: dict[str, tuple[int, int, int]]
 
 
 @dataclass(eq=False)
@@ -337,6 +339,8 @@ class Loop:
                 p.step += 1
                 p.tokens += step.tokens
                 p.trained_tokens += step.trained_tokens
+                for name, counted in step.sources.items():
+                    p.sources[name] = [a + b for a, b in zip(p.sources.get(name, [0, 0, 0]), counted)]
                 self._pending.append(step)
                 if len(self._pending) > 1:
                     # Wait for the step before, so that one step keeps the device busy and the queue does not grow.
@@ -385,7 +389,7 @@ class Loop:
             step.after(sums, per)
         rows = tuple(row for batch in batches for row in batch.rows)
         tokens = sum(b.tokens for b in batches)
-        return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows)
+        return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows, step.sources)
 
     def rate(self) -> float:
         """Return the next step's learning rate."""
@@ -439,6 +443,8 @@ class Loop:
             **{k[5:]: v for k, v in w.items() if k.startswith("norm:")},
             "tokens": p.tokens,
             "trained_tokens": p.trained_tokens,
+            **{f"rows/{name}": rows for name, (rows, _, _) in p.sources.items()},
+            **{f"trained_tokens/{name}": trained for name, (_, _, trained) in p.sources.items()},
             "tokens_per_s": w["tokens"] / seconds,
             "trained_tokens_per_s": w["trained"] / seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,

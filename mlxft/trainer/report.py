@@ -136,6 +136,7 @@ def event_line(event: Event) -> str:
     if kind == "train":
         known = {"event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_s"}
         known |= {"trained_tokens_per_s", "peak_memory_gb", "elapsed_s", "skipped_batches"}
+        known |= {k for k in event if k.startswith(("rows/", "trained_tokens/"))}  # of a mixture's sources
         if "rollout" in event:  # the rollout's line has the other metrics
             known |= {k for k in event if k not in LOSS_METRICS}
         extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in known)

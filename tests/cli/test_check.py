@@ -165,6 +165,7 @@ def test_time_takes_real_steps_and_writes_nothing(
     per_step = found["data"]["tokens"] / found["steps_per_epoch"]
     assert time["expected_s"] == pytest.approx(500 * per_step / time["tokens_per_s"])
     assert "measured peak memory: " in mlxft("check", good, "--time").out
+    assert "measured peak memory: " in mlxft("check", good, "--time", "data.valid=0.5").out
     assert not (tmp_path / "runs").exists()
 
 

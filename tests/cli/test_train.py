@@ -198,6 +198,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
     "tune.freeze": ({**FULL}, ["embed_tokens"], "trainable", None),
     "data.train": (PAIRS, "more.jsonl", "data", None),
     "data.valid": ({}, 0.2, "evals", [4]),
+    "data.mix": ({}, {"more": {"path": "mixed.jsonl"}}, "data", None),
     "data.format": ({"data.train": "both.jsonl"}, "text", "data", None),
     "data.fields": ({"data.train": "both.jsonl"}, {"messages": "dialog"}, "data", None),
     "data.max_length": ({"data.overflow": "drop"}, 30, "data", None),
@@ -238,6 +239,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
 # Proved elsewhere: objective (test_errors), code that a model brings (tests/model), packing (invariant), the token
 # cache (tests/data), memory (tests/model); versions is not read, and says so.
 ELSEWHERE = {"objective", "model.trust_remote_code", "versions", "batch.pack", "data.cache"}
+ELSEWHERE |= {"data.stream"}  # tests/data/test_stream, tests/invariant/test_stream: the rows are the same
 ELSEWHERE |= {"memory.checkpoint", "memory.limit", "memory.cache"}
 ELSEWHERE |= {"memory.measure", "run.keep_awake"}  # tests/test_measure, tests/test_device
 ELSEWHERE |= {"report.to", "report.project"}  # tests/trainer/test_trackers
@@ -266,6 +268,7 @@ def test_every_setting_acts(setting: str, write: Write, mlxft: Command, tmp_path
     save(tmp_path / "text.jsonl", FORMATS["text"])
     save(tmp_path / "pairs.jsonl", FORMATS["prompt-completion"])
     save(tmp_path / "more.jsonl", FORMATS["prompt-completion"] * 2)
+    save(tmp_path / "mixed.jsonl", FORMATS["messages"])
     save(tmp_path / "against.jsonl", [{"prompt": "the in", "completion": "the.the.the"}])
     chats = [FORMATS["messages"][0]["messages"], FORMATS["messages"][1]["messages"]]
     save(tmp_path / "labelled.jsonl", [{**row, "topic": i} for i, row in enumerate(FORMATS["messages"])])

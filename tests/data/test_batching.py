@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxft.data.dataset import PADDING, WIDTHS, IntArray, Slot, pack_epoch, pack_width, padding_share, plan_epoch
+from mlxft.data.dataset import PADDING, WIDTHS, IntArray, Plan, Slot, pack_epoch, pack_width, padding_share, plan_epoch
 
 
 def alpaca_like(rows: int, seed: int = 0) -> IntArray:
@@ -18,18 +18,18 @@ def alpaca_like(rows: int, seed: int = 0) -> IntArray:
     return np.clip(lengths, 20, 750).astype(np.int64)
 
 
-def packed(lengths: IntArray, **options: Any) -> list[Slot]:
+def packed(lengths: IntArray, **options: Any) -> Plan:
     return pack_epoch(lengths, width=pack_width(lengths, options.get("tokens")), **options)
 
 
-MAKERS: list[Callable[..., list[Slot]]] = [plan_epoch, packed]
+MAKERS: list[Callable[..., Plan]] = [plan_epoch, packed]
 BUDGETS: list[dict[str, int]] = [{"tokens": 2048}, {"tokens": 900}, {"rows": 1}, {"rows": 7}]
 
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 13, 500])
-def test_every_row_once_within_the_budget(make: Callable[..., list[Slot]], budget: dict[str, int], rows: int) -> None:
+def test_every_row_once_within_the_budget(make: Callable[..., Plan], budget: dict[str, int], rows: int) -> None:
     lengths = alpaca_like(rows)
     for epoch in range(3):
         slots = make(lengths, **budget, seed=0, epoch=epoch)
@@ -43,7 +43,7 @@ def test_every_row_once_within_the_budget(make: Callable[..., list[Slot]], budge
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_a_row_over_the_budget_is_still_trained(make: Callable[..., list[Slot]]) -> None:
+def test_a_row_over_the_budget_is_still_trained(make: Callable[..., Plan]) -> None:
     slots = make(np.array([10, 90, 20]), tokens=50, seed=0)
     assert sorted(row for slot in slots for row in slot.rows) == [0, 1, 2]
     (longest,) = [slot for slot in slots if 1 in slot.rows]
@@ -52,7 +52,7 @@ def test_a_row_over_the_budget_is_still_trained(make: Callable[..., list[Slot]])
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("tokens", [2048, 4096])
-def test_little_padding_on_alpaca_like_lengths(make: Callable[..., list[Slot]], tokens: int) -> None:
+def test_little_padding_on_alpaca_like_lengths(make: Callable[..., Plan], tokens: int) -> None:
     lengths = alpaca_like(2000)
     for epoch in range(2):
         slots = make(lengths, tokens=tokens, seed=0, epoch=epoch)
@@ -62,13 +62,18 @@ def test_little_padding_on_alpaca_like_lengths(make: Callable[..., list[Slot]], 
 def test_padding_share_by_hand() -> None:
     lengths = np.array([3, 5, 4])
     # 2 x 5 computed for 3 + 5, and 1 x 4 for 4.
-    assert padding_share([Slot(((0,), (1,)), 5), Slot(((2,),), 4)], lengths) == pytest.approx(2 / 14)
+    order, starts, stops = np.arange(3, dtype=np.int32), np.array([0, 2]), np.array([2, 3])
+    plain = Plan(order, starts, stops, np.array([5, 4]))
+    assert list(plain) == [Slot(((0,), (1,)), 5), Slot(((2,),), 4)]
+    assert padding_share(plain, lengths) == pytest.approx(2 / 14)
     # Packed: 1 x 10 computed for 3 + 5, and 1 x 10 for 4.
-    assert padding_share([Slot(((0, 1),), 10), Slot(((2,),), 10)], lengths) == pytest.approx(8 / 20)
+    tight = Plan(order, np.array([0, 1]), np.array([1, 2]), np.array([10, 10]), starts, stops)
+    assert list(tight) == [Slot(((0, 1),), 10), Slot(((2,),), 10)]
+    assert padding_share(tight, lengths) == pytest.approx(8 / 20)
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_orders_differ_by_epoch_and_seed_only(make: Callable[..., list[Slot]]) -> None:
+def test_orders_differ_by_epoch_and_seed_only(make: Callable[..., Plan]) -> None:
     lengths = alpaca_like(300)
     first = make(lengths, tokens=2048, seed=3, epoch=0)
     assert make(lengths, tokens=2048, seed=3, epoch=0) == first
@@ -79,7 +84,7 @@ def test_orders_differ_by_epoch_and_seed_only(make: Callable[..., list[Slot]]) -
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_lengths_are_mixed_over_the_epoch(make: Callable[..., list[Slot]]) -> None:
+def test_lengths_are_mixed_over_the_epoch(make: Callable[..., Plan]) -> None:
     """Neither the long rows first nor the short ones: the thirds of an epoch have like mean lengths."""
     lengths = alpaca_like(20000)
     slots = make(lengths, tokens=1024, seed=0)
