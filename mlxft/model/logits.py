@@ -429,6 +429,70 @@ def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
     return total - (exp(scaled - total[..., None]) * scaled).sum(axis=-1)
 
 
+def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
+    """Return log softmax(logits / temperature) over the last axis, float32; -inf marks a token never sampled."""
+    scaled = mx.maximum(_tempered(logits, temperature).astype(mx.float32), _OUT)
+    return scaled - logsumexp(scaled)[..., None]
+
+
+def log_shares(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
+    """Return (N, K + 1) log-probabilities by softmax(logits / temperature): of K tokens, and of all others together.
+
+    The last one is summed over the other tokens, not 1 minus the K, which would lose its digits.
+
+    Args:
+        logits: (N, V). ids: (N, K), the tokens, each once.
+    """
+    scaled = _tempered(logits, temperature).astype(mx.float32)
+    others = logsumexp(mx.put_along_axis(scaled, ids, mx.array(_OUT), axis=-1))
+    shares = mx.concatenate([mx.take_along_axis(scaled, ids, axis=-1), others[:, None]], axis=-1)
+    return shares - logsumexp(scaled)[:, None]
+
+
+def divergence(logprobs: mx.array, teacher_logprobs: mx.array, beta: float) -> mx.array:
+    """Return the divergence of a student from its teacher at each position, (N,) float32, in nats.
+
+    0 is forward KL(teacher || student), 1 is reverse KL(student || teacher). Between them it is the generalised
+    Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1): beta KL(teacher || m) + (1 - beta) KL(student || m) with
+    m = beta teacher + (1 - beta) student. Divided by beta it goes to forward KL as beta goes to 0, and divided by
+    1 - beta to reverse KL as beta goes to 1.
+
+    Args:
+        logprobs: (N, K); the gradient flows here only. teacher_logprobs: (N, K).
+    """
+    assert logprobs.shape == teacher_logprobs.shape, f"{logprobs.shape} and {teacher_logprobs.shape}"
+    mine, theirs = logprobs.astype(mx.float32), mx.stop_gradient(teacher_logprobs.astype(mx.float32))
+    fixed = mx.stop_gradient(mine)
+    # mine - fixed is zero: the term keeps the value and adds the gradient.
+    slope = _divergence_slope(fixed, theirs, beta)
+    return _divergence(fixed, theirs, beta) + (slope * (mine - fixed)).sum(axis=-1)
+
+
+def _mixed(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
+    return mx.logaddexp(theirs + math.log(beta), mine + math.log1p(-beta))
+
+
+def _divergence(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
+    if beta == 0:
+        return (exp(theirs) * (theirs - mine)).sum(axis=-1)
+    if beta == 1:
+        return (exp(mine) * (mine - theirs)).sum(axis=-1)
+    mixed = _mixed(mine, theirs, beta)
+    return (beta * exp(theirs) * (theirs - mixed) + (1 - beta) * exp(mine) * (mine - mixed)).sum(axis=-1)
+
+
+def _divergence_slope(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
+    """Return the derivative of `_divergence` in each log-probability by hand: fewer arrays of a whole vocabulary.
+
+    The derivatives through the mixture cancel.
+    """
+    if beta == 0:
+        return -exp(theirs)
+    if beta == 1:
+        return exp(mine) * (mine - theirs + 1)
+    return (1 - beta) * exp(mine) * (mine - _mixed(mine, theirs, beta))
+
+
 class Draw(NamedTuple):
     """The distribution that tokens were sampled from: softmax(logits / temperature) of all tokens but `without`."""
 
@@ -486,8 +550,17 @@ def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _
 def hidden_read(
     split: Split, hidden: mx.array, labels: mx.array, read: Read, *, grad: bool, draw: Draw = _PLAIN
 ) -> mx.array:
-    """Return `read` of the logits after (N, D) hidden states, (N,), in chunks; `labels` as for `read_positions`."""
-    return _read(split, hidden, labels, _at(draw, read), grad)
+    """Return KL(model || other) of the next token to another model after (N, D) hidden states, (N,) float32, in chunks.
+
+    Args:
+        others: (N, D) the other model's hidden states at the same positions, and `other_logits` its head.
+    """
+
+    def read(logits: mx.array, states: mx.array) -> mx.array:
+        mine, theirs = (log_softmax(_drawn(draw, each)) for each in (logits, other_logits(states)))
+        return divergence(mine, theirs, 1.0)
+
+    return _read(split, hidden, others, read, grad)
 
 
 def rows_logprobs_entropy(

@@ -51,7 +51,7 @@ from mlxft.objectives.base import MicroBatch, NoDropout, Step, Terms, beyond_con
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rollouts import (
     CUT_OFF,
-    SHOWN,
+    SAMPLES_SHOWN,
     EncodedPrompt,
     PassSettings,
     Rollout,
@@ -766,7 +766,7 @@ class Distill(RolloutObjective[DistillSettings]):
         found: dict[str, Any] = {"loss": loss, "response_tokens": float(rollout.sizes.mean())}
         if self.settings.align == "ids":
             found["agreement"] = agreement
-        sampled = range(min(len(rollout.finished), SHOWN))
+        sampled = range(min(len(rollout.finished), SAMPLES_SHOWN))
         if rollout.finished:
             found["eos_share"] = float(np.mean(rollout.finished))
         shown = [(self.valid[rollout.prompts[i]], rollout.replies[i]) for i in sampled]

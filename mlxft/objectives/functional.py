@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -18,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.cpu import exp, logsumexp
+from mlxft.model.logits import divergence as divergence
 from mlxft.model.logits import entropy as entropy
+from mlxft.model.logits import log_shares as log_shares
+from mlxft.model.logits import log_softmax as log_softmax
 from mlxft.model.logits import row_sums
 from mlxft.model.logits import token_logprobs as token_logprobs
 
@@ -44,7 +45,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # exp(20) is far below float32's maximum; a log-ratio beyond it means only "very different".
 _MAX_LOG_RATIO = 20.0
-_OUT = -1e30  # a logit of probability 0
 # verl's bound on k3, whose tail grows as exp(-d): a single token could outweigh a whole rollout.
 _MAX_K3 = 10.0
 # Two forward passes of one model over batches of other shapes gave sums of log-probabilities up to 2 ulps apart.
@@ -190,8 +190,8 @@ class KLPenalty(NamedTuple):
     """A term of a policy's loss: coef x the KL of each token to the reference.
 
     Attributes:
-        reference: log-probabilities by the reference, for `kl_loss`; with estimator exact each token's KL itself,
-            through which the gradient flows.
+        reference: log-probabilities by the reference, for `kl_loss`; with estimator exact each token's KL itself, as
+            `divergence` gives it, through which the gradient flows.
     """
 
     reference: mx.array
@@ -549,78 +549,6 @@ def odds_ratio(chosen: mx.array, rejected: mx.array, beta: float) -> mx.array:
     _same_shape(chosen=chosen, rejected=rejected)
     chosen, rejected = _float(chosen), _float(rejected)
     return beta * _neg_log_sigmoid((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected)))
-
-
-# --- distillation -----------------------------------------------------------------------------------------------------
-# N tokens; log-probabilities of a student and a teacher over the same K classes.
-
-
-def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
-    """Return log softmax(logits / temperature) over the last axis, float32."""
-    scaled = _float(logits) / temperature
-    return scaled - logsumexp(scaled)[..., None]
-
-
-def log_shares(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
-    """Return (N, K + 1) log-probabilities by softmax(logits / temperature): of K tokens, and of all others together.
-
-    The last one is summed over the other tokens, not 1 minus the K, which would lose its digits.
-
-    Args:
-        logits: (N, V). ids: (N, K), the tokens, each once.
-    """
-    scaled = _float(logits) / temperature
-    others = logsumexp(mx.put_along_axis(scaled, ids, mx.array(_OUT), axis=-1))
-    shares = mx.concatenate([mx.take_along_axis(scaled, ids, axis=-1), others[:, None]], axis=-1)
-    return shares - logsumexp(scaled)[:, None]
-
-
-def divergence(logprobs: mx.array, teacher_logprobs: mx.array, beta: float) -> mx.array:
-    """Return the divergence of a student from its teacher at each position, (N,) float32, in nats.
-
-    0 is forward KL(teacher || student), 1 is reverse KL(student || teacher). Between them it is the generalised
-    Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1): beta KL(teacher || m) + (1 - beta) KL(student || m) with
-    m = beta teacher + (1 - beta) student. Divided by beta it goes to forward KL as beta goes to 0, and divided by
-    1 - beta to reverse KL as beta goes to 1.
-
-    Args:
-        logprobs: (N, K); the gradient flows here only. teacher_logprobs: (N, K).
-    """
-    _same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
-    apart: Any = mx.custom_function(partial(_divergence, beta=beta))
-
-    def back(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        mine, theirs = primals
-        return cotangent[:, None] * _divergence_slope(mine, theirs, beta), mx.zeros_like(theirs)
-
-    apart.vjp(back)
-    found: mx.array = apart(_float(logprobs), mx.stop_gradient(_float(teacher_logprobs)))
-    return found
-
-
-def _mixed(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
-    return mx.logaddexp(theirs + math.log(beta), mine + math.log1p(-beta))
-
-
-def _divergence(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
-    if beta == 0:
-        return (exp(theirs) * (theirs - mine)).sum(axis=-1)
-    if beta == 1:
-        return (exp(mine) * (mine - theirs)).sum(axis=-1)
-    mixed = _mixed(mine, theirs, beta)
-    return (beta * exp(theirs) * (theirs - mixed) + (1 - beta) * exp(mine) * (mine - mixed)).sum(axis=-1)
-
-
-def _divergence_slope(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
-    """Return the derivative of `_divergence` in each log-probability by hand: fewer arrays of a whole vocabulary.
-
-    The derivatives through the mixture cancel.
-    """
-    if beta == 0:
-        return -exp(theirs)
-    if beta == 1:
-        return exp(mine) * (mine - theirs + 1)
-    return (1 - beta) * exp(mine) * (mine - _mixed(mine, theirs, beta))
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

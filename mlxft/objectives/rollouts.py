@@ -507,7 +507,7 @@ def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
 
 # --- validation -------------------------------------------------------------------------------------------------------
 
-SHOWN = 4  # completions that are shown
+SAMPLES_SHOWN = 4  # completions that are shown
 CUT_OFF = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
 
 
@@ -547,7 +547,7 @@ class HeldOut:
                     "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
                     "score": float(scores.total[i]),
                 }
-                for i in every[:SHOWN]
+                for i in every[:SAMPLES_SHOWN]
             ],
         }
 
@@ -614,8 +614,8 @@ class RolloutObjective(Objective, Generic[_P]):
     """
 
     # Nothing is compiled: micro-batches of completions rarely have the same shape.
-    together = 1  # completions that stay in one micro-batch: the two of a pair
     first_whole = 0  # the first rollout that trains everything
+    together = 1  # completions that stay in one micro-batch: the two of a pair
     reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
 
     def __init__(

@@ -231,6 +231,8 @@ def test_the_exact_kl_is_the_mean_of_its_estimates() -> None:
     slope = mx.grad(lambda x: exact_kl(x, others).sum())(logits)
     np.testing.assert_allclose(slope, mx.grad(lambda x: estimated(x, "k2").sum())(logits), atol=1e-6)
     assert np.abs(np.array(mx.grad(lambda x: exact_kl(others, x).sum())(logits))).max() == 0
+    without = mx.where(mx.arange(7) == 2, -mx.inf, logits)
+    assert np.isfinite(np.array(exact_kl(without, mx.where(mx.arange(7) == 2, -mx.inf, others)))).all()
 
 
 def test_leave_one_out_by_hand() -> None:
