@@ -233,7 +233,6 @@ RATES = {
     "distill": 2e-5,
     "reward": 1e-5,
     "preference": 1e-6,
-    "online_dpo": 1e-6,
     "ppo": 3e-6,
     "grpo": 1e-6,
     "rloo": 1e-6,

@@ -503,7 +503,7 @@ class Draw(NamedTuple):
 _PLAIN = Draw()
 
 
-def drawn_logits(draw: Draw, logits: mx.array) -> mx.array:
+def _drawn(draw: Draw, logits: mx.array) -> mx.array:
     """Return the logits of the distribution that was sampled from."""
     if draw == _PLAIN:
         return logits
@@ -513,7 +513,7 @@ def drawn_logits(draw: Draw, logits: mx.array) -> mx.array:
 
 def _at(draw: Draw, read: Read) -> Read:
     """Return `read` of the distribution that was sampled from."""
-    return lambda logits, labels: read(drawn_logits(draw, logits), labels)
+    return lambda logits, labels: read(_drawn(draw, logits), labels)
 
 
 def rows_logprobs(
@@ -547,8 +547,14 @@ def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _
     return _read(split, hidden, labels, _at(draw, lambda logits, _: entropy(logits)), grad)
 
 
-def hidden_read(
-    split: Split, hidden: mx.array, labels: mx.array, read: Read, *, grad: bool, draw: Draw = _PLAIN
+def hidden_kl(
+    split: Split,
+    hidden: mx.array,
+    others: mx.array,
+    other_logits: Callable[[mx.array], mx.array],
+    *,
+    grad: bool,
+    draw: Draw = _PLAIN,
 ) -> mx.array:
     """Return KL(model || other) of the next token to another model after (N, D) hidden states, (N,) float32, in chunks.
 

@@ -25,9 +25,9 @@ from mlxft.model.logits import (
     Packing,
     Split,
     chunk_size,
+    hidden_kl,
     hidden_logprobs,
     hidden_nll,
-    hidden_read,
     rows_logprobs_entropy,
     rows_nll,
 )
@@ -917,13 +917,8 @@ class _Step:
         logprobs = hidden_logprobs(self.split, hidden, labels, grad=True)
         if self.reads == "logprobs":
             return logprobs
-
-        def kl(logits: mx.array, others: mx.array) -> mx.array:
-            p, q = (z - mx.logsumexp(z, axis=-1, keepdims=True) for z in (logits, self.split.logits(others)))
-            return (mx.exp(p) * (p - mx.stop_gradient(q))).sum(axis=-1)
-
         (behind,) = mx.depends([hidden], [logprobs])
-        return logprobs + hidden_read(self.split, behind, mx.stop_gradient(behind), kl, grad=True)
+        return logprobs + hidden_kl(self.split, behind, mx.stop_gradient(behind), self.split.logits, grad=True)
 
     def _loss(self, a: dict[str, mx.array]) -> mx.array:
         """Compute a number that depends on what the objective reads in the same way as its loss."""

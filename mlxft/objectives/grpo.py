@@ -16,7 +16,7 @@ from mlxft.errors import ConfigError
 from mlxft.model.cpu import as_trained
 from mlxft.model.heads import body_width
 from mlxft.model.layers import probing
-from mlxft.model.logits import drawn_logits, hidden_logprobs, hidden_read, rows_hidden
+from mlxft.model.logits import hidden_kl, hidden_logprobs, rows_hidden
 from mlxft.model.memory import Beside, Outline, ShapeSplit
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
@@ -327,17 +327,15 @@ class GRPO(CriticFree[GRPOSettings]):
             hidden = rows_hidden(self.split, data.ids, data.positions)
             logprobs = hidden_logprobs(self.split, hidden, data.labels, grad=True, draw=self.how)
             (behind,) = mx.depends([hidden], [logprobs])  # or logits would be in memory twice
-            kl = hidden_read(self.split, behind, data.ref_hidden, self._kl, grad=True, draw=self.how)
+            kl = hidden_kl(self.split, behind, data.ref_hidden, self._ref_logits, grad=True, draw=self.how)
             penalty = F.KLPenalty(kl, self.kl_coef, "exact")
         how = F.Aggregation(s.loss, self.rollouts.max_tokens, s.ratio, weighted=s.surrogate == "weighted")
         return self.policy_loss(data, (s.clip, s.clip_high or s.clip), how, penalty, logprobs)
 
-    def _kl(self, logits: mx.array, ref_hidden: mx.array) -> mx.array:
-        """Return (n,) KL of (n, V) logits to the reference, whose (n, D) hidden states these are."""
+    def _ref_logits(self, hidden: mx.array) -> mx.array:
         assert self.reference is not None
         with self.reference.reading() as split:
-            others = drawn_logits(self.how, split.logits(ref_hidden))
-        return F.divergence(F.log_softmax(logits), F.log_softmax(others), 1.0)
+            return split.logits(hidden)
 
 
 # --- rloo -------------------------------------------------------------------------------------------------------------
