@@ -83,6 +83,8 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     objective: Objective = objective_class(config.objective)(config, tokenizer)
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
+    if config.tune.neftune is not None and not objective.noisy:
+        raise ConfigError(f"tune.neftune: the loss of objective {config.objective} adds no noise; leave it out")
     run = config.run
     unused = ["run.patience"] if run.patience is not None else []
     if not run.sample_prompts:  # they are completed at each validation, with or without held-out rows
@@ -432,6 +434,8 @@ def why_eager(config: Config, model: nn.Module, objective: Objective) -> str:
         why = f"the loss of objective {config.objective} reads more than the arrays of a batch"
     elif config.tune.router_aux is not None:
         why = "tune.router_aux reads more of a batch than its arrays"
+    elif config.tune.neftune is not None:
+        why = "tune.neftune draws new noise in each step"
     elif dropouts(model):
         why = "dropout draws new masks in each step (tune.dropout, or dropout of the model or model.adapter)"
     if why and config.run.compile == "on":

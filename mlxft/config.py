@@ -199,6 +199,7 @@ S = TypeVar("S", bound=Settings)
 OBJECTIVES = {
     "distill": "distill:Distill",
     "grpo": "grpo:GRPO",
+    "online_dpo": "online_dpo:OnlineDPO",
     "ppo": "ppo:PPO",
     "preference": "preference:Preference",
     "reinforce": "grpo:Reinforce",
@@ -247,6 +248,18 @@ class TuneSettings(Settings):
     )
     rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) (Kalajdzievski 2023).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update; only sft uses it.")
+    lora_plus: float | None = Field(
+        None,
+        ge=1,
+        description="LoRA+ (Hayou et al. 2024): learning rate of each adapter's B as a multiple of that of A, which "
+        "optim.lr or optim.groups give; 16 is theirs, with a smaller optim.lr (default: one rate for both).",
+    )
+    neftune: float | None = Field(
+        None,
+        gt=0,
+        description="NEFTune (Jain et al. 2023): alpha of the noise on embeddings while training, uniform and at most "
+        "alpha / sqrt(tokens of the row x width). 5 to 15 is usual; only sft uses it (default: no noise).",
+    )
     targets: str | list[str] = Field(
         "all-linear",
         description="Layers to adapt: all-linear, attention, mlp, or a name pattern or list of patterns such as q_proj "
@@ -274,7 +287,7 @@ class TuneSettings(Settings):
     def _consistent(self) -> TuneSettings:
         given = self.model_fields_set
         if self.method == "full":
-            low_rank = sorted({"rank", "scale", "alpha", "rslora", "dropout", "targets"} & given)
+            low_rank = sorted({"rank", "scale", "alpha", "rslora", "dropout", "lora_plus", "targets"} & given)
             if low_rank:
                 raise ValueError(f"method full has no {', '.join(low_rank)}; leave this out, or use lora or dora")
         elif self.freeze:
@@ -578,7 +591,7 @@ class RunSettings(Settings):
         "auto",
         description="Compile the forward and backward pass for the first 16 batch shapes that repeat, as they do with "
         "batch.pack. auto compiles if the measured step (memory.measure) is faster compiled, never on a CPU. Not for "
-        "on-policy objectives, dropout or tune.router_aux.",
+        "on-policy objectives, dropout, tune.neftune or tune.router_aux.",
     )
     sample_tokens: int | None = Field(
         None, ge=1, description="Maximum length of a sample completion in tokens (default: 64)."
@@ -667,6 +680,15 @@ class Config(Settings):
             optim.check_min_lr()
         except ValueError as e:
             raise ValueError(f"optim: {e}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.tune.lora_plus is not None and self.optim.name == "sgd":
+            raise ValueError(
+                f"tune.lora_plus ({self.tune.lora_plus:g}) is for optimisers whose updates do not grow with the "
+                "gradient, and those of optim.name: sgd do; choose adamw or another, or leave it out"
+            )
         return self
 
     def section(self, name: str, kind: type[S]) -> S:
@@ -1391,7 +1413,7 @@ def dump_config(config: Config, versions: dict[str, str]) -> str:
     if config.model.adapter is not None:  # the adapter has its own rank, targets and so on
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in config.tune.model_fields_set}
     elif config.tune.method == "full":
-        kept = {"method", "layers", "train", "freeze", "router_aux"}
+        kept = {"method", "layers", "train", "freeze", "neftune", "router_aux"}
         resolved["tune"] = {k: v for k, v in resolved["tune"].items() if k in kept}
     return dump_yaml(resolved | {"versions": versions})
 

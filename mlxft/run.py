@@ -146,7 +146,7 @@ def assemble(
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # raises if the model cannot be packed
     checkpoint_layers(loaded.model, checkpointing)
-    optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups())
+    optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups(), config.tune.lora_plus)
     taken = None
     if correct and config.memory.measure:
         config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)

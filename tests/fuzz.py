@@ -139,7 +139,7 @@ def damage_file(file: Path, rng: random.Random) -> None:
 
 
 FORMS = {"sft": "messages", "preference": "preference", "reward": "preference"}
-FORMS |= dict.fromkeys(("ppo", "grpo", "rloo", "reinforce"), "prompts")
+FORMS |= dict.fromkeys(("ppo", "grpo", "rloo", "reinforce", "online_dpo"), "prompts")
 
 
 def settings(data: str, form: str, objective: str | None = None) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def recipe_case(place: Path, rng: random.Random) -> list[str]:
     found = settings("rows.jsonl" if form == "messages" else "pairs.jsonl", form, objective)
     if form == "prompts":
         found |= {"rollout": {"prompts": 2, "max_tokens": 3}, "rewards": {"rules": [{"kind": "length", "max": 2}]}}
-        found["rollout"] |= {"samples": 2} if objective in ("grpo", "rloo") else {}
+        found["rollout"] |= {"samples": 2} if objective in ("grpo", "rloo", "online_dpo") else {}
         found.pop("batch")
     found["run"]["name"] = "new"
     kind = config_class(objective)

@@ -237,6 +237,7 @@ RATES = {
     "grpo": 1e-6,
     "rloo": 1e-6,
     "reinforce": 1e-6,
+    "online_dpo": 1e-6,
 }
 
 

@@ -45,12 +45,13 @@ FITTED = {
     "distill": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "distill-prompt": ["rollout.prompts=2", "rollout.max_tokens=8"],
     "ppo-function": ["rollout.prompts=2", "rollout.max_tokens=8"],
+    "gspo": ["rollout.prompts=4", "rollout.samples=2", "rollout.max_tokens=8"],
+    # A random model has no word right, and pairs of equal rewards are left out.
+    "online-dpo": ["rollout.prompts=4", "rollout.max_tokens=8", "rewards.rules=[{kind: regex, pattern: '[a-m]'}]"],
 }
 FITTED["fewshot-reviews"] += ["tune.layers=4", "run.eval_every=null"]  # it has no validation rows
-FITTED |= {
-    name: [*FITTED[name], f"data.train={PAIRS}"]
-    for name in ("grpo", "rloo", "ppo-function", "distill", "distill-prompt")
-}
+BY_FUNCTION = ("ppo-function", "grpo", "gspo", "rloo", "online-dpo", "distill", "distill-prompt")
+FITTED |= {name: [*FITTED[name], f"data.train={PAIRS}"] for name in BY_FUNCTION}
 NEEDED = {
     "transfer-sft": {"model.adapter": "continued-pretraining"},
     "ppo-reward-model": {"rewards.adapter": "reward-lora"},
@@ -254,7 +255,7 @@ def test_pretraining_trains_every_token_once(texts: Path, tiny_tokenizer: Any) -
     assert pieces["trained tokens"] + pieces["validation trained tokens"] == counts["trained tokens"]
 
 
-@pytest.mark.parametrize("name", ["ppo-function", "grpo", "rloo"])
+@pytest.mark.parametrize("name", BY_FUNCTION)
 def test_recipes_by_a_function_train_an_adapter(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,10 +44,13 @@ ORDER = {
 # Files and lines of each room, comments and blank lines included. A change that needs more says so here, and why.
 # Before the rooms were merged: 189 files, 35,959 lines.
 BUDGET = {
-    "top": (14, 6520),  # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix
+    "top": (14, 6560),  # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix
     "data": (5, 4260),  # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources
-    "model": (15, 6960),  # frozen.py: what objectives read and never train, opened and planned in one place
-    "objectives": (12, 5800),  # what a step draws from each source of a mixture
+    "model": (
+        15,
+        7150,
+    ),  # logits.py: divergences; layers.py: noise on embeddings; frozen.py: what objectives read and never train
+    "objectives": (13, 6060),  # distill.py; online_dpo.py; grpo.py: GSPO, CISPO, exact KL, `grpo.variant`; mixtures
     "trainer": (5, 1550),
     "study": (13, 5450),
     "exports": (6, 3300),
@@ -241,7 +244,7 @@ def test_few_modules_have_one_importer() -> None:
 
 def test_nobody_asks_what_kind_of_objective_it_is() -> None:
     """What planning, checking and searching ask of an objective is a method of the contract, with a default."""
-    kinds = {"Objective", "OffPolicy", "OnPolicy", "SFT", "Reward", "PPO", "GRPO", "RLOO", "Reinforce"}
+    kinds = {"Objective", "OffPolicy", "OnPolicy", "SFT", "Reward", "PPO", "GRPO", "RLOO", "Reinforce", "OnlineDPO"}
     offenders = []
     for path in FILES:
         if path.relative_to(PACKAGE).parts[0] == "objectives":

@@ -177,6 +177,8 @@ ON_POLICY: dict[str, dict[str, Any]] = {
     "ppo": {"ppo": {"epochs": 1, "minibatches": 1, "critic_warmup": 1}},
     "shared": {"ppo": {"epochs": 1, "minibatches": 1, "critic": "shared"}},
     "grpo": {"objective": "grpo", "rollout.samples": 2},
+    "exact": {"objective": "grpo", "grpo": {"kl_estimator": "exact"}, "rollout.samples": 2},
+    "online_dpo": {"objective": "online_dpo", "rollout.samples": 4},
     "rloo": {"objective": "rloo", "rollout.samples": 2},
     "reinforce": {"objective": "reinforce", "reinforce": {"baseline": "average"}},
 }

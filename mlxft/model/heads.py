@@ -65,16 +65,18 @@ class Saved(NamedTuple):
     about: dict[str, Any]
 
 
-def body_width(split: Split) -> int:
+def body_width(split: Split, reader: str = "a scalar head") -> int:
     """Return D, the width of the body's hidden states.
 
+    Args:
+        reader: what reads them, for the message.
     Raises:
         ModelError: body and head of this model cannot be separated, so there are no hidden states to read.
     """
     if not split.separable:
         kind = type(split.model).__module__.rpartition(".")[2]
         raise ModelError(
-            f"model.path: a scalar head reads hidden states, and the body of this model ({kind}) cannot be separated "
+            f"model.path: {reader} reads hidden states, and the body of this model ({kind}) cannot be separated "
             "from its output layer; choose another architecture"
         )
     with probing(split.model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -479,6 +479,62 @@ def intercepted(owner: nn.Module, name: str, call: Callable[..., Any]) -> Iterat
         yield
     finally:
         dict.__setitem__(owner, name, layer)
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def token_embedding(model: nn.Module) -> nn.Module:
+    """Return the layer that embeds a model's tokens: the first that is called with their ids, in a trial.
+
+    Raises:
+        ConfigError: none is.
+    """
+    ids, found = mx.array([[0, 0]]), list[nn.Module]()
+
+    def watched(layer: nn.Module) -> Callable[..., mx.array]:
+        def call(given: mx.array, *args: Any) -> mx.array:
+            found.extend([layer] if given.shape == ids.shape else [])
+            return layer(given, *args)
+
+        return call
+
+    with probing(model), ExitStack() as stack:
+        for owner in list(model.modules()):
+            for name, layer in list(owner.items()):
+                if isinstance(layer, (*EMBEDDING, LoRAEmbedding)) and not isinstance(owner, LoRAEmbedding):
+                    stack.enter_context(intercepted(owner, name, watched(layer)))
+        model(ids)
+    if not found:
+        raise ConfigError("tune.neftune: this model has no layer of its own that embeds tokens; leave it out")
+    return found[0]
+
+
+@contextmanager
+def noisy_embedding(embedding: nn.Module, alpha: float, lengths: mx.array) -> Iterator[None]:
+    """Add noise to what an embedding returns in training mode inside the block (NEFTune, Jain et al. 2023).
+
+    Uniform in +-alpha / sqrt(L D), L the tokens of a row and D the embedding's width. It is drawn from the global
+    generator, once: an embedding stands before the blocks, which gradient checkpointing computes again.
+
+    Args:
+        lengths: (B, T) L of each token's row, for ids of this shape.
+    """
+    kind = type(embedding)
+
+    def call(self: nn.Module, ids: mx.array) -> mx.array:
+        out = kind.__call__(self, ids)
+        if not self.training:  # a probe of the model
+            return out
+        bound = alpha / mx.sqrt(lengths[..., None] * out.shape[-1])
+        return out + (bound * mx.random.uniform(-1, 1, out.shape)).astype(out.dtype)
+
+    # Not a stand-in: the head may read the embedding's weight, and the update of parameters goes through it.
+    embedding.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    try:
+        yield
+    finally:
+        embedding.__class__ = kind
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

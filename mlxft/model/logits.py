@@ -141,6 +141,7 @@ class Packing:
 # Limits of the trained positions whose logits exist at one time: their number, and bytes of their logits in float32.
 # Each chunk reads the whole head; a GPU needs little more time for a product of a thousand rows.
 CHUNK, GPU_CHUNK = (256, 32 << 20), (1024, 256 << 20)
+_LEAST_CHUNK = 32
 
 
 class Split:
@@ -371,13 +372,14 @@ def hidden_nll(split: Split, hidden: mx.array, labels: mx.array, weights: mx.arr
 def chunk_size(vocabulary: int) -> int:
     """Return the number of positions whose logits exist at one time, on the device that is planned for."""
     most, size = CHUNK if planned_backend() == "cpu" else GPU_CHUNK
-    return max(32, min(most, size // (4 * vocabulary) // 32 * 32))
+    return max(_LEAST_CHUNK, min(most, size // (4 * vocabulary) // 32 * 32))
 
 
 # --- logprobs ---------------------------------------------------------------------------------------------------------
 
 Parameters = dict[str, mx.array]
-Read = Callable[[mx.array, mx.array], mx.array]  # (n, V) logits and (n,) labels -> (n,) numbers or (n, 2)
+# (n, V) logits, and what belongs to each of them, such as (n,) labels -> (n,) numbers or (n, 2)
+Read = Callable[[mx.array, mx.array], mx.array]
 
 _OUT = -1e30  # a logit of probability 0
 _K = TypeVar("_K")
@@ -427,6 +429,70 @@ def entropy(logits: mx.array, temperature: float = 1.0) -> mx.array:
     return total - (exp(scaled - total[..., None]) * scaled).sum(axis=-1)
 
 
+def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
+    """Return log softmax(logits / temperature) over the last axis, float32; -inf marks a token never sampled."""
+    scaled = mx.maximum(_tempered(logits, temperature).astype(mx.float32), _OUT)
+    return scaled - logsumexp(scaled)[..., None]
+
+
+def log_shares(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
+    """Return (N, K + 1) log-probabilities by softmax(logits / temperature): of K tokens, and of all others together.
+
+    The last one is summed over the other tokens, not 1 minus the K, which would lose its digits.
+
+    Args:
+        logits: (N, V). ids: (N, K), the tokens, each once.
+    """
+    scaled = _tempered(logits, temperature).astype(mx.float32)
+    others = logsumexp(mx.put_along_axis(scaled, ids, mx.array(_OUT), axis=-1))
+    shares = mx.concatenate([mx.take_along_axis(scaled, ids, axis=-1), others[:, None]], axis=-1)
+    return shares - logsumexp(scaled)[:, None]
+
+
+def divergence(logprobs: mx.array, teacher_logprobs: mx.array, beta: float) -> mx.array:
+    """Return the divergence of a student from its teacher at each position, (N,) float32, in nats.
+
+    0 is forward KL(teacher || student), 1 is reverse KL(student || teacher). Between them it is the generalised
+    Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1): beta KL(teacher || m) + (1 - beta) KL(student || m) with
+    m = beta teacher + (1 - beta) student. Divided by beta it goes to forward KL as beta goes to 0, and divided by
+    1 - beta to reverse KL as beta goes to 1.
+
+    Args:
+        logprobs: (N, K); the gradient flows here only. teacher_logprobs: (N, K).
+    """
+    assert logprobs.shape == teacher_logprobs.shape, f"{logprobs.shape} and {teacher_logprobs.shape}"
+    mine, theirs = logprobs.astype(mx.float32), mx.stop_gradient(teacher_logprobs.astype(mx.float32))
+    fixed = mx.stop_gradient(mine)
+    # mine - fixed is zero: the term keeps the value and adds the gradient.
+    slope = _divergence_slope(fixed, theirs, beta)
+    return _divergence(fixed, theirs, beta) + (slope * (mine - fixed)).sum(axis=-1)
+
+
+def _mixed(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
+    return mx.logaddexp(theirs + math.log(beta), mine + math.log1p(-beta))
+
+
+def _divergence(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
+    if beta == 0:
+        return (exp(theirs) * (theirs - mine)).sum(axis=-1)
+    if beta == 1:
+        return (exp(mine) * (mine - theirs)).sum(axis=-1)
+    mixed = _mixed(mine, theirs, beta)
+    return (beta * exp(theirs) * (theirs - mixed) + (1 - beta) * exp(mine) * (mine - mixed)).sum(axis=-1)
+
+
+def _divergence_slope(mine: mx.array, theirs: mx.array, beta: float) -> mx.array:
+    """Return the derivative of `_divergence` in each log-probability by hand: fewer arrays of a whole vocabulary.
+
+    The derivatives through the mixture cancel.
+    """
+    if beta == 0:
+        return -exp(theirs)
+    if beta == 1:
+        return exp(mine) * (mine - theirs + 1)
+    return (1 - beta) * exp(mine) * (mine - _mixed(mine, theirs, beta))
+
+
 class Draw(NamedTuple):
     """The distribution that tokens were sampled from: softmax(logits / temperature) of all tokens but `without`."""
 
@@ -437,18 +503,17 @@ class Draw(NamedTuple):
 _PLAIN = Draw()
 
 
+def _drawn(draw: Draw, logits: mx.array) -> mx.array:
+    """Return the logits of the distribution that was sampled from."""
+    if draw == _PLAIN:
+        return logits
+    logits = _tempered(logits.astype(mx.float32), draw.temperature)
+    return logits if draw.without is None else mx.where(mx.arange(logits.shape[-1]) == draw.without, _OUT, logits)
+
+
 def _at(draw: Draw, read: Read) -> Read:
     """Return `read` of the distribution that was sampled from."""
-    if draw == _PLAIN:
-        return read
-
-    def of_drawn(logits: mx.array, labels: mx.array) -> mx.array:
-        logits = _tempered(logits.astype(mx.float32), draw.temperature)
-        if draw.without is not None:
-            logits = mx.where(mx.arange(logits.shape[-1]) == draw.without, _OUT, logits)
-        return read(logits, labels)
-
-    return of_drawn
+    return lambda logits, labels: read(_drawn(draw, logits), labels)
 
 
 def rows_logprobs(
@@ -480,6 +545,28 @@ def hidden_entropy(split: Split, hidden: mx.array, *, grad: bool, draw: Draw = _
     """Return the entropy of the next token after (N, D) hidden states, (N,) float32, in nats."""
     labels = mx.zeros(hidden.shape[0], dtype=mx.int32)
     return _read(split, hidden, labels, _at(draw, lambda logits, _: entropy(logits)), grad)
+
+
+def hidden_kl(
+    split: Split,
+    hidden: mx.array,
+    others: mx.array,
+    other_logits: Callable[[mx.array], mx.array],
+    *,
+    grad: bool,
+    draw: Draw = _PLAIN,
+) -> mx.array:
+    """Return KL(model || other) of the next token to another model after (N, D) hidden states, (N,) float32, in chunks.
+
+    Args:
+        others: (N, D) the other model's hidden states at the same positions, and `other_logits` its head.
+    """
+
+    def read(logits: mx.array, states: mx.array) -> mx.array:
+        mine, theirs = (log_softmax(_drawn(draw, each)) for each in (logits, other_logits(states)))
+        return divergence(mine, theirs, 1.0)
+
+    return _read(split, hidden, others, read, grad)
 
 
 def rows_logprobs_entropy(
@@ -522,35 +609,39 @@ def _picked_greedy(logits: mx.array, labels: mx.array) -> mx.array:
 
 
 def read_positions(
-    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool
+    split: Split, ids: mx.array, positions: mx.array, labels: mx.array, read: Read, grad: bool, arrays: int = 1
 ) -> mx.array:
     """Return `read` of the logits at positions, in chunks: (N,) or (N, m) numbers; arguments as for `rows_logprobs`.
 
     Args:
         labels: (N, ...) what `read` needs beside the (n, V) logits of a chunk; it is given the same rows of it.
+        arrays: how many times as many (n, V) arrays it holds as log-probabilities take; chunks are so much smaller.
     """
     if split.separable:
-        return _read(split, rows_hidden(split, ids, positions), labels, read, grad)
+        return _read(split, rows_hidden(split, ids, positions), labels, read, grad, arrays)
     return read(_flat(split.model(ids))[positions], labels)
 
 
-def _read(split: Split, hidden: mx.array, labels: mx.array, read: Read, grad: bool) -> mx.array:
+def _read(split: Split, hidden: mx.array, labels: mx.array, read: Read, grad: bool, arrays: int = 1) -> mx.array:
+    parts = _parts(split, hidden.shape[0], arrays)
     if not grad:
-        return _values(split, hidden, labels, {}, read)
+        return _values(split, hidden, labels, {}, read, parts)
     head = split.trained_head()
     if head:
-        return _recomputed(split, hidden, labels, head, read)
-    return _with_slopes(split, hidden, labels, read)
+        return _recomputed(split, hidden, labels, head, read, parts)
+    return _with_slopes(split, hidden, labels, read, parts)
 
 
-def _parts(split: Split, count: int) -> list[slice]:
-    size = chunk_size(split.vocabulary)
+def _parts(split: Split, count: int, arrays: int = 1) -> list[slice]:
+    size = max(_LEAST_CHUNK, chunk_size(split.vocabulary) // arrays)
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
+def _values(
+    split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read, parts: Sequence[slice]
+) -> mx.array:
     done: list[mx.array] = []
-    for part in _parts(split, hidden.shape[0]):
+    for part in parts:
         h = hidden[part]
         if done:  # one chunk at a time; otherwise MLX would begin with all of them
             (h,) = mx.depends([h], [done[-1]])
@@ -558,7 +649,7 @@ def _values(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, 
     return mx.concatenate(done)
 
 
-def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -> mx.array:
+def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read, parts: Sequence[slice]) -> mx.array:
     """Compute the numbers, and the gradient of each in its own hidden state, (N, D), which is kept.
 
     A row of logits depends on its own hidden state alone, so the gradient of the sum holds all of these gradients.
@@ -566,7 +657,7 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -
     still = mx.stop_gradient
     values: list[mx.array] = []
     slopes: list[mx.array] = []
-    for part in _parts(split, hidden.shape[0]):
+    for part in parts:
         h, y = still(hidden[part]), labels[part]
         if values:
             (h,) = mx.depends([h], [values[-1], slopes[-1]])
@@ -583,12 +674,14 @@ def _with_slopes(split: Split, hidden: mx.array, labels: mx.array, read: Read) -
     return still(mx.concatenate(values)) + ((hidden - still(hidden)).astype(mx.float32) * slope).sum(axis=-1)
 
 
-def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read) -> mx.array:
+def _recomputed(
+    split: Split, hidden: mx.array, labels: mx.array, head: Parameters, read: Read, parts: Sequence[slice]
+) -> mx.array:
     """Compute the numbers, and their chunks again for the gradient: a trained head's depends on all cotangents."""
     names, drawn = list(head), position()
 
     def forward(hidden: mx.array, *parameters: mx.array) -> mx.array:
-        return _values(split, hidden, labels, dict(zip(names, parameters)), read)
+        return _values(split, hidden, labels, dict(zip(names, parameters)), read, parts)
 
     values: Any = mx.custom_function(forward)
 
@@ -597,7 +690,7 @@ def _recomputed(split: Split, hidden: mx.array, labels: mx.array, head: Paramete
         slopes: list[mx.array] = []
         sums: list[mx.array] = []
         with again(drawn):
-            for part in _parts(split, hidden.shape[0]):
+            for part in parts:
                 h, y, c = hidden[part], labels[part], cotangent[part]
                 if slopes:
                     (h,) = mx.depends([h], [slopes[-1], *sums])

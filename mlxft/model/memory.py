@@ -21,7 +21,16 @@ from mlxft.device import Backend, backend, planned_backend
 from mlxft.errors import ModelError
 from mlxft.model.cpu import patched, quicker
 from mlxft.model.layers import LEAVES, aside, probing
-from mlxft.model.logits import Packing, Split, chunk_size, hidden_logprobs, hidden_nll, rows_logprobs_entropy, rows_nll
+from mlxft.model.logits import (
+    Packing,
+    Split,
+    chunk_size,
+    hidden_kl,
+    hidden_logprobs,
+    hidden_nll,
+    rows_logprobs_entropy,
+    rows_nll,
+)
 from mlxft.model.prefix import Completions, Rows, ScoredRows, Sharing
 from mlxft.model.sampling import PREFILL, takes_rows
 
@@ -677,8 +686,9 @@ class MemoryPlan:
 class Outline(NamedTuple):
     """An objective's step, as far as memory depends on it."""
 
-    # A sum of negative log-likelihoods, log-probabilities of tokens, or scores of rows.
-    reads: Literal["nll", "logprobs", "scores"] = "nll"
+    # A sum of negative log-likelihoods, log-probabilities of tokens (and their KL to another model, by its hidden
+    # states), or scores of rows.
+    reads: Literal["nll", "logprobs", "logprobs and kl", "scores"] = "nll"
     together: int = 1  # rows of a batch that cannot be separated: the two of a pair
 
     @property
@@ -899,9 +909,16 @@ class _Step:
         def loss(h: mx.array, labels: mx.array, weights: mx.array) -> list[mx.array]:
             if self.reads == "nll" or self.split.trained_head():
                 return [hidden_nll(self.split, h, labels, weights, grad=True)]
-            return [(hidden_logprobs(self.split, h, labels, grad=True) * weights).sum()]
+            return [(self._logprobs(h, labels) * weights).sum()]
 
         return trace(self.model, loss, [hidden, self.places["labels"], self.places["weights"]])[0].peak()
+
+    def _logprobs(self, hidden: mx.array, labels: mx.array) -> mx.array:
+        logprobs = hidden_logprobs(self.split, hidden, labels, grad=True)
+        if self.reads == "logprobs":
+            return logprobs
+        (behind,) = mx.depends([hidden], [logprobs])
+        return logprobs + hidden_kl(self.split, behind, mx.stop_gradient(behind), self.split.logits, grad=True)
 
     def _loss(self, a: dict[str, mx.array]) -> mx.array:
         """Compute a number that depends on what the objective reads in the same way as its loss."""
@@ -918,7 +935,7 @@ class _Step:
             return hidden_nll(split, sharing.hidden(Rows(**ids))[a["positions"]], a["labels"], a["weights"], grad=True)
         unread = {"last": a["labels"], "lengths": a["labels"], "owners": a["labels"]}
         rows = Completions(**ids, **unread, positions=a["positions"], labels=a["labels"])
-        return (sharing.logprobs(rows, grad=True) * a["weights"]).sum()
+        return (self._logprobs(sharing.hidden(rows)[rows.positions], rows.labels) * a["weights"]).sum()
 
     def _graph(self, blocks: Blocks | None = None) -> Graph:
         """Trace the loss and the gradients of all trained parameters; with blocks, then of their tap."""

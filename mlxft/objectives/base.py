@@ -116,7 +116,7 @@ def real_mask(ids: mx.array, lengths: mx.array) -> mx.array:
 
 
 class NoDropout(NamedTuple):
-    """Training without dropout, as objectives need it that compare a network's numbers with others of it.
+    """Training without dropout or noise, as objectives need it that compare a network's numbers with others of it.
 
     Attributes:
         why: the reason, for messages.
@@ -125,8 +125,9 @@ class NoDropout(NamedTuple):
     why: str
 
     def problems(self, config: Config) -> list[str]:
-        """Return what is wrong with a recipe that asks for dropout."""
-        return [f"tune.dropout: {self.why}; leave it out"] if config.tune.dropout else []
+        """Return what is wrong with a recipe that asks for dropout or noise."""
+        on = [name for name in ("dropout", "neftune") if getattr(config.tune, name)]
+        return [f"tune.{name}: {self.why}; leave it out" for name in on]
 
     def take_out(self, *modules: nn.Module) -> list[str]:
         """Take the dropout of an adapter that is trained further out of modules, and return a note if there was any."""
@@ -172,12 +173,14 @@ class Objective(ABC):
         sections: section of a recipe -> its Settings.
         learning_rate: default of full fine-tuning; LoRA takes ten times as much.
         traceable: whether `loss` reads nothing but the model and a micro-batch's arrays, so that it can be compiled.
+        noisy: whether `loss` adds the noise of tune.neftune.
         compiled: whether the loop compiles it where shapes come again; set when the run is built.
     """
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate: ClassVar[float] = 2e-5
     traceable: ClassVar[bool] = False
+    noisy: ClassVar[bool] = False
     compiled: bool = False
 
     def __init__(self, config: Config, tokenizer: Any) -> None:

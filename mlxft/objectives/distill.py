@@ -43,7 +43,7 @@ from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenSource, frozen_skeleton, open_apart
 from mlxft.model.layers import probing
 from mlxft.model.load import load, resolve
-from mlxft.model.logits import Read, Split, ahead, chunk_size, read_positions, row_sums, rows_hidden, rows_logprobs
+from mlxft.model.logits import Read, Split, ahead, read_positions, row_sums, rows_hidden, rows_logprobs
 from mlxft.model.memory import Beside, ShapeSplit, scoring_bytes
 from mlxft.model.sampling import sample_batch
 from mlxft.objectives import functional as F
@@ -51,7 +51,7 @@ from mlxft.objectives.base import MicroBatch, NoDropout, Step, Terms, beyond_con
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rollouts import (
     CUT_OFF,
-    SHOWN,
+    SAMPLES_SHOWN,
     EncodedPrompt,
     PassSettings,
     Rollout,
@@ -157,9 +157,9 @@ class DistillSettings(PassSettings):
 
 
 DISTILL_FORMATS = ("prompts", "prompt-completion", "messages", "sharegpt", "alpaca")
-# (n, V) float32 arrays of a chunk that a divergence takes beside log-probabilities: the teacher's logits, both models'
-# distributions, and their products.
-_DISTRIBUTIONS = 6
+# Arrays of a chunk's logits that a divergence takes, as a multiple of those that log-probabilities take: the teacher's
+# logits, and both models' distributions.
+_DISTRIBUTIONS = 4
 _APART = 1 << 30  # the stretch of a token that is not compared
 _NO_DROPOUT = NoDropout("the student that samples and the one that is trained would differ")
 
@@ -738,7 +738,8 @@ class Distill(RolloutObjective[DistillSettings]):
         if data.said is not None:
             return self._sampled_kl(data, grad)
         at = mx.arange(data.labels.shape[0])
-        return read_positions(self.split, data.ids, data.positions, at, self._reader(data, agreement), grad)
+        reader = self._reader(data, agreement)
+        return read_positions(self.split, data.ids, data.positions, at, reader, grad, _DISTRIBUTIONS)
 
     def loss(self, model: nn.Module, data: DistillBatch) -> Terms:
         metrics = {}
@@ -765,7 +766,7 @@ class Distill(RolloutObjective[DistillSettings]):
         found: dict[str, Any] = {"loss": loss, "response_tokens": float(rollout.sizes.mean())}
         if self.settings.align == "ids":
             found["agreement"] = agreement
-        sampled = range(min(len(rollout.finished), SHOWN))
+        sampled = range(min(len(rollout.finished), SAMPLES_SHOWN))
         if rollout.finished:
             found["eos_share"] = float(np.mean(rollout.finished))
         shown = [(self.valid[rollout.prompts[i]], rollout.replies[i]) for i in sampled]
@@ -816,9 +817,6 @@ class Distill(RolloutObjective[DistillSettings]):
             more = max((len(p.taught) - len(p.ids) for p in self.prompts), default=0)
             read = [shape._replace(width=shape.width + more) for shape in shapes]
             around = around._replace(scoring=max(around.scoring, scoring_bytes(there, read)))
-        # The teacher's logits, and both models' distributions, beside what log-probabilities alone take.
-        vocabulary = ShapeSplit(model).vocabulary
-        held += _DISTRIBUTIONS * 4 * chunk_size(vocabulary) * vocabulary
         frozen = {**around.residents.frozen, "what the teacher says": held}
         sampling = around.sampling if self.samples else 0
         return around._replace(residents=around.residents._replace(frozen=frozen), sampling=sampling)

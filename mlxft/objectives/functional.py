@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.errors import ConfigError, ModelError, nearest
-from mlxft.model.cpu import exp, logsumexp
+from mlxft.model.logits import divergence as divergence
 from mlxft.model.logits import entropy as entropy
+from mlxft.model.logits import log_shares as log_shares
+from mlxft.model.logits import log_softmax as log_softmax
 from mlxft.model.logits import row_sums
 from mlxft.model.logits import token_logprobs as token_logprobs
 
@@ -43,7 +45,6 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # exp(20) is far below float32's maximum; a log-ratio beyond it means only "very different".
 _MAX_LOG_RATIO = 20.0
-_OUT = -1e30  # a logit of probability 0
 # verl's bound on k3, whose tail grows as exp(-d): a single token could outweigh a whole rollout.
 _MAX_K3 = 10.0
 # Two forward passes of one model over batches of other shapes gave sums of log-probabilities up to 2 ulps apart.
@@ -129,9 +130,15 @@ def _ratio(log_ratio: mx.array) -> mx.array:
 
 
 def _surrogate(
-    log_ratio: mx.array, advantages: mx.array, low: float | None, high: float | None, dual_clip: float | None
+    log_ratio: mx.array,
+    logprobs: mx.array,
+    advantages: mx.array,
+    bounds: tuple[float | None, float | None],
+    dual_clip: float | None,
+    weighted: bool,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Return the loss of each item, a token or a completion, and its metrics; arguments as for `policy_loss`."""
+    low, high = bounds
     if wrong := [clip for clip in (low, high) if clip is not None and not clip > 0]:
         raise ConfigError(f"clip is {wrong[0]}; expected a number above 0")
     if dual_clip is not None and not dual_clip > 1:
@@ -139,8 +146,11 @@ def _surrogate(
     ratio = _ratio(log_ratio)
     losses = plain = -advantages * ratio
     metrics = {"clip_fraction": mx.zeros_like(ratio), "ratio_mean": ratio}
-    if low is not None and high is not None:
-        clipped = -advantages * mx.clip(ratio, 1.0 - low, 1.0 + high)
+    within = ratio if low is None or high is None else mx.clip(ratio, 1.0 - low, 1.0 + high)
+    if weighted:
+        return -advantages * mx.stop_gradient(within) * logprobs, metrics | {"clip_fraction": _float(within != ratio)}
+    if within is not ratio:
+        clipped = -advantages * within
         losses = mx.maximum(plain, clipped)
         metrics["clip_fraction"] = _float(clipped > plain)
     if dual_clip is not None:
@@ -152,32 +162,47 @@ def _surrogate(
 
 
 class Aggregation(NamedTuple):
-    """How a policy's loss is summed, and what its ratio is of.
+    """How a policy's loss is summed, what its ratio is of, and how the ratio acts.
 
     Attributes:
         loss: token: the mean over all tokens (DAPO, Yu et al. 2025); sequence: the mean over a completion's tokens,
             then over completions (Shao et al. 2024); constant: the sum over tokens, divided by completions x length
             (Dr. GRPO, Liu et al. 2025).
         length: of constant; 1 sums over a completion's tokens, so that the loss is that of whole completions.
-        ratio: token, or completion: the ratio of the whole completion's probability is clipped; not with loss: token.
+        ratio: token; sequence: the geometric mean of a completion's ratios stands for each of them (GSPO, Zheng et al.
+            2025, eq. 7); completion: the ratio of the whole completion's probability is clipped; not with loss: token.
         owners: the completion that each token belongs to, 0 to B - 1, in the mask's shape; None: its row.
+        weighted: whether the clipped ratio is a constant weight of A log pi, so that no token loses its gradient
+            (CISPO, MiniMax 2025, eq. 4).
     """
 
     loss: Literal["token", "sequence", "constant"] = "token"
     length: float = 1
-    ratio: Literal["token", "completion"] = "token"
+    ratio: Literal["token", "sequence", "completion"] = "token"
     owners: mx.array | None = None
+    weighted: bool = False
 
 
 _BY_TOKEN = Aggregation()
 
 
 class KLPenalty(NamedTuple):
-    """A term of a policy's loss: coef x the KL of each token to the reference, by `kl_loss`."""
+    """A term of a policy's loss: coef x the KL of each token to the reference.
 
-    ref_logprobs: mx.array
+    Attributes:
+        reference: log-probabilities by the reference, for `kl_loss`; with estimator exact each token's KL itself, as
+            `divergence` gives it, through which the gradient flows.
+    """
+
+    reference: mx.array
     coef: float
-    estimator: Literal["k2", "k3"]
+    estimator: Literal["k2", "k3", "exact"]
+
+    def of(self, logprobs: mx.array, old: mx.array, keep: mx.array) -> mx.array:
+        """Return each token's KL, without coef, 0 outside of `keep`; the other arguments are 0 there."""
+        if self.estimator == "exact":
+            return _masked(self.reference, keep)
+        return kl_loss(logprobs, old, _masked(mx.stop_gradient(self.reference), keep), self.estimator)
 
 
 class _Rows:
@@ -206,11 +231,11 @@ def policy_loss(
     how: Aggregation = _BY_TOKEN,
     penalty: KLPenalty | None = None,
 ) -> LossSum:
-    """Sum the clipped surrogate of PPO, GRPO, RLOO and REINFORCE, to be minimised (Schulman et al. 2017, eq. 7).
+    """Sum the clipped surrogate of PPO, GRPO and their kin, to be minimised (Schulman et al. 2017, eq. 7).
 
     max(-A ratio, -A clip(ratio, 1 - low, 1 + high)), with ratio = exp(logprobs - old_logprobs), whose argument is
     clipped to +-20. Where A < 0 the loss grows without bound in the ratio; dual_clip = c bounds it by -A c (Ye et al.
-    2020; c = 3 is usual).
+    2020; c = 3 is usual). With `how.weighted` it is -A clip(ratio) logprobs instead, the ratio a constant.
 
     Args:
         logprobs, old_logprobs, mask: (B, T), or (N,) tokens with `how.owners`; at the sampling temperature. The
@@ -220,38 +245,42 @@ def policy_loss(
         dual_clip: above 1 (else ConfigError), or None.
     Returns:
         LossSum over tokens, completions or completions x length. Metrics, over the same items: clip_fraction (the
-        clipped branch is the larger), dual_clip_fraction, ratio_mean, approx_kl (k1 of old to new, verl's ppo_kl),
-        approx_kl_k3, and the penalty's kl_loss, without its coef; and ratio_max, which is the largest.
+        clipped branch is the larger; weighted: the weight is clipped), dual_clip_fraction, ratio_mean, approx_kl (k1 of
+        old to new, verl's ppo_kl), approx_kl_k3, and the penalty's kl_loss, without its coef; and ratio_max, which is
+        the largest.
     """
     if how.ratio == "completion" and how.loss == "token":
         raise AssertionError("the ratio is of completions and the mean over tokens; expected sequence or constant")
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    if how.weighted and dual_clip is not None:
+        raise AssertionError("a weighted surrogate has no dual_clip, which bounds the clipped one")
+    bounds = clip if isinstance(clip, tuple) else (clip, clip)
     _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, mask=mask, owners=how.owners)
     keep, advantages = mask != 0, mx.stop_gradient(advantages)
     rows = _Rows(keep, how.owners, count=advantages.shape[0])
     new, old = _masked(logprobs, keep), _masked(mx.stop_gradient(old_logprobs), keep)
-    log_ratio, counted = new - old, keep
+    log_ratio, taken, counted = new - old, new, keep
     tokens = {"approx_kl": -mx.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO), "approx_kl_k3": kl(old, new, "k3")}
     if how.ratio == "completion":
-        log_ratio, counted = rows.sums(log_ratio), rows.sizes > 0
+        log_ratio, taken, counted = rows.sums(log_ratio), rows.sums(new), rows.sizes > 0
     elif advantages.ndim == 1 and advantages.shape != mask.shape:
         advantages = advantages[rows.owners]
+    if how.ratio == "sequence":
+        log_ratio = rows.means(log_ratio)[rows.owners]
     _same_shape(log_ratio=log_ratio, advantages=advantages)
-    losses, items = _surrogate(log_ratio, _masked(advantages, counted), low, high, dual_clip)
+    losses, items = _surrogate(log_ratio, taken, _masked(advantages, counted), bounds, dual_clip, how.weighted)
     if penalty is not None:
-        reference = _masked(mx.stop_gradient(penalty.ref_logprobs), keep)
-        tokens["kl_loss"] = kl_loss(new, old, reference, penalty.estimator)
+        tokens["kl_loss"] = penalty.of(new, old, keep)
         _same_shape(losses=losses, kl_loss=tokens["kl_loss"])
         losses = losses + penalty.coef * tokens["kl_loss"]
     items = {name: _masked(x, counted) for name, x in items.items()}
     highest = {"ratio_max": items["ratio_mean"].max()}
-    if how.ratio == "token":
+    if how.ratio != "completion":
         items, tokens = {}, items | tokens
     if how.loss == "token":
         sums = {name: _masked(x, keep).sum() for name, x in tokens.items()}
         return LossSum(losses.sum(), _float(keep).sum(), sums | highest)
     length = how.length if how.loss == "constant" else 1
-    total = rows.means(losses) if how.loss == "sequence" and how.ratio == "token" else losses
+    total = rows.means(losses) if how.loss == "sequence" and how.ratio != "completion" else losses
     means = items | {name: rows.means(x) for name, x in tokens.items()}
     # A completion weighs `length` in metrics too, so that they stay means over its tokens.
     sums = {name: length * x.sum() for name, x in means.items()}
@@ -520,51 +549,6 @@ def odds_ratio(chosen: mx.array, rejected: mx.array, beta: float) -> mx.array:
     _same_shape(chosen=chosen, rejected=rejected)
     chosen, rejected = _float(chosen), _float(rejected)
     return beta * _neg_log_sigmoid((chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected)))
-
-
-# --- distillation -----------------------------------------------------------------------------------------------------
-# N tokens; log-probabilities of a student and a teacher over the same K classes.
-
-
-def log_softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
-    """Return log softmax(logits / temperature) over the last axis, float32."""
-    scaled = _float(logits) / temperature
-    return scaled - logsumexp(scaled)[..., None]
-
-
-def log_shares(logits: mx.array, ids: mx.array, temperature: float = 1.0) -> mx.array:
-    """Return (N, K + 1) log-probabilities by softmax(logits / temperature): of K tokens, and of all others together.
-
-    The last one is summed over the other tokens, not 1 minus the K, which would lose its digits.
-
-    Args:
-        logits: (N, V). ids: (N, K), the tokens, each once.
-    """
-    scaled = _float(logits) / temperature
-    others = logsumexp(mx.put_along_axis(scaled, ids, mx.array(_OUT), axis=-1))
-    shares = mx.concatenate([mx.take_along_axis(scaled, ids, axis=-1), others[:, None]], axis=-1)
-    return shares - logsumexp(scaled)[:, None]
-
-
-def divergence(logprobs: mx.array, teacher_logprobs: mx.array, beta: float) -> mx.array:
-    """Return the divergence of a student from its teacher at each position, (N,) float32, in nats.
-
-    0 is forward KL(teacher || student), 1 is reverse KL(student || teacher). Between them it is the generalised
-    Jensen-Shannon divergence (Agarwal et al. 2024, eq. 1): beta KL(teacher || m) + (1 - beta) KL(student || m) with
-    m = beta teacher + (1 - beta) student. Divided by beta it goes to forward KL as beta goes to 0, and divided by
-    1 - beta to reverse KL as beta goes to 1.
-
-    Args:
-        logprobs: (N, K); the gradient flows here only. teacher_logprobs: (N, K).
-    """
-    _same_shape(logprobs=logprobs, teacher_logprobs=teacher_logprobs)
-    mine, theirs = _float(logprobs), mx.stop_gradient(_float(teacher_logprobs))
-    if beta == 0:
-        return (exp(theirs) * (theirs - mine)).sum(axis=-1)
-    if beta == 1:
-        return (exp(mine) * (mine - theirs)).sum(axis=-1)
-    mixed = mx.logaddexp(theirs + math.log(beta), mine + math.log1p(-beta))
-    return (beta * exp(theirs) * (theirs - mixed) + (1 - beta) * exp(mine) * (mine - mixed)).sum(axis=-1)
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,11 @@ from pydantic import Field, model_validator
 
 from mlxft.config import Config
 from mlxft.errors import ConfigError
+from mlxft.model.cpu import as_trained
+from mlxft.model.heads import body_width
+from mlxft.model.layers import probing
+from mlxft.model.logits import hidden_kl, hidden_logprobs, rows_hidden
+from mlxft.model.memory import Beside, Outline, ShapeSplit
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import Floats, equal_groups, group_relative, leave_one_out
@@ -49,10 +54,11 @@ class CriticFree(OnPolicy[_M], Generic[_M]):
         clip: float | tuple[float, float] | None,
         how: F.Aggregation,
         penalty: F.KLPenalty | None = None,
+        logprobs: mx.array | None = None,
     ) -> Terms:
-        """Return the term `policy` and its metrics."""
+        """Return the term `policy` and its metrics; `logprobs` are the tokens', where they are known."""
         assert data.advantages is not None
-        logprobs, how = self.logprobs(data), how._replace(owners=data.owners)
+        logprobs, how = self.logprobs(data) if logprobs is None else logprobs, how._replace(owners=data.owners)
         mask = mx.ones_like(logprobs)
         sums = F.policy_loss(logprobs, data.old_logprobs, data.advantages, mask, clip, how=how, penalty=penalty)
         return Terms({"policy": sums.total}, sums.metrics)
@@ -96,18 +102,42 @@ class Reinforced(CriticFree[R], Generic[R]):
 
 
 # --- grpo -------------------------------------------------------------------------------------------------------------
-# Group relative policy optimisation (Shao et al. 2024), with the switches of Dr. GRPO (Liu et al. 2025) and DAPO
-# (Yu et al. 2025).
+# Group relative policy optimisation (Shao et al. 2024) and what was made of it.
 #
 # The completions of a prompt are each other's baseline. KL to the reference is a term of the loss, as published, or of
 # the advantages, which is exact.
-# Dr. GRPO: scale: none, loss: constant. DAPO: loss: token, clip_high: 0.28, kl_coef: 0, resample, skip_equal and
-# mask_truncated (or, for its soft penalty on overlong completions, a rule of kind length).
+
+# What each published form sets. DAPO's soft penalty on overlong completions is a rule of kind length.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grpo": {},  # the defaults
+    # Liu et al. 2025, section 3: neither division, no KL
+    "dr_grpo": {"scale": "none", "baseline": "group", "loss": "constant", "kl_coef": 0.0},
+    # Yu et al. 2025, section 3; verl's recipe samples up to 10 times
+    "dapo": {
+        "loss": "token",
+        "clip": 0.2,
+        "clip_high": 0.28,
+        "kl_coef": 0.0,
+        "skip_equal": True,
+        "resample": 9,
+        "mask_truncated": True,
+    },
+    # Zheng et al. 2025, equation 5 and section 5.1; without KL, as its authors trained
+    "gspo": {"ratio": "sequence", "loss": "sequence", "clip": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
+    # MiniMax 2025, equation 4, without a lower bound; the upper one, 5, is of Khatri et al. 2025
+    "cispo": {"surrogate": "weighted", "loss": "token", "clip": 1.0, "clip_high": 4.0, "kl_coef": 0.0},
+}
 
 
 class GRPOSettings(OnPolicySettings):
     """Settings of objective grpo."""
 
+    variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
+        "grpo",
+        description="Published form, which sets the parts that it is known for: scale, baseline, loss, ratio, "
+        "surrogate, clip, clip_high, kl_coef, skip_equal, resample, mask_truncated. A part that the recipe sets "
+        "itself takes precedence; grpo: the defaults.",
+    )
     kl_coef: float = Field(0.04, ge=0, description="Weight of KL to the reference; 0: no such term.")
     kl_in: Literal["loss", "advantages"] = Field(
         "loss",
@@ -116,11 +146,12 @@ class GRPOSettings(OnPolicySettings):
         "mean of its group's others, is subtracted from each token's advantage, which is exact: with scale: none, "
         "loss: constant and one step per rollout the gradient is that of reward - kl_coef x KL.",
     )
-    kl_estimator: Literal["k2", "k3"] = Field(
+    kl_estimator: Literal["k2", "k3", "exact"] = Field(
         "k2",
         description="Estimator of a token's KL with kl_in: loss (Schulman 2020). k2's gradient, weighted by the ratio "
         "so that it is right in later passes too, is that of the token's KL(policy || reference); k3's, as published, "
-        "is that of KL(reference || policy), which has another optimum.",
+        "is that of KL(reference || policy), which has another optimum. exact: KL(policy || reference) over the whole "
+        "vocabulary, without sampling noise, for the time of two more output layers and a pass of the reference.",
     )
     scale: Literal["group", "batch", "none"] = Field(
         "group", description="Divide advantages by the standard deviation of the group or batch; none: Dr. GRPO."
@@ -135,7 +166,19 @@ class GRPOSettings(OnPolicySettings):
         description="sequence: mean over a completion's tokens, then over completions; token (DAPO): mean over all "
         "tokens; constant (Dr. GRPO): their sum divided by completions x rollout.max_tokens.",
     )
-    clip: float = Field(0.2, gt=0, description="The ratio has no gradient beyond 1 - clip and 1 + clip.")
+    ratio: Literal["token", "sequence"] = Field(
+        "token",
+        description="Ratio to the policy that sampled: of each token; or of the sequence, the geometric mean over a "
+        "completion's tokens, which stands for each of them (GSPO). Without effect where a rollout is one step.",
+    )
+    surrogate: Literal["clipped", "weighted"] = Field(
+        "clipped",
+        description="clipped: no gradient beyond the bounds. weighted (CISPO): the clipped ratio is a constant weight "
+        "of advantage x log-probability, so that every token keeps its gradient.",
+    )
+    clip: float = Field(
+        0.2, gt=0, description="Bounds 1 - clip and 1 + clip of the ratio; from 1 on there is no lower bound."
+    )
     clip_high: float | None = Field(
         None, gt=0, description="Upper bound 1 + clip_high of the ratio (DAPO: 0.28); default: clip."
     )
@@ -149,6 +192,11 @@ class GRPOSettings(OnPolicySettings):
     mask_truncated: bool = Field(
         False, description="Leave out completions that were cut off (DAPO's overlong filtering)."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_variant(cls, given: Any) -> Any:
+        return {**VARIANTS.get(str(given.get("variant")), {}), **given} if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> GRPOSettings:
@@ -164,6 +212,13 @@ class GRPOSettings(OnPolicySettings):
                 "one of the two out"
             )
         return self
+
+    def variant_note(self) -> str:
+        """Return what the variant sets, and which of its parts the recipe sets itself."""
+        parts = VARIANTS[self.variant]
+        own = ", ".join(name for name, value in parts.items() if getattr(self, name) != value)
+        text = ", ".join(f"{name}: {getattr(self, name)}" for name in parts)
+        return f"grpo.variant: {self.variant} is {text}{f' (by the recipe: {own})' if own else ''}"
 
     @property
     def others(self) -> bool:
@@ -181,12 +236,51 @@ class GRPO(CriticFree[GRPOSettings]):
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         super().__init__(config, tokenizer, GRPOSettings)
-        self.needs_reference = self.settings.kl_coef > 0 and self.settings.kl_in == "loss"
+        self.exact = self.settings.kl_estimator == "exact"
+        self.needs_reference = self.settings.kl_coef > 0 and self.settings.kl_in == "loss" and not self.exact
+        if self.settings.variant != "grpo":
+            self.notes.append(self.settings.variant_note())
         if self.settings.resample and self.rollouts.prompts >= len(self.prompts):
             raise ConfigError(
                 f"grpo.resample: a rollout has all {len(self.prompts)} prompts (rollout.prompts is "
-                f"{self.rollouts.prompts}), so none is left as a replacement; lower rollout.prompts"
+                f"{self.rollouts.prompts}), so none is left as a replacement; lower rollout.prompts, or set it to 0"
             )
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        super().prepare(model, base)
+        self.outfit(self.config, model)
+
+    @classmethod
+    def outfit(cls, config: Config, model: nn.Module) -> None:
+        if config.section("grpo", GRPOSettings).kl_estimator == "exact":
+            body_width(ShapeSplit(model), "grpo.kl_estimator: exact")
+
+    def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
+        (batch,) = super().make(rollout, rows)
+        if not self.exact:
+            return [batch]
+        assert self.reference is not None
+        with self.reference.reading() as split:
+            hidden = as_trained(lambda: rows_hidden(split, batch.data.ids, batch.data.positions))
+        mx.async_eval(hidden)  # before the policy's pass, whose activations must not stand beside the reference's
+        return [replace(batch, data=replace(batch.data, ref_hidden=hidden))]
+
+    @classmethod
+    def outline(cls, config: Config) -> Outline:
+        exact = config.section("grpo", GRPOSettings).kl_estimator == "exact"
+        return Outline("logprobs and kl" if exact else "logprobs")
+
+    def beside(self, model: nn.Module) -> Beside:
+        around = super().beside(model)
+        if not self.exact:
+            return around
+        # The reference's hidden states at all tokens of a step.
+        with probing(model):
+            one = ShapeSplit(model).hidden(mx.array([[0]])).nbytes
+        tokens = self.config.batch.accumulate * max(sum(s.trained for s, _ in step) for step in self._largest_steps())
+        frozen = around.residents.frozen
+        frozen = {**frozen, "reference": frozen["reference"] + tokens * one}
+        return around._replace(residents=around.residents._replace(frozen=frozen))
 
     def draw(self, number: int) -> Drawn:
         first = super().draw(number)
@@ -225,12 +319,23 @@ class GRPO(CriticFree[GRPOSettings]):
         return {"policy": float(len(rows) * (self.rollouts.max_tokens if self.settings.loss == "constant" else 1))}
 
     def loss(self, model: nn.Module, data: RolloutBatch) -> Terms:
-        s, penalty = self.settings, None
+        s, penalty, logprobs = self.settings, None, None
         if self.needs_reference:
             assert data.ref_logprobs is not None
             penalty = F.KLPenalty(data.ref_logprobs, self.kl_coef, s.kl_estimator)
-        how = F.Aggregation(s.loss, self.rollouts.max_tokens)
-        return self.policy_loss(data, (s.clip, s.clip_high or s.clip), how, penalty)
+        if data.ref_hidden is not None:
+            hidden = rows_hidden(self.split, data.ids, data.positions)
+            logprobs = hidden_logprobs(self.split, hidden, data.labels, grad=True, draw=self.how)
+            (behind,) = mx.depends([hidden], [logprobs])  # or logits would be in memory twice
+            kl = hidden_kl(self.split, behind, data.ref_hidden, self._ref_logits, grad=True, draw=self.how)
+            penalty = F.KLPenalty(kl, self.kl_coef, "exact")
+        how = F.Aggregation(s.loss, self.rollouts.max_tokens, s.ratio, weighted=s.surrogate == "weighted")
+        return self.policy_loss(data, (s.clip, s.clip_high or s.clip), how, penalty, logprobs)
+
+    def _ref_logits(self, hidden: mx.array) -> mx.array:
+        assert self.reference is not None
+        with self.reference.reading() as split:
+            return split.logits(hidden)
 
 
 # --- rloo -------------------------------------------------------------------------------------------------------------

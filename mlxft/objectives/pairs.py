@@ -32,6 +32,7 @@ from mlxft.errors import ConfigError
 from mlxft.model.logits import Split
 from mlxft.model.memory import Shape
 from mlxft.model.prefix import Completions, ScoredRows, Sharing
+from mlxft.objectives import functional as F
 from mlxft.objectives.base import (
     MicroBatch,
     NoDropout,
@@ -146,6 +147,30 @@ def encode_splits(
         notes = [*notes, *(f"validation: {note}" for note in second.counts.left_out())]
     counts = replace(first.counts, source_notes=tuple(notes), fingerprint=fingerprint)
     return first.rows, counts, second.rows if second else [], second.counts if second else None
+
+
+def halves(x: mx.array) -> tuple[mx.array, mx.array]:
+    """Return the chosen completions' half and the rejected ones'."""
+    half = x.shape[0] // 2
+    return x[:half], x[half:]
+
+
+def implicit_rewards(rewards: mx.array, size: mx.array, weights: mx.array) -> dict[str, mx.array]:
+    """Return metrics of implicit rewards, as sums over pairs.
+
+    Args:
+        rewards: (2n,) of the chosen completions and then of the rejected ones.
+        size: (2n,) magnitude of the numbers that each was computed from.
+    """
+    chosen, rejected = halves(mx.stop_gradient(rewards))
+    difference = chosen - rejected
+    values = {
+        "rewards_chosen": chosen,
+        "rewards_rejected": rejected,
+        "accuracy": F.wins(difference, mx.add(*halves(mx.stop_gradient(size)))),
+        "margin": difference,
+    }
+    return {name: (weights * value).sum() for name, value in values.items()}
 
 
 def micro_batch(data: Any, rows: Sequence[EncodedPair | EncodedLabelled], trained_tokens: int) -> MicroBatch:

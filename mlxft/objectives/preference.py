@@ -40,6 +40,8 @@ from mlxft.objectives.pairs import (
     check_completion_recipe,
     completions_of,
     encode_splits,
+    halves,
+    implicit_rewards,
     micro_batch,
     stack,
     stack_pairs,
@@ -244,19 +246,19 @@ class _Pairs(Preference[EncodedPair]):
         if data.reference is not None:
             ref = row_sums(data.reference, data.owners, count)
             per = data.lengths if s.loss == "ipo" else mx.ones(count)
-            losses = self._referred(*_halves(sums / per), *_halves(ref / per))
+            losses = self._referred(*halves(sums / per), *halves(ref / per))
             rewards = F.implicit_reward(sums / per, ref / per, s.strength)
             size = s.strength * (mx.abs(sums) + mx.abs(ref)) / per
-            metrics["kl"] = (w * sum(_halves(_kl(tokens, data.reference, data))) / 2).sum()
+            metrics["kl"] = (w * sum(halves(_kl(tokens, data.reference, data))) / 2).sum()
         else:
             rewards = s.strength * (sums if s.loss == "cpo" else means)
             size = mx.abs(rewards)
-            losses = self._alone(_halves(sums), _halves(means))
+            losses = self._alone(halves(sums), halves(means))
         if s.imitation:
-            chosen = _halves(means)[0]
+            chosen = halves(means)[0]
             losses = losses - s.imitation * chosen
             metrics["nll"] = -(w * chosen).sum()
-        return Terms({"preference": (w * losses).sum()}, metrics | _rewards(rewards, size, w))
+        return Terms({"preference": (w * losses).sum()}, metrics | implicit_rewards(rewards, size, w))
 
     def _alone(self, sums: tuple[mx.array, mx.array], means: tuple[mx.array, mx.array]) -> mx.array:
         s = self.settings
@@ -376,36 +378,12 @@ class _Single(Preference[EncodedLabelled]):
         return found
 
 
-def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the chosen completions' half and the rejected ones'."""
-    half = x.shape[0] // 2
-    return x[:half], x[half:]
-
-
 def _kl(tokens: mx.array, reference: mx.array, data: Completions) -> mx.array:
     """Return (B,) estimates of each completion's KL to the reference, summed over its tokens.
 
     Second order in the log-ratio, since neither policy has sampled the data's completions.
     """
     return row_sums(F.kl(mx.stop_gradient(tokens), reference, "k2"), data.owners, data.lengths.size)
-
-
-def _rewards(rewards: mx.array, size: mx.array, weights: mx.array) -> dict[str, mx.array]:
-    """Return metrics of implicit rewards, as sums over pairs.
-
-    Args:
-        rewards: (2n,) of the chosen completions and then of the rejected ones.
-        size: (2n,) magnitude of the numbers that each was computed from.
-    """
-    chosen, rejected = _halves(mx.stop_gradient(rewards))
-    difference = chosen - rejected
-    values = {
-        "rewards_chosen": chosen,
-        "rewards_rejected": rejected,
-        "accuracy": F.wins(difference, mx.add(*_halves(mx.stop_gradient(size)))),
-        "margin": difference,
-    }
-    return {name: (weights * value).sum() for name, value in values.items()}
 
 
 def _refuse_ties(rows: Iterable[EncodedPair], loss: str) -> None:

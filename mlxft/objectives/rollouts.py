@@ -425,11 +425,13 @@ def minibatches(count: int, parts: int, *, seed: int, rollout: int, epoch: int) 
 
 
 def micro_batches(
-    rows: Sequence[int], lengths: npt.NDArray[np.int64], *, tokens: int | None, most: int | None
+    rows: Sequence[int], lengths: npt.NDArray[np.int64], *, tokens: int | None, most: int | None, together: int = 1
 ) -> list[list[int]]:
-    """Cut completions into micro-batches of a token budget, or of `most` rows, by length."""
-    slots = plan_epoch(lengths[list(rows)], tokens=tokens, rows=most, seed=None)
-    return [[rows[i] for i in slot.rows] for slot in slots]
+    """Cut completions into micro-batches of a token budget, or of `most` rows, by length; neighbours stay together."""
+    units = [list(rows[i : i + together]) for i in range(0, len(rows), together)]
+    tokens, most = (None if n is None else max(1, n // together) for n in (tokens, most))
+    slots = plan_epoch(np.array([lengths[unit].max() for unit in units]), tokens=tokens, rows=most, seed=None)
+    return [[i for unit in slot.rows for i in units[unit]] for slot in slots]
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -505,7 +507,7 @@ def _put(drawn: Drawn, more: Drawn, to: slice, of: slice) -> None:
 
 # --- validation -------------------------------------------------------------------------------------------------------
 
-SHOWN = 4  # completions that are shown
+SAMPLES_SHOWN = 4  # completions that are shown
 CUT_OFF = "every completion was cut off: raise rollout.max_tokens, or set rollout.stop"
 
 
@@ -545,7 +547,7 @@ class HeldOut:
                     "answer": o.text(rollout.replies[i], o.opening(o.valid[i])),
                     "score": float(scores.total[i]),
                 }
-                for i in every[:SHOWN]
+                for i in every[:SAMPLES_SHOWN]
             ],
         }
 
@@ -581,7 +583,8 @@ class RolloutBatch:
         ids: (B, T) right-padded; last: (B,) the last real token of each row.
         positions, labels: (N,) flat index that predicts a token, and the token.
         old_logprobs, ref_logprobs, advantages, values, returns: (N,) float32; None where the loss does not read it.
-        owners: (N,) the completion of a token, for methods with one advantage per completion: advantages are (B,).
+        ref_hidden: (N, D) hidden states of the reference at the positions, for the exact KL.
+        owners: (N,) the completion of a token, for losses of whole completions; advantages are then (B,).
     """
 
     ids: mx.array
@@ -594,6 +597,7 @@ class RolloutBatch:
     values: mx.array | None = None
     returns: mx.array | None = None
     owners: mx.array | None = None
+    ref_hidden: mx.array | None = None
 
 
 class RolloutObjective(Objective, Generic[_P]):
@@ -611,6 +615,7 @@ class RolloutObjective(Objective, Generic[_P]):
 
     # Nothing is compiled: micro-batches of completions rarely have the same shape.
     first_whole = 0  # the first rollout that trains everything
+    together = 1  # completions that stay in one micro-batch: the two of a pair
     reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
 
     def __init__(
@@ -676,16 +681,17 @@ class RolloutObjective(Objective, Generic[_P]):
     def micro_batches(self, rows: Sequence[int], lengths: Any) -> list[list[int]]:
         """Return the completions of each micro-batch."""
         most = self.config.batch.rows
-        return micro_batches(rows, lengths, tokens=None if most else self.config.batch.budget, most=most)
+        tokens = None if most else self.config.batch.budget
+        return micro_batches(rows, lengths, tokens=tokens, most=most, together=self.together)
 
     def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
         """Return the micro-batches of each step; none where nothing of the rollout is trained on."""
         found: list[list[list[int]]] = []
-        kept, accumulate = self.kept(rollout), self.config.batch.accumulate
+        kept, accumulate, size = self.kept(rollout), self.config.batch.accumulate, self.together
         for epoch in range(self.settings.epochs if kept else 0):
             drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
-            parts = minibatches(len(kept), self.settings.minibatches, **drawn)
-            cut = [self.micro_batches([kept[i] for i in part], lengths) for part in parts]
+            parts = minibatches(len(kept) // size, self.settings.minibatches, **drawn)
+            cut = [self.micro_batches([i for u in part for i in kept[u * size :][:size]], lengths) for part in parts]
             found += [list(chain(*cut[i : i + accumulate])) for i in range(0, len(cut), accumulate)]
         return found
 
@@ -704,7 +710,8 @@ class RolloutObjective(Objective, Generic[_P]):
         return rollout.sizes + np.array([len(self.prompts[i].ids) for i in rollout.prompts])
 
     def _per_epoch(self, rollout: Rollout) -> int:
-        return -(-min(self.settings.minibatches, len(self.kept(rollout))) // self.config.batch.accumulate)
+        units = len(self.kept(rollout)) // self.together
+        return -(-min(self.settings.minibatches, units) // self.config.batch.accumulate)
 
     # Rollouts
 
@@ -814,7 +821,7 @@ class RolloutObjective(Objective, Generic[_P]):
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Return an upper bound: `target_kl` may end the passes over a rollout early."""
         full, rest = divmod(len(self.prompts), self.rollouts.prompts)
-        sizes = [self.rollouts.prompts * self.rollouts.samples] * full + [rest * self.rollouts.samples] * bool(rest)
+        sizes = [self.rollouts.prompts * self.per_prompt] * full + [rest * self.per_prompt] * bool(rest)
         steps = (-(-min(self.settings.minibatches, size) // self.config.batch.accumulate) for size in sizes)
         return self.settings.epochs * sum(steps)
 
@@ -874,13 +881,23 @@ class RolloutObjective(Objective, Generic[_P]):
         return [partial(self.rehearsed, [cut[i][1]] * times) for i in chosen]
 
     def steps_per_rollout(self) -> int:
-        minibatches = min(self.settings.minibatches, self._count)
+        minibatches = min(self.settings.minibatches, self._units)
         return int(self.settings.epochs * -(-minibatches // self.config.batch.accumulate))
 
     @property
     def _count(self) -> int:
         """Return the completions of a rollout."""
         return min(self.rollouts.prompts, len(self.prompts)) * self.rollouts.samples
+
+    @property
+    def per_prompt(self) -> int:
+        """Return how many units of `together` completions are trained of a prompt, at most."""
+        return self.rollouts.samples // self.together
+
+    @property
+    def _units(self) -> int:
+        """Return the units of a rollout."""
+        return min(self.rollouts.prompts, len(self.prompts)) * self.per_prompt
 
     def _several(self) -> bool:
         """Return whether a step has several micro-batches, so that a gradient is held while others are computed."""
@@ -906,8 +923,9 @@ class RolloutObjective(Objective, Generic[_P]):
 
     def _largest_steps(self) -> list[list[tuple[Shape, list[int]]]]:
         """Return the micro-batches of each kind of minibatch, with the prompts of their completions."""
-        count = -(-self._count // min(self.settings.minibatches, self._count))
-        asked = [_longest(self.prompts, self.rollouts.samples, count, shortest) for shortest in (False, True)]
+        count = -(-self._units // min(self.settings.minibatches, self._units)) * self.together
+        each = self.per_prompt * self.together
+        asked = [_longest(self.prompts, each, count, shortest) for shortest in (False, True)]
         return [self._cut(self.prompts, chosen) for chosen in asked]
 
     def _cut(self, prompts: Sequence[EncodedPrompt], asked: Sequence[int]) -> list[tuple[Shape, list[int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from mlxft.data.dataset import (
     sizes_of,
 )
 from mlxft.errors import ConfigError, DataError
+from mlxft.model.layers import noisy_embedding, token_embedding
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape
 from mlxft.model.prefix import Rows
@@ -55,6 +57,7 @@ class SFT(OffPolicy):
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate = 2e-5  # of full fine-tuning; LoRA 2e-4
     traceable = True
+    noisy = True
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         if config.data.format not in SFT_FORMATS:
@@ -67,6 +70,11 @@ class SFT(OffPolicy):
         if self.valid is not None:
             self._notes += [f"validation: {n}" for n in beyond_context(config, lengths_of(self.valid.rows))]
         self._split: Split | None = None
+        self._embedding: nn.Module | None = None  # what noise is added to
+
+    def prepare(self, model: nn.Module, base: str = "") -> None:
+        if self.config.tune.neftune is not None:
+            self._embedding = token_embedding(model)
 
     def rebatch(self, config: Config) -> None:
         super().rebatch(config)
@@ -102,7 +110,17 @@ class SFT(OffPolicy):
         if self._split is None or self._split.model is not model:
             self._split = Split(model)
         places = (data.ids, data.positions, data.labels, data.weights)
-        return Terms({"nll": rows_nll(self._split, *places, grad=model.training, segments=data.segments)}, {})
+        with self._noise(data):
+            return Terms({"nll": rows_nll(self._split, *places, grad=model.training, segments=data.segments)}, {})
+
+    def _noise(self, data: SFTBatch) -> AbstractContextManager[None]:
+        if self._embedding is None:
+            return nullcontext()
+        assert self.config.tune.neftune is not None
+        lengths = mx.broadcast_to(data.lengths[:, None], data.ids.shape)
+        if data.segments is not None:
+            lengths = (data.segments[:, :, None] == data.segments[:, None, :]).sum(axis=-1)
+        return noisy_embedding(self._embedding, self.config.tune.neftune, lengths)
 
     def real_tokens(self, data: SFTBatch) -> list[mx.array]:
         return [real_mask(data.ids, data.lengths)]

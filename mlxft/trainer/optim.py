@@ -19,6 +19,7 @@ from mlxft.model.heads import CRITIC
 from mlxft.model.layers import LINEAR, SWITCH, LowRank
 
 Arrays = dict[str, mx.array]
+_B = "lora_b"  # of an adapter: the factor that starts at zero
 REST = ""  # the part of all parameters that no other part names
 LARGE = 1 << 20  # a parameter with at least this many numbers is updated alone
 
@@ -174,13 +175,21 @@ class Optimizer:
     Args:
         parts: prefix of parameter names -> multiplier of their learning rate. Each part is clipped by its own norm and
             counts its own updates, because a step may leave it out.
+        lora_plus: multiplier of the learning rate of adapters' B, beside that of its part or group; None: 1.
     Attributes:
-        scales: pattern of each group in the settings -> its learning rate as a multiple of the run's.
+        scales: pattern of each group in the settings -> its learning rate as a multiple of the run's; and, with
+            lora_plus, lora_b -> that of B.
     Raises:
         ConfigError: a group matches no parameter.
     """
 
-    def __init__(self, settings: OptimSettings, model: nn.Module, parts: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        settings: OptimSettings,
+        model: nn.Module,
+        parts: Mapping[str, float] | None = None,
+        lora_plus: float | None = None,
+    ) -> None:
         self._settings = settings
         rates = {REST: 1.0, **(parts or {})}
         self._steps = dict.fromkeys(rates, mx.array(0, mx.uint64))
@@ -188,9 +197,11 @@ class Optimizer:
         params = _flat(model.trainable_parameters())
         owners = {n: next((p for p in parts or () if n.startswith(p)), REST) for n in params}
         self.scales = {g.match: _scale(g, settings) for g in settings.groups}
+        if lora_plus is not None:
+            self.scales[_B] = self.scales.get(_B, 1.0) * lora_plus
         grouped = group_of(settings.groups, params)
         self._bundles = {
-            part: _bundles({n: p for n, p in params.items() if owners[n] == part}, settings, grouped, rate)
+            part: _bundles({n: p for n, p in params.items() if owners[n] == part}, settings, grouped, rate, lora_plus)
             for part, rate in rates.items()
         }
         self._measure: Callable[..., tuple[mx.array, mx.array]] = mx.compile(self._norm_and_factor)
@@ -320,16 +331,21 @@ def _scale(group: Group, settings: OptimSettings, rate: float = 1.0) -> float:
     return group.lr / settings.lr if group.lr is not None else rate * (1.0 if group.scale is None else group.scale)
 
 
-def _bundles(params: Arrays, settings: OptimSettings, grouped: dict[str, int], rate: float) -> list[Bundle]:
-    """Return the bundles of all groups: one for a group's small parameters, and one for each large parameter."""
+def _bundles(
+    params: Arrays, settings: OptimSettings, grouped: dict[str, int], rate: float, lora_plus: float | None
+) -> list[Bundle]:
+    """Return the bundles of all groups: one for a group's small parameters of one rate, and one for each large one."""
     groups, bundles = settings.groups, list[Bundle]()
     for i in (None, *range(len(groups))):
         mine = [n for n in params if grouped.get(n) == i]
         scale = rate if i is None else _scale(groups[i], settings, rate)
         decay = None if i is None else groups[i].weight_decay
-        small = [n for n in mine if params[n].size < LARGE]
-        each = ([small] if small else []) + [[n] for n in mine if params[n].size >= LARGE]
-        bundles += [Bundle(names, scale, decay) for names in each]
+        for of_b in (False, True):
+            names = [n for n in mine if (lora_plus is not None and n.endswith(_B)) is of_b]
+            own = scale * lora_plus if lora_plus is not None and of_b else scale
+            small = [n for n in names if params[n].size < LARGE]
+            each = ([small] if small else []) + [[n] for n in names if params[n].size >= LARGE]
+            bundles += [Bundle(names, own, decay) for names in each]
     return bundles
 
 

@@ -50,7 +50,7 @@ def lines(path: Path, *rows: Any) -> str:
             "objective=stf",
             [
                 "no such objective 'stf'",
-                "(did you mean sft?); there are grpo, ppo, preference, reinforce, reward, rloo, sft",
+                "(did you mean sft?); there are grpo, online_dpo, ppo, preference, reinforce, reward, rloo, sft",
             ],
         ),
     ],

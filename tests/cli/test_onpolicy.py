@@ -115,6 +115,48 @@ def test_check_shows_prompts_and_the_plan_by_phase(ppo: Recipe, mlxft: Command, 
     assert not (tmp_path / "runs").exists()
 
 
+def test_online_dpo_by_a_reward_model(
+    ppo: Recipe, mlxft: Command, refused: Refused, reward_run: Callable[..., str], tmp_path: Path
+) -> None:
+    """The plan counts the reward model, whose score is the reward; what is reported of pairs."""
+    own = {"objective": "online_dpo", "ppo": None, "online_dpo": {"minibatches": 2}, "rollout.samples": 4}
+    recipe = ppo(**own, rewards={"adapter": reward_run()})
+    seen = json.loads(mlxft("check", recipe, "--json").out)
+    assert seen["memory"]["roles"]["reward"] > 0
+    assert list(seen["memory"]["phases"]) == ["sampling", "scoring", "training"]
+    assert mlxft("train", recipe, "run.steps=4", "run.report_every=1").code == 0
+    events = open_run(tmp_path / "runs" / "a").metrics()
+    rollouts, steps = ([e for e in events if e["event"] == kind] for kind in ("rollout", "train"))
+    assert [e["rollout"] for e in rollouts] == [0, 1]
+    assert all(e["pairs"] + e["ties"] == 8 and e["reward"] == e["reward/reward_model"] for e in rollouts)
+    assert {"loss", "margin", "accuracy", "rewards_chosen", "kl", "ties"} <= steps[-1].keys()
+    assert "rollout.samples: 3 completions of a prompt cannot be split" in refused(
+        2, "train", recipe, "rollout.samples=3", "run.name=b"
+    )
+
+
+def test_a_variant_is_said_and_kept(ppo: Recipe, mlxft: Command, tmp_path: Path) -> None:
+    """By check, when the run begins, and in config.yaml, from which a run goes on as it was."""
+    changes = {"objective": "grpo", "ppo": None, "grpo": {"variant": "gspo", "clip": 0.01}, "rollout.samples": 2}
+    recipe = ppo(**changes)
+    note = "grpo.variant: gspo is ratio: sequence, loss: sequence, clip: 0.01, clip_high: 0.0004, kl_coef: 0.0 (by the"
+    assert note in " ".join(mlxft("check", recipe).out.split())
+    done = mlxft("train", recipe)
+    assert (done.code, note in " ".join(done.err.split()) or note in " ".join(done.out.split())) == (0, True)
+    settings = open_run(tmp_path / "runs" / "a").config.grpo
+    assert (settings.variant, settings.ratio, settings.clip, settings.clip_high) == ("gspo", "sequence", 0.01, 4e-4)
+
+
+def test_the_exact_kl_needs_hidden_states(
+    ppo: Recipe, refused: Refused, make_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model_dir(tmp_path / "whole", "gpt_neox")
+    changes = {"objective": "grpo", "ppo": None, "grpo": {"kl_estimator": "exact"}, "rollout.samples": 2}
+    for command in ("check", "train"):
+        said = refused(1, command, ppo(**changes, **{"model.path": str(folder)}))
+        assert "model.path: grpo.kl_estimator: exact reads hidden states, and the body of this model (gpt_neox)" in said
+
+
 def test_check_says_what_is_a_copy(ppo: Recipe, mlxft: Command) -> None:
     found = json.loads(mlxft("check", ppo(tune={"method": "full"}), "--json").out)
     memory = found["memory"]

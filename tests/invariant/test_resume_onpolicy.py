@@ -54,6 +54,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"target_kl": 1e-5, "kl_target": 3.0, "critic_warmup": 1}),
     ("ppo", {"critic": "shared"}),
     ("grpo", {"target_kl": 0.001, "skip_equal": True, "resample": 1}),
+    ("grpo", {"variant": "gspo", "kl_coef": 0.1, "kl_estimator": "exact"}),
+    ("online_dpo", {}),
     ("rloo", {"ratio": "token"}),
     ("reinforce", {"baseline": "average", "target_kl": 1e-5}),
 ]

@@ -89,6 +89,14 @@ CASES: dict[str, dict[str, Any]] = {
     "the critic on the policy's trunk": {"ppo.critic": "shared"},
     "entropy is rewarded": {"ppo.entropy_coef": 0.01},
     "groups without a critic": {"objective": "grpo", "ppo": None, "grpo": {"epochs": 1}, "rollout.samples": 4},
+    "an exact KL": {
+        "objective": "grpo",
+        "ppo": None,
+        "grpo": {"kl_estimator": "exact"},
+        "rollout.samples": 4,
+        "batch": {"rows": 32},
+    },
+    "pairs": {"objective": "online_dpo", "ppo": None, "rollout.samples": 4, "batch": {"rows": 32}},
     "whole weights, all in copies": {"tune": {"method": "full"}, "batch": {"rows": 2}},
 }
 

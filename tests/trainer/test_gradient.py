@@ -304,6 +304,7 @@ RULES = {"rewards": {"rules": [{"kind": "length", "max": 2}]}, "rollout": {"prom
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"tune.dropout": 0.1}, "dropout draws new masks"),
     "router_aux": ({"tune.router_aux": 0.01}, "tune.router_aux reads more"),
+    "neftune": ({"tune.neftune": 5.0}, "tune.neftune draws new noise"),
     "on-policy": ({"objective": "grpo", **RULES}, "the loss of objective grpo reads more"),
 }
 

@@ -51,6 +51,42 @@ def test_a_run_with_groups_goes_on_exactly(tune: dict[str, Any], recipe: Callabl
         train(recipe(**{**changes, "optim": other}), resume=True, console=QUIET)
 
 
+def test_a_run_with_lora_plus_says_its_rate_and_goes_on_exactly(recipe: Callable[..., dict[str, Any]]) -> None:
+    """Adam's first update is the rate: A does not move, since B is zero; B moves by 4 times optim.lr."""
+    optim = {"lr": 1e-3, "warmup": 0, "weight_decay": 0.0, "schedule": "constant"}
+    changes = {"tune": {"rank": 4, "lora_plus": 4}, "optim": optim, "run.save_every": 1, "run.keep": 9}
+    run = train(recipe(**changes), console=QUIET)
+    event = run.metrics("train")[0]
+    assert (event["lr"], event["lr/lora_b"]) == pytest.approx((1e-3, 4e-3))
+    first = mx.load(str(run.dir / "checkpoints/step-1/weights.safetensors"))
+    assert isinstance(first, dict)
+    moved = [mx.abs(value).max().item() for name, value in first.items() if name.endswith("lora_b")]
+    assert moved == pytest.approx([4e-3] * len(moved), rel=0.01)
+    wanted = next(run.result.glob("*.safetensors")).read_bytes()
+    for step in (3, 4):
+        shutil.rmtree(run.dir / f"checkpoints/step-{step}")
+    shutil.rmtree(run.result)
+    train(recipe(**changes), resume=True, console=QUIET)
+    assert next(run.result.glob("*.safetensors")).read_bytes() == wanted
+    with pytest.raises(ConfigError, match=r"cannot resume with other settings.*\n.*tune.lora_plus"):
+        train(recipe(**changes | {"tune": {"rank": 4}}), resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tune": {"method": "full", "lora_plus": 16}}, "method full has no lora_plus"),
+        ({"tune.lora_plus": 0.5}, "tune.lora_plus: "),
+        ({"tune.lora_plus": 16, "optim.name": "sgd"}, r"tune.lora_plus .16. is for optimisers whose updates do not"),
+    ],
+)
+def test_where_lora_plus_has_no_meaning_it_is_refused(
+    recipe: Callable[..., dict[str, Any]], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        train(recipe(**changes), console=QUIET)
+
+
 def test_a_group_of_nothing_is_refused_before_anything_is_written(recipe: Callable[..., dict[str, Any]]) -> None:
     settings = recipe(**{"optim.groups": [{"match": "lora_c", "scale": 2.0}]})
     with pytest.raises(ConfigError, match=r"optim.groups: 'lora_c' matches no parameter.*did you mean lora_[ab]"):

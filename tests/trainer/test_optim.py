@@ -11,11 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from architectures import build, scatter
+from mlx.utils import tree_flatten
 
 from mlxft.config import Group, OptimSettings
 from mlxft.errors import CheckpointError, ConfigError
 from mlxft.model.adapters import LoRASpec, prepare_adapter, prepare_full, select_targets
 from mlxft.model.heads import ScoreHead, attach_head
+from mlxft.model.layers import LoRALinear
 from mlxft.model.load import load
 from mlxft.model.logits import Split
 from mlxft.model.roles import Roles
@@ -394,3 +397,83 @@ def test_what_muon_updates_of_adapters_and_a_critic(tiny_model_dir: Path) -> Non
     dora = load(str(tiny_model_dir), dtype="float32").model
     prepare_adapter(dora, LoRASpec(("model.layers.0.mlp.up_proj",), 2, 1.0, dora=True), [])
     assert {n.split(".")[-1] for n in hidden_matrices(dora)} == {"lora_a", "lora_b"}
+
+
+# LoRA+ (Hayou et al. 2024).
+
+
+def adapter(method: str = "lora") -> nn.Module:
+    """A tiny llama with adapters on all linear layers, whose B are not zero."""
+    model = build("llama")
+    mx.random.seed(0)
+    paths = tuple(select_targets(model, "all-linear", "all", method == "dora"))
+    prepare_adapter(model, LoRASpec(paths, 2, 2.0, 0.0, method == "dora"), [])
+    scatter(model, seed=2, only="lora_b")
+    return model
+
+
+def after(settings: OptimSettings, method: str = "lora", **options: Any) -> dict[str, mx.array]:
+    """Trained parameters after three steps with the same gradients."""
+    model = adapter(method)
+    opt = Optimizer(settings, model, **options)
+    for step in range(3):
+        key, grads = mx.random.key(step), dict[str, mx.array]()
+        for name, value in sorted(tree_flatten(model.trainable_parameters())):
+            key, now = mx.random.split(key)
+            grads[name] = mx.random.normal(value.shape, key=now)
+        opt.step(model, grads, mx.array(1.0), settings.lr)
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "sgd"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_lora_plus_multiplies_the_rate_of_b_alone(name: str, method: str) -> None:
+    """To the last bit, B moves as at 4 times the rate, and all else as at the rate itself."""
+    settings = OptimSettings(name=name, lr=1e-3, clip=None)  # type: ignore[arg-type]
+    plus = after(settings, method, lora_plus=4.0)
+    slow, fast = after(settings, method), after(settings.model_copy(update={"lr": 4e-3}), method)
+    for key, value in plus.items():
+        same, other = (fast, slow) if key.endswith("lora_b") else (slow, fast)
+        assert mx.array_equal(value, same[key]).item(), key
+        assert not mx.array_equal(value, other[key]).item(), key
+    assert {key.rpartition(".")[2] for key in plus} == {"lora_a", "lora_b", *(["m"] if method == "dora" else [])}
+
+
+def test_lora_plus_is_beside_the_rate_of_a_group_and_a_part() -> None:
+    """The rate of B is its group's times the ratio, and so is that of a part: a critic's B has dots in its name."""
+    groups = [Group(match="layers.0", lr=2e-3, weight_decay=0.5)]
+    settings = OptimSettings(lr=1e-3, groups=groups, clip=None)
+    opt = Optimizer(settings, adapter(), {"model.layers.1": 0.5}, lora_plus=8.0)
+    rates = {n: b.scale for bundles in opt._bundles.values() for b in bundles for n in b.names}
+    decays = {n: b.decay for bundles in opt._bundles.values() for b in bundles for n in b.names}
+    for name, scale in rates.items():
+        group = 2.0 if "layers.0" in name else 0.5
+        assert scale == pytest.approx(group * (8 if name.endswith("lora_b") else 1)), name
+        assert decays[name] == (0.5 if "layers.0" in name else None)
+    assert opt.scales == pytest.approx({"layers.0": 2.0, "lora_b": 8.0})
+
+
+def test_with_lora_plus_b_learns_at_any_width() -> None:
+    """The claim of the paper's section 4, on one layer: a stable rate of A falls as 1 / n with the width n. At that
+    rate for B too, what three updates change of the output falls as 1 / n; with a ratio that grows as n it does not.
+
+    Adam's first update of B is lr sign(g), whose effect on the output is lr |A x|_1, and A x does not depend on n.
+    """
+    moved: dict[bool, list[float]] = {}
+    for plus in (False, True):
+        for n in (64, 256, 1024):
+            mx.random.seed(n)
+            layer = LoRALinear(nn.Linear(n, 8, bias=False), 32, 1.0, 0.0)
+            layer.linear.freeze()
+            x = mx.where(mx.random.uniform(shape=(1, n)) < 0.5, -1.0, 1.0)
+            target = layer(x) + 100.0  # far away, so that the gradient keeps its sign
+            settings = OptimSettings(name="adam", lr=0.1 / n, clip=None)
+            opt, before = Optimizer(settings, layer, lora_plus=n / 64 if plus else None), layer(x)
+            for _ in range(3):
+                loss = nn.value_and_grad(layer, lambda m=layer, x=x, t=target: (m(x) - t).square().sum())
+                opt.step(layer, dict(tree_flatten(loss()[1])), mx.array(1.0), settings.lr)
+            moved.setdefault(plus, []).append(float(mx.abs(layer(x) - before).mean()))
+    assert moved[False][0] == pytest.approx(moved[True][0]), "the ratio is 1"
+    for plus, power in ((False, -1), (True, 0)):
+        slope = np.polyfit(np.log([64, 256, 1024]), np.log(moved[plus]), 1)[0]
+        assert slope == pytest.approx(power, abs=0.15), moved

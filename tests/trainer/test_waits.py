@@ -162,6 +162,8 @@ def test_a_step_waits_once(
         ("ppo", {"critic": "shared"}),
         ("grpo", {}),
         ("grpo", {"kl_in": "advantages"}),
+        ("grpo", {"kl_estimator": "exact"}),
+        ("online_dpo", {}),
         ("rloo", {}),
         ("reinforce", {"baseline": "average"}),
     ],

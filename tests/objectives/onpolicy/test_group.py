@@ -14,9 +14,12 @@ import pytest
 from mlxft.objectives import functional as F
 from mlxft.objectives.functional import equal_groups, group_relative, kl_loss, leave_one_out
 from mlxft.objectives.grpo import GRPO, RLOO, GRPOSettings, RLOOSettings
+from mlxft.objectives.grpo import VARIANTS as VARIANTS_OF_GRPO
 from mlxft.objectives.rollouts import RolloutBatch
 
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).resolve().parents[2] / "golden" / "group_policy.json").read_text())
+FOLDER = Path(__file__).resolve().parents[2] / "golden"
+GOLDEN: dict[str, Any] = json.loads((FOLDER / "group_policy.json").read_text())
+VARIANTS: dict[str, Any] = json.loads((FOLDER / "gspo_cispo.json").read_text())
 
 SCORES = np.array([0, 1, 1, 2, 3, 3, 3, 3], dtype=np.float32)
 # Of the group 0, 1, 1, 2: mean 1, squares 1 + 0 + 0 + 1, so the unbiased deviation is sqrt(2 / 3).
@@ -98,15 +101,17 @@ def test_policy_loss_with_far_ratios_is_verls(case: dict[str, Any]) -> None:
         assert (sums.metrics[name] / sums.weight).item() == pytest.approx(case[name], abs=1e-6), name
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=[f"{c['of']} {c['settings']}" for c in GOLDEN["cases"]])
-def test_the_loss_that_is_trained_is_verls_and_trls(case: dict[str, Any]) -> None:
-    """Loss and gradient in the log-probabilities, with the step's denominator, over completions of unequal length."""
-    sizes, count = np.array(GOLDEN["lengths"]), len(GOLDEN["lengths"])
-    kind, settings = (GRPO, GRPOSettings) if case["objective"] == "grpo" else (RLOO, RLOOSettings)
+def trained(golden: dict[str, Any], case: dict[str, Any], logprobs: Any) -> tuple[float, np.ndarray]:
+    """Loss and gradient in the log-probabilities, as the objective computes them over completions of unequal length."""
+    sizes, count = np.array(golden["lengths"]), len(golden["lengths"])
+
+    def flat(rows: Any) -> mx.array:
+        return mx.array(np.concatenate([row[:n] for row, n in zip(rows, sizes)]).astype(np.float32))
+
+    kind, settings = (RLOO, RLOOSettings) if case.get("objective") == "rloo" else (GRPO, GRPOSettings)
     objective: Any = object.__new__(kind)
     objective.settings = settings.model_validate(case["settings"])
-    objective.rollouts = SimpleNamespace(max_tokens=GOLDEN["max_tokens"])
+    objective.rollouts = SimpleNamespace(max_tokens=golden["max_tokens"])
     objective.kl_coef = objective.settings.kl_coef
     objective.needs_reference = objective.kl_coef > 0
     data = RolloutBatch(
@@ -114,21 +119,120 @@ def test_the_loss_that_is_trained_is_verls_and_trls(case: dict[str, Any]) -> Non
         last=mx.zeros(count),
         positions=mx.zeros(1),
         labels=mx.zeros(1),
-        old_logprobs=flat("old_logprobs"),
-        ref_logprobs=flat("ref_logprobs"),
-        advantages=ADVANTAGES,
+        old_logprobs=flat(golden["old_logprobs"]),
+        ref_logprobs=flat(golden["ref_logprobs"]),
+        advantages=mx.array(np.array(golden["advantages_of_rows"], np.float32)),
         owners=mx.array(np.repeat(np.arange(count), sizes).astype(np.int32)),
     )
     per = objective.per(SimpleNamespace(sizes=sizes), range(count))["policy"]
 
-    def loss(logprobs: mx.array) -> mx.array:
-        objective.logprobs = lambda _: logprobs
+    def loss(x: mx.array) -> mx.array:
+        objective.logprobs = lambda _: x
         return objective.loss(None, data).losses["policy"] / per
 
-    value, gradient = mx.value_and_grad(loss)(flat("logprobs"))
-    assert value.item() == pytest.approx(case["loss"], abs=2e-6)
+    value, gradient = mx.value_and_grad(loss)(flat(logprobs))
+    return value.item(), np.array(gradient)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=[f"{c['of']} {c['settings']}" for c in GOLDEN["cases"]])
+def test_the_loss_that_is_trained_is_verls_and_trls(case: dict[str, Any]) -> None:
+    value, gradient = trained(GOLDEN, case, GOLDEN["logprobs"])
+    assert value == pytest.approx(case["loss"], abs=2e-6)
     wanted = np.concatenate([row[:n] for row, n in zip(case["gradient"], GOLDEN["lengths"])])
     np.testing.assert_allclose(gradient, wanted, atol=2e-6)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", VARIANTS["cases"], ids=[f"{c['logprobs']} {c['settings']}" for c in VARIANTS["cases"]])
+def test_gspo_and_cispo_are_trls(case: dict[str, Any]) -> None:
+    """By `grpo.variant`, with its parts set apart: ratios near 1 for GSPO's narrow clip, and far ones for CISPO's."""
+    value, gradient = trained(VARIANTS, case, VARIANTS["logprobs"][case["logprobs"]])
+    assert value == pytest.approx(case["loss"], abs=1e-5)
+    wanted = np.concatenate([row[:n] for row, n in zip(case["gradient"], VARIANTS["lengths"])])
+    np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+
+
+def test_a_ratio_of_sequences_is_the_geometric_mean_of_its_tokens() -> None:
+    """Ratios 4 and 1 of one completion: each token's is 2, beyond 1 + 0.5 where A > 0; 1 / 2 is within 1 - 0.6."""
+    how = F.Aggregation("sequence", ratio="sequence")
+    logprobs, old, mask = mx.log(mx.array([[4.0, 1.0], [0.25, 1.0]])), mx.zeros((2, 2)), mx.ones((2, 2))
+    sums = F.policy_loss(logprobs, old, mx.array([1.0, 1.0]), mask, (0.6, 0.5), how=how)
+    assert sums.total.item() == pytest.approx(-(1.5 + 0.5))
+    assert {k: sums.metrics[k].item() for k in ("clip_fraction", "ratio_mean", "ratio_max")} == pytest.approx(
+        {"clip_fraction": 1, "ratio_mean": 2.5, "ratio_max": 2}
+    )
+
+
+def test_a_weighted_token_keeps_its_gradient_beyond_the_bounds() -> None:
+    """d loss / d logprob is -A clip(ratio), where PPO's is 0: ratios 1 / 2 and 8 within 1 - 0.25 and 1 + 4."""
+    old, one = mx.zeros((1, 2)), mx.ones((1, 2))
+    slopes = {}
+    for weighted in (False, True):
+        how = F.Aggregation("token", weighted=weighted)
+
+        def loss(x: mx.array, how: F.Aggregation = how) -> mx.array:
+            return F.policy_loss(x, old, mx.array([[-1.0, 1.0]]), one, (0.25, 4.0), how=how).total
+
+        slopes[weighted] = np.array(mx.grad(loss)(mx.log(mx.array([[0.5, 8.0]])))).tolist()[0]
+    assert slopes == {False: [0, 0], True: pytest.approx([0.75, -5.0])}
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, {"ratio": "token", "surrogate": "clipped", "loss": "sequence", "clip": 0.2, "kl_coef": 0.04}),
+        ({"variant": "dr_grpo"}, {"scale": "none", "others": False, "loss": "constant", "kl_coef": 0, "clip": 0.2}),
+        ({"variant": "dapo"}, {"loss": "token", "clip_high": 0.28, "skip_equal": True, "resample": 9, "kl_coef": 0}),
+        ({"variant": "gspo"}, {"ratio": "sequence", "clip": 3e-4, "clip_high": 4e-4, "kl_coef": 0, "scale": "group"}),
+        ({"variant": "cispo"}, {"surrogate": "weighted", "loss": "token", "clip": 1, "clip_high": 4, "kl_coef": 0}),
+        # What the recipe sets takes precedence, also where it contradicts the variant.
+        ({"variant": "gspo", "ratio": "token", "kl_coef": 0.1}, {"ratio": "token", "kl_coef": 0.1, "clip": 3e-4}),
+        ({"variant": "dapo", "clip_high": None, "resample": 0}, {"clip_high": None, "resample": 0, "loss": "token"}),
+    ],
+)
+def test_a_variant_sets_its_parts(given: dict[str, Any], seen: dict[str, Any]) -> None:
+    settings = GRPOSettings.model_validate(given)
+    assert {name: getattr(settings, name) for name in seen} == seen
+    assert GRPOSettings.model_validate(settings.model_dump()) == settings, "config.yaml says what it came to"
+    if settings.variant != "grpo":
+        note = settings.variant_note()
+        assert all(f"{name}: {getattr(settings, name)}" in note for name in VARIANTS_OF_GRPO[settings.variant])
+        own = [name for name in given if name != "variant"]
+        assert (f"by the recipe: {', '.join(own)}" in note) is bool(own)
+
+
+def exact_kl(logits: mx.array, others: mx.array) -> mx.array:
+    return F.divergence(F.log_softmax(logits), F.log_softmax(others), 1.0)
+
+
+@pytest.mark.golden
+def test_the_exact_kl_is_torchs() -> None:
+    """A token that is nearly certain and equal distributions among them."""
+    golden = json.loads((FOLDER / "exact_kl.json").read_text())
+    logits, others = (mx.array(golden[name]) for name in ("logits", "others"))
+    np.testing.assert_allclose(exact_kl(logits, others), golden["kl"], rtol=1e-5, atol=1e-6)
+    slope = mx.grad(lambda x: exact_kl(x, others).sum())(logits)
+    np.testing.assert_allclose(slope, golden["gradient"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_exact_kl_is_the_mean_of_its_estimates() -> None:
+    """Over all tokens, each with its probability: the value of k1's mean, and the gradient of k2's."""
+    rng = np.random.default_rng(0)
+    logits, others = (mx.array(rng.normal(size=(3, 7)).astype(np.float32)) for _ in range(2))
+
+    def log(x: mx.array) -> mx.array:
+        return x - mx.logsumexp(x, axis=-1, keepdims=True)
+
+    def estimated(x: mx.array, kind: str) -> mx.array:
+        return (mx.stop_gradient(mx.exp(log(x))) * F.kl(log(x), log(others), kind)).sum(axis=-1)
+
+    np.testing.assert_allclose(exact_kl(logits, others), estimated(logits, "k1"), atol=1e-6)
+    slope = mx.grad(lambda x: exact_kl(x, others).sum())(logits)
+    np.testing.assert_allclose(slope, mx.grad(lambda x: estimated(x, "k2").sum())(logits), atol=1e-6)
+    assert np.abs(np.array(mx.grad(lambda x: exact_kl(others, x).sum())(logits))).max() == 0
+    without = mx.where(mx.arange(7) == 2, -mx.inf, logits)
+    assert np.isfinite(np.array(exact_kl(without, mx.where(mx.arange(7) == 2, -mx.inf, others)))).all()
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -170,7 +274,7 @@ def test_scores_that_are_no_groups() -> None:
 
 
 @pytest.mark.parametrize("loss", ["token", "sequence", "constant"])
-@pytest.mark.parametrize("ratio", ["token", "completion"])
+@pytest.mark.parametrize("ratio", ["token", "sequence", "completion"])
 def test_tokens_on_end_are_padded_rows(loss: Any, ratio: Any) -> None:
     """Loss, weight, metrics and gradient of (N,) tokens with owners are those of (B, T)."""
     if ratio == "completion" and loss == "token":

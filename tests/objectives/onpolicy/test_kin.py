@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import mlxft
 from mlxft.build import base_skeleton, load_base, make_objective, prepare
 from mlxft.config import parse_config
 from mlxft.errors import ConfigError, TrainingError
+from mlxft.model.layers import checkpoint_layers
 from mlxft.model.load import base_fingerprint
 from mlxft.objectives.base import Step, Terms
 from mlxft.objectives.functional import LossSum
@@ -35,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "reinforce-average": {"baseline": "average"},
     "grpo-dapo": {"loss": "token", "clip_high": 0.28, "kl_coef": 0.0},
     "grpo-dr": {"loss": "constant", "scale": "none"},
+    "grpo-gspo": {"variant": "gspo"},
+    "grpo-cispo": {"variant": "cispo"},
     "rloo-token": {"ratio": "token"},
 }
 KIN = [name for name in METHODS if name != "ppo"]
@@ -98,6 +102,7 @@ def optimum(cost: float) -> tuple[float, float]:
         ("rloo", 0.05, {}),
         # k2 has the gradient of the KL that J counts, and the mean of the others leaves kl_coef what it is.
         ("grpo", 0.05, {"scale": "none"}),
+        ("grpo", 0.05, {"scale": "none", "kl_estimator": "exact"}),
         pytest.param("ppo", 0.05, {"epochs": 4}, marks=pytest.mark.slow),
     ],
 )
@@ -196,6 +201,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"loss": "constant", "scale": "none"}),
     ("grpo", {"mask_truncated": True, "scale": "batch"}),
     ("grpo", {"kl_in": "advantages", "kl_coef": 0.5}),
+    ("grpo", {"variant": "gspo", "kl_coef": 0.1}),
+    ("grpo", {"variant": "cispo", "clip_high": 0.02, "kl_estimator": "exact", "kl_coef": 0.1}),
     ("rloo", {"ratio": "completion"}),
     ("rloo", {"ratio": "token", "clip": None}),
     ("reinforce", {"baseline": "average"}),
@@ -291,6 +298,60 @@ def test_grpo_is_what_the_papers_write(words: Words, on_policy: OnPolicy, name: 
         rows += [dict(zip(("new", "old", "ref", "gain"), row)) for row in zip(*split, gains)]
     assert len(rows) == 16
     assert float(sums.total / sums.weight) == pytest.approx(plainly(own, 6, rows), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tune", "checkpointing"),
+    [({"method": "full"}, False), ({"rank": 2, "targets": ["lm_head", "q_proj"]}, True), ({"rank": 2}, False)],
+)
+def test_the_exact_kl_is_that_of_whole_logits(
+    words: Words, on_policy: OnPolicy, tune: dict[str, Any], checkpointing: bool
+) -> None:
+    """In chunks, of an adapted head, of a trained one, with the pad left out: value and gradient of sum p log (p / q)
+    from all logits of policy and reference at once."""
+    changes = {"rollout.max_tokens": 6, "rollout.stop_at_eos": True, "rollout.temperature": 0.7, "batch.rows": 5}
+    own = {"kl_estimator": "exact", "kl_coef": 0.5, "loss": "token"}
+    settings = on_policy("grpo", words(8, eos=True, spread=0.3, pad=True), LENGTHS, own, **changes) | {"tune": tune}
+    objective, model = made(settings)
+    checkpoint_layers(model, checkpointing)
+    moved(model)
+    step = first_step(objective, model)
+    moved(model, 0.1)
+    still = [replace(b, data=replace(b.data, advantages=mx.zeros_like(b.data.advantages))) for b in step.micro_batches]
+    sums, found = summed(objective, model, replace(step, micro_batches=still))
+
+    def logprobs(data: Any) -> mx.array:
+        logits = model(data.ids).reshape(-1, 8)[data.positions] / 0.7
+        logits = mx.where(mx.arange(8) == 0, -1e9, logits)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def whole() -> mx.array:
+        total = mx.array(0.0)
+        for batch in still:
+            with objective.reference.reading():
+                other = mx.stop_gradient(logprobs(batch.data))
+            mine = logprobs(batch.data)
+            total = total + 0.5 * (mx.exp(mine) * (mine - other)).sum()
+        return total
+
+    checkpoint_layers(model, False)
+    total, wanted = nn.value_and_grad(model, whole)()
+    assert float(sums.total) == pytest.approx(float(total), rel=1e-4)
+    assert float(sums.metrics["kl_loss"]) == pytest.approx(2 * float(total), rel=1e-4)
+    for name, grad in tree_flatten(wanted):
+        np.testing.assert_allclose(found[name], grad, rtol=2e-3, atol=1e-5, err_msg=name)
+
+
+def test_the_plan_counts_the_hidden_states_of_the_reference(words: Words, on_policy: OnPolicy) -> None:
+    """32 completions of 6 tokens in a step, 32 numbers of 4 bytes each; and the output layer more than once."""
+    around = {}
+    for kind in ("k2", "exact"):
+        changes = {"rollout.max_tokens": 6, "batch.rows": 4}
+        objective, model = made(on_policy("grpo", words(8), LENGTHS, {"kl_estimator": kind}, **changes))
+        around[kind] = objective.beside(model).residents.frozen["reference"]
+        assert objective.outline(objective.config).reads == ("logprobs and kl" if kind == "exact" else "logprobs")
+    completions = min(objective.rollouts.prompts, 16) * objective.rollouts.samples
+    assert around["exact"] - around["k2"] == completions * 6 * 32 * 4
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo-shared", "ppo-separate"])
