@@ -56,7 +56,7 @@ from mlxft.data.formats import (
     pick_shots,
     with_completion,
 )
-from mlxft.data.sources import SHOWN, Problem, Row, find_split, read_rows, report_lines, source_hash
+from mlxft.data.sources import REPORTED, Problem, Row, find_split, read_rows, report_lines, source_hash
 from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
 from mlxft.files import write_beside
 from mlxft.text import bar, make_console, parse_json
@@ -1288,7 +1288,7 @@ class _Reading:
     def __init__(self, data: DataSettings, spec: str, split: str, tokenizer: Any) -> None:
         self._data, self._source, self._columns, self._hashed = data, (spec, split), Columns(), blake2b(digest_size=16)
         chat = data.template == "auto" and tokenizer.has_chat_template
-        self._conversion = Conversion(data.format, data.fields, chat=chat, columns=self._columns, kept=SHOWN)
+        self._conversion = Conversion(data.format, data.fields, chat=chat, columns=self._columns, kept=REPORTED)
 
     def examples(self) -> Iterator[Example]:
         """Yield the rows that fit."""

@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
 # Splits with the names that files and hub data sets give them.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-SHOWN = 20  # problems in a message
+REPORTED = 20  # problems in a message
 _DEEPEST = 100
 _SPARSE = ("tools", "functions", "tool_calls", "function_call")
 _LONGEST = 1 << 22  # characters of a text; tokenizers hold some 200 bytes for each
@@ -213,8 +213,8 @@ def type_name(value: Any) -> str:
 def report_lines(lines: Sequence[str], count: int | None = None) -> str:
     """Return the first problems, a line each, and the number of others; of `count`, where not all are in `lines`."""
     count = len(lines) if count is None else count
-    more = [f"... and {count - SHOWN} more"] if count > SHOWN else []
-    return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:SHOWN]), *more])
+    more = [f"... and {count - REPORTED} more"] if count > REPORTED else []
+    return "\n".join([*(line if len(line) <= 500 else f"{line[:480]} ..." for line in lines[:REPORTED]), *more])
 
 
 def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
