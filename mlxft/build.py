@@ -171,7 +171,7 @@ class Planned:
         p, known = self.plan, self.usable != UNKNOWN
         return {
             **{k: getattr(p, k) for k in _PARTS},
-            **({"roles": dict(p.roles), "phases": p.phases()} if p.sampling else {}),
+            **({"roles": dict(p.roles), "phases": p.phases()} if len(p.phases()) > 1 else {}),
             "total": p.total,
             "needed": p.needed,
             "checkpoint": p.checkpoint,
@@ -192,7 +192,7 @@ class Planned:
         where = fits if known else f"on {BACKEND_NAMES[planned_backend()]}"
         largest = f"batch.tokens up to {self.tokens:,}" if self.tokens else "not even one row of this length"
         batch = f"{self.rows} x {self.width} tokens"
-        phases = p.phases() if p.sampling else {}
+        phases = p.phases() if len(p.phases()) > 1 else {}
         return [
             f"memory: {amount(p.needed)} for {batch}, checkpointing {'on' if p.checkpoint else 'off'}; {where}",
             *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[:2]),
@@ -457,7 +457,8 @@ def check_memory(config: Config, found: MemoryPlan, rows: int, width: int) -> No
         step = "with batch.accumulate for the same step; auto finds one" if len(phases) == 1 else "the step is the same"
         helps = f"a smaller batch.tokens ({step}), memory.checkpoint: on, a shorter data.max_length"
     raise ConfigError(
-        f"{phase} needs {needs}; {_limit(config)}. What helps: {helps}, model.quantize: 4, or a higher memory.limit"
+        f"{phase} needs {needs}; {_limit(config)}. What helps: "
+        f"{', '.join([*found.ways, helps])}, model.quantize: 4, or a higher memory.limit"
     )
 
 

@@ -646,6 +646,17 @@ def test_the_plan_counts_the_teacher(distil: Settings, tmp_path: Path) -> None:
     assert given.beside(other).sampling == 0
 
 
+def test_a_teacher_that_does_not_fit_names_the_way_out(distil: Settings) -> None:
+    settings = distil({}, **{"memory.limit": 2e-5})
+    with pytest.raises(
+        ConfigError, match=r"What helps: distill.cache \(mlxft distill-cache stores .* distill.quantize: 4"
+    ):
+        quietly(settings)
+    own = {"teacher": "base", "teacher_prompt": "w1"}
+    with pytest.raises(ConfigError, match=r"What helps: (?!distill.cache)"):
+        quietly(distil(own, **{"memory.limit": 2e-5}))
+
+
 def test_every_pair_of_tokens_can_be_distilled(distil: Settings) -> None:
     """Any completion of two words is one that the objective can read: positions and labels are those of its tokens."""
     objective, _ = made(distil({}))
