@@ -57,8 +57,8 @@ FITTED = {
     "online-dpo": ["rollout.prompts=4", "rollout.max_tokens=8", "rewards.rules=[{kind: regex, pattern: '[a-m]'}]"],
 }
 FITTED["fewshot-reviews"] += ["tune.layers=4", "run.eval_every=null"]  # it has no validation rows
-BY_FUNCTION = ("ppo-function", "grpo", "gspo", "rloo", "online-dpo", "distill", "distill-prompt")
-FITTED |= {name: [*FITTED[name], f"data.train={PAIRS}"] for name in BY_FUNCTION}
+BY_FUNCTION = ("ppo-function", "grpo", "gspo", "rloo", "online-dpo")
+FITTED |= {name: [*FITTED[name], f"data.train={PAIRS}"] for name in (*BY_FUNCTION, "distill", "distill-prompt")}
 NEEDED = {
     "transfer-sft": {"model.adapter": "continued-pretraining"},
     "ppo-reward-model": {"rewards.adapter": "reward-lora"},
