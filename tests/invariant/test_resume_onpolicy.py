@@ -28,7 +28,7 @@ def rolling(recipe: Recipe, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     )
 
     def make(objective: str, own: dict[str, Any], **changes: Any) -> dict[str, Any]:
-        return recipe(
+        found = recipe(
             **{
                 "objective": objective,
                 objective: {"epochs": 2, "minibatches": 2, **own},
@@ -41,6 +41,9 @@ def rolling(recipe: Recipe, tmp_path: Path) -> Callable[..., dict[str, Any]]:
                 **changes,
             }
         )
+        if objective == "distill":
+            del found["rewards"]
+        return found
 
     return make
 
@@ -80,6 +83,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("online_dpo", {}),
     ("rloo", {"ratio": "token"}),
     ("reinforce", {"baseline": "average", "target_kl": 1e-5}),
+    ("distill", {"teacher_prompt": "of the", "divergence": "jsd"}),
 ]
 
 
