@@ -276,7 +276,7 @@ _LIST = _TEXT.split()
 
 
 class Words(Environment):
-    """Hangman: a turn guesses a letter, or the word. The reward is 1 for the word, else the share of letters found.
+    """Hangman: a turn guesses the word where it names it, else its first letter. A turn's reward is the share it finds.
 
     Args:
         lives: wrong guesses that end the game.
@@ -296,17 +296,21 @@ class Words(Environment):
         self.word, self.found, self.wrong = row["word"].casefold(), set[str](), list[str]()
 
     def step(self, turn: Turn) -> Observation:
-        guess = turn.answer.strip().casefold()
-        if guess == self.word:
-            return Observation("Right!", 1.0, end=True)
-        if len(guess) == 1 and guess in self.word:
+        said, before = _words(turn.answer), self._share()
+        guess = next((letter for letter in "".join(said) if letter.isalpha()), "")
+        if self.word in said:
+            self.found |= set(self.word)
+        elif guess and guess in self.word and guess not in self.found:
             self.found.add(guess)
         else:
-            self.wrong.append(guess[: len(self.word)] or "nothing")
-        share = sum(letter in self.found for letter in self.word) / len(self.word)
-        if share == 1 or len(self.wrong) >= self._lives:
-            return Observation(f"The word was {self.word}.", share, end=True)
-        return Observation(self._shown())
+            self.wrong.append(guess or "nothing")
+        won, gain = self._share() == 1, self._share() - before
+        if won or len(self.wrong) >= self._lives:
+            return Observation("Right!" if won else f"The word was {self.word}.", gain, end=True)
+        return Observation(self._shown(), gain)
+
+    def _share(self) -> float:
+        return sum(letter in self.found for letter in self.word) / len(self.word)
 
     def _shown(self) -> str:
         shown = " ".join(letter if letter in self.found else "_" for letter in self.word)

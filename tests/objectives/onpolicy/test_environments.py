@@ -603,12 +603,19 @@ def test_the_word_game() -> None:
     env = Game(lives=2)
     assert {row["word"] for row in env.rows(True)}.isdisjoint(row["word"] for row in env.rows(False))
     assert env.rows(False)[1]["prompt"].endswith(": _ _ _ _ _")
-    env.reset({"word": "beach"}, 0)
-    assert env.step(mlxft.Turn("", "A")) == mlxft.Observation("_ _ a _ _ 2 wrong guesses are left.")
-    assert env.step(mlxft.Turn("", "zz")).messages == "_ _ a _ _ Wrong so far: zz. 1 wrong guesses are left."
-    assert env.step(mlxft.Turn("", "")) == mlxft.Observation("The word was beach.", 0.2, end=True)
-    env.reset({"word": "Sea"}, 0)
-    assert env.step(mlxft.Turn("", "sea")) == mlxft.Observation("Right!", 1.0, end=True)
+    env.reset({"word": "apple"}, 0)
+    turns = [env.step(mlxft.Turn("", text)) for text in ("P, I think.", "zz", "p")]
+    assert turns == [
+        mlxft.Observation("_ p p _ _ 2 wrong guesses are left.", 0.4),
+        mlxft.Observation("_ p p _ _ Wrong so far: z. 1 wrong guesses are left.", 0),
+        mlxft.Observation("The word was apple.", 0, end=True),
+    ]
+    env.reset({"word": "apple"}, 0)
+    assert env.step(mlxft.Turn("", "e")).reward == 0.2
+    assert (
+        env.step(mlxft.Turn("", "... 12 ...")).messages == "_ _ _ _ e Wrong so far: nothing. 1 wrong guesses are left."
+    )
+    assert env.step(mlxft.Turn("", "Is it Apple?")) == mlxft.Observation("Right!", 0.8, end=True)
 
 
 # The package verifiers: its protocol, as mlxft uses it, in a stand-in; and the package itself where it is installed.
@@ -870,13 +877,15 @@ def test_sample_writes_conversations(tiny_model_dir: Path, tmp_path: Path) -> No
 
     out = tmp_path / "out.jsonl"
     given = ("--model", tiny_model_dir, "--out", out, "--max-tokens", 4, "--n", 2, "--seed", 1, "--keep", "all")
-    asked = ("sample", "environment", "--environment", "{path: words, turns: 3, options: {lives: 2}}")
+    asked = ("sample", "environment", "--environment", "{path: words, turns: 9, options: {lives: 2}}")
     done = cli(*asked, *given, "--json")
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["kept"] == len(rows) == 2 * said["prompts"] == said["answers"]
-    assert {tuple(m["role"] for m in row["messages"]) for row in rows} <= {("user", "assistant") * n for n in (1, 2, 3)}
+    assert {tuple(m["role"] for m in row["messages"]) for row in rows} <= {
+        ("user", "assistant") * n for n in range(1, 8)
+    }
     assert all(0 <= row["score"] <= 1 for row in rows)
     assert len(list(convert(read_rows(str(out), "train"), "messages"))) == len(rows)
     late = cli("sample", "environment", "--environment", "{path: words, turns: 1}", *given, "--overwrite")
