@@ -1302,6 +1302,7 @@ def full_path(value: Any) -> Any:
 def _check_paths(config: Config, origin: str) -> None:
     """Raise a ConfigError for a path that is longer than any file system allows."""
     named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
+    named["distill"] = "teacher cache"
     named |= TEXTS
     paths: dict[str, Any] = {
         f"{section}.{name}": getattr(getattr(config, section, None), name, None)
