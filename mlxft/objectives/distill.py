@@ -37,7 +37,7 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Completion, Conversation, Example, Message, Prompt, tools_of
 from mlxft.data.sources import report_lines
-from mlxft.errors import ConfigError, DataError, ModelError
+from mlxft.errors import ConfigError, DataError, ModelError, TrainingError
 from mlxft.files import write_beside, write_text
 from mlxft.model.adapters import base_noted, read_adapter_config
 from mlxft.model.cpu import as_trained
@@ -162,6 +162,10 @@ DISTILL_FORMATS = ("prompts", "prompt-completion", "messages", "sharegpt", "alpa
 # logits, and both models' distributions.
 _DISTRIBUTIONS = 4
 _APART = 1 << 30  # the stretch of a token that is not compared
+_NOTHING = (
+    "nothing was compared: no completion has a stretch of text at whose ends tokens of student and teacher end, or the "
+    "teacher's tokenizer changes the text (distill.align: text)"
+)
 _NO_DROPOUT = NoDropout("the student that samples and the one that is trained would differ")
 
 
@@ -496,6 +500,8 @@ class Distill(RolloutObjective[DistillSettings]):
             rows = [replace(row, completion=ids) for row, ids in zip(rows, found)]
             self.prompts, self.valid = rows[: len(self.prompts)], rows[len(self.prompts) :]
         self.teacher: FrozenModel | None = None
+        self._compared, self._rolled = 0, False  # stretches of the last rollout, if there was one
+        self._unwritten = ""  # why the teacher could not read a completion
 
     # Rows
 
@@ -666,7 +672,13 @@ class Distill(RolloutObjective[DistillSettings]):
             if (system := self.settings.teacher_prompt) is not None:
                 asked = _with_system(asked, system, chat and theirs.has_chat_template)
             as_message = text if isinstance(asked, str) else {"role": "assistant", "content": text}
-            prompt, reply = encode_completion(asked, as_message, theirs, row.where, tools_of(row.row), chat)
+            try:
+                prompt, reply = encode_completion(asked, as_message, theirs, row.where, tools_of(row.row), chat)
+            except DataError as error:  # a sampled text that the teacher's tokenizer or template cannot write
+                self._unwritten = f"; {error}"
+                stretches += [_APART] * len(ids)
+                stacked.append(EncodedCompletion(row.ids, np.zeros(0, np.int32)))
+                continue
             if not ended:
                 reply = reply[:-1]
             told = reply.tolist()
@@ -681,9 +693,10 @@ class Distill(RolloutObjective[DistillSettings]):
             owners += [count + at if at < found else _APART for at in b]
             count += found
             stacked.append(EncodedCompletion(prompt, reply))
+        self._compared += count
         kept = [place for place, each in enumerate(stacked) if len(each.reply)]
         said = mx.zeros(count)
-        if kept:
+        if kept and count:
             batch = stack([stacked[place] for place in kept])
             with self.teacher.reading() as split:
                 logprobs = as_trained(
@@ -731,6 +744,9 @@ class Distill(RolloutObjective[DistillSettings]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = CUT_OFF
+        if self.settings.align == "text" and self._rolled and not self._compared:
+            event["warning"] = f"of the last rollout {_NOTHING}{self._unwritten}"
+        self._compared, self._rolled = 0, True
         return rollout, event
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
@@ -815,7 +831,7 @@ class Distill(RolloutObjective[DistillSettings]):
         every = list(range(len(self.valid)))
         rollout = self.mixed(self.valid, every, 1, 0, self.seed_of(0, valid=True))
         lengths = rollout.lengths(self.valid)
-        total = np.zeros(2)
+        total, before = np.zeros(2), self._compared
         with probing(model):
             batches = ((0, self.batch(rollout, rows, self.valid)) for rows in self.micro_batches(every, lengths))
             read: Callable[[DistillBatch], mx.array] = lambda data: as_trained(  # noqa: E731
@@ -823,6 +839,9 @@ class Distill(RolloutObjective[DistillSettings]):
             )
             for _, values in ahead(batches, read):
                 total += np.array(values, dtype=np.float64).sum(axis=0)
+        compared, self._compared = self._compared - before, before
+        if self.settings.align == "text" and not compared:
+            raise TrainingError(f"in validation {_NOTHING}{self._unwritten}")
         loss, agreement = (total / rollout.sizes.sum()).tolist()
         found: dict[str, Any] = {"loss": loss, "response_tokens": float(rollout.sizes.mean())}
         if self.settings.align == "ids":

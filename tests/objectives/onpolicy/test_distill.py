@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 import mlxft
 from mlxft.build import base_skeleton
 from mlxft.config import parse_config
-from mlxft.errors import ConfigError, DataError
+from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model import logits as logits_module
 from mlxft.model.frozen import frozen_residents
 from mlxft.model.load import load_tokenizer
@@ -490,6 +490,18 @@ def test_a_teacher_with_another_tokenizer_is_read_by_its_text(distil: Settings, 
         at += len(reply)
     values = np.array(objective.divergences(data, grad=True))
     assert values.shape == (at,)
+
+
+def test_completions_without_a_common_end_are_not_compared(distil: Settings, tiny_model_dir: Path) -> None:
+    """A tokenizer that knows no byte of the student's text: the step is of nothing, and it is said."""
+    foreign = {"align": "text", "teacher": distil({})["model"]["path"]}
+    settings = distil(foreign, **{"model.path": str(tiny_model_dir), "run.steps": 2})
+    run = quietly(settings)
+    assert "nothing was compared" in run.metrics("rollout")[-1]["warning"]
+    assert [event["loss"] for event in run.metrics("train")] == [0, 0]
+    settings["data"]["valid"], settings["run"]["name"] = 0.25, "b"
+    with pytest.raises(TrainingError, match="in validation nothing was compared"):
+        quietly(settings)
 
 
 @pytest.mark.learning
