@@ -332,9 +332,11 @@ def _auto_tokens(config: Config) -> int:
     except ModelError as error:
         return _unplanned_tokens(config, error)
     if not found:
+        own = objective_class(config.objective).relief(config)
         raise ConfigError(
             f"batch.tokens: auto: not even one row of data.max_length ({width}) fits in {amount(room)}; lower "
             "data.max_length or tune.rank, or set model.quantize: 4 or memory.checkpoint: on; mlxft check shows a plan"
+            + (f"; what also helps: {', '.join(own)}" if own else "")
         )
     return min(found, MOST_TOKENS)
 
@@ -456,6 +458,7 @@ def check_memory(config: Config, found: MemoryPlan, rows: int, width: int) -> No
         needs = f"{amount(found.needed)} (batches of {rows} x {width} tokens)"
         step = "with batch.accumulate for the same step; auto finds one" if len(phases) == 1 else "the step is the same"
         helps = f"a smaller batch.tokens ({step}), memory.checkpoint: on, a shorter data.max_length"
+    helps = ", ".join([*objective_class(config.objective).relief(config), helps])
     raise ConfigError(
         f"{phase} needs {needs}; {_limit(config)}. What helps: "
         f"{', '.join([*found.ways, helps])}, model.quantize: 4, or a higher memory.limit"
@@ -589,7 +592,8 @@ def _lasting(model: nn.Module, optimizer: Optimizer) -> int:
 
 def _too_much(config: Config, taken: int) -> str:
     takes = "found no room" if taken == _ALL else f"takes {amount(taken)}"
-    return f"a step {takes}; {_limit(config)}. What helps: {FAILURES['memory'][1]}"
+    helps = ", ".join([*objective_class(config.objective).relief(config), FAILURES["memory"][1]])
+    return f"a step {takes}; {_limit(config)}. What helps: {helps}"
 
 
 def _settle_compiling(config: Config, model: nn.Module, objective: Objective, optimizer: Optimizer, room: float) -> str:

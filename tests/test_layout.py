@@ -48,8 +48,9 @@ BUDGET = {
     "data": (5, 4260),  # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     "model": (15, 7260),
-    # distill.py; online_dpo.py; episodes.py and environments.py; grpo.py: GSPO, CISPO, exact KL, variants.
-    "objectives": (15, 7450),
+    # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
+    # exact KL, variants.
+    "objectives": (15, 7550),
     "trainer": (5, 1550),
     "study": (13, 5580),  # sample and eval play episodes
     "exports": (6, 3300),

@@ -314,6 +314,11 @@ class Objective(ABC):
         sources = cls.frozen(config)
         return frozen_residents(sources, config, model) if sources else Residents()
 
+    @classmethod
+    def relief(cls, config: Config) -> list[str]:
+        """Return what of its own settings saves memory; an error about memory names it first."""
+        return []
+
     def beside(self, model: nn.Module) -> Beside | None:
         """Return what sampling, scoring and other roles take beside the steps; None: it samples nothing.
 
@@ -339,16 +344,23 @@ class Objective(ABC):
         return 0
 
 
-def beyond_context(config: Config, lengths: Sequence[int] | IntArray) -> list[str]:
-    """Return a note if rows are longer than the model's context; nothing where its config does not say.
+def beyond_context(
+    path: str,
+    lengths: Sequence[int] | IntArray,
+    whose: str = "the model",
+    way: str | None = None,
+) -> list[str]:
+    """Return a note if rows are longer than a model's context; nothing where its config does not say.
 
     Args:
+        path: the model's.
         lengths: tokens of each row.
+        whose: what the model is called; way: what to do about it; None: data.max_length.
     Raises:
         DataError: the model has no embedding for later positions.
     """
     try:
-        about = read_model_config(config.model.path)
+        about = read_model_config(path)
     except ModelError:  # loading the model reports it
         return []
     context = context_of(about)
@@ -357,12 +369,12 @@ def beyond_context(config: Config, lengths: Sequence[int] | IntArray) -> list[st
         return []
     if about.get("model_type") in POSITION_TABLES:
         raise DataError(
-            f"{len(long):,} rows are longer than the {context:,} positions that the model has an embedding for; the "
-            f"longest has {max(long):,}: set data.max_length to {context}, and see data.overflow"
+            f"{len(long):,} rows are longer than the {context:,} positions that {whose} has an embedding for; the "
+            f"longest has {max(long):,}: {way or f'set data.max_length to {context}, and see data.overflow'}"
         )
     note = (
-        f"{len(long):,} rows are longer than the model's context of {context:,} tokens (max_position_embeddings); the "
-        f"longest has {max(long):,}: see data.max_length and data.overflow"
+        f"{len(long):,} rows are longer than {whose}'s context of {context:,} tokens (max_position_embeddings); the "
+        f"longest has {max(long):,}: {way or 'see data.max_length and data.overflow'}"
     )
     return [note]
 

@@ -37,11 +37,12 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Completion, Conversation, Example, Message, Prompt, tools_of
 from mlxft.data.sources import report_lines
-from mlxft.errors import ConfigError, DataError, ModelError
+from mlxft.errors import ConfigError, DataError, ModelError, TrainingError
 from mlxft.files import write_beside, write_text
+from mlxft.model.adapters import base_noted, read_adapter_config
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenSource, frozen_skeleton, open_apart
-from mlxft.model.layers import probing
+from mlxft.model.layers import limits, probing
 from mlxft.model.load import load, resolve
 from mlxft.model.logits import Read, Split, ahead, read_positions, row_sums, rows_hidden, rows_logprobs
 from mlxft.model.memory import Beside, ShapeSplit, scoring_bytes
@@ -161,6 +162,10 @@ DISTILL_FORMATS = ("prompts", "prompt-completion", "messages", "sharegpt", "alpa
 # logits, and both models' distributions.
 _DISTRIBUTIONS = 4
 _APART = 1 << 30  # the stretch of a token that is not compared
+_NOTHING = (
+    "nothing was compared: no completion has a stretch of text at whose ends tokens of student and teacher end, or the "
+    "teacher's tokenizer changes the text (distill.align: text)"
+)
 _NO_DROPOUT = NoDropout("the student that samples and the one that is trained would differ")
 
 
@@ -352,6 +357,30 @@ def stretches_of(mine: Sequence[int], theirs: Sequence[int]) -> tuple[list[int],
 # What a teacher says, on disk: rows in parts, so that a killed run continues where it was.
 
 _FILE, _PART_ROWS = "teacher.json", 256
+_WEIGHTS = "the teacher's weights"
+_BLOCK, _BLOCKS = 1 << 16, 64  # bytes, and places in a file of weights
+
+
+def weights_digest(path: str) -> str | None:
+    """Return a hash of samples of the weights that a teacher's path names; None where that is not on this machine.
+
+    Training changes nearly all weights, so a few megabytes of each file are enough to see it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        if not home_path(path).exists():
+            return None
+        place = find_teacher(path, weights=False)
+        for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as opened:
+                for start in np.linspace(0, max(0, size - _BLOCK), min(_BLOCKS, -(-size // _BLOCK))).astype(np.int64):
+                    opened.seek(int(start))
+                    digest.update(opened.read(_BLOCK))
+    except (OSError, ConfigError):  # loading the teacher reports it
+        return None
+    return digest.hexdigest()
 
 
 def _part(folder: Path, number: int, what: str) -> Path:
@@ -417,8 +446,12 @@ class StoredTeacher:
         if not file.is_file():
             raise ConfigError(f"distill.cache: there is no stored teacher in {folder}; {way}")
         about = _about(folder)
-        if apart := [name for name, value in key.items() if about["made_of"].get(name) != value]:
-            seen = ", ".join(f"{n} was {about['made_of'].get(n)!r} and is {key[n]!r}" for n in apart)
+        known = about["made_of"]
+        # The teacher need not be on the machine that trains.
+        apart = [name for name, value in key.items() if known.get(name) != value]
+        apart = [name for name in apart if key[name] is not None or name != _WEIGHTS]
+        if apart:
+            seen = ", ".join(f"{n} was {known.get(n)!r} and is {key[n]!r}" for n in apart)
             raise ConfigError(f"distill.cache: {folder} was made of something else: {seen}; {way} to another folder")
         if not about["complete"]:
             raise ConfigError(f"distill.cache: {folder} is not complete; {way}, from where it stopped")
@@ -451,6 +484,7 @@ class Distill(RolloutObjective[DistillSettings]):
 
     sections: ClassVar = {"distill": DistillSettings, "rollout": RolloutSettings}
     learning_rate = 2e-5
+    stores = False  # whether the teacher's numbers are written
 
     prompts: list[TaughtPrompt]  # type: ignore[assignment]
     valid: list[TaughtPrompt]  # type: ignore[assignment]
@@ -466,6 +500,8 @@ class Distill(RolloutObjective[DistillSettings]):
             rows = [replace(row, completion=ids) for row, ids in zip(rows, found)]
             self.prompts, self.valid = rows[: len(self.prompts)], rows[len(self.prompts) :]
         self.teacher: FrozenModel | None = None
+        self._compared, self._rolled = 0, False  # stretches of the last rollout, if there was one
+        self._unwritten = ""  # why the teacher could not read a completion
 
     # Rows
 
@@ -521,8 +557,25 @@ class Distill(RolloutObjective[DistillSettings]):
         if not found:
             raise DataError("no row is left: all are longer than data.max_length leaves room for")
         lengths = [len(p.ids) + (len(p.completion) if p.completion is not None else 0) for p in found]
-        self.notes += beyond_context(self.config, lengths)
+        self.notes += beyond_context(self.config.model.path, lengths)
+        self._note_teacher_context(found)
         return found
+
+    def _note_teacher_context(self, rows: Sequence[TaughtPrompt]) -> None:
+        """Note rows that are longer than the teacher's context: its prompt may be longer, and its context shorter."""
+        s, sampled = self.settings, self.rollouts.max_tokens if self.samples else 0
+        if s.align == "text" or (s.cache is not None and not self.stores):
+            return
+        path = self.config.model.path
+        if s.teacher != BASE:
+            folder = find_teacher(s.teacher, False)
+            is_adapter = (folder / "adapter_config.json").is_file()
+            path = str(base_noted(read_adapter_config(folder)).get("model", path)) if is_adapter else str(folder)
+        if path == self.config.model.path and s.teacher_prompt is None:  # noted of the student
+            return
+        lengths = [len(p.taught) + max(sampled, 0 if p.completion is None else len(p.completion)) for p in rows]
+        way = "choose another teacher, or lower data.max_length, rollout.max_tokens or distill.teacher_prompt's length"
+        self.notes += beyond_context(path, lengths, "the teacher", way)
 
     @property
     def samples(self) -> bool:
@@ -530,7 +583,7 @@ class Distill(RolloutObjective[DistillSettings]):
         return self.settings.on_policy > 0
 
     def key(self) -> dict[str, Any]:
-        """Return what a stored teacher depends on, as JSON."""
+        """Return what a stored teacher depends on, as JSON; None where it cannot be known without a download."""
         s = self.settings
         digest = hashlib.blake2b(digest_size=16)
         sampled = self.config.data.format == "prompts"
@@ -538,9 +591,13 @@ class Distill(RolloutObjective[DistillSettings]):
             for ids in (p.ids, p.taught, np.zeros(0, np.int32) if sampled or p.completion is None else p.completion):
                 digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
         how = self.rollouts.model_dump(mode="json", exclude={"prompts", "samples", "rows"}) if sampled else {}
+        m = self.config.model
+        base = {"path": m.path, "quantize": m.quantize, "group_size": m.group_size} if s.teacher == BASE else {}
         return {
             "rows": digest.hexdigest(),
             "teacher": s.teacher,
+            **{f"model.{name}": value for name, value in base.items()},
+            _WEIGHTS: weights_digest(m.path if s.teacher == BASE else s.teacher),
             "quantize": s.quantize,
             "temperature": s.temperature,
             "top_k": s.top_k or TOP_K,
@@ -560,6 +617,16 @@ class Distill(RolloutObjective[DistillSettings]):
         if s.cache is not None:
             return []
         return [FrozenSource("teacher", None if s.teacher == BASE else find_teacher(s.teacher, False), s.quantize)]
+
+    @classmethod
+    def relief(cls, config: Config) -> list[str]:
+        s = config.section("distill", DistillSettings)
+        if s.cache is not None or s.teacher == BASE:
+            return []
+        found = [] if s.quantize is not None else ["distill.quantize: 4"]
+        if s.align == "ids":
+            found.append("the teacher stored first (mlxft distill-cache, with distill.on_policy: 0 and distill.cache)")
+        return found
 
     def open_frozen(self) -> None:
         for source in self.frozen(self.config):
@@ -605,7 +672,13 @@ class Distill(RolloutObjective[DistillSettings]):
             if (system := self.settings.teacher_prompt) is not None:
                 asked = _with_system(asked, system, chat and theirs.has_chat_template)
             as_message = text if isinstance(asked, str) else {"role": "assistant", "content": text}
-            prompt, reply = encode_completion(asked, as_message, theirs, row.where, tools_of(row.row), chat)
+            try:
+                prompt, reply = encode_completion(asked, as_message, theirs, row.where, tools_of(row.row), chat)
+            except DataError as error:  # a sampled text that the teacher's tokenizer or template cannot write
+                self._unwritten = f"; {error}"
+                stretches += [_APART] * len(ids)
+                stacked.append(EncodedCompletion(row.ids, np.zeros(0, np.int32)))
+                continue
             if not ended:
                 reply = reply[:-1]
             told = reply.tolist()
@@ -620,9 +693,10 @@ class Distill(RolloutObjective[DistillSettings]):
             owners += [count + at if at < found else _APART for at in b]
             count += found
             stacked.append(EncodedCompletion(prompt, reply))
+        self._compared += count
         kept = [place for place, each in enumerate(stacked) if len(each.reply)]
         said = mx.zeros(count)
-        if kept:
+        if kept and count:
             batch = stack([stacked[place] for place in kept])
             with self.teacher.reading() as split:
                 logprobs = as_trained(
@@ -670,6 +744,9 @@ class Distill(RolloutObjective[DistillSettings]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = CUT_OFF
+        if self.settings.align == "text" and self._rolled and not self._compared:
+            event["warning"] = f"of the last rollout {_NOTHING}{self._unwritten}"
+        self._compared, self._rolled = 0, True
         return rollout, event
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
@@ -754,7 +831,7 @@ class Distill(RolloutObjective[DistillSettings]):
         every = list(range(len(self.valid)))
         rollout = self.mixed(self.valid, every, 1, 0, self.seed_of(0, valid=True))
         lengths = rollout.lengths(self.valid)
-        total = np.zeros(2)
+        total, before = np.zeros(2), self._compared
         with probing(model):
             batches = ((0, self.batch(rollout, rows, self.valid)) for rows in self.micro_batches(every, lengths))
             read: Callable[[DistillBatch], mx.array] = lambda data: as_trained(  # noqa: E731
@@ -762,6 +839,9 @@ class Distill(RolloutObjective[DistillSettings]):
             )
             for _, values in ahead(batches, read):
                 total += np.array(values, dtype=np.float64).sum(axis=0)
+        compared, self._compared = self._compared - before, before
+        if self.settings.align == "text" and not compared:
+            raise TrainingError(f"in validation {_NOTHING}{self._unwritten}")
         loss, agreement = (total / rollout.sizes.sum()).tolist()
         found: dict[str, Any] = {"loss": loss, "response_tokens": float(rollout.sizes.mean())}
         if self.settings.align == "ids":
@@ -834,6 +914,8 @@ class Distill(RolloutObjective[DistillSettings]):
 class _Storing(Distill):
     """The rows of a distillation whose teacher is not stored yet."""
 
+    stores = True
+
     def open_stored(self) -> None:
         return None
 
@@ -861,19 +943,31 @@ def store_teacher(config: Config, tokenizer: Any, console: Console | None = None
         raise ConfigError(f"distill.cache: {folder} holds what was made of something else; name another folder")
     write_text(folder / _FILE, json.dumps(about, indent=2))
     left = [n for n in range(parts) if not _is_whole(folder, n)]
-    if left:
-        teacher = _alone(config, source)
-        if teacher.tokenizer is not None:
-            check_vocabulary(tokenizer, teacher.tokenizer, s.teacher)
-        with bar(console, len(every), "rows") as done:
-            done(len(every) - sum(len(every[n * _PART_ROWS : (n + 1) * _PART_ROWS]) for n in left))
-            for number in left:
-                first = number * _PART_ROWS
-                _store_part(rows, teacher, every[first : first + _PART_ROWS], number, first)
-                done(len(every[first : first + _PART_ROWS]))
+    if console is not None:
+        for note in rows.notes:
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    with limits(config.memory.limit, config.memory.cache):
+        _store_parts(rows, source, left, every, console)
     write_text(folder / _FILE, json.dumps({**about, "complete": True}, indent=2))
     tokens = sum(map(len, StoredTeacher(folder, key).completions))
     return {"rows": len(every), "tokens": tokens, "bytes": sum(file.stat().st_size for file in folder.iterdir())}
+
+
+def _store_parts(
+    rows: Distill, source: FrozenSource, left: Sequence[int], every: Sequence[TaughtPrompt], console: Console | None
+) -> None:
+    """Load the teacher, and write the parts that are left."""
+    if not left:
+        return
+    teacher = _alone(rows.config, source)
+    if teacher.tokenizer is not None:
+        check_vocabulary(rows.tokenizer, teacher.tokenizer, rows.settings.teacher)
+    with bar(console, len(every), "rows") as done:
+        done(len(every) - sum(len(every[n * _PART_ROWS : (n + 1) * _PART_ROWS]) for n in left))
+        for number in left:
+            first = number * _PART_ROWS
+            _store_part(rows, teacher, every[first : first + _PART_ROWS], number, first)
+            done(len(every[first : first + _PART_ROWS]))
 
 
 def _alone(config: Config, source: FrozenSource) -> FrozenModel:

@@ -36,7 +36,7 @@ from mlxft.data.chat import (
 )
 from mlxft.data.dataset import Ids, context_ids, prompt_text
 from mlxft.data.formats import Message, message_at, tools_of
-from mlxft.errors import ConfigError, DataError, EpisodeError, shorten
+from mlxft.errors import ConfigError, DataError, EpisodeError, half_character, shorten
 from mlxft.model.sampling import Sampled, Sampling, TurnStart, sample_turns
 from mlxft.objectives.rewards import Rewards, Scores, ToScore, as_number
 
@@ -211,12 +211,16 @@ class TookTooLong(Exception):
 
 
 async def _result(call: Callable[[], Any]) -> Any:
-    """Return the result of a function or coroutine; sys.exit in it would end the thread and is an error like others."""
+    """Return the result of a function or coroutine; what would end the thread is an error like others."""
     try:
         found = call()
         return await found if inspect.isawaitable(found) else found
+    except (Exception, asyncio.CancelledError, GeneratorExit):  # the last two: it is stopped
+        raise
     except SystemExit as error:
         raise RuntimeError(f"it called sys.exit({error})") from error
+    except BaseException as error:  # a panic of Rust, KeyboardInterrupt, outcomes of pytest
+        raise RuntimeError(error_of(error)) from error
 
 
 class _Calls:
@@ -329,6 +333,7 @@ class Episode:
         rewards: (index among the policy's tokens, reward) of each turn that has one.
         ended: "end" where the environment ended it, "error", or the limit that was reached: turns, tokens, seconds.
         errors, unparsed: steps that raised, and turns whose tool calls cannot be parsed.
+        failure: what the last of these steps raised, or "".
         last: where the last turn starts in `ids`, and in `messages`.
         text, opening: of the last turn, and the mark of a thought that was open before it, or "".
     """
@@ -344,6 +349,7 @@ class Episode:
     ended: str = ""
     errors: int = 0
     unparsed: int = 0
+    failure: str = ""
     last: tuple[int, int] = (0, 0)
     text: str = ""
     opening: str = ""
@@ -381,9 +387,12 @@ class Episodes:
         self.make, self._hung = find_environment(settings), 0
         try:
             self._first = self.make()
-            self.tools: Tools = [dict(tool) for tool in getattr(self._first, "tools", ())]
-        except Exception as error:  # whatever the user's class raises
+            tools = list(getattr(self._first, "tools", ()))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever the user's class raises, or ends the process with
             raise ConfigError(f"{self.name}: it cannot be made with environment.options: {error_of(error)}") from error
+        self.tools: Tools = [_checked_tool(tool, f"{self.name}: tools[{i}]") for i, tool in enumerate(tools)]
         lacks = [name for name in ("reset", "step") if not callable(getattr(self._first, name, None))]
         if lacks:
             raise ConfigError(f"{self.name}: {type(self._first).__name__} has no {' and no '.join(lacks)}")
@@ -398,11 +407,16 @@ class Episodes:
         """Return where the rows of a split are; the environment's own where `given` is environment.
 
         Raises:
-            ConfigError: it has none.
+            ConfigError: it has none, or cannot give them.
         """
         if given != "environment":
             return given
-        rows = list(self._first.rows(split != "train")) if hasattr(self._first, "rows") else []
+        try:
+            rows = list(self._first.rows(split != "train")) if hasattr(self._first, "rows") else []
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise ConfigError(f"data.{split}: {self.name}: rows cannot be read: {error_of(error)}") from error
         if not rows:
             raise ConfigError(f"data.{split}: {self.name} has no rows of its own; give a file of prompts")
         return hand_over(f"data.{split}", "environment", rows)
@@ -622,7 +636,8 @@ class _Playing:
             at = f"{self.owner.name}: {episode.prompt.where}: step {episode.turns}"
             if isinstance(turn, Turn):
                 reply = next(found)
-                episode.errors += isinstance(reply, BaseException) and not isinstance(reply, TookTooLong)
+                if isinstance(reply, BaseException) and not isinstance(reply, TookTooLong):
+                    episode.errors, episode.failure = episode.errors + 1, error_of(reply)
                 calls: Sequence[ToolCall] = turn.calls
             else:
                 reply, calls = turn, (_UNPARSED,)
@@ -668,7 +683,7 @@ class _Playing:
             raise EpisodeError(f"{at}: it returned {reply!r:.60}; expected an mlxft.Observation")
         if self.owner.settings.on_error == "end":
             episode.ended = "error"
-        return Observation(f"Error: {error_of(reply)}")
+        return Observation(f"Error: {error_of(reply)}".encode("utf-8", "replace").decode())
 
     def _next(
         self, episode: Episode, sampled: Sampled, calls: Sequence[ToolCall], observation: Observation, at: str
@@ -740,6 +755,8 @@ def _checked(given: Any, calls: Sequence[ToolCall], at: str) -> list[Message]:
         raise EpisodeError(f"{at}: its messages are {given!r:.60}; expected a text or a list of messages")
     try:
         messages = [message_at(dict(message), f"messages[{i}]") for i, message in enumerate(given)]
+        if half := half_character(messages, "messages"):
+            raise DataError(half)
     except (DataError, TypeError, ValueError) as error:
         raise EpisodeError(f"{at}: {error}") from error
     wrong = [message["role"] for message in messages if message["role"] not in ("tool", "user")]
@@ -750,6 +767,15 @@ def _checked(given: Any, calls: Sequence[ToolCall], at: str) -> list[Message]:
         message.setdefault("tool_call_id", _call_id(i))
         message.setdefault("name", call.name or "unknown")
     return messages
+
+
+def _checked_tool(tool: Any, at: str) -> dict[str, Any]:
+    """Return a tool's schema; raise ConfigError where it is not one that names a function."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        wanted = '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+        raise ConfigError(f"{at} is {shorten(repr(tool))}; expected a JSON schema such as {wanted}")
+    return dict(tool)
 
 
 class _Parser(NamedTuple):
@@ -777,6 +803,8 @@ class _Parser(NamedTuple):
                 name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
                 if not isinstance(name, str) or not isinstance(arguments, dict):
                     raise ValueError("the tool call cannot be parsed: it needs a name and arguments, a mapping")
+                if half := half_character(call, "the call"):  # JSON can hold it, and an environment may repeat it
+                    raise ValueError(f"the tool call cannot be parsed: {half}")
                 found.append(ToolCall(name, arguments))
         return found
 

@@ -217,8 +217,8 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
         self.notes: list[str] = counts.notes()
         self._sharing: Sharing | None = None
         super().__init__(config, tokenizer, lengths_of(rows), per_row, counts.mixture)
-        self.notes += beyond_context(config, self._lengths)
-        self.notes += [f"validation: {note}" for note in beyond_context(config, lengths_of(valid))]
+        self.notes += beyond_context(config.model.path, self._lengths)
+        self.notes += [f"validation: {note}" for note in beyond_context(config.model.path, lengths_of(valid))]
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
         self.notes += _NO_DROPOUT.take_out(model)

@@ -481,7 +481,9 @@ class ScoredFunction:
         """
         try:
             result = self._call(items)
-        except (Exception, SystemExit) as error:  # sys.exit(0) would end the run as if it were done
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # sys.exit(0) would end the run as if it were done
             raise self._located(items, error) from error
         values = self._listed(result, len(items))
         found = []
@@ -505,7 +507,9 @@ class ScoredFunction:
         for item in items:
             try:
                 self._call([item])
-            except (Exception, SystemExit) as alone:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as alone:
                 return RewardError(
                     f"{self.spec}: {item.where}: raised {error_of(alone)} for the completion {_short(item.completion)}"
                 )

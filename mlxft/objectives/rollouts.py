@@ -554,6 +554,16 @@ def episode_numbers(rollout: Rollout) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
+def episode_warning(rollout: Rollout) -> str | None:
+    """Return a warning where no episode can have gone as it should; None where one has, or there are none."""
+    episodes = rollout.episodes
+    if episodes and all(e.errors == e.turns for e in episodes):
+        return f"every step of the environment raised an error, the first episode's last: {episodes[0].failure}"
+    if episodes and not any(rollout.finished):
+        return "no episode was ended by the environment: see limit_turns, limit_tokens, limit_seconds"
+    return None
+
+
 # --- validation -------------------------------------------------------------------------------------------------------
 
 SAMPLES_SHOWN = 4  # completions that are shown
@@ -1175,8 +1185,8 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
             "sampling_s": drawn.seconds,
             "scoring_s": time.perf_counter() - began - drawn.seconds,
         }
-        if not any(rollout.finished) and self.episodes is not None:
-            event["warning"] = "no episode was ended by the environment: see limit_turns, limit_tokens, limit_seconds"
+        if warning := episode_warning(rollout):
+            event["warning"] = warning
         elif not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = CUT_OFF
         if kl:

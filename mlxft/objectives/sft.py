@@ -66,9 +66,9 @@ class SFT(OffPolicy):
             )
         self.train, self.valid, self._notes, self._data = load_encoded(config, tokenizer, mix=True)
         super().__init__(config, tokenizer, lengths_of(self.train.rows), mixture=self.train.counts.mixture)
-        self._notes += beyond_context(config, self._lengths)
+        self._notes += beyond_context(config.model.path, self._lengths)
         if self.valid is not None:
-            self._notes += [f"validation: {n}" for n in beyond_context(config, lengths_of(self.valid.rows))]
+            self._notes += [f"validation: {n}" for n in beyond_context(config.model.path, lengths_of(self.valid.rows))]
         self._split: Split | None = None
         self._embedding: nn.Module | None = None  # what noise is added to
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 import mlxft
 from mlxft.build import base_skeleton
 from mlxft.config import parse_config
-from mlxft.errors import ConfigError, DataError
+from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model import logits as logits_module
 from mlxft.model.frozen import frozen_residents
 from mlxft.model.load import load_tokenizer
@@ -491,6 +492,18 @@ def test_a_teacher_with_another_tokenizer_is_read_by_its_text(distil: Settings, 
     assert values.shape == (at,)
 
 
+def test_completions_without_a_common_end_are_not_compared(distil: Settings, tiny_model_dir: Path) -> None:
+    """A tokenizer that knows no byte of the student's text: the step is of nothing, and it is said."""
+    foreign = {"align": "text", "teacher": distil({})["model"]["path"]}
+    settings = distil(foreign, **{"model.path": str(tiny_model_dir), "run.steps": 2})
+    run = quietly(settings)
+    assert "nothing was compared" in run.metrics("rollout")[-1]["warning"]
+    assert [event["loss"] for event in run.metrics("train")] == [0, 0]
+    settings["data"]["valid"], settings["run"]["name"] = 0.25, "b"
+    with pytest.raises(TrainingError, match="in validation nothing was compared"):
+        quietly(settings)
+
+
 @pytest.mark.learning
 def test_aligned_by_text_the_gradient_is_that_of_reverse_kl(distil: Settings, tmp_path: Path) -> None:
     """With the student's own tokenizer every stretch is a token: over enough samples both ways are one."""
@@ -576,7 +589,51 @@ def test_a_killed_store_goes_on_where_it_was(distil: Settings, tmp_path: Path, m
         made({**settings("one"), "distill": {**settings("one")["distill"], "temperature": 3.0}})
 
 
+def test_a_store_of_another_teacher_is_refused(distil: Settings, tmp_path: Path, words: Words) -> None:
+    """The same name with other weights, and the base of another student; one that is not there cannot be compared."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(words(V, eos=True, spread=0.4), folder)
+    settings = distil({"on_policy": 0.0, "teacher": str(folder), "cache": str(tmp_path / "a")}, True)
+    tokenizer = load_tokenizer(settings["model"]["path"])
+    store_teacher(parse_config(settings), tokenizer)
+    made(settings)
+    (weights,) = folder.glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ConfigError, match="made of something else: the teacher's weights was"):
+        made(settings)
+    with pytest.raises(ConfigError, match="made of something else"):
+        store_teacher(parse_config(settings), tokenizer)
+    shutil.rmtree(folder)
+    made(settings)
+    settings = distil({"on_policy": 0.0, "teacher": "base", "teacher_prompt": "w1", "cache": str(tmp_path / "b")}, True)
+    store_teacher(parse_config(settings), tokenizer)
+    made(settings)
+    with pytest.raises(ConfigError, match=r"model.path was .*, the teacher's weights was"):
+        made({**settings, "model": {**settings["model"], "path": str(words(V, eos=True, spread=0.4))}})
+    with pytest.raises(ConfigError, match=r"model.quantize was None and is 4"):
+        made({**settings, "model": {**settings["model"], "quantize": 4}, "tune": {"method": "lora"}})
+
+
 # What does not fit.
+
+
+def test_where_memory_is_short_a_stored_teacher_is_the_way_out(distil: Settings) -> None:
+    for changes in ({}, {"batch.tokens": "auto"}):
+        settings = distil({}, **{"memory.limit": 1e-4, **changes})
+        with pytest.raises(ConfigError, match=r"distill.quantize: 4, the teacher stored first \(mlxft distill-cache"):
+            quietly(settings)
+    kind = distil({"quantize": 8, "align": "text"})  # which cannot be stored
+    assert Distill.relief(parse_config(kind)) == []
+
+
+def test_rows_beyond_the_teachers_context_are_noted(distil: Settings, words: Words) -> None:
+    """The student's context has room for these prompts, and the teacher's has none for its own longer ones."""
+    asked = " ".join(["w1"] * 62)
+    for teacher in ("base", str(words(V, eos=True, spread=0.4))):
+        objective, _ = made(distil({"teacher": teacher, "teacher_prompt": asked}))
+        assert [n for n in objective.notes if "12 rows are longer than the teacher's context of 64" in n]
+
 
 REFUSED: list[tuple[dict[str, Any], bool, dict[str, Any], str]] = [
     ({"teacher": "base"}, False, {}, "distill.teacher: is the student itself as training begins"),

@@ -244,6 +244,7 @@ SAYS = "\n    def reset(self, row, seed):\n        pass\n\n    def step(self, tu
         (f"{SAYS}return Observation([{{'role': 'asistant', 'content': 'a'}}])", r"messages\[0\].role is 'asistant'"),
         (f"{SAYS}return Observation([{{'role': 'system', 'content': 'a'}}])", r"role system; expected tool or user"),
         (f"{SAYS}return Observation(end=True)", r"step 1: the episode ended without any reward"),
+        (f"{SAYS}return Observation('w1 \\ud800')", r"step 1: messages\[0\].content contains half of a character"),
         (f"{SAYS}pass".replace("pass", "raise KeyError('no')", 1), r"reset raised KeyError: 'no' \(line 8\)"),
         (f"{SAYS}pass".replace("pass", "return 'w1 ' * 40", 1), "the first observation leaves no room for a turn"),
     ],
@@ -273,14 +274,23 @@ def test_limits_end_an_episode(play: Play, limits: dict[str, Any], turns: int, n
     assert "no episode was ended by the environment" in event["warning"]
 
 
+# Panics of Rust code are no Exception either.
+PANIC = """
+    class Panic(BaseException):
+        pass
+    globals()["Panic"] = Panic
+"""
+
+
 @pytest.mark.parametrize(("on_error", "turns"), [("observe", 2), ("end", 1)])
 def test_steps_that_raise(play: Play, on_error: str, turns: int) -> None:
     """The model sees the error, or the episode ends with the rewards so far."""
     body = f"{SAYS}raise ValueError('w3')"
     changes = {"environment.on_error": on_error, "environment.turns": 2, "data.max_length": 48}
-    for error in ("ValueError('w3')", "SystemExit(3)"):
-        event = outcome(play, body.replace("ValueError('w3')", error), **changes, **{"run.name": error[:6]})
+    for error in ("ValueError('w3')", "SystemExit(3)", "KeyboardInterrupt", "Panic('\\ud800')"):
+        event = outcome(play, PANIC + body.replace("ValueError('w3')", error), **changes, **{"run.name": error[:6]})
         assert (event["turns"], event["tool_errors"], event["reward"]) == (turns, turns, 0)
+        assert "every step of the environment raised an error" in event["warning"]
 
 
 ASYNC = """
@@ -348,6 +358,25 @@ def test_an_environment_is_found_as_an_objective_is(
     (tmp_path / "half.py").write_text("class Half:\n    def reset(self, row, seed): ...\n")
     with pytest.raises(ConfigError, match=r"Half has no step"):
         quietly({**settings, "environment": f"{tmp_path}/half.py:Half"})
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("def rows(self, valid): return 5", r"data.train: environment .*: rows cannot be read: TypeError: 'int'"),
+        (
+            "def rows(self, valid): raise RuntimeError('no net')",
+            r"rows cannot be read: RuntimeError: no net \(line 6\)",
+        ),
+        ("tools = ['search']", r"tools\[0\] is 'search'; expected a JSON schema"),
+        ("tools = [{'type': 'function', 'function': {}}]", r"tools\[0\] is .*; expected a JSON schema"),
+        ("def __init__(self): raise SystemExit(0)", r"cannot be made with environment.options: SystemExit: 0"),
+    ],
+)
+def test_classes_that_cannot_be_used(play: Play, body: str, problem: str) -> None:
+    settings = play("rloo", f"    {body}\n{SAYS}pass", {"kl_coef": 0.0}, **{"data.train": "environment"})
+    with pytest.raises(ConfigError, match=problem):
+        quietly(settings)
 
 
 # Chat templates and tools: the model's part is played by texts.
@@ -495,7 +524,8 @@ def test_tool_calls_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.append(turn)
             return super().step(turn)
 
-    texts = [f"Now.\n{twice}", "<tool_call>{broken</tool_call>", '<tool_call>["a"]</tool_call>', CALL, "four"]
+    half = CALL.replace("1+1", "\\ud83d")  # of an emoji
+    texts = [f"Now.\n{twice}", "<tool_call>{broken</tool_call>", '<tool_call>["a"]</tool_call>', half, CALL, "four"]
     episode, tokenizer = spoken(Keeps, "qwen-2.5", texts, monkeypatch)
     assert [turn.calls for turn in seen] == [
         tuple(mlxft.ToolCall("calculate", {"expression": text}) for text in ("1+1", "2*3")),
@@ -503,7 +533,7 @@ def test_tool_calls_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
         (),
     ]
     assert seen[0].text.startswith("Now.")
-    assert (episode.turns, episode.unparsed, episode.ended) == (5, 2, "end")
+    assert (episode.turns, episode.unparsed, episode.ended) == (6, 3, "end")
     assert episode.turn_rewards.nonzero()[0].size == 3
     assert "Error: ValueError: the tool call cannot be parsed" in whole_text(episode, tokenizer)
     episode, _ = spoken(Keeps, "qwen-2.5", texts, monkeypatch, on_error="end")

@@ -345,6 +345,7 @@ def test_what_a_function_may_return(rewards: Callable[..., Rewards], body: str) 
         ),
         ("raise KeyError('gold')", "rows.jsonl:1: raised KeyError: 'gold' (line 5)"),
         ("raise SystemExit(0)", "rows.jsonl:1: raised SystemExit: 0 (line 5)"),
+        ("raise type('PanicException', (BaseException,), {})('p')", "rows.jsonl:1: raised PanicException: p (line 5)"),
         (
             "if len(rows) > 1:\n    raise RuntimeError('too many')\nreturn [1.0]",
             "r.py:f: raised RuntimeError: too many (line 6) for 3 completions from rows.jsonl:1 on, and for none",
