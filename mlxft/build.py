@@ -460,8 +460,7 @@ def check_memory(config: Config, found: MemoryPlan, rows: int, width: int) -> No
         helps = f"a smaller batch.tokens ({step}), memory.checkpoint: on, a shorter data.max_length"
     helps = ", ".join([*objective_class(config.objective).relief(config), helps])
     raise ConfigError(
-        f"{phase} needs {needs}; {_limit(config)}. What helps: "
-        f"{', '.join([*found.ways, helps])}, model.quantize: 4, or a higher memory.limit"
+        f"{phase} needs {needs}; {_limit(config)}. What helps: {helps}, model.quantize: 4, or a higher memory.limit"
     )
 
 

@@ -656,7 +656,6 @@ class MemoryPlan:
     roles: Mapping[str, int] = field(default_factory=dict)  # of on-policy training, see `Residents`
     sampling: int = 0  # caches, logits and the prompts of one prefill, in the sampling phase
     scoring: int = 0  # forward pass of the largest batch, in the scoring phase
-    ways: tuple[str, ...] = ()  # see `Residents`
 
     def phases(self, ahead: bool = True) -> dict[str, int]:
         """Return the peak of each phase, in order: of training alone, where nothing is sampled."""
@@ -986,7 +985,6 @@ class Residents(NamedTuple):
     critic: int = 0  # bytes of its own parameters, which have gradients and optimiser state because they are trained
     apart: frozenset[str] = frozenset()  # names of frozen models that do not share the trained base
     notes: tuple[str, ...] = ()  # sentences about them for the user
-    ways: tuple[str, ...] = ()  # what would spare memory beside what helps every recipe
 
     def with_training(self, job: Job) -> int:
         """Return their bytes with the critic's optimiser state, gradient, and sum of earlier gradients."""
@@ -1024,7 +1022,6 @@ def with_phases(step: MemoryPlan, around: Beside, sums: int) -> MemoryPlan:
         roles={"reference": 0, "reward": 0, **around.residents.frozen, "critic": critic},
         sampling=around.sampling,
         scoring=around.scoring,
-        ways=around.residents.ways,
     )
 
 

@@ -900,12 +900,7 @@ class Distill(RolloutObjective[DistillSettings]):
             around = around._replace(scoring=max(around.scoring, scoring_bytes(there, read)))
         frozen = {**around.residents.frozen, "what the teacher says": held}
         sampling = around.sampling if self.samples else 0
-        ways: tuple[str, ...] = ()
-        if "teacher" in around.residents.apart:
-            ways = ("distill.cache (mlxft distill-cache stores what the teacher says, which is then not loaded)",)
-            ways += ("distill.quantize: 4",) if self.settings.quantize is None else ()
-        residents = around.residents._replace(frozen=frozen, ways=ways)
-        return around._replace(residents=residents, sampling=sampling)
+        return around._replace(residents=around.residents._replace(frozen=frozen), sampling=sampling)
 
 
 # --- distill-cache ----------------------------------------------------------------------------------------------------
