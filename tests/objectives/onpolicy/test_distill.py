@@ -233,14 +233,14 @@ def test_forward_kl_keeps_the_moments_and_reverse_kl_takes_a_mode(distil: Settin
     rows = tmp_path / "one.jsonl"
     rows.write_text(json.dumps({"prompt": "w0", "completion": " w1"}) + "\n")
     found = {}
-    for kind, beta in BETAS.items():
+    for kind, beta in (("forward_kl", 0.0), ("reverse_kl", 1.0)):
         settings = distil({"divergence": kind, "on_policy": 0.0}, True, **{"data.train": str(rows), "run.name": kind})
         settings["model"]["path"] = constant_student(tmp_path / f"student-{kind}", head)
         settings["distill"]["teacher"] = str(tmp_path / "teacher")
         settings["tune"] = {"method": "full", "train": ["model.norm"]}
         settings["rollout"] = {"prompts": 1}
         settings["optim"] |= {"lr": 0.1, "schedule": "cosine"}
-        settings["run"]["steps"] = 400
+        settings["run"]["steps"] = 250
         model = mlxft.load(quietly(settings)).model
         found[kind] = np.exp(log_softmax(np.array(model(mx.array([[0]])))[0, 0]))
         if kind == "forward_kl":
@@ -381,9 +381,9 @@ def load_path(distil: Settings) -> str:
 @pytest.mark.learning
 def test_a_prompt_is_distilled_into_the_weights(distil: Settings) -> None:
     """Context distillation: without the prompt the student comes to say what its base says with it."""
-    settings = distil({"teacher": "base", "teacher_prompt": "w5 w6"}, **{"run.steps": 100, "run.eval_every": 50})
+    settings = distil({"teacher": "base", "teacher_prompt": "w5 w6"}, **{"run.steps": 60, "run.eval_every": 60})
     settings["model"]["path"], settings["tune"] = load_path(distil), {"method": "lora", "rank": 8}
-    settings["data"]["valid"], settings["rollout"] = 0.25, {"prompts": 9, "samples": 16, "max_tokens": 3}
+    settings["data"]["valid"], settings["rollout"] = 0.25, {"prompts": 9, "samples": 8, "max_tokens": 3}
     settings["optim"] |= {"lr": 3e-3, "schedule": "cosine"}
     first = quietly(
         {**settings, "run": {**settings["run"], "name": "b", "steps": 1, "eval_every": 1}, "optim": {"lr": 1e-9}}
