@@ -623,6 +623,9 @@ def test_where_memory_is_short_a_stored_teacher_is_the_way_out(distil: Settings)
         settings = distil({}, **{"memory.limit": 1e-4, **changes})
         with pytest.raises(ConfigError, match=r"distill.quantize: 4, the teacher stored first \(mlxft distill-cache"):
             quietly(settings)
+    settings = distil({"on_policy": 0.0}, True, **{"memory.limit": 1e-4})
+    with pytest.raises(ConfigError, match=r"a smaller batch.tokens \(the step is the same\)"):
+        quietly(settings)
     kind = distil({"quantize": 8, "align": "text"})  # which cannot be stored
     assert Distill.relief(parse_config(kind)) == []
 
