@@ -679,6 +679,16 @@ def test_a_teacher_of_another_vocabulary_is_refused(distil: Settings, tmp_path: 
         made(distil({"teacher": str(tiny_model_dir)}))
 
 
+def test_a_reward_model_is_no_teacher(distil: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "scores" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "head.safetensors").touch()
+    for place in (folder, folder.parent):
+        with pytest.raises(ConfigError, match="is a reward model, which gives scores, not text"):
+            made(distil({"teacher": str(place)}))
+
+
 def test_a_row_that_is_too_long_is_named_or_dropped(distil: Settings, tmp_path: Path) -> None:
     settings = distil({"on_policy": 0.0}, True, **{"data.max_length": 5})
     with pytest.raises(
