@@ -939,7 +939,8 @@ def store_teacher(config: Config, tokenizer: Any, console: Console | None = None
     (source,) = Distill.frozen(config.model_copy(update={"distill": s.model_copy(update={"cache": None})}))
     parts = -(-len(every) // _PART_ROWS)
     about = {"made_of": key, "parts": parts, "rows": len(rows.prompts), "held_out": len(rows.valid), "complete": False}
-    if (folder / _FILE).is_file() and _about(folder)["made_of"] != key:
+    # A call that was refused before it wrote numbers leaves nothing that another teacher must keep away from.
+    if (folder / _FILE).is_file() and _about(folder)["made_of"] != key and any(folder.glob("*.npy")):
         raise ConfigError(f"distill.cache: {folder} holds what was made of something else; name another folder")
     write_text(folder / _FILE, json.dumps(about, indent=2))
     left = [n for n in range(parts) if not _is_whole(folder, n)]

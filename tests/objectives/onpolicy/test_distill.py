@@ -672,6 +672,16 @@ def test_settings_that_do_not_fit(
         made(settings)
 
 
+def test_a_refused_store_leaves_its_folder_free(distil: Settings, tmp_path: Path, tiny_model_dir: Path) -> None:
+    own = {"on_policy": 0.0, "cache": str(tmp_path / "cache")}
+    settings = distil(own, True)
+    tokenizer = load_tokenizer(settings["model"]["path"])
+    with pytest.raises(ConfigError, match="has another vocabulary"):
+        store_teacher(parse_config(distil({**own, "teacher": str(tiny_model_dir)}, True)), tokenizer)
+    store_teacher(parse_config(settings), tokenizer)
+    made(settings)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(distil: Settings, tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"has another vocabulary than the student: .* ids stand for other tokens, the"
