@@ -456,7 +456,8 @@ def check_memory(config: Config, found: MemoryPlan, rows: int, width: int) -> No
         helps = "a smaller rollout.rows (completions decoded at once) or rollout.max_tokens, shorter prompts"
     else:
         needs = f"{amount(found.needed)} (batches of {rows} x {width} tokens)"
-        step = "with batch.accumulate for the same step; auto finds one" if len(phases) == 1 else "the step is the same"
+        rolls = "rollout" in objective_class(config.objective).sections  # whose steps are cut into micro-batches
+        step = "the step is the same" if rolls else "with batch.accumulate for the same step; auto finds one"
         helps = f"a smaller batch.tokens ({step}), memory.checkpoint: on, a shorter data.max_length"
     helps = ", ".join([*objective_class(config.objective).relief(config), helps])
     raise ConfigError(

@@ -42,6 +42,7 @@ from mlxft.files import write_beside, write_text
 from mlxft.model.adapters import base_noted, read_adapter_config
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenSource, frozen_skeleton, open_apart
+from mlxft.model.heads import find_head
 from mlxft.model.layers import limits, probing
 from mlxft.model.load import load, resolve
 from mlxft.model.logits import Read, Split, ahead, read_positions, row_sums, rows_hidden, rows_logprobs
@@ -166,7 +167,7 @@ _NOTHING = (
     "nothing was compared: no completion has a stretch of text at whose ends tokens of student and teacher end, or the "
     "teacher's tokenizer changes the text (distill.align: text)"
 )
-_NO_DROPOUT = NoDropout("the student that samples and the one that is trained would differ")
+_NO_DROPOUT = NoDropout("the student that samples or is compared with the teacher must be the one that is used")
 
 
 def check_distill_recipe(config: Config, settings: DistillSettings, rollout: RolloutSettings) -> list[str]:
@@ -255,9 +256,13 @@ def find_teacher(path: str, weights: bool = True) -> Path:
     Args:
         weights: download the weights of a hub id, too.
     Raises:
-        ConfigError: there is nothing, or a run without trained weights.
+        ConfigError: there is nothing, a run without trained weights, or a reward model.
     """
     folder = home_path(path)
+    if find_head(path):
+        raise ConfigError(
+            f"distill.teacher: {path} is a reward model, which gives scores, not text; name another teacher"
+        )
     for result, file in ((folder / "adapter", "adapter_config.json"), (folder / "model", "config.json")):
         if (result / file).is_file():
             return result
@@ -934,7 +939,8 @@ def store_teacher(config: Config, tokenizer: Any, console: Console | None = None
     (source,) = Distill.frozen(config.model_copy(update={"distill": s.model_copy(update={"cache": None})}))
     parts = -(-len(every) // _PART_ROWS)
     about = {"made_of": key, "parts": parts, "rows": len(rows.prompts), "held_out": len(rows.valid), "complete": False}
-    if (folder / _FILE).is_file() and _about(folder)["made_of"] != key:
+    # A call that was refused before it wrote numbers leaves nothing that another teacher must keep away from.
+    if (folder / _FILE).is_file() and _about(folder)["made_of"] != key and any(folder.glob("*.npy")):
         raise ConfigError(f"distill.cache: {folder} holds what was made of something else; name another folder")
     write_text(folder / _FILE, json.dumps(about, indent=2))
     left = [n for n in range(parts) if not _is_whole(folder, n)]

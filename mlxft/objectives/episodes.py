@@ -390,6 +390,8 @@ class Episodes:
             tools = list(getattr(self._first, "tools", ()))
         except KeyboardInterrupt:
             raise
+        except ConfigError as error:  # of an environment that mlxft brings
+            raise ConfigError(f"{self.name}: {error}") from error
         except BaseException as error:  # whatever the user's class raises, or ends the process with
             raise ConfigError(f"{self.name}: it cannot be made with environment.options: {error_of(error)}") from error
         self.tools: Tools = [_checked_tool(tool, f"{self.name}: tools[{i}]") for i, tool in enumerate(tools)]

@@ -692,6 +692,12 @@ class RolloutObjective(Objective, Generic[_P]):
         super().__init__(config, tokenizer)
         self.settings = config.section(self.section(), section)
         self.rollouts = config.section("rollout", RolloutSettings)
+        if (wanted := config.batch.accumulate) > self.settings.minibatches:
+            raise ConfigError(
+                f"batch.accumulate: {wanted} minibatches of a rollout would make a step, and "
+                f"{self.section()}.minibatches is {self.settings.minibatches}: raise that, or leave it out (the "
+                "micro-batches of a minibatch are summed in any case)"
+            )
         train, valid, said = load_splits(data or config.data, config.run.seed, tokenizer=tokenizer, reads=reads)
         self.notes = [*notes, *said]
         self._data = data_fingerprint(train, valid)

@@ -371,7 +371,11 @@ FIXED = {
     "run.keep",
 }
 FIXED |= {"run.report_every", "run.eval_every", "run.eval_at_start", "run.sample_prompts", "run.sample_tokens"}
-FIXED_SECTIONS = ("sweep.", "report.", "memory.")
+FIXED |= {"distill.teacher", "distill.teacher_prompt", "distill.quantize", "distill.align", "distill.cache"}
+FIXED |= {"distill.top_k"}
+FIXED_SECTIONS = ("sweep.", "report.", "memory.", "environment.")
+# Settings that decide what the validation loss is; another metric may be compared across their values.
+OF_LOSS = {"distill.divergence", "distill.beta", "distill.temperature"}
 # Settings that may change when a sweep is resumed.
 FREE = {*FREE_ON_RESUME, "sweep.trials", "sweep.time", "memory.limit", "memory.cache", "report.to", "report.project"}
 
@@ -441,6 +445,11 @@ def _check_space(config: Config, raw: Mapping[str, Any], origin: str) -> None:
             continue
         if key in FIXED or key.startswith(FIXED_SECTIONS):
             problems.append(f"{place}: cannot be varied: trials differ in what is learnt, and are measured in one way")
+            continue
+        if key in OF_LOSS and config.sweep.metric == "loss":
+            problems.append(
+                f"{place}: changes what the loss is; compare by another metric, e.g. sweep.metric: agreement"
+            )
             continue
         for value in r.value:
             try:

@@ -228,6 +228,16 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "unknown": ({"space": {"optim.rate": {"log": [1, 2]}}}, {}, r"sweep.space.optim.rate: no such setting"),
     "elsewhere": ({"space": {"tune.lr": {"log": [1, 2]}}}, {}, r"tune.lr: no such setting \(did you mean optim.lr\?\)"),
     "fixed": ({"space": {"run.name": {"choice": ["a", "b"]}}}, {}, r"run.name: cannot be varied"),
+    "teacher": (
+        {"space": {"distill.teacher": {"choice": ["a", "b"]}}},
+        {"objective": "distill"},
+        r"distill.teacher: cannot be varied",
+    ),
+    "loss": (
+        {"space": {"distill.divergence": {"choice": ["jsd", "reverse_kl"]}}},
+        {"objective": "distill"},
+        r"distill.divergence: changes what the loss is",
+    ),
     "empty": ({"space": {"optim.lr": {"float": [1, 1]}}}, {}, r"optim.lr: the range float: \[1, 1\] is empty"),
     "reversed": ({"space": {"tune.rank": {"int": [8, 2]}}}, {}, r"tune.rank: the range int: \[8, 2\] is empty"),
     "log of 0": ({"space": {"optim.lr": {"log": [0, 1]}}}, {}, r"log: \[0, 1\] starts at 0"),

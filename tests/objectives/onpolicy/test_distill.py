@@ -623,6 +623,9 @@ def test_where_memory_is_short_a_stored_teacher_is_the_way_out(distil: Settings)
         settings = distil({}, **{"memory.limit": 1e-4, **changes})
         with pytest.raises(ConfigError, match=r"distill.quantize: 4, the teacher stored first \(mlxft distill-cache"):
             quietly(settings)
+    settings = distil({"on_policy": 0.0}, True, **{"memory.limit": 1e-4})
+    with pytest.raises(ConfigError, match=r"a smaller batch.tokens \(the step is the same\)"):
+        quietly(settings)
     kind = distil({"quantize": 8, "align": "text"})  # which cannot be stored
     assert Distill.relief(parse_config(kind)) == []
 
@@ -669,11 +672,31 @@ def test_settings_that_do_not_fit(
         made(settings)
 
 
+def test_a_refused_store_leaves_its_folder_free(distil: Settings, tmp_path: Path, tiny_model_dir: Path) -> None:
+    own = {"on_policy": 0.0, "cache": str(tmp_path / "cache")}
+    settings = distil(own, True)
+    tokenizer = load_tokenizer(settings["model"]["path"])
+    with pytest.raises(ConfigError, match="has another vocabulary"):
+        store_teacher(parse_config(distil({**own, "teacher": str(tiny_model_dir)}, True)), tokenizer)
+    store_teacher(parse_config(settings), tokenizer)
+    made(settings)
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(distil: Settings, tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"has another vocabulary than the student: .* ids stand for other tokens, the"
     ):
         made(distil({"teacher": str(tiny_model_dir)}))
+
+
+def test_a_reward_model_is_no_teacher(distil: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "scores" / "adapter"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "head.safetensors").touch()
+    for place in (folder, folder.parent):
+        with pytest.raises(ConfigError, match="is a reward model, which gives scores, not text"):
+            made(distil({"teacher": str(place)}))
 
 
 def test_a_row_that_is_too_long_is_named_or_dropped(distil: Settings, tmp_path: Path) -> None:

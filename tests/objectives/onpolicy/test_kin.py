@@ -237,6 +237,13 @@ def test_micro_batches_and_padding_change_nothing(
             np.testing.assert_allclose(grad / size, slopes[key] / weight, rtol=2e-3, atol=2e-6, err_msg=key)
 
 
+def test_more_minibatches_than_there_are_cannot_be_accumulated(words: Words, on_policy: OnPolicy) -> None:
+    for name, own in (("grpo", {"minibatches": 2}), ("ppo", {"minibatches": 2})):
+        settings = on_policy(name, words(4), LENGTHS, own, **{"batch.accumulate": 3})
+        with pytest.raises(ConfigError, match=rf"batch.accumulate: 3 minibatches .* {name}.minibatches is 2: raise"):
+            made(settings)
+
+
 @pytest.mark.parametrize(("name", "own"), [("grpo", {"loss": "token"}), ("rloo", {}), ("ppo", {"epochs": 1})])
 def test_accumulated_minibatches_are_one_step(
     words: Words, on_policy: OnPolicy, name: str, own: dict[str, Any]
