@@ -312,6 +312,6 @@ def test_rows_beyond_a_table_of_positions_are_refused(
     about = {"model_type": kind, "n_positions": 16, "vocab_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(about))
     config = parse_config(recipe(**{"model.path": str(tmp_path)}))
-    assert not beyond_context(config, [3, 16])
+    assert not beyond_context(config.model.path, [3, 16])
     with pytest.raises(DataError, match=r"2 rows are longer than the 16 positions .*data\.max_length to 16"):
-        beyond_context(config, [3, 17, 16, 40])
+        beyond_context(config.model.path, [3, 17, 16, 40])
