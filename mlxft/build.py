@@ -29,6 +29,7 @@ from mlxft.device import (
     swap_bytes,
     usable_bytes,
 )
+from mlxft.distributed import Ranks
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, select_targets
 from mlxft.model.cpu import quicker
@@ -304,6 +305,31 @@ def settled(config: Config, resume: bool) -> Config:
     if config.batch.tokens != "auto":
         return config
     return _with(config, "batch", tokens=_auto_tokens(config) if stored is None else stored.batch.tokens)
+
+
+def agreed(config: Config, ranks: Ranks, begun: bool) -> Config:
+    """Return the recipe with what all ranks can do of what each machine has decided for itself.
+
+    Args:
+        begun: whether a run is resumed, which keeps what rank 0 has stored.
+    """
+    if ranks.size == 1:
+        return config
+    mine = [
+        config.batch.tokens,
+        config.memory.checkpoint,
+        config.run.compile,
+        config.data.date and str(config.data.date),
+    ]
+    every = ranks.gather(mine)
+    tokens, checkpoint, compiled, day = every[0]
+    if not begun and tokens is not None:
+        tokens = min(theirs[0] for theirs in every)
+    if not begun and any(theirs[1] == "on" for theirs in every):
+        checkpoint = "on"
+    config = _with(config, "batch", tokens=tokens)
+    config = _with(config, "data", date=day and date.fromisoformat(day))
+    return _with(_with(config, "memory", checkpoint=checkpoint), "run", compile=compiled)
 
 
 def is_open(config: Config) -> bool:

@@ -636,6 +636,25 @@ class MemorySettings(Settings):
     )
 
 
+class DistributedSettings(Settings):
+    """Training over several processes: `mlxft launch`, or mlx.launch, starts one on each Mac."""
+
+    ranks: int | None = Field(
+        None,
+        ge=1,
+        description="Processes that train together; others are refused, and mlxft check plans for them. Default: as "
+        "many as were started.",
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | Literal["auto"] | None = Field(
+        None,
+        description="Share of the work of each rank, [2, 1] for a Mac twice as fast; auto: by the speed of the first "
+        "steps. Default: all the same.",
+    )
+    timeout: float = Field(
+        45.0, ge=2, description="Seconds without a sign of life after which a rank is taken for lost."
+    )
+
+
 class ReportSettings(Settings):
     """Experiment trackers, in addition to metrics.jsonl; each needs the extra of its name."""
 
@@ -667,6 +686,7 @@ class Config(Settings):
     optim: OptimSettings = Field(default_factory=OptimSettings)
     run: RunSettings = Field(default_factory=RunSettings)
     memory: MemorySettings = Field(default_factory=MemorySettings)
+    distributed: DistributedSettings = Field(default_factory=DistributedSettings)
     report: ReportSettings = Field(default_factory=ReportSettings)
     sweep: SweepSettings = Field(default_factory=SweepSettings)
     versions: dict[str, str] | None = Field(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.build import (
+    agreed,
+    amount,
     check_head,
     crowded,
     decide_checkpointing,
@@ -27,6 +32,7 @@ from mlxft.build import (
 from mlxft.config import Config, dump_config, flat, hand_over, load_config, override_all, parse_config, put
 from mlxft.data.dataset import encode_prompt
 from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
+from mlxft.distributed import MESSAGE, Network, Ranks, check_same, current, joined, measure_network
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
 from mlxft.files import Held, hold, save_arrays, write_beside, write_text
 from mlxft.model.adapters import LoRASpec, adapter_texts, load_trained, trainable_weights
@@ -162,7 +168,15 @@ def assemble(
     checkpoint = "on" if is_checkpointed(loaded.model) else "off"
     memory = config.memory.model_copy(update={"checkpoint": checkpoint, "measure": measure})
     settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
-    return Assembled(spec, optimizer, config.model_copy(update={"memory": memory, "run": settings}), notes)
+    config, ranks = config.model_copy(update={"memory": memory, "run": settings}), current()
+    if ranks.size > 1:
+        own, config = config, agreed(config, ranks, begun)
+        config = config.model_copy(update={"distributed": config.distributed.model_copy(update={"ranks": ranks.size})})
+        checkpoint_layers(loaded.model, config.memory.checkpoint == "on")
+        objective.compiled = config.run.compile == "on"
+        if config.batch.budget != own.batch.budget:
+            objective.rebatch(config)
+    return Assembled(spec, optimizer, config, notes)
 
 
 class _Saver:
@@ -277,18 +291,49 @@ def train_config(
         raise ConfigError(
             "sweep: this recipe is for mlxft sweep; train the sweep's best.yaml, or remove the section sweep"
         )
-    correct, begun = is_open(config), resume and (config.run_dir / "config.yaml").exists()
-    config = settled(config, resume)
-    run = Run(config.run_dir, config)
-    check_folder(run, resume, overwrite)
-    check_installed(config.report.to)
-    with hold(run.dir) as held:
-        return _train_held(run, held, resume, overwrite, console, base, sinks, correct, begun)
+    with joined(config.distributed.timeout) as ranks:
+        first = ranks.first
+        notes = _check_ranks(config, ranks, resume)
+        correct, begun = is_open(config), resume and ranks.from_first((config.run_dir / "config.yaml").exists())
+        config = agreed(settled(config, resume), ranks, begun)
+        run = Run(config.run_dir, config)
+        if not first:
+            console = make_console(file=io.StringIO())
+        else:
+            check_folder(run, resume, overwrite)
+            check_installed(config.report.to)
+        with hold(run.dir) if first else nullcontext() as held:
+            return _train_held(run, held, resume, overwrite, console, base, sinks, correct, begun, notes)
+
+
+def _check_ranks(config: Config, ranks: Ranks, resume: bool) -> list[str]:
+    """Check that all ranks have one recipe, and give them their weights; return notes."""
+    settings, wanted = config.distributed, config.distributed.ranks
+    if wanted not in (None, ranks.size) and not resume:
+        raise ConfigError(
+            f"distributed.ranks: {wanted} processes are to train together, and {ranks.size} "
+            f"{'is' if ranks.size == 1 else 'are'} here: mlxft launch -n {wanted} (or --hosts) starts them"
+        )
+    if isinstance(settings.weights, list):
+        if len(settings.weights) != ranks.size and not (ranks.size == 1 and resume):
+            raise ConfigError(f"distributed.weights: has {len(settings.weights)} numbers for {ranks.size} ranks")
+        ranks.weights = [w / sum(settings.weights) for w in settings.weights] if ranks.size > 1 else [1.0]
+    # What stands in files is compared by what it holds, once it is read.
+    elsewhere = ("model.path", "model.adapter", "data.train", "data.valid", "run.dir", "versions")
+    recipe = {k: v for k, v in flat(config.model_dump(mode="json")).items() if not k.startswith(elsewhere)}
+    check_same(ranks, {"version of": versions(), "setting": recipe})
+    stored = config.run_dir / "config.yaml"
+    before = load_config(stored, looked_at=True).distributed.ranks if resume and stored.is_file() else ranks.size
+    before = ranks.from_first(before or 1)
+    if before == ranks.size:
+        return []
+    numbers = "the same rows and denominators, so its numbers differ by rounding only"
+    return [f"the run began on {before} ranks and goes on with {ranks.size}: {numbers}"]
 
 
 def _train_held(
     run: Run,
-    held: Held,
+    held: Held | None,
     resume: bool,
     overwrite: bool,
     console: Console,
@@ -296,19 +341,29 @@ def _train_held(
     sinks: Sequence[Sink],
     correct: bool,
     begun: bool,
+    notes: list[str],
 ) -> Run:
-    """Train in a run folder that this process holds."""
+    """Train in a run folder that this process holds; None: rank 0 holds it."""
+    ranks = current()
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
+    check_same(ranks, {"hash of": {"the base": base_fingerprint(loaded), "the data": objective.fingerprint()}})
     spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct, begun)
     total = total_steps(config, objective)
     run = Run(run.dir, config)
     mx.reset_peak_memory()
-    make_folder(run, resume, overwrite)
-    notes: list[str] = []
+    if held is not None:
+        make_folder(run, resume, overwrite)
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
-    saver = _Saver(run, held, loaded, spec, objective, optimizer)
     facts = describe_start(config, loaded, objective, total)
+    if ranks.size > 1:
+        network = measure_network(ranks)
+        facts |= {"ranks": ranks.size, "hosts": ranks.hosts, "network": network.to_json()}
+        expected += [_network_line(loaded.model, ranks, network)]
+    if held is None:  # rank 0 writes and reports
+        with limits(config.memory.limit, config.memory.cache), awake(config.run.keep_awake):
+            return _train(run, loaded, objective, optimizer, total, progress, None, Reporter([]))
+    saver = _Saver(run, held, loaded, spec, objective, optimizer)
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *crowded(config), *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(held):
@@ -360,27 +415,33 @@ def _train(
     optimizer: Optimizer,
     total: int,
     progress: Progress,
-    saver: _Saver,
+    saver: _Saver | None,
     reporter: Reporter,
 ) -> Run:
-    """Run the loop with its hooks, and save the adapter or model at its end."""
+    """Run the loop with its hooks, and save the adapter or model at its end; without a saver, rank 0 saves."""
     settings = run.config.run
     full = run.config.tune.method == "full"
 
+    def save_result() -> None:
+        if saver is not None:
+            saver.result()
+
     def on_checkpoint(p: Progress) -> None:
+        if saver is None:
+            return
         saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)}, reporter.say)
         # Without validation the last weights are the best known; a whole model is only written at the end.
         if p.best_step is None and not full:
-            saver.result()
+            save_result()
 
     def on_samples(p: Progress) -> None:
-        for prompt in settings.sample_prompts:
+        for prompt in settings.sample_prompts if saver is not None else ():
             ids = encode_prompt(prompt, loaded.tokenizer, chat=run.config.data.template == "auto")
             likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
             answer = complete(loaded.model, loaded.tokenizer, ids, likeliest)
             reporter.event({"event": "sample", "step": p.step, "prompt": prompt, "answer": answer})
 
-    hooks = Hooks(reporter.event, on_checkpoint, lambda p: saver.result(), on_samples)
+    hooks = Hooks(reporter.event, on_checkpoint, lambda p: save_result(), on_samples)
     loop = Loop(loaded.model, objective, optimizer, run.config, total, progress, hooks)
     try:
         finished = loop.run()
@@ -396,7 +457,7 @@ def _train(
         reporter.event({"event": "interrupted", "step": progress.step, "text": text})
         raise KeyboardInterrupt
     if progress.best_step is None:
-        saver.result()  # even if it exists: a kill may have come between the last checkpoint and this
+        save_result()  # even if it exists: a kill may have come between the last checkpoint and this
     best = f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}" if progress.best_step else ""
     early = " (stopped early)" if progress.stopped_early else ""
     text = f"done after {progress.step} steps{early}{best}; {run.result}"
@@ -471,11 +532,26 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _network_line(model: nn.Module, ranks: Ranks, network: Network) -> str:
+    """Return what adding up the gradients of a step takes."""
+    size = sum(4 * v.size for _, v in tree_flatten(model.trainable_parameters()))
+    taken = network.seconds(size, 1 + -(-size // MESSAGE))
+    speed = f"{amount(network.bytes_per_s)}/s and {1e3 * network.latency_s:.2g} ms a message"
+    who = f"{ranks.size} ranks ({', '.join(ranks.hosts)})"
+    return f"{who}: a step adds up {amount(size)} of gradients, some {taken:.2g} s at the measured {speed}"
+
+
 def _restore(
     run: Run, loaded: Loaded, objective: Objective, optimizer: Optimizer, total: int, notes: list[str]
 ) -> Progress:
     """Restore model, optimiser and objective from the latest complete checkpoint."""
-    snapshot = checkpoint.load_newest(run.dir / "checkpoints", notes.append)
+    ranks = current()
+    snapshot = checkpoint.load_newest(run.dir / "checkpoints", notes.append) if ranks.first else None
+    if ranks.size > 1 and ranks.from_first(snapshot is not None):
+        snapshot = snapshot or checkpoint.Snapshot({}, {}, {})
+        held = (ranks.arrays_from_first(v) for v in (snapshot.weights, snapshot.optimizer, snapshot.objective))
+        weights, optimized, own = held
+        snapshot = checkpoint.Snapshot(weights, optimized, ranks.from_first(snapshot.state), own)
     if snapshot is None:
         notes.append("there is no checkpoint yet: starting over")
         return Progress()
@@ -494,6 +570,8 @@ def _restore(
     objective.load_arrays(snapshot.objective)
     set_random_state(state["random"])
     progress = Progress(**state["progress"])
+    if progress.weights is not None and len(progress.weights) != ranks.size:
+        progress.weights = None
     if progress.step >= total or progress.stopped_early:
         notes.append("the run is already complete: nothing is left to train")
     return progress

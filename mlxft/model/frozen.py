@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxft.config import Config
+from mlxft.distributed import Ranks, current
 from mlxft.errors import CheckpointError, ModelError
 from mlxft.files import write_beside
 from mlxft.model.adapters import base_noted, load_with_adapter, read_adapter_config
@@ -285,12 +286,25 @@ class Reference:
             return self._ask(rows)
         if self._known is None and self._unasked:
             return mx.zeros(rows.labels.shape)
-        if self._known is None:
-            self._file = self._file[0], self._digest(self._file[1])
-            self._known = self._read() or self._compute()
-            self._models, self._jobs = None, []  # the reference's own memory is free
-            del self._model
+        self.settle()
+        assert self._known is not None
         return mx.array(np.concatenate([self._known[which][i] for i in places]))
+
+    def settle(self) -> None:
+        """Compute now what is to be computed once; all ranks call it, each computes a share, and rank 0 keeps it."""
+        if self._file is None or self._unasked or self._known is not None:
+            return
+        self._file = self._file[0], self._digest(self._file[1])
+        ranks = current()
+        (kept, *_) = ranks.gather_arrays((self._read() or {}) if ranks.first else {})
+        if not kept:
+            kept = self._compute(ranks)
+            if ranks.first:
+                self._write(kept)
+        sets = range(len(self._jobs))
+        self._known = [np.split(kept[f"values{i}"], np.cumsum(kept[f"lengths{i}"])[:-1]) for i in sets]
+        self._models, self._jobs = None, []  # the reference's own memory is free
+        del self._model
 
     def _ask(self, rows: Completions) -> mx.array:
         with self._model.reading():
@@ -308,37 +322,40 @@ class Reference:
                 digest.update(np.array(value.reshape(-1).view(mx.uint8)).data)
         return digest.hexdigest()
 
-    def _compute(self) -> list[list[Any]]:
-        assert self._file is not None
-        found: list[list[Any]] = []
-        for job in self._jobs:
-            rows: dict[int, Any] = {}
-            batches = (((places, answers.lengths), answers) for places, answers in job)
+    def _compute(self, ranks: Ranks) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for i, job in enumerate(self._jobs):
+            own = (batch for number, batch in enumerate(job) if number % ranks.size == ranks.rank)
+            batches = (((places, answers.lengths), answers) for places, answers in own)
+            mine: dict[str, Any] = {name: [np.zeros(0, np.int64)] for name in ("places", "lengths")}
+            mine["values"] = [np.zeros(0, np.float32)]
             for (places, lengths), values in ahead(batches, self._ask):
-                ends = np.cumsum(np.array(lengths).astype(np.int64))[:-1]
-                rows |= dict(zip(places, np.split(np.array(values), ends)))
-            found.append([rows[i] for i in range(len(rows))])
-        self._write(found)
+                for name, part in (("places", places), ("lengths", np.array(lengths)), ("values", np.array(values))):
+                    mine[name].append(np.asarray(part, mine[name][0].dtype))
+            rows: dict[int, Any] = {}
+            for theirs in ranks.gather_arrays({name: np.concatenate(parts) for name, parts in mine.items()}):
+                ends = np.cumsum(theirs["lengths"])[:-1]
+                rows |= dict(zip(theirs["places"].tolist(), np.split(theirs["values"], ends)))
+            every = [rows[place] for place in range(len(rows))]
+            found[f"values{i}"] = np.concatenate([np.zeros(0, np.float32), *every])
+            found[f"lengths{i}"] = np.array([len(row) for row in every], dtype=np.int64)
         return found
 
-    def _write(self, found: list[list[Any]]) -> None:
+    def _write(self, found: dict[str, Any]) -> None:
         assert self._file is not None
         path, key = self._file
-        arrays: dict[str, Any] = {"key": np.array(key)}
-        for i, rows in enumerate(found):
-            arrays[f"values{i}"] = np.concatenate(rows) if rows else np.zeros(0, dtype=np.float32)
-            arrays[f"lengths{i}"] = np.array([len(row) for row in rows], dtype=np.int64)
         with suppress(CheckpointError):  # it is only a cache: a resumed run computes them again
-            write_beside(path, lambda beside: np.savez(beside, **arrays))
+            write_beside(path, lambda beside: np.savez(beside, key=np.array(key), **found))
 
-    def _read(self) -> list[list[Any]] | None:
+    def _read(self) -> dict[str, Any] | None:
         assert self._file is not None
         path, key = self._file
         try:
             with path.open("rb") as raw, np.load(raw) as file:
                 if str(file["key"]) != key:
                     return None
-                count = sum(name.startswith("values") for name in file.files)
-                return [np.split(file[f"values{i}"], np.cumsum(file[f"lengths{i}"])[:-1]) for i in range(count)]
+                return {
+                    f"{name}{i}": file[f"{name}{i}"] for i in range(len(self._jobs)) for name in ("values", "lengths")
+                }
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or not there
             return None

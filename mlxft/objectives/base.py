@@ -18,6 +18,7 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Mixture, Plan, Slot, plan_epoch
+from mlxft.distributed import current
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.frozen import FrozenSource, frozen_residents
 from mlxft.model.layers import without_dropout
@@ -69,6 +70,8 @@ class MicroBatch:
             one without trained tokens is skipped.
         rows: where they come from, for messages.
         trains: which parameters get a gradient, by name; None: all that are trainable.
+        finish: adds to the data what frozen models say of it, eagerly, and returns it; None: nothing is missing.
+        rank: the process that computes it; None: whichever has least to do.
     """
 
     data: Any
@@ -76,6 +79,12 @@ class MicroBatch:
     trained_tokens: int
     rows: tuple[str, ...] = ()
     trains: Trains | None = None
+    finish: Callable[[Any], Any] | None = None
+    rank: int | None = None
+
+    def finished(self) -> MicroBatch:
+        """Return it with all its data. Only the rank that computes it asks frozen models."""
+        return self if self.finish is None else replace(self, data=self.finish(self.data), finish=None)
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,8 @@ class Step:
     """One optimiser update.
 
     Attributes:
-        micro_batches: none where there is only an event to report.
-        per: term of the loss -> its denominator over the whole step, known before the first forward pass.
+        micro_batches: those of all ranks; none where there is only an event to report.
+        per: term of the loss -> its denominator over the whole step and all ranks, known before the first forward pass.
         ends_epoch: whether it is the epoch's last.
         event: what is reported before the step: of the rollout that it begins.
         before_s: seconds spent on the event's work, sampling and scoring, which do not count as training.
@@ -196,7 +205,8 @@ class Objective(ABC):
         """Yield steps without end, from where the state says; the state is past a step once it is yielded.
 
         The loop pulls a step only when the one before is on its way, so a step may be made with the newest weights.
-        What frozen models say of a micro-batch belongs into its data.
+        What frozen models say of a micro-batch belongs into its data, by `MicroBatch.finish`. All ranks yield the same
+        steps; where some of a step's micro-batches are cut for them, each names its rank.
         """
 
     @abstractmethod
@@ -463,17 +473,36 @@ class OffPolicy(Objective):
         steps = [[slots[i]] * min(2, self._accumulate) for i in heaviest(self.shapes(), self._per_row)]
         return [partial(self.make_step, model, step) for step in steps]
 
+    def _shared(self, slots: Sequence[Slot]) -> tuple[list[Slot], list[int | None]]:
+        """Cut the micro-batches of a step for the ranks, and return the rank of each; the rows are the same."""
+        ranks = current()
+        if ranks.size == 1 or self.config.tune.router_aux is not None:  # what is balanced together stays together
+            return [*slots], [None] * len(slots)
+        packed = self.config.batch.pack
+        cut, owners = list[Slot](), list[int | None]()
+        pieces = ranks.share([slot.sequences for slot in slots], [slot.width for slot in slots])
+        widths = {row: slot.width for slot in slots for row in slot.rows}
+        for sequences, rank in pieces:
+            rows = [row for sequence in sequences for row in sequence]
+            width = widths[rows[0]] if packed else int(self._lengths[rows].max())
+            cut.append(Slot(tuple(sequences), width))
+            owners.append(rank)
+        return cut, owners
+
     def steps(self, model: nn.Module) -> Iterator[Step]:
         while True:
             plan = self.plan(self._epoch)
             after = min(self._next + self._accumulate, len(plan))
-            slots = plan[self._next : after]
+            slots, ranks = self._shared(plan[self._next : after])
             step = self.make_step(model, slots)
+            made = [
+                batch if rank is None else replace(batch, rank=rank) for batch, rank in zip(step.micro_batches, ranks)
+            ]
             rows = [row for slot in slots for row in slot.rows]
             sources = {} if self._mixture is None else self._mixture.count(rows)
             last = after == len(plan)
             self._epoch, self._next = (self._epoch + 1, 0) if last else (self._epoch, after)
-            yield replace(step, ends_epoch=last, sources=sources)
+            yield replace(step, micro_batches=made, ends_epoch=last, sources=sources)
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         if epoch not in self._sizes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Completion, Conversation, Example, Message, Prompt, tools_of
 from mlxft.data.sources import report_lines
+from mlxft.distributed import current
 from mlxft.errors import ConfigError, DataError, ModelError, TrainingError
 from mlxft.files import write_beside, write_text
 from mlxft.model.adapters import base_noted, read_adapter_config
@@ -749,22 +751,24 @@ class Distill(RolloutObjective[DistillSettings]):
         }
         if not any(rollout.finished) and self.rollouts.stop_at_eos:
             event["warning"] = CUT_OFF
-        if self.settings.align == "text" and self._rolled and not self._compared:
+        if self.settings.align == "text" and self._rolled and not sum(current().gather(self._compared)):
             event["warning"] = f"of the last rollout {_NOTHING}{self._unwritten}"
         self._compared, self._rolled = 0, True
         return rollout, event
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
-        data = self.batch(rollout, rows, self.prompts)
+        a, finish = self.batch(rollout, rows, self.prompts)
         tokens = int(rollout.lengths(self.prompts)[list(rows)].sum())
         where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
-        return [MicroBatch(data, tokens, int(data.labels.size), where)]
+        return [MicroBatch(a, tokens, int(a.labels.size), where, finish=finish)]
 
-    def batch(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[TaughtPrompt]) -> DistillBatch:
-        """Return some completions with what the teacher says of them."""
+    def batch(
+        self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[TaughtPrompt]
+    ) -> tuple[DistillBatch, Callable[[DistillBatch], DistillBatch]]:
+        """Return some completions, and what adds to them what the teacher says."""
         a = rollout.stacked(rows, prompts)
-        said = self._read_teacher(rollout, rows, prompts)
-        return DistillBatch(ids=a.ids, last=a.last, positions=a.positions, labels=a.labels, **said)
+        batch = DistillBatch(ids=a.ids, last=a.last, positions=a.positions, labels=a.labels)
+        return batch, lambda data: replace(data, **self._read_teacher(rollout, rows, prompts))
 
     def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
         return {"divergence": float(rollout.sizes[list(rows)].sum())}
@@ -836,18 +840,20 @@ class Distill(RolloutObjective[DistillSettings]):
         every = list(range(len(self.valid)))
         rollout = self.mixed(self.valid, every, 1, 0, self.seed_of(0, valid=True))
         lengths = rollout.lengths(self.valid)
-        total, before = np.zeros(2), self._compared
+        total, before, ranks = np.zeros(2), self._compared, current()
         with probing(model):
-            batches = ((0, self.batch(rollout, rows, self.valid)) for rows in self.micro_batches(every, lengths))
+            own = [rows for rows, rank in self.pieces(every, lengths) if rank == ranks.rank]
+            batches = ((0, finish(data)) for data, finish in (self.batch(rollout, rows, self.valid) for rows in own))
             read: Callable[[DistillBatch], mx.array] = lambda data: as_trained(  # noqa: E731
                 lambda: self.divergences(data, False, True)
             )
             for _, values in ahead(batches, read):
                 total += np.array(values, dtype=np.float64).sum(axis=0)
         compared, self._compared = self._compared - before, before
-        if self.settings.align == "text" and not compared:
+        *sums, stretches = map(math.fsum, zip(*ranks.gather([*total.tolist(), compared])))
+        if self.settings.align == "text" and not stretches:
             raise TrainingError(f"in validation {_NOTHING}{self._unwritten}")
-        loss, agreement = (total / rollout.sizes.sum()).tolist()
+        loss, agreement = (total / float(rollout.sizes.sum()) for total in sums)
         found: dict[str, Any] = {"loss": loss, "response_tokens": float(rollout.sizes.mean())}
         if self.settings.align == "ids":
             found["agreement"] = agreement

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -36,6 +36,7 @@ from mlxft.data.chat import (
 )
 from mlxft.data.dataset import Ids, context_ids, prompt_text
 from mlxft.data.formats import Message, message_at, tools_of
+from mlxft.distributed import Part
 from mlxft.errors import ConfigError, DataError, EpisodeError, half_character, shorten
 from mlxft.model.sampling import Sampled, Sampling, TurnStart, sample_turns
 from mlxft.objectives.rewards import Rewards, Scores, ToScore, as_number
@@ -354,6 +355,17 @@ class Episode:
     text: str = ""
     opening: str = ""
 
+    def told(self) -> dict[str, Any]:
+        """Return what other ranks need to know of it, as JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompt", "environment")}
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], prompt: EncodedPrompt) -> Episode:
+        """Return an episode of another rank, by what it `told`."""
+        return cls(
+            prompt, None, **{**told, "rewards": [tuple(pair) for pair in told["rewards"]], "last": (*told["last"],)}
+        )
+
     def add(self, ids: Sequence[int], own: bool) -> None:
         """Add ids, of the policy or not."""
         self.ids += ids
@@ -461,6 +473,7 @@ class Episodes:
         most: int,
         seed: int,
         rows: int | None = None,
+        part: Part | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[Episode]:
         """Sample an episode for each prompt.
@@ -469,6 +482,7 @@ class Episodes:
             sampling: of a turn.
             most: tokens of prompt and episode together.
             rows: most episodes decoded at one time.
+            part: the stretch of all prompts that these are, on whose numbers all randomness depends.
             on_done: called with the number of episodes finished since its last call.
         Raises:
             DataError: the chat template cannot write an observation.
@@ -476,8 +490,8 @@ class Episodes:
         """
         with _Calls(self.settings.seconds, self._note_hung) as calls:
             playing = _Playing(self, sampling, most, calls, on_done or (lambda n: None))
-            starts = playing.begin(prompts, seed)
-            sample_turns(model, self.tokenizer, starts, sampling, playing.reply, seed=seed, rows=rows)
+            starts = playing.begin(prompts, seed, part.start if part is not None else 0)
+            sample_turns(model, self.tokenizer, starts, sampling, playing.reply, seed=seed, rows=rows, part=part)
         return playing.episodes
 
     def _note_hung(self) -> None:
@@ -578,14 +592,14 @@ class _Playing:
     on_done: Callable[[int], None]
     episodes: list[Episode] = field(default_factory=list)
 
-    def begin(self, prompts: Sequence[EncodedPrompt], seed: int) -> list[TurnStart]:
+    def begin(self, prompts: Sequence[EncodedPrompt], seed: int, number_of_first: int) -> list[TurnStart]:
         """Make and reset an environment for each prompt, and return what stands before each first turn."""
         owner = self.owner
         self.episodes = [Episode(prompt, None, len(prompt.ids), messages=_asked(prompt)) for prompt in prompts]
 
         def reset(number: int, episode: Episode) -> Any:
             episode.environment = owner.make()
-            own = int(np.random.default_rng([seed, number]).integers(1 << 32))
+            own = int(np.random.default_rng([seed, number_of_first + number]).integers(1 << 32))
             return episode.environment.reset(dict(episode.prompt.row), own)
 
         found = self.calls.all([partial(reset, number, episode) for number, episode in enumerate(self.episodes)])

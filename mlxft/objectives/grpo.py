@@ -21,7 +21,16 @@ from mlxft.model.memory import Beside, Outline, ShapeSplit
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.functional import Floats, equal_groups, group_relative, leave_one_out
-from mlxft.objectives.rollouts import Drawn, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, resample, sections
+from mlxft.objectives.rollouts import (
+    Drawn,
+    OnPolicy,
+    OnPolicySettings,
+    Piece,
+    Rollout,
+    RolloutBatch,
+    resample,
+    sections,
+)
 
 _M = TypeVar("_M", bound=OnPolicySettings)
 
@@ -33,7 +42,7 @@ class CriticFree(OnPolicy[_M], Generic[_M]):
         """Return (B,) advantages, and numbers to report."""
         raise AssertionError(f"{type(self).__name__} has no advantages")
 
-    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Piece]) -> dict[str, float]:
         advantages, event = self.compute_advantages(rollout)
         rollout.tokens["advantages"] = [np.full(n, a, np.float32) for n, a in zip(rollout.sizes, advantages)]
         return {"advantage_mean": float(advantages.mean()), "advantage_std": float(advantages.std()), **event}
@@ -257,13 +266,14 @@ class GRPO(CriticFree[GRPOSettings]):
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
         (batch,) = super().make(rollout, rows)
-        if not self.exact:
-            return [batch]
+        return [replace(batch, finish=self._with_reference) if self.exact else batch]
+
+    def _with_reference(self, data: RolloutBatch) -> RolloutBatch:
         assert self.reference is not None
         with self.reference.reading() as split:
-            hidden = as_trained(lambda: rows_hidden(split, batch.data.ids, batch.data.positions))
+            hidden = as_trained(lambda: rows_hidden(split, data.ids, data.positions))
         mx.async_eval(hidden)  # before the policy's pass, whose activations must not stand beside the reference's
-        return [replace(batch, data=replace(batch.data, ref_hidden=hidden))]
+        return replace(data, ref_hidden=hidden)
 
     @classmethod
     def outline(cls, config: Config) -> Outline:

@@ -21,7 +21,7 @@ from mlxft.model.memory import Outline
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
 from mlxft.objectives.pairs import halves, implicit_rewards
-from mlxft.objectives.rollouts import FAR, OnPolicy, OnPolicySettings, Rollout, RolloutBatch, sections
+from mlxft.objectives.rollouts import FAR, OnPolicy, OnPolicySettings, Piece, Rollout, RolloutBatch, sections
 
 
 class OnlineDPOSettings(OnPolicySettings):
@@ -89,7 +89,7 @@ class OnlineDPO(OnPolicy[OnlineDPOSettings]):
             "the last checkpoint is kept"
         )
 
-    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Piece]) -> dict[str, float]:
         kept = rollout.scores[self.kept(rollout)]
         trained, every = len(kept) // 2, len(self.pairs(rollout))
         gap = float((kept[::2] - kept[1::2]).mean()) if trained else 0.0

@@ -26,7 +26,7 @@ from mlxft.model.prefix import Completions
 from mlxft.model.roles import Roles
 from mlxft.objectives import functional as F
 from mlxft.objectives.base import MicroBatch, Terms
-from mlxft.objectives.rollouts import OnPolicy, OnPolicySettings, Rollout, RolloutBatch, sections
+from mlxft.objectives.rollouts import OnPolicy, OnPolicySettings, Piece, Rollout, RolloutBatch, sections
 
 # --- critic -----------------------------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class PPO(OnPolicy[PPOSettings]):
         """Return (N,) values by the current separate critic."""
         return self.critic.values(self.split, self.roles, a.ids, a.positions)
 
-    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Piece]) -> dict[str, float]:
         s = self.settings
         if s.critic == "separate":
             with probing(self.split.model):

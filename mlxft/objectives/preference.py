@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from mlxft.data.dataset import (
     encode_pairs,
     length,
 )
+from mlxft.distributed import current
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModels, FrozenSource, Reference
@@ -133,7 +135,7 @@ class KTOBatch(Completions):
     good: mx.array
     weights: mx.array
     point: mx.array
-    reference: mx.array
+    reference: mx.array | None = None
 
 
 class Preference(CompletionObjective[_Row]):
@@ -193,15 +195,21 @@ class Preference(CompletionObjective[_Row]):
         """Return all completions whose log-probabilities by the reference are read."""
         return [completion for row in (self.valid if valid else self.rows) for completion in completions_of(row)]
 
-    def _refer(self, rows: Completions, valid: bool, places: Sequence[int]) -> mx.array:
+    def _asked(self, rows: Completions, valid: bool, places: Sequence[int]) -> mx.array:
+        """Return the reference's log-probabilities of completions, which have these places among all."""
         assert self.reference is not None
         return self.reference.logprobs(rows, int(valid), places)
+
+    def _refer(self, valid: bool, places: Sequence[int], data: Any) -> Any:
+        """Return a batch with the reference's log-probabilities."""
+        return replace(data, reference=self._asked(data, valid, places))
 
     def largest(self, model: nn.Module) -> list[MakesStep]:
         def unasked(make: MakesStep) -> Step:
             # Zeros stand for numbers of the reference that are not precomputed yet.
             with nullcontext() if self.reference is None else self.reference.unasked():
-                return make()
+                step = make()
+                return replace(step, micro_batches=[batch.finished() for batch in step.micro_batches])
 
         return [partial(unasked, make) for make in super().largest(model)]
 
@@ -226,14 +234,14 @@ class _Pairs(Preference[EncodedPair]):
     def make(
         self, model: nn.Module, rows: Sequence[int], width: int, point: mx.array | None, valid: bool
     ) -> MicroBatch:
+        if self.reference is not None:
+            self.reference.settle()
         pairs = self.chosen_rows(rows, valid)
         stacked = stack_pairs(pairs, width, self.sharing(model))
-        reference = None
-        if self.reference is not None:  # its numbers belong in the batch, computed before the step
-            reference = self._refer(stacked, valid, [2 * i for i in rows] + [2 * i + 1 for i in rows])
         weights = mx.array([pair.weight for pair in pairs])
-        data = PairBatch(**vars(stacked), weights=weights, reference=reference)
-        return micro_batch(data, pairs, len(data.labels))
+        made = micro_batch(PairBatch(**vars(stacked), weights=weights), pairs, len(stacked.labels))
+        places = [2 * i for i in rows] + [2 * i + 1 for i in rows]
+        return made if self.reference is None else replace(made, finish=partial(self._refer, valid, places))
 
     def loss(self, model: nn.Module, data: PairBatch) -> Terms:
         s = self.settings
@@ -319,15 +327,22 @@ class _Single(Preference[EncodedLabelled]):
 
     def reference_point(self, model: nn.Module, slots: Sequence[Slot], valid: bool) -> mx.array:
         """Return the current policy's mean log-ratio of other prompts' completions (Ethayarajh et al. 2024)."""
+        assert self.reference is not None
+        self.reference.settle()
         every = len(self.valid if valid else self.rows)
         rows = [i for slot in slots for i in slot.rows if self._partners[valid][i] != i]
+        ranks = current()
         total = mx.array(0.0)
         with probing(model):
-            for places, batch in _stacked([self._mismatched(i, valid) for i in rows], self.most):
-                ref = self._refer(batch, valid, [every + rows[i] for i in places])
+            batches = list(_stacked([self._mismatched(i, valid) for i in rows], self.most))
+            owners = ranks.owners([batch.ids.size for _, batch in batches])
+            for places, batch in [b for b, owner in zip(batches, owners) if owner == ranks.rank]:
+                ref = self._asked(batch, valid, [every + rows[i] for i in places])
                 now = as_trained(partial(self.sharing(model).logprobs, batch, grad=False))
                 total = total + (now - ref).sum()
                 mx.async_eval(total)  # one batch's activations at a time; the number stays on the device
+        if ranks.size > 1:
+            total = mx.array(math.fsum(ranks.gather(float(total))))
         return mx.maximum(total / max(1, len(rows)), 0.0)
 
     def make(
@@ -341,12 +356,13 @@ class _Single(Preference[EncodedLabelled]):
             good=mx.array([float(row.label) for row in labelled]),
             weights=mx.array([row.weight for row in labelled]),
             point=point,
-            reference=self._refer(stacked, valid, list(rows)),
         )
-        return micro_batch(data, labelled, len(data.labels))
+        made = micro_batch(data, labelled, len(data.labels))
+        return replace(made, finish=partial(self._refer, valid, list(rows)))
 
     def loss(self, model: nn.Module, data: KTOBatch) -> Terms:
         s = self.settings
+        assert data.reference is not None
         count = data.lengths.size
         tokens = self.sharing(model).logprobs(data, grad=model.training)
         ratios = row_sums(tokens - data.reference, data.owners, count)

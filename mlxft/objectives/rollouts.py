@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
@@ -36,6 +36,7 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
+from mlxft.distributed import Part, current
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenModels, FrozenSource, is_bare
@@ -332,6 +333,10 @@ def room_for_prompts(config: Config, tokenizer: Any) -> Room:
 _Floats = npt.NDArray[np.float32]
 
 
+_EACH = ("prompts", "replies", "finished", "own", "begins", "turn_rewards", "episodes")  # lists of a Rollout
+Piece = tuple[list[int], int]  # completions that are computed at once, and the rank that does
+
+
 @dataclass
 class Rollout:
     """B completions.
@@ -347,6 +352,7 @@ class Rollout:
         begins: of episodes, the tokens of each prompt that stand before the ids.
         turn_rewards: of episodes, for each completion's tokens the environment's reward: a turn's at its last token.
         episodes: the episodes while they are fresh; a checkpoint does not have them.
+        counts, seconds: the completions that each rank has sampled, in this order, and the time it took; while fresh.
     """
 
     number: int
@@ -359,6 +365,8 @@ class Rollout:
     begins: list[int] = field(default_factory=list)
     turn_rewards: list[_Floats] = field(default_factory=list)
     episodes: list[Episode] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.replies)
@@ -388,8 +396,36 @@ class Rollout:
 
     def put(self, to: slice, more: Rollout, of: slice) -> None:
         """Put completions of another rollout, not scored yet, in the places of some of this one's."""
-        for name in ("prompts", "replies", "finished", "own", "begins", "turn_rewards", "episodes"):
+        for name in _EACH:
             getattr(self, name)[to] = getattr(more, name)[of]
+
+    def sampled_by(self, rank: int) -> Rollout:
+        """Return the completions, not scored yet, that a rank has sampled."""
+        start = sum(self.counts[:rank])
+        return replace(self, **{name: getattr(self, name)[start : start + self.counts[rank]] for name in _EACH})
+
+    @classmethod
+    def gathered(cls, mine: Rollout, seconds: float, prompts: Sequence[EncodedPrompt]) -> Rollout:
+        """Return the completions that all ranks have sampled, not scored yet, in the order of the ranks."""
+        ranks = current()
+        if ranks.size == 1:
+            return mine
+        arrays = {name: np.array(value) for name, value in mine.arrays().items()} if len(mine) else {}
+        parts = ranks.gather_arrays({**arrays, "seconds": np.array([seconds])})
+        told = ranks.gather([episode.told() for episode in mine.episodes])
+        found = cls(mine.number, [], [], [], seconds=[float(part.pop("seconds")[0]) for part in parts])
+        for rank, (part, episodes) in enumerate(zip(parts, told)):
+            one = (
+                cls.of({name: mx.array(value) for name, value in part.items()})
+                if part
+                else cls(mine.number, [], [], [])
+            )
+            own = rank == ranks.rank
+            one.episodes = mine.episodes if own else [Episode.of(e, prompts[i]) for i, e in zip(one.prompts, episodes)]
+            found.counts.append(len(one))
+            for name in _EACH:
+                getattr(found, name).extend(getattr(one, name))
+        return found
 
     def grid(self, name: str) -> mx.array:
         """Return the tokens' numbers as (B, T) float32, padded on the right with 0."""
@@ -587,7 +623,7 @@ class HeldOut:
         seed = o.seed_of(0, valid=True)
         rollout = o.sample(o.valid, every, 1, 0, seed)
         scores = o.score(rollout, o.valid)
-        entropy = o.record_logprobs(rollout, o.valid, o.micro_batches(every, rollout.lengths(o.valid)))
+        entropy = o.record_logprobs(rollout, o.valid, o.pieces(every, rollout.lengths(o.valid)))
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
             # What is optimised, lower is better: it decides which weights are kept.
@@ -758,15 +794,28 @@ class RolloutObjective(Objective, Generic[_P]):
         tokens = None if most else self.config.batch.budget
         return micro_batches(rows, lengths, tokens=tokens, most=most, together=self.together)
 
-    def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
+    def pieces(self, rows: Sequence[int], lengths: Any) -> list[Piece]:
+        """Return the completions of each micro-batch, cut for the ranks."""
+        return self._shared(self.micro_batches(rows, lengths), lengths)
+
+    def _shared(self, batches: Sequence[list[int]], lengths: Any) -> list[Piece]:
+        ranks, size = current(), self.together
+        if self.config.tune.router_aux is not None:  # what is balanced together stays together
+            return list(zip(batches, ranks.owners([len(rows) * int(max(lengths[rows])) for rows in batches])))
+        units = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in batches]
+        shared = ranks.share(units, [int(max(lengths[rows])) for rows in batches])
+        return [(list(chain(*piece)), rank) for piece, rank in shared]
+
+    def _steps(self, rollout: Rollout, lengths: Any) -> list[list[Piece]]:
         """Return the micro-batches of each step; none where nothing of the rollout is trained on."""
-        found: list[list[list[int]]] = []
+        found: list[list[Piece]] = []
         kept, accumulate, size = self.kept(rollout), self.config.batch.accumulate, self.together
         for epoch in range(self.settings.epochs if kept else 0):
             drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
             parts = minibatches(len(kept) // size, self.settings.minibatches, **drawn)
             cut = [self.micro_batches([i for u in part for i in kept[u * size :][:size]], lengths) for part in parts]
-            found += [list(chain(*cut[i : i + accumulate])) for i in range(0, len(cut), accumulate)]
+            every = [list(chain(*cut[i : i + accumulate])) for i in range(0, len(cut), accumulate)]
+            found += [self._shared(batches, lengths) for batches in every]
         return found
 
     def kept(self, rollout: Rollout) -> list[int]:
@@ -786,12 +835,29 @@ class RolloutObjective(Objective, Generic[_P]):
     def sample(
         self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
     ) -> Rollout:
-        """Sample completions of some prompts with the active role."""
+        """Sample completions of some prompts with the active role; each rank samples some, and all get all of them."""
+        part = current().part(len(chosen))
+        began = time.perf_counter()
+        mine = Rollout(number, [], [], [])
+        if part.stop > part.start:
+            mine = self.sample_part(prompts, chosen, samples, number, seed, part)
+        return Rollout.gathered(mine, time.perf_counter() - began, prompts)
+
+    def sample_part(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        chosen: list[int],
+        samples: int,
+        number: int,
+        seed: int,
+        part: Part,
+    ) -> Rollout:
+        """Sample completions of this rank's part of the chosen prompts: the same as if it sampled all of them."""
         assert self._model is not None
+        chosen = chosen[part.here]
         asked = [prompts[i].ids.tolist() for i in chosen]
-        found = sample_batch(
-            self._model, self.tokenizer, asked, self.sampling, samples=samples, seed=seed, rows=self.rollouts.rows
-        )
+        how: dict[str, Any] = {"samples": samples, "seed": seed, "rows": self.rollouts.rows, "part": part}
+        found = sample_batch(self._model, self.tokenizer, asked, self.sampling, **how)
         completions = [completion for of_one in found for completion in of_one]
         return Rollout(
             number,
@@ -845,8 +911,8 @@ class RolloutObjective(Objective, Generic[_P]):
                     self._number, self._step, self._rollout = self._number + 1, 0, None
                     owed = owed or last_of_epoch
                     break
-                micro_batches = [m for rows in steps[at] for m in self.make(rollout, rows)]
-                per = self.per(rollout, [i for rows in steps[at] for i in rows])
+                micro_batches = [replace(m, rank=rank) for rows, rank in steps[at] for m in self.make(rollout, rows)]
+                per = self.per(rollout, [i for rows, _ in steps[at] for i in rows])
                 final = at + 1 == len(steps)
                 self._step = at + 1
                 if final:
@@ -1070,14 +1136,21 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
 
     # Rollouts
 
-    def sample(
-        self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
+    def sample_part(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        chosen: list[int],
+        samples: int,
+        number: int,
+        seed: int,
+        part: Part,
     ) -> Rollout:
         if self.episodes is None:
-            return super().sample(prompts, chosen, samples, number, seed)
+            return super().sample_part(prompts, chosen, samples, number, seed, part)
         assert self._model is not None
-        each = [i for i in chosen for _ in range(samples)]
-        how: dict[str, Any] = {"most": self.most, "seed": seed, "rows": self.rollouts.rows}
+        each = [i for i in chosen[part.here] for _ in range(samples)]
+        whole = Part(*(samples * n for n in part))
+        how: dict[str, Any] = {"most": self.most, "seed": seed, "rows": self.rollouts.rows, "part": whole}
         played = self.episodes.play(self._model, [prompts[i] for i in each], self.sampling, **how)
         return Rollout(
             number,
@@ -1091,6 +1164,18 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         )
 
     def score(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
+        """Return the rewards of the completions; each rank scores those that it has sampled."""
+        ranks = current()
+        if ranks.size == 1:
+            return self.score_part(rollout, prompts)
+        mine = rollout.sampled_by(ranks.rank)
+        scores = self.score_part(mine, prompts) if len(mine) else Scores(np.zeros(0, np.float32), {})
+        parts = ranks.gather_arrays({"": scores.total, **scores.components})
+        names = [name for part in parts for name in part if name]
+        found = {name: np.concatenate([part[name] for part in parts if name in part]) for name in dict.fromkeys(names)}
+        return Scores(np.concatenate([part[""] for part in parts]), found)
+
+    def score_part(self, rollout: Rollout, prompts: Sequence[EncodedPrompt]) -> Scores:
         """Return the rewards of the completions: of episodes those of their last turns, and their environments'."""
         if self.episodes is not None:
             return self.episodes.score(rollout.episodes, self.rewards, tokens=self.config.batch.budget)
@@ -1101,9 +1186,7 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
             items.append(ToScore(p.ids, reply, p.text, text, p.row, finished, p.where, p.asked, opening))
         return self.rewards.score(items, tokens=self.config.batch.budget)
 
-    def record_logprobs(
-        self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Sequence[int]]
-    ) -> float:
+    def record_logprobs(self, rollout: Rollout, prompts: Sequence[EncodedPrompt], micro: Sequence[Piece]) -> float:
         """Record log-probabilities by the policy, and by the reference if it is read; return the mean entropy.
 
         Args:
@@ -1128,19 +1211,30 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         self,
         rollout: Rollout,
         prompts: Sequence[EncodedPrompt],
-        micro: Sequence[Sequence[int]],
+        micro: Sequence[Piece],
         read: Callable[[Completions], dict[str, mx.array]],
     ) -> None:
-        """Record what `read` returns for each batch of completions: name -> (N,) for their tokens."""
-        batches = ((rows, rollout.stacked(rows, prompts)) for rows in micro)
+        """Record what `read` returns for each batch of completions: name -> (N,) for their tokens.
+
+        Each rank reads the batches that are its own, and all get the numbers of all of them.
+        """
+        ranks = current()
+        batches = ((rows, rollout.stacked(rows, prompts)) for rows, rank in micro if rank == ranks.rank)
+        order, parts = list[int](), dict[str, list[_Floats]]()
         for rows, found in ahead(batches, lambda stacked: as_trained(lambda: read(stacked))):
-            ends = np.cumsum(rollout.sizes[list(rows)])[:-1]
+            order += rows
             for name, values in found.items():
+                parts.setdefault(name, []).append(np.array(values))
+        mine = {name: np.concatenate(values) for name, values in parts.items()}
+        for theirs in ranks.gather_arrays({"rows": np.array(order, np.int64), **mine}):
+            every = theirs.pop("rows").tolist()
+            ends = np.cumsum(rollout.sizes[every])[:-1]
+            for name, numbers in theirs.items():
                 kept = rollout.tokens.setdefault(name, [np.zeros(0, np.float32)] * len(rollout))
-                for i, part in zip(rows, np.split(np.array(values), ends)):
+                for i, part in zip(every, np.split(numbers, ends)):
                     kept[i] = part
 
-    def set_advantages(self, rollout: Rollout, micro: Sequence[Sequence[int]]) -> dict[str, float]:
+    def set_advantages(self, rollout: Rollout, micro: Sequence[Piece]) -> dict[str, float]:
         """Set what the loss reads of each token (`advantages`), from scores and log-probabilities.
 
         Returns:
@@ -1158,7 +1252,8 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         rollout = self.sample(self.prompts, chosen, self.rollouts.samples, number, seed)
         seconds = time.perf_counter() - began
         scores = self.score(rollout, self.prompts)
-        return Drawn(rollout, scores, int(rollout.sizes.sum()), seconds, episode_numbers(rollout))
+        each = {f"sampling_s/rank{rank}": taken for rank, taken in enumerate(rollout.seconds)}
+        return Drawn(rollout, scores, int(rollout.sizes.sum()), seconds, {**episode_numbers(rollout), **each})
 
     def roll(self, model: nn.Module) -> tuple[Rollout, dict[str, Any]]:
         """Make the next rollout, ready to be trained on, and its event."""
@@ -1169,9 +1264,9 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         rollout, scores = drawn.rollout, drawn.scores
         rollout.scores = scores.total
         lengths = rollout.lengths(self.prompts)
-        first = [rows for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for rows in step]
-        if rest := sorted({*range(len(rollout))}.difference(*first)):
-            first += self.micro_batches(rest, lengths)
+        first = [piece for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for piece in step]
+        if rest := sorted({*range(len(rollout))}.difference(*(rows for rows, _ in first))):
+            first += self.pieces(rest, lengths)
         entropy = self.record_logprobs(rollout, self.prompts, first)
         kl = self.kl_of(rollout)
         event: dict[str, Any] = {

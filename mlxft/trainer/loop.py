@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.config import Config
+from mlxft.distributed import Ranks, current
 from mlxft.errors import ModelError, TrainingError
 from mlxft.model.cpu import as_trained, quicker
 from mlxft.model.layers import probing, random_state, watching
@@ -163,7 +165,7 @@ class Gradients:
         grads: dict[str, mx.array] = {}
         total, sums = mx.array(0.0), Terms({}, {})
         for k, batch in enumerate(batches):
-            part, terms, more = self(batch, per)
+            part, terms, more = self(batch.finished(), per)
             total, sums = (total + part, sums.plus(terms)) if k else (part, terms)
             # In float32, because bfloat16 has 8 bits: a sum stops growing at 256 times what is added to it.
             grads |= {n: grads[n].astype(mx.float32) + g if n in grads else g for n, g in more.items()}
@@ -205,21 +207,53 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
 
     Dropout is off, and the random state is restored.
     """
-    sums, per = Terms({}, {}), dict[str, float]()
+    sums, per, ranks, seen = Terms({}, {}), dict[str, float](), current(), 0
     with probing(model):
         own = objective.evaluate(model)
         if own is not None:
             return own
         for step in objective.valid_steps(model):
             for batch in step.micro_batches:
-                sums = sums.plus(as_trained(partial(objective.loss, model, batch.data)))
+                seen += 1
+                if seen % ranks.size != ranks.rank:
+                    continue
+                sums = sums.plus(as_trained(partial(objective.loss, model, batch.finished().data)))
                 mx.eval(sums)  # one micro-batch's activations at a time
             per = {name: per.get(name, 0.0) + count for name, count in step.per.items()}
-    if not sums.losses:
+    if not seen:
         return {}
+    sums = over_ranks(ranks, sums)
     first = next(iter(per.values()))
     loss = sum(float(value) / per[name] for name, value in sums.losses.items())
     return objective.validated({"loss": loss} | {k: float(v) / per.get(k, first) for k, v in sums.metrics.items()})
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+# What is added up over the processes that train together.
+
+
+def over_ranks(ranks: Ranks, sums: Terms) -> Terms:
+    """Return the sums of all ranks, the same bits on each; a name that a rank lacks counts as 0 there."""
+    return sums if ranks.size == 1 else _joined(ranks.gather(_floats(sums)))
+
+
+def _floats(sums: Terms) -> list[dict[str, float]]:
+    mx.eval(sums)
+    return [{name: float(value) for name, value in part.items()} for part in sums]
+
+
+def _joined(every: Sequence[Sequence[dict[str, float]]]) -> Terms:
+    """Add up the sums of all ranks."""
+
+    def joined(parts: list[dict[str, float]]) -> dict[str, mx.array]:
+        names = dict.fromkeys(name for part in parts for name in part)
+        found = {name: [part[name] for part in parts if name in part] for name in names}
+        return {k: mx.array(max(v) if k.endswith(MAX) else math.fsum(v)) for k, v in found.items()}
+
+    return Terms(joined([losses for losses, _ in every]), joined([metrics for _, metrics in every]))
+
+
+WEIGHED = range(2, 10)  # the steps that are timed for distributed.weights: auto; the first ones make caches and kernels
 
 
 # --- loop -------------------------------------------------------------------------------------------------------------
@@ -248,6 +282,7 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)
     about: dict[str, float] = field(default_factory=dict)  # the latest event's numbers, repeated in each report
     stopped_early: bool = False
+    weights: list[float] | None = None  # of the ranks, once they are measured
     shapes_seen: list[str] = field(default_factory=list)  # of micro-batches, seen once
     shapes_compiled: list[str] = field(default_factory=list)
 
@@ -317,7 +352,13 @@ class Loop:
     steps: Iterator[Step] | None = None
 
     def __post_init__(self) -> None:
+        self.ranks = current()
         self.gradients = Gradients(self.model, self.objective, self.config.tune.router_aux, self.progress)
+        self._signals: list[int] = []
+        self._stop = False  # whether any rank has seen a signal, as of the last step
+        self._speeds: list[list[tuple[int, float]]] = []  # of timed steps, each rank's tokens and seconds
+        if self.ranks.size > 1 and self.progress.weights is not None:
+            self.ranks.weights = self.progress.weights
         self._pending: list[_Made] = []
         self._started = time.perf_counter() - self.progress.elapsed_s
         self._reported = time.perf_counter()
@@ -330,7 +371,7 @@ class Loop:
         """
         p, settings = self.progress, self.config.run
         self.model.train()
-        with _watched_signals() as signals, quicker(self.model):
+        with _watched_signals() as self._signals, quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
             steps = self.objective.steps(self.model) if self.steps is None else self.steps
@@ -353,7 +394,7 @@ class Loop:
                 due = p.step % settings.eval_every == 0 if settings.eval_every else ends_epoch
                 if due or last:
                     self._evaluate()
-                stop = bool(signals)
+                stop = bool(self._signals) if self.ranks.size == 1 else self._stop
                 if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
                     self._save()
                 if stop:
@@ -380,7 +421,10 @@ class Loop:
         # Divide by the whole step's items: micro-batches differ in them, and a mean of means would count a short
         # row's tokens more than a long one's.
         per = step.per if self.config.tune.router_aux is None else step.per | {AUX: float(trained)}
-        total, sums, grads = self.gradients.summed(batches, per)
+        if self.ranks.size == 1:
+            total, sums, grads = self.gradients.summed(batches, per)
+        else:
+            total, sums, grads = self._summed_over_ranks(batches, per)
         first = next(iter(per.values()))
         lr = self.rate()
         norms = self.optimizer.step(self.model, grads, mx.array(first), lr)
@@ -390,6 +434,45 @@ class Loop:
         rows = tuple(row for batch in batches for row in batch.rows)
         tokens = sum(b.tokens for b in batches)
         return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows, step.sources)
+
+    def _summed_over_ranks(self, batches: Sequence[MicroBatch], per: dict[str, float]) -> LossAndGradients:
+        """Sum over the micro-batches of all ranks, of which this one computes its own."""
+        ranks, trainable = self.ranks, dict(tree_flatten(self.model.trainable_parameters()))
+        free = [i for i, batch in enumerate(batches) if batch.rank is None]
+        owners = dict(zip(free, ranks.owners([batches[i].tokens for i in free])))
+        own = [batch for i, batch in enumerate(batches) if owners.get(i, batch.rank) == ranks.rank]
+        # Each rank draws its own noise, which a resumed run draws again.
+        drawn = np.random.default_rng([self.config.run.seed, 7, self.progress.step, ranks.rank])
+        mx.random.seed(int(drawn.integers(1 << 32)))
+        began = time.perf_counter()
+        total, sums, grads = self.gradients.summed(own, per)
+        mx.eval(total, sums, grads)
+        mine = [
+            float(total),
+            _floats(sums),
+            bool(self._signals),
+            sum(b.tokens for b in own),
+            time.perf_counter() - began,
+        ]
+        totals, parts, stops, tokens, seconds = zip(*ranks.gather(mine))
+        self._stop = any(stops)
+        self._weigh(tokens, seconds)
+        names = [n for n in sorted(trainable) if any(b.trains is None or b.trains(n) for b in batches)]
+        held = {n: grads[n] if n in grads else mx.zeros(trainable[n].shape) for n in names}
+        return mx.array(math.fsum(totals)), _joined(parts), ranks.sum(held)
+
+    def _weigh(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+        """Give each rank work by its measured speed from now on, once enough steps are timed."""
+        if self.config.distributed.weights != "auto" or self.progress.weights is not None:
+            return
+        if self.progress.step in WEIGHED:
+            self._speeds.append(list(zip(tokens, seconds)))
+        if self.progress.step < WEIGHED[-1] or not self._speeds:
+            return
+        each = [(sum(n for n, _ in column), sum(s for _, s in column)) for column in zip(*self._speeds)]
+        if all(n and s for n, s in each):
+            speeds = [n / s for n, s in each]
+            self.progress.weights = self.ranks.weights = [speed / sum(speeds) for speed in speeds]
 
     def rate(self) -> float:
         """Return the next step's learning rate."""
@@ -452,8 +535,22 @@ class Loop:
         }
         if p.skipped_batches:
             event["skipped_batches"] = p.skipped_batches
+        if self.ranks.size > 1:
+            event |= self._by_rank(seconds)
         p.window = {}
         self.hooks.event(event)
+
+    def _by_rank(self, seconds: float) -> dict[str, float]:
+        """Return what a report says of each rank, since the one before: peak memory, and the time it waited."""
+        ranks = self.ranks
+        every = ranks.gather([mx.get_peak_memory() / 1e9, ranks.waited_s])
+        shared = ranks.summing_s / seconds
+        ranks.waited_s, ranks.summing_s = 0.0, 0.0
+        each = {f"peak_memory_gb/rank{i}": peak for i, (peak, _) in enumerate(every)}
+        each |= {f"wait_s/rank{i}": waited for i, (_, waited) in enumerate(every)}
+        if self.config.distributed.weights == "auto":
+            each |= {f"weight/rank{i}": weight for i, weight in enumerate(ranks.weights)}
+        return {**each, "peak_memory_gb": max(peak for peak, _ in every), "communication_share": shared}
 
     def _epochs(self) -> dict[str, float]:
         """Return the passes over the data so far, if the objective knows the steps of each."""
