@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.errors import ConfigError, MlxftError, TrainingError
+from mlxft.text import parse_json
 
 MESSAGE = 64 << 20  # most bytes of one message, and of the float32 copies that it needs
 _SMALL = 1 << 10  # bytes of the first message of `gather_bytes`, enough for the sums of a step
@@ -28,7 +29,7 @@ _STARTED = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _U = TypeVar("_U")
 
 
-class Part(NamedTuple):
+class Portion(NamedTuple):
     """The stretch of a list that one rank takes: from `start` up to `stop` of `whole` things."""
 
     start: int
@@ -75,11 +76,11 @@ class Ranks:
 
     # Who computes what
 
-    def part(self, count: int, rank: int | None = None) -> Part:
+    def part(self, count: int, rank: int | None = None) -> Portion:
         """Return the stretch of `count` things that a rank takes, this one by default, by the ranks' weights."""
         bounds = np.round(np.cumsum([0.0, *self.weights]) * count).astype(int)
         rank = self.rank if rank is None else rank
-        return Part(int(bounds[rank]), int(bounds[rank + 1]), count)
+        return Portion(int(bounds[rank]), int(bounds[rank + 1]), count)
 
     def share(self, groups: Sequence[Sequence[_U]], costs: Sequence[float]) -> list[tuple[list[_U], int]]:
         """Cut groups of units into pieces, so that the cost of each rank's pieces is as its weight.
@@ -151,7 +152,7 @@ class Ranks:
         """Return what each rank gives, as JSON; floats are exact."""
         if self.size == 1:
             return [value]
-        return [json.loads(found) for found in self.gather_bytes(json.dumps(value).encode())]
+        return [parse_json(found.decode()) for found in self.gather_bytes(json.dumps(value).encode())]
 
     def from_first(self, value: Any) -> Any:
         """Return what rank 0 gives, as JSON."""
@@ -223,7 +224,7 @@ def _messages(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 def _unpacked(data: bytes) -> dict[str, npt.NDArray[Any]]:
     at = 8 + int.from_bytes(data[:8], "little")
     found: dict[str, npt.NDArray[Any]] = {}
-    for name, (kind, shape) in json.loads(data[8:at]).items():
+    for name, (kind, shape) in parse_json(data[8:at].decode()).items():
         dtype, count = np.dtype(kind), int(np.prod(shape, dtype=np.int64))
         found[name] = np.frombuffer(data, dtype, count, at).reshape(shape).copy()
         at += count * dtype.itemsize

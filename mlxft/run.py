@@ -328,7 +328,7 @@ def _check_ranks(config: Config, ranks: Ranks, resume: bool) -> list[str]:
     if before == ranks.size:
         return []
     numbers = "the same rows and denominators, so its numbers differ by rounding only"
-    return [f"the run began on {before} ranks and goes on with {ranks.size}: {numbers}"]
+    return [f"the run began on {before} ranks and continues on {ranks.size}: {numbers}"]
 
 
 def _train_held(

@@ -29,7 +29,7 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from mlxft.data.chat import opening_after, until_stop
 from mlxft.data.dataset import encode_prompt
 from mlxft.data.formats import message_at
-from mlxft.distributed import Part
+from mlxft.distributed import Portion
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.cpu import exp
 from mlxft.model.folder import NO_NUMBERS
@@ -419,7 +419,7 @@ class Sampled(NamedTuple):
     finish: str  # "eos", "stop" or "length"
 
 
-def _keys(seed: int, part: Part, samples: int = 1) -> mx.array:
+def _keys(seed: int, part: Portion, samples: int = 1) -> mx.array:
     """Return the keys of a part's samples: those that they have among the samples of all prompts."""
     return mx.random.split(mx.random.key(seed), part.whole * samples)[part.start * samples : part.stop * samples]
 
@@ -433,7 +433,7 @@ def sample_batch(
     samples: int = 1,
     seed: int,
     rows: int | None = None,
-    part: Part | None = None,
+    part: Portion | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[list[Sampled]]:
     """Return `samples` completions of each prompt, in the order of the prompts.
@@ -455,7 +455,7 @@ def sample_batch(
 
     rows = ROWS_AT_ONCE if rows is None else rows
     _check(tokenizer, prompts, sampling, samples, rows)
-    keys = _keys(seed, part or Part(0, len(prompts), len(prompts)), samples)
+    keys = _keys(seed, part or Portion(0, len(prompts), len(prompts)), samples)
     found: list[list[Sampled]] = [[] for _ in prompts]
     with evaluating(model), wired_limit(model):
         alone = not takes_rows(model)
@@ -494,7 +494,7 @@ def sample_turns(
     *,
     seed: int,
     rows: int | None = None,
-    part: Part | None = None,
+    part: Portion | None = None,
 ) -> None:
     """Sample conversations side by side, a turn at a time; between turns only what is new goes through the model.
 
@@ -515,7 +515,7 @@ def sample_turns(
 
     rows = ROWS_AT_ONCE if rows is None else rows
     _check(tokenizer, [start.ids for start in starts], sampling, 1, rows)
-    every = _keys(seed, part or Part(0, len(starts), len(starts)))
+    every = _keys(seed, part or Portion(0, len(starts), len(starts)))
     with evaluating(model), wired_limit(model):
         together = pads(model, later=True)
         for going in _groups([start.ids for start in starts], rows if together else 1, True):

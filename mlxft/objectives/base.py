@@ -70,7 +70,7 @@ class MicroBatch:
             one without trained tokens is skipped.
         rows: where they come from, for messages.
         trains: which parameters get a gradient, by name; None: all that are trainable.
-        finish: adds to the data what frozen models say of it, eagerly, and returns it; None: nothing is missing.
+        finish: adds to the data what frozen models say of it, and returns it; None: nothing is missing.
         rank: the process that computes it; None: whichever has least to do.
     """
 
@@ -82,8 +82,12 @@ class MicroBatch:
     finish: Callable[[Any], Any] | None = None
     rank: int | None = None
 
+    def with_finish(self, finish: Callable[[Any], Any]) -> MicroBatch:
+        """Return it with what frozen models say of it; with several ranks only the one that computes it asks them."""
+        return replace(self, data=finish(self.data)) if current().size == 1 else replace(self, finish=finish)
+
     def finished(self) -> MicroBatch:
-        """Return it with all its data. Only the rank that computes it asks frozen models."""
+        """Return it with all its data."""
         return self if self.finish is None else replace(self, data=self.finish(self.data), finish=None)
 
 

@@ -757,18 +757,20 @@ class Distill(RolloutObjective[DistillSettings]):
         return rollout, event
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
-        a, finish = self.batch(rollout, rows, self.prompts)
+        a = self._stacked(rollout, rows, self.prompts)
         tokens = int(rollout.lengths(self.prompts)[list(rows)].sum())
         where = tuple(dict.fromkeys(self.prompts[rollout.prompts[i]].where for i in rows))
-        return [MicroBatch(a, tokens, int(a.labels.size), where, finish=finish)]
+        batch = MicroBatch(a, tokens, int(a.labels.size), where)
+        return [batch.with_finish(lambda data: replace(data, **self._read_teacher(rollout, rows, self.prompts)))]
 
-    def batch(
-        self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[TaughtPrompt]
-    ) -> tuple[DistillBatch, Callable[[DistillBatch], DistillBatch]]:
-        """Return some completions, and what adds to them what the teacher says."""
+    def batch(self, rollout: Rollout, rows: Sequence[int], prompts: Sequence[TaughtPrompt]) -> DistillBatch:
+        """Return some completions with what the teacher says of them."""
+        return replace(self._stacked(rollout, rows, prompts), **self._read_teacher(rollout, rows, prompts))
+
+    @staticmethod
+    def _stacked(rollout: Rollout, rows: Sequence[int], prompts: Sequence[TaughtPrompt]) -> DistillBatch:
         a = rollout.stacked(rows, prompts)
-        batch = DistillBatch(ids=a.ids, last=a.last, positions=a.positions, labels=a.labels)
-        return batch, lambda data: replace(data, **self._read_teacher(rollout, rows, prompts))
+        return DistillBatch(ids=a.ids, last=a.last, positions=a.positions, labels=a.labels)
 
     def per(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
         return {"divergence": float(rollout.sizes[list(rows)].sum())}
@@ -843,7 +845,7 @@ class Distill(RolloutObjective[DistillSettings]):
         total, before, ranks = np.zeros(2), self._compared, current()
         with probing(model):
             own = [rows for rows, rank in self.pieces(every, lengths) if rank == ranks.rank]
-            batches = ((0, finish(data)) for data, finish in (self.batch(rollout, rows, self.valid) for rows in own))
+            batches = ((0, self.batch(rollout, rows, self.valid)) for rows in own)
             read: Callable[[DistillBatch], mx.array] = lambda data: as_trained(  # noqa: E731
                 lambda: self.divergences(data, False, True)
             )

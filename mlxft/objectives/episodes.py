@@ -36,7 +36,7 @@ from mlxft.data.chat import (
 )
 from mlxft.data.dataset import Ids, context_ids, prompt_text
 from mlxft.data.formats import Message, message_at, tools_of
-from mlxft.distributed import Part
+from mlxft.distributed import Portion
 from mlxft.errors import ConfigError, DataError, EpisodeError, half_character, shorten
 from mlxft.model.sampling import Sampled, Sampling, TurnStart, sample_turns
 from mlxft.objectives.rewards import Rewards, Scores, ToScore, as_number
@@ -355,15 +355,15 @@ class Episode:
     text: str = ""
     opening: str = ""
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return what other ranks need to know of it, as JSON."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("prompt", "environment")}
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], prompt: EncodedPrompt) -> Episode:
-        """Return an episode of another rank, by what it `told`."""
+    def of(cls, known: Mapping[str, Any], prompt: EncodedPrompt) -> Episode:
+        """Return an episode of another rank, by its `to_json`."""
         return cls(
-            prompt, None, **{**told, "rewards": [tuple(pair) for pair in told["rewards"]], "last": (*told["last"],)}
+            prompt, None, **{**known, "rewards": [tuple(pair) for pair in known["rewards"]], "last": (*known["last"],)}
         )
 
     def add(self, ids: Sequence[int], own: bool) -> None:
@@ -473,7 +473,7 @@ class Episodes:
         most: int,
         seed: int,
         rows: int | None = None,
-        part: Part | None = None,
+        part: Portion | None = None,
         on_done: Callable[[int], None] | None = None,
     ) -> list[Episode]:
         """Sample an episode for each prompt.

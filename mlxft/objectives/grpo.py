@@ -266,7 +266,7 @@ class GRPO(CriticFree[GRPOSettings]):
 
     def make(self, rollout: Rollout, rows: Sequence[int]) -> list[MicroBatch]:
         (batch,) = super().make(rollout, rows)
-        return [replace(batch, finish=self._with_reference) if self.exact else batch]
+        return [batch.with_finish(self._with_reference) if self.exact else batch]
 
     def _with_reference(self, data: RolloutBatch) -> RolloutBatch:
         assert self.reference is not None

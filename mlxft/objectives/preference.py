@@ -241,7 +241,7 @@ class _Pairs(Preference[EncodedPair]):
         weights = mx.array([pair.weight for pair in pairs])
         made = micro_batch(PairBatch(**vars(stacked), weights=weights), pairs, len(stacked.labels))
         places = [2 * i for i in rows] + [2 * i + 1 for i in rows]
-        return made if self.reference is None else replace(made, finish=partial(self._refer, valid, places))
+        return made if self.reference is None else made.with_finish(partial(self._refer, valid, places))
 
     def loss(self, model: nn.Module, data: PairBatch) -> Terms:
         s = self.settings
@@ -358,7 +358,7 @@ class _Single(Preference[EncodedLabelled]):
             point=point,
         )
         made = micro_batch(data, labelled, len(data.labels))
-        return replace(made, finish=partial(self._refer, valid, list(rows)))
+        return made.with_finish(partial(self._refer, valid, list(rows)))
 
     def loss(self, model: nn.Module, data: KTOBatch) -> Terms:
         s = self.settings

@@ -36,7 +36,7 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
-from mlxft.distributed import Part, current
+from mlxft.distributed import Portion, current
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenModels, FrozenSource, is_bare
@@ -412,9 +412,9 @@ class Rollout:
             return mine
         arrays = {name: np.array(value) for name, value in mine.arrays().items()} if len(mine) else {}
         parts = ranks.gather_arrays({**arrays, "seconds": np.array([seconds])})
-        told = ranks.gather([episode.told() for episode in mine.episodes])
+        others = ranks.gather([episode.to_json() for episode in mine.episodes])
         found = cls(mine.number, [], [], [], seconds=[float(part.pop("seconds")[0]) for part in parts])
-        for rank, (part, episodes) in enumerate(zip(parts, told)):
+        for rank, (part, episodes) in enumerate(zip(parts, others)):
             one = (
                 cls.of({name: mx.array(value) for name, value in part.items()})
                 if part
@@ -796,9 +796,10 @@ class RolloutObjective(Objective, Generic[_P]):
 
     def pieces(self, rows: Sequence[int], lengths: Any) -> list[Piece]:
         """Return the completions of each micro-batch, cut for the ranks."""
-        return self._shared(self.micro_batches(rows, lengths), lengths)
+        return self.shared(self.micro_batches(rows, lengths), lengths)
 
-    def _shared(self, batches: Sequence[list[int]], lengths: Any) -> list[Piece]:
+    def shared(self, batches: Sequence[list[int]], lengths: Any) -> list[Piece]:
+        """Cut the micro-batches of a step for the ranks."""
         ranks, size = current(), self.together
         if self.config.tune.router_aux is not None:  # what is balanced together stays together
             return list(zip(batches, ranks.owners([len(rows) * int(max(lengths[rows])) for rows in batches])))
@@ -806,16 +807,15 @@ class RolloutObjective(Objective, Generic[_P]):
         shared = ranks.share(units, [int(max(lengths[rows])) for rows in batches])
         return [(list(chain(*piece)), rank) for piece, rank in shared]
 
-    def _steps(self, rollout: Rollout, lengths: Any) -> list[list[Piece]]:
+    def _steps(self, rollout: Rollout, lengths: Any) -> list[list[list[int]]]:
         """Return the micro-batches of each step; none where nothing of the rollout is trained on."""
-        found: list[list[Piece]] = []
+        found: list[list[list[int]]] = []
         kept, accumulate, size = self.kept(rollout), self.config.batch.accumulate, self.together
         for epoch in range(self.settings.epochs if kept else 0):
             drawn = {"seed": self.config.run.seed, "rollout": rollout.number, "epoch": epoch}
             parts = minibatches(len(kept) // size, self.settings.minibatches, **drawn)
             cut = [self.micro_batches([i for u in part for i in kept[u * size :][:size]], lengths) for part in parts]
-            every = [list(chain(*cut[i : i + accumulate])) for i in range(0, len(cut), accumulate)]
-            found += [self._shared(batches, lengths) for batches in every]
+            found += [list(chain(*cut[i : i + accumulate])) for i in range(0, len(cut), accumulate)]
         return found
 
     def kept(self, rollout: Rollout) -> list[int]:
@@ -850,7 +850,7 @@ class RolloutObjective(Objective, Generic[_P]):
         samples: int,
         number: int,
         seed: int,
-        part: Part,
+        part: Portion,
     ) -> Rollout:
         """Sample completions of this rank's part of the chosen prompts: the same as if it sampled all of them."""
         assert self._model is not None
@@ -897,7 +897,8 @@ class RolloutObjective(Objective, Generic[_P]):
                 self._rollout, event = self.roll(model)
                 spent = event["sampling_s"] + event["scoring_s"] if event else 0.0
             rollout = self._rollout
-            steps = self._steps(rollout, rollout.lengths(self.prompts))
+            lengths = rollout.lengths(self.prompts)
+            steps = self._steps(rollout, lengths)
             last_of_epoch = (rollout.number + 1) % self._per_pass == 0
             idle = 0 if steps else idle + 1
             if not steps:
@@ -911,8 +912,9 @@ class RolloutObjective(Objective, Generic[_P]):
                     self._number, self._step, self._rollout = self._number + 1, 0, None
                     owed = owed or last_of_epoch
                     break
-                micro_batches = [replace(m, rank=rank) for rows, rank in steps[at] for m in self.make(rollout, rows)]
-                per = self.per(rollout, [i for rows, _ in steps[at] for i in rows])
+                pieces = self.shared(steps[at], lengths)
+                micro_batches = [replace(m, rank=rank) for rows, rank in pieces for m in self.make(rollout, rows)]
+                per = self.per(rollout, [i for rows in steps[at] for i in rows])
                 final = at + 1 == len(steps)
                 self._step = at + 1
                 if final:
@@ -1143,13 +1145,13 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         samples: int,
         number: int,
         seed: int,
-        part: Part,
+        part: Portion,
     ) -> Rollout:
         if self.episodes is None:
             return super().sample_part(prompts, chosen, samples, number, seed, part)
         assert self._model is not None
         each = [i for i in chosen[part.here] for _ in range(samples)]
-        whole = Part(*(samples * n for n in part))
+        whole = Portion(*(samples * n for n in part))
         how: dict[str, Any] = {"most": self.most, "seed": seed, "rows": self.rollouts.rows, "part": whole}
         played = self.episodes.play(self._model, [prompts[i] for i in each], self.sampling, **how)
         return Rollout(
@@ -1264,7 +1266,8 @@ class OnPolicy(RolloutObjective[_M], Generic[_M]):
         rollout, scores = drawn.rollout, drawn.scores
         rollout.scores = scores.total
         lengths = rollout.lengths(self.prompts)
-        first = [piece for step in self._steps(rollout, lengths)[: self._per_epoch(rollout)] for piece in step]
+        steps = self._steps(rollout, lengths)[: self._per_epoch(rollout)]
+        first = [piece for step in steps for piece in self.shared(step, lengths)]
         if rest := sorted({*range(len(rollout))}.difference(*(rows for rows, _ in first))):
             first += self.pieces(rest, lengths)
         entropy = self.record_logprobs(rollout, self.prompts, first)

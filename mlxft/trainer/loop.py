@@ -436,7 +436,7 @@ class Loop:
         return _Made(self.progress.step + 1, total, sums.metrics, per, norms, lr, tokens, trained, rows, step.sources)
 
     def _summed_over_ranks(self, batches: Sequence[MicroBatch], per: dict[str, float]) -> LossAndGradients:
-        """Sum over the micro-batches of all ranks, of which this one computes its own."""
+        """Sum over the micro-batches of all ranks; this one computes its own."""
         ranks, trainable = self.ranks, dict(tree_flatten(self.model.trainable_parameters()))
         free = [i for i, batch in enumerate(batches) if batch.rank is None]
         owners = dict(zip(free, ranks.owners([batches[i].tokens for i in free])))
