@@ -23,6 +23,7 @@ ORDER = {
     "text": 1,
     "files": 2,
     "device": 2,
+    "distributed": 2,
     "config": 3,
     "data": 4,
     "model": 5,

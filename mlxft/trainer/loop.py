@@ -253,6 +253,7 @@ def _joined(every: Sequence[Sequence[dict[str, float]]]) -> Terms:
     return Terms(joined([losses for losses, _ in every]), joined([metrics for _, metrics in every]))
 
 
+FAR_APART = 1e-3  # relative difference of weights' norms that no rounding makes
 WEIGHED = range(2, 10)  # the steps that are timed for distributed.weights: auto; the first ones make caches and kernels
 
 
@@ -355,6 +356,7 @@ class Loop:
         self.ranks = current()
         self.gradients = Gradients(self.model, self.objective, self.config.tune.router_aux, self.progress)
         self._signals: list[int] = []
+        self._aligned = False  # whether ranks differed in their last bits
         self._stop = False  # whether any rank has seen a signal, as of the last step
         self._speeds: list[list[tuple[int, float]]] = []  # of timed steps, each rank's tokens and seconds
         if self.ranks.size > 1 and self.progress.weights is not None:
@@ -590,8 +592,39 @@ class Loop:
         if not mx.stack([mx.isfinite(v).all() for _, v in weights]).all().item():
             # The loss would show it one step later, when the only good checkpoint might have been deleted.
             raise TrainingError(f"step {self.progress.step}: the update made weights infinite or NaN. {ADVICE}")
+        if self.ranks.size > 1:
+            self._align(dict(weights))
         self.hooks.checkpoint(self.progress)
         self._pause(began)
+
+    def _align(self, weights: dict[str, mx.array]) -> None:
+        """Give all ranks rank 0's weights where bits differ: other hardware rounds differently.
+
+        Raises:
+            TrainingError: they differ by more than that.
+        """
+        digest = blake2b(digest_size=16)
+        for _, value in sorted(weights.items()):
+            digest.update(np.array(value.reshape(-1).view(mx.uint8)).data)
+        norm = math.sqrt(sum(float(value.astype(mx.float32).square().sum()) for value in weights.values()))
+        every = self.ranks.gather([digest.hexdigest(), norm])
+        apart = [rank for rank, (bits, _) in enumerate(every) if bits != every[0][0]]
+        if not apart:
+            return
+        names = ", ".join(map(self.ranks.name, apart))
+        far = max(abs(other / norm - 1) for _, other in every) if norm else 0.0
+        if far > FAR_APART:
+            raise TrainingError(
+                f"step {self.progress.step}: the weights of {names} are not those of {self.ranks.name(0)} (norms differ "
+                f"by {far:.2%}). The last checkpoint is intact; test the machines with mlxft selftest"
+            )
+        shared = self.ranks.arrays_from_first(weights)
+        self.model.update(tree_unflatten(list(shared.items())))
+        self.optimizer.load(self.ranks.arrays_from_first(self.optimizer.arrays()))
+        if not self._aligned:
+            self._aligned = True
+            text = f"the last bits of {names} differed, as other hardware rounds differently: all have rank 0's now"
+            self.hooks.event({"event": "aligned", "step": self.progress.step, "text": text})
 
     def _pause(self, began: float) -> None:
         """Exclude the time since `began` from the training time."""

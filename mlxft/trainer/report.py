@@ -126,6 +126,12 @@ def _norm(event: Event) -> str:
     return f"grad_norm {event['grad_norm']:.3f} " if "grad_norm" in event else ""
 
 
+def _waits(event: Event) -> str:
+    """Return the seconds that each rank has waited for slower ones, or "" if there is one process."""
+    waited = [value for name, value in event.items() if name.startswith("wait_s/rank")]
+    return f" ranks waited {', '.join(f'{value:.2g}' for value in waited)} s" if waited else ""
+
+
 def event_line(event: Event) -> str:
     """Return an event as one line of text."""
     kind = event["event"]
@@ -137,13 +143,14 @@ def event_line(event: Event) -> str:
         known = {"event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tokens_per_s"}
         known |= {"trained_tokens_per_s", "peak_memory_gb", "elapsed_s", "skipped_batches"}
         known |= {k for k in event if k.startswith(("rows/", "trained_tokens/"))}  # of a mixture's sources
+        known |= {k for k in event if "/rank" in k}
         if "rollout" in event:  # the rollout's line has the other metrics
             known |= {k for k in event if k not in LOSS_METRICS}
         extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in known)
         return (
             f"step {event['step']} epoch {event['epoch']:.2f} loss {event['loss']:.4f}{extra} lr {event['lr']:.2e} "
             f"{_norm(event)}{event['trained_tokens_per_s']:.0f} trained tokens/s "
-            f"peak {event['peak_memory_gb']:.2f} GB{skipped(event)}"
+            f"peak {event['peak_memory_gb']:.2f} GB{_waits(event)}{skipped(event)}"
         )
     if kind == "eval":
         extra = "".join(
