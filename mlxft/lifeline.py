@@ -37,6 +37,7 @@ TIMEOUT = 45.0  # seconds of silence after which a rank counts as lost
 GRACE = 5.0  # seconds that the main thread has to see a loss before the process ends
 ENDED = "ended without a word (killed, or out of memory)"
 SILENT = "has sent nothing for {:g} s: it hangs, or its network is gone"
+UNREACHABLE = "cannot be reached any more: {}"
 _BEAT = 1.0  # seconds
 _FAREWELL = 2.0  # seconds that an error or a goodbye waits for its receipt
 _PROOF = 10.0  # seconds that a connection has to show the token
@@ -371,7 +372,7 @@ class Lifeline:
         self._changed.notify_all()
         if peer.rank is not None and peer.rank in self._silence:
             killed = reason.errno in (errno.ECONNRESET, errno.EPIPE)
-            how = ENDED if killed else f"cannot be reached any more: {reason.strerror or reason}"
+            how = ENDED if killed else UNREACHABLE.format(reason.strerror or reason)
             self._lose(peer.rank, f"{self._name(peer.rank)} {how}", ends=True)
 
     def _find_silent(self) -> None:
@@ -424,6 +425,7 @@ def engine_host() -> str:
 LAUNCHED = "MLXFT_LAUNCHED"  # the token of the launcher; processes that a rank starts do not have it
 STOP = b"stop\n"
 _token = ""
+_ORPHANED = 900.0  # seconds in which a rank can still save a checkpoint when its launcher has gone
 
 
 def follow_launcher() -> None:
@@ -450,7 +452,8 @@ def _obey() -> None:
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
             os.kill(os.getpid(), signal.SIGINT)
-            return
+            time.sleep(_ORPHANED)
+            os._exit(130)  # it waits for another rank
         *lines, said = (said + data.replace(b"\r", b"")).split(b"\n")
         for line in lines:
             if line == STOP.strip():
