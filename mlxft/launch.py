@@ -32,13 +32,15 @@ from typing import Any, BinaryIO, NamedTuple
 from mlxft.device import WATCHDOG
 from mlxft.errors import ConfigError, TrainingError, nearest, shorten
 from mlxft.lifeline import ENDED, LAUNCHED, SILENT, STOP, UNREACHABLE
-from mlxft.text import echo, parse_json, printable
+from mlxft.text import echo, parse_json, printable, read_small
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 STARTING_PORT, _NCCL_PORT = 32323, 12345  # mlx.launch's
 LOCAL = "127.0.0.1"  # the only name that mlx.launch does not use ssh for
 _SSH_SECONDS = 60.0
-_KILL_SECONDS = 180.0  # after the first failure, ranks that have not ended are killed
+# After the first failure, ranks that have not ended are terminated, and killed; after Ctrl-C they may save first.
+_TERMINATE_SECONDS, _KILL_SECONDS, _SAVE_SECONDS = 10.0, 120.0, 900.0
+_WARNING = b"\x1b[33m[WARN] "  # begins mlx.launch's messages
 _CONFIGURE = "mlx.distributed_config makes a hostfile"
 
 
@@ -99,43 +101,52 @@ def find_cluster(
     Raises:
         ConfigError: the hostfile cannot be read, or a host has no address.
     """
-    from mlx._distributed_utils.common import Hostfile
-
-    try:
-        found = Hostfile.from_file(hostfile) if hostfile else Hostfile.from_list(hosts or LOCAL, repeats)
-    except ValueError as e:
-        raise ConfigError(f"{e}; {_CONFIGURE}" if hostfile else f"--hosts {shorten(hosts or '')}: {e}") from e
-    backend = backend or found.backend or _usual_backend()
-    if backend not in BACKENDS:
-        raise ConfigError(
-            f"{hostfile}: backend: {backend!r}; expected {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}"
+    if hostfile is not None:
+        machines, named, envs = _read_hostfile(hostfile)
+    else:
+        names = (hosts if hosts is not None else LOCAL).split(",")
+        machines, named, envs = (
+            [Machine(name.strip(), name.strip(), ()) for name in names for _ in range(repeats)],
+            "",
+            (),
         )
-    _check_hosts(found.hosts, hostfile, backend)
-    machines = [Machine(h.ssh_hostname, h.ssh_hostname, tuple(h.ips), tuple(h.rdma)) for h in found.hosts]
-    if backend != "mpi":
-        machines = _reachable(machines)
-    return Cluster(tuple(machines), backend, tuple(map(str, found.envs)), repeats)
+    place = f"{hostfile}: " if hostfile else "--hosts: "
+    backend = backend or named or _usual_backend()
+    if backend not in BACKENDS:
+        raise ConfigError(f"{place}backend: {backend!r}; expected {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+    if not machines:
+        raise ConfigError(f"{place}there are no hosts")
+    for machine in machines:  # ssh would read a dash as an option
+        if not re.fullmatch(r"[^\s\-]\S*", machine.name):
+            raise ConfigError(f"{place}{machine.name!r} is not the name of a host")
+    if backend.startswith("jaccl") and any(len(machine.rdma) != len(machines) for machine in machines):
+        raise ConfigError(
+            f"{place}{backend} needs a --hostfile that names the RDMA devices between all hosts; {_CONFIGURE}"
+        )
+    return Cluster(tuple(machines if backend == "mpi" else _reachable(machines)), backend, envs, repeats)
+
+
+def _read_hostfile(path: Path) -> tuple[list[Machine], str, tuple[str, ...]]:
+    """Return the machines, the backend and the variables that a hostfile of MLX names."""
+    try:
+        found = parse_json(read_small(path))
+        found = found if isinstance(found, dict) else {"hosts": found}
+        hosts, backend, envs = found["hosts"], found.get("backend") or "", tuple(map(str, found.get("envs") or ()))
+        machines = [Machine(h["ssh"], h["ssh"], tuple(h.get("ips") or ()), tuple(h.get("rdma") or ())) for h in hosts]
+        if not all(isinstance(text, str) for m in machines for text in (m.name, *m.ips, backend)):
+            raise TypeError("ssh, ips and backend are texts")
+        if any(isinstance(h.get("ips"), str) for h in hosts):
+            raise TypeError("ips is a list of addresses")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise ConfigError(f"{path}: not a hostfile of MLX: {e}; {_CONFIGURE}") from e
+    check_environment(envs, f"{path}: envs: ")
+    return machines, backend, envs
 
 
 def _usual_backend() -> str:
     import mlx.core as mx
 
     return "nccl" if mx.cuda.is_available() else "ring"
-
-
-def _check_hosts(hosts: Sequence[Any], hostfile: Path | None, backend: str) -> None:
-    place = f"{hostfile}: " if hostfile else "--hosts: "
-    for host in hosts:
-        if not isinstance(host.ssh_hostname, str) or not re.fullmatch(r"[^\s\-][^\s]*", host.ssh_hostname):
-            raise ConfigError(f"{place}{host.ssh_hostname!r} is not the name of a host")
-        if not isinstance(host.ips, list) or not all(isinstance(ip, str) for ip in host.ips):
-            raise ConfigError(f"{place}{host.ssh_hostname}: ips: expected a list of addresses")
-    if not hosts:
-        raise ConfigError(f"{place}there are no hosts")
-    if backend.startswith("jaccl") and any(len(host.rdma) != len(hosts) for host in hosts):
-        raise ConfigError(
-            f"{place}{backend} needs a --hostfile that names the RDMA devices between all hosts; {_CONFIGURE}"
-        )
 
 
 def _reachable(machines: Sequence[Machine]) -> list[Machine]:
@@ -309,11 +320,11 @@ def check_cluster(
         raise ConfigError("\n".join(problems))
 
 
-def check_environment(env: Sequence[str]) -> None:
+def check_environment(env: Sequence[str], place: str = "--env ") -> None:
     """Raise a ConfigError where a variable is not NAME=VALUE, which mlx.launch would leave out."""
     for each in env:
         if not re.fullmatch(r"[A-Za-z_]\w*=[^\n\0]*", each, re.ASCII):
-            raise ConfigError(f"--env {shorten(each)!r}: expected NAME=VALUE")
+            raise ConfigError(f"{place}{shorten(each)!r}: expected NAME=VALUE")
 
 
 def _ask(host: str, command: str, python: str, shell: Shell) -> dict[str, Any]:
@@ -363,7 +374,8 @@ def launch(
         cwd: working folder; default: this one, where it exists.
         env: NAME=VALUE for all ranks.
     Returns:
-        0 if all ranks have ended with 0; else the exit code of rank 0 if that is 1, 2 or 130; else 1.
+        0 if all ranks have ended with 0; 130 if some were interrupted and none has failed; 2 if rank 0 ended so;
+        else 1.
     Raises:
         TrainingError: mlx.launch has failed.
     """
@@ -453,7 +465,7 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 def _without_marks(chunks: Iterator[bytes], token: bytes, found: _Found) -> Iterator[bytes]:
     """Yield output without the lines for this launcher: those of the ranks, and mlx.launch's about their ends."""
-    warning = b"\x1b[33m[WARN] Node with rank "
+    warning = _WARNING + b"Node with rank "
     marks = re.compile(
         rb"%s (\d+) (\d+)\r?\n|%s(\d+) (?:was killed|exited with code (-?\d+)) \x1b\[0m\n" % (token, re.escape(warning))
     )
@@ -465,7 +477,7 @@ def _without_marks(chunks: Iterator[bytes], token: bytes, found: _Found) -> Iter
             found.codes[int(match[1])] = int(match[2])
         else:
             found.exits[int(match[3])] = int(match[4]) if match[4] else None
-        if found.failed_at is None and (not match[1] or int(match[2])):
+        if found.failed_at is None and int((match[2] if match[1] else match[4]) or 1) not in (0, 130):
             found.failed_at = time.monotonic()
         return b""
 
@@ -498,9 +510,10 @@ def _verdict(cluster: Cluster, found: _Found, code: int) -> int:
     for rank in missing:
         if rank not in found.named:
             echo(f"TrainingError: {cluster.name(rank)} {_end(found.exits.get(rank))}", err=True)
-    if not missing and not any(found.codes.values()):
-        return 0
-    return found.codes.get(0) if found.codes.get(0) in (1, 2, 130) else 1  # type: ignore[return-value]
+    codes = {found.codes.get(rank) for rank in range(len(cluster.machines))}
+    if codes <= {0, 130}:
+        return found.codes[0] or max(found.codes.values())
+    return 2 if found.codes.get(0) == 2 else 1
 
 
 def _end(code: int | None) -> str:
@@ -519,14 +532,16 @@ def _end(code: int | None) -> str:
 def engine() -> None:
     """Run mlx.launch with the arguments of this process, which `launch` has started.
 
-    As it is, mlx.launch never sleeps while it forwards, which takes most of a core from training; and once its standard
-    input has ended it neither notices nor informs the ranks.
+    As it is, mlx.launch never sleeps while it forwards, which takes most of a core from training; once its standard
+    input has ended it neither notices nor informs the ranks; and when a rank has ended by Ctrl-C it terminates the
+    others at once, of which one may be saving a checkpoint.
     """
     from mlx._distributed_utils import launch as mlx_launch
 
     ours = os.dup(0)
     theirs, ends = os.pipe()
     os.dup2(theirs, 0)
+    failed_at = stopped_at = None
 
     def forward() -> None:
         while data := os.read(ours, 4096):
@@ -540,7 +555,26 @@ def engine() -> None:
         ready = select(read, [], other, min(timeout, 0.05))
         return ready if ready[0] or not write else select(read, write, other, 0)
 
+    def warn(text: str) -> None:
+        nonlocal failed_at, stopped_at
+        if text.endswith(" code 130"):
+            stopped_at = stopped_at or time.monotonic()
+        else:
+            failed_at = failed_at or time.monotonic()
+        os.write(2, b"%s%s \x1b[0m\n" % (_WARNING, text.encode()))  # at once, for `_without_marks`
+
+    terminate = mlx_launch.RemoteProcess.terminate
+
+    def patiently_terminate(process: Any) -> None:
+        now = time.monotonic()
+        if now - (failed_at or now) > _TERMINATE_SECONDS or now - (stopped_at or now) > _SAVE_SECONDS:
+            try:
+                terminate(process)
+            except subprocess.CalledProcessError:  # it has ended meanwhile
+                process._killed = True
+
     threading.Thread(target=forward, daemon=True).start()
-    mlx_launch.select = sleeping_select
+    mlx_launch.select, mlx_launch.log_warning = sleeping_select, warn
+    mlx_launch.RemoteProcess.terminate = patiently_terminate
     sys.argv[0] = "mlx.launch"
     mlx_launch.main()

@@ -46,7 +46,7 @@ ORDER = {
 # Files and lines of each room, comments and blank lines included. A change that needs more says so here, and why.
 # Before the rooms were merged: 189 files, 35,959 lines.
 BUDGET = {
-    # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix; lifeline.py and launch.py:
+    # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix; lifeline.py, launch.py:
     # how ranks on several Macs are started, and learn of each other's end.
     "top": (16, 7600),
     "data": (5, 4260),  # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources

@@ -18,7 +18,7 @@ import pytest
 from mlxft.lifeline import Lifeline, engine_host
 
 PATIENCE = 40.0  # seconds after which a test fails; nothing waits so long
-# A rank: argv holds its rank, the number of ranks, the timeout and rank 0's address. It says what happens in JSON lines.
+# A rank: argv holds its rank, the number of ranks, the timeout and rank 0's address. It says in JSON what happens.
 RANK = """
 import json, os, sys, time
 from mlxft.lifeline import Lifeline
