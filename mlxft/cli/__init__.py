@@ -24,6 +24,7 @@ from mlxft.text import echo, guard_messages
 SECTIONS = {
     "Train": {
         "train": ("train", "Train a model as a recipe describes."),
+        "launch": ("train", "Train on several Macs, or in several processes on this one."),
         "check": ("train", "Validate a recipe and show its rows as they are trained."),
         "sweep": ("train", "Search for better settings; stop the worse trials early."),
         "lr-find": ("train", "Suggest a learning rate from a range test."),
@@ -140,9 +141,28 @@ def main() -> None:
     """Run the command line: print an error as one message, and exit with code 0, 1, 2 or 130."""
     speak_flags(True)
     try:
-        _main()
+        if "MLXFT_LAUNCHED" in os.environ:
+            _main_of_rank()
+        else:
+            _main()
     finally:
         speak_flags(False)
+
+
+def _main_of_rank() -> None:
+    """Run the command line as a rank that `mlxft launch` has started, which needs to know how it ends."""
+    from mlxft.lifeline import follow_launcher, sign_off
+
+    follow_launcher()
+    try:
+        _main()
+    except SystemExit as e:
+        sign_off(e.code if isinstance(e.code, int) else 1)
+        raise
+    except BaseException as e:
+        sys.excepthook(type(e), e, e.__traceback__)
+        sign_off(1)
+        raise
 
 
 def _main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that train: train, check, sweep, lr-find, distill-cache, schema, demo, rlhf."""
+"""Commands that train: train, launch, check, sweep, lr-find, distill-cache, schema, demo, rlhf."""
 
 from __future__ import annotations
 
@@ -11,22 +11,26 @@ from mlxft.cli import PathArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 # --- train ------------------------------------------------------------------------------------------------------------
-# mlxft train, mlxft check.
+# mlxft train, mlxft launch, mlxft check.
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-@click.command()
-@click.argument("recipe", type=PathArg(), required=False)
-@OVERRIDES
-@click.option(
+RESUME = click.option(
     "--resume",
     is_flag=False,
     flag_value="",
     metavar="[RUN]",
     help="Resume from the latest checkpoint in RUN (default: the recipe's run folder).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
+REPLACE = click.option("--overwrite", is_flag=True, help="Replace the run folder if it exists.")
+
+
+@click.command()
+@click.argument("recipe", type=PathArg(), required=False)
+@OVERRIDES
+@RESUME
+@REPLACE
 def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
     """Train a model as RECIPE describes. KEY=VALUE overrides a setting.
 
@@ -44,6 +48,83 @@ def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, o
         place = {"dir": path.resolve().parent.parent, "name": path.resolve().parent.name}
         config = config.model_copy(update={"run": config.run.model_copy(update=place)})
     run(config, resume=resume is not None, overwrite=overwrite)
+
+
+@click.command()
+@click.argument("recipe", type=PathArg(), required=False)
+@OVERRIDES
+@RESUME
+@REPLACE
+@click.option("--hosts", metavar="A,B,...", help="Names or addresses of the Macs; rank 0 runs on the first.")
+@click.option(
+    "--hostfile", type=PathArg(exists=True, dir_okay=False), help="Hostfile of mlx.distributed_config, for --hosts."
+)
+@click.option(
+    "-n", "count", type=click.IntRange(1, 1024), help="Number of processes on each host; without --hosts, on this Mac."
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["ring", "jaccl", "jaccl-ring", "mpi", "nccl"]),
+    help="How MLX connects the processes (default: the hostfile's, or ring; with CUDA nccl).",
+)
+@click.option("--python", help="Python that runs mlxft on every host (default: this one's path).")
+@click.option("--cwd", metavar="DIR", help="Working folder on every host (default: this one's path).")
+@click.option(
+    "--starting-port",
+    type=click.IntRange(1024, 65000),
+    default=32323,
+    show_default=True,
+    help="First port on which the processes listen for each other.",
+)
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Environment variable for all ranks; can be repeated.")
+def launch(
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    overwrite: bool,
+    hosts: str | None,
+    hostfile: Path | None,
+    count: int | None,
+    backend: str | None,
+    python: str | None,
+    cwd: str | None,
+    starting_port: int,
+    env: tuple[str, ...],
+) -> None:
+    """Train a model as RECIPE describes on several Macs, each of which takes a part of every batch.
+
+    On each host `mlxft train` is started by mlx.launch, over ssh without a password. Before that the hosts are
+    checked: the same versions, the working folder and the recipe must be there.
+
+    Ctrl-C stops all ranks after the step, with a checkpoint; a second one stops them at once, and a third kills them.
+
+    \b
+    Example: mlxft launch -n 2 configs/sft-lora.yaml
+             mlxft launch --hosts a.local,b.local configs/sft-lora.yaml optim.lr=2e-4
+             mlxft launch --hostfile hosts.json --backend jaccl --resume runs/sft-lora
+    """
+    import sys
+
+    from mlxft.launch import check_cluster, check_environment, find_cluster
+    from mlxft.launch import launch as run
+
+    if hostfile is not None and (hosts is not None or count is not None):
+        raise click.UsageError("--hostfile names the host of each rank: give it without --hosts and -n")
+    check_environment(env)
+    path, settings = _recipe(recipe, overrides, resume)
+    if cwd is None and path.exists():  # an error is written once, not by every rank
+        from mlxft.config import load_config
+
+        load_config(path, settings, of_run=path.name == "config.yaml" and resume is not None)
+    cluster = find_cluster(hosts, hostfile, count or 1, backend)
+    given = [str(each) for each in (recipe, resume) if each and "=" not in str(each)]
+    check_cluster(cluster, python or sys.executable, cwd, given, starting_port, env)
+    command = [python or sys.executable, "-m", "mlxft", "train", *([str(recipe)] if recipe else []), *overrides]
+    command += ["--overwrite"] * overwrite + (
+        [f"--resume={resume}" if resume else "--resume"] if resume is not None else []
+    )
+    code = run(command, cluster, cwd=cwd, starting_port=starting_port, env=env)
+    click.get_current_context().exit(code)
 
 
 def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None) -> tuple[Path, tuple[str, ...]]:
