@@ -1,0 +1,413 @@
+"""Shard a frozen base over processes: each rank holds a part of its weights, and gathers a block when it computes it.
+
+The idea is that of ZeRO's third stage (Rajbhandari et al. 2020) for weights that are never trained. The trainable
+parameters stay whole on every rank.
+
+MLX is lazy: a graph says what depends on what, not when it is computed. Two things must be said in the graph. Every
+rank must run the same collective operations in the same order, so each gather depends on the one before. And a gather
+must not run long before its block, or the whole model would be in memory, so it also depends on the input of the block
+before: the weights of one block arrive while those before are at work, and those of two blocks exist at one time. The
+backward pass does the same in the other direction, and computes each block again, with weights gathered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlxft.errors import ModelError
+from mlxft.model.layers import checkpoint_layers, probing
+
+_WORD = 4  # bytes: a part is an array of uint32, so that one message carries arrays of all types
+_ALIGNED = 64  # words: where an array begins in its unit, as in a buffer of its own
+
+
+class _Place(NamedTuple):
+    """Where an array of the model is, and where its numbers are in its unit.
+
+    Attributes:
+        stand_in: what is there between calls: the right shape and type, NaN, and no memory.
+        start, words: of the unit's words.
+    """
+
+    module: nn.Module
+    key: str
+    stand_in: mx.array
+    start: int
+    words: int
+
+    def read(self, words: mx.array) -> mx.array:
+        """Return the array from the words of its unit, as a view."""
+        own = words[self.start : self.start + self.words].view(self.stand_in.dtype)
+        return own[: self.stand_in.size].reshape(self.stand_in.shape)
+
+
+@dataclass(eq=False)
+class _Unit:
+    """Arrays that are gathered together: those of a block, or of one module beside the blocks.
+
+    Attributes:
+        part: this rank's words of the arrays, one after the other.
+        given: gathered arrays for the block's next call.
+    """
+
+    sharded: Sharded
+    places: list[_Place]
+    part: mx.array
+    given: list[list[mx.array]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all its arrays, gathered."""
+        return int(self.part.nbytes * self.sharded.group.size())
+
+    @contextmanager
+    def placed(self, arrays: Sequence[mx.array]) -> Iterator[None]:
+        """Put arrays into their places inside the block, except where a role has put its own."""
+        filled = []
+        for place, array in zip(self.places, arrays):
+            if dict.get(place.module, place.key) is place.stand_in:
+                dict.__setitem__(place.module, place.key, array)
+                filled.append(place)
+        try:
+            yield
+        finally:
+            for place in filled:
+                dict.__setitem__(place.module, place.key, place.stand_in)
+
+
+class Sharded:
+    """The sharded weights of a model; see `shard_base`.
+
+    Attributes:
+        whole: bytes of the frozen weights that are sharded.
+        resident: bytes of them that this rank holds.
+        sent: bytes that this rank sends to others in a pass through all blocks, forward or backward. A pass forward
+            also gathers embedding and head, `sent_beside`.
+    """
+
+    def __init__(self, group: mx.distributed.Group) -> None:
+        self.group = group
+        self.whole = self.resident = self.sent = self.sent_beside = 0
+        self._active = 0  # depth of calls of the model
+        self._last: mx.array | None = None  # exists when the last gather is done
+        self._point: mx.array | None = None  # the input of the last block: the next gather waits for it
+        self._backward = False
+        self._kept: dict[_Unit, tuple[list[mx.array], int]] = {}  # of modules beside the blocks, and when last used
+        self._phase = 0
+        self._begun = False  # whether this call of the model has come to its blocks
+
+    def release(self) -> None:
+        """Forget what is gathered beside the blocks, embedding and head; the next pass gathers them again."""
+        self._kept.clear()
+
+    def gather(self, unit: _Unit) -> list[mx.array]:
+        """Return the arrays of a unit, after the last gather and after what the last block began with."""
+        after = [a for a in (self._last, self._point) if a is not None]
+        # On the stream of collective operations, so that it waits for these alone and not for other work.
+        with mx.stream(mx.cpu):
+            part = mx.depends([unit.part], after)[0] if after else unit.part
+            words = mx.distributed.all_gather(part, group=self.group)
+            # Not the words themselves, which would stay in memory.
+            self._last = mx.depends([mx.zeros(1)], [words])[0]
+        words = mx.stop_gradient(words)
+        return [place.read(words) for place in unit.places]
+
+    def forward(self, unit: _Unit, x: mx.array) -> list[mx.array]:
+        """Return the arrays of a block that is called with x."""
+        if not self._begun:
+            self._begun = True
+            self._drop_unused()  # a head of the pass before
+            self._phase += 1
+        found = self.gather(unit)
+        self._point, self._backward = mx.stop_gradient(x), False
+        return found
+
+    def backward(self, unit: _Unit, cotangent: mx.array) -> list[mx.array]:
+        """Return the arrays of a block whose gradient is computed, from the gradient of its output."""
+        self.release()
+        if not self._backward:  # the last block waits for the loss, otherwise its weights would be there twice
+            self._point = mx.stop_gradient(cotangent)
+        found = self.gather(unit)
+        self._point, self._backward = mx.stop_gradient(cotangent), True
+        return found
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Mark a call of the model inside the block: only there arrays beside its blocks are gathered."""
+        if not self._active:
+            self._phase, self._begun = self._phase + 1, False
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+
+    def beside(self, unit: _Unit, place: int) -> mx.array:
+        """Return an array beside the blocks, where the model reads it.
+
+        It is gathered once for a pass, even if the head is computed in many chunks: they are as many as a rank's batch
+        needs, and the number of gathers must be the same on all ranks.
+        """
+        if not self._active:
+            return unit.places[place].stand_in
+        if unit not in self._kept:
+            if self._begun:
+                self._drop_unused()  # an embedding that is not the head
+            self._kept[unit] = self.gather(unit), 0
+        found = self._kept[unit][0]
+        self._kept[unit] = found, self._phase
+        return found[place]
+
+    def _drop_unused(self) -> None:
+        self._kept = {unit: kept for unit, kept in self._kept.items() if kept[1] == self._phase}
+
+
+def shard_base(model: nn.Module, group: mx.distributed.Group) -> Sharded:
+    """Keep only this rank's part of a model's frozen weights, and gather them when the model computes.
+
+    Weights are evaluated and cut one array after the other, so lazy ones never exist all at once. Blocks are
+    checkpointed from now on. What is sharded: all frozen floating or packed arrays of the blocks, and matrices beside
+    them (embedding, head). Arrays of other modules, such as the final norm, are small and stay whole, as do all
+    trainable ones.
+
+    All ranks call the model the same number of times and in the same order, forward and backward; the shapes of their
+    batches may differ. A step must not be compiled. Other collective operations must not be in one graph with the
+    model's: evaluate the model's first. Outside of a call of the model its frozen arrays are NaN of the right shape.
+
+    Args:
+        model: with its adapters and frozen; before anything has computed with it, or its weights are read.
+        group: the ranks, all of which call this.
+    Raises:
+        ModelError: nothing is frozen; blocks share arrays; or the model reads a block's weights elsewhere.
+    """
+    sharded, taken, total = Sharded(group), set[tuple[int, str]](), 0
+    blocks = list({id(layer): layer for layer in model.layers}.values())
+    checkpoint_layers(model, False)
+    for block in blocks:
+        held = _frozen(block)
+        if shared := taken & {(id(m), key) for m, key in held}:
+            name = type(next(m for m, key in held if (id(m), key) in shared)).__name__
+            raise ModelError(f"distributed.shard: base: blocks of {_name_of(model)} share weights (of {name}): not supported")
+        taken |= {(id(m), key) for m, key in held}
+        if held:
+            unit = _cut(sharded, held)
+            total += unit.bytes
+            block._unit = unit
+            block.__class__ = _gathered(type(block))
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for module in model.modules():
+        own = [(m, key) for m, key in _frozen(module, deep=False) if m[key].ndim > 1]
+        if id(module) not in inside and own:
+            module._unit = unit = _cut(sharded, own)
+            sharded.sent_beside += _sent(unit)
+            module.__class__ = _read_gathered(type(module))
+    if not sharded.whole:
+        raise ModelError("distributed.shard: base: nothing is frozen, so there is nothing to shard")
+    sharded.sent = total // group.size() * (group.size() - 1)
+    model._sharded = sharded
+    model.__class__ = _called(type(model))
+    checkpoint_layers(model)
+    _check(model)
+    return sharded
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a model's base is sharded: its frozen weights cannot be read or saved."""
+    return hasattr(model, "_sharded")
+
+
+def _name_of(model: nn.Module) -> str:
+    return str(getattr(model, "model_type", type(model).__name__))
+
+
+def _sent(unit: _Unit) -> int:
+    """Return the bytes that each rank sends to gather a unit in a ring."""
+    return int(unit.part.nbytes * (unit.sharded.group.size() - 1))
+
+
+def _frozen(module: nn.Module, deep: bool = True) -> list[tuple[nn.Module, str]]:
+    """Return the places of frozen arrays that can be sharded, each once."""
+    found = []
+    for part in {id(m): m for m in (module.modules() if deep else [module])}.values():
+        for key, value in part.items():
+            if isinstance(value, mx.array) and not key.startswith("_") and key in part._no_grad:
+                # Other integers stay, because their stand-in cannot be NaN.
+                if mx.issubdtype(value.dtype, mx.floating) or "scales" in part:
+                    found.append((part, key))
+    return found
+
+
+def _cut(sharded: Sharded, held: Sequence[tuple[nn.Module, str]]) -> _Unit:
+    """Replace arrays by stand-ins, and keep this rank's words of them."""
+    group, places, end = sharded.group, list[_Place](), 0
+    # What is computed from them (the norms of DoRA) would keep them alive.
+    mx.eval([v for m in {id(m): m for m, _ in held}.values() for k, v in m.items() if isinstance(v, mx.array) and k[0] == "_"])
+    for module, key in held:
+        array = module[key]
+        words = -(-array.nbytes // (_WORD * _ALIGNED)) * _ALIGNED
+        places.append(_Place(module, key, _stand_in(array), end, words))
+        end += words
+    size = -(-end // group.size())
+    first, pieces = group.rank() * size, list[mx.array]()
+    for place in places:
+        array = place.module[place.key]
+        dict.__setitem__(place.module, place.key, place.stand_in)
+        object.__setattr__(place.module, "cut", True)
+        start, stop = max(0, first - place.start), min(place.words, first + size - place.start)
+        if start < stop:
+            pieces.append(mx.contiguous(_words(array, place.words)[start:stop]))
+            mx.eval(pieces[-1])
+        sharded.whole += array.nbytes
+        del array
+    missing = size - sum(p.size for p in pieces)
+    part = mx.concatenate([*pieces, mx.zeros(missing, mx.uint32)])
+    mx.eval(part)
+    sharded.resident += part.nbytes
+    return _Unit(sharded, places, part)
+
+
+def _stand_in(array: mx.array) -> mx.array:
+    floating = mx.issubdtype(array.dtype, mx.floating)
+    one = mx.array(float("nan") if floating else mx.iinfo(array.dtype).max, array.dtype)
+    stand_in = mx.broadcast_to(one, array.shape)
+    mx.eval(stand_in)
+    return stand_in
+
+
+def _words(array: mx.array, words: int) -> mx.array:
+    """Return an array's bytes as uint32, with zeros up to a number of words."""
+    flat = mx.contiguous(array).reshape(-1)
+    padding = (words * _WORD - flat.nbytes) // flat.dtype.size
+    if padding:
+        flat = mx.concatenate([flat, mx.zeros(padding, flat.dtype)])
+    return flat.view(mx.uint32)
+
+
+@cache
+def _called(kind: type) -> type:
+    """Return a subclass of a model's class that notes its calls."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self._sharded.calling():
+            return kind.__call__(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+@cache
+def _read_gathered(kind: type) -> type:
+    """Return a subclass of a module's class that gathers its arrays where they are read."""
+
+    def seen(self: nn.Module, key: str, value: Any) -> Any:
+        for i, place in enumerate(self._unit.places):
+            if value is place.stand_in:
+                return self._unit.sharded.beside(self._unit, i)
+        return value
+
+    def item(self: nn.Module, key: str) -> Any:
+        return seen(self, key, dict.__getitem__(self, key))
+
+    def get(self: nn.Module, key: str, default: Any = None) -> Any:
+        return seen(self, key, dict.get(self, key, default))
+
+    def attribute(self: nn.Module, key: str) -> Any:
+        return item(self, key) if key in self else kind.__getattr__(self, key)  # type: ignore[attr-defined]
+
+    names = {"__getitem__": item, "get": get, "__getattr__": attribute, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), names)
+
+
+@cache
+def _gathered(kind: type) -> type:
+    """Return a subclass of a block's class that gathers its arrays when it is called, to be checkpointed."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        unit = self._unit
+        found = unit.given.pop() if unit.given else unit.sharded.forward(unit, _first((args, kwargs)))
+        with unit.placed(found):
+            return kind.__call__(self, *args, **kwargs)
+
+    def recomputed(self: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: _recomputed(self._unit, inner, args, kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "recomputed": recomputed, "__module__": kind.__module__})
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    return [v for _, v in tree_flatten(tree, is_leaf=_is_leaf) if isinstance(v, mx.array)]
+
+
+def _first(tree: Any) -> mx.array:
+    """Return the first floating array of a block's arguments, the hidden states."""
+    return next(a for a in _arrays(tree) if mx.issubdtype(a.dtype, mx.floating))
+
+
+def _with(tree: Any, arrays: Sequence[mx.array]) -> Any:
+    """Return a tree with other arrays in place of its own."""
+    new = iter(arrays)
+    return tree_map(lambda v: next(new) if isinstance(v, mx.array) else v, tree, is_leaf=_is_leaf)
+
+
+def _recomputed(unit: _Unit, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Compute a checkpointed block as `mx.checkpoint(inner)(*args, **kwargs)` would, with its arrays gathered.
+
+    `inner` calls the block once. The arrays are constants of the graph, and their gradient is not computed.
+    """
+    given = args, kwargs
+    returned: list[Any] = []
+
+    def forward(*arrays: mx.array) -> list[mx.array]:
+        args, kwargs = _with(given, arrays)
+        returned[:] = [inner(*args, **kwargs)]
+        return _arrays(returned[0])
+
+    def back(primals: Any, cotangents: list[mx.array], outputs: list[mx.array]) -> list[mx.array]:
+        primals = [primals] if isinstance(primals, mx.array) else list(primals)
+        floats = [i for i, p in enumerate(primals) if mx.issubdtype(p.dtype, mx.floating)]
+        made = [i for i, o in enumerate(outputs) if mx.issubdtype(o.dtype, mx.floating)]
+        unit.given.append(unit.sharded.backward(unit, cotangents[made[0]]))
+        # Nothing is computed again before the gradient has come here.
+        primals = mx.depends(primals, [*outputs, *cotangents])
+
+        def again(*values: mx.array) -> list[mx.array]:
+            now = list(primals)
+            for i, value in zip(floats, values):
+                now[i] = value
+            outputs = forward(*now)
+            return [outputs[i] for i in made]
+
+        _, slopes = mx.vjp(again, [primals[i] for i in floats], [cotangents[i] for i in made])
+        found = [mx.zeros_like(p) for p in primals]
+        for i, slope in zip(floats, slopes):
+            found[i] = slope
+        return found
+
+    arrays = _arrays(given)
+    unit.given.append(unit.sharded.forward(unit, _first((args[2:], kwargs))))
+    call = mx.custom_function(forward)
+    call.vjp(back)
+    outputs = call(*arrays)
+    return _with(returned.pop(), outputs)
+
+
+def _check(model: nn.Module) -> None:
+    """Raise ModelError if the model reads a stand-in: weights of a block outside of its call."""
+    with probing(model):
+        logits = model(mx.array([[1, 0, 1]]))
+    if mx.isnan(logits).any().item():
+        raise ModelError(
+            f"distributed.shard: base: {_name_of(model)} reads weights of a block outside of its call (or its logits "
+            "are NaN), so they cannot be gathered with the block: use another value of distributed.shard"
+        )
