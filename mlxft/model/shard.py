@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlxft.errors import ModelError
-from mlxft.model.layers import checkpoint_layers, probing
+from mlxft.model.layers import EMBEDDING, checkpoint_layers, probing
 
 _WORD = 4  # bytes: a part is an array of uint32, so that one message carries arrays of all types
 _ALIGNED = 64  # words: where an array begins in its unit, as in a buffer of its own
@@ -188,32 +188,22 @@ def shard_base(model: nn.Module, group: mx.distributed.Group) -> Sharded:
     Raises:
         ModelError: nothing is frozen; blocks share arrays; or the model reads a block's weights elsewhere.
     """
-    sharded, taken, total = Sharded(group), set[tuple[int, str]](), 0
-    blocks = list({id(layer): layer for layer in model.layers}.values())
+    sharded = Sharded(group)
     checkpoint_layers(model, False)
-    for block in blocks:
-        held = _frozen(block)
-        if shared := taken & {(id(m), key) for m, key in held}:
-            name = type(next(m for m, key in held if (id(m), key) in shared)).__name__
-            raise ModelError(f"distributed.shard: base: blocks of {_name_of(model)} share weights (of {name}): not supported")
-        taken |= {(id(m), key) for m, key in held}
-        if held:
-            unit = _cut(sharded, held)
-            total += unit.bytes
-            block._unit = unit
-            block.__class__ = _gathered(type(block))
-    inside = {id(module) for block in blocks for module in block.modules()}
-    for module in model.modules():
-        own = [(m, key) for m, key in _frozen(module, deep=False) if m[key].ndim > 1]
-        if id(module) not in inside and own:
-            module._unit = unit = _cut(sharded, own)
-            sharded.sent_beside += _sent(unit)
-            module.__class__ = _read_gathered(type(module))
-    if not sharded.whole:
-        raise ModelError("distributed.shard: base: nothing is frozen, so there is nothing to shard")
-    sharded.sent = total // group.size() * (group.size() - 1)
+    blocks, beside = _held(model)
+    # What is computed from weights (the norms of DoRA) would keep them.
+    derived = [[v for k, v in m.items() if isinstance(v, mx.array) and k[0] == "_"] for m in model.modules()]
+    mx.eval(derived, model.trainable_parameters())
+    for module, held in [*blocks, *beside]:
+        module._unit = _cut(sharded, held)
+    for block, _ in blocks:
+        block.__class__ = _gathered(block.__class__)
+    for module, _ in beside:
+        module.__class__ = _read_gathered(module.__class__)
+    others = group.size() - 1
+    sharded.sent, sharded.sent_beside = (sum(m._unit.part.nbytes * others for m, _ in p) for p in (blocks, beside))
     model._sharded = sharded
-    model.__class__ = _called(type(model))
+    model.__class__ = _called(model.__class__)
     checkpoint_layers(model)
     _check(model)
     return sharded
@@ -228,28 +218,66 @@ def _name_of(model: nn.Module) -> str:
     return str(getattr(model, "model_type", type(model).__name__))
 
 
-def _sent(unit: _Unit) -> int:
-    """Return the bytes that each rank sends to gather a unit in a ring."""
-    return int(unit.part.nbytes * (unit.sharded.group.size() - 1))
+class Shares(NamedTuple):
+    """What sharding a base takes on each rank, in bytes.
+
+    Attributes:
+        whole: of the frozen weights that are sharded.
+        resident: of them on one rank.
+        gathered: of what is whole at one time beside them: two blocks, and embeddings or the head.
+    """
+
+    whole: int
+    resident: int
+    gathered: int
+
+
+def shares(model: nn.Module, ranks: int) -> Shares:
+    """Predict what `shard_base` does with a model, whose weights need not be there; raise ModelError as it does."""
+    blocks, beside = _held(model)
+    sizes, others = ([(m, sum(at[key].nbytes for at, key in held)) for m, held in part] for part in (blocks, beside))
+    whole = sum(size for _, size in [*sizes, *others])
+    tables = sum(size for module, size in others if isinstance(module, EMBEDDING))
+    heads = max((size for module, size in others if not isinstance(module, EMBEDDING)), default=0)
+    two = sum(sorted(size for _, size in sizes)[-2:])
+    return Shares(whole, -(-whole // ranks), two + max(tables, heads))
+
+
+_Held = list[tuple[nn.Module, list[tuple[nn.Module, str]]]]
+
+
+def _held(model: nn.Module) -> tuple[_Held, _Held]:
+    """Return the blocks, and the modules beside them, that hold what can be sharded, with its places."""
+    taken = set[tuple[int, str]]()
+    blocks = [(layer, _frozen(layer)) for layer in {id(layer): layer for layer in model.layers}.values()]
+    for _, held in blocks:
+        places = {(id(m), key): m for m, key in held}
+        if shared := taken & places.keys():
+            name = type(places[min(shared)]).__name__
+            raise ModelError(f"distributed.shard: base: blocks of {_name_of(model)} share weights of a {name}")
+        taken |= places.keys()
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    others = {id(module): module for module in model.modules() if id(module) not in inside}.values()
+    beside = [(m, [(m, key) for _, key in _frozen(m, deep=False) if m[key].ndim > 1]) for m in others]
+    found = [held for held in blocks if held[1]], [held for held in beside if held[1]]
+    if not any(found):
+        raise ModelError("distributed.shard: base: nothing is frozen, so there is nothing to shard")
+    return found
 
 
 def _frozen(module: nn.Module, deep: bool = True) -> list[tuple[nn.Module, str]]:
     """Return the places of frozen arrays that can be sharded, each once."""
     found = []
     for part in {id(m): m for m in (module.modules() if deep else [module])}.values():
-        for key, value in part.items():
-            if isinstance(value, mx.array) and not key.startswith("_") and key in part._no_grad:
-                # Other integers stay, because their stand-in cannot be NaN.
-                if mx.issubdtype(value.dtype, mx.floating) or "scales" in part:
-                    found.append((part, key))
+        arrays = [(k, v) for k, v in part.items() if isinstance(v, mx.array) and k[0] != "_" and k in part._no_grad]
+        # Integers that are not packed weights stay, because their stand-in cannot be NaN.
+        found += [(part, k) for k, v in arrays if "scales" in part or mx.issubdtype(v.dtype, mx.floating)]
     return found
 
 
 def _cut(sharded: Sharded, held: Sequence[tuple[nn.Module, str]]) -> _Unit:
     """Replace arrays by stand-ins, and keep this rank's words of them."""
     group, places, end = sharded.group, list[_Place](), 0
-    # What is computed from them (the norms of DoRA) would keep them alive.
-    mx.eval([v for m in {id(m): m for m, _ in held}.values() for k, v in m.items() if isinstance(v, mx.array) and k[0] == "_"])
     for module, key in held:
         array = module[key]
         words = -(-array.nbytes // (_WORD * _ALIGNED)) * _ALIGNED
@@ -396,9 +424,9 @@ def _recomputed(unit: _Unit, inner: Callable[..., Any], args: tuple[Any, ...], k
 
     arrays = _arrays(given)
     unit.given.append(unit.sharded.forward(unit, _first((args[2:], kwargs))))
-    call = mx.custom_function(forward)
+    call: Any = mx.custom_function(forward)
     call.vjp(back)
-    outputs = call(*arrays)
+    outputs: list[mx.array] = call(*arrays)
     return _with(returned.pop(), outputs)
 
 
