@@ -12,7 +12,7 @@ backward pass does the same in the other direction, and computes each block agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +27,7 @@ from mlxft.model.layers import EMBEDDING, checkpoint_layers, probing
 
 _WORD = 4  # bytes: a part is an array of uint32, so that one message carries arrays of all types
 _ALIGNED = 64  # words: where an array begins in its unit, as in a buffer of its own
+MESSAGE = 64 << 20  # bytes of owned arrays that a rank sends at once, unless one array is larger
 
 
 class _Place(NamedTuple):
@@ -45,8 +46,7 @@ class _Place(NamedTuple):
 
     def read(self, words: mx.array) -> mx.array:
         """Return the array from the words of its unit, as a view."""
-        own = words[self.start : self.start + self.words].view(self.stand_in.dtype)
-        return own[: self.stand_in.size].reshape(self.stand_in.shape)
+        return _read(words, self.start, self.stand_in)
 
 
 @dataclass(eq=False)
@@ -280,7 +280,7 @@ def _cut(sharded: Sharded, held: Sequence[tuple[nn.Module, str]]) -> _Unit:
     group, places, end = sharded.group, list[_Place](), 0
     for module, key in held:
         array = module[key]
-        words = -(-array.nbytes // (_WORD * _ALIGNED)) * _ALIGNED
+        words = _count_words(array)
         places.append(_Place(module, key, _stand_in(array), end, words))
         end += words
     size = -(-end // group.size())
@@ -291,7 +291,7 @@ def _cut(sharded: Sharded, held: Sequence[tuple[nn.Module, str]]) -> _Unit:
         object.__setattr__(place.module, "cut", True)
         start, stop = max(0, first - place.start), min(place.words, first + size - place.start)
         if start < stop:
-            pieces.append(mx.contiguous(_words(array, place.words)[start:stop]))
+            pieces.append(mx.contiguous(_words(array)[start:stop]))
             mx.eval(pieces[-1])
         sharded.whole += array.nbytes
         del array
@@ -310,13 +310,22 @@ def _stand_in(array: mx.array) -> mx.array:
     return stand_in
 
 
-def _words(array: mx.array, words: int) -> mx.array:
-    """Return an array's bytes as uint32, with zeros up to a number of words."""
+def _count_words(array: mx.array) -> int:
+    return -(-array.nbytes // (_WORD * _ALIGNED)) * _ALIGNED
+
+
+def _words(array: mx.array) -> mx.array:
+    """Return an array's bytes as `_count_words` words, with zeros at the end."""
     flat = mx.contiguous(array).reshape(-1)
-    padding = (words * _WORD - flat.nbytes) // flat.dtype.size
+    padding = (_count_words(array) * _WORD - flat.nbytes) // flat.dtype.size
     if padding:
         flat = mx.concatenate([flat, mx.zeros(padding, flat.dtype)])
     return flat.view(mx.uint32)
+
+
+def _read(words: mx.array, start: int, like: mx.array) -> mx.array:
+    """Return the array whose words begin at `start`, as a view."""
+    return words[start : start + _count_words(like)].view(like.dtype)[: like.size].reshape(like.shape)
 
 
 @cache
@@ -439,3 +448,55 @@ def _check(model: nn.Module) -> None:
             f"distributed.shard: base: {_name_of(model)} reads weights of a block outside of its call (or its logits "
             "are NaN), so they cannot be gathered with the block: use another value of distributed.shard"
         )
+
+
+# --- owned ------------------------------------------------------------------------------------------------------------
+# Arrays of which each has one rank that computes it: parameters that are updated, and the optimiser's state.
+
+
+def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Return the rank that owns each of some names, so that the ranks' sums of sizes are about equal."""
+    loads, found = [0] * ranks, dict[str, int]()
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        found[name] = loads.index(min(loads))
+        loads[found[name]] += sizes[name]
+    return found
+
+
+def exchanged(
+    own: Mapping[str, mx.array], like: Mapping[str, mx.array], owner: Mapping[str, int], group: mx.distributed.Group
+) -> Iterator[dict[str, mx.array]]:
+    """Yield all arrays by name, some at a time: those of the other ranks with the bits that they have there.
+
+    Each round is evaluated before the next one is requested. All ranks call this with the same names.
+
+    Args:
+        own: what this rank owns, at least.
+        like: arrays of the shapes and types of all; they are not read.
+        owner: the rank of each name in `like`.
+    """
+    rounds: list[list[list[str]]] = []  # the names of each rank in each round
+    for rank in range(group.size()):
+        k, filled = 0, 0
+        for name in (n for n in like if owner[n] == rank):
+            size = _count_words(like[name]) * _WORD
+            if filled and filled + size > MESSAGE:
+                k, filled = k + 1, 0
+            rounds += [[[] for _ in range(group.size())]] * (k == len(rounds))
+            rounds[k][rank].append(name)
+            filled += size
+    for each in rounds:
+        longest = max(sum(_count_words(like[n]) for n in names) for names in each)
+        pieces = [_words(own[n]) for n in each[group.rank()]]
+        missing = longest - sum(p.size for p in pieces)
+        part = mx.concatenate([*pieces, mx.zeros(missing, mx.uint32)])
+        words, found = mx.distributed.all_gather(part, group=group), dict[str, mx.array]()
+        for rank, names in enumerate(each):
+            at = rank * longest
+            for name in names:
+                # Copies, because a view would keep the arrays of all ranks in memory.
+                found[name] = own[name] if rank == group.rank() else mx.contiguous(_read(words, at, like[name]))
+                at += _count_words(like[name])
+        del pieces, part, words
+        mx.eval(found)
+        yield found
