@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
 from mlxft.device import backend, usable_bytes
-from mlxft.errors import ConfigError
+from mlxft.errors import ConfigError, ModelError
 
 # --- random -----------------------------------------------------------------------------------------------------------
 # MLX's global random state, a part of it drawn again, and probes of a model that leave no trace.
@@ -177,6 +177,8 @@ class LoRALinear(LowRank):
 
     def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float, dora: bool = False) -> None:
         super().__init__(scale, dropout)
+        if dora and hasattr(base, "cut"):
+            raise ModelError("DoRA needs whole weights, and those of a sharded base are cut: attach it before sharding")
         out_dims, in_dims = dense_weight(base).shape
         self.linear = base
         bound = 1 / math.sqrt(in_dims)
@@ -542,7 +544,10 @@ def noisy_embedding(embedding: nn.Module, alpha: float, lengths: mx.array) -> It
 
 @cache
 def _checkpointed(kind: type) -> type:
-    """Return a subclass of a layer's class that keeps only its inputs, and computes again for the gradient."""
+    """Return a subclass of a layer's class that keeps only its inputs, and computes again for the gradient.
+
+    A class may say itself how, by a method `recomputed` that is used as `mx.checkpoint`.
+    """
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -562,7 +567,8 @@ def _checkpointed(kind: type) -> type:
                 _put(before)  # removes tracers, and restores the role
 
         # As an argument, the position makes dropout masks wait until the block's output exists.
-        out, seen = mx.checkpoint(inner)(self.trainable_parameters(), position(), *args, **kwargs)
+        recomputed = self.recomputed(inner) if hasattr(kind, "recomputed") else mx.checkpoint(inner)
+        out, seen = recomputed(self.trainable_parameters(), position(), *args, **kwargs)
         _collect(seen)
         return out
 

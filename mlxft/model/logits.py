@@ -144,6 +144,14 @@ CHUNK, GPU_CHUNK = (256, 32 << 20), (1024, 256 << 20)
 _LEAST_CHUNK = 32
 
 
+class _Returned(Exception):
+    """Carries what a body has returned out of its model."""
+
+    def __init__(self, hidden: mx.array) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
 class Split:
     """The body and the head of any mlx-lm model, with or without adapters.
 
@@ -208,12 +216,21 @@ class Split:
         """Compute (B, T) ids -> (B, T, D), the head's input; arguments as for `call`."""
         if segments is not None:
             _ = self.packing  # tries the model, so it must come before the body is replaced
-        # The logits made here are never evaluated.
-        return self._watched(ids, segments, caches)[1]
+        assert self._owner is not None
+        body = self.body
 
-    def _watched(
-        self, ids: mx.array, segments: mx.array | None = None, caches: Sequence[Any] | None = None
-    ) -> tuple[mx.array, mx.array]:
+        def watched(*args: Any, **kwargs: Any) -> mx.array:
+            raise _Returned(body(*args, **kwargs))
+
+        # The model is left before its head: one of a sharded model would be gathered for nothing.
+        with intercepted(self._owner, self._name, watched):
+            try:
+                self.call(ids, segments, caches)
+            except _Returned as returned:
+                return returned.hidden
+        raise AssertionError("the model does not call its body")
+
+    def _watched(self, ids: mx.array) -> tuple[mx.array, mx.array]:
         """Return what the model returns, and what its body returned on the way."""
         assert self._owner is not None
         body, returned = self.body, list[mx.array]()
@@ -223,7 +240,7 @@ class Split:
             return returned[-1]
 
         with intercepted(self._owner, self._name, watched):
-            whole = self.call(ids, segments, caches)
+            whole = self.call(ids)
         (hidden,) = returned
         return whole, hidden
 

@@ -33,6 +33,7 @@ from mlxft.model.logits import (
 )
 from mlxft.model.prefix import Completions, Rows, ScoredRows, Sharing
 from mlxft.model.sampling import PREFILL, takes_rows
+from mlxft.model.shard import Shares, shares
 
 # --- fused ------------------------------------------------------------------------------------------------------------
 # Stand-ins for what a GPU computes in one kernel, so that a step can be traced and planned on any machine.
@@ -656,10 +657,11 @@ class MemoryPlan:
     roles: Mapping[str, int] = field(default_factory=dict)  # of on-policy training, see `Residents`
     sampling: int = 0  # caches, logits and the prompts of one prefill, in the sampling phase
     scoring: int = 0  # forward pass of the largest batch, in the scoring phase
+    gathered: int = 0  # of a sharded base: two blocks, and embeddings or the head
 
     def phases(self, ahead: bool = True) -> dict[str, int]:
         """Return the peak of each phase, in order: of training alone, where nothing is sampled."""
-        held = self.weights + self.adapters + self.frozen + sum(self.roles.values()) + self.optimizer
+        held = self.weights + self.gathered + self.adapters + self.frozen + sum(self.roles.values()) + self.optimizer
         step = self.gradients + self.activations + self.logits + self.batch + (self.ahead if ahead else 0)
         others = {"sampling": self.sampling, "scoring": self.scoring}
         return {name: held + peak for name, peak in others.items() if peak} | {"training": held + step}
@@ -711,6 +713,7 @@ class Job:
     outline: Outline = PLAIN_OUTLINE
     update: tuple[int, int] = (0, 0)  # bytes that the optimiser allocates at one time: the minimum, and with room
     packed: bool = False  # whether rows are packed, which takes a mask for each sequence
+    ranks: int = 1  # over which the frozen base is sharded
 
     @property
     def gradients(self) -> int:
@@ -774,8 +777,9 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
     update, renewed = ((earlier or gradients) + 4 * largest + new for new in job.update)
     transient = max(peak, update)
     logits = min(head_peak, max(0, transient - gradients - earlier))
+    sharded = shares(model, job.ranks) if job.ranks > 1 else Shares(0, 0, 0)
     return MemoryPlan(
-        weights=sum(n for _, n in held) - adapters,
+        weights=sum(n for _, n in held) - adapters - sharded.whole + sharded.resident,
         adapters=adapters,
         gradients=gradients + earlier,
         optimizer=job.optimizer,
@@ -784,6 +788,7 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
         batch=sum(v.nbytes for v in ids.values()) + 12 * positions,
         ahead=max(queued, renewed, transient) - transient,
         checkpoint=checkpoint,
+        gathered=sharded.gathered,
     )
 
 

@@ -17,6 +17,7 @@ from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.model.adapters import layer_paths, matches
 from mlxft.model.heads import CRITIC
 from mlxft.model.layers import LINEAR, SWITCH, LowRank
+from mlxft.model.shard import exchanged, owners
 
 Arrays = dict[str, mx.array]
 _B = "lora_b"  # of an adapter: the factor that starts at zero
@@ -176,6 +177,9 @@ class Optimizer:
         parts: prefix of parameter names -> multiplier of their learning rate. Each part is clipped by its own norm and
             counts its own updates, because a step may leave it out.
         lora_plus: multiplier of the learning rate of adapters' B, beside that of its part or group; None: 1.
+        group: ranks that share the work: each keeps the state and master copies of its own parameters only, updates
+            them, and gets the others' from their ranks, so that all have the same bits (stage 1 of ZeRO, Rajbhandari
+            et al. 2020). All of them must have the whole summed gradients. None: this process does it all.
     Attributes:
         scales: pattern of each group in the settings -> its learning rate as a multiple of the run's; and, with
             lora_plus, lora_b -> that of B.
@@ -189,8 +193,9 @@ class Optimizer:
         model: nn.Module,
         parts: Mapping[str, float] | None = None,
         lora_plus: float | None = None,
+        group: mx.distributed.Group | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings, self._group = settings, group
         rates = {REST: 1.0, **(parts or {})}
         self._steps = dict.fromkeys(rates, mx.array(0, mx.uint64))
         self.begin(model)
@@ -212,10 +217,21 @@ class Optimizer:
     def begin(self, model: nn.Module) -> None:
         """Start over from the model's current parameters, as if there had been no update."""
         params = _flat(model.trainable_parameters())
+        rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
+        self._owner = owners({n: p.nbytes for n, p in params.items()}, size)
+        own = {n: p for n, p in params.items() if self._owner[n] == rank}
         self._opt = make_optimizer(self._settings, model)
-        self._master = {n: p.astype(mx.float32) for n, p in params.items() if p.dtype != mx.float32}
-        self._opt.init(params | self._master)
+        self._master = {n: p.astype(mx.float32) for n, p in own.items() if p.dtype != mx.float32}
+        self._opt.init(own | self._master)
         self._steps = {part: mx.array(0, mx.uint64) for part in self._steps}
+        # The shapes of the whole state, which is never evaluated.
+        whole = make_optimizer(self._settings, model)
+        whole.init(zeros := {n: mx.zeros(p.shape) for n, p in params.items()})
+        masters = {f"master.{n}": zeros[n] for n, p in params.items() if p.dtype != mx.float32}
+        self._like = {f"state.{n}": v for n, v in tree_flatten(whole.state)} | masters
+        self._state_owner = {
+            name: self._owner[n] for n in params for name in (f"master.{n}", *_leaves(f"state.{n}", whole.state[n]))
+        }
 
     def _norm_and_factor(self, squares: list[mx.array], weight: mx.array) -> tuple[mx.array, mx.array]:
         # Divide by the whole step's weight: micro-batches differ in trained tokens, and a mean of means would count a
@@ -248,16 +264,26 @@ class Optimizer:
         """Update the parameters from summed gradients, by name.
 
         Parts without a gradient stay unchanged. Bundles are evaluated one after the other: all at once would hold the
-        temporaries of all in memory.
+        temporaries of all in memory. With a group, the loop waits here until the ranks have exchanged parameters.
 
         Returns:
             grad_norm, and PART_grad_norm for each further part: norms before clipping, as lazy float32 scalars.
         """
         norms: dict[str, mx.array] = {}
+        updated: list[str] = []
         for part, bundles in self._bundles.items():
             if bundles and bundles[0].names[0] in grads:
+                updated += [n for bundle in bundles for n in bundle.names]
                 name = f"{part.rstrip('.')}_grad_norm" if part else "grad_norm"
                 norms[name] = self._step_part(model, part, grads, weight, lr)
+        if self._group is not None and self._group.size() > 1:
+            params = _flat(model.trainable_parameters())
+            params = {n: params[n] for n in updated}
+            like = {n: mx.zeros(p.shape, p.dtype) for n, p in params.items()}
+            own = {n: p for n, p in params.items() if n in self._opt.state}
+            del params
+            for found in exchanged(own, like, self._owner, self._group):
+                model.update(tree_unflatten(list(found.items())))
         return norms
 
     def _step_part(self, model: nn.Module, part: str, grads: Arrays, weight: mx.array, lr: float) -> mx.array:
@@ -268,7 +294,12 @@ class Optimizer:
         norm, factor = self._measure(squares, weight)
         step = self._steps[part] + 1
         params = _flat(model.trainable_parameters())
-        for names, scale, decay in self._bundles[part]:
+        for every, scale, decay in self._bundles[part]:
+            names = [n for n in every if n in self._opt.state]
+            for n in set(every).difference(names):  # another rank's
+                del params[n], grads[n]
+            if not names:
+                continue
             masters = [self._master.get(n) for n in names]
             rounded, new, states = self._apply[decay](
                 [params.pop(n) for n in names],
@@ -290,10 +321,25 @@ class Optimizer:
         return norm
 
     def arrays(self) -> Arrays:
-        """Return the whole state of the optimiser by name."""
+        """Return the state of the optimiser that this process holds, by name."""
         state = {f"state.{n}": v for n, v in tree_flatten(self._opt.state)}
         steps = {f"steps.{part}": v for part, v in self._steps.items()}
         return state | steps | {f"master.{n}": v for n, v in self._master.items()}
+
+    def gathered(self, keep: bool = True) -> Arrays:
+        """Return the whole state by name, as `arrays` returns it where one process holds it all; all ranks call this.
+
+        Args:
+            keep: false for a rank that only takes part: it holds some of the state at a time, and returns nothing.
+        """
+        held = self.arrays()
+        if self._group is None or self._group.size() == 1:
+            return held
+        owned = {n: v for n, v in self._like.items() if n in self._state_owner}
+        found = {n: v for n, v in held.items() if n not in owned}
+        for part in exchanged(held, owned, self._state_owner, self._group):
+            found |= part if keep else {}
+        return found if keep else {}
 
     def renewed(self, model: nn.Module) -> tuple[int, int]:
         """Return the bytes that an update allocates, with masters and state, before it frees the old arrays.
@@ -304,18 +350,18 @@ class Optimizer:
         sizes: dict[str, int] = {}
         for name, value in _flat(model.trainable_parameters()).items():
             master = self._master[name].nbytes if name in self._master else 0
-            state = sum(v.nbytes for _, v in tree_flatten(self._opt.state[name]))
+            state = sum(v.nbytes for _, v in tree_flatten(self._opt.state.get(name, {})))
             sizes[name] = value.nbytes + master + state
         bundles = [bundle.names for bundles in self._bundles.values() for bundle in bundles]
         return max(sizes.values(), default=0), max((sum(sizes[n] for n in names) for names in bundles), default=0)
 
     def load(self, arrays: Arrays) -> None:
-        """Restore the state that `arrays` returned.
+        """Restore the whole state that `gathered` returned, on any number of ranks; each keeps what is its own.
 
         Raises:
             CheckpointError: the state is from another optimiser or another version of mlxft.
         """
-        if set(arrays) != set(self.arrays()):
+        if set(arrays) != self._like.keys() | {f"steps.{part}" for part in self._steps}:
             raise CheckpointError(
                 f"the checkpoint's optimiser state does not fit {self._settings.name} in this version of mlxft; start "
                 "a new run, if you like from the adapter or model of this one (model.adapter, or model.path)"
@@ -324,6 +370,11 @@ class Optimizer:
         self._opt.state = tree_map_with_path(lambda n, _: arrays[f"state.{n}"], self._opt.state)
         self._steps = {part: arrays[f"steps.{part}"] for part in self._steps}
         self._master = {n: arrays[f"master.{n}"] for n in self._master}
+
+
+def _leaves(name: str, state: Any) -> list[str]:
+    """Return the names of the arrays in the state of one parameter."""
+    return [f"{name}.{leaf}" if leaf else name for leaf, _ in tree_flatten(state)]
 
 
 def _scale(group: Group, settings: OptimSettings, rate: float = 1.0) -> float:
