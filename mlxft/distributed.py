@@ -11,16 +11,18 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.errors import ConfigError, MlxftError, TrainingError
-from mlxft.text import parse_json
+from mlxft.errors import ConfigError, TrainingError
+from mlxft.lifeline import Lifeline
+from mlxft.text import parse_json, read_small
 
 MESSAGE = 64 << 20  # most bytes of one message, and of the float32 copies that it needs
 _SMALL = 1 << 10  # bytes of the first message of `gather_bytes`, enough for the sums of a step
@@ -55,6 +57,9 @@ class Ranks:
         weights: the share of the work that each rank takes; they sum to 1.
         waited_s, summing_s: seconds spent waiting for slower ranks, and adding up arrays.
         sent: bytes that this rank gave to be added up.
+        lifeline: what watches the other ranks.
+        agreed: whether all ranks end now because they have agreed to.
+        on_lost: called with the loss where a rank was lost and this one is stuck, before it ends.
     """
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
@@ -62,7 +67,9 @@ class Ranks:
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         self.weights = [1 / self.size] * self.size
         self.waited_s, self.summing_s, self.sent = 0.0, 0.0, 0
-        self.lifeline: Any = None
+        self.lifeline: Lifeline | None = None
+        self.agreed = False
+        self.on_lost: Callable[[str], None] = lambda text: None
         self.hosts: list[str] = [socket.gethostname()] if self.size == 1 else self.gather(socket.gethostname())
 
     @property
@@ -76,7 +83,7 @@ class Ranks:
 
     # Who computes what
 
-    def part(self, count: int, rank: int | None = None) -> Portion:
+    def portion(self, count: int, rank: int | None = None) -> Portion:
         """Return the stretch of `count` things that a rank takes, this one by default, by the ranks' weights."""
         bounds = np.round(np.cumsum([0.0, *self.weights]) * count).astype(int)
         rank = self.rank if rank is None else rank
@@ -270,6 +277,12 @@ def measure_network(ranks: Ranks) -> Network:
 
 
 _current = Ranks()
+_spoken_for: list[bool] = []  # of the last `joined`, whether another rank writes what went wrong
+
+
+def spoken_for() -> bool:
+    """Return whether another rank writes why training has failed."""
+    return bool(_spoken_for) and _spoken_for[-1]
 
 
 def current() -> Ranks:
@@ -285,18 +298,37 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
         ConfigError: they cannot be connected.
     """
     global _current
-    if _current.size > 1 or not any(name in os.environ for name in _STARTED):
+    hosts = os.environ.get("MLX_HOSTFILE")
+    alone = hosts is not None and not read_small(Path(hosts)).strip()  # mlx.launch -n 1
+    if _current.size > 1 or alone or not any(name in os.environ for name in _STARTED):
         yield _current
         return
     try:
         group = mx.distributed.init()
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes cannot be connected: {error}") from None
-    before = _current
-    _current = Ranks(group if group.size() > 1 else None)
-    try:
+    if group.size() == 1:
         yield _current
+        return
+    before, ranks = _current, Ranks(group)
+    line = Lifeline.listen() if ranks.first else None
+    address = ranks.from_first(line and line.address)
+    how: dict[str, Any] = {"timeout_s": timeout_s, "on_lost": lambda text: ranks.on_lost(text)}
+    line = line.start(ranks.hosts, **how) if line else Lifeline.connect(address, ranks.rank, ranks.hosts, **how)
+    _current, ranks.lifeline = ranks, line
+    try:
+        yield ranks
+    except BaseException as error:
+        if ranks.agreed:
+            raise
+        # mlx.launch interrupts the others where one has ended; that is not what went wrong.
+        if isinstance(error, KeyboardInterrupt) and (lost := line.wait_lost(2.0)):
+            raise TrainingError(lost) from None
+        line.report(_reason(error))
+        raise
     finally:
+        _spoken_for.append(not line.speaks)
+        line.close()
         _current = before
 
 
@@ -321,7 +353,8 @@ def check_same(ranks: Ranks, facts: Mapping[str, Mapping[str, Any]]) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def failed(ranks: Ranks, error: BaseException) -> None:
-    """Tell the other ranks why this one ends."""
-    if ranks.lifeline is not None:
-        ranks.lifeline.report(str(error) if isinstance(error, MlxftError) else f"{type(error).__name__}: {error}")
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "was interrupted"
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name

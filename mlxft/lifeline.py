@@ -467,16 +467,14 @@ def own_rank() -> int:
 
 
 def sign_off(code: int) -> None:
-    """Write the exit code of this process for `mlxft launch`, if that has started it; end the process if it failed.
+    """Write the exit code of this rank for `mlxft launch`, if that has started it; end the process if it failed.
 
     A process that failed ends at once: MLX's engine would wait for other ranks, which may be gone.
     """
-    if not _token:
-        return
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
     with suppress(OSError):  # twice: mlx.launch forwards blocks of bytes, and another rank's may come between two
-        os.write(2, 2 * f"{_token} {own_rank()} {code}\n".encode())
+        os.write(2, 2 * f"{_token} {own_rank()} {code}\n".encode() if _token else b"")
     if code:
         os._exit(code)

@@ -28,13 +28,13 @@ def run_ranks(script: str | Sequence[str], n: int = 2, timeout: float = 120.0) -
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(n)]))
-        env = os.environ | {"MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(_HERE.parent), str(_HERE), env.get("PYTHONPATH", "")])
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(n)]
         started = []
         for rank, (out, err) in enumerate(files):
             with out.open("wb") as o, err.open("wb") as e:
-                mine = env | {"MLX_RANK": str(rank)}
+                mine = env | ({"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if n > 1 else {})
                 started.append(subprocess.Popen([sys.executable, *argv], env=mine, stdout=o, stderr=e))
         _wait(started, time.monotonic() + timeout)
         return [(p.returncode, o.read_text(), e.read_text()) for p, (o, e) in zip(started, files)]

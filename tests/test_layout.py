@@ -23,7 +23,7 @@ ORDER = {
     "text": 1,
     "files": 2,
     "device": 2,
-    "distributed": 2,
+    "distributed": 4,
     "config": 3,
     "lifeline": 3,
     "launch": 4,

@@ -141,7 +141,7 @@ def main() -> None:
     """Run the command line: print an error as one message, and exit with code 0, 1, 2 or 130."""
     speak_flags(True)
     try:
-        if "MLXFT_LAUNCHED" in os.environ:
+        if "MLXFT_LAUNCHED" in os.environ or "MLX_RANK" in os.environ:
             _main_of_rank()
         else:
             _main()
@@ -149,8 +149,15 @@ def main() -> None:
         speak_flags(False)
 
 
+def _complain(text: str) -> None:
+    """Print an error, unless another rank prints it."""
+    ranks = sys.modules.get("mlxft.distributed")
+    if ranks is None or not ranks.spoken_for():
+        echo(text, err=True)
+
+
 def _main_of_rank() -> None:
-    """Run the command line as a rank that `mlxft launch` has started, which needs to know how it ends."""
+    """Run the command line as a rank of `mlxft launch`, which needs to know how it ends, or of mlx.launch."""
     from mlxft.lifeline import follow_launcher, sign_off
 
     follow_launcher()
@@ -182,10 +189,10 @@ def _main() -> None:
         known = next(
             kind for kind in type(e).__mro__ if kind.__module__ == MlxftError.__module__
         )  # the name in the README
-        echo(f"{known.__name__}: {e}", err=True)
+        _complain(f"{known.__name__}: {e}")
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        echo("interrupted", err=True)
+        _complain("interrupted")
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone
@@ -194,12 +201,12 @@ def _main() -> None:
         failure = gpu_failure(e)
         if failure is None:
             raise
-        echo(f"{type(e).__name__}: {FAILURES[failure][0]}: {shorten(' '.join(str(e).split()))}", err=True)
+        _complain(f"{type(e).__name__}: {FAILURES[failure][0]}: {shorten(' '.join(str(e).split()))}")
         sys.exit(1)
     except OSError as e:  # a name too long, no permission, or a file that has vanished
         if e.errno == errno.ENAMETOOLONG:
-            echo(f"ConfigError: the path is too long: {shorten(str(e.filename))}", err=True)
+            _complain(f"ConfigError: the path is too long: {shorten(str(e.filename))}")
             sys.exit(ConfigError.exit_code)
-        echo(f"{type(e).__name__}: {e}", err=True)
+        _complain(f"{type(e).__name__}: {e}")
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)

@@ -836,7 +836,7 @@ class RolloutObjective(Objective, Generic[_P]):
         self, prompts: Sequence[EncodedPrompt], chosen: list[int], samples: int, number: int, seed: int
     ) -> Rollout:
         """Sample completions of some prompts with the active role; each rank samples some, and all get all of them."""
-        part = current().part(len(chosen))
+        part = current().portion(len(chosen))
         began = time.perf_counter()
         mine = Rollout(number, [], [], [])
         if part.stop > part.start:

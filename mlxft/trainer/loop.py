@@ -400,6 +400,7 @@ class Loop:
                 if p.step % settings.save_every == 0 or last or stop or p.stopped_early:
                     self._save()
                 if stop:
+                    self.ranks.agreed = True
                     return False
         return True
 
@@ -615,8 +616,8 @@ class Loop:
         far = max(abs(other / norm - 1) for _, other in every) if norm else 0.0
         if far > FAR_APART:
             raise TrainingError(
-                f"step {self.progress.step}: the weights of {names} are not those of {self.ranks.name(0)} (norms differ "
-                f"by {far:.2%}). The last checkpoint is intact; test the machines with mlxft selftest"
+                f"step {self.progress.step}: the weights of {names} are not those of {self.ranks.name(0)}: their norms "
+                f"differ by {far:.2%}. The last checkpoint is intact; test the machines with mlxft selftest"
             )
         shared = self.ranks.arrays_from_first(weights)
         self.model.update(tree_unflatten(list(shared.items())))

@@ -1,0 +1,244 @@
+"""Several processes train as one: the same numbers as a single process, for every objective."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import yaml
+from ranks import run_ranks
+
+from mlxft.distributed import Ranks
+
+pytestmark = pytest.mark.invariant
+STEPS = 20
+_WORDS = ["the", "then", "other", "in", "on", "and", "is", "of", "he", "her", "in", "it", "the", "is", "and"]
+
+
+def _rows(folder: Path) -> None:
+    """Write rows of each format."""
+    rng = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(least, most)))
+
+    def write(name: str, make: Callable[[], dict[str, Any]], count: int) -> None:
+        (folder / name).write_text("".join(json.dumps(make()) + "\n" for _ in range(count)))
+
+    write("sft.jsonl", lambda: {"prompt": text(2, 8), "completion": text(2, 20)}, 61)
+    write("pairs.jsonl", lambda: {"prompt": text(2, 8), "chosen": text(2, 14), "rejected": text(2, 14)}, 41)
+    write("kto.jsonl", lambda: {"prompt": text(2, 8), "completion": text(2, 14), "label": rng.random() < 0.5}, 41)
+    write("prompts.jsonl", lambda: {"prompt": text(2, 8)}, 23)
+    (folder / "vowels.py").write_text(
+        "def share(prompts, completions, rows):\n"
+        "    return [sum(c in 'aeiou' for c in text) / (1 + len(text)) for text in completions]\n"
+    )
+    (folder / "guess.py").write_text(
+        "from mlxft import Observation\n"
+        "class Guess:\n"
+        "    def reset(self, row, seed):\n"
+        "        self.seed = seed\n"
+        "    def step(self, turn):\n"
+        "        return Observation('try again', reward=(len(turn.text) + self.seed) % 3, end=False)\n"
+    )
+
+
+_SFT = {"objective": "sft", "data.train": "sft.jsonl", "data.valid": 0.2, "data.format": "prompt-completion"}
+_PAIRS = {"data.train": "pairs.jsonl", "data.valid": 0.2, "data.format": "preference", "batch.rows": 6}
+_PROMPTS = {
+    "data.train": "prompts.jsonl",
+    "data.valid": 0.2,
+    "data.format": "prompts",
+    "rollout.prompts": 6,
+    "rollout.samples": 2,
+    "rollout.max_tokens": 10,
+    "batch.tokens": 200,
+    "optim.lr": 2e-3,
+}
+_REWARDED = {**_PROMPTS, "rewards.function": "vowels.py:share"}
+_PPO = {"objective": "ppo", **_REWARDED, "ppo.epochs": 2, "ppo.minibatches": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "sft": {**_SFT, "batch.rows": 5, "batch.accumulate": 2},
+    "sft, one micro-batch": {**_SFT, "batch.rows": 8},
+    "sft, packed": {**_SFT, "batch.tokens": 192, "batch.pack": True, "batch.accumulate": 2},
+    "sft, full": {**_SFT, "batch.rows": 5, "batch.accumulate": 3, "tune.method": "full", "optim.lr": 1e-3},
+    "reward": {"objective": "reward", **_PAIRS, "optim.lr": 2e-3},
+    "dpo": {"objective": "preference", **_PAIRS, "batch.accumulate": 2},
+    "dpo, precomputed": {"objective": "preference", **_PAIRS, "preference.precompute": True},
+    "kto": {
+        "objective": "preference",
+        **_PAIRS,
+        "data.train": "kto.jsonl",
+        "data.format": "unpaired",
+        "preference.loss": "kto",
+    },
+    "ppo": {**_PPO, "ppo.kl_target": 0.5, "ppo.kl_horizon": 100},
+    "ppo, shared critic": {**_PPO, "ppo.critic": "shared"},
+    "grpo": {"objective": "grpo", **_REWARDED, "rollout.samples": 4, "grpo.epochs": 2, "grpo.minibatches": 2},
+    "grpo, exact kl": {
+        "objective": "grpo",
+        **_REWARDED,
+        "rollout.samples": 4,
+        "rollout.prompts": 4,
+        "grpo.kl_estimator": "exact",
+        "grpo.resample": 2,
+    },
+    "rloo, episodes": {"objective": "rloo", **_PROMPTS, "environment.path": "guess.py:Guess", "environment.turns": 2},
+    "reinforce": {"objective": "reinforce", **_REWARDED, "reinforce.baseline": "average"},
+    "online_dpo": {"objective": "online_dpo", **_REWARDED},
+    "distill": {
+        "objective": "distill",
+        **_PROMPTS,
+        "distill.teacher": "base",
+        "distill.teacher_prompt": "the other",
+    },
+}
+
+
+ON_FOUR = ("sft", "kto", "grpo")
+
+
+def _recipe(folder: Path, model: Path, name: str, **settings: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "optim": {"lr": 1e-2, "schedule": "cosine", "warmup": 2},
+        "data": {"max_length": 96},
+        "run": {
+            "dir": str(folder / "runs"),
+            "name": name,
+            "steps": STEPS,
+            "report_every": 1,
+            "seed": 3,
+            "eval_every": 10,
+        },
+        "memory": {"measure": False},
+    }
+    for key, value in {"run.eval_every": 10, **settings}.items():
+        *sections, last = key.split(".")
+        at = found
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+    if settings.get("tune.method") != "full":
+        found.setdefault("tune", {}).setdefault("rank", 4)
+    return found
+
+
+_TRAIN = """
+import contextlib, io, json, sys
+from mlxft.run import train
+from mlxft.text import make_console
+for name, recipe in json.loads(open(sys.argv[1]).read()).items():
+    train(recipe, overwrite=True, console=make_console(file=io.StringIO()))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    found = tmp_path_factory.mktemp("ranks")
+    _rows(found)
+    before = Path.cwd()
+    os.chdir(found)
+    yield found
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tiny_model_dir: Path) -> dict[int, Path]:
+    """The run folders of all cases, by the number of ranks."""
+    found = {}
+    for size in (1, 2, 4):
+        names = CASES if size < 4 else ON_FOUR
+        recipes = {name: _recipe(folder / str(size), tiny_model_dir, name, **CASES[name]) for name in names}
+        file = folder / f"{size}.json"
+        file.write_text(json.dumps(recipes))
+        script = folder / "train.py"
+        script.write_text(_TRAIN)
+        for code, _, errors in run_ranks([str(script), str(file)], size, timeout=300):
+            assert code == 0, errors[-3000:]
+        found[size] = folder / str(size) / "runs"
+    return found
+
+
+def _events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def _weights(run: Path) -> dict[str, mx.array]:
+    return mx.load(str(run / f"checkpoints/step-{STEPS}/weights.safetensors"))
+
+
+def _apart(mine: dict[str, mx.array], theirs: dict[str, mx.array]) -> float:
+    """The distance of two sets of weights, relative to their size."""
+    assert mine.keys() == theirs.keys()
+    squares = [((mine[k] - theirs[k]).square().sum().item(), mine[k].square().sum().item()) for k in mine]
+    return float(np.sqrt(sum(d for d, _ in squares) / sum(s for _, s in squares)))
+
+
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in CASES), *((name, 4) for name in ON_FOUR)])
+def test_ranks_train_as_one_process(trained: dict[int, Path], name: str, size: int):
+    alone, together = trained[1] / name, trained[size] / name
+    for kind, keys in {"train": ["loss", "grad_norm", "tokens"], "eval": ["loss"], "rollout": ["reward"]}.items():
+        mine, theirs = _events(alone, kind), _events(together, kind)
+        assert len(mine) == len(theirs)
+        for key in keys:
+            pairs = [(a[key], b[key]) for a, b in zip(mine, theirs) if key in a]
+            # A policy's loss is a sum whose parts cancel, so its errors are relative to the largest one, or to 0.01.
+            largest = max((abs(a) for a, _ in pairs), default=0.0)
+            for a, b in pairs:
+                assert b == pytest.approx(a, rel=1e-5, abs=1e-5 * max(largest, 0.01)), (kind, key)
+    assert len(_events(together, "train")) == STEPS
+    assert _apart(_weights(alone), _weights(together)) < 1e-5
+    assert _events(together, "start")[0]["ranks"] == size
+    assert yaml.safe_load((together / "config.yaml").read_text())["distributed"]["ranks"] == size
+
+
+def test_a_rank_reports_for_all(trained: dict[int, Path]):
+    last = _events(trained[2] / "grpo", "train")[-1]
+    assert {f"{name}/rank{i}" for name in ("peak_memory_gb", "wait_s") for i in (0, 1)} <= last.keys()
+    assert 0 <= last["communication_share"] < 1
+    rollout = _events(trained[2] / "grpo", "rollout")[-1]
+    assert rollout["sampling_s/rank1"] > 0
+
+
+# --- who computes what ------------------------------------------------------------------------------------------------
+
+
+def _ranks(size: int, weights: list[float] | None = None) -> Ranks:
+    found = Ranks()
+    found.size, found.weights = size, weights or [1 / size] * size
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_every_unit_has_one_rank_and_ranks_have_like_costs(size: int):
+    rng = np.random.default_rng(size)
+    groups = [[f"{g}.{i}" for i in range(rng.integers(1, 40))] for g in range(5)]
+    costs = rng.uniform(1, 50, len(groups)).tolist()
+    found = _ranks(size).share(groups, costs)
+    assert sorted(u for units, _ in found for u in units) == sorted(u for group in groups for u in group)
+    cost = {u: c for group, c in zip(groups, costs) for u in group}
+    loads = [sum(cost[u] for units, rank in found if rank == r for u in units) for r in range(size)]
+    assert max(loads) - min(loads) <= 2 * max(costs)
+    assert len(found) <= len(groups) + size - 1, "few groups are cut"
+
+
+def test_a_slower_rank_gets_less():
+    found = _ranks(2, [0.75, 0.25]).share([list(range(100))], [1.0])
+    assert [len(units) for units, _ in found] == [75, 25]
+    assert [(p.start, p.stop) for p in (_ranks(2, [0.75, 0.25]).portion(8, r) for r in (0, 1))] == [(0, 6), (6, 8)]
+    owners = _ranks(2, [0.75, 0.25]).owners([1.0] * 8)
+    assert owners.count(0) == 6
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 16])
+def test_portions_cover_everything_once(count: int):
+    parts = [_ranks(4).portion(count, rank) for rank in range(4)]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
