@@ -178,7 +178,7 @@ def _address(name: str) -> str | None:
     """Return the IPv4 address of a host; the name may be an alias of ssh's configuration."""
     bare = name.rpartition("@")[2]
     with suppress(ValueError):
-        return str(ipaddress.ip_address(bare))
+        return str(ipaddress.IPv4Address(bare))
     for known in (bare, None):
         with suppress(OSError, subprocess.SubprocessError):
             if known is None:

@@ -149,11 +149,16 @@ def main() -> None:
         speak_flags(False)
 
 
+_silent = False  # whether another rank says that the command was interrupted
+
+
 def _main_of_rank() -> None:
     """Run the command line as a rank that `mlxft launch` has started, which needs to know how it ends."""
-    from mlxft.lifeline import follow_launcher, sign_off
+    global _silent
+    from mlxft.lifeline import follow_launcher, own_rank, sign_off
 
     follow_launcher()
+    _silent = own_rank() != 0
     try:
         _main()
     except SystemExit as e:
@@ -185,7 +190,8 @@ def _main() -> None:
         echo(f"{known.__name__}: {e}", err=True)
         sys.exit(e.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        echo("interrupted", err=True)
+        if not _silent:
+            echo("interrupted", err=True)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone
