@@ -34,7 +34,7 @@ from mlxft.errors import ConfigError, TrainingError, nearest, shorten
 from mlxft.lifeline import ENDED, LAUNCHED, SILENT, STOP, UNREACHABLE
 from mlxft.text import echo, parse_json, printable, read_small
 
-BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
+_BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 STARTING_PORT, _NCCL_PORT = 32323, 12345  # mlx.launch's
 LOCAL = "127.0.0.1"  # the only name that mlx.launch does not use ssh for
 _SSH_SECONDS = 60.0
@@ -113,8 +113,8 @@ def find_cluster(
         )
     place = f"{hostfile}: " if hostfile else "--hosts: "
     backend = backend or named or _usual_backend()
-    if backend not in BACKENDS:
-        raise ConfigError(f"{place}backend: {backend!r}; expected {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+    if backend not in _BACKENDS:
+        raise ConfigError(f"{place}backend: {backend!r}; expected {', '.join(_BACKENDS)}{nearest(backend, _BACKENDS)}")
     if not machines:
         raise ConfigError(f"{place}there are no hosts")
     for machine in machines:  # ssh would read a dash as an option
@@ -532,7 +532,7 @@ def engine() -> None:
 
     As it is, mlx.launch never sleeps while it forwards, which takes most of a core from training. Once its standard
     input has ended, it neither notices nor informs the ranks. And once a rank has ended with a code other than 0, it
-    forwards nothing more, and terminates the others, of which one may be saving a checkpoint after Ctrl-C.
+    forwards nothing more, and terminates the others, also one that saves a checkpoint after Ctrl-C.
     """
     from mlx._distributed_utils import launch as mlx_launch
 
