@@ -34,13 +34,14 @@ from mlxft.errors import ConfigError, TrainingError, nearest, shorten
 from mlxft.lifeline import ENDED, LAUNCHED, SILENT, STOP, UNREACHABLE
 from mlxft.text import echo, parse_json, printable, read_small
 
-BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
+_BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 STARTING_PORT, _NCCL_PORT = 32323, 12345  # mlx.launch's
 LOCAL = "127.0.0.1"  # the only name that mlx.launch does not use ssh for
 _SSH_SECONDS = 60.0
-# After the first failure, ranks that have not ended are terminated, and killed; after Ctrl-C they may save first.
-_TERMINATE_SECONDS, _KILL_SECONDS, _SAVE_SECONDS = 10.0, 120.0, 900.0
-_WARNING = b"\x1b[33m[WARN] "  # begins mlx.launch's messages
+# After the first failure, ranks that have not ended are terminated, and killed; after Ctrl-C they may save first. Where
+# that does not help, because ssh hangs, mlx.launch is killed, too.
+_TERMINATE_SECONDS, _FORCE_SECONDS, _KILL_SECONDS, _SAVE_SECONDS = 10.0, 30.0, 120.0, 900.0
+KILLED = 1000  # in place of the exit code of a rank that was killed by force
 _CONFIGURE = "mlx.distributed_config makes a hostfile"
 
 
@@ -112,8 +113,8 @@ def find_cluster(
         )
     place = f"{hostfile}: " if hostfile else "--hosts: "
     backend = backend or named or _usual_backend()
-    if backend not in BACKENDS:
-        raise ConfigError(f"{place}backend: {backend!r}; expected {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+    if backend not in _BACKENDS:
+        raise ConfigError(f"{place}backend: {backend!r}; expected {', '.join(_BACKENDS)}{nearest(backend, _BACKENDS)}")
     if not machines:
         raise ConfigError(f"{place}there are no hosts")
     for machine in machines:  # ssh would read a dash as an option
@@ -177,7 +178,7 @@ def _address(name: str) -> str | None:
     """Return the IPv4 address of a host; the name may be an alias of ssh's configuration."""
     bare = name.rpartition("@")[2]
     with suppress(ValueError):
-        return str(ipaddress.ip_address(bare))
+        return str(ipaddress.IPv4Address(bare))
     for known in (bare, None):
         with suppress(OSError, subprocess.SubprocessError):
             if known is None:
@@ -352,7 +353,7 @@ class _Found:
     """What was found in the output of the ranks."""
 
     codes: dict[int, int] = field(default_factory=dict)  # rank -> exit code, from the rank
-    exits: dict[int, int | None] = field(default_factory=dict)  # rank -> exit code other than 0, from mlx.launch
+    exits: dict[int, int] = field(default_factory=dict)  # rank -> exit code, as `engine` has seen it
     named: set[int] = field(default_factory=set)  # ranks that another rank has said to be lost
     failed_at: float | None = None
 
@@ -394,6 +395,7 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=os.environ | {LAUNCHED: token},
         )
         with _forwarding(child, token, found):
             while child.poll() is None:
@@ -464,27 +466,21 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
 
 
 def _without_marks(chunks: Iterator[bytes], token: bytes, found: _Found) -> Iterator[bytes]:
-    """Yield output without the lines for this launcher: those of the ranks, and mlx.launch's about their ends."""
-    warning = _WARNING + b"Node with rank "
-    marks = re.compile(
-        rb"%s (\d+) (\d+)\r?\n|%s(\d+) (?:was killed|exited with code (-?\d+)) \x1b\[0m\n" % (token, re.escape(warning))
-    )
+    """Yield output without the lines for this launcher, in which ranks and `engine` write how a rank has ended."""
+    marks = re.compile(rb"%s (\d+) (ended )?(-?\d+)\r?\n" % token)
     phrases = b"|".join(re.escape(text.partition("{")[0].encode()) for text in (ENDED, SILENT, UNREACHABLE))
     lost = re.compile(rb"rank (\d+) \([^()\n]*\) (?:%s)" % phrases)
 
     def take(match: re.Match[bytes]) -> bytes:
-        if match[1]:
-            found.codes[int(match[1])] = int(match[2])
-        else:
-            found.exits[int(match[3])] = int(match[4]) if match[4] else None
-        if found.failed_at is None and int((match[2] if match[1] else match[4]) or 1) not in (0, 130):
+        (found.exits if match[2] else found.codes)[int(match[1])] = int(match[3])
+        if found.failed_at is None and int(match[3]) not in (0, 130):
             found.failed_at = time.monotonic()
         return b""
 
     held = shown = b""
     for data in chunks:
         data = marks.sub(take, held + data)
-        cut = min(_start_of(token, data), _start_of(warning, data))
+        cut = _start_of(token, data)
         data, held = data[:cut], data[cut:]
         shown = shown[-500:] + data
         found.named |= {int(match[1]) for match in lost.finditer(shown)}
@@ -518,6 +514,8 @@ def _verdict(cluster: Cluster, found: _Found, code: int) -> int:
 
 def _end(code: int | None) -> str:
     """Return how a rank without a word of its own has ended."""
+    if code == KILLED:
+        return "did not end when another had failed, and was killed"
     number = -code if code is not None and code < 0 else (code or 0) - 128
     with suppress(ValueError):
         return f"was killed by {signal.Signals(number).name}" + " (out of memory?)" * (number == signal.SIGKILL)
@@ -532,16 +530,28 @@ def _end(code: int | None) -> str:
 def engine() -> None:
     """Run mlx.launch with the arguments of this process, which `launch` has started.
 
-    As it is, mlx.launch never sleeps while it forwards, which takes most of a core from training; once its standard
-    input has ended it neither notices nor informs the ranks; and when a rank has ended by Ctrl-C it terminates the
-    others at once, of which one may be saving a checkpoint.
+    As it is, mlx.launch never sleeps while it forwards, which takes most of a core from training. Once its standard
+    input has ended, it neither notices nor informs the ranks. And once a rank has ended with a code other than 0, it
+    forwards nothing more, and terminates the others, also one that saves a checkpoint after Ctrl-C.
     """
     from mlx._distributed_utils import launch as mlx_launch
 
-    ours = os.dup(0)
-    theirs, ends = os.pipe()
+    token = os.environ[LAUNCHED]
+    processes: list[Any] = []
+    ours, (theirs, ends) = os.dup(0), os.pipe()
     os.dup2(theirs, 0)
-    failed_at = stopped_at = None
+
+    class Rank(mlx_launch.RemoteProcess):
+        def __init__(self, rank: int, *arguments: Any) -> None:
+            super().__init__(rank, *arguments)
+            self.rank, self.we_killed = rank, False
+            processes.append(self)
+
+        @property
+        def exit_status(self) -> tuple[int, bool]:
+            code = KILLED if self.we_killed else self.process.poll()
+            os.write(2, f"{token} {self.rank} ended {code}\n".encode())
+            return 0, False
 
     def forward() -> None:
         while data := os.read(ours, 4096):
@@ -555,26 +565,31 @@ def engine() -> None:
         ready = select(read, [], other, min(timeout, 0.05))
         return ready if ready[0] or not write else select(read, write, other, 0)
 
-    def warn(text: str) -> None:
-        nonlocal failed_at, stopped_at
-        if text.endswith(" code 130"):
-            stopped_at = stopped_at or time.monotonic()
-        else:
-            failed_at = failed_at or time.monotonic()
-        os.write(2, b"%s%s \x1b[0m\n" % (_WARNING, text.encode()))  # at once, for `_without_marks`
-
-    terminate = mlx_launch.RemoteProcess.terminate
-
-    def patiently_terminate(process: Any) -> None:
-        now = time.monotonic()
-        if now - (failed_at or now) > _TERMINATE_SECONDS or now - (stopped_at or now) > _SAVE_SECONDS:
-            try:
-                terminate(process)
-            except subprocess.CalledProcessError:  # it has ended meanwhile
-                process._killed = True
-
-    threading.Thread(target=forward, daemon=True).start()
-    mlx_launch.select, mlx_launch.log_warning = sleeping_select, warn
-    mlx_launch.RemoteProcess.terminate = patiently_terminate
+    for task in (forward, lambda: _end_ranks(processes)):
+        threading.Thread(target=task, daemon=True).start()
+    mlx_launch.select, mlx_launch.RemoteProcess = sleeping_select, Rank
     sys.argv[0] = "mlx.launch"
     mlx_launch.main()
+
+
+def _end_ranks(processes: list[Any]) -> None:
+    """Wait until a rank has failed, or was interrupted; end those that do not end then, at last by force."""
+    failed_at = stopped_at = None
+    terminated: set[int] = set()
+    while True:
+        time.sleep(0.5)
+        now, codes = time.monotonic(), {process.process.poll() for process in processes}
+        failed_at = failed_at or (now if codes - {None, 0, 130} else None)
+        stopped_at = stopped_at or (now if 130 in codes else None)
+        late = max(now - (failed_at or now), now - (stopped_at or now) - _SAVE_SECONDS)
+        for process in [process for process in processes if process.process.poll() is None]:
+            if late > _FORCE_SECONDS and not process.we_killed:
+                process.we_killed = True
+                process.process.kill()
+                if not process._is_local and process._pidfile:
+                    script = process.make_kill_script(process._pidfile.strip()).replace("kill $pid", "kill -9 $pid")
+                    with suppress(OSError, subprocess.TimeoutExpired):
+                        over_ssh(process._host, script)
+            elif late > _TERMINATE_SECONDS and process.rank not in terminated:
+                terminated.add(process.rank)
+                process.process.terminate()

@@ -102,10 +102,10 @@ class Lifeline:
 
     Attributes:
         lost: which rank was lost and how, in a sentence; None while all is well. The first loss stays.
-        address: of rank 0, for `connect`: host, port and token.
+        address: of rank 0, for `connect`, as JSON: names to try, port and token.
     """
 
-    def __init__(self, rank: int, address: tuple[str, int, str]) -> None:
+    def __init__(self, rank: int, address: Sequence[Any]) -> None:
         self.rank, self.address = rank, address
         self.lost: str | None = None
         self._listener: socket.socket | None = None
@@ -122,21 +122,21 @@ class Lifeline:
 
     @classmethod
     def listen(cls, host: str | None = None) -> Lifeline:
-        """Return rank 0's side, to which the others may connect from now on; `start` begins to watch them.
+        """Return rank 0's side. The others may connect from now on; `start`, soon after, lets them in and watches them.
 
         Args:
-            host: address of this machine that the others reach; by default the one that MLX's engine uses.
+            host: the one address of this machine to listen at; default: all.
         Raises:
             TrainingError: this machine cannot listen there.
         """
-        host = host or engine_host()
         try:
-            family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-            listener = socket.create_server(place[:2], family=family, backlog=_STRANGERS)
+            listener = socket.create_server((host or "", 0), backlog=128)
         except OSError as e:
-            raise TrainingError(f"rank 0 cannot listen for the other ranks at {host}: {e.strerror or e}") from e
+            raise TrainingError(f"rank 0 cannot listen for the other ranks: {e.strerror or e}") from e
         listener.setblocking(False)
-        line = cls(0, (host, listener.getsockname()[1], secrets.token_hex(16)))
+        name = socket.gethostname()
+        names = [host] if host else dict.fromkeys([engine_host(), name, f"{name.partition('.')[0]}.local"])
+        line = cls(0, ([*names], listener.getsockname()[1], secrets.token_hex(16)))
         line._listener = listener
         return line
 
@@ -157,15 +157,26 @@ class Lifeline:
         Raises:
             TrainingError: rank 0 cannot be reached.
         """
-        host, port, token = address
-        try:
-            connection = socket.create_connection((host, port), timeout=timeout_s)
-        except OSError as e:
+        names, port, token = address
+        tried = []
+        for name in names:  # in a ring of Thunderbolt cables, only neighbours reach the engine's address
+            connection = None
+            try:
+                connection = socket.create_connection((name, port), timeout=min(timeout_s, _PROOF))
+                connection.sendall(json.dumps(["hello", token, rank]).encode() + b"\n")
+                if welcome := connection.recv(64):
+                    break
+                raise OSError("it closes the connection")
+            except OSError as e:
+                tried.append(f"{name}:{port}: {e.strerror or e}")
+                if connection is not None:
+                    connection.close()
+        else:
             ranks = f"rank 0 ({hosts[0]}) cannot be reached from rank {rank} ({hosts[rank]})"
-            raise TrainingError(f"{ranks} at {host}:{port}: {e.strerror or e}") from e
-        line = cls(rank, (host, port, token))
+            raise TrainingError(f"{ranks}: {'; '.join(tried)}")
+        line = cls(rank, address)
         line._peers.append(_Peer(connection, 0))
-        line._peers[0].send("hello", token, rank)
+        line._peers[0].received += welcome
         return line.start(hosts, timeout_s, grace_s, on_lost)
 
     def start(
@@ -337,6 +348,7 @@ class Lifeline:
         taken = {other.rank for other in self._peers}
         if known and isinstance(rank, int) and rank in self._silence and rank not in taken:
             peer.rank = rank
+            peer.send("beat")
             if self.lost is not None:
                 peer.send("lost", 0, self.lost, False)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mlxft.errors import TrainingError
 from mlxft.lifeline import Lifeline, engine_host
 
 PATIENCE = 40.0  # seconds after which a test fails; nothing waits so long
@@ -207,7 +208,7 @@ def test_a_rank_that_never_comes_is_lost() -> None:
 
 def test_strangers_are_dropped() -> None:
     line = Lifeline.listen("127.0.0.1")
-    host, port, token = line.address
+    (host,), port, token = line.address
     rubbish = [
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff\x00" * 50_000,
@@ -242,7 +243,7 @@ def test_strangers_are_dropped() -> None:
 
 def test_rubbish_of_a_rank_is_ignored() -> None:
     line = Lifeline.listen("127.0.0.1")
-    host, port, token = line.address
+    (host,), port, token = line.address
     line.start(["a", "b"])
     with socket.create_connection((host, port)) as rank:
         rank.sendall(json.dumps(["hello", token, 1]).encode() + b"\n")
@@ -251,6 +252,21 @@ def test_rubbish_of_a_rank_is_ignored() -> None:
         rank.sendall(b'["error",{"a":[1]}]\n')
         assert line.wait_lost(PATIENCE) == "rank 1 (b): {'a': [1]}"
     line.close()
+
+
+def test_all_names_of_rank_0_are_tried() -> None:
+    line = Lifeline.listen()
+    names, port, token = line.address
+    assert names[-1].endswith(".local")
+    line.start(["a", "b"])
+    other = Lifeline.connect((["nowhere.invalid", "127.0.0.1"], port, token), 1, ["a", "b"])
+    other.close()
+    assert line.lost is None
+    line.close()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # it takes connections, and never replies
+        address = (["127.0.0.1"], deaf.getsockname()[1], token)
+        with pytest.raises(TrainingError, match=r"rank 0 \(a\) cannot be reached from rank 1 \(b\): 127.0.0.1:\d+: "):
+            Lifeline.connect(address, 1, ["a", "b"], timeout_s=0.5)
 
 
 def test_the_engine_says_where_rank_0_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

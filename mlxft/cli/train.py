@@ -91,7 +91,7 @@ def launch(
     starting_port: int,
     env: tuple[str, ...],
 ) -> None:
-    """Train a model as RECIPE describes on several Macs, each of which takes a part of every batch.
+    """Train a model as RECIPE describes on several Macs; each takes a part of every batch.
 
     On each host `mlxft train` is started by mlx.launch, over ssh without a password. Before that the hosts are
     checked: the same versions, the working folder and the recipe must be there.
