@@ -184,7 +184,7 @@ def shard_base(model: nn.Module, group: mx.distributed.Group) -> Sharded:
 
     Args:
         model: with its adapters and frozen; before anything has computed with it, or its weights are read.
-        group: the ranks, all of which call this.
+        group: the ranks; all of them call this.
     Raises:
         ModelError: nothing is frozen; blocks share arrays; or the model reads a block's weights elsewhere.
     """
@@ -451,7 +451,7 @@ def _check(model: nn.Module) -> None:
 
 
 # --- owned ------------------------------------------------------------------------------------------------------------
-# Arrays of which each has one rank that computes it: parameters that are updated, and the optimiser's state.
+# Arrays that one rank each computes: parameters that are updated, and the optimiser's state.
 
 
 def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
