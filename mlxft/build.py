@@ -197,6 +197,7 @@ class Planned:
         return [
             f"memory: {amount(p.needed)} for {batch}, checkpointing {'on' if p.checkpoint else 'off'}; {where}",
             *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[:2]),
+            *([f"  gathered from all ranks: {amount(p.gathered)}"] if p.gathered else []),
             *([f"  frozen models: {amount(p.frozen)}"] if p.frozen else []),
             *(f"  {k} (a role): {amount(v)}" for k, v in p.roles.items() if v),
             *(f"  {k}: {amount(getattr(p, k))}" for k in _PARTS[3:-1]),

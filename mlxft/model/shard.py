@@ -115,9 +115,9 @@ class Sharded:
         with mx.stream(mx.cpu):
             part = mx.depends([unit.part], after)[0] if after else unit.part
             words = mx.distributed.all_gather(part, group=self.group)
-            # Not the words themselves, which would stay in memory.
+            # Not the words themselves, which would stay in memory; and evaluated with them, or it would hold them, too.
             self._last = mx.depends([mx.zeros(1)], [words])[0]
-        words = mx.stop_gradient(words)
+            words = mx.stop_gradient(mx.depends([words], [self._last])[0])
         return [place.read(words) for place in unit.places]
 
     def forward(self, unit: _Unit, x: mx.array) -> list[mx.array]:
@@ -184,7 +184,7 @@ def shard_base(model: nn.Module, group: mx.distributed.Group) -> Sharded:
 
     Args:
         model: with its adapters and frozen; before anything has computed with it, or its weights are read.
-        group: the ranks, all of which call this.
+        group: the ranks; all of them call this.
     Raises:
         ModelError: nothing is frozen; blocks share arrays; or the model reads a block's weights elsewhere.
     """
@@ -451,7 +451,7 @@ def _check(model: nn.Module) -> None:
 
 
 # --- owned ------------------------------------------------------------------------------------------------------------
-# Arrays of which each has one rank that computes it: parameters that are updated, and the optimiser's state.
+# Arrays that one rank each computes: parameters that are updated, and the optimiser's state.
 
 
 def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
@@ -491,12 +491,13 @@ def exchanged(
         missing = longest - sum(p.size for p in pieces)
         part = mx.concatenate([*pieces, mx.zeros(missing, mx.uint32)])
         words, found = mx.distributed.all_gather(part, group=group), dict[str, mx.array]()
+        mx.eval(words)  # also where this rank needs none of the others'
         for rank, names in enumerate(each):
             at = rank * longest
             for name in names:
                 # Copies, because a view would keep the arrays of all ranks in memory.
                 found[name] = own[name] if rank == group.rank() else mx.contiguous(_read(words, at, like[name]))
                 at += _count_words(like[name])
-        del pieces, part, words
         mx.eval(found)
+        del pieces, part, words
         yield found
