@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,7 @@ from mlxft.device import (
     swap_bytes,
     usable_bytes,
 )
-from mlxft.distributed import Ranks
+from mlxft.distributed import MESSAGE, Network, Ranks
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, select_targets
 from mlxft.model.cpu import quicker
@@ -60,6 +60,7 @@ from mlxft.model.memory import (
     with_phases,
 )
 from mlxft.model.prefix import Sharing
+from mlxft.model.shard import Shares
 from mlxft.objectives.base import MakesStep, Objective, heaviest
 from mlxft.runs import find_adapter
 from mlxft.trainer.loop import Gradients
@@ -224,7 +225,50 @@ def job_of(config: Config, model: nn.Module, trained_share: float = 1.0) -> Job:
     state = sum(v.nbytes for v in optimizer.arrays().values())
     renewed, packed = optimizer.renewed(model), config.batch.pack
     outline = objective_class(config.objective).outline(config)
-    return Job(model, state, trained_share, config.batch.accumulate, outline, renewed, packed)
+    shard, ranks = config.distributed.shard, config.distributed.ranks or 1
+    state = -(-state // ranks) if shard == "optimizer" else state
+    parts = ranks if shard == "base" else 1
+    return Job(model, state, trained_share, config.batch.accumulate, outline, renewed, packed, parts)
+
+
+class Traffic(NamedTuple):
+    """What the network carries for a step, in bytes.
+
+    Attributes:
+        summed: of the arrays that are added up over all ranks.
+        gathered: of those that every rank gets from all.
+        messages: collective operations.
+    """
+
+    summed: int
+    gathered: int
+    messages: int
+
+    def seconds(self, network: Network) -> float:
+        """Return the seconds that it takes where nothing is computed at the same time."""
+        moved = self.summed / network.summed_per_s + self.gathered / network.gathered_per_s
+        return self.messages * network.latency_s + moved
+
+
+def traffic(config: Config, model: nn.Module, shared: Shares | None) -> Traffic:
+    """Return what the network carries for a step of as many micro-batches as batch.accumulate.
+
+    Args:
+        shared: of a sharded base.
+    """
+    trained = [v for _, v in tree_flatten(model.trainable_parameters())]
+    summed = sum(4 * v.size for v in trained)
+    messages, gathered = 2 + summed // MESSAGE, 0
+    if config.distributed.shard == "optimizer":
+        gathered += sum(v.nbytes for v in trained)
+        messages += 1 + gathered // MESSAGE
+    if shared is not None:
+        # A micro-batch goes forward, and backward through the blocks; what a reference reads goes forward once more.
+        passes = max(1, -(-config.batch.accumulate // (config.distributed.ranks or 1)))
+        reads = 1 + len(objective_class(config.objective).frozen(config))
+        gathered += passes * (reads * shared.whole + shared.blocks)
+        messages += passes * (reads + 1) * (len(model.layers) + 2)
+    return Traffic(summed, gathered, messages)
 
 
 def plan_batches(
@@ -418,15 +462,17 @@ def full_logits(split: Split) -> list[str]:
 
 
 def decide_checkpointing(
-    config: Config, model: nn.Module, objective: Objective, refuse: bool = True
+    config: Config, model: nn.Module, objective: Objective, refuse: bool = True, bare: bool = False
 ) -> tuple[bool, list[str]]:
     """Return whether to checkpoint, and notes about the memory of training; refuse a recipe that needs too much.
 
-    Without `refuse`, the plan of the steps refuses nothing, because a measured step does, or did.
+    Args:
+        refuse: false if the plan of the steps refuses nothing, because a measured step does, or did.
+        bare: whether the model has no weights to try it with.
     """
-    split = Split(model)
+    split = ShapeSplit(model) if bare else Split(model)
     shapes, notes = objective.shapes(), full_logits(split)
-    if any(shape.prompt for shape in shapes) and Sharing(split).reason:
+    if any(shape.prompt for shape in shapes) and (bare or Sharing(split).reason):
         shapes = [Shape(*shape[:3]) for shape in shapes]
     if not shapes:
         unknown = f"the batches of objective {config.objective} are not known before it runs"

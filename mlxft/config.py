@@ -650,6 +650,12 @@ class DistributedSettings(Settings):
         description="Share of the work of each rank, [2, 1] for a Mac twice as fast; auto: by the speed of the first "
         "steps. Default: all the same.",
     )
+    shard: Literal["none", "base", "optimizer"] = Field(
+        "none",
+        description="base: each rank holds a part of the frozen weights, and blocks are gathered when they are "
+        "computed, for a base larger than one Mac (LoRA and DoRA, objectives that sample nothing). optimizer: full "
+        "fine-tuning whose optimiser state is in parts on the ranks.",
+    )
     timeout: float = Field(
         45.0, ge=2, description="Seconds without a sign of life after which a rank is taken for lost."
     )
@@ -710,7 +716,31 @@ class Config(Settings):
                 f"tune.lora_plus ({self.tune.lora_plus:g}) is for optimisers whose updates do not grow with the "
                 "gradient, and those of optim.name: sgd do; choose adamw or another, or leave it out"
             )
+        shard, method = self.distributed.shard, self.tune.method
+        if shard == "base" and method == "full":
+            raise ValueError(
+                "distributed.shard: base is for frozen weights, and tune.method: full has none; choose optimizer, or "
+                "lora"
+            )
+        if shard == "optimizer" and method != "full":
+            raise ValueError(
+                f"distributed.shard: optimizer is for tune.method: full; the optimiser state of {method} is small and "
+                "stays whole on every rank: leave it out, or choose base"
+            )
+        if shard == "base" and self.memory.checkpoint == "off":
+            raise ValueError("memory.checkpoint: off; with distributed.shard: base blocks are always checkpointed")
+        if shard == "base" and self.run.compile == "on":
+            raise ValueError("run.compile: on; with distributed.shard: base a step cannot be compiled")
         return self
+
+    @property
+    def sharded(self) -> Config:
+        """Return the recipe as it is computed with a sharded base: planned rather than measured, and checkpointed."""
+        if self.distributed.shard != "base":
+            return self
+        memory = self.memory.model_copy(update={"checkpoint": "on", "measure": False})
+        run = self.run.model_copy(update={"compile": "off"})
+        return self.model_copy(update={"memory": memory, "run": run})
 
     def section(self, name: str, kind: type[S]) -> S:
         """Return the objective's own section `name`."""

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -58,6 +58,8 @@ class Ranks:
         waited_s, summing_s: seconds spent waiting for slower ranks, and adding up arrays.
         sent: bytes that this rank gave to be added up.
         lifeline: what watches the other ranks.
+        network: what `measure_network` has measured.
+        alike: whether all ranks must compute the same number of micro-batches, because they gather a base together.
         agreed: whether all ranks end now because they have agreed to.
         on_lost: called with the loss where a rank was lost and this one is stuck, before it ends.
     """
@@ -68,7 +70,8 @@ class Ranks:
         self.weights = [1 / self.size] * self.size
         self.waited_s, self.summing_s, self.sent = 0.0, 0.0, 0
         self.lifeline: Lifeline | None = None
-        self.agreed = False
+        self.network = Network(0.0, 1e9, 1e9)
+        self.alike = self.agreed = False
         self.on_lost: Callable[[str], None] = lambda text: None
         self.hosts: list[str] = [socket.gethostname()] if self.size == 1 else self.gather(socket.gethostname())
 
@@ -119,6 +122,26 @@ class Ranks:
             load[found[i]] += costs[i]
         return found
 
+    def turns(self, things: Iterable[_U]) -> Iterator[tuple[_U, bool]]:
+        """Yield every `size`-th thing, from this rank's number on, and whether it counts: see `own`."""
+        number = -1
+        for number, thing in enumerate(things):
+            if number % self.size == self.rank:
+                yield thing, True
+        if self.alike and number >= 0 and number % self.size < self.rank:
+            yield thing, False
+
+    def own(self, things: Sequence[_U], owners: Sequence[int]) -> Iterator[tuple[_U, bool]]:
+        """Yield what this rank computes, and whether it counts.
+
+        Where ranks must be `alike`, a rank with less to do than another computes something again that does not count.
+        """
+        mine = [thing for thing, owner in zip(things, owners) if owner == self.rank]
+        yield from ((thing, True) for thing in mine)
+        if self.alike and things:
+            most = max(owners.count(rank) for rank in range(self.size))
+            yield from ((things[0], False) for _ in range(most - len(mine)))
+
     # What all need to know
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -139,10 +162,10 @@ class Ranks:
 
     def _gathered(self, data: bytes, size: int) -> list[bytes]:
         mine = mx.array(np.frombuffer(data.ljust(size, b"\0"), np.uint8))
-        found = np.array(self._computed(mx.distributed.all_gather(mine[None], group=self.group)))
+        found = np.array(self.computed(mx.distributed.all_gather(mine[None], group=self.group)))
         return [row.tobytes() for row in found]
 
-    def _computed(self, value: mx.array) -> mx.array:
+    def computed(self, value: mx.array) -> mx.array:
         """Evaluate a collective; raise TrainingError, which names the rank that was lost, where it fails."""
         try:
             mx.eval(value)
@@ -184,7 +207,7 @@ class Ranks:
         began, found = time.perf_counter(), dict[str, mx.array]()
         for names in _messages({name: 4 * value.size for name, value in arrays.items()}):
             flat = mx.concatenate([arrays[name].reshape(-1).astype(mx.float32) for name in names])
-            total = self._computed(mx.distributed.all_sum(flat, group=self.group))
+            total = self.computed(mx.distributed.all_sum(flat, group=self.group))
             self.sent += flat.nbytes
             ends = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
             parts = zip(names, mx.split(total, ends))
@@ -207,7 +230,7 @@ class Ranks:
                 found[name] = mx.zeros(shape, dtype)
                 continue
             mine = arrays[name].reshape(-1).view(mx.uint8) if self.first else mx.zeros((size,), mx.uint8)
-            total = self._computed(mx.distributed.all_sum(mine, group=self.group))
+            total = self.computed(mx.distributed.all_sum(mine, group=self.group))
             found[name] = total.view(dtype).reshape(shape)
             mx.eval(found[name])
         return found
@@ -242,14 +265,17 @@ def _unpacked(data: bytes) -> dict[str, npt.NDArray[Any]]:
 
 
 class Network(NamedTuple):
-    """What the connection between ranks takes: seconds of the smallest message, and bytes a second of large sums."""
+    """What the connection between ranks takes.
+
+    Attributes:
+        latency_s: seconds of the smallest message.
+        summed_per_s: bytes a second of large arrays that are added up.
+        gathered_per_s: bytes a second of large arrays that are gathered, those of all ranks together.
+    """
 
     latency_s: float
-    bytes_per_s: float
-
-    def seconds(self, size: float, messages: int = 1) -> float:
-        """Return the seconds that messages of so many bytes in all take."""
-        return messages * self.latency_s + size / self.bytes_per_s
+    summed_per_s: float
+    gathered_per_s: float
 
     def to_json(self) -> dict[str, float]:
         """Return it as JSON."""
@@ -261,19 +287,19 @@ def measure_network(ranks: Ranks) -> Network:
     small, large = mx.zeros(16), mx.zeros(1 << 20)  # 4 MB
     mx.eval(small, large)
 
-    def seconds(value: mx.array, times: int) -> float:
+    def seconds(collective: Callable[..., mx.array], value: mx.array, times: int) -> float:
         taken = []
         for _ in range(times):
             began = time.perf_counter()
-            ranks.sum({"": value})
+            ranks.computed(collective(value, group=ranks.group))
             taken.append(time.perf_counter() - began)
         return float(np.median(taken[1:]))
 
-    latency = seconds(small, 12)
-    mine = [latency, large.nbytes / max(seconds(large, 5) - latency, 1e-9)]
-    latencies, speeds = zip(*ranks.gather(mine))
-    ranks.waited_s, ranks.summing_s, ranks.sent = 0.0, 0.0, 0
-    return Network(max(latencies), min(speeds))
+    latency = seconds(mx.distributed.all_sum, small, 12)
+    summed, gathered = (seconds(c, large, 4) for c in (mx.distributed.all_sum, mx.distributed.all_gather))
+    speeds = large.nbytes / max(summed - latency, 1e-9), ranks.size * large.nbytes / max(gathered - latency, 1e-9)
+    latencies, *both = zip(*ranks.gather([latency, *speeds]))
+    return Network(max(latencies), *map(min, both))
 
 
 _current = Ranks()

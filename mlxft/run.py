@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.build import (
+    Traffic,
     agreed,
     amount,
+    base_skeleton,
     check_head,
     crowded,
     decide_checkpointing,
@@ -28,11 +29,12 @@ from mlxft.build import (
     prepare,
     settle_by_measure,
     settled,
+    traffic,
 )
 from mlxft.config import Config, dump_config, flat, hand_over, load_config, override_all, parse_config, put
 from mlxft.data.dataset import encode_prompt
 from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
-from mlxft.distributed import MESSAGE, Network, Ranks, check_same, current, joined, measure_network
+from mlxft.distributed import Ranks, check_same, current, joined, measure_network
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
 from mlxft.files import Held, hold, save_arrays, write_beside, write_text
 from mlxft.model.adapters import LoRASpec, adapter_texts, load_trained, trainable_weights
@@ -42,6 +44,7 @@ from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limi
 from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters, fits_base, without_weights
 from mlxft.model.logits import Packing
 from mlxft.model.sampling import Sampling, complete
+from mlxft.model.shard import shard_base, sharding_of, shares
 from mlxft.objectives.base import Objective
 from mlxft.runs import Run, check_folder, make_folder, recorded, versions
 from mlxft.text import Event, make_console
@@ -147,20 +150,40 @@ def assemble(
     Raises:
         ConfigError, ModelError: model and objective do not fit each other, the recipe or the machine.
     """
-    measure = config.memory.measure
+    ranks, shard, measure = current(), config.distributed.shard, config.memory.measure
     if begun:
         config = config.model_copy(update={"memory": config.memory.model_copy(update={"measure": False})})
+    config = config.sharded
+    correct = correct and config.memory.measure
+    if shard == "base" and objective.steps_per_rollout():
+        raise ConfigError(
+            f"distributed.shard: base: objective {config.objective} samples, and each token would gather the whole "
+            "base; leave it out, and set model.quantize: 4 for a smaller base"
+        )
+    parted = shard == "base" and ranks.size > 1
+    # A model that is larger than this machine is planned for without its weights, and cut before anything reads them.
+    bare = base_skeleton(config) if parted else loaded.model
     spec = prepare(config, loaded)
+    shared = shares(bare, ranks.size) if parted else None
+    if parted:
+        checkpointing, notes = decide_checkpointing(config, bare, objective, bare=True)
+        assert ranks.group is not None
+        shard_base(loaded.model, ranks.group)
+        ranks.alike = True
     objective.prepare(loaded.model, base_fingerprint(loaded))
     check_head(config, loaded.model)
-    checkpointing, notes = decide_checkpointing(config, loaded.model, objective, refuse=not correct)
+    if not parted:
+        checkpointing, notes = decide_checkpointing(config, loaded.model, objective, refuse=not correct)
+    if ranks.size > 1:
+        notes.append(_network_note(ranks, traffic(config, loaded.model, shared)))
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # raises if the model cannot be packed
     checkpoint_layers(loaded.model, checkpointing)
-    optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups(), config.tune.lora_plus)
+    group = ranks.group if shard == "optimizer" else None
+    optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups(), config.tune.lora_plus, group)
     taken = None
-    if correct and config.memory.measure:
+    if correct:
         config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)
         notes += said
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)
@@ -168,10 +191,9 @@ def assemble(
     checkpoint = "on" if is_checkpointed(loaded.model) else "off"
     memory = config.memory.model_copy(update={"checkpoint": checkpoint, "measure": measure})
     settings = config.run.model_copy(update={"compile": "on" if objective.compiled else "off"})
-    config, ranks = config.model_copy(update={"memory": memory, "run": settings}), current()
+    config = config.model_copy(update={"memory": memory, "run": settings})
     if ranks.size > 1:
         own, config = config, agreed(config, ranks, begun)
-        config = config.model_copy(update={"distributed": config.distributed.model_copy(update={"ranks": ranks.size})})
         checkpoint_layers(loaded.model, config.memory.checkpoint == "on")
         objective.compiled = config.run.compile == "on"
         if config.batch.budget != own.batch.budget:
@@ -182,16 +204,14 @@ def assemble(
 class _Saver:
     """Writes the checkpoints of a run, and its adapter or model."""
 
-    def __init__(
-        self, run: Run, held: Held, loaded: Loaded, spec: LoRASpec | None, objective: Objective, optimizer: Optimizer
-    ) -> None:
+    def __init__(self, run: Run, held: Held, loaded: Loaded, spec: LoRASpec | None, objective: Objective) -> None:
         self.held = held
-        self.run, self.loaded, self.spec, self.objective, self.optimizer = run, loaded, spec, objective, optimizer
+        self.run, self.loaded, self.spec, self.objective = run, loaded, spec, objective
 
-    def checkpoint(self, state: dict[str, Any], say: Callable[[str], None]) -> None:
+    def checkpoint(self, state: dict[str, Any], optimizer: dict[str, mx.array], say: Callable[[str], None]) -> None:
         """Save a checkpoint; see `save_checkpoint`."""
         self.held.check()
-        weights, optimizer = trainable_weights(self.loaded.model), self.optimizer.arrays()
+        weights = trainable_weights(self.loaded.model)
         snapshot = checkpoint.Snapshot(weights, optimizer, state, self.objective.arrays())
         folder = self.run.dir / "checkpoints"
         checkpoint.save_checkpoint(folder, state["progress"]["step"], snapshot, self.run.config.run.keep, say)
@@ -294,6 +314,8 @@ def train_config(
     with joined(config.distributed.timeout) as ranks:
         first = ranks.first
         notes = _check_ranks(config, ranks, resume)
+        count = ranks.size if ranks.size > 1 else None
+        config = config.model_copy(update={"distributed": config.distributed.model_copy(update={"ranks": count})})
         correct, begun = is_open(config), resume and ranks.from_first((config.run_dir / "config.yaml").exists())
         config = agreed(settled(config, resume), ranks, begun)
         run = Run(config.run_dir, config)
@@ -348,6 +370,8 @@ def _train_held(
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
     check_same(ranks, {"hash of": {"the base": base_fingerprint(loaded), "the data": objective.fingerprint()}})
+    if ranks.size > 1:
+        ranks.network = measure_network(ranks)
     spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct, begun)
     total = total_steps(config, objective)
     run = Run(run.dir, config)
@@ -357,13 +381,13 @@ def _train_held(
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     facts = describe_start(config, loaded, objective, total)
     if ranks.size > 1:
-        network = measure_network(ranks)
-        facts |= {"ranks": ranks.size, "hosts": ranks.hosts, "network": network.to_json()}
-        expected += [_network_line(loaded.model, ranks, network)]
+        facts |= {"ranks": ranks.size, "hosts": ranks.hosts, "network": ranks.network.to_json()}
+        if (sharded := sharding_of(loaded.model)) is not None:
+            facts |= {"base_bytes": sharded.whole, "base_bytes_per_rank": sharded.resident}
     if held is None:  # rank 0 writes and reports
         with limits(config.memory.limit, config.memory.cache), awake(config.run.keep_awake):
             return _train(run, loaded, objective, optimizer, total, progress, None, Reporter([]))
-    saver = _Saver(run, held, loaded, spec, objective, optimizer)
+    saver = _Saver(run, held, loaded, spec, objective)
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *crowded(config), *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(held):
@@ -427,15 +451,16 @@ def _train(
             saver.result()
 
     def on_checkpoint(p: Progress) -> None:
+        optimized = optimizer.gathered(keep=saver is not None)
         if saver is None:
             return
-        saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)}, reporter.say)
+        saver.checkpoint({**loop_state(loop), "base": base_fingerprint(loaded)}, optimized, reporter.say)
         # Without validation the last weights are the best known; a whole model is only written at the end.
         if p.best_step is None and not full:
             save_result()
 
     def on_samples(p: Progress) -> None:
-        for prompt in settings.sample_prompts if saver is not None else ():
+        for prompt in settings.sample_prompts if saver is not None or current().alike else ():
             ids = encode_prompt(prompt, loaded.tokenizer, chat=run.config.data.template == "auto")
             likeliest = Sampling(settings.sample_tokens or 64, temperature=0.0)
             answer = complete(loaded.model, loaded.tokenizer, ids, likeliest)
@@ -532,13 +557,18 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _network_line(model: nn.Module, ranks: Ranks, network: Network) -> str:
-    """Return what adding up the gradients of a step takes."""
-    size = sum(4 * v.size for _, v in tree_flatten(model.trainable_parameters()))
-    taken = network.seconds(size, 1 + -(-size // MESSAGE))
-    speed = f"{amount(network.bytes_per_s)}/s and {1e3 * network.latency_s:.2g} ms a message"
-    who = f"{ranks.size} ranks ({', '.join(ranks.hosts)})"
-    return f"{who}: a step adds up {amount(size)} of gradients, some {taken:.2g} s at the measured {speed}"
+def _network_note(ranks: Ranks, carried: Traffic) -> str:
+    """Return what the network carries for a step, and how long it takes."""
+    network = ranks.network
+    speeds = [f"{amount(network.summed_per_s)}/s", f"{1e3 * network.latency_s:.2g} ms a message"]
+    parts = [f"{amount(carried.summed)} of gradients are added up"]
+    if carried.gathered:
+        parts.append(f"{amount(carried.gathered)} of weights are gathered")
+        speeds.insert(1, f"{amount(network.gathered_per_s)}/s")
+    return (
+        f"{ranks.size} ranks ({', '.join(ranks.hosts)}): for a step {' and '.join(parts)}, some "
+        f"{carried.seconds(network):.2g} s of network at the measured {', '.join(speeds)}"
+    )
 
 
 def _restore(

@@ -31,6 +31,7 @@ from mlxft.model.logits import Split, ahead
 from mlxft.model.memory import Residents
 from mlxft.model.prefix import Completions, Sharing
 from mlxft.model.roles import Roles
+from mlxft.model.shard import sharding_of
 
 
 class FrozenSource(NamedTuple):
@@ -317,7 +318,9 @@ class Reference:
         """Hash the key and the reference's weights: what lies at a path may have changed."""
         digest = hashlib.blake2b(key.encode(), digest_size=16)
         with self._model.reading() as split:
-            for name, value in tree_flatten(split.model.parameters()):
+            # A sharded base is known by its fingerprint, which is in the key.
+            kept = split.model.trainable_parameters() if sharding_of(split.model) else split.model.parameters()
+            for name, value in tree_flatten(kept):
                 digest.update(f" {name} {value.shape} {value.dtype} ".encode())
                 digest.update(np.array(value.reshape(-1).view(mx.uint8)).data)
         return digest.hexdigest()
@@ -325,18 +328,17 @@ class Reference:
     def _compute(self, ranks: Ranks) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for i, job in enumerate(self._jobs):
-            own = (batch for number, batch in enumerate(job) if number % ranks.size == ranks.rank)
-            batches = (((places, answers.lengths), answers) for places, answers in own)
+            batches = (((counts, places, rows.lengths), rows) for (places, rows), counts in ranks.turns(job))
             mine: dict[str, Any] = {name: [np.zeros(0, np.int64)] for name in ("places", "lengths")}
             mine["values"] = [np.zeros(0, np.float32)]
-            for (places, lengths), values in ahead(batches, self._ask):
+            for (counts, places, lengths), values in ahead(batches, self._ask):
                 for name, part in (("places", places), ("lengths", np.array(lengths)), ("values", np.array(values))):
-                    mine[name].append(np.asarray(part, mine[name][0].dtype))
-            rows: dict[int, Any] = {}
+                    mine[name] += [np.asarray(part, mine[name][0].dtype)] * counts
+            known: dict[int, Any] = {}
             for theirs in ranks.gather_arrays({name: np.concatenate(parts) for name, parts in mine.items()}):
                 ends = np.cumsum(theirs["lengths"])[:-1]
-                rows |= dict(zip(theirs["places"].tolist(), np.split(theirs["values"], ends)))
-            every = [rows[place] for place in range(len(rows))]
+                known |= dict(zip(theirs["places"].tolist(), np.split(theirs["values"], ends)))
+            every = [known[place] for place in range(len(known))]
             found[f"values{i}"] = np.concatenate([np.zeros(0, np.float32), *every])
             found[f"lengths{i}"] = np.array([len(row) for row in every], dtype=np.int64)
         return found

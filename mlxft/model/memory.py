@@ -777,7 +777,7 @@ def plan(job: Job, rows: int, width: int, checkpoint: bool, shared: tuple[int, i
     update, renewed = ((earlier or gradients) + 4 * largest + new for new in job.update)
     transient = max(peak, update)
     logits = min(head_peak, max(0, transient - gradients - earlier))
-    sharded = shares(model, job.ranks) if job.ranks > 1 else Shares(0, 0, 0)
+    sharded = shares(model, job.ranks) if job.ranks > 1 else Shares(0, 0, 0, 0)
     return MemoryPlan(
         weights=sum(n for _, n in held) - adapters - sharded.whole + sharded.resident,
         adapters=adapters,

@@ -209,9 +209,10 @@ def shard_base(model: nn.Module, group: mx.distributed.Group) -> Sharded:
     return sharded
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return whether a model's base is sharded: its frozen weights cannot be read or saved."""
-    return hasattr(model, "_sharded")
+def sharding_of(model: nn.Module) -> Sharded | None:
+    """Return how a model's base is sharded, so that its frozen weights cannot be read or saved; None: it is whole."""
+    found: Sharded | None = getattr(model, "_sharded", None)
+    return found
 
 
 def _name_of(model: nn.Module) -> str:
@@ -225,11 +226,13 @@ class Shares(NamedTuple):
         whole: of the frozen weights that are sharded.
         resident: of them on one rank.
         gathered: of what is whole at one time beside them: two blocks, and embeddings or the head.
+        blocks: of the weights in the blocks, which a pass backward gathers again.
     """
 
     whole: int
     resident: int
     gathered: int
+    blocks: int
 
 
 def shares(model: nn.Module, ranks: int) -> Shares:
@@ -240,7 +243,7 @@ def shares(model: nn.Module, ranks: int) -> Shares:
     tables = sum(size for module, size in others if isinstance(module, EMBEDDING))
     heads = max((size for module, size in others if not isinstance(module, EMBEDDING)), default=0)
     two = sum(sorted(size for _, size in sizes)[-2:])
-    return Shares(whole, -(-whole // ranks), two + max(tables, heads))
+    return Shares(whole, -(-whole // ranks), two + max(tables, heads), sum(size for _, size in sizes))
 
 
 _Held = list[tuple[nn.Module, list[tuple[nn.Module, str]]]]

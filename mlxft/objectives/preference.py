@@ -336,10 +336,10 @@ class _Single(Preference[EncodedLabelled]):
         with probing(model):
             batches = list(_stacked([self._mismatched(i, valid) for i in rows], self.most))
             owners = ranks.owners([batch.ids.size for _, batch in batches])
-            for places, batch in [b for b, owner in zip(batches, owners) if owner == ranks.rank]:
+            for (places, batch), counts in ranks.own(batches, owners):
                 ref = self._asked(batch, valid, [every + rows[i] for i in places])
                 now = as_trained(partial(self.sharing(model).logprobs, batch, grad=False))
-                total = total + (now - ref).sum()
+                total = total + counts * (now - ref).sum()
                 mx.async_eval(total)  # one batch's activations at a time; the number stays on the device
         if ranks.size > 1:
             total = mx.array(math.fsum(ranks.gather(float(total))))

@@ -73,6 +73,7 @@ class SFT(OffPolicy):
         self._embedding: nn.Module | None = None  # what noise is added to
 
     def prepare(self, model: nn.Module, base: str = "") -> None:
+        self._split = Split(model)  # before anything is traced, where what it tries would stay in memory
         if self.config.tune.neftune is not None:
             self._embedding = token_embedding(model)
 

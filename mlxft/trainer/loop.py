@@ -207,20 +207,22 @@ def validate(model: nn.Module, objective: Objective) -> dict[str, Any]:
 
     Dropout is off, and the random state is restored.
     """
-    sums, per, ranks, seen = Terms({}, {}), dict[str, float](), current(), 0
+    sums, per, ranks = Terms({}, {}), dict[str, float](), current()
     with probing(model):
         own = objective.evaluate(model)
         if own is not None:
             return own
-        for step in objective.valid_steps(model):
-            for batch in step.micro_batches:
-                seen += 1
-                if seen % ranks.size != ranks.rank:
-                    continue
-                sums = sums.plus(as_trained(partial(objective.loss, model, batch.finished().data)))
-                mx.eval(sums)  # one micro-batch's activations at a time
-            per = {name: per.get(name, 0.0) + count for name, count in step.per.items()}
-    if not seen:
+
+        def batches() -> Iterator[MicroBatch]:
+            for step in objective.valid_steps(model):
+                per.update({name: per.get(name, 0.0) + count for name, count in step.per.items()})
+                yield from step.micro_batches
+
+        for batch, counts in ranks.turns(batches()):
+            part = as_trained(partial(objective.loss, model, batch.finished().data))
+            sums = sums.plus(part) if counts else sums
+            mx.eval(part, sums)  # one micro-batch's activations at a time
+    if not per:
         return {}
     sums = over_ranks(ranks, sums)
     first = next(iter(per.values()))
@@ -443,13 +445,18 @@ class Loop:
         ranks, trainable = self.ranks, dict(tree_flatten(self.model.trainable_parameters()))
         free = [i for i, batch in enumerate(batches) if batch.rank is None]
         owners = dict(zip(free, ranks.owners([batches[i].tokens for i in free])))
-        own = [batch for i, batch in enumerate(batches) if owners.get(i, batch.rank) == ranks.rank]
+        every = [owners[i] if batch.rank is None else batch.rank for i, batch in enumerate(batches)]
+        shared = [*ranks.own(batches, every)]
+        own = [batch for batch, counts in shared if counts]
         # Each rank draws its own noise, which a resumed run draws again.
         drawn = np.random.default_rng([self.config.run.seed, 7, self.progress.step, ranks.rank])
         mx.random.seed(int(drawn.integers(1 << 32)))
         began = time.perf_counter()
         total, sums, grads = self.gradients.summed(own, per)
         mx.eval(total, sums, grads)
+        for batch, counts in shared:
+            if not counts:
+                mx.eval(self.gradients(batch.finished(), per))
         mine = [
             float(total),
             _floats(sums),

@@ -28,7 +28,7 @@ from mlxft.model.load import count_parameters
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Job, plan
 from mlxft.model.roles import Roles
-from mlxft.model.shard import exchanged, is_sharded, owners, shard_base, shares
+from mlxft.model.shard import exchanged, owners, shard_base, sharding_of, shares
 
 IDS = [[1, 2, 3, 4, 5, 6, 7, 8], [6, 7, 8, 9, 3, 2, 2, 1]]
 # Blocks that share keys and values, run experts, have windows, cap logits, or carry states; and a head of its own.
@@ -166,7 +166,7 @@ def test_routers_are_watched() -> None:
         with watching(masks) as seen:
             value, grads = loss_and_gradients(model, mx.array(IDS))
         found.append((value, grads, {k: v.tolist() for k, v in seen.items()}))
-        if not is_sharded(model):
+        if not sharding_of(model) is not None:
             shard_base(model, alone())
     assert found[0][2]
     assert found[0][2] == found[1][2]
