@@ -24,6 +24,8 @@ from mlxft.build import (
     make_objective,
     planned,
     settled,
+    traffic,
+    usual_networks,
     why_eager,
 )
 from mlxft.config import Config
@@ -36,6 +38,7 @@ from mlxft.model.layers import aside, limits
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.logits import refuse_states
 from mlxft.model.memory import ShapeSplit
+from mlxft.model.shard import shares
 from mlxft.objectives.base import Objective, Step, arrays_of
 from mlxft.run import assemble, total_steps
 from mlxft.text import Event, json_text
@@ -184,7 +187,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
     check_weights(config.model.path)
     check_writable(config.run_dir, "run.dir")
     check_installed(config.report.to)
-    asked, config, m = config, settled(config, resume=False), config.model
+    asked, config, m = config, settled(config, resume=False).sharded, config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)
     summary = objective.summary()
@@ -321,6 +324,10 @@ def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, s
     if not objective.steps_per_rollout():  # an on-policy objective adds its critic when training begins
         group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))
+    ranks, shard = config.distributed.ranks or 1, config.distributed.shard
+    if ranks > 1:
+        carried = traffic(config, model, shares(model, ranks) if shard == "base" else None)
+        notes.append(f"{ranks} ranks: {carried.text(usual_networks(ranks))}")
     shapes = objective.shapes()
     if not shapes:
         return None, f"the batches of objective {config.objective} are not known before training", notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -15,9 +16,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.build import (
-    Traffic,
     agreed,
-    amount,
     base_skeleton,
     check_head,
     crowded,
@@ -36,17 +35,25 @@ from mlxft.data.dataset import encode_prompt
 from mlxft.device import Blas, Failure, awake, gpu_failed, gpu_failure, in_use
 from mlxft.distributed import Ranks, check_same, current, joined, measure_network
 from mlxft.errors import CheckpointError, ConfigError, MlxftError, ModelError, TrainingError, switch
-from mlxft.files import Held, hold, save_arrays, write_beside, write_text
+from mlxft.files import Held, digest, hold, save_arrays, write_beside, write_text
 from mlxft.model.adapters import LoRASpec, adapter_texts, load_trained, trainable_weights
 from mlxft.model.folder import save_folder
 from mlxft.model.heads import HEAD_FILE, adapter_metadata, head_arrays, head_metadata, without_head
 from mlxft.model.layers import LowRank, checkpoint_layers, is_checkpointed, limits, set_random_state
-from mlxft.model.load import Loaded, base_fingerprint, chat_template_files, count_parameters, fits_base, without_weights
+from mlxft.model.load import (
+    Loaded,
+    base_fingerprint,
+    chat_template_files,
+    count_parameters,
+    fits_base,
+    sampled_digest,
+    without_weights,
+)
 from mlxft.model.logits import Packing
 from mlxft.model.sampling import Sampling, complete
 from mlxft.model.shard import shard_base, sharding_of, shares
 from mlxft.objectives.base import Objective
-from mlxft.runs import Run, check_folder, make_folder, recorded, versions
+from mlxft.runs import Run, check_folder, find_adapter, make_folder, recorded, versions
 from mlxft.text import Event, make_console
 from mlxft.trainer import checkpoint
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
@@ -175,7 +182,9 @@ def assemble(
     if not parted:
         checkpointing, notes = decide_checkpointing(config, loaded.model, objective, refuse=not correct)
     if ranks.size > 1:
-        notes.append(_network_note(ranks, traffic(config, loaded.model, shared)))
+        who = f"{ranks.size} ranks ({', '.join(ranks.hosts)})"
+        measured = {"as measured": ranks.network}
+        notes.append(f"{who}: {traffic(config, loaded.model, shared).text(measured)}")
     mx.eval(loaded.model.parameters())
     if config.batch.pack:
         Packing(loaded.model, objective.summary().packed)  # raises if the model cannot be packed
@@ -343,7 +352,9 @@ def _check_ranks(config: Config, ranks: Ranks, resume: bool) -> list[str]:
     # What stands in files is compared by what it holds, once it is read.
     elsewhere = ("model.path", "model.adapter", "data.train", "data.valid", "run.dir", "versions")
     recipe = {k: v for k, v in flat(config.model_dump(mode="json")).items() if not k.startswith(elsewhere)}
-    check_same(ranks, {"version of": versions(), "setting": recipe})
+    used = versions()
+    used["python"] = used["python"].rpartition(".")[0]
+    check_same(ranks, {"version of": used, "setting": recipe})
     stored = config.run_dir / "config.yaml"
     before = load_config(stored, looked_at=True).distributed.ranks if resume and stored.is_file() else ranks.size
     before = ranks.from_first(before or 1)
@@ -369,7 +380,8 @@ def _train_held(
     ranks = current()
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
-    check_same(ranks, {"hash of": {"the base": base_fingerprint(loaded), "the data": objective.fingerprint()}})
+    if ranks.size > 1:
+        check_same(ranks, {"hash of": _hashes(run.config, loaded, objective)})
     if ranks.size > 1:
         ranks.network = measure_network(ranks)
     spec, optimizer, config, expected = assemble(run.config, loaded, objective, correct, begun)
@@ -557,18 +569,18 @@ def start_lines(facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _network_note(ranks: Ranks, carried: Traffic) -> str:
-    """Return what the network carries for a step, and how long it takes."""
-    network = ranks.network
-    speeds = [f"{amount(network.summed_per_s)}/s", f"{1e3 * network.latency_s:.2g} ms a message"]
-    parts = [f"{amount(carried.summed)} of gradients are added up"]
-    if carried.gathered:
-        parts.append(f"{amount(carried.gathered)} of weights are gathered")
-        speeds.insert(1, f"{amount(network.gathered_per_s)}/s")
-    return (
-        f"{ranks.size} ranks ({', '.join(ranks.hosts)}): for a step {' and '.join(parts)}, some "
-        f"{carried.seconds(network):.2g} s of network at the measured {', '.join(speeds)}"
-    )
+def _hashes(config: Config, loaded: Loaded, objective: Objective) -> dict[str, str]:
+    """Return hashes of what a recipe only names, and what has to be the same on all ranks."""
+    found = {"the base": base_fingerprint(loaded), "the data": objective.fingerprint()}
+    if loaded.path is not None:
+        found["the base's weights"] = sampled_digest(loaded.path)
+    for path in (config.model.adapter, getattr(getattr(config, "rewards", None), "adapter", None)):
+        if path is not None and (folder := find_adapter(Path(path))).is_dir():
+            found[f"the adapter {path}"] = sampled_digest(folder)
+    named = re.findall(r'"([^"]+\.py):', config.model_dump_json())
+    for file in sorted({name for name in named if Path(name).is_file()}):
+        found[file] = digest(Path(file))
+    return found
 
 
 def _restore(

@@ -116,6 +116,25 @@ def fits_base(recorded: str | None, base: str) -> bool:
     return structure == own_structure and same_settings and changed <= _MOST_CHANGED
 
 
+_BLOCK, _BLOCKS = 1 << 16, 64  # bytes, and places in a file of weights
+
+
+def sampled_digest(place: Path) -> str:
+    """Return a hash of samples of a file of weights, or of a folder's safetensors; raise OSError if one cannot be read.
+
+    Training and quantising change nearly all weights, so a few megabytes of each file are enough to see it.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for start in np.linspace(0, max(0, size - _BLOCK), min(_BLOCKS, -(-size // _BLOCK))).astype(np.int64):
+                opened.seek(int(start))
+                digest.update(opened.read(_BLOCK))
+    return digest.hexdigest()
+
+
 def without_weights(text: str) -> str:
     """Return a fingerprint without the sample, for files beside whole weights, which may be far from the base's."""
     return "-".join(_parts(text)[:2]).rstrip("-")

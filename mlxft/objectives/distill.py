@@ -46,7 +46,7 @@ from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenSource, frozen_skeleton, open_apart
 from mlxft.model.heads import find_head
 from mlxft.model.layers import limits, probing
-from mlxft.model.load import load, resolve
+from mlxft.model.load import load, resolve, sampled_digest
 from mlxft.model.logits import Read, Split, ahead, read_positions, row_sums, rows_hidden, rows_logprobs
 from mlxft.model.memory import Beside, ShapeSplit, scoring_bytes
 from mlxft.model.sampling import sample_batch
@@ -365,29 +365,14 @@ def stretches_of(mine: Sequence[int], theirs: Sequence[int]) -> tuple[list[int],
 
 _FILE, _PART_ROWS = "teacher.json", 256
 _WEIGHTS = "the teacher's weights"
-_BLOCK, _BLOCKS = 1 << 16, 64  # bytes, and places in a file of weights
 
 
 def weights_digest(path: str) -> str | None:
-    """Return a hash of samples of the weights that a teacher's path names; None where that is not on this machine.
-
-    Training changes nearly all weights, so a few megabytes of each file are enough to see it.
-    """
-    digest = hashlib.blake2b(digest_size=16)
+    """Return a hash of the weights that a teacher's path names, by samples; None where that is not on this machine."""
     try:
-        if not home_path(path).exists():
-            return None
-        place = find_teacher(path, weights=False)
-        for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}\n".encode())
-            with file.open("rb") as opened:
-                for start in np.linspace(0, max(0, size - _BLOCK), min(_BLOCKS, -(-size // _BLOCK))).astype(np.int64):
-                    opened.seek(int(start))
-                    digest.update(opened.read(_BLOCK))
+        return sampled_digest(find_teacher(path, weights=False)) if home_path(path).exists() else None
     except (OSError, ConfigError):  # loading the teacher reports it
         return None
-    return digest.hexdigest()
 
 
 def _part(folder: Path, number: int, what: str) -> Path:
