@@ -27,7 +27,7 @@ def run_ranks(script: str | Sequence[str], n: int = 2, timeout: float = 120.0) -
     argv = ["-c", script] if isinstance(script, str) else list(script)
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(n)]))
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
         env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(_HERE.parent), str(_HERE), env.get("PYTHONPATH", "")])
         files = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(n)]
@@ -54,7 +54,7 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], until: float) -> None:
             p.wait()
 
 
-def _free_ports(n: int) -> list[int]:
+def free_ports(n: int) -> list[int]:
     sockets = [socket.socket() for _ in range(n)]
     try:
         for each in sockets:

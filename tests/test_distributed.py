@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from ranks import run_ranks
+from ranks import free_ports, run_ranks
 
 from mlxft.distributed import Ranks
 
@@ -102,7 +107,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-ON_FOUR = ("sft", "kto", "grpo")
+_BASE = {"distributed.shard": "base"}
+CASES |= {
+    "sft, sharded base": {**CASES["sft, one micro-batch"], **_BASE},
+    "sft, sharded 4-bit base": {**CASES["sft"], **_BASE, "model.quantize": 4, "model.group_size": 32},
+    "dpo, sharded base": {**CASES["dpo"], **_BASE},
+    "kto, sharded base": {**CASES["kto"], **_BASE},
+    "reward, sharded base": {**CASES["reward"], **_BASE},
+    "sft, sharded optimiser": {**CASES["sft, full"], "distributed.shard": "optimizer"},
+}
+ON_FOUR = ("sft", "kto", "grpo", "sft, sharded base")
 
 
 def _recipe(folder: Path, model: Path, name: str, **settings: Any) -> dict[str, Any]:
@@ -206,6 +220,132 @@ def test_a_rank_reports_for_all(trained: dict[int, Path]):
     assert 0 <= last["communication_share"] < 1
     rollout = _events(trained[2] / "grpo", "rollout")[-1]
     assert rollout["sampling_s/rank1"] > 0
+
+
+def test_a_rank_holds_its_part_of_a_sharded_base(trained: dict[int, Path]):
+    for name in ("sft, sharded base", "sft, sharded 4-bit base"):
+        (start,) = _events(trained[2] / name, "start")
+        assert start["base_bytes_per_rank"] <= 0.55 * start["base_bytes"]
+    (four,) = _events(trained[4] / "sft, sharded base", "start")
+    assert four["base_bytes_per_rank"] <= 0.3 * four["base_bytes"]
+
+
+# --- refusals and faults ----------------------------------------------------------------------------------------------
+
+_DIFFERS = """
+import io, json, os, sys
+from mlxft.errors import ConfigError
+from mlxft.run import train
+import mlxft.run
+from mlxft.text import make_console
+rank = int(os.environ["MLX_RANK"])
+os.chdir(str(rank))
+found = {}
+for name, recipes in json.loads(open("../recipes.json").read()).items():
+    own = mlxft.run.versions
+    if name == "version" and rank:
+        mlxft.run.versions = lambda: {**own(), "mlx": "0.0.1"}
+    try:
+        train(recipes[rank], console=make_console(file=io.StringIO()))
+    except ConfigError as error:
+        found[name] = str(error)
+    mlxft.run.versions = own
+print(json.dumps(found))
+"""
+
+
+def test_ranks_that_differ_are_refused_by_name(
+    tmp_path: Path, make_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        _rows(tmp_path / str(rank))
+        for model in ("same", "other"):
+            make_model_dir(tmp_path / str(rank) / model)
+    weights = mx.load("1/other/model.safetensors")
+    mx.save_safetensors("1/other/model.safetensors", {k: v * 1.001 for k, v in weights.items()}, {"format": "mlx"})
+    lines = (tmp_path / "1/sft.jsonl").read_text().splitlines()
+    (tmp_path / "1/rows.jsonl").write_text("\n".join([*lines[:-1], json.dumps({"prompt": "he", "completion": "is"})]))
+    (tmp_path / "0/rows.jsonl").write_text("\n".join(lines))
+    (tmp_path / "1/vowels.py").write_text((tmp_path / "1/vowels.py").read_text() + "# another\n")
+    sft, grpo = CASES["sft"], CASES["grpo"]
+    cases = {
+        "optim.lr": [sft, {**sft, "optim.lr": 0.5}],
+        "version": [sft, sft],
+        "data": [{**sft, "data.train": "rows.jsonl"}] * 2,
+        "vowels.py": [grpo, grpo],
+    }
+    recipes = {name: [_recipe(Path(), Path("same"), name, **one) for one in both] for name, both in cases.items()}
+    recipes["base"] = [_recipe(Path(), Path("other"), "base", **sft)] * 2
+    (tmp_path / "recipes.json").write_text(json.dumps(recipes))
+    for code, out, errors in run_ranks(_DIFFERS, 2):
+        assert code == 0, errors[-3000:]
+        found = json.loads(out.splitlines()[-1])
+        assert found.keys() == recipes.keys()
+        for name, error in found.items():
+            assert "rank 1 (" in error
+            assert name in error
+    assert not list(tmp_path.glob("*/runs")), "nothing is written"
+
+
+def _launch(folder: Path, recipe: Path, *more: str, size: int = 2) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "mlxft", *(["launch", "-n", str(size)] if size > 1 else ["train"])]
+    port = ["--starting-port", str(free_ports(1)[0])] if size > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*argv, *port, str(recipe), *more], cwd=folder, env=env, **pipes)
+
+
+def _rank_process(run: str, rank: int) -> int | None:
+    """The process that trains a run as this rank."""
+    every = subprocess.run(["ps", "eww", "-ax", "-o", "pid=,command="], capture_output=True, text=True)
+    for line in every.stdout.splitlines():
+        if f"run.name={run}" in line and f"MLX_RANK={rank}" in line and "-m mlxft train" in line:
+            return int(line.split()[0])
+    return None
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_a_resumed_one_is_the_same(folder: Path, tiny_model_dir: Path):
+    recipe, steps = folder / "kill.yaml", 600
+    settings = {**CASES["sft"], "run.steps": steps, "run.save_every": 20, "run.eval_every": 200}
+    recipe.write_text(yaml.safe_dump(_recipe(folder / "kill", tiny_model_dir, "whole", **settings)))
+    runs = folder / "kill" / "runs"
+
+    def finish(process: subprocess.Popen[str]) -> str:
+        out = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, out[-3000:]
+        return out
+
+    def weights(run: str) -> dict[str, mx.array]:
+        return mx.load(str(runs / run / f"checkpoints/step-{steps}/weights.safetensors"))
+
+    finish(_launch(folder, recipe))
+    for rank in (0, 1):
+        name = f"killed-{rank}"
+        process = _launch(folder, recipe, f"run.name={name}")
+        metrics = runs / name / "metrics.jsonl"
+        until = time.monotonic() + 100
+        while not metrics.exists() or metrics.read_text().count("\n") < 20 + 10 * rank:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        victim = _rank_process(name, rank)
+        assert victim is not None
+        os.kill(victim, signal.SIGKILL)
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 1, out[-3000:]
+        assert f"rank {rank} (" in out
+        assert len(_events(runs / name, "train")) < steps
+    # On one process: the same rows and denominators.
+    shutil.copytree(runs / "killed-1", runs / "alone")
+    out = finish(_launch(folder, recipe, "run.name=alone", "--resume", size=1))
+    assert "began on 2 ranks and continues on 1" in out
+    assert _apart(weights("whole"), weights("alone")) < 1e-5
+    for rank in (0, 1):
+        finish(_launch(folder, recipe, f"run.name=killed-{rank}", "--resume"))
+        mine, theirs = weights("whole"), weights(f"killed-{rank}")
+        assert all(mx.array_equal(mine[k], theirs[k]).item() for k in mine)
 
 
 # --- who computes what ------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from mlxft.errors import ModelError
 from mlxft.model.layers import EMBEDDING, checkpoint_layers, probing
 
 _WORD = 4  # bytes: a part is an array of uint32, so that one message carries arrays of all types
-_ALIGNED = 64  # words: where an array begins in its unit, as in a buffer of its own
+_ALIGNED = 8  # words: where an array begins in its unit, as in a buffer of its own
 MESSAGE = 64 << 20  # bytes of owned arrays that a rank sends at once, unless one array is larger
 
 
