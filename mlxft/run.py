@@ -291,7 +291,7 @@ def train_config(
         raise ConfigError(
             "sweep: this recipe is for mlxft sweep; train the sweep's best.yaml, or remove the section sweep"
         )
-    with joined(config.distributed.timeout) as ranks:
+    with joined(config.distributed.timeout, training=True) as ranks:
         first = ranks.first
         notes = _check_ranks(config, ranks, resume)
         correct, begun = is_open(config), resume and ranks.from_first((config.run_dir / "config.yaml").exists())
