@@ -57,10 +57,10 @@ BUDGET = {
     # exact KL, variants.
     "objectives": (15, 7550),
     "trainer": (5, 1550),
-    "study": (13, 5580),  # sample and eval play episodes
+    "study": (13, 5680),  # sample and eval play episodes, and share their work over ranks
     "exports": (6, 3300),
     "demo": (3, 300),
-    "cli": (5, 1880),  # distill-cache, --environment, launch
+    "cli": (5, 1910),  # distill-cache, --environment, launch; eval and sample by ranks
 }
 MOST_FILES = 90
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
