@@ -110,6 +110,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on a file: loss and perplexity, or tasks with their standard errors.
 
+    In a script that mlx.launch has started, all ranks call it, share the rows, and get the same result.
+
     Args:
         task: loss, a metric such as exact_match or f1, or a task file; or several.
         against: another model on the same rows, for paired differences; "base": what the run started from.
@@ -117,12 +119,14 @@ def evaluate(
     Returns:
         The figures; `to_json()` has them as `mlxft eval --json` prints them.
     """
+    from mlxft.distributed import joined
     from mlxft.study.evaluate import Asking, run_evaluation
     from mlxft.text import make_console
 
     asking = Asking((task,) if isinstance(task, str) else tuple(task), **options)
     other = None if against is None else _path(against)
-    return run_evaluation(_path(model), str(file), asking, against=other, console=make_console(file=io.StringIO()))
+    with joined():
+        return run_evaluation(_path(model), str(file), asking, against=other, console=make_console(file=io.StringIO()))
 
 
 def fuse(run: Named, out: str | Path, **options: Any) -> Fused:

@@ -1,19 +1,18 @@
-"""Training over several processes, which MLX's engine connects: who computes what, and what all of them need to know.
+"""Work over several processes, which MLX's engine connects: who computes what, and what all of them need to know.
 
 Each process (a rank, one to a Mac) runs the same program over the same rows and makes the same steps. It computes the
 micro-batches that are its own; gradients and sums are added up over all ranks, so that every rank makes the same
-update. Only rank 0 writes and reports. A single process is one rank that talks to nobody.
+update. Only rank 0 writes and reports. Evaluation and sampling are shared in the same way, by rows. A single process
+is one rank that talks to nobody.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -21,13 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxft.errors import ConfigError, TrainingError
-from mlxft.lifeline import Lifeline
-from mlxft.text import parse_json, read_small
+from mlxft.lifeline import TIMEOUT, Lifeline, several_ranks
+from mlxft.text import parse_json
 
 MESSAGE = 64 << 20  # most bytes of one message, and of the float32 copies that it needs
 _SMALL = 1 << 10  # bytes of the first message of `gather_bytes`, enough for the sums of a step
-# What says that an engine of MLX has started this process: mlx.launch's variables, and those of MPI's launchers.
-_STARTED = ("MLX_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _U = TypeVar("_U")
 
 
@@ -61,6 +58,7 @@ class Ranks:
         network: what `measure_network` has measured.
         alike: whether all ranks must compute the same number of micro-batches, because they gather a base together.
         agreed: whether all ranks end now because they have agreed to.
+        training: whether they train, so that what is called meanwhile is each rank's own.
         on_lost: called with the loss where a rank was lost and this one is stuck, before it ends.
     """
 
@@ -71,7 +69,7 @@ class Ranks:
         self.waited_s, self.summing_s, self.sent = 0.0, 0.0, 0
         self.lifeline: Lifeline | None = None
         self.network = Network(0.0, 1e9, 1e9)
-        self.alike = self.agreed = False
+        self.alike = self.agreed = self.training = False
         self.on_lost: Callable[[str], None] = lambda text: None
         self.hosts: list[str] = [socket.gethostname()] if self.size == 1 else self.gather(socket.gethostname())
 
@@ -141,6 +139,19 @@ class Ranks:
         if self.alike and things:
             most = max(owners.count(rank) for rank in range(self.size))
             yield from ((things[0], False) for _ in range(most - len(mine)))
+
+    def each(self, things: Sequence[_U], costs: Sequence[float], compute: Callable[[_U], Any]) -> list[Any]:
+        """Return what is computed of each thing, as JSON: on one rank each, by the costs, and then known to all."""
+        owners = self.owners(costs)
+        mine = [compute(thing) for thing, owner in zip(things, owners) if owner == self.rank]
+        found = [iter(theirs) for theirs in self.gather(mine)]
+        return [next(found[owner]) for owner in owners]
+
+    def in_portions(self, count: int, compute: Callable[[Portion], Sequence[Any]]) -> list[Any]:
+        """Return what is computed of `count` things, in order, as JSON: each rank takes its portion, if any."""
+        part = self.portion(count)
+        mine = [*compute(part)] if part.stop > part.start or self.size == 1 else []
+        return [value for theirs in self.gather(mine) for value in theirs]
 
     # What all need to know
 
@@ -307,26 +318,36 @@ _spoken_for: list[bool] = []  # of the last `joined`, whether another rank write
 
 
 def spoken_for() -> bool:
-    """Return whether another rank writes why training has failed."""
+    """Return whether another rank writes what went wrong."""
     return bool(_spoken_for) and _spoken_for[-1]
 
 
 def current() -> Ranks:
-    """Return the ranks that train now: those of `joined`, or this process alone."""
+    """Return the ranks that work together now: those of `joined`, or this process alone."""
     return _current
 
 
 @contextmanager
-def joined(timeout_s: float) -> Iterator[Ranks]:
+def joined(timeout_s: float = TIMEOUT, *, training: bool = False) -> Iterator[Ranks]:
     """Join the processes that were started with this one, if any were, for the time of the block.
 
+    A block inside another one has the same ranks; inside training it is of this process alone, since other ranks may
+    not come by.
+
+    Args:
+        timeout_s: silence after which a rank counts as lost.
     Raises:
         ConfigError: they cannot be connected.
     """
     global _current
-    hosts = os.environ.get("MLX_HOSTFILE")
-    alone = hosts is not None and not read_small(Path(hosts)).strip()  # mlx.launch -n 1
-    if _current.size > 1 or alone or not any(name in os.environ for name in _STARTED):
+    if _current.training:
+        before, _current = _current, Ranks()
+        try:
+            yield _current
+        finally:
+            _current = before
+        return
+    if _current.size > 1 or not several_ranks():
         yield _current
         return
     try:
@@ -337,12 +358,14 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
         yield _current
         return
     before, ranks = _current, Ranks(group)
+    ranks.training = training
     line = Lifeline.listen() if ranks.first else None
     address = ranks.from_first(line and line.address)
     how: dict[str, Any] = {"timeout_s": timeout_s, "on_lost": lambda text: ranks.on_lost(text)}
     line = line.start(ranks.hosts, **how) if line else Lifeline.connect(address, ranks.rank, ranks.hosts, **how)
     _current, ranks.lifeline = ranks, line
     try:
+        ranks.gather(None)  # an error that comes now reaches all ranks
         yield ranks
     except BaseException as error:
         if ranks.agreed:
@@ -350,7 +373,9 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
         # mlx.launch interrupts the others where one has ended; that is not what went wrong.
         if isinstance(error, KeyboardInterrupt) and (lost := line.wait_lost(2.0)):
             raise TrainingError(lost) from None
-        line.report(_reason(error))
+        with suppress(KeyboardInterrupt):  # mlx.launch interrupts this rank, too, once another has ended by its error
+            line.report(_reason(error))
+            line.close()
         raise
     finally:
         _spoken_for.append(not line.speaks)
@@ -359,7 +384,7 @@ def joined(timeout_s: float) -> Iterator[Ranks]:
 
 
 def check_same(ranks: Ranks, facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse ranks that would not train the same thing.
+    """Refuse ranks that would not do the same thing.
 
     Args:
         facts: kind -> name -> value, as JSON: what has to be the same on all ranks.

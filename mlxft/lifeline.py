@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mlxft.errors import TrainingError, shorten
-from mlxft.text import echo, parse_json, printable
+from mlxft.text import echo, parse_json, printable, read_small
 
 TIMEOUT = 45.0  # seconds of silence after which a rank counts as lost
 GRACE = 5.0  # seconds that the main thread has to see a loss before the process ends
@@ -476,6 +476,14 @@ def own_rank() -> int:
     """Return this process's rank, from what mlx.launch or MPI has set; 0 if there is none."""
     names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
+
+
+def several_ranks() -> bool:
+    """Return whether mlx.launch or MPI has started other ranks beside this one."""
+    if "MLX_RANK" not in os.environ:
+        return any(os.environ.get(name, "1") != "1" for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    hosts = os.environ.get("MLX_HOSTFILE")  # an empty file for mlx.launch -n 1
+    return os.environ.get("MLX_WORLD_SIZE") != "1" and (hosts is None or bool(read_small(Path(hosts)).strip()))
 
 
 def sign_off(code: int) -> None:

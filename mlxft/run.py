@@ -320,7 +320,7 @@ def train_config(
         raise ConfigError(
             "sweep: this recipe is for mlxft sweep; train the sweep's best.yaml, or remove the section sweep"
         )
-    with joined(config.distributed.timeout) as ranks:
+    with joined(config.distributed.timeout, training=True) as ranks:
         first = ranks.first
         notes = _check_ranks(config, ranks, resume)
         count = ranks.size if ranks.size > 1 else None

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from ranks import free_ports, run_ranks
 
+from mlxft import distributed
 from mlxft.distributed import Ranks
 
 pytestmark = pytest.mark.invariant
@@ -382,3 +383,15 @@ def test_a_slower_rank_gets_less():
 def test_portions_cover_everything_once(count: int):
     parts = [_ranks(4).portion(count, rank) for rank in range(4)]
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+
+
+def test_what_is_called_in_training_is_of_one_process(monkeypatch: pytest.MonkeyPatch):
+    """A sink that evaluates, on rank 0 only, must not wait for ranks that train."""
+    ranks = _ranks(2)
+    monkeypatch.setattr(distributed, "_current", ranks)
+    with distributed.joined() as same:
+        assert same is ranks
+    ranks.training = True
+    with distributed.joined() as alone:
+        assert alone.size == distributed.current().size == 1
+    assert distributed.current() is ranks

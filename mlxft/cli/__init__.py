@@ -59,6 +59,7 @@ SECTIONS = {
     },
 }
 COMMANDS = {name: about for commands in SECTIONS.values() for name, about in commands.items()}
+TOGETHER = ("train", "eval", "sample")  # commands that the ranks of mlx.launch share
 
 
 def _trust(context: click.Context, _: click.Parameter, given: bool) -> None:
@@ -116,9 +117,15 @@ class _Lazy(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         from mlxft.errors import nearest
+        from mlxft.lifeline import several_ranks
 
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(f"no such command: {args[0]}{nearest(args[0], COMMANDS)}", ctx)
+        if args and args[0] in COMMANDS and args[0] not in TOGETHER and several_ranks():
+            raise ConfigError(
+                f"mlxft {args[0]} runs in one process; start it without mlx.launch, or, where a rank starts it, with "
+                "MLX_RANK removed from its environment"
+            )
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -6,12 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxft.cli import TRUST, PathArg, reserve
+from mlxft.errors import ConfigError
 from mlxft.text import echo, echo_completion, json_text, make_console
+
+if TYPE_CHECKING:
+    from mlxft.study.evaluate import Evaluation
 
 # --- use --------------------------------------------------------------------------------------------------------------
 # mlxft generate, mlxft chat.
@@ -266,6 +270,7 @@ def sample(
         raise click.UsageError(f"--n {n} at temperature 0 would give {n} equal completions; raise --temperature")
     if os.path.exists(out) and Path(prompts).exists() and out.samefile(prompts):
         raise click.UsageError("--out is the file of prompts; choose another")
+    from mlxft.distributed import joined
     from mlxft.files import check_file
     from mlxft.model.sampling import Sampling
     from mlxft.objectives.episodes import read_environment
@@ -273,14 +278,16 @@ def sample(
     from mlxft.runs import load_run
     from mlxft.study.generate import Choice, best_of_n, read_keep
 
-    reserve(out)
-    check_file(out, overwrite)
-    rewards = RewardsSettings(adapter=reward, function=function)
-    choice = Choice(n, read_keep(keep, n), cut_off, Sampling(**options), rewards, read_environment(environment))
-    done = best_of_n(
-        prompts, load_run(model, adapter), choice, out, seed=seed, system=system, console=make_console(stderr=True)
-    )
-    echo(json_text(done.to_json()) if as_json else str(done))
+    with joined() as ranks:
+        if ranks.first:
+            reserve(out)
+            check_file(out, overwrite)
+        rewards = RewardsSettings(adapter=reward, function=function)
+        choice = Choice(n, read_keep(keep, n), cut_off, Sampling(**options), rewards, read_environment(environment))
+        how: dict[str, Any] = {"seed": seed, "system": system, "console": make_console(stderr=True)}
+        done = best_of_n(prompts, load_run(model, adapter), choice, out, **how)
+        if ranks.first:
+            echo(json_text(done.to_json()) if as_json else str(done))
 
 
 # --- score ------------------------------------------------------------------------------------------------------------
@@ -439,22 +446,34 @@ def eval(
         raise click.UsageError("--include-path and --chat go with --tasks")
     if bool(options["shots"]) != (options["shots_from"] is not None):
         raise click.UsageError("--shots and --shots-from go together")
+    from mlxft.distributed import joined
     from mlxft.files import EVALUATION
     from mlxft.objectives.episodes import read_environment
-    from mlxft.study.evaluate import Asking, check_out, default_out, run_episodes, run_evaluation, show_evaluation
+    from mlxft.study.evaluate import Asking, check_out, run_episodes, run_evaluation
 
-    if out is not None:
-        reserve(out / EVALUATION[0])
-    check_out(out, overwrite, adapter or model)
     options["format"] = options.pop("format_")
     asking = Asking(tasks or ("loss",), **options)
     how: dict[str, Any] = {"adapter": adapter, "against": against, "console": make_console(stderr=True)}
     if (met := read_environment(environment)) is not None:
         _refuse_beside_environment(tasks, options)
-        found = run_episodes(model, file, met, asking, **how)
-    else:
-        found = run_evaluation(model, file, asking, **how)
-    folder = out or default_out(adapter or model, file, found)
+    with joined() as ranks:
+        if ranks.first:
+            if out is not None:
+                reserve(out / EVALUATION[0])
+            check_out(out, overwrite, adapter or model)
+        if met is not None:
+            found = run_episodes(model, file, met, asking, **how)
+        else:
+            found = run_evaluation(model, file, asking, **how)
+        if ranks.first:
+            _give(found, adapter or model, file, out, as_json)
+
+
+def _give(found: Evaluation, model: str, file: str, out: Path | None, as_json: bool) -> None:
+    """Print the results and write them."""
+    from mlxft.study.evaluate import default_out, show_evaluation
+
+    folder = out or default_out(model, file, found)
     # Print before writing, so that a full disk does not lose the results.
     if as_json:
         echo(json_text(found.to_json()))
@@ -496,6 +515,10 @@ def _refuse_beside_tasks(
 def _by_harness(
     model: str, adapter: str | None, names: str, include_path: str | None, options: dict[str, Any], as_json: bool
 ) -> None:
+    from mlxft.lifeline import several_ranks
+
+    if several_ranks():
+        raise ConfigError("--tasks: lm-eval's tasks run in one process; start it without mlx.launch")
     from mlxft.study.evaluate import Asking
     from mlxft.study.lm_eval import run_tasks, show_tasks
 

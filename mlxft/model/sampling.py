@@ -29,7 +29,7 @@ from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from mlxft.data.chat import opening_after, until_stop
 from mlxft.data.dataset import encode_prompt
 from mlxft.data.formats import message_at
-from mlxft.distributed import Portion
+from mlxft.distributed import Portion, current
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.cpu import exp
 from mlxft.model.folder import NO_NUMBERS
@@ -476,6 +476,21 @@ def sample_batch(
                 for number, completion in zip(numbers, decoding.run(model, own, first, noise)):
                     found[number // samples].append(completion)
     return found
+
+
+def sample_shared(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    **options: Any,
+) -> list[list[Sampled]]:
+    """Return what `sample_batch` does, where each rank samples the completions of some prompts."""
+
+    def sampled(part: Portion) -> list[list[Sampled]]:
+        return sample_batch(model, tokenizer, prompts[part.here], sampling, part=part, **options)
+
+    return [[Sampled(*each) for each in found] for found in current().in_portions(len(prompts), sampled)]
 
 
 class TurnStart(NamedTuple):

@@ -22,12 +22,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlxft.distributed import MESSAGE
 from mlxft.errors import ModelError
 from mlxft.model.layers import EMBEDDING, checkpoint_layers, probing
 
 _WORD = 4  # bytes: a part is an array of uint32, so that one message carries arrays of all types
 _ALIGNED = 8  # words: where an array begins in its unit, as in a buffer of its own
-MESSAGE = 64 << 20  # bytes of owned arrays that a rank sends at once, unless one array is larger
 
 
 class _Place(NamedTuple):

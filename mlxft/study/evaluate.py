@@ -21,9 +21,10 @@ from rich.text import Text
 
 from mlxft.config import DataSettings
 from mlxft.data.chat import Thoughts, by_template, opening_of
-from mlxft.data.dataset import OVERFLOW, context_ids, encode_rows, plan_epoch, prompt_text
+from mlxft.data.dataset import OVERFLOW, Slot, context_ids, encode_rows, plan_epoch, prompt_text
 from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten, with_completion
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
+from mlxft.distributed import Portion, current
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
 from mlxft.files import (
     EVALUATION,
@@ -48,13 +49,13 @@ from mlxft.model.layers import probing
 from mlxft.model.load import Loaded, context_of, stated_name
 from mlxft.model.logits import Split, hidden_logprobs_greedy, row_sums, rows_logprobs, rows_logprobs_greedy
 from mlxft.model.prefix import Rows, Sharing
-from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
+from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_shared, text_of
 from mlxft.objectives.episodes import LIMITS, EnvironmentSettings, Episode
 from mlxft.objectives.functional import wins
 from mlxft.objectives.rewards import ToScore
 from mlxft.objectives.sft import make_batch
 from mlxft.runs import find_adapter, is_run, load_run, open_run, versions
-from mlxft.study.generate import Asked, Met
+from mlxft.study.generate import Asked, Met, check_shared, shared_bar
 from mlxft.study.report import evaluation_tables
 from mlxft.study.stats import Figure, Floats64, bootstrap, mean, t_quantile
 from mlxft.study.tasks import (
@@ -68,7 +69,7 @@ from mlxft.study.tasks import (
     read_task,
     with_shots,
 )
-from mlxft.text import bar, home_path, json_text, parse_json
+from mlxft.text import home_path, json_text, parse_json
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 # Log-likelihoods of texts that follow a context, such as choices.
@@ -156,11 +157,11 @@ class _Unit(NamedTuple):
 def loglikelihoods(
     split: Split, requests: Sequence[Request], tokens: int, on_done: Callable[[int], None] | None = None
 ) -> list[Likelihood]:
-    """Compute the log-likelihood of each text after its context.
+    """Compute the log-likelihood of each text after its context; ranks share the batches.
 
     Args:
         tokens: of a batch, padding included; a longer row is a batch of its own.
-        on_done: called with the number of texts finished since its last call.
+        on_done: called with the number of texts that this rank has finished since its last call.
     """
     found: dict[int, Likelihood] = {}
     done = on_done or (lambda count: None)
@@ -171,10 +172,15 @@ def loglikelihoods(
         units = _units(requests, asked, tokens, sharing) if asked else []
         # Units of like length have little padding.
         units.sort(key=lambda unit: (len(unit.prompt), max(map(len, unit.rests))))
-        for batch in _cut(units, lambda batch: batch, tokens, _PADDING):
+        batches = [*_cut(units, lambda batch: batch, tokens, _PADDING)]
+
+        def read(batch: list[_Unit]) -> list[tuple[int, float, bool]]:
             own = _read(sharing, batch, requests)
-            found |= own
             done(len(own))
+            return [(i, *likelihood) for i, likelihood in own.items()]
+
+        for own in current().each(batches, [_size(batch)[0] for batch in batches], read):
+            found |= {i: Likelihood(logprob, greedy) for i, logprob, greedy in own}
     return [found.get(i, Likelihood(0.0, True)) for i in range(len(requests))]  # an empty text's is 1
 
 
@@ -201,7 +207,10 @@ def _units(requests: Sequence[Request], asked: Sequence[int], tokens: int, shari
         parts = _cut(after, lambda part: [_Unit(start, dict(part))], tokens, _PADDING + common)
         plans.append([_Unit(start, dict(part)) for part in parts])
     best = min(plans, key=lambda units: _size(units)[1])
-    if _size(best)[1] > _GAIN * _size(plain)[1] or not (sharing.split.separable and sharing.possible):
+    if _size(best)[1] > _GAIN * _size(plain)[1]:
+        return plain
+    # All ranks make the same batches.
+    if not all(current().gather(bool(sharing.split.separable and sharing.possible))):
         return plain
     return best
 
@@ -412,7 +421,7 @@ def run_task(
     shots: Sequence[Case] = (),
     console: Console | None = None,
 ) -> Evaluated:
-    """Evaluate a model on the cases of a task.
+    """Evaluate a model on the cases of a task; ranks share the work, and all of them return the result.
 
     Args:
         loaded: a model that writes text; its training flags are restored at the end.
@@ -420,7 +429,7 @@ def run_task(
         shots: solved cases that are shown before each (choice and generate only).
         console: shows progress.
     Raises:
-        ConfigError, DataError: the task, its rows or shots do not fit the model.
+        ConfigError, DataError: the task, its rows or shots do not fit the model, or ranks differ in them.
         RewardError: a function does not return a number.
     """
     asking = asking or Asking()
@@ -431,6 +440,8 @@ def run_task(
         raise ConfigError("shots are shown before prompts: give a task with choices or metrics (--task), not a loss")
     if not cases:
         raise DataError("there are no rows to evaluate")
+    rows = [(c.row, c.prompt, c.answers, c.choices, c.item, c.tools) for c in (*cases, *shots)]
+    check_shared(loaded, "the task and its rows", (asking, task, rows))
     evaluate = {"loss": _loss, "choice": _choice, "generate": _generate}[task.kind]
     with quicker(loaded.model):
         return evaluate(_How(loaded, task, asking, shots, console), cases)
@@ -514,16 +525,20 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     slots = plan_epoch(lengths, tokens=how.asking.tokens, seed=None)
-    with probing(how.loaded.model), bar(how.console, len(data.rows), "rows") as advance:
-        for slot in slots:
+    with probing(how.loaded.model), shared_bar(how.console, len(data.rows), "rows") as advance:
+
+        def totals(slot: Slot) -> list[float]:
             rows = [data.rows[i] for i in slot.rows]
             a = make_batch(rows, slot.width).data
             logprobs = rows_logprobs(split, a.ids, a.positions, a.labels, grad=False)
-            totals = np.array(row_sums(-logprobs, a.positions // slot.width, len(rows)))
-            for row, total in zip(rows, totals):
-                sums[row.where] = sums.get(row.where, 0.0) + float(total)
-                counts[row.where] = counts.get(row.where, 0) + int(row.trained.sum())
+            found = np.array(row_sums(-logprobs, a.positions // slot.width, len(rows)), dtype=np.float64)
             advance(len(rows))
+            return found.tolist()
+
+        for slot, found in zip(slots, current().each(slots, [s.width * len(s.rows) for s in slots], totals)):
+            for row, total in zip((data.rows[i] for i in slot.rows), found):
+                sums[row.where] = sums.get(row.where, 0.0) + total
+                counts[row.where] = counts.get(row.where, 0) + int(row.trained.sum())
     kept = [case for case in cases if case.where in counts]
     lines = [
         {"row": c.where, "prompt": c.prompt, "target": c.label, "tokens": counts[c.where]}
@@ -573,7 +588,7 @@ def _choice(how: _How, cases: Sequence[Case]) -> Evaluated:
         rows = f"{joint:,} of {len(kept):,} rows"
         notes.append(f"in {rows} a choice joins the prompt's last token, which is scored with every choice")
     flat = [request for i in kept for request in asked[i].requests]
-    with bar(how.console, len(flat), "choices") as advance:
+    with shared_bar(how.console, len(flat), "choices") as advance:
         found = iter(loglikelihoods(Split(how.loaded.model), flat, how.asking.tokens, advance))
     lines: list[dict[str, Any]] = []
     for i in kept:
@@ -606,8 +621,8 @@ def _generate(how: _How, cases: Sequence[Case]) -> Evaluated:
     kept, notes = how.fitting(cases, [len(own) + most for own in ids])
     rows = max(1, min(ROWS_AT_ONCE, 8 * how.asking.tokens // max(len(ids[i]) + most for i in kept)))
     model, wanted, seed = how.loaded.model, [ids[i] for i in kept], how.asking.seed
-    with bar(how.console, len(kept), "completions") as advance:
-        found = sample_batch(model, tokenizer, wanted, sampling, seed=seed, rows=rows, on_done=advance)
+    with shared_bar(how.console, len(kept), "completions") as advance:
+        found = sample_shared(model, tokenizer, wanted, sampling, seed=seed, rows=rows, on_done=advance)
     items = [
         ToScore(
             prompt_ids=np.zeros(0, dtype=np.int32),
@@ -622,13 +637,18 @@ def _generate(how: _How, cases: Sequence[Case]) -> Evaluated:
         for i, (sampled,) in zip(kept, found)
     ]
     chosen = [cases[i] for i in kept]
-    scores = {name: scorer(chosen, items) for name, scorer in scorers.items()}
+
+    def scored(part: Portion) -> list[dict[str, float]]:
+        values = {name: scorer(chosen[part.here], items[part.here]) for name, scorer in scorers.items()}
+        return [{name: float(values[name][k]) for name in values} for k in range(part.stop - part.start)]
+
+    scores = current().in_portions(len(items), scored)
     lines = [
         {"row": case.where, "prompt": prompts[i], "prediction": item.completion}
         | ({"answer": item.answer} if drops and item.answer != item.completion else {})
         | {"target": list(case.answers) if len(case.answers) > 1 else case.label, "finish": sampled.finish}
-        | {"scores": {name: float(values[k]) for name, values in scores.items()}}
-        for k, (i, case, item, (sampled,)) in enumerate(zip(kept, chosen, items, found))
+        | {"scores": of_one}
+        for i, case, item, (sampled,), of_one in zip(kept, chosen, items, found, scores)
     ]
     return how.result(lines, notes + _completion_notes(items, most, drops))
 

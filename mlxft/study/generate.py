@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from rich.console import Console
 
 from mlxft.data.chat import opening_after
 from mlxft.data.dataset import encode_prompt
 from mlxft.data.formats import Prompt, convert, tools_of, unwritten
 from mlxft.data.sources import read_rows, report_lines
+from mlxft.distributed import Portion, check_same, current
 from mlxft.errors import ConfigError, DataError, nearest
 from mlxft.files import text_writer, write_result
 from mlxft.model.frozen import FrozenModels
+from mlxft.model.layers import LEAVES
 from mlxft.model.load import Loaded, base_fingerprint, context_of
-from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_batch, text_of
+from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_shared, text_of
 from mlxft.objectives.episodes import EncodedPrompt, EnvironmentSettings, Episode, Episodes
-from mlxft.objectives.rewards import Rewards, RewardsSettings, ToScore
+from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore
+from mlxft.runs import versions
 from mlxft.study.tasks import as_messages
 from mlxft.text import bar, json_text, make_console
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+# For what the ranks of mlx.launch evaluate or sample together.
+
+
+def check_shared(loaded: Loaded, what: str, held: Any) -> None:
+    """Refuse ranks whose numbers would not belong together: versions, the model or `what` they hold differ.
+
+    Args:
+        held: something whose repr is the same in all processes.
+    Raises:
+        ConfigError: every difference from rank 0, with its rank.
+    """
+    if (ranks := current()).size == 1:
+        return
+    template = getattr(loaded.tokenizer, "chat_template", None)
+    model = hashlib.sha256(f"{base_fingerprint(loaded)} {template}".encode())
+    for name, value in sorted(tree_flatten(loaded.model.parameters()), key=lambda item: item[0]):
+        if name.rpartition(".")[2] in LEAVES:  # the fingerprint is without adapters
+            model.update(np.array(value.astype(mx.float32)).tobytes())
+    hashes = {"the model": model.hexdigest()[:16], what: hashlib.sha256(repr(held).encode()).hexdigest()[:16]}
+    check_same(ranks, {"version of": versions(), "hash of": hashes})
+
+
+def shared_bar(console: Console | None, total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:
+    """Show a progress bar of what rank 0 does of a shared work."""
+    part = (ranks := current()).portion(total)
+    return bar(console if ranks.first else None, part.stop - part.start, what)
+
+
+def _seed(given: int | None) -> int:
+    """Return a seed, or a random one of rank 0."""
+    return int(current().from_first(int.from_bytes(os.urandom(7), "big") if given is None else given))
+
 
 # --- completions ------------------------------------------------------------------------------------------------------
 
@@ -90,6 +132,7 @@ class Asked:
             raise DataError(report_lines(problems))
         if self.episodes is not None:
             self.episodes.check(self._encoded(self.prompts[0]))
+        check_shared(loaded, "the prompts", [(prompt.ids, prompt.item.row) for prompt in self.prompts])
 
     def _encoded(self, prompt: AskedPrompt) -> EncodedPrompt:
         asked = prompt.item.prompt if self._system is None else as_messages(prompt.item.prompt, self._system)
@@ -105,16 +148,27 @@ class Asked:
             sampling: of a turn.
             seed: None: a random one.
         """
-        assert self.episodes is not None
-        seed = int.from_bytes(os.urandom(7), "big") if seed is None else seed
-        how = replace(sampling, stop_at_eos=bool(self.loaded.tokenizer.eos_token_ids))
+        seed, how = _seed(seed), replace(sampling, stop_at_eos=bool(self.loaded.tokenizer.eos_token_ids))
         most, size = context_of(self.loaded.config) or _CONTEXT, max(1, _BATCHES * ROWS_AT_ONCE // samples)
-        with bar(console, samples * len(self.prompts), "episodes") as advance:
+        with shared_bar(console, samples * len(self.prompts), "episodes") as advance:
             for start in range(0, len(self.prompts), size):
                 block = self.prompts[start : start + size]
                 asked = [self._encoded(prompt) for prompt in block for _ in range(samples)]
-                found = self.episodes.play(self.loaded.model, asked, how, most=most, seed=seed + start, on_done=advance)
+                found = self._play(asked, samples, how, most=most, seed=seed + start, on_done=advance)
                 yield [(prompt, found[i * samples : (i + 1) * samples]) for i, prompt in enumerate(block)]
+
+    def _play(self, asked: list[EncodedPrompt], samples: int, sampling: Sampling, **options: Any) -> list[Episode]:
+        """Play an episode for each; one rank plays all `samples` of a prompt, which are neighbours."""
+        assert self.episodes is not None
+        ranks, play = current(), self.episodes.play
+
+        def played(part: Portion) -> list[Any]:
+            mine = Portion(*(samples * n for n in part))
+            found = play(self.loaded.model, asked[mine.here], sampling, part=mine, **options)
+            return found if ranks.size == 1 else [episode.to_json() for episode in found]
+
+        found = ranks.in_portions(len(asked) // samples, played)
+        return found if ranks.size == 1 else [Episode.of(known, prompt) for known, prompt in zip(found, asked)]
 
     def sampled(
         self, sampling: Sampling, samples: int, seed: int | None, console: Console
@@ -124,15 +178,14 @@ class Asked:
         Args:
             seed: None: a random one.
         """
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        seed = int.from_bytes(os.urandom(7), "big") if seed is None else seed
+        model, tokenizer, seed = self.loaded.model, self.loaded.tokenizer, _seed(seed)
         how = replace(sampling, stop_at_eos=bool(tokenizer.eos_token_ids))
         size = max(1, _BATCHES * ROWS_AT_ONCE // samples)
-        with bar(console, samples * len(self.prompts), "completions") as advance:
+        with shared_bar(console, samples * len(self.prompts), "completions") as advance:
             for start in range(0, len(self.prompts), size):
                 block = self.prompts[start : start + size]
                 ids = [prompt.ids for prompt in block]
-                found = sample_batch(model, tokenizer, ids, how, samples=samples, seed=seed + start, on_done=advance)
+                found = sample_shared(model, tokenizer, ids, how, samples=samples, seed=seed + start, on_done=advance)
                 texts = [[Generated(a.ids, a.finish, text_of(tokenizer, a, how)) for a in row] for row in found]
                 yield list(zip(block, texts))
 
@@ -254,7 +307,7 @@ def best_of_n(
 ) -> Chosen:
     """Sample and score completions, choose, and write rows of data.format: prompt-completion with their scores.
 
-    Of episodes the rows are whole conversations, of data.format: messages.
+    Ranks share the prompts, and rank 0 writes. Of episodes the rows are whole conversations, of data.format: messages.
 
     Args:
         spec: rows of data.format: prompts.
@@ -286,7 +339,8 @@ def best_of_n(
     if not lines:
         raise DataError(_nothing(choice, scores, cut, empty))
     mean = float(np.mean([line["score"] for line in lines]))
-    write_result(out, text_writer("".join(json_text(line) + "\n" for line in lines)))
+    if current().first:
+        write_result(out, text_writer("".join(json_text(line) + "\n" for line in lines)))
     return Chosen(len(asked.prompts), len(scores), len(lines), cut, empty, float(np.mean(scores)), mean, str(out))
 
 
@@ -305,7 +359,7 @@ def _scored(
     """Yield the completions of each prompt."""
     for block in asked.sampled(choice.sampling, choice.n, seed, console):
         items = [_item(asked.loaded.tokenizer, prompt, each) for prompt, row in block for each in row]
-        values = iter(rewards.score(items, tokens=_TOKENS).total.tolist())
+        values = iter(_totals(partial(rewards.score, tokens=_TOKENS), items, choice.n))
         for prompt, row in block:
             yield [
                 _Candidate(next(values), g.finish != "length", bool(g.text.strip()), _line(prompt.item, system, g.text))
@@ -320,13 +374,21 @@ def _scored_episodes(
     assert asked.episodes is not None
     for block in asked.played(choice.sampling, choice.n, seed, console):
         every = [episode for _, row in block for episode in row]
-        values = iter(asked.episodes.score(every, rewards, tokens=_TOKENS).total.tolist())
+        score = partial(asked.episodes.score, rewards=rewards, tokens=_TOKENS)
+        values = iter(_totals(score, every, choice.n))
         for prompt, row in block:
             tools = asked.episodes.tools_of(prompt.item.row)
             also = {"tools": tools} if tools else {}
             # What an environment says at its end is not for the model.
             said = [{"messages": unwritten(e.messages[: e.last[1] + 1]), **also} for e in row]
             yield [_Candidate(next(values), e.ended == "end", True, line) for e, line in zip(row, said)]
+
+
+def _totals(score: Callable[[Any], Scores], items: Sequence[Any], n: int) -> list[float]:
+    """Return the scores of all items; one rank scores all `n` of a prompt, which are neighbours."""
+    return current().in_portions(
+        len(items) // n, lambda part: score(items[n * part.start : n * part.stop]).total.tolist()
+    )
 
 
 def _item(tokenizer: Any, asked: AskedPrompt, found: Generated) -> ToScore:

@@ -249,6 +249,7 @@ ELSEWHERE |= {"run.compile"}  # tests/trainer/test_gradient
 ELSEWHERE |= {"data.invalid"}  # tests/cli/test_rows: where it drops nothing, it changes nothing
 ELSEWHERE |= {"data.date"}  # tests/cli/test_kept_template: of templates that write one
 ELSEWHERE |= {"tune.router_aux"}  # of mixtures: tests/objectives/test_balance
+ELSEWHERE |= {f"distributed.{name}" for name in ("ranks", "weights", "shard", "timeout")}  # tests/test_distributed
 # tests/study/test_sweep
 ELSEWHERE |= {f"sweep.{k}" for k in ("space", "metric", "direction", "sampler", "pruner", "grace", "trials", "time")}
 

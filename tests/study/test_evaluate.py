@@ -156,7 +156,7 @@ def written(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, answers: list[str],
         ids = [tokenizer.encode(a, add_special_tokens=False) for a in answers]
         return [[Sampled([*i, tokenizer.eos_token_id], "eos")] for i in ids]
 
-    monkeypatch.setattr("mlxft.study.evaluate.sample_batch", sample)
+    monkeypatch.setattr("mlxft.study.evaluate.sample_shared", sample)
     return run_task(loaded, cases_of(rows, task), task)
 
 
