@@ -60,7 +60,7 @@ from mlxft.model.memory import (
     with_phases,
 )
 from mlxft.model.prefix import Sharing
-from mlxft.model.shard import Shares
+from mlxft.model.shard import Shares, shares
 from mlxft.objectives.base import MakesStep, Objective, heaviest
 from mlxft.runs import find_adapter
 from mlxft.trainer.loop import Gradients
@@ -167,6 +167,8 @@ class Planned:
     usable: int  # bytes that training may take here
     tokens: int  # the largest batch.tokens that fits here, with rows of that width; 0: none fits
     others: dict[str, int] = field(default_factory=dict)  # setting -> bytes, if this machine does not decide on it
+    ranks: int = 1  # that train; the bytes are those of each
+    traffic: Traffic | None = None  # of several ranks
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON, in bytes."""
@@ -184,7 +186,12 @@ class Planned:
             "device": planned_backend(),
             "macs": p.macs(),
             "largest_tokens": self.tokens,
+            **({"ranks": self.ranks, "network": self.traffic._asdict()} if self.traffic is not None else {}),
         }
+
+    def networks(self) -> dict[str, Network]:
+        """Return usual networks between the ranks."""
+        return usual_networks(self.ranks)
 
     def lines(self) -> list[str]:
         """Return the plan as lines of text."""
@@ -207,6 +214,7 @@ class Planned:
             f"fits on Macs of (GB): {macs}",
             *([f"would fit here: {largest}"] if known else []),
             *(f"with {other}: {amount(needed)}" for other, needed in self.others.items()),
+            *([f"network of {self.ranks} ranks: {self.traffic.text(self.networks())}"] if self.traffic else []),
         ]
 
 
@@ -323,6 +331,9 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: B
     """Return the plan of a recipe's batches, and what else would fit."""
     found, rows, width = plan_batches(config, model, shapes, around)
     room, others = usable_bytes(config.memory.limit), dict[str, int]()
+    ranks, carried = config.distributed.ranks or 1, None
+    if ranks > 1:
+        carried = traffic(config, model, shares(model, ranks) if config.distributed.shard == "base" else None)
 
     def needed(section: str, **changes: Any) -> int:
         return plan_batches(_with(config, section, **changes), model, shapes, around)[0].needed
@@ -333,11 +344,11 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: B
     if room == UNKNOWN:
         if config.memory.checkpoint == "auto":
             others["memory.checkpoint: on"] = needed("memory", checkpoint="on")
-        return Planned(found, rows, width, room, 0, others)
+        return Planned(found, rows, width, room, 0, others, ranks, carried)
     job = job_of(config, model)
     beside = objective_class(config.objective).residents(config, model).with_training(job)
     tokens = largest_tokens(job, width, found.checkpoint, MARGIN * room - beside, MOST_TOKENS)
-    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others)
+    return Planned(found, rows, width, room, min(tokens, MOST_TOKENS), others, ranks, carried)
 
 
 def _with(config: Config, section: str, **settings: Any) -> Config:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mlxft.build import (
     Planned,
+    Traffic,
     amount,
     base_skeleton,
     check_memory,
@@ -24,21 +25,19 @@ from mlxft.build import (
     make_objective,
     planned,
     settled,
-    traffic,
-    usual_networks,
     why_eager,
 )
 from mlxft.config import Config
 from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, shared_part, trained_spans
 from mlxft.data.dataset import describe_pair as describe_judged
 from mlxft.device import Backend, elsewhere, in_use, planning_for
+from mlxft.distributed import Network
 from mlxft.errors import ModelError
 from mlxft.files import check_writable
 from mlxft.model.layers import aside, limits
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.logits import refuse_states
 from mlxft.model.memory import ShapeSplit
-from mlxft.model.shard import shares
 from mlxft.objectives.base import Objective, Step, arrays_of
 from mlxft.run import assemble, total_steps
 from mlxft.text import Event, json_text
@@ -61,13 +60,19 @@ class TimedSteps:
         seconds: expected time of the whole run, without validation and saving.
         tokens_per_s: speed, padding not counted.
         peak: measured peak memory in bytes.
+        steps: of the run.
         rollout: seconds of one rollout by phase; empty for off-policy objectives.
     """
 
     seconds: float
     tokens_per_s: float
     peak: int
+    steps: int
     rollout: dict[str, float] = field(default_factory=dict)
+
+    def on(self, ranks: int, carried: Traffic, network: Network) -> float:
+        """Return the expected seconds on so many machines like this one."""
+        return self.seconds / ranks + self.steps * carried.seconds(network)
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurements as JSON."""
@@ -124,7 +129,7 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
         few = None if rolled else _few_steps(objective, loaded.model)
         Loop(loaded.model, objective, optimizer, config, count, Progress(), hooks, few).run()
     if rolled:
-        return _of_rollout(events, total / count, mx.get_peak_memory())
+        return _of_rollout(events, total / count, mx.get_peak_memory(), total)
     first, last = events[0], events[-1]
     seconds = last["elapsed_s"] - first["elapsed_s"]
     tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
@@ -133,16 +138,16 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     per_step = (
         objective.summary().counts["tokens"] / steps if steps else (last["tokens"] - first["tokens"]) / (_STEPS - 1)
     )
-    return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, mx.get_peak_memory())
+    return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, mx.get_peak_memory(), total)
 
 
-def _of_rollout(events: list[Event], rollouts: float, peak: int) -> TimedSteps:
+def _of_rollout(events: list[Event], rollouts: float, peak: int, total: int) -> TimedSteps:
     """Estimate the time of `rollouts` rollouts from the events of one."""
     rolled, last = events[0], events[-1]
     seconds = last["elapsed_s"]
     phases = {"sampling": rolled["sampling_s"], "scoring": rolled["scoring_s"]}
     phases["training"] = seconds - sum(phases.values())
-    return TimedSteps(rollouts * seconds, last["tokens"] / seconds, peak, phases)
+    return TimedSteps(rollouts * seconds, last["tokens"] / seconds, peak, total, phases)
 
 
 def _few_steps(objective: Objective, model: nn.Module) -> Iterator[Step]:
@@ -324,10 +329,6 @@ def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, s
     if not objective.steps_per_rollout():  # an on-policy objective adds its critic when training begins
         group_of(config.optim.groups, (name for name, _ in tree_flatten(model.trainable_parameters())))
     notes = full_logits(ShapeSplit(model))
-    ranks, shard = config.distributed.ranks or 1, config.distributed.shard
-    if ranks > 1:
-        carried = traffic(config, model, shares(model, ranks) if shard == "base" else None)
-        notes.append(f"{ranks} ranks: {carried.text(usual_networks(ranks))}")
     shapes = objective.shapes()
     if not shapes:
         return None, f"the batches of objective {config.objective} are not known before training", notes
@@ -342,7 +343,13 @@ def memory_plan(config: Config, objective: Objective) -> tuple[Planned | None, s
 def plan_lines(found: Planned | None, reason: str, took: TimedSteps | None) -> list[str]:
     """Return memory and time as lines of text."""
     lines = [f"memory: not predicted: {reason}"] if found is None else found.lines()
-    return lines + (took.lines(found.plan.total if found else None) if took is not None else [])
+    if took is None:
+        return lines
+    lines += took.lines(found.plan.total if found and found.traffic is None else None)
+    if found is not None and found.traffic is not None:
+        times = [f"{duration(took.on(found.ranks, found.traffic, n))} {name}" for name, n in found.networks().items()]
+        lines.append(f"time on {found.ranks} ranks: about {', '.join(times)}")
+    return lines
 
 
 def marked(text: str, trained: bool, colour: bool, style: str = "bold green") -> Text:

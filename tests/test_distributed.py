@@ -300,7 +300,7 @@ def _launch(folder: Path, recipe: Path, *more: str, size: int = 2) -> subprocess
 
 def _rank_process(run: str, rank: int) -> int | None:
     """The process that trains a run as this rank."""
-    every = subprocess.run(["ps", "eww", "-ax", "-o", "pid=,command="], capture_output=True, text=True)
+    every = subprocess.run(["ps", "axeww", "-o", "pid=,args="], capture_output=True, text=True)
     for line in every.stdout.splitlines():
         if f"run.name={run}" in line and f"MLX_RANK={rank}" in line and "-m mlxft train" in line:
             return int(line.split()[0])
@@ -310,7 +310,7 @@ def _rank_process(run: str, rank: int) -> int | None:
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_a_resumed_one_is_the_same(folder: Path, tiny_model_dir: Path):
     recipe, steps = folder / "kill.yaml", 600
-    settings = {**CASES["sft"], "run.steps": steps, "run.save_every": 20, "run.eval_every": 200}
+    settings = {**CASES["sft"], "run.steps": steps, "run.save_every": 20, "run.eval_every": 200, "optim.lr": 1e-4}
     recipe.write_text(yaml.safe_dump(_recipe(folder / "kill", tiny_model_dir, "whole", **settings)))
     runs = folder / "kill" / "runs"
 
@@ -327,14 +327,19 @@ def test_a_killed_rank_ends_the_run_and_a_resumed_one_is_the_same(folder: Path, 
         name = f"killed-{rank}"
         process = _launch(folder, recipe, f"run.name={name}")
         metrics = runs / name / "metrics.jsonl"
-        until = time.monotonic() + 100
-        while not metrics.exists() or metrics.read_text().count("\n") < 20 + 10 * rank:
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        victim = _rank_process(name, rank)
-        assert victim is not None
-        os.kill(victim, signal.SIGKILL)
-        out = process.communicate(timeout=60)[0]
+        with process:
+            try:
+                until = time.monotonic() + 100
+                while not metrics.exists() or metrics.read_text().count("\n") < 40 + 30 * rank:
+                    assert time.monotonic() < until
+                    time.sleep(0.02)
+                victim = _rank_process(name, rank)
+                assert victim is not None
+                os.kill(victim, signal.SIGKILL)
+                out = process.communicate(timeout=60)[0]
+            except BaseException:
+                process.terminate()
+                raise
         assert process.returncode == 1, out[-3000:]
         assert f"rank {rank} (" in out
         assert len(_events(runs / name, "train")) < steps

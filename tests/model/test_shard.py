@@ -372,7 +372,7 @@ def case_exchange(group: mx.distributed.Group) -> bool:
     """Arrays of all types and sizes arrive with their bits, in several messages."""
     import mlxft.model.shard as shard
 
-    shard.MESSAGE = 1024
+    shard.MESSAGE = 512
     mx.random.seed(0)
     shapes = {"a": (3, 5), "b": (), "c": (700,), "d": (2, 9, 4), "e": (1,), "f": (129,)}
     types = [mx.float32, mx.bfloat16, mx.uint8, mx.float16, mx.int32, mx.uint64]
