@@ -500,6 +500,8 @@ def _start_of(mark: bytes, data: bytes) -> int:
 
 def _verdict(cluster: Cluster, found: _Found, code: int) -> int:
     """Return the exit code, and write which ranks have ended without a word, if no other rank has."""
+    if not found.codes and not found.exits and code == -signal.SIGKILL:
+        raise TrainingError("mlx.launch was killed with its ranks, before any had ended")
     if not found.codes and not found.exits:
         raise TrainingError(f"mlx.launch has started no rank, and ended with exit code {code}")
     missing = [rank for rank in range(len(cluster.machines)) if rank not in found.codes]
