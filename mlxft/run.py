@@ -406,6 +406,12 @@ def _train_held(
         write_text(run.dir / "config.yaml", dump_config(config, versions()))
         _keep_template(loaded, run.dir)
         reporter = _reporter(run, held, progress.step, total, console, sinks)
+
+        def end(lost: str) -> None:
+            reporter.event({"event": "failed", "step": progress.step, "text": lost})
+            reporter.close()
+
+        ranks.on_lost = end  # where this rank waits for one that does not come back
         try:
             kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
             text = f"training{after}; everything is written to {run.dir}"
