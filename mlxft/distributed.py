@@ -178,10 +178,14 @@ class Ranks:
 
     def computed(self, value: mx.array) -> mx.array:
         """Evaluate a collective; raise TrainingError, which names the rank that was lost, where it fails."""
+        if self.lifeline is not None:
+            self.lifeline.exchange += 1
         try:
             mx.eval(value)
         except RuntimeError as error:
             raise TrainingError(self.loss_of(str(error))) from None
+        if self.lifeline is not None:
+            self.lifeline.exchange += 1
         return value
 
     def loss_of(self, error: str) -> str:
@@ -241,8 +245,9 @@ class Ranks:
                 found[name] = mx.zeros(shape, dtype)
                 continue
             mine = arrays[name].reshape(-1).view(mx.uint8) if self.first else mx.zeros((size,), mx.uint8)
-            total = self.computed(mx.distributed.all_sum(mine, group=self.group))
-            found[name] = total.view(dtype).reshape(shape)
+            parts = mx.split(mine, list(range(MESSAGE, size, MESSAGE))) if size > MESSAGE else [mine]
+            sums = [self.computed(mx.distributed.all_sum(part, group=self.group)) for part in parts]
+            found[name] = mx.concatenate(sums).view(dtype).reshape(shape)
             mx.eval(found[name])
         return found
 
