@@ -361,6 +361,8 @@ def _check_ranks(config: Config, ranks: Ranks, resume: bool) -> list[str]:
     if before == ranks.size:
         return []
     numbers = "the same rows and denominators, so its numbers differ by rounding only"
+    if config.tune.dropout or config.tune.neftune:
+        numbers = "the same rows and denominators, but each rank draws other noise (tune.dropout, tune.neftune)"
     return [f"the run began on {before} ranks and continues on {ranks.size}: {numbers}"]
 
 

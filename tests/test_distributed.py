@@ -54,8 +54,43 @@ def _rows(folder: Path) -> None:
         "    def step(self, turn):\n"
         "        return Observation('try again', reward=(len(turn.text) + self.seed) % 3, end=False)\n"
     )
+    (folder / "drawn.py").write_text(_DRAWN)
 
 
+# An objective that knows nothing of ranks, and draws which tokens it trains.
+_DRAWN = """
+from dataclasses import dataclass
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlxft import MicroBatch, Objective, Step, Terms
+
+@dataclass
+class Batch:
+    ids: mx.array
+    mask: mx.array
+
+class Drawn(Objective):
+    sections = {}
+    def draw(self):
+        return (mx.random.uniform(shape=(4, 9)) < 0.5).astype(mx.float32)
+    def steps(self, model):
+        while True:
+            batches = [Batch(mx.random.randint(0, 200, (4, 10)), self.draw()) for _ in range(3)]
+            counts = [int(batch.mask.sum()) for batch in batches]
+            yield Step([MicroBatch(b, 36, n) for b, n in zip(batches, counts)], {"loss": float(sum(counts))})
+    def loss(self, model, data):
+        losses = nn.losses.cross_entropy(model(data.ids[:, :-1]), data.ids[:, 1:])
+        return Terms({"loss": (losses * data.mask).sum()}, {})
+    def state_dict(self):
+        return {}
+    def load_state_dict(self, state):
+        pass
+
+class Unlike(Drawn):
+    def draw(self):
+        return mx.array((np.random.default_rng().random((4, 9)) < 0.5).astype(np.float32))
+"""
 _SFT = {"objective": "sft", "data.train": "sft.jsonl", "data.valid": 0.2, "data.format": "prompt-completion"}
 _PAIRS = {"data.train": "pairs.jsonl", "data.valid": 0.2, "data.format": "preference", "batch.rows": 6}
 _PROMPTS = {
@@ -117,6 +152,14 @@ CASES |= {
     "reward, sharded base": {**CASES["reward"], **_BASE},
     "sft, sharded optimiser": {**CASES["sft, full"], "distributed.shard": "optimizer"},
 }
+_OWN = {"data.train": "sft.jsonl", "data.format": "prompt-completion", "run.eval_every": None}
+CASES |= {
+    "own objective": {"objective": "drawn.py:Drawn", **_OWN},
+    "sft, compiled": {**_SFT, "batch.tokens": 64, "batch.accumulate": 2, "run.compile": "on", "run.save_every": 12},
+    "sft, measured": {**CASES["sft"], "distributed.weights": "auto", "run.save_every": 12},
+}
+# Runs that are resumed from step 12 on two ranks, with these settings.
+RESUMED: dict[str, dict[str, Any]] = {"sft, compiled": {}, "sft, measured": {"distributed.weights": [3, 1]}}
 ON_FOUR = ("sft", "kto", "grpo", "sft, sharded base")
 
 
@@ -147,11 +190,25 @@ def _recipe(folder: Path, model: Path, name: str, **settings: Any) -> dict[str, 
 
 
 _TRAIN = """
-import contextlib, io, json, sys
+import io, json, os, shutil, sys
+from pathlib import Path
+from mlxft.distributed import current
 from mlxft.run import train
 from mlxft.text import make_console
-for name, recipe in json.loads(open(sys.argv[1]).read()).items():
+recipes, resumed = json.loads(open(sys.argv[1]).read())
+for recipe in recipes.values():
     train(recipe, overwrite=True, console=make_console(file=io.StringIO()))
+class Weights:
+    def event(self, event):
+        self.seen = current().weights
+    def close(self):
+        Path("weights.json").write_text(json.dumps(self.seen))
+for name, recipe in resumed.items():
+    runs = Path(recipe["run"]["dir"])
+    if os.environ["MLX_RANK"] == "0":
+        shutil.copytree(runs / name, runs / recipe["run"]["name"])
+        shutil.rmtree(runs / recipe["run"]["name"] / "checkpoints/step-20")
+    train(recipe, resume=True, console=make_console(file=io.StringIO()), sinks=[Weights()])
 """
 
 
@@ -172,8 +229,10 @@ def trained(folder: Path, tiny_model_dir: Path) -> dict[int, Path]:
     for size in (1, 2, 4):
         names = CASES if size < 4 else ON_FOUR
         recipes = {name: _recipe(folder / str(size), tiny_model_dir, name, **CASES[name]) for name in names}
+        more = RESUMED if size == 2 else {}
+        again = {n: _recipe(folder / "2", tiny_model_dir, f"{n}, resumed", **CASES[n] | more[n]) for n in more}
         file = folder / f"{size}.json"
-        file.write_text(json.dumps(recipes))
+        file.write_text(json.dumps([recipes, again]))
         script = folder / "train.py"
         script.write_text(_TRAIN)
         for code, _, errors in run_ranks([str(script), str(file)], size, timeout=300):
@@ -231,11 +290,28 @@ def test_a_rank_holds_its_part_of_a_sharded_base(trained: dict[int, Path]):
     assert four["base_bytes_per_rank"] <= 0.3 * four["base_bytes"]
 
 
+def test_a_resumed_rank_compiles_the_shapes_that_it_would_have_compiled(trained: dict[int, Path]):
+    """Compiled gradients differ from others in the last bits, and ranks see other shapes."""
+    runs = [trained[2] / name for name in ("sft, compiled", "sft, compiled, resumed")]
+    whole, resumed = (json.loads((run / f"checkpoints/step-{STEPS}/state.json").read_text()) for run in runs)
+    (first, other), again = (state["progress"]["shapes_of_ranks"] for state in (whole, resumed))
+    assert [first, other] == again
+    assert first != other
+    mine, theirs = map(_weights, runs)
+    assert all(mx.array_equal(mine[k], theirs[k]).item() for k in mine)
+
+
+def test_weights_that_a_resumed_recipe_gives_replace_measured_ones(trained: dict[int, Path], folder: Path):
+    state = json.loads((trained[2] / "sft, measured/checkpoints/step-12/state.json").read_text())
+    assert sum(state["progress"]["weights"]) == pytest.approx(1)
+    assert json.loads((folder / "weights.json").read_text()) == [0.75, 0.25]
+
+
 # --- refusals and faults ----------------------------------------------------------------------------------------------
 
 _DIFFERS = """
 import io, json, os, sys
-from mlxft.errors import ConfigError
+from mlxft.errors import ConfigError, TrainingError
 from mlxft.run import train
 import mlxft.run
 from mlxft.text import make_console
@@ -248,7 +324,7 @@ for name, recipes in json.loads(open("../recipes.json").read()).items():
         mlxft.run.versions = lambda: {**own(), "mlx": "0.0.1"}
     try:
         train(recipes[rank], console=make_console(file=io.StringIO()))
-    except ConfigError as error:
+    except (ConfigError, TrainingError) as error:
         found[name] = str(error)
     mlxft.run.versions = own
 print(json.dumps(found))
@@ -279,6 +355,8 @@ def test_ranks_that_differ_are_refused_by_name(
     }
     recipes = {name: [_recipe(Path(), Path("same"), name, **one) for one in both] for name, both in cases.items()}
     recipes["base"] = [_recipe(Path(), Path("other"), "base", **sft)] * 2
+    unlike = "the micro-batches"  # what an objective makes is only known when it is made
+    recipes[unlike] = [_recipe(Path(), Path("same"), unlike, **_OWN, objective="drawn.py:Unlike")] * 2
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
     for code, out, errors in run_ranks(_DIFFERS, 2):
         assert code == 0, errors[-3000:]
@@ -287,7 +365,7 @@ def test_ranks_that_differ_are_refused_by_name(
         for name, error in found.items():
             assert "rank 1 (" in error
             assert name in error
-    assert not list(tmp_path.glob("*/runs")), "nothing is written"
+    assert {run.name for run in tmp_path.glob("*/runs/*")} <= {unlike}, "nothing else is written"
 
 
 _DISTURBED = """

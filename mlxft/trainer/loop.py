@@ -22,7 +22,7 @@ from mlxft.config import Config
 from mlxft.distributed import Ranks, current
 from mlxft.errors import ModelError, TrainingError
 from mlxft.model.cpu import as_trained, quicker
-from mlxft.model.layers import probing, random_state, watching
+from mlxft.model.layers import aside, probing, random_state, watching
 from mlxft.objectives.base import MAX, MicroBatch, Objective, Step, Terms, arrays_of
 from mlxft.objectives.functional import load_balance
 from mlxft.text import Event
@@ -198,6 +198,12 @@ def shapes_of(batch: MicroBatch) -> str:
     return blake2b(repr(about).encode(), digest_size=8).hexdigest()
 
 
+def _step_digest(batches: Sequence[MicroBatch], ranks: Sequence[int]) -> str:
+    """Return a digest of what is known of a step's micro-batches before they are computed, and of who computes them."""
+    about = [(b.tokens, b.trained_tokens, b.rows, rank) for b, rank in zip(batches, ranks)]
+    return blake2b(repr(about).encode(), digest_size=8).hexdigest()
+
+
 # --- validate ---------------------------------------------------------------------------------------------------------
 # Held-out loss and metrics, over the same whole set each time, weighted by items.
 
@@ -255,6 +261,7 @@ def _joined(every: Sequence[Sequence[dict[str, float]]]) -> Terms:
     return Terms(joined([losses for losses, _ in every]), joined([metrics for _, metrics in every]))
 
 
+ROUNDING = 1e-4  # relative difference that other hardware may make in a denominator that is computed
 FAR_APART = 1e-3  # relative difference of weights' norms that no rounding makes
 WEIGHED = range(2, 10)  # the steps that are timed for distributed.weights: auto; the first ones make caches and kernels
 
@@ -288,6 +295,7 @@ class Progress:
     weights: list[float] | None = None  # of the ranks, once they are measured
     shapes_seen: list[str] = field(default_factory=list)  # of micro-batches, seen once
     shapes_compiled: list[str] = field(default_factory=list)
+    shapes_of_ranks: list[list[list[str]]] = field(default_factory=list)  # the two above of each rank, when it is saved
 
 
 @dataclass
@@ -356,12 +364,14 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.ranks = current()
+        if self.ranks.size == len(self.progress.shapes_of_ranks):
+            self.progress.shapes_seen, self.progress.shapes_compiled = self.progress.shapes_of_ranks[self.ranks.rank]
         self.gradients = Gradients(self.model, self.objective, self.config.tune.router_aux, self.progress)
         self._signals: list[int] = []
         self._aligned = False  # whether ranks differed in their last bits
         self._stop = False  # whether any rank has seen a signal, as of the last step
         self._speeds: list[list[tuple[int, float]]] = []  # of timed steps, each rank's tokens and seconds
-        if self.ranks.size > 1 and self.progress.weights is not None:
+        if self.ranks.size > 1 and self.config.distributed.weights == "auto" and self.progress.weights is not None:
             self.ranks.weights = self.progress.weights
         self._pending: list[_Made] = []
         self._started = time.perf_counter() - self.progress.elapsed_s
@@ -450,28 +460,44 @@ class Loop:
         every = [owners[i] if batch.rank is None else batch.rank for i, batch in enumerate(batches)]
         shared = [*ranks.own(batches, every)]
         own = [batch for batch, counts in shared if counts]
-        # Each rank draws its own noise, which a resumed run draws again.
         drawn = np.random.default_rng([self.config.run.seed, 7, self.progress.step, ranks.rank])
-        mx.random.seed(int(drawn.integers(1 << 32)))
         began = time.perf_counter()
-        total, sums, grads = self.gradients.summed(own, per)
-        mx.eval(total, sums, grads)
-        for batch, counts in shared:
-            if not counts:
-                mx.eval(self.gradients(batch.finished(), per))
+        # Each rank draws its own noise, which a resumed run draws again. What an objective draws is the same on all.
+        with aside():
+            mx.random.seed(int(drawn.integers(1 << 32)))
+            total, sums, grads = self.gradients.summed(own, per)
+            mx.eval(total, sums, grads)
+            for batch, counts in shared:
+                if not counts:
+                    mx.eval(self.gradients(batch.finished(), per))
         mine = [
+            _step_digest(batches, every),
+            per,
             float(total),
             _floats(sums),
             bool(self._signals),
             sum(b.tokens for b in own),
             time.perf_counter() - began,
         ]
-        totals, parts, stops, tokens, seconds = zip(*ranks.gather(mine))
+        digests, denominators, totals, parts, stops, tokens, seconds = zip(*ranks.gather(mine))
+        self._check_same_step(digests, denominators)
         self._stop = any(stops)
         self._weigh(tokens, seconds)
         names = [n for n in sorted(trainable) if any(b.trains is None or b.trains(n) for b in batches)]
         held = {n: grads[n] if n in grads else mx.zeros(trainable[n].shape) for n in names}
         return mx.array(math.fsum(totals)), _joined(parts), ranks.sum(held)
+
+    def _check_same_step(self, digests: Sequence[str], denominators: Sequence[dict[str, float]]) -> None:
+        """Raise TrainingError, on all ranks, where an objective of the user's own has made other steps on some."""
+        first = denominators[0]
+        for rank, (digest, per) in enumerate(zip(digests, denominators)):
+            alike = per.keys() == first.keys() and all(math.isclose(per[k], first[k], rel_tol=ROUNDING) for k in per)
+            if digest != digests[0] or not alike:
+                raise TrainingError(
+                    f"step {self.progress.step + 1}: the micro-batches of {self.ranks.name(rank)} are not those of "
+                    f"{self.ranks.name(0)}, with denominators {per} and {first}: an objective has to yield the same "
+                    "steps on all ranks. Draw with mx.random, or with a generator that is seeded by run.seed"
+                )
 
     def _weigh(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
         """Give each rank work by its measured speed from now on, once enough steps are timed."""
@@ -604,6 +630,10 @@ class Loop:
             raise TrainingError(f"step {self.progress.step}: the update made weights infinite or NaN. {ADVICE}")
         if self.ranks.size > 1:
             self._align(dict(weights))
+        if self.gradients.compiled is not None:  # ranks compute other micro-batches, of other shapes
+            self.progress.shapes_of_ranks = self.ranks.gather(
+                [self.progress.shapes_seen, self.progress.shapes_compiled]
+            )
         self.hooks.checkpoint(self.progress)
         self._pause(began)
 

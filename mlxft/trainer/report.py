@@ -126,6 +126,11 @@ def _norm(event: Event) -> str:
     return f"grad_norm {event['grad_norm']:.3f} " if "grad_norm" in event else ""
 
 
+def _epoch(event: Event) -> str:
+    """Return the passes over the data, or "" if the objective does not say how long one is."""
+    return f"{event['epoch']:.2f}" if "epoch" in event else ""
+
+
 def _waits(event: Event) -> str:
     """Return the seconds that each rank has waited for slower ones, or "" if there is one process."""
     waited = [value for name, value in event.items() if name.startswith("wait_s/rank")]
@@ -147,8 +152,9 @@ def event_line(event: Event) -> str:
         if "rollout" in event:  # the rollout's line has the other metrics
             known |= {k for k in event if k not in LOSS_METRICS}
         extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if k not in known)
+        epoch = f" epoch {_epoch(event)}" if _epoch(event) else ""
         return (
-            f"step {event['step']} epoch {event['epoch']:.2f} loss {event['loss']:.4f}{extra} lr {event['lr']:.2e} "
+            f"step {event['step']}{epoch} loss {event['loss']:.4f}{extra} lr {event['lr']:.2e} "
             f"{_norm(event)}{event['trained_tokens_per_s']:.0f} trained tokens/s "
             f"peak {event['peak_memory_gb']:.2f} GB{_waits(event)}{skipped(event)}"
         )
@@ -230,7 +236,7 @@ class LiveView:
         if e:
             grid.add_row("validation", f"{e['loss']:.4f}", f"at step {e['step']}{' (best)' if e['best'] else ''}")
         if t:
-            grid.add_row("epoch", f"{t['epoch']:.2f}", f"lr {t['lr']:.2e} {_norm(t)}")
+            grid.add_row("epoch", _epoch(t), f"lr {t['lr']:.2e} {_norm(t)}")
             if "rollout" in t:
                 far = f"KL {t['kl']:.3f}, " if "kl" in t else ""
                 lengths = f"{far}{t['response_tokens']:.1f} tokens per completion"

@@ -37,6 +37,14 @@ def test_train_in_words():
     )
 
 
+def test_an_objective_need_not_say_how_long_an_epoch_is():
+    event = {name: value for name, value in TRAIN.items() if name != "epoch"}
+    assert event_line(event).startswith("step 12345 loss 1.2346 lr 2.00e-04 ")
+    view = LiveView(Console(file=io.StringIO(), force_terminal=True, width=80, height=40), 20_000, 0)
+    view.event(event)
+    view.close()
+
+
 def test_metrics_of_an_objective_and_skipped_batches_are_shown():
     text = event_line(TRAIN | {"accuracy": 0.75, "skipped_batches": 2})
     assert " accuracy 0.75 " in text
