@@ -495,6 +495,8 @@ def _train(
         raise
     except (MlxftError, RuntimeError, MemoryError) as e:
         told = _gpu_failed(failure, progress, run) if (failure := gpu_failure(e)) is not None else e
+        if told is e and isinstance(e, RuntimeError) and (lost := current().lost(2.0)):  # amid a sharded step
+            told = TrainingError(lost)
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
         raise told from None
     if not finished:
