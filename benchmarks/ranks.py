@@ -65,7 +65,8 @@ def measured(folder: Path, name: str, recipe: dict[str, Any], ranks: int) -> lis
         env |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}
         command = ["taskset", "-c", str(rank), sys.executable, "-m", "mlxft", "train", str(file), "--overwrite"]
         started.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL))
-    assert not any([process.wait() for process in started]), f"{run} has failed"
+    codes = [process.wait() for process in started]
+    assert not any(codes), f"{run} has failed"
     lines = (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

@@ -53,7 +53,6 @@ class Ranks:
         hosts: the name of each rank's machine.
         weights: the share of the work that each rank takes; they sum to 1.
         waited_s, summing_s: seconds spent waiting for slower ranks, and adding up arrays.
-        sent: bytes that this rank gave to be added up.
         lifeline: what watches the other ranks.
         network: what `measure_network` has measured.
         alike: whether all ranks must compute the same number of micro-batches, because they gather a base together.
@@ -66,7 +65,7 @@ class Ranks:
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         self.weights = [1 / self.size] * self.size
-        self.waited_s, self.summing_s, self.sent = 0.0, 0.0, 0
+        self.waited_s = self.summing_s = 0.0
         self.lifeline: Lifeline | None = None
         self.network = Network(0.0, 1e9, 1e9)
         self.alike = self.agreed = self.training = False
@@ -178,22 +177,25 @@ class Ranks:
 
     def computed(self, value: mx.array) -> mx.array:
         """Evaluate a collective; raise TrainingError, which names the rank that was lost, where it fails."""
+        if self.lifeline is not None:
+            self.lifeline.exchange += 1
         try:
             mx.eval(value)
         except RuntimeError as error:
-            raise TrainingError(self.loss_of(str(error))) from None
+            raise TrainingError(self.lost(10.0) or f"another rank was lost: {error}") from None
+        if self.lifeline is not None:
+            self.lifeline.exchange += 1
         return value
 
-    def loss_of(self, error: str) -> str:
-        """Return which rank was lost, as far as it is known, after the engine's error."""
-        lost = self.lifeline.wait_lost(10.0) if self.lifeline is not None else None
-        return lost or f"another rank was lost: {error}"
+    def lost(self, seconds: float) -> str | None:
+        """Return which rank was lost, once that is known, but wait no longer; None: none is known to be."""
+        return self.lifeline.wait_lost(seconds) if self.lifeline is not None else None
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what each rank gives, as JSON; floats are exact."""
+        """Return what each rank gives, as JSON; floats are exact, and what JSON does not know is a text."""
         if self.size == 1:
             return [value]
-        return [parse_json(found.decode()) for found in self.gather_bytes(json.dumps(value).encode())]
+        return [parse_json(found.decode()) for found in self.gather_bytes(json.dumps(value, default=str).encode())]
 
     def from_first(self, value: Any) -> Any:
         """Return what rank 0 gives, as JSON."""
@@ -218,8 +220,8 @@ class Ranks:
         began, found = time.perf_counter(), dict[str, mx.array]()
         for names in _messages({name: 4 * value.size for name, value in arrays.items()}):
             flat = mx.concatenate([arrays[name].reshape(-1).astype(mx.float32) for name in names])
+            mx.eval(flat)
             total = self.computed(mx.distributed.all_sum(flat, group=self.group))
-            self.sent += flat.nbytes
             ends = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
             parts = zip(names, mx.split(total, ends))
             found |= {name: part.reshape(arrays[name].shape) for name, part in parts}
@@ -241,8 +243,9 @@ class Ranks:
                 found[name] = mx.zeros(shape, dtype)
                 continue
             mine = arrays[name].reshape(-1).view(mx.uint8) if self.first else mx.zeros((size,), mx.uint8)
-            total = self.computed(mx.distributed.all_sum(mine, group=self.group))
-            found[name] = total.view(dtype).reshape(shape)
+            parts = mx.split(mine, list(range(MESSAGE, size, MESSAGE))) if size > MESSAGE else [mine]
+            sums = [self.computed(mx.distributed.all_sum(part, group=self.group)) for part in parts]
+            found[name] = mx.concatenate(sums).view(dtype).reshape(shape)
             mx.eval(found[name])
         return found
 

@@ -38,6 +38,7 @@ GRACE = 5.0  # seconds that the main thread has to see a loss before the process
 ENDED = "ended without a word (killed, or out of memory)"
 SILENT = "has sent nothing for {:g} s: it hangs, or its network is gone"
 UNREACHABLE = "cannot be reached any more: {}"
+STUCK = "all ranks wait in one exchange for {:g} s, and none is lost: MLX's engine hangs (see docs/several-macs.md)"
 _BEAT = 1.0  # seconds
 _FAREWELL = 2.0  # seconds that an error or a goodbye waits for its receipt
 _PROOF = 10.0  # seconds that a connection has to show the token
@@ -102,12 +103,17 @@ class Lifeline:
 
     Attributes:
         lost: which rank was lost and how, in a sentence; None while all is well. The first loss stays.
+        exchange: number of what the main thread does with the engine: one more when a collective begins, and when it
+            ends, so that it is odd inside.
         address: of rank 0, for `connect`, as JSON: names to try, port and token.
     """
 
     def __init__(self, rank: int, address: Sequence[Any]) -> None:
         self.rank, self.address = rank, address
         self.lost: str | None = None
+        self.exchange = 0
+        self._exchanges: dict[int, int] = {}  # of the other ranks, as rank 0 knows them
+        self._same: tuple[int, float] = (0, 0.0)  # the collective that all ranks are in, and for how long
         self._listener: socket.socket | None = None
         self._hosts: Sequence[str] = ()
         self._peers: list[_Peer] = []
@@ -275,16 +281,17 @@ class Lifeline:
                 if self._closed:
                     return
                 now = time.monotonic()
+                passed, last = min(now - last, _MOST_ELAPSED), now
                 for rank in self._silence:
-                    self._silence[rank] += min(now - last, _MOST_ELAPSED)
-                last = now
+                    self._silence[rank] += passed
                 self._receive(ready)
                 self._find_silent()
+                self._find_stuck(passed)
                 if now - beaten >= _BEAT:
                     beaten = now
                     for peer in self._peers:
                         if peer.rank is not None:
-                            peer.send("beat")
+                            peer.send("beat", self.exchange)
                 if self.lost is not None and lost_at is None:
                     lost_at = now
                 stuck = lost_at is not None and not self._seen and now - lost_at > self._grace
@@ -358,6 +365,8 @@ class Lifeline:
             case ["seen"]:
                 peer.owes_receipt = False
                 self._changed.notify_all()
+            case ["beat", int(exchange)]:
+                self._exchanges[rank] = exchange
             case ["bye"]:
                 peer.send("seen")
                 self._leave(rank)
@@ -392,6 +401,16 @@ class Lifeline:
             self._lose(rank, f"{self._name(rank)} {SILENT.format(self._timeout)}", ends=True)
         for peer in [peer for peer in self._peers if peer.rank is None and time.monotonic() - peer.since > _PROOF]:
             self._drop(peer, OSError())
+
+    def _find_stuck(self, passed: float) -> None:
+        """End a collective that all ranks have begun and that does not end: the engine hangs."""
+        if self.rank != 0 or len(self._exchanges) + 1 < len(self._hosts):
+            return
+        known = {self.exchange, *self._exchanges.values()}
+        inside = known == {self.exchange} and self.exchange % 2 == 1
+        self._same = (self.exchange, self._same[1] + passed if inside and self._same[0] == self.exchange else 0.0)
+        if self._same[1] > self._timeout:
+            self._lose(0, STUCK.format(self._timeout), ends=False)
 
     def _lose(self, rank: int, sentence: str, ends: bool) -> None:
         """A rank has failed: note it, and as rank 0 inform the others. If it `ends`, it cannot speak for itself."""

@@ -408,6 +408,12 @@ def _train_held(
         write_text(run.dir / "config.yaml", dump_config(config, versions()))
         _keep_template(loaded, run.dir)
         reporter = _reporter(run, held, progress.step, total, console, sinks)
+
+        def end(lost: str) -> None:
+            reporter.event({"event": "failed", "step": progress.step, "text": lost})
+            reporter.close()
+
+        ranks.on_lost = end  # where this rank waits for one that does not come back
         try:
             kind, after = ("resume", f" after step {progress.step} of {total}") if progress.step else ("start", "")
             text = f"training{after}; everything is written to {run.dir}"
@@ -489,6 +495,8 @@ def _train(
         raise
     except (MlxftError, RuntimeError, MemoryError) as e:
         told = _gpu_failed(failure, progress, run) if (failure := gpu_failure(e)) is not None else e
+        if told is e and isinstance(e, RuntimeError) and (lost := current().lost(2.0)):  # amid a sharded step
+            told = TrainingError(lost)
         reporter.event({"event": "failed", "step": progress.step, "text": str(told)})
         raise told from None
     if not finished:

@@ -368,6 +368,47 @@ def test_ranks_that_differ_are_refused_by_name(
     assert {run.name for run in tmp_path.glob("*/runs/*")} <= {unlike}, "nothing else is written"
 
 
+_DISTURBED = """
+import io, json, os, sys
+import mlx.core as mx
+import mlxft.trainer.optim as optim
+from mlx.utils import tree_map
+from mlxft.errors import TrainingError
+from mlxft.run import train
+from mlxft.text import make_console
+step, factor = optim.Optimizer.step, 1.0
+def disturbed(self, model, *rest):
+    norms = step(self, model, *rest)
+    if os.environ["MLX_RANK"] == "1":
+        model.update(tree_map(lambda v: v * factor, model.trainable_parameters()))
+    return norms
+optim.Optimizer.step = disturbed
+recipe, errors = json.loads(open(sys.argv[1]).read()), []
+for name, factor in (("little", 1 + 1e-7), ("much", 1.01)):
+    recipe["run"]["name"] = name
+    try:
+        train(recipe, console=make_console(file=io.StringIO()))
+    except TrainingError as error:
+        errors.append(str(error))
+print(json.dumps(errors))
+"""
+
+
+def test_ranks_that_round_differently_keep_the_same_weights(folder: Path, tiny_model_dir: Path):
+    """A rank whose weights leave rank 0's by rounding gets rank 0's at each checkpoint; by more is an error."""
+    recipe = folder / "disturbed.json"
+    settings = {**CASES["sft"], "run.steps": 6, "run.save_every": 2}
+    recipe.write_text(json.dumps(_recipe(folder / "disturbed", tiny_model_dir, "", **settings)))
+    (folder / "disturbed.py").write_text(_DISTURBED)
+    for code, out, errors in run_ranks([str(folder / "disturbed.py"), str(recipe)], 2):
+        assert code == 0, errors[-3000:]
+        (error,) = json.loads(out.splitlines()[-1])
+        assert "rank 1 (" in error
+        assert "differ by" in error
+    assert len(_events(folder / "disturbed/runs/little", "aligned")) == 1
+    assert len(_events(folder / "disturbed/runs/little", "end")) == 1
+
+
 def _launch(folder: Path, recipe: Path, *more: str, size: int = 2) -> subprocess.Popen[str]:
     argv = [sys.executable, "-m", "mlxft", *(["launch", "-n", str(size)] if size > 1 else ["train"])]
     port = ["--starting-port", str(free_ports(1)[0])] if size > 1 else []

@@ -44,6 +44,9 @@ for command in sys.stdin:
         say(lost=line.wait_lost(30), speaks=line.speaks)
     elif command == "look":
         say(lost=line.lost, speaks=line.speaks)
+    elif command == "enter":
+        line.exchange += 1
+        say(exchange=line.exchange)
     elif command == "close":
         line.close()
         say(closed=True)
@@ -281,3 +284,13 @@ def test_the_engine_says_where_rank_0_is(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts"))
     assert engine_host() == "10.0.0.1"
     assert os.environ["MLX_HOSTFILE"]
+
+
+def test_an_exchange_that_all_are_in_and_that_does_not_end_is_an_error(start: Start) -> None:
+    """The engine may hang with all ranks alive; one that has not come to the exchange yet is only slow."""
+    ranks = start(2, timeout=2.0)
+    assert ranks[0].ask("enter") == {"exchange": 1}
+    assert ranks[1].ask("look")["lost"] is None
+    assert ranks[1].ask("enter") == {"exchange": 1}
+    for rank in ranks:
+        assert "MLX's engine hangs" in rank.ask("wait")["lost"]

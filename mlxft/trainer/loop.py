@@ -385,6 +385,8 @@ class Loop:
         """
         p, settings = self.progress, self.config.run
         self.model.train()
+        if self.ranks.size > 1:  # random numbers of other hardware may differ in their last bits, too
+            self._align(dict(tree_flatten(self.model.trainable_parameters())))
         with _watched_signals() as self._signals, quicker(self.model):
             if settings.eval_at_start and p.step == 0:
                 self._evaluate(candidate=False)
@@ -658,7 +660,7 @@ class Loop:
             )
         shared = self.ranks.arrays_from_first(weights)
         self.model.update(tree_unflatten(list(shared.items())))
-        self.optimizer.load(self.ranks.arrays_from_first(self.optimizer.arrays()))
+        self.optimizer.load(self.ranks.arrays_from_first(self.optimizer.gathered()))
         if not self._aligned:
             self._aligned = True
             text = f"the last bits of {names} differed, as other hardware rounds differently: all have rank 0's now"
