@@ -657,7 +657,7 @@ class DistributedSettings(Settings):
         "fine-tuning whose optimiser state is in parts on the ranks.",
     )
     timeout: float = Field(
-        45.0, ge=2, description="Seconds without a sign of life after which a rank is taken for lost."
+        30.0, ge=2, description="Seconds without a sign of life after which a rank is taken for lost."
     )
 
 

@@ -40,7 +40,7 @@ LOCAL = "127.0.0.1"  # the only name that mlx.launch does not use ssh for
 _SSH_SECONDS = 60.0
 # After the first failure, ranks that have not ended are terminated, and killed; after Ctrl-C they may save first. Where
 # that does not help, because ssh hangs, mlx.launch is killed, too.
-_TERMINATE_SECONDS, _FORCE_SECONDS, _KILL_SECONDS, _SAVE_SECONDS = 10.0, 30.0, 120.0, 900.0
+_TERMINATE_SECONDS, _FORCE_SECONDS, _KILL_SECONDS, _SAVE_SECONDS = 10.0, 20.0, 120.0, 900.0
 KILLED = 1000  # in place of the exit code of a rank that was killed by force
 _CONFIGURE = "mlx.distributed_config makes a hostfile"
 

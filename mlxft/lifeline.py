@@ -33,7 +33,7 @@ from typing import Any, NoReturn
 from mlxft.errors import TrainingError, shorten
 from mlxft.text import echo, parse_json, printable, read_small
 
-TIMEOUT = 45.0  # seconds of silence after which a rank counts as lost
+TIMEOUT = 30.0  # seconds of silence after which a rank counts as lost
 GRACE = 5.0  # seconds that the main thread has to see a loss before the process ends
 ENDED = "ended without a word (killed, or out of memory)"
 SILENT = "has sent nothing for {:g} s: it hangs, or its network is gone"

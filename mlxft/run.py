@@ -164,8 +164,8 @@ def assemble(
     correct = correct and config.memory.measure
     if shard == "base" and objective.steps_per_rollout():
         raise ConfigError(
-            f"distributed.shard: base: objective {config.objective} samples, and each token would gather the whole "
-            "base; leave it out, and set model.quantize: 4 for a smaller base"
+            f"distributed.shard: base: objective {config.objective} works on rollouts, and each token that is sampled "
+            "would gather the whole base; leave it out, and set model.quantize: 4 for a smaller base"
         )
     parted = shard == "base" and ranks.size > 1
     # A model that is larger than this machine is planned for without its weights, and cut before anything reads them.
