@@ -161,7 +161,7 @@ def assemble(
     if begun:
         config = config.model_copy(update={"memory": config.memory.model_copy(update={"measure": False})})
     config = config.sharded
-    correct = correct and config.memory.measure
+    correct = correct and shard != "base"
     if shard == "base" and objective.steps_per_rollout():
         raise ConfigError(
             f"distributed.shard: base: objective {config.objective} works on rollouts, and each token that is sampled "
@@ -192,7 +192,7 @@ def assemble(
     group = ranks.group if shard == "optimizer" else None
     optimizer = Optimizer(config.optim, loaded.model, objective.clip_groups(), config.tune.lora_plus, group)
     taken = None
-    if correct:
+    if correct and config.memory.measure:
         config, taken, said = fit_tokens(config, loaded.model, objective, optimizer)
         notes += said
     notes += settle_by_measure(config, loaded.model, objective, optimizer, taken)

@@ -53,11 +53,11 @@ BUDGET = {
     "data": (5, 4260),  # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange.
-    "model": (16, 7860),
+    "model": (16, 7880),
     # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
     # exact KL, variants.
     "objectives": (15, 7720),
-    "trainer": (5, 1770),  # ranks add up steps and validations, share an optimiser, report and align
+    "trainer": (5, 1800),  # ranks add up steps and validations, share an optimiser, report and align
     "study": (13, 5680),  # sample and eval play episodes, and share their work over ranks
     "exports": (6, 3300),
     "demo": (3, 300),

@@ -16,6 +16,7 @@ from mlxft.device import planned_backend
 from mlxft.errors import ConfigError, ModelError
 from mlxft.model.cpu import cross_entropy, exp, logsumexp, on_cpu
 from mlxft.model.layers import again, intercepted, position, probing, repeatable
+from mlxft.model.shard import sharding_of
 
 # --- pack -------------------------------------------------------------------------------------------------------------
 # Several rows in one sequence, each seeing only itself: attention with a block-diagonal mask.
@@ -216,13 +217,15 @@ class Split:
         """Compute (B, T) ids -> (B, T, D), the head's input; arguments as for `call`."""
         if segments is not None:
             _ = self.packing  # tries the model, so it must come before the body is replaced
+        if sharding_of(self.model) is None:
+            return self._watched(ids, segments, caches)[1]  # the logits made there are never evaluated
         assert self._owner is not None
         body = self.body
 
         def watched(*args: Any, **kwargs: Any) -> mx.array:
             raise _Returned(body(*args, **kwargs))
 
-        # The model is left before its head: one of a sharded model would be gathered for nothing.
+        # The model is left before its head, which would be gathered for nothing.
         with intercepted(self._owner, self._name, watched):
             try:
                 self.call(ids, segments, caches)
@@ -230,7 +233,9 @@ class Split:
                 return returned.hidden
         raise AssertionError("the model does not call its body")
 
-    def _watched(self, ids: mx.array) -> tuple[mx.array, mx.array]:
+    def _watched(
+        self, ids: mx.array, segments: mx.array | None = None, caches: Sequence[Any] | None = None
+    ) -> tuple[mx.array, mx.array]:
         """Return what the model returns, and what its body returned on the way."""
         assert self._owner is not None
         body, returned = self.body, list[mx.array]()
@@ -240,7 +245,7 @@ class Split:
             return returned[-1]
 
         with intercepted(self._owner, self._name, watched):
-            whole = self.call(ids)
+            whole = self.call(ids, segments, caches)
         (hidden,) = returned
         return whole, hidden
 
