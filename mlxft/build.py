@@ -189,10 +189,6 @@ class Planned:
             **({"ranks": self.ranks, "network": self.traffic._asdict()} if self.traffic is not None else {}),
         }
 
-    def networks(self) -> dict[str, Network]:
-        """Return usual networks between the ranks."""
-        return usual_networks(self.ranks)
-
     def lines(self) -> list[str]:
         """Return the plan as lines of text."""
         p, known = self.plan, self.usable != UNKNOWN
@@ -214,7 +210,11 @@ class Planned:
             f"fits on Macs of (GB): {macs}",
             *([f"would fit here: {largest}"] if known else []),
             *(f"with {other}: {amount(needed)}" for other, needed in self.others.items()),
-            *([f"network of {self.ranks} ranks: {self.traffic.text(self.networks())}"] if self.traffic else []),
+            *(
+                [f"network of {self.ranks} ranks: {self.traffic.text(usual_networks(self.ranks))}"]
+                if self.traffic
+                else []
+            ),
         ]
 
 

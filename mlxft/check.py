@@ -25,6 +25,7 @@ from mlxft.build import (
     make_objective,
     planned,
     settled,
+    usual_networks,
     why_eager,
 )
 from mlxft.config import Config
@@ -347,7 +348,10 @@ def plan_lines(found: Planned | None, reason: str, took: TimedSteps | None) -> l
         return lines
     lines += took.lines(found.plan.total if found and found.traffic is None else None)
     if found is not None and found.traffic is not None:
-        times = [f"{duration(took.on(found.ranks, found.traffic, n))} {name}" for name, n in found.networks().items()]
+        times = [
+            f"{duration(took.on(found.ranks, found.traffic, n))} {name}"
+            for name, n in usual_networks(found.ranks).items()
+        ]
         lines.append(f"time on {found.ranks} ranks: about {', '.join(times)}")
     return lines
 

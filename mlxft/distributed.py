@@ -291,10 +291,6 @@ class Network(NamedTuple):
     summed_per_s: float
     gathered_per_s: float
 
-    def to_json(self) -> dict[str, float]:
-        """Return it as JSON."""
-        return self._asdict()
-
 
 def measure_network(ranks: Ranks) -> Network:
     """Measure the connection by gathering a few bytes and adding up a few megabytes; all ranks get the same numbers."""

@@ -349,12 +349,13 @@ def _check_ranks(config: Config, ranks: Ranks, resume: bool) -> list[str]:
         if len(settings.weights) != ranks.size and not (ranks.size == 1 and resume):
             raise ConfigError(f"distributed.weights: has {len(settings.weights)} numbers for {ranks.size} ranks")
         ranks.weights = [w / sum(settings.weights) for w in settings.weights] if ranks.size > 1 else [1.0]
-    # What stands in files is compared by what it holds, once it is read.
-    elsewhere = ("model.path", "model.adapter", "data.train", "data.valid", "run.dir", "versions")
-    recipe = {k: v for k, v in flat(config.model_dump(mode="json")).items() if not k.startswith(elsewhere)}
-    used = versions()
-    used["python"] = used["python"].rpartition(".")[0]
-    check_same(ranks, {"version of": used, "setting": recipe})
+    if ranks.size > 1:
+        # What stands in files is compared by what it holds, once it is read.
+        elsewhere = ("model.path", "model.adapter", "data.train", "data.valid", "run.dir", "versions")
+        recipe = {k: v for k, v in flat(config.model_dump(mode="json")).items() if not k.startswith(elsewhere)}
+        used = versions()
+        used["python"] = used["python"].rpartition(".")[0]
+        check_same(ranks, {"version of": used, "setting": recipe})
     stored = config.run_dir / "config.yaml"
     before = load_config(stored, looked_at=True).distributed.ranks if resume and stored.is_file() else ranks.size
     before = ranks.from_first(before or 1)
@@ -395,7 +396,7 @@ def _train_held(
     progress = _restore(run, loaded, objective, optimizer, total, notes) if resume else Progress()
     facts = describe_start(config, loaded, objective, total)
     if ranks.size > 1:
-        facts |= {"ranks": ranks.size, "hosts": ranks.hosts, "network": ranks.network.to_json()}
+        facts |= {"ranks": ranks.size, "hosts": ranks.hosts, "network": ranks.network._asdict()}
         if (sharded := sharding_of(loaded.model)) is not None:
             facts |= {"base_bytes": sharded.whole, "base_bytes_per_rank": sharded.resident}
     if held is None:  # rank 0 writes and reports
