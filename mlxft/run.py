@@ -23,6 +23,7 @@ from mlxft.build import (
     decide_checkpointing,
     fit_tokens,
     is_open,
+    learning_notes,
     load_base,
     make_objective,
     prepare,
@@ -383,6 +384,7 @@ def _train_held(
     ranks = current()
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
+    asked, run = run.config, Run(run.dir, objective.config)
     if ranks.size > 1:
         check_same(ranks, {"hash of": _hashes(run.config, loaded, objective)})
     if ranks.size > 1:
@@ -403,6 +405,7 @@ def _train_held(
         with limits(config.memory.limit, config.memory.cache), awake(config.run.keep_awake):
             return _train(run, loaded, objective, optimizer, total, progress, None, Reporter([]))
     saver = _Saver(run, held, loaded, spec, objective)
+    notes = [*learning_notes(asked, objective, total), *notes]
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *crowded(config), *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(held):
@@ -532,7 +535,8 @@ def total_steps(config: Config, objective: Objective) -> int:
     if config.run.steps is not None:
         return config.run.steps
     # Add up epochs one by one: each combines rows of different lengths, so their numbers of batches differ.
-    part, whole = math.modf(config.run.epochs or 1.0)
+    epochs = config.run.epochs or objective.default_epochs() or 1.0
+    part, whole = math.modf(epochs)
     count = min(int(whole) + (part > 0), MOST_EPOCHS)
     sizes = [objective.steps_per_epoch(e) for e in range(count)]
     steps = [size for size in sizes if size is not None]

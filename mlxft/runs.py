@@ -308,7 +308,7 @@ def _check_same(before: Config, now: Config) -> None:
     """Refuse settings that would make it another run, and name them."""
     from mlxft.config import flat
 
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    old, new = flat(before.begun.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     free = set(FREE_ON_RESUME)
     if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
         free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then

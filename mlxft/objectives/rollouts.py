@@ -710,6 +710,7 @@ class RolloutObjective(Objective, Generic[_P]):
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    least_steps = 100
     # Nothing is compiled: micro-batches of completions rarely have the same shape.
     first_whole = 0  # the first rollout that trains everything
     together = 1  # completions that stay in one micro-batch: the two of a pair
