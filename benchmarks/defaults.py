@@ -55,16 +55,19 @@ def main() -> None:
     parser.add_argument("--sizes", default="57,136,300,1000")
     parser.add_argument("--rates", default="default,5e-5,5e-4,1e-3,2e-3")
     parser.add_argument("settings", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     sizes, rates = [int(n) for n in args.sizes.split(",")], args.rates.split(",")
     write_rows(args.rows, sizes)
-    found = {}
+    table: list[list[object]] = []
     for n in sizes:
-        found[str(n)] = {rate: falls(n, rate, args.settings) for rate in rates}
-        fell = {rate: one["before"] - one["best"] for rate, one in found[str(n)].items()}
-        cells = [f"{rate} {fell[rate]:.3f} (step {one['step']})" for rate, one in found[str(n)].items()]
-        print(f"{n} rows: loss falls by {', '.join(cells)}; share {fell[rates[0]] / max(fell.values()):.2f}", flush=True)
-    report("defaults", found)
+        found = {rate: falls(n, rate, args.settings) for rate in rates}
+        most = max(one["before"] - one["best"] for one in found.values())
+        for rate, one in found.items():
+            fell = one["before"] - one["best"]
+            table.append([n, rate, one["before"], one["best"], fell / most, one["step"], one["steps"]])
+            print(*table[-1], flush=True)
+    columns = ["rows", "rate", "loss before", "best loss", "share of the best fall", "at step", "steps"]
+    report("defaults", columns, table, {"settings": args.settings})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from mlxft.model.sampling import Sampling, complete
 from mlxft.model.shard import shard_base, sharding_of, shares
 from mlxft.objectives.base import Objective
 from mlxft.runs import Run, check_folder, find_adapter, make_folder, recorded, versions
-from mlxft.text import Event, make_console
+from mlxft.text import VALUE, Event, make_console, validation_figure
 from mlxft.trainer import checkpoint
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
@@ -509,7 +509,11 @@ def _train(
         raise KeyboardInterrupt
     if progress.best_step is None:
         save_result()  # even if it exists: a kill may have come between the last checkpoint and this
-    best = f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}" if progress.best_step else ""
+    best = ""
+    if progress.best_step is not None and progress.best_loss is not None:
+        loss = {"event": "eval", "loss": progress.best_loss}
+        name, value = validation_figure(loss | ({VALUE: -progress.best_loss} if objective.valued else {}))
+        best = f"; best validation {name} {value:.4f} at step {progress.best_step}"
     early = " (stopped early)" if progress.stopped_early else ""
     text = f"done after {progress.step} steps{early}{best}; {run.result}"
     end = {"best_loss": progress.best_loss, "best_step": progress.best_step, "elapsed_s": progress.elapsed_s}

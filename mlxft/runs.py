@@ -39,7 +39,7 @@ from mlxft.files import (
     remove,
     temporary,
 )
-from mlxft.text import Event, home_path, parse_json, read_file
+from mlxft.text import Event, home_path, parse_json, read_file, validation_figure
 
 if TYPE_CHECKING:
     from mlxft.config import Config
@@ -114,8 +114,9 @@ class Run:
         if trained := [e for e in events if e["event"] == "train"]:
             facts |= {"step": trained[-1]["step"], "loss": round(trained[-1]["loss"], 4)}
             facts["curve"] = [(e["step"], e["loss"]) for e in trained]
-        if losses := [e["loss"] for e in events if e["event"] == "eval"]:
-            facts["validation loss"] = round(min(losses), 4)
+        if evals := [e for e in events if e["event"] == "eval"]:
+            name, value = validation_figure(min(evals, key=lambda e: e["loss"]))
+            facts[f"validation {name}"] = round(value, 4)
         return facts
 
     def __repr__(self) -> str:

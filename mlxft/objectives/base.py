@@ -193,12 +193,14 @@ class Objective(ABC):
         traceable: whether `loss` reads nothing but the model and a micro-batch's arrays, so that it can be compiled.
         noisy: whether `loss` adds the noise of tune.neftune.
         least_steps: steps that an open run.epochs comes to at least, within MOST_EPOCHS; 0: one epoch.
+        valued: whether the loss of a validation is the cost of KL less reward, and is shown as VALUE.
         compiled: whether the loop compiles it where shapes come again; set when the run is built.
     """
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate: ClassVar[float] = 2e-5
     least_steps: ClassVar[int] = 0
+    valued: ClassVar[bool] = False
     traceable: ClassVar[bool] = False
     noisy: ClassVar[bool] = False
     compiled: bool = False

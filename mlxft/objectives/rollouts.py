@@ -627,7 +627,8 @@ class HeldOut:
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
             # What is optimised, lower is better: it decides which weights are kept.
-            "loss": o.settings.kl_coef * kl.get("kl", 0.0) - reward,
+            "loss": (cost := o.settings.kl_coef * kl.get("kl", 0.0)) - reward,
+            VALUE: reward - cost,
             "reward": reward,
             **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
             **kl,
@@ -1087,6 +1088,7 @@ class RolloutObjective(Objective, Generic[_P]):
 class OnPolicy(RolloutObjective[_M], Generic[_M]):
     """An objective over the policy's completions and their rewards. A subclass gives advantages and the loss."""
 
+    valued = True
     grouped = False  # whether completions are compared with others of their prompt
     needs_reference = False  # whether the loss reads ref_logprobs
     reads: tuple[str, ...] = ("old_logprobs", "advantages")

@@ -9,7 +9,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -69,7 +70,7 @@ from mlxft.study.tasks import (
     read_task,
     with_shots,
 )
-from mlxft.text import home_path, json_text, parse_json
+from mlxft.text import home_path, json_text, parse_json, read_file
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 # Log-likelihoods of texts that follow a context, such as choices.
@@ -686,6 +687,15 @@ class Evaluation:
     asking: Asking
     tasks: list[Compared]
 
+    @property
+    def key(self) -> str:
+        """Return what names the evaluation: a hash of the file's place, of the tasks, and of what is asked of rows."""
+        asked = asdict(replace(self.asking, tasks=[], tokens=0, seed=0, confidence=0.0))
+        tasks = [task if isinstance(task, str) else task.model_dump(mode="json") for task in self.asking.tasks]
+        place = self.file if self.file.startswith("hf:") else str(home_path(self.file).absolute())
+        names = [found.result.task for found in self.tasks]  # an environment is none of the asked tasks
+        return blake2b(json.dumps([place, tasks, names, asked]).encode(), digest_size=8).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of results.json; NaN is null."""
         found = {
@@ -695,6 +705,7 @@ class Evaluation:
             "shots": self.asking.shots,
             "seed": self.asking.seed,
             "confidence": self.asking.confidence,
+            "key": self.key,
             "tasks": [_task_json(found) for found in self.tasks],
             "versions": versions(),
         }
@@ -958,7 +969,10 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:
-    """Return a run's folder for an evaluation, one for each file, tasks and shots; None for other models."""
+    """Return a run's folder for an evaluation, one for each `key`; None for other models.
+
+    Its name has those of the file, tasks and shots, and a number where another evaluation has that name.
+    """
     folder = home_path(model)
     if not is_run(folder):
         return None
@@ -966,10 +980,22 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     names += [task.result.task for task in found.tasks if task.result.task != "loss"]
     names += [f"{found.asking.shots}-shot"] if found.asking.shots else []
     name = re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".") or "rows"
-    out = folder / "eval" / name
-    # A folder without a mark may be the user's.
-    numbered = (out.with_name(f"{name}-{n}") for n in itertools.count(2))
-    return out if read_mark(folder) or not out.exists() else next(f for f in numbered if not f.exists())
+    places = (folder / "eval" / (f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    return next(place for place in places if not place.exists() or (read_mark(folder) and _is_same(place, found)))
+
+
+def _is_same(folder: Path, found: Evaluation) -> bool:
+    """Return whether a folder of the run holds an earlier result of the same evaluation, or none."""
+    file = folder / EVALUATION[1]
+    try:
+        before = parse_json(read_file(file)) if file.exists() else {}
+        if not before or "key" in before:
+            return not before or bool(before["key"] == found.key)
+        # Of an older version, which told evaluations apart by these.
+        names = [task["task"] for task in before["tasks"]]
+        return bool(before["file"] == found.file and names == [task.result.task for task in found.tasks])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def show_evaluation(console: Console, found: Evaluation) -> None:
