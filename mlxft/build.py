@@ -405,8 +405,8 @@ def _with(config: Config, section: str, **settings: Any) -> Config:
 def settled(config: Config, resume: bool) -> Config:
     """Decide what a recipe leaves open: `batch.tokens: auto`, by a plan of what fits, and the day.
 
-    A resumed run keeps both from its start; also the defaults of optim.lr, of batch.tokens and of run.epochs, and whether blocks are checkpointed and the
-    step is compiled.
+    A resumed run keeps both from its start; also the defaults of optim.lr, batch.tokens and run.epochs, and whether
+    blocks are checkpointed and the step is compiled.
 
     Raises:
         ModelError: the model cannot be found or read.

@@ -71,7 +71,7 @@ from mlxft.objectives.episodes import LIMITS, EncodedPrompt, EnvironmentSettings
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
-from mlxft.text import Event
+from mlxft.text import VALUE, Event
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 

@@ -501,9 +501,15 @@ def evaluation_tables(found: dict[str, Any], task: dict[str, Any]) -> tuple[str,
     Returns:
         the title, and for each table its columns and rows; a row begins with its name, which has no column.
     """
-    models = [("model", task["figures"]), *([(found["against"], task["against"])] if "against" in task else [])]
-    figures = [[name, *(_with_error(of[name]) for _, of in models)] for name in task["figures"]]
-    tables = [([f"{name} ± standard error" for name, _ in models], figures)]
+    models = [("model", task["figures"], task.get("intervals", {}))]
+    if "against" in task:
+        models.append((found["against"], task["against"], task.get("against_intervals", {})))
+    figures = [
+        [name, *(_with_error(of[name]) + _bounds(around.get(name)) for _, of, around in models)]
+        for name in task["figures"]
+    ]
+    about = f", {found['confidence']:.0%} interval" if "intervals" in task else ""
+    tables = [([f"{name} ± standard error{about}" for name, *_ in models], figures)]
     if pairs := task.get("paired"):
         columns = ["difference", f"{found['confidence']:.0%} interval", "won/lost/tied"]
         rows = []
@@ -518,6 +524,10 @@ def evaluation_tables(found: dict[str, Any], task: dict[str, Any]) -> tuple[str,
 
 def _with_error(figure: dict[str, Any]) -> str:
     return f"{_figure(figure['value'])} ± {_figure(figure['se'])}"
+
+
+def _bounds(around: Sequence[float | None] | None) -> str:
+    return "" if around is None else f" [{_figure(around[0])}, {_figure(around[1])}]"
 
 
 def _figure(v: float | None) -> str:

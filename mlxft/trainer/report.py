@@ -159,7 +159,7 @@ def event_line(event: Event) -> str:
             f"peak {event['peak_memory_gb']:.2f} GB{_waits(event)}{skipped(event)}"
         )
     if kind == "eval":
-        known = ("loss", VALUE, "elapsed_s", "best")
+        known = {"loss", VALUE, "elapsed_s", "best"}
         extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in known)
         name, value = validation_figure(event)
         return f"step {event['step']} validation {name} {value:.4f}{extra}{' (best)' if event['best'] else ''}"
