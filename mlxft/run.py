@@ -633,6 +633,13 @@ def _restore(
     progress = Progress(**state["progress"])
     if progress.weights is not None and len(progress.weights) != ranks.size:
         progress.weights = None
-    if progress.step >= total or progress.stopped_early:
+    if progress.stopped_early:
+        notes.append("the run stopped early, by run.patience: a longer run would have stopped there, too")
+    elif progress.step >= total:
         notes.append("the run is already complete: nothing is left to train")
+    elif progress.step == state["total_steps"] and progress.step % (run.config.run.eval_every or 1):
+        notes.append(
+            f"the run is extended: its validation after step {progress.step}, its last one until now, counts for the "
+            "best weights, though a run of this length from the start would not have had it"
+        )
     return progress
