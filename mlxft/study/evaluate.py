@@ -466,7 +466,7 @@ def run_task(
     if task.kind in ("loss", "pairs") and shots:
         raise ConfigError(
             "shots are shown before prompts: give a task with choices or metrics (--task), "
-            f"not {task.name or task.kind}"
+            f"not {'a loss' if task.kind == 'loss' else 'pairs'}"
         )
     if asking.answers and task.kind != "loss":
         raise ConfigError(f"--answers {asking.answers}: is for a loss; {task.name or task.kind} has no use for it")
