@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -18,26 +17,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from ranks import free_ports, run_ranks
+from ranks import free_ports, row_writer, run_ranks
 
 from mlxft import distributed
-from mlxft.distributed import Ranks
+from mlxft.distributed import Ranks, assign
 
 pytestmark = pytest.mark.invariant
 STEPS = 20
-_WORDS = ["the", "then", "other", "in", "on", "and", "is", "of", "he", "her", "in", "it", "the", "is", "and"]
 
 
 def _rows(folder: Path) -> None:
     """Write rows of each format."""
-    rng = random.Random(0)
-
-    def text(least: int, most: int) -> str:
-        return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(least, most)))
-
-    def write(name: str, make: Callable[[], dict[str, Any]], count: int) -> None:
-        (folder / name).write_text("".join(json.dumps(make()) + "\n" for _ in range(count)))
-
+    rng, text, write = row_writer(folder)
     write("sft.jsonl", lambda: {"prompt": text(2, 8), "completion": text(2, 20)}, 61)
     write("pairs.jsonl", lambda: {"prompt": text(2, 8), "chosen": text(2, 14), "rejected": text(2, 14)}, 41)
     write("kto.jsonl", lambda: {"prompt": text(2, 8), "completion": text(2, 14), "label": rng.random() < 0.5}, 41)
@@ -45,14 +36,6 @@ def _rows(folder: Path) -> None:
     (folder / "vowels.py").write_text(
         "def share(prompts, completions, rows):\n"
         "    return [sum(c in 'aeiou' for c in text) / (1 + len(text)) for text in completions]\n"
-    )
-    (folder / "guess.py").write_text(
-        "from mlxft import Observation\n"
-        "class Guess:\n"
-        "    def reset(self, row, seed):\n"
-        "        self.seed = seed\n"
-        "    def step(self, turn):\n"
-        "        return Observation('try again', reward=(len(turn.text) + self.seed) % 3, end=False)\n"
     )
     (folder / "drawn.py").write_text(_DRAWN)
 
@@ -499,8 +482,13 @@ def test_a_slower_rank_gets_less():
     found = _ranks(2, [0.75, 0.25]).share([list(range(100))], [1.0])
     assert [len(units) for units, _ in found] == [75, 25]
     assert [(p.start, p.stop) for p in (_ranks(2, [0.75, 0.25]).portion(8, r) for r in (0, 1))] == [(0, 6), (6, 8)]
-    owners = _ranks(2, [0.75, 0.25]).owners([1.0] * 8)
-    assert owners.count(0) == 6
+    assert assign([1.0] * 8, [0.75, 0.25]).count(0) == 6
+
+
+def test_things_that_cannot_be_cut_give_ranks_like_loads():
+    costs = [7, 1, 1, 5, 3, 3, 2, 2]
+    found = assign(costs, [1 / 3] * 3)
+    assert [sum(c for c, owner in zip(costs, found) if owner == rank) for rank in range(3)] == [8, 8, 8]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 16])
