@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -16,6 +17,10 @@ import pytest
 # Tests run side by side have a core each, and threads that wait for one another there only cost time.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# No test cuts the power, and a disk that is waited for costs a test run minutes. A killed process needs no fsync.
+os.fsync = lambda fd: None
+vars(fcntl).pop("F_FULLFSYNC", None)
 
 import mlxft  # noqa: F401  before MLX: it brings the fast BLAS
 from mlxft.model.load import Loaded, load

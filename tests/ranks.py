@@ -20,7 +20,7 @@ _HERE = Path(__file__).resolve().parent
 Result = tuple[int, str, str]
 
 
-def run_ranks(script: str | Sequence[str], n: int = 2, timeout: float = 120.0) -> list[Result]:
+def run_ranks(script: str | Sequence[str], n: int = 2, timeout: float = 300.0) -> list[Result]:
     """Run a script's text, or the arguments of Python, as n ranks; return code, stdout and stderr of each rank.
 
     All are killed after `timeout` seconds (code -9), and when one has failed, some seconds later: the others would wait

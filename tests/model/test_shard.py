@@ -382,7 +382,7 @@ def case_exchange(group: mx.distributed.Group) -> bool:
 @pytest.fixture(scope="module")
 def cases() -> list[dict[str, Any]]:
     """What all cases found on each rank."""
-    found = run_ranks([__file__], timeout=240)
+    found = run_ranks([__file__])
     assert all(code == 0 for code, _, _ in found), "\n".join(err[-2000:] for _, _, err in found)
     return [json.loads(out) for _, out, _ in found]
 

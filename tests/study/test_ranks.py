@@ -121,7 +121,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, make_mo
                 for name, args in SAMPLES.items()
             ]
             (folder / "commands.json").write_text(json.dumps(commands))
-            ranks = run_ranks(["script.py", "commands.json", str(out), model], size, timeout=180)
+            ranks = run_ranks(["script.py", "commands.json", str(out), model], size)
             assert [code for code, _, _ in ranks] == [0] * size, "\n".join(errors[-3000:] for _, _, errors in ranks)
             found[size] = Done(out, ranks)
     return found
@@ -197,7 +197,7 @@ def test_ranks_with_other_rows_are_refused(done: dict[int, Done]):
 
 @pytest.mark.parametrize("args", [["runs"], ["eval", "model", "--tasks", "arc_easy"]])
 def test_other_commands_run_in_one_process(args: list[str]):
-    for code, out, errors in run_ranks(["-m", "mlxft", *args], timeout=60):
+    for code, out, errors in run_ranks(["-m", "mlxft", *args]):
         assert (code, out) == (2, "")
         assert "in one process" in errors
         assert len(errors.splitlines()) == 1
