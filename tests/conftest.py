@@ -18,12 +18,12 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# No test cuts the power, and a disk that is waited for costs a test run minutes. A killed process needs no fsync.
-os.fsync = lambda fd: None
-vars(fcntl).pop("F_FULLFSYNC", None)
-
 import mlxft  # noqa: F401  before MLX: it brings the fast BLAS
 from mlxft.model.load import Loaded, load
+
+# No test cuts the power, and what only a kill interrupts needs no fsync: waiting for the disk would take minutes.
+os.fsync = lambda fd: None
+vars(fcntl).pop("F_FULLFSYNC", None)
 
 
 @pytest.fixture(autouse=True)
