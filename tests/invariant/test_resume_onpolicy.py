@@ -98,7 +98,10 @@ def test_killed_is_uninterrupted(
         starts = [e["step"] for e in ends]
         assert {b - a for a, b in pairwise(starts)} & {2, 3}, f"no pass ended early: {starts}"
     killed(5, rolling(objective, own, **{"run.name": "b"}))
-    for step in (8, 10):  # after checkpoints at steps 3, 6 and 9: in the middle, at the second and at the first step of one
+    for step in (
+        8,
+        10,
+    ):  # after checkpoints at steps 3, 6 and 9: in the middle, at the second and at the first step of one
         killed(step, rolling(objective, own, **{"run.name": "b"}), resume=True)
     train(rolling(objective, own, **{"run.name": "b"}), resume=True)
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
