@@ -248,6 +248,12 @@ def recipe(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]
     return make
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more worker than cores: some tests wait for processes of their own."""
+    return (os.cpu_count() or 1) + 1
+
+
 # The files that take longest come first, so that workers, which take a file at a time, end together.
 _LONG = (
     "test_distributed",

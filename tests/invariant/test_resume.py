@@ -211,7 +211,7 @@ def test_a_signal_saves_and_exits_130(recipe: Recipe, tmp_path: Path, signum: si
     while last_step(tmp_path / "runs/a") < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     step = last_step(tmp_path / "runs/a")
     assert f"stopped after step {step} of 100000; a checkpoint is saved, resume with: mlxft train --resume" in out

@@ -72,17 +72,15 @@ def test_a_sweep_that_is_killed_goes_on(write: Write, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlxft", "sweep", str(write({"space": SPACE})), "--trials", "12", "--json"]
     begun = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     sixth = tmp_path / "runs/s/trials/5/metrics.jsonl"
-    deadline = time.monotonic() + 100
     while not (sixth.exists() and '"eval"' in sixth.read_text()):
         assert begun.poll() is None, "it ended by itself"
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     begun.send_signal(signal.SIGKILL)
     begun.wait()
     before = stored(tmp_path / "runs/s")
     assert 5 <= len(before) < 12
     begun_config = yaml.safe_load((tmp_path / f"runs/s/trials/{len(before)}/config.yaml").read_text())
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert f"runs/s: {len(before)} trials are finished" in done.stderr
@@ -124,7 +122,7 @@ def test_an_interrupted_sweep_says_so_and_goes_on(write: Write, tmp_path: Path) 
         assert begun.poll() is None, "it ended by itself"
         time.sleep(0.01)
     begun.send_signal(signal.SIGINT)
-    out, err = begun.communicate(timeout=60)
+    out, err = begun.communicate(timeout=300)
     assert (begun.returncode, err.strip()) == (130, "interrupted")
     assert "interrupted after 0 trials; the same command resumes" in out
     assert not first.exists()
