@@ -23,7 +23,7 @@ rlhf: .venv/.base
 	$(BIN)/mlxft rlhf $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: .venv/.base
 	$(BIN)/mlxft selftest $(ARGS)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,10 +146,13 @@ def _curve(points: Sequence[tuple[int, float]], width: int = 360, height: int = 
     return f'<svg width="{width}" height="{height}" role="img"><title>{said}</title>{path}</svg><div>{said}</div>'
 
 
+_version = cache(importlib.metadata.version)  # it parses a file each time
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and the main packages."""
     names = ("mlxft", "mlx", "mlx-lm", "transformers", "numpy")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    return {"python": platform.python_version()} | {n: _version(n) for n in names}
 
 
 def is_run(folder: Path) -> bool:

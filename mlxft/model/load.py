@@ -43,7 +43,7 @@ from mlxft.model import gguf
 from mlxft.model.folder import NAMED_TEMPLATES, brief, check_arrays, check_files, foreign
 from mlxft.model.layers import aside
 from mlxft.model.logits import Split
-from mlxft.text import echo, home_path, parse_json, read_small
+from mlxft.text import echo, home_path, parse_json, read_file, read_small
 
 # --- fingerprint ------------------------------------------------------------------------------------------------------
 # A short text that identifies an adapter's base: its structure, its settings, and a sample of its weights.
@@ -628,9 +628,8 @@ class _Source:
             try:
                 # Explicitly, also false: for None, transformers asks at the terminal, and `y` runs the code.
                 options = {"trust_remote_code": self._trust}
-                found = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=ends)
-                _check_growth(found)
-                return found
+                _check_growth(folder / "tokenizer.json")
+                return mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=ends)
             except Exception as error:
                 if not self._trust and (code := _tokenizer_code(folder)):
                     raise self._untrusted(code) from error
@@ -753,11 +752,15 @@ def _tokenizer_code(folder: Path) -> str:
     return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
 
 
-def _check_growth(tokenizer: Any) -> None:
-    """Refuse a normalizer or decoder whose successive replacements would make a text thousands of times as long."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
-        growth, todo = 1, [parse_json(part.__getstate__()) if part is not None else None]
+def _check_growth(file: Path) -> None:
+    """Refuse a normalizer or decoder whose successive replacements would make a text thousands of times as long.
+
+    The file is read before mlx-lm opens it, because that decodes a token.
+    """
+    data = read_file(file) if file.exists() else b""
+    found = parse_json(data.decode()) if b'"Replace"' in data else {}
+    for part in (found.get("normalizer"), found.get("decoder")):
+        growth, todo = 1, [part]
         while todo:
             at = todo.pop()
             todo += at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()

@@ -26,7 +26,7 @@ from mlxft.data.dataset import (
     encode_pairs,
     length,
 )
-from mlxft.distributed import current
+from mlxft.distributed import assign, current
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModels, FrozenSource, Reference
@@ -335,7 +335,7 @@ class _Single(Preference[EncodedLabelled]):
         total = mx.array(0.0)
         with probing(model):
             batches = list(_stacked([self._mismatched(i, valid) for i in rows], self.most))
-            owners = ranks.owners([batch.ids.size for _, batch in batches])
+            owners = assign([batch.ids.size for _, batch in batches], ranks.weights)
             for (places, batch), counts in ranks.own(batches, owners):
                 ref = self._asked(batch, valid, [every + rows[i] for i in places])
                 now = as_trained(partial(self.sharing(model).logprobs, batch, grad=False))
