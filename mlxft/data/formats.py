@@ -157,6 +157,11 @@ _ORDER = {
     "assistant": (("user", "tool"), "an assistant turn follows a user or tool turn"),
     "tool": (("tool",), "a tool turn follows an assistant turn with tool_calls, or another tool turn"),
 }
+_SPOKEN = {
+    **dict.fromkeys(("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"), "assistant"),
+    "system": "system",
+}
 _SHAREGPT = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
@@ -618,6 +623,79 @@ def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
     return Published(says, columns, {"prompt": history, "chosen": chosen, "rejected": rejected})
 
 
+_WHO = ("role", "from", "speaker", "author", "sender", "user")
+_WHAT = ("content", "value", "text", "message", "utterance")
+
+
+def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a conversation in one of the less usual forms: other keys, pairs of texts, or texts by turns."""
+    if "messages" in names or _has(row, "messages"):
+        return None
+    for column in sorted(_NAMES["turns"] | {"data", "history"}):
+        turns = _turns_of(row.get(column))
+        if turns:
+            says = f"turns are in {column}"
+            return Published(says, (column,), {"messages": turns})
+    return None
+
+
+def _turns_of(value: Any) -> list[Message]:
+    """Return the turns of a conversation in such a form; none of something else."""
+    if not isinstance(value, list) or not value:
+        return []
+    if all(isinstance(text, str) for text in value):  # by turns, as UltraChat
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+    turns: list[Message] = []
+    for turn in value:
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            turns += with_completion(*turn)
+            continue
+        if not isinstance(turn, dict):
+            return []
+        who = next((key for key in _WHO if isinstance(turn.get(key), str)), None)
+        what = next((key for key in _WHAT if isinstance(turn.get(key), str)), None)
+        if who and what and (role := _SPOKEN.get(turn[who].strip().casefold())):
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += f"\n\n{turn[what]}"
+            else:
+                turns.append({"role": role, "content": turn[what]})
+            continue
+        said = [(role, turn[key]) for key, role in _SIDES if isinstance(turn.get(key), str) and turn[key].strip()]
+        if not said or (who and what):
+            return []
+        turns += [{"role": role, "content": text} for role, text in said]
+    return turns
+
+
+_SIDES = (
+    ("system", "system"),
+    *((name, "user") for name in ("human", "user", "input", "question", "prompt", "instruction")),
+    *((name, "assistant") for name in ("assistant", "gpt", "bot", "output", "answer", "response", "completion")),
+)
+
+
+def _questions(row: Fields, chat: bool, names: Fields) -> Published | None:
+    if _has(row, "prompt") or not any(_has(row, name) for name in ("question", "instruction", "input")):
+        return None
+    return _with_prompt(row, chat, "prompt is {}", (), {})
+
+
+def _first_answer(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a question with a list of right answers, the first of which is trained, as SQuAD and TriviaQA have them."""
+    column = next((name for name in ("answers", "answer") if isinstance(row.get(name), list | dict)), "")
+    if not column or not isinstance(row.get("question"), str) or {"completion", "prompt"} & {*row, *names}:
+        return None
+    given = row[column]
+    given = given if isinstance(given, list) else given.get("text") or given.get("value")
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        return None
+    asked = [row[name] for name in ("context", "question") if isinstance(row.get(name), str) and row[name].strip()]
+    says = f"question and answers: prompt is {'context and question' if len(asked) > 1 else 'question'}, completion is "
+    fields = {"prompt": "\n\n".join(asked), "completion": given[0] if given else None}
+    return Published(f"{says}the first of {column}", ("question", "context", column), fields)
+
+
 def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], list[Any]] | None:
     """Return the texts and ratings of a list of objects; None where a column is not such a list."""
     given = row.get(name)
@@ -659,7 +737,9 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
     "preference": (_shp, _responses, _hh, _orca, _asking),
     "ratings": (_ultrafeedback, _nectar, _distilabel, _asking),
     "unpaired": (_asking,),
-    "prompts": (_asking,),
+    "prompts": (_asking, _questions),
+    "prompt-completion": (_first_answer,),
+    "messages": (_other_turns,),
 }
 """The layouts of each format, the most specific first."""
 

@@ -260,7 +260,11 @@ def _find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, sco
     """
     if file is None:
         held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
-        hint = [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(held)})"] if held else []
+        hint = (
+            [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(map(str, held))})"]
+            if held
+            else []
+        )
         return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(hint))
     if file != _VALID:
         config = configs[0] if configs else None
@@ -287,7 +291,7 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     spec = valid_source(data)
     if spec is None:
         return []
-    skipped: list[Problem] | None = [] if data.invalid == "drop" else None
+    skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
     return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mlxft.config import DataSettings, Settings, read_settings
+from mlxft.config import DataSettings, Paths, Settings, read_settings
 from mlxft.data.chat import Thoughts, keeps_thoughts, wanted_of
 from mlxft.data.formats import (
     FORMATS,
@@ -517,7 +517,7 @@ def delimiter(task: Task) -> str:
 
 
 def choose_shots(
-    spec: str, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
+    spec: Paths, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
 ) -> list[Case]:
     """Choose `shots` cases of a file, shuffled, balanced over labels where there are few labels.
 
