@@ -1599,7 +1599,12 @@ def _recognised(data: DataSettings, formats: Sequence[str] = tuple(FORMATS), tak
         rows = read_rows(data.train, "train")
     except ConfigError as e:
         raise ConfigError(f"data.train: {e}") from e
-    found = recognise(rows, data.fields, wanted, chat=chat, taker=taker)
+    try:
+        found = recognise(rows, data.fields, wanted, chat=chat, taker=taker)
+    except DataError:
+        if is_open or data.bad_rows == "error":
+            raise
+        return data  # some rows may fit
     return data.recognised(*found) if is_open or found.fields != data.fields else data
 
 

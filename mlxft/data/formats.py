@@ -48,11 +48,28 @@ def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
         text.append(before)
         if name is None:
             continue
-        if (value := row.get(name)) is None:
+        if (value := cell_of(row, name)) is None:
             seen = f"{nearest(name, map(str, row))}; the row has {', '.join(map(str, row)) or 'none'}"
             raise DataError(f"no field {name!r}, which {setting} names{seen}")
         text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(text)
+
+
+def cell_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return a field of a row, or of an object in it (`translation.en`); None where there is none."""
+    outer, _, inner = name.partition(".")
+    if name in row or not inner:
+        return row.get(name)
+    within = row.get(outer)
+    return within.get(inner) if isinstance(within, Mapping) else None
+
+
+def names_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of a row's fields, and those of the objects in it as `outer.inner`."""
+    for name, value in row.items():
+        yield str(name)
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in value)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -629,18 +646,20 @@ _WHAT = ("content", "value", "text", "message", "utterance")
 
 def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
     """Read a conversation in one of the less usual forms: other keys, pairs of texts, or texts by turns."""
-    if "messages" in names or _has(row, "messages"):
+    if "messages" in names:
         return None
-    for column in sorted(_NAMES["turns"] | {"data", "history"}):
-        turns = _turns_of(row.get(column))
-        if turns:
-            says = f"turns are in {column}"
-            return Published(says, (column,), {"messages": turns})
+    for column in sorted(_NAMES["turns"] | {"data"}):
+        given = row.get(column)
+        usual = isinstance(given, list) and all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in given)
+        if not usual and _kind(given) != "sharegpt" and (turns := _turns_of(given)):
+            return Published(f"turns are in {column}", (column,), {"messages": turns})
     return None
 
 
 def _turns_of(value: Any) -> list[Message]:
     """Return the turns of a conversation in such a form; none of something else."""
+    if isinstance(value, dict) and len({len(part) if isinstance(part, list) else -1 for part in value.values()}) == 1:
+        value = [dict(zip(value, turn)) for turn in zip(*value.values())]  # a list for each key
     if not isinstance(value, list) or not value:
         return []
     if all(isinstance(text, str) for text in value):  # by turns, as UltraChat
@@ -653,6 +672,8 @@ def _turns_of(value: Any) -> list[Message]:
         if not isinstance(turn, dict):
             return []
         who = next((key for key in _WHO if isinstance(turn.get(key), str)), None)
+        if isinstance(parts := turn.get("parts"), list):  # as Gemini has them
+            turn = {**turn, "content": "".join(p["text"] for p in parts if isinstance(p, dict) and "text" in p)}
         what = next((key for key in _WHAT if isinstance(turn.get(key), str)), None)
         if who and what and (role := _SPOKEN.get(turn[who].strip().casefold())):
             if turns and turns[-1]["role"] == role:
@@ -1057,12 +1078,14 @@ class _Reader:
         # A system text that a template has put into a field must not be used again.
         self.in_template = "system" not in fields and any("system" in names for names in self.named.values())
         self.names: set[str] = set()  # every column of any row
-        columns.read |= {*known}.difference(fields).union(self.renamed.values(), *self.named.values())
+        used = set(self.renamed.values()).union(*self.named.values())
+        columns.read |= {*known}.difference(fields) | used | {name.partition(".")[0] for name in used}
 
     def asked(self, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Published | None]:
         """Return a row with the format's names, the same with what is read of it, and the layout that it has."""
         data = {key: value for key, value in row.items() if key not in self.renamed or self.renamed[key] == key}
-        data |= {ours: row[theirs] for ours, theirs in self.renamed.items() if theirs in row}
+        found = {ours: cell_of(row, theirs) for ours, theirs in self.renamed.items()}
+        data |= {ours: value for ours, value in found.items() if value is not None or self.renamed[ours] in row}
         data |= {ours: fill(text, row, f"data.fields.{ours}") for ours, text in self.templates.items()}
         asked = {name: value for name, value in data.items() if name != "system"} if self.in_template else data
         published = as_published(asked, self.format, self.chat, self.fields)
@@ -1070,7 +1093,7 @@ class _Reader:
 
     def item(self, row: dict[str, Any]) -> Item:
         """Return a row's item; raise DataError if it does not fit the format."""
-        self.names.update(row)
+        self.names.update(names_of(row))
         self.columns.seen |= {name: None for name, value in row.items() if value not in (None, "", [], {})}
         data, asked, published = self.asked(row)
         if published is not None:
@@ -1154,7 +1177,12 @@ class Conversion:
             looks = {name: count for name, count in self._looks.items() if name and name != reader.format}
             likely = max(looks, key=looks.__getitem__, default=None)
             if likely and 2 * looks[likely] >= self.fitted + self.wrong:
-                text += f"\nthis file looks like data.format: {likely}"
+                objective, recipe = TAKEN_BY[likely]
+                text += (
+                    f"\nthese rows look like data.format: {likely}, for objective: {objective} (configs/{recipe}.yaml)"
+                )
+            elif self.fitted and not drop:
+                text += f"\n{self.wrong:,} of {self.fitted + self.wrong:,} rows; data.bad_rows: drop leaves them out"
             raise DataError(text)
 
 
@@ -1203,17 +1231,19 @@ TAKEN_BY = {
 
 _USUAL = {
     "prompt": "prompt question query instruction request problem user human q ask input user_message user_input "
-    "user_prompt user_query frage anfrage eingabe aufgabe anweisung pregunta consulta entrada instruccion demande "
-    "requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
+    "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
+    "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
     "completion": "completion answer response output reply assistant target solution a bot gpt summary highlights "
-    "model_output model_response assistant_response assistant_message antwort ausgabe loesung losung zusammenfassung "
-    "respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
+    "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
+    "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
     "input": "input context passage kontext contexte contexto",
     "system": "system system_prompt system_message",
     "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
-    "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns",
-    "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen",
-    "rejected": "rejected dispreferred worse loser lose rejected_response bad_response response_rejected",
+    "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns contents",
+    "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen "
+    "preferred_output",
+    "rejected": "rejected dispreferred worse loser lose rejected_response bad_response response_rejected "
+    "non_preferred_output",
     "label": "label is_good thumbs_up desirable liked",
     "class": "label labels class sentiment intent emotion",
     # A name with such a word is that of a field, unless another word says that it is about the text.
@@ -1302,9 +1332,9 @@ class _Table:
         self.formats = [name for name in formats if given.keys() <= set(known[name])]
         values: dict[str, list[Any]] = {}
         for row in rows:
-            for name, value in row.items():
-                if value is not None and value not in ("", [], {}):
-                    values.setdefault(str(name), []).append(value)
+            for name in names_of(row):
+                if (value := cell_of(row, name)) is not None and value not in ("", [], {}):
+                    values.setdefault(name, []).append(value)
         kinds = {name: Counter(map(_kind, found[:50])).most_common(1)[0][0] for name, found in values.items()}
         self.columns = [_Column(name, plain_name(name), kinds[name], found) for name, found in values.items()]
         self.common = [column for column in self.columns if 2 * len(column.values) >= len(rows)]
@@ -1355,10 +1385,10 @@ class _Table:
         for name in ("preference", "ratings", "unpaired"):
             if found := self._of(name):
                 return found
-        verdicts = self.names("label", ("number",), "label") if "unpaired" not in self.formats else []
+        turns, pairs, texts = self._turns(), self._pairs(), self._texts()
+        verdicts = self.names("label", ("number",)) if pairs and "unpaired" not in self.formats else []
         if any(isinstance(c.values[0], bool) for name in verdicts if (c := self.column(name))):
             return []  # completions of which some are bad
-        turns, pairs, texts = self._turns(), self._pairs(), self._texts()
         if turns:
             inside = "".join(
                 str(c.values[0]) for c in self.common if c.kind in ("turns", "sharegpt", "objects", "texts")
@@ -1429,7 +1459,7 @@ class _Table:
         inputs = self.names("input", ours="input", sparse=True)
         asks = [name for name in asks if name not in inputs] or asks
         common = [column.name for column in self.common]
-        asks = asks or [name for name in inputs if name in common] or self.names("text")
+        asks = asks or [name for name in inputs if name in common] or self.names("text") or self.names("turns")
         exact = [p for p in (("prompt", "completion"), ("instruction", "output")) if {*p} <= {*common}]
         system = self._system()
         found: list[_Reading] = []
@@ -1452,7 +1482,7 @@ class _Table:
             return []
         names = self.names("text")
         if not names and len(self.common) == 1 and self.common[0].kind == "text":
-            names = [self.common[0].name]
+            names = [c.name for c in self.common if c.plain not in _NAMES["prompt"]]  # prompts alone are no texts
         found: list[_Reading] = [("text", {"text": name}) for name in names]
         labels = [c.name for c in self.common if c.plain in _NAMES["class"] and c.kind in _TEXTUAL]
         if len(names) == 1 and labels and "prompt-completion" in self.formats:
@@ -1475,6 +1505,8 @@ class _Table:
         order = ("prompt-completion", "alpaca", "preference", "unpaired", "prompts", "text")
         for format in (name for name in order if name in self.formats):
             needed = ["prompt", *FORMATS[format].required] if format == "preference" else FORMATS[format].required
+            if format == "text" and [c.plain in _NAMES["prompt"] for c in texts] == [True]:
+                continue
             free = many if len(many) >= len(needed) else texts
             if len(free) < len(needed):
                 continue
@@ -1554,18 +1586,37 @@ def recognise(
         raise DataError(f"{name}: the columns can be read in several ways; choose one:\n{options}\n{_seen(table)}")
     what = f"the columns have no usual names{f' for data.format: {wanted}' if wanted else ''}"
     ways = [f"say which is which, as in\n  {as_settings(*reading)}" for reading in table.likely()]
-    others = _Table(seen, given, tuple(FORMATS), chat).readings()[:1]
-    for format, more in others:
+    others = _Table(seen, given, tuple(FORMATS), chat).readings()
+    for format, more in [reading for reading in others if wanted or reading[0] not in formats][:1]:
         objective, recipe = TAKEN_BY[format]
         what = f"the rows look like data.format: {format}, which {taker or 'this'} does not take"
         if wanted and TAKEN_BY[format] == TAKEN_BY[wanted]:
             what = f"the rows do not fit data.format: {wanted}"
             ways = [f"they look like\n  {as_settings(format, more)}"]
         else:
-            way = f"objective: {objective} takes it (configs/{recipe}.yaml): mlxft train configs/{recipe}.yaml"
-            ways = [f"{way} data.train=...", *(f"or {way}" for way in ways)]
+            way = f"objective: {objective} takes it: mlxft train configs/{recipe}.yaml data.train={name}"
+            ways = [way, *(f"or {way}" for way in ways)]
+    if any(len(column.name.split()) > 5 or column.name.endswith("?") for column in table.columns):
+        ways.append("if these names are a row, write a line with the columns' names above it, as in question,answer")
     ways = ways or [_needed(formats)]
     raise DataError("\n".join([f"{name}: {what}", *ways, _seen(table)]))
+
+
+def with_usual_names(rows: Sequence[Row | Problem], formats: Sequence[str]) -> list[Row | Problem]:
+    """Return rows with the names of the one of these formats that they fit; unchanged where none fits, or several."""
+    try:
+        found = recognise(rows, formats=formats)
+    except DataError:
+        return list(rows)
+    reader = _Reader(found.format, found.fields, True, Columns())
+
+    def named(row: Row | Problem) -> Row | Problem:
+        try:
+            return Row(row.where, reader.asked(row.data)[0]) if isinstance(row, Row) else row
+        except DataError:  # a field of a template is missing
+            return row
+
+    return [named(row) for row in rows] if found.fields else list(rows)
 
 
 def _seen(table: _Table) -> str:

@@ -242,7 +242,7 @@ def neighbour(path: Path) -> str:
 
 def _some(rows: Iterator[Row | Problem], name: str, notes: list[str]) -> Iterator[Row | Problem]:
     count = unused = 0
-    for row in rows:
+    for row in _threads(rows, notes):
         count += 1
         if isinstance(row, Row) and (chat := exported_chat(row.data)) is not None:
             if not chat["messages"]:
@@ -459,6 +459,8 @@ def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row 
     """Yield the rows of a file's only object: lists of rows by name, columns, rows by key, or a single row."""
     name = source.name
     lists = {key: rows for key, rows in value.items() if _are_rows(rows)}
+    if all("row" in row and "row_idx" in row for row in lists.get("rows", [{}])):  # of the hub's viewer
+        lists = {"rows": [row["row"] for row in lists["rows"]]}
     if source.part and source.part not in lists:
         has = f"it has {', '.join(lists)}" if lists else "it has none"
         raise DataError(f"{name}: no list of rows {source.part!r}{nearest(source.part, lists)}; {has}")
@@ -468,7 +470,7 @@ def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row 
         raise DataError(f"{name}: has several lists of rows; name one of them: {names}")
     if key or lists:
         key = key or next(iter(lists))
-        rows = [row["row"] if set(row) == {"row_idx", "row", "truncated_cells"} else row for row in lists[key]]
+        rows = [asked for row in lists[key] for asked in (_asked_of(row) or [row])]
         yield from (_object(row, f"{name}:{key}[{i}]") for i, row in enumerate(rows))
         return
     columns, cells = value.get("columns"), value.get("data")
@@ -485,6 +487,18 @@ def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row 
         yield from (Row(f"{name}[{i}]", dict(zip(value, row))) for i, row in enumerate(zip(*inner)))
     else:
         yield Row(f"{name}[0]", value)
+
+
+def _asked_of(article: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the questions on an article of SQuAD's own file, each with its context; none of another row."""
+    parts = article.get("paragraphs")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("qas"), list) for p in parts):
+        return []
+    found = [(part.get("context"), asked) for part in parts for asked in part["qas"] if isinstance(asked, dict)]
+    return [
+        {**asked, "context": context, "answers": [a.get("text") for a in asked.get("answers") or []]}
+        for context, asked in found
+    ]
 
 
 def _is_column(value: Any) -> bool:
@@ -523,6 +537,33 @@ def exported_chat(row: Mapping[str, Any]) -> dict[str, Any] | None:
         else:
             turns.append({"role": role, "content": text})
     return {"messages": turns[:-1] if turns and turns[-1]["role"] == "user" else turns}
+
+
+_TREE = {"message_id", "parent_id", "role", "text"}
+
+
+def _threads(rows: Iterator[Row | Problem], notes: list[str]) -> Iterator[Row | Problem]:
+    """Join rows that are messages of trees, as OpenAssistant publishes them, into conversations: each best branch."""
+    first = next(rows, None)
+    if first is None or isinstance(first, Problem) or not first.data.keys() >= _TREE:
+        yield from rows if first is None else chain([first], rows)
+        return
+    found = [row for row in chain([first], rows) if isinstance(row, Row)]
+    replies: dict[Any, list[Row]] = {}
+    for row in found:
+        replies.setdefault(row.data.get("parent_id"), []).append(row)
+    for root in (row for row in found if row.data.get("parent_id") is None):
+        at, turns = [root], list[dict[str, Any]]()
+        while at:
+            best = min(at, key=lambda row: row.data["rank"] if isinstance(row.data.get("rank"), int | float) else 1e9)
+            role = str(best.data.get("role")).replace("prompter", "user")
+            turns.append({"role": role, "content": best.data.get("text")})
+            at = replies.get(best.data.get("message_id"), []) if len(turns) < len(found) else []
+        if turns[-1]["role"] == "user":
+            turns.pop()
+        if turns:
+            yield Row(root.where, {"messages": turns})
+    notes.append(f"{len(found):,} messages are joined to conversations, each of the best-ranked replies")
 
 
 def _branch(nodes: dict[Any, Any], leaf: Any) -> list[Any]:

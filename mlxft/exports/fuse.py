@@ -30,6 +30,7 @@ from mlxft.data.formats import (
     Text,
     convert,
     suggest_format,
+    with_usual_names,
 )
 from mlxft.data.sources import Problem, read_rows
 from mlxft.errors import ConfigError, DataError, ExportError, MlxftError, ModelError
@@ -299,7 +300,11 @@ def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example
     """Return a file's rows, in the run's format if they have its fields, else in the format that they look like."""
     rows = list(read_rows(file, "valid"))
     first = next((row.data for row in rows if not isinstance(row, Problem)), {})
-    looks = suggest_format(first)
+    if (looks := suggest_format(first)) is None:
+        named = with_usual_names(rows, ("messages", "prompt-completion", "text", "preference"))
+        looks = suggest_format(next((row.data for row in named if not isinstance(row, Problem)), {}))
+    else:
+        named = rows
     if config is not None:
         try:
             return convert(rows, config.data.format, config.data.fields, chat=chat)
@@ -311,7 +316,7 @@ def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example
             f"{file}: rows have {', '.join(first) or 'no fields'}; a probe's have messages, text, prompt and "
             "completion, or prompt, chosen and rejected"
         )
-    return convert(rows, looks, chat=chat)
+    return convert(named, looks, chat=chat)
 
 
 def _built_in(scores: bool) -> list[Example]:
