@@ -1278,13 +1278,16 @@ def plain_name(name: str) -> str:
 
 def as_settings(format: str, fields: Mapping[str, str]) -> str:
     """Return the overrides that read rows so, quoted for a shell; what follows = is YAML."""
-    fields = {ours: theirs for ours, theirs in fields.items() if ours != theirs}
-    if not fields:
-        return f"data.format={format}"
+    written = _in_yaml(fields)
+    return f"data.format={format}" + (f" {shlex.quote(f'data.fields={written}')}" if written else "")
+
+
+def _in_yaml(fields: Mapping[str, str]) -> str:
+    """Return data.fields as YAML; "" where all fields are called as the format calls them."""
     plain = re.compile(r"(?!(?:true|false|null|yes|no|on|off)$)[^\W\d_][\w -]*(?<! )", re.IGNORECASE)
-    written = {o: t if plain.fullmatch(t) else json.dumps(t, ensure_ascii=False) for o, t in fields.items()}
-    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in written.items())
-    return f"data.format={format} " + shlex.quote(f"data.fields={{{pairs}}}")
+    other = {ours: theirs for ours, theirs in fields.items() if ours != theirs}
+    written = {o: t if plain.fullmatch(t) else json.dumps(t, ensure_ascii=False) for o, t in other.items()}
+    return f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in written.items())}}}" if written else ""
 
 
 def _kind(value: Any) -> str:
@@ -1378,8 +1381,8 @@ class _Table:
         for row in self.rows:
             try:
                 fit += not reader.form.missing(reader.asked(row)[1])
-            except DataError:  # the columns of a layout hold something else
-                continue
+            except DataError:  # it has the columns, and they hold something else: reading it says what
+                fit += 1
         return 2 * fit >= len(self.rows)
 
     def readings(self) -> list[_Reading]:
@@ -1568,6 +1571,7 @@ def recognise(
         chat: whether texts can become turns of a chat template.
         taker: what takes these formats, such as "objective sft", for messages.
     Raises:
+        ConfigError: `fields` names a field that none of the formats has.
         DataError: no format fits, or several: the error shows the columns and the settings to write.
     """
     first = list(islice(rows, RECOGNISED_BY))
@@ -1575,13 +1579,18 @@ def recognise(
     if not seen:
         raise DataError(report_lines([f"{row.where}: {row.text}" for row in first if isinstance(row, Problem)]))
     given = dict(fields or {})
+    if len(formats) == 1:
+        _Reader(formats[0], given, chat, Columns())  # raises for fields that it does not have
     table = _Table(seen, given, formats, chat)
+    if not table.formats:
+        known = "\n".join(f"  {format}: {', '.join(FORMATS[format].fields)}" for format in formats)
+        raise ConfigError(f"data.fields: no format has all of {', '.join(given)}; the fields are\n{known}")
     readings = list({as_settings(*reading): reading for reading in table.readings()}.values())
     if len(readings) == 1:
         format, named = readings[0][0], given | {o: t for o, t in readings[0][1].items() if o != t}
         found = {name: named[name] for name in FORMATS[format].fields if name in named}
-        said = as_settings(format, found).replace("=", ": ").replace(" 'data.fields", ", data.fields").rstrip("'")
-        return Recognised(format, found, [f"rows are read as {said}"])
+        said = f", data.fields: {written}" if (written := _in_yaml(found)) else ""
+        return Recognised(format, found, [f"rows are read as data.format: {format}{said}"])
     name = name or re.sub(r"(:\d+|\[\d+\])\Z", "", first[0].where)
     wanted = formats[0] if len(formats) == 1 else ""
     if readings:
