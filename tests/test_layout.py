@@ -50,14 +50,16 @@ ORDER = {
 BUDGET = {
     # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix; lifeline.py, launch.py:
     # how ranks on several Macs are started, and learn of each other's end.
-    "top": (17, 8450),
-    "data": (5, 4260),  # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources
+    "top": (17, 8510),  # config.py: data.format: auto, and several files of rows
+    # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources. formats.py: which format
+    # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.
+    "data": (5, 5400),
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange.
     "model": (16, 7880),
     # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
     # exact KL, variants.
-    "objectives": (15, 7720),
+    "objectives": (15, 7745),
     "trainer": (5, 1800),  # ranks add up steps and validations, share an optimiser, report and align
     "study": (13, 5680),  # sample and eval play episodes, and share their work over ranks
     "exports": (6, 3300),
