@@ -156,6 +156,15 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
+def named_run(name: str | Path, place: Path = Path("runs")) -> Path:
+    """Return the run folder `place`/NAME for the bare name of a run, if nothing of that name is here; else the path."""
+    path, run = home_path(name), place / name
+    with suppress(OSError):  # too long for a path
+        if not path.exists() and may_be_run(run):
+            return run
+    return path
+
+
 def find_adapter(path: Path) -> Path:
     """Return the adapter folder of a run, or the folder itself."""
     inside = path / "adapter"

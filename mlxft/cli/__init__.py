@@ -85,15 +85,34 @@ def reserve(path: Path) -> None:
     click.get_current_context().with_resource(reserved(path))
 
 
-class PathArg(click.Path):
-    """A path on the command line. An empty one is refused: pathlib would read it as the working folder."""
+class RunArg(click.ParamType[str]):
+    """A model on the command line; the bare name of a run below runs/ becomes its path."""
 
-    def __init__(self, **options: Any) -> None:
+    name = "model"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlxft.runs import named_run
+
+        found = named_run(value)
+        return str(found) if found.parts[-1:] != (value,) and not os.path.exists(value) and found.exists() else value
+
+
+class PathArg(click.Path):
+    """A path on the command line. An empty one is refused: pathlib would read it as the working folder.
+
+    Args:
+        run: a run is meant, whose bare name does.
+    """
+
+    def __init__(self, *, run: bool = False, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
+        self._run = run
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value):
             self.fail("the path is empty; give a name", param, ctx)
+        if self._run:
+            value = RunArg().convert(os.fspath(value), param, ctx)
         try:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.stat(value)
@@ -102,7 +121,41 @@ class PathArg(click.Path):
         return super().convert(value, param, ctx)
 
 
+def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:
+    """Return the error with what mlxft has for another tool's flag."""
+    from mlxft.foreign import UNKNOWN, explain_flag
+
+    command = None if e.ctx is None else e.ctx.command
+    if command is None:
+        return e
+    options = {name for param in command.params for name in param.opts if name.startswith("-")}
+    settings: list[str] = []
+    if any(param.name == "overrides" for param in command.params):
+        from mlxft.config import all_keys, config_class
+
+        settings = all_keys(config_class("sft"))
+    import yaml
+
+    after = args[args.index(e.option_name) + 1 :] if e.option_name in args else []
+    value: Any = UNKNOWN
+    if after and not after[0].startswith("--"):
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(after[0])
+    said = explain_flag(e.option_name, options, settings, value)
+    return click.UsageError(f"No such option: {e.option_name}{said}", e.ctx) if said else e
+
+
 class _Lazy(click.Group):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["mlxft.args"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as e:
+            raise _hinted(e, ctx.meta["mlxft.args"]) from None
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg, reserve
+from mlxft.cli import TRUST, PathArg, RunArg, reserve
 from mlxft.errors import ConfigError
 from mlxft.text import echo, echo_completion, json_text, make_console
 
@@ -49,9 +49,12 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
     """Add the options of a command that samples; `temperature` is the default of --temperature."""
     options = [
         click.option(
-            "--model", required=True, help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m."
+            "--model",
+            type=RunArg(),
+            required=True,
+            help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.",
         ),
-        click.option("--adapter", help="Adapter folder or run to apply to the model."),
+        click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model."),
         click.option("--system", type=_Text(), help="System prompt."),
         click.option(
             "--max-tokens",
@@ -221,7 +224,7 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
     show_default=True,
     help="Which completions to keep: best (one per prompt), all, or above:X (those that score above X).",
 )
-@click.option("--reward", metavar="RUN", help="Run of a reward model that scores the completions.")
+@click.option("--reward", type=RunArg(), metavar="RUN", help="Run of a reward model that scores the completions.")
 @click.option(
     "--function", metavar="FILE.py:NAME", help="Function that scores the completions, as rewards.function in a recipe."
 )
@@ -295,7 +298,7 @@ def sample(
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=RunArg())
 @click.argument("file")
 @click.option(
     "--tokens",
@@ -335,9 +338,9 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=RunArg())
 @click.argument("file", required=False)
-@click.option("--adapter", help="Adapter folder or run to apply to the model.")
+@click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model.")
 @click.option(
     "--format",
     "format_",
@@ -373,7 +376,10 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 )
 @click.option("--shots-from", metavar="FILE", help="File that the solved rows are taken from.")
 @click.option(
-    "--against", metavar="MODEL", help="Model to compare with, by paired difference: base, or another run or model."
+    "--against",
+    type=RunArg(),
+    metavar="MODEL",
+    help="Model to compare with, by paired difference: base, or another run or model.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows (with --tasks: of each task).")
 @click.option(
@@ -544,10 +550,16 @@ def _by_harness(
 @click.command()
 @click.argument("files", nargs=-1, metavar="[PROMPTS]")
 @click.option("--recipe", type=PathArg(), help="YAML file with these settings; options override it.")
-@click.option("--model", help="Model that is sampled: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.")
-@click.option("--adapter", help="Adapter folder or run to apply to the model.")
 @click.option(
-    "--against", help="Another model or run: one completion from each is judged, and the win rate is printed."
+    "--model",
+    type=RunArg(),
+    help="Model that is sampled: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.",
+)
+@click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model.")
+@click.option(
+    "--against",
+    type=RunArg(),
+    help="Another model or run: one completion from each is judged, and the win rate is printed.",
 )
 @click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Completions per prompt.")
 @click.option("--out", type=PathArg(), help="File of judgements, one per line; an existing file is continued.")
