@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.config import Config, load_config, objective_class
 from mlxft.data.chat import set_day
+from mlxft.data.dataset import with_format
 from mlxft.device import (
     BACKEND_NAMES,
     CROWDED,
@@ -357,14 +358,15 @@ def _with(config: Config, section: str, **settings: Any) -> Config:
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """Decide what a recipe leaves open: `batch.tokens: auto`, by a plan of what fits, and the day.
+    """Decide what a recipe leaves open: how rows are read, `batch.tokens: auto`, by a plan of what fits, and the day.
 
-    A resumed run keeps both from its start; also the default of optim.lr, and whether blocks are checkpointed and the
+    A resumed run keeps these from its start; also the default of optim.lr, and whether blocks are checkpointed and the
     step is compiled.
 
     Raises:
         ModelError: the model cannot be found or read.
         ConfigError: no row of data.max_length fits; memory cannot be predicted, and `memory.measure` is off.
+        DataError: the format of the rows is open, and none fits them, or several.
     """
     file = config.run_dir / "config.yaml"
     stored = load_config(file, looked_at=True) if resume and file.exists() else None
@@ -374,6 +376,10 @@ def settled(config: Config, resume: bool) -> Config:
         if config.run.compile == "auto":
             config = _with(config, "run", compile=stored.run.compile)
         config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
+        now, then = config.data, stored.data
+        if now.format in ("auto", then.format) and now.fields.items() <= then.fields.items():
+            config = _with(config, "data", format=then.format, fields=then.fields)
+    config = with_format(config)
     if config.data.date is None:
         config = _with(config, "data", date=(stored and stored.data.date) or date.today())
     if config.batch.tokens != "auto":

@@ -22,13 +22,14 @@ from datetime import date as Date
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     create_model,
@@ -313,10 +314,16 @@ class TuneSettings(Settings):
         return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
+CHATS = ("messages", "sharegpt", "alpaca")  # formats that need a chat template
+
+
+Paths: TypeAlias = str | list[str]  # of rows: a file, pattern, folder or hub data set, or several
+
+
 class SourceSettings(Settings):
     """A source of training rows beside data.train."""
 
-    path: str = Field(description="File, folder or hub data set, as data.train names one.")
+    path: Paths = Field(description="Files, folder or hub data set, as data.train names them.")
     weight: float = Field(
         1.0,
         gt=0,
@@ -329,8 +336,10 @@ class SourceSettings(Settings):
 class DataSettings(Settings):
     """Rows to train on, and which of their tokens are trained."""
 
-    train: str = Field(
-        description="Training rows: file (jsonl, json, csv, parquet), folder, or hf:org/name[:config][:split]."
+    train: Paths = Field(
+        description="Training rows: a file (jsonl, json, csv, tsv, xlsx, ods, parquet, txt, md, chats exported from "
+        "ChatGPT or Claude), a pattern such as rows/*.csv, a folder, hf:org/name[:config][:split], or a list of these. "
+        "file.xlsx:Sheet2 names a sheet."
     )
     valid: str | float | None = Field(
         None,
@@ -343,8 +352,21 @@ class DataSettings(Settings):
         "weight, e.g. {general: {path: general.jsonl, weight: 0.1}}. An epoch has each row of data.train once.",
     )
     format: Literal[
-        "messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "ratings", "unpaired", "prompts"
-    ] = Field(description="Format of the rows; it is never guessed (mlxft check suggests one).")
+        "auto",
+        "messages",
+        "prompt-completion",
+        "text",
+        "sharegpt",
+        "alpaca",
+        "preference",
+        "ratings",
+        "unpaired",
+        "prompts",
+    ] = Field(
+        "auto",
+        description="Format of the rows. auto takes the one that they fit, of those that the objective takes, and maps "
+        "columns with usual names; where none or several fit, the error shows the settings to write.",
+    )
     fields: dict[str, str] = Field(
         default_factory=dict,
         description="Map from the format's fields to the rows' fields, e.g. {messages: dialog}, or to templates with "
@@ -361,7 +383,7 @@ class DataSettings(Settings):
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What to do with longer rows; split works only for format text."
     )
-    invalid: Literal["error", "drop"] = Field(
+    bad_rows: Literal["error", "drop"] = Field(
         "error", description="What to do with rows that cannot be read or do not fit the format; drop leaves them out."
     )
     train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
@@ -390,6 +412,16 @@ class DataSettings(Settings):
         """Return all sources of training rows by name, data.train as train."""
         return {"train": SourceSettings(path=self.train), **self.mix}
 
+    # How the rows were recognised, where the recipe left it open.
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "invalid" in raw:
+            raise ValueError(f"invalid is called bad_rows: write data.bad_rows: {raw['invalid']}")
+        return raw
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
         if "train" in self.mix:
@@ -398,17 +430,41 @@ class DataSettings(Settings):
             self._check_stream()
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid as a share must be between 0 and 1, seen {self.valid:g}")
+        if self.label is not None and self.shots is None:
+            raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
+        if self.format != "auto":
+            self._check_format()
+        return self
+
+    def _check_format(self) -> None:
+        """Raise ValueError for settings that the format does not have."""
         if self.format == "text" and self.train_on not in (None, "all"):
             raise ValueError(f"train_on: {self.train_on} does not work with format text, which trains every token")
         if self.overflow == "split" and self.format != "text":
             raise ValueError(
                 f"overflow: split works only with format text, not {self.format}; use error, drop or truncate"
             )
-        if self.template == "none" and self.format in ("messages", "sharegpt", "alpaca"):
+        if self.template == "none" and self.format in CHATS:
             raise ValueError(f"template: none does not work with format {self.format}, which needs the chat template")
-        if self.label is not None and self.shots is None:
-            raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
-        return self
+
+    def recognised(self, format: Any, fields: dict[str, str], notes: Sequence[str]) -> DataSettings:
+        """Return the settings with the format of the rows, and the names of its fields.
+
+        Raises:
+            ConfigError: other settings do not work with this format.
+        """
+        found = self.model_copy(update={"format": format, "fields": fields})
+        found._notes = tuple(notes)
+        try:
+            found._check_format()
+        except ValueError as e:
+            raise ConfigError(f"data.{e}") from None
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Return notes on how the rows were recognised."""
+        return list(self._notes)
 
     def _check_stream(self) -> None:
         """Raise ValueError for settings that need all rows at once."""
@@ -1218,6 +1274,7 @@ def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise ConfigError(f"override {shorten(text)!r}: expected KEY=VALUE, for example tune.rank=16")
+    value = json.dumps(value) if value.startswith("*") else value  # a pattern of files, not an alias of YAML
     put(raw, key.strip(), read_yaml(value, f"override {shorten(key)}"), chosen, f"override {shorten(text)!r}")
 
 
@@ -1280,8 +1337,8 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None, open
     model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
     model["chat_template"] = None if template is None else Path(full_path(template))
-    data = {k: full_path(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
-    data["mix"] = {k: v.model_copy(update={"path": full_path(v.path)}) for k, v in config.data.mix.items()}
+    data = {k: full_source(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    data["mix"] = {k: v.model_copy(update={"path": full_source(v.path)}) for k, v in config.data.mix.items()}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
@@ -1353,6 +1410,19 @@ def full_path(value: Any) -> Any:
         return value
 
 
+def full_source(value: Any) -> Any:
+    """Return the full path of rows: of files and folders, each in a list, patterns, and parts such as a sheet."""
+    if isinstance(value, list):
+        return [full_source(each) for each in value]
+    if not isinstance(value, str) or value.startswith(("hf:", "python:")):
+        return value
+    path, _, part = value.rpartition(":")
+    if (found := full_path(value)) == value and path and (whole := full_path(path)) != path:
+        return f"{whole}:{part}"
+    pattern = found == value and any(sign in value for sign in "*?[")
+    return str(home_path(value).absolute()) if pattern else found
+
+
 def _check_paths(config: Config, origin: str) -> None:
     """Raise a ConfigError for a path that is longer than any file system allows."""
     named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
@@ -1367,7 +1437,7 @@ def _check_paths(config: Config, origin: str) -> None:
     wrong = [
         f"{origin}: {name}: the path is too long (at most {_LONGEST} bytes, 255 per name): {shorten(str(path))}"
         for name, given in paths.items()
-        for path in (given if isinstance(given, Mapping) else [given])
+        for path in (given if isinstance(given, Mapping | list) else [given])
         if isinstance(path, str | Path)
         and (len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in Path(path).parts))
     ]
@@ -1449,6 +1519,9 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
     met = raw.get("environment")
     met = met.get("path") if isinstance(met, dict) else met
+    data = raw.get("data")
+    if of_run and isinstance(data, dict) and "invalid" in data:  # as earlier versions have called it
+        data["bad_rows"] = data.pop("invalid")
     problems = override_all(raw, overrides)
     chosen = any(_chooses(overrides, key) for key in ("environment", "environment.path"))
     if of_run and not looked_at and ":" in str(met) and not chosen:

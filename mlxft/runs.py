@@ -299,16 +299,16 @@ def _check_resumable(run: Run) -> None:
 def _check_unused(run: Run) -> None:
     """Refuse to replace a folder that contains the files to train on."""
     model, data = run.config.model, run.config.data
-    used = {
+    used: dict[str, Any] = {
         "model.path": model.path,
         "model.adapter": model.adapter,
         "model.chat_template": model.chat_template,
-        "data.train": data.train,
         "data.valid": data.valid if isinstance(data.valid, str) else None,
-        **{f"data.mix.{name}.path": source.path for name, source in data.mix.items()},
+        **{"data.train" if name == "train" else f"data.mix.{name}.path": s.path for name, s in data.sources.items()},
     }
     replaced = run.dir.resolve()
-    inside = [k for k, v in used.items() if v is not None and replaced in (p := Path(v).absolute(), *p.parents)]
+    paths = [(k, path) for k, v in used.items() for path in (v if isinstance(v, list) else [v]) if path is not None]
+    inside = list(dict.fromkeys(k for k, v in paths if replaced in (p := Path(v).absolute(), *p.parents)))
     if inside:
         raise ConfigError(f"{run.dir}: {', '.join(inside)} is in this run folder; choose another run.name")
 

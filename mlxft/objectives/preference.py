@@ -166,6 +166,11 @@ class Preference(CompletionObjective[_Row]):
         self.reference: Reference | None = None
 
     @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        kto = config.section("preference", PreferenceSettings).loss == "kto"
+        return ("unpaired", "preference") if kto else ("preference", "ratings")
+
+    @classmethod
     def outline(cls, config: Config) -> Outline:
         kto = config.section("preference", PreferenceSettings).loss == "kto"
         return Outline("logprobs", together=1 if kto else 2)
@@ -221,7 +226,7 @@ class _Pairs(Preference[EncodedPair]):
     """Losses on pairs."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_completion_recipe(config, ("preference", "ratings"))
+        check_completion_recipe(config, self.formats(config))
         settings = config.section("preference", PreferenceSettings)
         if config.data.stream and settings.precompute:
             raise ConfigError("preference.precompute: holds numbers of all rows in memory; leave it or data.stream out")
@@ -287,7 +292,7 @@ class _Single(Preference[EncodedLabelled]):
     """KTO: completions that are good or bad, each on its own. A pair becomes two of them."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_completion_recipe(config, ("unpaired", "preference"))
+        check_completion_recipe(config, self.formats(config))
         idle: list[str] = []
         if wrong := [name for name in ("stream", "mix") if getattr(config.data, name)]:
             raise ConfigError(

@@ -715,6 +715,10 @@ class RolloutObjective(Objective, Generic[_P]):
     together = 1  # completions that stay in one micro-batch: the two of a pair
     reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
 
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        return ("prompts",)
+
     def __init__(
         self,
         config: Config,

@@ -22,7 +22,7 @@ from rich.text import Text
 from mlxft.config import DataSettings
 from mlxft.data.chat import Thoughts, by_template, opening_of
 from mlxft.data.dataset import OVERFLOW, Slot, context_ids, encode_rows, plan_epoch, prompt_text
-from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten, with_completion
+from mlxft.data.formats import FORMATS, Example, Message, is_template, names_of, unwritten, with_completion
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.distributed import Portion, current
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
@@ -935,8 +935,8 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
 def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
     """Return whether the first row has the fields of a run's rows."""
     first = next((row.data for row in rows if isinstance(row, Row)), {})
-    names = dict.fromkeys(first, "there")
-    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
+    names = dict.fromkeys(names_of(first), "there")
+    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in names}
     return not FORMATS[data.format].missing(names)
 
 

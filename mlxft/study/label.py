@@ -13,7 +13,7 @@ import sys
 import termios
 import tty
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -38,8 +38,9 @@ from mlxft.data.formats import (
     string_at,
     tools_of,
     unwritten,
+    with_usual_names,
 )
-from mlxft.data.sources import Problem, read_rows, report_lines
+from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, MlxftError
 from mlxft.files import check_file, flush, is_stream
 from mlxft.text import parse_json
@@ -257,7 +258,7 @@ def _verdicts(path: Path) -> dict[tuple[str, int], _Verdict]:
     """Return verdicts by prompt with completions, and the number of equal ones before."""
     seen: Counter[str] = Counter()
     verdicts: dict[tuple[str, int], _Verdict] = {}
-    for key, verdict in _read_each(str(path), _verdict):
+    for key, verdict in _read_each(read_rows(str(path), "train"), _verdict):
         if verdict is not None:
             verdicts[key, seen[key]] = verdict
             seen[key] += 1
@@ -278,10 +279,10 @@ def _verdict(row: _Row) -> tuple[str, _Verdict | None]:
     return json.dumps([row["prompt"], sorted(held)], sort_keys=True), _Verdict(order, None if tied else held[0])
 
 
-def _read_each(spec: str, read: Callable[[_Row], _T]) -> list[_T]:
+def _read_each(rows: Iterable[Row | Problem], read: Callable[[_Row], _T]) -> list[_T]:
     """Return what `read` returns for each row; raise a DataError with all problems."""
     found, problems = [], []
-    for row in read_rows(spec, "train"):
+    for row in rows:
         try:
             if isinstance(row, Problem):
                 raise DataError(row.text)
@@ -450,7 +451,8 @@ def read_tasks(spec: str) -> list[LabelTask]:
     """
     tasks: list[LabelTask] = []
     seen: Counter[str] = Counter()
-    for task in _read_each(spec, _task):
+    rows = with_usual_names(list(read_rows(spec, "train")), ("preference", "ratings", "prompts"))
+    for task in _read_each(rows, _task):
         parts = [unwritten(task.prompt), task.completions or None, *([task.tools] if task.tools else [])]
         name = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
         seen[name] += 1

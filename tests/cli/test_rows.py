@@ -242,19 +242,19 @@ def test_rows_that_do_not_fit_may_be_left_out(write: Command, mlxft: Command, re
     said = refused(1, "check", recipe)
     assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in said
     assert "hh.jsonl:3: text contains half of a character" in said
-    note = "2 rows are left out (data.invalid: drop), the first: hh.jsonl:1: chosen[0] and rejected[0] differ"
+    note = "2 rows are left out (data.bad_rows: drop), the first: hh.jsonl:1: chosen[0] and rejected[0] differ"
     for command in ("check", "train"):
-        done = mlxft(command, recipe, "data.invalid=drop")
+        done = mlxft(command, recipe, "data.bad_rows=drop")
         assert (done.code, done.out.count(note)) == (0, 1)
     save("hh.jsonl", odd)
-    assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in refused(1, "check", recipe, "data.invalid=drop")
+    assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in refused(1, "check", recipe, "data.bad_rows=drop")
 
 
 def test_labels_are_those_of_the_rows_that_are_left(write: Command, mlxft: Command, refused: Command) -> None:
     rows = [{**CHAT, "topic": topic} for topic in ("a", "b", "b")]
     save("rows.jsonl", {"messages": [], "topic": "c"}, *rows, {"topic": "c"})
     recipe = write(**{"data.train": "rows.jsonl", "data.shots": 1, "data.label": "topic"})
-    out = mlxft("check", recipe, "data.invalid=drop").out
+    out = mlxft("check", recipe, "data.bad_rows=drop").out
     assert "2 of 3 rows are used: 1 of each label, 'a', 'b' (data.shots)" in out
     assert "rows.jsonl:1: messages is empty" in refused(1, "check", recipe)
 

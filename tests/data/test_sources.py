@@ -81,8 +81,8 @@ def test_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) ->
 def test_broken_json_array_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n{"text": "x"},\n{"text" "y"}\n]')
-    (problem,) = read_rows(str(path), "train")
-    assert problem.where == "a.json:3"
+    row, problem = read_rows(str(path), "train")
+    assert (row.where, problem.where) == ("a.json[0]", "a.json:3")
     path.write_text('[{"text": "x"}, 3]')
     assert [row.where for row in read_rows(str(path), "train") if isinstance(row, Problem)] == ["a.json[1]"]
 
@@ -102,7 +102,7 @@ def test_csv_problems(tmp_path: Path) -> None:
     (problem,) = read_rows(str(path), "train")
     assert problem.where == "a.csv:1"
     assert "'q' twice" in str(problem)
-    path.write_bytes(b"q\nx\n\xe9t\xe9\n")
+    path.write_bytes(b"q\n\xc3\xa9\n\xe9t\xe9\n")
     (problem,) = read_rows(str(path), "train")
     assert problem.where == "a.csv:3"
     path.write_text('q\n"open\n')
@@ -149,9 +149,9 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_unknown_suffix_and_split(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"'\.txt'; known are \.jsonl, \.json, \.csv, \.parquet"):
-        read_rows(str(tmp_path / "a.txt"), "train")
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(ConfigError, match=r"'\.doc'; known are \.jsonl, \.json, \.csv, \.parquet"):
+        read_rows(str(tmp_path / "a.doc"), "train")
     with pytest.raises(ConfigError, match="did you mean train"):
         read_rows(str(tmp_path), "trian")
 
