@@ -243,7 +243,7 @@ def translate(name: str, value: Any, known: Collection[str], beside: Mapping[str
     if not entry.ours or entry.convert == "none":
         return Translation({}, entry.note)
     ours = next((setting for setting in entry.ours if setting in known), entry.ours[0])
-section = ours.partition(".")[0]
+    section = ours.partition(".")[0]
     needs = f"for objective: {_OWNERS[section]}" if section in _OWNERS and ours not in known else ""
     note = "; ".join(text for text in (needs, entry.note) if text)
     if value is UNKNOWN or value is None or entry.convert == "-":
@@ -384,7 +384,19 @@ _FLAG_NOTES = {
 }  # fmt: skip
 
 
-_OUT = "output output-path output-file output-dir o save save-path out-file mlx-path export-dir out".split()
+_OUT = [
+    "output",
+    "output-path",
+    "output-file",
+    "output-dir",
+    "o",
+    "save",
+    "save-path",
+    "out-file",
+    "mlx-path",
+    "export-dir",
+    "out",
+]
 
 
 def explain_flag(flag: str, options: Collection[str], settings: Collection[str], value: Any = UNKNOWN) -> str:
@@ -417,7 +429,9 @@ def explain_flag(flag: str, options: Collection[str], settings: Collection[str],
     return f"; in a recipe, or as KEY=VALUE of mlxft train: {known.say()}" if known and known.settings else ""
 
 
-_OWNERS = {name: name for name in ("preference", "reward", "grpo", "rloo", "reinforce", "ppo", "online_dpo", "distill")} | {
+_OWNERS = {
+    name: name for name in ("preference", "reward", "grpo", "rloo", "reinforce", "ppo", "online_dpo", "distill")
+} | {
     "rollout": "grpo, rloo, reinforce, ppo, online_dpo or distill",
     "rewards": "grpo, rloo, reinforce, ppo or online_dpo",
     "environment": "grpo, rloo, reinforce or ppo",
