@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -162,6 +162,35 @@ def find_adapter(path: Path) -> Path:
     return inside if (inside / "adapter_config.json").exists() else path
 
 
+class Located(NamedTuple):
+    """Where a model that a user names leads.
+
+    Attributes:
+        path: the model, or what an adapter stands in or on.
+        adapter: folder of an adapter; None: none.
+        head: file of a reward model's head.
+    """
+
+    path: str | Path
+    adapter: Path | None
+    head: Path | None
+
+
+def locate(path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False) -> Located:
+    """Find a run, an adapter folder, a fused or any other model; arguments and errors as for `load_run`."""
+    path = path.dir if isinstance(path, Run) else path
+    folder = home_path(path)
+    if adapter is None and is_run(folder):
+        run = open_run(folder)
+        if not run.result.exists():
+            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
+        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
+    elif adapter is None and (folder / "adapter_config.json").exists():
+        adapter = folder
+    found = None if adapter is None else find_adapter(home_path(adapter))
+    return Located(path, found, _checked_head(found or home_path(path), scores))
+
+
 def load_run(
     path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False, **options: Any
 ) -> Loaded:
@@ -181,22 +210,8 @@ def load_run(
     from mlxft.model.load import load as load_model
     from mlxft.model.logits import Split
 
-    path = path.dir if isinstance(path, Run) else path
-    folder = home_path(path)
-    if adapter is None and is_run(folder):
-        run = open_run(folder)
-        if not run.result.exists():
-            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
-        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
-    elif adapter is None and (folder / "adapter_config.json").exists():
-        adapter = folder
-    if adapter is None:
-        head = _checked_head(home_path(path), scores)
-        loaded = load_model(str(path), **options)
-    else:
-        adapter = find_adapter(home_path(adapter))
-        head = _checked_head(adapter, scores)
-        loaded = load_with_adapter(path, adapter, options)
+    at, found, head = locate(path, adapter, scores=scores)
+    loaded = load_model(str(at), **options) if found is None else load_with_adapter(at, found, options)
     if head is not None:
         load_head(Split(loaded.model), head, base_fingerprint(loaded))
         loaded.model.eval()

@@ -36,6 +36,8 @@ SECTIONS = {
     "Use": {
         "generate": ("use", "Generate a completion for a prompt."),
         "chat": ("use", "Chat with a model."),
+        "compare": ("serve", "Show completions of several models side by side."),
+        "serve": ("serve", "Serve models by OpenAI's API."),
         "sample": ("use", "Sample completions, score them, and write the best as SFT rows."),
         "score": ("use", "Score or rank completions with a reward model."),
         "label": ("use", "Judge completions by hand, for reward or preference training."),
@@ -55,6 +57,7 @@ SECTIONS = {
     "Machine": {
         "doctor": ("study", "Check this machine: what is wrong, and how to fix it."),
         "selftest": ("study", "Compare this machine's numbers with the CPU's; takes some minutes."),
+        "models": ("study", "List open models and which of them this machine can train."),
         "bench": ("study", "Time training on this machine, on models of known shapes."),
     },
 }

@@ -264,6 +264,33 @@ def selftest(as_json: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="For a Mac with this memory, not this machine.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def models(memory: float | None, as_json: bool) -> None:
+    """List models with open weights by size, and by which methods this machine can train them.
+
+    Each cell says whether a method fits (lora, qlora with a base of 4 bits, dora, full) and the memory that it takes by
+    the memory plan. Nothing is downloaded. After mlxft bench sft-lora sft-qlora, the table has speeds, too.
+
+    \b
+    Example: mlxft models
+             mlxft models --memory 16
+    """
+    from mlxft.study.catalogue import fits_to_json, show_fits
+
+    found = fits_to_json(memory)
+    if as_json:
+        echo(json_text(found, indent=2))
+    else:
+        show_fits(make_console(), found, "this machine" if memory is None else f"a Mac with {memory:g} GB")
+
+
+@click.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Shape of the model; its weights are random.")
 @click.option(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # mlxft generate, mlxft chat.
 
 
-class _Text(click.ParamType[str]):
+class TextArg(click.ParamType[str]):
     """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
 
     name = "text"
@@ -52,7 +52,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
             "--model", required=True, help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m."
         ),
         click.option("--adapter", help="Adapter folder or run to apply to the model."),
-        click.option("--system", type=_Text(), help="System prompt."),
+        click.option("--system", type=TextArg(), help="System prompt."),
         click.option(
             "--max-tokens",
             default=512,
@@ -91,7 +91,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
         click.option(
             "--stop",
             multiple=True,
-            type=_Text(),
+            type=TextArg(),
             help="Text that ends a completion and is not shown; can be given several times.",
         ),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for sampling."),
@@ -107,7 +107,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 @click.command()
-@click.argument("prompt", type=_Text(), required=False)
+@click.argument("prompt", type=TextArg(), required=False)
 @click.option("--batch", metavar="FILE", help="Complete the prompts of a file instead; write one JSON line for each.")
 @click.option("--out", type=PathArg(dir_okay=False), help="With --batch: file to write the lines to.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
