@@ -29,6 +29,7 @@ SECTIONS = {
         "sweep": ("train", "Search for better settings; stop the worse trials early."),
         "lr-find": ("train", "Suggest a learning rate from a range test."),
         "distill-cache": ("train", "Store what a teacher says, to distil without it in memory."),
+        "recipes": ("train", "List the recipes that come with mlxft, and copy one."),
         "schema": ("train", "Print the JSON schema of recipes, for editors."),
         "demo": ("train", "Train a small model on built-in rows, as a demonstration."),
         "rlhf": ("train", "Demonstrate RLHF: SFT, a reward model, PPO, fuse."),
@@ -55,6 +56,7 @@ SECTIONS = {
         "runs": ("study", "List, show, compare, plot, report, watch and remove runs."),
     },
     "Machine": {
+        "completion": ("study", "Let the shell complete commands, options and names of runs."),
         "doctor": ("study", "Check this machine: what is wrong, and how to fix it."),
         "selftest": ("study", "Compare this machine's numbers with the CPU's; takes some minutes."),
         "models": ("study", "List open models and which of them this machine can train."),

@@ -82,10 +82,13 @@ def _described() -> tuple[str, list[KnownModel]]:
     models = []
     for family in found["families"]:
         for name, own in family["models"].items():
-            shape = {"torch_dtype": "bfloat16", **family["shape"], **own}
+            shape = {**family["shape"], **own}
             released, nested = shape.pop("released", family["released"]), shape.pop("nested", family.get("nested"))
-            config = {"model_type": nested, "text_config": shape, "vocab_size": shape["vocab_size"]}
-            about = (name, family["family"], family["licence"], str(released), config if nested else shape)
+            config = (
+                {"model_type": nested, "text_config": shape, "vocab_size": shape["vocab_size"]} if nested else shape
+            )
+            config["torch_dtype"] = "bfloat16"
+            about = (name, family["family"], family["licence"], str(released), config)
             models.append(KnownModel(*about, 0, {}))
     return str(found["dated"]), models
 
