@@ -13,7 +13,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -124,25 +124,14 @@ class Run:
 
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and the curve of the training loss."""
+        from mlxft.trainer.report import curve_svg
+
         facts = self._facts()
         curve = facts.pop("curve", [])
         cells = "".join(
             f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
         )
-        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{_curve(curve)}"
-
-
-def _curve(points: Sequence[tuple[int, float]], width: int = 360, height: int = 120) -> str:
-    """A line through (step, loss) as SVG, with the first and the last loss."""
-    points = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(points) < 2:
-        return ""
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    across, up = (width - 10) / max(1, points[-1][0] - points[0][0]), (height - 10) / ((high - low) or 1.0)
-    line = " ".join(f"{5 + (x - points[0][0]) * across:.1f},{height - 5 - (y - low) * up:.1f}" for x, y in points)
-    said = f"training loss, step {points[0][0]} to {points[-1][0]}: {points[0][1]:.4g} to {points[-1][1]:.4g}"
-    path = f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-    return f'<svg width="{width}" height="{height}" role="img"><title>{said}</title>{path}</svg><div>{said}</div>'
+        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{curve_svg(curve)}"
 
 
 def versions() -> dict[str, str]:

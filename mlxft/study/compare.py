@@ -17,6 +17,7 @@ from rich.text import Text
 from mlxft.data.dataset import encode_prompt, end_completions, turn_end
 from mlxft.data.formats import Prompt, convert, unwritten
 from mlxft.data.sources import read_rows
+from mlxft.device import backend
 from mlxft.errors import ConfigError
 from mlxft.model.adapters import ask_as_trained, base_noted, load_base_of, read_adapter_config, template_of
 from mlxft.model.load import ALIASES, Loaded, base_fingerprint, load, load_tokenizer, resolve, stated_name
@@ -136,8 +137,9 @@ def _named(text: str) -> tuple[str, str]:
 
 def _base_key(path: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return what is equal for models whose base has the same weights in the same numbers."""
-    usual = {"dtype": "auto", "quantize": None, "group_size": None}
-    return resolve(path).resolve(), *((usual | dict(options))[name] for name in usual)
+    dtype = options.get("dtype", "auto")
+    dtype = {"cpu": "float32"}.get(backend(), "own") if dtype == "auto" else dtype
+    return resolve(path).resolve(), dtype, options.get("quantize"), options.get("group_size")
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
