@@ -107,6 +107,23 @@ class PathArg(click.Path):
         return super().convert(value, param, ctx)
 
 
+class TextArg(click.ParamType[str]):
+    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlxft.errors import half_character
+
+        text = str(value)
+        try:
+            return text.encode("utf-8", "surrogateescape").decode()
+        except UnicodeDecodeError as e:
+            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
+        except UnicodeEncodeError:
+            self.fail(str(half_character(text)), param, ctx)
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlxft.cli import TRUST
-from mlxft.cli.use import TextArg
+from mlxft.cli import TRUST, TextArg
 from mlxft.errors import ConfigError
 from mlxft.text import echo, json_text, make_console
 
@@ -83,12 +82,13 @@ def compare(
              mlxft compare prompts.jsonl --models base,runs/a,runs/b
     """
     from mlxft.model.sampling import Sampling
-    from mlxft.study.compare import compare_prompts, latest_and_base, open_models, read_prompts, show_side_by_side
+    from mlxft.study.compare import compare_prompts, latest_and_base, open_models, prompts_of_file
+    from mlxft.study.label import show_side_by_side
 
     if not prompt.strip():
         raise click.UsageError("the prompt is empty")
     given = [name.strip() for name in models.split(",") if name.strip()] if models else latest_and_base(Path("runs"))
-    prompts = read_prompts(prompt) if _is_file(prompt) else [prompt]
+    prompts = prompts_of_file(prompt) if _is_file(prompt) else [prompt]
     if not prompts:
         raise ConfigError(f"{prompt}: has no prompts")
     sampling = Sampling(max_tokens, temperature)
@@ -96,8 +96,11 @@ def compare(
     found = compare_prompts(open_models(given), prompts, sampling, system=system, seed=seed, console=shown)
     if as_json:
         echo(json_text(found, indent=2))
-    else:
-        show_side_by_side(make_console(), found)
+        return
+    for number, line in enumerate(found, 1):
+        completions = line["completions"]
+        title = f"{number} of {len(found)}"
+        show_side_by_side(make_console(), title, line["prompt"], [*completions.values()], [*completions])
 
 
 def _is_file(text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg, reserve
+from mlxft.cli import TRUST, PathArg, TextArg, reserve
 from mlxft.errors import ConfigError
 from mlxft.text import echo, echo_completion, json_text, make_console
 
@@ -19,23 +19,6 @@ if TYPE_CHECKING:
 
 # --- use --------------------------------------------------------------------------------------------------------------
 # mlxft generate, mlxft chat.
-
-
-class TextArg(click.ParamType[str]):
-    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from mlxft.errors import half_character
-
-        text = str(value)
-        try:
-            return text.encode("utf-8", "surrogateescape").decode()
-        except UnicodeDecodeError as e:
-            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
-        except UnicodeEncodeError:
-            self.fail(str(half_character(text)), param, ctx)
 
 
 def _utf8(data: bytes) -> str:

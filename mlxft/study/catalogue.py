@@ -38,7 +38,7 @@ FIT_METHODS: dict[str, dict[str, Any]] = {
     "dora": {"tune": {"method": "dora"}},
     "full": {"tune": {"method": "full"}},
 }
-WIDTH = 2048  # tokens of the one row that is planned for: the default of data.max_length
+PLANNED_TOKENS = 2048  # tokens of the one row that is planned for: the default of data.max_length
 WITH_ROOM = 0.8  # share of the usable memory up to which a model fits with room for other programs
 _BENCH = "bench.json"  # beside the encoded rows
 _JOBS = {"lora": "sft-lora", "qlora": "sft-qlora"}  # jobs of `mlxft bench` that measure a method
@@ -125,7 +125,7 @@ def _written(config: Mapping[str, Any]) -> tempfile.TemporaryDirectory[str]:
 
 
 def needed_bytes(config: Mapping[str, Any], method: str, kind: Backend) -> int | None:
-    """Return the peak of training a model by a method on one row of `WIDTH` tokens; None if that does not work.
+    """Return the peak of training on one row of `PLANNED_TOKENS` tokens; None if the method does not work.
 
     Args:
         config: config.json of the model; nothing else of it is read.
@@ -136,7 +136,7 @@ def needed_bytes(config: Mapping[str, Any], method: str, kind: Backend) -> int |
             recipe[section] = {**recipe.get(section, {}), **settings}
         try:
             settled = parse_config(recipe)
-            return plan(job_of(settled, base_skeleton(settled)), 1, WIDTH, checkpoint=True).needed
+            return plan(job_of(settled, base_skeleton(settled)), 1, PLANNED_TOKENS, checkpoint=True).needed
         except (ConfigError, ModelError):
             return None
 
@@ -201,8 +201,8 @@ def show_fits(console: Console, found: dict[str, Any], where: str) -> None:
         table.add_row(*cells, *(_cell(fit) for fit in row["methods"].values()))
     console.print(table)
     console.print(
-        f"{where}: {found['usable_gb']:.1f} GB usable. Memory: one row of {WIDTH:,} tokens at a time, with gradient "
-        "checkpointing. fits: a fifth of it is left for other programs; tight: less is left; no: too large.\n"
+        f"{where}: {found['usable_gb']:.1f} GB usable. Memory: one row of {PLANNED_TOKENS:,} tokens at a time, with "
+        "gradient checkpointing. fits: a fifth of it is left for other programs; tight: less is left; no: too large.\n"
         f"The list is of {found['dated']}. A model that is not on it works, too, if mlx-lm has its architecture: "
         "mlxft check says what a recipe takes."
     )

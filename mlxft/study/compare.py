@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from rich.console import Console, Group
-from rich.rule import Rule
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from mlxft.data.dataset import encode_prompt, end_completions, turn_end
 from mlxft.data.formats import Prompt, convert, unwritten
@@ -154,7 +151,7 @@ def latest_and_base(place: Path) -> list[str]:
     for info in reversed(list_runs(place) if place.is_dir() else []):
         if (info.dir / "adapter").is_dir() or (info.dir / "model").is_dir():
             return ["base", str(info.dir)]
-    raise ConfigError(f"there is no run with trained weights in {place}; give --models, such as --models base,runs/a")
+    raise ConfigError(f"no run in {place} has trained weights; give --models, such as --models base,runs/a")
 
 
 def stream_each(
@@ -201,7 +198,7 @@ def compare_prompts(
     return found
 
 
-def read_prompts(file: str) -> list[PromptLike]:
+def prompts_of_file(file: str) -> list[PromptLike]:
     """Read prompts from a file: the lines of a .txt file, or rows of data.format: prompts.
 
     Raises:
@@ -211,24 +208,3 @@ def read_prompts(file: str) -> list[PromptLike]:
         lines = home_path(file).read_text("utf-8").splitlines()
         return [line for line in lines if line.strip()]
     return [item.prompt for _, item in convert(read_rows(file, "test"), "prompts") if isinstance(item, Prompt)]
-
-
-NARROW = 36  # columns that a completion needs beside others
-
-
-def show_side_by_side(console: Console, found: Sequence[dict[str, Any]]) -> None:
-    """Print what `compare_prompts` returns, in columns or, on a narrow terminal, one under another."""
-    for line in found:
-        prompt, completions = line["prompt"], line["completions"]
-        asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        console.print(Text(asked.strip(), style="bold"))
-        if console.width < NARROW * len(completions):
-            parts = [(Rule(Text(name), align="left"), Text(text.strip())) for name, text in completions.items()]
-            console.print(Group(*(each for part in parts for each in part)))
-        else:
-            table = Table(expand=True, show_lines=False)
-            for name in completions:
-                table.add_column(Text(name), ratio=1, overflow="fold")
-            table.add_row(*(Text(text.strip()) for text in completions.values()))
-            console.print(table)
-        console.print()

@@ -19,8 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ConfigError
 from mlxft.study import serve
-from mlxft.study.compare import open_models, show_side_by_side
-from mlxft.text import make_console
+from mlxft.study.compare import open_models
 
 Command = Callable[..., Any]
 SHORT = ("--max-tokens", "8")
@@ -186,13 +185,12 @@ def test_compare_shows_completions_side_by_side(wanted: dict[str, str], mlxft: C
 
 
 @pytest.mark.parametrize(("width", "beside"), [(120, True), (50, False)])
-def test_a_narrow_terminal_has_them_one_under_another(width: int, beside: bool) -> None:
-    import io
-
-    file = io.StringIO()
-    show_side_by_side(make_console(file=file, width=width), [{"prompt": "hi", "completions": {"a": "one", "b": "two"}}])
-    lines = file.getvalue().splitlines()
-    assert any("one" in line and "two" in line for line in lines) is beside
+def test_a_narrow_terminal_has_them_one_under_another(
+    width: int, beside: bool, wanted: dict[str, str], mlxft: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = mlxft("compare", "the in", "--models", "base,runs/a", *SHORT).out.splitlines()
+    assert any(wanted["base"].strip() in line and wanted["a"].strip() in line for line in lines) is beside
     assert max(map(len, lines)) <= width
 
 
