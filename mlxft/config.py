@@ -1473,7 +1473,9 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = read_small(path)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}") from e
+        ours = not path.exists() and (Path(__file__).parent / "configs" / f"{path.stem}.yaml").is_file()
+        copy = f"; mlxft recipes copy {path.stem} writes it" if ours else ""
+        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}{copy}") from e
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")

@@ -13,13 +13,13 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -124,25 +124,14 @@ class Run:
 
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and the curve of the training loss."""
+        from mlxft.trainer.report import curve_svg
+
         facts = self._facts()
         curve = facts.pop("curve", [])
         cells = "".join(
             f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
         )
-        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{_curve(curve)}"
-
-
-def _curve(points: Sequence[tuple[int, float]], width: int = 360, height: int = 120) -> str:
-    """A line through (step, loss) as SVG, with the first and the last loss."""
-    points = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(points) < 2:
-        return ""
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    across, up = (width - 10) / max(1, points[-1][0] - points[0][0]), (height - 10) / ((high - low) or 1.0)
-    line = " ".join(f"{5 + (x - points[0][0]) * across:.1f},{height - 5 - (y - low) * up:.1f}" for x, y in points)
-    said = f"training loss, step {points[0][0]} to {points[-1][0]}: {points[0][1]:.4g} to {points[-1][1]:.4g}"
-    path = f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-    return f'<svg width="{width}" height="{height}" role="img"><title>{said}</title>{path}</svg><div>{said}</div>'
+        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{curve_svg(curve)}"
 
 
 def versions() -> dict[str, str]:
@@ -171,6 +160,35 @@ def find_adapter(path: Path) -> Path:
     return inside if (inside / "adapter_config.json").exists() else path
 
 
+class Located(NamedTuple):
+    """Where a model that a user names leads.
+
+    Attributes:
+        path: the model, or what an adapter stands in or on.
+        adapter: folder of an adapter; None: none.
+        head: file of a reward model's head.
+    """
+
+    path: str | Path
+    adapter: Path | None
+    head: Path | None
+
+
+def locate(path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False) -> Located:
+    """Find a run, an adapter folder, a fused or any other model; arguments and errors as for `load_run`."""
+    path = path.dir if isinstance(path, Run) else path
+    folder = home_path(path)
+    if adapter is None and is_run(folder):
+        run = open_run(folder)
+        if not run.result.exists():
+            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
+        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
+    elif adapter is None and (folder / "adapter_config.json").exists():
+        adapter = folder
+    found = None if adapter is None else find_adapter(home_path(adapter))
+    return Located(path, found, _checked_head(found or home_path(path), scores))
+
+
 def load_run(
     path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False, **options: Any
 ) -> Loaded:
@@ -190,22 +208,8 @@ def load_run(
     from mlxft.model.load import load as load_model
     from mlxft.model.logits import Split
 
-    path = path.dir if isinstance(path, Run) else path
-    folder = home_path(path)
-    if adapter is None and is_run(folder):
-        run = open_run(folder)
-        if not run.result.exists():
-            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
-        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
-    elif adapter is None and (folder / "adapter_config.json").exists():
-        adapter = folder
-    if adapter is None:
-        head = _checked_head(home_path(path), scores)
-        loaded = load_model(str(path), **options)
-    else:
-        adapter = find_adapter(home_path(adapter))
-        head = _checked_head(adapter, scores)
-        loaded = load_with_adapter(path, adapter, options)
+    at, found, head = locate(path, adapter, scores=scores)
+    loaded = load_model(str(at), **options) if found is None else load_with_adapter(at, found, options)
     if head is not None:
         load_head(Split(loaded.model), head, base_fingerprint(loaded))
         loaded.model.eval()

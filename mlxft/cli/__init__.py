@@ -29,6 +29,7 @@ SECTIONS = {
         "sweep": ("train", "Search for better settings; stop the worse trials early."),
         "lr-find": ("train", "Suggest a learning rate from a range test."),
         "distill-cache": ("train", "Store what a teacher says, to distil without it in memory."),
+        "recipes": ("train", "List the recipes that come with mlxft, and copy one."),
         "schema": ("train", "Print the JSON schema of recipes, for editors."),
         "demo": ("train", "Train a small model on built-in rows, as a demonstration."),
         "rlhf": ("train", "Demonstrate RLHF: SFT, a reward model, PPO, fuse."),
@@ -36,6 +37,8 @@ SECTIONS = {
     "Use": {
         "generate": ("use", "Generate a completion for a prompt."),
         "chat": ("use", "Chat with a model."),
+        "compare": ("serve", "Show completions of several models side by side."),
+        "serve": ("serve", "Serve models by OpenAI's API."),
         "sample": ("use", "Sample completions, score them, and write the best as SFT rows."),
         "score": ("use", "Score or rank completions with a reward model."),
         "label": ("use", "Judge completions by hand, for reward or preference training."),
@@ -53,8 +56,10 @@ SECTIONS = {
         "runs": ("study", "List, show, compare, plot, report, watch and remove runs."),
     },
     "Machine": {
+        "completion": ("study", "Let the shell complete commands, options and names of runs."),
         "doctor": ("study", "Check this machine: what is wrong, and how to fix it."),
         "selftest": ("study", "Compare this machine's numbers with the CPU's; takes some minutes."),
+        "models": ("study", "List open models and which of them this machine can train."),
         "bench": ("study", "Time training on this machine, on models of known shapes."),
     },
 }
@@ -119,6 +124,23 @@ class PathArg(click.Path):
         except (OSError, ValueError) as e:  # too long, a loop of links, no permission
             self.fail(f"{shorten(os.fspath(value))!r}: {getattr(e, 'strerror', None) or e}", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class TextArg(click.ParamType[str]):
+    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlxft.errors import half_character
+
+        text = str(value)
+        try:
+            return text.encode("utf-8", "surrogateescape").decode()
+        except UnicodeDecodeError as e:
+            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
+        except UnicodeEncodeError:
+            self.fail(str(half_character(text)), param, ctx)
 
 
 def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:

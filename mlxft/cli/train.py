@@ -1,4 +1,4 @@
-"""Commands that train: train, launch, check, sweep, lr-find, distill-cache, schema, demo, rlhf."""
+"""Commands that train: train, launch, check, sweep, lr-find, distill-cache, recipes, schema, demo, rlhf."""
 
 from __future__ import annotations
 
@@ -378,17 +378,50 @@ def schema() -> None:
 
     \b
         # yaml-language-server: $schema=recipe.schema.json
-
-    The shell completes commands, options and the names of runs after one of these lines:
-
-    \b
-        eval "$(_MLXFT_COMPLETE=bash_source mlxft)"            # in ~/.bashrc
-        eval "$(_MLXFT_COMPLETE=zsh_source mlxft)"             # in ~/.zshrc
-        _MLXFT_COMPLETE=fish_source mlxft | source             # in ~/.config/fish/config.fish
     """
     from mlxft.config import recipe_schema
 
     echo(json_text(recipe_schema(), indent=2))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """List the recipes that come with mlxft; `copy` writes one, to be trained as it is or changed.
+
+    \b
+    Example: mlxft recipes
+             mlxft recipes copy sft-lora
+    """
+    if context.invoked_subcommand is None:
+        from rich.table import Table
+
+        from mlxft.demo.recipes import recipe_names
+
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, about in recipe_names().items():
+            table.add_row(name, about)
+        make_console().print(table)
+
+
+@recipes.command()
+@click.argument("name")
+@click.argument("file", type=PathArg(dir_okay=False), required=False)
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+def copy(name: str, file: Path | None, overwrite: bool) -> None:
+    """Write the recipe NAME to FILE (default: NAME.yaml), and beside it the rows and the code that it names.
+
+    Example: mlxft recipes copy dpo-lora my-dpo.yaml
+    """
+    from mlxft.demo.recipes import copy_recipe
+
+    recipe, *others = copy_recipe(name, file, overwrite)
+    echo(f"wrote {recipe}" + "".join(f", {path}" for path in others))
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

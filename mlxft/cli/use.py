@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg, RunArg, reserve
+from mlxft.cli import TRUST, PathArg, RunArg, TextArg, reserve
 from mlxft.errors import ConfigError
 from mlxft.text import echo, echo_completion, json_text, make_console
 
@@ -19,23 +19,6 @@ if TYPE_CHECKING:
 
 # --- use --------------------------------------------------------------------------------------------------------------
 # mlxft generate, mlxft chat.
-
-
-class _Text(click.ParamType[str]):
-    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from mlxft.errors import half_character
-
-        text = str(value)
-        try:
-            return text.encode("utf-8", "surrogateescape").decode()
-        except UnicodeDecodeError as e:
-            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
-        except UnicodeEncodeError:
-            self.fail(str(half_character(text)), param, ctx)
 
 
 def _utf8(data: bytes) -> str:
@@ -55,7 +38,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
             help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.",
         ),
         click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model."),
-        click.option("--system", type=_Text(), help="System prompt."),
+        click.option("--system", type=TextArg(), help="System prompt."),
         click.option(
             "--max-tokens",
             default=512,
@@ -94,7 +77,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
         click.option(
             "--stop",
             multiple=True,
-            type=_Text(),
+            type=TextArg(),
             help="Text that ends a completion and is not shown; can be given several times.",
         ),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for sampling."),
@@ -110,7 +93,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 @click.command()
-@click.argument("prompt", type=_Text(), required=False)
+@click.argument("prompt", type=TextArg(), required=False)
 @click.option("--batch", metavar="FILE", help="Complete the prompts of a file instead; write one JSON line for each.")
 @click.option("--out", type=PathArg(dir_okay=False), help="With --batch: file to write the lines to.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")

@@ -595,6 +595,11 @@ class _Source:
 
         with foreign(f"{self._where}: its config.json does not fit its architecture"):
             model = module.Model(module.ModelArgs.from_dict(config))
+            text = _flat(config)
+            if text.get("model_type") == "gemma3_text" and text.get("tie_word_embeddings", True):
+                inner = getattr(model, "language_model", model)  # mlx-lm removes the head as it reads weights
+                inner.pop("lm_head")
+                inner.tie_word_embeddings = True
             if packed:
                 mode = packed.get("mode", "affine")
                 nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)
