@@ -83,6 +83,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     """Make a recipe's objective, with its data; raise ConfigError or DataError if settings or rows do not fit."""
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
+    config = with_format(config) if config.data.format == "auto" else config
     objective: Objective = objective_class(config.objective)(config, tokenizer)
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")

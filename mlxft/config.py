@@ -722,11 +722,17 @@ class ReportSettings(Settings):
 
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
         default_factory=list,
-        description="Trackers that receive the metrics of metrics.jsonl; a failing tracker never stops training.",
+        description="Trackers that receive the metrics of metrics.jsonl, or a single one; a failing tracker never "
+        "stops training.",
     )
     project: str | None = Field(
         None, min_length=1, description="Project of wandb and trackio, experiment of mlflow (default: mlxft)."
     )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _listed(cls, to: Any) -> Any:
+        return [to] if isinstance(to, str) else to
 
     @model_validator(mode="after")
     def _consistent(self) -> ReportSettings:

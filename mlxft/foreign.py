@@ -218,7 +218,8 @@ class _Entry(NamedTuple):
 def _entries() -> dict[str, _Entry]:
     found: dict[str, _Entry] = {}
     for line in _TABLE.strip().splitlines():
-        ours, names, convert, note = [*(part.strip() for part in line.split(" | ")), "-", ""][:4]
+        parts = [part.strip() for part in line.split(" | ")]
+        ours, names, convert, note = parts + ["-", ""][len(parts) - 2 :]
         for name in names.split():
             found.setdefault(name, _Entry(tuple(ours.split("|")), convert, note))
     for line in _NONE.strip().splitlines():
@@ -448,7 +449,7 @@ def _truth(value: Any) -> bool:
 
 def _switched(ours: str, yes: Any, default: str) -> Callable[[Any, Mapping[str, Any]], Any]:
     """Return a converter for a switch: on, it is `yes` of our setting; off, our default."""
-    return lambda value, beside: Translation({ours: yes}) if _truth(value) else _left_out(default)
+    return lambda value, beside: Translation({ours: yes}) if _truth(value) and value != "auto" else _left_out(default)
 
 
 def _adapter(value: Any, beside: Mapping[str, Any]) -> Any:

@@ -122,6 +122,22 @@ class Run:
         facts = {name: value for name, value in self._facts().items() if name != "curve"}
         return f"Run({str(self.dir)!r}, {', '.join(f'{name}: {value}' for name, value in facts.items())})"
 
+    def next_commands(self) -> list[str]:
+        """Return three commands for the trained model."""
+        name, valid = shlex.quote(str(self.dir)), self.config.data.valid
+        if self.config.objective == "reward":
+            rows = valid if isinstance(valid, str) else "pairs.jsonl"
+            return [
+                f"mlxft eval {name} {shlex.quote(rows)}",
+                f"mlxft score {name} {shlex.quote(rows)}",
+                f"mlxft runs report {name}",
+            ]
+        return [
+            "mlxft compare 'a prompt'",
+            f"mlxft serve {name}",
+            f"mlxft fuse {name} {shlex.quote(self.dir.name + '-fused')}",
+        ]
+
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and the curve of the training loss."""
         from mlxft.trainer.report import curve_svg

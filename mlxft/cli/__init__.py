@@ -23,6 +23,7 @@ from mlxft.text import echo, guard_messages
 # Section of --help -> command -> (module, one line of help, which is shown without importing the module).
 SECTIONS = {
     "Train": {
+        "init": ("start", "Look at your rows, and write a recipe for them."),
         "train": ("train", "Train a model as a recipe describes."),
         "launch": ("train", "Train on several Macs, or in several processes on this one."),
         "check": ("train", "Validate a recipe and show its rows as they are trained."),

@@ -27,7 +27,7 @@ _TEMPERATURE = click.option(
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
 @click.option(
     "--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Port; 0 takes a free one."
@@ -45,7 +45,7 @@ _TEMPERATURE = click.option(
 def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...], **defaults: float) -> None:
     """Serve models by OpenAI's API, for its clients and for chat programs; Ctrl-C stops it.
 
-    MODEL is a run, an adapter, a fused model, a folder, a hub id or a .gguf file. A request chooses one by name: the
+    MODEL (default: the latest run below runs) is a run, an adapter, a fused model, a folder, a hub id or a .gguf file. A request chooses one by name: the
     last part of its path, or NAME of NAME=MODEL; `base` is the base of the first run. Adapters of one base share its
     weights in memory. --max-tokens and --temperature hold for requests that do not say.
 
@@ -53,14 +53,14 @@ def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...
     Example: mlxft serve runs/quickstart
              mlxft serve base runs/a runs/b --port 8000
     """
-    from mlxft.study.compare import open_models
+    from mlxft.study.compare import latest_and_base, open_models
     from mlxft.study.serve import serve_models
 
-    serve_models(open_models(models), host, port, origins=origins, **defaults)  # type: ignore[arg-type]
+    serve_models(open_models(models or latest_and_base(Path("runs"))[1:]), host, port, origins=origins, **defaults)  # type: ignore[arg-type]
 
 
 @click.command()
-@click.argument("prompt", type=TextArg(), metavar="PROMPT|FILE")
+@click.argument("prompt", type=TextArg(), metavar="[PROMPT|FILE]", required=False)
 @click.option(
     "--models",
     metavar="MODEL,MODEL,...",
@@ -73,22 +73,30 @@ def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...
 @TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: for each prompt the completions by model.")
 def compare(
-    prompt: str, models: str | None, system: str | None, seed: int, as_json: bool, max_tokens: int, temperature: float
+    prompt: str | None,
+    models: str | None,
+    system: str | None,
+    seed: int,
+    as_json: bool,
+    max_tokens: int,
+    temperature: float,
 ) -> None:
     """Show completions of several models side by side, of PROMPT or of each prompt in FILE (.jsonl, .txt and others).
+
+    Without PROMPT, the prompts are the run.sample_prompts of the last run that is named.
 
     \b
     Example: mlxft compare "How many days of leave are there?"
              mlxft compare prompts.jsonl --models base,runs/a,runs/b
     """
     from mlxft.model.sampling import Sampling
-    from mlxft.study.compare import compare_prompts, latest_and_base, open_models, prompts_of_file
+    from mlxft.study.compare import compare_prompts, latest_and_base, open_models, prompts_of_file, sampled_by
     from mlxft.study.label import show_side_by_side
 
-    if not prompt.strip():
+    if prompt is not None and not prompt.strip():
         raise click.UsageError("the prompt is empty")
     given = [name.strip() for name in models.split(",") if name.strip()] if models else latest_and_base(Path("runs"))
-    prompts = prompts_of_file(prompt) if _is_file(prompt) else [prompt]
+    prompts = sampled_by(given) if prompt is None else prompts_of_file(prompt) if _is_file(prompt) else [prompt]
     if not prompts:
         raise ConfigError(f"{prompt}: has no prompts")
     sampling = Sampling(max_tokens, temperature)

@@ -86,7 +86,11 @@ def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, o
     if path is not None and from_run:  # the run folder may have been moved since
         place = {"dir": path.resolve().parent.parent, "name": path.resolve().parent.name}
         config = config.model_copy(update={"run": config.run.model_copy(update=place)})
-    run(config, resume=resume is not None, overwrite=overwrite)
+    done = run(config, resume=resume is not None, overwrite=overwrite)
+    from mlxft.distributed import current
+
+    if current().first:
+        echo("next:\n" + "\n".join(f"  {command}" for command in done.next_commands()))
 
 
 @click.command()

@@ -702,7 +702,7 @@ def _questions(row: Fields, chat: bool, names: Fields) -> Published | None:
 
 
 def _first_answer(row: Fields, chat: bool, names: Fields) -> Published | None:
-    """Read a question with a list of right answers, the first of which is trained, as SQuAD and TriviaQA have them."""
+    """Read a question with a list of right answers, as SQuAD and TriviaQA have them."""
     column = next((name for name in ("answers", "answer") if isinstance(row.get(name), list | dict)), "")
     if not column or not isinstance(row.get("question"), str) or {"completion", "prompt"} & {*row, *names}:
         return None
@@ -714,7 +714,7 @@ def _first_answer(row: Fields, chat: bool, names: Fields) -> Published | None:
     asked = [row[name] for name in ("context", "question") if isinstance(row.get(name), str) and row[name].strip()]
     says = f"question and answers: prompt is {'context and question' if len(asked) > 1 else 'question'}, completion is "
     fields = {"prompt": "\n\n".join(asked), "completion": given[0] if given else None}
-    return Published(f"{says}the first of {column}", ("question", "context", column), fields)
+    return Published(f"{says}the first one in {column}", ("question", "context", column), fields)
 
 
 def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], list[Any]] | None:
@@ -1218,7 +1218,7 @@ def convert(
 # Which format rows have, and which of their columns are its fields, by the names that columns usually have and by what
 # stands in them. Where two readings are possible none is chosen: the error shows each as the settings to write.
 
-LOOKED_AT = 1000  # rows; the others are held to what these show, row by row
+RECOGNISED_BY = 1000  # rows; the others are held to what these show, row by row
 _OPTIONS = 4  # readings that an error shows
 
 TAKEN_BY = {
@@ -1388,7 +1388,7 @@ class _Table:
         turns, pairs, texts = self._turns(), self._pairs(), self._texts()
         verdicts = self.names("label", ("number",)) if pairs and "unpaired" not in self.formats else []
         if any(isinstance(c.values[0], bool) for name in verdicts if (c := self.column(name))):
-            return []  # completions of which some are bad
+            return []  # some of the completions are bad
         if turns:
             inside = "".join(
                 str(c.values[0]) for c in self.common if c.kind in ("turns", "sharegpt", "objects", "texts")
@@ -1559,7 +1559,7 @@ def recognise(
     """Find the format of rows, and which of their columns are its fields.
 
     Args:
-        rows: the first `LOOKED_AT` of them are read.
+        rows: the first `RECOGNISED_BY` of them are read.
         fields: data.fields, as far as they are given.
         formats: among which to choose: those that the objective takes, or a single one.
         name: of the source, for messages.
@@ -1568,7 +1568,7 @@ def recognise(
     Raises:
         DataError: no format fits, or several: the error shows the columns and the settings to write.
     """
-    first = list(islice(rows, LOOKED_AT))
+    first = list(islice(rows, RECOGNISED_BY))
     seen = [row.data for row in first if isinstance(row, Row)]
     if not seen:
         raise DataError(report_lines([f"{row.where}: {row.text}" for row in first if isinstance(row, Problem)]))

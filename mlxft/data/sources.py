@@ -254,7 +254,7 @@ def _some(rows: Iterator[Row | Problem], name: str, notes: list[str]) -> Iterato
     if unused == count:
         raise DataError(f"{name}: no rows; expected at least one")
     if unused:
-        notes.append(f"{name}: {unused:,} of {count:,} exported chats have no answer in text and are left out")
+        notes.append(f"{name}: {unused:,} of {count:,} exported chats have no completion in text and are left out")
 
 
 def _too_large(data: dict[str, Any]) -> str | None:
@@ -398,7 +398,7 @@ class _Values:
         while True:
             try:
                 found, end = self._decode(self._text, self._at)
-                # A number may go on.
+                # A number may be longer.
                 if end < len(self._text) or self._text[end - 1] in '}]"' or not self._more(size):
                     self._at = end
                     return found
@@ -512,14 +512,14 @@ def _are_rows(value: Any) -> bool:
 
 
 # --- exported chats ---------------------------------------------------------------------------------------------------
-# ChatGPT exports a conversation as a tree of messages, of which `current_node` is the end of the branch that was seen;
-# Claude as a list with senders. Of both the text of user and assistant is kept; tools, files and thoughts are left out.
+# ChatGPT exports a conversation as a tree of messages, with `current_node` at the end of the branch that was kept, and
+# Claude as a list with senders. The texts of user and assistant are read; tools, files and thoughts are left out.
 
 
 def exported_chat(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a row of `messages` of a conversation that ChatGPT or Claude exported; None of another row.
 
-    It ends with an answer, and has no message where there is none.
+    It ends with a completion, and has no message where there is none.
     """
     nodes, chat = row.get("mapping"), row.get("chat_messages")
     if isinstance(chat, list) and all(isinstance(turn, dict) and "sender" in turn for turn in chat):
@@ -908,7 +908,7 @@ READERS: dict[str, Callable[[File, str, list[str]], Iterator[Row | Problem]]] = 
     **dict.fromkeys((".txt", ".md"), _read_text),
 }
 _TEXTS = (".txt", ".md")
-_PARTS = (".xlsx", ".xlsm", ".xls", ".ods", ".json")  # kinds of file of which a part can be named
+_PARTS = (".xlsx", ".xlsm", ".xls", ".ods", ".json")  # a part of such a file can be named
 
 
 # Read row by row: the others' readers hold a whole file.

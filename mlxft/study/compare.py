@@ -20,7 +20,7 @@ from mlxft.model.adapters import ask_as_trained, base_noted, load_base_of, read_
 from mlxft.model.load import ALIASES, Loaded, base_fingerprint, load, load_tokenizer, resolve, stated_name
 from mlxft.model.roles import Roles
 from mlxft.model.sampling import Sampling, sample_batch, stream, text_of
-from mlxft.runs import is_run, list_runs, locate
+from mlxft.runs import is_run, list_runs, locate, named_run, open_run
 from mlxft.study.evaluate import base_of
 from mlxft.text import bar, home_path
 
@@ -123,11 +123,11 @@ def _named(text: str) -> tuple[str, str]:
     """Return the name and the path of a model on the command line."""
     name, equals, path = text.partition("=")
     if equals and name and path and "/" not in name and not home_path(text).exists():
-        return name, path
-    place = home_path(text)
+        return name, str(found) if (found := named_run(path)).exists() else path
+    place = named_run(text)
     if text in ALIASES or not place.exists():
         return text, text
-    place = place.resolve()
+    text, place = text if home_path(text).exists() else str(place), place.resolve()
     inside = place.name in ("adapter", "model") and is_run(place.parent)
     return (place.parent if inside else place).name.removesuffix(".gguf"), text
 
@@ -152,6 +152,19 @@ def latest_and_base(place: Path) -> list[str]:
         if (info.dir / "adapter").is_dir() or (info.dir / "model").is_dir():
             return ["base", str(info.dir)]
     raise ConfigError(f"no run in {place} has trained weights; give --models, such as --models base,runs/a")
+
+
+def sampled_by(given: Sequence[str]) -> list[PromptLike]:
+    """Return the run.sample_prompts of the last run among models.
+
+    Raises:
+        ConfigError: none of them is a run with such prompts.
+    """
+    for text in reversed(given):
+        folder = home_path(_named(text)[1])
+        if is_run(folder) and (prompts := open_run(folder).config.run.sample_prompts):
+            return [*prompts]
+    raise ConfigError("no prompt is given, and the run has no run.sample_prompts; give a prompt, or a file of prompts")
 
 
 def stream_each(
