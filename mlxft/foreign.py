@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from mlxft.errors import ConfigError
 
-UNKNOWN: Any = object()  # a value that is not known, as of a flag whose value was not read
+UNSEEN: Any = object()  # a value that is not known, as of a flag whose value was not read
 
 
 class Translation(NamedTuple):
     """What mlxft has for another tool's setting.
 
-    settings: our setting -> its value, or UNKNOWN; empty if it is left out or mlxft has no equal.
+    settings: our setting -> its value, or UNSEEN; empty if it is left out or mlxft has no equal.
     note: what differs, or why there is nothing to write.
     """
 
@@ -28,7 +28,7 @@ class Translation(NamedTuple):
 
     def say(self, sign: str = ": ") -> str:
         """Return what to write instead, with `sign` between a setting and its value."""
-        found = [k if v is UNKNOWN else f"{k}{sign}{_shown(v)}" for k, v in self.settings.items()]
+        found = [k if v is UNSEEN else f"{k}{sign}{_shown(v)}" for k, v in self.settings.items()]
         if not found:
             return self.note
         return f"mlxft has {' and '.join(found)}" + (f"; {self.note}" if self.note else "")
@@ -39,7 +39,7 @@ class Foreign(ConfigError):
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
-# One line: our setting (or several, of which the first that the objective has is meant) | the others' names |
+# One line: our setting (or several: the first that the objective has is meant) | the others' names |
 # how the value changes (a function below; without one it stays) | a note.
 
 _TABLE = """
@@ -138,7 +138,7 @@ reward.centering | center_rewards_coefficient
 rewards.adapter | reward_model reward_model_path reward_adapter
 rewards.function | reward_funcs reward_functions reward_fn custom_reward_function | reward_functions | as file.py:name, called with (prompts, completions, rows)
 rewards.clip | reward_clip
-rewards.missing_eos_penalty | non_eos_penalty
+rewards.missing_eos_penalty | non_eos_penalty missing_eos_penalty
 rewards.normalize | normalize_reward use_score_norm reward_norm | rewards_normal
 rollout.samples | num_generations num_return_sequences rloo_k group_size_rollout n_samples_per_prompt rollout_n
 rollout.prompts | rollout_batch_size train_prompt_bsz prompts_per_step generation_batch_size
@@ -171,7 +171,7 @@ environment.path | environment_factory env_id environment_name
 
 # Settings without an equal here: the names, and what there is or why there is nothing.
 _NONE = """
-device_map device no_cuda use_cpu use_mps_device tf32 local_rank ddp ddp_backend ddp_timeout ddp_find_unused_parameters : MLX uses the Mac's GPU by itself; leave it out
+device_map device no_cuda use_cpu use_mps_device tf32 local_rank ddp ddp_backend ddp_timeout ddp_find_unused_parameters : MLX uses the Mac's GPU; leave it out
 deepspeed fsdp fsdp_config fsdp_transformer_layer_cls_to_wrap tensor_parallel_size tensor_parallel_dim num_processes n_gpus_per_node nnodes world_size context_parallel_size use_fsdp : several Macs: mlxft launch, and the section distributed; leave it out
 flash_attention flash_attn use_flash_attention_2 attn_implementation sdp_attention xformers_attention sdpa use_liger_kernel enable_liger_kernel liger_rope liger_rms_norm use_cce use_unsloth unsloth_vllm_standby fast_inference use_fast_kernels : MLX has its own attention and fused kernels; leave it out
 bnb_4bit_quant_type bnb_4bit_use_double_quant double_quantization quantization_method use_exllama gptq load_in_16bit llm_int8_threshold bnb_config_kwargs quantization_config : the base is quantised by MLX: model.quantize and model.group_size
@@ -234,25 +234,25 @@ def translate(name: str, value: Any, known: Collection[str], beside: Mapping[str
 
     Args:
         name: the setting, perhaps with the sections that it stands in.
-        value: its value, or UNKNOWN.
+        value: its value, or UNSEEN.
         known: the settings of the objective, as all_keys() gives them; of several equals it decides which is meant.
         beside: the settings beside it, which some values depend on.
     """
     entry = _entries().get(name.rpartition(".")[2].strip("-").replace("-", "_").lower())
     if entry is None:
         return None
-    if not entry.ours or entry.convert == "none":
+    if not entry.ours:
         return Translation({}, entry.note)
     ours = next((setting for setting in entry.ours if setting in known), entry.ours[0])
     section = ours.partition(".")[0]
     needs = f"for objective: {_OWNERS[section]}" if section in _OWNERS and ours not in known else ""
     note = "; ".join(text for text in (needs, entry.note) if text)
-    if value is UNKNOWN or value is None or entry.convert == "-":
-        return Translation({ours: UNKNOWN if value is None else value}, note)
+    if value is UNSEEN or value is None or entry.convert in ("-", "none"):
+        return Translation({ours: UNSEEN if value is None or entry.convert == "none" else value}, note)
     try:
-        found = _CONVERT[entry.convert](value, {**beside, "": name.rpartition(".")[2]})
+        found = _CONVERT[entry.convert](value, {(leaf := name.rpartition(".")[2]): value, **beside, "": leaf})
     except (TypeError, ValueError, AttributeError):
-        found = UNKNOWN
+        found = UNSEEN
     if isinstance(found, Translation):
         return found._replace(note="; ".join(text for text in (needs, found.note or entry.note) if text))
     return Translation({ours: found}, note)
@@ -281,10 +281,7 @@ def explain_setting(name: str, value: Any, known: Collection[str]) -> str:
     if isinstance(value, Mapping) and translate(name, value, known) is None:
         found = [each for _, _, each in translate_all(value, known) if each is not None and each.settings]
         parts = [
-            f"{ours}: {_shown(given)}"
-            for each in found
-            for ours, given in each.settings.items()
-            if given is not UNKNOWN
+            f"{ours}: {_shown(given)}" for each in found for ours, given in each.settings.items() if given is not UNSEEN
         ]
         return f"; for what is below it mlxft has {', '.join(parts)}" if parts else ""
     one = translate(name, value, known)
@@ -317,7 +314,7 @@ def tool_of(raw: Mapping[str, Any]) -> str | None:
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
-# The others' flags of commands that use a model -> ours, of which the first is meant that the command has.
+# The others' flags of commands that use a model -> ours: the first that the command has is meant.
 _FLAGS = """
 --temperature | temp t sampling-temp
 --model | model-path model-name model-name-or-path base-model m checkpoint hf-path ckpt model-id
@@ -376,7 +373,7 @@ _FLAG_NOTES = {
     "repetition-penalty": "mlxft samples without penalties",
     "frequency-penalty": "mlxft samples without penalties",
     "presence-penalty": "mlxft samples without penalties",
-    "device": "MLX uses the Mac's GPU by itself; leave it out",
+    "device": "MLX uses the Mac's GPU; leave it out",
     "dtype": "the model's own type; in a recipe model.dtype",
     "hf-token": "run hf auth login once",
     "token": "run hf auth login once",
@@ -400,7 +397,7 @@ _OUT = [
 ]
 
 
-def explain_flag(flag: str, options: Collection[str], settings: Collection[str], value: Any = UNKNOWN) -> str:
+def explain_flag(flag: str, options: Collection[str], settings: Collection[str], value: Any = UNSEEN) -> str:
     """Return what mlxft has for another tool's flag, or an empty text.
 
     Args:
@@ -426,7 +423,7 @@ def explain_flag(flag: str, options: Collection[str], settings: Collection[str],
         return f"; {_FLAG_NOTES[name]}"
     if not settings and name in _OUT:
         return "; OUT is an argument of the command"
-    known = translate(name, UNKNOWN, ())
+    known = translate(name, UNSEEN, ())
     return f"; in a recipe, or as KEY=VALUE of mlxft train: {known.say()}" if known and known.settings else ""
 
 
@@ -459,7 +456,7 @@ def _adapter(value: Any, beside: Mapping[str, Any]) -> Any:
 
 def _method(value: Any, beside: Mapping[str, Any]) -> Any:
     found = {"lora": "lora", "qlora": "lora", "dora": "dora", "full": "full", "freeze": "full"}.get(
-        str(value).lower(), UNKNOWN
+        str(value).lower(), UNSEEN
     )
     return Translation({"tune.method": found, "model.quantize": 4}) if str(value).lower() == "qlora" else found
 
@@ -468,7 +465,7 @@ def _dtype(value: Any, beside: Mapping[str, Any]) -> Any:
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
     name = str(value).removeprefix("torch.")
     name = names.get(name, name)
-    return name if name in ("float32", "bfloat16", "float16", "auto") else UNKNOWN
+    return name if name in ("float32", "bfloat16", "float16", "auto") else UNSEEN
 
 
 def _targets(value: Any, beside: Mapping[str, Any]) -> Any:
@@ -482,7 +479,7 @@ def _targets(value: Any, beside: Mapping[str, Any]) -> Any:
 def _data(value: Any, beside: Mapping[str, Any]) -> Any:
     if isinstance(value, str):
         return f"hf:{value}" if is_hub_id(value) else value
-    return UNKNOWN
+    return UNSEEN
 
 
 def is_hub_id(name: str) -> bool:
@@ -520,12 +517,12 @@ def _schedule(value: Any, beside: Mapping[str, Any]) -> Any:
 
 def _optimizer(value: Any, beside: Mapping[str, Any]) -> Any:
     names = ("adafactor", "lion", "muon", "sgd", "adamw", "adam")
-    return next((name for name in names if name in str(value).lower()), UNKNOWN)
+    return next((name for name in names if name in str(value).lower()), UNSEEN)
 
 
 def _betas(value: Any, beside: Mapping[str, Any]) -> Any:
     one, two = (beside.get(f"adam_{name}", beside.get(name)) for name in ("beta1", "beta2"))
-    return [0.9 if one is None else one, 0.999 if two is None else two] if (one, two) != (None, None) else UNKNOWN
+    return [0.9 if one is None else one, 0.999 if two is None else two] if (one, two) != (None, None) else UNSEEN
 
 
 def _iters(value: Any, beside: Mapping[str, Any]) -> Any:
@@ -538,7 +535,7 @@ def _folder(value: Any, beside: Mapping[str, Any]) -> Any:
     return (
         Translation({"run.dir": str(path.parent), "run.name": path.name.lstrip(".")})
         if path.name.strip(".")
-        else UNKNOWN
+        else UNSEEN
     )
 
 
@@ -561,7 +558,7 @@ _OBJECTIVES = {
 
 def _objective(value: Any, beside: Mapping[str, Any]) -> Any:
     name = str(value).lower().removesuffix("trainer").replace("-", "_")
-    found = _OBJECTIVES.get(name, UNKNOWN)
+    found = _OBJECTIVES.get(name, UNSEEN)
     if found == "preference" and name != "dpo":
         return Translation({"objective": found, "preference.loss": name})
     return found
@@ -583,7 +580,7 @@ def _loss(value: Any, beside: Mapping[str, Any]) -> Any:
         return Translation(
             {"grpo.variant": {"dr_grpo": "dr_grpo", "dapo": "dapo", "cispo": "cispo", "gspo": "gspo"}.get(name, "grpo")}
         )
-    return Translation({"preference.loss": names.get(name, UNKNOWN)})
+    return Translation({"preference.loss": names.get(name, UNSEEN)})
 
 
 _Fields = Callable[[Any, Mapping[str, Any]], Any]
@@ -613,7 +610,7 @@ _CONVERT: dict[str, _Fields] = {
     "layers": lambda value, beside: value if isinstance(value, list) or int(value) > 0 else "all",
     "data": _data,
     "valid": lambda value, beside: (
-        _left_out("nothing is held out by default") if not value else value if 0 < value < 1 else UNKNOWN
+        _left_out("nothing is held out by default") if not value else value if 0 < value < 1 else UNSEEN
     ),
     "text_field": _field("text"),
     "prompt_field": _field("prompt"),
@@ -637,17 +634,17 @@ _CONVERT: dict[str, _Fields] = {
     "betas": _betas,
     "positive": lambda value, beside: int(value) if int(value) > 0 else _left_out("run.epochs decides"),
     "iters": _iters,
-    "every": lambda value, beside: int(value) if float(value) >= 1 else UNKNOWN,
+    "every": lambda value, beside: int(value) if float(value) >= 1 else UNSEEN,
     "folder": _folder,
     "checkpointing": lambda value, beside: "on" if _truth(value) != beside[""].startswith("disable") else "off",
     "trackers": _trackers,
     "objective": _objective,
     "loss": _loss,
     "gamma": lambda value, beside: float(value) * float(beside.get("beta", 2.0)),
-    "reward_functions": lambda value, beside: value if isinstance(value, str) and ".py:" in value else UNKNOWN,
+    "reward_functions": lambda value, beside: value if isinstance(value, str) and ".py:" in value else UNSEEN,
     "rewards_normal": lambda value, beside: bool(_truth(value)),
-    "scale_rewards": lambda value, beside: UNKNOWN,
-    "ratio": lambda value, beside: value if value in ("token", "sequence") else UNKNOWN,
+    "scale_rewards": lambda value, beside: UNSEEN,
+    "ratio": lambda value, beside: value if value in ("token", "sequence") else UNSEEN,
 }
 
 

@@ -126,17 +126,10 @@ class Run:
         """Return three commands for the trained model."""
         name, valid = shlex.quote(str(self.dir)), self.config.data.valid
         if self.config.objective == "reward":
-            rows = valid if isinstance(valid, str) else "pairs.jsonl"
-            return [
-                f"mlxft eval {name} {shlex.quote(rows)}",
-                f"mlxft score {name} {shlex.quote(rows)}",
-                f"mlxft runs report {name}",
-            ]
-        return [
-            "mlxft compare 'a prompt'",
-            f"mlxft serve {name}",
-            f"mlxft fuse {name} {shlex.quote(self.dir.name + '-fused')}",
-        ]
+            rows = shlex.quote(valid if isinstance(valid, str) else "pairs.jsonl")
+            return [f"mlxft eval {name} {rows}", f"mlxft score {name} {rows}", f"mlxft runs report {name}"]
+        fused = shlex.quote(f"{self.dir.name}-fused")
+        return [f"mlxft compare 'a prompt' --models base,{name}", f"mlxft serve {name}", f"mlxft fuse {name} {fused}"]
 
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and the curve of the training loss."""

@@ -100,7 +100,7 @@ class RunArg(click.ParamType[str]):
         from mlxft.runs import named_run
 
         found = named_run(value)
-        return str(found) if found.parts[-1:] != (value,) and not os.path.exists(value) and found.exists() else value
+        return str(found) if not os.path.exists(value) and found.exists() else value
 
 
 class PathArg(click.Path):
@@ -146,7 +146,7 @@ class TextArg(click.ParamType[str]):
 
 def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:
     """Return the error with what mlxft has for another tool's flag."""
-    from mlxft.foreign import UNKNOWN, explain_flag
+    from mlxft.foreign import UNSEEN, explain_flag
 
     command = None if e.ctx is None else e.ctx.command
     if command is None:
@@ -160,7 +160,7 @@ def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:
     import yaml
 
     after = args[args.index(e.option_name) + 1 :] if e.option_name in args else []
-    value: Any = UNKNOWN
+    value: Any = UNSEEN
     if after and not after[0].startswith("--"):
         with suppress(yaml.YAMLError):
             value = yaml.safe_load(after[0])

@@ -45,9 +45,10 @@ _TEMPERATURE = click.option(
 def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...], **defaults: float) -> None:
     """Serve models by OpenAI's API, for its clients and for chat programs; Ctrl-C stops it.
 
-    MODEL (default: the latest run below runs) is a run, an adapter, a fused model, a folder, a hub id or a .gguf file. A request chooses one by name: the
-    last part of its path, or NAME of NAME=MODEL; `base` is the base of the first run. Adapters of one base share its
-    weights in memory. --max-tokens and --temperature hold for requests that do not say.
+    MODEL (default: the latest run below runs) is a run, an adapter, a fused model, a folder, a hub id or a .gguf
+    file. A request chooses one by name: the last part of its path, or NAME of NAME=MODEL; `base` is the base of the
+    first run. Adapters of one base share its weights in memory. --max-tokens and --temperature hold for requests that
+    do not say.
 
     \b
     Example: mlxft serve runs/quickstart

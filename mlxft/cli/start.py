@@ -77,13 +77,13 @@ def _propose(
     from mlxft.config import parse_config
     from mlxft.data.formats import TAKEN_BY
     from mlxft.files import write_text
-    from mlxft.study.start import Base, bases, look, propose
+    from mlxft.study.start import ProposedBase, bases, look, propose
 
     seen = look(data)
     echo("\n".join(seen.lines()))
     offered = bases()
     if model is not None:
-        base = next((each for each in offered if each.name == model), Base(model, "lora", "chosen"))
+        base = next((each for each in offered if each.name == model), ProposedBase(model, "lora", "chosen"))
     else:
         here = [each for each in offered if "installed" in each.why]
         if asks and offered:

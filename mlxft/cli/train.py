@@ -23,7 +23,7 @@ _DATA = click.option("--data", help="Rows to train on, without a recipe: a file,
 
 
 def takes_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command RECIPE, KEY=VALUE, --model and --data, of which it gets `recipe` and `overrides`."""
+    """Give a command RECIPE, KEY=VALUE, --model and --data; it gets them as `recipe` and `overrides`."""
 
     @functools.wraps(command)
     def run(recipe: Path | None, overrides: tuple[str, ...], model: str | None, data: str | None, **rest: Any) -> Any:

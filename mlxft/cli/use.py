@@ -28,15 +28,13 @@ def _utf8(data: bytes) -> str:
         raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{data[e.start]:02x})") from e
 
 
+_MODELS = "a run, adapter or fused folder, hub id, .gguf or smollm2-135m"
+
+
 def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options of a command that samples; `temperature` is the default of --temperature."""
     options = [
-        click.option(
-            "--model",
-            type=RunArg(),
-            required=True,
-            help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.",
-        ),
+        click.option("--model", type=RunArg(), required=True, help=f"Model: {_MODELS}."),
         click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model."),
         click.option("--system", type=TextArg(), help="System prompt."),
         click.option(

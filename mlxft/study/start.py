@@ -29,13 +29,13 @@ from mlxft.data.formats import (
 )
 from mlxft.data.sources import SPLITS, Row, find_split, read_rows
 from mlxft.errors import ConfigError, ModelError
-from mlxft.foreign import UNKNOWN, is_hub_id, tool_of, translate_all
+from mlxft.foreign import UNSEEN, is_hub_id, tool_of, translate_all
 from mlxft.model.load import ALIASES, resolve
 from mlxft.study.catalogue import fitting
-from mlxft.text import home_path, read_small
+from mlxft.text import home_path, parse_json, read_small
 
 RECIPE = "mlxft.yaml"
-LOOKED_AT = 20_000  # rows that are read for a proposal
+_MOST_ROWS = 20_000  # rows that are read for a proposal
 _CHARACTERS = 3.5  # in a token, about; fewer in languages that tokenizers know less
 _PROMPTS = 2  # of the rows, that the recipe samples at each validation
 # Words of a text that give its language away; a library for this would be a dependency for one line of advice.
@@ -112,8 +112,8 @@ def look(source: str) -> Look:
         ConfigError, DataError: there are none, or no format fits; the error has the settings to write.
     """
     notes: list[str] = []
-    read = list(islice(read_rows(source, "train", notes), LOOKED_AT + 1))
-    more, read = len(read) > LOOKED_AT, read[:LOOKED_AT]
+    read = list(islice(read_rows(source, "train", notes), _MOST_ROWS + 1))
+    more, read = len(read) > _MOST_ROWS, read[:_MOST_ROWS]
     found = recognise(read, name=Path(source).name)
     skipped: list[Any] = []
     examples = convert(read, found.format, found.fields, skipped)
@@ -194,7 +194,7 @@ def language_of(texts: Sequence[str]) -> str:
 # --- propose ----------------------------------------------------------------------------------------------------------
 
 
-class Base(NamedTuple):
+class ProposedBase(NamedTuple):
     """A base that fits this machine, the method it fits with, and why it is proposed."""
 
     name: str
@@ -202,25 +202,27 @@ class Base(NamedTuple):
     why: str
 
 
-def bases(most: int = 3) -> list[Base]:
+def bases(most: int = 3) -> list[ProposedBase]:
     """Return the bases to choose from: the largest that fit by LoRA, then by QLoRA, and what is here already."""
-    found: list[Base] = []
+    found: list[ProposedBase] = []
     for method in ("lora", "qlora"):
         for fit in [fit for fit in fitting(None, method) if fit.verdict == "fits"][:most]:
             if fit.model.name not in [base.name for base in found]:
                 size = f"{fit.model.parameters / 1e9:.2g}B parameters, {(fit.needed or 0) / 1e9:.1f} GB in training"
-                found.append(Base(fit.model.name, method, f"{size}; {fit.model.licence}; downloaded from the hub"))
+                found.append(
+                    ProposedBase(fit.model.name, method, f"{size}; {fit.model.licence}; downloaded from the hub")
+                )
     for name in ALIASES:
         try:
             resolve(name)
         except ModelError:
             continue
-        found.append(Base(name, "lora", "135M parameters; installed already; small, to try things out"))
+        found.append(ProposedBase(name, "lora", "135M parameters; installed already; small, to try things out"))
     return found
 
 
 @dataclass(frozen=True)
-class Plan:
+class Draft:
     """A proposed recipe: setting -> its value and the reason, in the order in which they are written."""
 
     settings: dict[str, tuple[Any, str]]
@@ -258,8 +260,13 @@ def _yaml(name: str, value: Any) -> str:
 
 
 def propose(
-    seen: Look, base: Base, *, objective: str | None = None, method: str | None = None, valid: float | str | None = None
-) -> Plan:
+    seen: Look,
+    base: ProposedBase,
+    *,
+    objective: str | None = None,
+    method: str | None = None,
+    valid: float | str | None = None,
+) -> Draft:
     """Return a recipe for rows, with the reason for each setting. Its length and rate are left to mlxft's defaults.
 
     Args:
@@ -316,7 +323,7 @@ def propose(
         settings["run.eval_at_start"] = (True, "the loss before training, to compare with")
         if seen.prompts and objective == "sft" and seen.format != "text":
             settings["run.sample_prompts"] = (seen.prompts, "completed at each validation")
-    return Plan(settings)
+    return Draft(settings)
 
 
 def _held_out(seen: Look) -> tuple[float | None, str]:
@@ -354,11 +361,11 @@ class Converted:
     taken: list[str]
     left: list[str]
 
-    def plan(self) -> Plan:
+    def plan(self) -> Draft:
         """Return the recipe."""
         order = {name: i for i, name in enumerate(config_class("sft").model_fields)}
         keys = sorted(self.settings, key=lambda key: order.get(key.partition(".")[0], len(order)))
-        return Plan({key: (self.settings[key], "") for key in keys})
+        return Draft({key: (self.settings[key], "") for key in keys})
 
 
 def convert_recipe(path: Path) -> Converted:
@@ -389,7 +396,7 @@ def convert_recipe(path: Path) -> Converted:
         elif not found.settings:
             made.left.append(f"{name}: {found.note}")
         else:
-            sure = {key: given for key, given in found.settings.items() if given is not UNKNOWN}
+            sure = {key: given for key, given in found.settings.items() if given is not UNSEEN}
             if not sure:
                 made.left.append(f"{name}: {value!r} has no direct equal; {found.say()}")
             for key, given in sure.items():
@@ -467,7 +474,7 @@ def _source_of(about: Mapping[str, Any]) -> str:
 
 def _dataset_info(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "dataset_info.json").read_text("utf-8"))
+        found = parse_json(read_small(folder / "dataset_info.json"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
