@@ -69,7 +69,7 @@ BUDGET = {
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     "cli": (7, 2390),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }
-MOST_FILES = 90
+MOST_FILES = 93  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
 # a subject of its own.
 SINGLE = {

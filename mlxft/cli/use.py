@@ -534,7 +534,7 @@ def _by_harness(
 @click.option(
     "--model",
     type=RunArg(),
-    help="Model that is sampled: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.",
+    help=f"Model that is sampled: {_MODELS}.",
 )
 @click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model.")
 @click.option(

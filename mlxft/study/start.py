@@ -209,9 +209,8 @@ def bases(most: int = 3) -> list[ProposedBase]:
         for fit in [fit for fit in fitting(None, method) if fit.verdict == "fits"][:most]:
             if fit.model.name not in [base.name for base in found]:
                 size = f"{fit.model.parameters / 1e9:.2g}B parameters, {(fit.needed or 0) / 1e9:.1f} GB in training"
-                found.append(
-                    ProposedBase(fit.model.name, method, f"{size}; {fit.model.licence}; downloaded from the hub")
-                )
+                why = f"{size}; {fit.model.licence}; downloaded from the hub"
+                found.append(ProposedBase(fit.model.name, method, why))
     for name in ALIASES:
         try:
             resolve(name)
@@ -314,7 +313,7 @@ def propose(
         settings["preference.loss"] = (loss, "for rows with one completion and its label")
     if objective in ("grpo", "ppo", "rloo", "reinforce", "online_dpo"):
         settings["rewards.rules"] = (
-            {"length": {"most": 200}},
+            [{"kind": "length", "max": 200}],
             "replace it by your own: rewards.function: file.py:name",
         )
     name = re.sub(r"[^\w.-]+", "-", Path(seen.source.removeprefix("hf:").partition(":")[0]).stem).strip(".-")
