@@ -52,7 +52,6 @@ from mlxft.data.formats import (
     Pair,
     Ranked,
     Text,
-    convert,
     labels_of,
     pick_shots,
     recognise,
@@ -1316,7 +1315,7 @@ class _Reading:
                     raise DataError(f"{e}\nnot encoded yet (data.stream): the rows after {block[-1].where}") from e
                 yield found
             advance(len(block))
-        self._conversion.check(drop)
+        _check_all(self._conversion, self._data)
 
     def facts(self) -> dict[str, Any]:
         """Return the notes and the hash of the rows, once all are read."""
@@ -1558,14 +1557,26 @@ def _load(
         rows = list(found) if shots else found  # which are not all held where nothing but their items is needed
     except ConfigError as e:
         raise ConfigError(f"{setting}: {e}") from e
-    skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
-    examples = convert(rows, data.format, data.fields, skipped, chat=chat, columns=columns)
+    conversion = Conversion(data.format, data.fields, chat=chat, columns=columns)
+    examples = list(conversion.examples(rows))
+    _check_all(conversion, data)
     labels = None
     if shots:
         used = {example.where for example in examples}
         kept = [row.data for row in rows if isinstance(row, Row) and row.where in used]
         labels = labels_of(examples, kept, data.label)
-    return examples, labels, said + _notes(columns, reads, len(skipped or ()), skipped or ())
+    return examples, labels, said + _notes(columns, reads, conversion.wrong, conversion.problems)
+
+
+def _check_all(conversion: Conversion, data: DataSettings) -> None:
+    """Raise what is wrong with the rows of a source, once all are read."""
+    try:
+        conversion.check(data.bad_rows == "drop")
+    except DataError as e:
+        if not conversion.fitted:
+            raise
+        count = f"{conversion.wrong:,} of {conversion.wrong + conversion.fitted:,} rows"
+        raise DataError(f"{e}\n{count} do not fit; data.bad_rows: drop leaves them out") from e
 
 
 def _notes(columns: Columns, reads: Collection[str] | None, wrong: int, problems: Sequence[Problem]) -> list[str]:

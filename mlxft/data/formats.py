@@ -1004,6 +1004,11 @@ class Format(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
+    @property
+    def fields(self) -> list[str]:
+        """Return the names of all fields."""
+        return "|".join(self.required + self.optional).split("|")
+
     def missing(self, row: Mapping[str, Any]) -> list[str]:
         """Return the required fields that a row does not have, or has as null."""
         return [name for name in self.required if all(row.get(part) is None for part in name.split("|"))]
@@ -1068,7 +1073,7 @@ class _Reader:
             raise ConfigError(f"data.format is {format!r}; expected one of {', '.join(FORMATS)}{hint}")
         self.form, self.format, self.fields = FORMATS[format], format, fields
         self.chat, self.columns = chat, columns
-        known = "|".join(self.form.required + self.form.optional).split("|")
+        known = self.form.fields
         if unknown := [name for name in fields if name not in known]:
             lines = [f"data.fields.{n}: format {format} has no field {n!r}{nearest(n, known)}" for n in unknown]
             raise ConfigError("\n".join([*lines, f"the fields of {format} are {', '.join(known)}"]))
@@ -1181,8 +1186,6 @@ class Conversion:
                 text += (
                     f"\nthese rows look like data.format: {likely}, for objective: {objective} (configs/{recipe}.yaml)"
                 )
-            elif self.fitted and not drop:
-                text += f"\n{self.wrong:,} of {self.fitted + self.wrong:,} rows; data.bad_rows: drop leaves them out"
             raise DataError(text)
 
 
@@ -1328,8 +1331,7 @@ class _Table:
         self, rows: Sequence[dict[str, Any]], given: Mapping[str, str], formats: Sequence[str], chat: bool
     ) -> None:
         self.rows, self.given, self.chat = rows, dict(given), chat
-        known = {name: "|".join(form.required + form.optional).split("|") for name, form in FORMATS.items()}
-        self.formats = [name for name in formats if given.keys() <= set(known[name])]
+        self.formats = [name for name in formats if given.keys() <= set(FORMATS[name].fields)]
         values: dict[str, list[Any]] = {}
         for row in rows:
             for name in names_of(row):
@@ -1576,7 +1578,8 @@ def recognise(
     table = _Table(seen, given, formats, chat)
     readings = list({as_settings(*reading): reading for reading in table.readings()}.values())
     if len(readings) == 1:
-        format, found = readings[0][0], given | {o: t for o, t in readings[0][1].items() if o != t}
+        format, named = readings[0][0], given | {o: t for o, t in readings[0][1].items() if o != t}
+        found = {name: named[name] for name in FORMATS[format].fields if name in named}
         said = as_settings(format, found).replace("=", ": ").replace(" 'data.fields", ", data.fields").rstrip("'")
         return Recognised(format, found, [f"rows are read as {said}"])
     name = name or re.sub(r"(:\d+|\[\d+\])\Z", "", first[0].where)

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -319,10 +320,12 @@ _CHUNK = 1 << 20  # characters that are read at once
 
 
 def _first_line(path: Path) -> tuple[bytes, bool]:
-    """Return the first line of a file that is not blank, and whether others follow."""
+    """Return the first line of a file that is not blank, at most 16 MiB of it, and whether there are others."""
     with path.open("rb") as file:
-        first = next((line for line in map(bytes.strip, file) if line), b"").removeprefix(b"\xef\xbb\xbf")
-        return first, any(line.strip() for line in file)
+        first = b""
+        while not first and (line := file.readline(1 << 24)):
+            first = line.removeprefix(b"\xef\xbb\xbf").strip()
+        return first, line.endswith(b"\n") and any(part.strip() for part in iter(lambda: file.read(1 << 20), b""))
 
 
 def _read_jsonl(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
@@ -466,8 +469,8 @@ def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row 
         raise DataError(f"{name}: no list of rows {source.part!r}{nearest(source.part, lists)}; {has}")
     key = source.part or next((alias for alias in SPLITS[split] if alias in lists), "")
     if not key and len(lists) > 1:
-        names = ", ".join(f"{source.path}:{key}" for key in lists)
-        raise DataError(f"{name}: has several lists of rows; name one of them: {names}")
+        ways = " or ".join(shlex.quote(f"data.train={source.path}:{key}") for key in lists)
+        raise DataError(f"{name}: has {len(lists)} lists of rows; name one: {ways}")
     if key or lists:
         key = key or next(iter(lists))
         rows = [asked for row in lists[key] for asked in (_asked_of(row) or [row])]
@@ -776,8 +779,8 @@ def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | P
         raise DataError(f"{source.name}: not a readable spreadsheet: {' '.join(str(exc).split())[:300]}") from exc
     filled = [name for name, rows in sheets.items() if sum(map(bool, map(_filled, rows))) > 1]
     if len(filled) > 1:
-        ways = " or ".join(f"{source.path}:{name}" for name in filled)
-        raise DataError(f"{source.name}: {len(filled)} sheets have rows; name one: data.train={ways}")
+        ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in filled)
+        raise DataError(f"{source.name}: {len(filled)} sheets have rows; name one: {ways}")
     name = filled[0] if filled else source.part or next(iter(sheets), "")
     if len(sheets) > 1:
         notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
