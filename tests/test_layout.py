@@ -60,7 +60,7 @@ BUDGET = {
     "trainer": (5, 1850),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them.
-    "study": (16, 6400),
+    "study": (16, 6450),
     "exports": (6, 3300),
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     "cli": (6, 2140),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes

@@ -42,7 +42,9 @@ _TEMPERATURE = click.option(
 @_MAX_TOKENS
 @_TEMPERATURE
 @TRUST
-def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...], **defaults: float) -> None:
+def serve(
+    models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...], max_tokens: int, temperature: float
+) -> None:
     """Serve models by OpenAI's API, for its clients and for chat programs; Ctrl-C stops it.
 
     MODEL is a run, an adapter, a fused model, a folder, a hub id or a .gguf file. A request chooses one by name: the
@@ -56,7 +58,8 @@ def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...
     from mlxft.study.compare import open_models
     from mlxft.study.serve import serve_models
 
-    serve_models(open_models(models), host, port, origins=origins, **defaults)  # type: ignore[arg-type]
+    opened = open_models(models)
+    serve_models(opened, host, port, origins=origins, max_tokens=max_tokens, temperature=temperature)
 
 
 @click.command()
