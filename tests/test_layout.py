@@ -64,7 +64,7 @@ BUDGET = {
     "trainer": (5, 1850),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
-    "study": (17, 6950),
+    "study": (17, 7010),
     "exports": (6, 3300),
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     "cli": (7, 2390),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes

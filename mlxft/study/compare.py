@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,12 +49,12 @@ class OpenModel:
 
 
 class _Source(NamedTuple):
-    """A model as it was named: its short name, where it is, its adapter, and loading options of its base."""
+    """A model as it was named: its short name, its base with the options to load it, and its adapter."""
 
     name: str
     path: str
-    adapter: Path | None
     options: dict[str, Any]
+    adapter: Path | None = None
 
 
 def open_models(given: Sequence[str]) -> dict[str, OpenModel]:
@@ -68,10 +68,9 @@ def open_models(given: Sequence[str]) -> dict[str, OpenModel]:
     Raises:
         ConfigError: two have the same name, or there is no base. ModelError: one cannot be loaded.
     """
-    sources = _sources(given)
     shared: dict[Any, tuple[Loaded, Roles]] = {}
     found = {}
-    for name, path, adapter, options in sources:
+    for name, path, options, adapter in _sources(given):
         key = _base_key(path, options)
         if key not in shared:
             loaded = load(path, **options) if adapter is None else load_base_of(adapter, adapter, {})
@@ -99,24 +98,26 @@ def _sources(given: Sequence[str]) -> list[_Source]:
     for text in given:
         name, path = _named(text)
         if text == "base" and not Path("base").exists():
-            if not tuned:
-                raise ConfigError(
-                    "base: give a run or an adapter beside it, whose base is meant; or the base's own name"
-                )
-            path, options = base_of(_named(tuned[0])[1])
-            source = _Source(name, path, None, options)
+            source = _Source(name, *_base_among(tuned))
         else:
             at, adapter, _ = locate(path)
             noted = {} if adapter is None else base_noted(read_adapter_config(adapter))
             base = noted.pop("model", None)
             options = {k: v for k, v in noted.items() if k in ("dtype", "quantize", "group_size")}
-            source = _Source(name, str(at) if base is None else stated_name(base), adapter, options)
+            source = _Source(name, str(at) if base is None else stated_name(base), options, adapter)
         if name in found:
             raise ConfigError(
                 f"two models are called {name}: {given[list(found).index(name)]} and {text}; name one: NAME=PATH"
             )
         found[name] = source
     return list(found.values())
+
+
+def _base_among(tuned: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    for text in tuned:
+        with suppress(ConfigError):
+            return base_of(_named(text)[1])
+    raise ConfigError("base: give a run or an adapter beside it, whose base is meant; or the base's own name")
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -143,13 +144,13 @@ def _base_key(path: str, options: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def latest_and_base(place: Path) -> list[str]:
-    """Return the names of the latest run with trained weights and of its base.
+    """Return the names of the base of the latest run with trained weights, and of the run; reward models do not count.
 
     Raises:
         ConfigError: there is no such run.
     """
     for info in reversed(list_runs(place) if place.is_dir() else []):
-        if (info.dir / "adapter").is_dir() or (info.dir / "model").is_dir():
+        if info.objective != "reward" and any((info.dir / part).is_dir() for part in ("adapter", "model")):
             return ["base", str(info.dir)]
     raise ConfigError(f"no run in {place} has trained weights; give --models, such as --models base,runs/a")
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import unquote
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.server import APIHandler, ModelProvider, ResponseGenerator, get_system_fingerprint
+from mlx_lm.server import APIHandler, GenerationContext, ModelProvider, ResponseGenerator, get_system_fingerprint
 
 from mlxft.data.dataset import encode_prompt
 from mlxft.data.formats import message_at
@@ -31,7 +32,7 @@ from mlxft.text import echo, json_text
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EVERYWHERE = ("0.0.0.0", "::")
 _LARGEST = 64 * 2**20  # bytes of a request
-_FOREIGN = ("adapters", "draft_model", "role_mapping")  # fields by which mlx_lm.server loads what a request names
+_FOREIGN = ("adapters", "draft_model")  # fields by which mlx_lm.server loads what a request names
 # Settings of mlx_lm.server that have no option here, as its own command has them.
 _SETTINGS: dict[str, Any] = {
     "model": None,
@@ -74,6 +75,35 @@ class _Provider(ModelProvider):
 
 
 class _Generator(ResponseGenerator):
+    def __init__(self, provider: _Provider, prompt_cache: LRUPromptCache) -> None:
+        self._running: list[GenerationContext] = []
+        super().__init__(provider, prompt_cache)
+
+    def _run_generate(self) -> None:
+        # A thread that has computed may not end: MLX frees the functions that it compiled there after Python has let go
+        # of the thread, and if the interpreter ends meanwhile, the process is aborted. So a daemon computes, and waits.
+        ended = Event()
+
+        def compute() -> None:
+            super(_Generator, self)._run_generate()
+            ended.set()
+            Event().wait()
+
+        Thread(target=compute, daemon=True).start()
+        ended.wait()
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Begin a completion, and note it until its request ends it."""
+        context, pieces = super().generate(*args, **options)
+        self._running = [each for each in self._running if not each._should_stop] + [context]
+        return context, pieces
+
+    def stop_and_join(self) -> None:
+        """End all completions, however long they would be, and then the thread."""
+        for context in self._running:
+            context.stop()
+        super().stop_and_join()
+
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """Render a conversation as training and `mlxft generate` do."""
         prompt, segments, kinds, state, vision = super()._tokenize(tokenizer, request, args)
@@ -192,6 +222,29 @@ class _Handler(APIHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    daemon_threads = False  # a thread that prints while the interpreter ends would abort it
+
+    def __init__(self, *args: Any) -> None:
+        self._sockets: set[Any] = set()
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a request, and note its socket."""
+        self._sockets.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a request."""
+        self._sockets.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Close the server and all connections, and wait for their threads."""
+        for connection in [*self._sockets]:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print in a line what went wrong; that a client has gone is no fault."""
         if not isinstance(error := sys.exc_info()[1], ConnectionError):
@@ -252,5 +305,5 @@ def serve_models(
     try:
         server.serve_forever(poll_interval=0.1)
     finally:
-        server.server_close()
         generator.stop_and_join()
+        server.server_close()

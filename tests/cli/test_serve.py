@@ -158,16 +158,20 @@ def test_what_cannot_be_opened_is_refused(two: tuple[str, str], refused: Command
         serve._bound("no.such.host.example", 0)
 
 
-def test_ctrl_c_ends_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_it_and_the_completions_under_way(tiny_model_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlxft", "serve", str(tiny_model_dir), "--port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         line = server.stdout.readline()
         assert line.startswith(f"serving {tiny_model_dir.name} at http://127.0.0.1:")
+        to = http.client.HTTPConnection("127.0.0.1", int(line.split(":")[2].split("/")[0]), timeout=60)
+        endless = {"prompt": "the", "max_tokens": 10**6, "stream": True, "seed": 1, "logit_bias": {"2": -1e9}}
+        to.request("POST", "/v1/completions", json.dumps(endless))
+        assert to.getresponse().read(20)
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130
         assert server.stderr is not None
-        assert server.stderr.read().strip() == "interrupted"
+        assert server.stderr.read().strip().endswith("interrupted")
 
 
 def test_compare_shows_completions_side_by_side(wanted: dict[str, str], mlxft: Command) -> None:
