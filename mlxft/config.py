@@ -722,11 +722,17 @@ class ReportSettings(Settings):
 
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
         default_factory=list,
-        description="Trackers that receive the metrics of metrics.jsonl; a failing tracker never stops training.",
+        description="Trackers that receive the metrics of metrics.jsonl, or a single one; a failing tracker never "
+        "stops training.",
     )
     project: str | None = Field(
         None, min_length=1, description="Project of wandb and trackio, experiment of mlflow (default: mlxft)."
     )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _listed(cls, to: Any) -> Any:
+        return [to] if isinstance(to, str) else to
 
     @model_validator(mode="after")
     def _consistent(self) -> ReportSettings:
@@ -1047,7 +1053,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     for e in error.errors():
         location = _location(e["loc"], kind)
         if e["type"] == "extra_forbidden":
-            text = "no such setting" + nearest_key(location, kind)
+            text = "no such setting" + nearest_key(location, kind, e["input"])
             problems.setdefault(location, []).append((text, None))
         elif e["type"] == "missing":
             for needed in _needed(location, kind):
@@ -1095,8 +1101,8 @@ def _section(annotation: Any) -> Any:
     return annotation if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
-def nearest_key(location: str, kind: type[BaseModel]) -> str:
-    """Return the nearest right name: in the section, else the same leaf in another section, else anywhere."""
+def nearest_key(location: str, kind: type[BaseModel], value: Any = None) -> str:
+    """Return the right name: another tool's setting in our words, or the nearest in the section, else anywhere."""
     keys = all_keys(kind)
     section, _, leaf = location.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
@@ -1108,6 +1114,10 @@ def nearest_key(location: str, kind: type[BaseModel]) -> str:
     inner = _inner(location, kind)
     if inner is not None:
         return nearest(leaf, [f.alias or name for name, f in inner.model_fields.items()])
+    from mlxft.foreign import explain_setting
+
+    if said := explain_setting(location, value, keys):
+        return said
     # Compare leaves with leaves: the section's name would make all of its settings look alike.
     close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")
     found = elsewhere or ([siblings[close]] if close else [])
@@ -1447,7 +1457,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, An
     Raises:
         ConfigError: the file is missing, or is not valid YAML or not a mapping.
     """
-    raw = _read_mapping(path)
+    raw = _read_recipe(path)
     return raw, _settle(raw, overrides, "versions" in raw)
 
 
@@ -1469,11 +1479,36 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = read_small(path)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}") from e
+        ours = not path.exists() and (Path(__file__).parent / "configs" / f"{path.stem}.yaml").is_file()
+        copy = f"; mlxft recipes copy {path.stem} writes it" if ours else ""
+        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}{copy}") from e
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     return raw or {}
+
+
+def _read_recipe(path: Path) -> dict[Any, Any]:
+    """Read a recipe's mapping; raise ConfigError for another tool's configuration."""
+    raw = _read_mapping(path)
+    if "versions" not in raw:
+        from mlxft.foreign import tool_of
+
+        if tool := tool_of(raw):
+            raise ConfigError(
+                f"{path}: this is a configuration of {tool}, not a recipe of mlxft; to make one of it: mlxft init "
+                f"--from {shlex.quote(str(path))}"
+            )
+    return raw
+
+
+def _name_of(raw: Mapping[str, Any]) -> str | None:
+    """Return the name of a run without a recipe: its objective and its data's name."""
+    data = raw.get("data")
+    train = data.get("train") if isinstance(data, dict) else None
+    stem = re.sub(r"[^\w.-]+", "-", Path(train.partition("[")[0]).stem).strip(".-") if isinstance(train, str) else ""
+    objective = str(raw.get("objective") or "sft")
+    return f"{objective}-{stem}"[:100] if stem and objective.isidentifier() else None
 
 
 _NAMES_PYTHON = "the run folder names Python code to run, and may come from someone else; read the code and add "
@@ -1511,14 +1546,14 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
 
 
 def load_config(
-    path: Path,
+    path: Path | None,
     overrides: Sequence[str] = (),
     *,
     of_run: bool = False,
     looked_at: bool = False,
     given: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read a recipe and apply `KEY=VALUE` overrides.
+    """Read a recipe and apply `KEY=VALUE` overrides, which are the whole recipe if there is no file.
 
     Args:
         of_run: the file is from a run folder, which may be someone else's: overrides, not the file, decide whether a
@@ -1529,14 +1564,15 @@ def load_config(
     Raises:
         ConfigError: the file is missing or not valid YAML, or a setting is wrong; all problems at once.
     """
-    raw = _read_mapping(path)
+    raw = _read_recipe(path) if path is not None else {}
     for key, value in (given or {}).items():
         put(raw, key, value, set(given or ()), key)
     theirs = of_run or looked_at or "versions" in raw
     problems = _settle(raw, overrides, theirs, looked_at)
     opened = theirs and not _chooses(overrides, "objective") and "objective" not in (given or {})
     try:
-        config = parse_config(raw, str(path), path.stem.lstrip("."), opened)
+        origin, name = ("settings", _name_of(raw)) if path is None else (str(path), path.stem.lstrip("."))
+        config = parse_config(raw, origin, name, opened)
     except ConfigError as e:
         problems.append(str(e))
     if problems:

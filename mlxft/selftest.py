@@ -33,6 +33,7 @@ from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
 from mlxft.model.sampling import Sampling, sample_batch
 from mlxft.run import train, train_config
 from mlxft.runs import load_run
+from mlxft.study.catalogue import keep_bench
 from mlxft.text import json_text, make_console, parse_json
 
 # --- tiny -------------------------------------------------------------------------------------------------------------
@@ -463,8 +464,10 @@ def bench(
             figures = parse_json(line) if done.returncode == 0 else {}
             figures = figures or {"error": _why(done.returncode, done.stderr)}
             if "tokens_per_s" in figures:  # 2 operations per parameter, forward and for the inputs' gradient
-                operations = (2 if job == "sampling" else 4) * figures.pop("parameters")
-                figures["share"] = operations * figures["tokens_per_s"] / rate
+                size = figures.pop("parameters")
+                figures["share"] = (2 if job == "sampling" else 4) * size * figures["tokens_per_s"] / rate
+                if side == "mlxft":
+                    keep_bench(job, shape, size, figures["tokens_per_s"])
             found.append({"job": job, "shape": shape, "side": side, **figures})
             on_job(found[-1])
     machine = {f.name: f.value for f in examine(Path())}

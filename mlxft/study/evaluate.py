@@ -793,7 +793,7 @@ def run_evaluation(
         choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed) if asking.shots else []
         for task, cases in zip(tasks, asked)
     ]
-    other, options = _base(model, adapter) if against == "base" else (against, {})
+    other, options = base_of(model, adapter) if against == "base" else (against, {})
     if other is not None:
         load_run(other, lazy=True, **options)  # raises now, not after the first model is done
 
@@ -838,7 +838,7 @@ def run_episodes(
         ConfigError, DataError, ModelError, EpisodeError: something does not fit, or the environment fails.
     """
     named = adapter or model
-    other, options = _base(model, adapter) if against == "base" else (against, {})
+    other, options = base_of(model, adapter) if against == "base" else (against, {})
 
     def evaluated(loaded: Loaded) -> Evaluated:
         asked = Asked(file, loaded, limit=asking.limit, met=Met(environment))
@@ -940,8 +940,8 @@ def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
     return not FORMATS[data.format].missing(names)
 
 
-def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the base of a run or adapter, and its loading options."""
+def base_of(model: str, adapter: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the base of a run or adapter, and its loading options; raise ConfigError if it does not name one."""
     if adapter is not None:
         return model, {}
     folder = home_path(model)
@@ -954,7 +954,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     elif is_run(folder):
         run = open_run(folder)
         return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
-    raise ConfigError(f"--against base: {model} does not name its base; give it: --against MODEL")
+    raise ConfigError(f"base: {model} does not name its base; give the base's own name")
 
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:

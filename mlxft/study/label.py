@@ -380,20 +380,26 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, now)
 
 
-def show_side_by_side(console: Console, title: str, prompt: str | list[dict[str, Any]], texts: Sequence[str]) -> None:
-    """Print a prompt and its completions, side by side if there is room."""
+def show_side_by_side(
+    console: Console,
+    title: str,
+    prompt: str | list[dict[str, Any]],
+    texts: Sequence[str],
+    names: Sequence[str] | None = None,
+) -> None:
+    """Print a prompt and its completions, side by side if there is room; without `names` by the keys that choose."""
     console.rule(Text(title))
     lines = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
     console.print(Text("\n".join(lines), style="bold"))
     count = len(texts)
-    names = ["left (l)", "right (r)"] if count == 2 else [str(i + 1) for i in range(count)]
+    names = names or (["left (l)", "right (r)"] if count == 2 else [str(i + 1) for i in range(count)])
     if console.width < max(_NARROW, _COLUMN * count):
         for name, text in zip(names, texts):
-            console.print(Panel(Text(text), title=name, title_align="left"))
+            console.print(Panel(Text(text), title=Text(name), title_align="left"))
         return
     table = Table(expand=True, show_lines=True)
     for name in names:
-        table.add_column(name, ratio=1, overflow="fold")
+        table.add_column(Text(name), ratio=1, overflow="fold")
     table.add_row(*map(Text, texts))
     console.print(table)
 
