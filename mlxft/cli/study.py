@@ -361,7 +361,8 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
 
     JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo and sampling (default:
     all). --shape is one of smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b and qwen3-8b. Nothing is downloaded.
-    The table rows at the end are meant for docs/performance.md. Exit code 1 if a job fails.
+    The table rows at the end are meant for docs/performance.md; mlxft models reads the speeds, too. Exit code 1 if a
+    job fails.
 
     \b
     Example: mlxft bench --shape qwen3-0.6b --against mlx_lm

@@ -207,8 +207,11 @@ class _Handler(APIHandler):
     def handle_chat_completions(self) -> Any:
         """Read a conversation; images are refused before mlx_lm.server fetches their addresses."""
         for message in self.body.get("messages") or ():
-            content = message.get("content") if isinstance(message, dict) else None
-            parts = content if isinstance(content, list) else []
+            if not isinstance(message, dict):
+                continue
+            if message.get("role") == "developer":  # OpenAI's newer name of the role system
+                message["role"] = "system"
+            parts = content if isinstance(content := message.get("content"), list) else []
             if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
                 raise ValueError("only texts are served, not images or audio")
         return super().handle_chat_completions()

@@ -92,6 +92,10 @@ def test_each_name_completes_as_generate_does(served: Client, wanted: dict[str, 
     for name in ("a", "b", "base", "a"):
         assert served.chat(name) == (200, wanted[name])
         assert served.chat(name, stream=True) == (200, wanted[name])
+    prompts = [
+        [{"role": role, "content": "of"}, {"role": "user", "content": "the in"}] for role in ("system", "developer")
+    ]
+    assert served.chat("a", messages=prompts[0]) == served.chat("a", messages=prompts[1])
     assert served.chat("b", seed=1) == (200, wanted["b"])  # without a batch
     asked = [threading.Thread(target=lambda n=n: found.append((n, served.chat(n)[1]))) for n in ("a", "b", "base", "b")]
     found: list[tuple[str, str]] = []
