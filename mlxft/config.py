@@ -484,9 +484,9 @@ class BatchSettings(Settings):
 
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="Tokens in a micro-batch, padding included; rows of similar length share one (default: 2048). auto "
-        "takes as many as fit in memory, at most 65536, by the memory plan, corrected by measured steps "
-        "(memory.measure) when a run or range test begins.",
+        description="Tokens in a micro-batch, padding included; rows of similar length share one (default: what makes "
+        "64 of an epoch, but 256 to 2048; on-policy objectives: 2048). auto takes as many as fit in memory, at "
+        "most 65536, by the memory plan, corrected by measured steps (memory.measure) when a run or range test begins.",
     )
     rows: int | None = Field(None, ge=1, description="Rows in a micro-batch, instead of tokens.")
     accumulate: int = Field(1, ge=1, description="Micro-batches in a step.")
@@ -504,7 +504,7 @@ class BatchSettings(Settings):
 
     @property
     def budget(self) -> int:
-        """Return `tokens`, or its default."""
+        """Return `tokens`, or what an objective takes that leaves them open."""
         return 2048 if self.tokens is None else int(self.tokens)
 
 
@@ -633,7 +633,13 @@ class RunSettings(Settings):
     dir: Path = Field(Path("runs"), description="Folder that holds the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed for all random numbers.")
     steps: int | None = Field(None, ge=1, description="Number of steps (optimiser updates).")
-    epochs: float | None = Field(None, gt=0, le=1e6, description="Number of epochs, instead of steps (default: 1).")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Number of epochs, instead of steps (default: as many as make 200 steps of sft, 100 of other "
+        "objectives, but 1 to 20).",
+    )
     report_every: int = Field(10, ge=1, description="Steps between reports.")
     eval_every: int | None = Field(None, ge=1, description="Steps between validations (default: one epoch).")
     eval_at_start: bool = Field(False, description="Validate before the first step, to have a loss to compare with.")
@@ -803,6 +809,16 @@ class Config(Settings):
         memory = self.memory.model_copy(update={"checkpoint": "on", "measure": False})
         run = self.run.model_copy(update={"compile": "off"})
         return self.model_copy(update={"memory": memory, "run": run})
+
+    @property
+    def begun(self) -> Config:
+        """Return a run's recipe with the sizes that it was trained with, which older versions did not write down."""
+        batch, run = self.batch, self.run
+        if batch.tokens is None and batch.rows is None:
+            batch = batch.model_copy(update={"tokens": batch.budget})
+        if run.steps is None and run.epochs is None:
+            run = run.model_copy(update={"epochs": 1.0})
+        return self.model_copy(update={"batch": batch, "run": run})
 
     def section(self, name: str, kind: type[S]) -> S:
         """Return the objective's own section `name`."""

@@ -40,7 +40,7 @@ from mlxft.files import (
     remove,
     temporary,
 )
-from mlxft.text import Event, home_path, parse_json, read_file
+from mlxft.text import Event, home_path, parse_json, read_file, validation_figure
 
 if TYPE_CHECKING:
     from mlxft.config import Config
@@ -115,8 +115,9 @@ class Run:
         if trained := [e for e in events if e["event"] == "train"]:
             facts |= {"step": trained[-1]["step"], "loss": round(trained[-1]["loss"], 4)}
             facts["curve"] = [(e["step"], e["loss"]) for e in trained]
-        if losses := [e["loss"] for e in events if e["event"] == "eval"]:
-            facts["validation loss"] = round(min(losses), 4)
+        if evals := [e for e in events if e["event"] == "eval"]:
+            name, value = validation_figure(min(evals, key=lambda e: e["loss"]))
+            facts[f"validation {name}"] = round(value, 4)
         return facts
 
     def __repr__(self) -> str:
@@ -310,7 +311,7 @@ def _check_resumable(run: Run) -> None:
                 f"{folder}: is a link, and its target is neither replaced nor removed; move the folder itself back here"
             )
     if stored is not None:
-        _check_same(stored, run.config)
+        _check_same(stored, run)
 
 
 def _check_unused(run: Run) -> None:
@@ -330,18 +331,38 @@ def _check_unused(run: Run) -> None:
         raise ConfigError(f"{run.dir}: {', '.join(inside)} is in this run folder; choose another run.name")
 
 
-def _check_same(before: Config, now: Config) -> None:
+def _check_same(before: Config, run: Run) -> None:
     """Refuse settings that would make it another run, and name them."""
     from mlxft.config import flat
 
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    free = set(FREE_ON_RESUME)
+    now, free, lengths = run.config, set(FREE_ON_RESUME), {"run.steps", "run.epochs"}
+    old, new = flat(before.begun.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
-        free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
+        free |= lengths  # the learning rate does not depend on the length then
     keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
     if keys:
         lines = [f"{k}: the run has {old.get(k)!r}, the recipe has {new.get(k)!r}" for k in keys]
-        raise ConfigError("cannot resume with other settings:\n  " + "\n  ".join(lines))
+        text = "cannot resume with other settings:\n  " + "\n  ".join(lines)
+        raise ConfigError(text + (_way_to_extend(before.begun, run) if {*keys} <= lengths else ""))
+
+
+def _way_to_extend(before: Config, run: Run) -> str:
+    """Return how a run whose rates hang on its length is trained further."""
+    config, optim, full = run.config, run.config.optim, run.config.tune.method == "full"
+    first, now = before.run, config.run
+    more = [
+        f"run.{name}={after - length:g}"
+        for name, length, after in (("steps", first.steps, now.steps), ("epochs", first.epochs, now.epochs))
+        if length is not None and after is not None and after > length
+    ]
+    # An adapter has its own rank and targets, so the section tune is left out.
+    begin = [f"model.path={run.result}"] if full else ["tune={}", f"model.adapter={run.dir}"]
+    command = ["mlxft", "train", str(run.dir / "config.yaml"), *begin, f"run.name={run.dir.name}-2", *more]
+    warmup = f" and optim.warmup: {optim.warmup:g}, a share" if 0 < optim.warmup < 1 else ""
+    return (
+        f"\nthe rates of a run with optim.schedule: {optim.schedule}{warmup} hang on its length; only constant rates, "
+        f"after a warm-up in steps, can be extended. Train its result further in a new run: {shlex.join(command)}"
+    )
 
 
 def make_folder(run: Run, resume: bool, overwrite: bool) -> None:

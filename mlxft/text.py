@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,3 +188,24 @@ def bar(console: Console | None, total: int, what: str) -> Iterator[Callable[[in
 def progress_html(done: int, total: int, what: str) -> str:
     """Return a progress bar as HTML."""
     return f'<progress value="{done}" max="{total}" aria-label="{what}"></progress> {done:,}/{total:,} {what}'
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+VALUE = "reward_less_kl_cost"  # what on-policy methods maximise; its negative is their `loss` in metrics.jsonl
+
+
+def with_value(event: Mapping[str, Any]) -> Event:
+    """Return a validation event of an on-policy method with VALUE in place of `loss`; any other as it is."""
+    valued = VALUE in event or {"reward", "eos_share"} <= {*event}  # older versions wrote no VALUE
+    if event.get("event") != "eval" or "loss" not in event or not valued:
+        return {**event}
+    loss = event["loss"]  # a number that was not finite is a text
+    named = {VALUE if k == "loss" else k: v for k, v in event.items() if k != VALUE}
+    return named | {VALUE: -loss if isinstance(loss, int | float) else loss}
+
+
+def validation_figure(event: Event) -> tuple[str, float]:
+    """Return the name and the value of what a validation is compared by."""
+    found = with_value(event)
+    return ("reward less KL cost", found[VALUE]) if VALUE in found else ("loss", found["loss"])

@@ -332,8 +332,8 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     "tasks",
     multiple=True,
     metavar="TASK",
-    help="What to measure: loss (default), choice, exact_match, contains, number, f1, json, file.py:function, "
-    "reward:RUN, or a YAML file; can be given several times.",
+    help="What to measure: loss (default), pairs (default for pairs), choice, exact_match, contains, number, f1, json, "
+    "file.py:function, reward:RUN, or a YAML file; can be given several times.",
 )
 @click.option(
     "--environment",
@@ -361,6 +361,13 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     type=RunArg(),
     metavar="MODEL",
     help="Model to compare with, by paired difference: base, or another run or model.",
+)
+@click.option(
+    "--answers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="With a loss: also complete the prompts of this many rows, the first ones, and keep the completions.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows (with --tasks: of each task).")
 @click.option(

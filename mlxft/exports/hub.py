@@ -22,7 +22,7 @@ from mlxft.model.folder import NAMED_TEMPLATES, brief, foreign, lies_in
 from mlxft.model.heads import HEAD_FILE
 from mlxft.model.load import ALIASES
 from mlxft.runs import Run, open_run
-from mlxft.text import home_path, parse_json, printable, read_small
+from mlxft.text import VALUE, home_path, parse_json, printable, read_small, with_value
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCardData
@@ -105,7 +105,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TASKS = {"sft": "supervised fine-tuning", "reward": "reward modelling (Bradley-Terry) on pairs of completions"}
 _RELATION = {"adapter": "adapter", "peft": "adapter"}  # to the base; else finetune
 _METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
-_COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
+_COLUMNS = ("loss", "accuracy", "margin", VALUE, "reward", "kl", "win_rate")
 _ROWS = 12  # of the table of validations
 
 
@@ -348,6 +348,7 @@ def _data(spec: Paths) -> str:
 def results(events: Sequence[_Event]) -> str:
     """Return the validations as a table, the kept one in bold; without any, the metrics of training."""
     evals = [e for e in events if e.get("event") == "eval" and isinstance(e.get("loss"), (int, float))]
+    evals = [with_value(e) for e in evals]
     rollouts = [e for e in events if e.get("event") == "rollout"]
     steps = rollouts or [e for e in events if e.get("event") == "train"]
     found, kind = (evals, "validation") if evals else (steps, "training")

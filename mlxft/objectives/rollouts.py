@@ -71,7 +71,7 @@ from mlxft.objectives.episodes import LIMITS, EncodedPrompt, EnvironmentSettings
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
-from mlxft.text import Event
+from mlxft.text import VALUE, Event
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -627,7 +627,8 @@ class HeldOut:
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
             # What is optimised, lower is better: it decides which weights are kept.
-            "loss": o.settings.kl_coef * kl.get("kl", 0.0) - reward,
+            "loss": (cost := o.settings.kl_coef * kl.get("kl", 0.0)) - reward,
+            VALUE: reward - cost,
             "reward": reward,
             **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
             **kl,
@@ -710,6 +711,7 @@ class RolloutObjective(Objective, Generic[_P]):
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    least_steps = 100
     # Nothing is compiled: micro-batches of completions rarely have the same shape.
     first_whole = 0  # the first rollout that trains everything
     together = 1  # completions that stay in one micro-batch: the two of a pair
@@ -1090,6 +1092,7 @@ class RolloutObjective(Objective, Generic[_P]):
 class OnPolicy(RolloutObjective[_M], Generic[_M]):
     """An objective over the policy's completions and their rewards. A subclass gives advantages and the loss."""
 
+    valued = True
     grouped = False  # whether completions are compared with others of their prompt
     needs_reference = False  # whether the loss reads ref_logprobs
     reads: tuple[str, ...] = ("old_logprobs", "advantages")

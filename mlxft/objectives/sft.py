@@ -65,6 +65,7 @@ class SFT(OffPolicy):
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate = 2e-5  # of full fine-tuning; LoRA 2e-4
+    least_steps = 200
     traceable = True
     noisy = True
 

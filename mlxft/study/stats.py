@@ -50,6 +50,13 @@ def mean(values: Sequence[float] | Floats64, weights: Sequence[float] | Floats64
     return Figure(value, math.sqrt(squares * n / (n - 1)) / total, n)
 
 
+def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of a share of n rows (Wilson 1927), which keeps to [0, 1] and is right for few rows."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (middle - reach) / (1 + z * z / n)), min(1.0, (middle + reach) / (1 + z * z / n))
+
+
 def bootstrap(
     a: Sequence[float] | Floats64,
     b: Sequence[float] | Floats64,

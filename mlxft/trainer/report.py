@@ -27,7 +27,16 @@ from rich.text import Text
 
 from mlxft.errors import ConfigError, missing_extra
 from mlxft.files import write_text, writing
-from mlxft.text import Event, notebook_place, parse_json, printable, progress_html, read_file
+from mlxft.text import (
+    VALUE,
+    Event,
+    notebook_place,
+    parse_json,
+    printable,
+    progress_html,
+    read_file,
+    validation_figure,
+)
 
 if TYPE_CHECKING:
     from mlxft.config import ReportSettings
@@ -160,10 +169,10 @@ def event_line(event: Event) -> str:
             f"peak {event['peak_memory_gb']:.2f} GB{_waits(event)}{skipped(event)}"
         )
     if kind == "eval":
-        extra = "".join(
-            f" {k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in ("loss", "elapsed_s", "best")
-        )
-        return f"step {event['step']} validation loss {event['loss']:.4f}{extra}{' (best)' if event['best'] else ''}"
+        known = {"loss", VALUE, "elapsed_s", "best"}
+        extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in known)
+        name, value = validation_figure(event)
+        return f"step {event['step']} validation {name} {value:.4f}{extra}{' (best)' if event['best'] else ''}"
     if kind == "sample":
         score = f" (score {event['score']:.4g})" if "score" in event else ""
         return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}{score}"
@@ -235,7 +244,9 @@ class LiveView:
         grid = Table.grid(padding=(0, 2))
         grid.add_row("loss", f"{t['loss']:.4f}" if t else "...", Text(sparkline(list(self._losses)), style="cyan"))
         if e:
-            grid.add_row("validation", f"{e['loss']:.4f}", f"at step {e['step']}{' (best)' if e['best'] else ''}")
+            name, value = validation_figure(e)
+            at = f"{name} at step {e['step']}{' (best)' if e['best'] else ''}"
+            grid.add_row("validation", f"{value:.4f}", at)
         if t:
             grid.add_row("epoch", _epoch(t), f"lr {t['lr']:.2e} {_norm(t)}")
             if "rollout" in t:

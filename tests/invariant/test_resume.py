@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -763,3 +764,28 @@ def test_a_model_that_can_not_be_written_keeps_the_checkpoint(
     monkeypatch.setattr(folder, "weight_bytes", real)
     train(settings, resume=True)
     assert_same(tmp_path / "runs/a", tmp_path / "runs/b")
+
+
+# A finished run is extended.
+
+
+def test_an_extended_run_is_the_one_that_was_longer_from_the_start(recipe: Recipe, tmp_path: Path) -> None:
+    constant = {"optim.schedule": "constant", "optim.warmup": 2, "run.steps": None, "data.valid": 0.25}
+    whole = train(recipe(rows=12, **constant, **{"run.epochs": 4, "run.name": "whole"}))
+    train(recipe(rows=12, **constant, **{"run.epochs": 2, "run.name": "parts"}))
+    parts = tmp_path / "runs" / "parts"
+    done = cli("train", "--resume", parts, "run.epochs=4")
+    assert done.returncode == 0, done.stderr
+    assert_same(whole.dir, parts)
+
+
+def test_a_run_whose_rates_hang_on_its_length_names_the_way_that_works(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe(rows=12, **{"run.steps": None, "run.epochs": 2, "tune.alpha": 8, "run.name": "first"}))
+    refused = cli("train", "--resume", tmp_path / "runs" / "first", "run.epochs=3")
+    assert refused.returncode == 2
+    assert "optim.schedule: cosine" in refused.stderr
+    way = shlex.split(refused.stderr.partition("in a new run: mlxft ")[2])
+    assert "run.epochs=1" in way
+    done = cli(*way)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "first-2" / "adapter").is_dir()
