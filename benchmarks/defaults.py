@@ -2,8 +2,8 @@
 
 python benchmarks/defaults.py ROWS [--sizes 57,136,300,1000] [--rates ...] [KEY=VALUE ...]
 
-ROWS is a jsonl file of data.format: messages. Of its short rows, in a random order, 30 are held out for all runs, and the
-first N are trained on by `configs/sft-lora.yaml`. Runs that are done are not trained again.
+ROWS is a jsonl file of data.format: messages. Of its short rows, in a random order, 30 are held out for all runs, and
+the first N are trained on by `configs/sft-lora.yaml`. Runs that are done are not trained again.
 """
 
 from __future__ import annotations

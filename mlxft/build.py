@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.config import Config, default_lr, load_config, objective_class
 from mlxft.data.chat import set_day
+from mlxft.data.dataset import with_format
 from mlxft.device import (
     BACKEND_NAMES,
     CROWDED,
@@ -87,6 +88,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     """
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
+    config = with_format(config) if config.data.format == "auto" else config
     objective: Objective = objective_class(config.objective)(config, tokenizer)
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
@@ -403,14 +405,15 @@ def _with(config: Config, section: str, **settings: Any) -> Config:
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """Decide what a recipe leaves open: `batch.tokens: auto`, by a plan of what fits, and the day.
+    """Decide what a recipe leaves open: how rows are read, `batch.tokens: auto`, by a plan of what fits, and the day.
 
-    A resumed run keeps both from its start; also the defaults of optim.lr, batch.tokens and run.epochs, and whether
+    A resumed run keeps these from its start; also the defaults of optim.lr, batch.tokens and run.epochs, and whether
     blocks are checkpointed and the step is compiled.
 
     Raises:
         ModelError: the model cannot be found or read.
         ConfigError: no row of data.max_length fits; memory cannot be predicted, and `memory.measure` is off.
+        DataError: the format of the rows is open, and none fits them, or several.
     """
     file = config.run_dir / "config.yaml"
     stored = load_config(file, looked_at=True).begun if resume and file.exists() else None
@@ -424,6 +427,10 @@ def settled(config: Config, resume: bool) -> Config:
             config = _with(config, "batch", tokens=stored.batch.tokens, rows=stored.batch.rows)
         if config.run.steps is None and config.run.epochs is None:
             config = _with(config, "run", steps=stored.run.steps, epochs=stored.run.epochs)
+        now, then = config.data, stored.data
+        if now.format in ("auto", then.format) and now.fields.items() <= then.fields.items():
+            config = _with(config, "data", format=then.format, fields=then.fields)
+    config = with_format(config)
     if config.data.date is None:
         config = _with(config, "data", date=(stored and stored.data.date) or date.today())
     if config.batch.tokens != "auto":

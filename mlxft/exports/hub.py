@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from mlxft.config import Config
+from mlxft.config import Config, Paths
 from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
 from mlxft.files import MARK
 from mlxft.model.folder import NAMED_TEMPLATES, brief, foreign, lies_in
@@ -187,7 +187,8 @@ def front_matter(facts: Facts) -> ModelCardData:
     if config:
         method = facts.method or config.tune.method
         tags += [_method(config), *([] if method == "full" else [method])]
-        sets = [*(source.path for source in config.data.sources.values()), config.data.valid]
+        paths = [source.path for source in config.data.sources.values()]
+        sets = [*(p for path in paths for p in ([path] if isinstance(path, str) else path)), config.data.valid]
         datasets = list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d))))
     return ModelCardData(
         library_name=library,
@@ -334,7 +335,9 @@ def _training(config: Config, events: Sequence[_Event]) -> str:
     return _table(("", ""), rows)
 
 
-def _data(spec: str) -> str:
+def _data(spec: Paths) -> str:
+    if not isinstance(spec, str):
+        return ", ".join(map(_data, spec))
     name = dataset_id(spec)
     if name:
         rest = spec.removeprefix(f"hf:{name}").strip(":").replace(":", ", ")

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Mixture, Plan, Slot, plan_epoch
+from mlxft.data.formats import FORMATS, TAKEN_BY
 from mlxft.distributed import current
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.frozen import FrozenSource, frozen_residents
@@ -152,12 +153,20 @@ class NoDropout(NamedTuple):
         return [f"the adapter's dropout is off: {self.why}"] if without_dropout(*modules) else []
 
 
+def format_problems(config: Config, formats: Sequence[str]) -> list[str]:
+    """Return what is wrong with a recipe whose objective does not take its format, and the objective that does."""
+    format = config.data.format
+    if format == "auto" or format in formats:
+        return []
+    taker, recipe = TAKEN_BY[format]
+    way = f"choose {' or '.join(formats)}, or objective {taker}, which takes it (configs/{recipe}.yaml)"
+    return [f"data.format: {format} is not for objective {config.objective}; {way}"]
+
+
 def whole_row_problems(config: Config, formats: Sequence[str], dropout: NoDropout) -> list[str]:
     """Return what is wrong with a recipe whose completions are trained whole, each as a row of its own."""
     data, name = config.data, config.objective
-    problems = []
-    if data.format not in formats:
-        problems.append(f"data.format: {data.format} is not for objective {name}; choose {' or '.join(formats)}")
+    problems = format_problems(config, formats)
     if data.train_on is not None:
         problems.append("data.train_on: completions are trained whole; leave it out")
     if data.overflow not in ("error", "drop"):
@@ -212,6 +221,11 @@ class Objective(ABC):
     def section(cls) -> str:
         """Return the name of the objective's own section, which a subclass of it keeps: the first of `sections`."""
         return next(iter(cls.sections))
+
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        """Return the formats of rows that it takes, among which data.format: auto chooses; by default all."""
+        return tuple(FORMATS)
 
     @abstractmethod
     def steps(self, model: nn.Module) -> Iterator[Step]:

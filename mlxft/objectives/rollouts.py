@@ -36,7 +36,7 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
-from mlxft.distributed import Portion, current
+from mlxft.distributed import Portion, assign, current
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenModels, FrozenSource, is_bare
@@ -717,6 +717,10 @@ class RolloutObjective(Objective, Generic[_P]):
     together = 1  # completions that stay in one micro-batch: the two of a pair
     reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
 
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        return ("prompts",)
+
     def __init__(
         self,
         config: Config,
@@ -804,7 +808,7 @@ class RolloutObjective(Objective, Generic[_P]):
         """Cut the micro-batches of a step for the ranks."""
         ranks, size = current(), self.together
         if self.config.tune.router_aux is not None:  # what is balanced together stays together
-            return list(zip(batches, ranks.owners([len(rows) * int(max(lengths[rows])) for rows in batches])))
+            return list(zip(batches, assign([len(rows) * int(max(lengths[rows])) for rows in batches], ranks.weights)))
         units = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in batches]
         shared = ranks.share(units, [int(max(lengths[rows])) for rows in batches])
         return [(list(chain(*piece)), rank) for piece, rank in shared]

@@ -32,7 +32,7 @@ from mlxft.data.dataset import (
     plan_epoch,
     prompt_text,
 )
-from mlxft.data.formats import FORMATS, Example, Message, is_template, suggest_format, unwritten, with_completion
+from mlxft.data.formats import FORMATS, Example, Message, is_template, names_of, recognise, unwritten, with_completion
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.distributed import Portion, current
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
@@ -957,7 +957,7 @@ def run_evaluation(
         choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed) if asking.shots else []
         for task, cases in zip(tasks, asked)
     ]
-    other, options = _base(model, adapter) if against == "base" else (against, {})
+    other, options = base_of(model, adapter) if against == "base" else (against, {})
     heads = [find_head(name) for name in (named, other) if name is not None]
     if any(heads) and not all(heads) and all(task.pairs for task in tasks):
         raise ConfigError(f"--against {against}: only one of the two is a reward model; name another reward run")
@@ -1019,7 +1019,7 @@ def run_episodes(
         ConfigError, DataError, ModelError, EpisodeError: something does not fit, or the environment fails.
     """
     named = adapter or model
-    other, options = _base(model, adapter) if against == "base" else (against, {})
+    other, options = base_of(model, adapter) if against == "base" else (against, {})
 
     def evaluated(loaded: Loaded) -> Evaluated:
         asked = Asked(file, loaded, limit=asking.limit, met=Met(environment))
@@ -1097,9 +1097,8 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
         if asking.format not in FORMATS:
             hint = nearest(asking.format, FORMATS)
             raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join((*READ, *PAIRED))}{hint}")
-    first = next((row.data for row in rows if isinstance(row, Row)), {})
     own = data.format if data is not None and task.format is None and _fits(data, rows) else None
-    if task.kind == "loss" and task.prompt is None and (task.format or own or suggest_format(first)) in PAIRED:
+    if task.kind == "loss" and task.prompt is None and (task.format or own or _looks_like(rows)) in PAIRED:
         task = task.model_copy(update={"pairs": True, "name": "pairs" if task.name == "loss" else task.name})
     thoughts = asking.thoughts if task.kind == "generate" else None
     options = {"format": asking.format, "template": asking.template, "thoughts": thoughts}
@@ -1118,16 +1117,23 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
     return task.model_copy(update=update)
 
 
+def _looks_like(rows: Sequence[Row | Problem]) -> str | None:
+    try:
+        return recognise(rows).format
+    except DataError:  # the task says what is wrong
+        return None
+
+
 def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
     """Return whether the first row has the fields of a run's rows."""
     first = next((row.data for row in rows if isinstance(row, Row)), {})
-    names = dict.fromkeys(first, "there")
-    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
+    names = dict.fromkeys(names_of(first), "there")
+    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in names}
     return not FORMATS[data.format].missing(names)
 
 
-def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the base of a run or adapter, and its loading options."""
+def base_of(model: str, adapter: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the base of a run or adapter, and its loading options; raise ConfigError if it does not name one."""
     if adapter is not None:
         return model, {}
     folder = home_path(model)
@@ -1140,7 +1146,7 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     elif is_run(folder):
         run = open_run(folder)
         return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
-    raise ConfigError(f"--against base: {model} does not name its base; give it: --against MODEL")
+    raise ConfigError(f"base: {model} does not name its base; give the base's own name")
 
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:

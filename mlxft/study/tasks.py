@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mlxft.config import DataSettings, Settings, read_settings
+from mlxft.config import DataSettings, Paths, Settings, read_settings
 from mlxft.data.chat import Thoughts, keeps_thoughts, wanted_of
 from mlxft.data.formats import (
     FORMATS,
@@ -37,6 +37,7 @@ from mlxft.data.formats import (
     suggest_format,
     tools_of,
     with_completion,
+    with_usual_names,
 )
 from mlxft.data.sources import Problem, Row, read_rows, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, nearest
@@ -332,7 +333,10 @@ def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
     _check_fields(task, sound)
     items: Sequence[Item | None] = [None] * len(sound)
     if task.prompt is None and not (task.kind == "choice" and task.format is None and _is_question(sound, task)):
-        items = [item for _, item in convert(rows, _format(task, sound), task.fields)]
+        unknown = task.format is None and not task.fields and suggest_format(sound[0].data) is None
+        named = with_usual_names(rows, READ) if unknown else rows
+        first = [row for row in named if isinstance(row, Row)]
+        items = [item for _, item in convert(named, _format(task, first), task.fields)]
     cases = []
     for row, item in zip(sound, items):
         try:
@@ -528,7 +532,7 @@ def delimiter(task: Task) -> str:
 
 
 def choose_shots(
-    spec: str, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
+    spec: Paths, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
 ) -> list[Case]:
     """Choose `shots` cases of a file, shuffled, balanced over labels where there are few labels.
 

@@ -33,7 +33,7 @@ from mlxft.runs import Run
 from mlxft.trainer import checkpoint, report
 
 Recipe = Callable[..., dict[str, Any]]
-STEPS, SAVE_EVERY = 120, 7
+ENDLESS = "run.steps=1000000"  # of runs that are killed from outside, which then get an end beyond where they are
 SAME = ("event", "step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "best", "prompt", "answer")
 
 
@@ -154,7 +154,6 @@ def prove_kills(tmp_path: Path, settings: dict[str, Any], moments: list[tuple[in
     """
     other = {**settings, "run": {**settings["run"], "name": "b"}}
     path, run = write_recipe(tmp_path / "b.yaml", other), tmp_path / "runs/b"
-    train(settings)
     for step, what in moments:
         wait = random.Random(step).random() * 0.02
 
@@ -166,8 +165,11 @@ def prove_kills(tmp_path: Path, settings: dict[str, Any], moments: list[tuple[in
             time.sleep(wait)
             return True
 
-        kill_when(command("train", path, "--resume"), ready)
+        kill_when(command("train", path, "--resume", ENDLESS), ready)
     said: list[str] = []
+    for one in (settings, other):
+        one["run"]["steps"] = last_step(run) + 5
+    train(settings)
     train(other, said, resume=True)
     assert any(re.match(r"training after step \d+ of", line) for line in said), said
     assert_same(tmp_path / "runs/a", run)
@@ -176,24 +178,24 @@ def prove_kills(tmp_path: Path, settings: dict[str, Any], moments: list[tuple[in
 def random_moments(seed: int, kinds: list[str]) -> list[tuple[int, str]]:
     rng = random.Random(seed)
     rng.shuffle(kinds)
-    return list(zip(sorted(rng.sample(range(10, STEPS - 40), len(kinds))), kinds))
+    return list(zip(sorted(rng.sample(range(10, 40), len(kinds))), kinds))
 
 
-LONG: dict[str, Any] = {"run.steps": STEPS, "run.save_every": SAVE_EVERY}
+LONG: dict[str, Any] = {"run.save_every": 7, "optim.schedule": "constant", "optim.warmup": 0}
 
 
 @pytest.mark.slow
-def test_killed_five_times_with_validation(recipe: Recipe, tmp_path: Path):
-    """LoRA with dropout, validation, sampling and accumulation: five kills, two while a checkpoint is written."""
+def test_killed_three_times_with_validation(recipe: Recipe, tmp_path: Path):
+    """LoRA with dropout, validation, sampling and accumulation: three kills, one while a checkpoint is written."""
     changes: dict[str, Any] = {"tune.dropout": 0.1, "data.valid": 0.2, "run.eval_every": 9, "batch.accumulate": 2}
     changes |= {"run.sample_prompts": ["the"], "run.sample_tokens": 4}
-    moments = random_moments(1, ["saving"] * 2 + ["computing"] * 3)
+    moments = random_moments(1, ["saving", "computing", "computing"])
     prove_kills(tmp_path, recipe(rows=12, **LONG, **changes), moments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "kinds"), [("lora", ["saving", "saving", "computing"]), ("dora", ["saving"]), ("full", ["saving"])]
+    ("method", "kinds"), [("lora", ["saving", "computing"]), ("dora", ["saving"]), ("full", ["saving"])]
 )
 def test_killed_without_validation(recipe: Recipe, tmp_path: Path, method: str, kinds: list[str]):
     """At each checkpoint the adapter is written as well; (full) the whole model at the end."""
@@ -210,7 +212,7 @@ def test_a_signal_saves_and_exits_130(recipe: Recipe, tmp_path: Path, signum: si
     while last_step(tmp_path / "runs/a") < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     step = last_step(tmp_path / "runs/a")
     assert f"stopped after step {step} of 100000; a checkpoint is saved, resume with: mlxft train --resume" in out

@@ -382,7 +382,7 @@ class Terminal:
 
     def wait(self, text: str) -> None:
         """Until `text` is shown, after what was waited for before."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while text not in self.seen:
             assert time.monotonic() < deadline, f"{text!r} did not come; seen: {self.seen}"
             if select.select([self.fd], [], [], 1)[0]:
