@@ -437,24 +437,27 @@ def render(run: Details) -> str:
         curves = svg_panels(run.events)
     except DataError as e:
         no_curves = str(e)
-    columns, rows = _numbers(run)
     return environment.get_template("report.html.jinja").render(
-        run=run.info,
-        facts=", ".join(f"{name} {_value(v)}" for name, v in _facts(run).items()),
-        tiles=_tiles(run),
-        curves=curves,
-        no_curves=no_curves,
-        columns=columns,
-        numbers={k: ["" if v is None else _value(v) for v in row] for k, row in rows.items()},
-        evaluations=_evaluations(run.info.dir),
-        samples=run.samples,
-        differs=_shown(run.differs),
-        settings=_shown(run.settings),
-        messages=[str(e["text"]) for e in run.events if e["event"] in ("message", "failed") and "text" in e],
-        files={k: decimal(v) for k, v in run.files.items()},
-        version=__version__,
-        written=_when(now()),
+        **page_parts(run), curves=curves, no_curves=no_curves, version=__version__, written=_when(now())
     )
+
+
+def page_parts(run: Details) -> dict[str, Any]:
+    """Return what a page shows of a run, its curves aside: name of the part -> texts."""
+    columns, rows = _numbers(run)
+    return {
+        "run": run.info,
+        "facts": ", ".join(f"{name} {_value(v)}" for name, v in _facts(run).items()),
+        "tiles": _tiles(run),
+        "columns": columns,
+        "numbers": {k: ["" if v is None else _value(v) for v in row] for k, row in rows.items()},
+        "evaluations": _evaluations(run.info.dir),
+        "samples": run.samples,
+        "differs": _shown(run.differs),
+        "settings": _shown(run.settings),
+        "messages": [str(e["text"]) for e in run.events if e["event"] in ("message", "failed") and "text" in e],
+        "files": {k: decimal(v) for k, v in run.files.items()},
+    }
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
