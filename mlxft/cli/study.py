@@ -1,4 +1,4 @@
-"""Commands about runs and about this machine: runs, doctor, selftest, bench."""
+"""Commands about runs and about this machine: runs, studio, doctor, selftest, bench."""
 
 from __future__ import annotations
 
@@ -196,6 +196,31 @@ def watch(ctx: click.Context, name: str, place: Path | None) -> None:
     info = watch_run(find_run(name, _place(ctx, place)), make_console())
     echo(ending(info))
     ctx.exit(0 if info.status == "done" else 1)
+
+
+# --- studio -----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port on this machine (default: 8765, or the next that is free)."
+)
+@click.option("--dir", "place", default="runs", show_default=True, help="Folder that holds the runs, in this folder.")
+@click.option("--no-open", is_flag=True, help="Print the address only; do not open a browser.")
+def studio(port: int | None, place: str, no_open: bool) -> None:
+    """Show and start runs, look at rows, compare models and judge completions in a browser.
+
+    It works in the current folder and is reached from this machine only, by an address with a token. Ctrl-C ends it;
+    runs that it has started continue.
+
+    \b
+    Example: mlxft studio
+             mlxft studio --port 9000 --no-open
+    """
+    from mlxft.studio.app import run_studio
+    from mlxft.studio.work import Workplace
+
+    run_studio(Workplace(Path.cwd(), place), port, not no_open)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

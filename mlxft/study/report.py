@@ -237,7 +237,8 @@ def _when(iso: str, short: bool = False) -> str:
     return at.strftime("%m-%d %H:%M" if short else "%Y-%m-%d %H:%M")
 
 
-def _value(v: Any) -> str:
+def show_value(v: Any) -> str:
+    """Return a setting or a figure as text."""
     if v is None:
         return "-"
     if isinstance(v, bool):
@@ -262,7 +263,7 @@ def span(seconds: float | None) -> str:
 def _counts(start: Event) -> str:
     data = start.get("data")
     found = data.items() if isinstance(data, Mapping) else ()
-    return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {_value(v)}" for k, v in found)
+    return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {show_value(v)}" for k, v in found)
 
 
 def _trained(start: Event) -> str:
@@ -375,7 +376,7 @@ def _table(columns: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
     numbers = (Column(Text(name), overflow="fold", justify="right") for name in columns)
     table = Table(Column("", overflow="fold"), *numbers, **_PLAIN)
     for name, values in rows.items():
-        table.add_row(name, *map(_value, values))
+        table.add_row(name, *map(show_value, values))
     return table
 
 
@@ -386,7 +387,7 @@ def _show_pairs(console: Console, title: str, pairs: Mapping[str, Any]) -> None:
         console.print(Text(f"\n{title}", style="bold"))
     grid = Table.grid(padding=(0, 2))
     for name, v in pairs.items():
-        grid.add_row(Text(name, style="dim"), Text(_value(v), overflow="fold"))
+        grid.add_row(Text(name, style="dim"), Text(show_value(v), overflow="fold"))
     console.print(grid)
 
 
@@ -447,10 +448,10 @@ def page_parts(run: Details) -> dict[str, Any]:
     columns, rows = _numbers(run)
     return {
         "run": run.info,
-        "facts": ", ".join(f"{name} {_value(v)}" for name, v in _facts(run).items()),
+        "facts": ", ".join(f"{name} {show_value(v)}" for name, v in _facts(run).items()),
         "tiles": _tiles(run),
         "columns": columns,
-        "numbers": {k: ["" if v is None else _value(v) for v in row] for k, row in rows.items()},
+        "numbers": {k: ["" if v is None else show_value(v) for v in row] for k, row in rows.items()},
         "evaluations": _evaluations(run.info.dir),
         "samples": run.samples,
         "differs": _shown(run.differs),
@@ -514,18 +515,18 @@ def _tiles(run: Details) -> dict[str, str]:
     tiles: dict[str, str] = {}
     if best:
         of = "" if best.of == "validation" else "training "
-        tiles[f"{of}{best.metric}, step {best.step:,}"] = _value(best.value)
+        tiles[f"{of}{best.metric}, step {best.step:,}"] = show_value(best.value)
         if best.step > 0 and (untrained := finite(run.before.get(best.metric))) is not None:
-            tiles[f"{best.metric}, untrained"] = _value(untrained)
+            tiles[f"{best.metric}, untrained"] = show_value(untrained)
     if (kl := finite(run.kept.get("kl", last.get("kl")))) is not None:
-        tiles["KL to the reference"] = _value(kl)
+        tiles["KL to the reference"] = show_value(kl)
     tiles["steps"] = f"{info.step:,}" + (f" / {info.steps:,}" if info.steps and info.steps != info.step else "")
     if run.speed is not None:
-        tiles["trained tokens / s"] = _value(round(run.speed))
+        tiles["trained tokens / s"] = show_value(round(run.speed))
     if (peak := finite(last.get("peak_memory_gb"))) is not None:
         tiles["peak memory"] = f"{peak:.3g} GB"
     return tiles
 
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {k: "null" if v is None else _value(v) for k, v in settings.items()}
+    return {k: "null" if v is None else show_value(v) for k, v in settings.items()}
