@@ -64,6 +64,7 @@ PORT = 8765
 _PORTS = 20  # that are tried when the default one is in use
 _HOSTS = {"127.0.0.1", "localhost", "[::1]"}
 _MOST_BODY, _MOST_QUERY = 1 << 20, 1 << 13  # bytes of a request
+_TOO_LARGE = f"A request may have {_MOST_BODY:,} bytes."
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
@@ -97,10 +98,7 @@ class Gate:
         elif scope["type"] == "http":
             refused = self._refusal(Request(scope))
             app = self.app if refused is None else refused
-            try:
-                await app(scope, _limited(receive), _with_headers(send))
-            except _TooLarge:
-                await _plain(413, f"A request may have {_MOST_BODY:,} bytes.")(scope, receive, _with_headers(send))
+            await app(scope, _limited(receive), _with_headers(send))
 
     def _refusal(self, request: Request) -> Response | None:
         """Return the reply to a request that may not pass, None for one that may."""
@@ -114,7 +112,7 @@ class Gate:
         if len(request.scope["query_string"]) > _MOST_QUERY:
             return _plain(414, "The address is too long.")
         if not length.isdecimal() or int(length) > _MOST_BODY:
-            return _plain(413, f"A request may have {_MOST_BODY:,} bytes.")
+            return _plain(413, _TOO_LARGE)
         foreign = origin is not None and origin != f"http://{host}"
         if foreign or (request.method == "POST" and origin is None and site != "same-origin"):
             return _plain(403, "Another web page has sent this request; it is refused.")
@@ -130,10 +128,6 @@ class Gate:
         return None
 
 
-class _TooLarge(Exception):
-    pass
-
-
 def _limited(receive: Receive) -> Receive:
     """Count a body that does not state its length."""
     size = 0
@@ -143,7 +137,7 @@ def _limited(receive: Receive) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > _MOST_BODY:
-            raise _TooLarge
+            raise HTTPException(413, _TOO_LARGE)
         return message
 
     return counted
@@ -261,8 +255,9 @@ class Studio:
         return self.page("error", 400, title="This did not work", text=str(error))
 
     def missing(self, request: Request, error: Exception) -> Response:
-        """Say that there is no such page."""
-        return self.page("error", getattr(error, "status_code", 404), title="No such page", text=request.url.path)
+        """Say that there is no such page, or that a request is too large."""
+        assert isinstance(error, HTTPException)
+        return self.page("error", error.status_code, title=error.detail, text=request.url.path)
 
     # Runs
 
