@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
+import importlib
 import json
 import os
 import secrets
@@ -578,6 +579,7 @@ async def _serve(server: _Server, studio: Studio, listening: socket.socket) -> N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
+    loop.run_in_executor(None, importlib.import_module, "mlxft.objectives.sft")  # the first page needs what it imports
     await server.serve([listening])
-    for path in studio.desk.names():
-        studio.desk.close(path)
+    studio.desk.close()
+    studio.play.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import math
 import os
 import platform
@@ -390,6 +391,23 @@ class Playground:
         """End the completion that is being written."""
         self._stop.set()
 
+    def close(self) -> None:
+        """End, and wait for what MLX still computes: its threads would abort an interpreter that ends before them."""
+        self.stop()
+        self.worker.submit(self._drop).result()
+        self.worker.shutdown()
+
+    def _drop(self) -> None:
+        if "mlx_lm.generate" in sys.modules:
+            import mlx.core as mx
+            from mlx_lm.generate import generation_stream
+
+            self._key = self._loaded = self._roles = None
+            gc.collect()
+            for stream in (mx.default_stream(mx.default_device()), generation_stream):
+                mx.synchronize(stream)
+            mx.clear_cache()
+
     def begin(
         self,
         runs: Sequence[tuple[str, Path]],
@@ -443,10 +461,8 @@ class Playground:
         with self._open(folder, bare) as (loaded, tokenizer):
             say({"model": name, "state": "writing"})
             begun = time.monotonic()
-            for piece in stream(loaded.model, tokenizer, prompt, sampling, seed=seed):
+            for piece in stream(loaded.model, tokenizer, prompt, sampling, seed=seed, until=self._stop.is_set):
                 say({"model": name, "text": printable(piece)})
-                if self._stop.is_set():
-                    break
         took = time.monotonic() - begun
         say({"model": name, "done": f"{'stopped after ' if self._stop.is_set() else ''}{took:.1f} s"})
 
@@ -478,13 +494,10 @@ class Playground:
 
     def _base(self, key: Any, make: Callable[[], Loaded]) -> tuple[Loaded, Roles]:
         """Return the base with this key, loaded now if it is not the one in memory, which then goes first."""
-        import mlx.core as mx
-
         from mlxft.model.roles import Roles
 
         if self._key != key or self._loaded is None or self._roles is None:
-            self._key = self._loaded = self._roles = None
-            mx.clear_cache()
+            self._drop()
             self._loaded = make()
             self._roles, self._key = Roles(self._loaded.model), key
         return self._loaded, self._roles
@@ -532,10 +545,11 @@ class Desk:
         """Return the files that are open."""
         return list(self._open)
 
-    def close(self, out: Path) -> None:
-        """Close a file, if it is open."""
-        if (found := self._open.pop(out, None)) is not None:
-            found[0].close()
+    def close(self, out: Path | None = None) -> None:
+        """Close a file, if it is open; None: all."""
+        for path in [out] if out is not None else self.names():
+            if (found := self._open.pop(path, None)) is not None:
+                found[0].close()
 
     def press(self, out: Path, task_id: str, key: str) -> None:
         """Do what a key says for a prompt: 1 and 2 to 9 choose as shown, 0 is a tie, s skips, u undoes.

@@ -29,6 +29,5 @@ def client(studio: Studio) -> Iterator[TestClient]:
         assert client.get("/?token=secret").status_code == 303
         client.headers["origin"] = "http://127.0.0.1:1"
         yield client
-    for path in studio.desk.names():
-        studio.desk.close(path)
-    studio.play.worker.shutdown()
+    studio.desk.close()
+    studio.play.close()

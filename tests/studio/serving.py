@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -52,16 +53,13 @@ class Served:
 
     def ask(self, path: str, **fields: str) -> tuple[int, str]:
         """GET, or POST where there are fields; return the status and the text or the new place."""
-        there = HTTPConnection(urlsplit(self.base).netloc, timeout=60)
         headers = {"Cookie": self.cookie, "Origin": self.base}
-        if fields:
-            there.request("POST", path, urlencode(fields), headers)
-        else:
-            there.request("GET", path, headers=headers)
-        reply = there.getresponse()
-        self.cookie = (reply.getheader("set-cookie") or self.cookie).partition(";")[0]
-        text = reply.read().decode()
-        return reply.status, reply.getheader("location") or text
+        with closing(HTTPConnection(urlsplit(self.base).netloc, timeout=60)) as there:
+            there.request("POST" if fields else "GET", path, urlencode(fields) or None, headers)
+            reply = there.getresponse()
+            self.cookie = (reply.getheader("set-cookie") or self.cookie).partition(";")[0]
+            text = reply.read().decode()
+            return reply.status, reply.getheader("location") or text
 
     def end(self, number: int = signal.SIGINT) -> tuple[int, str]:
         """Send a signal; return the exit code and what was printed since."""
@@ -74,12 +72,19 @@ def serve(folder: Path, *options: str) -> Served:
     """Start `mlxft studio` in a folder and log in."""
     command = [sys.executable, "-m", "mlxft", "studio", "--no-open", *options]
     package = str(Path(__file__).parents[2])
-    env = {**os.environ, "PYTHONPATH": package, "PYTHONUNBUFFERED": "1", "MLXFT_CACHE": str(folder / ".cache")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": package,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "MLXFT_CACHE": str(folder / ".cache"),
+    }
     process = subprocess.Popen(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     line = process.stdout.readline()
+    process.stdout.readline()  # how to end it
     found = re.search(r"http://\S+", line)
     assert found is not None, line + process.communicate(timeout=30)[0]
     served = Served(process, found[0])
