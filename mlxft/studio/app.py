@@ -28,7 +28,7 @@ from mlxft import __version__
 from mlxft.errors import ConfigError, DataError, MlxftError, missing_extra
 from mlxft.runs import Tail, run_info
 from mlxft.studio.work import (
-    BASE,
+    BASE_NAME,
     HEIGHT,
     WIDTH,
     Desk,
@@ -161,7 +161,7 @@ def _plain(status: int, text: str) -> Response:
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 
-Fields = Mapping[str, str]
+Form = Mapping[str, str]
 _BEAT, _LOOK = 15.0, 0.4  # seconds between signs of life of a stream, and between two looks at a run's files
 
 
@@ -169,7 +169,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _number(fields: Fields, name: str, default: float, kind: type[int] | type[float] = int) -> Any:
+def _number(fields: Form, name: str, default: float, kind: type[int] | type[float] = int) -> Any:
     """Return a number of a form."""
     try:
         return kind(fields.get(name) or default)
@@ -245,7 +245,7 @@ class Studio:
 
         return reply
 
-    def _post(self, handler: Callable[[Fields], Response]) -> Callable[[Request], Awaitable[Response]]:
+    def _post(self, handler: Callable[[Form], Response]) -> Callable[[Request], Awaitable[Response]]:
         async def reply(request: Request) -> Response:
             return await run_in_threadpool(handler, await _form(request))
 
@@ -316,16 +316,16 @@ class Studio:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    def start(self, fields: Fields) -> Response:
+    def start(self, fields: Form) -> Response:
         """Start a run from a recipe."""
         return _see("/run", run=self.work.start(fields.get("recipe", ""), _lines(fields.get("set", ""))))
 
-    def stop(self, fields: Fields) -> Response:
+    def stop(self, fields: Form) -> Response:
         """Stop a run after its step."""
         self.work.stop(fields.get("run", ""))
         return _see("/run", run=fields["run"])
 
-    def resume(self, fields: Fields) -> Response:
+    def resume(self, fields: Form) -> Response:
         """Resume a run."""
         self.work.resume(fields.get("run", ""))
         return _see("/run", run=fields["run"])
@@ -402,7 +402,7 @@ class Studio:
                 raise ConfigError("write a prompt")
             how = Sampling(_number(fields, "max_tokens", 200), _number(fields, "temperature", 0.0, float))
             runs = [(name, self.work.run(name)) for name in names]
-            self.play.begin(runs, BASE in fields, prompt, how, _number(fields, "seed", 0), say)
+            self.play.begin(runs, BASE_NAME in fields, prompt, how, _number(fields, "seed", 0), say)
 
         async def pieces() -> AsyncIterator[dict[str, Any]]:
             try:
@@ -433,7 +433,7 @@ class Studio:
             lambda: self._playground(asked={**fields, "run": names}, found=found, error=error)
         )
 
-    def playground_stop(self, fields: Fields) -> Response:
+    def playground_stop(self, fields: Form) -> Response:
         """End the completion that is being written."""
         self.play.stop()
         return _see("/playground")
@@ -454,7 +454,7 @@ class Studio:
         texts = [found[1].completions[i] for i in session.order(found[1])] if found else []
         return self.page("label", out=out, found=found, texts=texts, summary=session.summary())
 
-    def label_open(self, fields: Fields) -> Response:
+    def label_open(self, fields: Form) -> Response:
         """Open prompts and the file of their judgements."""
         prompts, out = self.work.inside(fields.get("prompts", "")), fields.get("out", "").strip()
         path = self.work.inside(out) if out else prompts.with_name(f"{prompts.stem}.labels.jsonl")
@@ -462,20 +462,20 @@ class Studio:
         self.play.worker.submit(self.desk.open, prompts, path, source).result()
         return _see("/label", out=self.work.name(path))
 
-    def _source(self, fields: Fields) -> LabelSource:
+    def _source(self, fields: Form) -> LabelSource:
         from mlxft.model.sampling import Sampling
         from mlxft.study.label import LabelSource
 
         model, against = (str(self.work.run(fields[k])) if fields.get(k) else None for k in ("model", "against"))
         return LabelSource(Sampling(_number(fields, "max_tokens", 256), 1.0), model=model, against=against)
 
-    def label_close(self, fields: Fields) -> Response:
+    def label_close(self, fields: Form) -> Response:
         """Close a file of judgements, so that others may write it."""
         self.play.worker.submit(self.desk.close, self.work.inside(fields.get("out", ""))).result()
         return _see("/label")
 
-    def label_press(self, fields: Fields) -> Response:
-        """Judge a prompt; what was judged is on the disk before the next prompt is shown."""
+    def label_press(self, fields: Form) -> Response:
+        """Judge, skip or undo; the judgement is on the disk before the next prompt is shown."""
         out = fields.get("out", "")
         key, task = fields.get("key", ""), fields.get("task", "")
         self.play.worker.submit(self.desk.press, self.work.inside(out), task, key).result()

@@ -58,7 +58,7 @@ class Workplace:
     def __init__(self, root: Path, place: str = "runs") -> None:
         self.root = root.resolve()
         self.place = self.inside(place)
-        self._jobs: dict[Path, Job] = {}
+        self._jobs: dict[Path, StartedRun] = {}
 
     def inside(self, name: str) -> Path:
         """Return the path that a request names, with links resolved; raise a ConfigError if it is outside."""
@@ -121,7 +121,7 @@ class Workplace:
             self.inside(f"{self.name(folder)}/{part}")
         return folder
 
-    def job(self, folder: Path) -> Job | None:
+    def job(self, folder: Path) -> StartedRun | None:
         """Return the process that this studio has started for a run."""
         return self._jobs.get(folder)
 
@@ -162,7 +162,7 @@ class Workplace:
             stderr=log,
             start_new_session=True,
         )
-        self._jobs[folder] = Job(process, log.fileno(), log)
+        self._jobs[folder] = StartedRun(process, log.fileno(), log)
 
     def stop(self, name: str) -> None:
         """Stop a run as Ctrl-C does: it ends after the step, with a checkpoint.
@@ -243,7 +243,7 @@ def _texts(value: str) -> Iterator[str]:
 
 
 @dataclass
-class Job:
+class StartedRun:
     """A run's process that this studio has started, and the file with its output."""
 
     process: subprocess.Popen[bytes]
@@ -365,7 +365,7 @@ def bins(lengths: Sequence[int]) -> list[Bin]:
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
-BASE = "base"
+BASE_NAME = "base"
 
 
 class Playground:
@@ -430,7 +430,7 @@ class Playground:
         if not self._busy.acquire(blocking=False):
             raise ConfigError("another completion is being written; stop it first")
         self._stop.clear()
-        asked = [(BASE, runs[0][1], True)] * base + [(name, folder, False) for name, folder in runs]
+        asked = [(BASE_NAME, runs[0][1], True)] * base + [(name, folder, False) for name, folder in runs]
 
         def work() -> None:
             try:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from serving import Served, fill, serve
 
+from mlxft.runs import run_info
 from mlxft.study.label import agreement
 
 
@@ -70,12 +72,29 @@ def suppressed(served: Served, task: str) -> None:
         served.ask("/label", out="ab.labels.jsonl", task=task, key="1")
 
 
-def test_a_second_studio_names_the_first_and_the_end_is_clean(tmp_path: Path) -> None:
-    served = serve(tmp_path, "--port", "0")
+def test_a_second_studio_names_the_first_and_runs_outlive_it(folder: Path) -> None:
+    served = serve(folder, "--port", "0")
     command = [sys.executable, "-m", "mlxft", "studio", "--no-open", "--port", "0"]
-    second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert served.ask("/start", recipe="recipe.yaml", set="run.steps=1000000")[0] == 303
+    second = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert second.returncode == 2
     assert f"a studio works in this folder already: {served.address}" in second.stderr
-    code, rest = served.end(signal.SIGTERM)
-    assert (code, "studio closed" in rest, "Traceback" in rest) == (0, True, False)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".cache"] == []
+    run = folder / "runs" / "a"
+    wait_for(lambda: run_info(run).step > 0)
+    assert served.end(signal.SIGTERM) == (0, "studio closed; still running: runs/a\n")
+    assert not (folder / ".mlxft-studio").exists()
+    reached = run_info(run).step
+    wait_for(lambda: run_info(run).step > reached)
+    served = serve(folder, "--port", "0")  # it stops a run that it has not started
+    assert served.ask("/stop", run="runs/a")[0] == 303
+    wait_for(lambda: run_info(run).status == "interrupted")
+    assert (run / "checkpoints").is_dir()
+    assert served.end() == (0, "studio closed\n")
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if what():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited for a minute")
