@@ -40,6 +40,7 @@ ORDER = {
     "check": 11,
     "exports": 12,
     "study": 12,
+    "studio": 13,
     "selftest": 13,
     "demo": 13,
     "api": 13,
@@ -66,24 +67,19 @@ BUDGET = {
     "trainer": (5, 1860),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
-    "study": (17, 7240),
+    "study": (17, 7260),
     "exports": (6, 3300),
+    "studio": (3, 1330),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
-    "cli": (7, 2390),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
+    "cli": (7, 2430),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }
-MOST_FILES = 93  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models
+MOST_FILES = 97  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models; studio
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
 # a subject of its own.
 SINGLE = {
     *("api", "demo.recipes", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "launch", "model.gemma3n"),
-    *(
-        "objectives.distill",
-        "objectives.preference",
-        "objectives.reward",
-        "objectives.sft",
-        "selftest",
-        "study.fewshot",
-    ),
+    *("objectives.distill", "objectives.preference", "objectives.reward", "objectives.sft", "selftest", "studio.app"),
+    "study.fewshot",
     *("study.lm_eval", "study.lr_find"),
     *("study.serve", "study.start", "study.sweep", "trainer.checkpoint"),
 }

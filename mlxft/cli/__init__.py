@@ -55,6 +55,7 @@ SECTIONS = {
         "eval": ("use", "Evaluate a model on a file: loss and perplexity, or a task."),
         "fewshot": ("use", "Compare zero-shot, few-shot prompts and training on a few rows."),
         "runs": ("study", "List, show, compare, plot, report, watch and remove runs."),
+        "studio": ("study", "Show runs, rows and completions in a browser; start, stop and judge."),
     },
     "Machine": {
         "completion": ("study", "Let the shell complete commands, options and names of runs."),

@@ -1,4 +1,4 @@
-"""Commands about runs and about this machine: runs, completion, doctor, selftest, models, bench."""
+"""Commands about runs and about this machine: runs, studio, completion, doctor, selftest, models, bench."""
 
 from __future__ import annotations
 
@@ -254,6 +254,31 @@ def _set_up_completion(shell: str, script: str) -> list[str]:
                 opened.write(f"{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n")
             done.append(f"added to {start}: {line}")
     return [*done, "open a new terminal for it"]
+
+
+# --- studio -----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port on this machine (default: 8765, or the next that is free)."
+)
+@click.option("--dir", "place", default="runs", show_default=True, help="Folder that holds the runs, in this folder.")
+@click.option("--no-open", is_flag=True, help="Print the address only; do not open a browser.")
+def studio(port: int | None, place: str, no_open: bool) -> None:
+    """Show and start runs, look at rows, compare models and judge completions in a browser.
+
+    It works in the current folder and is reached from this machine only, by an address with a token. Ctrl-C ends it;
+    runs that it has started continue.
+
+    \b
+    Example: mlxft studio
+             mlxft studio --port 9000 --no-open
+    """
+    from mlxft.studio.app import run_studio
+    from mlxft.studio.work import Workplace
+
+    run_studio(Workplace(Path.cwd(), place), port, not no_open)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

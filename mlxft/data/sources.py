@@ -123,11 +123,12 @@ def find_files(spec: Paths, split: str) -> list[File]:
         return _of_folder(path, spec, split)
     if not path.exists():
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
+    file = _file(path, part)
     if path.suffix.lower() not in READERS:
         raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {', '.join(READERS)}")
     if part and path.suffix.lower() not in _PARTS:
         raise ConfigError(f"{spec}: a {path.suffix} file has no parts; name it as {path}")
-    return [_file(path, part)]
+    return [file]
 
 
 def _file(path: Path, part: str = "") -> File:

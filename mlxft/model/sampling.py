@@ -239,7 +239,13 @@ class Sampling:
 
 
 def stream(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompt: _Prompt, sampling: Sampling, *, seed: int | None = None
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: _Prompt,
+    sampling: Sampling,
+    *,
+    seed: int | None = None,
+    until: Callable[[], bool] | None = None,
 ) -> Iterator[str]:
     """Yield pieces of a completion as they come; it ends at any eos id, a stop string (not shown) or max_tokens.
 
@@ -248,6 +254,7 @@ def stream(
     Args:
         prompt: ids; or text or messages, encoded by `encode_prompt`.
         seed: the same seed gives the same text; None: a new seed from the system.
+        until: called after each token, also one that gives no piece yet; True ends the completion.
     Raises:
         DataError: an empty prompt, or messages that the template refuses; at the call, not at the first piece.
     """
@@ -259,7 +266,7 @@ def stream(
         ids = [int(token) for token in cast("Sequence[int]", prompt)]
     if not ids:
         raise DataError("the prompt is empty: there is no token to start from")
-    return _stop_at(_pieces(model, tokenizer, ids, sampling, seed), sampling.stop)
+    return _stop_at(_pieces(model, tokenizer, ids, sampling, seed, until), sampling.stop)
 
 
 def complete(
@@ -368,7 +375,12 @@ def _detokenizer(tokenizer: TokenizerWrapper) -> NaiveStreamingDetokenizer:
 
 
 def _pieces(
-    model: nn.Module, tokenizer: TokenizerWrapper, ids: list[int], sampling: Sampling, seed: int | None
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    ids: list[int],
+    sampling: Sampling,
+    seed: int | None,
+    until: Callable[[], bool] | None,
 ) -> Iterator[str]:
     from mlx_lm.generate import generate_step, wired_limit  # it asks for MLX's device as it is imported
 
@@ -379,7 +391,7 @@ def _pieces(
     ends = tokenizer.eos_token_ids if sampling.stop_at_eos else ()
     with evaluating(model), wired_limit(model):
         for token, _ in generate_step(mx.array(ids), model, max_tokens=sampling.max_tokens, sampler=sampler):
-            if checked(token) in ends:
+            if checked(token) in ends or (until is not None and until()):
                 break
             text.add_token(token)
             if piece := text.last_segment:

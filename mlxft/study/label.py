@@ -12,8 +12,8 @@ import sys
 import termios
 import tty
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from hashlib import blake2b
@@ -500,14 +500,19 @@ def label(spec: str, out: Path, source: LabelSource, console: Console) -> LabelS
         ConfigError: settings contradict each other, or `out` holds judgements of other models.
         DataError: rows of the file do not fit.
     """
+    with judging(spec, out, source, console) as session:
+        session.run()
+        return session.summary()
+
+
+@contextmanager
+def judging(spec: str, out: Path, source: LabelSource, console: Console) -> Iterator[Judging]:
+    """Open the prompts of a file and the judgements in `out`; arguments and errors as for `label`."""
     tasks = read_tasks(spec)
     _check(tasks, source, Path(spec), out)
     with closing(Journal(out)) as judged, closing(Journal(out.with_name(out.name + ".skipped"))) as skipped:
         _check_models(judged, tasks, source)
-        _Session(tasks, judged, skipped, source, console).run()
-        known = {task.id for task in tasks}
-        done, left = (sum(row["id"] in known for row in journal.rows) for journal in (judged, skipped))
-        return LabelSummary(done, left, len(tasks), win_rate(judged.rows, source.names[0] if source.model else None))
+        yield Judging(tasks, judged, skipped, source, console)
 
 
 def _check(tasks: list[LabelTask], source: LabelSource, spec: Path, out: Path) -> None:
@@ -536,7 +541,7 @@ def _check_models(judged: Journal, tasks: list[LabelTask], source: LabelSource) 
             raise ConfigError(f"--out: {judged.path} holds judgements of {before}; choose another file for {wanted}")
 
 
-class _Session:
+class Judging:
     """Judging of the prompts that have no judgement yet, one after the other."""
 
     def __init__(
@@ -548,24 +553,48 @@ class _Session:
         self._sampled: dict[str, LabelTask] = {}
 
     def run(self) -> None:
+        """Show one prompt after the other on the terminal, until none is left or `q` is pressed."""
         with Keys() as keys:
-            while (found := self._next()) is not None:
-                number, task = found
-                if not task.completions:
-                    task = self._sampled[task.id] = self._sampled.get(task.id) or self._sample(task)
-                if len(task.completions) < 2:
-                    self._no_choice(task)
-                elif not self._judge(keys, number, task):
-                    return
+            while (found := self.next()) is not None and self._judge(keys, *found):
+                pass
+
+    def next(self) -> tuple[int, LabelTask] | None:
+        """Return the first prompt without a judgement and its number, None if there is none left.
+
+        Its completions are sampled if need be; a prompt that leaves no choice is recorded and passed over.
+        """
+        while True:
+            done = {row["id"] for row in self._rows()}
+            found = next(((i, task) for i, task in enumerate(self.tasks, 1) if task.id not in done), None)
+            if found is None:
+                return None
+            number, task = found
+            if not task.completions:
+                task = self._sampled[task.id] = self._sampled.get(task.id) or self._sample(task)
+            if len(task.completions) > 1:
+                return number, task
+            self._no_choice(task)
+
+    def record(self, task: LabelTask, verdict: int | str, note: str = "") -> None:
+        """Write a judgement: the place of the best completion in the task, or TIE."""
+        row = self._line(task, verdict)
+        self.judged.append({**row, "note": note} if note else row)
+
+    def skip(self, task: LabelTask) -> None:
+        """Record that a prompt is skipped."""
+        self.skipped.append({"id": task.id, "turn": self._turn()})
+
+    def summary(self) -> LabelSummary:
+        """Return how many prompts are judged and skipped, and the win rate."""
+        known = {task.id for task in self.tasks}
+        done, left = (sum(row["id"] in known for row in journal.rows) for journal in (self.judged, self.skipped))
+        rate = win_rate(self.judged.rows, self.source.names[0] if self.source.model else None)
+        return LabelSummary(done, left, len(self.tasks), rate)
 
     def _rows(self) -> list[_Row]:
         return [*self.judged.rows, *self.skipped.rows]
 
-    def _next(self) -> tuple[int, LabelTask] | None:
-        done = {row["id"] for row in self._rows()}
-        return next(((i, task) for i, task in enumerate(self.tasks, 1) if task.id not in done), None)
-
-    def _order(self, task: LabelTask) -> list[int]:
+    def order(self, task: LabelTask) -> list[int]:
         """Return an order that depends on the seed and the prompt only, so that it reveals nothing about the models."""
         order = list(range(len(task.completions)))
         random.Random(f"{self.source.seed} {task.id}").shuffle(order)
@@ -583,7 +612,7 @@ class _Session:
 
     def _judge(self, keys: Keys, number: int, task: LabelTask) -> bool:
         """Show a prompt until it is judged or skipped, or the last one is undone; return False to quit."""
-        count, order, note = len(task.completions), self._order(task), ""
+        count, order, note = len(task.completions), self.order(task), ""
         places = {str(i + 1): i for i in range(count)} | ({"l": 0, "r": 1} if count == 2 else {})
         choose = "l or r" if count == 2 else f"1 to {count}"
         usage = f"{choose} choose   t tie   s skip   u undo   n note   q quit"
@@ -595,14 +624,13 @@ class _Session:
             key = keys.key()
             if key == "q":
                 return False
-            if key == "u" and self._undo():
+            if key == "u" and self.undo():
                 return True
             if key == "s":
-                self.skipped.append({"id": task.id, "turn": self._turn()})
+                self.skip(task)
                 return True
             if key in places or key == "t":
-                row = self._line(task, TIE if key == "t" else order[places[key]])
-                self.judged.append({**row, "note": note} if note else row)
+                self.record(task, TIE if key == "t" else order[places[key]], note)
                 return True
             if key == "n":
                 note = keys.line(lambda: self.console.print("note: ", end=""))
@@ -612,8 +640,8 @@ class _Session:
     def _turn(self) -> int:
         return 1 + max((row["turn"] for row in self._rows()), default=0)
 
-    def _undo(self) -> bool:
-        """Undo the last judgement or skip by hand, and the automatic ones after it."""
+    def undo(self) -> bool:
+        """Undo the last judgement or skip by hand, and the automatic ones after it; return False if there is none."""
         if all(row.get("auto") for row in self._rows()):
             return False
         while True:
@@ -633,7 +661,7 @@ class _Session:
             **({"tie": True} if verdict == TIE else {}),
             "answers": task.completions,
             "models": task.models,
-            "shown": self._order(task),
+            "shown": self.order(task),
             "judgement": verdict,
             "turn": self._turn(),
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

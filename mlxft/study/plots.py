@@ -266,6 +266,12 @@ def curves(events: Sequence[_Event], out: Path, *, title: str = "") -> list[Path
 
 def overlay(runs: Mapping[str, Sequence[_Event]], out: Path) -> list[Path]:
     """Plot the curves of several runs, given by name, into one file; raise the errors of `curves`."""
+    _save(figure([], overlaid(runs)), out)
+    return [out]
+
+
+def overlaid(runs: Mapping[str, Sequence[_Event]]) -> list[tuple[Panel, Series]]:
+    """Return the panels of several runs, given by name, each with the lines of all; raise a DataError as `panels`."""
     merged: dict[str, tuple[Panel, Series]] = {}
     for name, events in runs.items():
         try:
@@ -275,8 +281,7 @@ def overlay(runs: Mapping[str, Sequence[_Event]], out: Path) -> list[Path]:
         for panel, lines in drawn:
             into = merged.setdefault(panel.title, (panel, {}))[1]
             into |= {name if len(lines) == 1 else f"{name}, {label}": line for label, line in lines.items()}
-    _save(figure([], list(merged.values())), out)
-    return [out]
+    return list(merged.values())
 
 
 def svg_panels(events: Sequence[_Event]) -> dict[str, str]:

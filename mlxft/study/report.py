@@ -249,7 +249,8 @@ def _when(iso: str, short: bool = False) -> str:
     return at.strftime("%m-%d %H:%M" if short else "%Y-%m-%d %H:%M")
 
 
-def _value(v: Any) -> str:
+def show_value(v: Any) -> str:
+    """Return a setting or a figure as text."""
     if v is None:
         return "-"
     if isinstance(v, bool):
@@ -274,7 +275,7 @@ def span(seconds: float | None) -> str:
 def _counts(start: Event) -> str:
     data = start.get("data")
     found = data.items() if isinstance(data, Mapping) else ()
-    return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {_value(v)}" for k, v in found)
+    return ", ".join(f"{k} {v:.1%}" if isinstance(v, float) else f"{k} {show_value(v)}" for k, v in found)
 
 
 def _trained(start: Event) -> str:
@@ -392,7 +393,7 @@ def _table(columns: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> Table:
     numbers = (Column(Text(name), overflow="fold", justify="right") for name in columns)
     table = Table(Column("", overflow="fold"), *numbers, **_PLAIN)
     for name, values in rows.items():
-        table.add_row(name, *map(_value, values))
+        table.add_row(name, *map(show_value, values))
     return table
 
 
@@ -403,7 +404,7 @@ def _show_pairs(console: Console, title: str, pairs: Mapping[str, Any]) -> None:
         console.print(Text(f"\n{title}", style="bold"))
     grid = Table.grid(padding=(0, 2))
     for name, v in pairs.items():
-        grid.add_row(Text(name, style="dim"), Text(_value(v), overflow="fold"))
+        grid.add_row(Text(name, style="dim"), Text(show_value(v), overflow="fold"))
     console.print(grid)
 
 
@@ -454,28 +455,31 @@ def render(run: Details) -> str:
         curves = svg_panels(run.events)
     except DataError as e:
         no_curves = str(e)
-    columns, rows = _numbers(run)
     return environment.get_template("report.html.jinja").render(
-        run=run.info,
-        facts=", ".join(f"{name} {_value(v)}" for name, v in _facts(run).items()),
-        tiles=_tiles(run),
-        curves=curves,
-        no_curves=no_curves,
-        columns=columns,
-        numbers={k: ["" if v is None else _value(v) for v in row] for k, row in rows.items()},
-        evaluations=[
+        **page_parts(run), curves=curves, no_curves=no_curves, version=__version__, written=_when(now())
+    )
+
+
+def page_parts(run: Details) -> dict[str, Any]:
+    """Return what a page shows of a run, its curves aside: name of the part -> texts."""
+    columns, rows = _numbers(run)
+    return {
+        "run": run.info,
+        "facts": ", ".join(f"{name} {show_value(v)}" for name, v in _facts(run).items()),
+        "tiles": _tiles(run),
+        "columns": columns,
+        "numbers": {k: ["" if v is None else show_value(v) for v in row] for k, row in rows.items()},
+        "evaluations": [
             dict(zip(("title", "tables"), evaluation_tables(found, task))) | {"notes": task.get("notes", [])}
             for found in run.evaluations
             for task in found["tasks"]
         ],
-        samples=run.samples,
-        differs=_shown(run.differs),
-        settings=_shown(run.settings),
-        messages=[str(e["text"]) for e in run.events if e["event"] in ("message", "failed") and "text" in e],
-        files={k: decimal(v) for k, v in run.files.items()},
-        version=__version__,
-        written=_when(now()),
-    )
+        "samples": run.samples,
+        "differs": _shown(run.differs),
+        "settings": _shown(run.settings),
+        "messages": [str(e["text"]) for e in run.events if e["event"] in ("message", "failed") and "text" in e],
+        "files": {k: decimal(v) for k, v in run.files.items()},
+    }
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -542,18 +546,18 @@ def _tiles(run: Details) -> dict[str, str]:
     tiles: dict[str, str] = {}
     if best:
         of = "" if best.of == "validation" else "training "
-        tiles[f"{of}{best.metric}, step {best.step:,}"] = _value(best.value)
+        tiles[f"{of}{best.metric}, step {best.step:,}"] = show_value(best.value)
         if best.step > 0 and (untrained := finite(run.before.get(best.metric))) is not None:
-            tiles[f"{best.metric}, untrained"] = _value(untrained)
+            tiles[f"{best.metric}, untrained"] = show_value(untrained)
     if (kl := finite(run.kept.get("kl", last.get("kl")))) is not None:
-        tiles["KL to the reference"] = _value(kl)
+        tiles["KL to the reference"] = show_value(kl)
     tiles["steps"] = f"{info.step:,}" + (f" / {info.steps:,}" if info.steps and info.steps != info.step else "")
     if run.speed is not None:
-        tiles["trained tokens / s"] = _value(round(run.speed))
+        tiles["trained tokens / s"] = show_value(round(run.speed))
     if (peak := finite(last.get("peak_memory_gb"))) is not None:
         tiles["peak memory"] = f"{peak:.3g} GB"
     return tiles
 
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {k: "null" if v is None else _value(v) for k, v in settings.items()}
+    return {k: "null" if v is None else show_value(v) for k, v in settings.items()}
