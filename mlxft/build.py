@@ -108,7 +108,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     return objective
 
 
-FAR_RATE = 9.5  # a rate this many times above or below the default is noted
+TOO_HIGH, TOO_LOW = 20.0, 9.5  # times above or below the default; recipes of configs/ have up to 10 times it
 
 
 def learning_notes(config: Config, objective: Objective, total: int) -> list[str]:
@@ -117,9 +117,8 @@ def learning_notes(config: Config, objective: Objective, total: int) -> list[str
     Args:
         config: the recipe before `make_objective`.
     """
-    sized, run, notes = objective.config, config.run, list[str]()
-    found = {}
-    if config.batch.tokens != sized.batch.tokens and config.batch.tokens is None:
+    sized, run, notes, found = objective.config, config.run, list[str](), dict[str, str]()
+    if config.batch.tokens is None and config.batch.rows is None:
         found["batch.tokens"] = f"{sized.batch.tokens:,}"
     if run.steps is None and run.epochs is None and sized.run.epochs is not None:
         found["run.epochs"] = f"{sized.run.epochs:g}"
@@ -134,15 +133,18 @@ def learning_notes(config: Config, objective: Objective, total: int) -> list[str
             f"{total:,} {'step is' if total == 1 else 'steps are'} few to learn from: set {way}, smaller batches, or "
             "train on more rows"
         )
+    return notes + rate_notes(config)
+
+
+def rate_notes(config: Config) -> list[str]:
+    """Return whether the rate is far from that of the objective and method, where rates mean what adamw's do."""
     lr, usual = config.optim.lr, default_lr(config.objective, config.tune.method)
-    if config.optim.name in ("adamw", "adam", "muon") and not usual / FAR_RATE < lr < FAR_RATE * usual:
-        kind = "full fine-tuning" if config.tune.method == "full" else config.tune.method
-        far = f"{lr / usual:.0f} times" if lr > usual else f"1/{usual / lr:.0f} of"
-        notes.append(
-            f"optim.lr {lr:g} is {far} the usual rate of {config.objective} by {kind}: set optim.lr={usual:g}, or "
-            "measure one with mlxft lr-find"
-        )
-    return notes
+    if config.optim.name not in ("adamw", "adam", "muon") or usual / TOO_LOW < lr < TOO_HIGH * usual:
+        return []
+    kind = "full fine-tuning" if config.tune.method == "full" else config.tune.method
+    far = f"{lr / usual:.0f} times" if lr > usual else f"1/{usual / lr:.0f} of"
+    way = f"set optim.lr={usual:g}, or measure one with mlxft lr-find"
+    return [f"optim.lr {lr:g} is {far} the usual rate of {config.objective} by {kind}: {way}"]
 
 
 def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:

@@ -198,9 +198,8 @@ def _results(run: Details) -> dict[str, Any]:
     found |= {k: run.start[k] for k in ("trainable_parameters",) if k in run.start}
     found |= {k: last[k] for k in _COSTS if k in last}
     for result in run.evaluations:
-        on = Path(result["file"]).name
         for task in result["tasks"]:
-            found |= {f"{on} {name} ({task['task']})": figure["value"] for name, figure in task["figures"].items()}
+            found |= {f"{result['place']} {name}": figure["value"] for name, figure in task["figures"].items()}
     return found if run.speed is None else found | {"trained_tokens_per_s": run.speed}
 
 
@@ -329,7 +328,7 @@ def show_details(console: Console, run: Details) -> None:
     for result in run.evaluations:
         for task in result["tasks"]:
             title, ((columns, figures), *_) = evaluation_tables(result, task)
-            console.print(Text(f"\n{title}", style="bold"))
+            console.print(Text(f"\n{title} ({result['place']})", style="bold"))
             console.print(_table(columns, {name: cells for name, *cells in figures}))
     _show_pairs(console, "settings that are not the default", run.differs)
     for sample in run.samples:
@@ -470,9 +469,10 @@ def page_parts(run: Details) -> dict[str, Any]:
         "columns": columns,
         "numbers": {k: ["" if v is None else show_value(v) for v in row] for k, row in rows.items()},
         "evaluations": [
-            dict(zip(("title", "tables"), evaluation_tables(found, task))) | {"notes": task.get("notes", [])}
+            {"title": f"{title} ({found['place']})", "tables": tables, "notes": task.get("notes", [])}
             for found in run.evaluations
             for task in found["tasks"]
+            for title, tables in [evaluation_tables(found, task)]
         ],
         "samples": run.samples,
         "differs": _shown(run.differs),
@@ -483,14 +483,17 @@ def page_parts(run: Details) -> dict[str, Any]:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return the results.json of each `mlxft eval` in the run folder; other files of that name are skipped."""
+    """Return the results.json of each `mlxft eval` in the run folder, and its `place` there.
+
+    Other files of that name are skipped.
+    """
     every = []
     for path in sorted(folder.glob("**/results.json")):
         try:
             found = parse_json(read_file(path))
             for task in found["tasks"]:
                 evaluation_tables(found, task)
-            every.append(found)
+            every.append(found | {"place": str(path.parent.relative_to(folder))})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
     return every

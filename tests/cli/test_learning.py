@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mlxft.config import parse_config
+from mlxft.build import rate_notes
+from mlxft.config import load_config, parse_config
 from mlxft.text import VALUE, validation_figure
 
 Command = Callable[..., Any]
@@ -68,6 +69,12 @@ def test_what_can_hardly_learn_is_noted_with_a_value(
     found = mlxft("check", write(), *settings)
     assert (found.code, said in found.out) == (0, True), found.out
     assert "usual rate" not in mlxft("check", write(), "optim.lr=1e-3").out
+
+
+def test_no_recipe_of_ours_has_a_rate_that_is_noted() -> None:
+    for recipe in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
+        if "model" in (yaml.safe_load(recipe.read_text("utf-8")) or {}) and recipe.stem not in ("label", "sweep"):
+            assert rate_notes(load_config(recipe)) == [], recipe
 
 
 def pairs(tmp_path: Path) -> None:
