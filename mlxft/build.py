@@ -108,7 +108,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     return objective
 
 
-FAR = 9.5  # a rate this many times above or below the default is noted
+FAR_RATE = 9.5  # a rate this many times above or below the default is noted
 
 
 def learning_notes(config: Config, objective: Objective, total: int) -> list[str]:
@@ -135,7 +135,7 @@ def learning_notes(config: Config, objective: Objective, total: int) -> list[str
             "train on more rows"
         )
     lr, usual = config.optim.lr, default_lr(config.objective, config.tune.method)
-    if config.optim.name in ("adamw", "adam", "muon") and not usual / FAR < lr < FAR * usual:
+    if config.optim.name in ("adamw", "adam", "muon") and not usual / FAR_RATE < lr < FAR_RATE * usual:
         kind = "full fine-tuning" if config.tune.method == "full" else config.tune.method
         far = f"{lr / usual:.0f} times" if lr > usual else f"1/{usual / lr:.0f} of"
         notes.append(

@@ -509,16 +509,19 @@ def _train(
         raise KeyboardInterrupt
     if progress.best_step is None:
         save_result()  # even if it exists: a kill may have come between the last checkpoint and this
-    best = ""
-    if progress.best_step is not None and progress.best_loss is not None:
-        loss = {"event": "eval", "loss": progress.best_loss}
-        name, value = validation_figure(loss | ({VALUE: -progress.best_loss} if objective.valued else {}))
-        best = f"; best validation {name} {value:.4f} at step {progress.best_step}"
     early = " (stopped early)" if progress.stopped_early else ""
-    text = f"done after {progress.step} steps{early}{best}; {run.result}"
+    text = f"done after {progress.step} steps{early}{_best(progress, objective)}; {run.result}"
     end = {"best_loss": progress.best_loss, "best_step": progress.best_step, "elapsed_s": progress.elapsed_s}
     reporter.event({"event": "end", "step": progress.step, **end, "text": text})
     return run
+
+
+def _best(progress: Progress, objective: Objective) -> str:
+    if progress.best_step is None or progress.best_loss is None:
+        return ""
+    valued = {VALUE: -progress.best_loss} if objective.valued else {}
+    name, value = validation_figure({"event": "eval", "loss": progress.best_loss} | valued)
+    return f"; best validation {name} {value:.4f} at step {progress.best_step}"
 
 
 def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError:

@@ -50,6 +50,7 @@ ORDER = {
 # Files and lines of each room, comments and blank lines included. A change that needs more says so here, and why.
 # Before the rooms were merged: 189 files, 35,959 lines.
 BUDGET = {
+    # Sizes by the rows, notes on what can hardly learn, extended runs; pairs in mlxft eval, evaluations side by side.
     # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix; lifeline.py, launch.py:
     # how ranks on several Macs are started, and learn of each other's end.
     # config.py: data.format: auto, several files of rows; runs.py: where a model's name leads; foreign.py: other tools.
@@ -62,7 +63,7 @@ BUDGET = {
     "model": (16, 7880),
     # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
     # exact KL, variants.
-    "objectives": (15, 7770),
+    "objectives": (15, 7775),
     "trainer": (5, 1860),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
@@ -77,7 +78,8 @@ MOST_FILES = 97  # doors: foreign.py, study/start.py, cli/start.py, what serves,
 # a subject of its own.
 SINGLE = {
     *("api", "demo.recipes", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "launch", "model.gemma3n"),
-    *("objectives.distill", "objectives.reward", "objectives.sft", "selftest", "studio.app", "study.fewshot"),
+    *("objectives.distill", "objectives.preference", "objectives.reward", "objectives.sft", "selftest", "studio.app"),
+    "study.fewshot",
     *("study.lm_eval", "study.lr_find"),
     *("study.serve", "study.start", "study.sweep", "trainer.checkpoint"),
 }

@@ -35,7 +35,7 @@ Trains = Callable[[str], bool]
 # Sizes of a recipe that leaves them open. They hang on the rows alone, so that every machine makes the same run.
 DEFAULT_BATCHES = 64  # micro-batches of an epoch x batch.accumulate that batch.tokens aims at ...
 LEAST_DEFAULT_TOKENS, MOST_DEFAULT_TOKENS = 256, 2048  # ... within these
-MOST_EPOCHS = 20.0
+MOST_DEFAULT_EPOCHS = 20.0
 
 
 class Terms(NamedTuple):
@@ -201,7 +201,7 @@ class Objective(ABC):
         learning_rate: default of full fine-tuning; LoRA takes ten times as much.
         traceable: whether `loss` reads nothing but the model and a micro-batch's arrays, so that it can be compiled.
         noisy: whether `loss` adds the noise of tune.neftune.
-        least_steps: steps that an open run.epochs comes to at least, within MOST_EPOCHS; 0: one epoch.
+        least_steps: steps that an open run.epochs comes to at least, within MOST_DEFAULT_EPOCHS; 0: one epoch.
         valued: whether the loss of a validation is the cost of KL less reward, and is shown as VALUE.
         compiled: whether the loop compiles it where shapes come again; set when the run is built.
     """
@@ -279,7 +279,7 @@ class Objective(ABC):
     def default_epochs(self) -> float | None:
         """Return the epochs of a recipe that gives neither run.steps nor run.epochs: `least_steps`, or some more."""
         size = self.steps_per_epoch()
-        return None if size is None else min(MOST_EPOCHS, max(1.0, math.ceil(self.least_steps / max(1, size))))
+        return None if size is None else min(MOST_DEFAULT_EPOCHS, max(1.0, math.ceil(self.least_steps / max(1, size))))
 
     def fingerprint(self) -> str:
         """Return a hash of the data, so that a run is not resumed on other rows."""

@@ -842,7 +842,7 @@ class Evaluation:
         asked = asdict(replace(self.asking, tasks=[], tokens=0, seed=0, confidence=0.0))
         tasks = [task if isinstance(task, str) else task.model_dump(mode="json") for task in self.asking.tasks]
         place = self.file if self.file.startswith("hf:") else str(home_path(self.file).absolute())
-        names = [found.result.task for found in self.tasks]  # an environment is none of the asked tasks
+        names = [found.result.task for found in self.tasks]  # of an environment, which asking.tasks lacks
         return blake2b(json.dumps([place, tasks, names, asked]).encode(), digest_size=8).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -1172,7 +1172,7 @@ def _is_same(folder: Path, found: Evaluation) -> bool:
         before = parse_json(read_file(file)) if file.exists() else {}
         if not before or "key" in before:
             return not before or bool(before["key"] == found.key)
-        # Of an older version, which told evaluations apart by these.
+        # Written by an older version, without a key.
         names = [task["task"] for task in before["tasks"]]
         return bool(before["file"] == found.file and names == [task.result.task for task in found.tasks])
     except (OSError, ValueError, TypeError, KeyError):

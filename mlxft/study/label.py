@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import random
 import select
@@ -43,6 +42,7 @@ from mlxft.data.formats import (
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, MlxftError
 from mlxft.files import check_file, flush, is_stream
+from mlxft.study.stats import wilson
 from mlxft.text import parse_json
 
 if TYPE_CHECKING:
@@ -151,14 +151,6 @@ def _object(line: bytes) -> _Row | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the interval of a share of n trials (Wilson 1927); z is the normal quantile, by default for 95 %."""
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
 
 
 class WinRate(NamedTuple):

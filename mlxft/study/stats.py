@@ -51,10 +51,12 @@ def mean(values: Sequence[float] | Floats64, weights: Sequence[float] | Floats64
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the interval of a share of n rows (Wilson 1927), which keeps to [0, 1] and is right for few rows."""
+    """Return the interval of a share of n trials (Wilson 1927), which is right for few of them, too."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    middle, reach = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return max(0.0, (middle - reach) / (1 + z * z / n)), min(1.0, (middle + reach) / (1 + z * z / n))
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
 
 
 def bootstrap(
