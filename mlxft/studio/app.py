@@ -270,7 +270,7 @@ class Studio:
         folder = self.work.run(name)
         job = self.work.job(folder)
         values: dict[str, Any] = {"name": name, "exists": folder.is_dir(), "output": job.output if job else ""}
-        values["starting"] = job is not None and job.runs
+        values |= {"starting": job is not None and job.runs, "failed": job is not None and job.failed}
         if not values["exists"]:
             return values
         found = details(folder, name)
@@ -297,7 +297,7 @@ class Studio:
         def state() -> tuple[Any, ...]:
             job, status = self.work.job(folder), folder / "status.json"
             changed = status.stat().st_mtime_ns if status.exists() else 0
-            return changed, job and job.runs, job and len(job.output)
+            return changed, job and job.runs, job and job.printed
 
         async def events() -> AsyncIterator[str]:
             tail, before, quiet = Tail(folder / "metrics.jsonl"), None, 0.0
@@ -527,7 +527,7 @@ def open_port(port: int | None) -> socket.socket:
             if e.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
     wanted = f"port {port} is" if port is not None else f"ports {PORT} to {PORT + _PORTS - 1} are"
-    raise ConfigError(f"--port: {wanted} in use on this machine; give another one, or --port 0 for any that is free")
+    raise ConfigError(f"--port: {wanted} in use or not allowed; give another one, or --port 0 for any that is free")
 
 
 def run_studio(work: Workplace, port: int | None, browse: bool) -> None:
@@ -556,6 +556,9 @@ def run_studio(work: Workplace, port: int | None, browse: bool) -> None:
             echo(f"studio: {address}\nCtrl-C ends it; runs that it has started continue.")
             if browse and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 webbrowser.open(address)
+            # Imported here: two threads that import one package can lock each other out.
+            for name in ("mlxft.objectives.sft", "mlxft.study.label", "mlxft.model.adapters"):
+                importlib.import_module(name)
             asyncio.run(_serve(_Server(config), studio, listening))
     running = [run.name for run in work.runs() if run.status == "running"]
     echo("studio closed" + (f"; still running: {', '.join(running)}" if running else ""))
@@ -579,7 +582,6 @@ async def _serve(server: _Server, studio: Studio, listening: socket.socket) -> N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    loop.run_in_executor(None, importlib.import_module, "mlxft.objectives.sft")  # the first page needs what it imports
     await server.serve([listening])
     studio.desk.close()
     studio.play.close()

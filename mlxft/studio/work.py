@@ -136,6 +136,8 @@ class Workplace:
         path = self.inside(recipe)
         self.check_overrides(overrides)
         folder = self.inside(str(load_config(path, overrides).run_dir))
+        if (job := self._jobs.get(folder)) is not None and job.runs:
+            raise ConfigError(f"{self.name(folder)}: is running")
         if folder.exists() and any(folder.iterdir()):
             raise ConfigError(f"{self.name(folder)} exists; resume it, or give another run.name=NAME")
         self._launch(folder, [self.name(path), *overrides])
@@ -212,10 +214,12 @@ class Workplace:
                 raise ConfigError(f"cannot write {path}: {e.strerror}") from e
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
+            except BlockingIOError as e:
                 other = os.read(fd, 500).decode("utf-8", "replace")
                 os.close(fd)
                 raise ConfigError(f"a studio works in this folder already: {other}") from e
+            except OSError:  # a file system without locks
+                break
             with suppress(OSError):
                 if os.path.samestat(os.fstat(fd), os.stat(path)):
                     break
@@ -256,9 +260,19 @@ class StartedRun:
         return self.process.poll() is None
 
     @property
+    def failed(self) -> bool:
+        """Return whether it has ended with an error, and not by Stop."""
+        return self.process.poll() not in (None, 0, 130)
+
+    @property
+    def printed(self) -> int:
+        """Return how many bytes it has printed."""
+        return os.fstat(self.fd).st_size
+
+    @property
     def output(self) -> str:
         """Return the end of what it has printed."""
-        size = os.fstat(self.fd).st_size
+        size = self.printed
         return printable(os.pread(self.fd, _TAIL, max(0, size - _TAIL)).decode("utf-8", "replace"))
 
 
@@ -331,24 +345,27 @@ def _tokens(row: dict[str, Any]) -> int:
 
 def inspect_file(work: Workplace, name: str) -> Inspected:
     """Return the rows of a file as they are, the format that they look like, and what cannot be read."""
-    from mlxft.data.formats import suggest_format
+    from mlxft.data.formats import as_settings, recognise
     from mlxft.data.sources import Problem, read_rows
 
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
-    seen: dict[str, int] = {}
-    for row in islice(read_rows(str(work.inside(name)), "train"), _LENGTHS):
+    read = list(islice(read_rows(str(work.inside(name)), "train"), _LENGTHS))
+    for row in read:
         if isinstance(row, Problem):
             problems.append(f"{row.where}: {row.text}")
             continue
         text = json_text(row.data, indent=2, default=str)
-        looks = suggest_format(row.data) or "no known format"
-        seen[looks] = seen.get(looks, 0) + 1
         lengths.append(len(json_text(row.data, default=str)))
         if len(rows) < _SHOWN:
             rows.append({"row": row.where, "text": text})
-    facts = {"looks_like": ", ".join(f"{k} ({n:,} rows)" for k, n in seen.items())}
+    facts: dict[str, Any] = {}
+    try:
+        found = recognise(read, name=name)
+        facts["read_as"] = as_settings(found.format, found.fields)
+    except DataError as e:
+        problems.append(str(e))
     return Inspected("\n".join(problems[:_SHOWN]), facts, rows, "characters", bins(lengths), len(lengths))
 
 
@@ -665,14 +682,13 @@ def _chart(panel: Panel, lines: Series, objective: str) -> Chart | None:
         low, high = 0.0, 1.0 if panel.share else 1.05 * high
     x = _Axis(min(p[0] for p in every), max(p[0] for p in every), _LEFT, WIDTH - _RIGHT, whole=True)
     y = _Axis(low, high, HEIGHT - _BOTTOM, _TOP)
-    names = list(dict.fromkeys(label.removesuffix(", validation") for label in sound))
+    names = list(dict.fromkeys(_owner(label) for label in sound))
     drawn = []
     for label, points in sound.items():
-        name = label.removesuffix(", validation")
         values = [(x(at), at, value) for at, value in _thinned(points)]
-        dashed = name != label or label == "validation"
+        dashed = label.endswith("validation")
         path = " ".join(f"{place},{y(value)}" for place, _, value in values)
-        drawn.append(ChartLine(label, names.index(name) % 6, dashed, path, values, points[-1][1]))
+        drawn.append(ChartLine(label, names.index(_owner(label)) % 6, dashed, path, values, points[-1][1]))
     by_step: dict[float, dict[str, float]] = {}
     for label, points in sound.items():
         for at, value in points:
@@ -685,6 +701,11 @@ def _chart(panel: Panel, lines: Series, objective: str) -> Chart | None:
     ]
     unit = LOSS_UNITS.get(objective, "") if panel in LOSS else panel.unit
     return Chart(panel.title, unit, x.ticks(), y.ticks(4), drawn, head=["step", *sound], rows=rows)
+
+
+def _owner(label: str) -> str:
+    """Return what a line is of: a run's training and its validation have one colour."""
+    return label.removesuffix(", validation").removesuffix(", training")
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

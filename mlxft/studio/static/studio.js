@@ -60,7 +60,7 @@ function setUpPlot(plot) {
 
 // A run's page: whenever the server says that something changed, fetch the changing parts, and replace what differs.
 function follow(live) {
-  const source = new EventSource(live.dataset.events);
+  let source = null;
   let busy = false, again = false;
   const update = async () => {
     if (busy) { again = true; return; }
@@ -73,8 +73,14 @@ function follow(live) {
     busy = false;
     if (again) setTimeout(update, 300);
   };
-  source.onmessage = update;
-  window.addEventListener("pagehide", () => source.close());
+  const listen = () => {  // not in a hidden tab: a browser keeps six connections to a server
+    source?.close();
+    source = document.hidden ? null : new EventSource(live.dataset.events);
+    if (source) source.onmessage = update;
+  };
+  document.addEventListener("visibilitychange", listen);
+  window.addEventListener("pagehide", () => source?.close());
+  listen();
 }
 
 function replaceParts(live, fresh) {
