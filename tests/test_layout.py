@@ -67,7 +67,7 @@ BUDGET = {
     "trainer": (5, 1860),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
-    "study": (17, 7260),
+    "study": (17, 7270),
     "exports": (6, 3300),
     "studio": (3, 1330),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
