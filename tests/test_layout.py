@@ -62,7 +62,7 @@ BUDGET = {
     # sample and eval play episodes, and share their work over ranks; what label, plots and report show, as data for studio
     "study": (13, 5695),
     "exports": (6, 3300),
-    "studio": (3, 1320),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
+    "studio": (3, 1330),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (3, 300),
     "cli": (5, 1930),  # distill-cache, --environment, launch; eval and sample by ranks; studio
 }
