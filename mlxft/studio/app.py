@@ -57,7 +57,7 @@ try:
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as e:
-    raise ConfigError(missing_extra(str(e.name), "studio")) from e
+    raise ConfigError(missing_extra(str(e.name).partition(".")[0], "studio")) from e
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
 
