@@ -4,7 +4,7 @@
 BIN := .venv/bin
 ARGS :=
 
-.PHONY: help demo rlhf test test-gpu fuzz check docs clean
+.PHONY: help demo rlhf test test-gpu fuzz check docs dist clean
 
 help:
 	@echo 'make demo    install, then fine-tune a small model in a few minutes'
@@ -14,6 +14,7 @@ help:
 	@echo 'make fuzz    10,000 hostile folders, recipes and rows through the commands  (ARGS="--seed 1" makes others)'
 	@echo 'make check   style, types and layout'
 	@echo 'make docs    build the documentation into site/; a broken link fails'
+	@echo 'make dist    build sdist and wheel, and try the wheel in an empty environment  (ARGS=--quick: without the demo)'
 	@echo 'make clean   remove .venv and caches; runs/ stays'
 
 demo: .venv/.base
@@ -23,7 +24,7 @@ rlhf: .venv/.base
 	$(BIN)/mlxft rlhf $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: .venv/.base
 	$(BIN)/mlxft selftest $(ARGS)
@@ -39,6 +40,9 @@ check: .venv/.dev
 
 docs: .venv/.docs
 	$(BIN)/python -m mkdocs build --strict --clean $(ARGS)
+
+dist: .venv/.base
+	sh .ci/dist $(ARGS)
 
 clean:
 	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -44,6 +44,7 @@ SFT = [
     "optim.lr=5e-4",
     "batch.tokens=1024",
     "run.name=sft",
+    "run.epochs=1",
 ]
 PPO = [
     "objective=ppo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,8 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxft.config import Config, load_config, objective_class
+from mlxft.config import Config, default_lr, load_config, objective_class
 from mlxft.data.chat import set_day
+from mlxft.data.dataset import with_format
 from mlxft.device import (
     BACKEND_NAMES,
     CROWDED,
@@ -79,9 +81,14 @@ def load_base(config: Config, *, lazy: bool = False, template: Path | None = Non
 
 
 def make_objective(config: Config, tokenizer: Any) -> Objective:
-    """Make a recipe's objective, with its data; raise ConfigError or DataError if settings or rows do not fit."""
+    """Make a recipe's objective, with its data; its `config` is the recipe with the sizes that were open.
+
+    Raises:
+        ConfigError, DataError: settings or rows do not fit.
+    """
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
+    config = with_format(config) if config.data.format == "auto" else config
     objective: Objective = objective_class(config.objective)(config, tokenizer)
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
@@ -94,7 +101,48 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
         unused += ["run.eval_at_start"] if run.eval_at_start else []
     if unused and not objective.summary().validates:
         raise ConfigError(f"{', '.join(unused)}: there is no validation data to use; give data.valid (0.05: a share)")
+    if run.steps is None and run.epochs is None:
+        objective.config = _with(objective.config, "run", epochs=objective.default_epochs())
+    if config.batch.tokens is None and config.batch.rows is None:
+        objective.config = _with(objective.config, "batch", tokens=objective.config.batch.budget)
     return objective
+
+
+FAR_RATE = 9.5  # a rate this many times above or below the default is noted
+
+
+def learning_notes(config: Config, objective: Objective, total: int) -> list[str]:
+    """Return what sizes the rows gave, and settings with which a run of `total` steps can hardly learn.
+
+    Args:
+        config: the recipe before `make_objective`.
+    """
+    sized, run, notes = objective.config, config.run, list[str]()
+    found = {}
+    if config.batch.tokens != sized.batch.tokens and config.batch.tokens is None:
+        found["batch.tokens"] = f"{sized.batch.tokens:,}"
+    if run.steps is None and run.epochs is None and sized.run.epochs is not None:
+        found["run.epochs"] = f"{sized.run.epochs:g}"
+    if found:
+        sizes = " and ".join(f"{name} {value}" for name, value in found.items())
+        notes.append(f"sizes by the rows: {sizes}, which make {total:,} steps")
+    least = objective.least_steps
+    if total < least / 2:
+        epochs = math.ceil(least / total * (sized.run.epochs or 1))
+        way = f"run.steps={least}" if run.steps is not None else f"run.epochs={epochs}"
+        notes.append(
+            f"{total:,} {'step is' if total == 1 else 'steps are'} few to learn from: set {way}, smaller batches, or "
+            "train on more rows"
+        )
+    lr, usual = config.optim.lr, default_lr(config.objective, config.tune.method)
+    if config.optim.name in ("adamw", "adam", "muon") and not usual / FAR_RATE < lr < FAR_RATE * usual:
+        kind = "full fine-tuning" if config.tune.method == "full" else config.tune.method
+        far = f"{lr / usual:.0f} times" if lr > usual else f"1/{usual / lr:.0f} of"
+        notes.append(
+            f"optim.lr {lr:g} is {far} the usual rate of {config.objective} by {kind}: set optim.lr={usual:g}, or "
+            "measure one with mlxft lr-find"
+        )
+    return notes
 
 
 def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
@@ -357,23 +405,32 @@ def _with(config: Config, section: str, **settings: Any) -> Config:
 
 
 def settled(config: Config, resume: bool) -> Config:
-    """Decide what a recipe leaves open: `batch.tokens: auto`, by a plan of what fits, and the day.
+    """Decide what a recipe leaves open: how rows are read, `batch.tokens: auto`, by a plan of what fits, and the day.
 
-    A resumed run keeps both from its start; also the default of optim.lr, and whether blocks are checkpointed and the
-    step is compiled.
+    A resumed run keeps these from its start; also the defaults of optim.lr, batch.tokens and run.epochs, and whether
+    blocks are checkpointed and the step is compiled.
 
     Raises:
         ModelError: the model cannot be found or read.
         ConfigError: no row of data.max_length fits; memory cannot be predicted, and `memory.measure` is off.
+        DataError: the format of the rows is open, and none fits them, or several.
     """
     file = config.run_dir / "config.yaml"
-    stored = load_config(file, looked_at=True) if resume and file.exists() else None
+    stored = load_config(file, looked_at=True).begun if resume and file.exists() else None
     if stored is not None:
         if config.memory.checkpoint == "auto":
             config = _with(config, "memory", checkpoint=stored.memory.checkpoint)
         if config.run.compile == "auto":
             config = _with(config, "run", compile=stored.run.compile)
         config = config.model_copy(update={"optim": config.optim.with_default(stored.optim.lr)})
+        if config.batch.tokens is None and config.batch.rows is None:
+            config = _with(config, "batch", tokens=stored.batch.tokens, rows=stored.batch.rows)
+        if config.run.steps is None and config.run.epochs is None:
+            config = _with(config, "run", steps=stored.run.steps, epochs=stored.run.epochs)
+        now, then = config.data, stored.data
+        if now.format in ("auto", then.format) and now.fields.items() <= then.fields.items():
+            config = _with(config, "data", format=then.format, fields=then.fields)
+    config = with_format(config)
     if config.data.date is None:
         config = _with(config, "data", date=(stored and stored.data.date) or date.today())
     if config.batch.tokens != "auto":

@@ -21,6 +21,7 @@ from mlxft.build import (
     check_memory,
     full_logits,
     is_open,
+    learning_notes,
     load_base,
     make_objective,
     planned,
@@ -196,6 +197,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
     asked, config, m = config, settled(config, resume=False).sharded, config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     objective = make_objective(config, tokenizer)
+    open_sizes, config = config, objective.config
     summary = objective.summary()
     total = total_steps(config, objective)
     found, reason, notes = memory_plan(config, objective)
@@ -214,7 +216,7 @@ def _check(config: Config, rows: int, console: Console, as_json: bool, time: boo
         "trains": trains(config),
         "turn_ends_with": " ".join(str(tokenizer.convert_ids_to_tokens(i)) for i in sorted(summary.ends)),
         "data": summary.counts,
-        "notes": [*summary.notes, *notes],
+        "notes": [*summary.notes, *learning_notes(open_sizes, objective, total), *notes],
         "run_dir": str(config.run_dir),
     }
     took, blas = (

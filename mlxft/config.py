@@ -22,13 +22,14 @@ from datetime import date as Date
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     create_model,
@@ -313,10 +314,16 @@ class TuneSettings(Settings):
         return float(alpha / (self.rank**0.5 if self.rslora else self.rank))
 
 
+CHATS = ("messages", "sharegpt", "alpaca")  # formats that need a chat template
+
+
+Paths: TypeAlias = str | list[str]  # of rows: a file, pattern, folder or hub data set, or several
+
+
 class SourceSettings(Settings):
     """A source of training rows beside data.train."""
 
-    path: str = Field(description="File, folder or hub data set, as data.train names one.")
+    path: Paths = Field(description="Files, folder or hub data set, as data.train names them.")
     weight: float = Field(
         1.0,
         gt=0,
@@ -329,8 +336,10 @@ class SourceSettings(Settings):
 class DataSettings(Settings):
     """Rows to train on, and which of their tokens are trained."""
 
-    train: str = Field(
-        description="Training rows: file (jsonl, json, csv, parquet), folder, or hf:org/name[:config][:split]."
+    train: Paths = Field(
+        description="Training rows: a file (jsonl, json, csv, tsv, xlsx, ods, parquet, txt, md, chats exported from "
+        "ChatGPT or Claude), a pattern such as rows/*.csv, a folder, hf:org/name[:config][:split], or a list of these. "
+        "file.xlsx:Sheet2 names a sheet."
     )
     valid: str | float | None = Field(
         None,
@@ -343,8 +352,21 @@ class DataSettings(Settings):
         "weight, e.g. {general: {path: general.jsonl, weight: 0.1}}. An epoch has each row of data.train once.",
     )
     format: Literal[
-        "messages", "prompt-completion", "text", "sharegpt", "alpaca", "preference", "ratings", "unpaired", "prompts"
-    ] = Field(description="Format of the rows; it is never guessed (mlxft check suggests one).")
+        "auto",
+        "messages",
+        "prompt-completion",
+        "text",
+        "sharegpt",
+        "alpaca",
+        "preference",
+        "ratings",
+        "unpaired",
+        "prompts",
+    ] = Field(
+        "auto",
+        description="Format of the rows. auto takes the one that they fit, of those that the objective takes, and maps "
+        "columns with usual names; where none or several fit, the error shows the settings to write.",
+    )
     fields: dict[str, str] = Field(
         default_factory=dict,
         description="Map from the format's fields to the rows' fields, e.g. {messages: dialog}, or to templates with "
@@ -361,7 +383,7 @@ class DataSettings(Settings):
     overflow: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="What to do with longer rows; split works only for format text."
     )
-    invalid: Literal["error", "drop"] = Field(
+    bad_rows: Literal["error", "drop"] = Field(
         "error", description="What to do with rows that cannot be read or do not fit the format; drop leaves them out."
     )
     train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
@@ -390,6 +412,16 @@ class DataSettings(Settings):
         """Return all sources of training rows by name, data.train as train."""
         return {"train": SourceSettings(path=self.train), **self.mix}
 
+    # How the rows were recognised, where the recipe left it open.
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "invalid" in raw:
+            raise ValueError(f"invalid is called bad_rows: write data.bad_rows: {raw['invalid']}")
+        return raw
+
     @model_validator(mode="after")
     def _consistent(self) -> DataSettings:
         if "train" in self.mix:
@@ -398,17 +430,41 @@ class DataSettings(Settings):
             self._check_stream()
         if isinstance(self.valid, float) and not 0 < self.valid < 1:
             raise ValueError(f"valid as a share must be between 0 and 1, seen {self.valid:g}")
+        if self.label is not None and self.shots is None:
+            raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
+        if self.format != "auto":
+            self._check_format()
+        return self
+
+    def _check_format(self) -> None:
+        """Raise ValueError for settings that the format does not have."""
         if self.format == "text" and self.train_on not in (None, "all"):
             raise ValueError(f"train_on: {self.train_on} does not work with format text, which trains every token")
         if self.overflow == "split" and self.format != "text":
             raise ValueError(
                 f"overflow: split works only with format text, not {self.format}; use error, drop or truncate"
             )
-        if self.template == "none" and self.format in ("messages", "sharegpt", "alpaca"):
+        if self.template == "none" and self.format in CHATS:
             raise ValueError(f"template: none does not work with format {self.format}, which needs the chat template")
-        if self.label is not None and self.shots is None:
-            raise ValueError(f"label ({self.label}) needs shots; give shots too, or leave it out")
-        return self
+
+    def recognised(self, format: Any, fields: dict[str, str], notes: Sequence[str]) -> DataSettings:
+        """Return the settings with the format of the rows, and the names of its fields.
+
+        Raises:
+            ConfigError: other settings do not work with this format.
+        """
+        found = self.model_copy(update={"format": format, "fields": fields})
+        found._notes = tuple(notes)
+        try:
+            found._check_format()
+        except ValueError as e:
+            raise ConfigError(f"data.{e}") from None
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Return notes on how the rows were recognised."""
+        return list(self._notes)
 
     def _check_stream(self) -> None:
         """Raise ValueError for settings that need all rows at once."""
@@ -428,9 +484,9 @@ class BatchSettings(Settings):
 
     tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="Tokens in a micro-batch, padding included; rows of similar length share one (default: 2048). auto "
-        "takes as many as fit in memory, at most 65536, by the memory plan, corrected by measured steps "
-        "(memory.measure) when a run or range test begins.",
+        description="Tokens in a micro-batch, padding included; rows of similar length share one (default: what makes "
+        "64 of an epoch, but 256 to 2048; on-policy objectives: 2048). auto takes as many as fit in memory, at "
+        "most 65536, by the memory plan, corrected by measured steps (memory.measure) when a run or range test begins.",
     )
     rows: int | None = Field(None, ge=1, description="Rows in a micro-batch, instead of tokens.")
     accumulate: int = Field(1, ge=1, description="Micro-batches in a step.")
@@ -448,7 +504,7 @@ class BatchSettings(Settings):
 
     @property
     def budget(self) -> int:
-        """Return `tokens`, or its default."""
+        """Return `tokens`, or what an objective takes that leaves them open."""
         return 2048 if self.tokens is None else int(self.tokens)
 
 
@@ -577,7 +633,13 @@ class RunSettings(Settings):
     dir: Path = Field(Path("runs"), description="Folder that holds the run folders.")
     seed: int = Field(0, ge=0, lt=2**63, description="Seed for all random numbers.")
     steps: int | None = Field(None, ge=1, description="Number of steps (optimiser updates).")
-    epochs: float | None = Field(None, gt=0, le=1e6, description="Number of epochs, instead of steps (default: 1).")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Number of epochs, instead of steps (default: as many as make 200 steps of sft, 100 of other "
+        "objectives, but 1 to 20).",
+    )
     report_every: int = Field(10, ge=1, description="Steps between reports.")
     eval_every: int | None = Field(None, ge=1, description="Steps between validations (default: one epoch).")
     eval_at_start: bool = Field(False, description="Validate before the first step, to have a loss to compare with.")
@@ -666,11 +728,17 @@ class ReportSettings(Settings):
 
     to: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = Field(
         default_factory=list,
-        description="Trackers that receive the metrics of metrics.jsonl; a failing tracker never stops training.",
+        description="Trackers that receive the metrics of metrics.jsonl, or a single one; a failing tracker never "
+        "stops training.",
     )
     project: str | None = Field(
         None, min_length=1, description="Project of wandb and trackio, experiment of mlflow (default: mlxft)."
     )
+
+    @field_validator("to", mode="before")
+    @classmethod
+    def _listed(cls, to: Any) -> Any:
+        return [to] if isinstance(to, str) else to
 
     @model_validator(mode="after")
     def _consistent(self) -> ReportSettings:
@@ -741,6 +809,16 @@ class Config(Settings):
         memory = self.memory.model_copy(update={"checkpoint": "on", "measure": False})
         run = self.run.model_copy(update={"compile": "off"})
         return self.model_copy(update={"memory": memory, "run": run})
+
+    @property
+    def begun(self) -> Config:
+        """Return a run's recipe with the sizes that it was trained with, which older versions did not write down."""
+        batch, run = self.batch, self.run
+        if batch.tokens is None and batch.rows is None:
+            batch = batch.model_copy(update={"tokens": batch.budget})
+        if run.steps is None and run.epochs is None:
+            run = run.model_copy(update={"epochs": 1.0})
+        return self.model_copy(update={"batch": batch, "run": run})
 
     def section(self, name: str, kind: type[S]) -> S:
         """Return the objective's own section `name`."""
@@ -991,7 +1069,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     for e in error.errors():
         location = _location(e["loc"], kind)
         if e["type"] == "extra_forbidden":
-            text = "no such setting" + nearest_key(location, kind)
+            text = "no such setting" + nearest_key(location, kind, e["input"])
             problems.setdefault(location, []).append((text, None))
         elif e["type"] == "missing":
             for needed in _needed(location, kind):
@@ -1039,8 +1117,8 @@ def _section(annotation: Any) -> Any:
     return annotation if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
-def nearest_key(location: str, kind: type[BaseModel]) -> str:
-    """Return the nearest right name: in the section, else the same leaf in another section, else anywhere."""
+def nearest_key(location: str, kind: type[BaseModel], value: Any = None) -> str:
+    """Return the right name: another tool's setting in our words, or the nearest in the section, else anywhere."""
     keys = all_keys(kind)
     section, _, leaf = location.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in keys if k.rpartition(".")[0] == section}
@@ -1052,6 +1130,10 @@ def nearest_key(location: str, kind: type[BaseModel]) -> str:
     inner = _inner(location, kind)
     if inner is not None:
         return nearest(leaf, [f.alias or name for name, f in inner.model_fields.items()])
+    from mlxft.foreign import explain_setting
+
+    if said := explain_setting(location, value, keys):
+        return said
     # Compare leaves with leaves: the section's name would make all of its settings look alike.
     close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")
     found = elsewhere or ([siblings[close]] if close else [])
@@ -1214,6 +1296,7 @@ def _override(raw: dict[str, Any], text: str, chosen: set[str]) -> None:
     key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise ConfigError(f"override {shorten(text)!r}: expected KEY=VALUE, for example tune.rank=16")
+    value = json.dumps(value) if value.startswith("*") else value  # a pattern of files, not an alias of YAML
     put(raw, key.strip(), read_yaml(value, f"override {shorten(key)}"), chosen, f"override {shorten(text)!r}")
 
 
@@ -1276,8 +1359,8 @@ def parse_config(raw: Any, origin: str = "config", name: str | None = None, open
     model = {k: full_path(v) for k, v in (("path", config.model.path), ("adapter", config.model.adapter))}
     template = config.model.chat_template
     model["chat_template"] = None if template is None else Path(full_path(template))
-    data = {k: full_path(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
-    data["mix"] = {k: v.model_copy(update={"path": full_path(v.path)}) for k, v in config.data.mix.items()}
+    data = {k: full_source(v) for k, v in (("train", config.data.train), ("valid", config.data.valid))}
+    data["mix"] = {k: v.model_copy(update={"path": full_source(v.path)}) for k, v in config.data.mix.items()}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update=run),
@@ -1349,6 +1432,19 @@ def full_path(value: Any) -> Any:
         return value
 
 
+def full_source(value: Any) -> Any:
+    """Return the full path of rows: of files and folders, each in a list, patterns, and parts such as a sheet."""
+    if isinstance(value, list):
+        return [full_source(each) for each in value]
+    if not isinstance(value, str) or value.startswith(("hf:", "python:")):
+        return value
+    path, _, part = value.rpartition(":")
+    if (found := full_path(value)) == value and path and (whole := full_path(path)) != path:
+        return f"{whole}:{part}"
+    pattern = found == value and any(sign in value for sign in "*?[")
+    return str(home_path(value).absolute()) if pattern else found
+
+
 def _check_paths(config: Config, origin: str) -> None:
     """Raise a ConfigError for a path that is longer than any file system allows."""
     named = {"model": "path adapter chat_template", "data": "train valid", "run": "dir", "rewards": "adapter function"}
@@ -1363,7 +1459,7 @@ def _check_paths(config: Config, origin: str) -> None:
     wrong = [
         f"{origin}: {name}: the path is too long (at most {_LONGEST} bytes, 255 per name): {shorten(str(path))}"
         for name, given in paths.items()
-        for path in (given if isinstance(given, Mapping) else [given])
+        for path in (given if isinstance(given, Mapping | list) else [given])
         if isinstance(path, str | Path)
         and (len(os.fsencode(path)) > _LONGEST or any(len(os.fsencode(p)) > 255 for p in Path(path).parts))
     ]
@@ -1377,7 +1473,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[Any, An
     Raises:
         ConfigError: the file is missing, or is not valid YAML or not a mapping.
     """
-    raw = _read_mapping(path)
+    raw = _read_recipe(path)
     return raw, _settle(raw, overrides, "versions" in raw)
 
 
@@ -1399,11 +1495,36 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
         text = read_small(path)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}") from e
+        ours = not path.exists() and (Path(__file__).parent / "configs" / f"{path.stem}.yaml").is_file()
+        copy = f"; mlxft recipes copy {path.stem} writes it" if ours else ""
+        raise ConfigError(f"{path}: cannot read the recipe: {getattr(e, 'strerror', None) or e}{copy}") from e
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict | None):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     return raw or {}
+
+
+def _read_recipe(path: Path) -> dict[Any, Any]:
+    """Read a recipe's mapping; raise ConfigError for another tool's configuration."""
+    raw = _read_mapping(path)
+    if "versions" not in raw:
+        from mlxft.foreign import tool_of
+
+        if tool := tool_of(raw):
+            raise ConfigError(
+                f"{path}: this is a configuration of {tool}, not a recipe of mlxft; to make one of it: mlxft init "
+                f"--from {shlex.quote(str(path))}"
+            )
+    return raw
+
+
+def _name_of(raw: Mapping[str, Any]) -> str | None:
+    """Return the name of a run without a recipe: its objective and its data's name."""
+    data = raw.get("data")
+    train = data.get("train") if isinstance(data, dict) else None
+    stem = re.sub(r"[^\w.-]+", "-", Path(train.partition("[")[0]).stem).strip(".-") if isinstance(train, str) else ""
+    objective = str(raw.get("objective") or "sft")
+    return f"{objective}-{stem}"[:100] if stem and objective.isidentifier() else None
 
 
 _NAMES_PYTHON = "the run folder names Python code to run, and may come from someone else; read the code and add "
@@ -1422,6 +1543,9 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
     named = rewards.pop("function", None) if of_run and not looked_at and isinstance(rewards, dict) else None
     met = raw.get("environment")
     met = met.get("path") if isinstance(met, dict) else met
+    data = raw.get("data")
+    if of_run and isinstance(data, dict) and "invalid" in data:  # as earlier versions have called it
+        data["bad_rows"] = data.pop("invalid")
     problems = override_all(raw, overrides)
     chosen = any(_chooses(overrides, key) for key in ("environment", "environment.path"))
     if of_run and not looked_at and ":" in str(met) and not chosen:
@@ -1438,14 +1562,14 @@ def _settle(raw: dict[Any, Any], overrides: Sequence[str], of_run: bool, looked_
 
 
 def load_config(
-    path: Path,
+    path: Path | None,
     overrides: Sequence[str] = (),
     *,
     of_run: bool = False,
     looked_at: bool = False,
     given: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Read a recipe and apply `KEY=VALUE` overrides.
+    """Read a recipe and apply `KEY=VALUE` overrides, which are the whole recipe if there is no file.
 
     Args:
         of_run: the file is from a run folder, which may be someone else's: overrides, not the file, decide whether a
@@ -1456,14 +1580,15 @@ def load_config(
     Raises:
         ConfigError: the file is missing or not valid YAML, or a setting is wrong; all problems at once.
     """
-    raw = _read_mapping(path)
+    raw = _read_recipe(path) if path is not None else {}
     for key, value in (given or {}).items():
         put(raw, key, value, set(given or ()), key)
     theirs = of_run or looked_at or "versions" in raw
     problems = _settle(raw, overrides, theirs, looked_at)
     opened = theirs and not _chooses(overrides, "objective") and "objective" not in (given or {})
     try:
-        config = parse_config(raw, str(path), path.stem.lstrip("."), opened)
+        origin, name = ("settings", _name_of(raw)) if path is None else (str(path), path.stem.lstrip("."))
+        config = parse_config(raw, origin, name, opened)
     except ConfigError as e:
         problems.append(str(e))
     if problems:

@@ -111,14 +111,6 @@ class Ranks:
             done += cost * len(group)
         return found
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
-        """Return the rank of each thing that cannot be cut: the heaviest first, to the rank with the least to do."""
-        load, found = np.zeros(self.size), [0] * len(costs)
-        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            found[i] = int(np.argmin((load + costs[i]) / np.array(self.weights)))
-            load[found[i]] += costs[i]
-        return found
-
     def turns(self, things: Iterable[_U]) -> Iterator[tuple[_U, bool]]:
         """Yield every `size`-th thing, from this rank's number on, and whether it counts: see `own`."""
         number = -1
@@ -141,7 +133,7 @@ class Ranks:
 
     def each(self, things: Sequence[_U], costs: Sequence[float], compute: Callable[[_U], Any]) -> list[Any]:
         """Return what is computed of each thing, as JSON: on one rank each, by the costs, and then known to all."""
-        owners = self.owners(costs)
+        owners = assign(costs, self.weights)
         mine = [compute(thing) for thing, owner in zip(things, owners) if owner == self.rank]
         found = [iter(theirs) for theirs in self.gather(mine)]
         return [next(found[owner]) for owner in owners]
@@ -248,6 +240,20 @@ class Ranks:
             found[name] = mx.concatenate(sums).view(dtype).reshape(shape)
             mx.eval(found[name])
         return found
+
+
+def assign(costs: Sequence[float], weights: Sequence[float]) -> list[int]:
+    """Return the rank of each thing that cannot be cut: the heaviest first, to the rank with the least to do.
+
+    Args:
+        costs: of each thing.
+        weights: the share of the work that each rank takes.
+    """
+    load, found = np.zeros(len(weights)), [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        found[i] = int(np.argmin((load + costs[i]) / np.array(weights)))
+        load[found[i]] += costs[i]
+    return found
 
 
 _WHOLE_KINDS = (mx.int32, mx.uint32, mx.int64, mx.uint64, mx.int16, mx.uint16, mx.int8, mx.uint8, mx.bool_)

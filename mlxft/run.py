@@ -23,6 +23,7 @@ from mlxft.build import (
     decide_checkpointing,
     fit_tokens,
     is_open,
+    learning_notes,
     load_base,
     make_objective,
     prepare,
@@ -54,7 +55,7 @@ from mlxft.model.sampling import Sampling, complete
 from mlxft.model.shard import shard_base, sharding_of, shares
 from mlxft.objectives.base import Objective
 from mlxft.runs import Run, check_folder, find_adapter, make_folder, recorded, versions
-from mlxft.text import Event, make_console
+from mlxft.text import VALUE, Event, make_console, validation_figure
 from mlxft.trainer import checkpoint
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
@@ -383,6 +384,7 @@ def _train_held(
     ranks = current()
     loaded = base or load_base(run.config, lazy=True, template=run.template if resume else None)
     objective = make_objective(run.config, loaded.tokenizer)
+    asked, run = run.config, Run(run.dir, objective.config)
     if ranks.size > 1:
         check_same(ranks, {"hash of": _hashes(run.config, loaded, objective)})
     if ranks.size > 1:
@@ -403,6 +405,7 @@ def _train_held(
         with limits(config.memory.limit, config.memory.cache), awake(config.run.keep_awake):
             return _train(run, loaded, objective, optimizer, total, progress, None, Reporter([]))
     saver = _Saver(run, held, loaded, spec, objective)
+    notes = [*learning_notes(asked, objective, total), *notes]
     for line in [*start_lines(facts), *objective.summary().notes, *expected, *crowded(config), *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=not console.is_terminal)
     with recorded(held):
@@ -506,12 +509,19 @@ def _train(
         raise KeyboardInterrupt
     if progress.best_step is None:
         save_result()  # even if it exists: a kill may have come between the last checkpoint and this
-    best = f"; best validation loss {progress.best_loss:.4f} at step {progress.best_step}" if progress.best_step else ""
     early = " (stopped early)" if progress.stopped_early else ""
-    text = f"done after {progress.step} steps{early}{best}; {run.result}"
+    text = f"done after {progress.step} steps{early}{_best(progress, objective)}; {run.result}"
     end = {"best_loss": progress.best_loss, "best_step": progress.best_step, "elapsed_s": progress.elapsed_s}
     reporter.event({"event": "end", "step": progress.step, **end, "text": text})
     return run
+
+
+def _best(progress: Progress, objective: Objective) -> str:
+    if progress.best_step is None or progress.best_loss is None:
+        return ""
+    valued = {VALUE: -progress.best_loss} if objective.valued else {}
+    name, value = validation_figure({"event": "eval", "loss": progress.best_loss} | valued)
+    return f"; best validation {name} {value:.4f} at step {progress.best_step}"
 
 
 def _gpu_failed(failure: Failure, progress: Progress, run: Run) -> TrainingError:
@@ -532,7 +542,8 @@ def total_steps(config: Config, objective: Objective) -> int:
     if config.run.steps is not None:
         return config.run.steps
     # Add up epochs one by one: each combines rows of different lengths, so their numbers of batches differ.
-    part, whole = math.modf(config.run.epochs or 1.0)
+    epochs = config.run.epochs or objective.default_epochs() or 1.0
+    part, whole = math.modf(epochs)
     count = min(int(whole) + (part > 0), MOST_EPOCHS)
     sizes = [objective.steps_per_epoch(e) for e in range(count)]
     steps = [size for size in sizes if size is not None]
@@ -625,6 +636,13 @@ def _restore(
     progress = Progress(**state["progress"])
     if progress.weights is not None and len(progress.weights) != ranks.size:
         progress.weights = None
-    if progress.step >= total or progress.stopped_early:
+    if progress.stopped_early:
+        notes.append("the run stopped early, by run.patience: a longer run would have stopped there, too")
+    elif progress.step >= total:
         notes.append("the run is already complete: nothing is left to train")
+    elif progress.step == state["total_steps"] and progress.step % (run.config.run.eval_every or 1):
+        notes.append(
+            f"the run is extended: its validation after step {progress.step}, its last one until now, counts for the "
+            "best weights, though a run of this length from the start would not have had it"
+        )
     return progress

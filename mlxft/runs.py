@@ -13,13 +13,14 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from rich.console import Console
@@ -39,7 +40,7 @@ from mlxft.files import (
     remove,
     temporary,
 )
-from mlxft.text import Event, home_path, parse_json, read_file
+from mlxft.text import Event, home_path, parse_json, read_file, validation_figure
 
 if TYPE_CHECKING:
     from mlxft.config import Config
@@ -114,41 +115,43 @@ class Run:
         if trained := [e for e in events if e["event"] == "train"]:
             facts |= {"step": trained[-1]["step"], "loss": round(trained[-1]["loss"], 4)}
             facts["curve"] = [(e["step"], e["loss"]) for e in trained]
-        if losses := [e["loss"] for e in events if e["event"] == "eval"]:
-            facts["validation loss"] = round(min(losses), 4)
+        if evals := [e for e in events if e["event"] == "eval"]:
+            name, value = validation_figure(min(evals, key=lambda e: e["loss"]))
+            facts[f"validation {name}"] = round(value, 4)
         return facts
 
     def __repr__(self) -> str:
         facts = {name: value for name, value in self._facts().items() if name != "curve"}
         return f"Run({str(self.dir)!r}, {', '.join(f'{name}: {value}' for name, value in facts.items())})"
 
+    def next_commands(self) -> list[str]:
+        """Return three commands for the trained model."""
+        name, valid = shlex.quote(str(self.dir)), self.config.data.valid
+        if self.config.objective == "reward":
+            rows = shlex.quote(valid if isinstance(valid, str) else "pairs.jsonl")
+            return [f"mlxft eval {name} {rows}", f"mlxft score {name} {rows}", f"mlxft runs report {name}"]
+        fused = shlex.quote(f"{self.dir.name}-fused")
+        return [f"mlxft compare 'a prompt' --models base,{name}", f"mlxft serve {name}", f"mlxft fuse {name} {fused}"]
+
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and the curve of the training loss."""
+        from mlxft.trainer.report import curve_svg
+
         facts = self._facts()
         curve = facts.pop("curve", [])
         cells = "".join(
             f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
         )
-        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{_curve(curve)}"
+        return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{curve_svg(curve)}"
 
 
-def _curve(points: Sequence[tuple[int, float]], width: int = 360, height: int = 120) -> str:
-    """A line through (step, loss) as SVG, with the first and the last loss."""
-    points = [(x, y) for x, y in points if math.isfinite(y)]
-    if len(points) < 2:
-        return ""
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    across, up = (width - 10) / max(1, points[-1][0] - points[0][0]), (height - 10) / ((high - low) or 1.0)
-    line = " ".join(f"{5 + (x - points[0][0]) * across:.1f},{height - 5 - (y - low) * up:.1f}" for x, y in points)
-    said = f"training loss, step {points[0][0]} to {points[-1][0]}: {points[0][1]:.4g} to {points[-1][1]:.4g}"
-    path = f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-    return f'<svg width="{width}" height="{height}" role="img"><title>{said}</title>{path}</svg><div>{said}</div>'
+_version = cache(importlib.metadata.version)  # it parses a file each time
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and the main packages."""
     names = ("mlxft", "mlx", "mlx-lm", "transformers", "numpy")
-    return {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in names}
+    return {"python": platform.python_version()} | {n: _version(n) for n in names}
 
 
 def is_run(folder: Path) -> bool:
@@ -156,10 +159,48 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and not (folder / "config.json").exists()
 
 
+def named_run(name: str | Path, place: Path = Path("runs")) -> Path:
+    """Return the run folder `place`/NAME for the bare name of a run, if nothing of that name is here; else the path."""
+    path, run = home_path(name), place / name
+    with suppress(OSError):  # too long for a path
+        if not path.exists() and may_be_run(run):
+            return run
+    return path
+
+
 def find_adapter(path: Path) -> Path:
     """Return the adapter folder of a run, or the folder itself."""
     inside = path / "adapter"
     return inside if (inside / "adapter_config.json").exists() else path
+
+
+class Located(NamedTuple):
+    """Where a model that a user names leads.
+
+    Attributes:
+        path: the model, or what an adapter stands in or on.
+        adapter: folder of an adapter; None: none.
+        head: file of a reward model's head.
+    """
+
+    path: str | Path
+    adapter: Path | None
+    head: Path | None
+
+
+def locate(path: str | Path | Run, adapter: str | Path | None = None, *, scores: bool = False) -> Located:
+    """Find a run, an adapter folder, a fused or any other model; arguments and errors as for `load_run`."""
+    path = path.dir if isinstance(path, Run) else path
+    folder = home_path(path)
+    if adapter is None and is_run(folder):
+        run = open_run(folder)
+        if not run.result.exists():
+            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
+        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
+    elif adapter is None and (folder / "adapter_config.json").exists():
+        adapter = folder
+    found = None if adapter is None else find_adapter(home_path(adapter))
+    return Located(path, found, _checked_head(found or home_path(path), scores))
 
 
 def load_run(
@@ -181,22 +222,8 @@ def load_run(
     from mlxft.model.load import load as load_model
     from mlxft.model.logits import Split
 
-    path = path.dir if isinstance(path, Run) else path
-    folder = home_path(path)
-    if adapter is None and is_run(folder):
-        run = open_run(folder)
-        if not run.result.exists():
-            raise ModelError(f"{folder} has no trained weights yet; resume it with {run.resume}")
-        path, adapter = (run.result, None) if run.config.tune.method == "full" else (path, run.result)
-    elif adapter is None and (folder / "adapter_config.json").exists():
-        adapter = folder
-    if adapter is None:
-        head = _checked_head(home_path(path), scores)
-        loaded = load_model(str(path), **options)
-    else:
-        adapter = find_adapter(home_path(adapter))
-        head = _checked_head(adapter, scores)
-        loaded = load_with_adapter(path, adapter, options)
+    at, found, head = locate(path, adapter, scores=scores)
+    loaded = load_model(str(at), **options) if found is None else load_with_adapter(at, found, options)
     if head is not None:
         load_head(Split(loaded.model), head, base_fingerprint(loaded))
         loaded.model.eval()
@@ -284,38 +311,58 @@ def _check_resumable(run: Run) -> None:
                 f"{folder}: is a link, and its target is neither replaced nor removed; move the folder itself back here"
             )
     if stored is not None:
-        _check_same(stored, run.config)
+        _check_same(stored, run)
 
 
 def _check_unused(run: Run) -> None:
     """Refuse to replace a folder that contains the files to train on."""
     model, data = run.config.model, run.config.data
-    used = {
+    used: dict[str, Any] = {
         "model.path": model.path,
         "model.adapter": model.adapter,
         "model.chat_template": model.chat_template,
-        "data.train": data.train,
         "data.valid": data.valid if isinstance(data.valid, str) else None,
-        **{f"data.mix.{name}.path": source.path for name, source in data.mix.items()},
+        **{"data.train" if name == "train" else f"data.mix.{name}.path": s.path for name, s in data.sources.items()},
     }
     replaced = run.dir.resolve()
-    inside = [k for k, v in used.items() if v is not None and replaced in (p := Path(v).absolute(), *p.parents)]
+    paths = [(k, path) for k, v in used.items() for path in (v if isinstance(v, list) else [v]) if path is not None]
+    inside = list(dict.fromkeys(k for k, v in paths if replaced in (p := Path(v).absolute(), *p.parents)))
     if inside:
         raise ConfigError(f"{run.dir}: {', '.join(inside)} is in this run folder; choose another run.name")
 
 
-def _check_same(before: Config, now: Config) -> None:
+def _check_same(before: Config, run: Run) -> None:
     """Refuse settings that would make it another run, and name them."""
     from mlxft.config import flat
 
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    free = set(FREE_ON_RESUME)
+    now, free, lengths = run.config, set(FREE_ON_RESUME), {"run.steps", "run.epochs"}
+    old, new = flat(before.begun.model_dump(mode="json")), flat(now.model_dump(mode="json"))
     if now.optim.schedule == "constant" and (now.optim.warmup == 0 or now.optim.warmup >= 1):
-        free |= {"run.steps", "run.epochs"}  # the learning rate does not depend on the length then
+        free |= lengths  # the learning rate does not depend on the length then
     keys = [k for k in {**old, **new} if k not in free and not k.startswith("versions") and old.get(k) != new.get(k)]
     if keys:
         lines = [f"{k}: the run has {old.get(k)!r}, the recipe has {new.get(k)!r}" for k in keys]
-        raise ConfigError("cannot resume with other settings:\n  " + "\n  ".join(lines))
+        text = "cannot resume with other settings:\n  " + "\n  ".join(lines)
+        raise ConfigError(text + (_way_to_extend(before.begun, run) if {*keys} <= lengths else ""))
+
+
+def _way_to_extend(before: Config, run: Run) -> str:
+    """Return how a run whose rates hang on its length is trained further."""
+    config, optim, full = run.config, run.config.optim, run.config.tune.method == "full"
+    first, now = before.run, config.run
+    more = [
+        f"run.{name}={after - length:g}"
+        for name, length, after in (("steps", first.steps, now.steps), ("epochs", first.epochs, now.epochs))
+        if length is not None and after is not None and after > length
+    ]
+    # An adapter has its own rank and targets, so the section tune is left out.
+    begin = [f"model.path={run.result}"] if full else ["tune={}", f"model.adapter={run.dir}"]
+    command = ["mlxft", "train", str(run.dir / "config.yaml"), *begin, f"run.name={run.dir.name}-2", *more]
+    warmup = f" and optim.warmup: {optim.warmup:g}, a share" if 0 < optim.warmup < 1 else ""
+    return (
+        f"\nthe rates of a run with optim.schedule: {optim.schedule}{warmup} hang on its length; only constant rates, "
+        f"after a warm-up in steps, can be extended. Train its result further in a new run: {shlex.join(command)}"
+    )
 
 
 def make_folder(run: Run, resume: bool, overwrite: bool) -> None:

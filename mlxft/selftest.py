@@ -33,6 +33,7 @@ from mlxft.model.load import Loaded, count_parameters, load_tokenizer, skeleton
 from mlxft.model.sampling import Sampling, sample_batch
 from mlxft.run import train, train_config
 from mlxft.runs import load_run
+from mlxft.study.catalogue import keep_bench
 from mlxft.text import json_text, make_console, parse_json
 
 # --- tiny -------------------------------------------------------------------------------------------------------------
@@ -330,7 +331,9 @@ def _trainings(folder: Path) -> Iterator[tuple[str, float, Callable[[], float]]]
 
 
 def _begins(folder: Path) -> float:
-    first = losses(selftest_recipe(folder, "preference", "begins", model__dtype="bfloat16"))[0]
+    first = losses(
+        selftest_recipe(folder, "preference", "begins", model__dtype="bfloat16", run__steps=1, batch__rows=1)
+    )[0]
     return abs(first - math.log(2)) / math.log(2)
 
 
@@ -461,8 +464,10 @@ def bench(
             figures = parse_json(line) if done.returncode == 0 else {}
             figures = figures or {"error": _why(done.returncode, done.stderr)}
             if "tokens_per_s" in figures:  # 2 operations per parameter, forward and for the inputs' gradient
-                operations = (2 if job == "sampling" else 4) * figures.pop("parameters")
-                figures["share"] = operations * figures["tokens_per_s"] / rate
+                size = figures.pop("parameters")
+                figures["share"] = (2 if job == "sampling" else 4) * size * figures["tokens_per_s"] / rate
+                if side == "mlxft":
+                    keep_bench(job, shape, size, figures["tokens_per_s"])
             found.append({"job": job, "shape": shape, "side": side, **figures})
             on_job(found[-1])
     machine = {f.name: f.value for f in examine(Path())}

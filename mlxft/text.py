@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,19 @@ def make_console(**options: Any) -> Console:
         def render_str(self, text: str, **options: Any) -> Any:  # before rich measures the text
             return super().render_str(printable(text), **options)
 
+    if "file" in options:  # in a notebook, rich shows everything there, whatever the file
+        options.setdefault("force_jupyter", False)
     return Printable(markup=False, emoji=False, highlight=False, **options)
+
+
+def notebook_place(console: Console | None) -> Callable[[str], None] | None:
+    """Return a function that shows HTML at one place of a notebook, again and again; None outside notebooks."""
+    if console is None or not console.is_jupyter or console.file not in (sys.stdout, sys.stderr):
+        return None
+    from IPython.display import HTML, display
+
+    handle = display(HTML(""), display_id=True)
+    return lambda text: handle.update(HTML(text))
 
 
 def guard_messages() -> None:
@@ -153,11 +165,47 @@ def read_small(path: Path) -> str:
 
 @contextmanager
 def bar(console: Console | None, total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal, and nothing elsewhere. Yields a function to call with the number just done."""
+    """Show a progress bar on a terminal or in a notebook. Yields a function to call with the number just done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if (show := notebook_place(console)) is not None:
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            show(progress_html(done, total, what))
+
+        yield advance
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
     shown = console is not None and console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task("", total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def progress_html(done: int, total: int, what: str) -> str:
+    """Return a progress bar as HTML."""
+    return f'<progress value="{done}" max="{total}" aria-label="{what}"></progress> {done:,}/{total:,} {what}'
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+VALUE = "reward_less_kl_cost"  # what on-policy methods maximise; its negative is their `loss` in metrics.jsonl
+
+
+def with_value(event: Mapping[str, Any]) -> Event:
+    """Return a validation event of an on-policy method with VALUE in place of `loss`; any other as it is."""
+    valued = VALUE in event or {"reward", "eos_share"} <= {*event}  # older versions wrote no VALUE
+    if event.get("event") != "eval" or "loss" not in event or not valued:
+        return {**event}
+    loss = event["loss"]  # a number that was not finite is a text
+    named = {VALUE if k == "loss" else k: v for k, v in event.items() if k != VALUE}
+    return named | {VALUE: -loss if isinstance(loss, int | float) else loss}
+
+
+def validation_figure(event: Event) -> tuple[str, float]:
+    """Return the name and the value of what a validation is compared by."""
+    found = with_value(event)
+    return ("reward less KL cost", found[VALUE]) if VALUE in found else ("loss", found["loss"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -19,6 +20,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import mlxft  # noqa: F401  before MLX: it brings the fast BLAS
 from mlxft.model.load import Loaded, load
+
+# No test cuts the power, and what only a kill interrupts needs no fsync: waiting for the disk would take minutes.
+os.fsync = lambda fd: None
+vars(fcntl).pop("F_FULLFSYNC", None)
 
 
 @pytest.fixture(autouse=True)
@@ -243,8 +248,45 @@ def recipe(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., dict[str, Any]
     return make
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more worker than cores: some tests wait for processes of their own."""
+    return (os.cpu_count() or 1) + 1
+
+
+# The files that take longest come first, so that workers, which take a file at a time, end together.
+_LONG = (
+    "test_distributed",
+    "test_resume",
+    "test_kin",
+    "test_environments",
+    "test_resume_onpolicy",
+    "test_configs",
+    "test_plan_onpolicy",
+    "test_sweep",
+    "test_launch",
+    "test_shard",
+    "test_selftest",
+    "test_examples",
+    "test_distill",
+    "test_ranks",
+    "test_stream",
+    "test_reward",
+    "test_plan",
+    "test_check",
+    "test_lifeline",
+    "test_balance",
+    "test_transfer",
+    "test_sample",
+    "test_packing",
+    "test_fuzz",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark laws by their folder, and tests of other libraries' numbers by what they read."""
+    """Mark laws by their folder, and tests of other libraries' numbers by what they read; long files come first."""
+    place = {name: i for i, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if "invariant" in item.path.parts:
             item.add_marker("invariant")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # Before a script: the folder of the tests is importable, and output is not held back.
 _HERE = Path(__file__).resolve().parent
@@ -18,7 +20,7 @@ _HERE = Path(__file__).resolve().parent
 Result = tuple[int, str, str]
 
 
-def run_ranks(script: str | Sequence[str], n: int = 2, timeout: float = 120.0) -> list[Result]:
+def run_ranks(script: str | Sequence[str], n: int = 2, timeout: float = 300.0) -> list[Result]:
     """Run a script's text, or the arguments of Python, as n ranks; return code, stdout and stderr of each rank.
 
     All are killed after `timeout` seconds (code -9), and when one has failed, some seconds later: the others would wait
@@ -52,6 +54,34 @@ def _wait(started: Sequence[subprocess.Popen[bytes]], until: float) -> None:
         for p in started:
             p.kill()
             p.wait()
+
+
+_WORDS = ["the", "then", "other", "in", "on", "and", "is", "of", "he", "her", "in", "it", "the", "is", "and"]
+_GUESS = """
+from mlxft import Observation
+class Guess:
+    def reset(self, row, seed):
+        self.seed = seed
+    def step(self, turn):
+        return Observation('try again', reward=(len(turn.text) + self.seed) % 7, end=self.seed % 2 == 0)
+"""
+
+
+def row_writer(folder: Path) -> tuple[random.Random, Callable[[int, int], str], Callable[..., None]]:
+    """Write the environment guess.py; return what draws rows, the same each time.
+
+    They are a source of random numbers, `text(least, most)` of so many words, and `write(name, make, count)`.
+    """
+    rng = random.Random(0)
+
+    def text(least: int, most: int) -> str:
+        return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(least, most)))
+
+    def write(name: str, make: Callable[[], dict[str, Any]], count: int) -> None:
+        (folder / name).write_text("".join(json.dumps(make()) + "\n" for _ in range(count)))
+
+    (folder / "guess.py").write_text(_GUESS)
+    return rng, text, write
 
 
 def free_ports(n: int) -> list[int]:

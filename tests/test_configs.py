@@ -64,7 +64,7 @@ NEEDED = {
     "ppo-reward-model": {"rewards.adapter": "reward-lora"},
     "distill": {"distill.teacher": "sft-lora"},
 }
-ROWS = 40
+ROWS = 24
 JUDGED = ("reward-lora", "reward-qlora", "dpo-lora", "orpo", "kto")
 
 

@@ -69,8 +69,9 @@ def test_command_is_one(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         context = command.make_context(command.name, list(arguments))
     except click.exceptions.Exit:  # --help
         return
-    if command.name in ("train", "check") and context.params["recipe"] is not None:
-        load_config(context.params["recipe"], list(context.params["overrides"]))
+    recipe = context.params.get("recipe")
+    if command.name in ("train", "check") and recipe is not None and "=" not in str(recipe):
+        load_config(recipe, list(context.params["overrides"]))
 
 
 @pytest.mark.parametrize("line", shown(mentions))

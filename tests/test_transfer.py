@@ -25,7 +25,15 @@ def base(make_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     return make_model_dir(tmp_path_factory.mktemp("transfer") / "base", "llama", num_hidden_layers=12)
 
 
-def test_answers_go_on_from_texts(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Some of the rows that the recipes train on."""
+    lines = (ROOT / "mlxft/demo/rows.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:24]), "utf-8")
+    return tmp_path / "few.jsonl"
+
+
+def test_answers_go_on_from_texts(base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     rows = "".join(
         json.dumps({"text": f"The {n} of them are in the house. " * 5}) + "\n" for n in ("one", "two", "three")
@@ -45,9 +53,8 @@ def test_answers_go_on_from_texts(base: Path, tmp_path: Path, monkeypatch: pytes
             ],
         )
     )
-    second = train(
-        load_config(Path("configs/transfer-sft.yaml"), [*here, f"model.adapter={first.dir}", "run.epochs=null"])
-    )
+    there = [f"model.adapter={first.dir}", "run.epochs=null", f"data.train={few}", f"data.valid={few}"]
+    second = train(load_config(Path("configs/transfer-sft.yaml"), [*here, *there]))
     start = second.metrics("eval")[0]
     assert start["step"] == 0, "what the texts alone have taught is told"
     before, after = (dict(tree_flatten(load_run(run).model.trainable_parameters())) for run in (first, second))
@@ -59,9 +66,9 @@ def test_answers_go_on_from_texts(base: Path, tmp_path: Path, monkeypatch: pytes
     assert next(m for _, m in load_run(second).model.named_modules() if isinstance(m, LowRank)).lora_a.shape[-1] == 8
 
 
-def test_lower_layers_learn_more_slowly(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_layers_learn_more_slowly(base: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    steps = ["run.epochs=null", "run.steps=1", "optim.warmup=0"]
+    steps = ["run.epochs=null", "run.steps=1", "optim.warmup=0", f"data.train={few}"]
     config = load_config(Path("configs/transfer-groups.yaml"), [f"model.path={base}", f"run.dir={tmp_path}", *steps])
     before = dict(tree_flatten(load_model(str(base)).model.parameters()))
     after = dict(tree_flatten(load_run(train(config)).model.parameters()))

@@ -23,12 +23,14 @@ from mlxft.text import echo, guard_messages
 # Section of --help -> command -> (module, one line of help, which is shown without importing the module).
 SECTIONS = {
     "Train": {
+        "init": ("start", "Look at your rows, and write a recipe for them."),
         "train": ("train", "Train a model as a recipe describes."),
         "launch": ("train", "Train on several Macs, or in several processes on this one."),
         "check": ("train", "Validate a recipe and show its rows as they are trained."),
         "sweep": ("train", "Search for better settings; stop the worse trials early."),
         "lr-find": ("train", "Suggest a learning rate from a range test."),
         "distill-cache": ("train", "Store what a teacher says, to distil without it in memory."),
+        "recipes": ("train", "List the recipes that come with mlxft, and copy one."),
         "schema": ("train", "Print the JSON schema of recipes, for editors."),
         "demo": ("train", "Train a small model on built-in rows, as a demonstration."),
         "rlhf": ("train", "Demonstrate RLHF: SFT, a reward model, PPO, fuse."),
@@ -36,6 +38,8 @@ SECTIONS = {
     "Use": {
         "generate": ("use", "Generate a completion for a prompt."),
         "chat": ("use", "Chat with a model."),
+        "compare": ("serve", "Show completions of several models side by side."),
+        "serve": ("serve", "Serve models by OpenAI's API."),
         "sample": ("use", "Sample completions, score them, and write the best as SFT rows."),
         "score": ("use", "Score or rank completions with a reward model."),
         "label": ("use", "Judge completions by hand, for reward or preference training."),
@@ -54,8 +58,10 @@ SECTIONS = {
         "studio": ("study", "Show runs, rows and completions in a browser; start, stop and judge."),
     },
     "Machine": {
+        "completion": ("study", "Let the shell complete commands, options and names of runs."),
         "doctor": ("study", "Check this machine: what is wrong, and how to fix it."),
         "selftest": ("study", "Compare this machine's numbers with the CPU's; takes some minutes."),
+        "models": ("study", "List open models and which of them this machine can train."),
         "bench": ("study", "Time training on this machine, on models of known shapes."),
     },
 }
@@ -86,15 +92,34 @@ def reserve(path: Path) -> None:
     click.get_current_context().with_resource(reserved(path))
 
 
-class PathArg(click.Path):
-    """A path on the command line. An empty one is refused: pathlib would read it as the working folder."""
+class RunArg(click.ParamType[str]):
+    """A model on the command line; the bare name of a run below runs/ becomes its path."""
 
-    def __init__(self, **options: Any) -> None:
+    name = "model"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlxft.runs import named_run
+
+        found = named_run(value)
+        return str(found) if not os.path.exists(value) and found.exists() else value
+
+
+class PathArg(click.Path):
+    """A path on the command line. An empty one is refused: pathlib would read it as the working folder.
+
+    Args:
+        run: a run is meant, whose bare name does.
+    """
+
+    def __init__(self, *, run: bool = False, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
+        self._run = run
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not os.fspath(value):
             self.fail("the path is empty; give a name", param, ctx)
+        if self._run:
+            value = RunArg().convert(os.fspath(value), param, ctx)
         try:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.stat(value)
@@ -103,7 +128,58 @@ class PathArg(click.Path):
         return super().convert(value, param, ctx)
 
 
+class TextArg(click.ParamType[str]):
+    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from mlxft.errors import half_character
+
+        text = str(value)
+        try:
+            return text.encode("utf-8", "surrogateescape").decode()
+        except UnicodeDecodeError as e:
+            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
+        except UnicodeEncodeError:
+            self.fail(str(half_character(text)), param, ctx)
+
+
+def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:
+    """Return the error with what mlxft has for another tool's flag."""
+    from mlxft.foreign import UNSEEN, explain_flag
+
+    command = None if e.ctx is None else e.ctx.command
+    if command is None:
+        return e
+    options = {name for param in command.params for name in param.opts if name.startswith("-")}
+    settings: list[str] = []
+    if any(param.name == "overrides" for param in command.params):
+        from mlxft.config import all_keys, config_class
+
+        settings = all_keys(config_class("sft"))
+    import yaml
+
+    after = args[args.index(e.option_name) + 1 :] if e.option_name in args else []
+    value: Any = UNSEEN
+    if after and not after[0].startswith("--"):
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(after[0])
+    said = explain_flag(e.option_name, options, settings, value)
+    return click.UsageError(f"No such option: {e.option_name}{said}", e.ctx) if said else e
+
+
 class _Lazy(click.Group):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["mlxft.args"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as e:
+            raise _hinted(e, ctx.meta["mlxft.args"]) from None
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

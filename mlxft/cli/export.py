@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mlxft.cli import TRUST, PathArg, reserve
+from mlxft.cli import TRUST, PathArg, RunArg, reserve
 from mlxft.text import echo, json_text, make_console
 
 # --- ship -------------------------------------------------------------------------------------------------------------
@@ -73,13 +73,14 @@ def fuse(
 
     from mlxft.exports.fuse import LostTooMuch, parse_adapter
     from mlxft.exports.fuse import fuse_sources as fuse_run
+    from mlxft.runs import named_run
 
     with make_console(stderr=True).status("loading") as status:
         try:
             fused = fuse_run(
-                paths[0] if len(paths) == 2 else None,
+                named_run(paths[0]) if len(paths) == 2 else None,
                 paths[-1],
-                adapters=[parse_adapter(text) for text in adapters],
+                adapters=[(named_run(path), weight) for path, weight in map(parse_adapter, adapters)],
                 model=model,
                 dequantize=dequantize,
                 bits=int(bits) if bits else None,
@@ -97,7 +98,7 @@ def fuse(
 
 
 @click.command()
-@click.argument("src")
+@click.argument("src", type=RunArg())
 @click.argument("dst", type=PathArg())
 @click.option(
     "--quantize", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Quantise the weights to this many bits."
@@ -137,7 +138,7 @@ def convert(
 
 
 @click.command()
-@click.argument("run", type=PathArg())
+@click.argument("run", type=PathArg(run=True))
 @click.argument("out", type=PathArg())
 @click.option(
     "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Format of OUT."
@@ -204,14 +205,14 @@ def import_(peft: Path, out: Path, model: str | None, overwrite: bool, as_json: 
 
 
 @click.command()
-@click.argument("run", type=PathArg())
+@click.argument("run", type=PathArg(run=True))
 @click.argument("repo")
 @click.option("--dry-run", is_flag=True, help="List the files and show the model card, but send nothing.")
 @click.option("--public", is_flag=True, help="Create a public repository (default: private).")
 @click.option("--update", is_flag=True, help="Add a commit to an existing repository; its model card is replaced.")
 @click.option("--message", default="Upload by mlxft", show_default=True, help="Commit message on the hub.")
 @click.option("--what", type=click.Choice(["adapter", "model"]), help="Refuse to push anything else.")
-@click.option("--run", "of", type=PathArg(), help="Run that a fused or exported folder came from.")
+@click.option("--run", "of", type=PathArg(run=True), help="Run that a fused or exported folder came from.")
 @click.option(
     "--licence", "--license", help="Licence of the base, as the hub names it (apache-2.0), if it is not known."
 )

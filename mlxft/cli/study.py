@@ -1,7 +1,10 @@
-"""Commands about runs and about this machine: runs, studio, doctor, selftest, bench."""
+"""Commands about runs and about this machine: runs, studio, completion, doctor, selftest, models, bench."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +201,61 @@ def watch(ctx: click.Context, name: str, place: Path | None) -> None:
     ctx.exit(0 if info.status == "done" else 1)
 
 
+# --- completion -------------------------------------------------------------------------------------------------------
+
+_SHELLS = ("zsh", "bash", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(_SHELLS), required=False)
+@click.option("--install", is_flag=True, help="Set it up for this user: write the file, and the line that reads it.")
+def completion(shell: str | None, install: bool) -> None:
+    """Print the script by which SHELL (default: the one in $SHELL) completes commands, options and names of runs.
+
+    \b
+    Example: mlxft completion --install
+             mlxft completion zsh > mlxft.zsh
+    """
+    from click.shell_completion import get_completion_class
+
+    from mlxft.cli import cli
+
+    shell = shell or Path(os.environ.get("SHELL", "")).name
+    kind = get_completion_class(shell) if shell in _SHELLS else None
+    if kind is None:
+        raise click.UsageError(f"the shell is {shell or 'unknown'}; give one of {', '.join(_SHELLS)}")
+    script = kind(cli, {}, "mlxft", "_MLXFT_COMPLETE").source()
+    for line in _set_up_completion(shell, script) if install else [script]:
+        echo(line)
+
+
+def _set_up_completion(shell: str, script: str) -> list[str]:
+    """Write the script, and let the shell's start-up file read it; return what was done."""
+    from mlxft.files import write_text
+
+    home = Path.home()
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    file = config / "fish/completions/mlxft.fish" if shell == "fish" else config / f"mlxft/completion.{shell}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, script)
+    done = [f"wrote {file}"]
+    if shell == "zsh":
+        start = Path(os.environ.get("ZDOTDIR") or home) / ".zshrc"
+        line = f"(( $+functions[compdef] )) || {{ autoload -Uz compinit; compinit }}; source {shlex.quote(str(file))}"
+    else:  # a terminal of macOS starts bash as a login shell
+        start = home / (".bash_profile" if sys.platform == "darwin" else ".bashrc")
+        line = f"source {shlex.quote(str(file))}"
+    if shell != "fish":
+        before = start.read_text("utf-8", "surrogateescape") if start.exists() else ""
+        if line in before.splitlines():
+            done.append(f"{start} reads it already")
+        else:
+            with start.open("a", encoding="utf-8") as opened:
+                opened.write(f"{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n")
+            done.append(f"added to {start}: {line}")
+    return [*done, "open a new terminal for it"]
+
+
 # --- studio -----------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +347,33 @@ def selftest(as_json: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    metavar="GB",
+    help="For a Mac with this memory, not this machine.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def models(memory: float | None, as_json: bool) -> None:
+    """List models with open weights by size, and by which methods this machine can train them.
+
+    Each cell says whether a method fits (lora, qlora with a base of 4 bits, dora, full) and the memory that it takes by
+    the memory plan. Nothing is downloaded. After mlxft bench sft-lora sft-qlora, the table has speeds, too.
+
+    \b
+    Example: mlxft models
+             mlxft models --memory 16
+    """
+    from mlxft.study.catalogue import fits_to_json, show_fits
+
+    found = fits_to_json(memory)
+    if as_json:
+        echo(json_text(found, indent=2))
+    else:
+        show_fits(make_console(), found, "this machine" if memory is None else f"a Mac with {memory:g} GB")
+
+
+@click.command()
 @click.argument("jobs", nargs=-1, metavar="[JOB]...")
 @click.option("--shape", default="smollm2-135m", show_default=True, help="Shape of the model; its weights are random.")
 @click.option(
@@ -301,7 +386,8 @@ def bench(jobs: tuple[str, ...], shape: str, steps: int, against: str | None, as
 
     JOB is one of sft-lora, sft-lora-packed, sft-lora-checkpointed, sft-qlora, dpo, grpo, ppo and sampling (default:
     all). --shape is one of smollm2-135m, qwen3-0.6b, qwen2.5-1.5b, llama-3.2-3b and qwen3-8b. Nothing is downloaded.
-    The table rows at the end are meant for docs/performance.md. Exit code 1 if a job fails.
+    The table rows at the end are meant for docs/performance.md; mlxft models reads the speeds, too. Exit code 1 if a
+    job fails.
 
     \b
     Example: mlxft bench --shape qwen3-0.6b --against mlx_lm

@@ -1,9 +1,11 @@
-"""Commands that train: train, launch, check, sweep, lr-find, distill-cache, schema, demo, rlhf."""
+"""Commands that train: train, launch, check, sweep, lr-find, distill-cache, recipes, schema, demo, rlhf."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -13,7 +15,44 @@ from mlxft.text import echo, json_text, make_console
 # --- train ------------------------------------------------------------------------------------------------------------
 # mlxft train, mlxft launch, mlxft check.
 
+DEFAULT = Path("mlxft.yaml")  # what mlxft init writes
+_RECIPE = click.argument("recipe", type=PathArg(), required=False)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_MODEL = click.option("--model", help="Model to train, without a recipe: a hub id, folder or .gguf file (model.path).")
+_DATA = click.option("--data", help="Rows to train on, without a recipe: a file, folder or hf:org/name (data.train).")
+
+
+def takes_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command RECIPE, KEY=VALUE, --model and --data; it gets them as `recipe` and `overrides`."""
+
+    @functools.wraps(command)
+    def run(recipe: Path | None, overrides: tuple[str, ...], model: str | None, data: str | None, **rest: Any) -> Any:
+        from mlxft.config import override
+
+        if recipe is not None and "=" in str(recipe) and not recipe.exists():
+            recipe, overrides = None, (str(recipe), *overrides)
+        named = [override(key, value) for key, value in (("model.path", model), ("data.train", data)) if value]
+        return command(recipe=recipe, overrides=(*named, *overrides), **rest)
+
+    for add in (_DATA, _MODEL, OVERRIDES, _RECIPE):
+        run = add(run)
+    return run
+
+
+def _file(recipe: Path | None, overrides: Sequence[str]) -> Path | None:
+    """Return the recipe to read: RECIPE, the one that mlxft init wrote here, or None where KEY=VALUE say it all."""
+    if recipe is not None:
+        if recipe.is_dir():
+            raise click.UsageError(f"{recipe} is a folder; give a recipe, or use --resume {recipe}")
+        return recipe
+    if any(text.startswith(("model.path=", "data.train=")) for text in overrides):
+        return None
+    if DEFAULT.is_file():
+        echo(f"recipe: {DEFAULT}", err=True)
+        return DEFAULT
+    raise click.UsageError(
+        "give a recipe; or --model MODEL --data FILE; or run mlxft init FILE first, which writes a recipe for your rows"
+    )
 
 
 RESUME = click.option(
@@ -27,8 +66,7 @@ REPLACE = click.option("--overwrite", is_flag=True, help="Replace the run folder
 
 
 @click.command()
-@click.argument("recipe", type=PathArg(), required=False)
-@OVERRIDES
+@takes_recipe
 @RESUME
 @REPLACE
 def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, overwrite: bool) -> None:
@@ -36,23 +74,27 @@ def train(recipe: Path | None, overrides: tuple[str, ...], resume: str | None, o
 
     \b
     Example: mlxft train configs/sft-lora.yaml optim.lr=2e-4
-             mlxft train --resume runs/sft-lora
+             mlxft train --model smollm2-135m --data my.jsonl
+             mlxft train --resume sft-lora
     """
     path, overrides = _recipe(recipe, overrides, resume)
     from mlxft.config import load_config
     from mlxft.run import train as run
 
-    from_run = path.name == "config.yaml" and resume is not None
+    from_run = path is not None and path.name == "config.yaml" and resume is not None
     config = load_config(path, overrides, of_run=from_run)
-    if from_run:  # the run folder may have been moved since
+    if path is not None and from_run:  # the run folder may have been moved since
         place = {"dir": path.resolve().parent.parent, "name": path.resolve().parent.name}
         config = config.model_copy(update={"run": config.run.model_copy(update=place)})
-    run(config, resume=resume is not None, overwrite=overwrite)
+    done = run(config, resume=resume is not None, overwrite=overwrite)
+    from mlxft.distributed import current
+
+    if current().first:
+        echo("next:\n" + "\n".join(f"  {command}" for command in done.next_commands()))
 
 
 @click.command()
-@click.argument("recipe", type=PathArg(), required=False)
-@OVERRIDES
+@takes_recipe
 @RESUME
 @REPLACE
 @click.option("--hosts", metavar="A,B,...", help="Names or addresses of the Macs; rank 0 runs on the first.")
@@ -112,10 +154,12 @@ def launch(
         raise click.UsageError("--hostfile names the host of each rank: give it without --hosts and -n")
     check_environment(env)
     path, settings = _recipe(recipe, overrides, resume)
-    if cwd is None and path.exists():  # an error is written once, not by every rank
+    if cwd is None and (path is None or path.exists()):  # an error is written once, not by every rank
         from mlxft.config import load_config
 
-        load_config(path, settings, of_run=path.name == "config.yaml" and resume is not None)
+        load_config(path, settings, of_run=path is not None and path.name == "config.yaml" and resume is not None)
+    if recipe is None and resume is None:
+        recipe = path
     cluster = find_cluster(hosts, hostfile, count or 1, backend)
     given = [str(each) for each in (recipe, resume) if each and "=" not in str(each)]
     check_cluster(cluster, python or sys.executable, cwd, given, starting_port, env)
@@ -127,31 +171,32 @@ def launch(
     click.get_current_context().exit(code)
 
 
-def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None) -> tuple[Path, tuple[str, ...]]:
-    """Return the file to read and the overrides.
+def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the file to read, or None where the overrides say it all, and the overrides.
 
-    `--resume` takes a run folder, a recipe, or nothing; in the last case RECIPE is a run folder or a recipe.
+    `--resume` takes a run (its name or folder), a recipe, or nothing; in the last case RECIPE is a run or a recipe.
     """
-    if resume and recipe is not None and "=" in str(recipe) and not recipe.exists():
-        overrides, recipe = (str(recipe), *overrides), None
-    if resume and recipe is not None and "=" in resume:
+    if resume and "=" in resume:
         overrides, resume = (resume, *overrides), ""
-    given = [p for p in (recipe, Path(resume) if resume else None) if p is not None]
-    if len(given) != 1:
+    if resume and recipe is not None:
         raise click.UsageError("give one recipe, or --resume with one run folder")
-    path = given[0]
-    if resume is not None and path.is_dir():
+    if resume is None:
+        return _file(recipe, overrides), overrides
+    path = Path(resume) if resume else recipe
+    if path is None:
+        return _file(None, overrides), overrides
+    from mlxft.runs import named_run
+
+    path = named_run(path)
+    if path.is_dir():
         if not (path / "config.yaml").exists():
             raise click.UsageError(f"{path} is not a run folder: it has no config.yaml")
         return path / "config.yaml", overrides
-    if path.is_dir():
-        raise click.UsageError(f"{path} is a folder; give a recipe, or use --resume {path}")
     return path, overrides
 
 
 @click.command()
-@click.argument("recipe", type=PathArg())
-@OVERRIDES
+@takes_recipe
 @click.option("--rows", default=2, show_default=True, type=click.IntRange(0), help="Number of rows to show.")
 @click.option(
     "--time", is_flag=True, help="Load the weights and time a few steps, to estimate how long training takes."
@@ -163,7 +208,7 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the counts, the memory plan and the rows as JSON.")
 def check(
-    recipe: Path,
+    recipe: Path | None,
     overrides: tuple[str, ...],
     rows: int,
     time: bool,
@@ -184,7 +229,7 @@ def check(
     from mlxft.check import check as run
     from mlxft.config import load_config
 
-    run(load_config(recipe, overrides), rows, make_console(), as_json, time, device)
+    run(load_config(_file(recipe, overrides), overrides), rows, make_console(), as_json, time, device)
 
 
 # --- sweep ------------------------------------------------------------------------------------------------------------
@@ -192,8 +237,7 @@ def check(
 
 
 @click.command()
-@click.argument("recipe", type=PathArg())
-@OVERRIDES
+@takes_recipe
 @click.option(
     "--trials", type=click.IntRange(1, 10**6), help="Total number of trials, including those of earlier calls."
 )
@@ -204,7 +248,7 @@ def check(
     "--json", "as_json", is_flag=True, help="Print the trials, the best one and the importance of each setting as JSON."
 )
 def sweep(
-    recipe: Path,
+    recipe: Path | None,
     overrides: tuple[str, ...],
     trials: int | None,
     limit: str | None,
@@ -234,7 +278,10 @@ def sweep(
     from mlxft.study.sweep import sweep as run
 
     console = make_console(stderr=as_json)
-    found = run(recipe, overrides, trials=trials, limit=limit, name=name, overwrite=overwrite, console=console)
+    path = _file(recipe, overrides)
+    if path is None:
+        raise click.UsageError("a sweep needs a recipe, whose section sweep says what to vary")
+    found = run(path, overrides, trials=trials, limit=limit, name=name, overwrite=overwrite, console=console)
     if as_json:
         echo(json_text(found.to_json()))
     else:
@@ -242,8 +289,7 @@ def sweep(
 
 
 @click.command("lr-find")
-@click.argument("recipe", type=PathArg())
-@OVERRIDES
+@takes_recipe
 @click.option("--min", "low", default=1e-7, show_default=True, help="First learning rate.")
 @click.option("--max", "high", default=1.0, show_default=True, help="Last learning rate.")
 @click.option("--steps", default=100, show_default=True, help="Number of steps from the first rate to the last.")
@@ -251,7 +297,7 @@ def sweep(
 @click.option("--overwrite", is_flag=True, help="Replace the plot if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rates, the losses and the suggestion as JSON.")
 def lr_find(
-    recipe: Path,
+    recipe: Path | None,
     overrides: tuple[str, ...],
     low: float,
     high: float,
@@ -277,7 +323,7 @@ def lr_find(
     if plot is not None:
         reserve(plot)
         check_file(plot, overwrite, "--plot")
-    found = run(load_config(recipe, overrides), low, high, steps, plot, console)
+    found = run(load_config(_file(recipe, overrides), overrides), low, high, steps, plot, console)
     if as_json:
         echo(json_text(found.to_json()))
         return
@@ -291,10 +337,9 @@ def lr_find(
 
 
 @click.command("distill-cache")
-@click.argument("recipe", type=PathArg())
-@OVERRIDES
+@takes_recipe
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")
-def distill_cache(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def distill_cache(recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Store what the teacher of RECIPE says in the folder distill.cache, so that training needs no teacher in memory.
 
     At each token of a completion the log-probabilities of its distill.top_k likeliest tokens are stored. Rows without
@@ -311,7 +356,7 @@ def distill_cache(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> No
     from mlxft.objectives.distill import store_teacher
 
     console = make_console(stderr=as_json)
-    config = settled(load_config(recipe, overrides), resume=False)
+    config = settled(load_config(_file(recipe, overrides), overrides), resume=False)
     m = config.model
     tokenizer = load_tokenizer(m.path, m.chat_template, trust_remote_code=m.trust_remote_code)
     found = store_teacher(config, tokenizer, console)
@@ -337,17 +382,50 @@ def schema() -> None:
 
     \b
         # yaml-language-server: $schema=recipe.schema.json
-
-    The shell completes commands, options and the names of runs after one of these lines:
-
-    \b
-        eval "$(_MLXFT_COMPLETE=bash_source mlxft)"            # in ~/.bashrc
-        eval "$(_MLXFT_COMPLETE=zsh_source mlxft)"             # in ~/.zshrc
-        _MLXFT_COMPLETE=fish_source mlxft | source             # in ~/.config/fish/config.fish
     """
     from mlxft.config import recipe_schema
 
     echo(json_text(recipe_schema(), indent=2))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def recipes(context: click.Context) -> None:
+    """List the recipes that come with mlxft; `copy` writes one, to be trained as it is or changed.
+
+    \b
+    Example: mlxft recipes
+             mlxft recipes copy sft-lora
+    """
+    if context.invoked_subcommand is None:
+        from rich.table import Table
+
+        from mlxft.demo.recipes import recipe_names
+
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, about in recipe_names().items():
+            table.add_row(name, about)
+        make_console().print(table)
+
+
+@recipes.command()
+@click.argument("name")
+@click.argument("file", type=PathArg(dir_okay=False), required=False)
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+def copy(name: str, file: Path | None, overwrite: bool) -> None:
+    """Write the recipe NAME to FILE (default: NAME.yaml), and beside it the rows and the code that it names.
+
+    Example: mlxft recipes copy dpo-lora my-dpo.yaml
+    """
+    from mlxft.demo.recipes import copy_recipe
+
+    recipe, *others = copy_recipe(name, file, overwrite)
+    echo(f"wrote {recipe}" + "".join(f", {path}" for path in others))
 
 
 # --- demo -------------------------------------------------------------------------------------------------------------

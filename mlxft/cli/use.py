@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxft.cli import TRUST, PathArg, reserve
+from mlxft.cli import TRUST, PathArg, RunArg, TextArg, reserve
 from mlxft.errors import ConfigError
 from mlxft.text import echo, echo_completion, json_text, make_console
 
@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 # mlxft generate, mlxft chat.
 
 
-class _Text(click.ParamType[str]):
-    """A text for a model. Python passes bytes of a command line that are not UTF-8 as lone surrogates."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from mlxft.errors import half_character
-
-        text = str(value)
-        try:
-            return text.encode("utf-8", "surrogateescape").decode()
-        except UnicodeDecodeError as e:
-            self.fail(f"not UTF-8 (byte {e.start + 1} is 0x{e.object[e.start]:02x})", param, ctx)
-        except UnicodeEncodeError:
-            self.fail(str(half_character(text)), param, ctx)
-
-
 def _utf8(data: bytes) -> str:
     try:
         return data.decode("utf-8")
@@ -45,14 +28,15 @@ def _utf8(data: bytes) -> str:
         raise click.UsageError(f"standard input is not UTF-8 (byte {e.start + 1} is 0x{data[e.start]:02x})") from e
 
 
+_MODELS = "a run, adapter or fused folder, hub id, .gguf or smollm2-135m"
+
+
 def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options of a command that samples; `temperature` is the default of --temperature."""
     options = [
-        click.option(
-            "--model", required=True, help="Model: a run, adapter or fused folder, hub id, .gguf or smollm2-135m."
-        ),
-        click.option("--adapter", help="Adapter folder or run to apply to the model."),
-        click.option("--system", type=_Text(), help="System prompt."),
+        click.option("--model", type=RunArg(), required=True, help=f"Model: {_MODELS}."),
+        click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model."),
+        click.option("--system", type=TextArg(), help="System prompt."),
         click.option(
             "--max-tokens",
             default=512,
@@ -91,7 +75,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
         click.option(
             "--stop",
             multiple=True,
-            type=_Text(),
+            type=TextArg(),
             help="Text that ends a completion and is not shown; can be given several times.",
         ),
         click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed for sampling."),
@@ -107,7 +91,7 @@ def sampling(temperature: float) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 @click.command()
-@click.argument("prompt", type=_Text(), required=False)
+@click.argument("prompt", type=TextArg(), required=False)
 @click.option("--batch", metavar="FILE", help="Complete the prompts of a file instead; write one JSON line for each.")
 @click.option("--out", type=PathArg(dir_okay=False), help="With --batch: file to write the lines to.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --out if it exists.")
@@ -221,7 +205,7 @@ def chat(model: str, adapter: str | None, system: str | None, seed: int | None, 
     show_default=True,
     help="Which completions to keep: best (one per prompt), all, or above:X (those that score above X).",
 )
-@click.option("--reward", metavar="RUN", help="Run of a reward model that scores the completions.")
+@click.option("--reward", type=RunArg(), metavar="RUN", help="Run of a reward model that scores the completions.")
 @click.option(
     "--function", metavar="FILE.py:NAME", help="Function that scores the completions, as rewards.function in a recipe."
 )
@@ -295,7 +279,7 @@ def sample(
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", type=RunArg())
 @click.argument("file")
 @click.option(
     "--tokens",
@@ -335,9 +319,9 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=RunArg())
 @click.argument("file", required=False)
-@click.option("--adapter", help="Adapter folder or run to apply to the model.")
+@click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model.")
 @click.option(
     "--format",
     "format_",
@@ -348,8 +332,8 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
     "tasks",
     multiple=True,
     metavar="TASK",
-    help="What to measure: loss (default), choice, exact_match, contains, number, f1, json, file.py:function, "
-    "reward:RUN, or a YAML file; can be given several times.",
+    help="What to measure: loss (default), pairs (default for pairs), choice, exact_match, contains, number, f1, json, "
+    "file.py:function, reward:RUN, or a YAML file; can be given several times.",
 )
 @click.option(
     "--environment",
@@ -373,7 +357,17 @@ def score(run: str, file: str, tokens: int, as_json: bool) -> None:
 )
 @click.option("--shots-from", metavar="FILE", help="File that the solved rows are taken from.")
 @click.option(
-    "--against", metavar="MODEL", help="Model to compare with, by paired difference: base, or another run or model."
+    "--against",
+    type=RunArg(),
+    metavar="MODEL",
+    help="Model to compare with, by paired difference: base, or another run or model.",
+)
+@click.option(
+    "--answers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="With a loss: also complete the prompts of this many rows, the first ones, and keep the completions.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Evaluate only the first rows (with --tasks: of each task).")
 @click.option(
@@ -544,10 +538,16 @@ def _by_harness(
 @click.command()
 @click.argument("files", nargs=-1, metavar="[PROMPTS]")
 @click.option("--recipe", type=PathArg(), help="YAML file with these settings; options override it.")
-@click.option("--model", help="Model that is sampled: a run, adapter or fused folder, hub id, .gguf or smollm2-135m.")
-@click.option("--adapter", help="Adapter folder or run to apply to the model.")
 @click.option(
-    "--against", help="Another model or run: one completion from each is judged, and the win rate is printed."
+    "--model",
+    type=RunArg(),
+    help=f"Model that is sampled: {_MODELS}.",
+)
+@click.option("--adapter", type=RunArg(), help="Adapter folder or run to apply to the model.")
+@click.option(
+    "--against",
+    type=RunArg(),
+    help="Another model or run: one completion from each is judged, and the win rate is printed.",
 )
 @click.option("--n", default=2, show_default=True, type=click.IntRange(2, 9), help="Completions per prompt.")
 @click.option("--out", type=PathArg(), help="File of judgements, one per line; an existing file is continued.")

@@ -26,7 +26,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar, cast, overload
 import numpy as np
 import numpy.typing as npt
 
-from mlxft.config import Config, DataSettings
+from mlxft.config import CHATS, Config, DataSettings, Paths, objective_class
 from mlxft.data.chat import (
     Chat,
     NotAPrefix,
@@ -40,6 +40,7 @@ from mlxft.data.chat import (
     thinking_of,
 )
 from mlxft.data.formats import (
+    FORMATS,
     Columns,
     Completion,
     Conversation,
@@ -51,9 +52,9 @@ from mlxft.data.formats import (
     Pair,
     Ranked,
     Text,
-    convert,
     labels_of,
     pick_shots,
+    recognise,
     with_completion,
 )
 from mlxft.data.sources import REPORTED, Problem, Row, find_split, read_rows, report_lines, source_hash
@@ -485,6 +486,7 @@ def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 _LOOKED_AT = 32  # rows
+_NAMED = 3  # rows that a note names of those that are left out
 # Texts whose tokens rarely join with what follows.
 _ANCHORS = ("\n", "\n\n", ":", "0", "a", "(", "\u4e00")
 
@@ -1245,7 +1247,13 @@ def _write_stored(path: Path, blocks: Iterable[Dataset[Any]], facts: Callable[[]
 
 
 def _stored(
-    data: DataSettings, setting: str, spec: str, split: str, tokenizer: Any, encode: Encode[Any], kind: type[EncodedRow]
+    data: DataSettings,
+    setting: str,
+    spec: Paths,
+    split: str,
+    tokenizer: Any,
+    encode: Encode[Any],
+    kind: type[EncodedRow],
 ) -> _File[EncodedRow]:
     """Open a source's encoded rows on the disk; where there are none yet, encode them.
 
@@ -1258,7 +1266,7 @@ def _stored(
         found, total = source_hash(spec, split)
     except ConfigError as e:
         raise ConfigError(f"{setting}: {e}") from e
-    chosen = data.model_dump_json(include={"format", "fields", "max_length", "overflow", "invalid"})
+    chosen = data.model_dump_json(include={"format", "fields", "max_length", "overflow", "bad_rows"})
     of = f"{kind.__name__} {chosen} {found}"
     key = encoding_key(of, tokenizer, data.train_on or "assistant", data.template == "auto")
     if (folder := cache_folder()) is None or key is None:
@@ -1285,18 +1293,19 @@ def _stored(
 class _Reading:
     """Reads a source block by block, and hashes the rows that fit as `data_fingerprint` does."""
 
-    def __init__(self, data: DataSettings, spec: str, split: str, tokenizer: Any) -> None:
+    def __init__(self, data: DataSettings, spec: Paths, split: str, tokenizer: Any) -> None:
         self._data, self._source, self._columns, self._hashed = data, (spec, split), Columns(), blake2b(digest_size=16)
+        self._said: list[str] = []
         chat = data.template == "auto" and tokenizer.has_chat_template
         self._conversion = Conversion(data.format, data.fields, chat=chat, columns=self._columns, kept=REPORTED)
 
     def examples(self) -> Iterator[Example]:
         """Yield the rows that fit."""
-        return self._conversion.examples(read_rows(*self._source))
+        return self._conversion.examples(read_rows(*self._source, self._said))
 
     def blocks(self, encode: Encode[EncodedRow], advance: Callable[[int], None]) -> Iterator[Dataset[EncodedRow]]:
         """Yield encoded rows. After the first row that does not fit nothing more is encoded, only the others found."""
-        drop, examples = self._data.invalid == "drop", self.examples()
+        drop, examples = self._data.bad_rows == "drop", self.examples()
         while block := list(islice(examples, _BLOCK)):
             if drop or not self._conversion.wrong:
                 _hash_examples(self._hashed, block)
@@ -1306,11 +1315,11 @@ class _Reading:
                     raise DataError(f"{e}\nnot encoded yet (data.stream): the rows after {block[-1].where}") from e
                 yield found
             advance(len(block))
-        self._conversion.check(drop)
+        _check_all(self._conversion, self._data)
 
     def facts(self) -> dict[str, Any]:
         """Return the notes and the hash of the rows, once all are read."""
-        notes = _notes(self._columns, (), self._conversion.wrong, self._conversion.problems)
+        notes = self._said + _notes(self._columns, (), self._conversion.wrong, self._conversion.problems)
         return {"notes": notes, "fingerprint": self._hashed.hexdigest()}
 
 
@@ -1538,36 +1547,83 @@ class Splits(NamedTuple):
 
 
 def _load(
-    data: DataSettings, setting: str, spec: str, split: str, chat: bool, reads: Collection[str] | None
+    data: DataSettings, setting: str, spec: Paths, split: str, chat: bool, reads: Collection[str] | None
 ) -> tuple[list[Example], list[str] | None, list[str]]:
     """Return the examples of one split, their labels where data.shots needs them and they have some, and notes."""
+    columns, said = Columns(), list[str]()
+    shots = data.shots is not None and setting == "data.train"
     try:
-        rows = list(read_rows(spec, split))
+        found = read_rows(spec, split, said)
+        rows = list(found) if shots else found  # which are not all held where nothing but their items is needed
     except ConfigError as e:
         raise ConfigError(f"{setting}: {e}") from e
-    columns = Columns()
-    skipped: list[Problem] | None = [] if data.invalid == "drop" else None
-    examples = convert(rows, data.format, data.fields, skipped, chat=chat, columns=columns)
+    conversion = Conversion(data.format, data.fields, chat=chat, columns=columns)
+    examples = list(conversion.examples(rows))
+    _check_all(conversion, data)
     labels = None
-    if data.shots is not None and setting == "data.train":
+    if shots:
         used = {example.where for example in examples}
         kept = [row.data for row in rows if isinstance(row, Row) and row.where in used]
         labels = labels_of(examples, kept, data.label)
-    return examples, labels, _notes(columns, reads, len(skipped or ()), skipped or ())
+    return examples, labels, said + _notes(columns, reads, conversion.wrong, conversion.problems)
+
+
+def _check_all(conversion: Conversion, data: DataSettings) -> None:
+    """Raise what is wrong with the rows of a source, once all are read."""
+    try:
+        conversion.check(data.bad_rows == "drop")
+    except DataError as e:
+        if not conversion.fitted:
+            raise
+        count = f"{conversion.wrong:,} of {conversion.wrong + conversion.fitted:,} rows"
+        raise DataError(f"{e}\n{count} do not fit; data.bad_rows: drop leaves them out") from e
 
 
 def _notes(columns: Columns, reads: Collection[str] | None, wrong: int, problems: Sequence[Problem]) -> list[str]:
     """Return notes on the columns of a source, and on its rows that are left out."""
-    first = [f"{problem.where}: {problem.text}" for problem in problems[:1]]
-    return columns.notes(reads) + [
-        f"{wrong:,} rows are left out (data.invalid: drop), the first: {text}" for text in first
-    ]
+    first = "; ".join(f"{problem.where}: {problem.text}" for problem in problems[:_NAMED])
+    which = "the first" if wrong > 1 else "this one"
+    left_out = f"{wrong:,} rows are left out (data.bad_rows: drop), {which}: {first}"
+    return columns.notes(reads) + ([left_out] if problems else [])
+
+
+def with_format(config: Config) -> Config:
+    """Return a recipe with the format of its rows, and the names of its fields, where it leaves them open.
+
+    Raises:
+        ConfigError: other settings do not work with this format.
+        DataError: none of the formats that the objective takes fits the rows, or several.
+    """
+    formats = objective_class(config.objective).formats(config)
+    data = _recognised(config.data, formats, f"objective {config.objective}")
+    return config.model_copy(update={"data": data})
+
+
+def _recognised(data: DataSettings, formats: Sequence[str] = tuple(FORMATS), taker: str = "") -> DataSettings:
+    chat, is_open = data.template == "auto", data.format == "auto"
+    if not is_open and (data.format not in formats or not FORMATS[data.format].missing(data.fields)):
+        return data  # there is nothing to find, or the objective refuses it
+    if data.train == "environment":
+        return data.recognised(formats[0], data.fields, ()) if is_open else data
+    wanted = tuple(name for name in formats if chat or name not in CHATS) if is_open else (data.format,)
+    try:
+        rows = read_rows(data.train, "train")
+    except ConfigError as e:
+        raise ConfigError(f"data.train: {e}") from e
+    try:
+        found = recognise(rows, data.fields, wanted, chat=chat, taker=taker)
+    except DataError:
+        if is_open or data.bad_rows == "error":
+            raise
+        return data  # some rows may fit
+    return data.recognised(*found) if is_open or found.fields != data.fields else data
 
 
 def valid_source(data: DataSettings) -> str | None:
     """Return the source of validation rows: data.valid, or the folder of data.train if it has some; else None."""
-    if data.valid is None and Path(data.train).is_dir() and find_split(Path(data.train), "valid"):
-        return data.train
+    spec = data.train
+    if data.valid is None and isinstance(spec, str) and Path(spec).is_dir() and find_split(Path(spec), "valid"):
+        return spec
     return data.valid if isinstance(data.valid, str) else None
 
 
@@ -1594,6 +1650,7 @@ def load_splits(
         if used:
             why = "hold all rows in memory" if name == "stream" else "draw rows from one source"
             raise ConfigError(f"data.{name}: is for the objectives sft, reward and preference; others {why}")
+    data = _recognised(data) if data.format == "auto" else data
     chat = data.template == "auto" and (tokenizer is None or tokenizer.has_chat_template)
     how = (chat, None if reads is None else {*reads, data.label or ""})
     train, labels, notes = _load(data, "data.train", data.train, "train", *how)
@@ -1606,7 +1663,7 @@ def load_splits(
         labels = labels and [labels[i] for i in kept]
     elif (spec := valid_source(data)) is not None:
         valid, _, other = _load(data, "data.valid", spec, "valid", *how)
-    notes += [f"validation: {note}" for note in other if note not in notes]
+    notes = [*data.notes, *notes, *(f"validation: {note}" for note in other if note not in notes)]
     if data.shots is None:
         return Splits(train, valid, notes)
     shots = pick_shots(labels, len(train), data.shots, seed, setting)
@@ -1627,6 +1684,7 @@ def encode_sources(
     Returns:
         Training and validation rows, notes, and a hash of the rows.
     """
+    config = with_format(config) if config.data.format == "auto" else config
     data = config.data
     load: Any = _load_stored if data.stream else _load_encoded
     found: _Loaded[EncodedRow] = load(config, tokenizer, encode, kind)
@@ -1675,7 +1733,7 @@ def _load_encoded(config: Config, tokenizer: Any, encode: Encode[EncodedRow], ki
 
 def _load_stored(config: Config, tokenizer: Any, encode: Encode[EncodedRow], kind: Any) -> _Loaded[EncodedRow]:
     """Encode rows to the disk, or find them there."""
-    data, files, notes = config.data, list[Any](), list[str]()
+    data, files, notes = config.data, list[Any](), config.data.notes
     wanted = [("data.train", "", data.train, "train")]
     wanted += [(f"data.mix.{name}.path", f"{name}: ", source.path, "train") for name, source in data.mix.items()]
     wanted += [("data.valid", "validation: ", spec, "valid")] if (spec := valid_source(data)) is not None else []

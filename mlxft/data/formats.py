@@ -6,11 +6,13 @@ import json
 import math
 import random
 import re
+import shlex
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice, product
 from typing import Any, NamedTuple, TypeAlias
 
 from mlxft.data.sources import Problem, Row, read_json, report_lines, type_name
@@ -46,11 +48,28 @@ def fill(template: str, row: Mapping[str, Any], setting: str) -> str:
         text.append(before)
         if name is None:
             continue
-        if (value := row.get(name)) is None:
+        if (value := cell_of(row, name)) is None:
             seen = f"{nearest(name, map(str, row))}; the row has {', '.join(map(str, row)) or 'none'}"
             raise DataError(f"no field {name!r}, which {setting} names{seen}")
         text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return "".join(text)
+
+
+def cell_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return a field of a row, or of an object in it (`translation.en`); None where there is none."""
+    outer, _, inner = name.partition(".")
+    if name in row or not inner:
+        return row.get(name)
+    within = row.get(outer)
+    return within.get(inner) if isinstance(within, Mapping) else None
+
+
+def names_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of a row's fields, and those of the objects in it as `outer.inner`."""
+    for name, value in row.items():
+        yield str(name)
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in value)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -154,6 +173,11 @@ _ORDER = {
     "user": (("nothing", *_OPENERS, "assistant"), "user and assistant take turns"),
     "assistant": (("user", "tool"), "an assistant turn follows a user or tool turn"),
     "tool": (("tool",), "a tool turn follows an assistant turn with tool_calls, or another tool turn"),
+}
+_SPOKEN = {
+    **dict.fromkeys(("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"), "assistant"),
+    "system": "system",
 }
 _SHAREGPT = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -369,6 +393,7 @@ def _messages(
     read: _Read = message_at,
     in_text: bool = False,
 ) -> list[Message]:
+    value = _json(value, name) if isinstance(value, str) and value.lstrip().startswith("[") else value  # as csv has it
     at = [f"{name}[{i}]" for i in range(len(list_at(value, name, "messages")))]
     messages = [read(turn, place) for turn, place in zip(value, at)]
     check_order(messages, at, last, in_text)
@@ -615,6 +640,83 @@ def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
     return Published(says, columns, {"prompt": history, "chosen": chosen, "rejected": rejected})
 
 
+_WHO = ("role", "from", "speaker", "author", "sender", "user")
+_WHAT = ("content", "value", "text", "message", "utterance")
+
+
+def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a conversation in one of the less usual forms: other keys, pairs of texts, or texts by turns."""
+    if "messages" in names:
+        return None
+    for column in sorted(_NAMES["turns"] | {"data"}):
+        given = row.get(column)
+        usual = isinstance(given, list) and all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in given)
+        if not usual and _kind(given) != "sharegpt" and (turns := _turns_of(given)):
+            return Published(f"turns are in {column}", (column,), {"messages": turns})
+    return None
+
+
+def _turns_of(value: Any) -> list[Message]:
+    """Return the turns of a conversation in such a form; none of something else."""
+    if isinstance(value, dict) and len({len(part) if isinstance(part, list) else -1 for part in value.values()}) == 1:
+        value = [dict(zip(value, turn)) for turn in zip(*value.values())]  # a list for each key
+    if not isinstance(value, list) or not value:
+        return []
+    if all(isinstance(text, str) for text in value):  # by turns, as UltraChat
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(value)]
+    turns: list[Message] = []
+    for turn in value:
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            turns += with_completion(*turn)
+            continue
+        if not isinstance(turn, dict):
+            return []
+        who = next((key for key in _WHO if isinstance(turn.get(key), str)), None)
+        if isinstance(parts := turn.get("parts"), list):  # as Gemini has them
+            turn = {**turn, "content": "".join(p["text"] for p in parts if isinstance(p, dict) and "text" in p)}
+        what = next((key for key in _WHAT if isinstance(turn.get(key), str)), None)
+        if who and what and (role := _SPOKEN.get(turn[who].strip().casefold())):
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += f"\n\n{turn[what]}"
+            else:
+                turns.append({"role": role, "content": turn[what]})
+            continue
+        said = [(role, turn[key]) for key, role in _SIDES if isinstance(turn.get(key), str) and turn[key].strip()]
+        if not said or (who and what):
+            return []
+        turns += [{"role": role, "content": text} for role, text in said]
+    return turns
+
+
+_SIDES = (
+    ("system", "system"),
+    *((name, "user") for name in ("human", "user", "input", "question", "prompt", "instruction")),
+    *((name, "assistant") for name in ("assistant", "gpt", "bot", "output", "answer", "response", "completion")),
+)
+
+
+def _questions(row: Fields, chat: bool, names: Fields) -> Published | None:
+    if _has(row, "prompt") or not any(_has(row, name) for name in ("question", "instruction", "input")):
+        return None
+    return _with_prompt(row, chat, "prompt is {}", (), {})
+
+
+def _first_answer(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a question with a list of right answers, as SQuAD and TriviaQA have them."""
+    column = next((name for name in ("answers", "answer") if isinstance(row.get(name), list | dict)), "")
+    if not column or not isinstance(row.get("question"), str) or {"completion", "prompt"} & {*row, *names}:
+        return None
+    given = row[column]
+    given = given if isinstance(given, list) else given.get("text") or given.get("value")
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        return None
+    asked = [row[name] for name in ("context", "question") if isinstance(row.get(name), str) and row[name].strip()]
+    says = f"question and answers: prompt is {'context and question' if len(asked) > 1 else 'question'}, completion is "
+    fields = {"prompt": "\n\n".join(asked), "completion": given[0] if given else None}
+    return Published(f"{says}the first one in {column}", ("question", "context", column), fields)
+
+
 def _rated(row: Fields, name: str, text: str, rating: str) -> tuple[list[Any], list[Any]] | None:
     """Return the texts and ratings of a list of objects; None where a column is not such a list."""
     given = row.get(name)
@@ -656,7 +758,9 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
     "preference": (_shp, _responses, _hh, _orca, _asking),
     "ratings": (_ultrafeedback, _nectar, _distilabel, _asking),
     "unpaired": (_asking,),
-    "prompts": (_asking,),
+    "prompts": (_asking, _questions),
+    "prompt-completion": (_first_answer,),
+    "messages": (_other_turns,),
 }
 """The layouts of each format, the most specific first."""
 
@@ -900,6 +1004,11 @@ class Format(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
+    @property
+    def fields(self) -> list[str]:
+        """Return the names of all fields."""
+        return "|".join(self.required + self.optional).split("|")
+
     def missing(self, row: Mapping[str, Any]) -> list[str]:
         """Return the required fields that a row does not have, or has as null."""
         return [name for name in self.required if all(row.get(part) is None for part in name.split("|"))]
@@ -964,7 +1073,7 @@ class _Reader:
             raise ConfigError(f"data.format is {format!r}; expected one of {', '.join(FORMATS)}{hint}")
         self.form, self.format, self.fields = FORMATS[format], format, fields
         self.chat, self.columns = chat, columns
-        known = "|".join(self.form.required + self.form.optional).split("|")
+        known = self.form.fields
         if unknown := [name for name in fields if name not in known]:
             lines = [f"data.fields.{n}: format {format} has no field {n!r}{nearest(n, known)}" for n in unknown]
             raise ConfigError("\n".join([*lines, f"the fields of {format} are {', '.join(known)}"]))
@@ -974,19 +1083,25 @@ class _Reader:
         # A system text that a template has put into a field must not be used again.
         self.in_template = "system" not in fields and any("system" in names for names in self.named.values())
         self.names: set[str] = set()  # every column of any row
-        columns.read |= {*known}.difference(fields).union(self.renamed.values(), *self.named.values())
+        used = set(self.renamed.values()).union(*self.named.values())
+        columns.read |= {*known}.difference(fields) | used | {name.partition(".")[0] for name in used}
 
-    def item(self, row: dict[str, Any]) -> Item:
-        """Return a row's item; raise DataError if it does not fit the format."""
-        self.names.update(row)
-        self.columns.seen |= {name: None for name, value in row.items() if value not in (None, "", [], {})}
+    def asked(self, row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Published | None]:
+        """Return a row with the format's names, the same with what is read of it, and the layout that it has."""
         data = {key: value for key, value in row.items() if key not in self.renamed or self.renamed[key] == key}
-        data |= {ours: row[theirs] for ours, theirs in self.renamed.items() if theirs in row}
+        found = {ours: cell_of(row, theirs) for ours, theirs in self.renamed.items()}
+        data |= {ours: value for ours, value in found.items() if value is not None or self.renamed[ours] in row}
         data |= {ours: fill(text, row, f"data.fields.{ours}") for ours, text in self.templates.items()}
         asked = {name: value for name, value in data.items() if name != "system"} if self.in_template else data
         published = as_published(asked, self.format, self.chat, self.fields)
+        return data, asked if published is None else published.replaced(asked), published
+
+    def item(self, row: dict[str, Any]) -> Item:
+        """Return a row's item; raise DataError if it does not fit the format."""
+        self.names.update(names_of(row))
+        self.columns.seen |= {name: None for name, value in row.items() if value not in (None, "", [], {})}
+        data, asked, published = self.asked(row)
         if published is not None:
-            asked = published.replaced(asked)
             self.names.update(published.columns)
             self.columns.read.update(published.columns)
             self.columns.layouts[published.says] = None
@@ -1067,7 +1182,10 @@ class Conversion:
             looks = {name: count for name, count in self._looks.items() if name and name != reader.format}
             likely = max(looks, key=looks.__getitem__, default=None)
             if likely and 2 * looks[likely] >= self.fitted + self.wrong:
-                text += f"\nthis file looks like data.format: {likely}"
+                objective, recipe = TAKEN_BY[likely]
+                text += (
+                    f"\nthese rows look like data.format: {likely}, for objective: {objective} (configs/{recipe}.yaml)"
+                )
             raise DataError(text)
 
 
@@ -1097,6 +1215,430 @@ def convert(
     if skipped is not None:
         skipped.extend(conversion.problems)
     return examples
+
+
+# --- recognise --------------------------------------------------------------------------------------------------------
+# Which format rows have, and which of their columns are its fields, by the names that columns usually have and by what
+# stands in them. Where two readings are possible none is chosen: the error shows each as the settings to write.
+
+RECOGNISED_BY = 1000  # rows; the others are held to what these show, row by row
+_OPTIONS = 4  # readings that an error shows
+
+TAKEN_BY = {
+    **dict.fromkeys(("messages", "prompt-completion", "text", "sharegpt", "alpaca"), ("sft", "sft-lora")),
+    **dict.fromkeys(("preference", "ratings"), ("preference", "dpo-lora")),
+    "unpaired": ("preference, with preference.loss: kto", "kto"),
+    "prompts": ("grpo", "grpo"),
+}
+"""An objective that takes each format, and its recipe in configs/, for messages."""
+
+_USUAL = {
+    "prompt": "prompt question query instruction request problem user human q ask input user_message user_input "
+    "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
+    "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
+    "completion": "completion answer response output reply assistant target solution a bot gpt summary highlights "
+    "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
+    "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
+    "input": "input context passage kontext contexte contexto",
+    "system": "system system_prompt system_message",
+    "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
+    "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns contents",
+    "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen "
+    "preferred_output",
+    "rejected": "rejected dispreferred worse loser lose rejected_response bad_response response_rejected "
+    "non_preferred_output",
+    "label": "label is_good thumbs_up desirable liked",
+    "class": "label labels class sentiment intent emotion",
+    # A name with such a word is that of a field, unless another word says that it is about the text.
+    "prompt word": "prompt question query instruction frage anfrage pregunta user",
+    "completion word": "completion answer response reply antwort reponse respuesta assistant",
+    "chosen word": "chosen preferred accepted good better best winning",
+    "rejected word": "rejected dispreferred bad worse worst losing",
+    "about": "id ids idx index type count number no nr num date time start end score len length tokens url link lang "
+    "language model source category original author name title status quality rating hash",
+}
+_NAMES = {field: set(names.split()) for field, names in _USUAL.items()}
+_TEXTUAL = ("text", "number")
+
+
+class Recognised(NamedTuple):
+    """The format of rows, the names of its fields in them (as data.fields has them), and a note on both."""
+
+    format: str
+    fields: dict[str, str]
+    notes: list[str]
+
+
+def plain_name(name: str) -> str:
+    """Return a column's name in lower case, without accents and signs: `Réponse (texte)` is `reponse_texte`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    text = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)).casefold()
+    return re.sub(r"[\W_]+", "_", text).strip("_")
+
+
+def as_settings(format: str, fields: Mapping[str, str]) -> str:
+    """Return the overrides that read rows so, quoted for a shell; what follows = is YAML."""
+    written = _in_yaml(fields)
+    return f"data.format={format}" + (f" {shlex.quote(f'data.fields={written}')}" if written else "")
+
+
+def _in_yaml(fields: Mapping[str, str]) -> str:
+    """Return data.fields as YAML; "" where all fields are called as the format calls them."""
+    plain = re.compile(r"(?!(?:true|false|null|yes|no|on|off)$)[^\W\d_][\w -]*(?<! )", re.IGNORECASE)
+    other = {ours: theirs for ours, theirs in fields.items() if ours != theirs}
+    written = {o: t if plain.fullmatch(t) else json.dumps(t, ensure_ascii=False) for o, t in other.items()}
+    return f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in written.items())}}}" if written else ""
+
+
+def _kind(value: Any) -> str:
+    """Return what stands in a field: text, number, turns, sharegpt, texts, objects, object or other."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith("[{"):
+            return "text"
+        try:
+            return _kind(read_json(value))
+        except (ValueError, RecursionError):
+            return "text"
+    if isinstance(value, bool | int | float):
+        return "number"
+    if not isinstance(value, list) or not value:
+        return "object" if isinstance(value, dict) else "other"
+    if all(isinstance(part, dict) for part in value):
+        keys = [{key for key, part in turn.items() if part is not None} for turn in value]
+        if all("role" in has and has & {"content", "tool_calls", "function_call"} for has in keys):
+            return "turns"
+        return "sharegpt" if all({"from", "value"} <= has for has in keys) else "objects"
+    return "texts" if all(isinstance(part, str) for part in value) else "other"
+
+
+class _Column(NamedTuple):
+    name: str
+    plain: str
+    kind: str  # of most of its values
+    values: list[Any]  # that are not empty
+
+
+_Reading: TypeAlias = tuple[str, dict[str, str]]  # a format, and its data.fields
+
+
+class _Table:
+    """The columns of rows, and the ways in which they can be read.
+
+    Args:
+        given: data.fields, which are kept.
+        formats: to read them by.
+        chat: whether texts can become turns of a chat template.
+    """
+
+    def __init__(
+        self, rows: Sequence[dict[str, Any]], given: Mapping[str, str], formats: Sequence[str], chat: bool
+    ) -> None:
+        self.rows, self.given, self.chat = rows, dict(given), chat
+        self.formats = [name for name in formats if given.keys() <= set(FORMATS[name].fields)]
+        values: dict[str, list[Any]] = {}
+        for row in rows:
+            for name in names_of(row):
+                if (value := cell_of(row, name)) is not None and value not in ("", [], {}):
+                    values.setdefault(name, []).append(value)
+        kinds = {name: Counter(map(_kind, found[:50])).most_common(1)[0][0] for name, found in values.items()}
+        self.columns = [_Column(name, plain_name(name), kinds[name], found) for name, found in values.items()]
+        self.common = [column for column in self.columns if 2 * len(column.values) >= len(rows)]
+
+    def names(self, field: str, kinds: Sequence[str] = ("text",), ours: str = "", sparse: bool = False) -> list[str]:
+        """Return what a field can be called in the rows: what is given, or columns with a usual name.
+
+        Args:
+            ours: the format's name of the field, if it differs.
+            sparse: whether a column may be empty in most rows.
+        """
+        if (theirs := self.given.get(ours or field)) is not None:
+            return [theirs]
+        found = [column for column in (self.columns if sparse else self.common) if column.kind in kinds]
+        if whole := [column for column in found if column.plain in _NAMES[field]]:
+            return [column.name for column in whole]
+        words = _NAMES.get(f"{field} word", set())
+        return [c.name for c in found if (has := set(c.plain.split("_"))) & words and not has & _NAMES["about"]]
+
+    def _system(self) -> dict[str, str]:
+        """Return the field of a system text, which plain text has no place for."""
+        names = self.names("system", sparse=True) if self.chat else []
+        return {"system": names[0]} if names else {}
+
+    def column(self, name: str) -> _Column | None:
+        return next((column for column in self.columns if column.name == name), None)
+
+    def text_of(self, name: str) -> str:
+        """Return what data.fields maps a text to: a column, or a template where some of its values are numbers."""
+        column = self.column(name)
+        numbers = column is not None and any(isinstance(value, int | float) for value in column.values)
+        return f"{{{name}}}" if numbers and not is_template(name) else name
+
+    def fits(self, format: str) -> bool:
+        """Return whether most rows have a format's fields as they are, or in the layout of a published set."""
+        if format not in self.formats:
+            return False
+        reader, fit = _Reader(format, self.given, self.chat, Columns()), 0
+        for row in self.rows:
+            try:
+                fit += not reader.form.missing(reader.asked(row)[1])
+            except DataError:  # it has the columns, and they hold something else: reading it says what
+                fit += 1
+        return 2 * fit >= len(self.rows)
+
+    def readings(self) -> list[_Reading]:
+        """Return the possible readings by the most specific kind of format; several where none is the right one."""
+        for name in ("preference", "ratings", "unpaired"):
+            if found := self._of(name):
+                return found
+        turns, pairs, texts = self._turns(), self._pairs(), self._texts()
+        verdicts = self.names("label", ("number",)) if pairs and "unpaired" not in self.formats else []
+        if any(isinstance(c.values[0], bool) for name in verdicts if (c := self.column(name))):
+            return []  # some of the completions are bad
+        if turns:
+            inside = "".join(
+                str(c.values[0]) for c in self.common if c.kind in ("turns", "sharegpt", "objects", "texts")
+            )
+            asked = [c for reading in pairs for name in reading[1].values() if (c := self.column(name.strip("{}")))]
+            return turns + [p for p in pairs if not all(_within(c.values[0], inside) for c in asked)]
+        if pairs:
+            used = {name for _, fields in pairs for name in fields.values()}
+            apart = [text for text in texts if not self._holds(text, used)]
+            pair = pairs[0][1]
+            beside = [
+                ("alpaca", {"instruction": pair["prompt"], "output": pair["completion"], "input": text[1]["text"]})
+                for text in apart
+                if "prompt" in pair and "alpaca" in self.formats
+            ]
+            return pairs + beside + apart
+        return self._of("prompts") or texts
+
+    def _of(self, format: str) -> list[_Reading]:
+        if format not in self.formats:
+            return []
+        if self.fits(format):
+            return [(format, self.given)]
+        kinds = ("text", "turns", "sharegpt", "object")
+        if format == "preference":
+            better, worse = self.names("chosen", kinds), self.names("rejected", kinds)
+            asks: list[str] = self.names("prompt", ("text", "turns", "sharegpt"))
+            if not asks and all(getattr(self.column(name), "kind", "") == "text" for name in better):
+                return []  # texts need a prompt
+            return [
+                (format, {**({"prompt": ask} if ask else {}), "chosen": a, "rejected": b})
+                for ask, a, b in product(asks or [""], better, worse)
+            ]
+        if format == "unpaired":
+            parts = self.names("prompt"), self.names("completion"), self.names("label", _TEXTUAL)
+            fields = [dict(zip(("prompt", "completion", "label"), names)) for names in product(*parts)]
+            return [(format, each) for each in fields if len(set(each.values())) == 3]
+        if format == "prompts":
+            ends = [c.name for c in self.common if c.kind == "turns" and _last_role(c.values[0]) in _ASKING]
+            return [(format, {"prompt": name}) for name in ends or self.names("prompt")]
+        return []
+
+    def _turns(self) -> list[_Reading]:
+        if self.fits("messages") and not self._kinds("messages", "sharegpt"):
+            return [("messages", self.given)]
+        forms = {"turns": ("messages", "messages"), "sharegpt": ("sharegpt", "conversations")}
+        found = [c for c in self.common if c.kind in forms and forms[c.kind][0] in self.formats]
+        named = [c for c in found if c.name == self.given.get(forms[c.kind][1])]
+        usual = [c for c in found if c.plain in _NAMES["turns"]]
+        system = self._system()
+        return [(forms[c.kind][0], {**self.given, forms[c.kind][1]: c.name, **system}) for c in named or usual or found]
+
+    def _kinds(self, name: str, kind: str) -> bool:
+        column = self.column(self.given.get(name, name))
+        return column is not None and column.kind == kind
+
+    def _pairs(self) -> list[_Reading]:
+        """Return readings as a prompt, perhaps with a context, and a completion."""
+        if not {"prompt-completion", "alpaca"} & set(self.formats):
+            return []
+        layout = next((row for row in self.rows if as_published(row, "prompt-completion", self.chat)), None)
+        if layout is not None and self.fits("prompt-completion"):
+            return [("prompt-completion", self.given)]
+        only = "alpaca" if "prompt-completion" not in self.formats else ""
+        ours = ("instruction", "output") if only or {"instruction", "output"} & self.given.keys() else ("", "")
+        asks = self.names("prompt", ("text", "turns"), ours[0])
+        says = self.names("completion", (*_TEXTUAL, "turns", "object"), ours[1])
+        inputs = self.names("input", ours="input", sparse=True)
+        asks = [name for name in asks if name not in inputs] or asks
+        common = [column.name for column in self.common]
+        asks = asks or [name for name in inputs if name in common] or self.names("text") or self.names("turns")
+        exact = [p for p in (("prompt", "completion"), ("instruction", "output")) if {*p} <= {*common}]
+        system = self._system()
+        found: list[_Reading] = []
+        for ask, say in exact if exact and not self.given else product(asks, says):
+            if ask == say:
+                continue
+            beside = [name for name in inputs if name not in (ask, say)] if ask != "prompt" else []
+            for extra in beside or [""]:
+                to_alpaca = only or ("alpaca" in self.formats and (extra or plain_name(ask) == "instruction"))
+                if to_alpaca:
+                    fields = {"instruction": ask, "output": self.text_of(say), **({"input": extra} if extra else {})}
+                else:
+                    prompt = f"{{{ask}}}\n\n{{{extra}}}" if extra else ask
+                    fields = {"prompt": prompt, "completion": self.text_of(say)}
+                found.append(("alpaca" if to_alpaca else "prompt-completion", {**fields, **system}))
+        return found
+
+    def _texts(self) -> list[_Reading]:
+        if "text" not in self.formats:
+            return []
+        names = self.names("text")
+        if not names and len(self.common) == 1 and self.common[0].kind == "text":
+            names = [c.name for c in self.common if c.plain not in _NAMES["prompt"]]  # prompts alone are no texts
+        found: list[_Reading] = [("text", {"text": name}) for name in names]
+        labels = [c.name for c in self.common if c.plain in _NAMES["class"] and c.kind in _TEXTUAL]
+        if len(names) == 1 and labels and "prompt-completion" in self.formats:
+            label = {"prompt": names[0], "completion": self.text_of(labels[0])}
+            return [("prompt-completion", label), *found]
+        return found
+
+    def _holds(self, text: _Reading, used: Iterable[str]) -> bool:
+        """Return whether the column of a text repeats, or is among, the columns of a pair."""
+        whole = self.column(text[1]["text"]) if text[0] == "text" else None
+        if whole is None or whole.name in used:
+            return True
+        parts = [c for c in self.common if c.name in {name.strip("{}") for name in used} and c.kind == "text"]
+        return bool(parts) and all(_within(c.values[0], str(whole.values[0])) for c in parts)
+
+    def likely(self) -> list[_Reading]:
+        """Return a reading by the order of columns, for an error: the user knows which is which."""
+        texts = [c for c in self.common if c.kind in _TEXTUAL and not set(c.plain.split("_")) & _NAMES["about"]]
+        many = [c for c in texts if len({str(v) for v in c.values}) > len(c.values) / 2 and c.kind == "text"]
+        order = ("prompt-completion", "alpaca", "preference", "unpaired", "prompts", "text")
+        for format in (name for name in order if name in self.formats):
+            needed = ["prompt", *FORMATS[format].required] if format == "preference" else FORMATS[format].required
+            if format == "text" and [c.plain in _NAMES["prompt"] for c in texts] == [True]:
+                continue
+            free = many if len(many) >= len(needed) else texts
+            if len(free) < len(needed):
+                continue
+            fields: dict[str, str] = {}
+            for ours in needed:
+                role = {"instruction": "prompt", "output": "completion"}.get(ours, ours)
+                names = self.names(role, _TEXTUAL, ours) or (self.names("chosen") if role == "completion" else [])
+                names = [name for name in names if name not in fields.values()]
+                if len(names) == 1:
+                    fields[ours] = names[0]
+            left = iter([c.name for c in free if c.name not in fields.values()])
+            for ours in needed:
+                fields.setdefault(ours, next(left, ""))
+            if all(fields.values()):
+                named = {f: self.text_of(fields[f]) if f in ("completion", "output") else fields[f] for f in needed}
+                return [(format, named)]
+        return []
+
+    def shown(self) -> str:
+        """Return the columns, each with a short value of it."""
+        lines = [f"  {c.name}: {_short(c.values[0])}" for c in self.columns[:_NAMED]]
+        return "\n".join([*lines, *([f"  ... and {len(self.columns) - _NAMED} more"] if self.columns[_NAMED:] else [])])
+
+
+def _last_role(turns: Any) -> Any:
+    turns = read_json(turns) if isinstance(turns, str) else turns
+    return turns[-1].get("role")
+
+
+def _within(part: Any, whole: str) -> bool:
+    """Return whether a text occurs in another, or in how another value is written."""
+    return isinstance(part, str) and (part.strip() in whole or repr(part.strip())[1:-1] in whole)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def recognise(
+    rows: Iterable[Row | Problem],
+    fields: Mapping[str, str] | None = None,
+    formats: Sequence[str] = tuple(FORMATS),
+    *,
+    name: str = "",
+    chat: bool = True,
+    taker: str = "",
+) -> Recognised:
+    """Find the format of rows, and which of their columns are its fields.
+
+    Args:
+        rows: the first `RECOGNISED_BY` of them are read.
+        fields: data.fields, as far as they are given.
+        formats: among which to choose: those that the objective takes, or a single one.
+        name: of the source, for messages.
+        chat: whether texts can become turns of a chat template.
+        taker: what takes these formats, such as "objective sft", for messages.
+    Raises:
+        ConfigError: `fields` names a field that none of the formats has.
+        DataError: no format fits, or several: the error shows the columns and the settings to write.
+    """
+    first = list(islice(rows, RECOGNISED_BY))
+    seen = [row.data for row in first if isinstance(row, Row)]
+    if not seen:
+        raise DataError(report_lines([f"{row.where}: {row.text}" for row in first if isinstance(row, Problem)]))
+    given = dict(fields or {})
+    if len(formats) == 1:
+        _Reader(formats[0], given, chat, Columns())  # raises for fields that it does not have
+    table = _Table(seen, given, formats, chat)
+    if not table.formats:
+        known = "\n".join(f"  {format}: {', '.join(FORMATS[format].fields)}" for format in formats)
+        raise ConfigError(f"data.fields: no format has all of {', '.join(given)}; the fields are\n{known}")
+    readings = list({as_settings(*reading): reading for reading in table.readings()}.values())
+    if len(readings) == 1:
+        format, named = readings[0][0], given | {o: t for o, t in readings[0][1].items() if o != t}
+        found = {name: named[name] for name in FORMATS[format].fields if name in named}
+        said = f", data.fields: {written}" if (written := _in_yaml(found)) else ""
+        return Recognised(format, found, [f"rows are read as data.format: {format}{said}"])
+    name = name or re.sub(r"(:\d+|\[\d+\])\Z", "", first[0].where)
+    wanted = formats[0] if len(formats) == 1 else ""
+    if readings:
+        options = "\n".join(f"  {as_settings(*reading)}" for reading in readings[:_OPTIONS])
+        raise DataError(f"{name}: the columns can be read in several ways; choose one:\n{options}\n{_seen(table)}")
+    what = f"the columns have no usual names{f' for data.format: {wanted}' if wanted else ''}"
+    ways = [f"say which is which, as in\n  {as_settings(*reading)}" for reading in table.likely()]
+    others = _Table(seen, given, tuple(FORMATS), chat).readings()
+    for format, more in [reading for reading in others if wanted or reading[0] not in formats][:1]:
+        objective, recipe = TAKEN_BY[format]
+        what = f"the rows look like data.format: {format}, which {taker or 'this'} does not take"
+        if wanted and TAKEN_BY[format] == TAKEN_BY[wanted]:
+            what = f"the rows do not fit data.format: {wanted}"
+            ways = [f"they look like\n  {as_settings(format, more)}"]
+        else:
+            way = f"objective: {objective} takes it: mlxft train configs/{recipe}.yaml data.train={name}"
+            ways = [way, *(f"or {way}" for way in ways)]
+    if any(len(column.name.split()) > 5 or column.name.endswith("?") for column in table.columns):
+        ways.append("if these names are a row, write a line with the columns' names above it, as in question,answer")
+    ways = ways or [_needed(formats)]
+    raise DataError("\n".join([f"{name}: {what}", *ways, _seen(table)]))
+
+
+def with_usual_names(rows: Sequence[Row | Problem], formats: Sequence[str]) -> list[Row | Problem]:
+    """Return rows with the names of the one of these formats that they fit; unchanged where none fits, or several."""
+    try:
+        found = recognise(rows, formats=formats)
+    except DataError:
+        return list(rows)
+    reader = _Reader(found.format, found.fields, True, Columns())
+
+    def named(row: Row | Problem) -> Row | Problem:
+        try:
+            return Row(row.where, reader.asked(row.data)[0]) if isinstance(row, Row) else row
+        except DataError:  # a field of a template is missing
+            return row
+
+    return [named(row) for row in rows] if found.fields else list(rows)
+
+
+def _seen(table: _Table) -> str:
+    return f"the rows have\n{table.shown()}"
+
+
+def _needed(formats: Sequence[str]) -> str:
+    """Return what rows of some formats have, for a message."""
+    lines = [f"  {name}: {', '.join(FORMATS[name].required).replace('|', ' or ')}" for name in formats]
+    return "\n".join(["expected are columns for one of", *lines])
 
 
 # --- shots ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Where rows come from: jsonl, json, csv and parquet files, folders of them, and the Hugging Face hub.
+"""Where rows come from: files of rows, tables, texts and exported chats, folders of them, and the Hugging Face hub.
 
 A reader yields rows as they were before they were written: null keys that Arrow adds are removed. It does not stop at
 a bad line but yields a `Problem` in its place, so that all problems of a file are reported at once. It raises where
@@ -8,15 +8,21 @@ there is no row to read, such as an empty file.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import date, datetime, time
+from glob import glob
 from hashlib import blake2b
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeAlias
 
-from mlxft.config import handed_over
+from mlxft.config import Paths, handed_over
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
 from mlxft.files import digest
 from mlxft.text import home_path, parse_json
@@ -48,77 +54,154 @@ _HUB_NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB = re.compile(r"hf:([^:\[\]]+)(?::([^:\[\]]+)(?=:|$))?(?::([^:\[\]]+(?:\[[^\[\]]*\])?))?")
 
 
-def read_rows(spec: str, split: str) -> Iterator[Row | Problem]:
-    """Read the rows of one split of a file, a folder or a hub data set, in order.
+class File(NamedTuple):
+    """A file of rows, the part of it that is named (a sheet, or a key of JSON), and its name for messages."""
+
+    path: Path
+    part: str
+    name: str
+
+    @property
+    def kind(self) -> str:
+        """Return its suffix."""
+        return self.path.suffix.lower()
+
+
+def read_rows(spec: Paths, split: str, notes: list[str] | None = None) -> Iterator[Row | Problem]:
+    """Read the rows of one split of files, a folder or a hub data set, in order.
 
     Args:
-        spec: a .jsonl, .json, .csv or .parquet file (read whole, whatever the split); a folder with
-            {split}.{jsonl,json,csv,parquet}; or `hf:org/name[:config][:split]`.
+        spec: a file (read whole, whatever the split), with the part of it that is meant (`faq.xlsx:Sheet2`,
+            `rows.json:items`) where it has several; a pattern such as `rows/*.csv`; a folder with {split}.jsonl or
+            another kind of file, or of texts; `hf:org/name[:config][:split]`; or a list of these.
         split: "train", "valid" or "test"; "valid" has the names validation, val and dev, too.
+        notes: notes on how files are read are appended as they are.
     Raises:
         ConfigError: there is no such file or split, or its kind is unknown. Raised at once.
-        DataError: the file has no rows, is damaged as a whole, or the hub did not return it. Raised while iterating.
+        DataError: a file has no rows, is damaged as a whole, or the hub did not return it. Raised while iterating.
     """
     if split not in SPLITS:
         raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    said: list[str] = [] if notes is None else notes
+    if not isinstance(spec, str):
+        given = [one for one in spec if one.startswith(("hf:", "python:"))]
+        if not given:
+            return _of_files(find_files(spec, split), split, said)
+        return chain.from_iterable([read_rows(one, split, said) for one in spec])
     if spec.startswith("hf:"):
-        return _some(_read_hub(spec, split), spec)
+        return _some(_read_hub(spec, split), spec, said)
     if spec.startswith("python:"):
-        return _some(given_rows(handed_over(f"data.{split}", spec), spec.removeprefix("python:")), spec)
-    path = find_file(spec, split)
-    return _some(READERS[path.suffix.lower()](path), path.name)
+        return _some(given_rows(handed_over(f"data.{split}", spec), spec.removeprefix("python:")), spec, said)
+    return _of_files(find_files(spec, split), split, said)
 
 
-def find_file(spec: str, split: str) -> Path:
-    """Return the file with the rows of a split: `spec` itself, or one in that folder; raise ConfigError without one."""
-    known = ", ".join(READERS)
+def _of_files(files: Sequence[File], split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    return chain.from_iterable(_some(READERS[file.kind](file, split, notes), file.name, notes) for file in files)
+
+
+def find_files(spec: Paths, split: str) -> list[File]:
+    """Return the files with the rows of a split, by their places; raise ConfigError without any."""
+    if not isinstance(spec, str):
+        found = [file for one in spec for file in find_files(one, split)]
+        if twice := [file for file, count in Counter(found).items() if count > 1]:
+            raise ConfigError(f"{twice[0].path} is named twice; name each file once (data.mix repeats rows)")
+        if not found:
+            raise ConfigError("the list names no file; expected at least one")
+        return _named(found)
     try:
-        path = home_path(spec)
+        path, part = home_path(spec), ""
+        if not path.exists():
+            whole, colon, named = spec.rpartition(":")
+            if colon and (home_path(whole).is_file() or Path(whole).suffix.lower() in _PARTS):
+                path, part = home_path(whole), named
+            elif is_pattern(spec):
+                return _matching(spec, split)
         folder = path.is_dir()
-    except OSError as exc:  # too long for a path
+    except (OSError, ValueError) as exc:  # too long for a path
         raise ConfigError(f"{spec[:80]}: not a path: {getattr(exc, 'strerror', None) or exc}") from exc
     if folder:
-        found = find_split(path, split)
-        if found is None:
-            wanted = ", ".join(f"{name}.jsonl" for name in SPLITS[split])
-            names = sorted(file.name for file in path.iterdir())
-            has = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "no files"
-            raise ConfigError(f"{spec}: no file for the {split} split; expected {wanted} (or {known}); it has {has}")
-        path = found
+        return _of_folder(path, spec, split)
     if not path.exists():
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
-    if not path.is_file():
-        raise ConfigError(f"{spec}: is a device or a pipe; expected a file, which is read more than once")
+    file = _file(path, part)
     if path.suffix.lower() not in READERS:
-        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {known}")
-    return path
+        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {', '.join(READERS)}")
+    if part and path.suffix.lower() not in _PARTS:
+        raise ConfigError(f"{spec}: a {path.suffix} file has no parts; name it as {path}")
+    return [file]
 
 
-def source_hash(spec: str, split: str) -> tuple[str, int]:
+def _file(path: Path, part: str = "") -> File:
+    if not path.is_file():
+        raise ConfigError(f"{path}: is a device or a pipe; expected a file, which is read more than once")
+    return File(path, part, path.name)
+
+
+def is_pattern(spec: str) -> bool:
+    """Return whether a source's name is a pattern of files."""
+    return not spec.startswith(("hf:", "python:")) and any(sign in spec for sign in "*?[")
+
+
+def _matching(spec: str, split: str) -> list[File]:
+    paths = sorted(Path(found) for found in glob(str(home_path(spec)), recursive=True))
+    files = [file for path in paths if path.is_file() for file in find_files(str(path), split)]
+    if not files:
+        raise ConfigError(f"{spec}: no file matches this pattern; expected files of {', '.join(READERS)}")
+    return _named(files)
+
+
+def _of_folder(path: Path, spec: str, split: str) -> list[File]:
+    found = find_split(path, split)
+    if found is not None:
+        return [_file(found)]
+    shards = [p for name in SPLITS[split] for p in sorted(path.glob(f"**/{name}-*-of-*.*")) if p.suffix in READERS]
+    texts = (
+        [p for p in sorted(path.rglob("*")) if p.suffix.lower() in _TEXTS and p.is_file()] if split == "train" else []
+    )
+    if shards or texts:
+        return _named([_file(path) for path in shards or texts])
+    wanted, known = ", ".join(f"{name}.jsonl" for name in SPLITS[split]), ", ".join(READERS)
+    names = sorted(file.name for file in path.iterdir())
+    has = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "no files"
+    kinds = dict.fromkeys(Path(name).suffix for name in names if Path(name).suffix.lower() in READERS)
+    way = f"; to read all of a kind, name them by a pattern: {Path(spec) / f'*{next(iter(kinds))}'}" if kinds else ""
+    raise ConfigError(f"{spec}: no file for the {split} split; expected {wanted} (or {known}); it has {has}{way}")
+
+
+def _named(files: Sequence[File]) -> list[File]:
+    """Return files by names that differ: with the folders in which they are, if need be."""
+    names = Counter(file.path.name for file in files)
+    return [file._replace(name=str(file.path)) if names[file.path.name] > 1 else file for file in files]
+
+
+def source_hash(spec: Paths, split: str) -> tuple[str, int]:
     """Hash what a source holds that is read row by row, and its name; return also how many rows it has, blank ones too.
 
     Raises:
         ConfigError: it is read whole.
         DataError: the hub did not return it.
     """
-    if spec.startswith("python:"):
+    if not isinstance(spec, str) and any(one.startswith(("hf:", "python:")) for one in spec):
+        parts = [source_hash(one, split) for one in spec]
+        return " ".join(name for name, _ in parts), sum(rows for _, rows in parts)
+    if isinstance(spec, str) and spec.startswith("python:"):
         raise ConfigError("rows that a program gives are in memory already; leave data.stream out")
-    if not spec.startswith("hf:"):
-        path = find_file(spec, split)
-        if path.suffix.lower() not in STREAMED:
+    if not isinstance(spec, str) or not spec.startswith("hf:"):
+        files = find_files(spec, split)
+        if whole := [file for file in files if file.kind not in STREAMED]:
             raise ConfigError(
-                f"{spec}: a {path.suffix} file is read whole; data.stream is for {', '.join(STREAMED)} and data sets "
-                "of the hub: convert it, or leave data.stream out"
+                f"{whole[0].path}: a {whole[0].kind} file is read whole; data.stream is for {', '.join(STREAMED)} and "
+                "data sets of the hub: convert it, or leave data.stream out"
             )
-        return f"{path.name} {digest(path)}", _count(path)
+        return " ".join(f"{file.name} {digest(file.path)}" for file in files), sum(_count(file.path) for file in files)
     rows, name = _open_hub(spec, split)
-    files = [digest(Path(file["filename"])) for file in getattr(rows, "cache_files", ())]
-    if not files:
+    hashes = [digest(Path(file["filename"])) for file in getattr(rows, "cache_files", ())]
+    if not hashes:
         hashed = blake2b(digest_size=16)
         for row in rows:
             hashed.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
-        files = [hashed.hexdigest()]
-    return f"{spec} {name} {len(rows)} {' '.join(files)}", len(rows)
+        hashes = [hashed.hexdigest()]
+    return f"{spec} {name} {len(rows)} {' '.join(hashes)}", len(rows)
 
 
 def _count(path: Path) -> int:
@@ -159,14 +242,21 @@ def neighbour(path: Path) -> str:
     return nearest(path.name, [other.name for other in path.parent.iterdir()])
 
 
-def _some(rows: Iterator[Row | Problem], name: str) -> Iterator[Row | Problem]:
-    empty = True
-    for row in rows:
-        empty = False
+def _some(rows: Iterator[Row | Problem], name: str, notes: list[str]) -> Iterator[Row | Problem]:
+    count = unused = 0
+    for row in _threads(rows, notes):
+        count += 1
+        if isinstance(row, Row) and (chat := exported_chat(row.data)) is not None:
+            if not chat["messages"]:
+                unused += 1
+                continue
+            row = Row(row.where, chat)
         wrong = (_too_large(row.data) or half_character(row.data)) if isinstance(row, Row) else None
         yield row if wrong is None else Problem(row.where, wrong)
-    if empty:
+    if unused == count:
         raise DataError(f"{name}: no rows; expected at least one")
+    if unused:
+        notes.append(f"{name}: {unused:,} of {count:,} exported chats have no completion in text and are left out")
 
 
 def _too_large(data: dict[str, Any]) -> str | None:
@@ -184,16 +274,16 @@ def _too_large(data: dict[str, Any]) -> str | None:
 
 def read_json(text: str) -> Any:
     """Parse the JSON of a row; raise ValueError also if a key is given twice, as one would be lost silently."""
+    return parse_json(text, object_pairs_hook=_once)
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in found if keys.count(key) > 1)
-            raise ValueError(f"the key {twice[:80]!r} is given twice in one object")
-        return found
 
-    return parse_json(text, object_pairs_hook=once)
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice in one object")
+    return found
 
 
 def _object(value: Any, where: str) -> Row | Problem:
@@ -225,10 +315,28 @@ def _not_json(exc: ValueError | RecursionError) -> str:
     return f"not valid JSON: {f'{exc.msg} at column {exc.colno}' if isinstance(exc, json.JSONDecodeError) else exc}"
 
 
-def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
+# --- json -------------------------------------------------------------------------------------------------------------
+
+_CHUNK = 1 << 20  # characters that are read at once
+
+
+def _first_line(path: Path) -> tuple[bytes, bool]:
+    """Return the first line of a file that is not blank, at most 16 MiB of it, and whether there are others."""
     with path.open("rb") as file:
+        first = b""
+        while not first and (line := file.readline(1 << 24)):
+            first = line.removeprefix(b"\xef\xbb\xbf").strip()
+        return first, line.endswith(b"\n") and any(part.strip() for part in iter(lambda: file.read(1 << 20), b""))
+
+
+def _read_jsonl(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    first, several = _first_line(source.path)
+    if first in (b"[", b"{") or (first.startswith(b"[{") and not several):  # JSON by another name
+        yield from _read_values(source, split)
+        return
+    with source.path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            where = f"{path.name}:{number}"
+            where = f"{source.name}:{number}"
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if line:
@@ -239,90 +347,516 @@ def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
                 yield Problem(where, _not_json(exc))
 
 
-def _read_json(path: Path) -> Iterator[Row | Problem]:
-    """Yield the rows of an array of objects, or of one object a line, as the first character says."""
-    raw = path.read_bytes()
-    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _read_jsonl(path)
-        return
+def _read_json(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    """Return the rows of an array, of an object that wraps them, or of one object a line."""
+    first, several = _first_line(source.path)
+    if several and first.startswith(b"{"):
+        with suppress(ValueError, RecursionError):
+            read_json(first.decode())
+            return _read_jsonl(source, split, notes)
+    return _read_values(source, split)
+
+
+class _AtLine(ValueError):
+    """What is wrong with JSON, and the line of the file."""
+
+    def __init__(self, text: str, line: int) -> None:
+        super().__init__(text)
+        self.line = line
+
+
+class _Values:
+    """Decodes JSON values that follow each other in a file; in memory is what is not decoded yet."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._text, self._at, self._line = file, "", 0, 1
+        self._decode = json.JSONDecoder(object_pairs_hook=_once).raw_decode
+
+    def _more(self, size: int = _CHUNK) -> bool:
+        if not (read := self._file.read(size)):
+            return False
+        self._line += self._text.count("\n", 0, self._at)
+        self._text, self._at = self._text[self._at :] + read, 0
+        return True
+
+    def sign(self) -> str:
+        """Return the next character that is not white space; "" at the end."""
+        while True:
+            while self._at < len(self._text):
+                if not self._text[self._at].isspace():
+                    return self._text[self._at]
+                self._at += 1
+            if not self._more():
+                return ""
+
+    def skip(self, sign: str) -> None:
+        """Leave out the next character that is not white space; raise ValueError unless it is `sign`."""
+        if self.sign() != sign:
+            self._refuse(f"expected {sign!r}", self._at)
+        self._at += 1
+
+    def value(self) -> Any:
+        """Return the next value; raise ValueError if it is not JSON."""
+        self.sign()
+        size = _CHUNK
+        while True:
+            try:
+                found, end = self._decode(self._text, self._at)
+                # A number may be longer.
+                if end < len(self._text) or self._text[end - 1] in '}]"' or not self._more(size):
+                    self._at = end
+                    return found
+            except json.JSONDecodeError as exc:
+                if not self._more(size):
+                    self._refuse(exc.msg, exc.pos)
+            size *= 2  # so that a large value is tried a few times only
+
+    def _refuse(self, text: str, at: int) -> NoReturn:
+        column = at - self._text.rfind("\n", 0, at)
+        raise _AtLine(f"not valid JSON: {text} at column {column}", self._line + self._text.count("\n", 0, at))
+
+
+def _read_values(source: File, split: str) -> Iterator[Row | Problem]:
+    """Yield the rows of a JSON array, of objects that follow each other, or of one that wraps them."""
+    name, index = source.name, 0
     try:
-        values = read_json(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as exc:
-        line = raw.count(b"\n", 0, exc.start) + 1
-        yield Problem(f"{path.name}:{line}", f"not UTF-8 (0x{raw[exc.start]:02x}); save the file as UTF-8")
-    except json.JSONDecodeError as exc:
-        yield Problem(f"{path.name}:{exc.lineno}", _not_json(exc))
-    except (ValueError, RecursionError) as exc:
-        yield Problem(path.name, _not_json(exc))
-    else:
-        for index, value in enumerate(values):
-            yield _object(value, f"{path.name}[{index}]")
+        with source.path.open(encoding="utf-8-sig") as file:
+            values = _Values(file)
+            array = values.sign() == "["
+            if array:
+                values.skip("[")
+            while values.sign() not in ("", "]"):
+                if array and index:
+                    values.skip(",")
+                value = values.value()
+                if array or index or values.sign() or not isinstance(value, dict):
+                    yield _object(value, f"{name}[{index}]")
+                else:
+                    yield from _unwrapped(value, source, split)
+                index += 1
+            if array:
+                values.skip("]")
+    except UnicodeDecodeError:
+        yield _not_text(source)
+    except _AtLine as exc:
+        yield Problem(f"{name}:{exc.line}", str(exc))
+    except RecursionError:
+        yield Problem(name, "not valid JSON: it is nested too deep")
+    except DataError:
+        raise
+    except ValueError as exc:
+        yield Problem(name, _not_json(exc))
 
 
-def _read_csv(path: Path) -> Iterator[Row | Problem]:
-    lines: list[str] = []
-    problems: list[Problem] = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(keepends=True), 1):
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError as exc:
-            problems.append(Problem(f"{path.name}:{number}", _not_utf8(exc)))
-    if problems:
-        # A row of such a file may span a bad line: what the others hold is not certain either.
-        yield from problems
+def _not_text(source: File) -> Problem:
+    """Return the line of a file that is not UTF-8."""
+    with source.path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as exc:
+                return Problem(f"{source.name}:{number}", _not_utf8(exc))
+    return Problem(source.name, "it was changed while it was read")
+
+
+def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row | Problem]:
+    """Yield the rows of a file's only object: lists of rows by name, columns, rows by key, or a single row."""
+    name = source.name
+    lists = {key: rows for key, rows in value.items() if _are_rows(rows)}
+    if all("row" in row and "row_idx" in row for row in lists.get("rows", [{}])):  # of the hub's viewer
+        lists = {"rows": [row["row"] for row in lists["rows"]]}
+    if source.part and source.part not in lists:
+        has = f"it has {', '.join(lists)}" if lists else "it has none"
+        raise DataError(f"{name}: no list of rows {source.part!r}{nearest(source.part, lists)}; {has}")
+    key = source.part or next((alias for alias in SPLITS[split] if alias in lists), "")
+    if not key and len(lists) > 1:
+        ways = " or ".join(shlex.quote(f"data.train={source.path}:{key}") for key in lists)
+        raise DataError(f"{name}: has {len(lists)} lists of rows; name one: {ways}")
+    if key or lists:
+        key = key or next(iter(lists))
+        rows = [asked for row in lists[key] for asked in (_asked_of(row) or [row])]
+        yield from (_object(row, f"{name}:{key}[{i}]") for i, row in enumerate(rows))
         return
+    columns, cells = value.get("columns"), value.get("data")
+    if isinstance(columns, list) and isinstance(cells, list):  # as pandas splits a table
+        yield from (Row(f"{name}[{i}]", dict(zip(map(str, columns), row))) for i, row in enumerate(cells))
+        return
+    inner = list(value.values())
+    alike = all(isinstance(part, dict) and part and part.keys() == inner[0].keys() for part in inner)
+    if alike and all(str(key).isdigit() for key in inner[0]):  # as pandas writes columns
+        yield from (Row(f"{name}[{i}]", {key: value[key][i] for key in value}) for i in inner[0])
+    elif alike and len(inner) > 1:
+        yield from (Row(f"{name}:{key}", part) for key, part in value.items())
+    elif all(_is_column(part) and len(part) == len(inner[0]) for part in inner):
+        yield from (Row(f"{name}[{i}]", dict(zip(value, row))) for i, row in enumerate(zip(*inner)))
+    else:
+        yield Row(f"{name}[0]", value)
+
+
+def _asked_of(article: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the questions on an article of SQuAD's own file, each with its context; none of another row."""
+    parts = article.get("paragraphs")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and isinstance(p.get("qas"), list) for p in parts):
+        return []
+    found = [(part.get("context"), asked) for part in parts for asked in part["qas"] if isinstance(asked, dict)]
+    return [
+        {**asked, "context": context, "answers": [a.get("text") for a in asked.get("answers") or []]}
+        for context, asked in found
+    ]
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and not any(isinstance(cell, dict | list) for cell in value)
+
+
+def _are_rows(value: Any) -> bool:
+    """Return whether a value is a list of objects that are no turns of a chat."""
+    turn = {"role", "from", "speaker", "sender"}
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) and not turn & v.keys() for v in value)
+
+
+# --- exported chats ---------------------------------------------------------------------------------------------------
+# ChatGPT exports a conversation as a tree of messages, with `current_node` at the end of the branch that was kept, and
+# Claude as a list with senders. The texts of user and assistant are read; tools, files and thoughts are left out.
+
+
+def exported_chat(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a row of `messages` of a conversation that ChatGPT or Claude exported; None of another row.
+
+    It ends with a completion, and has no message where there is none.
+    """
+    nodes, chat = row.get("mapping"), row.get("chat_messages")
+    if isinstance(chat, list) and all(isinstance(turn, dict) and "sender" in turn for turn in chat):
+        said = [(str(turn["sender"]).replace("human", "user"), _claude_text(turn)) for turn in chat]
+    elif isinstance(nodes, dict) and all(isinstance(node, dict) and "message" in node for node in nodes.values()):
+        said = [_chatgpt_turn(node.get("message")) for node in _branch(nodes, row.get("current_node"))]
+    else:
+        return None
+    turns: list[dict[str, str]] = []
+    for role, text in said:
+        if not text.strip() or role not in ("user", "assistant") or (role == "assistant" and not turns):
+            continue
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += f"\n\n{text}"
+        else:
+            turns.append({"role": role, "content": text})
+    return {"messages": turns[:-1] if turns and turns[-1]["role"] == "user" else turns}
+
+
+_TREE = {"message_id", "parent_id", "role", "text"}
+
+
+def _threads(rows: Iterator[Row | Problem], notes: list[str]) -> Iterator[Row | Problem]:
+    """Join rows that are messages of trees, as OpenAssistant publishes them, into conversations: each best branch."""
+    first = next(rows, None)
+    if first is None or isinstance(first, Problem) or not first.data.keys() >= _TREE:
+        yield from rows if first is None else chain([first], rows)
+        return
+    found = [row for row in chain([first], rows) if isinstance(row, Row)]
+    replies: dict[Any, list[Row]] = {}
+    for row in found:
+        replies.setdefault(row.data.get("parent_id"), []).append(row)
+    for root in (row for row in found if row.data.get("parent_id") is None):
+        at, turns = [root], list[dict[str, Any]]()
+        while at:
+            best = min(at, key=lambda row: row.data["rank"] if isinstance(row.data.get("rank"), int | float) else 1e9)
+            role = str(best.data.get("role")).replace("prompter", "user")
+            turns.append({"role": role, "content": best.data.get("text")})
+            at = replies.get(best.data.get("message_id"), []) if len(turns) < len(found) else []
+        if turns[-1]["role"] == "user":
+            turns.pop()
+        if turns:
+            yield Row(root.where, {"messages": turns})
+    notes.append(f"{len(found):,} messages are joined to conversations, each of the best-ranked replies")
+
+
+def _branch(nodes: dict[Any, Any], leaf: Any) -> list[Any]:
+    """Return the nodes from the root to a leaf; to the last one, if it is not named."""
+    parents = {node.get("parent") for node in nodes.values()}
+    at = leaf if leaf in nodes else next((name for name in reversed(nodes) if name not in parents), None)
+    found: dict[Any, Any] = {}
+    while at in nodes and at not in found:
+        found[at] = nodes[at]
+        at = nodes[at].get("parent")
+    return list(found.values())[::-1]
+
+
+def _chatgpt_turn(message: Any) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        return "", ""
+    about, content = message.get("metadata") or {}, message.get("content") or {}
+    hidden = about.get("is_visually_hidden_from_conversation") or message.get("recipient", "all") != "all"
+    if hidden or content.get("content_type") not in ("text", "multimodal_text"):
+        return "", ""
+    parts = [part for part in content.get("parts") or [] if isinstance(part, str) and part.strip()]
+    return str((message.get("author") or {}).get("role")), "\n\n".join(parts)
+
+
+def _claude_text(turn: Mapping[str, Any]) -> str:
+    parts = turn.get("content")
+    texts = [p.get("text") or "" for p in parts if isinstance(p, dict) and p.get("type") == "text"] if parts else []
+    return "\n\n".join(texts) if any(texts) else str(turn.get("text") or "")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+# csv and spreadsheets: a header and rows of cells, all of them texts.
+
+_Cells: TypeAlias = tuple[str, list[str]]  # a row of a table, with its place
+_DELIMITERS = ",;\t|"
+_TITLES = 20  # rows above a header
+
+
+def _table(lines: Iterable[_Cells | Problem], source: File, notes: list[str]) -> Iterator[Row | Problem]:
+    """Yield the rows of a table. Its header is the first line with more than one cell, if any has, else the first."""
+    lines = iter(lines)
+    first = list(islice(lines, _TITLES))
+    wide = any(not isinstance(line, Problem) and _filled(line[1]) > 1 for line in first)
+    header: list[str] = []
+    above, empty, pending, unnamed = "", 0, 0, 0
+    for line in chain(first, lines):
+        if isinstance(line, Problem):
+            yield line
+            continue
+        where, cells = line
+        if not _filled(cells):
+            pending += len(cells) > 1  # a blank line of one column is not even an empty row
+        elif not header and wide and len(cells) > 1 and _filled(cells) == 1:
+            above = above or next(filter(None, map(str.strip, cells)))
+        elif not header:
+            header, pending = [cell.strip() for cell in cells], 0
+            if twice := sorted({cell for cell in header if cell and header.count(cell) > 1}):
+                text = (
+                    f"the header names {', '.join(map(repr, twice))} twice; the first line must name each column once"
+                )
+                yield Problem(where, text)
+                return
+        elif len(cells) < len(header) or _filled(cells[len(header) :]):
+            empty, pending = empty + pending, 0
+            names = [name for name in header if name]
+            yield Problem(where, f"{len(cells)} columns; the header names {len(names)} ({', '.join(names)})")
+        else:
+            empty, pending = empty + pending, 0
+            unnamed += any(cell.strip() and not name for name, cell in zip(header, cells))
+            yield Row(where, {name: cell for name, cell in zip(header, cells) if name})
+    notes += [f"{source.name}: what stands above the header is left out: {above[:60]}"] if above else []
+    notes += [f"{source.name}: {empty:,} empty rows are left out"] if empty else []
+    notes += [f"{source.name}: {unnamed:,} rows have cells in columns without a name, not used"] if unnamed else []
+
+
+def _filled(cells: Sequence[str]) -> int:
+    return sum(1 for cell in cells if cell.strip())
+
+
+def _read_csv(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    lines = _text_lines(source, notes)
+    if bad := [line for line in lines if isinstance(line, Problem)]:
+        # A row of such a file may span a bad line: what the others hold is not certain either.
+        yield from bad
+        return
+    texts = [str(line) for line in lines]
+    start, delimiter = 0, ""
+    if texts and (named := re.fullmatch(r"sep=(.)\s*", texts[0])):  # as Excel writes and reads it
+        start, delimiter = 1, named[1]
     # The stdlib's limit of 128 KiB a field is less than a long document; it is one for the whole process.
     limit = csv.field_size_limit(_MAX_CSV_FIELD)
     try:
-        rows = list(_csv_rows(csv.reader(lines, strict=True), path.name))
+        delimiter = delimiter or _delimiter(texts[start:_SNIFFED])
+        rows = list(_csv_rows(texts[start:], delimiter, source.name, start))
+        if any(isinstance(row, Problem) for row in rows) and any('\\"' in text for text in texts):
+            escaped = list(_csv_rows(texts[start:], delimiter, source.name, start, doublequote=False, escapechar="\\"))
+            rows = rows if any(isinstance(row, Problem) for row in escaped) else escaped
     finally:
         csv.field_size_limit(limit)
-    yield from rows
+    yield from _table(rows, source, notes)
 
 
-def _csv_rows(reader: Any, name: str) -> Iterator[Row | Problem]:
-    header: list[str] | None = None
+_SNIFFED = 2000  # lines that show the delimiter
+
+
+def _delimiter(lines: Sequence[str]) -> str:
+    """Return what stands between the columns: of what the header has, that with the most rows of its width."""
+    best, most = "\x1f", 0.0  # a single column, whose texts may have any sign
+    for sign in _DELIMITERS:
+        widths = [len(cells) for cells in csv.reader(lines, delimiter=sign) if _filled(cells)]
+        share = sum(width == widths[0] for width in widths) / len(widths) if widths and widths[0] > 1 else 0.0
+        if share > most:
+            best, most = sign, share
+    return best
+
+
+def _csv_rows(lines: Sequence[str], delimiter: str, name: str, start: int, **how: Any) -> list[_Cells | Problem]:
+    """Return the rows of a csv file with their places, and in place of a row what is wrong with its quotes."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, **how)
+    found: list[_Cells | Problem] = []
+    spanning, doubtful = 0, list[tuple[int, int, int]]()
+    width = 0
     while True:
-        where = f"{name}:{reader.line_num + 1}"
+        first = reader.line_num
+        where = f"{name}:{start + first + 1}"
         try:
             cells = next(reader)
         except StopIteration:
-            return
+            break
         except csv.Error as exc:
-            yield Problem(where, f"not valid CSV: {exc}")
+            hint = f"a quote that opens a text here has no end, or stands within it: write {_QUOTES}"
+            found.append(Problem(where, f"not valid CSV: {exc}; {hint}"))
             continue
-        if not any(cell.strip() for cell in cells) and len(cells) < 2:
-            continue
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            twice = sorted({cell for cell in header if header.count(cell) > 1})
-            if twice or "" in header:
-                seen = f"names {', '.join(map(repr, twice))} twice" if twice else "has a column without a name"
-                yield Problem(where, f"the header {seen}; the first line must name each column once")
-                return
-        elif len(cells) != len(header):
-            yield Problem(where, f"{len(cells)} columns; the header names {len(header)} ({', '.join(header)})")
-        else:
-            yield Row(where, dict(zip(header, cells)))
+        width = width or len(cells)
+        if (taken := reader.line_num - first) > 1:
+            spanning += 1
+            inner = [line.count(delimiter) for line in lines[first : reader.line_num]]
+            if taken >= _SWALLOWED and width > 1 and set(inner) == {width - 1}:
+                doubtful.append((len(found), start + first + 1, start + reader.line_num))
+        found.append((where, cells))
+    # Where most texts of several lines look so, they are meant so.
+    for at, begin, end in doubtful:
+        if 2 * len(doubtful) > spanning or end - begin >= 4 * _SWALLOWED:
+            lost = f"a quote in line {begin} swallows the rows up to line {end}: remove it, or write {_QUOTES}"
+            found[at] = Problem(f"{name}:{begin}", lost)
+    return found
 
 
-def _read_parquet(path: Path) -> Iterator[Row | Problem]:
+_QUOTES = '"" for a quote within a quoted text'
+_SWALLOWED = 4  # lines of a text which all look like rows
+
+
+def _text_lines(source: File, notes: list[str]) -> list[str | Problem]:
+    """Return the lines of a text in any usual encoding, and in place of a line what is wrong with it."""
+    raw = source.path.read_bytes()
+    if raw.startswith(b"PK\x03\x04"):
+        raise DataError(f"{source.name}: is a spreadsheet or an archive, not a text; give it its suffix, such as .xlsx")
+    nulls, even = raw[:2000].count(b"\0"), raw[:2000:2].count(b"\0")
+    encoding = "utf-8-sig"  # with a mark or without
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"
+    elif 4 * nulls > len(raw[:2000]):
+        encoding = "utf-16-be" if 2 * even > nulls else "utf-16-le"
+    with suppress(UnicodeDecodeError):
+        text = raw.decode(encoding)
+        if encoding != "utf-8-sig":
+            notes.append(f"{source.name}: read as {encoding.upper()}")
+        return list(io.StringIO(text, newline=""))
+    if encoding != "utf-8-sig":
+        return [Problem(source.name, f"is not {encoding.upper()} throughout, as it begins; save it as UTF-8")]
+    lines: list[str | Problem] = []
+    sound = 0
+    for number, line in enumerate(raw.splitlines(keepends=True), 1):
+        try:
+            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            sound += not line.isascii()
+        except UnicodeDecodeError as exc:
+            lines.append(Problem(f"{source.name}:{number}", _not_utf8(exc)))
+    if sound >= sum(isinstance(line, Problem) for line in lines) or re.search(b"\xed[\xa0-\xbf][\x80-\xbf]", raw):
+        return lines  # damaged, and not in another encoding
+    tried = {name: raw.decode(name, "replace") for name in ("cp1252", "mac_roman")}
+    name, text = max(tried.items(), key=lambda item: sum((c in _WESTERN) - (not c.isascii()) for c in item[1]))
+    signs = [c for c in text if not c.isascii()]
+    if 2 * sum(c in _WESTERN for c in signs) < len(signs) or len(signs) > len(text) / 4:
+        return lines
+    notes.append(f"{source.name}: is not UTF-8 and read as {name}; look at a row with accents")
+    return list(io.StringIO(text, newline=""))
+
+
+_WESTERN = frozenset("äöüÄÖÜßéèêëàâáãåæçíîïìñóôòõøœúùûýÿÉÈÊÀÁÅÆÇÍÑÓÔØÚ'’‘“”„–—…€£°§«»¿¡·•\xa0")
+
+
+def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    try:
+        import python_calamine as calamine
+    except ImportError as exc:
+        raise ConfigError(f"{source.name}: {missing_extra('python-calamine', 'data')}") from exc
+    try:
+        with calamine.CalamineWorkbook.from_path(str(source.path)) as book:
+            shown = [s.name for s in book.sheets_metadata if s.visible == calamine.SheetVisibleEnum.Visible]
+            if source.part and source.part not in book.sheet_names:
+                hint = nearest(source.part, book.sheet_names)
+                raise DataError(f"{source.name}: no sheet {source.part!r}{hint}; it has {', '.join(book.sheet_names)}")
+            sheets = {
+                name: _cells_of(book.get_sheet_by_name(name)) for name in ([source.part] if source.part else shown)
+            }
+    except DataError:
+        raise
+    except (calamine.CalamineError, OSError, ValueError) as exc:
+        raise DataError(f"{source.name}: not a readable spreadsheet: {' '.join(str(exc).split())[:300]}") from exc
+    filled = [name for name, rows in sheets.items() if sum(map(bool, map(_filled, rows))) > 1]
+    if len(filled) > 1:
+        ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in filled)
+        raise DataError(f"{source.name}: {len(filled)} sheets have rows; name one: {ways}")
+    name = filled[0] if filled else source.part or next(iter(sheets), "")
+    if len(sheets) > 1:
+        notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
+    place = f"{source.name}:{name}" if source.part else source.name
+    lines: Iterable[_Cells | Problem] = ((f"{place}:{i}", cells) for i, cells in enumerate(sheets.get(name, []), 1))
+    yield from _table(lines, source, notes)
+
+
+def _cells_of(sheet: Any) -> list[list[str]]:
+    """Return a sheet's cells as texts; those that are merged over rows each have the value that they show."""
+    rows = [[_cell(value) for value in row] for row in sheet.to_python(skip_empty_area=False)]
+    for (top, left), (bottom, _) in sheet.merged_cell_ranges or ():
+        for row in filter(_filled, rows[top : bottom + 1]):  # and not a header that is merged over an empty row
+            row[left] = rows[top][left]
+    return rows
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, datetime):
+        return value.date().isoformat() if value.time() == time() else value.isoformat(" ")
+    return value.isoformat() if isinstance(value, date | time) else str(value)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+_PIECE = 4000  # characters of a row that is cut from a long text: some 1,000 tokens
+
+
+def _read_text(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    """Yield a text as one row; a long one as rows of whole paragraphs, lines or sentences, if there are some."""
+    lines = _text_lines(source, notes)
+    if bad := [line for line in lines if isinstance(line, Problem)]:
+        yield from bad
+        return
+    text = "".join(map(str, lines)).replace("\r\n", "\n").strip()
+    pieces = _pieces(text)
+    for i, piece in enumerate(pieces):
+        yield Row(source.name if len(pieces) == 1 else f"{source.name}[{i}]", {"text": piece})
+    if len(pieces) > 1:
+        count = f"{len(text):,} characters in {len(pieces):,} rows"
+        notes.append(f"{source.name}: {count}, cut between paragraphs, each of at most {_PIECE:,} characters")
+
+
+def _pieces(text: str) -> list[str]:
+    pieces: list[str] = []
+    while len(text) > _PIECE:
+        ends = (text.rfind(sign, _PIECE // 4, _PIECE) for sign in ("\n\n", "\n", ". ", " "))
+        at = next((end + 1 for end in ends if end > 0), _PIECE)
+        pieces.append(text[:at].strip())
+        text = text[at:].lstrip()
+    return [*pieces, text] if text else pieces
+
+
+def _read_parquet(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    path = source.path
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as exc:
-        raise ConfigError(f"{path.name}: {missing_extra('pyarrow', 'data')}") from exc
+        raise ConfigError(f"{source.name}: {missing_extra('pyarrow', 'data')}") from exc
     number = 0
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise DataError(f"{path.name}: has two columns {', '.join(map(repr, twice))}; expected each name once")
+            raise DataError(f"{source.name}: has two columns {', '.join(map(repr, twice))}; expected each name once")
         for batch in file.iter_batches():
             kind = pa.struct(batch.schema) if "map<" in str(batch.schema) else None
             for data in _batch_rows(batch):
                 number += 1
-                where = f"{path.name}:{number}"
+                where = f"{source.name}:{number}"
                 if isinstance(data, UnicodeDecodeError):
                     yield Problem(where, _not_utf8(data, "a text"))
                 else:
@@ -330,7 +864,7 @@ def _read_parquet(path: Path) -> Iterator[Row | Problem]:
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError) as exc:  # as it is damaged
-        raise DataError(f"{path.name}: not a readable parquet file: {' '.join(str(exc).split())[:300]}") from exc
+        raise DataError(f"{source.name}: not a readable parquet file: {' '.join(str(exc).split())[:300]}") from exc
 
 
 def _batch_rows(batch: Any) -> list[Any]:
@@ -367,16 +901,22 @@ def _describes_tools(value: Any) -> bool:
     return isinstance(first, dict) and (isinstance(first.get("function"), dict) or {"name", "parameters"} <= {*first})
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row | Problem]]] = {
+READERS: dict[str, Callable[[File, str, list[str]], Iterator[Row | Problem]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".ndjson": _read_jsonl,
+    ".tsv": _read_csv,
+    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), _read_sheets),
+    **dict.fromkeys((".txt", ".md"), _read_text),
 }
+_TEXTS = (".txt", ".md")
+_PARTS = (".xlsx", ".xlsm", ".xls", ".ods", ".json")  # a part of such a file can be named
 
 
 # Read row by row: the others' readers hold a whole file.
-STREAMED = (".jsonl", ".parquet")
+STREAMED = (".jsonl", ".ndjson", ".parquet")
 
 
 def _parse_hub(spec: str) -> tuple[str, str | None, str | None]:

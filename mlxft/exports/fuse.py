@@ -30,6 +30,7 @@ from mlxft.data.formats import (
     Text,
     convert,
     suggest_format,
+    with_usual_names,
 )
 from mlxft.data.sources import Problem, read_rows
 from mlxft.errors import ConfigError, DataError, ExportError, MlxftError, ModelError
@@ -260,7 +261,11 @@ def _find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, sco
     """
     if file is None:
         held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
-        hint = [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(held)})"] if held else []
+        hint = (
+            [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(map(str, held))})"]
+            if held
+            else []
+        )
         return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(hint))
     if file != _VALID:
         config = configs[0] if configs else None
@@ -287,7 +292,7 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     spec = valid_source(data)
     if spec is None:
         return []
-    skipped: list[Problem] | None = [] if data.invalid == "drop" else None
+    skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
     return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
@@ -295,7 +300,11 @@ def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example
     """Return a file's rows, in the run's format if they have its fields, else in the format that they look like."""
     rows = list(read_rows(file, "valid"))
     first = next((row.data for row in rows if not isinstance(row, Problem)), {})
-    looks = suggest_format(first)
+    if (looks := suggest_format(first)) is None:
+        named = with_usual_names(rows, ("messages", "prompt-completion", "text", "preference"))
+        looks = suggest_format(next((row.data for row in named if not isinstance(row, Problem)), {}))
+    else:
+        named = rows
     if config is not None:
         try:
             return convert(rows, config.data.format, config.data.fields, chat=chat)
@@ -307,7 +316,7 @@ def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example
             f"{file}: rows have {', '.join(first) or 'no fields'}; a probe's have messages, text, prompt and "
             "completion, or prompt, chosen and rejected"
         )
-    return convert(rows, looks, chat=chat)
+    return convert(named, looks, chat=chat)
 
 
 def _built_in(scores: bool) -> list[Example]:

@@ -221,7 +221,7 @@ def _looks_special(token: str) -> bool:
 
 
 def _byte_level(spec: dict[str, Any], merges: list[Any]) -> dict[str, Any]:
-    name = gguf.recognise(spec)
+    name = gguf.pre_tokenizer_of(spec)
     normal = _flat(spec.get("normalizer"), "normalizers")
     if name is None or any(step["type"] != "NFC" for step in normal):
         what = json.dumps(spec.get("pre_tokenizer") if name is None else spec["normalizer"])

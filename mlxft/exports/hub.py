@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from mlxft.config import Config
+from mlxft.config import Config, Paths
 from mlxft.errors import ConfigError, ExportError, MlxftError, ModelError
 from mlxft.files import MARK
 from mlxft.model.folder import NAMED_TEMPLATES, brief, foreign, lies_in
 from mlxft.model.heads import HEAD_FILE
 from mlxft.model.load import ALIASES
 from mlxft.runs import Run, open_run
-from mlxft.text import home_path, parse_json, printable, read_small
+from mlxft.text import VALUE, home_path, parse_json, printable, read_small, with_value
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCardData
@@ -105,7 +105,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TASKS = {"sft": "supervised fine-tuning", "reward": "reward modelling (Bradley-Terry) on pairs of completions"}
 _RELATION = {"adapter": "adapter", "peft": "adapter"}  # to the base; else finetune
 _METHODS = {"lora": "LoRA adapter", "dora": "DoRA adapter", "full": "full fine-tune"}
-_COLUMNS = ("loss", "accuracy", "margin", "reward", "kl", "win_rate")
+_COLUMNS = ("loss", "accuracy", "margin", VALUE, "reward", "kl", "win_rate")
 _ROWS = 12  # of the table of validations
 
 
@@ -187,7 +187,8 @@ def front_matter(facts: Facts) -> ModelCardData:
     if config:
         method = facts.method or config.tune.method
         tags += [_method(config), *([] if method == "full" else [method])]
-        sets = [*(source.path for source in config.data.sources.values()), config.data.valid]
+        paths = [source.path for source in config.data.sources.values()]
+        sets = [*(p for path in paths for p in ([path] if isinstance(path, str) else path)), config.data.valid]
         datasets = list(dict.fromkeys(s for d in sets if isinstance(d, str) and (s := dataset_id(d))))
     return ModelCardData(
         library_name=library,
@@ -334,7 +335,9 @@ def _training(config: Config, events: Sequence[_Event]) -> str:
     return _table(("", ""), rows)
 
 
-def _data(spec: str) -> str:
+def _data(spec: Paths) -> str:
+    if not isinstance(spec, str):
+        return ", ".join(map(_data, spec))
     name = dataset_id(spec)
     if name:
         rest = spec.removeprefix(f"hf:{name}").strip(":").replace(":", ", ")
@@ -345,6 +348,7 @@ def _data(spec: str) -> str:
 def results(events: Sequence[_Event]) -> str:
     """Return the validations as a table, the kept one in bold; without any, the metrics of training."""
     evals = [e for e in events if e.get("event") == "eval" and isinstance(e.get("loss"), (int, float))]
+    evals = [with_value(e) for e in evals]
     rollouts = [e for e in events if e.get("event") == "rollout"]
     steps = rollouts or [e for e in events if e.get("event") == "train"]
     found, kind = (evals, "validation") if evals else (steps, "training")

@@ -393,9 +393,11 @@ class _AdapterConfig(_WholeConfig):
 def base_noted(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an adapter's configuration records of its base: model, fingerprint, loading options; maybe nothing.
 
-    Other keys are ignored: a stranger's adapter must not declare its base's code trusted.
+    mlx_lm.lora records the model alone. Other keys are ignored: a stranger's adapter must not declare its base's code
+    trusted.
     """
-    found: dict[str, Any] = config.get("mlxft", {}).get("base", {})
+    theirs = {"model": config["model"]} if isinstance(config.get("model"), str) else {}
+    found: dict[str, Any] = theirs if "mlxft" not in config else config["mlxft"].get("base", {})
     return {key: found[key] for key in _Base.model_fields if key in found}
 
 

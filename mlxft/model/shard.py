@@ -89,13 +89,11 @@ class Sharded:
     Attributes:
         whole: bytes of the frozen weights that are sharded.
         resident: bytes of them that this rank holds.
-        sent: bytes that this rank sends to others in a pass through all blocks, forward or backward. A pass forward
-            also gathers embedding and head, `sent_beside`.
     """
 
     def __init__(self, group: mx.distributed.Group) -> None:
         self.group = group
-        self.whole = self.resident = self.sent = self.sent_beside = 0
+        self.whole = self.resident = 0
         self._active = 0  # depth of calls of the model
         self._last: mx.array | None = None  # exists when the last gather is done
         self._point: mx.array | None = None  # the input of the last block: the next gather waits for it
@@ -200,8 +198,6 @@ def shard_base(model: nn.Module, group: mx.distributed.Group) -> Sharded:
         block.__class__ = _gathered(block.__class__)
     for module, _ in beside:
         module.__class__ = _read_gathered(module.__class__)
-    others = group.size() - 1
-    sharded.sent, sharded.sent_beside = (sum(m._unit.part.nbytes * others for m, _ in p) for p in (blocks, beside))
     model._sharded = sharded
     model.__class__ = _called(model.__class__)
     checkpoint_layers(model)
@@ -455,15 +451,6 @@ def _check(model: nn.Module) -> None:
 
 # --- owned ------------------------------------------------------------------------------------------------------------
 # Arrays that one rank each computes: parameters that are updated, and the optimiser's state.
-
-
-def owners(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """Return the rank that owns each of some names, so that the ranks' sums of sizes are about equal."""
-    loads, found = [0] * ranks, dict[str, int]()
-    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
-        found[name] = loads.index(min(loads))
-        loads[found[name]] += sizes[name]
-    return found
 
 
 def exchanged(

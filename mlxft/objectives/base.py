@@ -6,6 +6,7 @@ over the whole step, and updates. It never looks into a micro-batch's data.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +19,7 @@ import numpy as np
 
 from mlxft.config import Config, Settings
 from mlxft.data.dataset import Encoded, EncodedLabelled, EncodedPair, IntArray, Mixture, Plan, Slot, plan_epoch
+from mlxft.data.formats import FORMATS, TAKEN_BY
 from mlxft.distributed import current
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.frozen import FrozenSource, frozen_residents
@@ -30,6 +32,10 @@ from mlxft.text import Event
 POSITION_TABLES = ("gpt2", "gpt_bigcode")
 MAX = "_max"  # metrics whose names end so are maxima, not sums
 Trains = Callable[[str], bool]
+# Sizes of a recipe that leaves them open. They hang on the rows alone, so that every machine makes the same run.
+DEFAULT_BATCHES = 64  # micro-batches of an epoch x batch.accumulate that batch.tokens aims at ...
+LEAST_DEFAULT_TOKENS, MOST_DEFAULT_TOKENS = 256, 2048  # ... within these
+MOST_DEFAULT_EPOCHS = 20.0
 
 
 class Terms(NamedTuple):
@@ -147,12 +153,20 @@ class NoDropout(NamedTuple):
         return [f"the adapter's dropout is off: {self.why}"] if without_dropout(*modules) else []
 
 
+def format_problems(config: Config, formats: Sequence[str]) -> list[str]:
+    """Return what is wrong with a recipe whose objective does not take its format, and the objective that does."""
+    format = config.data.format
+    if format == "auto" or format in formats:
+        return []
+    taker, recipe = TAKEN_BY[format]
+    way = f"choose {' or '.join(formats)}, or objective {taker}, which takes it (configs/{recipe}.yaml)"
+    return [f"data.format: {format} is not for objective {config.objective}; {way}"]
+
+
 def whole_row_problems(config: Config, formats: Sequence[str], dropout: NoDropout) -> list[str]:
     """Return what is wrong with a recipe whose completions are trained whole, each as a row of its own."""
     data, name = config.data, config.objective
-    problems = []
-    if data.format not in formats:
-        problems.append(f"data.format: {data.format} is not for objective {name}; choose {' or '.join(formats)}")
+    problems = format_problems(config, formats)
     if data.train_on is not None:
         problems.append("data.train_on: completions are trained whole; leave it out")
     if data.overflow not in ("error", "drop"):
@@ -187,11 +201,15 @@ class Objective(ABC):
         learning_rate: default of full fine-tuning; LoRA takes ten times as much.
         traceable: whether `loss` reads nothing but the model and a micro-batch's arrays, so that it can be compiled.
         noisy: whether `loss` adds the noise of tune.neftune.
+        least_steps: steps that an open run.epochs comes to at least, within MOST_DEFAULT_EPOCHS; 0: one epoch.
+        valued: whether the loss of a validation is the cost of KL less reward, and is shown as VALUE.
         compiled: whether the loop compiles it where shapes come again; set when the run is built.
     """
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate: ClassVar[float] = 2e-5
+    least_steps: ClassVar[int] = 0
+    valued: ClassVar[bool] = False
     traceable: ClassVar[bool] = False
     noisy: ClassVar[bool] = False
     compiled: bool = False
@@ -203,6 +221,11 @@ class Objective(ABC):
     def section(cls) -> str:
         """Return the name of the objective's own section, which a subclass of it keeps: the first of `sections`."""
         return next(iter(cls.sections))
+
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        """Return the formats of rows that it takes, among which data.format: auto chooses; by default all."""
+        return tuple(FORMATS)
 
     @abstractmethod
     def steps(self, model: nn.Module) -> Iterator[Step]:
@@ -252,6 +275,11 @@ class Objective(ABC):
     def steps_per_epoch(self, epoch: int = 0) -> int | None:
         """Return the optimiser updates of an epoch, counted from 0; None: unknown, and run.steps is needed."""
         return None
+
+    def default_epochs(self) -> float | None:
+        """Return the epochs of a recipe that gives neither run.steps nor run.epochs: `least_steps`, or some more."""
+        size = self.steps_per_epoch()
+        return None if size is None else min(MOST_DEFAULT_EPOCHS, max(1.0, math.ceil(self.least_steps / max(1, size))))
 
     def fingerprint(self) -> str:
         """Return a hash of the data, so that a run is not resumed on other rows."""
@@ -429,7 +457,16 @@ class OffPolicy(Objective):
         super().__init__(config, tokenizer)
         self._lengths, self._seed, self._per_row, self._mixture = lengths, config.run.seed, per_row, mixture
         self._epoch, self._next = 0, 0
-        self.rebatch(config)
+        self.rebatch(self._sized(config))
+
+    def _sized(self, config: Config) -> Config:
+        """Return the recipe with the batch.tokens that suit the rows, where it leaves the size of batches open."""
+        if config.batch.tokens is not None or config.batch.rows is not None:
+            return config
+        drawn = self._lengths if self._mixture is None else self._lengths[self._mixture.epoch(0)]
+        tokens = int(drawn.sum()) * self._per_row // (DEFAULT_BATCHES * config.batch.accumulate)
+        found = min(MOST_DEFAULT_TOKENS, max(LEAST_DEFAULT_TOKENS, tokens // 64 * 64))
+        return config.model_copy(update={"batch": config.batch.model_copy(update={"tokens": found})})
 
     def make_step(self, model: nn.Module, slots: Sequence[Slot], *, valid: bool = False) -> Step:
         """Return the step of these micro-batches, of training or of validation rows."""

@@ -481,6 +481,12 @@ class Distill(RolloutObjective[DistillSettings]):
     prompts: list[TaughtPrompt]  # type: ignore[assignment]
     valid: list[TaughtPrompt]  # type: ignore[assignment]
 
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        s = config.section("distill", DistillSettings)
+        samples = s.on_policy == 1 or s.cache is not None  # else each row needs a completion
+        return [name for name in DISTILL_FORMATS if name != "prompts" or samples]
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
         settings = config.section("distill", DistillSettings)
         notes = check_distill_recipe(config, settings, config.section("rollout", RolloutSettings))

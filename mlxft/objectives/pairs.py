@@ -200,6 +200,7 @@ class CompletionObjective(OffPolicy, Generic[_Row]):
         per_row: rows of a micro-batch that one row of the data set becomes: two of a pair.
     """
 
+    least_steps = 100
     traceable = True  # the reference's numbers, and KTO's reference point, are in the batch
 
     def __init__(

@@ -26,7 +26,7 @@ from mlxft.data.dataset import (
     encode_pairs,
     length,
 )
-from mlxft.distributed import current
+from mlxft.distributed import assign, current
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModels, FrozenSource, Reference
@@ -166,6 +166,11 @@ class Preference(CompletionObjective[_Row]):
         self.reference: Reference | None = None
 
     @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        kto = config.section("preference", PreferenceSettings).loss == "kto"
+        return ("unpaired", "preference") if kto else ("preference", "ratings")
+
+    @classmethod
     def outline(cls, config: Config) -> Outline:
         kto = config.section("preference", PreferenceSettings).loss == "kto"
         return Outline("logprobs", together=1 if kto else 2)
@@ -221,7 +226,7 @@ class _Pairs(Preference[EncodedPair]):
     """Losses on pairs."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_completion_recipe(config, ("preference", "ratings"))
+        check_completion_recipe(config, self.formats(config))
         settings = config.section("preference", PreferenceSettings)
         if config.data.stream and settings.precompute:
             raise ConfigError("preference.precompute: holds numbers of all rows in memory; leave it or data.stream out")
@@ -287,7 +292,7 @@ class _Single(Preference[EncodedLabelled]):
     """KTO: completions that are good or bad, each on its own. A pair becomes two of them."""
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        check_completion_recipe(config, ("unpaired", "preference"))
+        check_completion_recipe(config, self.formats(config))
         idle: list[str] = []
         if wrong := [name for name in ("stream", "mix") if getattr(config.data, name)]:
             raise ConfigError(
@@ -335,7 +340,7 @@ class _Single(Preference[EncodedLabelled]):
         total = mx.array(0.0)
         with probing(model):
             batches = list(_stacked([self._mismatched(i, valid) for i in rows], self.most))
-            owners = ranks.owners([batch.ids.size for _, batch in batches])
+            owners = assign([batch.ids.size for _, batch in batches], ranks.weights)
             for (places, batch), counts in ranks.own(batches, owners):
                 ref = self._asked(batch, valid, [every + rows[i] for i in places])
                 now = as_trained(partial(self.sharing(model).logprobs, batch, grad=False))

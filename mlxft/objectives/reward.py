@@ -76,6 +76,10 @@ class Reward(CompletionObjective[EncodedPair]):
     def outfit(cls, config: Config, model: nn.Module) -> None:
         _begin_head(ShapeSplit(model), config)
 
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        return _FORMATS
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
         check_completion_recipe(config, _FORMATS)
         if config.run.sample_prompts:

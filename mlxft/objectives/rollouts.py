@@ -36,7 +36,7 @@ from mlxft.data.dataset import (
 )
 from mlxft.data.formats import Example, Prompt, tools_of
 from mlxft.data.sources import report_lines
-from mlxft.distributed import Portion, current
+from mlxft.distributed import Portion, assign, current
 from mlxft.errors import ConfigError, DataError, TrainingError
 from mlxft.model.cpu import as_trained
 from mlxft.model.frozen import FrozenModel, FrozenModels, FrozenSource, is_bare
@@ -71,7 +71,7 @@ from mlxft.objectives.episodes import LIMITS, EncodedPrompt, EnvironmentSettings
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
-from mlxft.text import Event
+from mlxft.text import VALUE, Event
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -627,7 +627,8 @@ class HeldOut:
         reward, kl = float(scores.total.mean()), o.kl_of(rollout)
         return {
             # What is optimised, lower is better: it decides which weights are kept.
-            "loss": o.settings.kl_coef * kl.get("kl", 0.0) - reward,
+            "loss": (cost := o.settings.kl_coef * kl.get("kl", 0.0)) - reward,
+            VALUE: reward - cost,
             "reward": reward,
             **{f"reward/{name}": float(values.mean()) for name, values in scores.components.items()},
             **kl,
@@ -710,10 +711,15 @@ class RolloutObjective(Objective, Generic[_P]):
         ConfigError, DataError: settings or rows do not fit.
     """
 
+    least_steps = 100
     # Nothing is compiled: micro-batches of completions rarely have the same shape.
     first_whole = 0  # the first rollout that trains everything
     together = 1  # completions that stay in one micro-batch: the two of a pair
     reads: tuple[str, ...] = ()  # numbers of each token that `make` needs
+
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        return ("prompts",)
 
     def __init__(
         self,
@@ -802,7 +808,7 @@ class RolloutObjective(Objective, Generic[_P]):
         """Cut the micro-batches of a step for the ranks."""
         ranks, size = current(), self.together
         if self.config.tune.router_aux is not None:  # what is balanced together stays together
-            return list(zip(batches, ranks.owners([len(rows) * int(max(lengths[rows])) for rows in batches])))
+            return list(zip(batches, assign([len(rows) * int(max(lengths[rows])) for rows in batches], ranks.weights)))
         units = [[rows[i : i + size] for i in range(0, len(rows), size)] for rows in batches]
         shared = ranks.share(units, [int(max(lengths[rows])) for rows in batches])
         return [(list(chain(*piece)), rank) for piece, rank in shared]
@@ -1086,6 +1092,7 @@ class RolloutObjective(Objective, Generic[_P]):
 class OnPolicy(RolloutObjective[_M], Generic[_M]):
     """An objective over the policy's completions and their rewards. A subclass gives advantages and the loss."""
 
+    valued = True
     grouped = False  # whether completions are compared with others of their prompt
     needs_reference = False  # whether the loss reads ref_logprobs
     reads: tuple[str, ...] = ("old_logprobs", "advantages")

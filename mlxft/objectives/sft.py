@@ -30,7 +30,16 @@ from mlxft.model.layers import noisy_embedding, token_embedding
 from mlxft.model.logits import Split, rows_nll
 from mlxft.model.memory import Shape
 from mlxft.model.prefix import Rows
-from mlxft.objectives.base import MicroBatch, OffPolicy, Step, Summary, Terms, beyond_context, real_mask
+from mlxft.objectives.base import (
+    MicroBatch,
+    OffPolicy,
+    Step,
+    Summary,
+    Terms,
+    beyond_context,
+    format_problems,
+    real_mask,
+)
 
 SFT_FORMATS = ("messages", "prompt-completion", "text", "sharegpt", "alpaca")
 
@@ -56,14 +65,17 @@ class SFT(OffPolicy):
 
     sections: ClassVar[dict[str, type[Settings]]] = {}
     learning_rate = 2e-5  # of full fine-tuning; LoRA 2e-4
+    least_steps = 200
     traceable = True
     noisy = True
 
+    @classmethod
+    def formats(cls, config: Config) -> Sequence[str]:
+        return SFT_FORMATS
+
     def __init__(self, config: Config, tokenizer: Any) -> None:
-        if config.data.format not in SFT_FORMATS:
-            raise ConfigError(
-                f"data.format: {config.data.format} is not for objective sft; choose {', '.join(SFT_FORMATS)}"
-            )
+        if problems := format_problems(config, SFT_FORMATS):
+            raise ConfigError("\n".join(problems))
         self.train, self.valid, self._notes, self._data = load_encoded(config, tokenizer, mix=True)
         super().__init__(config, tokenizer, lengths_of(self.train.rows), mixture=self.train.counts.mixture)
         self._notes += beyond_context(config.model.path, self._lengths)

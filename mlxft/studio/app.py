@@ -558,6 +558,9 @@ def run_studio(work: Workplace, port: int | None, browse: bool) -> None:
             echo(f"studio: {address}\nCtrl-C ends it; runs that it has started continue.")
             if browse and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 webbrowser.open(address)
+            # Imported here: two threads that import one package can lock each other out.
+            for name in ("mlxft.objectives.sft", "mlxft.study.label", "mlxft.model.adapters"):
+                importlib.import_module(name)
             asyncio.run(_serve(_Server(config), studio, listening))
     running = [run.name for run in work.runs() if run.status == "running"]
     echo("studio closed" + (f"; still running: {', '.join(running)}" if running else ""))
@@ -585,7 +588,6 @@ async def _serve(server: _Server, studio: Studio, listening: socket.socket) -> N
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end)
-    loop.run_in_executor(None, importlib.import_module, "mlxft.objectives.sft")  # the first page needs what it imports
     await server.serve([listening])
     studio.desk.close()
     studio.play.close()

@@ -347,24 +347,27 @@ def _tokens(row: dict[str, Any]) -> int:
 
 def inspect_file(work: Workplace, name: str) -> Inspected:
     """Return the rows of a file as they are, the format that they look like, and what cannot be read."""
-    from mlxft.data.formats import suggest_format
+    from mlxft.data.formats import as_settings, recognise
     from mlxft.data.sources import Problem, read_rows
 
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
-    seen: dict[str, int] = {}
-    for row in islice(read_rows(str(work.inside(name)), "train"), _LENGTHS):
+    read = list(islice(read_rows(str(work.inside(name)), "train"), _LENGTHS))
+    for row in read:
         if isinstance(row, Problem):
             problems.append(f"{row.where}: {row.text}")
             continue
         text = json_text(row.data, indent=2, default=str)
-        looks = suggest_format(row.data) or "no known format"
-        seen[looks] = seen.get(looks, 0) + 1
         lengths.append(len(json_text(row.data, default=str)))
         if len(rows) < _SHOWN:
             rows.append({"row": row.where, "text": text})
-    facts = {"looks_like": ", ".join(f"{looks}: {n:,}" for looks, n in seen.items())}
+    facts: dict[str, Any] = {}
+    try:
+        found = recognise(read, name=name)
+        facts["read_as"] = as_settings(found.format, found.fields)
+    except DataError as e:
+        problems.append(str(e))
     return Inspected("\n".join(problems[:_SHOWN]), facts, rows, "characters", bins(lengths), len(lengths))
 
 

@@ -8,8 +8,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,8 +22,17 @@ from rich.text import Text
 
 from mlxft.config import DataSettings
 from mlxft.data.chat import Thoughts, by_template, opening_of
-from mlxft.data.dataset import OVERFLOW, Slot, context_ids, encode_rows, plan_epoch, prompt_text
-from mlxft.data.formats import FORMATS, Example, Message, is_template, unwritten, with_completion
+from mlxft.data.dataset import (
+    OVERFLOW,
+    Slot,
+    context_ids,
+    encode_pairs,
+    encode_rows,
+    lengths_of,
+    plan_epoch,
+    prompt_text,
+)
+from mlxft.data.formats import FORMATS, Example, Message, is_template, names_of, recognise, unwritten, with_completion
 from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.distributed import Portion, current
 from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError, ModelError, nearest
@@ -45,6 +55,7 @@ from mlxft.files import (
 from mlxft.model.adapters import base_noted, kept_template, read_adapter_config, template_of
 from mlxft.model.cpu import quicker
 from mlxft.model.folder import NO_NUMBERS
+from mlxft.model.heads import find_head, head_of, read_scores
 from mlxft.model.layers import probing
 from mlxft.model.load import Loaded, context_of, stated_name
 from mlxft.model.logits import Split, hidden_logprobs_greedy, row_sums, rows_logprobs, rows_logprobs_greedy
@@ -52,13 +63,16 @@ from mlxft.model.prefix import Rows, Sharing
 from mlxft.model.sampling import ROWS_AT_ONCE, Sampling, sample_shared, text_of
 from mlxft.objectives.episodes import LIMITS, EnvironmentSettings, Episode
 from mlxft.objectives.functional import wins
+from mlxft.objectives.pairs import completions_of, stack, stack_pairs
+from mlxft.objectives.preference import REFERRED, PreferenceSettings
 from mlxft.objectives.rewards import ToScore
 from mlxft.objectives.sft import make_batch
 from mlxft.runs import find_adapter, is_run, load_run, open_run, versions
 from mlxft.study.generate import Asked, Met, check_shared, shared_bar
 from mlxft.study.report import evaluation_tables
-from mlxft.study.stats import Figure, Floats64, bootstrap, mean, t_quantile
+from mlxft.study.stats import Figure, Floats64, bootstrap, mean, t_quantile, wilson
 from mlxft.study.tasks import (
+    PAIRED,
     READ,
     Case,
     Task,
@@ -69,7 +83,7 @@ from mlxft.study.tasks import (
     read_task,
     with_shots,
 )
-from mlxft.text import home_path, json_text, parse_json
+from mlxft.text import home_path, json_text, parse_json, read_file
 
 # --- choice -----------------------------------------------------------------------------------------------------------
 # Log-likelihoods of texts that follow a context, such as choices.
@@ -313,6 +327,7 @@ class Asking:
             a loss can also "truncate" and, for texts, "split".
         tokens: of a batch, padding included.
         seed: for shots, sampling and resamples.
+        answers: of a loss: number of rows, the first ones, whose prompts the model also completes.
     """
 
     tasks: Sequence[str | Task] = ("loss",)
@@ -327,6 +342,7 @@ class Asking:
     tokens: int = EVAL_TOKENS
     seed: int = 0
     confidence: float = 0.95
+    answers: int = 0
 
 
 @dataclass(frozen=True)
@@ -334,7 +350,7 @@ class Evaluated:
     """The result of a model on a task.
 
     Attributes:
-        kind: loss, choice or generate.
+        kind: loss, pairs, choice or generate.
         rows: the evaluated rows' places, in order.
         scores: metric -> (n,) a score for each row; for a loss the mean over the row's tokens, in nats.
         weights: metric -> (n,) weights of rows other than 1: tokens.
@@ -357,6 +373,17 @@ class Evaluated:
             loss = found["loss"]
             value = math.exp(loss.value) if loss.value < 700 else math.inf
             found["perplexity"] = Figure(value, value * loss.se, loss.n)  # by the delta method
+        return found
+
+    def intervals(self, asking: Asking) -> dict[str, list[float]]:
+        """Return metric -> its confidence interval: Wilson's of an accuracy, else by bootstrap over rows."""
+        found = {}
+        for name, values in self.scores.items():
+            if "accuracy" in name:
+                found[name] = [*wilson(float(values.mean()), len(values), asking.confidence)]
+            else:
+                around = bootstrap(values, np.zeros(len(values)), seed=asking.seed, confidence=asking.confidence)
+                found[name] = [around.low, around.high]
         return found
 
     def only(self, rows: Set[str]) -> Evaluated:
@@ -436,13 +463,18 @@ def run_task(
     wanted = OVERFLOW if task.kind == "loss" else OVERFLOW[:2]
     if asking.overflow not in wanted:
         raise ConfigError(f"overflow is {asking.overflow!r}; a {task.kind} task takes {', '.join(wanted)}")
-    if task.kind == "loss" and shots:
-        raise ConfigError("shots are shown before prompts: give a task with choices or metrics (--task), not a loss")
+    if task.kind in ("loss", "pairs") and shots:
+        raise ConfigError(
+            "shots are shown before prompts: give a task with choices or metrics (--task), "
+            f"not {'a loss' if task.kind == 'loss' else 'pairs'}"
+        )
+    if asking.answers and task.kind != "loss":
+        raise ConfigError(f"--answers {asking.answers}: is for a loss; {task.name or task.kind} has no use for it")
     if not cases:
         raise DataError("there are no rows to evaluate")
     rows = [(c.row, c.prompt, c.answers, c.choices, c.item, c.tools) for c in (*cases, *shots)]
     check_shared(loaded, "the task and its rows", (asking, task, rows))
-    evaluate = {"loss": _loss, "choice": _choice, "generate": _generate}[task.kind]
+    evaluate = {"loss": _loss, "pairs": _pairs, "choice": _choice, "generate": _generate}[task.kind]
     with quicker(loaded.model):
         return evaluate(_How(loaded, task, asking, shots, console), cases)
 
@@ -545,11 +577,129 @@ def _loss(how: _How, cases: Sequence[Case]) -> Evaluated:
         | {"scores": {"loss": sums[c.where] / counts[c.where]}}
         for c in kept
     ]
+    if how.asking.answers:
+        asked = [case for case in kept if case.prompt][: how.asking.answers]
+        if not asked:
+            raise ConfigError("--answers: the rows have no prompts to complete; leave it out")
+        plain = replace(how, task=Task(name="answers", template=task.template))
+        written = {line.pop("row"): line for line in _generate(plain, asked).predictions}
+        names = ("prediction", "answer", "finish")
+        for line in lines:
+            line |= {name: value for name, value in written.get(line["row"], {}).items() if name in names}
     weights = np.array([counts[c.where] for c in kept], dtype=np.float64)
     result = how.result(lines, [_for_evaluation(line) for line in data.counts.notes()], {"loss": weights})
     if np.isnan(result.scores["loss"]).any():
         raise ModelError(NO_NUMBERS)
     return result
+
+
+def _pairs(how: _How, cases: Sequence[Case]) -> Evaluated:
+    """Compare the completions of pairs: by the model's score if it has a head, else by their log-probabilities."""
+    task, model = how.task, how.loaded.model
+    examples = [Example(case.where, case.item) for case in cases if case.item is not None]
+    chat = task.template == "auto"
+    try:
+        data = encode_pairs(
+            examples, how.loaded.tokenizer, max_length=how.limit, overflow=how.asking.overflow, chat=chat
+        )
+    except (ConfigError, DataError) as e:
+        raise type(e)(_for_evaluation(str(e))) from e
+    pairs = [pair for pair in data.rows if not pair.tie]
+    if not pairs:
+        raise DataError("there is no pair with a better completion")
+    scored, sharing = head_of(model) is not None, Sharing(Split(model))
+
+    def measured(slot: Slot) -> list[list[float]]:
+        here = [pairs[i] for i in slot.rows]
+        if scored:
+            batch = stack([side for sides in zip(*map(completions_of, here)) for side in sides], slot.width)
+            values = read_scores(sharing.split, batch.ids, batch.last)
+        else:
+            batch = stack_pairs(here, slot.width, sharing)
+            values = row_sums(sharing.logprobs(batch, grad=False), batch.owners, 2 * len(here))
+        advance(len(here))
+        return [[float(v) for v in both] for both in np.array(values, dtype=np.float64).reshape(2, -1).T]
+
+    slots = plan_epoch(lengths_of(pairs), tokens=max(1, how.asking.tokens // 2), seed=None)
+    with probing(model), shared_bar(how.console, len(pairs), "pairs") as advance:
+        found = current().each(slots, [2 * s.width * len(s.rows) for s in slots], measured)
+    order = [i for slot in slots for i in slot.rows]
+    both = np.array([value for values in found for value in values])[np.argsort(order)]
+    if not np.isfinite(both).all():
+        raise ModelError(NO_NUMBERS)
+    by_row: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_row.setdefault(pair.where, []).append(i)
+    lines = []
+    for case in cases:
+        if not (mine := by_row.get(case.where)):
+            continue
+        sizes = [[len(pairs[i].chosen_ids), len(pairs[i].rejected_ids)] for i in mine]
+        line: dict[str, Any] = {
+            "row": case.where,
+            "prompt": case.prompt,
+            "target": None,
+            "weights": [pairs[i].weight for i in mine],
+        }
+        line |= {"values": both[mine].tolist(), "tokens": sizes}
+        lines.append(line | {"scores": _preferred("", line, both[mine], scored)})
+    notes = [_for_evaluation(note) for note in data.counts.notes()]
+    of = "the reward model's score" if scored else "the log-probability of a completion, in nats"
+    return how.result(lines, [*notes, f"accuracy and margin are of {of}"])
+
+
+def _preferred(prefix: str, line: Mapping[str, Any], values: Floats64, scored: bool = True) -> dict[str, float]:
+    """Return the accuracy and the margin of a row's pairs.
+
+    Args:
+        values: (n, 2) of chosen and rejected completions.
+        scored: whether they are scores; else log-probabilities, which are also compared per token.
+    """
+    kinds = {prefix: values} | ({} if scored else {"_per_token": values / np.array(line["tokens"])})
+    found = {}
+    for name, both in kinds.items():
+        won = np.array(wins(mx.array(both[:, 0] - both[:, 1], mx.float32), mx.array(np.abs(both).sum(1), mx.float32)))
+        head, tail = ("", name) if name.startswith("_") else (name, "")
+        found[f"{head}accuracy{tail}"] = float(np.average(won, weights=line["weights"]))
+        found[f"{head}margin{tail}"] = float(np.average(both[:, 0] - both[:, 1], weights=line["weights"]))
+    return found
+
+
+class _Reference(NamedTuple):
+    """What a run's implicit rewards compare with, and their strength."""
+
+    path: str
+    adapter: str | None
+    options: dict[str, Any]
+    strength: float
+    per_token: bool
+
+    def scored(self, result: Evaluated, reference: Evaluated) -> Evaluated:
+        """Return a result of pairs with accuracy and margin of implicit rewards, as the run's validation has them."""
+        theirs = {line["row"]: line for line in reference.predictions}
+        lines = []
+        for line in result.predictions:
+            apart = np.array(line["values"]) - np.array(theirs[line["row"]]["values"])
+            rewards = self.strength * (apart / np.array(line["tokens"]) if self.per_token else apart)
+            lines.append(line | {"scores": line["scores"] | _preferred("reward_", line, rewards)})
+        scores = {name: np.array([line["scores"][name] for line in lines]) for name in lines[0]["scores"]}
+        note = f"reward_accuracy and reward_margin are of implicit rewards, next to the run's reference {self.path}"
+        return replace(result, predictions=lines, scores=scores, notes=[*result.notes, note])
+
+
+def _reference(model: str) -> _Reference | None:
+    """Return what a run of objective preference compares with; None where its loss has no reference."""
+    if not is_run(folder := home_path(model)):
+        return None
+    config = open_run(folder).config
+    if config.objective != "preference":
+        return None
+    settings = config.section("preference", PreferenceSettings)
+    if settings.loss not in REFERRED:
+        return None
+    options = config.model.model_dump(include={"dtype", "quantize", "group_size"})
+    options["chat_template"] = kept_template(folder, config.model.chat_template)
+    return _Reference(config.model.path, config.model.adapter, options, settings.strength, settings.loss == "ipo")
 
 
 def _before_choice(how: _How, prompt: str | list[Message], case: Case) -> str:
@@ -686,6 +836,15 @@ class Evaluation:
     asking: Asking
     tasks: list[Compared]
 
+    @property
+    def key(self) -> str:
+        """Return what names the evaluation: a hash of the file's place, of the tasks, and of what is asked of rows."""
+        asked = asdict(replace(self.asking, tasks=[], tokens=0, seed=0, confidence=0.0))
+        tasks = [task if isinstance(task, str) else task.model_dump(mode="json") for task in self.asking.tasks]
+        place = self.file if self.file.startswith("hf:") else str(home_path(self.file).absolute())
+        names = [found.result.task for found in self.tasks]  # of an environment, which asking.tasks lacks
+        return blake2b(json.dumps([place, tasks, names, asked]).encode(), digest_size=8).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of results.json; NaN is null."""
         found = {
@@ -695,14 +854,15 @@ class Evaluation:
             "shots": self.asking.shots,
             "seed": self.asking.seed,
             "confidence": self.asking.confidence,
-            "tasks": [_task_json(found) for found in self.tasks],
+            "key": self.key,
+            "tasks": [_task_json(found, self.asking) for found in self.tasks],
             "versions": versions(),
         }
         return dict(_finite(found))
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield the lines of predictions.jsonl: each row of each task, with the other model's prediction."""
-        kept = ("prediction", "answer", "logprobs", "finish", "scores")
+        kept = ("prediction", "answer", "logprobs", "finish", "scores", "values")
         for result, other, _ in self.tasks:
             for i, line in enumerate(result.predictions):
                 also = {k: other.predictions[i][k] for k in kept if k in other.predictions[i]} if other else {}
@@ -751,13 +911,17 @@ def check_out(out: Path | None, overwrite: bool, model: str) -> None:
             raise ConfigError(f"--out: {file} is not what this version of mlxft made; choose another folder")
 
 
-def _task_json(found: Compared) -> dict[str, Any]:
+def _task_json(found: Compared, asking: Asking) -> dict[str, Any]:
     result, other, paired = found
     task: dict[str, Any] = {"task": result.task, "kind": result.kind, "rows": len(result.rows)}
     task["figures"] = {name: figure._asdict() for name, figure in result.figures().items()}
     task["notes"] = result.notes
+    if result.kind == "pairs":
+        task["intervals"] = result.intervals(asking)
     if other is not None:
         task["against"] = {name: figure._asdict() for name, figure in other.figures().items()}
+        if other.kind == "pairs":
+            task["against_intervals"] = other.intervals(asking)
         task["paired"] = [pair._asdict() for pair in paired]
     return task
 
@@ -793,20 +957,37 @@ def run_evaluation(
         choose_shots(asking.shots_from or "", task, cases, asking.shots, asking.seed) if asking.shots else []
         for task, cases in zip(tasks, asked)
     ]
-    other, options = _base(model, adapter) if against == "base" else (against, {})
+    other, options = base_of(model, adapter) if against == "base" else (against, {})
+    heads = [find_head(name) for name in (named, other) if name is not None]
+    if any(heads) and not all(heads) and all(task.pairs for task in tasks):
+        raise ConfigError(f"--against {against}: only one of the two is a reward model; name another reward run")
+    scores: dict[str, Any] = {"scores": all(heads) and all(task.pairs for task in tasks)}
     if other is not None:
-        load_run(other, lazy=True, **options)  # raises now, not after the first model is done
+        load_run(other, lazy=True, **options, **scores)  # raises now, not after the first model is done
 
-    def evaluated(loaded: Loaded) -> list[Evaluated]:
+    def evaluated(path: str, adapter: str | None, **options: Any) -> list[Evaluated]:
+        loaded = load_run(path, adapter, **options, **scores)
         every = zip(tasks, asked, shots)
-        return [run_task(loaded, cases, task, asking, shots=own, console=console) for task, cases, own in every]
+        found = [run_task(loaded, cases, task, asking, shots=own, console=console) for task, cases, own in every]
+        del loaded
+        gc.collect()  # the weights, before the next model's
+        mx.clear_cache()
+        return found
 
-    results = evaluated(load_run(model, adapter))
-    if other is None:
+    results = evaluated(model, adapter)
+    others = None if other is None else evaluated(other, None, **options)
+    reference = _reference(named) if any(task.pairs for task in tasks) else None
+    if reference is not None:
+        same = others is not None and reference[:2] == (other, None)
+        base = others if same else evaluated(reference.path, reference.adapter, **reference.options)
+        assert base is not None
+
+        def rewarded(found: list[Evaluated]) -> list[Evaluated]:
+            return [reference.scored(one, by) if one.kind == "pairs" else one for one, by in zip(found, base)]
+
+        results, others = rewarded(results), None if others is None else rewarded(others)
+    if others is None:
         return Evaluation(named, file, None, asking, [Compared(result, None, []) for result in results])
-    gc.collect()  # the first model's weights, before the second's
-    mx.clear_cache()
-    others = evaluated(load_run(other, **options))
     found = []
     for result, second in zip(results, others):
         common = set(result.rows) & set(second.rows)  # those that fit both contexts
@@ -838,7 +1019,7 @@ def run_episodes(
         ConfigError, DataError, ModelError, EpisodeError: something does not fit, or the environment fails.
     """
     named = adapter or model
-    other, options = _base(model, adapter) if against == "base" else (against, {})
+    other, options = base_of(model, adapter) if against == "base" else (against, {})
 
     def evaluated(loaded: Loaded) -> Evaluated:
         asked = Asked(file, loaded, limit=asking.limit, met=Met(environment))
@@ -915,7 +1096,10 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
             raise ConfigError(f"--format {asking.format}: task {task.name} has its own prompt; leave it out")
         if asking.format not in FORMATS:
             hint = nearest(asking.format, FORMATS)
-            raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join(READ)}{hint}")
+            raise ConfigError(f"--format is {asking.format!r}; expected one of {', '.join((*READ, *PAIRED))}{hint}")
+    own = data.format if data is not None and task.format is None and _fits(data, rows) else None
+    if task.kind == "loss" and task.prompt is None and (task.format or own or _looks_like(rows)) in PAIRED:
+        task = task.model_copy(update={"pairs": True, "name": "pairs" if task.name == "loss" else task.name})
     thoughts = asking.thoughts if task.kind == "generate" else None
     options = {"format": asking.format, "template": asking.template, "thoughts": thoughts}
     task = task.model_copy(update={name: value for name, value in options.items() if value is not None})
@@ -924,7 +1108,8 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
     update: dict[str, Any] = {}
     if "template" not in task.model_fields_set:
         update["template"] = data.template
-    fits = task.prompt is None and data.format in READ and task.format in (None, data.format)
+    takes = PAIRED if task.pairs else READ
+    fits = task.prompt is None and data.format in takes and task.format in (None, data.format)
     if fits and not task.fields and _fits(data, rows):
         update |= {"format": data.format, "fields": data.fields}
         if task.kind == "loss" and task.train_on is None:
@@ -932,16 +1117,23 @@ def _settled(given: str | Task, asking: Asking, data: DataSettings | None, rows:
     return task.model_copy(update=update)
 
 
+def _looks_like(rows: Sequence[Row | Problem]) -> str | None:
+    try:
+        return recognise(rows).format
+    except DataError:  # the task says what is wrong
+        return None
+
+
 def _fits(data: DataSettings, rows: Sequence[Row | Problem]) -> bool:
     """Return whether the first row has the fields of a run's rows."""
     first = next((row.data for row in rows if isinstance(row, Row)), {})
-    names = dict.fromkeys(first, "there")
-    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in first}
+    names = dict.fromkeys(names_of(first), "there")
+    names |= {ours: "there" for ours, theirs in data.fields.items() if is_template(theirs) or theirs in names}
     return not FORMATS[data.format].missing(names)
 
 
-def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the base of a run or adapter, and its loading options."""
+def base_of(model: str, adapter: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return the base of a run or adapter, and its loading options; raise ConfigError if it does not name one."""
     if adapter is not None:
         return model, {}
     folder = home_path(model)
@@ -954,11 +1146,14 @@ def _base(model: str, adapter: str | None) -> tuple[str, dict[str, Any]]:
     elif is_run(folder):
         run = open_run(folder)
         return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
-    raise ConfigError(f"--against base: {model} does not name its base; give it: --against MODEL")
+    raise ConfigError(f"base: {model} does not name its base; give the base's own name")
 
 
 def default_out(model: str, file: str, found: Evaluation) -> Path | None:
-    """Return a run's folder for an evaluation, one for each file, tasks and shots; None for other models."""
+    """Return a run's folder for an evaluation, one for each `key`; None for other models.
+
+    Its name has those of the file, tasks and shots, and a number where another evaluation has that name.
+    """
     folder = home_path(model)
     if not is_run(folder):
         return None
@@ -966,10 +1161,22 @@ def default_out(model: str, file: str, found: Evaluation) -> Path | None:
     names += [task.result.task for task in found.tasks if task.result.task != "loss"]
     names += [f"{found.asking.shots}-shot"] if found.asking.shots else []
     name = re.sub(r"[^\w.+-]+", "-", "-".join(names))[:120].strip(".") or "rows"
-    out = folder / "eval" / name
-    # A folder without a mark may be the user's.
-    numbered = (out.with_name(f"{name}-{n}") for n in itertools.count(2))
-    return out if read_mark(folder) or not out.exists() else next(f for f in numbered if not f.exists())
+    places = (folder / "eval" / (f"{name}-{n}" if n > 1 else name) for n in itertools.count(1))
+    return next(place for place in places if not place.exists() or (read_mark(folder) and _is_same(place, found)))
+
+
+def _is_same(folder: Path, found: Evaluation) -> bool:
+    """Return whether a folder of the run holds an earlier result of the same evaluation, or none."""
+    file = folder / EVALUATION[1]
+    try:
+        before = parse_json(read_file(file)) if file.exists() else {}
+        if not before or "key" in before:
+            return not before or bool(before["key"] == found.key)
+        # Written by an older version, without a key.
+        names = [task["task"] for task in before["tasks"]]
+        return bool(before["file"] == found.file and names == [task.result.task for task in found.tasks])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def show_evaluation(console: Console, found: Evaluation) -> None:

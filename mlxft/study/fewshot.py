@@ -25,7 +25,7 @@ from rich.table import Table
 from mlxft.build import load_base, make_objective, settled
 from mlxft.check import check_trains
 from mlxft.config import Config, load_config
-from mlxft.data.dataset import load_splits
+from mlxft.data.dataset import load_splits, with_format
 from mlxft.data.formats import Completion, Example, labels_of
 from mlxft.data.sources import read_rows
 from mlxft.errors import ConfigError
@@ -276,6 +276,7 @@ def fewshot(
         KeyboardInterrupt: the study was interrupted; the cells that are done are kept.
     """
     config = load_config(recipe, overrides)
+    config = with_format(config) if config.objective == "sft" else config
     _check(config, plan)
     out = out or config.run_dir.with_name(f"{config.run.name}-fewshot")
     if overwrite:
@@ -301,8 +302,9 @@ def _check(config: Config, plan: StudyPlan) -> None:
     ]
     if config.data.format not in READ or config.data.format == "text":
         problems.append(f"data.format: rows of {config.data.format} have no completions to compare with")
-    train_file, test = Path(config.data.train), home_path(plan.test)
-    if test.is_file() and train_file.is_file() and test.samefile(train_file):
+    test, trained = home_path(plan.test), config.data.train
+    files = [Path(path) for path in ([trained] if isinstance(trained, str) else trained)]
+    if test.is_file() and any(file.is_file() and test.samefile(file) for file in files):
         problems.append(f"--test: {plan.test} is data.train itself; give a file of other rows")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mlxft.data.chat import opening_after
 from mlxft.data.dataset import encode_prompt
-from mlxft.data.formats import Prompt, convert, tools_of, unwritten
+from mlxft.data.formats import Prompt, convert, tools_of, unwritten, with_usual_names
 from mlxft.data.sources import read_rows, report_lines
 from mlxft.distributed import Portion, check_same, current
 from mlxft.errors import ConfigError, DataError, nearest
@@ -118,7 +118,8 @@ class Asked:
         problems = []
         if self.episodes is not None:
             spec = self.episodes.rows("test", spec) or spec
-        for where, item in islice(convert(read_rows(spec, "test"), "prompts"), limit):
+        rows = with_usual_names(list(read_rows(spec, "test")), ("prompts",))
+        for where, item in islice(convert(rows, "prompts"), limit):
             assert isinstance(item, Prompt)
             try:
                 tools = tools_of(item.row) if self.episodes is None else self.episodes.tools_of(item.row)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import random
 import select
@@ -13,7 +12,7 @@ import sys
 import termios
 import tty
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -38,10 +37,12 @@ from mlxft.data.formats import (
     string_at,
     tools_of,
     unwritten,
+    with_usual_names,
 )
-from mlxft.data.sources import Problem, read_rows, report_lines
+from mlxft.data.sources import Problem, Row, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError, MlxftError
 from mlxft.files import check_file, flush, is_stream
+from mlxft.study.stats import wilson
 from mlxft.text import parse_json
 
 if TYPE_CHECKING:
@@ -152,14 +153,6 @@ def _object(line: bytes) -> _Row | None:
     return row if isinstance(row, dict) else None
 
 
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the interval of a share of n trials (Wilson 1927); z is the normal quantile, by default for 95 %."""
-    centre = share + z * z / (2 * n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
-
-
 class WinRate(NamedTuple):
     """How often one model's completions were preferred to another's; ties count half."""
 
@@ -257,7 +250,7 @@ def _verdicts(path: Path) -> dict[tuple[str, int], _Verdict]:
     """Return verdicts by prompt with completions, and the number of equal ones before."""
     seen: Counter[str] = Counter()
     verdicts: dict[tuple[str, int], _Verdict] = {}
-    for key, verdict in _read_each(str(path), _verdict):
+    for key, verdict in _read_each(read_rows(str(path), "train"), _verdict):
         if verdict is not None:
             verdicts[key, seen[key]] = verdict
             seen[key] += 1
@@ -278,10 +271,10 @@ def _verdict(row: _Row) -> tuple[str, _Verdict | None]:
     return json.dumps([row["prompt"], sorted(held)], sort_keys=True), _Verdict(order, None if tied else held[0])
 
 
-def _read_each(spec: str, read: Callable[[_Row], _T]) -> list[_T]:
+def _read_each(rows: Iterable[Row | Problem], read: Callable[[_Row], _T]) -> list[_T]:
     """Return what `read` returns for each row; raise a DataError with all problems."""
     found, problems = [], []
-    for row in read_rows(spec, "train"):
+    for row in rows:
         try:
             if isinstance(row, Problem):
                 raise DataError(row.text)
@@ -379,20 +372,26 @@ class Keys:
             termios.tcsetattr(self._fd, termios.TCSADRAIN, now)
 
 
-def show_side_by_side(console: Console, title: str, prompt: str | list[dict[str, Any]], texts: Sequence[str]) -> None:
-    """Print a prompt and its completions, side by side if there is room."""
+def show_side_by_side(
+    console: Console,
+    title: str,
+    prompt: str | list[dict[str, Any]],
+    texts: Sequence[str],
+    names: Sequence[str] | None = None,
+) -> None:
+    """Print a prompt and its completions, side by side if there is room; without `names` by the keys that choose."""
     console.rule(Text(title))
     lines = [prompt] if isinstance(prompt, str) else [f"{m['role']}: {m['content']}" for m in prompt]
     console.print(Text("\n".join(lines), style="bold"))
     count = len(texts)
-    names = ["left (l)", "right (r)"] if count == 2 else [str(i + 1) for i in range(count)]
+    names = names or (["left (l)", "right (r)"] if count == 2 else [str(i + 1) for i in range(count)])
     if console.width < max(_NARROW, _COLUMN * count):
         for name, text in zip(names, texts):
-            console.print(Panel(Text(text), title=name, title_align="left"))
+            console.print(Panel(Text(text), title=Text(name), title_align="left"))
         return
     table = Table(expand=True, show_lines=True)
     for name in names:
-        table.add_column(name, ratio=1, overflow="fold")
+        table.add_column(Text(name), ratio=1, overflow="fold")
     table.add_row(*map(Text, texts))
     console.print(table)
 
@@ -450,7 +449,8 @@ def read_tasks(spec: str) -> list[LabelTask]:
     """
     tasks: list[LabelTask] = []
     seen: Counter[str] = Counter()
-    for task in _read_each(spec, _task):
+    rows = with_usual_names(list(read_rows(spec, "train")), ("preference", "ratings", "prompts"))
+    for task in _read_each(rows, _task):
         parts = [unwritten(task.prompt), task.completions or None, *([task.tools] if task.tools else [])]
         name = blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
         seen[name] += 1

@@ -164,7 +164,7 @@ def _train(
     correct, config = is_open(config), settled(config, resume=False)
     loaded = load_base(config, lazy=True)
     objective = make_objective(config, loaded.tokenizer)
-    _, optimizer, config, _ = assemble(config, loaded, objective, correct)
+    _, optimizer, config, _ = assemble(objective.config, loaded, objective, correct)
     run = {
         "report_every": 1,
         "eval_at_start": False,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxft.errors import ConfigError, DataError, missing_extra
+from mlxft.text import VALUE, with_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +154,7 @@ LOSS = (Panel("loss", "loss", "loss"),)
 # On-policy, these two differ: training minimises a surrogate, and validation selects the weights to keep.
 LOSS_ON_POLICY = (
     Panel("loss of the policy", "loss", "loss", ("train",)),
-    Panel("cost of the KL less reward", "loss", "reward", ("eval",)),
+    Panel("reward less KL cost", VALUE, "reward", ("eval",)),
 )
 SPEEDS = "tokens_per_s|trained_tokens_per_s|sampling_tokens_per_s"
 PANELS = (
@@ -212,6 +213,7 @@ def _series(events: Iterable[_Event], panel: Panel) -> Series:
 
 def panels(events: Sequence[_Event]) -> list[tuple[Panel, Series]]:
     """Return the panels that a run has numbers for, with their lines; raise a DataError if it has none."""
+    events = [with_value(e) for e in events]
     losses = LOSS_ON_POLICY if any(e.get("event") == "rollout" for e in events) else LOSS
     found = [(panel, lines) for panel in (*losses, *PANELS) if (lines := _series(events, panel))]
     if not found:
@@ -241,8 +243,8 @@ def figure(
         _draw_panel(ax, panel, lines, ink)
         if panel in LOSS:
             ax.set_ylabel(LOSS_UNITS.get(objective, "loss"))
-        if panel.keys == "loss" and "eval" in panel.kinds:
-            _mark_best(ax, events, ink)
+        if panel.keys in ("loss", VALUE) and "eval" in panel.kinds:
+            _mark_best(ax, events, panel.keys, ink)
     if title:
         fig.suptitle(title, fontsize=11, color=ink, parse_math=False)
     return fig
@@ -316,11 +318,11 @@ def _draw_panel(ax: Axes, panel: Panel, lines: Series, ink: str) -> None:
     _finish(ax, panel.title, "step", panel.unit, ink)
 
 
-def _mark_best(ax: Axes, events: Sequence[_Event], ink: str) -> None:
+def _mark_best(ax: Axes, events: Sequence[_Event], key: str, ink: str) -> None:
     """Draw a ring round the validation whose weights were kept."""
     best = [e for e in events if e.get("event") == "eval" and e.get("best") is True]
-    if best and (loss := _number(best[-1].get("loss"))) is not None:
-        ax.plot([best[-1]["step"]], [loss], "o", markersize=9, fillstyle="none", color=ink, label=f"best: {loss:.4g}")
+    if best and (value := _number(with_value(best[-1]).get(key))) is not None:
+        ax.plot([best[-1]["step"]], [value], "o", markersize=9, fillstyle="none", color=ink, label=f"best: {value:.4g}")
         _legend(ax, ink)
 
 

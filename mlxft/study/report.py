@@ -17,7 +17,7 @@ from mlxft import __version__
 from mlxft.errors import DataError, MlxftError
 from mlxft.files import check_file, read_mark
 from mlxft.runs import RunInfo, find_run, finite, now, read_events, read_run_settings, run_info
-from mlxft.text import Event, parse_json, printable, read_file
+from mlxft.text import Event, parse_json, printable, read_file, with_value
 
 # --- compare ----------------------------------------------------------------------------------------------------------
 # One run in detail, and runs side by side: differences in settings and results.
@@ -29,7 +29,7 @@ _NOT_RESULTS = {"event", "step", "best", "epoch", "elapsed_s", "lr", "rollout", 
 
 @dataclass(frozen=True)
 class Sample:
-    """A run's first and last completion of one prompt."""
+    """A run's first completion of one prompt, and that of the weights that were kept: the best, else the last."""
 
     prompt: str
     first_step: int
@@ -49,6 +49,7 @@ class Details:
             report; {} where there is none.
         speed: median of the reports' trained_tokens_per_s.
         files: name -> size in bytes, folders as one.
+        evaluations: the results.json of each `mlxft eval`.
     """
 
     info: RunInfo
@@ -62,10 +63,12 @@ class Details:
     samples: list[Sample]
     files: dict[str, int]
     events: list[Event]
+    evaluations: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the events, which metrics.jsonl holds."""
-        parts = {k: getattr(self, k) for k in ("settings", "differs", "before", "kept", "last", "files")}
+        names = ("settings", "differs", "before", "kept", "last", "files", "evaluations")
+        parts = {k: getattr(self, k) for k in names}
         samples = [vars(s) for s in self.samples]
         data = {k: v for k, v in self.start.items() if k not in ("event", "step", "text")}
         return {**self.info.to_json(), "start": data, **parts, "speed": self.speed, "samples": samples}
@@ -84,7 +87,7 @@ def details(folder: Path, name: str | None = None) -> Details:
         settings = flat(read_run_settings(folder))
     except MlxftError:
         settings = {}
-    evals, trains = ([e for e in events if e["event"] == kind] for kind in ("eval", "train"))
+    evals, trains = ([with_value(e) for e in events if e["event"] == kind] for kind in ("eval", "train"))
     speeds = sorted(v for e in trains if (v := finite(e.get("trained_tokens_per_s"))) is not None)
     best = [e for e in evals if e.get("best") is True]
     return Details(
@@ -96,9 +99,10 @@ def details(folder: Path, name: str | None = None) -> Details:
         kept=(best or evals or [{}])[-1],
         last=(trains or [{}])[-1],
         speed=speeds[len(speeds) // 2] if speeds else None,
-        samples=_samples(events),
+        samples=_samples(events, (best or [{}])[-1].get("step")),
         files=_files(folder),
         events=events,
+        evaluations=_evaluations(folder),
     )
 
 
@@ -116,14 +120,18 @@ def _unlike_default(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if not k.startswith(_OWN) and (k not in default or default[k] != v)}
 
 
-def _samples(events: Sequence[Event]) -> list[Sample]:
+def _samples(events: Sequence[Event], kept: int | None) -> list[Sample]:
     found: dict[str, list[Event]] = {}
     for event in events:
         if event["event"] == "sample" and "prompt" in event and "answer" in event:
             found.setdefault(_as_text(event["prompt"]), []).append(event)
+    pairs = {
+        prompt: (every[0], next((e for e in every if kept is not None and e.get("step") == kept), every[-1]))
+        for prompt, every in found.items()
+    }
     return [
-        Sample(prompt, e[0].get("step", 0), _as_text(e[0]["answer"]), e[-1].get("step", 0), _as_text(e[-1]["answer"]))
-        for prompt, e in found.items()
+        Sample(prompt, a.get("step", 0), _as_text(a["answer"]), b.get("step", 0), _as_text(b["answer"]))
+        for prompt, (a, b) in pairs.items()
     ]
 
 
@@ -189,6 +197,10 @@ def _results(run: Details) -> dict[str, Any]:
     found |= {f"training {k}": last[k] for k in known if finite(last.get(k)) is not None}
     found |= {k: run.start[k] for k in ("trainable_parameters",) if k in run.start}
     found |= {k: last[k] for k in _COSTS if k in last}
+    for result in run.evaluations:
+        on = Path(result["file"]).name
+        for task in result["tasks"]:
+            found |= {f"{on} {name} ({task['task']})": figure["value"] for name, figure in task["figures"].items()}
     return found if run.speed is None else found | {"trained_tokens_per_s": run.speed}
 
 
@@ -314,6 +326,11 @@ def show_details(console: Console, run: Details) -> None:
     if columns:
         numeric = {k: row for k, row in rows.items() if any(isinstance(v, (int, float)) for v in row)}
         console.print(_table(columns, numeric))
+    for result in run.evaluations:
+        for task in result["tasks"]:
+            title, ((columns, figures), *_) = evaluation_tables(result, task)
+            console.print(Text(f"\n{title}", style="bold"))
+            console.print(_table(columns, {name: cells for name, *cells in figures}))
     _show_pairs(console, "settings that are not the default", run.differs)
     for sample in run.samples:
         console.print(Text(f"\n{sample.prompt}", style="bold"))
@@ -452,7 +469,11 @@ def page_parts(run: Details) -> dict[str, Any]:
         "tiles": _tiles(run),
         "columns": columns,
         "numbers": {k: ["" if v is None else show_value(v) for v in row] for k, row in rows.items()},
-        "evaluations": _evaluations(run.info.dir),
+        "evaluations": [
+            dict(zip(("title", "tables"), evaluation_tables(found, task))) | {"notes": task.get("notes", [])}
+            for found in run.evaluations
+            for task in found["tasks"]
+        ],
         "samples": run.samples,
         "differs": _shown(run.differs),
         "settings": _shown(run.settings),
@@ -462,14 +483,14 @@ def page_parts(run: Details) -> dict[str, Any]:
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Return title, tables and notes of each `mlxft eval` in the run folder; other files of that name are skipped."""
+    """Return the results.json of each `mlxft eval` in the run folder; other files of that name are skipped."""
     every = []
     for path in sorted(folder.glob("**/results.json")):
         try:
             found = parse_json(read_file(path))
             for task in found["tasks"]:
-                title, tables = evaluation_tables(found, task)
-                every.append({"title": title, "tables": tables, "notes": task.get("notes", [])})
+                evaluation_tables(found, task)
+            every.append(found)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
     return every
@@ -484,9 +505,15 @@ def evaluation_tables(found: dict[str, Any], task: dict[str, Any]) -> tuple[str,
     Returns:
         the title, and for each table its columns and rows; a row begins with its name, which has no column.
     """
-    models = [("model", task["figures"]), *([(found["against"], task["against"])] if "against" in task else [])]
-    figures = [[name, *(_with_error(of[name]) for _, of in models)] for name in task["figures"]]
-    tables = [([f"{name} ± standard error" for name, _ in models], figures)]
+    models = [("model", task["figures"], task.get("intervals", {}))]
+    if "against" in task:
+        models.append((found["against"], task["against"], task.get("against_intervals", {})))
+    figures = [
+        [name, *(_with_error(of[name]) + _bounds(around.get(name)) for _, of, around in models)]
+        for name in task["figures"]
+    ]
+    about = f", {found['confidence']:.0%} interval" if "intervals" in task else ""
+    tables = [([f"{name} ± standard error{about}" for name, *_ in models], figures)]
     if pairs := task.get("paired"):
         columns = ["difference", f"{found['confidence']:.0%} interval", "won/lost/tied"]
         rows = []
@@ -501,6 +528,10 @@ def evaluation_tables(found: dict[str, Any], task: dict[str, Any]) -> tuple[str,
 
 def _with_error(figure: dict[str, Any]) -> str:
     return f"{_figure(figure['value'])} ± {_figure(figure['se'])}"
+
+
+def _bounds(around: Sequence[float | None] | None) -> str:
+    return "" if around is None else f" [{_figure(around[0])}, {_figure(around[1])}]"
 
 
 def _figure(v: float | None) -> str:

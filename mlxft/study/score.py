@@ -12,7 +12,16 @@ import numpy as np
 from rich.console import Console
 
 from mlxft.data.dataset import EncodedCompletion
-from mlxft.data.formats import FORMATS, Completion, Conversation, Labelled, Pair, Ranked, in_our_fields
+from mlxft.data.formats import (
+    FORMATS,
+    Completion,
+    Conversation,
+    Labelled,
+    Pair,
+    Ranked,
+    in_our_fields,
+    with_usual_names,
+)
 from mlxft.data.sources import Problem, read_rows, report_lines
 from mlxft.errors import ConfigError, DataError
 from mlxft.model.heads import SCORING_TOKENS, Scorer, find_head, read_head
@@ -93,7 +102,7 @@ def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SC
         ConfigError, DataError: there is no such file, or rows cannot be scored, all of them in one.
         ModelError: the run is not a reward run.
     """
-    rows = list(read_rows(file, "test"))
+    rows = with_usual_names(list(read_rows(file, "test")), _SCORED)
     scorer = open_scorer(run)
     found: list[ScoredRow] = []
     problems: list[str] = []
@@ -113,6 +122,9 @@ def score_file(run: str | Path, file: str, console: Console, *, tokens: int = SC
     for item in found:
         item.scores = [next(scores) for _ in item.answers]
     return found
+
+
+_SCORED = ("preference", "ratings", "messages", "prompt-completion")
 
 
 def read_row(scorer: Scorer, row: dict[str, Any], where: str) -> list[ScoredRow]:

@@ -50,6 +50,15 @@ def mean(values: Sequence[float] | Floats64, weights: Sequence[float] | Floats64
     return Figure(value, math.sqrt(squares * n / (n - 1)) / total, n)
 
 
+def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of a share of n trials (Wilson 1927), which is right for few of them, too."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    centre = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
 def bootstrap(
     a: Sequence[float] | Floats64,
     b: Sequence[float] | Floats64,

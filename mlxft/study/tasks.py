@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mlxft.config import DataSettings, Settings, read_settings
+from mlxft.config import DataSettings, Paths, Settings, read_settings
 from mlxft.data.chat import Thoughts, keeps_thoughts, wanted_of
 from mlxft.data.formats import (
     FORMATS,
@@ -22,7 +22,9 @@ from mlxft.data.formats import (
     Conversation,
     Item,
     Message,
+    Pair,
     Prompt,
+    Ranked,
     Text,
     balanced,
     convert,
@@ -35,6 +37,7 @@ from mlxft.data.formats import (
     suggest_format,
     tools_of,
     with_completion,
+    with_usual_names,
 )
 from mlxft.data.sources import Problem, Row, read_rows, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, nearest
@@ -97,7 +100,7 @@ def f1(said: str, wanted: str) -> float:
 
 Kind = Literal["exact_match", "contains", "regex", "number", "f1", "json", "function", "reward"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
-NAMED = ("loss", "choice", *(k for k in _KINDS if k not in ("regex", "function", "reward")))
+NAMED = ("loss", "pairs", "choice", *(k for k in _KINDS if k not in ("regex", "function", "reward")))
 # Settings of each kind of metric besides kind and name.
 TAKES: dict[Kind, tuple[str, ...]] = {
     "exact_match": ("ignore_case", "thoughts"),
@@ -182,6 +185,7 @@ class Task(Settings):
         None, min_length=1, description="Field (or template) of the wanted answer; for choices: its text or index."
     )
     choices: str | list[str] | None = Field(None, description="Texts to choose from, or the field with them.")
+    pairs: bool = Field(False, description="Measure which completion of a pair the model prefers: accuracy, margin.")
     metrics: list[Metric] | None = Field(None, min_length=1, description="Metrics of completions: names, or mappings.")
     template: Literal["auto", "none"] = Field("auto", description="As data.template; none: plain text.")
     delimiter: str | None = Field(
@@ -223,6 +227,8 @@ class Task(Settings):
     def _consistent(self) -> Task:
         if self.choices is not None and self.metrics is not None:
             raise ValueError("give choices (by log-likelihood) or metrics (of completions), not both")
+        if self.pairs and (self.choices is not None or self.metrics is not None or self.prompt is not None):
+            raise ValueError("pairs: rows have their own prompt and completions; leave out prompt, choices and metrics")
         labels = [m.label for m in self.metrics or []]
         if twice := sorted({name for name in labels if labels.count(name) > 1}):
             raise ValueError(f"two metrics are called {', '.join(twice)}; give each a name")
@@ -239,7 +245,9 @@ class Task(Settings):
 
     @property
     def kind(self) -> str:
-        """Return loss, choice or generate."""
+        """Return loss, pairs, choice or generate."""
+        if self.pairs:
+            return "pairs"
         return "choice" if self.choices is not None else "loss" if self.metrics is None else "generate"
 
     @property
@@ -260,7 +268,7 @@ def read_task(given: str) -> Task:
         task = read_settings(path, Task, "configs/eval-reviews.yaml shows a task of mlxft eval")
         return task if task.name else task.model_copy(update={"name": path.stem})
     if given in NAMED:
-        kinds: dict[str, dict[str, Any]] = {"loss": {}, "choice": {"choices": "choices"}}
+        kinds: dict[str, dict[str, Any]] = {"loss": {}, "pairs": {"pairs": True}, "choice": {"choices": "choices"}}
         return Task(name=given, **kinds.get(given, {"metrics": [given]}))
     if given.rpartition(":")[0].endswith(".py"):
         metric = {"kind": "function", "function": given}
@@ -277,6 +285,7 @@ def read_task(given: str) -> Task:
 # Rows as cases of a task: prompt, wanted answers and choices.
 
 READ = ("messages", "prompt-completion", "text", "sharegpt", "alpaca", "prompts")
+PAIRED = ("preference", "ratings")  # what a task of pairs reads
 _QUESTIONS = ("prompt", "question")
 
 
@@ -324,7 +333,10 @@ def make_cases(rows: Iterable[Row | Problem], task: Task) -> list[Case]:
     _check_fields(task, sound)
     items: Sequence[Item | None] = [None] * len(sound)
     if task.prompt is None and not (task.kind == "choice" and task.format is None and _is_question(sound, task)):
-        items = [item for _, item in convert(rows, _format(task, sound), task.fields)]
+        unknown = task.format is None and not task.fields and suggest_format(sound[0].data) is None
+        named = with_usual_names(rows, READ) if unknown else rows
+        first = [row for row in named if isinstance(row, Row)]
+        items = [item for _, item in convert(named, _format(task, first), task.fields)]
     cases = []
     for row, item in zip(sound, items):
         try:
@@ -344,18 +356,18 @@ def _is_question(rows: Sequence[Row], task: Task) -> bool:
 
 def _format(task: Task, rows: Sequence[Row]) -> str:
     """Return the format of the rows: the task's, else what the first row looks like."""
-    looks = task.format or suggest_format(rows[0].data)
-    if looks in READ and not (looks == "text" and task.kind != "loss"):
+    looks, takes = task.format or suggest_format(rows[0].data), PAIRED if task.pairs else READ
+    if looks in takes and not (looks == "text" and task.kind != "loss"):
         return str(looks)
     if looks is None:
         has = ", ".join(rows[0].data) or "no fields"
         raise DataError(
             f"{rows[0].where}: the row has {has}, which fits no format of "
-            f"{', '.join(READ)}; name one with --format, or give a task with a prompt (--task TASK.yaml)"
+            f"{', '.join(takes)}; name one with --format, or give a task with a prompt (--task TASK.yaml)"
         )
-    what = f"a {task.kind} task" if task.kind != "loss" else "a loss"
+    what = "a loss" if task.kind == "loss" else "pairs" if task.pairs else f"a {task.kind} task"
     more = "; mlxft score takes pairs and rankings" if looks in FORMATS and looks not in READ else ""
-    raise ConfigError(f"format {looks} is not for {what}{more}; it takes {', '.join(READ)}")
+    raise ConfigError(f"format {looks} is not for {what}{more}; it takes {', '.join(takes)}")
 
 
 def _check_fields(task: Task, rows: Sequence[Row]) -> None:
@@ -370,6 +382,9 @@ def _check_fields(task: Task, rows: Sequence[Row]) -> None:
 
 def _case(row: Row, item: Item | None, task: Task) -> Case:
     data, field = row.data, task.answer or "answer"
+    if isinstance(item, Pair | Ranked):
+        pairs = item.pairs if isinstance(item, Ranked) else (item,)
+        return Case(row.where, data, pairs[0].prompt if pairs else "", item=item)
     prompt, own = _asked(data, item, task)
     tools = item.tools if isinstance(item, Conversation) else tools_of(data) if isinstance(item, Prompt) else None
     if task.kind == "loss":
@@ -517,7 +532,7 @@ def delimiter(task: Task) -> str:
 
 
 def choose_shots(
-    spec: str, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
+    spec: Paths, task: Task, asked: Sequence[Case], shots: int, seed: int, setting: str = "--shots"
 ) -> list[Case]:
     """Choose `shots` cases of a file, shuffled, balanced over labels where there are few labels.
 

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxft.config import Config
-from mlxft.distributed import Ranks, current
+from mlxft.distributed import Ranks, assign, current
 from mlxft.errors import ModelError, TrainingError
 from mlxft.model.cpu import as_trained, quicker
 from mlxft.model.layers import aside, probing, random_state, watching
@@ -456,7 +456,7 @@ class Loop:
         """Sum over the micro-batches of all ranks; this one computes its own."""
         ranks, trainable = self.ranks, dict(tree_flatten(self.model.trainable_parameters()))
         free = [i for i, batch in enumerate(batches) if batch.rank is None]
-        owners = dict(zip(free, ranks.owners([batches[i].tokens for i in free])))
+        owners = dict(zip(free, assign([batches[i].tokens for i in free], ranks.weights)))
         every = [owners[i] if batch.rank is None else batch.rank for i, batch in enumerate(batches)]
         shared = [*ranks.own(batches, every)]
         own = [batch for batch, counts in shared if counts]

@@ -13,11 +13,12 @@ import mlx.optimizers as opt
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlxft.config import Group, OptimSettings
+from mlxft.distributed import assign
 from mlxft.errors import CheckpointError, ConfigError, nearest
 from mlxft.model.adapters import layer_paths, matches
 from mlxft.model.heads import CRITIC
 from mlxft.model.layers import LINEAR, SWITCH, LowRank
-from mlxft.model.shard import exchanged, owners
+from mlxft.model.shard import exchanged
 
 Arrays = dict[str, mx.array]
 _B = "lora_b"  # of an adapter: the factor that starts at zero
@@ -218,7 +219,7 @@ class Optimizer:
         """Start over from the model's current parameters, as if there had been no update."""
         params = _flat(model.trainable_parameters())
         rank, size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
-        self._owner = owners({n: p.nbytes for n, p in params.items()}, size)
+        self._owner = dict(zip(params, assign([p.nbytes for p in params.values()], [1.0] * size)))
         own = {n: p for n, p in params.items() if self._owner[n] == rank}
         self._opt = make_optimizer(self._settings, model)
         self._master = {n: p.astype(mx.float32) for n, p in own.items() if p.dtype != mx.float32}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib.util
 import io
 import json
@@ -26,7 +27,16 @@ from rich.text import Text
 
 from mlxft.errors import ConfigError, missing_extra
 from mlxft.files import write_text, writing
-from mlxft.text import Event, parse_json, read_file
+from mlxft.text import (
+    VALUE,
+    Event,
+    notebook_place,
+    parse_json,
+    printable,
+    progress_html,
+    read_file,
+    validation_figure,
+)
 
 if TYPE_CHECKING:
     from mlxft.config import ReportSettings
@@ -159,10 +169,10 @@ def event_line(event: Event) -> str:
             f"peak {event['peak_memory_gb']:.2f} GB{_waits(event)}{skipped(event)}"
         )
     if kind == "eval":
-        extra = "".join(
-            f" {k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in ("loss", "elapsed_s", "best")
-        )
-        return f"step {event['step']} validation loss {event['loss']:.4f}{extra}{' (best)' if event['best'] else ''}"
+        known = {"loss", VALUE, "elapsed_s", "best"}
+        extra = "".join(f" {k} {v:.4g}" for k, v in event.items() if isinstance(v, float) and k not in known)
+        name, value = validation_figure(event)
+        return f"step {event['step']} validation {name} {value:.4f}{extra}{' (best)' if event['best'] else ''}"
     if kind == "sample":
         score = f" (score {event['score']:.4g})" if "score" in event else ""
         return f"step {event['step']} {event['prompt']!r} -> {event['answer']!r}{score}"
@@ -234,7 +244,9 @@ class LiveView:
         grid = Table.grid(padding=(0, 2))
         grid.add_row("loss", f"{t['loss']:.4f}" if t else "...", Text(sparkline(list(self._losses)), style="cyan"))
         if e:
-            grid.add_row("validation", f"{e['loss']:.4f}", f"at step {e['step']}{' (best)' if e['best'] else ''}")
+            name, value = validation_figure(e)
+            at = f"{name} at step {e['step']}{' (best)' if e['best'] else ''}"
+            grid.add_row("validation", f"{value:.4f}", at)
         if t:
             grid.add_row("epoch", _epoch(t), f"lr {t['lr']:.2e} {_norm(t)}")
             if "rollout" in t:
@@ -250,6 +262,65 @@ class LiveView:
     def close(self) -> None:
         self._live.update(self._view())
         self._live.stop()
+
+
+class NotebookView:
+    """Show progress, the curve of the loss and the latest messages in a notebook, in one place that is updated."""
+
+    _EVERY = 0.3  # seconds between two updates
+    _LINES = 12  # messages that are shown
+
+    def __init__(self, show: Callable[[str], None], total: int, step: int) -> None:
+        self._show, self._total, self._step = show, total, step
+        self._train: list[tuple[int, float]] = []
+        self._valid: list[tuple[int, float]] = []
+        self._lines: deque[str] = deque(maxlen=self._LINES)
+        self._now, self._drawn = "", 0.0
+        self._draw()
+
+    def event(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "train":
+            self._step, self._now = event["step"], event_line(event)
+            self._train.append((event["step"], event["loss"]))
+        else:
+            self._lines.append(event_line(event))
+            if kind == "eval":
+                self._valid.append((event["step"], event["loss"]))
+        if time.monotonic() - self._drawn > self._EVERY:
+            self._draw()
+
+    def _draw(self) -> None:
+        lines = "\n".join([self._now, *self._lines] if self._now else self._lines)
+        curves = curve_svg(self._train, self._valid)
+        head = progress_html(self._step, self._total, "steps")
+        self._show(f"<div>{head}</div>{curves}<pre>{html.escape(printable(lines))}</pre>")
+        self._drawn = time.monotonic()
+
+    def close(self) -> None:
+        self._draw()
+
+
+def curve_svg(
+    train: Sequence[tuple[int, float]], valid: Sequence[tuple[int, float]] = (), width: int = 360, height: int = 120
+) -> str:
+    """Return lines through (step, loss) as SVG, with the first and the last loss; "" for less than two points."""
+    train, valid = ([(x, y) for x, y in points if math.isfinite(y)] for points in (train, valid))
+    if len(train) < 2:
+        return ""
+    steps, losses = zip(*train, *valid)
+    low, high, first = min(losses), max(losses), min(steps)
+    across, up = (width - 10) / max(1, max(steps) - first), (height - 10) / ((high - low) or 1.0)
+    parts, said = [], []
+    for name, points, colour in (("training", train, "currentColor"), ("validation", valid, "#d97706")):
+        if not points:
+            continue
+        line = " ".join(f"{5 + (x - first) * across:.1f},{height - 5 - (y - low) * up:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        said.append(f"{name} loss, step {points[0][0]} to {points[-1][0]}: {points[0][1]:.4g} to {points[-1][1]:.4g}")
+    title = "; ".join(said)
+    picture = f'<svg width="{width}" height="{height}" role="img"><title>{title}</title>{"".join(parts)}</svg>'
+    return f"{picture}<div>{title}</div>"
 
 
 class Reporter:
@@ -274,7 +345,9 @@ class Reporter:
 
 
 def terminal(console: Console, total: int, step: int) -> Sink:
-    """Return a live view if there is a terminal, else a printer of lines."""
+    """Return a live view if there is a terminal or a notebook, else a printer of lines."""
+    if (show := notebook_place(console)) is not None:
+        return NotebookView(show, total, step)
     return LiveView(console, total, step) if console.is_terminal and sys.stdout.isatty() else Plain(console)
 
 

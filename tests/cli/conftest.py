@@ -134,7 +134,7 @@ def shell(tmp_path: Path) -> Callable[..., Result]:
             capture_output=True,
             cwd=tmp_path,
             env=clean | {"HF_HUB_OFFLINE": "1", **(env or {})},
-            timeout=120,
+            timeout=300,
         )
         return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 

@@ -45,7 +45,7 @@ def on_a_terminal(folder: Path, *args: str, **env: str) -> str:
             drawn += chunk
     except OSError:  # Linux says so when the other side is closed
         pass
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     os.close(ours)
     return drawn.decode().replace("\r\n", "\n")
 
@@ -56,7 +56,7 @@ def test_people_see_settings_counts_and_what_is_trained(good: str, mlxft: Callab
     for line in (
         "recipe: valid",
         "objective: sft",
-        "steps: 2",
+        "steps: 40",
         "trains: lora of rank 4, scale 4, on all-linear",
         "rows: 2",
         f"run_dir: {tmp_path / 'runs' / 'a'}",
@@ -107,7 +107,7 @@ def test_json_is_json_and_nothing_else(
     done = mlxft("check", good, "--json")
     facts = json.loads(done.out)
     assert (done.code, done.err) == (0, "")
-    assert (facts["recipe"], facts["steps"], facts["data"]["rows"]) == ("valid", 2, 2)
+    assert (facts["recipe"], facts["steps"], facts["data"]["rows"]) == ("valid", 40, 2)
     assert "did you mean tune.rank?" in refused(2, "check", good, "tune.rnak=3", "--json")
 
 
@@ -134,7 +134,7 @@ def test_an_output_that_lacks_characters(good: str, shell: Callable[..., Any]) -
 def test_a_reader_that_goes_away(good: str, tmp_path: Path) -> None:
     """As of `mlxft check ... | head -1`: no traceback."""
     gone = f"{sys.executable} -m mlxft check {good} | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(["bash", "-c", gone], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert (done.stdout, done.stderr) == ("1\n", "")
 
 
@@ -197,8 +197,8 @@ def test_where_all_logits_are_computed_it_is_said(
             assert (small.code, said in small.out) == (0, False), small.err
             large = mlxft(command, recipe, f"run.name={recipe}-{command}", f"model.path={whole}", "run.steps=1")
             assert (large.code, said in large.out) == (0, True), large.err
-        (note,) = json.loads(mlxft("check", recipe, f"model.path={whole}", "--json").out)["notes"]
-        assert said in note
+        notes = json.loads(mlxft("check", recipe, f"model.path={whole}", "--json").out)["notes"]
+        assert sum(said in note for note in notes) == 1
 
 
 def test_a_reward_model_that_can_not_be_is_refused_by_check_as_by_training(

@@ -97,7 +97,7 @@ def test_all_that_is_wrong_is_said_at_once(write: Write, refused: Refused) -> No
         "tune.rank: ",
         "optim.lr: ",
         "modle: no such setting (did you mean model?)",
-        "data.format: expected 'messages'",
+        "data.format: expected 'auto'",
     ):
         assert part in err
     assert len(err.splitlines()) == 7
@@ -113,7 +113,7 @@ def test_what_is_wrong_beside_an_unknown_objective_is_said_too(write: Write, ref
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", ["model.path: is needed: ", "data.train: is needed: ", "data.format: is needed: "]),
+        ("", ["model.path: is needed: ", "data.train: is needed: "]),
         ("model:\ndata:\n", ["model.path: is needed", "data.train: is needed"]),
         ("- a\n- b\n", ["expected a mapping of settings, found list"]),
         ("model: {path: a}\ntune: [\n", [":3: not valid YAML"]),
@@ -153,12 +153,12 @@ def test_data_files(write: Write, refused: Refused, tmp_path: Path) -> None:
     recipe = write()
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "blank.jsonl").write_text("\n\n", "utf-8")
-    (tmp_path / "rows.txt").write_text("x", "utf-8")
+    (tmp_path / "rows.doc").write_text("x", "utf-8")
     (tmp_path / "folder").mkdir()
     near = refused(2, "train", recipe, "data.train=rows-1.jsonl")
     assert "data.train: rows-1.jsonl: no such file (did you mean rows-10.jsonl?)" in near
     assert "data.valid: nope/v.jsonl: no such file" in refused(2, "train", recipe, "data.valid=nope/v.jsonl")
-    assert "unknown kind of file '.txt'; known are .jsonl" in refused(2, "train", recipe, "data.train=rows.txt")
+    assert "unknown kind of file '.doc'; known are .jsonl" in refused(2, "train", recipe, "data.train=rows.doc")
     assert "no file for the train split" in refused(2, "train", recipe, "data.train=folder")
     assert "the path is too long" in refused(2, "train", recipe, f"data.train={'a' * 400}")
     for name in ("empty.jsonl", "blank.jsonl"):
@@ -194,9 +194,10 @@ def test_many_rows_that_are_wrong(write: Write, refused: Refused, tmp_path: Path
     assert [s.removeprefix("DataError: ").partition(": ")[0] for s in said[:20]] == [
         f"bad.jsonl:{i}" for i in range(1, 21)
     ]
-    assert said[20:] == ["... and 10 more"]
+    assert said[20] == "... and 10 more"
+    assert said[21:] == ["30 of 31 rows do not fit; data.bad_rows: drop leaves them out"]
     text = refused(1, "train", write(), "data.format=text")
-    assert text.endswith("this file looks like data.format: messages\n")
+    assert "the rows do not fit data.format: text\nthey look like\n  data.format=messages\n" in text
 
 
 def test_rows_longer_than_the_limit(write: Write, refused: Refused, mlxft: Callable[..., Any], tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
             1,
             "rows.jsonl:2: no field 'text'",
         ),
-        (['{"chosen": "x", "rejected": "y"}'], [], 2, "mlxft score takes pairs"),
+        (['{"chosen": "x", "rejected": "y"}'], [], 1, "rows.jsonl:1: no field 'prompt'"),
     ],
 )
 def test_bad_input(

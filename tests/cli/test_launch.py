@@ -28,7 +28,7 @@ from mlxft.launch import (
     over_ssh,
 )
 
-PATIENCE = 60.0  # seconds after which a test fails; nothing waits so long
+PATIENCE = 300.0  # seconds after which a test fails; nothing waits so long
 # A rank: the arguments hold what each rank does.
 RANK = """
 import os, signal, sys, time
@@ -40,11 +40,11 @@ what = sys.argv[1:][own_rank()]
 print(f"rank {own_rank()} does {what}", flush=True)
 try:
     if what == "wait":
-        time.sleep(60)
+        time.sleep(600)
     elif what == "ignore":
         while True:
             try:
-                time.sleep(60)
+                time.sleep(600)
             except KeyboardInterrupt:
                 print("not yet", flush=True)
     elif what == "killed":
@@ -365,30 +365,29 @@ def test_a_machine_that_hangs_is_named() -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_trains(write: Callable[..., str], shell: Callable[..., Any], tmp_path: Path) -> None:
-    recipe = write(**{"run.steps": 1})
-    done = shell("launch", "-n", "1", recipe, "run.name=b", "--starting-port", str(free_port()))
-    assert done.code == 0, done
-    assert (tmp_path / "runs" / "b" / "adapter" / "adapters.safetensors").exists()
-    assert shell("launch", recipe, "run.name=b", "--resume", "--starting-port", str(free_port())).code == 0
-
-
-def test_ctrl_c_saves_a_checkpoint(write: Callable[..., str], tmp_path: Path) -> None:
-    recipe = write(**{"run.steps": 100_000, "run.report_every": 1, "run.save_every": 100_000})
+def test_ctrl_c_saves_a_checkpoint_that_is_resumed(
+    write: Callable[..., str], shell: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = write(**{"run.save_every": 100_000, "optim.schedule": "constant", "optim.warmup": 0})
     child = subprocess.Popen(
-        [sys.executable, "-m", "mlxft", "launch", recipe], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "mlxft", "launch", recipe, "run.name=b", "run.steps=1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
-    until = time.monotonic() + PATIENCE
-    while not (metrics.exists() and '"train"' in metrics.read_text()):
-        assert time.monotonic() < until
+    run = tmp_path / "runs" / "b"
+    while not ((run / "metrics.jsonl").exists() and '"train"' in (run / "metrics.jsonl").read_text()):
         assert child.poll() is None, child.communicate()
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     code, out, err = ended(child)
     assert code == 130, (out, err)
-    assert [*(tmp_path / "runs" / "a" / "checkpoints").iterdir()]
-    assert '"interrupted"' in (tmp_path / "runs" / "a" / "status.json").read_text()
+    (saved,) = (run / "checkpoints").iterdir()
+    assert '"interrupted"' in (run / "status.json").read_text()
+    again = ["run.name=b", f"run.steps={int(saved.name[5:]) + 1}", "--resume", "--starting-port", str(free_port())]
+    done = shell("launch", "-n", "1", recipe, *again)
+    assert done.code == 0, done
+    assert (run / "adapter" / "adapters.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from mlxft.check import check
 from mlxft.config import load_config, parse_config
+from mlxft.data.dataset import with_format
 from mlxft.errors import DataError
 from mlxft.objectives.base import beyond_context
 
@@ -242,19 +245,19 @@ def test_rows_that_do_not_fit_may_be_left_out(write: Command, mlxft: Command, re
     said = refused(1, "check", recipe)
     assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in said
     assert "hh.jsonl:3: text contains half of a character" in said
-    note = "2 rows are left out (data.invalid: drop), the first: hh.jsonl:1: chosen[0] and rejected[0] differ"
+    note = "2 rows are left out (data.bad_rows: drop), the first: hh.jsonl:1: chosen[0] and rejected[0] differ"
     for command in ("check", "train"):
-        done = mlxft(command, recipe, "data.invalid=drop")
+        done = mlxft(command, recipe, "data.bad_rows=drop")
         assert (done.code, done.out.count(note)) == (0, 1)
     save("hh.jsonl", odd)
-    assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in refused(1, "check", recipe, "data.invalid=drop")
+    assert "hh.jsonl:1: chosen[0] and rejected[0] differ" in refused(1, "check", recipe, "data.bad_rows=drop")
 
 
 def test_labels_are_those_of_the_rows_that_are_left(write: Command, mlxft: Command, refused: Command) -> None:
     rows = [{**CHAT, "topic": topic} for topic in ("a", "b", "b")]
     save("rows.jsonl", {"messages": [], "topic": "c"}, *rows, {"topic": "c"})
     recipe = write(**{"data.train": "rows.jsonl", "data.shots": 1, "data.label": "topic"})
-    out = mlxft("check", recipe, "data.invalid=drop").out
+    out = mlxft("check", recipe, "data.bad_rows=drop").out
     assert "2 of 3 rows are used: 1 of each label, 'a', 'b' (data.shots)" in out
     assert "rows.jsonl:1: messages is empty" in refused(1, "check", recipe)
 
@@ -315,3 +318,88 @@ def test_rows_beyond_a_table_of_positions_are_refused(
     assert not beyond_context(config.model.path, [3, 16])
     with pytest.raises(DataError, match=r"2 rows are longer than the 16 positions .*data\.max_length to 16"):
         beyond_context(config.model.path, [3, 17, 16, 40])
+
+
+# --- formats that are found
+
+
+QA = [{"Frage": f"in {i}", "Antwort": f"on the {i}"} for i in range(6)]
+
+
+def test_a_run_keeps_the_format_that_its_rows_had(
+    write: Command, mlxft: Command, refused: Command, tmp_path: Path
+) -> None:
+    save("qa.jsonl", *QA)
+    recipe = write(**{"data.train": "qa.jsonl", "data.format": None, "run.steps": 2})
+    note = "rows are read as data.format: prompt-completion, data.fields: {prompt: Frage, completion: Antwort}\n"
+    assert mlxft("check", recipe).out.count(note) == 1
+    done = mlxft("train", recipe)
+    assert (done.code, done.out.count(note)) == (0, 1)
+    kept = load_config(tmp_path / "runs" / "a" / "config.yaml", looked_at=True).data
+    assert (kept.format, kept.fields) == ("prompt-completion", {"prompt": "Frage", "completion": "Antwort"})
+    # Rows that could now be read in several ways are read as before by a resumed run.
+    save("qa.jsonl", *({**row, "Lösung": "x"} for row in QA))
+    assert "can be read in several ways" in refused(1, "check", recipe)
+    assert mlxft("train", recipe, "--resume", "run.steps=2").code == 0
+    streamed = mlxft("check", recipe, "data.train=qa.jsonl", "data.stream=true", "data.fields={completion: Antwort}")
+    assert note in streamed.out, streamed.err
+
+
+def test_settings_are_held_to_the_format_that_is_found(write: Command, refused: Command, mlxft: Command) -> None:
+    save("texts.jsonl", {"content": "the in on " * 30}, {"content": "at"})
+    recipe = write(**{"data.train": "texts.jsonl", "data.format": None})
+    assert "train_on: last does not work with format text" in refused(2, "check", recipe, "data.train_on=last")
+    assert mlxft("check", recipe, "data.overflow=split", "data.max_length=20").code == 0
+    save("chats.jsonl", CHAT)
+    said = refused(2, "check", recipe, "data.train=chats.jsonl", "data.overflow=split")
+    assert "data.overflow: split works only with format text, not messages" in said
+    said = refused(1, "check", recipe, "data.train=chats.jsonl", "data.template=none")
+    assert "chats.jsonl: the rows look like data.format: messages" in said
+    said = refused(2, "check", recipe, "data.invalid=drop")
+    assert "invalid is called bad_rows: write data.bad_rows: drop" in said
+
+
+EVERY = {
+    "messages": ("sft", CHAT),
+    "prompt-completion": ("sft", {"prompt": "in", "completion": "on"}),
+    "text": ("sft", {"text": "in on"}),
+    "sharegpt": ("sft", {"conversations": [{"from": "human", "value": "in"}, {"from": "gpt", "value": "on"}]}),
+    "alpaca": ("sft", {"instruction": "in", "output": "on"}),
+    "preference": ("preference", PAIR),
+    "ratings": ("preference", {"prompt": "in", "answers": ["on", "at"], "ratings": [2, 1]}),
+    "unpaired": ("preference", {"prompt": "in", "completion": "on", "label": True}),
+    "prompts": ("grpo", {"prompt": "in"}),
+}
+
+
+@pytest.mark.parametrize("objective", ["sft", "preference", "reward", "grpo", "kto"])
+@pytest.mark.parametrize("format", EVERY)
+def test_rows_for_another_objective_are_sent_to_it(
+    objective: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each format under each objective: taken, or the error names an objective and recipe, which then take it."""
+    monkeypatch.chdir(tmp_path)
+    taker, row = EVERY[format]
+    save("rows.jsonl", row, {**row, **({"label": False} if format == "unpaired" else {})})
+    name = "preference" if objective == "kto" else objective
+    raw = {"objective": name, "model": {"path": "x"}, "data": {"train": "rows.jsonl"}}
+    raw |= {"preference": {"loss": "kto"}} if objective == "kto" else {}
+    taken = {
+        "sft": ("messages", "prompt-completion", "text", "sharegpt", "alpaca"),
+        "kto": ("unpaired", "preference"),
+        "grpo": ("prompts", "prompt-completion", "preference", "ratings", "unpaired", "alpaca"),
+    }
+    if format in taken.get(objective, ("preference", "ratings")):
+        assert with_format(parse_config(raw)).data.format == ("prompts" if objective == "grpo" else format)
+        return
+    with pytest.raises(DataError) as caught:
+        with_format(parse_config(raw))
+    said = str(caught.value)
+    assert said.startswith(
+        f"rows.jsonl: the rows look like data.format: {format}, which objective {name} does not take"
+    )
+    assert f"objective: {taker}" in said
+    (named,) = re.findall(r"mlxft train (configs/\S+\.yaml) data\.train=rows\.jsonl", said)
+    settings = yaml.safe_load((Path(__file__).parents[2] / named).read_text("utf-8"))
+    found = with_format(parse_config({**settings, "data": {**settings["data"], "train": "rows.jsonl"}}))
+    assert found.data.format == format

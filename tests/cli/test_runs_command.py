@@ -92,19 +92,19 @@ def test_a_run_in_training_is_watched_and_a_killed_one_is_known(write: Command, 
         for watcher in (watching, other):
             assert re.match(r"step \d+ epoch .* loss", watcher.stdout.readline())
         other.send_signal(signal.SIGINT)
-        other.communicate(timeout=120)
+        other.communicate(timeout=300)
         assert other.returncode == 130
     finally:
         training.kill()
         training.wait()
-    out, err = watching.communicate(timeout=120)
+    out, err = watching.communicate(timeout=300)
     assert (watching.returncode, err) == (1, "")
     assert re.search(r"a: interrupted after step \d+ \(its process was killed\)", out)
     assert status_of(mlxft, "a")["status"] == "interrupted"
     assert mlxft("runs", "rm", "a", "--yes").code == 0
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come"
@@ -277,7 +277,7 @@ def test_the_shell_completes(words: str, wanted: set[str], tmp_path: Path) -> No
         (tmp_path / "runs" / name / "config.yaml").touch()
     script = Path(sys.executable).parent / "mlxft"
     asked = {"_MLXFT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-    done = subprocess.run([script], env=os.environ | asked, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([script], env=os.environ | asked, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert {line.partition(",")[2] for line in done.stdout.splitlines()} == wanted, done.stderr
 
 
@@ -285,7 +285,7 @@ def test_the_shell_completes(words: str, wanted: set[str], tmp_path: Path) -> No
 def test_the_line_for_the_shells_start_file_works(shell_name: str) -> None:
     script = Path(sys.executable).parent / "mlxft"
     asked = {"_MLXFT_COMPLETE": f"{shell_name}_source"}
-    done = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([script], env=os.environ | asked, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "_MLXFT_COMPLETE" in done.stdout
     assert "mlxft" in done.stdout

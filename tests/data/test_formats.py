@@ -299,7 +299,7 @@ def test_skipped_takes_the_problems_unless_nothing_is_left() -> None:
 
 def test_wrong_format_names_the_likely_one() -> None:
     rows = [Row(f"a:{i}", {"conversations": []}) for i in range(3)]
-    with pytest.raises(DataError, match=r"this file looks like data\.format: sharegpt$"):
+    with pytest.raises(DataError, match=r"these rows look like data\.format: sharegpt, for objective: sft"):
         convert(rows, "messages")
     with pytest.raises(DataError) as caught:
         convert([*[Row(f"b:{i}", {"messages": [USER, ANSWER]}) for i in range(5)], *rows], "messages")

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from spreadsheets import xlsx
 
 from mlxft.data.sources import Problem, Row, find_split, read_rows
 from mlxft.errors import ConfigError, DataError
@@ -81,8 +82,8 @@ def test_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) ->
 def test_broken_json_array_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n{"text": "x"},\n{"text" "y"}\n]')
-    (problem,) = read_rows(str(path), "train")
-    assert problem.where == "a.json:3"
+    row, problem = read_rows(str(path), "train")
+    assert (row.where, problem.where) == ("a.json[0]", "a.json:3")
     path.write_text('[{"text": "x"}, 3]')
     assert [row.where for row in read_rows(str(path), "train") if isinstance(row, Problem)] == ["a.json[1]"]
 
@@ -102,7 +103,7 @@ def test_csv_problems(tmp_path: Path) -> None:
     (problem,) = read_rows(str(path), "train")
     assert problem.where == "a.csv:1"
     assert "'q' twice" in str(problem)
-    path.write_bytes(b"q\nx\n\xe9t\xe9\n")
+    path.write_bytes(b"q\n\xc3\xa9\n\xe9t\xe9\n")
     (problem,) = read_rows(str(path), "train")
     assert problem.where == "a.csv:3"
     path.write_text('q\n"open\n')
@@ -149,9 +150,9 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_unknown_suffix_and_split(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"'\.txt'; known are \.jsonl, \.json, \.csv, \.parquet"):
-        read_rows(str(tmp_path / "a.txt"), "train")
+    (tmp_path / "a.doc").write_text("x")
+    with pytest.raises(ConfigError, match=r"'\.doc'; known are \.jsonl, \.json, \.csv, \.parquet"):
+        read_rows(str(tmp_path / "a.doc"), "train")
     with pytest.raises(ConfigError, match="did you mean train"):
         read_rows(str(tmp_path), "trian")
 
@@ -385,3 +386,166 @@ def test_a_pipe_in_a_folder_of_rows_is_refused_by_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(ConfigError, match="device or a pipe"):
         read_rows(str(tmp_path), "train")
+
+
+def rows_of(path: Path | list[str] | str, notes: list[str] | None = None) -> list[Row | Problem]:
+    return list(read_rows(path if isinstance(path, list) else str(path), "train", notes))
+
+
+LINES = [f"q{i},a{i}\n" for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "left"),
+    [
+        ('x,"y\n', "not valid CSV", 5),  # opens a text that never ends
+        ('x,"y" z\n', "not valid CSV", 19),
+        ('x,"y\nx,y\nx,y\nx,y\nx,y"\n', "a quote in line 7 swallows the rows up to line 11", 19),
+    ],
+)
+def test_a_stray_quote_swallows_no_rows_in_silence(line: str, wrong: str, left: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("q,a\n" + "".join([*LINES[:5], line, *LINES[6:]]))
+    found = rows_of(path)
+    (problem,) = [row for row in found if isinstance(row, Problem)]
+    assert problem.where == "a.csv:7"
+    assert wrong in problem.text
+    assert len(found) == left + 1
+
+
+def test_texts_of_several_lines_are_no_swallowed_rows(tmp_path: Path) -> None:
+    texts = [*(f'q{i},"one\ntwo"\n' for i in range(3)), 'x,"one, two\nthree, four\nfive, six\nseven, eight"\n']
+    (tmp_path / "a.csv").write_text("q,a\n" + "".join(texts))
+    assert [row.where for row in rows_of(tmp_path / "a.csv") if isinstance(row, Row)] == [
+        f"a.csv:{line}" for line in (2, 4, 6, 8)
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252", "mac_roman"])
+@pytest.mark.parametrize("sign", [",", ";", "\t", "|"])
+def test_csv_in_any_encoding_and_with_any_delimiter(encoding: str, sign: str, tmp_path: Path) -> None:
+    lines = ["Frage", "Ort (ungefähr)"], ["Wo liegt Köln?", "am Rhein – westlich"], [f'"x{sign}y"', '"two\nlines"']
+    (tmp_path / "a.csv").write_bytes("".join(sign.join(line) + "\n" for line in lines).encode(encoding))
+    notes: list[str] = []
+    first, second = rows_of(tmp_path / "a.csv", notes)
+    assert first == Row("a.csv:2", {"Frage": "Wo liegt Köln?", "Ort (ungefähr)": "am Rhein – westlich"})
+    assert second == Row("a.csv:3", {"Frage": f"x{sign}y", "Ort (ungefähr)": "two\nlines"})
+    assert len(notes) == (not encoding.startswith("utf-8"))
+
+
+def test_csv_in_an_encoding_that_cannot_be_known(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("вопрос;ответ\nгде Ульм;на Дунае\n".encode("cp1251"))
+    assert ["save the file as UTF-8" in row.text for row in rows_of(tmp_path / "a.csv")] == [True, True]  # type: ignore[union-attr]
+    (tmp_path / "b.csv").write_bytes(b"PK\x03\x04" + bytes(40))
+    with pytest.raises(DataError, match="is a spreadsheet"):
+        rows_of(tmp_path / "b.csv")
+
+
+def test_empty_rows_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("q,a,\n,,\n1,2,\n , ,\n,,\n3,4,\n,,\n,,\n")
+    notes: list[str] = []
+    assert [row.where for row in rows_of(tmp_path / "a.csv", notes)] == ["a.csv:3", "a.csv:6"]
+    assert notes == ["a.csv: 3 empty rows are left out"], "not those at the end"
+
+
+def test_several_sheets_and_lists_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("python_calamine")
+    xlsx(tmp_path / "a b.xlsx", {"One": [["q", "a"], ["1", "2"]], "Two": [["q", "a"], ["3", "4"]]})
+    path = tmp_path / "a b.xlsx"
+    with pytest.raises(
+        DataError, match=r"2 sheets have rows; name one: 'data\.train=.*a b\.xlsx:One' or 'data\.train="
+    ):
+        rows_of(path)
+    assert rows_of(f"{path}:Two") == [Row("a b.xlsx:Two:2", {"q": "3", "a": "4"})]
+    with pytest.raises(DataError, match=r"no sheet 'Tow' \(did you mean Two\?\)"):
+        rows_of(f"{path}:Tow")
+    (tmp_path / "a.json").write_text(json.dumps({"easy": [{"q": "1"}], "hard": [{"q": "2"}]}))
+    with pytest.raises(DataError, match=r"2 lists of rows; name one: data\.train=.*a\.json:easy or"):
+        rows_of(tmp_path / "a.json")
+    assert rows_of(f"{tmp_path / 'a.json'}:hard") == [Row("a.json:hard[0]", {"q": "2"})]
+
+
+def test_merged_cells_dates_numbers_and_formulas_are_what_they_show(tmp_path: Path) -> None:
+    pytest.importorskip("python_calamine")
+    cells = [
+        ["q", "a", "day"],
+        ["one", 42, (46000,)],
+        [None, ("=1/8", "0.125"), (46000.75,)],
+        ["x", 1.5, None],
+    ]
+    xlsx(tmp_path / "a.xlsx", {"S": cells}, merged="A2:A3")
+    assert [row.data for row in rows_of(tmp_path / "a.xlsx") if isinstance(row, Row)] == [
+        {"q": "one", "a": "42", "day": "2025-12-09"},
+        {"q": "one", "a": "0.125", "day": "2025-12-09 18:00:00"},
+        {"q": "x", "a": "1.5", "day": ""},
+    ]
+
+
+def test_several_files(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "a.jsonl", ROWS[:1])
+    first, second = (str(tmp_path / folder / "a.jsonl") for folder in ("one", "two"))
+    assert [row.where for row in rows_of([first, second])] == [f"{first}:1", f"{second}:1"], "places that differ"
+    assert rows_of(str(tmp_path / "*" / "*.jsonl")) == rows_of([first, second])
+    for spec, said in (
+        ([first, first], "named twice"),
+        ([], "names no file"),
+        (str(tmp_path / "*.csv"), "no file match"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            rows_of(spec)
+    with pytest.raises(ConfigError, match=r"by a pattern: .*one/\*\.jsonl"):
+        rows_of(tmp_path / "one")
+
+
+def test_texts(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.md").write_text("# B\r\n\r\nShort.\n", newline="")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} " + "word " * 200 for i in range(12)))
+    notes: list[str] = []
+    found = [row for row in rows_of(tmp_path, notes) if isinstance(row, Row)]
+    assert [row.where for row in found] == ["a.txt[0]", "a.txt[1]", "a.txt[2]", "a.txt[3]", "b.md"]
+    assert [row.data["text"].split()[0] for row in found] == ["0", "3", "6", "9", "#"], "cut between paragraphs"
+    assert found[-1].data == {"text": "# B\n\nShort."}
+    assert notes == ["a.txt: 12,047 characters in 4 rows, cut between paragraphs, each of at most 4,000 characters"]
+
+
+def test_a_tree_of_messages_becomes_conversations(tmp_path: Path) -> None:
+    said = [
+        ("1", None, "prompter", None),
+        ("2", "1", "assistant", 1),
+        ("3", "1", "assistant", 0),
+        ("4", "3", "prompter", 0),
+    ]
+    rows = [{"message_id": i, "parent_id": p, "role": role, "rank": rank, "text": f"t{i}"} for i, p, role, rank in said]
+    (row,) = rows_of(write(tmp_path / "a.jsonl", rows))
+    assert isinstance(row, Row)
+    assert [turn["content"] for turn in row.data["messages"]] == ["t1", "t3"]
+
+
+def test_exported_chats_without_a_completion_are_counted(tmp_path: Path) -> None:
+    chats = [
+        {"chat_messages": [{"sender": who, "text": who} for who in some]}
+        for some in (["human"], ["human", "assistant"])
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(chats))
+    notes: list[str] = []
+    (row,) = rows_of(tmp_path / "a.json", notes)
+    assert row.where == "a.json[1]"
+    assert notes == ["a.json: 1 of 2 exported chats have no completion in text and are left out"]
+
+
+def test_json_is_decoded_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that pieces of the file cut anywhere, and numbers at their ends."""
+    rows = [{"text": f"é{i} " * 3, "n": [i, i * 1.5, None, {"x": "}],["}]} for i in range(30)]
+    (tmp_path / "a.json").write_text(f" [ {' , '.join(map(json.dumps, rows))} ]\n", "utf-8")
+    (tmp_path / "b.json").write_text("\n".join(json.dumps(row, indent=1) for row in rows) + "\n 12345")
+    for chunk in (1, 7, 64):
+        monkeypatch.setattr("mlxft.data.sources._CHUNK", chunk)
+        assert [row.data for row in rows_of(tmp_path / "a.json") if isinstance(row, Row)] == rows
+        *found, last = rows_of(tmp_path / "b.json")
+        assert [row.data for row in found if isinstance(row, Row)] == rows
+        assert last == Problem("b.json[30]", "the row is a number; expected an object with named fields, {...}")
+    (tmp_path / "a.json").write_text('[{"text": "x"}\n{"text": "y"}]')
+    assert rows_of(tmp_path / "a.json")[1] == Problem("a.json:2", "not valid JSON: expected ',' at column 1")

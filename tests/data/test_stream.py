@@ -279,7 +279,7 @@ def test_a_second_run_encodes_nothing_and_a_change_does(
     assert encodes()
     for change in ({}, {"batch.tokens": 64}, {"run.seed": 9}, {"batch.pack": True}):
         assert not encodes(**change)
-    for change in ({"max_length": 399}, {"train_on": "last"}, {"invalid": "drop"}, {"overflow": "drop"}):
+    for change in ({"max_length": 399}, {"train_on": "last"}, {"bad_rows": "drop"}, {"overflow": "drop"}):
         assert encodes(**change)
         assert not encodes(**change)
     assert not encodes()
@@ -426,9 +426,9 @@ def test_bad_rows_are_reported_as_in_memory(
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
     assert "a.jsonl:21: messages[0].role is 'asistant'" in texts[1]
-    assert texts[1].endswith("... and 10 more")
+    assert "... and 10 more\n30 of 60 rows do not fit" in texts[1]
     assert len(encoded) == 14, "after the first bad row nothing is encoded"
-    memory, stream = (build(settings(stream=on, invalid="drop"), tiny_tokenizer) for on in (False, True))
+    memory, stream = (build(settings(stream=on, bad_rows="drop"), tiny_tokenizer) for on in (False, True))
     assert rows_of(memory) == rows_of(stream)
     assert memory.summary().notes == stream.summary().notes
     assert any(note.startswith("30 rows are left out") for note in stream.summary().notes)

@@ -174,7 +174,7 @@ def command(tmp_path: Path) -> Callable[..., Any]:
             capture_output=True,
             text=True,
             env=clean | home | env,
-            timeout=120,
+            timeout=300,
         )
 
     return call

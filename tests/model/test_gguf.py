@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxft.errors import ModelError
 from mlxft.model import gguf
-from mlxft.model.gguf import PRE_TOKENIZERS, read_gguf_header, recognise, signature, signature_of
+from mlxft.model.gguf import PRE_TOKENIZERS, pre_tokenizer_of, read_gguf_header, signature, signature_of
 from mlxft.model.load import base_fingerprint, load, load_tokenizer, read_model_config, resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"
@@ -250,12 +250,12 @@ def test_pre_tokenizers_are_known_again(name: str) -> None:
     rule = PRE_TOKENIZERS[name]
     made = Tokenizer(models.BPE(ignore_merges=rule.ignore_merges))
     made.pre_tokenizer = pre_tokenizers.Sequence(list(rule.splits))
-    found = recognise(json.loads(made.to_str()))
+    found = pre_tokenizer_of(json.loads(made.to_str()))
     assert found is not None
     assert signature(json.loads(made.to_str())["pre_tokenizer"]) == signature_of(PRE_TOKENIZERS[found])
     assert PRE_TOKENIZERS[found].ignore_merges == rule.ignore_merges
     made.normalizer = normalizers.NFC() if rule.nfc else None
-    assert PRE_TOKENIZERS[recognise(json.loads(made.to_str())) or ""].nfc == rule.nfc
+    assert PRE_TOKENIZERS[pre_tokenizer_of(json.loads(made.to_str())) or ""].nfc == rule.nfc
 
 
 @pytest.mark.parametrize(
@@ -294,8 +294,9 @@ def test_patterns_of_known_models(pattern: str, ignoring: bool, name: str | None
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     steps = {"type": "Sequence", "pretokenizers": [split, bytes_]}
     normal = {"type": "NFC"} if name == "qwen2" else None
-    assert recognise({"pre_tokenizer": steps, "model": {"ignore_merges": ignoring}, "normalizer": normal}) == name
+    made = {"pre_tokenizer": steps, "model": {"ignore_merges": ignoring}, "normalizer": normal}
+    assert pre_tokenizer_of(made) == name
 
 
 def test_smollm2s_pre_tokenizer(smollm2: Any) -> None:
-    assert recognise(json.loads(smollm2.tokenizer.backend_tokenizer.to_str())) == "smollm"
+    assert pre_tokenizer_of(json.loads(smollm2.tokenizer.backend_tokenizer.to_str())) == "smollm"

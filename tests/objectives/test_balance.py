@@ -50,9 +50,10 @@ def run_of(recipe: Recipe, mixture: Path, **changes: Any) -> Run:
 
 
 @pytest.mark.parametrize(
-    "tune", [{"rank": 4}, {"method": "full"}, {"targets": ["gate"], "rank": 4}], ids=["lora", "full", "router"]
+    ("tune", "checkpoint"),
+    [({"rank": 4}, "off"), ({"rank": 4}, "on"), ({"method": "full"}, "off"), ({"targets": ["gate"], "rank": 4}, "on")],
+    ids=["lora", "lora-checkpointed", "full", "router-checkpointed"],
 )
-@pytest.mark.parametrize("checkpoint", ["off", "on"])
 def test_load_becomes_even(recipe: Recipe, mixture: Path, tune: dict[str, Any], checkpoint: str) -> None:
     """Also where routers stay as they are: what comes to them changes. loss is what is trained, balance included."""
     changes = {"tune": {**tune, "router_aux": 2.0}, "memory.checkpoint": checkpoint, "batch.rows": 10}

@@ -72,7 +72,7 @@ def objective(settings: dict[str, Any], loaded: Loaded) -> Any:
 @pytest.mark.learning
 @pytest.mark.slow
 def test_bradley_terry_recovery(recipe: Recipe, tmp_path: Path) -> None:
-    """Eight items with utilities in +-1.5 and 24,000 choices: each utility within 0.05, the loss within 0.005.
+    """Eight items with utilities in +-1.5 and 5,600 choices: each utility within 0.05, the loss within 0.005.
 
     Without centring, whose pull towards 0 would shrink the utilities: at 0.01 by a tenth. That the constant is free
     does not matter, the utilities are compared centred.
@@ -84,7 +84,7 @@ def test_bradley_terry_recovery(recipe: Recipe, tmp_path: Path) -> None:
     for a, b in couples:
         # Each couple as often as any other, and won as often as expected: what is left to see is the model's error,
         # and not that of the draw (0.03 an item).
-        count = 24_000 // len(couples)
+        count = 5_600 // len(couples)
         wins = round(count / (1 + math.exp(utilities[b] - utilities[a])))
         rows += [{"prompt": "of", "chosen": names[a], "rejected": names[b]}] * wins
         rows += [{"prompt": "of", "chosen": names[b], "rejected": names[a]}] * (count - wins)
@@ -96,7 +96,7 @@ def test_bradley_terry_recovery(recipe: Recipe, tmp_path: Path) -> None:
         "data.format": "preference",
         "data.template": "none",
         "data.valid": file,
-        "batch.rows": 1200,
+        "batch.rows": 280,
         "run.steps": None,
         "run.epochs": 8,
         "run.eval_every": 1000,

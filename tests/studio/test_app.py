@@ -193,7 +193,7 @@ def test_a_file_of_rows_without_a_recipe(client: TestClient, tmp_path: Path) -> 
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write("not json\n")
     text = client.get("/data?file=rows.jsonl").text
-    for part in ("messages: 12", "rows.jsonl:13", "rows.jsonl:1<", 'class="bar"', "characters"):
+    for part in ("data.format=messages", "rows.jsonl:13", "rows.jsonl:1<", 'class="bar"', "characters"):
         assert part in text, part
 
 

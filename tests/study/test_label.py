@@ -17,6 +17,7 @@ import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -35,9 +36,9 @@ from mlxft.study.label import (
     label,
     read_tasks,
     show_side_by_side,
-    wilson,
     win_rate,
 )
+from mlxft.study.stats import wilson
 from mlxft.text import make_console
 
 
@@ -80,7 +81,8 @@ def test_wilson_by_hand() -> None:
 
     8 of 10: (0.8 + 0.2) / 1.4 = 0.714286, and 2 sqrt(0.016 + 0.01) / 1.4 = 0.230350.
     """
-    assert wilson(0.8, 10, z=2) == pytest.approx((0.714286 - 0.230350, 0.714286 + 0.230350), abs=1e-6)
+    two = 2 * NormalDist().cdf(2) - 1  # the share within two standard deviations
+    assert wilson(0.8, 10, two) == pytest.approx((0.714286 - 0.230350, 0.714286 + 0.230350), abs=1e-6)
     # z^2 / (n + z^2) = 3.841459 / 13.841459 is the upper end of none of ten.
     assert wilson(0, 10) == pytest.approx((0, 0.277533), abs=1e-5)
     assert wilson(1, 10) == pytest.approx((0.722467, 1), abs=1e-5)
@@ -382,7 +384,7 @@ class Terminal:
 
     def wait(self, text: str) -> None:
         """Until `text` is shown, after what was waited for before."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while text not in self.seen:
             assert time.monotonic() < deadline, f"{text!r} did not come; seen: {self.seen}"
             if select.select([self.fd], [], [], 1)[0]:

@@ -76,7 +76,7 @@ def test_the_command_suggests_a_rate_and_leaves_nothing_but_the_picture(
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe(30, **{"data.valid": 0.2})), "utf-8")
     before = sorted(p.name for p in tmp_path.iterdir())
     command = [sys.executable, "-m", "mlxft", "lr-find", "r.yaml", "--min", "1e-5", "--steps", "50", "--plot", "lr.png"]
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["rates"][0] == 1e-5

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from ranks import Result, run_ranks
+from ranks import Result, row_writer, run_ranks
 
 pytestmark = pytest.mark.invariant
-_WORDS = ["the", "then", "other", "in", "on", "and", "is", "of", "he", "her"]
 _TASK = {
     "prompt": "{question}",
     "answer": "answer",
@@ -82,13 +79,7 @@ class Done(NamedTuple):
 
 
 def _rows(folder: Path) -> None:
-    rng = random.Random(0)
-
-    def text(least: int, most: int) -> str:
-        return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(least, most)))
-
-    def write(name: str, make: Callable[[], dict[str, Any]], count: int) -> None:
-        (folder / name).write_text("".join(json.dumps(make()) + "\n" for _ in range(count)))
+    rng, text, write = row_writer(folder)
 
     def choice() -> dict[str, Any]:
         return {"question": text(2, 9), "choices": [text(1, 4) for _ in range(3)], "answer": rng.randrange(3)}
@@ -104,14 +95,6 @@ def _rows(folder: Path) -> None:
     (folder / "f.py").write_text(
         "def size(prompts, completions, rows):\n    return [len(text) + len(prompts[i]) / 100 for i, text in "
         "enumerate(completions)]\n"
-    )
-    (folder / "guess.py").write_text(
-        "from mlxft import Observation\n"
-        "class Guess:\n"
-        "    def reset(self, row, seed):\n"
-        "        self.seed = seed\n"
-        "    def step(self, turn):\n"
-        "        return Observation('try again', reward=(len(turn.text) + self.seed) % 7, end=self.seed % 2 == 0)\n"
     )
 
 
@@ -138,7 +121,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, make_mo
                 for name, args in SAMPLES.items()
             ]
             (folder / "commands.json").write_text(json.dumps(commands))
-            ranks = run_ranks(["script.py", "commands.json", str(out), model], size, timeout=180)
+            ranks = run_ranks(["script.py", "commands.json", str(out), model], size)
             assert [code for code, _, _ in ranks] == [0] * size, "\n".join(errors[-3000:] for _, _, errors in ranks)
             found[size] = Done(out, ranks)
     return found
@@ -214,7 +197,7 @@ def test_ranks_with_other_rows_are_refused(done: dict[int, Done]):
 
 @pytest.mark.parametrize("args", [["runs"], ["eval", "model", "--tasks", "arc_easy"]])
 def test_other_commands_run_in_one_process(args: list[str]):
-    for code, out, errors in run_ranks(["-m", "mlxft", *args], timeout=60):
+    for code, out, errors in run_ranks(["-m", "mlxft", *args]):
         assert (code, out) == (2, "")
         assert "in one process" in errors
         assert len(errors.splitlines()) == 1

@@ -287,7 +287,7 @@ def test_details_hold_what_a_run_did(make: Make) -> None:
         "data.format": "messages",
     }
     (sample,) = run.samples
-    assert (sample.first_step, sample.first, sample.last_step, sample.last) == (0, "so & 0", 20, "so & 20")
+    assert (sample.first_step, sample.first, sample.last_step, sample.last) == (0, "so & 0", 10, "so & 10")
     assert json.loads(json.dumps(run.to_json()))["best"]["value"] == 1.5
 
 
@@ -352,7 +352,7 @@ def test_the_page_stands_by_itself_and_takes_text_as_text(make: Make, tmp_path: 
     assert not reader.tags & {"script", "link", "img", "iframe", "b i"}
     assert "url(http" not in text
     assert "prefers-color-scheme: dark" in text
-    for piece in ("<b>Why?</b>", "so & 0", "so & 20", "before training", "org/base", "tune.alpha", "1.5"):
+    for piece in ("<b>Why?</b>", "so & 0", "so & 10", "before training", "org/base", "tune.alpha", "1.5"):
         assert piece in reader.text, piece
     assert "<b>Why" not in text
 

@@ -72,17 +72,15 @@ def test_a_sweep_that_is_killed_goes_on(write: Write, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlxft", "sweep", str(write({"space": SPACE})), "--trials", "12", "--json"]
     begun = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     sixth = tmp_path / "runs/s/trials/5/metrics.jsonl"
-    deadline = time.monotonic() + 100
     while not (sixth.exists() and '"eval"' in sixth.read_text()):
         assert begun.poll() is None, "it ended by itself"
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     begun.send_signal(signal.SIGKILL)
     begun.wait()
     before = stored(tmp_path / "runs/s")
     assert 5 <= len(before) < 12
     begun_config = yaml.safe_load((tmp_path / f"runs/s/trials/{len(before)}/config.yaml").read_text())
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert f"runs/s: {len(before)} trials are finished" in done.stderr
@@ -124,7 +122,7 @@ def test_an_interrupted_sweep_says_so_and_goes_on(write: Write, tmp_path: Path) 
         assert begun.poll() is None, "it ended by itself"
         time.sleep(0.01)
     begun.send_signal(signal.SIGINT)
-    out, err = begun.communicate(timeout=60)
+    out, err = begun.communicate(timeout=300)
     assert (begun.returncode, err.strip()) == (130, "interrupted")
     assert "interrupted after 0 trials; the same command resumes" in out
     assert not first.exists()
@@ -399,9 +397,8 @@ def test_the_recipe_of_a_sweep(tiny_model_dir: Path, tmp_path: Path, monkeypatch
     assert run.metrics("end")[0]["best_loss"] == found.best.value
 
 
-@pytest.mark.parametrize("moment", ["suggested", "judged", "writing", "written"])
 def test_a_kill_at_any_moment_of_a_trial_changes_none(
-    moment: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two suggestions; after the pruner's note of a rung that was passed; within and after the transaction."""
     from optuna.pruners import SuccessiveHalvingPruner
@@ -411,38 +408,38 @@ def test_a_kill_at_any_moment_of_a_trial_changes_none(
     class Killed(BaseException):
         """Stands for a kill."""
 
-    place, name = {
-        "suggested": (TPESampler, "sample_independent"),
-        "judged": (SuccessiveHalvingPruner, "prune"),
-        "writing": (RDBStorage, "_set_trial_intermediate_value_without_commit"),
-        "written": (RDBStorage, "_create_new_trial"),
-    }[moment]
     settings = write({"space": SPACE, "pruner": "halving", "trials": 5, "grace": 1})
     quiet(settings, name="a")
     whole = stored(tmp_path / "runs/a")
     assert any(state.name == "PRUNED" for _, state, *_ in whole)
-    real, calls = getattr(place, name), 0
+    for place, name in (
+        (TPESampler, "sample_independent"),
+        (SuccessiveHalvingPruner, "prune"),
+        (RDBStorage, "_set_trial_intermediate_value_without_commit"),
+        (RDBStorage, "_create_new_trial"),
+    ):
+        real, calls, kills = getattr(place, name), 0, 0
 
-    def call(self: Any, *args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        found = real(self, *args, **options)
-        if calls in (3, 8):
-            raise Killed
-        return found
+        def call(self: Any, *args: Any, real: Any = real, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            found = real(self, *args, **options)
+            if calls in (3, 8):
+                raise Killed
+            return found
 
-    monkeypatch.setattr(place, name, call)
-    kills = 0
-    while True:
-        try:
-            quiet(settings, name="b")
-            break
-        except Killed:
-            kills += 1
-            left = stored(tmp_path / "runs/b")
-            assert left == whole[: len(left)], "what is written is whole"
-    assert kills >= 1
-    assert stored(tmp_path / "runs/b") == whole
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, call)
+            while True:
+                try:
+                    quiet(settings, name=name)
+                    break
+                except Killed:
+                    kills += 1
+                    left = stored(tmp_path / "runs" / name)
+                    assert left == whole[: len(left)], "what is written is whole"
+        assert kills >= 1
+        assert stored(tmp_path / "runs" / name) == whole
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from mlxft.errors import CheckpointError
-from mlxft.trainer.report import EventFile, LiveView, Plain, event_line, sparkline
+from mlxft.text import bar, make_console
+from mlxft.trainer.report import EventFile, LiveView, Plain, event_line, sparkline, terminal
 
 TRAIN: dict[str, Any] = {
     "event": "train",
@@ -120,3 +123,35 @@ def test_the_view_fits_its_terminal(width: int):
         assert piece in last, last
     assert "…" not in last
     assert "step 1000060 validation loss 2.5000 (best)" in "\n".join(shown)
+
+
+def test_a_notebook_shows_progress_and_curves_in_one_place(monkeypatch: pytest.MonkeyPatch):
+    shown: list[str] = []
+    places: list[str] = []
+
+    class Handle:
+        def update(self, text: str) -> None:
+            shown.append(text)
+
+    def display(text: str, display_id: bool) -> Handle:
+        places.append(text)
+        return Handle()
+
+    fake = types.ModuleType("IPython.display")
+    fake.HTML, fake.display = str, display
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    assert isinstance(terminal(make_console(file=io.StringIO()), 4, 0), Plain), "a console of its own shows nothing"
+    view = terminal(make_console(force_jupyter=True), 4, 0)
+    for step in (1, 2, 4):
+        view.event(TRAIN | {"step": step, "loss": 3.0 / step})
+    view.event({"event": "eval", "step": 4, "loss": 1.5, "best": True})
+    view.event({"event": "message", "step": 4, "text": "<script>\x1b[2J"})
+    view.close()
+    assert len(places) == 1
+    assert shown[-1].count("<polyline") == 2
+    for part in ('value="4" max="4"', "training loss, step 1 to 4: 3 to 0.75", "validation loss 1.5", "&lt;script&gt;"):
+        assert part in shown[-1]
+    assert "\x1b" not in shown[-1]
+    with bar(make_console(force_jupyter=True), 3, "rows") as advance:
+        advance(2)
+    assert 'value="2" max="3"' in shown[-1]

@@ -298,10 +298,10 @@ ASYNC = """
         self.late = seed % 4 == 0
 
     async def step(self, turn):
-        await asyncio.sleep(60 if self.late else 0.2)
+        await asyncio.sleep(600 if self.late else 0.2)
         return Observation(reward=1.0, end=True)
 """
-SYNC = ASYNC.replace("async def", "def").replace("await asyncio.sleep(60", "time.sleep(3").replace("0.2)", "0)")
+SYNC = ASYNC.replace("async def", "def").replace("await asyncio.sleep(600", "time.sleep(3").replace("0.2)", "0)")
 
 
 @pytest.mark.parametrize("body", [ASYNC, SYNC])
@@ -312,7 +312,7 @@ def test_hanging_calls_end_their_episodes(play: Play, body: str) -> None:
     share = event["limit_seconds"]
     assert 0 < share < 0.5
     assert event["reward"] == 1 - share
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 120
 
 
 def test_hanging_too_often_is_refused(play: Play) -> None:

@@ -1,0 +1,128 @@
+"""The doors: training without a recipe, mlxft init, a run by its bare name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlxft.config import parse_config
+from mlxft.study import start
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A spreadsheet's export in the working folder, with an empty row at its end."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"the {word} in;the rain {word}" for word in ("house", "rain", "spain", "falls", "plain") * 6]
+    Path("faq.csv").write_text("\n".join(["Question;Answer", *lines, ";"]) + "\n", "utf-8")
+    return "faq.csv"
+
+
+def test_trains_without_a_recipe(rows: str, mlxft: Command, tiny_model_dir: Path) -> None:
+    """The run holds the recipe that the options came to, is resumed, and is named as the data."""
+    model = str(tiny_model_dir)
+    found = mlxft("train", "--model", model, "--data", rows, "run.steps=2", "data.template=none")
+    assert found.code == 0, found.err
+    kept = yaml.safe_load(Path("runs/sft-faq/config.yaml").read_text())
+    assert kept["model"]["path"] == model
+    assert kept["data"]["format"] == "prompt-completion"
+    assert "mlxft serve runs/sft-faq" in found.out
+    same = mlxft(
+        "train", f"model.path={model}", f"data.train={rows}", "run.steps=2", "run.name=b", "data.template=none"
+    )
+    assert same.code == 0, same.err
+    assert mlxft("train", "--resume", "sft-faq").code == 0
+    assert "mlxft init" in mlxft("train").err
+
+
+def test_a_run_is_named_the_same_way_everywhere(rows: str, mlxft: Command, tiny_model_dir: Path) -> None:
+    given = ("--model", str(tiny_model_dir), "--data", rows, "run.steps=2", "run.name=mine", "data.template=none")
+    assert mlxft("train", *given).code == 0
+    for name in ("mine", "runs/mine"):
+        for command in (
+            ("generate", "--model", name, "the", "--max-tokens", "2"),
+            ("eval", name, rows, "--overwrite"),
+            ("runs", "show", name),
+            ("fuse", name, f"fused-{len(name)}"),
+            ("fuse", f"merged-{len(name)}", "--adapter", f"{name}:0.5"),
+            ("export", "--format", "peft", name, f"peft-{len(name)}"),
+            ("compare", "the", "--models", f"base,{name}", "--max-tokens", "2", "--json"),
+        ):
+            found = mlxft(*command)
+            assert found.code == 0, (command, found.err)
+
+
+def test_init_proposes_a_recipe_that_trains(
+    rows: str, mlxft: Command, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "fitting", lambda *given, **more: [])
+    made = mlxft("init", rows, "--model", str(tiny_model_dir))
+    assert made.code == 0, made.err
+    assert "{prompt: Question, completion: Answer}" in made.out
+    recipe = yaml.safe_load(Path("mlxft.yaml").read_text())
+    assert recipe["data"]["valid"] == 0.1
+    assert recipe["run"]["name"] == "faq"
+    again = mlxft("init", rows)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+    assert mlxft("check", "data.template=none", "--json").code == 0
+    trained = mlxft("train", "run.steps=2", "data.template=none")
+    assert trained.code == 0, trained.err
+    shown = mlxft("compare", "--max-tokens", "2")  # its own prompts, on the latest run and its base
+    assert shown.code == 0, shown.err
+    assert "the house in" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("columns", "objective", "key"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference", None),
+        ({"prompt": "a", "completion": "b", "label": True}, "preference", "preference"),
+        ({"prompt": "a"}, "grpo", "rewards"),
+    ],
+)
+def test_init_takes_the_objective_of_the_rows(
+    columns: dict[str, Any], objective: str, key: str | None, tmp_path: Path
+) -> None:
+    rows = [
+        {name: f"{value} {i}" if isinstance(value, str) else i % 2 == 0 for name, value in columns.items()}
+        for i in range(30)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = start.propose(start.look(str(file)), start.ProposedBase("m", "lora", "")).plain()
+    assert recipe["objective"] == objective
+    assert key is None or key in recipe
+    assert parse_config(recipe, "made").objective == objective
+
+
+def test_look_counts_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = [
+        {"prompt": f"Wie ist das Wetter in der Stadt {i} und was ist nicht gut?", "completion": "gut"}
+        for i in range(20)
+    ]
+    bad = [{"prompt": "und?", "completion": ""}, good[0]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*good, *bad]))
+    seen = start.look(str(file))
+    assert (seen.rows, seen.wrong, seen.duplicates, seen.labels, seen.language) == (21, 1, 1, ["gut"], "German")
+    assert start.propose(seen, start.ProposedBase("m", "lora", "")).plain()["data"]["bad_rows"] == "drop"
+
+
+def test_an_adapter_of_mlx_lm_names_its_base(rows: str, mlxft: Command, tiny_model_dir: Path) -> None:
+    given = ("--model", str(tiny_model_dir), "--data", rows, "run.steps=2", "run.name=mine", "data.template=none")
+    assert mlxft("train", *given).code == 0
+    folder = Path("runs/mine/adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["mlxft"]
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"model": str(tiny_model_dir)}))
+    folder.rename("theirs")
+    found = mlxft("generate", "--model", "theirs", "the", "--max-tokens", "2")
+    assert found.code == 0, found.err
