@@ -69,7 +69,7 @@ BUDGET = {
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
     "study": (17, 7270),
     "exports": (6, 3300),
-    "studio": (3, 1330),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
+    "studio": (3, 1335),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     "cli": (7, 2430),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }

@@ -57,7 +57,7 @@ try:
     from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ModuleNotFoundError as e:
-    raise ConfigError(missing_extra(str(e.name), "studio")) from e
+    raise ConfigError(missing_extra(str(e.name).partition(".")[0], "studio")) from e
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
 
@@ -114,10 +114,12 @@ class Gate:
             return _plain(414, "The address is too long.")
         if not length.isdecimal() or int(length) > _MOST_BODY:
             return _plain(413, _TOO_LARGE)
+        given = request.query_params.get("token") if request.url.path == "/" else None
         foreign = origin is not None and origin != f"http://{host}"
+        foreign |= given is None and site not in (None, "same-origin", "none")
         if foreign or (request.method == "POST" and origin is None and site != "same-origin"):
             return _plain(403, "Another web page has sent this request; it is refused.")
-        if (given := request.query_params.get("token")) is not None and request.url.path == "/":
+        if given is not None:
             if not hmac.compare_digest(given.encode(), self.token.encode()):
                 return _plain(403, "The token is not this studio's: open the address that mlxft studio has printed.")
             reply = RedirectResponse("/", 303)
@@ -575,7 +577,11 @@ async def _serve(server: _Server, studio: Studio, listening: socket.socket) -> N
     """Serve until SIGINT or SIGTERM."""
 
     def end() -> None:
+        if server.should_exit:  # a second time: at once, whatever is being loaded or sampled
+            os._exit(130)
         studio.closing.set()
+        for check in studio.work.checks:
+            check.kill()
         studio.play.stop()
         server.should_exit = True
 

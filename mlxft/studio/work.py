@@ -58,6 +58,7 @@ class Workplace:
     def __init__(self, root: Path, place: str = "runs") -> None:
         self.root = root.resolve()
         self.place = self.inside(place)
+        self.checks: list[subprocess.Popen[bytes]] = []  # those that are running
         self._jobs: dict[Path, StartedRun] = {}
 
     def inside(self, name: str) -> Path:
@@ -316,19 +317,20 @@ def inspect_recipe(work: Workplace, recipe: str, overrides: Sequence[str]) -> In
     """Return what `mlxft check` knows of a recipe and its rows; it runs in a process of its own."""
     work.check_overrides(overrides)
     command = [sys.executable, "-m", "mlxft", "check", "--json", "--rows", str(_LENGTHS), "--"]
+    command += [work.name(work.inside(recipe)), *overrides]
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=work.root, **pipes) as process:
+        work.checks.append(process)
+        try:
+            out, err = process.communicate(timeout=_CHECK_SECONDS)
+        except subprocess.TimeoutExpired as e:
+            raise DataError(f"{recipe}: mlxft check took over {_CHECK_SECONDS:.0f} s; run it in a terminal") from e
+        finally:
+            process.kill()
+            work.checks.remove(process)
+    problems = printable(err.decode("utf-8", "replace")).strip()
     try:
-        done = subprocess.run(
-            [*command, work.name(work.inside(recipe)), *overrides],
-            cwd=work.root,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=_CHECK_SECONDS,
-        )
-    except subprocess.TimeoutExpired as e:
-        raise DataError(f"{recipe}: mlxft check took over {_CHECK_SECONDS:.0f} s; run it in a terminal") from e
-    problems = printable(done.stderr.decode("utf-8", "replace")).strip()
-    try:
-        facts = parse_json(done.stdout)
+        facts = parse_json(out)
     except ValueError:
         return Inspected(problems or "mlxft check printed nothing")
     rows = facts.pop("previews", [])

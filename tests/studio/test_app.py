@@ -66,6 +66,9 @@ def test_other_hosts_origins_methods_and_sizes_are_refused(client: TestClient) -
         assert client.post("/stop", data={"run": "a"}, headers={"origin": origin}).status_code == 403, origin
         assert client.get("/", headers={"origin": origin}).status_code == 403, origin
     del client.headers["origin"]
+    for site in ("cross-site", "same-site"):  # the second: a page of another port of this machine
+        assert client.get("/", headers={"sec-fetch-site": site}).status_code == 403
+    assert client.get("/", headers={"sec-fetch-site": "none"}).status_code == 200
     assert client.post("/stop", data={"run": "a"}).status_code == 403
     assert client.post("/stop", data={"run": "a"}, headers={"sec-fetch-site": "cross-site"}).status_code == 403
     assert client.post("/stop", data={"run": "a"}, headers={"sec-fetch-site": "same-origin"}).status_code == 400
@@ -190,7 +193,7 @@ def test_a_file_of_rows_without_a_recipe(client: TestClient, tmp_path: Path) -> 
     with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
         file.write("not json\n")
     text = client.get("/data?file=rows.jsonl").text
-    for part in ("messages (12 rows)", "rows.jsonl:13", "rows.jsonl:1<", 'class="bar"', "characters"):
+    for part in ("data.format=messages", "rows.jsonl:13", "rows.jsonl:1<", 'class="bar"', "characters"):
         assert part in text, part
 
 
