@@ -396,7 +396,7 @@ def test_ctrl_c_saves_a_checkpoint_that_is_resumed(
         (["recipe.yaml", "tune.rnak=1"], "tune.rank"),
         (["recipe.yaml", "--env", "A"], "NAME=VALUE"),
         (["nowhere.yaml"], "nowhere.yaml"),
-        ([], "give one recipe"),
+        ([], "give a recipe"),
         (["recipe.yaml", "--hosts", "a,,b"], "--hosts"),
         (["recipe.yaml", "--hosts", "a", "--hostfile", "recipe.yaml"], "--hostfile"),
         (["recipe.yaml", "--hostfile", "recipe.yaml"], "mlx.distributed_config"),
