@@ -1132,7 +1132,9 @@ def nearest_key(location: str, kind: type[BaseModel], value: Any = None) -> str:
         return nearest(leaf, [f.alias or name for name, f in inner.model_fields.items()])
     from mlxft.foreign import explain_setting
 
-    if said := explain_setting(location, value, keys):
+    # Axolotl's `adapter: qlora` and mlx_lm's `train: true` are not ours of that name.
+    theirs = not elsewhere or value is True or value in ("lora", "qlora", "dora")
+    if theirs and (said := explain_setting(location, value, keys)):
         return said
     # Compare leaves with leaves: the section's name would make all of its settings look alike.
     close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")

@@ -224,7 +224,7 @@ BAD: dict[str, tuple[dict[str, Any] | None, dict[str, Any], str]] = {
     "no section": (None, {}, r"sweep.space is needed"),
     "no space": ({"trials": 3}, {}, r"sweep: space is needed"),
     "unknown": ({"space": {"optim.rate": {"log": [1, 2]}}}, {}, r"sweep.space.optim.rate: no such setting"),
-    "elsewhere": ({"space": {"tune.lr": {"log": [1, 2]}}}, {}, r"tune.lr: no such setting; mlxft has optim.lr"),
+    "elsewhere": ({"space": {"tune.lr": {"log": [1, 2]}}}, {}, r"tune.lr: no such setting \(did you mean optim.lr\?\)"),
     "fixed": ({"space": {"run.name": {"choice": ["a", "b"]}}}, {}, r"run.name: cannot be varied"),
     "teacher": (
         {"space": {"distill.teacher": {"choice": ["a", "b"]}}},
