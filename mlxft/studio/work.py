@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # --- the working folder -----------------------------------------------------------------------------------------------
 
 _SKIPPED = {"node_modules", "adapter", "model", "checkpoints", "site-packages"}
-_DEEP, _MOST_FILES = 3, 300
+_DEEP, _MOST_FOLDERS, _MOST_FILES = 3, 2000, 300  # a home folder must not take seconds
 _NOT_ROWS = re.compile(r"(tokenizer|config|package|vocab|generation_|special_|metrics|samples|status|results).*", re.I)
 LOCK = ".mlxft-studio"
 _TAIL = 1 << 16  # bytes of a process's output that are shown
@@ -78,7 +78,7 @@ class Workplace:
     def files(self, suffixes: Sequence[str]) -> list[str]:
         """Return the files with these suffixes in the folder and three levels below it, without hidden ones."""
         found: list[str] = []
-        for at, folders, files in os.walk(self.root):
+        for at, folders, files in islice(os.walk(self.root), _MOST_FOLDERS):
             here = Path(at)
             deep = len(here.relative_to(self.root).parts)
             folders[:] = sorted(f for f in folders if deep < _DEEP and f[0] != "." and f not in _SKIPPED)

@@ -156,7 +156,14 @@ def test_pages_fit_read_aloud_and_make_no_errors(browser: Any, served: Served, s
     page, wrong = opened(browser, served, color_scheme=scheme)
     axe = axe_core.Axe()
     run = "run=runs/done"
-    paths = ["/", f"/run?{run}", f"/compare?{run}&run=runs/short", "/data?recipe=recipe.yaml", "/data?file=ab.jsonl"]
+    paths = [
+        "/",
+        f"/run?{run}",
+        f"/run/report?{run}",
+        f"/compare?{run}&run=runs/short",
+        "/data?recipe=recipe.yaml",
+        "/data?file=ab.jsonl",
+    ]
     for path in [*paths, "/playground", "/label", f"/label?out={open_labels(served, scheme)}"]:
         page.goto(f"{served.base}{path}")
         for width in (390, 1280):
