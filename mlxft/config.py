@@ -1133,8 +1133,9 @@ def nearest_key(location: str, kind: type[BaseModel], value: Any = None) -> str:
     from mlxft.foreign import explain_setting
 
     # Axolotl's `adapter: qlora` and mlx_lm's `train: true` are not ours of that name.
-    theirs = not elsewhere or value is True or value in ("lora", "qlora", "dora")
-    if theirs and (said := explain_setting(location, value, keys)):
+    theirs = not elsewhere or value is True or value in ("lora", "qlora", "dora") or leaf == "template"
+    section_near = nearest(location, kind.model_fields) if isinstance(value, Mapping) else ""
+    if theirs and not section_near and (said := explain_setting(location, value, keys)):
         return said
     # Compare leaves with leaves: the section's name would make all of its settings look alike.
     close = nearest(leaf, siblings).removeprefix(" (did you mean ").removesuffix("?)")

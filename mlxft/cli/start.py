@@ -14,7 +14,7 @@ from mlxft.text import echo
 
 @click.command()
 @click.argument("data", required=False)
-@click.option("--from", "theirs", type=PathArg(exists=True, dir_okay=False), help="Configuration of another tool.")
+@click.option("--from", "theirs", type=PathArg(dir_okay=False), help="Configuration of another tool.")
 @click.option("--objective", help="Objective (default: the one that takes the rows).")
 @click.option(
     "--model", help="Base: a hub id, folder, .gguf file or smollm2-135m (default: proposed for this machine)."

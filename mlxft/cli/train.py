@@ -43,7 +43,9 @@ def _file(recipe: Path | None, overrides: Sequence[str]) -> Path | None:
     """Return the recipe to read: RECIPE, the one that mlxft init wrote here, or None where KEY=VALUE say it all."""
     if recipe is not None:
         if recipe.is_dir():
-            raise click.UsageError(f"{recipe} is a folder; give a recipe, or use --resume {recipe}")
+            raise click.UsageError(
+                f"{recipe} is a folder; give a recipe (to resume a run: mlxft train --resume {recipe})"
+            )
         return recipe
     if any(text.startswith(("model.path=", "data.train=")) for text in overrides):
         return None
