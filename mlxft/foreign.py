@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,6 +216,7 @@ class _Entry(NamedTuple):
     note: str
 
 
+@cache
 def _entries() -> dict[str, _Entry]:
     found: dict[str, _Entry] = {}
     for line in _TABLE.strip().splitlines():
