@@ -166,7 +166,7 @@ def test_a_reward_run_judges_and_does_not_write(here: Path, write: Any, mlxft: A
         (None, ["--task", "choice", "--thoughts", "keep"], 2, "--thoughts keep: is for metrics of completions"),
         (None, ["--tasks", "arc_easy"], 2, "FILE: not with --tasks"),
         (None, ["--include-path", "."], 2, "go with --tasks"),
-        (["{"], [], 1, "rows.jsonl:1: not valid JSON"),
+        (["{"], [], 1, "not valid JSON"),
         (['{"a": 1}'], [], 1, "rows.jsonl:1: the row has a, which fits no format"),
         (['{"question": "x", "answer": 0}'], ["--task", "choice"], 2, "choices is 'choices', which no row has"),
         (

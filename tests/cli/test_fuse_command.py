@@ -67,7 +67,7 @@ def test_rows_to_measure_on(write: Command, mlxft: Command, refused: Command, tm
         assert told["adapted_to_base"] > 1e-3
         assert 0 < told["probe"]["tokens"] <= 600
     assert "no such file" in refused(2, "fuse", "runs/a", "out", "--probe", "nope.jsonl")
-    write_rows(tmp_path / "bad.jsonl", [{"words": "the"}])
+    write_rows(tmp_path / "bad.jsonl", [{"words": 3}])
     assert "a probe's have messages, text" in refused(1, "fuse", "runs/a", "out", "--probe", "bad.jsonl")
     # What the recipe of a run names may be a stranger's choice: it is named, and left alone.
     assert mlxft("train", write("two.yaml", **HIGH, **{"data.valid": "rows-10.jsonl", "run.name": "b"})).code == 0

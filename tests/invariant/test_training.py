@@ -193,9 +193,9 @@ def test_epochs_are_whole_passes(recipe: Recipe, tiny_model: Loaded, budget: dic
     assert objective.state_dict() == {"epoch": 7, "next": 0}
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(None, 5), (0.4, 2), (2, 10), (2.6, 13), (0.01, 1)])
+@pytest.mark.parametrize(("epochs", "steps"), [(None, 100), (0.4, 2), (2, 10), (2.6, 13), (0.01, 1)])
 def test_fractions_of_epochs(recipe: Recipe, tiny_model: Loaded, epochs: float | None, steps: int):
-    """10 rows in twos are 5 steps."""
+    """10 rows in twos are 5 steps; without a length a small file gets 20 epochs, the most."""
     config = parse_config(recipe(rows=10, **{"run.steps": None, "run.epochs": epochs}))
     assert total_steps(config, make_objective(config, tiny_model.tokenizer)) == steps
 
