@@ -57,7 +57,7 @@ model.dtype | fp16 | fp16
 model.dtype | fp32 | fp32
 tune.method | fine_tune_type finetuning_type train_type | method
 tune.method | adapter peft_type peft_method | adapter_kind
-tune.method | use_dora peft_use_dora | dora
+tune.method | use_dora peft_use_dora dora | dora
 tune.method | full_finetuning | full
 tune.method | use_peft use_lora | peft
 tune.rank | r lora_r lora_rank lora_dim peft_r peft_lora_r
@@ -81,9 +81,9 @@ data.fields | dataset_text_field text_column text_field text_feature | text_fiel
 data.fields | prompt_feature prompt_column instruction_column prompt_key | prompt_field
 data.fields | completion_feature completion_column response_column | completion_field
 data.fields | chat_feature messages_column field_messages | messages_field
-data.max_length | max_seq_length max_seq_len sequence_len cutoff_len max_length model_max_length block_size context_length max_prompt_length max_sequence_length | - | longer rows are an error, unless data.overflow says otherwise
+data.max_length | max_seq_length max_seq_len sequence_len cutoff_len max_length model_max_length block_size context_length max_sequence_length | - | longer rows are an error, unless data.overflow says otherwise
 data.overflow | truncation truncation_mode truncation_strategy excess_length_strategy | overflow
-data.train_on | mask_prompt completion_only_loss assistant_only_loss train_on_responses_only train_on_prompt mask_inputs | masked
+data.train_on | mask_prompt completion_only_loss train_on_responses_only train_on_prompt mask_inputs | masked
 data.train_on | train_on_inputs train_on_input | unmasked
 data.train_on | mask_history roles_to_train | last
 data.shots | max_samples max_train_samples | none | data.shots draws so many rows (per label, where there are labels)
@@ -103,6 +103,7 @@ optim.warmup | warmup_steps warmup_ratio num_warmup_steps lr_warmup_steps warmup
 optim.min_lr | min_learning_rate
 optim.min_lr | cosine_min_lr_ratio min_lr_ratio min_lr_rate | min_lr
 optim.weight_decay | wd
+optim.weight_decay | optimizer_config | optimizer_config
 optim.betas | adam_beta1 adam_beta2 beta1 beta2 | betas
 optim.eps | adam_epsilon adam_eps optim_eps
 optim.clip | max_grad_norm gradient_clipping gradient_clip_val clip_grad_norm grad_clip max_norm clip_grad
@@ -191,6 +192,8 @@ bias : adapters have no biases; leave it out
 task_type inference_mode fan_in_fan_out lora_fan_in_fan_out init_lora_weights lora_init layer_replication megatron_config loftq_config use_pissa pissa_init eva_config lora_bias auto_mapping revision layers_pattern lora_on_cpu peft_layer_replication rank_pattern alpha_pattern : not for mlxft's LoRA; leave it out
 plot_loss include_num_input_tokens_seen include_tokens_per_second log_level disable_tqdm prediction_loss_only ignore_data_skip log_on_each_node skip_memory_metrics profile debug log_peak_memory_stats : metrics.jsonl and mlxft runs plot have it; leave it out
 wandb_entity wandb_watch wandb_log_model wandb_mode hf_mlflow_log_artifacts swanlab_mode : set it in the tracker's own environment, such as WANDB_ENTITY
+max_prompt_length max_target_length : data.max_length is that of the whole row
+assistant_only_loss : every assistant turn is trained by default; leave it out (data.train_on: all trains all)
 template chat_template tokenizer_name tokenizer_name_or_path tokenizer_type tokenizer tokenizer_config eos_token pad_token unk_token tokenizer_use_fast default_system_message : the model's own tokenizer and chat template are used (model.chat_template replaces the latter)
 strict hf_use_auth_token use_auth_token token hf_token hf_hub_token : run hf auth login once; leave it out
 use_vllm vllm_mode vllm_gpu_memory_utilization vllm_server_host vllm_server_port vllm_server_base_url gpu_memory_utilization cache_implementation : completions are sampled by MLX in the same process; leave it out
@@ -198,7 +201,7 @@ ref_model reference_model sync_ref_model ref_model_mixup_alpha ref_model_sync_st
 reward_weights : give rewards.function several functions, each with its weight
 ref_free reference_free : preference.loss: simpo, orpo or cpo need no reference
 freeze_trainable_layers freeze_trainable_modules unfrozen_parameters : tune.method: full with tune.train or tune.layers
-optim_target_modules galore_target_modules use_galore galore_rank use_badam use_apollo lisa_n_layers relora_steps use_llama_pro s2_attn shift_attn mixture_of_depths flash_optimum optim_args optimizer_in_bwd optimizer_config : not there; tune.method: lora saves that memory
+optim_target_modules galore_target_modules use_galore galore_rank use_badam use_apollo lisa_n_layers relora_steps use_llama_pro s2_attn shift_attn mixture_of_depths flash_optimum optim_args optimizer_in_bwd : not there; tune.method: lora saves that memory
 pair_wise_loss dataset_config dataset_config_name dataset_split dataset_train_split dataset_test_split train_split eval_split split subset : in data.train as hf:org/name:config:split
 mix_strategy interleave_probs dataset_mixer : data.mix with a path and a weight for each source
 enable_thinking reasoning : part of the rows and of the chat template
@@ -272,7 +275,8 @@ def translate_all(settings: Mapping[str, Any], known: Collection[str]) -> Iterat
         if found is None:  # one of our own names, such as rank in lora_parameters
             ours = [key for key in known if key.rpartition(".")[2] == name]
             first = next(
-                (key for key in ours if key.partition(".")[0] in ("tune", "optim", "run", "model", "data")), ""
+                (key for key in ours if key.partition(".")[0] in ("tune", "optim", "run", "model", "data", "rollout")),
+                "",
             )
             found = Translation({first: value}) if first else None
         yield name, value, found
@@ -457,6 +461,8 @@ def _adapter(value: Any, beside: Mapping[str, Any]) -> Any:
 
 
 def _method(value: Any, beside: Mapping[str, Any]) -> Any:
+    if value == "freeze" and isinstance(last := beside.get("freeze_trainable_layers"), int):
+        return Translation({"tune.method": "full", "tune.layers": abs(last)})
     found = {"lora": "lora", "qlora": "lora", "dora": "dora", "full": "full", "freeze": "full"}.get(
         str(value).lower(), UNSEEN
     )
@@ -522,6 +528,19 @@ def _optimizer(value: Any, beside: Mapping[str, Any]) -> Any:
     return next((name for name in names if name in str(value).lower()), UNSEEN)
 
 
+def _optimizer_config(value: Any, beside: Mapping[str, Any]) -> Any:
+    """Translate mlx_lm's {adamw: {weight_decay: 0.01, betas: [...]}}, the part of the optimiser that is used."""
+    own = value.get(str(beside.get("optimizer", "adam"))) or {}
+    ours = {
+        "weight_decay": "optim.weight_decay",
+        "betas": "optim.betas",
+        "eps": "optim.eps",
+        "momentum": "optim.momentum",
+    }
+    found = {ours[name]: given for name, given in own.items() if name in ours}
+    return Translation(found) if found else _left_out("nothing in it for this optimiser")
+
+
 def _betas(value: Any, beside: Mapping[str, Any]) -> Any:
     one, two = (beside.get(f"adam_{name}", beside.get(name)) for name in ("beta1", "beta2"))
     return [0.9 if one is None else one, 0.999 if two is None else two] if (one, two) != (None, None) else UNSEEN
@@ -529,7 +548,7 @@ def _betas(value: Any, beside: Mapping[str, Any]) -> Any:
 
 def _iters(value: Any, beside: Mapping[str, Any]) -> Any:
     each = beside.get("grad_accumulation_steps") or beside.get("gradient_accumulation_steps") or 1
-    return max(1, int(value) // int(each))
+    return max(1, int(value) // int(each)) if int(value) > 0 else UNSEEN
 
 
 def _folder(value: Any, beside: Mapping[str, Any]) -> Any:
@@ -634,6 +653,7 @@ _CONVERT: dict[str, _Fields] = {
     "schedule": _schedule,
     "min_lr": lambda value, beside: float(value) * float(beside.get("learning_rate", beside.get("lr"))),
     "betas": _betas,
+    "optimizer_config": _optimizer_config,
     "positive": lambda value, beside: int(value) if int(value) > 0 else _left_out("run.epochs decides"),
     "iters": _iters,
     "every": lambda value, beside: int(value) if float(value) >= 1 else UNSEEN,

@@ -54,7 +54,7 @@ BUDGET = {
     # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix; lifeline.py, launch.py:
     # how ranks on several Macs are started, and learn of each other's end.
     # config.py: data.format: auto, several files of rows; runs.py: where a model's name leads; foreign.py: other tools.
-    "top": (18, 9400),
+    "top": (18, 9420),
     # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources. formats.py: which format
     # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.
     "data": (5, 5400),
@@ -67,7 +67,7 @@ BUDGET = {
     "trainer": (5, 1860),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
-    "study": (17, 7270),
+    "study": (17, 7320),
     "exports": (6, 3300),
     "studio": (3, 1335),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed

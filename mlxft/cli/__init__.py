@@ -160,11 +160,14 @@ def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:
         settings = all_keys(config_class("sft"))
     import yaml
 
-    after = args[args.index(e.option_name) + 1 :] if e.option_name in args else []
+    joined = next((text.partition("=")[2] for text in args if text.startswith(f"{e.option_name}=")), None)
+    after = [joined] if joined else args[args.index(e.option_name) + 1 :] if e.option_name in args else []
     value: Any = UNSEEN
     if after and not after[0].startswith("--"):
         with suppress(yaml.YAMLError):
             value = yaml.safe_load(after[0])
+    elif e.option_name in args:  # a switch
+        value = True
     said = explain_flag(e.option_name, options, settings, value)
     return click.UsageError(f"No such option: {e.option_name}{said}", e.ctx) if said else e
 

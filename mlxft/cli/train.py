@@ -46,6 +46,10 @@ def _file(recipe: Path | None, overrides: Sequence[str]) -> Path | None:
             raise click.UsageError(
                 f"{recipe} is a folder; give a recipe (to resume a run: mlxft train --resume {recipe})"
             )
+        if recipe.suffix.lower() in (".csv", ".tsv", ".jsonl", ".xlsx", ".ods", ".parquet", ".txt", ".md"):
+            raise click.UsageError(
+                f"{recipe} holds rows, not a recipe: give --model MODEL --data {recipe}; or mlxft init {recipe}"
+            )
         return recipe
     if any(text.startswith(("model.path=", "data.train=")) for text in overrides):
         return None
@@ -187,9 +191,11 @@ def _recipe(recipe: Path | None, overrides: tuple[str, ...], resume: str | None)
     path = Path(resume) if resume else recipe
     if path is None:
         return _file(None, overrides), overrides
-    from mlxft.runs import named_run
+    from mlxft.runs import find_run, named_run
 
     path = named_run(path)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        path = find_run(str(path), Path("runs"))
     if path.is_dir():
         if not (path / "config.yaml").exists():
             raise click.UsageError(f"{path} is not a run folder: it has no config.yaml")

@@ -155,9 +155,8 @@ def _of_folder(path: Path, spec: str, split: str) -> list[File]:
     if found is not None:
         return [_file(found)]
     shards = [p for name in SPLITS[split] for p in sorted(path.glob(f"**/{name}-*-of-*.*")) if p.suffix in READERS]
-    texts = (
-        [p for p in sorted(path.rglob("*")) if p.suffix.lower() in _TEXTS and p.is_file()] if split == "train" else []
-    )
+    every = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in READERS and p.is_file()]
+    texts = every if split == "train" and all(p.suffix.lower() in _TEXTS for p in every) else []  # not a readme's
     if shards or texts:
         return _named([_file(path) for path in shards or texts])
     wanted, known = ", ".join(f"{name}.jsonl" for name in SPLITS[split]), ", ".join(READERS)

@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxft.config import all_keys, config_class, dump_yaml, read_yaml
+from mlxft.config import all_keys, config_class, dump_yaml, objectives, parse_config, read_yaml
 from mlxft.data.formats import (
     TAKEN_BY,
+    Columns,
     Completion,
     Conversation,
     Item,
@@ -27,8 +28,8 @@ from mlxft.data.formats import (
     recognise,
     wanted_completion,
 )
-from mlxft.data.sources import SPLITS, Row, find_split, read_rows
-from mlxft.errors import ConfigError, ModelError
+from mlxft.data.sources import SPLITS, Problem, Row, find_split, read_rows, report_lines
+from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.foreign import UNSEEN, is_hub_id, tool_of, translate_all
 from mlxft.model.load import ALIASES, resolve
 from mlxft.study.catalogue import fitting
@@ -116,7 +117,10 @@ def look(source: str) -> Look:
     more, read = len(read) > _MOST_ROWS, read[:_MOST_ROWS]
     found = recognise(read, name=Path(source).name)
     skipped: list[Any] = []
-    examples = convert(read, found.format, found.fields, skipped)
+    if unread := [f"{row.where}: {row.text}" for row in read if isinstance(row, Problem)]:
+        raise DataError(f"{report_lines(unread)}\nmend the file first: what follows such a place may be lost, too")
+    columns = Columns()
+    examples = convert(read, found.format, found.fields, skipped, columns=columns)
     texts = [_text_of(item) for _, item in examples]
     lengths = sorted(map(len, texts))
     completions = [wanted_completion(item) for _, item in examples]
@@ -138,7 +142,7 @@ def look(source: str) -> Look:
         wrong=len(skipped),
         problems=[f"{problem.where}: {problem.text}" for problem in skipped[:3]],
         valid=folder.is_dir() and find_split(folder, "valid") is not None,
-        notes=[*notes, *found.notes],
+        notes=[*notes, *found.notes, *(note for note in columns.notes() if note.startswith("columns"))],
     )
 
 
@@ -384,7 +388,9 @@ def convert_recipe(path: Path) -> Converted:
             "DATA proposes a recipe for rows"
         )
     made = Converted(tool, {}, [], [])
-    known = _keys_for(raw)
+    raw = {**_DEFAULTS.get(tool, {}), **raw}
+    objective = _objective_of(raw)
+    known = all_keys(config_class(objective))
     sources = raw.pop("datasets", None) if isinstance(raw.get("datasets"), list) else None
     _take_data(made, raw, sources, path.parent)
     for name, value, found in translate_all(raw, known):
@@ -404,19 +410,45 @@ def convert_recipe(path: Path) -> Converted:
                     made.taken.append(
                         f"{name} -> {key}: {json.dumps(given)}" + (f"  ({found.note})" if found.note else "")
                     )
-    _agree(made)
+    if objective != "sft":
+        made.settings.setdefault("objective", objective)
+    _agree(made, known)
+    try:
+        parse_config(made.plan().plain(), path.name)
+    except ConfigError as e:
+        made.left += [f"to be mended by hand: {line}" for line in str(e).splitlines()]
     return made
 
 
-def _keys_for(raw: Mapping[str, Any]) -> list[str]:
-    """Return the settings of the objective that a configuration is for."""
-    objective = "sft"
+# What mlx_lm.lora does where its file is silent, and mlxft would do otherwise.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mlx_lm.lora": {
+        "learning_rate": 1e-5,
+        "num_layers": 16,
+        "batch_size": 4,
+        "iters": 1000,
+        "lora_parameters": {"rank": 8, "dropout": 0.0, "scale": 20.0},
+        "mask_prompt": False,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+    }
+}
+_TELLING = {
+    "grpo": {"num_generations", "reward_funcs", "epsilon_high", "scale_rewards", "max_completion_length"},
+    "ppo": {"num_ppo_epochs", "cliprange", "vf_coef", "ppo_epochs"},
+    "preference": {"loss_type", "pref_loss", "pref_beta", "rl_beta", "rpo_alpha", "precompute_ref_log_probs"},
+}
+
+
+def _objective_of(raw: Mapping[str, Any]) -> str:
+    """Return the objective that a configuration is for: as it says, or by its settings."""
     for _, _, found in translate_all({k: v for k, v in raw.items() if k in ("stage", "rl", "trainer_type")}, ()):
-        objective = str((found.settings if found else {}).get("objective", "sft"))
-    try:
-        return all_keys(config_class(objective))
-    except ConfigError:
-        return all_keys(config_class("sft"))
+        if (named := (found.settings if found else {}).get("objective", UNSEEN)) is not UNSEEN:
+            return str(named) if named in objectives() else "sft"
+    names = {*raw, *(raw.get("trl") or {})} if isinstance(raw.get("trl"), dict) else {*raw}
+    return next(
+        (name for name, telling in _TELLING.items() if names & telling), "preference" if "beta" in names else "sft"
+    )
 
 
 def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, folder: Path) -> None:
@@ -445,9 +477,15 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
     if not named:
         return
     made.settings["data.train"] = named[0][0]
-    form = _FORMATS.get(str(named[0][1].get("type", "")).partition(".")[0])
-    if form is not None:
+    kind = named[0][1].get("type", "")
+    form = _FORMATS.get(kind.partition(".")[0]) if isinstance(kind, str) else None
+    if form is not None and _objective_of(raw) == "sft":  # pairs and prompts are known by their columns
         made.settings["data.format"] = form
+    if isinstance(kind, dict):
+        made.left.append(f"type of the rows {kind}: write data.format and data.fields")
+    made.left += [
+        f"type of {path}: data.mix is read as data.train is" for path, about in named[1:] if about.get("type")
+    ]
     fields = {
         "messages": named[0][1].get("field_messages"),
         "text": named[0][1].get("field") if form == "text" else None,
@@ -479,9 +517,17 @@ def _dataset_info(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _agree(made: Converted) -> None:
+def _agree(made: Converted, known: list[str]) -> None:
     """Leave out what cannot stand together, and say so."""
     found = made.settings
+    for key in [key for key in found if key not in known and not key.startswith("data.mix") and key != "objective"]:
+        made.left.append(f"{key}: not for objective {found.get('objective', 'sft')}")
+        del found[key]
+    if "report.project" in found and "report.to" not in found:
+        found["report.to"] = ["wandb"]
+    if isinstance(found.get("data.valid"), list):
+        first = found["data.valid"][0] if found["data.valid"] else {}
+        found["data.valid"] = _source_of(first) if isinstance(first, dict) else str(first)
     for keep, other in (("run.steps", "run.epochs"), ("batch.rows", "batch.tokens"), ("tune.scale", "tune.alpha")):
         if keep in found and other in found:
             made.left.append(f"{other}: {keep} is there, too, and decides")

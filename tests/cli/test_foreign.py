@@ -295,3 +295,30 @@ def test_another_tools_file_becomes_a_recipe(
         tool, "data.max_length" if "cutoff_len" in CONFIGS[tool] else "batch.rows"
     )
     assert rank in made.out
+
+
+def test_what_the_other_tool_does_unasked_is_written_out(
+    mlxft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mlx_lm trains prompts too and adapts 16 layers; TRL's GRPO is known by its settings."""
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.yaml").write_text(yaml.safe_dump({"model": "a/b", "train": True, "data": "folder", "iters": 100}))
+    assert mlxft("init", "--from", "theirs.yaml").code == 0
+    config = load_config(Path("mlxft.yaml"))
+    assert (config.data.train_on, config.tune.layers, config.optim.lr, config.optim.warmup) == ("all", 16, 1e-5, 0)
+    Path("grpo.json").write_text(
+        json.dumps({"model_name_or_path": "a/b", "dataset_name": "x/y", "num_generations": 4, "beta": 0.1})
+    )
+    assert mlxft("init", "--from", "grpo.json", "--out", "grpo.yaml").code == 0
+    assert yaml.safe_load(Path("grpo.yaml").read_text())["grpo"]["kl_coef"] == 0.1
+
+
+def test_a_broken_file_is_not_proposed_to_be_dropped(
+    mlxft: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("stray.csv").write_text("question,answer\n" + "a,b\n" * 5 + 'c,"d\n' + "e,f\n" * 9)
+    found = mlxft("init", "stray.csv", "--yes")
+    assert found.code == 1
+    assert "stray.csv:7" in found.err
+    assert not Path("mlxft.yaml").exists()
