@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxft.errors import ConfigError
-
 UNSEEN: Any = object()  # a value that is not known, as of a flag whose value was not read
 
 
@@ -33,10 +31,6 @@ class Translation(NamedTuple):
         if not found:
             return self.note
         return f"mlxft has {' and '.join(found)}" + (f"; {self.note}" if self.note else "")
-
-
-class Foreign(ConfigError):
-    """A whole file of settings is another tool's."""
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -150,7 +144,7 @@ rollout.stop | stop_words stop_sequences stop_token
 grpo.clip|ppo.clip | epsilon cliprange clip_range clip_ratio clip_eps clip_ratio_low epsilon_low
 grpo.clip_high | epsilon_high clip_ratio_high
 grpo.epochs|ppo.epochs|rloo.epochs | num_iterations ppo_epochs num_ppo_epochs mu
-grpo.scale | scale_rewards | scale_rewards
+grpo.scale | scale_rewards | none
 grpo.ratio | importance_sampling_level | ratio
 grpo.mask_truncated | mask_truncated_completions
 ppo.minibatches|grpo.minibatches|rloo.minibatches | num_mini_batches num_minibatches
@@ -388,19 +382,7 @@ _FLAG_NOTES = {
 }  # fmt: skip
 
 
-_OUT = [
-    "output",
-    "output-path",
-    "output-file",
-    "output-dir",
-    "o",
-    "save",
-    "save-path",
-    "out-file",
-    "mlx-path",
-    "export-dir",
-    "out",
-]
+_OUT = next(line for line in _FLAGS.splitlines() if line.startswith("--out ")).split()[2:]
 
 
 def explain_flag(flag: str, options: Collection[str], settings: Collection[str], value: Any = UNSEEN) -> str:
@@ -665,7 +647,6 @@ _CONVERT: dict[str, _Fields] = {
     "gamma": lambda value, beside: float(value) * float(beside.get("beta", 2.0)),
     "reward_functions": lambda value, beside: value if isinstance(value, str) and ".py:" in value else UNSEEN,
     "rewards_normal": lambda value, beside: bool(_truth(value)),
-    "scale_rewards": lambda value, beside: UNSEEN,
     "ratio": lambda value, beside: value if value in ("token", "sequence") else UNSEEN,
 }
 
