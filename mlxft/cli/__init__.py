@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 import mlxft
 from mlxft.device import FAILURES, gpu_failure
@@ -58,7 +59,7 @@ SECTIONS = {
         "studio": ("study", "Show runs, rows and completions in a browser; start, stop and judge."),
     },
     "Machine": {
-        "completion": ("study", "Let the shell complete commands, options and names of runs."),
+        "completion": ("study", "Let the shell complete commands, options, runs and settings."),
         "doctor": ("study", "Check this machine: what is wrong, and how to fix it."),
         "selftest": ("study", "Compare this machine's numbers with the CPU's; takes some minutes."),
         "models": ("study", "List open models and which of them this machine can train."),
@@ -103,6 +104,13 @@ class RunArg(click.ParamType[str]):
         found = named_run(value)
         return str(found) if not os.path.exists(value) and found.exists() else value
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from mlxft.runs import list_runs
+
+        runs = list_runs(Path("runs"), every=True) if os.path.isdir("runs") else []
+        names = [CompletionItem(run.name) for run in runs if run.name.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="file"), *names]  # bash forgets what stands before the files
+
 
 class PathArg(click.Path):
     """A path on the command line. An empty one is refused: pathlib would read it as the working folder.
@@ -126,6 +134,11 @@ class PathArg(click.Path):
         except (OSError, ValueError) as e:  # too long, a loop of links, no permission
             self.fail(f"{shorten(os.fspath(value))!r}: {getattr(e, 'strerror', None) or e}", param, ctx)
         return super().convert(value, param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        if self._run:
+            return RunArg().shell_complete(ctx, param, incomplete)
+        return super().shell_complete(ctx, param, incomplete)
 
 
 class TextArg(click.ParamType[str]):

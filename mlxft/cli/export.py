@@ -15,7 +15,9 @@ from mlxft.text import echo, json_text, make_console
 
 
 @click.command()
-@click.argument("paths", metavar="[RUN] OUT", nargs=-1, required=True, type=PathArg())
+@click.argument(
+    "paths", metavar="[RUN] OUT", nargs=-1, required=True, type=PathArg(), shell_complete=RunArg().shell_complete
+)
 @click.option(
     "--adapter",
     "adapters",

@@ -204,13 +204,18 @@ def watch(ctx: click.Context, name: str, place: Path | None) -> None:
 # --- completion -------------------------------------------------------------------------------------------------------
 
 _SHELLS = ("zsh", "bash", "fish")
+_NO_SPACE = {  # after KEY=, in click's scripts for bash and zsh
+    "COMPREPLY+=($value)": "COMPREPLY+=($value); [[ $value == *= ]] && compopt -o nospace",
+    "compadd -U -V unsorted -a completions": "compadd -U -V unsorted -- ${completions:#*=}\n"
+    "        compadd -U -V unsorted -S '' -- ${(M)completions:#*=}",
+}
 
 
 @click.command()
 @click.argument("shell", type=click.Choice(_SHELLS), required=False)
 @click.option("--install", is_flag=True, help="Set it up for this user: write the file, and the line that reads it.")
 def completion(shell: str | None, install: bool) -> None:
-    """Print the script by which SHELL (default: the one in $SHELL) completes commands, options and names of runs.
+    """Print the script by which SHELL (default: the one in $SHELL) completes commands, options, runs and settings.
 
     \b
     Example: mlxft completion --install
@@ -225,6 +230,8 @@ def completion(shell: str | None, install: bool) -> None:
     if kind is None:
         raise click.UsageError(f"the shell is {shell or 'unknown'}; give one of {', '.join(_SHELLS)}")
     script = kind(cli, {}, "mlxft", "_MLXFT_COMPLETE").source()
+    for theirs, ours in _NO_SPACE.items():
+        script = script.replace(theirs, ours)
     for line in _set_up_completion(shell, script) if install else [script]:
         echo(line)
 

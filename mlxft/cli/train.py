@@ -16,8 +16,20 @@ from mlxft.text import echo, json_text, make_console
 # mlxft train, mlxft launch, mlxft check.
 
 DEFAULT = Path("mlxft.yaml")  # what mlxft init writes
+
+
+def _settings(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
+    """Return the settings for shell completion, as KEY=."""
+    from mlxft.config import Config
+
+    # The objectives' own sections are not among them: they would import MLX for each key press.
+    sections = {name: getattr(place.annotation, "model_fields", ()) for name, place in Config.model_fields.items()}
+    keys = [f"{section}.{key}=" for section, own in sections.items() for key in own]
+    return [key for key in ["objective=", *keys] if key.startswith(typed)]
+
+
 _RECIPE = click.argument("recipe", type=PathArg(), required=False)
-OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=_settings)
 _MODEL = click.option("--model", help="Model to train, without a recipe: a hub id, folder or .gguf file (model.path).")
 _DATA = click.option("--data", help="Rows to train on, without a recipe: a file, folder or hf:org/name (data.train).")
 

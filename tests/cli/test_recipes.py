@@ -82,6 +82,7 @@ def test_completion_is_installed_once(
     assert again.code == 0
     assert mlxft("completion").out.strip() == (empty / file).read_text().strip()
     assert "_MLXFT_COMPLETE" in (empty / file).read_text()
+    assert {"zsh": "-S ''", "bash": "nospace", "fish": ""}[shell] in (empty / file).read_text()  # after KEY=
     if start:
         assert "reads it already" in again.out
         lines = (empty / start).read_text().splitlines()

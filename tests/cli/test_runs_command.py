@@ -269,6 +269,8 @@ def test_what_recipes_take_the_schema_takes(changes: dict[str, Any], schema: jso
         ("mlxft runs show q", {"quick", "quack"}),
         ("mlxft runs rm quick qua", {"quack"}),
         ("mlxft train --re", {"--resume"}),
+        ("mlxft fuse qui", {"qui", "quick"}),  # a file, too
+        ("mlxft check recipe.yaml tune.ra", {"tune.rank="}),
     ],
 )
 def test_the_shell_completes(words: str, wanted: set[str], tmp_path: Path) -> None:
