@@ -40,6 +40,11 @@ def printable(text: str) -> str:
     return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a number with its noun: `1 row`, `3 rows`."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
     """Print a text through `printable`."""
     import click

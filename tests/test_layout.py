@@ -57,7 +57,8 @@ BUDGET = {
     "top": (18, 9420),
     # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources. formats.py: which format
     # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.
-    "data": (5, 5400),
+    # sources.py: formulas without values, other encodings, titles of several cells, kinds of files by their content.
+    "data": (5, 5540),
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange.
     "model": (16, 7880),
@@ -420,6 +421,7 @@ ALLOWED = re.compile(
 EXEMPT = {
     "mlxft/data/chat.py": "answer",
     "mlxft/data/formats.py": "answers?",
+    "mlxft/data/sources.py": "answers?",
     "mlxft/study/tasks.py": "answers?",
     "mlxft/objectives/episodes.py": "answer",
     "mlxft/objectives/environments.py": "answer",
