@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mlxft.config import parse_config
+from mlxft.runs import prompt_argument
 from mlxft.study import start
 
 Command = Callable[..., Any]
@@ -126,3 +127,36 @@ def test_an_adapter_of_mlx_lm_names_its_base(rows: str, mlxft: Command, tiny_mod
     folder.rename("theirs")
     found = mlxft("generate", "--model", "theirs", "the", "--max-tokens", "2")
     assert found.code == 0, found.err
+
+
+def test_a_name_that_is_no_run_is_answered_with_those_there_are(
+    rows: str, mlxft: Command, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the hub is asked, and in every command; a run that cannot be extended is named with the length."""
+    given = ("--model", str(tiny_model_dir), "--data", rows, "run.epochs=1", "run.name=mine", "data.template=none")
+    assert mlxft("train", *given).code == 0
+    monkeypatch.setattr("mlxft.model.load._download", lambda *_: pytest.fail("the hub was asked"))
+    for command in (
+        ("compare", "the", "--models", "base,zzz"),
+        ("serve", "zzz"),
+        ("generate", "--model", "zzz", "the"),
+        ("eval", "zzz", rows),
+        ("fuse", "zzz", "out"),
+        ("push", "zzz", "a/b"),
+        ("runs", "show", "zzz"),
+        ("train", "--resume", "zzz"),
+    ):
+        found = mlxft(*command)
+        assert found.code in (1, 2)
+        assert "zzz: no such run" in found.err
+        assert "; runs here: mine" in found.err, command
+    for asked, more in (("epochs=3", "epochs=2"), ("steps=9", "steps=9")):
+        assert f"run.name=mine-2 run.{more}" in mlxft("train", "--resume", "mine", f"run.{asked}").err
+    for memory in ("16GB", "16 gib", "16g"):
+        assert "a Mac with 16 GB" in mlxft("models", "--memory", memory).out
+
+
+def test_the_prompt_of_the_next_command_is_one_word_of_a_shell() -> None:
+    assert prompt_argument(["two\nlines", "-x", 'Say "hi" to Ann\'s $HOME!']) == """'Say "hi" to Ann'"'"'s $HOME!' """
+    assert prompt_argument(["two\nlines"]) == "", "the run has prompts of its own"
+    assert prompt_argument(["two\nlines"], kept=False) == prompt_argument([]) == "'a prompt' "
