@@ -10,6 +10,7 @@ import shlex
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from typing import Any, NamedTuple, TypeAlias
@@ -195,11 +196,21 @@ def string_at(value: Any, at: str, *, empty: bool = False) -> str:
 
 
 def flag_at(value: Any, at: str) -> bool:
-    """Return a value as true or false; csv has it as text."""
-    known = {"true": True, "false": False, "1": True, "0": False}
-    if isinstance(value, bool | int | str) and (text := str(value).strip().lower()) in known:
-        return known[text]
+    """Return a value as true or false; tables have it as a text, a number or a thumb."""
+    text = re.sub(r"[\s_\ufe0f\U0001f3fb-\U0001f3ff]", "", str(value).lower())
+    if isinstance(value, bool | int | str) and text in _GOOD | _BAD:
+        return text in _GOOD
     raise DataError(f"{at} is {value!r}; expected true or false")
+
+
+_GOOD = {"true", "1", "+1", "up", "thumbsup", "👍", "yes", "like", "liked", "good"}
+_BAD = {"false", "0", "-1", "down", "thumbsdown", "👎", "no", "dislike", "disliked", "bad"}
+
+
+def _is_flag(value: Any) -> bool:
+    with suppress(DataError):
+        return flag_at(value, "") in (True, False)
+    return False
 
 
 def list_at(value: Any, at: str, of: str) -> list[Any]:
@@ -1299,7 +1310,7 @@ class _Table:
     def __init__(
         self, rows: Sequence[dict[str, Any]], given: Mapping[str, str], formats: Sequence[str], chat: bool
     ) -> None:
-        self.rows, self.given, self.chat = rows, dict(given), chat
+        self.rows, self.given, self.chat, self.single = rows, dict(given), chat, len(formats) == 1
         self.formats = [name for name in formats if given.keys() <= set(FORMATS[name].fields)]
         values: dict[str, list[Any]] = {}
         for row in rows:
@@ -1357,8 +1368,7 @@ class _Table:
             if found := self._of(name):
                 return found
         turns, pairs, texts = self._turns(), self._pairs(), self._texts()
-        verdicts = self.names("label", ("number",)) if pairs and "unpaired" not in self.formats else []
-        if any(isinstance(c.values[0], bool) for name in verdicts if (c := self.column(name))):
+        if pairs and not self.single and "unpaired" not in self.formats and any(map(self._rates, self._labels())):
             return []  # some of the completions are bad
         if turns:
             inside = "".join(
@@ -1394,13 +1404,23 @@ class _Table:
                 for ask, a, b in product(asks or [""], better, worse)
             ]
         if format == "unpaired":
-            parts = self.names("prompt"), self.names("completion"), self.names("label", _TEXTUAL)
+            parts = self.names("prompt"), self.names("completion"), self._labels()
             fields = [dict(zip(("prompt", "completion", "label"), names)) for names in product(*parts)]
             return [(format, each) for each in fields if len(set(each.values())) == 3]
         if format == "prompts":
             ends = [c.name for c in self.common if c.kind == "turns" and _last_role(c.values[0]) in _ASKING]
             return [(format, {"prompt": name}) for name in ends or self.names("prompt")]
         return []
+
+    def _labels(self) -> list[str]:
+        """Return the columns that say of completions whether they are good."""
+        found = [(name, self.column(name)) for name in self.names("label", _TEXTUAL)]
+        return [name for name, c in found if c is None or 2 * sum(map(_is_flag, c.values)) > len(c.values)]
+
+    def _rates(self, name: str) -> bool:
+        """Return whether labels are not numbers, which may be those of classes."""
+        column = self.column(name)
+        return column is not None and any(not re.fullmatch(r"[-+]?\d+", str(value)) for value in column.values)
 
     def _turns(self) -> list[_Reading]:
         if self.fits("messages") and not self._kinds("messages", "sharegpt"):

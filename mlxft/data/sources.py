@@ -660,7 +660,8 @@ _USUAL = {
     "preferred_output",
     "rejected": "rejected dispreferred worse loser lose rejected_response bad_response response_rejected "
     "non_preferred_output",
-    "label": "label is_good thumbs_up desirable liked",
+    "label": "label is_good good thumbs_up thumbs thumb desirable liked like feedback user_feedback vote verdict "
+    "reaction",
     "class": "label labels class sentiment intent emotion",
     # A name with such a word is that of a field, unless another word says that it is about the text.
     "prompt word": "prompt question query instruction frage anfrage pregunta user",

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,16 @@ from mlxft.data.formats import (
     recognise,
     wanted_completion,
 )
-from mlxft.data.sources import SPLITS, Problem, Row, find_split, read_rows, report_lines
+from mlxft.data.sources import (
+    SPLITS,
+    Problem,
+    Row,
+    find_split,
+    lists_in,
+    plain_name,
+    read_rows,
+    report_lines,
+)
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.foreign import UNSEEN, is_hub_id, tool_of, translate_all
 from mlxft.model.load import ALIASES, resolve
@@ -74,7 +84,7 @@ class Look:
         characters: median and maximum of a row's text.
         labels: different completions, if they are few.
         problems: rows that cannot be read, as they are named in messages; `wrong` counts them.
-        valid: the source has validation rows of its own.
+        valid: the source has validation rows of its own: in a folder, or under this name.
     """
 
     source: str
@@ -89,7 +99,7 @@ class Look:
     prompts: list[str]
     wrong: int
     problems: list[str]
-    valid: bool
+    valid: bool | str
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -141,9 +151,32 @@ def look(source: str) -> Look:
         ],
         wrong=len(skipped),
         problems=[f"{problem.where}: {problem.text}" for problem in skipped[:3]],
-        valid=folder.is_dir() and find_split(folder, "valid") is not None,
-        notes=[*notes, *found.notes, *(note for note in columns.notes() if note.startswith("columns"))],
+        valid=find_split(folder, "valid") is not None if folder.is_dir() else _other_list(source),
+        notes=[
+            *notes,
+            *found.notes,
+            *(n for n in columns.notes() if n.startswith("columns")),
+            *_ratings(columns, read),
+        ],
     )
+
+
+def _other_list(source: str) -> str:
+    """Return the name of the validation rows, else the test rows, in a .json file that has its rows by splits."""
+    lists = lists_in(source)
+    return next((f"{source}:{n}" for n in (*SPLITS["valid"], *SPLITS["test"]) if n in lists and "train" in lists), "")
+
+
+def _ratings(columns: Columns, rows: Sequence[Row | Problem]) -> list[str]:
+    """Return a note on a column that rates completions, and is not used."""
+    words = {"rating", "score", "stars", "quality", "grade"}
+    for name in (n for n in columns.seen if n not in columns.read and words & set(plain_name(n).split("_"))):
+        values = {str(row.data.get(name) or "") for row in rows if isinstance(row, Row)} - {""}
+        with suppress(ValueError):
+            if 1 < len({float(value) for value in values}) <= 20:
+                way = "a column label of true and false lets objective: preference (loss kto) learn from bad ones, too"
+                return [f"{name} seems to rate the completions, which are all trained alike; {way}"]
+    return []
 
 
 def _turns(prompt: str | list[dict[str, Any]]) -> str:
@@ -297,7 +330,7 @@ def propose(
         settings["tune.alpha"] = (32, "the update counts alpha / rank times")
     settings["data.train"] = (seen.source, f"{seen.rows:,} rows{' and more' if seen.more else ''}")
     proposed, why = _held_out(seen)
-    share = valid if valid is not None else proposed
+    share = valid if valid is not None else (isinstance(seen.valid, str) and seen.valid) or proposed
     if share:
         settings["data.valid"] = (share, why if valid is None else "validation rows")
     settings["data.format"] = (seen.format, "found by the columns")
@@ -330,7 +363,9 @@ def propose(
 
 
 def _held_out(seen: Look) -> tuple[float | None, str]:
-    if seen.valid or seen.rows < 20:
+    if seen.valid:
+        return None, "the file has them"
+    if seen.rows < 20:
         return None, ""
     share = 0.1 if seen.rows < 1000 else 0.05 if seen.rows < 20_000 else 0.01
     return share, "this share is held out, to see whether training helps"

@@ -211,8 +211,8 @@ def test_unpaired() -> None:
     want = Labelled([USER], GOOD, False)
     for prompt, completion in (([USER], "Good day."), ([USER], [GOOD]), ("Hello?", [USER, GOOD]), ("Hello?", GOOD)):
         assert one("unpaired", {"prompt": prompt, "completion": completion, "label": 0}) == want
-    assert "label is 'good'; expected true or false" in refusal(
-        "unpaired", {"prompt": "x", "completion": "a", "label": "good"}
+    assert "label is 'fine'; expected true or false" in refusal(
+        "unpaired", {"prompt": "x", "completion": "a", "label": "fine"}
     )
     assert "completion is empty" in refusal("unpaired", {"prompt": "x", "completion": " ", "label": True})
     assert "completion is for another prompt" in refusal(
