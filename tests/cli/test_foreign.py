@@ -148,6 +148,31 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("full_finetuning", True, "tune.method: full"),
     ("enable_activation_checkpointing", True, "memory.checkpoint: on"),
     ("kl_loss_coef", 0.001, "kl_coef: 0.001"),
+    # command lines of all of them, by a newcomer's trial
+    ("dora", True, "tune.method: dora"),
+    ("wandb", "mine", 'report.to: ["wandb"] and report.project: mine'),
+    ("no_remove_unused_columns", True, "leave it out"),
+    ("no_use_peft", True, "tune.method: full"),
+    ("lora_task_type", "CAUSAL_LM", "-"),
+    ("dataset_streaming", True, "data.stream: true"),
+    ("adafactor", True, "optim.name: adafactor"),
+    ("temperature", 0.7, "rollout.temperature: 0.7"),
+    ("label_smoothing", 0.1, "preference.label_smoothing: 0.1"),
+    ("gradient_checkpointing_kwargs", {"use_reentrant": False}, "-"),
+    ("neat_packing", True, "batch.pack: true"),
+    ("early_stopping_steps", 3, "run.patience: 3"),
+    ("checkpoint_dir", "/models/a", "model.path: /models/a"),
+    ("batch_size_val", 2, "-"),
+    ("lr_scheduler_kwargs", {"num_cycles": 1}, "optim.schedule"),
+    ("noisy_embedding_alpha", 5, "tune.neftune: 5"),
+    ("sequence_parallel_degree", 2, "mlxft launch"),
+    ("freeze_vision_tower", True, "leave it out"),
+    ("finetune_mlp_modules", True, "tune.layers"),
+    ("save_method", "merged_16bit", "mlxft fuse"),
+    ("clear_cache_threshold", 0, "memory.cache"),
+    ("fp16_full_eval", True, "leave it out"),
+    ("eval_accumulation_steps", 4, "-"),
+    ("rope_scaling", {"type": "linear"}, "-"),
     ("lora_attn_modules", ["q_proj"], 'tune.targets: ["q_proj"]'),
 ]
 HERE = {"weight_decay": "optim", "save_every": "run", "missing_eos_penalty": "rewards"}  # the same name as ours
@@ -257,6 +282,13 @@ def test_another_tools_flags_name_ours(mlxft: Any, tmp_path: Path, monkeypatch: 
         found = mlxft(command, flag, "x")
         if found.code != 2 or said not in found.err:
             wrong.append((f"{command} {flag}", said, found.err))
+    given = {("--lora_target_modules", "q_proj", "v_proj"): 'tune.targets=["q_proj", "v_proj"]'}
+    given |= {("--quantize",): "model.quantize=4", ("--wandb",): 'report.to=["wandb"]', ("-o", "x"): "run.name=x"}
+    given |= {("--no_use_peft",): "tune.method=full", ("--no-mask-prompt",): "data.train_on=all"}
+    for flags, said in given.items():
+        found = mlxft("train", *flags)
+        if found.code != 2 or said not in found.err:
+            wrong.append((" ".join(flags), said, found.err))
     assert not wrong
 
 
