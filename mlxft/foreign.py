@@ -124,12 +124,12 @@ report.to | wandb tensorboard trackio mlflow | tracker
 report.project | wandb_project project_name mlflow_experiment_name trackio_project swanlab_project
 objective | stage rl trainer_type training_type algorithm adv_estimator train_mode rlhf_type | objective
 preference.loss|grpo.loss | pref_loss loss_type dpo_cpo_loss_type | loss
-preference.beta|grpo.kl_coef|rloo.kl_coef|reinforce.kl_coef|online_dpo.kl_coef|ppo.kl_coef|distill.beta | beta rl_beta pref_beta dpo_beta orpo_alpha orpo_beta kto_beta cpo_alpha
+preference.beta|grpo.kl_coef|rloo.kl_coef|reinforce.kl_coef|online_dpo.kl_coef|ppo.kl_coef|distill.beta | beta rl_beta pref_beta dpo_beta orpo_alpha orpo_beta kto_beta
 ppo.kl_coef|grpo.kl_coef|rloo.kl_coef|reinforce.kl_coef|online_dpo.kl_coef | init_kl_coef kl_coef kl_loss_coef kl_coefficient
 preference.label_smoothing | cdpo_label_smoothing dpo_label_smoothing label_smoothing_factor label_smoothing
 preference.gamma | simpo_gamma
 preference.gamma | gamma_beta_ratio | gamma
-preference.nll | rpo_alpha pref_ftx sft_weight
+preference.nll | rpo_alpha pref_ftx sft_weight cpo_alpha
 preference.good_weight | desirable_weight kto_desirable_weight kto_chosen_weight
 preference.bad_weight | undesirable_weight kto_undesirable_weight kto_rejected_weight
 preference.precompute | precompute_ref_log_probs rl_precompute

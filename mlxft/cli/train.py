@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from mlxft.cli import PathArg, reserve
-from mlxft.text import echo, json_text, make_console
+from mlxft.text import counted, echo, json_text, make_console
 
 # --- train ------------------------------------------------------------------------------------------------------------
 # mlxft train, mlxft launch, mlxft check.
@@ -380,7 +380,7 @@ def distill_cache(recipe: Path | None, overrides: tuple[str, ...], as_json: bool
     if as_json:
         echo(json_text(found))
     else:
-        echo(f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['bytes'] / 1e6:.1f} MB")
+        echo(f"{counted(found['rows'], 'rows')}, {found['tokens']:,} tokens, {found['bytes'] / 1e6:.1f} MB")
 
 
 # --- schema -----------------------------------------------------------------------------------------------------------

@@ -666,6 +666,15 @@ def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
     return None
 
 
+def _judged_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a conversation whose last turn is judged, as LLaMA-Factory's KTO has it."""
+    column = next((name for name in ("messages", "conversations") if _kind(row.get(name)) in ("turns", "sharegpt")), "")
+    if not column or _has(row, "completion") or not _is_flag(row.get("label")):
+        return None
+    turns = [turn if "role" in turn else sharegpt_turn(turn, column) for turn in row[column]]
+    return Published(f"the last turn of {column} is judged", (column,), {"prompt": turns[:-1], "completion": turns[-1]})
+
+
 def _turns_of(value: Any) -> list[Message]:
     """Return the turns of a conversation in such a form; none of something else."""
     if isinstance(value, dict) and len({len(part) if isinstance(part, list) else -1 for part in value.values()}) == 1:
@@ -767,7 +776,7 @@ def _distilabel(row: Fields, chat: bool, names: Fields) -> Published | None:
 LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...]] = {
     "preference": (_shp, _responses, _hh, _orca, _asking),
     "ratings": (_ultrafeedback, _nectar, _distilabel, _asking),
-    "unpaired": (_asking,),
+    "unpaired": (_judged_turns, _asking),
     "prompts": (_asking, _questions),
     "prompt-completion": (_first_answer,),
     "messages": (_other_turns,),
@@ -1334,7 +1343,8 @@ class _Table:
         if whole := [column for column in found if column.plain in USUAL_NAMES[field]]:
             return [column.name for column in whole]
         words = USUAL_NAMES.get(f"{field} word", set())
-        return [c.name for c in found if (has := set(c.plain.split("_"))) & words and not has & USUAL_NAMES["about"]]
+        names = [c.name for c in found if (has := set(c.plain.split("_"))) & words and not has & USUAL_NAMES["about"]]
+        return [name for name in names if name.rpartition(".")[0] not in names]
 
     def _system(self) -> dict[str, str]:
         """Return the field of a system text, which plain text has no place for."""

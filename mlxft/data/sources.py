@@ -738,16 +738,10 @@ def _table(lines: Sequence[_Cells | Problem], source: File, notes: list[str]) ->
             unnamed += any(cell.strip() and not name for name, cell in zip(header, cells))
             yield Row(where, {name: "" if cell in _LOST else cell for name, cell in zip(header, cells) if name})
     notes += [f"{source.name}: what stands above the header is left out: {above[0][:60]}"] if above else []
+    notes += [f"{source.name}: {', '.join(lost)}: {counted(lost.total(), 'formulas have no value')}"] if lost else []
+    notes += [f"{source.name}: {counted(empty, 'empty rows are left out')}"] if empty else []
     notes += (
-        [f"{source.name}: {', '.join(lost)}: {counted(lost.total(), 'formula has', 'formulas have')} no value"]
-        if lost
-        else []
-    )
-    notes += [f"{source.name}: {counted(empty, 'empty row is', 'empty rows are')} left out"] if empty else []
-    notes += (
-        [f"{source.name}: {counted(unnamed, 'row has', 'rows have')} cells in columns without a name, not used"]
-        if unnamed
-        else []
+        [f"{source.name}: {counted(unnamed, 'rows have cells in columns without a name, not used')}"] if unnamed else []
     )
 
 

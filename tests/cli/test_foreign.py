@@ -12,6 +12,7 @@ import yaml
 from mlxft.config import all_keys, config_class, load_config, parse_config
 from mlxft.errors import ConfigError
 from mlxft.foreign import explain_flag, tool_of
+from mlxft.study.start import convert_recipe
 
 # name: value -> what the error has to name; "-": it says that there is no equal, or that it is left out.
 SETTINGS: list[tuple[str, Any, str]] = [
@@ -354,3 +355,56 @@ def test_a_broken_file_is_not_proposed_to_be_dropped(
     assert found.code == 1
     assert "stray.csv:7" in found.err
     assert not Path("mlxft.yaml").exists()
+
+
+CHAT = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {"role_tag": "role"}}
+INFO = {
+    "dpo": {"ranking": True, "columns": {"prompt": "ask", "chosen": "good", "rejected": "bad"}},
+    "kto": {**CHAT, "columns": {"messages": "messages", "kto_tag": "label"}},
+    "own": {"columns": {"prompt": "frage", "query": "dazu", "response": "antwort"}},
+    "chat": CHAT,
+}
+CHOSEN = {"field_messages": "conv", "field_chosen": "good", "field_rejected": "bad"}
+MADE = {"field_instruction": "frage", "field_output": "antwort", "format": "[INST] {instruction} [/INST]"}
+FROM_VALUE = {"field_messages": "turns", "message_property_mappings": {"role": "from", "content": "value"}}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "objective", "form", "fields"),
+    [
+        ({"stage": "dpo", "dataset": "dpo"}, "preference", "preference", ("ask", "good", "bad")),
+        ({"stage": "rm", "dataset": "dpo"}, "reward", "preference", ("ask", "good", "bad")),
+        ({"stage": "kto", "dataset": "kto"}, "preference", "unpaired", ()),
+        ({"stage": "sft", "dataset": "own"}, "sft", "alpaca", ("frage", "antwort", "dazu")),
+        ({"stage": "sft", "dataset": "chat"}, "sft", "messages", ()),
+        ({"stage": "pt", "dataset": "own"}, "sft", "text", ("frage",)),
+        (
+            {"rl": "dpo", "datasets": [{"type": "chat_template", **CHOSEN}]},
+            "preference",
+            "preference",
+            ("conv", "good", "bad"),
+        ),
+        ({"reward_model": True, "datasets": [{"type": "bradley_terry.x"}]}, "reward", "preference", ()),
+        ({"datasets": [{"type": MADE}]}, "sft", "prompt-completion", ("[INST] {frage} [/INST]", "antwort")),
+        ({"datasets": [{"type": "chat_template", **FROM_VALUE}]}, "sft", "sharegpt", ("turns",)),
+    ],
+)
+def test_columns_of_other_tools(
+    theirs: dict[str, Any], objective: str, form: str, fields: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({name: {"file_name": f"{name}.json", **about} for name, about in INFO.items()})
+    )
+    theirs = (
+        {**theirs, "datasets": [{"path": "rows.jsonl", **d} for d in theirs["datasets"]]}
+        if "datasets" in theirs
+        else theirs
+    )
+    model = (
+        {"base_model": "a/b"} if "datasets" in theirs else {"model_name_or_path": "a/b", "dataset_dir": str(tmp_path)}
+    )
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**model, **theirs}))
+    found = convert_recipe(tmp_path / "theirs.yaml").settings
+    assert found.get("objective", "sft") == objective
+    assert found["data.format"] == form
+    assert tuple(found.get("data.fields", {}).values()) == fields
