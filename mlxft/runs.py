@@ -549,7 +549,7 @@ def find_run(name: str, place: Path) -> Path:
 
 
 def runs_there(name: str | Path, place: Path = Path("runs")) -> str:
-    """Return the runs in a folder, and which is nearest to a name that is none of them, for a message; "" without."""
+    """Return the runs in a folder, and which is nearest to another name, for a message; "" without runs."""
     there = sorted(str(f.relative_to(place)) for f in _folders(place, True)) if place.is_dir() else []
     more = f" and {len(there) - 8} more" if len(there) > 8 else ""
     return f"{nearest(Path(name).name, there)}; runs here: {', '.join(there[:8])}{more}" if there else ""

@@ -58,8 +58,8 @@ BUDGET = {
     "top": (18, 9460),
     # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources. formats.py: which format
     # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.
-    # sources.py: judged rows, formulas without values, other encodings, titles of several cells, kinds of files by their content.
-    "data": (5, 5560),
+    # sources.py: formulas without values, other encodings, titles of several cells, kinds of files by their content.
+    "data": (5, 5565),  # judged conversations
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange.
     "model": (16, 7880),

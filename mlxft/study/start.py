@@ -425,11 +425,11 @@ def convert_recipe(path: Path) -> Converted:
     made = Converted(tool, {}, [], [])
     raw = {**_DEFAULTS.get(tool, {}), **raw}
     objective = _objective_of(raw)
-    if raw.get("reward_model") is True:
-        del raw["reward_model"]
     known = all_keys(config_class(objective))
     sources = raw.pop("datasets", None) if isinstance(raw.get("datasets"), list) else None
     _take_data(made, raw, sources, path.parent)
+    if raw.get("reward_model") is True:  # which names no model
+        del raw["reward_model"]
     for name, value, found in translate_all(raw, known):
         if value is None or value == "":  # a setting that is named and left open
             continue

@@ -81,7 +81,7 @@ def test_ties_where_the_loss_has_none(judged: Write, refused: Refused, mlxft: Ca
     for loss in ("dpo", "kto", "orpo"):
         said = refused(1, "train", judged("preference", rows, preference={"loss": loss}))
         assert f"pairs.jsonl:5: is a tie, which loss {loss} cannot learn from" in said
-    assert "1 pairs are ties" in mlxft("check", judged("reward", rows)).out
+    assert "1 pair without a better completion" in mlxft("check", judged("reward", rows)).out
 
 
 @pytest.mark.parametrize("objective", ["reward", "preference"])
