@@ -55,7 +55,7 @@ from mlxft.model.sampling import Sampling, complete
 from mlxft.model.shard import shard_base, sharding_of, shares
 from mlxft.objectives.base import Objective
 from mlxft.runs import Run, check_folder, find_adapter, make_folder, recorded, versions
-from mlxft.text import VALUE, Event, make_console, validation_figure
+from mlxft.text import VALUE, Event, counted, make_console, validation_figure
 from mlxft.trainer import checkpoint
 from mlxft.trainer.loop import Hooks, Loop, Progress, loop_state
 from mlxft.trainer.optim import Optimizer
@@ -510,7 +510,7 @@ def _train(
     if progress.best_step is None:
         save_result()  # even if it exists: a kill may have come between the last checkpoint and this
     early = " (stopped early)" if progress.stopped_early else ""
-    text = f"done after {progress.step} steps{early}{_best(progress, objective)}; {run.result}"
+    text = f"done after {counted(progress.step, 'steps')}{early}{_best(progress, objective)}; {run.result}"
     end = {"best_loss": progress.best_loss, "best_step": progress.best_step, "elapsed_s": progress.elapsed_s}
     reporter.event({"event": "end", "step": progress.step, **end, "text": text})
     return run

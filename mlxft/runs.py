@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -131,7 +132,8 @@ class Run:
             rows = shlex.quote(valid if isinstance(valid, str) else "pairs.jsonl")
             return [f"mlxft eval {name} {rows}", f"mlxft score {name} {rows}", f"mlxft runs report {name}"]
         fused = shlex.quote(f"{self.dir.name}-fused")
-        return [f"mlxft compare 'a prompt' --models base,{name}", f"mlxft serve {name}", f"mlxft fuse {name} {fused}"]
+        asked = prompt_argument(self.config.run.sample_prompts)
+        return [f"mlxft compare {asked}--models base,{name}", f"mlxft serve {name}", f"mlxft fuse {name} {fused}"]
 
     def _repr_html_(self) -> str:
         """For notebooks: what it is, and the curve of the training loss."""
@@ -143,6 +145,12 @@ class Run:
             f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in facts.items()
         )
         return f"<b>{escape(str(self.dir))}</b><table>{cells}</table>{curve_svg(curve)}"
+
+
+def prompt_argument(prompts: list[str], kept: bool = True) -> str:
+    """Return an argument of `mlxft compare` and a space: the first short prompt; "" if the run has kept longer ones."""
+    short = [p for p in prompts if p.isprintable() and len(p) <= 100 and p.strip(" -") == p]
+    return f"{shlex.quote(short[0])} " if short else "" if prompts and kept else "'a prompt' "
 
 
 _version = cache(importlib.metadata.version)  # it parses a file each time
@@ -174,6 +182,9 @@ def find_adapter(path: Path) -> Path:
     return inside if (inside / "adapter_config.json").exists() else path
 
 
+_HUB_ALONE = re.compile(r"[\w-][\w.-]{0,95}(?<!\.gguf)", re.ASCII)  # a name without an owner, perhaps of a run
+
+
 class Located(NamedTuple):
     """Where a model that a user names leads.
 
@@ -200,6 +211,13 @@ def locate(path: str | Path | Run, adapter: str | Path | None = None, *, scores:
     elif adapter is None and (folder / "adapter_config.json").exists():
         adapter = folder
     found = None if adapter is None else find_adapter(home_path(adapter))
+    if found is None and _HUB_ALONE.fullmatch(str(path)) and not folder.exists() and (there := runs_there(path)):
+        from huggingface_hub import try_to_load_from_cache
+
+        from mlxft.model.load import ALIASES
+
+        if path not in ALIASES and not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
+            raise ModelError(f"{path}: no such run{there}; a model of the hub is named as OWNER/NAME")
     return Located(path, found, _checked_head(found or home_path(path), scores))
 
 
@@ -351,9 +369,9 @@ def _way_to_extend(before: Config, run: Run) -> str:
     config, optim, full = run.config, run.config.optim, run.config.tune.method == "full"
     first, now = before.run, config.run
     more = [
-        f"run.{name}={after - length:g}"
+        f"run.{name}={after - length if length is not None and after > length else after:g}"  # what is left, or all
         for name, length, after in (("steps", first.steps, now.steps), ("epochs", first.epochs, now.epochs))
-        if length is not None and after is not None and after > length
+        if after is not None
     ]
     # An adapter has its own rank and targets, so the section tune is left out.
     begin = [f"model.path={run.result}"] if full else ["tune={}", f"model.adapter={run.dir}"]
@@ -526,9 +544,15 @@ def find_run(name: str, place: Path) -> Path:
     for folder in (place / name, home_path(name)):
         if folder.is_dir() and may_be_run(folder):
             return folder
-    there = [str(f.relative_to(place)) for f in _folders(place, True)] if place.is_dir() else []
     what = "is not a run folder" if (place / name).exists() or Path(name).exists() else "no such run"
-    raise ConfigError(f"{name}: {what} in {place}{nearest(name, there)}; mlxft runs --all lists them")
+    raise ConfigError(f"{name}: {what} in {place}{runs_there(name, place)}; mlxft runs --all lists them")
+
+
+def runs_there(name: str | Path, place: Path = Path("runs")) -> str:
+    """Return the runs in a folder, and which is nearest to another name, for a message; "" without runs."""
+    there = sorted(str(f.relative_to(place)) for f in _folders(place, True)) if place.is_dir() else []
+    more = f" and {len(there) - 8} more" if len(there) > 8 else ""
+    return f"{nearest(Path(name).name, there)}; runs here: {', '.join(there[:8])}{more}" if there else ""
 
 
 def read_run_settings(folder: Path) -> dict[str, Any]:

@@ -40,6 +40,15 @@ def printable(text: str) -> str:
     return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def counted(count: int, text: str) -> str:
+    """Return a number with what there is of it, such as `3 rows are left out`, or `1 row is left out`."""
+    if count == 1:
+        text = re.sub(r"s\b(?<!ss)(?<!us)", "", text, count=1)
+        verbs = {"are": "is", "were": "was", "have": "has", "leave": "leaves", "seem": "seems"}
+        text = re.sub(rf"\b({'|'.join(verbs)})\b", lambda verb: verbs[verb[0]], text)
+    return f"{count:,} {text}"
+
+
 def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
     """Print a text through `printable`."""
     import click

@@ -9,13 +9,14 @@ from xml.sax.saxutils import escape
 
 
 def xlsx(path: Path, sheets: dict[str, list[list[Any]]], merged: str = "") -> None:
-    """Write a workbook: texts, numbers, formulas as ("=...", value), and dates as days since 1900 in a tuple."""
+    """Write a workbook: texts, numbers, formulas as ("=...", value), dates as days since 1900 in a tuple."""
 
     def cell(at: str, value: Any) -> str:
         if value is None:
             return ""
         if isinstance(value, tuple) and isinstance(value[0], str):
-            return f'<c r="{at}" t="str"><f>{escape(value[0][1:])}</f><v>{escape(value[1])}</v></c>'
+            stored = ' t="str"' if value[1] is not None else ""
+            return f'<c r="{at}"{stored}><f>{escape(value[0][1:])}</f><v>{escape(value[1] or "")}</v></c>'
         if isinstance(value, tuple):
             return f'<c r="{at}" s="1"><v>{value[0]}</v></c>'
         if isinstance(value, str):

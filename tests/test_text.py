@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mlxft.text import echo, echo_completion, guard_messages, json_text, make_console, printable
+from mlxft.text import counted, echo, echo_completion, guard_messages, json_text, make_console, printable
 
 # ESC and its 8-bit form (a title, a cleared screen, a link), BEL, DEL, bidi override and isolate, line separator, tags.
 HOSTILE = (
@@ -101,3 +101,8 @@ def test_echo(capsys: pytest.CaptureFixture[str]) -> None:
     echo(HOSTILE, err=True)
     shown = capsys.readouterr()
     assert shown.out == shown.err == printable(HOSTILE) + "\n"
+
+
+def test_one_of_something_is_singular() -> None:
+    assert counted(1234, "rows are left out") == "1,234 rows are left out"
+    assert counted(1, "empty rows were cut and have no end") == "1 empty row was cut and has no end"

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,10 @@ def _hinted(e: click.NoSuchOption, args: list[str]) -> click.UsageError:
     joined = next((text.partition("=")[2] for text in args if text.startswith(f"{e.option_name}=")), None)
     after = [joined] if joined else args[args.index(e.option_name) + 1 :] if e.option_name in args else []
     value: Any = UNSEEN
-    if after and not after[0].startswith("--"):
+    given = list(takewhile(lambda text: not text.startswith("-") and (joined or "=" not in text), after))
+    if given:
         with suppress(yaml.YAMLError):
-            value = yaml.safe_load(after[0])
+            value = yaml.safe_load(given[0]) if joined or len(given) == 1 else given
     elif e.option_name in args:  # a switch
         value = True
     said = explain_flag(e.option_name, options, settings, value)

@@ -77,6 +77,7 @@ def _propose(
     from mlxft.config import parse_config
     from mlxft.data.formats import TAKEN_BY
     from mlxft.files import write_text
+    from mlxft.runs import prompt_argument
     from mlxft.study.start import ProposedBase, bases, look, propose
 
     seen = look(data)
@@ -115,10 +116,10 @@ def _propose(
     write_text(out, plan.text([*head, *seen.lines()]))
     for key, (value, why) in plan.settings.items():
         echo(f"  {key}: {value}" + (f"   # {why}" if why else ""))
-    _next(out, seen.prompts)
+    _next(out, prompt_argument(seen.prompts, "run.sample_prompts" in plan.settings))
 
 
-def _next(out: Path, prompts: list[str] | None = None) -> None:
+def _next(out: Path, asked: str = "'a prompt'") -> None:
     recipe = "" if str(out) == "mlxft.yaml" else f" {out}"
-    prompt = (prompts or ["..."])[0].replace('"', "'")
-    echo(f'\nwrote {out}; next:\n  mlxft check{recipe}\n  mlxft train{recipe}\n  mlxft compare "{prompt}"')
+    compare = f"mlxft compare {asked}".rstrip()
+    echo(f"\nwrote {out}; next:\n  mlxft check{recipe}\n  mlxft train{recipe}\n  {compare}")

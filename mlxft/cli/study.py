@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -353,10 +354,18 @@ def selftest(as_json: bool) -> None:
         raise SystemExit(1)
 
 
+class _Gigabytes(click.FloatRange):
+    """A number of gigabytes, perhaps with its unit."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number: Any = re.sub(r"\s*Gi?B?\s*$", "", str(value), flags=re.I)
+        return super().convert(number, param, ctx)
+
+
 @click.command()
 @click.option(
     "--memory",
-    type=click.FloatRange(0, min_open=True),
+    type=_Gigabytes(0, min_open=True),
     metavar="GB",
     help="For a Mac with this memory, not this machine.",
 )

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import click
 
 from mlxft.cli import PathArg, reserve
-from mlxft.text import echo, json_text, make_console
+from mlxft.text import counted, echo, json_text, make_console
 
 # --- train ------------------------------------------------------------------------------------------------------------
 # mlxft train, mlxft launch, mlxft check.
 
 DEFAULT = Path("mlxft.yaml")  # what mlxft init writes
+_ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".xlsx", ".xls", ".ods", ".parquet", ".txt", ".md")
 
 
 def _settings(ctx: click.Context, param: click.Parameter, typed: str) -> list[str]:
@@ -54,13 +55,21 @@ def takes_recipe(command: Callable[..., Any]) -> Callable[..., Any]:
 def _file(recipe: Path | None, overrides: Sequence[str]) -> Path | None:
     """Return the recipe to read: RECIPE, the one that mlxft init wrote here, or None where KEY=VALUE say it all."""
     if recipe is not None:
+        given = [str(recipe), *(text for text in overrides if "=" not in text)]
+        rows = [text for text in given if text.startswith("hf:") or Path(text).suffix.lower() in _ROWS]
+        if recipe.suffix.lower() in (".yaml", ".yml"):
+            if rows:
+                raise click.UsageError(f"{rows[0]} holds rows: give data.train={rows[0]}")
+        elif rows or len(given) > 1:
+            file = (rows or given[1:])[0]
+            model = next((text for text in given if text != file), "MODEL")
+            way = f"give --model {model} --data {file}; or mlxft init {file}"
+            raise click.UsageError(f"{file} holds rows, not a recipe: {way}")
+        elif not recipe.exists() or (recipe / "config.json").exists():
+            raise click.UsageError(f"{recipe}: no such recipe; a model is given so: --model {recipe} --data FILE")
         if recipe.is_dir():
             raise click.UsageError(
                 f"{recipe} is a folder; give a recipe (to resume a run: mlxft train --resume {recipe})"
-            )
-        if recipe.suffix.lower() in (".csv", ".tsv", ".jsonl", ".xlsx", ".ods", ".parquet", ".txt", ".md"):
-            raise click.UsageError(
-                f"{recipe} holds rows, not a recipe: give --model MODEL --data {recipe}; or mlxft init {recipe}"
             )
         return recipe
     if any(text.startswith(("model.path=", "data.train=")) for text in overrides):
@@ -383,7 +392,7 @@ def distill_cache(recipe: Path | None, overrides: tuple[str, ...], as_json: bool
     if as_json:
         echo(json_text(found))
     else:
-        echo(f"{found['rows']:,} rows, {found['tokens']:,} tokens, {found['bytes'] / 1e6:.1f} MB")
+        echo(f"{counted(found['rows'], 'rows')}, {found['tokens']:,} tokens, {found['bytes'] / 1e6:.1f} MB")
 
 
 # --- schema -----------------------------------------------------------------------------------------------------------

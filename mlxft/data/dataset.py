@@ -60,7 +60,7 @@ from mlxft.data.formats import (
 from mlxft.data.sources import REPORTED, Problem, Row, find_split, read_rows, report_lines, source_hash
 from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
 from mlxft.files import write_beside
-from mlxft.text import bar, make_console, parse_json
+from mlxft.text import bar, counted, make_console, parse_json
 
 # --- batching ---------------------------------------------------------------------------------------------------------
 # Rows are batched by length, or packed into sequences, so that there is little padding.
@@ -792,12 +792,16 @@ class Counts:
 
     def left_out(self) -> list[str]:
         """Return a sentence for each kind of row that is left out or cut."""
-        counted = ((getattr(self, name), text.format(self.kind)) for name, text in _LEFT_OUT.items())
-        return [f"{count:,} {text}" for count, text in counted if count]
+        found = ((getattr(self, name), text.format(self.kind)) for name, text in _LEFT_OUT.items())
+        return [counted(count, text) for count, text in found if count]
 
     def notes(self) -> list[str]:
         """Return notes on what was left out, and on lengths that give the choice away."""
-        notes = [*self.source_notes, *self.left_out(), *([f"{self.ties:,} pairs are ties"] if self.ties else [])]
+        notes = [
+            *self.source_notes,
+            *self.left_out(),
+            *([counted(self.ties, "pairs without a better completion")] if self.ties else []),
+        ]
         if self.one_length is not None and self.rows > 1:
             notes.append(f"every completion has {self.one_length} tokens: were they cut before?")
         share = self.chosen_longer
@@ -1583,7 +1587,7 @@ def _notes(columns: Columns, reads: Collection[str] | None, wrong: int, problems
     """Return notes on the columns of a source, and on its rows that are left out."""
     first = "; ".join(f"{problem.where}: {problem.text}" for problem in problems[:_NAMED])
     which = "the first" if wrong > 1 else "this one"
-    left_out = f"{wrong:,} rows are left out (data.bad_rows: drop), {which}: {first}"
+    left_out = f"{counted(wrong, 'rows are left out')} (data.bad_rows: drop), {which}: {first}"
     return columns.notes(reads) + ([left_out] if problems else [])
 
 

@@ -8,14 +8,14 @@ import random
 import re
 import shlex
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from typing import Any, NamedTuple, TypeAlias
 
-from mlxft.data.sources import Problem, Row, read_json, report_lines, type_name
+from mlxft.data.sources import USUAL_NAMES, Problem, Row, plain_name, read_json, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, half_character, nearest
 
 # --- template ---------------------------------------------------------------------------------------------------------
@@ -196,11 +196,21 @@ def string_at(value: Any, at: str, *, empty: bool = False) -> str:
 
 
 def flag_at(value: Any, at: str) -> bool:
-    """Return a value as true or false; csv has it as text."""
-    known = {"true": True, "false": False, "1": True, "0": False}
-    if isinstance(value, bool | int | str) and (text := str(value).strip().lower()) in known:
-        return known[text]
+    """Return a value as true or false; tables have it as a text, a number or a thumb."""
+    text = re.sub(r"[\s_\ufe0f\U0001f3fb-\U0001f3ff]", "", str(value).lower())
+    if isinstance(value, bool | int | str) and text in _GOOD | _BAD:
+        return text in _GOOD
     raise DataError(f"{at} is {value!r}; expected true or false")
+
+
+_GOOD = {"true", "1", "+1", "up", "thumbsup", "👍", "yes", "like", "liked", "good"}
+_BAD = {"false", "0", "-1", "down", "thumbsdown", "👎", "no", "dislike", "disliked", "bad"}
+
+
+def _is_flag(value: Any) -> bool:
+    with suppress(DataError):
+        return flag_at(value, "") in (True, False)
+    return False
 
 
 def list_at(value: Any, at: str, of: str) -> list[Any]:
@@ -648,12 +658,21 @@ def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
     """Read a conversation in one of the less usual forms: other keys, pairs of texts, or texts by turns."""
     if "messages" in names:
         return None
-    for column in sorted(_NAMES["turns"] | {"data"}):
+    for column in sorted(USUAL_NAMES["turns"] | {"data"}):
         given = row.get(column)
         usual = isinstance(given, list) and all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in given)
         if not usual and _kind(given) != "sharegpt" and (turns := _turns_of(given)):
             return Published(f"turns are in {column}", (column,), {"messages": turns})
     return None
+
+
+def _judged_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a conversation whose last turn is judged, as LLaMA-Factory's KTO has it."""
+    column = next((name for name in ("messages", "conversations") if _kind(row.get(name)) in ("turns", "sharegpt")), "")
+    if not column or _has(row, "completion") or not _is_flag(row.get("label")):
+        return None
+    turns = [turn if "role" in turn else sharegpt_turn(turn, column) for turn in row[column]]
+    return Published(f"the last turn of {column} is judged", (column,), {"prompt": turns[:-1], "completion": turns[-1]})
 
 
 def _turns_of(value: Any) -> list[Message]:
@@ -757,7 +776,7 @@ def _distilabel(row: Fields, chat: bool, names: Fields) -> Published | None:
 LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...]] = {
     "preference": (_shp, _responses, _hh, _orca, _asking),
     "ratings": (_ultrafeedback, _nectar, _distilabel, _asking),
-    "unpaired": (_asking,),
+    "unpaired": (_judged_turns, _asking),
     "prompts": (_asking, _questions),
     "prompt-completion": (_first_answer,),
     "messages": (_other_turns,),
@@ -1232,32 +1251,6 @@ TAKEN_BY = {
 }
 """An objective that takes each format, and its recipe in configs/, for messages."""
 
-_USUAL = {
-    "prompt": "prompt question query instruction request problem user human q ask input user_message user_input "
-    "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
-    "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
-    "completion": "completion answer response output reply assistant target solution a bot gpt summary highlights "
-    "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
-    "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
-    "input": "input context passage kontext contexte contexto",
-    "system": "system system_prompt system_message",
-    "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
-    "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns contents",
-    "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen "
-    "preferred_output",
-    "rejected": "rejected dispreferred worse loser lose rejected_response bad_response response_rejected "
-    "non_preferred_output",
-    "label": "label is_good thumbs_up desirable liked",
-    "class": "label labels class sentiment intent emotion",
-    # A name with such a word is that of a field, unless another word says that it is about the text.
-    "prompt word": "prompt question query instruction frage anfrage pregunta user",
-    "completion word": "completion answer response reply antwort reponse respuesta assistant",
-    "chosen word": "chosen preferred accepted good better best winning",
-    "rejected word": "rejected dispreferred bad worse worst losing",
-    "about": "id ids idx index type count number no nr num date time start end score len length tokens url link lang "
-    "language model source category original author name title status quality rating hash",
-}
-_NAMES = {field: set(names.split()) for field, names in _USUAL.items()}
 _TEXTUAL = ("text", "number")
 
 
@@ -1267,13 +1260,6 @@ class Recognised(NamedTuple):
     format: str
     fields: dict[str, str]
     notes: list[str]
-
-
-def plain_name(name: str) -> str:
-    """Return a column's name in lower case, without accents and signs: `Réponse (texte)` is `reponse_texte`."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
-    text = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)).casefold()
-    return re.sub(r"[\W_]+", "_", text).strip("_")
 
 
 def as_settings(format: str, fields: Mapping[str, str]) -> str:
@@ -1333,7 +1319,7 @@ class _Table:
     def __init__(
         self, rows: Sequence[dict[str, Any]], given: Mapping[str, str], formats: Sequence[str], chat: bool
     ) -> None:
-        self.rows, self.given, self.chat = rows, dict(given), chat
+        self.rows, self.given, self.chat, self.single = rows, dict(given), chat, len(formats) == 1
         self.formats = [name for name in formats if given.keys() <= set(FORMATS[name].fields)]
         values: dict[str, list[Any]] = {}
         for row in rows:
@@ -1354,10 +1340,11 @@ class _Table:
         if (theirs := self.given.get(ours or field)) is not None:
             return [theirs]
         found = [column for column in (self.columns if sparse else self.common) if column.kind in kinds]
-        if whole := [column for column in found if column.plain in _NAMES[field]]:
+        if whole := [column for column in found if column.plain in USUAL_NAMES[field]]:
             return [column.name for column in whole]
-        words = _NAMES.get(f"{field} word", set())
-        return [c.name for c in found if (has := set(c.plain.split("_"))) & words and not has & _NAMES["about"]]
+        words = USUAL_NAMES.get(f"{field} word", set())
+        names = [c.name for c in found if (has := set(c.plain.split("_"))) & words and not has & USUAL_NAMES["about"]]
+        return [name for name in names if name.rpartition(".")[0] not in names]
 
     def _system(self) -> dict[str, str]:
         """Return the field of a system text, which plain text has no place for."""
@@ -1391,8 +1378,7 @@ class _Table:
             if found := self._of(name):
                 return found
         turns, pairs, texts = self._turns(), self._pairs(), self._texts()
-        verdicts = self.names("label", ("number",)) if pairs and "unpaired" not in self.formats else []
-        if any(isinstance(c.values[0], bool) for name in verdicts if (c := self.column(name))):
+        if pairs and not self.single and "unpaired" not in self.formats and any(map(self._rates, self._labels())):
             return []  # some of the completions are bad
         if turns:
             inside = "".join(
@@ -1428,7 +1414,7 @@ class _Table:
                 for ask, a, b in product(asks or [""], better, worse)
             ]
         if format == "unpaired":
-            parts = self.names("prompt"), self.names("completion"), self.names("label", _TEXTUAL)
+            parts = self.names("prompt"), self.names("completion"), self._labels()
             fields = [dict(zip(("prompt", "completion", "label"), names)) for names in product(*parts)]
             return [(format, each) for each in fields if len(set(each.values())) == 3]
         if format == "prompts":
@@ -1436,13 +1422,23 @@ class _Table:
             return [(format, {"prompt": name}) for name in ends or self.names("prompt")]
         return []
 
+    def _labels(self) -> list[str]:
+        """Return the columns that say of completions whether they are good."""
+        found = [(name, self.column(name)) for name in self.names("label", _TEXTUAL)]
+        return [name for name, c in found if c is None or 2 * sum(map(_is_flag, c.values)) > len(c.values)]
+
+    def _rates(self, name: str) -> bool:
+        """Return whether labels are not numbers, which may be those of classes."""
+        column = self.column(name)
+        return column is not None and any(not re.fullmatch(r"[-+]?\d+", str(value)) for value in column.values)
+
     def _turns(self) -> list[_Reading]:
         if self.fits("messages") and not self._kinds("messages", "sharegpt"):
             return [("messages", self.given)]
         forms = {"turns": ("messages", "messages"), "sharegpt": ("sharegpt", "conversations")}
         found = [c for c in self.common if c.kind in forms and forms[c.kind][0] in self.formats]
         named = [c for c in found if c.name == self.given.get(forms[c.kind][1])]
-        usual = [c for c in found if c.plain in _NAMES["turns"]]
+        usual = [c for c in found if c.plain in USUAL_NAMES["turns"]]
         system = self._system()
         return [(forms[c.kind][0], {**self.given, forms[c.kind][1]: c.name, **system}) for c in named or usual or found]
 
@@ -1487,9 +1483,9 @@ class _Table:
             return []
         names = self.names("text")
         if not names and len(self.common) == 1 and self.common[0].kind == "text":
-            names = [c.name for c in self.common if c.plain not in _NAMES["prompt"]]  # prompts alone are no texts
+            names = [c.name for c in self.common if c.plain not in USUAL_NAMES["prompt"]]  # prompts alone are no texts
         found: list[_Reading] = [("text", {"text": name}) for name in names]
-        labels = [c.name for c in self.common if c.plain in _NAMES["class"] and c.kind in _TEXTUAL]
+        labels = [c.name for c in self.common if c.plain in USUAL_NAMES["class"] and c.kind in _TEXTUAL]
         if len(names) == 1 and labels and "prompt-completion" in self.formats:
             label = {"prompt": names[0], "completion": self.text_of(labels[0])}
             return [("prompt-completion", label), *found]
@@ -1505,12 +1501,12 @@ class _Table:
 
     def likely(self) -> list[_Reading]:
         """Return a reading by the order of columns, for an error: the user knows which is which."""
-        texts = [c for c in self.common if c.kind in _TEXTUAL and not set(c.plain.split("_")) & _NAMES["about"]]
+        texts = [c for c in self.common if c.kind in _TEXTUAL and not set(c.plain.split("_")) & USUAL_NAMES["about"]]
         many = [c for c in texts if len({str(v) for v in c.values}) > len(c.values) / 2 and c.kind == "text"]
         order = ("prompt-completion", "alpaca", "preference", "unpaired", "prompts", "text")
         for format in (name for name in order if name in self.formats):
             needed = ["prompt", *FORMATS[format].required] if format == "preference" else FORMATS[format].required
-            if format == "text" and [c.plain in _NAMES["prompt"] for c in texts] == [True]:
+            if format == "text" and [c.plain in USUAL_NAMES["prompt"] for c in texts] == [True]:
                 continue
             free = many if len(many) >= len(needed) else texts
             if len(free) < len(needed):
@@ -1608,8 +1604,9 @@ def recognise(
         else:
             way = f"objective: {objective} takes it: mlxft train configs/{recipe}.yaml data.train={name}"
             ways = [way, *(f"or {way}" for way in ways)]
-    if any(len(column.name.split()) > 5 or column.name.endswith("?") for column in table.columns):
-        ways.append("if these names are a row, write a line with the columns' names above it, as in question,answer")
+    names = [column.name for column in table.columns]
+    if any(name.endswith((".", "?", "!")) for name in names) or len(" ".join(names).split()) >= 3 * len(names):
+        ways.insert(0, "if these names are a row, write a line with the columns' names above it: question,answer")
     ways = ways or [_needed(formats)]
     raise DataError("\n".join([f"{name}: {what}", *ways, _seen(table)]))
 

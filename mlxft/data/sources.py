@@ -8,24 +8,28 @@ there is no row to read, such as an empty file.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
 import shlex
+import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, datetime, time
 from glob import glob
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeAlias
+from xml.etree import ElementTree
 
 from mlxft.config import Paths, handed_over
 from mlxft.errors import ConfigError, DataError, half_character, missing_extra, nearest
 from mlxft.files import digest
-from mlxft.text import home_path, parse_json
+from mlxft.text import counted, home_path, parse_json
 
 
 class Row(NamedTuple):
@@ -67,6 +71,9 @@ class File(NamedTuple):
         return self.path.suffix.lower()
 
 
+_Read: TypeAlias = Callable[[File, str, list[str]], "Iterator[Row | Problem]"]
+
+
 def read_rows(spec: Paths, split: str, notes: list[str] | None = None) -> Iterator[Row | Problem]:
     """Read the rows of one split of files, a folder or a hub data set, in order.
 
@@ -96,7 +103,16 @@ def read_rows(spec: Paths, split: str, notes: list[str] | None = None) -> Iterat
 
 
 def _of_files(files: Sequence[File], split: str, notes: list[str]) -> Iterator[Row | Problem]:
-    return chain.from_iterable(_some(READERS[file.kind](file, split, notes), file.name, notes) for file in files)
+    return chain.from_iterable(_some(_reader(file, notes)(file, split, notes), file.name, notes) for file in files)
+
+
+def _reader(file: File, notes: list[str]) -> _Read:
+    """Return what reads a file: by its suffix, but for a table that is a spreadsheet by its content, or is none."""
+    kind, book = file.kind, _head(file.path)[:8].startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
+    if kind != ".parquet" and book != (kind in _SHEETS):
+        kind = ".xlsx" if book else ".csv"
+        notes.append(f"{file.name}: is {'a spreadsheet' if book else 'a text'} by its content, and is read as {kind}")
+    return READERS[kind]
 
 
 def find_files(spec: Paths, split: str) -> list[File]:
@@ -157,8 +173,11 @@ def _of_folder(path: Path, spec: str, split: str) -> list[File]:
     shards = [p for name in SPLITS[split] for p in sorted(path.glob(f"**/{name}-*-of-*.*")) if p.suffix in READERS]
     every = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in READERS and p.is_file()]
     texts = every if split == "train" and all(p.suffix.lower() in _TEXTS for p in every) else []  # not a readme's
-    if shards or texts:
-        return _named([_file(path) for path in shards or texts])
+    splits = {name for names in SPLITS.values() for name in names}
+    only = [p for p in every if p.parent == path and p.suffix.lower() not in _TEXTS and p.stem not in splits]
+    only = [p for p in only if p.name == "conversations.json"] or only  # of an exported account
+    if shards or texts or (split == "train" and len(only) == 1):
+        return _named([_file(path) for path in shards or texts or only])
     wanted, known = ", ".join(f"{name}.jsonl" for name in SPLITS[split]), ", ".join(READERS)
     names = sorted(file.name for file in path.iterdir())
     has = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "no files"
@@ -331,8 +350,9 @@ def _first_line(path: Path) -> tuple[bytes, bool]:
 def _read_jsonl(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
     first, several = _first_line(source.path)
     if first in (b"[", b"{") or (first.startswith(b"[{") and not several):  # JSON by another name
-        yield from _read_values(source, split)
+        yield from _read_values(source, split, notes)
         return
+    damaged = False
     with source.path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             where = f"{source.name}:{number}"
@@ -341,6 +361,10 @@ def _read_jsonl(source: File, split: str, notes: list[str]) -> Iterator[Row | Pr
                 if line:
                     yield _object(read_json(line), where)
             except UnicodeDecodeError as exc:
+                if not damaged and (likely := _encodings(_head(source.path), 2)) is not None:
+                    yield _in_encoding(source, likely)
+                    return
+                damaged = True
                 yield Problem(where, _not_utf8(exc))
             except (ValueError, RecursionError) as exc:
                 yield Problem(where, _not_json(exc))
@@ -353,7 +377,7 @@ def _read_json(source: File, split: str, notes: list[str]) -> Iterator[Row | Pro
         with suppress(ValueError, RecursionError):
             read_json(first.decode())
             return _read_jsonl(source, split, notes)
-    return _read_values(source, split)
+    return _read_values(source, split, notes)
 
 
 class _AtLine(ValueError):
@@ -415,7 +439,7 @@ class _Values:
         raise _AtLine(f"not valid JSON: {text} at column {column}", self._line + self._text.count("\n", 0, at))
 
 
-def _read_values(source: File, split: str) -> Iterator[Row | Problem]:
+def _read_values(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
     """Yield the rows of a JSON array, of objects that follow each other, or of one that wraps them."""
     name, index = source.name, 0
     try:
@@ -431,7 +455,7 @@ def _read_values(source: File, split: str) -> Iterator[Row | Problem]:
                 if array or index or values.sign() or not isinstance(value, dict):
                     yield _object(value, f"{name}[{index}]")
                 else:
-                    yield from _unwrapped(value, source, split)
+                    yield from _unwrapped(value, source, split, notes)
                 index += 1
             if array:
                 values.skip("]")
@@ -448,7 +472,9 @@ def _read_values(source: File, split: str) -> Iterator[Row | Problem]:
 
 
 def _not_text(source: File) -> Problem:
-    """Return the line of a file that is not UTF-8."""
+    """Return the line of a file that is not UTF-8, or the encoding of all of it."""
+    if (likely := _encodings(_head(source.path), 2)) is not None:
+        return _in_encoding(source, likely)
     with source.path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -458,7 +484,7 @@ def _not_text(source: File) -> Problem:
     return Problem(source.name, "it was changed while it was read")
 
 
-def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row | Problem]:
+def _unwrapped(value: dict[str, Any], source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
     """Yield the rows of a file's only object: lists of rows by name, columns, rows by key, or a single row."""
     name = source.name
     lists = {key: rows for key, rows in value.items() if _are_rows(rows)}
@@ -473,6 +499,8 @@ def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row 
         raise DataError(f"{name}: has {len(lists)} lists of rows; name one: {ways}")
     if key or lists:
         key = key or next(iter(lists))
+        if others := [name for name in lists if name != key]:
+            notes.append(f"{name}: {key} is read, and not {', '.join(others)}")
         rows = [asked for row in lists[key] for asked in (_asked_of(row) or [row])]
         yield from (_object(row, f"{name}:{key}[{i}]") for i, row in enumerate(rows))
         return
@@ -488,8 +516,22 @@ def _unwrapped(value: dict[str, Any], source: File, split: str) -> Iterator[Row 
         yield from (Row(f"{name}:{key}", part) for key, part in value.items())
     elif all(_is_column(part) and len(part) == len(inner[0]) for part in inner):
         yield from (Row(f"{name}[{i}]", dict(zip(value, row))) for i, row in enumerate(zip(*inner)))
+    elif len(inner) > 1 and all(isinstance(v, str) for v in inner) and not {plain_name(key) for key in value} & _KNOWN:
+        notes.append(f"{name}: each name is read as a prompt, and its text as the completion")
+        yield from (Row(f"{name}[{i}]", {"prompt": k, "completion": v}) for i, (k, v) in enumerate(value.items()))
     else:
         yield Row(f"{name}[0]", value)
+
+
+def lists_in(source: str) -> list[str]:
+    """Return the names of the lists of rows in a .json file that names some as splits, else nothing."""
+    path = home_path(source)
+    if path.suffix.lower() != ".json" or not path.is_file() or not _first_line(path)[0].startswith(b"{"):
+        return []
+    with suppress(ValueError, RecursionError):
+        found = read_json(path.read_text("utf-8-sig"))
+        return [key for key, rows in found.items() if _are_rows(rows)]
+    return []
 
 
 def _asked_of(article: dict[str, Any]) -> list[dict[str, Any]]:
@@ -603,43 +645,111 @@ def _claude_text(turn: Mapping[str, Any]) -> str:
 _Cells: TypeAlias = tuple[str, list[str]]  # a row of a table, with its place
 _DELIMITERS = ",;\t|"
 _TITLES = 20  # rows above a header
+_USUAL = {
+    "prompt": "prompt question query instruction request problem user human q ask input user_message user_input "
+    "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
+    "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
+    "completion": "completion answer response output reply assistant target solution a bot gpt summary highlights "
+    "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
+    "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
+    "input": "input context passage kontext contexte contexto",
+    "system": "system system_prompt system_message",
+    "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
+    "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns contents",
+    "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen "
+    "preferred_output",
+    "rejected": "rejected dispreferred worse loser lose rejected_response bad_response response_rejected "
+    "non_preferred_output",
+    "label": "label is_good good thumbs_up thumbs thumb desirable liked like feedback user_feedback vote verdict "
+    "reaction",
+    "class": "label labels class sentiment intent emotion",
+    # A name with such a word is that of a field, unless another word says that it is about the text.
+    "prompt word": "prompt question query instruction frage anfrage pregunta user",
+    "completion word": "completion answer response reply antwort reponse respuesta assistant",
+    "chosen word": "chosen preferred accepted good better best winning",
+    "rejected word": "rejected dispreferred bad worse worst losing",
+    "about": "id ids idx index type count number no nr num date time start end score len length tokens url link lang "
+    "language model source category original author name title status quality rating hash",
+}
+USUAL_NAMES = {field: set(names.split()) for field, names in _USUAL.items()}
+_KNOWN = set().union(*(names for field, names in USUAL_NAMES.items() if " " not in field and field != "about"))
 
 
-def _table(lines: Iterable[_Cells | Problem], source: File, notes: list[str]) -> Iterator[Row | Problem]:
-    """Yield the rows of a table. Its header is the first line with more than one cell, if any has, else the first."""
-    lines = iter(lines)
-    first = list(islice(lines, _TITLES))
-    wide = any(not isinstance(line, Problem) and _filled(line[1]) > 1 for line in first)
-    header: list[str] = []
-    above, empty, pending, unnamed = "", 0, 0, 0
-    for line in chain(first, lines):
+def plain_name(name: str) -> str:
+    """Return a column's name in lower case, without accents and signs: `Réponse (texte)` is `reponse_texte`."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    text = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c)).casefold()
+    return re.sub(r"[\W_]+", "_", text).strip("_")
+
+
+def _header_at(lines: Sequence[_Cells | Problem]) -> int:
+    """Return which line of a table is its header: the first with more than one cell, if any has, else the first.
+
+    A title of several cells may stand above it: a line without a usual name, before one with two.
+    """
+    filled = [(i, cells) for i, line in enumerate(lines[:_TITLES]) if _filled(cells := _cells_in(line))]
+    wide = [
+        (i, {plain_name(cell) for cell in cells if cell.strip()} & _KNOWN) for i, cells in filled if _filled(cells) > 1
+    ]
+    if wide and not wide[0][1]:
+        return next((i for i, names in wide if len(names) > 1), wide[0][0])
+    return wide[0][0] if wide else filled[0][0] if filled else len(lines)
+
+
+def _cells_in(line: _Cells | Problem) -> list[str]:
+    return [] if isinstance(line, Problem) else line[1]
+
+
+def _table(lines: Sequence[_Cells | Problem], source: File, notes: list[str]) -> Iterator[Row | Problem]:
+    """Yield the rows of a table.
+
+    Raises:
+        DataError: most values of a column are missing: spreadsheet programs compute them, others write none.
+    """
+    at = _header_at(lines)
+    above = [" ".join(cells).strip() for line in lines[:at] if _filled(cells := _cells_in(line))]
+    header = [cell.strip() for cell in _cells_in(lines[at])] if at < len(lines) else []
+    if twice := sorted({cell for cell in header if cell and header.count(cell) > 1}):
+        text = f"the header names {', '.join(map(repr, twice))} twice; the first line must name each column once"
+        yield Problem(str(lines[at][0]), text)
+        return
+    body = [cells for line in lines[at + 1 :] if _filled(cells := _cells_in(line))]
+    lost = Counter(name for cells in body for name, cell in zip(header, cells) if name and cell in _LOST)
+    if gone := [name for name, count in lost.items() if 2 * count >= len(body)]:
+        raise DataError(
+            f"{source.name}: {', '.join(map(repr, gone))}: the formulas have no stored value, or an error (#REF!); "
+            "open the file and save it in a spreadsheet program, so that values are stored, or remove the column"
+        )
+    yield from (line for line in lines[:at] if isinstance(line, Problem))
+    empty, pending, unnamed = 0, 0, 0
+    for line in lines[at + 1 :]:
         if isinstance(line, Problem):
             yield line
             continue
         where, cells = line
         if not _filled(cells):
             pending += len(cells) > 1  # a blank line of one column is not even an empty row
-        elif not header and wide and len(cells) > 1 and _filled(cells) == 1:
-            above = above or next(filter(None, map(str.strip, cells)))
-        elif not header:
-            header, pending = [cell.strip() for cell in cells], 0
-            if twice := sorted({cell for cell in header if cell and header.count(cell) > 1}):
-                text = (
-                    f"the header names {', '.join(map(repr, twice))} twice; the first line must name each column once"
-                )
-                yield Problem(where, text)
-                return
-        elif len(cells) < len(header) or _filled(cells[len(header) :]):
-            empty, pending = empty + pending, 0
+            continue
+        empty, pending = empty + pending, 0
+        if len(cells) < len(header) or _filled(cells[len(header) :]):
             names = [name for name in header if name]
             yield Problem(where, f"{len(cells)} columns; the header names {len(names)} ({', '.join(names)})")
         else:
-            empty, pending = empty + pending, 0
             unnamed += any(cell.strip() and not name for name, cell in zip(header, cells))
-            yield Row(where, {name: cell for name, cell in zip(header, cells) if name})
-    notes += [f"{source.name}: what stands above the header is left out: {above[:60]}"] if above else []
-    notes += [f"{source.name}: {empty:,} empty rows are left out"] if empty else []
-    notes += [f"{source.name}: {unnamed:,} rows have cells in columns without a name, not used"] if unnamed else []
+            yield Row(where, {name: "" if cell in _LOST else cell for name, cell in zip(header, cells) if name})
+    notes += [f"{source.name}: what stands above the header is left out: {above[0][:60]}"] if above else []
+    notes += [f"{source.name}: {', '.join(lost)}: {counted(lost.total(), 'formulas have no value')}"] if lost else []
+    notes += [f"{source.name}: {counted(empty, 'empty rows are left out')}"] if empty else []
+    notes += (
+        [f"{source.name}: {counted(unnamed, 'rows have cells in columns without a name, not used')}"] if unnamed else []
+    )
+
+
+# What a formula shows that has no value.
+_LOST = {
+    *["#REF!", "#N/A", "#NAME?", "#VALUE!", "#DIV/0!", "#NULL!", "#NUM!", "#SPILL!", "#CALC!"],
+    *(f"Err:{n}" for n in range(501, 541)),
+}
 
 
 def _filled(cells: Sequence[str]) -> int:
@@ -722,11 +832,9 @@ _SWALLOWED = 4  # lines of a text which all look like rows
 def _text_lines(source: File, notes: list[str]) -> list[str | Problem]:
     """Return the lines of a text in any usual encoding, and in place of a line what is wrong with it."""
     raw = source.path.read_bytes()
-    if raw.startswith(b"PK\x03\x04"):
-        raise DataError(f"{source.name}: is a spreadsheet or an archive, not a text; give it its suffix, such as .xlsx")
     nulls, even = raw[:2000].count(b"\0"), raw[:2000:2].count(b"\0")
     encoding = "utf-8-sig"  # with a mark or without
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if raw.startswith(_UTF_16):
         encoding = "utf-16"
     elif 4 * nulls > len(raw[:2000]):
         encoding = "utf-16-be" if 2 * even > nulls else "utf-16-le"
@@ -737,26 +845,57 @@ def _text_lines(source: File, notes: list[str]) -> list[str | Problem]:
         return list(io.StringIO(text, newline=""))
     if encoding != "utf-8-sig":
         return [Problem(source.name, f"is not {encoding.upper()} throughout, as it begins; save it as UTF-8")]
-    lines: list[str | Problem] = []
-    sound = 0
-    for number, line in enumerate(raw.splitlines(keepends=True), 1):
-        try:
-            lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            sound += not line.isascii()
-        except UnicodeDecodeError as exc:
-            lines.append(Problem(f"{source.name}:{number}", _not_utf8(exc)))
-    if sound >= sum(isinstance(line, Problem) for line in lines) or re.search(b"\xed[\xa0-\xbf][\x80-\xbf]", raw):
-        return lines  # damaged, and not in another encoding
+    if (likely := _encodings(raw)) is None:  # damaged, and not in another encoding
+        lines: list[str | Problem] = []
+        for number, line in enumerate(raw.splitlines(keepends=True), 1):
+            try:
+                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as exc:
+                lines.append(Problem(f"{source.name}:{number}", _not_utf8(exc)))
+        return lines
     tried = {name: raw.decode(name, "replace") for name in ("cp1252", "mac_roman")}
     name, text = max(tried.items(), key=lambda item: sum((c in _WESTERN) - (not c.isascii()) for c in item[1]))
     signs = [c for c in text if not c.isascii()]
-    if 2 * sum(c in _WESTERN for c in signs) < len(signs) or len(signs) > len(text) / 4:
-        return lines
+    # Words of accented letters alone, and signs that Western texts do not have, are those of another encoding.
+    if 10 * sum(c not in _WESTERN for c in signs) > len(signs) or 3 * len(_ALIEN.findall(text)) > len(signs):
+        return [_in_encoding(source, likely)]
     notes.append(f"{source.name}: is not UTF-8 and read as {name}; look at a row with accents")
     return list(io.StringIO(text, newline=""))
 
 
-_WESTERN = frozenset("äöüÄÖÜßéèêëàâáãåæçíîïìñóôòõøœúùûýÿÉÈÊÀÁÅÆÇÍÑÓÔØÚ'’‘“”„–—…€£°§«»¿¡·•\xa0")
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_WESTERN = frozenset("äöüÄÖÜßéèêëàâáãåæçíîïìñóôòõøœúùûýÿÉÈÊÀÁÅÆÇÍÑÓÔØÚ'’‘“”„–—…€£°§«»¿¡·•±½²®™©\xa0")
+_ALIEN = re.compile(r"(?<=[À-ÿ])[À-ÿ](?=[À-ÿ])")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1 << 20)
+
+
+def _encodings(raw: bytes, least: int = 1) -> list[str] | None:
+    """Return the likely encodings of bytes that are not UTF-8, the best first; None of UTF-8 with damaged lines.
+
+    Args:
+        least: lines that are not UTF-8, without which a file is damaged.
+    """
+    decoded = [line.decode("utf-8-sig", "replace") for line in raw.splitlines() if not line.isascii()]
+    damaged = least if raw.startswith(_UTF_16) else sum("\ufffd" in line for line in decoded)
+    if 2 * damaged <= len(decoded) or damaged < least or re.search(b"\xed[\xa0-\xbf][\x80-\xbf]", raw):
+        return None
+    from charset_normalizer import from_bytes
+
+    found = from_bytes(raw[: 1 << 16])
+    names = {"euc_jis_2004": "euc_jp", "cp1125": "cp866"}
+    return [names.get(each.encoding, each.encoding).upper().replace("_", "-") for each in found][:2]
+
+
+def _in_encoding(source: File, likely: Sequence[str]) -> Problem:
+    """Return what is wrong with a file in another encoding, and the command that converts it."""
+    path, out = source.path, source.path.with_stem(f"{source.path.stem}-utf8")
+    seen = f", but probably {' or '.join(likely)}" if likely else ""
+    way = f"iconv -f {likely[0] if likely else 'ENCODING'} -t UTF-8 {shlex.quote(str(path))} > {shlex.quote(str(out))}"
+    return Problem(source.name, f"is not UTF-8{seen}; save it as UTF-8, or convert it: {way}")
 
 
 def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
@@ -765,14 +904,13 @@ def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | P
     except ImportError as exc:
         raise ConfigError(f"{source.name}: {missing_extra('python-calamine', 'data')}") from exc
     try:
-        with calamine.CalamineWorkbook.from_path(str(source.path)) as book:
+        with source.path.open("rb") as file, calamine.CalamineWorkbook.from_filelike(file) as book:
             shown = [s.name for s in book.sheets_metadata if s.visible == calamine.SheetVisibleEnum.Visible]
             if source.part and source.part not in book.sheet_names:
                 hint = nearest(source.part, book.sheet_names)
                 raise DataError(f"{source.name}: no sheet {source.part!r}{hint}; it has {', '.join(book.sheet_names)}")
-            sheets = {
-                name: _cells_of(book.get_sheet_by_name(name)) for name in ([source.part] if source.part else shown)
-            }
+            names = [source.part] if source.part else shown
+            sheets = {name: _cells_of(book.get_sheet_by_name(name)) for name in names}
     except DataError:
         raise
     except (calamine.CalamineError, OSError, ValueError) as exc:
@@ -785,8 +923,31 @@ def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | P
     if len(sheets) > 1:
         notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
     place = f"{source.name}:{name}" if source.part else source.name
-    lines: Iterable[_Cells | Problem] = ((f"{place}:{i}", cells) for i, cells in enumerate(sheets.get(name, []), 1))
-    yield from _table(lines, source, notes)
+    cells = sheets.get(name, [])
+    for row, column in _without_values(source.path, name):
+        if row < len(cells) and column < len(cells[row]) and not cells[row][column]:
+            cells[row][column] = "#VALUE!"
+    yield from _table([(f"{place}:{i}", row) for i, row in enumerate(cells, 1)], source, notes)
+
+
+def _without_values(path: Path, sheet: str) -> Iterator[tuple[int, int]]:
+    """Yield row and column of the formulas of an xlsx file that have an error or no stored value, from 0.
+
+    python-calamine does not distinguish them from empty cells.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with suppress(KeyError, zipfile.BadZipFile, ElementTree.ParseError), zipfile.ZipFile(path) as book:
+        tops = [ElementTree.fromstring(book.read(f"xl/{name}")) for name in ("workbook.xml", "_rels/workbook.xml.rels")]
+        named = {key: tag.get("name") for tag in tops[0].iter() for key in tag.attrib.values()}
+        target = next((tag.get("Target", "") for tag in tops[1] if named.get(tag.get("Id", "")) == sheet), "")
+        text = book.read(target.lstrip("/") if target.startswith("/") else f"xl/{target}")
+        for cell in re.finditer(rb"<c\b([^>]*)(?<!/)>(.*?)</c>", text, re.S):
+            at = re.search(rb'\br="([A-Z]+)(\d+)"', cell[1])
+            kept = b't="str"' in cell[1] or re.search(rb"<v>[^<]", cell[2])
+            if at and (b't="e"' in cell[1] or (b"<f" in cell[2] and not kept)):
+                column = functools.reduce(lambda sum, letter: 26 * sum + letter - 64, at[1], 0)
+                yield int(at[2]) - 1, column - 1
 
 
 def _cells_of(sheet: Any) -> list[list[str]]:
@@ -900,18 +1061,19 @@ def _describes_tools(value: Any) -> bool:
     return isinstance(first, dict) and (isinstance(first.get("function"), dict) or {"name", "parameters"} <= {*first})
 
 
-READERS: dict[str, Callable[[File, str, list[str]], Iterator[Row | Problem]]] = {
+_SHEETS = (".xlsx", ".xlsm", ".xls", ".ods")
+READERS: dict[str, _Read] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".ndjson": _read_jsonl,
     ".tsv": _read_csv,
-    **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods"), _read_sheets),
+    **dict.fromkeys(_SHEETS, _read_sheets),
     **dict.fromkeys((".txt", ".md"), _read_text),
 }
 _TEXTS = (".txt", ".md")
-_PARTS = (".xlsx", ".xlsm", ".xls", ".ods", ".json")  # a part of such a file can be named
+_PARTS = (*_SHEETS, ".json")  # a part of such a file can be named
 
 
 # Read row by row: the others' readers hold a whole file.

@@ -59,7 +59,7 @@ from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain_layer, sh
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
-from mlxft.runs import find_adapter, open_run
+from mlxft.runs import find_adapter, open_run, runs_there
 from mlxft.text import home_path, parse_json
 
 # --- sources ----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def adapter_of(path: Path) -> Path:
     if (folder / "adapter_config.json").exists():
         return folder
     if not path.exists():
-        raise ModelError(f"{path}: no such run or adapter")
+        raise ModelError(f"{path}: no such run or adapter{runs_there(path)}")
     if (path / "model").is_dir():
         raise ModelError(
             f"{path}: was fully fine-tuned and has no adapter; its model is {path / 'model'}, which can be used as it "

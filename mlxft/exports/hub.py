@@ -21,8 +21,8 @@ from mlxft.files import MARK
 from mlxft.model.folder import NAMED_TEMPLATES, brief, foreign, lies_in
 from mlxft.model.heads import HEAD_FILE
 from mlxft.model.load import ALIASES
-from mlxft.runs import Run, open_run
-from mlxft.text import VALUE, home_path, parse_json, printable, read_small, with_value
+from mlxft.runs import Run, open_run, runs_there
+from mlxft.text import VALUE, counted, home_path, parse_json, printable, read_small, with_value
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData, ModelCardData
@@ -381,7 +381,7 @@ def evaluations(found: Sequence[Metadata]) -> str:
                 if (p := paired.get(name)) and result["against"]:
                     against = _plain(Path(result["against"]).name)
                     difference = f"{_figure(p['difference'])} [{_figure(p['low'])}, {_figure(p['high'])}] to {against}"
-                on = f"{_plain(Path(result['file']).name)} ({figure['n']:,} rows)"
+                on = f"{_plain(Path(result['file']).name)} ({counted(figure['n'], 'rows')})"
                 value = f"{_figure(figure['value'])} ± {_figure(figure['se'])}"
                 rows.append((on, _plain(name.replace("_", " ")), value, difference))
     return _table(("on", "metric", "value ± standard error", "difference [interval]"), rows) if rows else ""
@@ -485,9 +485,9 @@ def pack(
     """
     check_repo(repo)
     if not source.is_dir() and (source.suffix != ".gguf" or not source.is_file()):
+        seen = "is a file" if source.exists() else f"no such run or folder{runs_there(source)}"
         raise ModelError(
-            f"{source}: {'is a file' if source.exists() else 'no such run or folder'}; name a run, an adapter, a "
-            "folder that mlxft fuse or export wrote, or a .gguf file"
+            f"{source}: {seen}; name a run, an adapter, a folder that mlxft fuse or export wrote, or a .gguf file"
         )
     folder, trained = _place(source, what, run)
     kind, about = _kind(folder)

@@ -26,7 +26,7 @@ from mlxft.model.frozen import FrozenSource, frozen_residents
 from mlxft.model.layers import without_dropout
 from mlxft.model.load import context_of, read_model_config
 from mlxft.model.memory import PLAIN_OUTLINE, Beside, Outline, Residents, Shape
-from mlxft.text import Event
+from mlxft.text import Event, counted
 
 # Architectures that look positions up in a table; MLX reads and writes memory beyond its end without a word.
 POSITION_TABLES = ("gpt2", "gpt_bigcode")
@@ -411,12 +411,12 @@ def beyond_context(
         return []
     if about.get("model_type") in POSITION_TABLES:
         raise DataError(
-            f"{len(long):,} rows are longer than the {context:,} positions that {whose} has an embedding for; the "
-            f"longest has {max(long):,}: {way or f'set data.max_length to {context}, and see data.overflow'}"
+            f"{counted(len(long), 'rows are longer')} than the {context:,} positions that {whose} has embeddings for; "
+            f"the longest has {max(long):,}: {way or f'set data.max_length to {context}, and see data.overflow'}"
         )
     note = (
-        f"{len(long):,} rows are longer than {whose}'s context of {context:,} tokens (max_position_embeddings); the "
-        f"longest has {max(long):,}: {way or 'see data.max_length and data.overflow'}"
+        f"{counted(len(long), 'rows are longer')} than {whose}'s context of {context:,} tokens "
+        f"(max_position_embeddings); the longest has {max(long):,}: {way or 'see data.max_length and data.overflow'}"
     )
     return [note]
 

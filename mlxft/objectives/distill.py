@@ -63,7 +63,7 @@ from mlxft.objectives.rollouts import (
     RolloutSettings,
     room_for_prompts,
 )
-from mlxft.text import Event, bar, home_path, parse_json, read_small
+from mlxft.text import Event, bar, counted, home_path, parse_json, read_small
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -551,7 +551,7 @@ class Distill(RolloutObjective[DistillSettings]):
         if problems:
             raise DataError(report_lines(problems))
         if dropped:
-            self.notes.append(f"{dropped:,} rows are longer than data.max_length leaves room for, and are left out")
+            self.notes.append(counted(dropped, "rows are longer than data.max_length allows, and are left out"))
         if not found:
             raise DataError("no row is left: all are longer than data.max_length leaves room for")
         lengths = [len(p.ids) + (len(p.completion) if p.completion is not None else 0) for p in found]

@@ -48,6 +48,7 @@ from mlxft.objectives.pairs import (
     stack,
     stack_pairs,
 )
+from mlxft.text import counted
 
 REFERRED = ("dpo", "ipo", "hinge", "kto")  # losses that compare with the policy before training
 SMOOTHED = ("dpo", "cpo")
@@ -421,7 +422,7 @@ def _refuse_ties(rows: Iterable[EncodedPair], loss: str) -> None:
 def _idle_margins(rows: Sequence[EncodedPair], loss: str) -> list[str]:
     """Return a note if rows have margins, which the loss ignores."""
     margins = sum(row.margin is not None for row in rows)
-    return [f"{margins:,} rows have a margin, which loss {loss} does not use"] if margins else []
+    return [counted(margins, f"rows have a margin, which loss {loss} does not use")] if margins else []
 
 
 def _apart(pairs: Sequence[EncodedPair]) -> list[EncodedLabelled]:

@@ -27,6 +27,7 @@ from mlxft.objectives.pairs import (
     micro_batch,
     stack_pairs,
 )
+from mlxft.text import counted
 
 _FORMATS = ("preference", "ratings")
 BINS = 10  # of confidence, from 1/2 to 1
@@ -96,7 +97,7 @@ class Reward(CompletionObjective[EncodedPair]):
         if self._settings.margin and not margins:
             raise ConfigError("reward.margin: no row has a margin; leave it out, or give rows a field margin")
         if margins and not self._settings.margin:
-            self.notes.append(f"{margins:,} rows have a margin, which is not used (reward.margin: true)")
+            self.notes.append(counted(margins, "rows have a margin, which is not used (reward.margin: true)"))
         self._thirds = thirds_of(sizes_of(self.valid)[:, 1:].ravel()) if self.valid else (0.0, 0.0)
         self._about: dict[str, Any] = {}
 

@@ -71,7 +71,7 @@ from mlxft.objectives.episodes import LIMITS, EncodedPrompt, EnvironmentSettings
 from mlxft.objectives.functional import equal_groups, wins
 from mlxft.objectives.pairs import stack
 from mlxft.objectives.rewards import Rewards, RewardsSettings, Scores, ToScore, find_reward_run
-from mlxft.text import VALUE, Event
+from mlxft.text import VALUE, Event, counted
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ def _encode(
     if problems:
         raise DataError(report_lines(problems))
     if dropped:
-        notes.append(f"{dropped:,} prompts leave no room for a completion within {why} and are left out")
+        notes.append(counted(dropped, f"prompts leave no room for a completion within {why} and are left out"))
     if not found:
         raise DataError(f"no prompt is left to sample from: {why} minus rollout.max_tokens leaves {longest} tokens")
     return found

@@ -28,7 +28,7 @@ from mlxft.errors import CheckpointError, ConfigError, DataError, MlxftError
 from mlxft.files import HOLDER, is_held
 from mlxft.runs import RunInfo, list_runs, may_be_run, read_status, run_info
 from mlxft.study.plots import LOSS, LOSS_UNITS, Panel, Series
-from mlxft.text import json_text, parse_json, printable, read_file
+from mlxft.text import counted, json_text, parse_json, printable, read_file
 
 if TYPE_CHECKING:
     from mlxft.model.load import Loaded
@@ -732,7 +732,15 @@ def histogram(found: Sequence[Bin], unit: str) -> Chart | None:
     for low, high, count in found:
         left, top = x(low), y(count)
         lengths = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        bars.append((left, top, max(0.5, x(high + 1) - left - 1), HEIGHT - _BOTTOM - top, f"{lengths}: {count:,} rows"))
+        bars.append(
+            (
+                left,
+                top,
+                max(0.5, x(high + 1) - left - 1),
+                HEIGHT - _BOTTOM - top,
+                f"{lengths}: {counted(count, 'rows')}",
+            )
+        )
         rows.append([lengths, f"{count:,}"])
     up = [(place, text) for place, text in y.ticks(4) if "." not in text]
     return Chart("Lengths", unit, x.ticks(), up, bars=bars, head=[unit, "rows"], rows=rows)

@@ -93,14 +93,14 @@ def open_models(given: Sequence[str]) -> dict[str, OpenModel]:
 def _sources(given: Sequence[str]) -> list[_Source]:
     if not given:
         raise ConfigError("no model is given; name a run, an adapter, a folder or a hub id")
-    tuned = [text for text in given if text != "base"]
+    tuned = {text: locate(_named(text)[1]) for text in given if text != "base"}
     found: dict[str, _Source] = {}
     for text in given:
         name, path = _named(text)
         if text == "base" and not Path("base").exists():
-            source = _Source(name, *_base_among(tuned))
+            source = _Source(name, *_base_among([*tuned]))
         else:
-            at, adapter, _ = locate(path)
+            at, adapter, _ = tuned.get(text) or locate(path)
             noted = {} if adapter is None else base_noted(read_adapter_config(adapter))
             base = noted.pop("model", None)
             options = {k: v for k, v in noted.items() if k in ("dtype", "quantize", "group_size")}

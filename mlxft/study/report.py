@@ -17,7 +17,7 @@ from mlxft import __version__
 from mlxft.errors import DataError, MlxftError
 from mlxft.files import check_file, read_mark
 from mlxft.runs import RunInfo, find_run, finite, now, read_events, read_run_settings, run_info
-from mlxft.text import Event, parse_json, printable, read_file, with_value
+from mlxft.text import Event, counted, parse_json, printable, read_file, with_value
 
 # --- compare ----------------------------------------------------------------------------------------------------------
 # One run in detail, and runs side by side: differences in settings and results.
@@ -526,7 +526,7 @@ def evaluation_tables(found: dict[str, Any], task: dict[str, Any]) -> tuple[str,
             rows.append([pair["metric"], difference, interval, f"{pair['won']}/{pair['lost']}/{pair['tied']}"])
         tables.append((columns, rows))
     shots = f", {found['shots']} shots" if found.get("shots") else ""
-    return f"{task['task']} on {Path(found['file']).name}: {task['rows']:,} rows{shots}", tables
+    return f"{task['task']} on {Path(found['file']).name}: {counted(task['rows'], 'rows')}{shots}", tables
 
 
 def _with_error(figure: dict[str, Any]) -> str:

@@ -6,10 +6,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from mlxft.config import all_keys, config_class, dump_yaml, objectives, parse_config, read_yaml
 from mlxft.data.formats import (
@@ -28,12 +29,21 @@ from mlxft.data.formats import (
     recognise,
     wanted_completion,
 )
-from mlxft.data.sources import SPLITS, Problem, Row, find_split, read_rows, report_lines
+from mlxft.data.sources import (
+    SPLITS,
+    Problem,
+    Row,
+    find_split,
+    lists_in,
+    plain_name,
+    read_rows,
+    report_lines,
+)
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.foreign import UNSEEN, is_hub_id, tool_of, translate_all
 from mlxft.model.load import ALIASES, resolve
 from mlxft.study.catalogue import fitting
-from mlxft.text import home_path, parse_json, read_small
+from mlxft.text import counted, home_path, parse_json, read_small
 
 RECIPE = "mlxft.yaml"
 _MOST_ROWS = 20_000  # rows that are read for a proposal
@@ -74,7 +84,7 @@ class Look:
         characters: median and maximum of a row's text.
         labels: different completions, if they are few.
         problems: rows that cannot be read, as they are named in messages; `wrong` counts them.
-        valid: the source has validation rows of its own.
+        valid: the source has validation rows of its own: in a folder, or under this name.
     """
 
     source: str
@@ -89,20 +99,20 @@ class Look:
     prompts: list[str]
     wrong: int
     problems: list[str]
-    valid: bool
+    valid: bool | str
     notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Return the facts as lines for a terminal."""
-        found = [f"{self.source}: {self.rows:,} rows{' (and more)' if self.more else ''}", *self.notes]
+        found = [f"{self.source}: {counted(self.rows, 'rows')}{' (and more)' if self.more else ''}", *self.notes]
         median, most = self.characters
         found.append(f"text of a row: {median:,} characters (median), {most:,} at most; language: {self.language}")
         if self.labels:
             found.append(f"completions are labels: {', '.join(map(repr, self.labels))}")
         if self.duplicates:
-            found.append(f"{self.duplicates:,} rows are there more than once")
+            found.append(counted(self.duplicates, "rows are there more than once"))
         if self.wrong:
-            found += [f"{self.wrong:,} rows cannot be trained on:", *(f"  {text}" for text in self.problems)]
+            found += [counted(self.wrong, "rows cannot be trained on:"), *(f"  {text}" for text in self.problems)]
         return found
 
 
@@ -141,9 +151,32 @@ def look(source: str) -> Look:
         ],
         wrong=len(skipped),
         problems=[f"{problem.where}: {problem.text}" for problem in skipped[:3]],
-        valid=folder.is_dir() and find_split(folder, "valid") is not None,
-        notes=[*notes, *found.notes, *(note for note in columns.notes() if note.startswith("columns"))],
+        valid=find_split(folder, "valid") is not None if folder.is_dir() else _other_list(source),
+        notes=[
+            *notes,
+            *found.notes,
+            *(n for n in columns.notes() if n.startswith("columns")),
+            *_ratings(columns, read),
+        ],
     )
+
+
+def _other_list(source: str) -> str:
+    """Return the name of the validation rows, else the test rows, in a .json file that has its rows by splits."""
+    lists = lists_in(source)
+    return next((f"{source}:{n}" for n in (*SPLITS["valid"], *SPLITS["test"]) if n in lists and "train" in lists), "")
+
+
+def _ratings(columns: Columns, rows: Sequence[Row | Problem]) -> list[str]:
+    """Return a note on a column that rates completions, and is not used."""
+    words = {"rating", "score", "stars", "quality", "grade"}
+    for name in (n for n in columns.seen if n not in columns.read and words & set(plain_name(n).split("_"))):
+        values = {str(row.data.get(name) or "") for row in rows if isinstance(row, Row)} - {""}
+        with suppress(ValueError):
+            if 1 < len({float(value) for value in values}) <= 20:
+                way = "a column label of true and false lets objective: preference (loss kto) learn from bad ones, too"
+                return [f"{name} seems to rate the completions, which are all trained alike; {way}"]
+    return []
 
 
 def _turns(prompt: str | list[dict[str, Any]]) -> str:
@@ -295,16 +328,16 @@ def propose(
     if method != "full":
         settings["tune.rank"] = (16, "8 to 64; more for more or harder rows")
         settings["tune.alpha"] = (32, "the update counts alpha / rank times")
-    settings["data.train"] = (seen.source, f"{seen.rows:,} rows{' and more' if seen.more else ''}")
+    settings["data.train"] = (seen.source, f"{counted(seen.rows, 'rows')}{' and more' if seen.more else ''}")
     proposed, why = _held_out(seen)
-    share = valid if valid is not None else proposed
+    share = valid if valid is not None else (isinstance(seen.valid, str) and seen.valid) or proposed
     if share:
         settings["data.valid"] = (share, why if valid is None else "validation rows")
     settings["data.format"] = (seen.format, "found by the columns")
     if seen.fields:
         settings["data.fields"] = (seen.fields, "the format's fields: the rows' columns")
     if seen.wrong:
-        settings["data.bad_rows"] = ("drop", f"{seen.wrong:,} rows cannot be trained on")
+        settings["data.bad_rows"] = ("drop", counted(seen.wrong, "rows cannot be trained on"))
     longest = int(seen.characters[1] / _CHARACTERS)
     if longest > 1500:
         room = min(8192, 1 << longest.bit_length())
@@ -330,7 +363,9 @@ def propose(
 
 
 def _held_out(seen: Look) -> tuple[float | None, str]:
-    if seen.valid or seen.rows < 20:
+    if seen.valid:
+        return None, "the file has them"
+    if seen.rows < 20:
         return None, ""
     share = 0.1 if seen.rows < 1000 else 0.05 if seen.rows < 20_000 else 0.01
     return share, "this share is held out, to see whether training helps"
@@ -367,7 +402,7 @@ class Converted:
     def plan(self) -> Draft:
         """Return the recipe."""
         order = {name: i for i, name in enumerate(config_class("sft").model_fields)}
-        keys = sorted(self.settings, key=lambda key: order.get(key.partition(".")[0], len(order)))
+        keys = sorted(self.settings, key=lambda key: (order.get(s := key.partition(".")[0], len(order)), s))
         return Draft({key: (self.settings[key], "") for key in keys})
 
 
@@ -393,6 +428,8 @@ def convert_recipe(path: Path) -> Converted:
     known = all_keys(config_class(objective))
     sources = raw.pop("datasets", None) if isinstance(raw.get("datasets"), list) else None
     _take_data(made, raw, sources, path.parent)
+    if raw.get("reward_model") is True:  # which names no model
+        del raw["reward_model"]
     for name, value, found in translate_all(raw, known):
         if value is None or value == "":  # a setting that is named and left open
             continue
@@ -442,6 +479,8 @@ _TELLING = {
 
 def _objective_of(raw: Mapping[str, Any]) -> str:
     """Return the objective that a configuration is for: as it says, or by its settings."""
+    if raw.get("reward_model") is True:  # Axolotl
+        return "reward"
     for _, _, found in translate_all({k: v for k, v in raw.items() if k in ("stage", "rl", "trainer_type")}, ()):
         if (named := (found.settings if found else {}).get("objective", UNSEEN)) is not UNSEEN:
             return str(named) if named in objectives() else "sft"
@@ -463,10 +502,9 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
         known = _dataset_info(where) or _dataset_info(folder / where)
         for name in (part.strip() for part in raw.pop("dataset").split(",")):
             about = known.get(name, {})
-            if "file_name" in about:
-                named.append((str(where / about["file_name"]), {"type": about.get("formatting", "alpaca"), **about}))
-            elif "hf_hub_url" in about:
-                named.append((f"hf:{about['hf_hub_url']}", {"type": about.get("formatting", "alpaca")}))
+            if "file_name" in about or "hf_hub_url" in about:
+                path = str(where / about["file_name"]) if "file_name" in about else f"hf:{about['hf_hub_url']}"
+                named.append((path, {"type": about.get("formatting", "alpaca"), **about}))
             else:
                 made.left.append(f"dataset {name}: not in {where}/dataset_info.json; put its file into data.train")
     elif isinstance(raw.get("dataset_name"), str):
@@ -477,25 +515,87 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
     if not named:
         return
     made.settings["data.train"] = named[0][0]
-    kind = named[0][1].get("type", "")
-    form = _FORMATS.get(kind.partition(".")[0]) if isinstance(kind, str) else None
-    if form is not None and _objective_of(raw) == "sft":  # pairs and prompts are known by their columns
+    objective = _objective_of(raw)
+    kto = "kto" in (raw.get("stage"), raw.get("rl"))
+    about = named[0][1]
+    if made.tool == "LLaMA-Factory":
+        form, fields = _columns_there(about, objective, kto, raw.get("stage") == "pt")
+    else:
+        form, fields = _fields_there(about, objective, kto)
+    if isinstance(kind := about.get("type"), dict):
+        made.settings["data.template"] = "none"
+        made.taken.append("type of the rows -> data.fields, and data.template: none, as it makes plain text of them")
+        if kind.get("system_prompt"):
+            made.left.append(f"type.system_prompt: {kind['system_prompt']!r}: write it into data.fields.prompt")
+    names = {*(about.get("message_property_mappings") or {}).values(), *(about.get("tags") or {}).values()}
+    names |= {about[name] for name in ("message_field_role", "message_field_content") if name in about}
+    if odd := names - {"role", "content", "from", "value", *_SPEAKERS}:
+        made.left.append(f"names within turns ({', '.join(sorted(map(str, odd)))}): rename them to role and content")
+    if form:
         made.settings["data.format"] = form
-    if isinstance(kind, dict):
-        made.left.append(f"type of the rows {kind}: write data.format and data.fields")
     made.left += [
         f"type of {path}: data.mix is read as data.train is" for path, about in named[1:] if about.get("type")
     ]
-    fields = {
-        "messages": named[0][1].get("field_messages"),
-        "text": named[0][1].get("field") if form == "text" else None,
-    }
     if fields := {ours: theirs for ours, theirs in fields.items() if theirs and theirs != ours}:
         made.settings["data.fields"] = fields
     made.taken.append(f"rows -> data.train: {named[0][0]}")
     if named[1:]:
         made.settings["data.mix"] = {f"more{i}": {"path": path} for i, (path, _) in enumerate(named[1:], 1)}
-        made.taken.append(f"{len(named) - 1} more sources -> data.mix")
+        made.taken.append(f"{counted(len(named) - 1, 'more sources')} -> data.mix")
+
+
+_SPEAKERS = ("human", "gpt", "user", "assistant", "system", "observation", "tool", "function_call", "function")
+_Read: TypeAlias = tuple[str, dict[str, Any]]  # data.format, "" for auto, and data.fields
+
+
+def _columns_there(about: Mapping[str, Any], objective: str, kto: bool, plain: bool) -> _Read:
+    """Return how LLaMA-Factory reads rows: columns and tags of dataset_info.json, by its own defaults."""
+    columns, turns = about.get("columns") or {}, about.get("type") == "sharegpt"
+    prompt, said = columns.get("prompt", "instruction"), columns.get("response", "output")
+    more = {"system": columns.get("system"), "tools": columns.get("tools")}
+    chat = columns.get("messages", "conversations")
+    if objective in ("preference", "reward") and not kto:
+        sides = {side: columns.get(side, side) for side in ("chosen", "rejected")}
+        return "preference", {"conversations" if turns else "prompt": chat if turns else prompt, **sides, **more}
+    if kto:
+        label = {"label": columns.get("kto_tag", "kto_tag")}
+        named = {"conversations": chat} if turns else {"prompt": prompt, "completion": said}
+        return "unpaired", {**({} if turns else named), **label, **more}
+    if plain:
+        return "text", {"text": prompt}
+    if objective != "sft":
+        return "prompts", {"prompt": chat if turns else prompt, **more}
+    if turns:
+        form = "messages" if (about.get("tags") or {}).get("role_tag", "from") == "role" else "sharegpt"
+        return form, {"messages" if form == "messages" else "conversations": chat, **more}
+    more.pop("tools")
+    return "alpaca", {"instruction": prompt, "output": said, "input": columns.get("query"), **more}
+
+
+def _fields_there(about: Mapping[str, Any], objective: str, kto: bool) -> _Read:
+    """Return how Axolotl reads rows: `type` and the field_* settings; TRL has neither."""
+    kind = about.get("type") or ""
+    if not about:
+        return "", {}
+    if isinstance(kind, dict):
+        ask, extra = kind.get("field_instruction", "instruction"), kind.get("field_input")
+        text = str(kind.get("format") or ("{instruction} {input}" if extra else "{instruction}"))
+        text = text.replace("{instruction}", f"{{{ask}}}").replace("{input}", f"{{{extra}}}" if extra else "")
+        return "prompt-completion", {"prompt": text, "completion": kind.get("field_output", "output")}
+    chat, name = about.get("field_messages"), str(kind).partition(".")[0]
+    fields = {field: about.get(f"field_{field}") for field in ("prompt", "chosen", "rejected", "completion", "label")}
+    if objective in ("preference", "reward"):
+        kept = ("prompt", "completion", "label") if kto else ("prompt", "chosen", "rejected")
+        chat = chat or ("messages" if kind in ("chat_template", "chat_template.default") else None)
+        named = {"prompt": fields["prompt"] or chat, "system": about.get("field_system")}
+        return "unpaired" if kto else "preference", {**{field: fields[field] for field in kept}, **named}
+    if objective != "sft":
+        return "", {}
+    mapped = about.get("message_property_mappings") or {}
+    role = mapped.get("role", about.get("message_field_role", "role"))
+    form = "sharegpt" if role == "from" or name == "sharegpt" else _FORMATS.get(name, "")
+    keys = {"text": ("text", about.get("field")), "sharegpt": ("conversations", chat), "messages": ("messages", chat)}
+    return form, dict([keys[form]] if form in keys else [])
 
 
 def _source_of(about: Mapping[str, Any]) -> str:

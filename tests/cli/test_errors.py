@@ -228,7 +228,7 @@ def test_rows_longer_than_the_limit(write: Write, refused: Refused, mlxft: Calla
     assert "no row is left to train on" in refused(1, "train", recipe, "data.overflow=drop", "data.max_length=5")
     lines(tmp_path / "held-out.jsonl", {"messages": long})
     said = refused(1, "train", recipe, "data.train=rows-10.jsonl", "data.valid=held-out.jsonl", "data.overflow=drop")
-    assert said.startswith("DataError: data.valid: no row is left to train on, of 1: 1 rows were longer")
+    assert said.startswith("DataError: data.valid: no row is left to train on, of 1: 1 row was longer")
 
 
 def test_messages_without_a_chat_template(

@@ -12,6 +12,7 @@ import yaml
 from mlxft.config import all_keys, config_class, load_config, parse_config
 from mlxft.errors import ConfigError
 from mlxft.foreign import explain_flag, tool_of
+from mlxft.study.start import convert_recipe
 
 # name: value -> what the error has to name; "-": it says that there is no equal, or that it is left out.
 SETTINGS: list[tuple[str, Any, str]] = [
@@ -148,6 +149,31 @@ SETTINGS: list[tuple[str, Any, str]] = [
     ("full_finetuning", True, "tune.method: full"),
     ("enable_activation_checkpointing", True, "memory.checkpoint: on"),
     ("kl_loss_coef", 0.001, "kl_coef: 0.001"),
+    # command lines of all of them, by a newcomer's trial
+    ("dora", True, "tune.method: dora"),
+    ("wandb", "mine", 'report.to: ["wandb"] and report.project: mine'),
+    ("no_remove_unused_columns", True, "leave it out"),
+    ("no_use_peft", True, "tune.method: full"),
+    ("lora_task_type", "CAUSAL_LM", "-"),
+    ("dataset_streaming", True, "data.stream: true"),
+    ("adafactor", True, "optim.name: adafactor"),
+    ("temperature", 0.7, "rollout.temperature: 0.7"),
+    ("label_smoothing", 0.1, "preference.label_smoothing: 0.1"),
+    ("gradient_checkpointing_kwargs", {"use_reentrant": False}, "-"),
+    ("neat_packing", True, "batch.pack: true"),
+    ("early_stopping_steps", 3, "run.patience: 3"),
+    ("checkpoint_dir", "/models/a", "model.path: /models/a"),
+    ("batch_size_val", 2, "-"),
+    ("lr_scheduler_kwargs", {"num_cycles": 1}, "optim.schedule"),
+    ("noisy_embedding_alpha", 5, "tune.neftune: 5"),
+    ("sequence_parallel_degree", 2, "mlxft launch"),
+    ("freeze_vision_tower", True, "leave it out"),
+    ("finetune_mlp_modules", True, "tune.layers"),
+    ("save_method", "merged_16bit", "mlxft fuse"),
+    ("clear_cache_threshold", 0, "memory.cache"),
+    ("fp16_full_eval", True, "leave it out"),
+    ("eval_accumulation_steps", 4, "-"),
+    ("rope_scaling", {"type": "linear"}, "-"),
     ("lora_attn_modules", ["q_proj"], 'tune.targets: ["q_proj"]'),
 ]
 HERE = {"weight_decay": "optim", "save_every": "run", "missing_eos_penalty": "rewards"}  # the same name as ours
@@ -257,6 +283,13 @@ def test_another_tools_flags_name_ours(mlxft: Any, tmp_path: Path, monkeypatch: 
         found = mlxft(command, flag, "x")
         if found.code != 2 or said not in found.err:
             wrong.append((f"{command} {flag}", said, found.err))
+    given = {("--lora_target_modules", "q_proj", "v_proj"): 'tune.targets=["q_proj", "v_proj"]'}
+    given |= {("--quantize",): "model.quantize=4", ("--wandb",): 'report.to=["wandb"]', ("-o", "x"): "run.name=x"}
+    given |= {("--no_use_peft",): "tune.method=full", ("--no-mask-prompt",): "data.train_on=all"}
+    for flags, said in given.items():
+        found = mlxft("train", *flags)
+        if found.code != 2 or said not in found.err:
+            wrong.append((" ".join(flags), said, found.err))
     assert not wrong
 
 
@@ -322,3 +355,56 @@ def test_a_broken_file_is_not_proposed_to_be_dropped(
     assert found.code == 1
     assert "stray.csv:7" in found.err
     assert not Path("mlxft.yaml").exists()
+
+
+CHAT = {"formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": {"role_tag": "role"}}
+INFO = {
+    "dpo": {"ranking": True, "columns": {"prompt": "ask", "chosen": "good", "rejected": "bad"}},
+    "kto": {**CHAT, "columns": {"messages": "messages", "kto_tag": "label"}},
+    "own": {"columns": {"prompt": "frage", "query": "dazu", "response": "antwort"}},
+    "chat": CHAT,
+}
+CHOSEN = {"field_messages": "conv", "field_chosen": "good", "field_rejected": "bad"}
+MADE = {"field_instruction": "frage", "field_output": "antwort", "format": "[INST] {instruction} [/INST]"}
+FROM_VALUE = {"field_messages": "turns", "message_property_mappings": {"role": "from", "content": "value"}}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "objective", "form", "fields"),
+    [
+        ({"stage": "dpo", "dataset": "dpo"}, "preference", "preference", ("ask", "good", "bad")),
+        ({"stage": "rm", "dataset": "dpo"}, "reward", "preference", ("ask", "good", "bad")),
+        ({"stage": "kto", "dataset": "kto"}, "preference", "unpaired", ()),
+        ({"stage": "sft", "dataset": "own"}, "sft", "alpaca", ("frage", "antwort", "dazu")),
+        ({"stage": "sft", "dataset": "chat"}, "sft", "messages", ()),
+        ({"stage": "pt", "dataset": "own"}, "sft", "text", ("frage",)),
+        (
+            {"rl": "dpo", "datasets": [{"type": "chat_template", **CHOSEN}]},
+            "preference",
+            "preference",
+            ("conv", "good", "bad"),
+        ),
+        ({"reward_model": True, "datasets": [{"type": "bradley_terry.x"}]}, "reward", "preference", ()),
+        ({"datasets": [{"type": MADE}]}, "sft", "prompt-completion", ("[INST] {frage} [/INST]", "antwort")),
+        ({"datasets": [{"type": "chat_template", **FROM_VALUE}]}, "sft", "sharegpt", ("turns",)),
+    ],
+)
+def test_columns_of_other_tools(
+    theirs: dict[str, Any], objective: str, form: str, fields: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({name: {"file_name": f"{name}.json", **about} for name, about in INFO.items()})
+    )
+    theirs = (
+        {**theirs, "datasets": [{"path": "rows.jsonl", **d} for d in theirs["datasets"]]}
+        if "datasets" in theirs
+        else theirs
+    )
+    model = (
+        {"base_model": "a/b"} if "datasets" in theirs else {"model_name_or_path": "a/b", "dataset_dir": str(tmp_path)}
+    )
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**model, **theirs}))
+    found = convert_recipe(tmp_path / "theirs.yaml").settings
+    assert found.get("objective", "sft") == objective
+    assert found["data.format"] == form
+    assert tuple(found.get("data.fields", {}).values()) == fields

@@ -81,7 +81,7 @@ def test_ties_where_the_loss_has_none(judged: Write, refused: Refused, mlxft: Ca
     for loss in ("dpo", "kto", "orpo"):
         said = refused(1, "train", judged("preference", rows, preference={"loss": loss}))
         assert f"pairs.jsonl:5: is a tie, which loss {loss} cannot learn from" in said
-    assert "1 pairs are ties" in mlxft("check", judged("reward", rows)).out
+    assert "1 pair without a better completion" in mlxft("check", judged("reward", rows)).out
 
 
 @pytest.mark.parametrize("objective", ["reward", "preference"])
@@ -94,14 +94,14 @@ def test_what_is_too_long_is_left_out_and_never_cut(
     done = mlxft("train", judged(objective, [*GOOD, long], **drop))
     assert (done.code, done.err) == (0, "")
     assert "pairs 4, " in done.out
-    assert "1 pairs were longer than data.max_length and are left out" in done.out
+    assert "1 pair was longer than data.max_length and is left out" in done.out
     Path("valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [long, GOOD[0]]), "utf-8")
     recipe = judged(objective, **drop, **{"data.valid": "valid.jsonl"})
-    assert "validation: 1 pairs were longer than data.max_length and are left out" in mlxft("check", recipe).out
+    assert "validation: 1 pair was longer than data.max_length and is left out" in mlxft("check", recipe).out
     Path("valid.jsonl").write_text(json.dumps(long) + "\n", "utf-8")
     assert "data.valid: no row is left to train on, of 1" in refused(1, "check", recipe)
     said = refused(1, "train", judged(objective, [long], **drop), "run.name=b")
-    assert "no row is left to train on, of 1: 1 pairs were longer than data.max_length and are left out" in said
+    assert "no row is left to train on, of 1: 1 pair was longer than data.max_length and is left out" in said
     assert "None" not in said
     said = refused(2, "train", judged(objective, [long]), "data.overflow=truncate", "run.name=b")
     assert "data.overflow: truncate would change" in said

@@ -303,7 +303,7 @@ def test_rows_beyond_the_models_context_are_counted(
     save("rows.jsonl", short, short)
     save("valid.jsonl", row)
     valid = mlxft("check", recipe, "data.valid=valid.jsonl").out
-    assert "note: validation: 1 rows are longer than the model's context of 24 tokens" in valid
+    assert "note: validation: 1 row is longer than the model's context of 24 tokens" in valid
     assert "context" not in mlxft("check", recipe).out
 
 

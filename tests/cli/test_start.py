@@ -11,6 +11,10 @@ import pytest
 import yaml
 
 from mlxft.config import parse_config
+from mlxft.data.formats import recognise
+from mlxft.data.sources import read_rows
+from mlxft.errors import DataError
+from mlxft.runs import prompt_argument
 from mlxft.study import start
 
 Command = Callable[..., Any]
@@ -126,3 +130,71 @@ def test_an_adapter_of_mlx_lm_names_its_base(rows: str, mlxft: Command, tiny_mod
     folder.rename("theirs")
     found = mlxft("generate", "--model", "theirs", "the", "--max-tokens", "2")
     assert found.code == 0, found.err
+
+
+def test_a_name_that_is_no_run_is_answered_with_those_there_are(
+    rows: str, mlxft: Command, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the hub is asked, and in every command; a run that cannot be extended is named with the length."""
+    given = ("--model", str(tiny_model_dir), "--data", rows, "run.epochs=1", "run.name=mine", "data.template=none")
+    assert mlxft("train", *given).code == 0
+    monkeypatch.setattr("mlxft.model.load._download", lambda *_: pytest.fail("the hub was asked"))
+    for command in (
+        ("compare", "the", "--models", "base,zzz"),
+        ("serve", "zzz"),
+        ("generate", "--model", "zzz", "the"),
+        ("eval", "zzz", rows),
+        ("fuse", "zzz", "out"),
+        ("push", "zzz", "a/b"),
+        ("runs", "show", "zzz"),
+        ("train", "--resume", "zzz"),
+    ):
+        found = mlxft(*command)
+        assert found.code in (1, 2)
+        assert "zzz: no such run" in found.err
+        assert "; runs here: mine" in found.err, command
+    for asked, more in (("epochs=3", "epochs=2"), ("steps=9", "steps=9")):
+        assert f"run.name=mine-2 run.{more}" in mlxft("train", "--resume", "mine", f"run.{asked}").err
+    for memory in ("16GB", "16 gib", "16g"):
+        assert "a Mac with 16 GB" in mlxft("models", "--memory", memory).out
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        (("smollm2-135m", "faq.csv"), "--model smollm2-135m --data faq.csv"),
+        (("faq.csv", "a/b"), "--model a/b --data faq.csv"),
+        (("a/b", "hf:c/d"), "--model a/b --data hf:c/d"),
+        (("faq.csv",), "--model MODEL --data faq.csv"),
+        (("smollm2-135m",), "--model smollm2-135m --data FILE"),
+        (("mlxft.yaml", "faq.csv"), "data.train=faq.csv"),
+    ],
+)
+def test_model_and_rows_by_position(given: tuple[str, ...], way: str, rows: str, mlxft: Command) -> None:
+    for command in ("train", "check"):
+        found = mlxft(command, *given)
+        assert (found.code, way in found.err) == (2, True), found.err
+
+
+def test_init_proposes_what_judged_rows_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thumbs as people write them are for KTO, and ratings are said to be unused; a file's test rows validate."""
+    monkeypatch.chdir(tmp_path)
+    for sign, (good, bad) in enumerate([("👍", "👎"), ("up", "down"), ("TRUE", "FALSE"), ("thumbs up", "thumbs_down")]):
+        lines = [f"Question {i}?,Text {i}.,{bad if i % 3 else good}" for i in range(30)]
+        (file := tmp_path / f"{sign}.csv").write_text("\n".join(["question,answer,feedback", *lines]), "utf-8")
+        recipe = start.propose(start.look(str(file)), start.ProposedBase("m", "lora", "")).plain()
+        assert recipe["preference"] == {"loss": "kto"}
+        with pytest.raises(DataError, match="kto takes it"):
+            recognise(read_rows(str(file), "train"), formats=("prompt-completion", "text"))
+        assert recognise(read_rows(str(file), "train"), formats=("prompt-completion",)).fields["prompt"] == "question"
+    file.write_text("\n".join(["question,answer,stars", *(f"Q {i}?,Text {i}.,{i % 5}" for i in range(30))]))
+    assert any("stars seems to rate" in note for note in start.look(str(file)).notes)
+    Path("a.json").write_text(json.dumps({s: [{"prompt": f"{s}?", "completion": "b"}] for s in ("train", "test")}))
+    recipe = start.propose(start.look("a.json"), start.ProposedBase("m", "lora", "")).plain()
+    assert (recipe["data"]["train"], recipe["data"]["valid"]) == ("a.json", "a.json:test")
+
+
+def test_the_prompt_of_the_next_command_is_one_word_of_a_shell() -> None:
+    assert prompt_argument(["two\nlines", "-x", 'Say "hi" to Ann\'s $HOME!']) == """'Say "hi" to Ann'"'"'s $HOME!' """
+    assert prompt_argument(["two\nlines"]) == "", "the run has prompts of its own"
+    assert prompt_argument(["two\nlines"], kept=False) == prompt_argument([]) == "'a prompt' "

@@ -149,6 +149,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "prompt: {q} | completion: {a}",
     ),
+    "a-mapping.json": (lambda p: p.write_text(json.dumps(dict(zip(Q, A)))), "prompt: {q} | completion: {a}"),
     "array-in.jsonl": (
         lambda p: p.write_text(json.dumps([{"q": q, "a": a} for q, a in zip(Q, A)], indent=1)),
         "prompt: {q} | completion: {a}",
@@ -192,6 +193,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
             },
             merged="A1:C1",
         ),
+        "prompt: {q} | completion: {a}",
+    ),
+    "title-of-two-cells.xlsx": (
+        lambda p: xlsx(p, {"S": [["Our FAQ", "2026"], ["Question", "Answer"], *map(list, zip(Q, A))]}),
         "prompt: {q} | completion: {a}",
     ),
     "faq.ods": (

@@ -101,7 +101,7 @@ def test_rows_that_can_not_be_encoded_are_reported_together(tokenizer: Make) -> 
 
 def test_nothing_left_says_why(tokenizer: Make) -> None:
     examples = [chat("a:1", "Hi?", "x" * 99), chat("a:2", "Hi?", "No.", weight=0)]
-    wanted = r"no row is left to train on, of 2: 1 rows were longer than .*; 1 rows have no trained token"
+    wanted = r"no row is left to train on, of 2: 1 row was longer than .*; 1 row has no trained token"
     with pytest.raises(DataError, match=wanted):
         encode_rows(examples, tokenizer("chatml"), train_on="assistant", max_length=60, overflow="drop")
 

@@ -211,8 +211,8 @@ def test_unpaired() -> None:
     want = Labelled([USER], GOOD, False)
     for prompt, completion in (([USER], "Good day."), ([USER], [GOOD]), ("Hello?", [USER, GOOD]), ("Hello?", GOOD)):
         assert one("unpaired", {"prompt": prompt, "completion": completion, "label": 0}) == want
-    assert "label is 'good'; expected true or false" in refusal(
-        "unpaired", {"prompt": "x", "completion": "a", "label": "good"}
+    assert "label is 'fine'; expected true or false" in refusal(
+        "unpaired", {"prompt": "x", "completion": "a", "label": "fine"}
     )
     assert "completion is empty" in refusal("unpaired", {"prompt": "x", "completion": " ", "label": True})
     assert "completion is for another prompt" in refusal(
@@ -340,7 +340,7 @@ def test_length_bias_is_reported(tokenizer: Make) -> None:
     tok = tokenizer("none")
     even = pairs(text_pair(3, 4), text_pair(4, 3), text_pair(4, 4), text_pair(9, 1, tie=True), tok=tok).counts
     assert (even.chosen_longer, even.ties, even.one_length) == (0.5, 1, None)
-    assert even.notes() == ["1 pairs are ties"]
+    assert even.notes() == ["1 pair without a better completion"]
     warning = "of the pairs: the model may only learn length"
     longer = pairs(*[text_pair(5, 4)] * 19, text_pair(4, 5), tok=tok).counts
     assert longer.chosen_longer == pytest.approx(0.95)

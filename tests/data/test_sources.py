@@ -433,12 +433,61 @@ def test_csv_in_any_encoding_and_with_any_delimiter(encoding: str, sign: str, tm
     assert len(notes) == (not encoding.startswith("utf-8"))
 
 
-def test_csv_in_an_encoding_that_cannot_be_known(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("вопрос;ответ\nгде Ульм;на Дунае\n".encode("cp1251"))
-    assert ["save the file as UTF-8" in row.text for row in rows_of(tmp_path / "a.csv")] == [True, True]  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    ("encoding", "named", "text"),
+    [
+        ("shift_jis", "CP932", "返品はできますか？,はい、三十日以内なら返品できます。"),
+        ("gbk", "GB18030", "可以退货吗？,可以，三十天内可以退货。"),
+        ("euc_kr", "CP949", "반품할 수 있나요?,네 삼십 일 이내에 가능합니다."),
+        ("cp1251", "CP1251", "Можно ли вернуть товар?,Да в течение тридцати дней."),
+        ("cp1250", "CP1250", "Czy mogę zwrócić towar?,Tak w ciągu trzydziestu dni możesz go oddać."),
+    ],
+)
+@pytest.mark.parametrize("english", [0, 9])
+def test_another_encoding_is_named_once(encoding: str, named: str, text: str, english: int, tmp_path: Path) -> None:
+    """And is never read as a Western one, however few its words are."""
+    rows = ["question,answer", *["Is it open?,It is."] * english, text, text]
+    (path := tmp_path / "a.csv").write_bytes("\n".join(rows).encode(encoding))
+    (problem,) = rows_of(path)
+    assert isinstance(problem, Problem)
+    assert named in problem.text
+    assert f" -t UTF-8 {path} > {tmp_path}/a-utf8.csv" in problem.text
+    lines = [json.dumps({"text": part}, ensure_ascii=False) for part in text.split(",") * 2]
+    (path := tmp_path / "a.jsonl").write_bytes("\n".join(lines).encode(encoding))
+    (problem,) = rows_of(path)
+    assert isinstance(problem, Problem)
+    assert "iconv -f " in problem.text
+
+
+def test_a_file_with_the_suffix_of_another_kind(tmp_path: Path) -> None:
+    pytest.importorskip("python_calamine")
+    xlsx(tmp_path / "book.csv", {"S": [["a", "b"], ["1", "2"]]})
+    (tmp_path / "text.xlsx").write_text("a,b\n1,2\n")
+    for name in ("book.csv", "text.xlsx"):
+        notes: list[str] = []
+        assert [row.data for row in read_rows(str(tmp_path / name), "train", notes)] == [{"a": "1", "b": "2"}]  # type: ignore[union-attr]
+        assert "by its content" in notes[0]
     (tmp_path / "b.csv").write_bytes(b"PK\x03\x04" + bytes(40))
-    with pytest.raises(DataError, match="is a spreadsheet"):
+    with pytest.raises(DataError, match="not a readable spreadsheet"):
         rows_of(tmp_path / "b.csv")
+
+
+def test_formulas_without_values(tmp_path: Path) -> None:
+    """As openpyxl writes them: read as empty, an Answer column would be no column, and its rows prompts."""
+    pytest.importorskip("python_calamine")
+    rows: list[list[Any]] = [["Question", "Answer"], *([f"Q{i}?", "yes"] for i in range(3)), ["Q4?", ("=A1", None)]]
+    xlsx(tmp_path / "few.xlsx", {"S": rows})
+    notes: list[str] = []
+    assert [row.data["Answer"] for row in read_rows(str(tmp_path / "few.xlsx"), "train", notes)] == ["yes"] * 3 + [""]  # type: ignore[union-attr]
+    assert notes == ["few.xlsx: Answer: 1 formula has no value"]
+    xlsx(tmp_path / "all.xlsx", {"No": [[None]], "S": [rows[0], *([f"Q{i}?", ("=A1", None)] for i in range(3))]})
+    with pytest.raises(DataError, match=r"'Answer': the formulas have no stored value.*save it in a spreadsheet"):
+        rows_of(tmp_path / "all.xlsx")
+    xlsx(tmp_path / "empty.xlsx", {"S": [rows[0], ["Q?", ("=A1", "")]]})  # a formula whose value is an empty text
+    assert len(rows_of(tmp_path / "empty.xlsx")) == 1
+    (tmp_path / "a.csv").write_text("Question,Answer\nQ?,#REF!\n")
+    with pytest.raises(DataError, match="#REF!"):
+        rows_of(tmp_path / "a.csv")
 
 
 def test_empty_rows_of_a_table(tmp_path: Path) -> None:
@@ -495,6 +544,8 @@ def test_several_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             rows_of(spec)
+    assert rows_of(tmp_path / "one") == rows_of(first.replace("a.jsonl", "*.jsonl")), "the only file of a folder"
+    (tmp_path / "one" / "b.jsonl").touch()
     with pytest.raises(ConfigError, match=r"by a pattern: .*one/\*\.jsonl"):
         rows_of(tmp_path / "one")
 
