@@ -21,22 +21,13 @@ from mlxft.files import check_file, is_stream, note, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused, foreign
-from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
+from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LoRASwitchLinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
 from mlxft.text import parse_json
 
 # --- gguf settings ----------------------------------------------------------------------------------------------------
 # The hyper-parameters of a config.json as the metadata of a .gguf file, and the tensors of its rope.
-
-_Get = Callable[..., Any]  # (name, default)
-# Rope scaling -> the families that llama.cpp has it for.
-_SCALABLE = {
-    "linear": ("llama", "qwen2", "qwen3", "gemma3"),
-    "llama3": ("llama",),
-    "yarn": ("llama", "qwen2", "qwen3"),
-    "longrope": ("phi3",),
-}
 
 
 def _family(config: dict[str, Any]) -> gguf.Architecture:
@@ -49,70 +40,152 @@ def _family(config: dict[str, Any]) -> gguf.Architecture:
     return gguf.ARCHITECTURES[gguf.MODEL_TYPES[kind]]
 
 
-def _lookup(model: Any, config: dict[str, Any]) -> _Get:
-    """Return a function that gives hyper-parameters by name, as mlx-lm runs the model, else from its config.json."""
-    args = getattr(model, "language_model", model).args
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else config
-
-    def get(key: str, default: Any = None) -> Any:
-        found = getattr(args, key, None)
-        found = text.get(key) if found is None else found
-        return default if found is None else found
-
-    return get
+def _args(model: Any) -> Any:
+    """Return mlx-lm's settings of a model, of the language model in it."""
+    return getattr(model, "language_model", model).args
 
 
-def _settings(arch: gguf.Architecture, get: _Get) -> dict[str, Any]:
+def _settings(arch: gguf.Architecture, get: gguf.Get) -> dict[str, Any]:
     """Return the metadata under `<architecture>.`; Python's int, float, bool and str say how a value is stored."""
+    _check_fixed(arch, get)
     heads, head_dim = get("num_attention_heads"), _head_width(arch, get)
-    out: dict[str, Any] = {
-        "context_length": get("max_position_embeddings", 8192),
-        "embedding_length": get("hidden_size"),
-        "block_count": get("num_hidden_layers"),
-        "feed_forward_length": get("intermediate_size"),
-        "attention.head_count": heads,
+    out: dict[str, Any] = {}
+    dense = get("enable_moe_block") is False  # sizes of experts that are not there
+    for s in (*gguf.COMMON, *arch.settings):
+        value = None if dense and "expert" in s.theirs else get(s.ours, None if s.default is ... else s.default)
+        if value is None and s.default is ...:
+            raise ExportError(f"the config has no {s.ours}, which a {arch.name} .gguf needs")
+        if value is not None:
+            out[s.theirs] = s.kind(value)
+    out |= {
         "attention.head_count_kv": get("num_key_value_heads", heads),
-        "attention.layer_norm_rms_epsilon": float(get("rms_norm_eps")),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "rope.dimension_count": int(head_dim * get("partial_rotary_factor", 1.0)) if arch.name == "phi3" else head_dim,
+        "rope.dimension_count": int(head_dim * get("partial_rotary_factor", arch.rotary)) if arch.rotary else head_dim,
         "rope.freq_base": float(get("rope_theta", 10000.0)),
     }
-    if get("rope_traditional"):
-        raise ExportError("rope_traditional is set, which a .gguf of this family cannot express; use the fused folder")
-    if "sliding_attention" in (get("layer_types") or []) and arch.name in ("llama", "qwen2", "qwen3"):
-        raise ExportError(f"layers with sliding attention are not written for {arch.name}; use the fused folder")
-    if arch.name.startswith("gemma"):
-        out.update(_gemma(arch, get, head_dim))
-    if arch.name == "phi3":
-        out["rope.scaling.original_context_length"] = get("original_max_position_embeddings", out["context_length"])
-        out["attention.sliding_window"] = get("sliding_window", 0)
+    out.update(_OWN.get(arch.name, lambda *_: {})(arch, get, out))
     out.update(_scaling(arch, get, out["context_length"]))
     return {f"{arch.name}.{key}": value for key, value in out.items()}
 
 
-def _head_width(arch: gguf.Architecture, get: _Get) -> int:
+def _check_fixed(arch: gguf.Architecture, get: gguf.Get) -> None:
+    """Raise ExportError if a model is not what llama.cpp takes a model of its family for."""
+    if bool(get("rope_traditional", arch.traditional)) != arch.traditional:
+        raise ExportError("rope_traditional is set, which a .gguf of this family cannot express; use the fused folder")
+    for key, value in arch.fixed.items():
+        if get(key, value) != value:
+            raise ExportError(
+                f"{key} is {get(key)}; llama.cpp takes {value} for granted in a {arch.name}; use the fused folder"
+            )
+    if "sliding_attention" in (get("layer_types") or []) and arch.name not in ("gemma3", "gemma4", "gpt-oss"):
+        raise ExportError(f"layers with sliding attention are not written for {arch.name}; use the fused folder")
+
+
+def _head_width(arch: gguf.Architecture, get: gguf.Get) -> int:
     own = int(get("hidden_size") // get("num_attention_heads"))
-    return own if arch.name in ("qwen2", "phi3") else int(get("head_dim", own))
+    return own if arch.square else int(get("head_dim", own))
 
 
-def _gemma(arch: gguf.Architecture, get: _Get, head_dim: int) -> dict[str, Any]:
+def _gemma(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
     by_width = get("num_hidden_layers") == gguf.GEMMA_SCALED_BY_WIDTH[arch.name]
-    scaled = get("hidden_size") // get("num_attention_heads") if by_width else head_dim
+    scaled = get("hidden_size") // get("num_attention_heads") if by_width else out["attention.key_length"]
     if get("query_pre_attn_scalar") != scaled:
         raise ExportError(
             f"query_pre_attn_scalar is {get('query_pre_attn_scalar')}; llama.cpp uses {scaled} for a {arch.name} of "
             f"{get('num_hidden_layers')} layers, and a .gguf file cannot set it; use the fused folder"
         )
-    out: dict[str, Any] = {"attention.sliding_window": get("sliding_window", 4096)}
+    found: dict[str, Any] = {"attention.sliding_window": get("sliding_window", 4096)}
     if arch.name == "gemma2":
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            out[name] = float(get(name))
-        return out
-    out["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
-    out["attention.sliding_window_pattern"] = get("sliding_window_pattern")
-    return out
+            found[name] = float(get(name))
+        return found
+    found["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
+    found["attention.sliding_window_pattern"] = get("sliding_window_pattern")
+    return found
+
+
+def _gemma4(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    layers, head_dim = get("num_hidden_layers"), int(get("head_dim"))
+    full, rope = int(get("global_head_dim") or head_dim), get("rope_parameters")
+    sliding = [kind == "sliding_attention" for kind in get("layer_types")]
+    shared, kv, wide = get("num_kv_shared_layers"), get("num_key_value_heads"), get("intermediate_size")
+    full_kv = (get("attention_k_eq_v") and get("num_global_key_value_heads")) or kv
+    doubled = get("use_double_wide_mlp") and 0 < shared < layers
+    if get("hidden_size_per_layer_input") and get("vocab_size_per_layer_input") != get("vocab_size"):
+        raise ExportError("vocab_size_per_layer_input is not vocab_size, as llama.cpp has it; use the fused folder")
+    kinds = [rope[key].get("rope_type", "default") for key in ("full_attention", "sliding_attention")]
+    if kinds != ["proportional", "default"] or rope["full_attention"].get("factor", 1) != 1:
+        raise ExportError(f"a rope of the kinds {', '.join(kinds)} is not written for gemma4; use the fused folder")
+    return {
+        "feed_forward_length": [wide * (2 if doubled and i >= layers - shared else 1) for i in range(layers)],
+        "attention.head_count_kv": [kv if slides else full_kv for slides in sliding],
+        "attention.key_length": full,
+        "attention.value_length": full,
+        "attention.key_length_swa": head_dim,
+        "attention.value_length_swa": head_dim,
+        "attention.sliding_window_pattern": sliding,
+        "rope.dimension_count": full,
+        "rope.dimension_count_swa": head_dim,
+        "rope.freq_base": float(rope["full_attention"].get("rope_theta", 10000.0)),
+        "rope.freq_base_swa": float(rope["sliding_attention"].get("rope_theta", 10000.0)),
+        "final_logit_softcapping": float(get("final_logit_softcapping") or 0),
+    }
+
+
+def _phi3(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rope.scaling.original_context_length": get("original_max_position_embeddings", out["context_length"]),
+        "attention.sliding_window": get("sliding_window", 0),
+    }
+
+
+def _qwen35(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    if get("linear_value_head_dim") != get("linear_key_head_dim"):
+        raise ExportError(
+            f"linear_value_head_dim is {get('linear_value_head_dim')}; llama.cpp has it equal to linear_key_head_dim, "
+            f"{get('linear_key_head_dim')}; use the fused folder"
+        )
+    found: dict[str, Any] = {"ssm.inner_size": get("linear_value_head_dim") * get("linear_num_value_heads")}
+    if arch.nested:
+        sections = (get("rope_parameters") or {}).get("mrope_section", gguf.MROPE)
+        found["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
+    return found
+
+
+def _gpt_oss(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    layers = get("num_hidden_layers")
+    usual = [i % gguf.SLIDING_EVERY == 0 for i in range(layers)]
+    sliding = [kind == "sliding_attention" for kind in get("layer_types") or []] or usual
+    return {} if sliding == usual else {"attention.sliding_window_pattern": sliding}
+
+
+def _glm4_moe(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    return {"expert_gating_func": gguf.SIGMOID}
+
+
+def _smollm3(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    usual = [int((i + 1) % gguf.NO_ROPE_EVERY != 0) for i in range(get("num_hidden_layers"))]
+    if (get("no_rope_layers") or usual) != usual:
+        raise ExportError(
+            f"no_rope_layers is {get('no_rope_layers')}; llama.cpp leaves out the rope of every "
+            f"{gguf.NO_ROPE_EVERY}th layer of a smollm3, and a .gguf file cannot say otherwise; use the fused folder"
+        )
+    return {}
+
+
+_OWN = {
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "gemma4": _gemma4,
+    "phi3": _phi3,
+    "qwen3next": _qwen35,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
+    "gpt-oss": _gpt_oss,
+    "glm4moe": _glm4_moe,
+    "smollm3": _smollm3,
+}
 
 
 def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
@@ -121,16 +194,15 @@ def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
     return {"su": "longrope"}.get(kind, kind), scaling
 
 
-def _scaling(arch: gguf.Architecture, get: _Get, context: int) -> dict[str, Any]:
+def _scaling(arch: gguf.Architecture, get: gguf.Get, context: int) -> dict[str, Any]:
     kind, scaling = _rope_kind(get("rope_scaling"))
     out: dict[str, Any] = {}
     if kind == "default":
         return out
-    if arch.name not in _SCALABLE.get(kind, ()):
-        known = [k for k, names in _SCALABLE.items() if arch.name in names]
+    if kind not in arch.ropes:
         raise ExportError(
-            f"rope scaling {kind!r} of {arch.name} is not written as .gguf, only {', '.join(known) or 'none'}; use the "
-            "fused folder (mlxft fuse)"
+            f"rope scaling {kind!r} of {arch.name} is not written as .gguf, only {', '.join(arch.ropes) or 'none'}; "
+            "use the fused folder (mlxft fuse)"
         )
     if kind in ("linear", "yarn"):
         out = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
@@ -149,8 +221,8 @@ def _scaling(arch: gguf.Architecture, get: _Get, context: int) -> dict[str, Any]
     return out
 
 
-def _rope_tensors(arch: gguf.Architecture, get: _Get) -> dict[str, mx.array]:
-    """Return what llama.cpp stores of the rope as tensors: Llama 3's divisors, Phi 3's long and short factors."""
+def _rope_tensors(arch: gguf.Architecture, get: gguf.Get) -> dict[str, mx.array]:
+    """Return what llama.cpp stores of the rope as tensors: divisors of Llama 3 and Gemma 4, Phi 3's long and short."""
     kind, scaling = _rope_kind(get("rope_scaling"))
     if kind == "llama3":
         divisors = gguf.llama3_divisors(scaling, float(get("rope_theta", 10000.0)), _head_width(arch, get))
@@ -158,6 +230,10 @@ def _rope_tensors(arch: gguf.Architecture, get: _Get) -> dict[str, mx.array]:
     if kind == "longrope" and arch.name == "phi3":
         pairs = ((gguf.ROPE_LONG, "long_factor"), (gguf.ROPE_SHORT, "short_factor"))
         return {name: mx.array(scaling[key], dtype=mx.float32) for name, key in pairs}
+    if arch.name == "gemma4":
+        half = int(get("global_head_dim") or get("head_dim")) // 2
+        turned = int(2 * half * get("rope_parameters")["full_attention"].get("partial_rotary_factor", 1.0)) // 2
+        return {gguf.ROPE_FREQS: mx.array([1.0] * turned + [1e30] * (half - turned), dtype=mx.float32)}
     return {}
 
 
@@ -413,15 +489,16 @@ def _adapter_tensors(
         )
     tensors: list[_Tensor] = []
     scales, ranks = set(), set()
+    get = gguf.getter(loaded.config, _args(loaded.model))
     for path, layer in loaded.model.named_modules():
         if not isinstance(layer, LowRank):
             continue
-        theirs = arch.theirs(path, len(loaded.model.layers))
-        if not isinstance(layer, LoRALinear) or theirs is None:
+        names = arch.tensors(f"{path}.weight", get("num_hidden_layers"))
+        if not isinstance(layer, LoRALinear | LoRASwitchLinear) or not names:
             raise ExportError(f"--lora: {path} is not a linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
-        tensors += _pair(layer, f"{theirs}.weight", arch, loaded.config, kind)
+        tensors += _pairs(layer, names, arch, get, kind)
     if not tensors:
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
@@ -432,14 +509,20 @@ def _adapter_tensors(
     return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
 
 
-def _pair(layer: LoRALinear, name: str, arch: gguf.Architecture, config: dict[str, Any], kind: str) -> list[_Tensor]:
-    heads = arch.heads(name, config)
-
-    def read(part: str) -> Any:
-        value = layer[part].T
-        return _encode(gguf.permute(value, heads) if part == "lora_b" and heads else value, kind, f"{name}.{part}")
-
-    return [_Tensor(f"{name}.{p}", layer[p].shape[::-1], kind, partial(read, p)) for p in ("lora_a", "lora_b")]
+def _pairs(
+    layer: LowRank, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get, kind: str
+) -> Iterator[_Tensor]:
+    """Yield a layer's factors, (experts, rank, in) and (experts, out, rank), in the order of the base's tensors."""
+    experts = isinstance(layer, LoRASwitchLinear)
+    down, up = (layer.lora_a, layer.lora_b) if experts else (layer.lora_a.T, layer.lora_b.T)
+    for change in arch.changed(names[0]):
+        if change.axis is None:
+            raise ExportError(f"--lora: llama.cpp keeps {names[0]} in a form that no adapter fits; {_WHOLE}")
+        down, up = (change.out(down, get), up) if change.axis < 0 else (down, change.out(up, get))
+    for name, rows in zip(names, arch.cut(up, names, get)):
+        for part, value in (("lora_a", down), ("lora_b", rows)):
+            full = f"{name}.{part}"
+            yield _Tensor(full, value.shape, kind, partial(_encode, value, kind, full))
 
 
 # --- gguf -------------------------------------------------------------------------------------------------------------
@@ -489,7 +572,7 @@ def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = Fal
     if lora:
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
     else:
-        get = _lookup(loaded.model, loaded.config)
+        get = gguf.getter(loaded.config, _args(loaded.model))
         tensors, said = _model_tensors(loaded.model, arch, get, kind)
         rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
         own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
@@ -564,41 +647,60 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
     return f"{name} (phi-3)" if is_phi3 else re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
-def _model_tensors(model: nn.Module, arch: gguf.Architecture, get: _Get, kind: str) -> tuple[list[_Tensor], list[str]]:
+def _model_tensors(
+    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str
+) -> tuple[list[_Tensor], list[str]]:
     """Return all tensors of a model in llama.cpp's names and layout, and notes."""
     packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
-    counts = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
-
-    def read(take: Callable[[], mx.array], name: str, kind: str) -> Any:
-        value = take()
-        if (heads := arch.heads(name, counts)) is not None:
-            value = gguf.permute(value, heads)
-        return _encode(value + 1 if arch.is_shifted(name) else value, kind, name)
-
-    tensors, unknown = [], []
+    tensors: list[_Tensor] = []
+    unknown = []
     for ours, shape, take in _weights(model):
-        path, _, part = ours.rpartition(".")
-        theirs = arch.theirs(path, get("num_hidden_layers"))
-        if theirs is None:
-            unknown.append(ours)
-            continue
-        name, stored = f"{theirs}.{part}", "f32" if len(shape) < 2 else kind  # vectors (norms, biases) stay float32
-        if stored == "q8_0" and shape[-1] % _BLOCK:
-            raise ExportError(
-                f"{name}: rows of {shape[-1]} numbers cannot be packed as q8_0, which packs {_BLOCK} at a time; "
-                "use f16 or bf16"
-            )
-        tensors.append(_Tensor(name, shape, stored, partial(read, take, name, stored)))
+        names = arch.tensors(ours, get("num_hidden_layers"))
+        unknown += [] if names else [ours]
+        shapes = [value.shape for value in _stored(mx.zeros(shape), names, arch, get)]
+        read = _Pieces(take, names, arch, get).read
+        for at, (name, stored) in enumerate(zip(names, shapes)):
+            own = "f32" if gguf.always_float(name, stored) else kind
+            if own == "q8_0" and stored[-1] % _BLOCK:
+                raise ExportError(
+                    f"{name}: rows of {stored[-1]} numbers cannot be packed as q8_0, which packs {_BLOCK} at a time; "
+                    "use f16 or bf16"
+                )
+            tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
     if unknown:
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
+    if arch.headed and all(t.name != "output.weight" for t in tensors):
+        raise ExportError(f"llama.cpp has no {arch.name} whose head is its embedding; use the fused folder")
     for name, value in _rope_tensors(arch, get).items():
         tensors.append(_Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
     if packed:
         said.append(f"the base is quantised: {packed} layers were dequantised, then written as {kind}")
     return tensors, said
+
+
+def _stored(value: mx.array, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get) -> list[mx.array]:
+    """Return a parameter as llama.cpp stores it: one tensor, or the several whose rows it holds."""
+    if not names:
+        return []
+    for change in arch.changed(names[0]):
+        value = change.out(value, get)
+    return arch.cut(value, names, get)
+
+
+class _Pieces:
+    """Reads a parameter when its first tensor is written, and keeps what belongs to further ones until then."""
+
+    def __init__(self, take: Callable[[], mx.array], names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get):
+        self._take, self._rest = take, dict[int, mx.array]()
+        self._names, self._arch, self._get = names, arch, get
+
+    def read(self, at: int, kind: str) -> Any:
+        if not self._rest:
+            self._rest = dict(enumerate(_stored(self._take(), self._names, self._arch, self._get)))
+        return _encode(self._rest.pop(at), kind, self._names[at])
 
 
 def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> list[str]:

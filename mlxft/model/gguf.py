@@ -8,7 +8,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -145,84 +146,391 @@ class _Head:
 
 
 # --- gguf names -------------------------------------------------------------------------------------------------------
-# Layouts of the model families in .gguf files, for reading and writing, as llama.cpp's convert_hf_to_gguf.py has them.
-# The names of tensors are the gguf package's.
+# Layouts of the model families in .gguf files, for reading and writing, as llama.cpp's converters and loaders have
+# them. The names of tensors are the gguf package's.
 
 # Tensors of the rope, which are settings in a config.
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 
+Get = Callable[..., Any]  # (setting's name in config.json, default)
+
+
+def getter(config: dict[str, Any], args: Any = None) -> Get:
+    """Return a function that gives settings by name: as mlx-lm runs the model (`args`), else from its config.json."""
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else config
+
+    def get(key: str, default: Any = None) -> Any:
+        found = getattr(args, key, None)
+        found = text.get(key) if found is None else found
+        return default if found is None else found
+
+    return get
+
+
+class Setting(NamedTuple):
+    """A hyper-parameter under both names.
+
+    Attributes:
+        ours, theirs: the key in config.json, and in the metadata after the architecture's name.
+        default: where it is left out, on either side; None: it stays out.
+    """
+
+    ours: str
+    theirs: str
+    kind: type = int
+    default: Any = ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """How llama.cpp stores a tensor differently, and the way back; both also get the model's settings.
+
+    Attributes:
+        axis: along which blocks are reordered, if it is no more than that: packed numbers and LoRA's factors follow.
+    """
+
+    out: Callable[[mx.array, Get], mx.array]
+    back: Callable[[mx.array, Get], mx.array]
+    axis: int | None = None
+
+
+def _reordered(order: Callable[[int, Get], np.ndarray], axis: int = 0) -> Change:
+    """Return the change that reorders blocks along an axis; `order` is given the axis' length."""
+
+    def turn(value: mx.array, order: np.ndarray) -> mx.array:
+        at = axis % value.ndim
+        blocks = value.reshape(*value.shape[:at], len(order), -1, *value.shape[at + 1 :])
+        return mx.take(blocks, mx.array(order), at).reshape(value.shape)
+
+    return Change(
+        lambda value, get: turn(value, order(value.shape[axis], get)),
+        lambda value, get: turn(value, np.argsort(order(value.shape[axis], get))),
+        axis,
+    )
+
+
+def _rope_pairs(key: str) -> Change:
+    """Return the order (heads, half, 2) of rows (heads, 2, half): llama.cpp's rope rotates neighbours, not halves."""
+
+    def order(rows: int, get: Get) -> np.ndarray:
+        return np.arange(rows).reshape(get(key) or get("num_attention_heads"), 2, -1).swapaxes(1, 2).ravel()
+
+    return _reordered(order)
+
+
+def _value_heads(_: int, get: Get) -> np.ndarray:
+    """Return the order of linear attention's value heads: by their place within a key head, not by key head."""
+    return np.arange(get("linear_num_value_heads")).reshape(get("linear_num_key_heads"), -1).T.ravel()
+
+
+def _query_key_value(_: int, get: Get) -> np.ndarray:
+    before = 2 * get("linear_num_key_heads")  # heads of queries and keys, which are as wide as those of values
+    return np.concatenate([np.arange(before), before + _value_heads(0, get)])
+
+
+def _query_key_value_rows(get: Get) -> int:
+    keys, values = (get(f"linear_num_{n}_heads") * get(f"linear_{n}_head_dim") for n in ("key", "value"))
+    return int(2 * keys + values)
+
+
+def _by_part(rows: int, get: Get) -> np.ndarray:
+    """Return the order of rows that stand by key head (each: q, k, v, z) when all q stand first, then k, v and z."""
+    keys, wide = get("linear_num_key_heads"), get("linear_key_head_dim")
+    values = get("linear_num_value_heads") // keys * get("linear_value_head_dim")
+    by_head = np.split(np.arange(rows).reshape(keys, -1), np.cumsum([wide, wide, values]), axis=1)
+    return np.concatenate([part.ravel() for part in by_head])
+
+
+_ADDED = Change(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
+_FLAT_ROW = Change(lambda value, _: value.reshape(-1), lambda value, _: value.reshape(1, -1))
+_CONV = Change(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
+# In float64, so that little is lost on the way there and back.
+_DECAY = Change(
+    lambda value, _: mx.array(-np.exp(np.array(value.astype(mx.float32), np.float64)), mx.float32),
+    lambda value, _: mx.array(np.log(-np.array(value.astype(mx.float32), np.float64)), mx.float32),
+)
+_LLAMA = {"attn_q": (_rope_pairs("num_attention_heads"),), "attn_k": (_rope_pairs("num_key_value_heads"),)}
+_GATED = {"ffn_gate_inp_shexp": (_FLAT_ROW,)}
+_HEADS = _reordered(_value_heads)
+_DELTA = {
+    "attn_qkv": (_reordered(_query_key_value),),
+    "ssm_conv1d": (_reordered(_query_key_value), _CONV),
+    "ssm_a": (_HEADS, _DECAY),
+    "ssm_out": (_reordered(_value_heads, axis=-1),),
+    **dict.fromkeys(("attn_gate", "ssm_alpha", "ssm_beta", "ssm_dt"), (_HEADS,)),
+}
+
+# Names of mlx-lm's modules -> those that the gguf package knows.
+_MODULES = (
+    ("block_sparse_moe.switch_mlp", "mlp.experts"),
+    ("switch_mlp", "experts"),
+    ("experts.switch_glu", "mlp.experts"),
+)
+# Parameters that are neither weight nor bias -> name of the module for the gguf package, and suffix in the file.
+_LEAVES = {
+    "A_log": ("{}.A_log", ""),
+    "dt_bias": ("{}.dt_proj", ".bias"),
+    "sinks": ("{}.sinks", ".weight"),
+    "layer_scalar": ("{}.layer_scalar", ".weight"),
+    "e_score_correction_bias": ("{}.e_score_correction", ".bias"),
+    "scale": ("{}.proj", ".scale"),
+    "per_expert_scale": ("{}.experts.down_proj", ".scale"),
+}
+_QKV = frozenset(("attn_q", "attn_k", "attn_v", "attn_qkv"))
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """Names and layout of the tensors for one value of `general.architecture`.
+    """A model family: names, settings and layout of its tensors.
 
     Attributes:
-        permuted: projections whose rows llama.cpp reorders for its rope -> the config key of their number of heads.
+        name: value of `general.architecture`.
+        settings: what it has beside `COMMON`.
+        fixed: settings that llama.cpp takes for granted.
+        changes: llama.cpp's name of a tensor, without layer and suffix -> how it is stored.
+        joined: a module whose rows are several tensors in the file -> names of modules that stand for these.
         shifted: whether norms are stored with 1 added, which the model itself adds.
+        biases: names of tensors that may have a bias.
+        rotary: share of a head that the rope rotates, if a config may say so: the default.
+        square: whether a head is hidden / heads wide, whatever the config says.
+        traditional: whether the rope of mlx-lm's model rotates neighbours, as llama.cpp's does.
+        ropes: kinds of rope scaling that both have.
+        headed: whether llama.cpp wants an output head that is not the embedding.
+        nested: whether the settings stand under `text_config`.
     """
 
     name: str
     model_type: str
     hf_class: str
-    permuted: dict[str, str] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
+    fixed: dict[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shifted: bool = False
+    biases: frozenset[str] = _QKV
+    rotary: float | None = None
+    square: bool = False
+    traditional: bool = False
+    ropes: tuple[str, ...] = ()
+    headed: bool = False
+    nested: bool = False
+
+    @property
+    def mixture(self) -> bool:
+        """Whether it has experts."""
+        return any(s.theirs == "expert_count" for s in self.settings)
 
     def theirs(self, ours: str, layers: int) -> str | None:
         """Return llama.cpp's name of a module, without .weight or .bias; None if the family has no such module."""
-        return _names(self.name, layers).get_name(ours.removeprefix("language_model."))
+        ours = ours.removeprefix("language_model.")
+        for mlx, known in _MODULES:
+            ours = ours.replace(mlx, known)
+        found = _names(self.name, layers).get_name(ours)
+        # The package knows these of Gemma 4 in one tensor only; llama.cpp takes both forms.
+        return found or (_names("llama", layers).get_name(ours) if ".mlp.experts." in ours else None)
 
-    def heads(self, theirs: str, config: dict[str, Any]) -> int | None:
-        """Return the number of heads within which a tensor's rows are reordered; None if they are not."""
-        key = self.permuted.get(theirs.rpartition(".")[0].rpartition(".")[2])
-        return None if key is None else int(config.get(key) or config["num_attention_heads"])
+    def tensors(self, ours: str, layers: int) -> tuple[str, ...]:
+        """Return the names in the file of a parameter, in the order of its rows; none if the family has no place."""
+        path, _, leaf = ours.rpartition(".")
+        stem, _, module = path.rpartition(".")
+        if module in self.joined:
+            found = [self.theirs(f"{stem}.{part}", layers) for part in self.joined[module]]
+            return tuple(f"{name}.{leaf}" for name in found if name)
+        pattern, suffix = _LEAVES.get(leaf, ("{}", f".{leaf}"))
+        name = self.theirs(pattern.format(stem if leaf == "per_expert_scale" else path), layers)
+        odd = name is None or (leaf == "bias" and _tail(name) not in self.biases)
+        return () if odd else (f"{name}{suffix}",)
 
-    def is_shifted(self, theirs: str) -> bool:
-        """Return whether a tensor belongs to a norm that is stored with 1 added."""
-        return self.shifted and theirs.endswith("_norm.weight")
+    def cut(self, value: mx.array, names: tuple[str, ...], get: Get) -> list[mx.array]:
+        """Return the tensors of the file, of these names, that a stored parameter consists of."""
+        rows = _query_key_value_rows(get) if len(names) > 1 else 0
+        return [value[:rows], value[rows:]] if rows else [value]
+
+    def changed(self, name: str) -> tuple[Change, ...]:
+        """Return how a tensor of the file is stored, in the order of writing."""
+        shifted = (_ADDED,) if self.shifted and name.endswith("_norm.weight") else ()
+        return shifted or self.changes.get(_tail(name.partition(".weight")[0].removesuffix(".bias")), ())
+
+
+def _tail(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @lru_cache
 def _names(arch: str, layers: int) -> Any:
-    from gguf import MODEL_ARCH, get_tensor_name_map
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    return get_tensor_name_map(MODEL_ARCH[arch.upper()], layers)
+    return get_tensor_name_map({name: number for number, name in MODEL_ARCH_NAMES.items()}[arch], layers)
 
 
-_LLAMA_HEADS = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-ARCHITECTURES = {
-    a.name: a
-    for a in (
-        Architecture("llama", "llama", "LlamaForCausalLM", _LLAMA_HEADS),
-        Architecture("qwen2", "qwen2", "Qwen2ForCausalLM"),
-        Architecture("qwen3", "qwen3", "Qwen3ForCausalLM"),
-        Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", shifted=True),
-        Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", shifted=True),
-        Architecture("phi3", "phi3", "Phi3ForCausalLM"),
-    )
+def always_float(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether llama.cpp has a tensor in float32 whatever the type of the file: vectors, routers and biases."""
+    kept = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
+    return len(shape) < 2 or not name.endswith(".weight") or name.endswith(kept)
+
+
+COMMON = (
+    Setting("max_position_embeddings", "context_length", default=8192),
+    Setting("hidden_size", "embedding_length"),
+    Setting("num_hidden_layers", "block_count"),
+    Setting("num_attention_heads", "attention.head_count"),
+    Setting("rms_norm_eps", "attention.layer_norm_rms_epsilon", float),
+)
+_WIDE = Setting("intermediate_size", "feed_forward_length")
+_USED = Setting("num_experts_per_tok", "expert_used_count")
+_MIXTURE = (
+    Setting("num_experts", "expert_count"),
+    _USED,
+    Setting("moe_intermediate_size", "expert_feed_forward_length"),
+)
+_SHARED = Setting("shared_expert_intermediate_size", "expert_shared_feed_forward_length")
+_LINEAR = (
+    Setting("linear_conv_kernel_dim", "ssm.conv_kernel"),
+    Setting("linear_key_head_dim", "ssm.state_size"),
+    Setting("linear_num_key_heads", "ssm.group_count"),
+    Setting("linear_num_value_heads", "ssm.time_step_rank"),
+    Setting("full_attention_interval", "full_attention_interval", default=4),
+)
+_MLP = frozenset(("attn_output", "ffn_gate", "ffn_up", "ffn_down"))
+_LONG = ("linear", "yarn")
+_EVERY = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+_FAMILIES = (
+    Architecture(
+        "llama", "llama", "LlamaForCausalLM", (_WIDE,), changes=_LLAMA, biases=_QKV | _MLP, ropes=(*_LONG, "llama3")
+    ),
+    Architecture(
+        "llama",
+        "mixtral",
+        "MixtralForCausalLM",
+        (_WIDE, Setting("num_local_experts", "expert_count"), _USED),
+        changes=_LLAMA,
+        square=True,
+    ),
+    Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", (_WIDE,), square=True, ropes=_LONG),
+    Architecture(
+        "qwen2moe",
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        (_WIDE, *_MIXTURE, _SHARED),
+        changes=_GATED,
+        square=True,
+        headed=True,
+    ),
+    Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", (_WIDE,), ropes=_LONG),
+    Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", (_WIDE, *_MIXTURE), _EVERY, ropes=_LONG),
+    Architecture(
+        "qwen3next",
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        (_WIDE, *_MIXTURE, _SHARED, *_LINEAR),
+        _EVERY,
+        {**_GATED, "attn_qkv": (_reordered(_by_part),), "ssm_conv1d": (_CONV,), "ssm_a": (_DECAY,)},
+        joined={"in_proj_qkvz": ("in_proj_qkv", "in_proj_z")},
+        rotary=0.25,
+    ),
+    Architecture(
+        "qwen35",
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        (_WIDE, *_LINEAR),
+        changes=_DELTA,
+        rotary=0.25,
+        nested=True,
+    ),
+    Architecture(
+        "qwen35moe",
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        (_WIDE._replace(default=None), *_MIXTURE, _SHARED, *_LINEAR),
+        {"norm_topk_prob": True},
+        _GATED | _DELTA,
+        rotary=0.25,
+        nested=True,
+    ),
+    Architecture("gemma2", "gemma2", "Gemma2ForCausalLM", (_WIDE,), shifted=True),
+    Architecture("gemma3", "gemma3_text", "Gemma3ForCausalLM", (_WIDE,), shifted=True, ropes=("linear",)),
+    Architecture(
+        "gemma4",
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        (
+            Setting("num_kv_shared_layers", "attention.shared_kv_layers", default=0),
+            Setting("hidden_size_per_layer_input", "embedding_length_per_layer_input", default=0),
+            Setting("sliding_window", "attention.sliding_window"),
+            *(s._replace(default=None) for s in (*_MIXTURE[::2], _USED._replace(ours="top_k_experts"))),
+        ),
+    ),
+    Architecture("phi3", "phi3", "Phi3ForCausalLM", (_WIDE,), rotary=1.0, square=True, ropes=("longrope",)),
+    Architecture(
+        "gpt-oss",
+        "gpt_oss",
+        "GptOssForCausalLM",
+        (
+            _WIDE,
+            _WIDE._replace(theirs="expert_feed_forward_length"),
+            Setting("num_local_experts", "expert_count"),
+            _USED,
+            Setting("sliding_window", "attention.sliding_window"),
+        ),
+        biases=_QKV | {"attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"},
+        ropes=("yarn",),
+        headed=True,
+    ),
+    Architecture("glm4", "glm4", "Glm4ForCausalLM", (_WIDE,), rotary=0.5, traditional=True),
+    Architecture(
+        "glm4moe",
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        (
+            _WIDE,
+            _MIXTURE[0]._replace(ours="n_routed_experts"),
+            *_MIXTURE[1:],
+            Setting("n_shared_experts", "expert_shared_count"),
+            Setting("first_k_dense_replace", "leading_dense_block_count", default=0),
+            Setting("routed_scaling_factor", "expert_weights_scale", float, 1.0),
+            Setting("norm_topk_prob", "expert_weights_norm", bool, False),
+            Setting("n_group", "expert_group_count", default=1),
+            Setting("topk_group", "expert_group_used_count", default=1),
+        ),
+        {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        rotary=0.5,
+    ),
+    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", (_WIDE,), changes=_LLAMA, ropes=_LONG),
+    Architecture(
+        "granite",
+        "granite",
+        "GraniteForCausalLM",
+        (
+            _WIDE,
+            Setting("attention_multiplier", "attention.scale", float),
+            Setting("embedding_multiplier", "embedding_scale", float),
+            Setting("residual_multiplier", "residual_scale", float),
+            Setting("logits_scaling", "logit_scale", float),
+        ),
+        changes=_LLAMA,
+        biases=_QKV | _MLP,
+        square=True,
+        ropes=_LONG,
+    ),
+    Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), square=True, ropes=_LONG, headed=True),
+)
+ARCHITECTURES = {a.model_type: a for a in _FAMILIES}
+# Other values of model_type in config.json, of models that hold one of these.
+MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
+    "mistral": "llama",
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_text",
 }
-# model_type in config.json -> general.architecture
-MODEL_TYPES = {a.model_type: a.name for a in ARCHITECTURES.values()} | {"mistral": "llama", "gemma3": "gemma3"}
 # Gemma's attention has a scale of its own, which llama.cpp derives from the number of layers: models with these numbers
 # use hidden / heads, all others the width of a head.
 GEMMA_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
-
-
-def permute(tensor: mx.array, heads: int) -> mx.array:
-    """Reorder rows from (heads, 2, half) to (heads, half, 2): the rope rotates halves, and in llama.cpp neighbours.
-
-    Packed weights, scales, biases and bias vectors all have the output rows first, so one rule covers them.
-    """
-    rows = tensor.shape[0]
-    return tensor.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-
-
-def unpermute(tensor: mx.array, heads: int) -> mx.array:
-    """Undo `permute`."""
-    rows = tensor.shape[0]
-    return tensor.reshape(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-
+# Layers without rope in a SmolLM 3, and layers with sliding attention in a gpt-oss, for llama.cpp.
+NO_ROPE_EVERY, SLIDING_EVERY = 4, 2
 
 # --- gguf config ------------------------------------------------------------------------------------------------------
 # The hyper-parameters of a .gguf file as a config.json.
@@ -250,6 +558,8 @@ class GgufFile:
 
     def integer(self, key: str, default: int | None = None) -> int:
         found = self.value(key, default)
+        if isinstance(found, list) and len(set(found)) == 1:  # one for each layer
+            found = found[0]
         if not isinstance(found, int):
             raise ModelError(f"{self.path}: {self._full(key)} is {str(found)[:80]}; expected a whole number")
         return found
@@ -258,30 +568,43 @@ class GgufFile:
         # Stored as float32: 7 digits restore 1e-05.
         return float(f"{self.value(key, default):.7g}")
 
+    def per_layer(self, key: str, layers: int, default: list[Any] | None = None) -> list[Any]:
+        """Return a metadata value for each layer, which the file may have once for all."""
+        found = self.value(key, default)
+        out = found if isinstance(found, list) else [found] * layers
+        if len(out) != layers:
+            raise ModelError(f"{self.path}: {self._full(key)} is for {len(out)} layers; the model has {layers}")
+        return out
+
+    def setting(self, own: Setting) -> Any:
+        """Return a setting of the model; None if it may be left out, and is."""
+        default = None if own.default is ... else own.default
+        if own.default is None and self._full(own.theirs) not in self.metadata:
+            return None
+        read: Any = {"float": self.number, "bool": self.value}.get(own.kind.__name__, self.integer)
+        return read(own.theirs, default)
+
 
 def config(file: GgufFile) -> dict[str, Any]:
     """Return a config.json that transformers and mlx-lm both read (with the rope's older names)."""
     if "token_embd.weight" not in file.tensors:
         raise ModelError(f"{file.path}: no token_embd.weight; this is not a language model's file")
-    hidden, heads = file.integer("embedding_length"), file.integer("attention.head_count")
+    arch = file.architecture
+    seen = {s.ours: file.setting(s) for s in (*COMMON, *arch.settings)}
+    hidden, heads = seen["hidden_size"], seen["num_attention_heads"]
     theta = file.number("rope.freq_base", 10000.0)
-    phi3 = file.architecture.name == "phi3"
-    # Phi 3 rotates only a part of each head.
-    rope_dims = None if phi3 else file.integer("rope.dimension_count", hidden // heads)
+    # Some rotate only a part of each head.
+    rope_dims = None if arch.rotary else file.integer("rope.dimension_count", hidden // heads)
     head_dim = file.integer("attention.key_length", rope_dims or hidden // heads)
     out: dict[str, Any] = {
-        "architectures": [file.architecture.hf_class],
-        "model_type": file.architecture.model_type,
-        "hidden_size": hidden,
-        "intermediate_size": file.integer("feed_forward_length"),
-        "num_hidden_layers": file.integer("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": file.integer("attention.head_count_kv", heads),
+        "architectures": [arch.hf_class],
+        "model_type": arch.model_type,
+        **{k: v for k, v in seen.items() if v is not None},
+        **arch.fixed,
+        "num_key_value_heads": heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon"),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "max_position_embeddings": file.integer("context_length"),
         "rope_theta": int(theta) if theta.is_integer() else theta,
         "rope_scaling": _rope_scaling(file, theta, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
@@ -289,13 +612,26 @@ def config(file: GgufFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "float16",
     }
-    out.update(_FAMILIES.get(file.architecture.name, lambda *_: {})(file, out))
+    # Layers that predict further tokens at once, which mlx-lm does not run.
+    out["num_hidden_layers"] -= file.integer("nextn_predict_layers", 0)
+    if arch.rotary:
+        out["partial_rotary_factor"] = file.integer("rope.dimension_count", int(head_dim * arch.rotary)) / head_dim
+    if arch.name != "gemma4":
+        out["num_key_value_heads"] = file.integer("attention.head_count_kv", heads)
+    out.update(_OWN.get(arch.name, lambda *_: {})(file, out))
     for name in ("bos", "eos", "padding"):
         if f"tokenizer.ggml.{name}_token_id" in file.metadata:
             out[f"{'pad' if name == 'padding' else name}_token_id"] = file.integer(f"tokenizer.ggml.{name}_token_id")
     if len(stops := eos_ids(file)) > 1:
         out["eos_token_id"] = stops
+    if arch.nested:
+        whole = ("architectures", "model_type", "torch_dtype", "tie_word_embeddings", *(f"{n}_token_id" for n in _IDS))
+        text = {**out, "model_type": f"{arch.model_type}_text"}
+        out = {k: out[k] for k in whole if k in out} | {"text_config": text}
     return out
+
+
+_IDS = ("bos", "eos", "pad")
 
 
 def eos_ids(file: GgufFile) -> list[int]:
@@ -323,36 +659,107 @@ def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _phi3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    turned = file.integer("rope.dimension_count", config["head_dim"])
-    out: dict[str, Any] = {
-        "original_max_position_embeddings": file.integer(
-            "rope.scaling.original_context_length", config["max_position_embeddings"]
-        ),
-        "partial_rotary_factor": turned / config["head_dim"],
+def _gemma4(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    sliding = file.per_layer("attention.sliding_window_pattern", layers)
+    wide = file.per_layer("feed_forward_length", layers)
+    kv = file.per_layer("attention.head_count_kv", layers)
+    full = next((i for i, slides in enumerate(sliding) if not slides), 0)
+    factors = np.array(file.tensors[ROPE_FREQS].astype(mx.float32)) if ROPE_FREQS in file.tensors else np.ones(1)
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": [_SLIDING if slides else _FULL for slides in sliding],
+        "head_dim": file.integer("attention.key_length_swa"),
+        "global_head_dim": config["head_dim"],
+        "num_key_value_heads": next((n for n, slides in zip(kv, sliding) if slides), kv[0]),
+        "num_global_key_value_heads": kv[full],
+        "attention_k_eq_v": f"blk.{full}.attn_v.weight" not in file.tensors,
+        "intermediate_size": wide[0],
+        "use_double_wide_mlp": wide[-1] != wide[0],
+        "vocab_size_per_layer_input": config["vocab_size"],
+        "enable_moe_block": "num_experts" in config,
+        "final_logit_softcapping": file.number("final_logit_softcapping", 30.0) or None,
+        "rope_parameters": {
+            # What is not rotated is divided by a huge number.
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": config["rope_theta"],
+                "partial_rotary_factor": float((factors < 2).mean()),
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": file.number("rope.freq_base_swa", 10000.0)},
+        },
     }
+
+
+def _phi3(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    original = file.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
+    out: dict[str, Any] = {"original_max_position_embeddings": original}
     if window := file.integer("attention.sliding_window", 0):
         out["sliding_window"] = window
     return out
 
 
-_FAMILIES = {"gemma2": _gemma, "gemma3": _gemma, "phi3": _phi3}
+def _qwen35(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    every, layers = config["full_attention_interval"], config["num_hidden_layers"]
+    linear = [(i + 1) % every != 0 for i in range(layers)]
+    if file.value("attention.recurrent_layers", linear)[:layers] != linear:
+        raise ModelError(f"{file.path}: its layers of linear attention do not follow an interval; mlx-lm needs one")
+    out = {"linear_value_head_dim": file.integer("ssm.inner_size") // config["linear_num_value_heads"]}
+    if file.architecture.nested:
+        sections = file.value("rope.dimension_sections", MROPE)
+        kind = {"type": "default", "rope_type": "default", "mrope_section": [n for n in sections if n]}
+        rope = {key: config[key] for key in ("rope_theta", "partial_rotary_factor")}
+        out["rope_parameters"] = kind | {"mrope_interleaved": True} | rope
+    return out
+
+
+def _gpt_oss(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    usual = [i % SLIDING_EVERY == 0 for i in range(layers)]
+    sliding = file.per_layer("attention.sliding_window_pattern", layers, usual)
+    return {"layer_types": [_SLIDING if slides else _FULL for slides in sliding]}
+
+
+def _glm4_moe(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    if file.integer("expert_gating_func", SIGMOID) != SIGMOID:
+        raise ModelError(f"{file.path}: routes by something else than a sigmoid, which mlx-lm's model does not")
+    return {"use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors}
+
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+MROPE = [11, 11, 10, 0]  # of a Qwen 3.5 that does not say
+SIGMOID = 2  # of llama.cpp's ways to weight experts
+_OWN = {
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "gemma4": _gemma4,
+    "phi3": _phi3,
+    "qwen3next": _qwen35,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
+    "gpt-oss": _gpt_oss,
+    "glm4moe": _glm4_moe,
+}
 
 
 def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
-    if file.architecture.name == "phi3":  # its divisors are tensors
+    arch = file.architecture
+    if arch.name == "phi3":  # its divisors are tensors
         named = {"long_factor": ROPE_LONG, "short_factor": ROPE_SHORT} if ROPE_LONG in file.tensors else {}
         factors = {name: file.tensors[key].astype(mx.float32).tolist() for name, key in named.items()}
         return {"type": "longrope", **factors} if factors else None
     kind = file.value("rope.scaling.type", "none")
-    if kind in ("linear", "yarn"):
+    if kind in ("linear", "yarn") and kind in arch.ropes:
         found = {"rope_type": kind, "factor": file.number("rope.scaling.factor")}
         if kind == "yarn":
             found["original_max_position_embeddings"] = file.integer("rope.scaling.original_context_length")
+        if arch.name == "gpt-oss":
+            found |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
         return found
     if kind != "none":
         raise ModelError(f"{file.path}: rope scaling {kind!r} is not read from .gguf files; use the safetensors folder")
-    if ROPE_FREQS not in file.tensors:
+    if ROPE_FREQS not in file.tensors or arch.name == "gemma4":
         return None
     # llama.cpp stores only the resulting divisors. Llama 3.1 to 3.3 differ only in the factor.
     seen = file.tensors[ROPE_FREQS].astype(mx.float32)
@@ -408,7 +815,6 @@ class PreTokenizer:
 _SHORT_FORMS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # The same pattern as some files write it.
 _SPELLED_OUT = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SPACES = r"]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -420,9 +826,11 @@ def _split(pattern: str) -> tuple[Any, ...]:
     return pre_tokenizers.Split(Regex(pattern), behavior="isolated"), _byte_level_split(False)
 
 
-def _gpt4(digits: str) -> tuple[Any, ...]:
-    """Return GPT-4's split; families differ in how many digits stay together."""
-    return _split(_SHORT_FORMS + _LETTERS + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n" + _SPACES)
+def _gpt4(digits: str, letters: str = r"\p{L}") -> tuple[Any, ...]:
+    """Return GPT-4's split; families differ in how many digits stay together, and in what belongs to a word."""
+    words = letters if letters == r"\p{L}" else f"[{letters}]"
+    words = rf"|[^\r\n\p{{L}}\p{{N}}]?{words}+|"
+    return _split(_SHORT_FORMS + words + digits + rf"| ?[^\s{letters}\p{{N}}]+[\r\n" + _SPACES)
 
 
 def _gpt4o(short_forms: str, digits: str) -> tuple[Any, ...]:
@@ -432,19 +840,26 @@ def _gpt4o(short_forms: str, digits: str) -> tuple[Any, ...]:
     return _split(words + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n/" + _SPACES)
 
 
-_LLAMA3 = PreTokenizer(_gpt4(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True)
 # Of several names for the same split, the first one is written.
 PRE_TOKENIZERS = {
-    "smollm": PreTokenizer((pre_tokenizers.Digits(individual_digits=True), _byte_level_split(True))),
-    "gpt-2": PreTokenizer((_byte_level_split(True),)),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": PreTokenizer(_gpt4(r"\p{N}"), nfc=True),
-    "deepseek-r1-qwen": PreTokenizer(_gpt4(r"\p{N}")),
-    "dbrx": PreTokenizer(_gpt4(r"\p{N}{1,3}")),
-    "tekken": PreTokenizer(_gpt4o("", r"\p{N}"), ignore_merges=True, add_bos=True),
-    "gpt-4o": PreTokenizer(_gpt4o(f"{_SHORT_FORMS}?", r"\p{N}{1,3}")),
+    name: rule
+    for names, rule in {
+        "smollm refact starcoder command-r codeshell exaone minerva-7b mellum2": PreTokenizer(
+            (pre_tokenizers.Digits(individual_digits=True), _byte_level_split(True))
+        ),
+        "gpt-2 phi-2 olmo mpt jais exaone4 mellum trillion granite-docling": PreTokenizer((_byte_level_split(True),)),
+        "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizer(
+            _gpt4(r"\p{N}{1,3}"), ignore_merges=True, add_bos=True
+        ),
+        "glm4": PreTokenizer(_gpt4(r"\p{N}{1,3}"), ignore_merges=True),
+        "qwen2": PreTokenizer(_gpt4(r"\p{N}"), nfc=True),
+        "deepseek-r1-qwen stablelm2 megrez hunyuan kormo": PreTokenizer(_gpt4(r"\p{N}")),
+        "qwen35": PreTokenizer(_gpt4(r"\p{N}", r"\p{L}\p{M}"), nfc=True),
+        "dbrx smaug-bpe chatglm-bpe": PreTokenizer(_gpt4(r"\p{N}{1,3}")),
+        "tekken": PreTokenizer(_gpt4o("", r"\p{N}"), ignore_merges=True, add_bos=True),
+        "gpt-4o llama4 kanana2": PreTokenizer(_gpt4o(f"{_SHORT_FORMS}?", r"\p{N}{1,3}")),
+    }.items()
+    for name in names.split()
 }
 
 
@@ -626,20 +1041,28 @@ def read_gguf(path: Path) -> GgufFile:
     except (ValueError, OverflowError, RuntimeError) as error:
         text = str(error).partition("\n")[0] or type(error).__name__
         raise ModelError(f"{path}: {text}; download it again") from error
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ModelError(
-            f"{path}: architecture {name!r} is not read from .gguf files, only {', '.join(ARCHITECTURES)}; "
-            "use the model's safetensors folder or hub id instead"
-        )
-    file = GgufFile(path, loaded, metadata, ARCHITECTURES[name])
+    file = GgufFile(path, loaded, metadata, _architecture(path, metadata))
     if metadata.get("general.type") == "adapter":
         raise ModelError(f"{path}: is an adapter, not a model: llama.cpp loads it beside its base (--lora)")
     if (parts := file.integer("split.count", 1)) > 1:
         raise ModelError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
-    if file.integer("expert_count", 0) > 0:
-        raise ModelError(f"{path}: a mixture of experts is not read from .gguf files; use its safetensors")
     return file
+
+
+def _architecture(path: Path, metadata: dict[str, Any]) -> Architecture:
+    name = metadata.get("general.architecture")
+    mixture = bool(metadata.get(f"{name}.expert_count"))
+    found = [a for a in ARCHITECTURES.values() if a.name == name]
+    if not found:
+        raise ModelError(
+            f"{path}: architecture {str(name)[:80]!r} is not read from .gguf files, only "
+            f"{', '.join(dict.fromkeys(a.name for a in ARCHITECTURES.values()))}; use the model's safetensors folder "
+            "or hub id instead"
+        )
+    fitting = [a for a in found if a.mixture == mixture or not mixture]
+    if not fitting:
+        raise ModelError(f"{path}: a mixture of experts of {name} is not read from .gguf files; use its safetensors")
+    return fitting[0]
 
 
 def _readable(kind: str) -> bool:
@@ -677,24 +1100,50 @@ def _unpacked(path: Path, entry: Entry) -> mx.array:
 
 
 def weights(file: GgufFile, config: dict[str, Any], model: nn.Module) -> dict[str, mx.array]:
-    """Return all tensors under the model's names, without llama.cpp's order of rows and shifted norms."""
-    out, unknown = dict[str, mx.array](), list[str]()
-    layers = config["num_hidden_layers"]
-    ours = {file.architecture.theirs(path, layers): path for path, _ in model.named_modules()}
-    for name, tensor in file.tensors.items():
-        if name in ROPE_TENSORS:
-            continue
-        stem, _, part = name.rpartition(".")
-        if stem not in ours:
-            unknown.append(name)
-            continue
-        if (heads := file.architecture.heads(name, config)) is not None:
-            tensor = unpermute(tensor, heads)
-        out[f"{ours[stem]}.{part}"] = tensor.astype(mx.float32) - 1 if file.architecture.is_shifted(name) else tensor
-    if unknown:
+    """Return all tensors under the model's names, in the model's layout."""
+    out, used, arch, get = dict[str, mx.array](), set[str](), file.architecture, getter(config)
+    layers = get("num_hidden_layers")
+    for ours, _ in tree_flatten(model.parameters()):
+        path, _, leaf = ours.rpartition(".")
+        names = arch.tensors(ours, layers)
+        stored = [_halved(file, name) for name in names]
+        if not names or any(name not in file.tensors for name, _ in stored):
+            continue  # what is missing is named when the model is loaded
+        used.update(name for name, _ in stored)
+        pieces = [{k: part(v) for k, v in _parts(file, name).items()} for name, part in stored]
+        whole = {k: mx.concatenate([p[k] for p in pieces]) for k in pieces[0]} if len(pieces) > 1 else pieces[0]
+        for change in reversed(arch.changed(names[0])):
+            whole = {k: change.back(v, get) for k, v in whole.items()}
+        for k, v in whole.items():
+            out[f"{path}.{k}" if leaf == "weight" else ours] = v
+    used |= {name.removesuffix("weight") + part for name in used for part in ("scales", "biases")}
+    if unknown := set(file.tensors) - used - set(ROPE_TENSORS) - _predicting(file, layers):
         shown = ", ".join(sorted(unknown)[:5])
-        raise ModelError(f"{file.path}: has {len(unknown)} tensors unknown to {config['model_type']} ({shown})")
+        raise ModelError(f"{file.path}: has {len(unknown)} tensors unknown to {arch.model_type} ({shown})")
     return out
+
+
+def _parts(file: GgufFile, name: str) -> dict[str, mx.array]:
+    stem = name.removesuffix("weight")
+    parts = ("weight", "scales", "biases") if stem != name else ()
+    return {part: file.tensors[stem + part] for part in parts if stem + part in file.tensors} or {
+        "weight": file.tensors[name]
+    }
+
+
+def _halved(file: GgufFile, name: str) -> tuple[str, Callable[[mx.array], mx.array]]:
+    """Return which tensor of the file holds one, and the part of it: experts' gate and up may be one tensor."""
+    for at, half in enumerate(("ffn_gate_exps", "ffn_up_exps")):
+        both = name.replace(half, "ffn_gate_up_exps")
+        if name not in file.tensors and both != name and both in file.tensors:
+            return both, lambda value, at=at: value.split(2, axis=1)[at]
+    return name, lambda value: value
+
+
+def _predicting(file: GgufFile, layers: int) -> set[str]:
+    """Return the tensors of layers that predict further tokens, which mlx-lm's models do not have."""
+    beyond = range(layers, file.integer("block_count"))
+    return {name for name in file.tensors if name.startswith(tuple(f"blk.{i}." for i in beyond))}
 
 
 def own_dtype(file: GgufFile) -> Any:
@@ -718,7 +1167,7 @@ def model_from_gguf(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
     layers: dict[str, dict[str, Any]] = {}
     for path, layer in model.named_modules():
         if f"{path}.scales" in tensors:
-            bits = tensors[f"{path}.weight"].shape[1] * 32 // layer.weight.shape[1]
+            bits = tensors[f"{path}.weight"].shape[-1] * 32 // layer.weight.shape[-1]
             layers[path] = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
     if layers:
         # As in any MLX folder, the most common packing is on top, and other layers are listed by name.
