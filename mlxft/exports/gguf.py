@@ -627,7 +627,7 @@ def open_model(run: Path, model: str | None) -> Loaded:
         where = resolve(str(run))
         with foreign(f"model {str(run)!r}: its metadata cannot be used"):
             file = gguf.read_gguf(where)
-            network, config = gguf.model_from_gguf(file)
+            network, config = gguf.model_from_gguf(file, None)
             return Loaded(network, gguf.tokenizer(file), config, str(run), where)
     return load_run(run, lazy=True)
 

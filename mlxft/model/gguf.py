@@ -8,7 +8,9 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -40,12 +42,66 @@ _MOST = 1 << 24
 _MOST_DIMENSIONS = 4  # of a tensor in ggml
 
 
-class Entry(NamedTuple):
-    """A tensor in the table: its type ("Q4_1", or "type 99" without a name), shape and place in the file."""
+class PackedForm(NamedTuple):
+    """How MLX packs a layer's weights."""
 
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+
+class Entry(NamedTuple):
+    """A tensor in the table: its type ("Q4_1", or "type 99" without a name), shape and place in the file.
+
+    Nothing of it is in memory before it is read.
+    """
+
+    path: Path
     kind: str
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type in which its numbers are read: what F32 and BF16 say, for MXFP4 one that holds all, else float16."""
+        return {"F32": mx.float32, "BF16": mx.bfloat16, "MXFP4": mx.bfloat16}.get(self.kind, mx.float16)
+
+    def read(self) -> mx.array:
+        """Return its numbers, unpacked; raises as `parts`."""
+        return self.parts()["weight"]
+
+    def parts(self, form: PackedForm | None = None) -> dict[str, mx.array]:
+        """Read a tensor as the parameters of a layer: weight, and if it is packed scales and biases.
+
+        It is read some rows at a time, so that little more than what is returned is in memory.
+
+        Raises:
+            ValueError: the shape does not consist of whole blocks, or values are not finite.
+        """
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quant_shape_to_byte_shape
+
+        width, rows = (self.shape or (1,))[-1], math.prod(self.shape[:-1])
+        if not width * rows:
+            raise ValueError(f"broken: a tensor of shape {self.shape}")
+        size = quant_shape_to_byte_shape((width,), GGMLQuantizationType[self.kind])[0]
+        out: dict[str, mx.array] = {}
+        step = max(1, _SLICE // width)
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            data = np.fromfile(self.path, np.uint8, count * size, offset=self.offset + start * size)
+            for part, value in _unpacked(self.kind, data.reshape(count, size), form, self.dtype).items():
+                if count == rows:
+                    out[part] = value
+                else:
+                    out.setdefault(part, mx.zeros((rows, value.shape[-1]), value.dtype))[start : start + count] = value
+            mx.eval(out)
+        return {part: value.reshape(*self.shape[:-1], -1) for part, value in out.items()}
+
+    def outline(self, form: PackedForm | None = None) -> dict[str, mx.array]:
+        """Return what `parts` returns as lazy zeros; nothing is read."""
+        zeros = mx.zeros(self.shape, self.dtype)
+        return {"weight": zeros} if form is None else pack(zeros, form, self.dtype)
 
 
 def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -63,7 +119,7 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
             if version not in (2, 3):
                 raise ValueError(f"GGUF version {version}; expected 2 or 3")
             metadata = _once((head.string(), head.value(*head.numbers("I"))) for _ in range(pairs))
-            table = _once(head.tensor() for _ in range(tensors))
+            table = _once(head.tensor(path) for _ in range(tensors))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"broken: it aligns its data to {str(alignment)[:80]} bytes")
@@ -87,7 +143,7 @@ def _check_places(table: dict[str, Entry], free: int, end: int) -> None:
     from gguf import GGML_QUANT_SIZES
 
     sizes = {kind.name: size for kind, size in GGML_QUANT_SIZES.items()}
-    for name, (kind, shape, offset) in sorted(table.items(), key=lambda item: item[1].offset):
+    for name, (_, kind, shape, offset) in sorted(table.items(), key=lambda item: item[1].offset):
         if offset < free:
             raise ValueError(f"broken: the tensor {name[:80]!r} overlaps another one")
         items, size = sizes.get(kind, (1, 0))
@@ -132,7 +188,7 @@ class _Head:
             return list(self.numbers(f"{count}{_NUMBERS[inner]}"))
         return [self.value(inner) for _ in range(count)]
 
-    def tensor(self) -> tuple[str, Entry]:
+    def tensor(self, path: Path) -> tuple[str, Entry]:
         from gguf import GGMLQuantizationType
 
         name = self.string()
@@ -142,7 +198,7 @@ class _Head:
         shape = self.numbers(f"{dimensions}Q")[::-1]  # the innermost comes first
         number, offset = self.numbers("IQ")
         kind = next((t.name for t in GGMLQuantizationType if t == number), f"type {number}")
-        return name, Entry(kind, shape, offset)
+        return name, Entry(path, kind, shape, offset)
 
 
 # --- gguf names -------------------------------------------------------------------------------------------------------
@@ -202,6 +258,8 @@ def _reordered(order: Callable[[int, Get], np.ndarray], axis: int = 0) -> Change
 
     def turn(value: mx.array, order: np.ndarray) -> mx.array:
         at = axis % value.ndim
+        if value.shape[at] % len(order):
+            raise ModelError("packs numbers of several heads together, which cannot be reordered: read it as floats")
         blocks = value.reshape(*value.shape[:at], len(order), -1, *value.shape[at + 1 :])
         return mx.take(blocks, mx.array(order), at).reshape(value.shape)
 
@@ -538,10 +596,10 @@ NO_ROPE_EVERY, SLIDING_EVERY = 4, 2
 
 @dataclass
 class GgufFile:
-    """Content of a file: tensors under llama.cpp's names, and metadata."""
+    """Content of a file: tensors under llama.cpp's names, unread, and metadata."""
 
     path: Path
-    tensors: dict[str, mx.array]
+    tensors: dict[str, Entry]
     metadata: dict[str, Any]
     architecture: Architecture
 
@@ -665,7 +723,7 @@ def _gemma4(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     wide = file.per_layer("feed_forward_length", layers)
     kv = file.per_layer("attention.head_count_kv", layers)
     full = next((i for i, slides in enumerate(sliding) if not slides), 0)
-    factors = np.array(file.tensors[ROPE_FREQS].astype(mx.float32)) if ROPE_FREQS in file.tensors else np.ones(1)
+    factors = np.array(file.tensors[ROPE_FREQS].read().astype(mx.float32)) if ROPE_FREQS in file.tensors else np.ones(1)
     return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
@@ -747,7 +805,7 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]
     arch = file.architecture
     if arch.name == "phi3":  # its divisors are tensors
         named = {"long_factor": ROPE_LONG, "short_factor": ROPE_SHORT} if ROPE_LONG in file.tensors else {}
-        factors = {name: file.tensors[key].astype(mx.float32).tolist() for name, key in named.items()}
+        factors = {name: file.tensors[key].read().astype(mx.float32).tolist() for name, key in named.items()}
         return {"type": "longrope", **factors} if factors else None
     kind = file.value("rope.scaling.type", "none")
     if kind in ("linear", "yarn") and kind in arch.ropes:
@@ -762,7 +820,7 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]
     if ROPE_FREQS not in file.tensors or arch.name == "gemma4":
         return None
     # llama.cpp stores only the resulting divisors. Llama 3.1 to 3.3 differ only in the factor.
-    seen = file.tensors[ROPE_FREQS].astype(mx.float32)
+    seen = file.tensors[ROPE_FREQS].read().astype(mx.float32)
     scaling = {
         "rope_type": "llama3",
         "factor": float(mx.max(seen).item()),  # type: ignore[arg-type]
@@ -1014,34 +1072,27 @@ def _add_marks(file: GgufFile, backend: Any, vocab: dict[str, int], types: list[
 
 # --- gguf -------------------------------------------------------------------------------------------------------------
 
-GROUP_SIZE = 32
-# MLX reads these types, and keeps packed ones packed. It reads others wrongly (Q4_K in 0.32.4), and BF16 through
-# float16, where large numbers become infinite: the gguf package reads those.
-_OF_MLX = {"F32", "F16", "BF16", "Q8_0", "Q4_1", "Q4_0"}
+_SLICE = 1 << 22  # numbers that are unpacked at once
+_GROUP = 32  # numbers that share a scale in the types of _AFFINE
+# Types that are scale * code + bias in groups of 32, as MLX packs weights -> bits of a code. The scales of K types are
+# products, which float16 rounds; all other numbers stay what they are.
+_AFFINE = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0": 8}
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read a whole file: packed if MLX has a form for all of its types, else unpacked to float16.
+    """Read a file's metadata and table; its tensors are read when they are used.
 
     Raises:
         ModelError: the file is not GGUF, cut off or split, or its architecture or quantisation is not read here.
     """
-    try:
+    with _reading(path):
         metadata, table = read_gguf_header(path)
-        kinds = {entry.kind for entry in table.values()}
-        if odd := sorted(kind for kind in kinds if not _readable(kind)):
-            raise ModelError(
-                f"{path}: has tensors in {', '.join(odd)}, which cannot be read; take a file in another "
-                "quantisation, or the model's safetensors"
-            )
-        loaded: Any = mx.load(str(path)) if kinds <= _OF_MLX else {}
-        loaded |= {name: _unpacked(path, e) for name, e in table.items() if name not in loaded or e.kind == "BF16"}
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, OverflowError, RuntimeError) as error:
-        text = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{path}: {text}; download it again") from error
-    file = GgufFile(path, loaded, metadata, _architecture(path, metadata))
+    if odd := sorted(kind for kind in {entry.kind for entry in table.values()} if not _readable(kind)):
+        raise ModelError(
+            f"{path}: has tensors in {', '.join(odd)}, which cannot be read; take a file in another "
+            "quantisation, or the model's safetensors"
+        )
+    file = GgufFile(path, table, metadata, _architecture(path, metadata))
     if metadata.get("general.type") == "adapter":
         raise ModelError(f"{path}: is an adapter, not a model: llama.cpp loads it beside its base (--lora)")
     if (parts := file.integer("split.count", 1)) > 1:
@@ -1078,29 +1129,127 @@ def _readable(kind: str) -> bool:
     return True
 
 
-def _unpacked(path: Path, entry: Entry) -> mx.array:
-    """Read a tensor with the gguf package: F32 and BF16 in their own type, all others as float16.
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into a ModelError."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, OverflowError, RuntimeError) as error:
+        text = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path}: {text}; download it again") from error
 
-    Raises:
-        ValueError: the shape does not consist of whole blocks, or values are not finite.
-    """
+
+def _unpacked(kind: str, data: Any, form: PackedForm | None, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Return rows of bytes (n, bytes) as floats, or packed; in the type's own form, codes stay what they are."""
+    if kind == "MXFP4" and form == _own_form(kind):
+        return _microscaled(data)
+    if kind in _AFFINE:
+        weight, *scales = _affine(kind, data)
+        own = {"weight": weight, **{k: v.astype(dtype) for k, v in zip(("scales", "biases"), scales)}}
+        _check_finite(kind, own["scales"], own["biases"])
+        if form == _own_form(kind):
+            return own
+        if form is None and not kind.endswith("_K"):  # with the packed form's rounding: both are one model
+            scales = [own["scales"], own["biases"]]
+        value = mx.dequantize(weight, scales[0], scales[1], _GROUP, _AFFINE[kind])
+        return {"weight": value.astype(dtype)} if form is None else pack(value, form, dtype)
     from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize, quant_shape_to_byte_shape
+    from gguf.quants import dequantize
 
-    kind = GGMLQuantizationType[entry.kind]
-    shape = quant_shape_to_byte_shape(entry.shape or (1,), kind)
-    packed = np.fromfile(path, np.uint8, math.prod(shape), offset=entry.offset).reshape(shape)
     with np.errstate(all="ignore"):
-        value = mx.array(dequantize(packed, kind)).reshape(entry.shape)
-    value = value.astype({"F32": mx.float32, "BF16": mx.bfloat16}.get(entry.kind, mx.float16))
-    mx.eval(value)
-    if entry.kind not in _OF_MLX and not mx.isfinite(value).all().item():
-        raise ValueError(f"broken: a tensor in {entry.kind} has values that are not finite")
-    return value
+        value = mx.array(dequantize(data, GGMLQuantizationType[kind]))
+    if form is not None:
+        return pack(value, form, dtype)
+    value = value.astype(dtype)
+    if kind not in ("F32", "F16", "BF16"):
+        _check_finite(kind, value)
+    return {"weight": value}
 
 
-def weights(file: GgufFile, config: dict[str, Any], model: nn.Module) -> dict[str, mx.array]:
-    """Return all tensors under the model's names, in the model's layout."""
+def _check_finite(kind: str, *values: mx.array) -> None:
+    if not all(mx.isfinite(value).all().item() for value in values):
+        raise ValueError(f"broken: a tensor in {kind} has values that are not finite")
+
+
+def pack(value: mx.array, form: PackedForm, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Quantise floats to the parameters of a packed layer, with scales and biases in `dtype`."""
+    weight, *scales = mx.quantize(value, form.group_size, form.bits, mode=form.mode)
+    affine = form.mode == "affine"
+    return {"weight": weight, **{k: v.astype(dtype) if affine else v for k, v in zip(("scales", "biases"), scales)}}
+
+
+def _affine(kind: str, data: Any) -> tuple[mx.array, mx.array, mx.array]:
+    """Return rows of a type in _AFFINE as MLX packs them: weight, and float32 scales and biases.
+
+    Source: the layouts of ggml/src/ggml-common.h. A block is its scales, then the fifth bits, then the lower four.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import Q4_K
+
+    bits, rows, blocks = _AFFINE[kind], len(data), data.reshape(-1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1])
+    count, by_four = len(blocks), np.array([0, 4], np.uint8).reshape(2, 1)
+    first, second = (np.ascontiguousarray(blocks[:, i : i + 2]).view(np.float16).astype(np.float32) for i in (0, 2))
+    if kind.endswith("_K"):  # eight groups of 32
+        scale, low = Q4_K.get_scale_min(np.ascontiguousarray(blocks[:, 4:16]))
+        scales, biases = first * scale, -second * low
+        codes = (blocks[:, -128:].reshape(count, 4, 1, 32) >> by_four & 15).reshape(count, 8, 32)
+        high = blocks[:, 16:48].reshape(count, 1, 32) >> np.arange(8, dtype=np.uint8).reshape(8, 1) & 1
+    else:
+        scales, biases = first, second if kind.endswith("_1") else -(1 << bits - 1) * first
+        codes = (blocks[:, -16:].reshape(count, 1, 16) >> by_four & 15).reshape(count, 1, 32)
+        high = np.unpackbits(blocks[:, -20:-16].copy(), axis=-1, bitorder="little").reshape(count, 1, -1)
+    if bits == 8:
+        codes = blocks[:, 2:] ^ 128
+    elif bits == 5:
+        codes = codes | high << 4
+    packed = _packed(codes.reshape(rows, -1), bits)
+    return packed, mx.array(scales.reshape(rows, -1)), mx.array(biases.reshape(rows, -1))
+
+
+def _packed(codes: Any, bits: int) -> mx.array:
+    """Return codes (n, width) of 4, 5 or 8 bits as MLX stores them: a stream of bits, the lowest first, in uint32."""
+    if bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    elif bits == 5:
+        stream = codes[..., None] >> np.arange(5, dtype=np.uint8) & 1
+        codes = np.packbits(stream.reshape(len(codes), -1), axis=-1, bitorder="little")
+    return mx.array(np.ascontiguousarray(codes).view(np.uint32))
+
+
+def _microscaled(data: Any) -> dict[str, mx.array]:
+    """Return rows of MXFP4 blocks (a scale, 16 bytes of codes) as MLX's form of the same name."""
+    blocks = data.reshape(len(data), -1, 17)
+    codes = (blocks[:, :, None, 1:] >> np.array([0, 4], np.uint8).reshape(2, 1) & 15).reshape(len(data), -1)
+    return {"weight": _packed(codes, 4), "scales": mx.array(np.ascontiguousarray(blocks[:, :, 0]))}
+
+
+def _own_form(kind: str) -> PackedForm | None:
+    """Return the form in which MLX holds a type as it is, if it has one."""
+    if kind == "MXFP4":
+        return PackedForm(4, _GROUP, "mxfp4")
+    return PackedForm(_AFFINE[kind], _GROUP) if kind in _AFFINE else None
+
+
+def _bits(kind: str) -> int:
+    """Return the fewest bits of MLX's that hold a type's codes; 16 for floats."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if kind in _AFFINE:
+        return _AFFINE[kind]
+    numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return next((bits for bits in (2, 3, 4, 5, 6, 8) if numbers > 1 and 8 * size // numbers <= bits), 16)
+
+
+def weights(
+    file: GgufFile, config: dict[str, Any], model: nn.Module, read: Callable[[str, Entry], dict[str, mx.array]]
+) -> dict[str, mx.array]:
+    """Return all tensors under the model's names, in the model's layout.
+
+    Args:
+        read: (module's path, tensor of its weight) -> weight, and if it is packed scales and biases.
+    """
     out, used, arch, get = dict[str, mx.array](), set[str](), file.architecture, getter(config)
     layers = get("num_hidden_layers")
     for ours, _ in tree_flatten(model.parameters()):
@@ -1110,25 +1259,20 @@ def weights(file: GgufFile, config: dict[str, Any], model: nn.Module) -> dict[st
         if not names or any(name not in file.tensors for name, _ in stored):
             continue  # what is missing is named when the model is loaded
         used.update(name for name, _ in stored)
-        pieces = [{k: part(v) for k, v in _parts(file, name).items()} for name, part in stored]
-        whole = {k: mx.concatenate([p[k] for p in pieces]) for k in pieces[0]} if len(pieces) > 1 else pieces[0]
-        for change in reversed(arch.changed(names[0])):
-            whole = {k: change.back(v, get) for k, v in whole.items()}
-        for k, v in whole.items():
-            out[f"{path}.{k}" if leaf == "weight" else ours] = v
-    used |= {name.removesuffix("weight") + part for name in used for part in ("scales", "biases")}
+        with _reading(file.path):
+            found = [
+                read(path, e) if leaf == "weight" else {leaf: e.read()} for e in (file.tensors[n] for n, _ in stored)
+            ]
+        pieces = [{k: part(v) for k, v in found.items()} for found, (_, part) in zip(found, stored)]
+        for key in pieces[0]:
+            value = mx.concatenate([piece[key] for piece in pieces]) if len(pieces) > 1 else pieces[0][key]
+            for change in reversed(arch.changed(names[0])):
+                value = change.back(value, get)
+            out[f"{path}.{key}"] = value
     if unknown := set(file.tensors) - used - set(ROPE_TENSORS) - _predicting(file, layers):
         shown = ", ".join(sorted(unknown)[:5])
         raise ModelError(f"{file.path}: has {len(unknown)} tensors unknown to {arch.model_type} ({shown})")
     return out
-
-
-def _parts(file: GgufFile, name: str) -> dict[str, mx.array]:
-    stem = name.removesuffix("weight")
-    parts = ("weight", "scales", "biases") if stem != name else ()
-    return {part: file.tensors[stem + part] for part in parts if stem + part in file.tensors} or {
-        "weight": file.tensors[name]
-    }
 
 
 def _halved(file: GgufFile, name: str) -> tuple[str, Callable[[mx.array], mx.array]]:
@@ -1148,33 +1292,69 @@ def _predicting(file: GgufFile, layers: int) -> set[str]:
 
 def own_dtype(file: GgufFile) -> Any:
     """Return the type in which a file's floats are loaded: bfloat16 if most of them are, else float16."""
-    sizes = {mx.bfloat16: 0, mx.float16: 0}
-    for tensor in file.tensors.values():
-        if tensor.dtype in sizes:
-            sizes[tensor.dtype] += tensor.size
+    sizes: Counter[Any] = Counter()
+    for entry in file.tensors.values():
+        sizes[entry.dtype] += math.prod(entry.shape)
     return mx.bfloat16 if sizes[mx.bfloat16] > sizes[mx.float16] else mx.float16
 
 
-def model_from_gguf(file: GgufFile) -> tuple[nn.Module, dict[str, Any]]:
-    """Return mlx-lm's model with the file's tensors, packed ones packed, and its config."""
+def _chooser(
+    file: GgufFile, model: nn.Module, bits: int | None, group_size: int | None
+) -> Callable[[str, Entry], PackedForm | None]:
+    """Return which tensors are packed, and how; see `model_from_gguf`."""
+    sizes: Counter[int] = Counter()
+    for entry in file.tensors.values():
+        sizes[_bits(entry.kind)] += math.prod(entry.shape)
+    modules, rule = dict(model.named_modules()), getattr(model, "quant_predicate", None)
+    as_it_is = bits is None or (sizes.most_common(1)[0][0] == bits and group_size in (None, _GROUP))
+
+    def form(path: str, entry: Entry) -> PackedForm | None:
+        group = _GROUP if as_it_is else group_size or 64
+        if bits == 0 or not hasattr(modules[path], "to_quantized") or entry.shape[-1] % group:
+            return None
+        if as_it_is:
+            own, needed = _own_form(entry.kind), _bits(entry.kind)
+            return own or (PackedForm(max(needed, bits), _GROUP) if bits and needed < 16 else None)
+        chosen: Any = True if rule is None else rule(path, modules[path])
+        if isinstance(chosen, dict):
+            return PackedForm(chosen["bits"], chosen["group_size"], chosen.get("mode", "affine"))
+        return PackedForm(bits or 4, group) if chosen else None
+
+    return form
+
+
+def model_from_gguf(
+    file: GgufFile, bits: int | None = 0, group_size: int | None = None, *, outline: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return mlx-lm's model with the file's tensors, and its config.
+
+    Args:
+        bits: of the layers' weights: 0 for floats, None for the file's own where MLX has the same form. If most numbers
+            of the file have so many bits, each tensor keeps its own, but gets `bits` if it has fewer; else all are
+            quantised again.
+        group_size: of numbers that share a scale; None: 32 for what keeps its own bits, else 64.
+        outline: read no weights; the model's arrays are lazy zeros.
+    """
     settings = config(file)
     check_schema(ModelConfig, settings, file.path)
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))
-    tensors = weights(file, settings, model)
+    choose, layers = _chooser(file, model, bits, group_size), dict[str, PackedForm | None]()
+
+    def read(path: str, entry: Entry) -> dict[str, mx.array]:
+        layers[path] = choose(path, entry)
+        return entry.outline(layers[path]) if outline else entry.parts(layers[path])
+
+    tensors = weights(file, settings, model, read)
     if hasattr(model, "sanitize"):
         tensors = model.sanitize(tensors)
-    layers: dict[str, dict[str, Any]] = {}
-    for path, layer in model.named_modules():
-        if f"{path}.scales" in tensors:
-            bits = tensors[f"{path}.weight"].shape[-1] * 32 // layer.weight.shape[-1]
-            layers[path] = {"group_size": GROUP_SIZE, "bits": bits, "mode": "affine"}
-    if layers:
-        # As in any MLX folder, the most common packing is on top, and other layers are listed by name.
-        most = max(layers.values(), key=list(layers.values()).count)
-        nn.quantize(model, class_predicate=lambda path, _: layers.get(path, False))
-        quantization = {**most, **{path: own for path, own in layers.items() if own != most}}
-        settings["quantization"] = quantization
+    if kinds := Counter(own for own in layers.values() if own is not None):
+        # As in any MLX folder, the most common form is on top, and other layers are listed by name.
+        most = max(kinds, key=lambda own: (own.bits == bits, kinds[own]))._asdict()
+        able = {path for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
+        forms = {path: own._asdict() if own else False for path, own in layers.items() if path in able}
+        nn.quantize(model, class_predicate=lambda path, _: forms.get(path, False))
+        settings["quantization"] = most | {path: own for path, own in forms.items() if own != most}
     try:
         model.load_weights(list(tensors.items()), strict=True)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlxft.data.dataset import set_embedding_rows
 from mlxft.errors import ModelError
 from mlxft.exports.gguf import export_gguf, vocabulary
 from mlxft.model.gguf import ARCHITECTURES, getter
+from mlxft.model.layers import dense_weight
 from mlxft.model.load import load, load_tokenizer
 from mlxft.runs import load_run
 
@@ -125,7 +127,7 @@ def repack(source: Path, out: Path, kind: str, pack: Pack | None = None) -> dict
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16"])
 @pytest.mark.parametrize("case", ["qwen3", "gemma3", "phi3"])
 def test_packed_files_of_others(case: str, kind: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    """What the gguf package packs is read as what it unpacks, to the float16 that packed files are unpacked in."""
+    """What the gguf package packs is read as what it unpacks: in bfloat16 if that holds its scales, else in float16."""
     folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
     export_gguf(folder, tmp_path / "a.gguf", kind="f32")
     meant = repack(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
@@ -134,8 +136,16 @@ def test_packed_files_of_others(case: str, kind: str, make_model_dir: Callable[.
     layers = {f"{arch.theirs(path, 2)}.weight": layer for path, layer in read.named_modules()}
     for name, value in meant.items():
         assert np.allclose(np.array(layers[name].weight), value, atol=1e-3), name
+    if kind != "BF16":  # the form that MLX has of the same type is the same model
+        bits = 4 if kind == "MXFP4" else int(kind[1])
+        packed = load(str(tmp_path / "b.gguf"), dtype="own", quantize=bits)
+        assert packed.config["quantization"]["bits"] == bits
+        for path, layer in packed.model.named_modules():
+            if f"{arch.theirs(path, 2)}.weight" in meant:
+                weight = layers[f"{arch.theirs(path, 2)}.weight"].weight
+                assert mx.allclose(dense_weight(layer).astype(mx.float32), weight, atol=1e-6), path
     own = load(str(tmp_path / "b.gguf"), dtype="own")
-    assert own.config["torch_dtype"] == ("bfloat16" if kind == "BF16" else "float16")
+    assert own.config["torch_dtype"] == ("bfloat16" if kind in ("BF16", "MXFP4") else "float16")
 
 
 # Where the float16 scales of a block stand, for kinds that the gguf package unpacks but does not pack.
@@ -165,8 +175,14 @@ def test_k_quants_are_what_the_gguf_package_unpacks(
     assert mx.array_equal(read.model(IDS), want.model(IDS))
     assert mx.std(want.model(IDS)).item() > 1e-2
     assert load(str(tmp_path / "b.gguf"), dtype="own").config["torch_dtype"] == "float16"
-    packed = load(str(tmp_path / "b.gguf"), dtype="own", quantize=4).model
-    assert packed.layers[0].mlp.up_proj.bits == packed.model.embed_tokens.bits == 4
+    packed = load(str(tmp_path / "b.gguf"), dtype="float32", quantize=4)
+    assert packed.config["quantization"] == {"group_size": 32 if "4" in kind else 64, "bits": 4, "mode": "affine"}
+    own = load(str(tmp_path / "b.gguf"), dtype="float32", quantize=int(re.findall("[0-9]", kind)[0]))
+    layer = own.model.layers[0].mlp.up_proj
+    back = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    off = mx.abs(back - read.model.layers[0].mlp.up_proj.weight).max().item()
+    # K types of 4 and 5 bits lose the rounding of their scales; the others are quantised again in larger groups.
+    assert (off < 4e-4) == (kind in ("Q4_K", "Q5_K")), off
 
 
 def test_blocks_that_stand_for_no_finite_number(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:

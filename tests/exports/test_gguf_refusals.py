@@ -80,11 +80,11 @@ def test_reward_models_and_foreign_bases(
 
 
 def test_a_broken_gguf_file_as_the_model(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    """Scales without their weight, which MLX looks for by its name."""
+    """A weight under a name that no layer has."""
     export_gguf(make_model_dir(tmp_path / "m", "llama"), tmp_path / "a.gguf", kind="q8_0")
     data = (tmp_path / "a.gguf").read_bytes()
     (tmp_path / "b.gguf").write_bytes(data.replace(b"blk.0.attn_q.weight", b"blk.0.attn_q.waight"))
-    with pytest.raises(ModelError, match=r"b\.gguf: has 3 tensors unknown to llama"):
+    with pytest.raises(ModelError, match=r"b\.gguf: has 1 tensors unknown to llama"):
         export_gguf(tmp_path / "b.gguf", tmp_path / "c.gguf", kind="f16")
 
 
