@@ -148,8 +148,8 @@ def _qwen35(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict
         )
     found: dict[str, Any] = {"ssm.inner_size": get("linear_value_head_dim") * get("linear_num_value_heads")}
     if arch.nested:
-        sections = (get("rope_parameters") or {}).get("mrope_section", gguf.MROPE)
-        found["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
+        given = (get("rope_parameters") or {}).get("mrope_section")
+        found["rope.dimension_sections"] = gguf.rope_sections(out["rope.dimension_count"] // 2, given)
     return found
 
 

@@ -587,6 +587,13 @@ MODEL_TYPES = {name: name for name in ARCHITECTURES} | {
 # Gemma's attention has a scale of its own, which llama.cpp derives from the number of layers: models with these numbers
 # use hidden / heads, all others the width of a head.
 GEMMA_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+
+
+def rope_sections(pairs: int, given: list[int] | None = None) -> list[int]:
+    """Return how many of a Qwen 3.5's rotated pairs count time, height and width; all are the same for text."""
+    return [*given, 0] if given and sum(given) == pairs else [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
+
+
 # Layers without rope in a SmolLM 3, and layers with sliding attention in a gpt-oss, for llama.cpp.
 NO_ROPE_EVERY, SLIDING_EVERY = 4, 2
 
@@ -765,7 +772,8 @@ def _qwen35(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         raise ModelError(f"{file.path}: its layers of linear attention do not follow an interval; mlx-lm needs one")
     out = {"linear_value_head_dim": file.integer("ssm.inner_size") // config["linear_num_value_heads"]}
     if file.architecture.nested:
-        sections = file.value("rope.dimension_sections", MROPE)
+        pairs = int(config["head_dim"] * config["partial_rotary_factor"]) // 2
+        sections = file.value("rope.dimension_sections", rope_sections(pairs))
         kind = {"type": "default", "rope_type": "default", "mrope_section": [n for n in sections if n]}
         rope = {key: config[key] for key in ("rope_theta", "partial_rotary_factor")}
         out["rope_parameters"] = kind | {"mrope_interleaved": True} | rope
@@ -786,7 +794,6 @@ def _glm4_moe(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-MROPE = [11, 11, 10, 0]  # of a Qwen 3.5 that does not say
 SIGMOID = 2  # of llama.cpp's ways to weight experts
 _OWN = {
     "gemma2": _gemma,
