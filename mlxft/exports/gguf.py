@@ -490,7 +490,8 @@ def _adapter_tensors(
     tensors: list[_Tensor] = []
     scales, ranks = set(), set()
     get = gguf.getter(loaded.config, _args(loaded.model))
-    for path, layer in loaded.model.named_modules():
+    modules = dict(loaded.model.named_modules())
+    for path, layer in modules.items():
         if not isinstance(layer, LowRank):
             continue
         names = arch.tensors(f"{path}.weight", get("num_hidden_layers"))
@@ -498,7 +499,7 @@ def _adapter_tensors(
             raise ExportError(f"--lora: {path} is not a linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
-        tensors += _pairs(layer, names, arch, get, kind)
+        tensors += _pairs(layer, names, arch, get, kind, modules.get(f"{path.partition('.experts.')[0]}.router"))
     if not tensors:
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
@@ -510,11 +511,13 @@ def _adapter_tensors(
 
 
 def _pairs(
-    layer: LowRank, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get, kind: str
+    layer: LowRank, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get, kind: str, router: nn.Module | None
 ) -> Iterator[_Tensor]:
     """Yield a layer's factors, (experts, rank, in) and (experts, out, rank), in the order of the base's tensors."""
     experts = isinstance(layer, LoRASwitchLinear)
     down, up = (layer.lora_a, layer.lora_b) if experts else (layer.lora_a.T, layer.lora_b.T)
+    if router is not None and "per_expert_scale" in router and ".ffn_down_exps." in names[0]:
+        up = up * router.per_expert_scale[:, None, None]  # llama.cpp scales what the base gives only
     for change in arch.changed(names[0]):
         if change.axis is None:
             raise ExportError(f"--lora: llama.cpp keeps {names[0]} in a form that no adapter fits; {_WHOLE}")

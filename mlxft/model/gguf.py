@@ -303,7 +303,7 @@ def _by_part(rows: int, get: Get) -> np.ndarray:
 
 
 _ADDED = Change(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
-_FLAT_ROW = Change(lambda value, _: value.reshape(-1), lambda value, _: value.reshape(1, -1))
+_ROW = Change(lambda value, _: value, lambda value, _: value.reshape(1, -1), axis=0)  # some files have it as a vector
 _CONV = Change(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
 # In float64, so that little is lost on the way there and back.
 _DECAY = Change(
@@ -311,7 +311,7 @@ _DECAY = Change(
     lambda value, _: mx.array(np.log(-np.array(value.astype(mx.float32), np.float64)), mx.float32),
 )
 _LLAMA = {"attn_q": (_rope_pairs("num_attention_heads"),), "attn_k": (_rope_pairs("num_key_value_heads"),)}
-_GATED = {"ffn_gate_inp_shexp": (_FLAT_ROW,)}
+_GATED = {"ffn_gate_inp_shexp": (_ROW,)}
 _HEADS = _reordered(_value_heads)
 _DELTA = {
     "attn_qkv": (_reordered(_query_key_value),),
