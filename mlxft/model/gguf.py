@@ -1092,8 +1092,7 @@ def read_gguf(path: Path) -> GgufFile:
     Raises:
         ModelError: the file is not GGUF, cut off or split, or its architecture or quantisation is not read here.
     """
-    with _reading(path):
-        metadata, table = read_gguf_header(path)
+    metadata, table = _joined(path)
     if odd := sorted(kind for kind in {entry.kind for entry in table.values()} if not _readable(kind)):
         raise ModelError(
             f"{path}: has tensors in {', '.join(odd)}, which cannot be read; take a file in another "
@@ -1102,9 +1101,46 @@ def read_gguf(path: Path) -> GgufFile:
     file = GgufFile(path, table, metadata, _architecture(path, metadata))
     if metadata.get("general.type") == "adapter":
         raise ModelError(f"{path}: is an adapter, not a model: llama.cpp loads it beside its base (--lora)")
-    if (parts := file.integer("split.count", 1)) > 1:
-        raise ModelError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
     return file
+
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def _joined(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Read the header of a file, or of all files that it is a part of: NAME-00001-of-00003.gguf and so on."""
+    with _reading(path):
+        metadata, table = read_gguf_header(path)
+    keys = ("split.no", "split.count", "split.tensors.count")
+    _, count, total = (metadata.get(key) for key in keys)
+    if count in (None, 0, 1):
+        return metadata, table
+    named = _SHARD.fullmatch(path.name)
+    if not named or int(named[3]) != count:
+        raise ModelError(
+            f"{path}: is one of {str(count)[:20]} parts, and its name does not say so; name all as they were "
+            "(NAME-00001-of-00003.gguf and so on), or join them with llama-gguf-split --merge"
+        )
+    metadata, table = {}, {}
+    for number in range(count):
+        part = path.with_name(f"{named[1]}-{number + 1:05}-of-{named[3]}.gguf")
+        if not part.is_file():
+            raise ModelError(f"{part}: is missing, and {path.name} is one of {count} parts; download it, too")
+        with _reading(part):
+            own, tensors = read_gguf_header(part)
+        metadata = metadata or own
+        seen = [own.get(key) for key in keys]
+        twice = sorted(set(table) & set(tensors))
+        if seen != [number, count, total] or twice:
+            what = f"holds {twice[0][:80]!r} again" if twice else f"says {dict(zip(keys, seen))}"
+            raise ModelError(
+                f"{part}: is not part {number + 1} of the {count} that {path.name} belongs to, with {total} tensors: "
+                f"it {what}; download it again"
+            )
+        table |= tensors
+    if len(table) != total:
+        raise ModelError(f"{path}: its {count} parts hold {len(table)} tensors; expected {total}; download them again")
+    return metadata, table
 
 
 def _architecture(path: Path, metadata: dict[str, Any]) -> Architecture:
