@@ -240,15 +240,20 @@ def _rope_tensors(arch: gguf.Architecture, get: gguf.Get) -> dict[str, mx.array]
 # --- gguf vocab -------------------------------------------------------------------------------------------------------
 # A tokenizer as llama.cpp reads it from a .gguf file: tokens, their kinds, merges or scores, chat template.
 
+# Marks of a Gemma 4 within an assistant's turn.
+_SEEN = frozenset(
+    ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
+)
 _NO_SCORE = -1e6  # of a token that no merge makes; far below any rank
 
 
-def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
+def vocabulary(tokenizer: Any, rows: int, family: str = "") -> dict[str, Any]:
     """Return the `tokenizer.*` metadata.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, or transformers' own.
         rows: of the embedding; unused ids get a placeholder, tokens beyond are left out.
+        family: llama.cpp's name of the model's architecture; Gemma 4's has a form of its own.
     Raises:
         ExportError: llama.cpp does not have this kind of tokenizer, or would tokenise differently.
     """
@@ -269,6 +274,11 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if model.get("byte_fallback"):
         out = _sentencepiece(spec, texts, types, merges, chat_template(tokenizer) is not None)
+        if family == gguf.GEMMA4:
+            del out["tokenizer.ggml.scores"]
+            out |= {"tokenizer.ggml.model": family, "tokenizer.ggml.merges": [" ".join(pair) for pair in merges]}
+            # As in llama.cpp's converter: its parser of chats has to see them.
+            types = [gguf.USER_DEFINED if text in _SEEN else kind for text, kind in zip(texts, types)]
     else:
         out = _byte_level(spec, merges)
     out["tokenizer.ggml.tokens"] = texts
@@ -578,7 +588,7 @@ def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = Fal
         get = gguf.getter(loaded.config, _args(loaded.model))
         tensors, said = _model_tensors(loaded.model, arch, get, kind)
         rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
-        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
+        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
         said += _notes(loaded, own, tensors)
     check_space(out, sum(t.bytes for t in tensors))
     # The rope's tensors first, as llama.cpp's converter writes them.

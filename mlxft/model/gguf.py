@@ -964,6 +964,7 @@ def signature_of(rule: PreTokenizer) -> list[Any]:
 # token_type in the file; user-defined tokens are never split, like control tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how SentencePiece writes a space
+GEMMA4 = "gemma4"  # kind of a vocabulary of SentencePiece with its merges
 
 
 def tokenizer(file: GgufFile) -> Any:
@@ -987,7 +988,7 @@ def tokenizer(file: GgufFile) -> Any:
     if kind not in _BACKENDS:
         raise ModelError(
             f"{file.path}: a vocabulary of kind {kind!r} is not read from .gguf files, only byte-level BPE ('gpt2') "
-            "and SentencePiece's BPE ('llama'); use the model's safetensors folder or hub id"
+            "and SentencePiece's BPE ('llama', 'gemma4'); use the model's safetensors folder or hub id"
         )
     backend, add_bos = _BACKENDS[kind](file, vocab, types)
     _add_marks(file, backend, vocab, types)
@@ -1017,9 +1018,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tupl
             "use the model's safetensors folder or hub id"
         )
     rule = PRE_TOKENIZERS[pre]
-    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
-    if any(len(pair) != 2 for pair in merges):
-        raise ModelError(f"{file.path}: the vocabulary has a merge that is not a pair; convert the model again")
+    merges = _listed_merges(file)
     out = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=rule.ignore_merges))
     out.pre_tokenizer = pre_tokenizers.Sequence(list(rule.splits))
     out.decoder = decoders.ByteLevel()
@@ -1031,7 +1030,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tupl
 def _sentencepiece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tuple[Any, bool]:
     """Return SentencePiece's BPE: the pair with the highest score merges first, and unknown letters become bytes."""
     unknown = next((token for token, kind in zip(vocab, types) if kind == UNKNOWN), None)
-    merges = _merges(vocab, types, file.value("tokenizer.ggml.scores"))
+    merges = _listed_merges(file) if _lists_merges(file) else _merges(vocab, types, file.value("tokenizer.ggml.scores"))
     out = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = _prefixed(file)
     steps: list[Any] = [normalizers.Prepend(SPACE)] if prefixed else []
@@ -1045,7 +1044,19 @@ def _sentencepiece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> t
 
 def _prefixed(file: GgufFile) -> bool:
     """Return whether a space is put before the text, and removed when tokens become text."""
-    return bool(file.value("tokenizer.ggml.add_space_prefix", True))
+    return bool(file.value("tokenizer.ggml.add_space_prefix", not _lists_merges(file)))
+
+
+def _lists_merges(file: GgufFile) -> bool:
+    """Return whether SentencePiece's merges are listed, as Gemma 4's are, not only scored."""
+    return bool(file.value("tokenizer.ggml.model") == GEMMA4)
+
+
+def _listed_merges(file: GgufFile) -> list[tuple[str, str]]:
+    merges = [(m[: m.find(" ", 1)], m[m.find(" ", 1) + 1 :]) for m in file.value("tokenizer.ggml.merges")]
+    if any(" " not in m[1:] for m in file.value("tokenizer.ggml.merges")):
+        raise ModelError(f"{file.path}: the vocabulary has a merge that is not a pair; convert the model again")
+    return merges
 
 
 def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
@@ -1061,7 +1072,7 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
     return [(left, right) for *_, left, right in sorted(found)]
 
 
-_BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece, GEMMA4: _sentencepiece}
 
 
 def _add_marks(file: GgufFile, backend: Any, vocab: dict[str, int], types: list[int]) -> None:
@@ -1107,23 +1118,28 @@ def read_gguf(path: Path) -> GgufFile:
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
+def shards(path: Path) -> list[Path]:
+    """Return the files that a file's name belongs to: NAME-00001-of-00003.gguf and so on, or only itself."""
+    if not (named := _SHARD.fullmatch(path.name)):
+        return [path]
+    return [path.with_name(f"{named[1]}-{i:05}-of-{named[3]}.gguf") for i in range(1, int(named[3]) + 1)]
+
+
 def _joined(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Read the header of a file, or of all files that it is a part of: NAME-00001-of-00003.gguf and so on."""
+    """Read the header of a file, or of all files that it is a part of."""
     with _reading(path):
         metadata, table = read_gguf_header(path)
     keys = ("split.no", "split.count", "split.tensors.count")
     _, count, total = (metadata.get(key) for key in keys)
     if count in (None, 0, 1):
         return metadata, table
-    named = _SHARD.fullmatch(path.name)
-    if not named or int(named[3]) != count:
+    if len(shards(path)) != count:
         raise ModelError(
             f"{path}: is one of {str(count)[:20]} parts, and its name does not say so; name all as they were "
             "(NAME-00001-of-00003.gguf and so on), or join them with llama-gguf-split --merge"
         )
     metadata, table = {}, {}
-    for number in range(count):
-        part = path.with_name(f"{named[1]}-{number + 1:05}-of-{named[3]}.gguf")
+    for number, part in enumerate(shards(path)):
         if not part.is_file():
             raise ModelError(f"{part}: is missing, and {path.name} is one of {count} parts; download it, too")
         with _reading(part):
