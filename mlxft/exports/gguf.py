@@ -241,9 +241,7 @@ def _rope_tensors(arch: gguf.Architecture, get: gguf.Get) -> dict[str, mx.array]
 # A tokenizer as llama.cpp reads it from a .gguf file: tokens, their kinds, merges or scores, chat template.
 
 # Marks of a Gemma 4 within an assistant's turn.
-_SEEN = frozenset(
-    ["<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
-)
+_SEEN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 _NO_SCORE = -1e6  # of a token that no merge makes; far below any rank
 
 
