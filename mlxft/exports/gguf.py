@@ -526,10 +526,9 @@ def _pairs(
     down, up = (layer.lora_a, layer.lora_b) if experts else (layer.lora_a.T, layer.lora_b.T)
     if router is not None and "per_expert_scale" in router and ".ffn_down_exps." in names[0]:
         up = up * router.per_expert_scale[:, None, None]  # llama.cpp scales what the base gives only
-    for change in arch.changed(names[0]):
-        if change.axis is None:
-            raise ExportError(f"--lora: llama.cpp keeps {names[0]} in a form that no adapter fits; {_WHOLE}")
-        down, up = (change.out(down, get), up) if change.axis < 0 else (down, change.out(up, get))
+    for layout in arch.layouts(names[0]):
+        assert layout.axis is not None, "no matrix that multiplies is stored otherwise"
+        down, up = (layout.out(down, get), up) if layout.axis < 0 else (down, layout.out(up, get))
     for name, rows in zip(names, arch.cut(up, names, get)):
         for part, value in (("lora_a", down), ("lora_b", rows)):
             full = f"{name}.{part}"
@@ -696,8 +695,8 @@ def _stored(value: mx.array, names: tuple[str, ...], arch: gguf.Architecture, ge
     """Return a parameter as llama.cpp stores it: one tensor, or the several whose rows it holds."""
     if not names:
         return []
-    for change in arch.changed(names[0]):
-        value = change.out(value, get)
+    for layout in arch.layouts(names[0]):
+        value = layout.out(value, get)
     return arch.cut(value, names, get)
 
 

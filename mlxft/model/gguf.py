@@ -241,7 +241,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorLayout:
     """How llama.cpp stores a tensor differently, and the way back; both also get the model's settings.
 
     Attributes:
@@ -253,24 +253,22 @@ class Change:
     axis: int | None = None
 
 
-def _reordered(order: Callable[[int, Get], np.ndarray], axis: int = 0) -> Change:
-    """Return the change that reorders blocks along an axis; `order` is given the axis' length."""
+def _reordered(order: Callable[[int, Get], np.ndarray], axis: int = 0) -> TensorLayout:
+    """Return the layout with blocks in another order along an axis; `order` is given the axis' length."""
 
     def turn(value: mx.array, order: np.ndarray) -> mx.array:
         at = axis % value.ndim
-        if value.shape[at] % len(order):
-            raise ModelError("packs numbers of several heads together, which cannot be reordered: read it as floats")
         blocks = value.reshape(*value.shape[:at], len(order), -1, *value.shape[at + 1 :])
         return mx.take(blocks, mx.array(order), at).reshape(value.shape)
 
-    return Change(
+    return TensorLayout(
         lambda value, get: turn(value, order(value.shape[axis], get)),
         lambda value, get: turn(value, np.argsort(order(value.shape[axis], get))),
         axis,
     )
 
 
-def _rope_pairs(key: str) -> Change:
+def _rope_pairs(key: str) -> TensorLayout:
     """Return the order (heads, half, 2) of rows (heads, 2, half): llama.cpp's rope rotates neighbours, not halves."""
 
     def order(rows: int, get: Get) -> np.ndarray:
@@ -280,7 +278,7 @@ def _rope_pairs(key: str) -> Change:
 
 
 def _value_heads(_: int, get: Get) -> np.ndarray:
-    """Return the order of linear attention's value heads: by their place within a key head, not by key head."""
+    """Return the order of linear attention's value heads: by their place within a key head before the key head."""
     return np.arange(get("linear_num_value_heads")).reshape(get("linear_num_key_heads"), -1).T.ravel()
 
 
@@ -302,11 +300,13 @@ def _by_part(rows: int, get: Get) -> np.ndarray:
     return np.concatenate([part.ravel() for part in by_head])
 
 
-_ADDED = Change(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
-_ROW = Change(lambda value, _: value, lambda value, _: value.reshape(1, -1), axis=0)  # some files have it as a vector
-_CONV = Change(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
+_ADDED = TensorLayout(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
+_ROW = TensorLayout(
+    lambda value, _: value, lambda value, _: value.reshape(1, -1), axis=0
+)  # some files have it as a vector
+_CONV = TensorLayout(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
 # In float64, so that little is lost on the way there and back.
-_DECAY = Change(
+_DECAY = TensorLayout(
     lambda value, _: mx.array(-np.exp(np.array(value.astype(mx.float32), np.float64)), mx.float32),
     lambda value, _: mx.array(np.log(-np.array(value.astype(mx.float32), np.float64)), mx.float32),
 )
@@ -348,7 +348,7 @@ class Architecture:
         name: value of `general.architecture`.
         settings: what it has beside `COMMON`.
         fixed: settings that llama.cpp takes for granted.
-        changes: llama.cpp's name of a tensor, without layer and suffix -> how it is stored.
+        layout: llama.cpp's name of a tensor, without layer and suffix -> how it is stored, in the order of writing.
         joined: a module whose rows are several tensors in the file -> names of modules that stand for these.
         shifted: whether norms are stored with 1 added, which the model itself adds.
         biases: names of tensors that may have a bias.
@@ -365,7 +365,7 @@ class Architecture:
     hf_class: str
     settings: tuple[Setting, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    layout: Mapping[str, tuple[TensorLayout, ...]] = field(default_factory=dict)
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shifted: bool = False
     biases: frozenset[str] = _QKV
@@ -407,10 +407,10 @@ class Architecture:
         rows = _query_key_value_rows(get) if len(names) > 1 else 0
         return [value[:rows], value[rows:]] if rows else [value]
 
-    def changed(self, name: str) -> tuple[Change, ...]:
+    def layouts(self, name: str) -> tuple[TensorLayout, ...]:
         """Return how a tensor of the file is stored, in the order of writing."""
         shifted = (_ADDED,) if self.shifted and name.endswith("_norm.weight") else ()
-        return shifted or self.changes.get(_tail(name.partition(".weight")[0].removesuffix(".bias")), ())
+        return shifted or self.layout.get(_tail(name.partition(".weight")[0].removesuffix(".bias")), ())
 
 
 def _tail(name: str) -> str:
@@ -458,14 +458,14 @@ _EVERY = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [
 
 _FAMILIES = (
     Architecture(
-        "llama", "llama", "LlamaForCausalLM", (_WIDE,), changes=_LLAMA, biases=_QKV | _MLP, ropes=(*_LONG, "llama3")
+        "llama", "llama", "LlamaForCausalLM", (_WIDE,), layout=_LLAMA, biases=_QKV | _MLP, ropes=(*_LONG, "llama3")
     ),
     Architecture(
         "llama",
         "mixtral",
         "MixtralForCausalLM",
         (_WIDE, Setting("num_local_experts", "expert_count"), _USED),
-        changes=_LLAMA,
+        layout=_LLAMA,
         square=True,
     ),
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", (_WIDE,), square=True, ropes=_LONG),
@@ -474,12 +474,12 @@ _FAMILIES = (
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         (_WIDE, *_MIXTURE, _SHARED),
-        changes=_GATED,
+        layout=_GATED,
         square=True,
         headed=True,
     ),
     Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", (_WIDE,), ropes=_LONG),
-    Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", (_WIDE, *_MIXTURE), _EVERY, ropes=_LONG),
+    Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", (_WIDE, *_MIXTURE), _EVERY),
     Architecture(
         "qwen3next",
         "qwen3_next",
@@ -495,7 +495,7 @@ _FAMILIES = (
         "qwen3_5",
         "Qwen3_5ForConditionalGeneration",
         (_WIDE, *_LINEAR),
-        changes=_DELTA,
+        layout=_DELTA,
         rotary=0.25,
         nested=True,
     ),
@@ -557,7 +557,7 @@ _FAMILIES = (
         {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         rotary=0.5,
     ),
-    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", (_WIDE,), changes=_LLAMA, ropes=_LONG),
+    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", (_WIDE,), layout=_LLAMA, ropes=_LONG),
     Architecture(
         "granite",
         "granite",
@@ -569,10 +569,10 @@ _FAMILIES = (
             Setting("residual_multiplier", "residual_scale", float),
             Setting("logits_scaling", "logit_scale", float),
         ),
-        changes=_LLAMA,
+        layout=_LLAMA,
         biases=_QKV | _MLP,
         square=True,
-        ropes=_LONG,
+        ropes=(*_LONG, "llama3"),
     ),
     Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), square=True, ropes=_LONG, headed=True),
 )
@@ -1325,8 +1325,11 @@ def weights(
         pieces = [{k: part(v) for k, v in found.items()} for found, (_, part) in zip(found, stored)]
         for key in pieces[0]:
             value = mx.concatenate([piece[key] for piece in pieces]) if len(pieces) > 1 else pieces[0][key]
-            for change in reversed(arch.changed(names[0])):
-                value = change.back(value, get)
+            try:
+                for layout in reversed(arch.layouts(names[0])):
+                    value = layout.back(value, get)
+            except ValueError as error:  # blocks of packed numbers that are wider than a head
+                raise ModelError(f"{file.path}: {names[0]} cannot be kept packed; read it as floats") from error
             out[f"{path}.{key}"] = value
     if unknown := set(file.tensors) - used - set(ROPE_TENSORS) - _predicting(file, layers):
         shown = ", ".join(sorted(unknown)[:5])
