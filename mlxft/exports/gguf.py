@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,18 @@ import numpy as np
 from mlxft import __version__
 from mlxft.data.dataset import turn_end
 from mlxft.errors import CheckpointError, ConfigError, ExportError
-from mlxft.files import check_file, is_stream, note, write_beside
+from mlxft.exports.fuse import find_probe, recipe_of
+from mlxft.exports.llama_cpp import (
+    HOW,
+    QUANTISED,
+    Comparison,
+    Importance,
+    find_importance,
+    find_quantiser,
+    quantise,
+    write_importance,
+)
+from mlxft.files import check_file, is_stream, note, temporary, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused, foreign
@@ -403,11 +415,12 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 # --- gguf tensors -----------------------------------------------------------------------------------------------------
 # A model's weights one by one, as a .gguf file stores them.
 
-_BLOCK = 32  # numbers that share a scale in q8_0
-# Bytes of a number; general.file_type as llama.cpp counts them.
-_KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (_BLOCK + 2) / _BLOCK}
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-_STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
+_BLOCK = 32  # numbers that share a scale in packed kinds
+# Bytes of a block in the packed kinds that the gguf package writes; of a number in the others.
+_PACKED = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+_FLOATS = {"f32": 4, "f16": 2, "bf16": 2}
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **QUANTISED}  # general.file_type
+_STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 
 class _Tensor(NamedTuple):
@@ -420,7 +433,8 @@ class _Tensor(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape) * _KINDS[self.kind])
+        numbers = math.prod(self.shape)
+        return numbers * _FLOATS[self.kind] if self.kind in _FLOATS else numbers // _BLOCK * _PACKED[self.kind]
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], mx.array]]]:
@@ -457,7 +471,7 @@ def _take(module: nn.Module, base: nn.Module, leaf: str) -> mx.array:
 
 
 def _encode(value: mx.array, kind: str, name: str) -> Any:
-    """Return a float32 array as numpy in a kind: bf16 as uint16, q8_0 as rows of bytes."""
+    """Return a float32 array as numpy in a kind: bf16 as uint16, packed kinds as rows of bytes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -465,8 +479,8 @@ def _encode(value: mx.array, kind: str, name: str) -> Any:
     if not mx.isfinite(value).all().item():
         hint = "its numbers are too large for f16, use bf16" if kind == "f16" else "the model is broken"
         raise ExportError(f"{name}: holds numbers that are not finite as {kind}; {hint}")
-    if kind == "q8_0":
-        return quantize(np.array(value), GGMLQuantizationType.Q8_0)
+    if kind in _PACKED:
+        return quantize(np.array(value), GGMLQuantizationType[kind.upper()])
     return np.array(value.view(mx.uint16) if kind == "bf16" else value)
 
 
@@ -538,40 +552,91 @@ def _pairs(
 # --- gguf -------------------------------------------------------------------------------------------------------------
 
 _MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
+_IMPORTANT = 32_768  # tokens of an importance matrix
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """What a .gguf file is to hold.
+
+    Attributes:
+        kind: of the matrices: f32, f16, bf16, or one of QUANTISED; vectors are always f32.
+        lora: the adapter alone, for llama.cpp's --lora.
+        imatrix: rows by whose importance matrix llama.cpp rounds: a file, "train" or "valid" for the run's own.
+        measure: whether the file is compared with the model in float, in llama.cpp.
+        probe: rows to measure on, as for `fuse`.
+    """
+
+    kind: str = "f16"
+    lora: bool = False
+    imatrix: str | None = None
+    measure: bool = False
+    probe: str | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the file is written here, not by llama.cpp's quantiser."""
+        return self.kind in _FLOATS or self.kind == "q8_0" or (self.kind in _PACKED and find_quantiser() is None)
+
+    def check(self) -> None:
+        """Raise an ExportError for what cannot be written."""
+        kind = self.kind
+        if kind not in _FILE_TYPES:
+            raise ExportError(f"type {kind!r} is not written as .gguf, only {', '.join(_FILE_TYPES)}")
+        if self.lora and (kind not in _FLOATS or self.imatrix or self.measure):
+            what = f"{kind}: its rows are too short to pack" if kind not in _FLOATS else "--imatrix or --measure"
+            raise ExportError(f"a .gguf adapter is written as f16, bf16 or f32, without {what}")
+        if not self.is_direct and find_quantiser() is None:
+            known = ", ".join((*_FLOATS, *_PACKED))
+            raise ExportError(f"type {kind!r} needs llama.cpp's quantiser, not found here: {HOW}. Without it: {known}")
+        if self.imatrix and self.is_direct:
+            unused = kind in _FLOATS or kind == "q8_0"
+            why = f"which {kind} is not made with" if unused else f"not found here: {HOW}"
+            raise ExportError(f"--imatrix is for llama.cpp's quantiser, {why}")
 
 
 def export_gguf(
-    run: Path, out: Path, *, kind: str, lora: bool = False, model: str | None = None, overwrite: bool = False
+    run: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = lambda text: None,
+    **form: Any,
 ) -> list[str]:
     """Write a run, an adapter on its base, or any model that mlxft loads as a .gguf file.
 
     Args:
         run: a run or adapter folder, a model folder, a .gguf file, a hub id or an alias.
         out: the file, ending in .gguf.
-        kind: of the matrices: f32, f16, bf16 or q8_0; vectors are always f32.
-        lora: write the adapter alone, for llama.cpp's --lora.
         model: the base, if the adapter does not name it or it has moved.
         overwrite: replace `out` if it is a .gguf file that mlxft wrote.
+        tell: called with what is being done.
+        form: the fields of GgufForm.
     Returns:
         What was done, a sentence each.
     Raises:
-        ConfigError: `out` may not be written.
+        ConfigError: `out` may not be written, or there are no rows to measure on.
         ExportError: .gguf cannot hold the architecture, tokenizer, adapter or kind; or there is no space.
         ModelError: the model is missing, or the adapter has another base.
     """
-    check_arguments(kind, lora)
+    wanted = GgufForm(**form)
+    wanted.check()
     _check_output(out, overwrite)
     loaded = open_model(run, model)
     check_unused(out, [loaded.path])
-    said = write_gguf(run, loaded, out, kind, lora)
+    said = write_gguf(run, loaded, out, wanted, tell)
     note(out)
     return said
 
 
-def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = False) -> list[str]:
+def write_gguf(
+    run: Path, loaded: Loaded, out: Path, form: GgufForm, tell: Callable[[str], object] = lambda text: None
+) -> list[str]:
     """Write an adapter alone, or a whole model with its adapter fused; see `export_gguf`. The model is used up."""
     arch = _family(loaded.config)
     name = (run.stem if run.suffix == ".gguf" else run.resolve().name) or arch.name
+    kind = form.kind if form.is_direct else "f16"
     metadata = {
         _MADE_BY: __version__,  # first, so that the head of the file shows it
         "general.type": "model",
@@ -579,7 +644,7 @@ def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = Fal
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
     }
-    if lora:
+    if form.lora:
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
     else:
         get = gguf.getter(loaded.config, _args(loaded.model))
@@ -587,24 +652,70 @@ def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = Fal
         rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
         own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
         said += _notes(loaded, own, tensors)
-    check_space(out, sum(t.bytes for t in tensors))
+    size = sum(t.bytes for t in tensors)
+    bits = int(next(c for c in form.kind if c.isdigit()))
+    check_space(out, size if form.is_direct else size + size * (bits + 1) // 16)
+    matrix, comparison = _looked_at(run, loaded, arch, form, said, tell)
     # The rope's tensors first, as llama.cpp's converter writes them.
     ordered = sorted(tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
+    fill = partial(_fill, arch=arch.name, metadata=metadata | own, tensors=ordered)
+    tell("writing")
     try:
-        write_beside(out, lambda part: _fill(part, arch.name, metadata | own, ordered))
+        write_beside(out, fill if form.is_direct else partial(_quantised, out, fill, form.kind, matrix, tell))
     except CheckpointError as error:
         raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
-    return [f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
+    said.insert(0, f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {form.kind})")
+    if form.kind in _PACKED and form.kind != "q8_0" and form.is_direct:
+        said.append(f"every matrix is {form.kind}; llama.cpp's quantiser keeps some finer: {HOW}")
+    if comparison is not None:
+        tell("measuring in llama.cpp")
+        said += comparison.lines(out, form.kind)
+    elif form.kind not in _FLOATS:
+        said.append("what the type costs is not measured: --measure does, in llama-cpp-python (mlxft[llama-cpp])")
+    return said
 
 
-def check_arguments(kind: str, lora: bool = False) -> None:
-    """Raise ExportError if a kind cannot be written."""
-    if kind not in _KINDS:
-        raise ExportError(
-            f"type {kind!r} is not written as .gguf, only {', '.join(_KINDS)}; llama-quantize makes others"
-        )
-    if lora and kind == "q8_0":
-        raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
+def _looked_at(
+    run: Path, loaded: Loaded, arch: gguf.Architecture, form: GgufForm, said: list[str], tell: Callable[[str], object]
+) -> tuple[tuple[dict[str, Importance], int], Comparison | None]:
+    """Return the importance matrix with its number of tokens, and what the file is compared with, as asked for."""
+    configs = [config for config in [recipe_of(run)] if config is not None]
+    comparison, matrix, tokens = None, dict[str, Importance](), 0
+    if form.measure:
+        tell("measuring the model in float")
+        comparison = Comparison(loaded, find_probe(configs, loaded.tokenizer, form.probe))
+    if form.imatrix:
+        rows = find_probe(configs, loaded.tokenizer, form.imatrix, budget=_IMPORTANT)
+        tokens = sum(len(row.ids) for row in rows.rows)
+        get = gguf.getter(loaded.config, _args(loaded.model))
+        names = lambda path: arch.tensors(f"{path}.weight", get("num_hidden_layers"))  # noqa: E731
+        for name, part in find_importance(loaded.model, names, rows.rows, tell).items():
+            sums = mx.array(part.sums)
+            for change in (c for c in arch.changed(name) if c.axis in (-1, 1)):  # the inputs' order in the file
+                sums = change.out(sums, get)
+            matrix[name] = part._replace(sums=np.array(sums))
+        said.append(f"importance matrix of {tokens:,} tokens in {len(rows.rows):,} rows ({rows.source})")
+    return (matrix, tokens), comparison
+
+
+def _quantised(
+    out: Path,
+    fill: Callable[[Path], None],
+    kind: str,
+    matrix: tuple[dict[str, Importance], int],
+    tell: Callable[[str], object],
+    part: Path,
+) -> None:
+    """Write floats beside `out`, which llama.cpp quantises to `part`; nothing of them is left."""
+    floats, weighed = (temporary(out.with_name(f"{what}-{out.name}")) for what in ("floats", "imatrix"))
+    try:
+        fill(floats)
+        if matrix[0]:
+            write_importance(weighed, *matrix)
+        quantise(floats, part, kind, weighed if matrix[0] else None, tell)
+    finally:
+        floats.unlink(missing_ok=True)
+        weighed.unlink(missing_ok=True)
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
@@ -672,9 +783,9 @@ def _model_tensors(
         read = _Pieces(take, names, arch, get).read
         for at, (name, stored) in enumerate(zip(names, shapes)):
             own = "f32" if gguf.always_float(name, stored) else kind
-            if own == "q8_0" and stored[-1] % _BLOCK:
+            if own in _PACKED and stored[-1] % _BLOCK:
                 raise ExportError(
-                    f"{name}: rows of {stored[-1]} numbers cannot be packed as q8_0, which packs {_BLOCK} at a time; "
+                    f"{name}: rows of {stored[-1]} numbers cannot be packed as {own}, which packs {_BLOCK} at a time; "
                     "use f16 or bf16"
                 )
             tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
@@ -687,7 +798,7 @@ def _model_tensors(
         tensors.append(_Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
     if packed:
-        said.append(f"the base is quantised: {packed} layers were dequantised, then written as {kind}")
+        said.append(f"the base is quantised: {packed} layers are dequantised first")
     return tensors, said
 
 
@@ -739,7 +850,7 @@ def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> 
     return said
 
 
-def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[_Tensor]) -> None:
+def _fill(file: Path, *, arch: str, metadata: dict[str, Any], tensors: list[_Tensor]) -> None:
     """Write a file, one tensor in memory at a time."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
@@ -753,9 +864,9 @@ def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[_Tensor
             else:
                 writer.add_key_value(key, value, types[type(value)])
         for t in tensors:
-            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind == "q8_0" else t.shape
+            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind in _PACKED else t.shape
             kind = GGMLQuantizationType[t.kind.upper()]
-            writer.add_tensor_info(t.name, shape, np.dtype(_STORED[t.kind]), t.bytes, kind)
+            writer.add_tensor_info(t.name, shape, np.dtype(_STORED.get(t.kind, "uint8")), t.bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
