@@ -691,8 +691,8 @@ def _looked_at(
         names = lambda path: arch.tensors(f"{path}.weight", get("num_hidden_layers"))  # noqa: E731
         for name, part in find_importance(loaded.model, names, rows.rows, tell).items():
             sums = mx.array(part.sums)
-            for change in (c for c in arch.changed(name) if c.axis in (-1, 1)):  # the inputs' order in the file
-                sums = change.out(sums, get)
+            for layout in (y for y in arch.layouts(name) if y.axis == -1):  # the inputs' order in the file
+                sums = layout.out(sums, get)
             matrix[name] = part._replace(sums=np.array(sums))
         said.append(f"importance matrix of {tokens:,} tokens in {len(rows.rows):,} rows ({rows.source})")
     return (matrix, tokens), comparison

@@ -18,7 +18,7 @@ from mlx_lm.utils import save_model
 
 from mlxft.errors import ExportError, ModelError
 from mlxft.exports.gguf import export_gguf
-from mlxft.model.gguf import ARCHITECTURES, shards
+from mlxft.model.gguf import shards
 from mlxft.model.load import load, read_model_config, repaired
 from tests.architectures import settings
 from tests.conftest import make_tokenizer
@@ -77,8 +77,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def family_dir(folder: Path, case: str, **changes: Any) -> Path:
     """A folder with a tiny model whose weights are the same on every machine."""
     kind, own = CASES[case]
-    config = settings(kind, vocab_size=300, **own, **changes)
-    config |= {} if "text_config" in config else own | changes
+    own = own | changes
+    config = settings(kind, vocab_size=300, **own)
+    config |= {} if "text_config" in config else own
     tokenizer = make_tokenizer()
     for part in (config, config.get("text_config", {})):
         part |= {"vocab_size": 300, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2}
@@ -128,3 +129,121 @@ def test_a_family_read_back_is_the_same(case: str, tmp_path: Path) -> None:
     seen = content(first)
     assert json.loads(json.dumps(seen["settings"])) == golden["settings"]
     assert (seen["tensors"], seen["probe"]) == (golden["tensors"], pytest.approx(golden["probe"], abs=2e-3))
+
+
+def test_a_mixtures_adapter(tmp_path: Path, save_adapter: Any) -> None:
+    """As llama.cpp puts it together: for each expert base + alpha / rank * B A, and for the others as ever."""
+    family_dir(tmp_path / "m", "qwen3_5_moe")
+    save_adapter(tmp_path / "m", tmp_path / "adapter")
+    files = {name: tmp_path / f"{name}.gguf" for name in ("lora", "fused", "base")}
+    export_gguf(tmp_path / "adapter", files["lora"], kind="f32", lora=True)
+    export_gguf(tmp_path / "adapter", files["fused"], kind="f32")
+    export_gguf(tmp_path / "m", files["base"], kind="f32")
+    parts, fused, base = ({t.name: t.data for t in GGUFReader(files[n]).tensors} for n in ("lora", "fused", "base"))
+    names = {name.rpartition(".")[0] for name in parts}
+    assert {"blk.0.ffn_down_exps.weight", "blk.0.ffn_gate_inp_shexp.weight", "blk.0.ssm_out.weight"} <= names
+    assert parts["blk.0.ffn_down_exps.weight.lora_a"].shape == (4, 4, 16)
+    for name in names:
+        product = 10.0 / 4 * parts[f"{name}.lora_b"] @ parts[f"{name}.lora_a"]
+        assert np.allclose(base[name] + product, fused[name], atol=1e-5), name
+
+
+def test_an_experts_scale_of_gemma4_is_in_its_adapter(tmp_path: Path, save_adapter: Any) -> None:
+    """llama.cpp multiplies what the base's expert gives by the scale, and not what the adapter adds."""
+    family_dir(tmp_path / "m", "gemma4 moe")
+    adapted = save_adapter(tmp_path / "m", tmp_path / "adapter")
+    export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32", lora=True)
+    parts = {t.name: t.data for t in GGUFReader(tmp_path / "a.gguf").tensors}
+    layer = adapted.model.layers[0]
+    scale = np.array(layer.router.per_expert_scale)[:, None, None]
+    factor = np.array(layer.experts.switch_glu.down_proj.lora_b)
+    assert np.allclose(parts["blk.0.ffn_down_exps.weight.lora_b"], factor * scale)
+
+
+def rewritten(
+    source: Path, out: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], **options: Any
+) -> Path:
+    """A file by the gguf package's writer, with its metadata and tensors changed."""
+    reader = GGUFReader(source)
+    fields = {n: f for n, f in reader.fields.items() if not n.startswith("GGUF") and n != "general.architecture"}
+    said = {n: (f.contents(), f.types[0], f.types[-1] if len(f.types) > 1 else None) for n, f in fields.items()}
+    tensors = {t.name: np.array(t.data) for t in reader.tensors}
+    change(said, tensors)
+    writer = GGUFWriter(out, reader.fields["general.architecture"].contents(), **options)
+    for name, value in said.items():
+        writer.add_key_value(name, *value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_files_of_llama_cpps_converter(tmp_path: Path) -> None:
+    """Experts' gate and up in one tensor, the shared expert's gate as a vector, and a layer that predicts more."""
+    export_gguf(family_dir(tmp_path / "m", "qwen3_5_moe"), tmp_path / "a.gguf", kind="f32")
+
+    def change(said: dict[str, Any], tensors: dict[str, Any]) -> None:
+        for layer in range(2):
+            gate, up = (tensors.pop(f"blk.{layer}.ffn_{half}_exps.weight") for half in ("gate", "up"))
+            tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate([gate, up], axis=1)
+            tensors[f"blk.{layer}.ffn_gate_inp_shexp.weight"] = tensors[f"blk.{layer}.ffn_gate_inp_shexp.weight"][0]
+        tensors["blk.2.nextn.eh_proj.weight"] = np.ones((32, 64), np.float32)
+        _, *kind = said["qwen35moe.block_count"]
+        said["qwen35moe.block_count"] = (3, *kind)
+        said["qwen35moe.nextn_predict_layers"] = (1, *kind)
+
+    read = load(str(rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", change)), dtype="float32")
+    assert mx.allclose(read.model(IDS), load(str(tmp_path / "a.gguf"), dtype="float32").model(IDS), atol=1e-6)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """A model in three files or more, as the gguf package's writer cuts it."""
+    export_gguf(family_dir(tmp_path / "m", "mixtral"), tmp_path / "a.gguf", kind="f32")
+    rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", lambda *_: None, split_max_tensors=8)
+    return sorted(tmp_path.glob("b-*.gguf"))
+
+
+def test_any_part_is_the_whole_model(parts: list[Path]) -> None:
+    want = load(str(parts[0].with_name("a.gguf")), dtype="float32").model(IDS)
+    assert len(parts) == 3
+    assert shards(parts[1]) == parts
+    assert all(mx.array_equal(load(str(part), dtype="float32").model(IDS), want) for part in parts)
+
+
+def test_parts_that_are_not_whole(parts: list[Path]) -> None:
+    """Missing, cut off, another part's copy, another model's file, and a name that hides the others."""
+    good = parts[1].read_bytes()
+    other = parts[0].with_name("a.gguf").read_bytes()
+    spoilt = {r"is missing": None, r"broken or cut off": good[:-9], r"is not part 2 of the 3": parts[2].read_bytes()}
+    for says, data in (*spoilt.items(), (r"is not part 2 of the 3 .*holds 'blk", other)):
+        parts[1].unlink(missing_ok=True)
+        if data is not None:
+            parts[1].write_bytes(data)
+        with pytest.raises(ModelError, match=rf"b-00002-of-00003\.gguf: {says}"):
+            load(str(parts[0]))
+    parts[1].with_name("c.gguf").write_bytes(good)
+    with pytest.raises(ModelError, match=r"c\.gguf: is one of 3 parts, and its name does not say so"):
+        load(str(parts[1].with_name("c.gguf")))
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "says"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob is False; llama.cpp takes True for granted"),
+        ("qwen3_moe", {"rope_scaling": YARN}, "rope scaling 'yarn' of qwen3moe is not written as .gguf, only none"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 0]}, "leaves out the rope of every 4th layer"),
+        ("qwen3_5", {"linear_value_head_dim": 8}, "linear_value_head_dim is 8; .* linear_key_head_dim, 16"),
+        ("olmo2", {"tie_word_embeddings": True}, "no olmo2 whose head is its embedding"),
+        ("glm4", {"rope_traditional": False}, "rope_traditional"),
+        ("gemma4", {"vocab_size_per_layer_input": 200}, "vocab_size_per_layer_input"),
+        ("smollm3", {"attention_bias": True}, r"no place for \(model\.layers\.4\.self_attn\.o_proj\.bias"),
+    ],
+)
+def test_what_llama_cpp_would_run_otherwise(case: str, changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=says):
+        export_gguf(family_dir(tmp_path / "m", case, **changes), tmp_path / "a.gguf", kind="f32")
+    assert not (tmp_path / "a.gguf").exists()
