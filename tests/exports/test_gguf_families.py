@@ -22,6 +22,7 @@ from mlxft.model.gguf import shards
 from mlxft.model.load import load, read_model_config, repaired
 from tests.architectures import settings
 from tests.conftest import make_tokenizer
+from tests.exports.test_gguf_out import repack
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gguf_families.json"
 IDS = mx.array([[3, 40, 77, 5, 9, 120, 11, 12, 250, 31, 32, 33, 7, 8, 9, 10, 100, 101, 102, 60, 61, 62, 63, 64]])
@@ -247,3 +248,30 @@ def test_what_llama_cpp_would_run_otherwise(case: str, changes: dict[str, Any], 
     with pytest.raises(ExportError, match=says):
         export_gguf(family_dir(tmp_path / "m", case, **changes), tmp_path / "a.gguf", kind="f32")
     assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "bits", "changes"),
+    [
+        ("gpt_oss", "MXFP4", 4, {"hidden_size": 64, "intermediate_size": 64}),
+        ("qwen3_5_moe", "Q8_0", 8, {"linear_key_head_dim": 32, "linear_value_head_dim": 32}),
+    ],
+)
+def test_packed_tensors_stay_packed(case: str, kind: str, bits: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Stacked experts, and heads that are reordered, also along the inputs: as the floats they stand for."""
+    folder = family_dir(tmp_path / "m", case, moe_intermediate_size=32, shared_expert_intermediate_size=32, **changes)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    repack(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
+    plain = load(str(tmp_path / "b.gguf"), dtype="float32")
+    packed = load(str(tmp_path / "b.gguf"), dtype="float32", quantize=bits)
+    layers = dict(packed.model.named_modules())
+    experts = next(layer for name, layer in layers.items() if name.endswith("down_proj") and "expert" in name + "s")
+    assert experts.bits == bits
+    assert mx.allclose(packed.model(IDS), plain.model(IDS), atol=2e-3)
+
+
+def test_heads_narrower_than_groups_cannot_stay_packed(tmp_path: Path) -> None:
+    export_gguf(family_dir(tmp_path / "m", "qwen3_5"), tmp_path / "a.gguf", kind="f32")
+    repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0")
+    with pytest.raises(ModelError, match=r"ssm_out\.weight cannot be kept packed; read it as floats"):
+        load(str(tmp_path / "b.gguf"), quantize=8)

@@ -111,7 +111,7 @@ def repack(source: Path, out: Path, kind: str, pack: Pack | None = None) -> dict
             kinds = [*field.types, None]
             writer.add_key_value(name, field.contents(), kinds[0], kinds[1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:
-        if len(tensor.shape) < 2:
+        if len(tensor.shape) < 2 or tensor.shape[0] % 32:
             writer.add_tensor(tensor.name, np.array(tensor.data))
             continue
         packed = pack(tensor.name, np.array(tensor.data))
