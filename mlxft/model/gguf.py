@@ -681,6 +681,7 @@ def config(file: GgufFile) -> dict[str, Any]:
     out["num_hidden_layers"] -= file.integer("nextn_predict_layers", 0)
     if arch.rotary:
         out["partial_rotary_factor"] = file.integer("rope.dimension_count", int(head_dim * arch.rotary)) / head_dim
+    check_schema(ModelConfig, {"num_hidden_layers": out["num_hidden_layers"]}, file.path)  # lists are made of it
     if arch.name != "gemma4":
         out["num_key_value_heads"] = file.integer("attention.head_count_kv", heads)
     out.update(_OWN.get(arch.name, lambda *_: {})(file, out))
@@ -1348,8 +1349,9 @@ def _halved(file: GgufFile, name: str) -> tuple[str, Callable[[mx.array], mx.arr
 
 def _predicting(file: GgufFile, layers: int) -> set[str]:
     """Return the tensors of layers that predict further tokens, which mlx-lm's models do not have."""
-    beyond = range(layers, file.integer("block_count"))
-    return {name for name in file.tensors if name.startswith(tuple(f"blk.{i}." for i in beyond))}
+    numbers = {name: re.match(r"blk\.(\d{1,9})\.", name) for name in file.tensors}
+    beyond = file.integer("nextn_predict_layers", 0) > 0
+    return {name for name, number in numbers.items() if beyond and number and int(number[1]) >= layers}
 
 
 def own_dtype(file: GgufFile) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import save_model
 
@@ -199,6 +199,28 @@ def test_files_of_llama_cpps_converter(tmp_path: Path) -> None:
 
     read = load(str(rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", change)), dtype="float32")
     assert mx.allclose(read.model(IDS), load(str(tmp_path / "a.gguf"), dtype="float32").model(IDS), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("block_count", 1 << 31, "num_hidden_layers is 2147483648"),
+        ("attention.sliding_window_pattern", [True] * 3, "sliding_window_pattern is for 3 layers; the model has 4"),
+        ("attention.head_count_kv", [2, 2, 2], "head_count_kv is for 3 layers"),
+        ("nextn_predict_layers", 1 << 31, "num_hidden_layers is -"),
+    ],
+)
+def test_metadata_that_lies(key: str, value: Any, says: str, tmp_path: Path) -> None:
+    """Nothing is built from numbers that no model has."""
+    export_gguf(family_dir(tmp_path / "m", "gemma4"), tmp_path / "a.gguf", kind="f32")
+
+    def change(said: dict[str, Any], tensors: dict[str, Any]) -> None:
+        usual = GGUFValueType.ARRAY if isinstance(value, list) else GGUFValueType.UINT32
+        _, *kind = said.get(f"gemma4.{key}", (0, usual, None))
+        said[f"gemma4.{key}"] = (value, *kind)
+
+    with pytest.raises(ModelError, match=says):
+        load(str(rewritten(tmp_path / "a.gguf", tmp_path / "b.gguf", change)))
 
 
 @pytest.fixture
