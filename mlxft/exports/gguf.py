@@ -112,6 +112,8 @@ def _gemma(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             found[name] = float(get(name))
         return found
+    if get("sliding_window_pattern") == 1:
+        return {}
     found["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
     found["attention.sliding_window_pattern"] = get("sliding_window_pattern")
     return found
@@ -418,6 +420,8 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 _BLOCK = 32  # numbers that share a scale in packed kinds
 # Bytes of a block in the packed kinds that the gguf package writes; of a number in the others.
 _PACKED = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+_KEPT = "mxfp4"  # gpt-oss' experts, which stay what they are
+_BLOCKS = {**_PACKED, _KEPT: 17}
 _FLOATS = {"f32": 4, "f16": 2, "bf16": 2}
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **QUANTISED}  # general.file_type
 _STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
@@ -434,7 +438,7 @@ class _Tensor(NamedTuple):
     @property
     def bytes(self) -> int:
         numbers = math.prod(self.shape)
-        return numbers * _FLOATS[self.kind] if self.kind in _FLOATS else numbers // _BLOCK * _PACKED[self.kind]
+        return numbers * _FLOATS[self.kind] if self.kind in _FLOATS else numbers // _BLOCK * _BLOCKS[self.kind]
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], mx.array]]]:
@@ -482,6 +486,14 @@ def _encode(value: mx.array, kind: str, name: str) -> Any:
     if kind in _PACKED:
         return quantize(np.array(value), GGMLQuantizationType[kind.upper()])
     return np.array(value.view(mx.uint16) if kind == "bf16" else value)
+
+
+def _kept(base: nn.Module) -> Any:
+    """Return a layer's codes and scales as MXFP4's blocks: a scale, then 16 bytes of two codes half a block apart."""
+    weight = np.array(base.pop("weight")).view(np.uint8)
+    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(*weight.shape[:-1], -1, 2, _BLOCK // 2)
+    blocks = [np.array(base.pop("scales"))[..., None], codes[..., 0, :] | codes[..., 1, :] << 4]
+    return np.concatenate(blocks, axis=-1).reshape(*weight.shape[:-1], -1)
 
 
 # --- gguf adapter -----------------------------------------------------------------------------------------------------
@@ -648,7 +660,7 @@ def write_gguf(
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
     else:
         get = gguf.getter(loaded.config, _args(loaded.model))
-        tensors, said = _model_tensors(loaded.model, arch, get, kind)
+        tensors, said = _model_tensors(loaded.model, arch, get, kind, keep=form.is_direct and kind != "f32")
         rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
         own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
         said += _notes(loaded, own, tensors)
@@ -769,10 +781,11 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
 
 
 def _model_tensors(
-    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str
+    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str, keep: bool
 ) -> tuple[list[_Tensor], list[str]]:
-    """Return all tensors of a model in llama.cpp's names and layout, and notes."""
-    packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
+    """Return all tensors of a model in llama.cpp's names and layout, and notes; with `keep`, MXFP4 stays what it is."""
+    modules = dict(model.named_modules())
+    packed = sum(isinstance(m, QUANTIZED) for m in modules.values())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
     tensors: list[_Tensor] = []
     unknown = []
@@ -788,7 +801,11 @@ def _model_tensors(
                     f"{name}: rows of {stored[-1]} numbers cannot be packed as {own}, which packs {_BLOCK} at a time; "
                     "use f16 or bf16"
                 )
-            tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
+            base = modules[ours.rpartition(".")[0]]
+            if keep and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
+                tensors.append(_Tensor(name, stored, _KEPT, partial(_kept, base)))
+            else:
+                tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
     if unknown:
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
@@ -797,8 +814,11 @@ def _model_tensors(
     for name, value in _rope_tensors(arch, get).items():
         tensors.append(_Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
-    if packed:
-        said.append(f"the base is quantised: {packed} layers are dequantised first")
+    kept = sum(t.kind == _KEPT for t in tensors)
+    if kept:
+        said.append(f"{kept} layers of experts stay in {_KEPT}")
+    if packed > kept:
+        said.append(f"the base is quantised: {packed - kept} layers are dequantised first")
     return tensors, said
 
 
@@ -864,7 +884,7 @@ def _fill(file: Path, *, arch: str, metadata: dict[str, Any], tensors: list[_Ten
             else:
                 writer.add_key_value(key, value, types[type(value)])
         for t in tensors:
-            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind in _PACKED else t.shape
+            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind in _BLOCKS else t.shape
             kind = GGMLQuantizationType[t.kind.upper()]
             writer.add_tensor_info(t.name, shape, np.dtype(_STORED.get(t.kind, "uint8")), t.bytes, kind)
         writer.write_header_to_file()

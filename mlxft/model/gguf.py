@@ -701,8 +701,8 @@ _IDS = ("bos", "eos", "pad")
 
 
 def eos_ids(file: GgufFile) -> list[int]:
-    """Return the ids that end a completion: end of text and, if the file has one, end of turn."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    """Return the ids that end a completion: end of text and, if the file has them, end of turn and of message."""
+    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     return list(dict.fromkeys(file.integer(key) for key in keys if key in file.metadata))
 
 
@@ -720,8 +720,11 @@ def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         out["attn_logit_softcapping"] = file.number("attn_logit_softcapping", 50.0)
         out["final_logit_softcapping"] = file.number("final_logit_softcapping", 30.0)
     else:
+        if file.number("final_logit_softcapping", 0.0):
+            raise ModelError(f"{file.path}: caps its logits, which mlx-lm's gemma3 does not; use another model")
         out["rope_local_base_freq"] = file.number("rope.freq_base_swa", 10000.0)
-        out["sliding_window_pattern"] = file.integer("attention.sliding_window_pattern", 6)
+        slides = file.integer("attention.sliding_window", 0) > 0  # else all layers see everything
+        out["sliding_window_pattern"] = file.integer("attention.sliding_window_pattern", 6) if slides else 1
     return out
 
 

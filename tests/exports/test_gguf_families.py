@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -38,6 +39,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 GEMMA4 = {"global_head_dim": 16, "vocab_size_per_layer_input": 300}
 UNTIED = {"tie_word_embeddings": False}
+# Settings that these models do not use, or that say the same in other words.
+UNUSED = {
+    *("model_type", "pad_token_id", "rope_parameters", "rope_scaling", "partial_rotary_factor"),
+    *("num_global_key_value_heads", "num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("shared_expert_intermediate_size", "tie_word_embeddings", "use_double_wide_mlp", "sliding_window"),
+    "sliding_window_pattern",
+}
 # Name -> name in tests/architectures.py, and what differs from that.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
@@ -121,6 +129,8 @@ def test_a_family_read_back_is_the_same(case: str, tmp_path: Path) -> None:
     export_gguf(folder, first, kind="f32")
     base, read = load(str(folder), dtype="float32"), load(str(first), dtype="float32")
     assert mx.abs(read.model(IDS) - base.model(IDS)).max().item() < 1e-5
+    before, after = (dataclasses.asdict(getattr(m, "language_model", m).args) for m in (base.model, read.model))
+    assert {key for key, value in before.items() if value != after[key]} <= UNUSED
     export_gguf(first, second, kind="f32")
     one, two = ({t.name: t.data for t in GGUFReader(file).tensors} for file in (first, second))
     # A decay goes through a logarithm and back.
@@ -295,6 +305,18 @@ def test_packed_tensors_stay_packed(
             seen.append(name.rpartition(".")[2] + f" {layer.bits} {dense_weight(layer).ndim}")
             assert mx.allclose(dense_weight(layer), floats[name].weight, atol=1e-3), name  # floats are read in float16
     assert {f"down_proj {bits} 3", *more} <= set(seen)
+
+
+def test_mxfp4_goes_in_and_out_as_it_is(tmp_path: Path) -> None:
+    folder = family_dir(tmp_path / "m", "gpt_oss", hidden_size=64, intermediate_size=64)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "MXFP4")
+    said = export_gguf(tmp_path / "b.gguf", tmp_path / "c.gguf", kind="bf16")
+    assert any("6 layers of experts stay in mxfp4" in line for line in said)
+    one, two = ({t.name: t for t in GGUFReader(tmp_path / f"{n}.gguf").tensors} for n in "bc")
+    experts = [name for name in one if name.endswith("_exps.weight")]
+    assert all(two[n].tensor_type.name == "MXFP4" and np.array_equal(one[n].data, two[n].data) for n in experts)
+    assert two["blk.0.attn_q.weight"].tensor_type.name == "BF16"
 
 
 def test_heads_narrower_than_groups_cannot_stay_packed(tmp_path: Path) -> None:
