@@ -301,9 +301,8 @@ def _by_part(rows: int, get: Get) -> np.ndarray:
 
 
 _ADDED = TensorLayout(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
-_ROW = TensorLayout(
-    lambda value, _: value, lambda value, _: value.reshape(1, -1), axis=0
-)  # some files have it as a vector
+# Some files have it as a vector.
+_ROW = TensorLayout(lambda value, _: value, lambda value, _: value.reshape(1, -1), axis=0)
 _CONV = TensorLayout(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
 # In float64, so that little is lost on the way there and back.
 _DECAY = TensorLayout(
@@ -1306,12 +1305,17 @@ def _bits(kind: str) -> int:
 
 
 def weights(
-    file: GgufFile, config: dict[str, Any], model: nn.Module, read: Callable[[str, Entry], dict[str, mx.array]]
+    file: GgufFile,
+    config: dict[str, Any],
+    model: nn.Module,
+    read: Callable[[str, Entry], dict[str, mx.array]],
+    outline: bool = False,
 ) -> dict[str, mx.array]:
     """Return all tensors under the model's names, in the model's layout.
 
     Args:
         read: (module's path, tensor of its weight) -> weight, and if it is packed scales and biases.
+        outline: whether these are lazy zeros, which must not be computed.
     """
     out, used, arch, get = dict[str, mx.array](), set[str](), file.architecture, getter(config)
     layers = get("num_hidden_layers")
@@ -1322,32 +1326,35 @@ def weights(
         if not names or any(name not in file.tensors for name, _ in stored):
             continue  # what is missing is named when the model is loaded
         used.update(name for name, _ in stored)
-        with _reading(file.path):
-            found = [
-                read(path, e) if leaf == "weight" else {leaf: e.read()} for e in (file.tensors[n] for n, _ in stored)
-            ]
-        pieces = [{k: part(v) for k, v in found.items()} for found, (_, part) in zip(found, stored)]
-        for key in pieces[0]:
-            value = mx.concatenate([piece[key] for piece in pieces]) if len(pieces) > 1 else pieces[0][key]
-            try:
-                for layout in reversed(arch.layouts(names[0])):
-                    value = layout.back(value, get)
-            except ValueError as error:  # blocks of packed numbers that are wider than a head
-                raise ModelError(f"{file.path}: {names[0]} cannot be kept packed; read it as floats") from error
-            out[f"{path}.{key}"] = value
+        pieces = []
+        for name, half in stored:
+            with _reading(file.path):
+                found = read(path, file.tensors[name]) if leaf == "weight" else {leaf: file.tensors[name].read()}
+            pieces.append(
+                found if half is None else {k: mx.contiguous(v.split(2, axis=1)[half]) for k, v in found.items()}
+            )
+        try:
+            whole = {k: mx.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
+            for layout in reversed(arch.layouts(names[0])):
+                whole = {k: layout.back(v, get) for k, v in whole.items()}
+        except (KeyError, ValueError) as error:  # pieces packed in several ways, or blocks that are wider than a head
+            raise ModelError(f"{file.path}: {names[0]} cannot be kept packed; read it as floats") from error
+        if not outline:
+            mx.eval(whole)  # so that no tensor is in memory in both layouts
+        out |= {f"{path}.{key}": value for key, value in whole.items()}
     if unknown := set(file.tensors) - used - set(ROPE_TENSORS) - _predicting(file, layers):
         shown = ", ".join(sorted(unknown)[:5])
         raise ModelError(f"{file.path}: has {len(unknown)} tensors unknown to {arch.model_type} ({shown})")
     return out
 
 
-def _halved(file: GgufFile, name: str) -> tuple[str, Callable[[mx.array], mx.array]]:
-    """Return which tensor of the file holds one, and the part of it: experts' gate and up may be one tensor."""
+def _halved(file: GgufFile, name: str) -> tuple[str, int | None]:
+    """Return which tensor of the file holds one, and which half: experts' gate and up may be one tensor."""
     for at, half in enumerate(("ffn_gate_exps", "ffn_up_exps")):
         both = name.replace(half, "ffn_gate_up_exps")
         if name not in file.tensors and both != name and both in file.tensors:
-            return both, lambda value, at=at: value.split(2, axis=1)[at]
-    return name, lambda value: value
+            return both, at
+    return name, None
 
 
 def _predicting(file: GgufFile, layers: int) -> set[str]:
@@ -1412,7 +1419,7 @@ def model_from_gguf(
         layers[path] = choose(path, entry)
         return entry.outline(layers[path]) if outline else entry.parts(layers[path])
 
-    tensors = weights(file, settings, model, read)
+    tensors = weights(file, settings, model, read, outline)
     if hasattr(model, "sanitize"):
         tensors = model.sanitize(tensors)
     if kinds := Counter(own for own in layers.values() if own is not None):
