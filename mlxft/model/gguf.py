@@ -245,7 +245,7 @@ class TensorLayout:
     """How llama.cpp stores a tensor differently, and the way back; both also get the model's settings.
 
     Attributes:
-        axis: along which blocks are reordered, if it is no more than that: packed numbers and LoRA's factors follow.
+        axis: along which blocks are reordered, if nothing else changes: packed numbers and LoRA's factors follow.
     """
 
     out: Callable[[mx.array, Get], mx.array]
