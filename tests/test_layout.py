@@ -59,8 +59,9 @@ BUDGET = {
     # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.
     "data": (5, 5400),
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
-    # shard.py, a base cut over ranks, and arrays that ranks exchange.
-    "model": (16, 7880),
+    # shard.py, a base cut over ranks, and arrays that ranks exchange. gguf.py: a table of 20 families, with their
+    # settings and layouts, files in parts; tensors read by rows, packed as they are.
+    "model": (16, 8620),
     # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
     # exact KL, variants.
     "objectives": (15, 7775),

@@ -112,6 +112,8 @@ def _gemma(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             found[name] = float(get(name))
         return found
+    if get("sliding_window_pattern") == 1:
+        return {}
     found["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
     found["attention.sliding_window_pattern"] = get("sliding_window_pattern")
     return found
@@ -252,15 +254,18 @@ def _rope_tensors(arch: gguf.Architecture, get: gguf.Get) -> dict[str, mx.array]
 # --- gguf vocab -------------------------------------------------------------------------------------------------------
 # A tokenizer as llama.cpp reads it from a .gguf file: tokens, their kinds, merges or scores, chat template.
 
+# Marks of a Gemma 4 within an assistant's turn.
+_SEEN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 _NO_SCORE = -1e6  # of a token that no merge makes; far below any rank
 
 
-def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
+def vocabulary(tokenizer: Any, rows: int, family: str = "") -> dict[str, Any]:
     """Return the `tokenizer.*` metadata.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, or transformers' own.
         rows: of the embedding; unused ids get a placeholder, tokens beyond are left out.
+        family: llama.cpp's name of the model's architecture; Gemma 4's has a form of its own.
     Raises:
         ExportError: llama.cpp does not have this kind of tokenizer, or would tokenise differently.
     """
@@ -281,6 +286,11 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if model.get("byte_fallback"):
         out = _sentencepiece(spec, texts, types, merges, chat_template(tokenizer) is not None)
+        if family == gguf.GEMMA4:
+            del out["tokenizer.ggml.scores"]
+            out |= {"tokenizer.ggml.model": family, "tokenizer.ggml.merges": [" ".join(pair) for pair in merges]}
+            # As in llama.cpp's converter: its parser of chats has to see them.
+            types = [gguf.USER_DEFINED if text in _SEEN else kind for text, kind in zip(texts, types)]
     else:
         out = _byte_level(spec, merges)
     out["tokenizer.ggml.tokens"] = texts
@@ -410,6 +420,8 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 _BLOCK = 32  # numbers that share a scale in packed kinds
 # Bytes of a block in the packed kinds that the gguf package writes; of a number in the others.
 _PACKED = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+_KEPT = "mxfp4"  # gpt-oss' experts, which stay what they are
+_BLOCKS = {**_PACKED, _KEPT: 17}
 _FLOATS = {"f32": 4, "f16": 2, "bf16": 2}
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **QUANTISED}  # general.file_type
 _STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
@@ -426,7 +438,7 @@ class _Tensor(NamedTuple):
     @property
     def bytes(self) -> int:
         numbers = math.prod(self.shape)
-        return numbers * _FLOATS[self.kind] if self.kind in _FLOATS else numbers // _BLOCK * _PACKED[self.kind]
+        return numbers * _FLOATS[self.kind] if self.kind in _FLOATS else numbers // _BLOCK * _BLOCKS[self.kind]
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], mx.array]]]:
@@ -476,6 +488,14 @@ def _encode(value: mx.array, kind: str, name: str) -> Any:
     return np.array(value.view(mx.uint16) if kind == "bf16" else value)
 
 
+def _kept(base: nn.Module) -> Any:
+    """Return a layer's codes and scales as MXFP4's blocks: a scale, then 16 bytes of two codes half a block apart."""
+    weight = np.array(base.pop("weight")).view(np.uint8)
+    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(*weight.shape[:-1], -1, 2, _BLOCK // 2)
+    blocks = [np.array(base.pop("scales"))[..., None], codes[..., 0, :] | codes[..., 1, :] << 4]
+    return np.concatenate(blocks, axis=-1).reshape(*weight.shape[:-1], -1)
+
+
 # --- gguf adapter -----------------------------------------------------------------------------------------------------
 # A LoRA adapter as a .gguf file for llama.cpp's --lora.
 #
@@ -504,7 +524,8 @@ def _adapter_tensors(
     tensors: list[_Tensor] = []
     scales, ranks = set(), set()
     get = gguf.getter(loaded.config, _args(loaded.model))
-    for path, layer in loaded.model.named_modules():
+    modules = dict(loaded.model.named_modules())
+    for path, layer in modules.items():
         if not isinstance(layer, LowRank):
             continue
         names = arch.tensors(f"{path}.weight", get("num_hidden_layers"))
@@ -512,7 +533,7 @@ def _adapter_tensors(
             raise ExportError(f"--lora: {path} is not a linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
-        tensors += _pairs(layer, names, arch, get, kind)
+        tensors += _pairs(layer, names, arch, get, kind, modules.get(f"{path.partition('.experts.')[0]}.router"))
     if not tensors:
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
@@ -524,15 +545,16 @@ def _adapter_tensors(
 
 
 def _pairs(
-    layer: LowRank, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get, kind: str
+    layer: LowRank, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get, kind: str, router: nn.Module | None
 ) -> Iterator[_Tensor]:
     """Yield a layer's factors, (experts, rank, in) and (experts, out, rank), in the order of the base's tensors."""
     experts = isinstance(layer, LoRASwitchLinear)
     down, up = (layer.lora_a, layer.lora_b) if experts else (layer.lora_a.T, layer.lora_b.T)
-    for change in arch.changed(names[0]):
-        if change.axis is None:
-            raise ExportError(f"--lora: llama.cpp keeps {names[0]} in a form that no adapter fits; {_WHOLE}")
-        down, up = (change.out(down, get), up) if change.axis < 0 else (down, change.out(up, get))
+    if router is not None and "per_expert_scale" in router and ".ffn_down_exps." in names[0]:
+        up = up * router.per_expert_scale[:, None, None]  # llama.cpp scales what the base gives only
+    for layout in arch.layouts(names[0]):
+        assert layout.axis is not None, "no matrix that multiplies is stored otherwise"
+        down, up = (layout.out(down, get), up) if layout.axis < 0 else (down, layout.out(up, get))
     for name, rows in zip(names, arch.cut(up, names, get)):
         for part, value in (("lora_a", down), ("lora_b", rows)):
             full = f"{name}.{part}"
@@ -640,9 +662,9 @@ def write_gguf(
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
     else:
         get = gguf.getter(loaded.config, _args(loaded.model))
-        tensors, said = _model_tensors(loaded.model, arch, get, kind)
+        tensors, said = _model_tensors(loaded.model, arch, get, kind, keep=form.is_direct and kind != "f32")
         rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
-        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
+        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
         said += _notes(loaded, own, tensors)
     size = sum(t.bytes for t in tensors)
     bits = int(next(c for c in form.kind if c.isdigit()))
@@ -683,8 +705,8 @@ def _looked_at(
         names = lambda path: arch.tensors(f"{path}.weight", get("num_hidden_layers"))  # noqa: E731
         for name, part in find_importance(loaded.model, names, rows.rows, tell).items():
             sums = mx.array(part.sums)
-            for change in (c for c in arch.changed(name) if c.axis in (-1, 1)):  # the inputs' order in the file
-                sums = change.out(sums, get)
+            for layout in (y for y in arch.layouts(name) if y.axis == -1):  # the inputs' order in the file
+                sums = layout.out(sums, get)
             matrix[name] = part._replace(sums=np.array(sums))
         said.append(f"importance matrix of {tokens:,} tokens in {len(rows.rows):,} rows ({rows.source})")
     return (matrix, tokens), comparison
@@ -761,10 +783,11 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
 
 
 def _model_tensors(
-    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str
+    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str, keep: bool
 ) -> tuple[list[_Tensor], list[str]]:
-    """Return all tensors of a model in llama.cpp's names and layout, and notes."""
-    packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
+    """Return all tensors of a model in llama.cpp's names and layout, and notes; with `keep`, MXFP4 stays what it is."""
+    modules = dict(model.named_modules())
+    packed = sum(isinstance(m, QUANTIZED) for m in modules.values())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
     tensors: list[_Tensor] = []
     unknown = []
@@ -780,7 +803,11 @@ def _model_tensors(
                     f"{name}: rows of {stored[-1]} numbers cannot be packed as {own}, which packs {_BLOCK} at a time; "
                     "use f16 or bf16"
                 )
-            tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
+            base = modules[ours.rpartition(".")[0]]
+            if keep and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
+                tensors.append(_Tensor(name, stored, _KEPT, partial(_kept, base)))
+            else:
+                tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
     if unknown:
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
@@ -789,8 +816,11 @@ def _model_tensors(
     for name, value in _rope_tensors(arch, get).items():
         tensors.append(_Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
-    if packed:
-        said.append(f"the base is quantised: {packed} layers were dequantised first")
+    kept = sum(t.kind == _KEPT for t in tensors)
+    if kept:
+        said.append(f"{kept} layers of experts stay in {_KEPT}")
+    if packed > kept:
+        said.append(f"the base is quantised: {packed - kept} layers were dequantised first")
     return tensors, said
 
 
@@ -798,8 +828,8 @@ def _stored(value: mx.array, names: tuple[str, ...], arch: gguf.Architecture, ge
     """Return a parameter as llama.cpp stores it: one tensor, or the several whose rows it holds."""
     if not names:
         return []
-    for change in arch.changed(names[0]):
-        value = change.out(value, get)
+    for layout in arch.layouts(names[0]):
+        value = layout.out(value, get)
     return arch.cut(value, names, get)
 
 
@@ -856,7 +886,7 @@ def _fill(file: Path, *, arch: str, metadata: dict[str, Any], tensors: list[_Ten
             else:
                 writer.add_key_value(key, value, types[type(value)])
         for t in tensors:
-            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind in _PACKED else t.shape
+            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind in _BLOCKS else t.shape
             kind = GGMLQuantizationType[t.kind.upper()]
             writer.add_tensor_info(t.name, shape, np.dtype(_STORED.get(t.kind, "uint8")), t.bytes, kind)
         writer.write_header_to_file()

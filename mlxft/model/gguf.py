@@ -241,11 +241,11 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorLayout:
     """How llama.cpp stores a tensor differently, and the way back; both also get the model's settings.
 
     Attributes:
-        axis: along which blocks are reordered, if it is no more than that: packed numbers and LoRA's factors follow.
+        axis: along which blocks are reordered, if nothing else changes: packed numbers and LoRA's factors follow.
     """
 
     out: Callable[[mx.array, Get], mx.array]
@@ -253,24 +253,22 @@ class Change:
     axis: int | None = None
 
 
-def _reordered(order: Callable[[int, Get], np.ndarray], axis: int = 0) -> Change:
-    """Return the change that reorders blocks along an axis; `order` is given the axis' length."""
+def _reordered(order: Callable[[int, Get], np.ndarray], axis: int = 0) -> TensorLayout:
+    """Return the layout with blocks in another order along an axis; `order` is given the axis' length."""
 
     def turn(value: mx.array, order: np.ndarray) -> mx.array:
         at = axis % value.ndim
-        if value.shape[at] % len(order):
-            raise ModelError("packs numbers of several heads together, which cannot be reordered: read it as floats")
         blocks = value.reshape(*value.shape[:at], len(order), -1, *value.shape[at + 1 :])
         return mx.take(blocks, mx.array(order), at).reshape(value.shape)
 
-    return Change(
+    return TensorLayout(
         lambda value, get: turn(value, order(value.shape[axis], get)),
         lambda value, get: turn(value, np.argsort(order(value.shape[axis], get))),
         axis,
     )
 
 
-def _rope_pairs(key: str) -> Change:
+def _rope_pairs(key: str) -> TensorLayout:
     """Return the order (heads, half, 2) of rows (heads, 2, half): llama.cpp's rope rotates neighbours, not halves."""
 
     def order(rows: int, get: Get) -> np.ndarray:
@@ -280,7 +278,7 @@ def _rope_pairs(key: str) -> Change:
 
 
 def _value_heads(_: int, get: Get) -> np.ndarray:
-    """Return the order of linear attention's value heads: by their place within a key head, not by key head."""
+    """Return the order of linear attention's value heads: by their place within a key head before the key head."""
     return np.arange(get("linear_num_value_heads")).reshape(get("linear_num_key_heads"), -1).T.ravel()
 
 
@@ -302,16 +300,17 @@ def _by_part(rows: int, get: Get) -> np.ndarray:
     return np.concatenate([part.ravel() for part in by_head])
 
 
-_ADDED = Change(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
-_FLAT_ROW = Change(lambda value, _: value.reshape(-1), lambda value, _: value.reshape(1, -1))
-_CONV = Change(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
+_ADDED = TensorLayout(lambda value, _: value + 1, lambda value, _: value.astype(mx.float32) - 1)
+# Some files have it as a vector.
+_ROW = TensorLayout(lambda value, _: value, lambda value, _: value.reshape(1, -1), axis=0)
+_CONV = TensorLayout(lambda value, _: value.squeeze(-1), lambda value, _: value[..., None])
 # In float64, so that little is lost on the way there and back.
-_DECAY = Change(
+_DECAY = TensorLayout(
     lambda value, _: mx.array(-np.exp(np.array(value.astype(mx.float32), np.float64)), mx.float32),
     lambda value, _: mx.array(np.log(-np.array(value.astype(mx.float32), np.float64)), mx.float32),
 )
 _LLAMA = {"attn_q": (_rope_pairs("num_attention_heads"),), "attn_k": (_rope_pairs("num_key_value_heads"),)}
-_GATED = {"ffn_gate_inp_shexp": (_FLAT_ROW,)}
+_GATED = {"ffn_gate_inp_shexp": (_ROW,)}
 _HEADS = _reordered(_value_heads)
 _DELTA = {
     "attn_qkv": (_reordered(_query_key_value),),
@@ -348,7 +347,7 @@ class Architecture:
         name: value of `general.architecture`.
         settings: what it has beside `COMMON`.
         fixed: settings that llama.cpp takes for granted.
-        changes: llama.cpp's name of a tensor, without layer and suffix -> how it is stored.
+        layout: llama.cpp's name of a tensor, without layer and suffix -> how it is stored, in the order of writing.
         joined: a module whose rows are several tensors in the file -> names of modules that stand for these.
         shifted: whether norms are stored with 1 added, which the model itself adds.
         biases: names of tensors that may have a bias.
@@ -365,7 +364,7 @@ class Architecture:
     hf_class: str
     settings: tuple[Setting, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    layout: Mapping[str, tuple[TensorLayout, ...]] = field(default_factory=dict)
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shifted: bool = False
     biases: frozenset[str] = _QKV
@@ -407,10 +406,10 @@ class Architecture:
         rows = _query_key_value_rows(get) if len(names) > 1 else 0
         return [value[:rows], value[rows:]] if rows else [value]
 
-    def changed(self, name: str) -> tuple[Change, ...]:
+    def layouts(self, name: str) -> tuple[TensorLayout, ...]:
         """Return how a tensor of the file is stored, in the order of writing."""
         shifted = (_ADDED,) if self.shifted and name.endswith("_norm.weight") else ()
-        return shifted or self.changes.get(_tail(name.partition(".weight")[0].removesuffix(".bias")), ())
+        return shifted or self.layout.get(_tail(name.partition(".weight")[0].removesuffix(".bias")), ())
 
 
 def _tail(name: str) -> str:
@@ -458,14 +457,14 @@ _EVERY = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [
 
 _FAMILIES = (
     Architecture(
-        "llama", "llama", "LlamaForCausalLM", (_WIDE,), changes=_LLAMA, biases=_QKV | _MLP, ropes=(*_LONG, "llama3")
+        "llama", "llama", "LlamaForCausalLM", (_WIDE,), layout=_LLAMA, biases=_QKV | _MLP, ropes=(*_LONG, "llama3")
     ),
     Architecture(
         "llama",
         "mixtral",
         "MixtralForCausalLM",
         (_WIDE, Setting("num_local_experts", "expert_count"), _USED),
-        changes=_LLAMA,
+        layout=_LLAMA,
         square=True,
     ),
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", (_WIDE,), square=True, ropes=_LONG),
@@ -474,12 +473,12 @@ _FAMILIES = (
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
         (_WIDE, *_MIXTURE, _SHARED),
-        changes=_GATED,
+        layout=_GATED,
         square=True,
         headed=True,
     ),
     Architecture("qwen3", "qwen3", "Qwen3ForCausalLM", (_WIDE,), ropes=_LONG),
-    Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", (_WIDE, *_MIXTURE), _EVERY, ropes=_LONG),
+    Architecture("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", (_WIDE, *_MIXTURE), _EVERY),
     Architecture(
         "qwen3next",
         "qwen3_next",
@@ -495,7 +494,7 @@ _FAMILIES = (
         "qwen3_5",
         "Qwen3_5ForConditionalGeneration",
         (_WIDE, *_LINEAR),
-        changes=_DELTA,
+        layout=_DELTA,
         rotary=0.25,
         nested=True,
     ),
@@ -557,7 +556,7 @@ _FAMILIES = (
         {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         rotary=0.5,
     ),
-    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", (_WIDE,), changes=_LLAMA, ropes=_LONG),
+    Architecture("smollm3", "smollm3", "SmolLM3ForCausalLM", (_WIDE,), layout=_LLAMA, ropes=_LONG),
     Architecture(
         "granite",
         "granite",
@@ -569,10 +568,10 @@ _FAMILIES = (
             Setting("residual_multiplier", "residual_scale", float),
             Setting("logits_scaling", "logit_scale", float),
         ),
-        changes=_LLAMA,
+        layout=_LLAMA,
         biases=_QKV | _MLP,
         square=True,
-        ropes=_LONG,
+        ropes=(*_LONG, "llama3"),
     ),
     Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), square=True, ropes=_LONG, headed=True),
 )
@@ -681,6 +680,7 @@ def config(file: GgufFile) -> dict[str, Any]:
     out["num_hidden_layers"] -= file.integer("nextn_predict_layers", 0)
     if arch.rotary:
         out["partial_rotary_factor"] = file.integer("rope.dimension_count", int(head_dim * arch.rotary)) / head_dim
+    check_schema(ModelConfig, {"num_hidden_layers": out["num_hidden_layers"]}, file.path)  # lists are made of it
     if arch.name != "gemma4":
         out["num_key_value_heads"] = file.integer("attention.head_count_kv", heads)
     out.update(_OWN.get(arch.name, lambda *_: {})(file, out))
@@ -700,8 +700,8 @@ _IDS = ("bos", "eos", "pad")
 
 
 def eos_ids(file: GgufFile) -> list[int]:
-    """Return the ids that end a completion: end of text and, if the file has one, end of turn."""
-    keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+    """Return the ids that end a completion: end of text and, if the file has them, end of turn and of message."""
+    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     return list(dict.fromkeys(file.integer(key) for key in keys if key in file.metadata))
 
 
@@ -719,8 +719,11 @@ def _gemma(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         out["attn_logit_softcapping"] = file.number("attn_logit_softcapping", 50.0)
         out["final_logit_softcapping"] = file.number("final_logit_softcapping", 30.0)
     else:
+        if file.number("final_logit_softcapping", 0.0):
+            raise ModelError(f"{file.path}: caps its logits, which mlx-lm's gemma3 does not; use another model")
         out["rope_local_base_freq"] = file.number("rope.freq_base_swa", 10000.0)
-        out["sliding_window_pattern"] = file.integer("attention.sliding_window_pattern", 6)
+        slides = file.integer("attention.sliding_window", 0) > 0  # else all layers see everything
+        out["sliding_window_pattern"] = file.integer("attention.sliding_window_pattern", 6) if slides else 1
     return out
 
 
@@ -964,6 +967,7 @@ def signature_of(rule: PreTokenizer) -> list[Any]:
 # token_type in the file; user-defined tokens are never split, like control tokens.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"  # how SentencePiece writes a space
+GEMMA4 = "gemma4"  # kind of a vocabulary of SentencePiece with its merges
 
 
 def tokenizer(file: GgufFile) -> Any:
@@ -987,7 +991,7 @@ def tokenizer(file: GgufFile) -> Any:
     if kind not in _BACKENDS:
         raise ModelError(
             f"{file.path}: a vocabulary of kind {kind!r} is not read from .gguf files, only byte-level BPE ('gpt2') "
-            "and SentencePiece's BPE ('llama'); use the model's safetensors folder or hub id"
+            "and SentencePiece's BPE ('llama', 'gemma4'); use the model's safetensors folder or hub id"
         )
     backend, add_bos = _BACKENDS[kind](file, vocab, types)
     _add_marks(file, backend, vocab, types)
@@ -1017,9 +1021,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tupl
             "use the model's safetensors folder or hub id"
         )
     rule = PRE_TOKENIZERS[pre]
-    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges")]
-    if any(len(pair) != 2 for pair in merges):
-        raise ModelError(f"{file.path}: the vocabulary has a merge that is not a pair; convert the model again")
+    merges = _listed_merges(file)
     out = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=False, ignore_merges=rule.ignore_merges))
     out.pre_tokenizer = pre_tokenizers.Sequence(list(rule.splits))
     out.decoder = decoders.ByteLevel()
@@ -1031,7 +1033,7 @@ def _byte_level(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tupl
 def _sentencepiece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> tuple[Any, bool]:
     """Return SentencePiece's BPE: the pair with the highest score merges first, and unknown letters become bytes."""
     unknown = next((token for token, kind in zip(vocab, types) if kind == UNKNOWN), None)
-    merges = _merges(vocab, types, file.value("tokenizer.ggml.scores"))
+    merges = _listed_merges(file) if _lists_merges(file) else _merges(vocab, types, file.value("tokenizer.ggml.scores"))
     out = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = _prefixed(file)
     steps: list[Any] = [normalizers.Prepend(SPACE)] if prefixed else []
@@ -1045,7 +1047,19 @@ def _sentencepiece(file: GgufFile, vocab: dict[str, int], types: list[int]) -> t
 
 def _prefixed(file: GgufFile) -> bool:
     """Return whether a space is put before the text, and removed when tokens become text."""
-    return bool(file.value("tokenizer.ggml.add_space_prefix", True))
+    return bool(file.value("tokenizer.ggml.add_space_prefix", not _lists_merges(file)))
+
+
+def _lists_merges(file: GgufFile) -> bool:
+    """Return whether SentencePiece's merges are listed, as Gemma 4's are, not only scored."""
+    return bool(file.value("tokenizer.ggml.model") == GEMMA4)
+
+
+def _listed_merges(file: GgufFile) -> list[tuple[str, str]]:
+    merges = [(m[: m.find(" ", 1)], m[m.find(" ", 1) + 1 :]) for m in file.value("tokenizer.ggml.merges")]
+    if any(" " not in m[1:] for m in file.value("tokenizer.ggml.merges")):
+        raise ModelError(f"{file.path}: the vocabulary has a merge that is not a pair; convert the model again")
+    return merges
 
 
 def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
@@ -1061,7 +1075,7 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
     return [(left, right) for *_, left, right in sorted(found)]
 
 
-_BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_BACKENDS = {"gpt2": _byte_level, "llama": _sentencepiece, GEMMA4: _sentencepiece}
 
 
 def _add_marks(file: GgufFile, backend: Any, vocab: dict[str, int], types: list[int]) -> None:
@@ -1092,8 +1106,7 @@ def read_gguf(path: Path) -> GgufFile:
     Raises:
         ModelError: the file is not GGUF, cut off or split, or its architecture or quantisation is not read here.
     """
-    with _reading(path):
-        metadata, table = read_gguf_header(path)
+    metadata, table = _joined(path)
     if odd := sorted(kind for kind in {entry.kind for entry in table.values()} if not _readable(kind)):
         raise ModelError(
             f"{path}: has tensors in {', '.join(odd)}, which cannot be read; take a file in another "
@@ -1102,9 +1115,51 @@ def read_gguf(path: Path) -> GgufFile:
     file = GgufFile(path, table, metadata, _architecture(path, metadata))
     if metadata.get("general.type") == "adapter":
         raise ModelError(f"{path}: is an adapter, not a model: llama.cpp loads it beside its base (--lora)")
-    if (parts := file.integer("split.count", 1)) > 1:
-        raise ModelError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
     return file
+
+
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def shards(path: Path) -> list[Path]:
+    """Return the files that a file's name belongs to: NAME-00001-of-00003.gguf and so on, or only itself."""
+    if not (named := _SHARD.fullmatch(path.name)):
+        return [path]
+    return [path.with_name(f"{named[1]}-{i:05}-of-{named[3]}.gguf") for i in range(1, int(named[3]) + 1)]
+
+
+def _joined(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """Read the header of a file, or of all files that it is a part of."""
+    with _reading(path):
+        metadata, table = read_gguf_header(path)
+    keys = ("split.no", "split.count", "split.tensors.count")
+    _, count, total = (metadata.get(key) for key in keys)
+    if count in (None, 0, 1):
+        return metadata, table
+    if len(shards(path)) != count:
+        raise ModelError(
+            f"{path}: is one of {str(count)[:20]} parts, and its name does not say so; name all as they were "
+            "(NAME-00001-of-00003.gguf and so on), or join them with llama-gguf-split --merge"
+        )
+    metadata, table = {}, {}
+    for number, part in enumerate(shards(path)):
+        if not part.is_file():
+            raise ModelError(f"{part}: is missing, and {path.name} is one of {count} parts; download it, too")
+        with _reading(part):
+            own, tensors = read_gguf_header(part)
+        metadata = metadata or own
+        seen = [own.get(key) for key in keys]
+        twice = sorted(set(table) & set(tensors))
+        if seen != [number, count, total] or twice:
+            what = f"holds {twice[0][:80]!r} again" if twice else f"says {dict(zip(keys, seen))}"
+            raise ModelError(
+                f"{part}: is not part {number + 1} of the {count} that {path.name} belongs to, with {total} tensors: "
+                f"it {what}; download it again"
+            )
+        table |= tensors
+    if len(table) != total:
+        raise ModelError(f"{path}: its {count} parts hold {len(table)} tensors; expected {total}; download them again")
+    return metadata, table
 
 
 def _architecture(path: Path, metadata: dict[str, Any]) -> Architecture:
@@ -1250,12 +1305,17 @@ def _bits(kind: str) -> int:
 
 
 def weights(
-    file: GgufFile, config: dict[str, Any], model: nn.Module, read: Callable[[str, Entry], dict[str, mx.array]]
+    file: GgufFile,
+    config: dict[str, Any],
+    model: nn.Module,
+    read: Callable[[str, Entry], dict[str, mx.array]],
+    outline: bool = False,
 ) -> dict[str, mx.array]:
     """Return all tensors under the model's names, in the model's layout.
 
     Args:
         read: (module's path, tensor of its weight) -> weight, and if it is packed scales and biases.
+        outline: whether these are lazy zeros, which must not be computed.
     """
     out, used, arch, get = dict[str, mx.array](), set[str](), file.architecture, getter(config)
     layers = get("num_hidden_layers")
@@ -1266,35 +1326,42 @@ def weights(
         if not names or any(name not in file.tensors for name, _ in stored):
             continue  # what is missing is named when the model is loaded
         used.update(name for name, _ in stored)
-        with _reading(file.path):
-            found = [
-                read(path, e) if leaf == "weight" else {leaf: e.read()} for e in (file.tensors[n] for n, _ in stored)
-            ]
-        pieces = [{k: part(v) for k, v in found.items()} for found, (_, part) in zip(found, stored)]
-        for key in pieces[0]:
-            value = mx.concatenate([piece[key] for piece in pieces]) if len(pieces) > 1 else pieces[0][key]
-            for change in reversed(arch.changed(names[0])):
-                value = change.back(value, get)
-            out[f"{path}.{key}"] = value
+        pieces = []
+        for name, half in stored:
+            with _reading(file.path):
+                found = read(path, file.tensors[name]) if leaf == "weight" else {leaf: file.tensors[name].read()}
+            pieces.append(
+                found if half is None else {k: mx.contiguous(v.split(2, axis=1)[half]) for k, v in found.items()}
+            )
+        try:
+            whole = {k: mx.concatenate([piece[k] for piece in pieces]) for k in pieces[0]}
+            for layout in reversed(arch.layouts(names[0])):
+                whole = {k: layout.back(v, get) for k, v in whole.items()}
+        except (KeyError, ValueError) as error:  # pieces packed in several ways, or blocks that are wider than a head
+            raise ModelError(f"{file.path}: {names[0]} cannot be kept packed; read it as floats") from error
+        if not outline:
+            mx.eval(whole)  # so that no tensor is in memory in both layouts
+        out |= {f"{path}.{key}": value for key, value in whole.items()}
     if unknown := set(file.tensors) - used - set(ROPE_TENSORS) - _predicting(file, layers):
         shown = ", ".join(sorted(unknown)[:5])
         raise ModelError(f"{file.path}: has {len(unknown)} tensors unknown to {arch.model_type} ({shown})")
     return out
 
 
-def _halved(file: GgufFile, name: str) -> tuple[str, Callable[[mx.array], mx.array]]:
-    """Return which tensor of the file holds one, and the part of it: experts' gate and up may be one tensor."""
+def _halved(file: GgufFile, name: str) -> tuple[str, int | None]:
+    """Return which tensor of the file holds one, and which half: experts' gate and up may be one tensor."""
     for at, half in enumerate(("ffn_gate_exps", "ffn_up_exps")):
         both = name.replace(half, "ffn_gate_up_exps")
         if name not in file.tensors and both != name and both in file.tensors:
-            return both, lambda value, at=at: value.split(2, axis=1)[at]
-    return name, lambda value: value
+            return both, at
+    return name, None
 
 
 def _predicting(file: GgufFile, layers: int) -> set[str]:
     """Return the tensors of layers that predict further tokens, which mlx-lm's models do not have."""
-    beyond = range(layers, file.integer("block_count"))
-    return {name for name in file.tensors if name.startswith(tuple(f"blk.{i}." for i in beyond))}
+    numbers = {name: re.match(r"blk\.(\d{1,9})\.", name) for name in file.tensors}
+    beyond = file.integer("nextn_predict_layers", 0) > 0
+    return {name for name, number in numbers.items() if beyond and number and int(number[1]) >= layers}
 
 
 def own_dtype(file: GgufFile) -> Any:
@@ -1352,7 +1419,7 @@ def model_from_gguf(
         layers[path] = choose(path, entry)
         return entry.outline(layers[path]) if outline else entry.parts(layers[path])
 
-    tensors = weights(file, settings, model, read)
+    tensors = weights(file, settings, model, read, outline)
     if hasattr(model, "sanitize"):
         tensors = model.sanitize(tensors)
     if kinds := Counter(own for own in layers.values() if own is not None):

@@ -123,12 +123,12 @@ _BLOCK, _BLOCKS = 1 << 16, 64  # bytes, and places in a file of weights
 
 
 def sampled_digest(place: Path) -> str:
-    """Return a hash of samples of a file of weights, or of a folder's safetensors; raise OSError if one cannot be read.
+    """Return a hash of samples of a file of weights, or of all its parts, or of a folder's safetensors; raises OSError.
 
     Training and quantising change nearly all weights, so a few megabytes of each file are enough to see it.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else gguf.shards(place):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
