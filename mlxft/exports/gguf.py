@@ -22,7 +22,7 @@ from mlxft.exports.fuse import find_probe, recipe_of
 from mlxft.exports.llama_cpp import (
     HOW,
     QUANTISED,
-    Comparison,
+    Fidelity,
     Importance,
     find_importance,
     find_quantiser,
@@ -669,7 +669,7 @@ def write_gguf(
     size = sum(t.bytes for t in tensors)
     bits = int(next(c for c in form.kind if c.isdigit()))
     check_space(out, size if form.is_direct else size + size * (bits + 1) // 16)
-    matrix, comparison = _looked_at(run, loaded, arch, form, said, tell)
+    matrix, fidelity = _looked_at(run, loaded, arch, form, said, tell)
     # The rope's tensors first, as llama.cpp's converter writes them.
     ordered = sorted(tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
     fill = partial(_fill, arch=arch.name, metadata=metadata | own, tensors=ordered)
@@ -681,9 +681,9 @@ def write_gguf(
     said.insert(0, f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {form.kind})")
     if form.kind in _PACKED and form.kind != "q8_0" and form.is_direct:
         said.append(f"every matrix is {form.kind}; llama.cpp's quantiser keeps some finer: {HOW}")
-    if comparison is not None:
+    if fidelity is not None:
         tell("measuring in llama.cpp")
-        said += comparison.lines(out, form.kind)
+        said += fidelity.lines(out, form.kind)
     elif form.kind not in _FLOATS:
         said.append("what the type costs is not measured: --measure does, in llama-cpp-python (mlxft[llama-cpp])")
     return said
@@ -691,13 +691,13 @@ def write_gguf(
 
 def _looked_at(
     run: Path, loaded: Loaded, arch: gguf.Architecture, form: GgufForm, said: list[str], tell: Callable[[str], object]
-) -> tuple[tuple[dict[str, Importance], int], Comparison | None]:
+) -> tuple[tuple[dict[str, Importance], int], Fidelity | None]:
     """Return the importance matrix with its number of tokens, and what the file is compared with, as asked for."""
     configs = [config for config in [recipe_of(run)] if config is not None]
-    comparison, matrix, tokens = None, dict[str, Importance](), 0
+    fidelity, matrix, tokens = None, dict[str, Importance](), 0
     if form.measure:
         tell("measuring the model in float")
-        comparison = Comparison(loaded, find_probe(configs, loaded.tokenizer, form.probe))
+        fidelity = Fidelity(loaded, find_probe(configs, loaded.tokenizer, form.probe))
     if form.imatrix:
         rows = find_probe(configs, loaded.tokenizer, form.imatrix, budget=_IMPORTANT)
         tokens = sum(len(row.ids) for row in rows.rows)
@@ -709,7 +709,7 @@ def _looked_at(
                 sums = layout.out(sums, get)
             matrix[name] = part._replace(sums=np.array(sums))
         said.append(f"importance matrix of {tokens:,} tokens in {len(rows.rows):,} rows ({rows.source})")
-    return (matrix, tokens), comparison
+    return (matrix, tokens), fidelity
 
 
 def _quantised(

@@ -240,7 +240,7 @@ def logits_of(file: Path, longest: int) -> Callable[[Sequence[int]], np.ndarray[
     return read
 
 
-class Comparison:
+class Fidelity:
     """What a model predicts in float on probe rows, for the fidelity of a file written from it.
 
     Args:

@@ -101,7 +101,7 @@ class Entry(NamedTuple):
     def outline(self, form: PackedForm | None = None) -> dict[str, mx.array]:
         """Return what `parts` returns as lazy zeros; nothing is read."""
         zeros = mx.zeros(self.shape, self.dtype)
-        return {"weight": zeros} if form is None else pack(zeros, form, self.dtype)
+        return {"weight": zeros} if form is None else pack_parts(zeros, form, self.dtype)
 
 
 def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -1216,14 +1216,14 @@ def _unpacked(kind: str, data: Any, form: PackedForm | None, dtype: mx.Dtype) ->
         if form is None and not kind.endswith("_K"):  # with the packed form's rounding: both are one model
             scales = [own["scales"], own["biases"]]
         value = mx.dequantize(weight, scales[0], scales[1], _GROUP, _AFFINE[kind])
-        return {"weight": value.astype(dtype)} if form is None else pack(value, form, dtype)
+        return {"weight": value.astype(dtype)} if form is None else pack_parts(value, form, dtype)
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     with np.errstate(all="ignore"):
         value = mx.array(dequantize(data, GGMLQuantizationType[kind]))
     if form is not None:
-        return pack(value, form, dtype)
+        return pack_parts(value, form, dtype)
     value = value.astype(dtype)
     if kind not in ("F32", "F16", "BF16"):
         _check_finite(kind, value)
@@ -1235,7 +1235,7 @@ def _check_finite(kind: str, *values: mx.array) -> None:
         raise ValueError(f"broken: a tensor in {kind} has values that are not finite")
 
 
-def pack(value: mx.array, form: PackedForm, dtype: mx.Dtype) -> dict[str, mx.array]:
+def pack_parts(value: mx.array, form: PackedForm, dtype: mx.Dtype) -> dict[str, mx.array]:
     """Quantise floats to the parameters of a packed layer, with scales and biases in `dtype`."""
     weight, *scales = mx.quantize(value, form.group_size, form.bits, mode=form.mode)
     affine = form.mode == "affine"
