@@ -1416,7 +1416,7 @@ def model_from_gguf(
     choose, layers = _chooser(file, model, bits, group_size), dict[str, PackedForm | None]()
 
     def read(path: str, entry: Entry) -> dict[str, mx.array]:
-        layers[path] = choose(path, entry)
+        layers.setdefault(path, choose(path, entry))  # one form for all tensors of a joined layer
         return entry.outline(layers[path]) if outline else entry.parts(layers[path])
 
     tensors = weights(file, settings, model, read, outline)
