@@ -573,7 +573,7 @@ _FAMILIES = (
         square=True,
         ropes=(*_LONG, "llama3"),
     ),
-    Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), square=True, ropes=_LONG, headed=True),
+    Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), ropes=_LONG, headed=True),
 )
 ARCHITECTURES = {a.model_type: a for a in _FAMILIES}
 # Other values of model_type in config.json, of models that hold one of these.

@@ -272,6 +272,7 @@ def test_parts_that_are_not_whole(parts: list[Path]) -> None:
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 0]}, "leaves out the rope of every 4th layer"),
         ("qwen3_5", {"linear_value_head_dim": 8}, "linear_value_head_dim is 8; .* linear_key_head_dim, 16"),
         ("olmo2", {"tie_word_embeddings": True}, "no olmo2 whose head is its embedding"),
+        ("olmo2", {"head_dim": 16}, "head_dim is 16; .* hidden_size together, 32"),
         ("glm4", {"rope_traditional": False}, "rope_traditional"),
         ("gemma4", {"vocab_size_per_layer_input": 200}, "vocab_size_per_layer_input"),
         ("smollm3", {"attention_bias": True}, r"no place for \(model\.layers\.4\.self_attn\.o_proj\.bias"),
