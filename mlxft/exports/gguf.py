@@ -605,9 +605,11 @@ class GgufForm:
         kind = self.kind
         if kind not in _FILE_TYPES:
             raise ExportError(f"type {kind!r} is not written as .gguf, only {', '.join(_FILE_TYPES)}")
-        if self.lora and (kind not in _FLOATS or self.imatrix or self.measure):
-            what = f"{kind}: its rows are too short to pack" if kind not in _FLOATS else "--imatrix or --measure"
-            raise ExportError(f"a .gguf adapter is written as f16, bf16 or f32, without {what}")
+        if self.lora and kind not in _FLOATS:
+            what = f"not {kind}: its rows are too short to pack"
+            raise ExportError(f"a .gguf adapter is written as f16, bf16 or f32, {what}")
+        if self.lora and (self.imatrix or self.measure):
+            raise ExportError("--imatrix and --measure are for a whole model: leave them out, or --lora")
         if not self.is_direct and find_quantiser() is None:
             known = ", ".join((*_FLOATS, *_PACKED))
             raise ExportError(f"type {kind!r} needs llama.cpp's quantiser, not found here: {HOW}. Without it: {known}")
@@ -828,7 +830,7 @@ def _model_tensors(
     if kept:
         said.append(f"{kept} layers of experts stay in {_KEPT}")
     if packed > kept:
-        said.append(f"the base is quantised: {packed - kept} layers are dequantised first")
+        said.append(f"the base is quantised: {packed - kept} layers were dequantised first")
     return tensors, said
 
 

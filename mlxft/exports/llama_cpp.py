@@ -67,16 +67,15 @@ def quantise(source: Path, out: Path, kind: str, matrix: Path | None, tell: Call
         command += [*files, *([matrix.name] if matrix else [])]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     last: list[str] = []
-    process = subprocess.Popen(command, cwd=source.parent, text=True, errors="replace", **pipes)
-    try:
-        for line in process.stdout or ():
-            last = [*last, line.strip()][-_LAST:]
-            if found := _TENSOR.search(line):
-                tell(f"llama.cpp quantises tensor {found[1]} of {found[2]}")
-        process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, cwd=source.parent, text=True, errors="replace", **pipes) as process:
+        try:
+            for line in process.stdout or ():
+                last = [*last, line.strip()][-_LAST:]
+                if found := _TENSOR.search(line):
+                    tell(f"llama.cpp quantises tensor {found[1]} of {found[2]}")
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode != 0:
         raise ExportError(f"llama.cpp failed to write {kind} (exit code {process.returncode}): {' | '.join(last)}")
 
