@@ -140,6 +140,7 @@ def test_a_family_read_back_is_the_same(case: str, tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text("utf-8"))["cases"][case]
     seen = content(first)
     assert json.loads(json.dumps(seen["settings"])) == golden["settings"]
+    assert content(second)["settings"] == seen["settings"] | {"general.name": "a"}
     assert (seen["tensors"], seen["probe"]) == (golden["tensors"], pytest.approx(golden["probe"], abs=2e-3))
 
 
