@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.model import gguf
 from mlxft.model.gguf import PRE_TOKENIZERS, pre_tokenizer_of, read_gguf_header, signature, signature_of
-from mlxft.model.load import base_fingerprint, load, load_tokenizer, read_model_config, resolve
+from mlxft.model.load import base_fingerprint, load, load_tokenizer, read_model_config, resolve, skeleton
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"
 
@@ -131,6 +131,25 @@ def test_untied_head_and_quantising_a_plain_file(tiny_model: Any, tmp_path: Path
     assert read.config["tie_word_embeddings"] is False
     assert read.model.lm_head.bits == 4
     assert read.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+def test_large_tensors_are_read_in_slices(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, as floats and packed, give what whole tensors give; settings are read without any."""
+    file = write_tiny(tiny_model, tmp_path / "a.gguf")
+    whole = [load(str(file), dtype="own", quantize=bits, group_size=32 if bits else None) for bits in (0, 4)]
+    monkeypatch.setattr(gguf, "_SLICE", 3 * 32)
+    for bits, want in zip((0, 4), whole):
+        got = load(str(file), dtype="own", quantize=bits, group_size=32 if bits else None)
+        assert got.config == want.config
+        arrays = dict(tree_flatten(want.model.parameters()))
+        assert all(mx.array_equal(value, arrays[name]) for name, value in tree_flatten(got.model.parameters()))
+    monkeypatch.setattr(gguf.np, "fromfile", None)
+    assert read_model_config(str(file))["hidden_size"] == 32
+    plan = skeleton(str(file), dtype="own", quantize=4, group_size=32)
+    shapes = {name: value.shape for name, value in tree_flatten(plan.model.parameters())}
+    assert shapes == {name: value.shape for name, value in arrays.items()}
+    with pytest.raises(ModelError, match="not callable"):
+        load(str(file))
 
 
 def test_llama3_rope_goes_into_the_config(tiny_model: Any, tmp_path: Path) -> None:
