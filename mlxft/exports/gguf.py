@@ -188,6 +188,15 @@ def _smollm3(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dic
     return {}
 
 
+def _olmo2(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    if out["attention.key_length"] * out["attention.head_count"] != out["embedding_length"]:
+        raise ExportError(
+            f"head_dim is {out['attention.key_length']}; llama.cpp has heads of an olmo2 as wide as hidden_size "
+            f"together, {out['embedding_length']}; use the fused folder"
+        )
+    return {}
+
+
 _OWN = {
     "gemma2": _gemma,
     "gemma3": _gemma,
@@ -198,6 +207,7 @@ _OWN = {
     "qwen35moe": _qwen35,
     "gpt-oss": _gpt_oss,
     "glm4moe": _glm4_moe,
+    "olmo2": _olmo2,
     "smollm3": _smollm3,
 }
 

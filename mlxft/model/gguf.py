@@ -573,7 +573,7 @@ _FAMILIES = (
         square=True,
         ropes=(*_LONG, "llama3"),
     ),
-    Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), square=True, ropes=_LONG, headed=True),
+    Architecture("olmo2", "olmo2", "Olmo2ForCausalLM", (_WIDE,), ropes=_LONG, headed=True),
 )
 ARCHITECTURES = {a.model_type: a for a in _FAMILIES}
 # Other values of model_type in config.json, of models that hold one of these.
@@ -590,7 +590,8 @@ GEMMA_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 def rope_sections(pairs: int, given: list[int] | None = None) -> list[int]:
     """Return how many of a Qwen 3.5's rotated pairs count time, height and width; all are the same for text."""
-    return [*given, 0] if given and sum(given) == pairs else [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
+    usual = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+    return [*(given if given and len(given) == 3 and sum(given) == pairs else usual), 0]
 
 
 # Layers without rope in a SmolLM 3, and layers with sliding attention in a gpt-oss, for llama.cpp.
@@ -777,7 +778,7 @@ def _qwen35(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     if file.architecture.nested:
         pairs = int(config["head_dim"] * config["partial_rotary_factor"]) // 2
         sections = file.value("rope.dimension_sections", rope_sections(pairs))
-        kind = {"type": "default", "rope_type": "default", "mrope_section": [n for n in sections if n]}
+        kind = {"type": "default", "rope_type": "default", "mrope_section": sections[:3]}
         rope = {key: config[key] for key in ("rope_theta", "partial_rotary_factor")}
         out["rope_parameters"] = kind | {"mrope_interleaved": True} | rope
     return out

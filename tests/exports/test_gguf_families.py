@@ -140,6 +140,7 @@ def test_a_family_read_back_is_the_same(case: str, tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text("utf-8"))["cases"][case]
     seen = content(first)
     assert json.loads(json.dumps(seen["settings"])) == golden["settings"]
+    assert content(second)["settings"] == seen["settings"] | {"general.name": "a"}
     assert (seen["tensors"], seen["probe"]) == (golden["tensors"], pytest.approx(golden["probe"], abs=2e-3))
 
 
@@ -272,6 +273,7 @@ def test_parts_that_are_not_whole(parts: list[Path]) -> None:
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 0]}, "leaves out the rope of every 4th layer"),
         ("qwen3_5", {"linear_value_head_dim": 8}, "linear_value_head_dim is 8; .* linear_key_head_dim, 16"),
         ("olmo2", {"tie_word_embeddings": True}, "no olmo2 whose head is its embedding"),
+        ("olmo2", {"head_dim": 16}, "head_dim is 16; .* hidden_size together, 32"),
         ("glm4", {"rope_traditional": False}, "rope_traditional"),
         ("gemma4", {"vocab_size_per_layer_input": 200}, "vocab_size_per_layer_input"),
         ("smollm3", {"attention_bias": True}, r"no place for \(model\.layers\.4\.self_attn\.o_proj\.bias"),
