@@ -13,6 +13,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from common import report
+
 from mlxft.exports.fuse import Meter, find_probe
 from mlxft.exports.gguf import export_gguf
 from mlxft.exports.llama_cpp import logits_of
@@ -25,21 +27,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="number of tokens (default: %(default)s)")
     parser.add_argument("--floats", action="store_true", help="also measure llama.cpp on the same numbers as float32")
     given = parser.parse_args()
-    print(f"{'file':24}{'KL a token':>12}{'top-1':>9}" + ("   as float32:" if given.floats else ""))
+    table = []
     for file in given.files:
         loaded = load(str(file), dtype="float32")
         meter = Meter(loaded, find_probe([], loaded.tokenizer, None, budget=given.tokens))
         own, longest = meter.read(), max(len(row.ids) for row in meter.probe.rows)
-        gap = meter.gap(own, meter.read_from(logits_of(file, longest)))
-        line = f"{file.name:24}{gap.divergence:12.2e}{gap.agreement:9.2%}"
+        line = [file.name, *meter.gap(own, meter.read_from(logits_of(file, longest)))]
         if given.floats:
             with tempfile.TemporaryDirectory() as folder:
                 plain = Path(folder) / "plain.gguf"
                 export_gguf(file, plain, kind="f32")
-                gap = meter.gap(own, meter.read_from(logits_of(plain, longest)))
-            line += f"{gap.divergence:12.2e}{gap.agreement:9.2%}"
-        print(line, flush=True)
-    print(f"{meter.probe.tokens:,} tokens each")
+                line += meter.gap(own, meter.read_from(logits_of(plain, longest)))
+        table.append(line)
+    columns = ["file", "KL a token", "same likeliest", *(["as f32: KL", "same likeliest"] if given.floats else [])]
+    report("gguf_types", columns, table, {"tokens": meter.probe.tokens})
 
 
 if __name__ == "__main__":
