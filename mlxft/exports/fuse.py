@@ -1030,7 +1030,7 @@ def convert_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "lazy": True}
     rows, plain = None, None
     if measure:  # before the other model is in memory
-        whole = load(src, dtype="own", quantize=0, **options)
+        whole = load(src, quantize=0, **options)
         rows = find_probe([], whole.tokenizer, probe)
         plain = Meter(whole, rows).read()
         del whole

@@ -1405,8 +1405,8 @@ def model_from_gguf(
 
     Args:
         bits: of the layers' weights: 0 for floats, None for the file's own where MLX has the same form. If most numbers
-            of the file have so many bits, each tensor keeps its own, but gets `bits` if it has fewer; else all are
-            quantised again.
+            of the file have so many bits, tensors keep their form where MLX has it, and others get as many bits as they
+            have, at least `bits`; else all are quantised again.
         group_size: of numbers that share a scale; None: 32 for what keeps its own bits, else 64.
         outline: read no weights; the model's arrays are lazy zeros.
     """
