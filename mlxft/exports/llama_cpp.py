@@ -43,7 +43,9 @@ def find_quantiser() -> list[str] | None:
         return [tool]
     if importlib.util.find_spec("llama_cpp") is None:
         return None
-    code = "import sys; from mlxft.exports.llama_cpp import quantise_here; quantise_here(*sys.argv[1:])"
+    # Only what this process imports from, not the folder that it works in, which may hold a stranger's files.
+    code = f"import sys; sys.path[:] = {[p for p in sys.path if p]!r}; "
+    code += "from mlxft.exports.llama_cpp import quantise_here; quantise_here(*sys.argv[1:])"
     return [sys.executable, "-c", code]
 
 
