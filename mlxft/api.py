@@ -150,35 +150,39 @@ def export(
     lora: bool = False,
     model: str | None = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> list[str]:
     """Write a run (or any model) as another program reads it.
 
     Args:
         format: peft: an adapter for PEFT; seq-cls: a reward model for transformers; gguf: one file for llama.cpp;
             ollama: a folder with such a file and a Modelfile.
-        type: of the matrices, for gguf and ollama: f32, f16, bf16 or q8_0.
+        type: of the matrices, for gguf and ollama: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and others.
         lora: for gguf, the adapter alone.
         model: the base, where the adapter does not say or it has moved.
+        options: for gguf and ollama, as the options of `mlxft export`: imatrix, measure, probe.
     Returns:
         What there is to say of it, a sentence each.
     """
     source, to = Path(_path(run)), Path(out)
-    if format in ("gguf", "ollama"):
-        from mlxft.exports.gguf import check_arguments, export_gguf
+    common: dict[str, Any] = {"model": model, "overwrite": overwrite}
+    if format == "gguf":
+        from mlxft.exports.gguf import export_gguf
+
+        return export_gguf(source, to, kind=type, lora=lora, **common, **options)
+    if format == "ollama" and not lora:
         from mlxft.exports.ollama import export_ollama
 
-        check_arguments(type, lora)
-        if format == "gguf":
-            return export_gguf(source, to, kind=type, lora=lora, model=model, overwrite=overwrite)
-        return export_ollama(source, to, kind=type, model=model, overwrite=overwrite)
-    if lora or type != "f16":
-        raise ConfigError(f"export: type and lora are for format gguf, not {format}; leave them out")
+        return export_ollama(source, to, kind=type, **common, **options)
+    if lora or type != "f16" or options:
+        named = ", ".join([*(["lora"] if lora else []), *(["type"] if type != "f16" else []), *options])
+        raise ConfigError(f"export: {named}: for format gguf, not {format}; leave it out")
     from mlxft.exports.peft import export_peft, export_seqcls
 
     writers = {"peft": export_peft, "seq-cls": export_seqcls}
     if format not in writers:
         raise ConfigError(f"export: format is {format!r}; expected peft, seq-cls, gguf or ollama")
-    return writers[format](source, to, model=model, overwrite=overwrite)
+    return writers[format](source, to, **common)
 
 
 # --- a loop of one's own ----------------------------------------------------------------------------------------------

@@ -214,9 +214,7 @@ OBJECTIVES = {
 class ModelSettings(Settings):
     """Base model to start from."""
 
-    path: str = Field(
-        description="Model: a hub id, folder, .gguf file of the llama family, or smollm2-135m.", min_length=1
-    )
+    path: str = Field(description="Model: a hub id, folder, .gguf file, or smollm2-135m.", min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights; auto is float32 on a CPU, and the model's own type on a GPU."
     )

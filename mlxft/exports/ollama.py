@@ -8,7 +8,7 @@ Source: Ollama's docs/modelfile.md and docs/template.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,22 +31,31 @@ class OllamaChat(NamedTuple):
     system: str | None  # the system prompt that the model's own template adds
 
 
-def export_ollama(run: Path, out: Path, *, kind: str, model: str | None = None, overwrite: bool = False) -> list[str]:
+def export_ollama(
+    run: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], object] = lambda text: None,
+    **form: Any,
+) -> list[str]:
     """Write the folder `out` with model.gguf and Modelfile, for `ollama create NAME -f OUT/Modelfile`.
 
     Arguments, results and errors are as for `export_gguf`, but `out` is a folder.
     """
-    gguf.check_arguments(kind)
+    wanted = gguf.GgufForm(**form)
+    wanted.check()
     check_destination(out, overwrite, "ollama")
     loaded = gguf.open_model(run, model)
     check_unused(out, [loaded.path, find_adapter(run)])
     chat = find_chat(loaded.tokenizer)
     text = modelfile(chat, stop_words(loaded.tokenizer), parameters(loaded))
     with replace_folder(out, "ollama") as part:
-        said = gguf.write_gguf(run, loaded, part / "model.gguf", kind)
+        said = gguf.write_gguf(run, loaded, part / "model.gguf", wanted, tell)
         (part / "Modelfile").write_text(text, encoding="utf-8")
     size = (out / "model.gguf").stat().st_size
-    said = [f"wrote {out} (model.gguf, {size / 1e6:,.1f} MB, {kind}; Modelfile)", *said[1:]]
+    said = [f"wrote {out} (model.gguf, {size / 1e6:,.1f} MB, {wanted.kind}; Modelfile)", *said[1:]]
     if chat.template is None:
         why = "no chat template" if chat_template(loaded.tokenizer) is None else "a chat template of its own kind"
         said.append(f"the model has {why}: the Modelfile has no TEMPLATE, and Ollama uses what it finds in model.gguf")

@@ -123,12 +123,12 @@ _BLOCK, _BLOCKS = 1 << 16, 64  # bytes, and places in a file of weights
 
 
 def sampled_digest(place: Path) -> str:
-    """Return a hash of samples of a file of weights, or of a folder's safetensors; raise OSError if one cannot be read.
+    """Return a hash of samples of a file of weights, or of all its parts, or of a folder's safetensors; raises OSError.
 
     Training and quantising change nearly all weights, so a few megabytes of each file are enough to see it.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
+    for file in sorted(place.glob("*.safetensors")) if place.is_dir() else gguf.shards(place):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
@@ -477,7 +477,7 @@ def load(
     """
     numbers = _Numbers(dtype, quantize, group_size).checked()
     source = _Source(path, revision, trust=trust_remote_code)
-    model, own = source.model()
+    model, own = source.model(numbers)
     tokenizer = source.tokenizer(chat_template, model)
     return source.finish(model, tokenizer, own, numbers, lazy)
 
@@ -501,7 +501,7 @@ def skeleton(path: str, *, dtype: str = "auto", quantize: int | None = None, gro
     """
     numbers = _Numbers(dtype, quantize, group_size).checked()
     source = _Source(path, weights=False)
-    model, own = source.model()
+    model, own = source.model(numbers)
     return source.finish(model, None, own, numbers, lazy=True)
 
 
@@ -515,7 +515,7 @@ def check_weights(path: str) -> None:
         source = _Source(path)
         if "model_file" not in source.config:
             with aside():  # new layers draw random weights
-                source.model()
+                source.model(_Numbers("own", None, None))
 
 
 class _Numbers(NamedTuple):
@@ -564,11 +564,12 @@ class _Source:
     def _metadata(self) -> contextlib.AbstractContextManager[None]:
         return foreign(f"{self._where}: its metadata cannot be used")
 
-    def model(self) -> tuple[nn.Module, Any]:
-        """Return the model with its own numbers, and the type of most of its floats."""
+    def model(self, numbers: _Numbers) -> tuple[nn.Module, Any]:
+        """Return the model with its own numbers (a .gguf file's packed as `numbers` say), and most floats' type."""
         if self._file is not None:
             with self._metadata():
-                model, self.config = gguf.model_from_gguf(self._file)
+                form, outline = (numbers.quantize or 0, numbers.group_size), not self._weights
+                model, self.config = gguf.model_from_gguf(self._file, *form, outline=outline)
                 return model, gguf.own_dtype(self._file)
         if not self._weights:
             declared = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32").rpartition(".")[2]

@@ -47,7 +47,24 @@ def test_a_run_goes_out_for_ollama(trained: str, mlxft: Command, tmp_path: Path)
 def test_what_export_refuses(trained: str, refused: Callable[..., str], tmp_path: Path) -> None:
     assert "--lora is for --format gguf" in refused(2, "export", trained, "o", "--format", "ollama", "--lora")
     assert "--format" in refused(2, "export", trained, "o")
+    assert "--imatrix is for --format gguf" in refused(2, "export", trained, "o", "--format", "peft", "--imatrix")
+    assert "--probe is for --measure" in refused(2, "export", trained, "o", "--format", "gguf", "--probe", "valid")
     (tmp_path / "mine.gguf").write_text("thesis")
     assert "exists already" in refused(2, "export", trained, "mine.gguf", "--format", "gguf")
     assert "must end in .gguf" in refused(2, "export", trained, "mine", "--format", "gguf")
     assert "ModelError" in refused(1, "export", "runs/nope", "o.gguf", "--format", "gguf")
+
+
+def test_a_file_is_converted_to_few_bits_and_measured(trained: str, mlxft: Command) -> None:
+    assert mlxft("export", trained, "a.gguf", "--format", "gguf", "--type", "q8_0").code == 0
+    done = mlxft("convert", "a.gguf", "b", "--quantize", "4", "--group-size", "32", "--measure")
+    assert (done.code, done.err) == (0, "")
+    assert "KL a token " in done.out
+    assert mlxft("generate", "--model", "a.gguf", "the in", "--max-tokens", "3").code == 0
+
+
+def test_the_types_that_are_offered() -> None:
+    from mlxft.cli.export import _TYPES
+    from mlxft.exports.gguf import _FILE_TYPES
+
+    assert sorted(_TYPES) == sorted(_FILE_TYPES)

@@ -170,3 +170,19 @@ def test_failed_rename_puts_the_old_folder_back(
         save_folder(out, tiny_model.model, tiny_model.tokenizer, tiny_model.config, overwrite=True)
     assert names(tmp_path) == ["out"]
     assert (out / "model.safetensors").is_file()
+
+
+def test_what_quantising_costs_is_measured(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In fewer bits more is lost; nothing if nothing is rounded."""
+    told = [
+        convert_model(str(tiny_model_dir), tmp_path / f"q{bits}", quantize=bits, group_size=32, measure=True)[
+            "measured"
+        ]
+        for bits in (8, 4)
+    ]
+    assert 0 < told[0]["kl"] < told[1]["kl"]
+    assert told[1]["agreement"] <= told[0]["agreement"] <= 1
+    assert (told[0]["source"], told[0]["tokens"] > 100) == ("built-in text", True)
+    (tmp_path / "rows.jsonl").write_text('{"text": "the sands of time and other sands"}\n')
+    same = convert_model(str(tiny_model_dir), tmp_path / "same", measure=True, probe=str(tmp_path / "rows.jsonl"))
+    assert (same["measured"]["kl"], same["measured"]["agreement"]) == (0, 1)

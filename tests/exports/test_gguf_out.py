@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from mlxft import __version__
 from mlxft.data.dataset import set_embedding_rows
 from mlxft.errors import ModelError
 from mlxft.exports.gguf import export_gguf, vocabulary
-from mlxft.model.gguf import ARCHITECTURES, permute, unpermute
+from mlxft.model.gguf import ARCHITECTURES, getter
+from mlxft.model.layers import dense_weight
 from mlxft.model.load import load, load_tokenizer
 from mlxft.runs import load_run
 
@@ -109,7 +111,7 @@ def repack(source: Path, out: Path, kind: str, pack: Pack | None = None) -> dict
             kinds = [*field.types, None]
             writer.add_key_value(name, field.contents(), kinds[0], kinds[1] if len(field.types) > 1 else None)
     for tensor in reader.tensors:
-        if len(tensor.shape) < 2:
+        if len(tensor.shape) < 2 or tensor.shape[0] % 32:
             writer.add_tensor(tensor.name, np.array(tensor.data))
             continue
         packed = pack(tensor.name, np.array(tensor.data))
@@ -125,17 +127,25 @@ def repack(source: Path, out: Path, kind: str, pack: Pack | None = None) -> dict
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "BF16"])
 @pytest.mark.parametrize("case", ["qwen3", "gemma3", "phi3"])
 def test_packed_files_of_others(case: str, kind: str, make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    """What the gguf package packs is read as what it unpacks, to the float16 that packed files are unpacked in."""
+    """What the gguf package packs is read as what it unpacks: in bfloat16 if that holds its scales, else in float16."""
     folder = make_model_dir(tmp_path / "m", FAMILIES[case][0], **FAMILIES[case][1])
     export_gguf(folder, tmp_path / "a.gguf", kind="f32")
     meant = repack(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
     read = load(str(tmp_path / "b.gguf"), dtype="float32").model
-    arch = ARCHITECTURES[FAMILIES[case][0].removesuffix("_text")]
+    arch = ARCHITECTURES[FAMILIES[case][0]]
     layers = {f"{arch.theirs(path, 2)}.weight": layer for path, layer in read.named_modules()}
     for name, value in meant.items():
         assert np.allclose(np.array(layers[name].weight), value, atol=1e-3), name
+    if kind != "BF16":  # the form that MLX has of the same type is the same model
+        bits = 4 if kind == "MXFP4" else int(kind[1])
+        packed = load(str(tmp_path / "b.gguf"), dtype="own", quantize=bits)
+        assert packed.config["quantization"]["bits"] == bits
+        for path, layer in packed.model.named_modules():
+            if f"{arch.theirs(path, 2)}.weight" in meant:
+                weight = layers[f"{arch.theirs(path, 2)}.weight"].weight
+                assert mx.allclose(dense_weight(layer).astype(mx.float32), weight, atol=1e-6), path
     own = load(str(tmp_path / "b.gguf"), dtype="own")
-    assert own.config["torch_dtype"] == ("bfloat16" if kind == "BF16" else "float16")
+    assert own.config["torch_dtype"] == ("bfloat16" if kind in ("BF16", "MXFP4") else "float16")
 
 
 # Where the float16 scales of a block stand, for kinds that the gguf package unpacks but does not pack.
@@ -165,8 +175,14 @@ def test_k_quants_are_what_the_gguf_package_unpacks(
     assert mx.array_equal(read.model(IDS), want.model(IDS))
     assert mx.std(want.model(IDS)).item() > 1e-2
     assert load(str(tmp_path / "b.gguf"), dtype="own").config["torch_dtype"] == "float16"
-    packed = load(str(tmp_path / "b.gguf"), dtype="own", quantize=4).model
-    assert packed.layers[0].mlp.up_proj.bits == packed.model.embed_tokens.bits == 4
+    packed = load(str(tmp_path / "b.gguf"), dtype="float32", quantize=4)
+    assert packed.config["quantization"] == {"group_size": 32 if "4" in kind else 64, "bits": 4, "mode": "affine"}
+    own = load(str(tmp_path / "b.gguf"), dtype="float32", quantize=int(re.findall("[0-9]", kind)[0]))
+    layer = own.model.layers[0].mlp.up_proj
+    back = mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits)
+    off = mx.abs(back - read.model.layers[0].mlp.up_proj.weight).max().item()
+    # K types of 4 and 5 bits lose the rounding of their scales; the others are quantised again in larger groups.
+    assert (off < 4e-4) == (kind in ("Q4_K", "Q5_K")), off
 
 
 def test_blocks_that_stand_for_no_finite_number(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -181,10 +197,11 @@ def test_blocks_that_stand_for_no_finite_number(make_model_dir: Callable[..., Pa
 
 def test_rows_turn_there_and_back() -> None:
     """Heads of 4 rows: halves (0 1 | 2 3) become neighbours 0 2 1 3, as convert_hf_to_gguf.py has it."""
-    rows = mx.arange(8)[:, None] * mx.ones((1, 3))
-    turned = permute(rows, 2)
+    rows, get = mx.arange(8)[:, None] * mx.ones((1, 3)), getter({"num_attention_heads": 2})
+    (layout,) = ARCHITECTURES["llama"].layouts("blk.0.attn_q.weight")
+    turned = layout.out(rows, get)
     assert turned[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert mx.array_equal(unpermute(turned, 2), rows)
+    assert mx.array_equal(layout.back(turned, get), rows)
 
 
 def test_metadata_of_a_llama(make_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -259,7 +276,7 @@ def test_a_packed_base_is_dequantised(make_model_dir: Callable[..., Path], tmp_p
     convert_model(str(make_model_dir(tmp_path / "m", "llama", **WIDE)), tmp_path / "q", quantize=4, group_size=32)
     adapted = save_adapter(tmp_path / "q", tmp_path / "adapter")
     said = export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32")
-    assert any("the base is quantised: 15 layers were dequantised" in line for line in said)
+    assert any("the base is quantised: 15 layers were dequantised first" in line for line in said)
     read = load(str(tmp_path / "a.gguf"), dtype="float32").model
     assert mx.allclose(read(IDS), adapted(IDS), atol=2e-4)
 

@@ -130,8 +130,8 @@ def test_the_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ConfigError, match="is not a folder for Ollama that this version of mlxft made"):
         export_ollama(tiny_model_dir, tmp_path / "mine", kind="f16", overwrite=True)
-    with pytest.raises(ExportError, match="type 'q4_0' is not written"):
-        export_ollama(tiny_model_dir, tmp_path / "other", kind="q4_0")
+    with pytest.raises(ExportError, match="type 'q4' is not written"):
+        export_ollama(tiny_model_dir, tmp_path / "other", kind="q4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "tiny"]
 
 

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlxft.errors import ModelError
 from mlxft.model import gguf
 from mlxft.model.gguf import PRE_TOKENIZERS, pre_tokenizer_of, read_gguf_header, signature, signature_of
-from mlxft.model.load import base_fingerprint, load, load_tokenizer, read_model_config, resolve
+from mlxft.model.load import base_fingerprint, load, load_tokenizer, read_model_config, resolve, skeleton
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "smollm2_chat.json"
 
@@ -100,8 +100,8 @@ def test_smollm2_packed_as_in_the_file(smollm2: Any) -> None:
     back = mx.dequantize(layer.weight, layer.scales, layer.biases, 32, 4)
     assert mx.array_equal(back.astype(mx.float32), plain.weight)
     assert base_fingerprint(packed) == base_fingerprint(smollm2)
-    with pytest.raises(ModelError, match="already, to 4 bits, and cannot go to 8"):
-        load("smollm2-135m", quantize=8)
+    # Other bits than most of the file has: all of it is quantised again.
+    assert load("smollm2-135m", quantize=8).config["quantization"] == {"group_size": 64, "bits": 8, "mode": "affine"}
 
 
 def test_file_and_folder_are_one_model(tiny_model: Any, tmp_path: Path) -> None:
@@ -131,6 +131,25 @@ def test_untied_head_and_quantising_a_plain_file(tiny_model: Any, tmp_path: Path
     assert read.config["tie_word_embeddings"] is False
     assert read.model.lm_head.bits == 4
     assert read.config["quantization"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+def test_large_tensors_are_read_in_slices(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows at a time, as floats and packed, give what whole tensors give; settings are read without any."""
+    file = write_tiny(tiny_model, tmp_path / "a.gguf")
+    whole = [load(str(file), dtype="own", quantize=bits, group_size=32 if bits else None) for bits in (0, 4)]
+    monkeypatch.setattr(gguf, "_SLICE", 3 * 32)
+    for bits, want in zip((0, 4), whole):
+        got = load(str(file), dtype="own", quantize=bits, group_size=32 if bits else None)
+        assert got.config == want.config
+        arrays = dict(tree_flatten(want.model.parameters()))
+        assert all(mx.array_equal(value, arrays[name]) for name, value in tree_flatten(got.model.parameters()))
+    monkeypatch.setattr(gguf.np, "fromfile", None)
+    assert read_model_config(str(file))["hidden_size"] == 32
+    plan = skeleton(str(file), dtype="own", quantize=4, group_size=32)
+    shapes = {name: value.shape for name, value in tree_flatten(plan.model.parameters())}
+    assert shapes == {name: value.shape for name, value in arrays.items()}
+    with pytest.raises(ModelError, match="not callable"):
+        load(str(file))
 
 
 def test_llama3_rope_goes_into_the_config(tiny_model: Any, tmp_path: Path) -> None:
@@ -174,7 +193,8 @@ def test_bos_and_user_defined_tokens(tiny_model: Any, tmp_path: Path) -> None:
         ({"tokenizer.ggml.model": "llama"}, r"no tokenizer\.ggml\.scores"),
         ({"tokenizer.ggml.pre": "falcon"}, r"pre-tokenizer 'falcon' is unknown; expected one of smollm"),
         ({"tokenizer.ggml.pre": None}, r"pre-tokenizer 'none' is unknown"),
-        ({"llama.expert_count": 8}, "mixture of experts"),
+        ({"llama.expert_count": 8}, r"no llama\.expert_used_count"),
+        ({"general.architecture": "qwen3", "qwen3.expert_count": 8}, "a mixture of experts of qwen3 is not read"),
         ({"llama.rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ({"llama.context_length": None}, r"no llama\.context_length"),
         ({"llama.attention.head_count": [4, 2]}, "expected a whole number"),
