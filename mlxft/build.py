@@ -37,12 +37,14 @@ from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepar
 from mlxft.model.cpu import quicker
 from mlxft.model.heads import find_head, head_of, without_head
 from mlxft.model.layers import (
+    LowRank,
     aside,
     checkpoint_layers,
     dropouts,
     is_checkpointed,
     limits,
     probing,
+    unrounded,
     watch_routers,
     without_dropout,
 )
@@ -397,6 +399,9 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: B
     def needed(section: str, **changes: Any) -> int:
         return plan_batches(_with(config, section, **changes), model, shapes, around)[0].needed
 
+    if any(isinstance(m, LowRank) and m.form for m in model.modules()):
+        with unrounded(model):
+            others["weights that are not rounded (no tune.quantize_aware)"] = needed("tune")
     if config.batch.pack and planned_backend() != "cpu":
         name = "batches as large of rows that are not packed, whose attention is fused"
         others[name] = needed("batch", pack=False)

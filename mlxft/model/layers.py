@@ -173,20 +173,29 @@ class Form:
         Rounded again, a base would lose more than a small update adds: the groups' ranges are no longer those of its
         first rounding. So a base that has this form keeps its scales and biases. Its numbers lie on their grid, where
         the nearest one to a small update is none: each is rounded up or down with odds by its distance to both, by a
-        noise that is always the same. So the mean of many is the update, and what has no update stays as it is.
+        noise that is always the same. So the mean of many is the update, and what has no update stays as it is. A group
+        that its update takes more than half a step out of its range gets a wider grid and the nearest numbers.
         """
         base = adapted.base
         if form_of(base) != self or self.mode != "affine":
             weight = adapted.adapted_weight().astype(dense_weight(base).dtype)
             return tuple(mx.quantize(weight, self.group_size, self.bits, mode=self.mode))
-        scales = base.scales[..., None].astype(mx.float32)
+        most, kind = 2**self.bits - 1, base.scales.dtype
+        scales, biases = (each[..., None].astype(mx.float32) for each in (base.scales, base.biases))
         ones, zeros = mx.ones(base.scales.shape), mx.zeros(base.scales.shape)
         numbers = mx.dequantize(base.weight, ones, zeros, self.group_size, self.bits).reshape(*scales.shape[:-1], -1)
-        change = shift(adapted).reshape(numbers.shape) / mx.where(scales == 0, mx.inf, scales)
+        numbers = numbers + shift(adapted).reshape(numbers.shape) / mx.where(scales == 0, mx.inf, scales)
+        low = mx.minimum(numbers.min(axis=-1, keepdims=True) + 0.5, 0)
+        high = mx.maximum(numbers.max(axis=-1, keepdims=True) - 0.5, most)
+        wider = (low < 0) | (high > most)
+        new_scales = mx.where(wider, scales * (high - low) / most, scales).astype(kind)
+        new_biases = mx.where(wider, biases + scales * low, biases).astype(kind)
+        again = (numbers * scales + (biases - new_biases.astype(mx.float32))) / new_scales.astype(mx.float32) + 0.5
         # Not quite 0 or 1, so that a number without an update, exact to some 1e-6 of a step, is never changed.
         noise = mx.random.uniform(2.0**-16, 1 - 2.0**-16, numbers.shape, key=mx.random.key(0))
-        found = mx.clip(mx.floor(numbers + change + noise), 0, 2**self.bits - 1)
-        return _packed(found.reshape(*base.weight.shape[:-1], -1), self.bits), base.scales, base.biases
+        found = mx.clip(mx.floor(mx.where(wider, again, numbers + noise)), 0, most)
+        packed = _packed(found.reshape(*base.scales.shape[:-1], -1), self.bits)
+        return packed, new_scales.squeeze(-1), new_biases.squeeze(-1)
 
 
 FLOAT = Form(0)
