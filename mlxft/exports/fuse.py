@@ -55,7 +55,7 @@ from mlxft.model.heads import (
     read_scores,
     without_head,
 )
-from mlxft.model.layers import FLOAT, QUANTIZED, Form, LowRank, dense_weight, form_of, plain_layer, shift
+from mlxft.model.layers import FLOAT, QUANTIZED, WeightForm, LowRank, dense_weight, form_of, plain_layer, shift
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
@@ -217,13 +217,23 @@ def _alone(sources: Sequence[_Source]) -> bool:
     return len(sources) == 1 and sources[0].weight == 1.0
 
 
-def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
+def _trained_for(sources: Sequence[_Source]) -> tuple[int | None, list[str]]:
+    """Return the bits for which what is fused was trained quantisation-aware, if it was, and notes about that."""
+    if not _alone(sources):
+        said = "was trained for {} bits alone: merged, its update is rounded again"
+        return None, [f"{s.folder} {said.format(s.aware)}" for s in sources if s.aware]
+    aware, said = sources[0].aware, "trained for {} bits (tune.quantize_aware): the adapted model is the rounded one"
+    return aware, [said.format(aware)] if aware else []
+
+
+def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> list[LowRank]:
     fingerprint = base_fingerprint(loaded)
     if _alone(sources):
         load_adapter(loaded.model, sources[0].folder, fingerprint)
     else:
         merge_adapters(loaded.model, [(s.folder, s.weight) for s in sources], fingerprint)
     loaded.model.eval()
+    return list(_low_rank(loaded.model).values())
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
@@ -573,21 +583,22 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 # --- precision --------------------------------------------------------------------------------------------------------
 # The bits of each fused layer: the fewest that keep as much of the adaptation as --keep asks for.
 #
-# Fusing into a quantised base rounds again, and a layer's rounding may be larger than its update. The noise of a form
+# Fusing into a quantised base rounds again, and a layer's rounding may be larger than its update; least on the base's
+# own grid (`WeightForm.rounded`), and none where the layer was trained so. The noise of a form
 # is the relative error of the layer's weight. A step gives one layer more bits; sorted by noise per byte, the steps
 # lead from all layers as the base is to all in float, and bisection finds how many of them are needed.
 
 _BITS = (2, 3, 4, 5, 6, 8)
 
 
-_Forms = dict[str, Form]  # path of a fused layer -> its form
+_Forms = dict[str, WeightForm]  # path of a fused layer -> its form
 
 
 def _low_rank(model: nn.Module) -> dict[str, LowRank]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
 
 
-def _form(base: nn.Module, bits: int | None = None) -> Form | None:
+def _form(base: nn.Module, bits: int | None = None) -> WeightForm | None:
     """Return `form_of`; what is not quantised stays so."""
     return form_of(base, bits) if isinstance(base, QUANTIZED) else FLOAT
 
@@ -632,16 +643,16 @@ def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str
 def standins(model: nn.Module, forms: _Forms) -> dict[str, nn.Module]:
     """Return the fused layers in these forms, each computed at each use."""
 
-    def standin(layer: LowRank, form: Form) -> _Standin:
+    def standin(layer: LowRank, form: WeightForm) -> _Standin:
         return _Standin(layer.base, lambda: dense_weight(form.layer(layer)))
 
     return {path: standin(layer, forms[path]) for path, layer in _low_rank(model).items() if path in forms}
 
 
-def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, Form]]]:
+def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, WeightForm]]]:
     """Return all fused layers as their bases are, and single steps up, the one with most noise per byte first."""
     start: _Forms = {}
-    steps: list[tuple[float, str, Form]] = []
+    steps: list[tuple[float, str, WeightForm]] = []
     for path, module in _low_rank(model).items():
         base, own = module.base, _form(module.base)
         assert own is not None
@@ -650,7 +661,7 @@ def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, Form]]]:
             continue
         start[path] = own
         weight = module.adapted_weight()
-        points: list[tuple[Form, int, float]] = []
+        points: list[tuple[WeightForm, int, float]] = []
         for bits in (own.bits, *(bits for bits in _BITS if bits > own.bits), 0):
             if (form := _form(base, bits)) is not None:
                 layer = form.layer(module)
@@ -844,7 +855,7 @@ def _fused_config(loaded: Loaded, forms: _Forms, dequantize: bool) -> dict[str, 
         for path, form in forms.items():
             own = quantization.get(path)
             before = own if isinstance(own, dict) else {**quantization, "bits": 0} if own is False else quantization
-            was = Form(before["bits"], before["group_size"], before.get("mode", "affine"))
+            was = WeightForm(before["bits"], before["group_size"], before.get("mode", "affine"))
             if form.same or form == was or (form.bits == was.bits == 0):
                 continue
             own = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
@@ -890,13 +901,7 @@ def fuse_sources(
     tell("loading the base")
     loaded, notes = load_shared_base(sources, model or base)
     check_unused(out, [loaded.path, *(source.folder for source in sources)])
-    aware = sources[0].aware if _alone(sources) else None
-    if aware:
-        notes.append(f"trained for {aware} bits (tune.quantize_aware): the adapted model is the one that is rounded so")
-    else:
-        notes += [
-            f"{s.folder} was trained for {s.aware} bits, alone: merged, it is rounded anew" for s in sources if s.aware
-        ]
+    aware, said = _trained_for(sources)
     if (dequantize or bits) and not (aware or any(isinstance(m, QUANTIZED) for m in loaded.model.modules())):
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
     check_space(out, 0 if dequantize else weight_bytes(loaded.model) // 2)
@@ -904,7 +909,7 @@ def fuse_sources(
     meter = _Meter(loaded, _find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None))
     tell("measuring the base")
     before = meter.read()
-    _attach_sources(loaded, sources)
+    layers = _attach_sources(loaded, sources)
     tell("measuring the adapted model")
     adapted = meter.read()
     whole = meter.gap(adapted, before)
@@ -920,15 +925,14 @@ def fuse_sources(
         kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
         return Trial(name, size, gap, kept, forms)
 
-    adapted_layers = _low_rank(loaded.model).values()
-    if dequantize or bits or aware or not any(isinstance(m.base, QUANTIZED) for m in adapted_layers):
+    if dequantize or bits or aware or not any(isinstance(m.base, QUANTIZED) for m in layers):
         trials = [measure(uniform(loaded.model, 0 if dequantize else bits))]
     else:
         tell("measuring each layer")
         trials = _search(loaded.model, measure, keep)
     chosen = min((t for t in trials if t.meets(keep)), key=lambda t: t.bytes, default=None)
     chosen = chosen or max(trials, key=lambda t: t.kept or 0.0)
-    notes += meter.probe.notes
+    notes += [*said, *meter.probe.notes]
     fused = Fused(out, sources, meter.probe, meter.scores, whole, trials, chosen, keep, notes)
     if not chosen.meets(keep) and not force:
         raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, bits)]), fused)

@@ -150,7 +150,7 @@ def dense_weight(base: nn.Module, exact: bool = False) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightForm:
     """How an adapted weight is written; 0 bits: float. `same`: as the base is, because its update is zero."""
 
     bits: int
@@ -198,18 +198,18 @@ class Form:
         return packed, new_scales.squeeze(-1), new_biases.squeeze(-1)
 
 
-FLOAT = Form(0)
+FLOAT = WeightForm(0)
 
 
-def form_of(base: nn.Module, bits: int | None = None) -> Form | None:
+def form_of(base: nn.Module, bits: int | None = None) -> WeightForm | None:
     """Return the form of a layer, or the one with other bits; None if its width does not divide into groups."""
-    own = Form(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
+    own = WeightForm(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
     if bits in (None, own.bits):
         return own
     width = dense_weight(base).shape[-1]
     # Other modes have few widths: affine replaces them.
     groups = (own.group_size if own.mode == "affine" else 32,) if own.bits else (64, 32)
-    return next((Form(bits or 0, size) for size in groups if width % size == 0), None)
+    return next((WeightForm(bits or 0, size) for size in groups if width % size == 0), None)
 
 
 def _packed(numbers: mx.array, bits: int) -> mx.array:
@@ -221,7 +221,7 @@ def _packed(numbers: mx.array, bits: int) -> mx.array:
     return used.reshape(*numbers.shape[:-1], -1).view(mx.uint32)
 
 
-def _packed_layer(base: nn.Module, form: Form, arrays: Sequence[mx.array]) -> nn.Module:
+def _packed_layer(base: nn.Module, form: WeightForm, arrays: Sequence[mx.array]) -> nn.Module:
     """Return a quantised layer of the kind of `base`, with its bias."""
     plain = (nn.Linear, nn.Embedding, SwitchLinear)
     kind = next((packed for each, packed in zip(plain, QUANTIZED) if isinstance(base, (each, packed))), QUANTIZED[0])
@@ -252,7 +252,7 @@ class LowRank(nn.Module):
         self.dropout = Dropout(p=dropout)
         # Underscored, so that it is part of the state that a compiled function reads, but not a parameter.
         self._scale = mx.array(scale, dtype=mx.float32)
-        self.form: Form | None = None
+        self.form: WeightForm | None = None
         self._held: tuple[mx.array, ...] | None = None
 
     @property
