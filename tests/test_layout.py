@@ -53,7 +53,8 @@ BUDGET = {
     # Sizes by the rows, notes on what can hardly learn, extended runs; pairs in mlxft eval, evaluations side by side.
     # api.py: what a training loop of one's own is made of (examples/); data.stream, data.mix; lifeline.py, launch.py:
     # how ranks on several Macs are started, and learn of each other's end.
-    # build.py: what rounding takes. config.py: data.format: auto, several files of rows; runs.py: where a model's name leads; foreign.py: other tools.
+    # config.py: data.format: auto, several files of rows; runs.py: where a model's name leads; foreign.py: other tools.
+    # build.py: what rounding takes.
     "top": (18, 9445),
     # streaming and mixtures: rows on the disk, plans as arrays, an epoch of several sources. formats.py: which format
     # and which columns rows have, by what people call them; sources.py: tables, spreadsheets, texts, exported chats.

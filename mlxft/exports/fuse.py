@@ -55,7 +55,7 @@ from mlxft.model.heads import (
     read_scores,
     without_head,
 )
-from mlxft.model.layers import FLOAT, QUANTIZED, WeightForm, LowRank, dense_weight, form_of, plain_layer, shift
+from mlxft.model.layers import FLOAT, QUANTIZED, LowRank, WeightForm, dense_weight, form_of, plain_layer, shift
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
