@@ -33,16 +33,18 @@ from mlxft.device import (
 )
 from mlxft.distributed import MESSAGE, Network, Ranks
 from mlxft.errors import ConfigError, ModelError
-from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, select_targets
+from mlxft.model.adapters import LoRASpec, load_adapter, prepare_adapter, prepare_full, round_as, select_targets
 from mlxft.model.cpu import quicker
 from mlxft.model.heads import find_head, head_of, without_head
 from mlxft.model.layers import (
+    LowRank,
     aside,
     checkpoint_layers,
     dropouts,
     is_checkpointed,
     limits,
     probing,
+    unrounded,
     watch_routers,
     without_dropout,
 )
@@ -161,7 +163,7 @@ def prepare(config: Config, loaded: Loaded) -> LoRASpec | None:
         return None
     dora = tune.method == "dora"
     paths = select_targets(model, tune.targets, tune.layers, dora)
-    spec = LoRASpec(tuple(paths), tune.rank, tune.multiplier, tune.dropout, dora)
+    spec = LoRASpec(tuple(paths), tune.rank, tune.multiplier, tune.dropout, dora, tune.quantize_aware)
     prepare_adapter(model, spec, tune.train)
     return spec
 
@@ -176,7 +178,16 @@ def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
             "model.adapter: only low-rank adapters can be trained further; fuse it and train the fused model"
         )
     mine = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "method": "dora" if spec.dora else "lora"}
-    given = config.tune.model_fields_set
+    given, bits = config.tune.model_fields_set, config.tune.quantize_aware
+    if spec.quantize_aware is not None:
+        mine["quantize_aware"] = spec.quantize_aware
+    elif bits is not None:
+        if spec.dropout:
+            raise ConfigError(
+                f"tune.quantize_aware: {folder} has dropout {spec.dropout:g}, which goes with no rounding"
+            )
+        round_as(loaded.model, bits)
+        spec = replace(spec, quantize_aware=bits)
     wrong = [k for k, v in mine.items() if k in given and getattr(config.tune, k) not in (None, v)]
     wrong += [k for k in ("targets", "layers", "alpha", "rslora", "train") if k in given]
     if wrong:
@@ -388,6 +399,9 @@ def planned(config: Config, model: nn.Module, shapes: Sequence[Shape], around: B
     def needed(section: str, **changes: Any) -> int:
         return plan_batches(_with(config, section, **changes), model, shapes, around)[0].needed
 
+    if any(isinstance(m, LowRank) and m.form for m in model.modules()):
+        with unrounded(model):
+            others["weights that are not rounded (no tune.quantize_aware)"] = needed("tune")
     if config.batch.pack and planned_backend() != "cpu":
         name = "batches as large of rows that are not packed, whose attention is fused"
         others[name] = needed("batch", pack=False)

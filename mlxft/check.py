@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlxft.build import (
     base_skeleton,
     check_memory,
     full_logits,
+    gradient_seconds,
     is_open,
     learning_notes,
     load_base,
@@ -36,7 +37,7 @@ from mlxft.device import Backend, elsewhere, in_use, planning_for
 from mlxft.distributed import Network
 from mlxft.errors import ModelError
 from mlxft.files import check_writable
-from mlxft.model.layers import aside, limits
+from mlxft.model.layers import LowRank, aside, limits, unrounded
 from mlxft.model.load import NotBeforeLoading, check_weights, load_tokenizer
 from mlxft.model.logits import refuse_states
 from mlxft.model.memory import ShapeSplit
@@ -64,6 +65,7 @@ class TimedSteps:
         peak: measured peak memory in bytes.
         steps: of the run.
         rollout: seconds of one rollout by phase; empty for off-policy objectives.
+        rounding: how many times as long a gradient takes with tune.quantize_aware; None: nothing is rounded.
     """
 
     seconds: float
@@ -71,6 +73,7 @@ class TimedSteps:
     peak: int
     steps: int
     rollout: dict[str, float] = field(default_factory=dict)
+    rounding: float | None = None
 
     def on(self, ranks: int, carried: Traffic, network: Network) -> float:
         """Return the expected seconds on so many machines like this one."""
@@ -79,6 +82,7 @@ class TimedSteps:
     def to_json(self) -> dict[str, Any]:
         """Return the measurements as JSON."""
         found: dict[str, Any] = {"expected_s": self.seconds, "tokens_per_s": self.tokens_per_s}
+        found |= {"rounding": self.rounding} if self.rounding is not None else {}
         return found | {"measured_peak": self.peak} | ({"rollout": self.rollout} if self.rollout else {})
 
     def lines(self, predicted: int | None) -> list[str]:
@@ -88,6 +92,7 @@ class TimedSteps:
         return [
             f"time: about {duration(self.seconds)} at {self.tokens_per_s:,.0f} tokens/s, without validation and saving",
             *([f"one rollout: {phases}"] if phases else []),
+            *([f"tune.quantize_aware: {self.rounding:.2f} times the time of a gradient"] if self.rounding else []),
             f"measured peak memory: {amount(self.peak)}{beside}",
         ]
 
@@ -130,8 +135,9 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     with limits(config.memory.limit, config.memory.cache):
         few = None if rolled else _few_steps(objective, loaded.model)
         Loop(loaded.model, objective, optimizer, config, count, Progress(), hooks, few).run()
+    peak, times = mx.get_peak_memory(), _rounding_times(config, loaded.model, objective)
     if rolled:
-        return _of_rollout(events, total / count, mx.get_peak_memory(), total)
+        return replace(_of_rollout(events, total / count, peak, total), rounding=times)
     first, last = events[0], events[-1]
     seconds = last["elapsed_s"] - first["elapsed_s"]
     tokens_per_s = (last["tokens"] - first["tokens"]) / seconds
@@ -140,7 +146,16 @@ def timed_steps(config: Config, objective: Objective, correct: bool) -> TimedSte
     per_step = (
         objective.summary().counts["tokens"] / steps if steps else (last["tokens"] - first["tokens"]) / (_STEPS - 1)
     )
-    return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, mx.get_peak_memory(), total)
+    return TimedSteps(total * per_step / tokens_per_s, tokens_per_s, peak, total, rounding=times)
+
+
+def _rounding_times(config: Config, model: nn.Module, objective: Objective) -> float | None:
+    """Return how many times as long a gradient of the largest batch takes with rounded weights as without."""
+    if not (any(isinstance(m, LowRank) and m.form for m in model.modules()) and objective.largest(model)):
+        return None
+    rounded = gradient_seconds(config, model, objective, objective.compiled)
+    with unrounded(model):
+        return rounded / gradient_seconds(config, model, objective, objective.compiled)
 
 
 def _of_rollout(events: list[Event], rollouts: float, peak: int, total: int) -> TimedSteps:
@@ -382,4 +397,5 @@ def trains(config: Config) -> str:
         return f"{base}{', but not ' + ', '.join(t.freeze) if t.freeze else ''}"
     targets = t.targets if isinstance(t.targets, str) else ", ".join(t.targets)
     whole = f", and in full: {', '.join(t.train)}" if t.train else ""
-    return f"{t.method} of rank {t.rank}, scale {t.multiplier:g}, on {targets}{where}{whole}"
+    aware = f", rounded to {t.quantize_aware} bits" if t.quantize_aware else ""
+    return f"{t.method} of rank {t.rank}, scale {t.multiplier:g}, on {targets}{where}{aware}{whole}"

@@ -235,6 +235,9 @@ class ModelSettings(Settings):
         return self
 
 
+LOW_RANK = ("rank", "scale", "alpha", "rslora", "dropout", "lora_plus", "quantize_aware", "targets")
+
+
 class TuneSettings(Settings):
     """Parameters that are trained, and how."""
 
@@ -248,6 +251,12 @@ class TuneSettings(Settings):
     )
     rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) (Kalajdzievski 2023).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update; only sft uses it.")
+    quantize_aware: Literal[2, 3, 4, 5, 6, 8] | None = Field(
+        None,
+        description="Train quantisation-aware: adapted layers compute with the adapted weight rounded to this many "
+        "bits, as mlxft fuse then writes it, and the gradient goes straight through the rounding. A base with as many "
+        "bits keeps its scales; groups are the base's, or 64 weights on a float base (default: no rounding).",
+    )
     lora_plus: float | None = Field(
         None,
         ge=1,
@@ -287,12 +296,16 @@ class TuneSettings(Settings):
     def _consistent(self) -> TuneSettings:
         given = self.model_fields_set
         if self.method == "full":
-            low_rank = sorted({"rank", "scale", "alpha", "rslora", "dropout", "lora_plus", "targets"} & given)
+            low_rank = sorted(set(LOW_RANK) & given)
             if low_rank:
                 raise ValueError(f"method full has no {', '.join(low_rank)}; leave this out, or use lora or dora")
         elif self.freeze:
             raise ValueError(
                 f"freeze needs method full; with {self.method} the base is frozen (choose by targets and layers)"
+            )
+        if self.quantize_aware is not None and self.dropout:
+            raise ValueError(
+                "dropout acts on the update alone, and quantize_aware rounds it together with its base; leave out one"
             )
         if self.scale is not None and (self.alpha is not None or self.rslora):
             other = "alpha" if self.alpha is not None else "rslora"
@@ -792,6 +805,10 @@ class Config(Settings):
             raise ValueError(
                 f"distributed.shard: optimizer is for tune.method: full; the optimiser state of {method} is small and "
                 "stays whole on every rank: leave it out, or choose base"
+            )
+        if shard == "base" and self.tune.quantize_aware is not None:
+            raise ValueError(
+                "tune.quantize_aware: rounds whole weights, and distributed.shard: base cuts them; leave out one"
             )
         if shard == "base" and self.memory.checkpoint == "off":
             raise ValueError("memory.checkpoint: off; with distributed.shard: base blocks are always checkpointed")

@@ -55,7 +55,7 @@ from mlxft.model.heads import (
     read_scores,
     without_head,
 )
-from mlxft.model.layers import QUANTIZED, LowRank, dense_weight, plain_layer, shift
+from mlxft.model.layers import FLOAT, QUANTIZED, LowRank, WeightForm, dense_weight, form_of, plain_layer, shift
 from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
@@ -74,12 +74,14 @@ class _Source:
         weight: multiplier of its update.
         base: what it notes about its base (see `base_noted`).
         config: the recipe of its run, if known.
+        aware: bits for which it was trained quantisation-aware, if it was.
     """
 
     folder: Path
     weight: float = 1.0
     base: dict[str, Any] = field(default_factory=dict)
     config: Config | None = None
+    aware: int | None = None
 
     @property
     def form(self) -> str:
@@ -163,7 +165,8 @@ def _is_run(path: Path) -> bool:
 
 def _source(path: Path, weight: float) -> _Source:
     folder = adapter_of(path)
-    return _Source(folder, weight, base_noted(read_adapter_config(folder)), recipe_of(path))
+    adapter = read_adapter_config(folder)
+    return _Source(folder, weight, base_noted(adapter), recipe_of(path), adapter.get("mlxft", {}).get("quantize_aware"))
 
 
 def recipe_of(path: Path) -> Config | None:
@@ -214,13 +217,27 @@ def load_shared_base(sources: Sequence[_Source], model: str | None) -> tuple[Loa
     return loaded, [f"the adapters were trained on several forms of the base ({trained}); merged on {on}: {way}"]
 
 
-def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> None:
+def _alone(sources: Sequence[_Source]) -> bool:
+    return len(sources) == 1 and sources[0].weight == 1.0
+
+
+def _trained_for(sources: Sequence[_Source]) -> tuple[int | None, list[str]]:
+    """Return the bits for which what is fused was trained quantisation-aware, if it was, and notes about that."""
+    if not _alone(sources):
+        said = "was trained for {} bits alone: merged, its update is rounded again"
+        return None, [f"{s.folder} {said.format(s.aware)}" for s in sources if s.aware]
+    aware, said = sources[0].aware, "trained for {} bits (tune.quantize_aware): the adapted model is the rounded one"
+    return aware, [said.format(aware)] if aware else []
+
+
+def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> list[LowRank]:
     fingerprint = base_fingerprint(loaded)
-    if len(sources) == 1 and sources[0].weight == 1.0:
+    if _alone(sources):
         load_adapter(loaded.model, sources[0].folder, fingerprint)
     else:
         merge_adapters(loaded.model, [(s.folder, s.weight) for s in sources], fingerprint)
     loaded.model.eval()
+    return list(_low_rank(loaded.model).values())
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
@@ -580,65 +597,56 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     The function stays the same, all forms of a model are measured with the same arithmetic, and on a CPU it is 10
     times as fast as products of packed weights.
     """
-    packed = {path: m for path, m in model.named_modules() if isinstance(m, QUANTIZED)}
-    with standing_in(model, {path: Standin(m, partial(dense_weight, m)) for path, m in packed.items()}):
+    aware = standins(model, {path: m.form for path, m in _low_rank(model).items() if m.form is not None})
+    inside = tuple(f"{path}." for path in aware)
+    packed = {
+        path: Standin(m, partial(dense_weight, m))
+        for path, m in model.named_modules()
+        if isinstance(m, QUANTIZED) and not path.startswith(inside)
+    }
+    with standing_in(model, packed | aware):
         yield
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
 # The bits of each fused layer: the fewest that keep as much of the adaptation as --keep asks for.
 #
-# Fusing into a quantised base rounds again, and a layer's rounding may be larger than its update. The noise of a form
+# Fusing into a quantised base rounds again, and a layer's rounding may be larger than its update; least on the base's
+# own grid (`WeightForm.rounded`), and none where the layer was trained so. The noise of a form
 # is the relative error of the layer's weight. A step gives one layer more bits; sorted by noise per byte, the steps
 # lead from all layers as the base is to all in float, and bisection finds how many of them are needed.
 
 _BITS = (2, 3, 4, 5, 6, 8)
 
 
-class _Form(NamedTuple):
-    """How a fused layer is written; 0 bits: float. `same`: as the base is, because its update is zero."""
-
-    bits: int
-    group_size: int = 0
-    mode: str = "affine"
-    same: bool = False
-
-    def layer(self, base: nn.Module, weight: mx.array) -> nn.Module:
-        """Return the layer with `weight`, float32, in this form; nothing is computed yet."""
-        if self.same:
-            return base
-        dense = plain_layer(base, weight.astype(dense_weight(base).dtype))
-        return dense.to_quantized(self.group_size, self.bits, mode=self.mode) if self.bits else dense
-
-
-FLOAT = _Form(0)
-_Forms = dict[str, _Form]  # path of a fused layer -> its form
+_Forms = dict[str, WeightForm]  # path of a fused layer -> its form
 
 
 def _low_rank(model: nn.Module) -> dict[str, LowRank]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LowRank)}
 
 
-def _form(base: nn.Module, bits: int | None = None) -> _Form | None:
-    """Return the form of `base`, or the one with other bits; None if its width does not divide into groups."""
-    if bits == 0 or not isinstance(base, QUANTIZED):
-        return FLOAT
-    own = _Form(base.bits, base.group_size, base.mode)
-    if bits in (None, own.bits):
-        return own
-    groups = own.group_size if own.mode == "affine" else 32  # other modes have few widths: affine replaces them
-    return _Form(bits or 0, groups) if dense_weight(base).shape[-1] % groups == 0 else None
+def _form(base: nn.Module, bits: int | None = None) -> WeightForm | None:
+    """Return `form_of`; what is not quantised stays so."""
+    return form_of(base, bits) if isinstance(base, QUANTIZED) else FLOAT
 
 
 def uniform(model: nn.Module, bits: int | None) -> _Forms:
     """Return one form for all fused layers: None as the base is, 0 float, else this many bits if it is quantised.
+
+    Layers that were trained quantisation-aware have the form of their training, or are float.
 
     Raises:
         ExportError: a layer cannot have this many bits.
     """
     forms: _Forms = {}
     for path, module in _low_rank(model).items():
-        form = _form(module.base, bits)
+        form = _form(module.base, bits) if module.form is None or bits == 0 else module.form
+        if module.form is not None and bits not in (None, 0, module.form.bits):
+            raise ExportError(
+                f"--bits {bits}: was trained for {module.form.bits} bits (tune.quantize_aware), and other bits would "
+                "round its weights again; leave --bits out, or use --dequantize"
+            )
         if form is None:
             width, mode = dense_weight(module.base).shape[-1], module.base.mode
             raise ExportError(
@@ -651,7 +659,7 @@ def uniform(model: nn.Module, bits: int | None) -> _Forms:
 
 def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str, nn.Module]:
     """Return the layers that replace the model's; nothing is computed yet."""
-    fused = {path: forms[path].layer(m.base, m.fused_weight()) for path, m in _low_rank(model).items()}
+    fused = {path: forms[path].layer(m) for path, m in _low_rank(model).items()}
     if dequantize:
         inside = tuple(f"{path}." for path in fused)
         for path, module in model.named_modules():
@@ -663,28 +671,28 @@ def _fused_layers(model: nn.Module, forms: _Forms, dequantize: bool) -> dict[str
 def standins(model: nn.Module, forms: _Forms) -> dict[str, nn.Module]:
     """Return the fused layers in these forms, each computed at each use."""
 
-    def standin(layer: LowRank, form: _Form) -> Standin:
-        return Standin(layer.base, lambda: dense_weight(form.layer(layer.base, layer.fused_weight())))
+    def standin(layer: LowRank, form: WeightForm) -> Standin:
+        return Standin(layer.base, lambda: dense_weight(form.layer(layer)))
 
-    return {path: standin(layer, forms[path]) for path, layer in _low_rank(model).items()}
+    return {path: standin(layer, forms[path]) for path, layer in _low_rank(model).items() if path in forms}
 
 
-def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, _Form]]]:
+def _steps(model: nn.Module) -> tuple[_Forms, list[tuple[str, WeightForm]]]:
     """Return all fused layers as their bases are, and single steps up, the one with most noise per byte first."""
     start: _Forms = {}
-    steps: list[tuple[float, str, _Form]] = []
+    steps: list[tuple[float, str, WeightForm]] = []
     for path, module in _low_rank(model).items():
         base, own = module.base, _form(module.base)
         assert own is not None
         if not own.bits or not mx.any(shift(module)).item():
-            start[path] = own._replace(same=bool(own.bits))
+            start[path] = replace(own, same=bool(own.bits))
             continue
         start[path] = own
-        weight = module.fused_weight()
-        points: list[tuple[_Form, int, float]] = []
+        weight = module.adapted_weight()
+        points: list[tuple[WeightForm, int, float]] = []
         for bits in (own.bits, *(bits for bits in _BITS if bits > own.bits), 0):
             if (form := _form(base, bits)) is not None:
-                layer = form.layer(base, weight)
+                layer = form.layer(module)
                 error = (dense_weight(layer).astype(mx.float32) - weight).square().sum() / weight.square().sum()
                 points.append((form, weight_bytes(layer), float(error)))
         # The lower convex hull of noise over bytes: from each point on, the steepest way down.
@@ -856,22 +864,30 @@ def fuse_layers(
 
 
 def _fused_config(loaded: Loaded, forms: _Forms, dequantize: bool) -> dict[str, Any]:
-    """Return the fused model's config.json, with the quantisation of each layer as mlx-lm reads it."""
+    """Return the fused model's config.json, with the quantisation of each layer as mlx-lm reads it.
+
+    Args:
+        loaded: with its layers fused.
+    """
     config = copy.deepcopy(loaded.config)
     if dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         return config
     quantization = config.get("quantization")
+    if not quantization and (found := [form for form in forms.values() if form.bits]):
+        # Trained quantisation-aware on a float base, whose other layers stay float.
+        quantization = config["quantization"] = {k: getattr(found[0], k) for k in ("group_size", "bits", "mode")}
+        quantization |= {path: False for path, m in loaded.model.named_modules() if hasattr(m, "to_quantized")}
     if quantization:
         for path, form in forms.items():
             own = quantization.get(path)
             before = own if isinstance(own, dict) else {**quantization, "bits": 0} if own is False else quantization
-            was = _Form(before["bits"], before["group_size"], before.get("mode", "affine"))
+            was = WeightForm(before["bits"], before["group_size"], before.get("mode", "affine"))
             if form.same or form == was or (form.bits == was.bits == 0):
                 continue
-            packed = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
-            quantization[path] = packed if form.bits else False
+            own = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
+            quantization[path] = own if form.bits else False
         config["quantization_config"] = quantization
     return config
 
@@ -913,14 +929,15 @@ def fuse_sources(
     tell("loading the base")
     loaded, notes = load_shared_base(sources, model or base)
     check_unused(out, [loaded.path, *(source.folder for source in sources)])
-    if (dequantize or bits) and not any(isinstance(m, QUANTIZED) for m in loaded.model.modules()):
+    aware, said = _trained_for(sources)
+    if (dequantize or bits) and not (aware or any(isinstance(m, QUANTIZED) for m in loaded.model.modules())):
         raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
     check_space(out, 0 if dequantize else weight_bytes(loaded.model) // 2)
     configs = [source.config for source in sources if source.config is not None]
     meter = Meter(loaded, find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None))
     tell("measuring the base")
     before = meter.read()
-    _attach_sources(loaded, sources)
+    layers = _attach_sources(loaded, sources)
     tell("measuring the adapted model")
     adapted = meter.read()
     whole = meter.gap(adapted, before)
@@ -936,14 +953,14 @@ def fuse_sources(
         kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
         return Trial(name, size, gap, kept, forms)
 
-    if dequantize or bits or not any(isinstance(m.base, QUANTIZED) for m in _low_rank(loaded.model).values()):
+    if dequantize or bits or aware or not any(isinstance(m.base, QUANTIZED) for m in layers):
         trials = [measure(uniform(loaded.model, 0 if dequantize else bits))]
     else:
         tell("measuring each layer")
         trials = _search(loaded.model, measure, keep)
     chosen = min((t for t in trials if t.meets(keep)), key=lambda t: t.bytes, default=None)
     chosen = chosen or max(trials, key=lambda t: t.kept or 0.0)
-    notes += meter.probe.notes
+    notes += [*said, *meter.probe.notes]
     fused = Fused(out, sources, meter.probe, meter.scores, whole, trials, chosen, keep, notes)
     if not chosen.meets(keep) and not force:
         raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, bits)]), fused)

@@ -294,6 +294,11 @@ def _notes(opened: _Opened, pad: int | None) -> list[str]:
             f"the base was quantised to {bits} bits in training: load the adapter on the float original; its "
             "completions differ from the run's by the rounding"
         )
+    if opened.spec.quantize_aware is not None:
+        said.append(
+            f"trained with weights rounded to {opened.spec.quantize_aware} bits (tune.quantize_aware), as an adapter "
+            "does not round them: mlxft fuse writes the model that was trained"
+        )
     if opened.base in ALIASES or opened.base.endswith(".gguf"):
         said.append(
             f"transformers cannot load {opened.base}: write it as a folder (mlxft convert {opened.base} FOLDER), and "

@@ -30,7 +30,19 @@ from mlxft.model.folder import (
     read_arrays,
     read_object,
 )
-from mlxft.model.layers import LEAVES, LINEAR, QUANTIZED, LowRank, adaptable, is_router, plain_layer, shift, wrap
+from mlxft.model.layers import (
+    LEAVES,
+    LINEAR,
+    QUANTIZED,
+    LowRank,
+    adaptable,
+    dense_weight,
+    form_of,
+    is_router,
+    plain_layer,
+    shift,
+    wrap,
+)
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, chat_template_files, fits_base, stated_name
 from mlxft.model.load import load as load_model
 from mlxft.text import home_path
@@ -60,13 +72,18 @@ _GROUPS = {
 
 @dataclass(frozen=True)
 class LoRASpec:
-    """Shape of a low-rank adapter; `paths` are the full names of the wrapped modules."""
+    """Shape of a low-rank adapter; `paths` are the full names of the wrapped modules.
+
+    Attributes:
+        quantize_aware: bits to which adapted weights are rounded in training; None: they are not.
+    """
 
     paths: tuple[str, ...]
     rank: int
     scale: float
     dropout: float = 0.0
     dora: bool = False
+    quantize_aware: int | None = None
 
 
 def layer_paths(model: nn.Module) -> list[str]:
@@ -168,10 +185,32 @@ def low_rank_layers(model: nn.Module, spec: LoRASpec, owner: str) -> dict[str, L
     if missing:
         raise ModelError(f"{owner}: the model has no layer {missing[0]} to adapt (of {len(missing)} such)")
     layers = {p: wrap(modules[p], spec.rank, spec.scale, spec.dropout, spec.dora) for p in spec.paths}
-    for layer in layers.values():
+    for path, layer in layers.items():
+        _round_as(layer, path, spec.quantize_aware)
         layer.freeze()
         layer.unfreeze(recurse=False, keys=[k for k in LEAVES if k in layer])
     return layers
+
+
+def _round_as(layer: LowRank, path: str, bits: int | None) -> None:
+    """Let a low-rank layer compute with its adapted weight rounded to so many bits; None: not rounded."""
+    layer.form = None if bits is None else form_of(layer.base, bits)
+    if bits is not None and layer.form is None:
+        raise ModelError(
+            f"tune.quantize_aware: {path} is {dense_weight(layer.base).shape[-1]} wide, which groups of 32 do not "
+            "fill; leave it out of tune.targets"
+        )
+
+
+def round_as(model: nn.Module, bits: int) -> None:
+    """Train the low-rank layers of a model quantisation-aware from now on.
+
+    Raises:
+        ModelError: a layer's width does not divide into groups.
+    """
+    for path, layer in model.named_modules():
+        if isinstance(layer, LowRank):
+            _round_as(layer, path, bits)
 
 
 def attach(model: nn.Module, spec: LoRASpec) -> None:
@@ -305,6 +344,8 @@ def adapter_config(spec: LoRASpec | None, model: nn.Module, about: dict[str, Any
         config["fine_tune_type"] = "dora" if spec.dora else "lora"
         numbers = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout}
         config["lora_parameters"] = {**numbers, "keys": list(spec.paths)}
+        if spec.quantize_aware is not None:  # other programs apply the update without rounding
+            about = {**about, "quantize_aware": spec.quantize_aware}
     return {**config, "mlxft": about}
 
 
@@ -315,7 +356,8 @@ def attached_spec(layers: Mapping[str, LowRank]) -> LoRASpec | None:
     first = next(iter(layers.values()))
     # Experts' factors are (experts, rank, in) and (experts, out, rank), all others (in, rank) and (rank, out).
     rank = int(first.lora_a.shape[1])
-    return LoRASpec(tuple(layers), rank, first.scale, float(1 - first.dropout._p_1), "m" in first)
+    aware = None if first.form is None else first.form.bits
+    return LoRASpec(tuple(layers), rank, first.scale, float(1 - first.dropout._p_1), "m" in first, aware)
 
 
 def adapter_texts(loaded: Loaded, spec: LoRASpec | None, about: Mapping[str, Any]) -> dict[str, str]:
@@ -365,6 +407,7 @@ class _Base(Lenient):
 
 
 class _About(Lenient):
+    quantize_aware: Literal[2, 3, 4, 5, 6, 8] | None = None
     eos_tokens: list[str] = Field(default_factory=list)
     base: _Base = _Base()
 
@@ -415,7 +458,8 @@ def spec_of(config: dict[str, Any], model: nn.Module) -> LoRASpec | None:
 
     paths = [name for name, module in model.named_modules() if adaptable(module) and adapted(name)]
     dora = config["fine_tune_type"] == "dora"
-    return LoRASpec(tuple(paths), given["rank"], given["scale"], given.get("dropout", 0.0), dora)
+    aware = config.get("mlxft", {}).get("quantize_aware")
+    return LoRASpec(tuple(paths), given["rank"], given["scale"], given.get("dropout", 0.0), dora, aware)
 
 
 def read_adapter(folder: Path, base: str | None = None) -> tuple[dict[str, Any], dict[str, mx.array]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -112,11 +113,15 @@ def _global() -> mx.array:
 # Parameters have mlx-lm's names (`lora_a`, `lora_b`, `m`, and the base below `linear` or `embedding`), so that mlx-lm
 # loads an adapter saved here. Two things differ: the scale is an array, so that a compiled function sees it change,
 # and the float32 matrices are cast to the activations' type, so that they do not promote bfloat16 ones.
+#
+# A layer with a `form` is trained quantisation-aware: it computes with the adapted weight as it will be written, and
+# the gradient goes straight through the rounding (Bengio et al. 2013), dL/dW = dL/dQ(W). For the factors that is the
+# gradient of a layer that is not rounded, with the input as a constant: no gradient of a dense weight is formed.
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
-QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)  # each after its plain kind below
 LEAVES = ("lora_a", "lora_b", "m")
 
 
@@ -144,14 +149,111 @@ def dense_weight(base: nn.Module, exact: bool = False) -> mx.array:
     return weight.astype(mx.float32) if exact else weight
 
 
+@dataclass(frozen=True)
+class WeightForm:
+    """How an adapted weight is written; 0 bits: float. `same`: as the base is, because its update is zero."""
+
+    bits: int
+    group_size: int = 0
+    mode: str = "affine"
+    same: bool = False
+
+    def layer(self, adapted: LowRank) -> nn.Module:
+        """Return the plain layer with an adapted weight in this form; nothing is computed yet."""
+        base = adapted.base
+        if self.same:
+            return base
+        if not self.bits:
+            return plain_layer(base, adapted.fused_weight().astype(dense_weight(base).dtype))
+        return _packed_layer(base, self, self.rounded(adapted))
+
+    def rounded(self, adapted: LowRank) -> tuple[mx.array, ...]:
+        """Return an adapted weight as packed numbers, scales and, if the mode has them, biases.
+
+        Rounded again, a base would lose more than a small update adds: the groups' ranges are no longer those of its
+        first rounding. So a base that has this form keeps its scales and biases. Its numbers lie on their grid, where
+        the nearest one to a small update is none: each is rounded up or down with odds by its distance to both, by a
+        noise that is always the same. So the mean of many is the update, and what has no update stays as it is. A group
+        that its update takes more than half a step out of its range gets a wider grid and the nearest numbers.
+        """
+        base = adapted.base
+        if form_of(base) != self or self.mode != "affine":
+            weight = adapted.adapted_weight().astype(dense_weight(base).dtype)
+            return tuple(mx.quantize(weight, self.group_size, self.bits, mode=self.mode))
+        most, kind = 2**self.bits - 1, base.scales.dtype
+        scales, biases = (each[..., None].astype(mx.float32) for each in (base.scales, base.biases))
+        ones, zeros = mx.ones(base.scales.shape), mx.zeros(base.scales.shape)
+        numbers = mx.dequantize(base.weight, ones, zeros, self.group_size, self.bits).reshape(*scales.shape[:-1], -1)
+        numbers = numbers + shift(adapted).reshape(numbers.shape) / mx.where(scales == 0, mx.inf, scales)
+        low = mx.minimum(numbers.min(axis=-1, keepdims=True) + 0.5, 0)
+        high = mx.maximum(numbers.max(axis=-1, keepdims=True) - 0.5, most)
+        wider = (low < 0) | (high > most)
+        new_scales = mx.where(wider, scales * (high - low) / most, scales).astype(kind)
+        new_biases = mx.where(wider, biases + scales * low, biases).astype(kind)
+        again = (numbers * scales + (biases - new_biases.astype(mx.float32))) / new_scales.astype(mx.float32) + 0.5
+        # Not quite 0 or 1, so that a number without an update, exact to some 1e-6 of a step, is never changed.
+        noise = mx.random.uniform(2.0**-16, 1 - 2.0**-16, numbers.shape, key=mx.random.key(0))
+        found = mx.clip(mx.floor(mx.where(wider, again, numbers + noise)), 0, most)
+        packed = _packed(found.reshape(*base.scales.shape[:-1], -1), self.bits)
+        return packed, new_scales.squeeze(-1), new_biases.squeeze(-1)
+
+
+FLOAT = WeightForm(0)
+
+
+def form_of(base: nn.Module, bits: int | None = None) -> WeightForm | None:
+    """Return the form of a layer, or the one with other bits; None if its width does not divide into groups."""
+    own = WeightForm(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
+    if bits in (None, own.bits):
+        return own
+    width = dense_weight(base).shape[-1]
+    # Other modes have few widths: affine replaces them.
+    groups = (own.group_size if own.mode == "affine" else 32,) if own.bits else (64, 32)
+    return next((WeightForm(bits or 0, size) for size in groups if width % size == 0), None)
+
+
+def _packed(numbers: mx.array, bits: int) -> mx.array:
+    """Pack numbers (..., N) below 2^bits as MLX does: one after the other in the bits of uint32 words."""
+    kind = mx.uint32 if bits <= 4 else mx.uint64
+    eights = numbers.astype(kind).reshape(*numbers.shape[:-1], -1, 8)
+    words = mx.left_shift(eights, mx.arange(0, 8 * bits, bits).astype(kind)).sum(axis=-1, keepdims=True)
+    used = words.astype(kind).view(mx.uint8)[..., :bits]
+    return used.reshape(*numbers.shape[:-1], -1).view(mx.uint32)
+
+
+def _packed_layer(base: nn.Module, form: WeightForm, arrays: Sequence[mx.array]) -> nn.Module:
+    """Return a quantised layer of the kind of `base`, with its bias."""
+    plain = (nn.Linear, nn.Embedding, SwitchLinear)
+    kind = next((packed for each, packed in zip(plain, QUANTIZED) if isinstance(base, (each, packed))), QUANTIZED[0])
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)  # their own draws weights from the random state
+    layer.bits, layer.group_size, layer.mode = form.bits, form.group_size, form.mode
+    layer.weight, layer.scales, *biases = arrays
+    layer.biases = biases[0] if biases else None
+    if isinstance(layer, nn.QuantizedEmbedding):
+        layer.num_embeddings, layer.dims = dense_weight(layer).shape
+    elif isinstance(layer, QuantizedSwitchLinear):
+        layer.global_scale = None
+    if "bias" in base:
+        layer.bias = base["bias"]
+    layer.freeze()
+    return layer
+
+
 class LowRank(nn.Module):
-    """Base class of LoRA layers, with dropout and scale. `base` is the frozen layer that is wrapped."""
+    """Base class of LoRA layers, with dropout and scale. `base` is the frozen layer that is wrapped.
+
+    Attributes:
+        form: how the adapted weight is rounded in training; None: it is not.
+    """
 
     def __init__(self, scale: float, dropout: float) -> None:
         super().__init__()
         self.dropout = Dropout(p=dropout)
         # Underscored, so that it is part of the state that a compiled function reads, but not a parameter.
         self._scale = mx.array(scale, dtype=mx.float32)
+        self.form: WeightForm | None = None
+        self._held: tuple[mx.array, ...] | None = None
 
     @property
     def base(self) -> nn.Module:
@@ -167,9 +269,54 @@ class LowRank(nn.Module):
         """Return the update of the base's weight, in its shape, float32."""
         raise AssertionError(f"{type(self).__name__} has no delta")
 
-    def fused_weight(self, exact: bool = False) -> mx.array:
-        """Return base weight plus update, float32; `exact` as for `dense_weight`."""
+    def adapted_weight(self, exact: bool = False) -> mx.array:
+        """Return base weight plus update, float32 and not rounded; `exact` as for `dense_weight`."""
         return dense_weight(self.base, exact).astype(mx.float32) + self.delta()
+
+    def fused_weight(self, exact: bool = False) -> mx.array:
+        """Return the weight that the layer computes with, float32; `exact` as for `dense_weight`."""
+        if self.form is None:
+            return self.adapted_weight(exact)
+        return dense_weight(self.form.layer(self), exact).astype(mx.float32)
+
+    def rounded(self) -> nn.Module:
+        """Return the plain layer with the rounded weight, a constant of the gradient."""
+        assert self.form is not None
+        arrays = self._held or tuple(map(mx.stop_gradient, self.form.rounded(self)))
+        return _packed_layer(self.base, self.form, arrays)
+
+
+def _straight(value: mx.array, through: mx.array) -> mx.array:
+    """Return `value` with the gradient of `through` added to its own."""
+    return value + (through - mx.stop_gradient(through)).astype(value.dtype)
+
+
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Leave the rounding of quantisation-aware layers out inside the block."""
+    forms = [(m, m.form) for m in model.modules() if isinstance(m, LowRank)]
+    for layer, _ in forms:
+        layer.form = None
+    try:
+        yield
+    finally:
+        for layer, form in forms:
+            layer.form = form
+
+
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Round the weights of quantisation-aware layers once for all calls inside the block, which trains nothing."""
+    layers = [m for m in model.modules() if isinstance(m, LowRank) and m.form is not None]
+    try:
+        for layer in layers:
+            assert layer.form is not None
+            layer._held = layer.form.rounded(layer)
+            mx.eval(layer._held)  # one dense weight at a time
+        yield
+    finally:
+        for layer in layers:
+            layer._held = None
 
 
 class LoRALinear(LowRank):
@@ -189,12 +336,22 @@ class LoRALinear(LowRank):
             self.m = self._norm2.sqrt()
 
     def __call__(self, x: mx.array) -> mx.array:
-        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
-        update = ((self.dropout(x) @ a) * self._scale.astype(x.dtype)) @ b
+        if self.form is not None:
+            still = mx.stop_gradient(x)
+            return _straight(self.rounded()(x), self._rescaled(still) if "m" in self else self._update(still))
         if "m" not in self:
-            return self.linear(x) + update
-        out = (self.m / self._adapted_norm()).astype(x.dtype) * (self._product(x) + update)
+            return self.linear(x) + self._update(x)
+        out = self._rescaled(x)
         return out + self.linear.bias if "bias" in self.linear else out
+
+    def _update(self, x: mx.array) -> mx.array:
+        """Compute scale * B A x."""
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        return ((self.dropout(x) @ a) * self._scale.astype(x.dtype)) @ b
+
+    def _rescaled(self, x: mx.array) -> mx.array:
+        """Compute DoRA's product without the bias."""
+        return (self.m / self._adapted_norm()).astype(x.dtype) * (self._product(x) + self._update(x))
 
     def _product(self, x: mx.array) -> mx.array:
         """Compute W x without the bias."""
@@ -219,8 +376,8 @@ class LoRALinear(LowRank):
     def delta(self) -> mx.array:
         return self._scale * (self.lora_b.T @ self.lora_a.T)
 
-    def fused_weight(self, exact: bool = False) -> mx.array:
-        weight = super().fused_weight(exact)
+    def adapted_weight(self, exact: bool = False) -> mx.array:
+        weight = super().adapted_weight(exact)
         if "m" in self:
             weight = weight * (self.m / weight.square().sum(axis=1).sqrt())[:, None]
         return weight
@@ -238,12 +395,18 @@ class LoRASwitchLinear(LowRank):
         self.lora_b = mx.zeros((experts, out_dims, rank))
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if self.form is not None:
+            y = self.rounded()(x, indices, sorted_indices=sorted_indices)
+            return _straight(y, self._update(mx.stop_gradient(x), indices, sorted_indices))
         y = self.linear(x, indices, sorted_indices=sorted_indices)
+        return y + self._update(x, indices, sorted_indices)
+
+    def _update(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         z = self.dropout(x)
         for factor in (self.lora_a, self.lora_b):
             transposed = factor.astype(x.dtype).swapaxes(-1, -2)
             z = mx.gather_mm(z, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
-        return y + z * self._scale.astype(x.dtype)
+        return z * self._scale.astype(x.dtype)
 
     def __getattr__(self, key: str) -> Any:
         # Mixture blocks ask their experts for sizes.
@@ -267,17 +430,27 @@ class LoRAEmbedding(LowRank):
         self.lora_b = mx.zeros((rank, dims))
 
     def __call__(self, ids: mx.array) -> mx.array:
+        update = self._scale * self.dropout(self.lora_a[ids] @ self.lora_b)
+        if self.form is not None:
+            return _straight(self.rounded()(ids), update)
         y = self.embedding(ids)
-        z = self.dropout(self.lora_a[ids] @ self.lora_b)
-        return y + (self._scale * z).astype(y.dtype)
+        return y + update.astype(y.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
+        if self.form is not None:
+            return _straight(self.rounded().as_linear(x), self._product(mx.stop_gradient(x)))
+        return self.embedding.as_linear(x) + self._product(x)
+
+    def _product(self, x: mx.array) -> mx.array:
+        """Compute the update's part of the logits."""
         a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
-        return self.embedding.as_linear(x) + ((self.dropout(x) @ b.T) * self._scale.astype(x.dtype)) @ a.T
+        return ((self.dropout(x) @ b.T) * self._scale.astype(x.dtype)) @ a.T
 
     @property
     def weight(self) -> mx.array:
         """The adapted weight, (tokens, D), without dropout, for architectures whose output layer reads it (minicpm)."""
+        if self.form is not None:
+            return _straight(dense_weight(self.rounded()), self.delta())
         weight = dense_weight(self.embedding)
         return weight + self.delta().astype(weight.dtype)
 
@@ -286,8 +459,10 @@ class LoRAEmbedding(LowRank):
 
 
 def shift(layer: LowRank) -> mx.array:
-    """Return what fusing adds to the base's weight, in its shape, float32, including DoRA's rescaling."""
-    return layer.fused_weight() - dense_weight(layer.base).astype(mx.float32) if "m" in layer else layer.delta()
+    """Return what fusing adds to the base's weight before any rounding, float32, with DoRA's rescaling."""
+    if "m" not in layer:
+        return layer.delta()
+    return layer.adapted_weight(exact=True) - dense_weight(layer.base, exact=True)
 
 
 def adaptable(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from mlxft.device import Backend, backend, planned_backend
 from mlxft.errors import ModelError
 from mlxft.model.cpu import patched, quicker
-from mlxft.model.layers import LEAVES, aside, probing
+from mlxft.model.layers import LEAVES, LowRank, aside, probing, unrounded
 from mlxft.model.logits import (
     Packing,
     Split,
@@ -1041,7 +1041,10 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
             f"the memory of sampling is predicted for transformers only, and {name} keeps another state "
             f"({', '.join(other)}); measure it with mlxft check --time"
         )
-    with probing(model):
+    # Quantisation-aware layers are rounded once for the phase.
+    aware = [(m, m.form) for m in model.modules() if isinstance(m, LowRank) and m.form is not None]
+    rounded = sum(part.nbytes for layer, form in aware for part in form.rounded(layer))
+    with probing(model), unrounded(model):
         rows, group = (rolling.rows, rolling.group) if takes_rows(model) else (1, 1)
         room, longest = _rounded(rolling.prompt), rolling.prompt + rolling.completion
         before = min(rolling.prompt - 1, max(3, PREFILL // group))
@@ -1051,7 +1054,7 @@ def sampling_bytes(model: nn.Module, rolling: Rolling) -> int:
         prompts = sum(part.nbytes for part in _keys_values(model, group, room))
         vocabulary = model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1]
         drawn = 4 * rows * vocabulary * (_FILTERED if rolling.filtered else _DRAWN)
-        return max(prefill, prompts + last.peak() + drawn)
+        return rounded + max(prefill, prompts + last.peak() + drawn)
 
 
 def scoring_bytes(model: nn.Module, shapes: Sequence[Shape]) -> int:

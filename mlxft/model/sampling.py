@@ -33,7 +33,7 @@ from mlxft.distributed import Portion, current
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.model.cpu import exp
 from mlxft.model.folder import NO_NUMBERS
-from mlxft.model.layers import evaluating
+from mlxft.model.layers import evaluating, rounded_once
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -389,7 +389,7 @@ def _pieces(
     without = never_drawn(tokenizer, sampling)
     sampler: Callable[[mx.array], mx.array] = lambda logprobs: pick(logprobs, sampling, noise, without)  # noqa: E731
     ends = tokenizer.eos_token_ids if sampling.stop_at_eos else ()
-    with evaluating(model), wired_limit(model):
+    with evaluating(model), rounded_once(model), wired_limit(model):
         for token, _ in generate_step(mx.array(ids), model, max_tokens=sampling.max_tokens, sampler=sampler):
             if checked(token) in ends or (until is not None and until()):
                 break
@@ -469,7 +469,7 @@ def sample_batch(
     _check(tokenizer, prompts, sampling, samples, rows)
     keys = _keys(seed, part or Portion(0, len(prompts), len(prompts)), samples)
     found: list[list[Sampled]] = [[] for _ in prompts]
-    with evaluating(model), wired_limit(model):
+    with evaluating(model), rounded_once(model), wired_limit(model):
         alone = not takes_rows(model)
         for group in _groups(prompts, 1 if alone else max(1, rows // samples), pads(model)):
             caches, logits = prefill(model, [prompts[i] for i in group])
@@ -543,7 +543,7 @@ def sample_turns(
     rows = ROWS_AT_ONCE if rows is None else rows
     _check(tokenizer, [start.ids for start in starts], sampling, 1, rows)
     every = _keys(seed, part or Portion(0, len(starts), len(starts)))
-    with evaluating(model), wired_limit(model):
+    with evaluating(model), rounded_once(model), wired_limit(model):
         together = pads(model, later=True)
         for going in _groups([start.ids for start in starts], rows if together else 1, True):
             now = {i: starts[i] for i in going}

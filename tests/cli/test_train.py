@@ -192,6 +192,7 @@ ACTS: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
     "tune.alpha": ({}, 6.0, "scale", 1.5),
     "tune.rslora": ({}, True, "scale", 8.0),
     "tune.dropout": ({}, 0.5, "losses", None),
+    "tune.quantize_aware": ({}, 4, "losses", None),
     "tune.lora_plus": ({}, 4.0, "weights", None),
     "tune.neftune": ({}, 5.0, "losses", None),
     "tune.targets": ({}, ["q_proj"], "trainable", 2 * 4 * (32 + 32)),

@@ -109,7 +109,8 @@ def test_more_bits_lose_less(kind: str, targets: Any, method: str, tmp_path: Pat
         assert any("scales" in m for m in model.modules()) == (bits != 0)
     # A step is 2^bits - 1 times smaller than a group's range, and errors are even within it.
     assert rounding[3] / rounding[6] == pytest.approx(63 / 7, rel=0.1)
-    assert rounding[None] / rounding[8] == pytest.approx(255 / 15, rel=0.1)
+    # Where a base keeps its grid, an update within it is rounded by a noise: up to the root of two times as far.
+    assert 0.9 * 255 / 15 < rounding[None] / rounding[8] < 1.1 * 2**0.5 * 255 / 15
     assert rounding[0] == 0
     assert min(errors[3], errors[None]) > 2 * errors[8] > 0
     assert errors[0] < 1e-4

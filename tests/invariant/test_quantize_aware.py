@@ -1,0 +1,130 @@
+"""Quantisation-aware LoRA: what is trained is what is fused, and the gradient goes straight through the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxft.exports.fuse import fuse_layers, standing_in, uniform
+from mlxft.model.adapters import LoRASpec, prepare_adapter, select_targets
+from mlxft.model.layers import QUANTIZED, LoRALinear, LowRank, dense_weight, plain_layer, rounded_once, unrounded
+from mlxft.model.load import load
+
+Maker = Callable[..., Path]
+IDS = mx.array([[3, 40, 77, 5, 21, 9, 250, 3]])
+UNTIED = {"tie_word_embeddings": False}
+KINDS = [
+    ("llama", {}, "all-linear", False),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, "all-linear", True),
+    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 4}, "all-linear", False),  # no router decides
+    ("llama", {}, ["embed_tokens"], False),
+    ("llama", UNTIED, ["embed_tokens", "lm_head"], False),
+]
+
+
+def aware(folder: Path, targets: Any, dora: bool, bits: int = 4, size: float = 0.02, **options: Any) -> nn.Module:
+    """A model with an adapter that has been moved, trained for so many bits."""
+    model = load(str(folder), **{"dtype": "float32", **options}).model
+    mx.random.seed(0)
+    paths = select_targets(model, targets, "all", dora)
+    prepare_adapter(model, LoRASpec(tuple(paths), 4, 2.0, 0.0, dora, bits), [])
+    leaves = [
+        (name, value + size * mx.random.normal(value.shape, key=mx.random.key(i)))
+        for i, (name, value) in enumerate(sorted(tree_flatten(model.trainable_parameters())))
+    ]
+    model.update(tree_unflatten(leaves))
+    model.eval()
+    return model
+
+
+def low_rank(model: nn.Module) -> dict[str, LowRank]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, LowRank)}
+
+
+@pytest.mark.parametrize(("kind", "settings", "targets", "dora"), KINDS)
+@pytest.mark.parametrize("options", [{"quantize": 4, "group_size": 32}, {"quantize": 8, "group_size": 32}, {}])
+def test_trained_is_fused(
+    kind: str, settings: Any, targets: Any, dora: bool, options: Any, tmp_path: Path, make_model_dir: Maker
+) -> None:
+    """On a base with as many bits, with more, and on a float one; and rounded once for all calls."""
+    model = aware(make_model_dir(tmp_path / kind, kind, **settings), targets, dora, **options)
+    trained, paths = model(IDS), list(low_rank(model))
+    with unrounded(model):
+        assert mx.abs(model(IDS) - trained).max() > 1e-3
+    with rounded_once(model):
+        assert mx.array_equal(model(IDS), trained)
+    forms = fuse_layers(model)
+    assert {form.bits for form in forms.values()} == {4}
+    fused = dict(model.named_modules())
+    assert all(isinstance(fused[path], QUANTIZED) and fused[path].bits == 4 for path in paths)
+    assert mx.allclose(model(IDS), trained, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_base_keeps_its_grid(bits: int, tiny_model_dir: Path) -> None:
+    """Without an update nothing moves; a small one moves few numbers, by one, and its mean stays."""
+    model = aware(tiny_model_dir, "all-linear", False, bits, 0.0, quantize=bits, group_size=32)
+    for layer in low_rank(model).values():
+        assert layer.form is not None
+        assert mx.array_equal(layer.form.rounded(layer)[0], layer.base.weight)
+    (layer, *_) = (m for m in low_rank(model).values() if isinstance(m, LoRALinear))
+    step = mx.abs(layer.base.scales).min()
+    layer.lora_a, layer.lora_b = mx.ones(layer.lora_a.shape), mx.full(layer.lora_b.shape, step / 80)  # a tenth
+    moved = layer.fused_weight() - dense_weight(layer.base)
+    by_one = mx.abs(moved).reshape(*layer.base.scales.shape, -1) / mx.abs(layer.base.scales)[..., None]
+    assert mx.all((by_one < 1e-4) | (mx.abs(by_one - 1) < 1e-4))
+    assert 0 < by_one.mean() < 0.12
+    inside = 1 - 2.0**-bits  # what is at the end of its group's range cannot move out of it
+    assert float(moved.mean() / step) == pytest.approx(0.1 * inside, rel=0.3)
+
+
+@pytest.mark.parametrize("options", [{"quantize": 4, "group_size": 32}, {}])
+@pytest.mark.parametrize(("kind", "settings", "targets", "dora"), KINDS)
+def test_gradient_goes_straight_through(
+    kind: str, settings: Any, targets: Any, dora: bool, options: Any, tmp_path: Path, make_model_dir: Maker
+) -> None:
+    """Against finite differences of its definition: f(Q + W(t) - W(0)), W(t) not rounded, with DoRA's norm held."""
+    model = aware(make_model_dir(tmp_path / kind, kind, **settings), targets, dora, **options)
+    layers = low_rank(model)
+    norms = {p: layer._adapted_norm() for p, layer in layers.items() if isinstance(layer, LoRALinear) and dora}
+
+    def loss(model: nn.Module) -> mx.array:
+        return nn.losses.cross_entropy(model(IDS[:, :-1]), IDS[:, 1:]).mean()
+
+    def weights() -> dict[str, mx.array]:
+        found = {}
+        for path, layer in layers.items():
+            plain = dense_weight(layer.base) + layer.delta()
+            found[path] = plain * (layer.m / norms[path])[:, None] if dora else plain
+        return found
+
+    _, gradient = nn.value_and_grad(model, loss)(model)
+    start = dict(tree_flatten(model.trainable_parameters()))
+    way = {n: mx.random.normal(v.shape, key=mx.random.key(i)) for i, (n, v) in enumerate(start.items())}
+    rounded, before = {p: layer.fused_weight() for p, layer in layers.items()}, weights()
+    mx.eval(rounded, before)
+
+    def at(t: float) -> float:
+        model.update(tree_unflatten([(n, v + t * way[n]) for n, v in start.items()]))
+        moved = {p: plain_layer(layers[p].base, rounded[p] + w - before[p]) for p, w in weights().items()}
+        with standing_in(model, moved):
+            return float(loss(model))
+
+    h = 2e-3
+    expected = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+    found = sum(float((g * way[n]).sum()) for n, g in tree_flatten(gradient))
+    assert found == pytest.approx(expected, rel=0.01, abs=2e-4)
+
+
+def test_half_precision_and_other_modes_fuse_as_trained(tiny_model_dir: Path, tmp_path: Path) -> None:
+    for options in ({"dtype": "bfloat16", "quantize": 4, "group_size": 32}, {"dtype": "bfloat16"}):
+        model = aware(tiny_model_dir, "all-linear", False, **options)
+        trained = model(IDS)
+        fuse_layers(model, forms=uniform(model, 4))
+        assert mx.array_equal(model(IDS), trained)
