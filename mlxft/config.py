@@ -869,9 +869,11 @@ def objective_class(name: str) -> Any:
         module, _, attribute = OBJECTIVES[name].partition(":")
         return getattr(importlib.import_module(f"mlxft.objectives.{module}"), attribute)
     if not is_foreign(name):
+        from mlxft.foreign import explain_objective
+
         raise ConfigError(
-            f"objective: no such objective {name!r}{nearest(name, OBJECTIVES)}; there are {', '.join(OBJECTIVES)}; one "
-            "of your own is file.py:Class or package.module:Class"
+            f"objective: no such objective {name!r}{explain_objective(name) or nearest(name, OBJECTIVES)}; there are "
+            f"{', '.join(OBJECTIVES)}; one of your own is file.py:Class or package.module:Class"
         )
     if name not in _trusted:
         raise ConfigError(f"objective: {name} is Python that a run folder names, and is not run")

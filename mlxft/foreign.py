@@ -309,6 +309,12 @@ def explain_setting(name: str, value: Any, known: Collection[str]) -> str:
     return "" if one is None else f"; {one.say()}"
 
 
+def explain_objective(name: str) -> str:
+    """Return what to write instead of a loss or trainer that is no objective here, or an empty text if it is unknown."""
+    found = translate("rl", name, ())
+    return "" if found is None or UNSEEN in found.settings.values() else f" ({found.say()})"
+
+
 # --- whole files ------------------------------------------------------------------------------------------------------
 
 _MLX_LM = {"lora_parameters", "fine_tune_type", "iters", "mask_prompt", "steps_per_eval", "steps_per_report", "val_batches"} | {"test_batches", "num_layers", "lora_layers", "adapter_path", "resume_adapter_file", "grad_checkpoint", "lr_schedule"}  # fmt: skip
@@ -583,7 +589,9 @@ _OBJECTIVES = {
     "sft": "sft", "pt": "sft", "pretrain": "sft", "dpo": "preference", "ipo": "preference", "kto": "preference",
     "orpo": "preference", "simpo": "preference", "cpo": "preference", "rm": "reward", "reward": "reward", "reward_model": "reward", "grpo": "grpo",
     "gdpo": "grpo", "ppo": "ppo", "rloo": "rloo", "reinforce": "reinforce", "online_dpo": "online_dpo", "gkd": "distill",
-    "gae": "ppo", "reinforce_plus_plus": "reinforce", "ipo_pair": "preference",
+    "gae": "ppo", "reinforce_plus_plus": "reinforce", "ipo_pair": "preference", "hinge": "preference", "rm_training": "reward",
+    "reward_modeling": "reward", "reward_trainer": "reward", "distillation": "distill", "kd": "distill", "cpt": "sft", "lora": "sft",
+    "continued_pretraining": "sft", "gspo": "grpo", "dapo": "grpo", "dr_grpo": "grpo", "cispo": "grpo",
 }  # fmt: skip
 
 
@@ -591,7 +599,9 @@ def _objective(value: Any, beside: Mapping[str, Any]) -> Any:
     name = str(value).lower().removesuffix("trainer").replace("-", "_")
     found = _OBJECTIVES.get(name, UNSEEN)
     if found == "preference" and name != "dpo":
-        return Translation({"objective": found, "preference.loss": name})
+        return Translation({"objective": found, "preference.loss": name.removesuffix("_pair")})
+    if name in ("gspo", "dapo", "dr_grpo", "cispo"):
+        return Translation({"objective": found, "grpo.variant": name})
     return found
 
 

@@ -53,6 +53,7 @@ def lines(path: Path, *rows: Any) -> str:
                 "(did you mean sft?); there are distill, grpo, online_dpo, ppo, preference, reinforce, reward, rloo",
             ],
         ),
+        ("objective=KTOTrainer", ["(mlxft has objective: preference and preference.loss: kto)"]),
     ],
 )
 def test_wrong_settings(override: str, said: list[str], write: Write, refused: Refused) -> None:
