@@ -73,7 +73,7 @@ BUDGET = {
     # start.py: how LLaMA-Factory and Axolotl name columns, whole; ratings and test rows are said.
     "study": (17, 7410),
     # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: 20 families.
-    "exports": (7, 3860),
+    "exports": (7, 3870),
     "studio": (3, 1340),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.

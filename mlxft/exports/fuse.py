@@ -301,9 +301,10 @@ def find_probe(
     for config in configs:
         if examples := _held_out(config, tokenizer) if file == _VALID else _learnt(config, tokenizer):
             found += _encode(examples, tokenizer, config, scores, budget // len(configs))
-    what = {_VALID: "validation", _TRAIN: "training"}[file]
+    option, what = {_VALID: (f"--probe {_VALID}", "validation"), _TRAIN: ("--imatrix", "training")}[file]
     if not found:
-        raise ConfigError(f"no {what} rows of a run are known here (--probe {_VALID}, --imatrix): name a file of rows")
+        seen = f"the run has no {what} rows" if configs else "no run is known here"
+        raise ConfigError(f"{option}: {seen}; name a file of rows, or leave the option out")
     return Probe(found, f"{what} rows")
 
 

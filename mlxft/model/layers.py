@@ -206,10 +206,12 @@ def form_of(base: nn.Module, bits: int | None = None) -> WeightForm | None:
     own = WeightForm(base.bits, base.group_size, base.mode) if isinstance(base, QUANTIZED) else FLOAT
     if bits in (None, own.bits):
         return own
+    if bits == 0:
+        return FLOAT
     width = dense_weight(base).shape[-1]
     # Other modes have few widths: affine replaces them.
     groups = (own.group_size if own.mode == "affine" else 32,) if own.bits else (64, 32)
-    return next((WeightForm(bits or 0, size) for size in groups if width % size == 0), None)
+    return next((WeightForm(bits, size) for size in groups if width % size == 0), None)
 
 
 def _packed(numbers: mx.array, bits: int) -> mx.array:

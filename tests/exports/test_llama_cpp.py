@@ -175,5 +175,5 @@ def test_a_file_is_measured_in_llama_cpp(
     gaps = [float(line.split("KL a token ")[1].split(",")[0]) for line in lines]
     assert 0 <= gaps[0] < 1e-6 < gaps[1]
     assert "kept 100.0% of the adaptation" in lines[0]
-    with pytest.raises(ConfigError, match="no validation rows of a run"):
+    with pytest.raises(ConfigError, match="no run is known here"):
         export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="f32", measure=True, probe="valid")
