@@ -34,9 +34,21 @@ from mlxft.text import echo, json_text, make_console
     help="Share of the adaptation that must be kept; on a quantised base, the fewest bits that keep it are used.",
 )
 @click.option(
-    "--bits", type=click.Choice(["2", "3", "4", "5", "6", "8"]), help="Quantise every fused layer to this many bits."
+    "--bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    help="Quantise every fused layer to this many bits; with --recipe, every layer (default: 4).",
 )
 @click.option("--dequantize", is_flag=True, help="Write float weights, although the base is quantised.")
+@click.option(
+    "--recipe",
+    type=click.Choice(["mixed", "awq", "gptq", "dwq"]),
+    help="Quantise the whole fused model by one of mlx-lm's tools.",
+)
+@click.option(
+    "--rows",
+    metavar="FILE",
+    help="File of rows that --recipe calibrates on, or train for the recipe's training rows (default: built-in text).",
+)
 @click.option(
     "--probe",
     metavar="FILE",
@@ -53,6 +65,8 @@ def fuse(
     keep: float,
     bits: str | None,
     dequantize: bool,
+    recipe: str | None,
+    rows: str | None,
     probe: str | None,
     force: bool,
     overwrite: bool,
@@ -86,6 +100,8 @@ def fuse(
                 model=model,
                 dequantize=dequantize,
                 bits=int(bits) if bits else None,
+                recipe=recipe,
+                rows=rows,
                 keep=keep,
                 probe=probe,
                 force=force,

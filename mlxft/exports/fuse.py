@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import math
 import random
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,7 +47,7 @@ from mlxft.model.adapters import (
     read_adapter,
     read_adapter_config,
 )
-from mlxft.model.folder import check_destination, check_space, check_unused, save_folder, weight_bytes
+from mlxft.model.folder import brief, check_destination, check_space, check_unused, save_folder, weight_bytes
 from mlxft.model.heads import (
     HEAD_FILE,
     find_head,
@@ -56,7 +60,16 @@ from mlxft.model.heads import (
     without_head,
 )
 from mlxft.model.layers import FLOAT, QUANTIZED, LowRank, WeightForm, dense_weight, form_of, plain_layer, shift
-from mlxft.model.load import Loaded, base_fingerprint, count_parameters, fits_base, load, without_weights
+from mlxft.model.load import (
+    Loaded,
+    base_fingerprint,
+    context_of,
+    copy_sharing_arrays,
+    count_parameters,
+    fits_base,
+    load,
+    without_weights,
+)
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run, runs_there
@@ -271,7 +284,12 @@ class Probe:
 
 
 def find_probe(
-    configs: Sequence[Config], tokenizer: Any, file: str | None, scores: bool = False, budget: int = _TOKENS
+    configs: Sequence[Config],
+    tokenizer: Any,
+    file: str | None,
+    scores: bool = False,
+    budget: int = _TOKENS,
+    option: str | None = None,
 ) -> Probe:
     """Return rows to compute something on: built-in text, a file's rows, or the runs' own.
 
@@ -282,6 +300,7 @@ def find_probe(
         file: a file, "valid" or "train" for the runs' validation or training rows; None for the built-in text.
         scores: take completions to be scored instead of texts.
         budget: number of tokens.
+        option: what names the rows, for messages; default: --probe, or --imatrix for training rows.
     Raises:
         ConfigError, DataError: the file is missing, or has no usable row.
     """
@@ -301,7 +320,8 @@ def find_probe(
     for config in configs:
         if examples := _held_out(config, tokenizer) if file == _VALID else _learnt(config, tokenizer):
             found += _encode(examples, tokenizer, config, scores, budget // len(configs))
-    option, what = {_VALID: (f"--probe {_VALID}", "validation"), _TRAIN: ("--imatrix", "training")}[file]
+    usual, what = {_VALID: (f"--probe {_VALID}", "validation"), _TRAIN: ("--imatrix", "training")}[file]
+    option = option or usual
     if not found:
         seen = f"the run has no {what} rows" if configs else "no run is known here"
         raise ConfigError(f"{option}: {seen}; name a file of rows, or leave the option out")
@@ -759,6 +779,212 @@ def _search(model: nn.Module, measure: Callable[[_Forms], Trial], keep: float) -
     return trials
 
 
+# --- recipes ----------------------------------------------------------------------------------------------------------
+# mlx-lm's own quantisers (mlx_lm.quant), which take the whole model, fused in float, and rows to calibrate on.
+#
+# mixed gives more bits to the layers that change the predictions most; awq scales weights by what they multiply and
+# clips them; gptq lets the columns that are rounded later make up for those before; dwq trains the scales of a
+# quantised model towards the float model's predictions.
+
+# The bits that each can write: mixed has a step above them, and mlx-lm's gptq packs, and its dwq trains, no others.
+_RECIPES = {"mixed": _BITS[:-1], "awq": _BITS, "gptq": (2, 4, 8), "dwq": _BITS[:-1]}
+_CALIBRATION = 1 << 14  # tokens
+_SEGMENT = 256  # tokens; two segments are computed at once
+_RATE, _EPOCHS = 1e-5, 4  # of dwq
+
+
+def _check_recipe(recipe: str | None, rows: str | None, bits: int | None, dequantize: bool) -> None:
+    """Refuse options that exclude each other."""
+    if recipe is None:
+        if rows is not None:
+            raise ConfigError("--rows is what a --recipe calibrates on: name one, or leave it out")
+        return
+    if recipe not in _RECIPES:
+        raise ConfigError(f"--recipe {recipe}: expected {', '.join(_RECIPES)}")
+    if dequantize:
+        raise ConfigError(f"--recipe {recipe} quantises and --dequantize writes float: leave one out")
+    if bits and bits not in _RECIPES[recipe]:
+        able = ", ".join(name for name, some in _RECIPES.items() if bits in some)
+        known = ", ".join(map(str, _RECIPES[recipe]))
+        raise ConfigError(f"--recipe {recipe} --bits {bits}: {recipe} takes {known} bits; {bits} bits: {able}")
+
+
+class _Progress(io.TextIOBase):
+    """Gives what a tool prints, and how far its bars are, to `tell`."""
+
+    def __init__(self, name: str, tell: Callable[[str], object]) -> None:
+        self._name, self._tell = name, tell
+        # A rich console on stderr, which `tell` may update, goes on writing there.
+        self.rich_proxied_file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    def write(self, text: str) -> int:
+        for line in re.split(r"[\r\n]+", text):
+            if (said := line.split("|")[0].strip()) and not said.startswith("\x1b"):
+                self._tell(f"{self._name}: {said}")
+        return len(text)
+
+
+@contextmanager
+def _tool(recipe: str, tell: Callable[[str], object]) -> Iterator[None]:
+    """Keep a tool's output off the terminal and NumPy's random state as it is, and type its errors."""
+    progress, state = _Progress(recipe, tell), np.random.get_state()
+    try:
+        with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress):
+            yield
+    except MlxftError:
+        raise
+    except Exception as error:  # they raise nearly anything about an architecture that they do not know
+        others = " or ".join(name for name in _RECIPES if name != recipe)
+        raise ExportError(
+            f"--recipe {recipe}: mlx-lm's tool failed on this model ({brief(error)}); try --recipe {others}, or leave "
+            "--recipe out"
+        ) from error
+    finally:
+        np.random.set_state(state)
+
+
+def _segments(configs: Sequence[Config], loaded: Loaded, rows: str | None, probe: Probe) -> tuple[mx.array, list[str]]:
+    """Return ids (N, T) to calibrate on, none of them of a row that is measured, and a note about them."""
+    option = f"--rows {rows}"
+    found = find_probe(configs, loaded.tokenizer, rows, budget=_CALIBRATION, option=option)
+    measured = {row.ids.tobytes() for row in probe.rows}
+    ids = [row.ids for row in found.rows if row.ids.tobytes() not in measured]
+    if not ids:
+        raise ConfigError(f"{option}: all its rows are measured on; name other rows there, or others with --probe")
+    left = len(found.rows) - len(ids)
+    whole = np.concatenate(ids)
+    width = min(_SEGMENT, context_of(loaded.config) or _SEGMENT, len(whole))
+    segments = whole[: len(whole) // width * width].reshape(-1, width).astype(np.int32)
+    without = f", without the {left} rows of it that are measured on" if left else ""
+    return mx.array(segments), [f"calibrated on {segments.size:,} tokens of {found.source}{without}"]
+
+
+def _group_size(model: nn.Module) -> int:
+    """Return the size of groups that fill every layer."""
+    widths = {path: m.weight.shape[-1] for path, m in model.named_modules() if hasattr(m, "to_quantized")}
+    for size in (64, 32):
+        odd = [path for path, width in widths.items() if width % size]
+        if not odd:
+            return size
+    raise ExportError(f"--recipe: {odd[0]} is {widths[odd[0]]} wide, which groups of 32 do not fill; leave it out")
+
+
+def _rounded(loaded: Loaded, bits: int, size: int, predicate: Callable[[str, nn.Module], Any] | None = None) -> Loaded:
+    """Return a quantised copy of a float model."""
+    from mlx_lm.utils import quantize_model
+
+    packed = copy_sharing_arrays(loaded)
+    quantize_model(packed.model, packed.config, size, bits, quant_predicate=predicate)
+    return packed
+
+
+def _mixed(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) -> Loaded:
+    """Quantise to `bits`, or the next more where that changes the predictions most, up to half of what more takes."""
+    from mlx_lm.quant.dynamic_quant import estimate_sensitivities, estimate_threshold
+    from mlx_lm.utils import compute_bits_per_weight
+
+    more = _BITS[_BITS.index(bits) + 1]
+    forms = (bits, size, more, size)
+    found = dict(estimate_sensitivities(loaded.model, segments, *forms, batch_size=batch))
+    target = sum(compute_bits_per_weight(_rounded(loaded, each, size).model) for each in (bits, more)) / 2
+    least = estimate_threshold(loaded.model, found, target, *forms)
+    return _rounded(
+        loaded, bits, size, lambda path, _: {"bits": more, "group_size": size} if found[path] > least else True
+    )
+
+
+def _awq(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) -> Loaded:
+    from mlx_lm.quant.awq import AWQ_MODEL_CONFIGS, awq_quantize
+
+    kind = loaded.config["model_type"]
+    if kind not in AWQ_MODEL_CONFIGS:
+        others = " or ".join(name for name in _RECIPES if name != "awq")
+        raise ExportError(
+            f"--recipe awq: mlx-lm's tool takes {', '.join(AWQ_MODEL_CONFIGS)}, and this model is {kind}; try --recipe "
+            f"{others}"
+        )
+    student = copy_sharing_arrays(loaded)
+    awq_quantize(student.model, segments, AWQ_MODEL_CONFIGS[kind], size, bits, embed_bits=max(4, bits))
+    return student
+
+
+def _gptq(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) -> Loaded:
+    from mlx_lm.quant.gptq import gptq_quantize
+
+    student = copy_sharing_arrays(loaded)
+    gptq_quantize(student.model, segments, bits, size, max(6, bits), size, batch_size=batch)
+    return student
+
+
+def _dwq(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) -> Loaded:
+    from mlx.optimizers import Adam
+    from mlx_lm.quant.dwq import dwq_quantize
+
+    student = _rounded(loaded, bits, size)
+    student.model.freeze()  # the tool unfreezes scales and biases
+    scales = next(m.scales for m in student.model.modules() if "scales" in m)
+    rows = [(row, 0) for row in np.array(segments)]
+    batch = min(batch, len(rows))
+    options = {"batch_size": batch, "max_seq_length": segments.shape[1], "seed": 0, "dtype": scales.dtype}
+    optimizer = Adam(_RATE, bias_correction=True)
+    dwq_quantize(
+        student.model, lambda ids, *_, **__: loaded.model(ids), optimizer, rows * _EPOCHS, rows[:batch], **options
+    )
+    student.model.eval()
+    return student
+
+
+def _quantised_config(model: nn.Module, config: dict[str, Any], bits: int, size: int) -> dict[str, Any]:
+    """Return a float model's config.json for its quantised form, each layer as it is where it is not as most."""
+    usual = {"group_size": size, "bits": bits, "mode": "affine"}
+    layers: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if "scales" in module:
+            own = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+            layers |= {path: own} if own != usual else {}
+        elif hasattr(module, "to_quantized"):
+            layers[path] = False
+    quantization = {**usual, **layers}
+    return {**config, "quantization": quantization, "quantization_config": quantization}
+
+
+def _follow(
+    recipe: str,
+    loaded: Loaded,
+    bits: int,
+    segments: mx.array,
+    judge: Callable[[str, Loaded, _Forms], Trial],
+    tell: Callable[[str], object],
+) -> tuple[Loaded, list[Trial]]:
+    """Fuse an adapted model in float and quantise it by a recipe.
+
+    Args:
+        judge: measures a model, with its name and the forms of its fused layers.
+    Returns:
+        The quantised model, and as trials the float one, plainly rounded to `bits`, and by the recipe.
+    """
+    forms = fuse_layers(loaded.model, dequantize=True)
+    loaded = replace(loaded, config=_fused_config(loaded, forms, True))
+    trials = [judge("float", loaded, forms)]
+
+    def judge_packed(name: str, packed: Loaded) -> Trial:
+        modules = dict(packed.model.named_modules())
+        found = {path: _form(modules[path]) or FLOAT for path in forms}
+        return judge(f"{name}{_name(found)}", packed, found)
+
+    size = _group_size(loaded.model)
+    run = {"mixed": _mixed, "awq": _awq, "gptq": _gptq, "dwq": _dwq}[recipe]
+    with _tool(recipe, tell):
+        plain = _rounded(loaded, bits, size)
+    trials.append(judge_packed("plain ", plain))
+    del plain
+    with _tool(recipe, tell):
+        student = run(loaded, segments, bits, size, max(1, _BATCH // segments.shape[1]))
+        mx.eval(student.model.parameters())
+    trials.append(judge_packed(f"{recipe}, ", student))
+    return replace(student, config=_quantised_config(student.model, loaded.config, bits, size)), trials
+
+
 # --- fuse -------------------------------------------------------------------------------------------------------------
 # One folder that mlx-lm, LM Studio and transformers load, with what is kept of the adaptation.
 
@@ -772,6 +998,7 @@ class Fused:
     Attributes:
         bytes: of the weights written.
         scores: reward models were compared, by their scores.
+        recipe: that of mlx-lm's quantisers by which the model was quantised.
         whole: between the adapted model and its base; what there is to keep.
         trials: the measured models; `chosen` is one of them.
     """
@@ -787,6 +1014,7 @@ class Fused:
     notes: list[str] = field(default_factory=list)
     written: bool = False
     bytes: int = 0
+    recipe: str | None = None
 
     def lines(self) -> list[str]:
         """Return a summary and a table."""
@@ -830,6 +1058,7 @@ class Fused:
             "measure": "squared score difference" if self.scores else "kl",
             "adapted_to_base": self.whole.divergence,
             "keep": self.keep,
+            "recipe": self.recipe,
             "agreement_base": self.whole.agreement,
             "bits": {path: form.bits for path, form in self.chosen.forms.items()},
             "tried": [trial.to_json() for trial in self.trials],
@@ -902,6 +1131,8 @@ def fuse_sources(
     dequantize: bool = False,
     bits: int | None = None,
     keep: float = _KEEP,
+    recipe: str | None = None,
+    rows: str | None = None,
     probe: str | None = None,
     force: bool = False,
     overwrite: bool = False,
@@ -916,6 +1147,8 @@ def fuse_sources(
         adapters: more of them, each with the multiplier of its update; all updates add up.
         model: the base, if the adapter does not name it or it has moved.
         dequantize, bits: set the precision instead of searching for it.
+        recipe: quantise the whole fused model by a tool of mlx-lm: mixed, awq, gptq or dwq, to `bits` (default: 4).
+        rows: what the recipe calibrates on: a file, or "train" or "valid" for the run's own; default: built-in text.
         probe: a file of rows to measure on, or "valid": the validation rows of the runs; default: built-in text.
         force: write even what keeps less than `keep`.
         tell: called with what is being done.
@@ -925,17 +1158,18 @@ def fuse_sources(
         ConfigError: `out` exists and may not be replaced.
         ExportError: `out` cannot be written.
     """
+    _check_recipe(recipe, rows, bits, dequantize)
     check_destination(out, overwrite)
     sources, base = find_sources(run, adapters)
     tell("loading the base")
     loaded, notes = load_shared_base(sources, model or base)
     check_unused(out, [loaded.path, *(source.folder for source in sources)])
     aware, said = _trained_for(sources)
-    if (dequantize or bits) and not (aware or any(isinstance(m, QUANTIZED) for m in loaded.model.modules())):
-        raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
-    check_space(out, 0 if dequantize else weight_bytes(loaded.model) // 2)
+    _check_precision(loaded, recipe, aware, dequantize or bits is not None)
+    check_space(out, 0 if dequantize or recipe else weight_bytes(loaded.model) // 2)
     configs = [source.config for source in sources if source.config is not None]
     meter = Meter(loaded, find_probe(configs, loaded.tokenizer, probe, head_of(loaded.model) is not None))
+    segments, calibrated = _segments(configs, loaded, rows, meter.probe) if recipe else (None, [])
     tell("measuring the base")
     before = meter.read()
     layers = _attach_sources(loaded, sources)
@@ -944,33 +1178,66 @@ def fuse_sources(
     whole = meter.gap(adapted, before)
     del before
 
-    def measure(forms: _Forms) -> Trial:
-        name = _name(forms)
+    def judge(name: str, form: Loaded, forms: _Forms, size: int | None = None) -> Trial:
         tell(f"measuring {name}")
-        with standing_in(loaded.model, standins(loaded.model, forms)):
-            gap = meter.gap(adapted, meter.read())
+        gap = meter.gap(adapted, Meter(form, meter.probe).read())
+        kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
+        return Trial(name, weight_bytes(form.model) if size is None else size, gap, kept, forms)
+
+    def measure(forms: _Forms) -> Trial:
         with standing_in(loaded.model, _fused_layers(loaded.model, forms, dequantize)):
             size = weight_bytes(loaded.model)
-        kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
-        return Trial(name, size, gap, kept, forms)
+        with standing_in(loaded.model, standins(loaded.model, forms)):
+            return judge(_name(forms), loaded, forms, size)
 
-    if dequantize or bits or aware or not any(isinstance(m.base, QUANTIZED) for m in layers):
+    if recipe and segments is not None:
+        loaded, trials = _follow(recipe, loaded, bits or 4, segments, judge, tell)
+        chosen = trials[-1]
+        calibrated += _no_closer(trials)
+    elif dequantize or bits or aware or not any(isinstance(m.base, QUANTIZED) for m in layers):
         trials = [measure(uniform(loaded.model, 0 if dequantize else bits))]
+        chosen = trials[0]
     else:
         tell("measuring each layer")
         trials = _search(loaded.model, measure, keep)
-    chosen = min((t for t in trials if t.meets(keep)), key=lambda t: t.bytes, default=None)
-    chosen = chosen or max(trials, key=lambda t: t.kept or 0.0)
-    notes += [*said, *meter.probe.notes]
-    fused = Fused(out, sources, meter.probe, meter.scores, whole, trials, chosen, keep, notes)
+        enough = [trial for trial in trials if trial.meets(keep)]
+        chosen = min(enough, key=lambda t: t.bytes) if enough else max(trials, key=lambda t: t.kept or 0.0)
+    notes += [*said, *calibrated, *meter.probe.notes]
+    fused = Fused(out, sources, meter.probe, meter.scores, whole, trials, chosen, keep, notes, recipe=recipe)
     if not chosen.meets(keep) and not force:
         raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, bits)]), fused)
     tell("writing")
     check_space(out, chosen.bytes)
-    fuse_layers(loaded.model, dequantize=dequantize, forms=chosen.forms)
-    _write(out, loaded, sources[0], _fused_config(loaded, chosen.forms, dequantize), overwrite)
+    if recipe is None:
+        fuse_layers(loaded.model, dequantize=dequantize, forms=chosen.forms)
+        loaded = replace(loaded, config=_fused_config(loaded, chosen.forms, dequantize))
+    _write(out, loaded, sources[0], loaded.config, overwrite)
     fused.written, fused.bytes = True, weight_bytes(loaded.model)
     return fused
+
+
+def _check_precision(loaded: Loaded, recipe: str | None, aware: int | None, asked: bool) -> None:
+    """Refuse a precision that the model cannot have, or a recipe for it."""
+    if recipe is None:
+        if asked and not (aware or any(isinstance(m, QUANTIZED) for m in loaded.model.modules())):
+            raise ExportError("the base is not quantised: --dequantize and --bits have nothing to act on")
+    elif head_of(loaded.model) is not None:
+        raise ExportError(
+            f"--recipe {recipe}: is for models that write, and this is a reward model, whose head mlx-lm's tools do "
+            "not know; leave it out"
+        )
+    elif aware:
+        raise ExportError(
+            f"--recipe {recipe}: was trained for {aware} bits (tune.quantize_aware), and a recipe would round its "
+            "weights again; leave it out"
+        )
+
+
+def _no_closer(trials: Sequence[Trial]) -> list[str]:
+    """Return a note if the recipe, the last trial, is no closer than plain rounding, the one before."""
+    plain, made = trials[-2:]
+    same = made.gap.divergence >= plain.gap.divergence
+    return [f"{made.name} is no closer to the adapted model than {plain.name} on these rows"] if same else []
 
 
 def _name(forms: _Forms) -> str:
@@ -984,6 +1251,8 @@ def _too_little(fused: Fused, bits: int | None) -> str:
     """Say what to do if too little is kept."""
     if FLOAT in fused.chosen.forms.values():
         way = "so small an update is lost in the type of the weights: train it longer or at a higher rate, or --force"
+    elif fused.recipe:
+        way = "try more --bits or another --recipe, leave --recipe out, or write it anyway with --force"
     else:
         way = f"leave {f'--bits {bits}' if bits else '--keep'} out, --dequantize, or write it anyway with --force"
     kept = f"{fused.chosen.kept or 0.0:.1%} of the adaptation is kept, --keep asks for {fused.keep:.1%}"
