@@ -72,12 +72,12 @@ BUDGET = {
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
     # start.py: how LLaMA-Factory and Axolotl name columns, whole; ratings and test rows are said.
     "study": (17, 7410),
-    # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: 20 families.
-    "exports": (7, 3870),
+    # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: families; fuse.py: recipes.
+    "exports": (7, 4200),
     "studio": (3, 1340),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.
-    "cli": (7, 2540),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
+    "cli": (7, 2560),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }
 MOST_FILES = 97  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models; studio
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is

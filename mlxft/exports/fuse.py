@@ -814,7 +814,7 @@ class _Progress(io.TextIOBase):
 
     def __init__(self, name: str, tell: Callable[[str], object]) -> None:
         self._name, self._tell = name, tell
-        # A rich console on stderr, which `tell` may update, goes on writing there.
+        # A rich console on stderr, which `tell` may update, still writes there.
         self.rich_proxied_file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     def write(self, text: str) -> int:
@@ -1178,11 +1178,7 @@ def fuse_sources(
     whole = meter.gap(adapted, before)
     del before
 
-    def judge(name: str, form: Loaded, forms: _Forms, size: int | None = None) -> Trial:
-        tell(f"measuring {name}")
-        gap = meter.gap(adapted, Meter(form, meter.probe).read())
-        kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
-        return Trial(name, weight_bytes(form.model) if size is None else size, gap, kept, forms)
+    judge = partial(_judged, meter, adapted, whole, tell)
 
     def measure(forms: _Forms) -> Trial:
         with standing_in(loaded.model, _fused_layers(loaded.model, forms, dequantize)):
@@ -1192,28 +1188,49 @@ def fuse_sources(
 
     if recipe and segments is not None:
         loaded, trials = _follow(recipe, loaded, bits or 4, segments, judge, tell)
-        chosen = trials[-1]
-        calibrated += _no_closer(trials)
     elif dequantize or bits or aware or not any(isinstance(m.base, QUANTIZED) for m in layers):
         trials = [measure(uniform(loaded.model, 0 if dequantize else bits))]
-        chosen = trials[0]
     else:
         tell("measuring each layer")
         trials = _search(loaded.model, measure, keep)
-        enough = [trial for trial in trials if trial.meets(keep)]
-        chosen = min(enough, key=lambda t: t.bytes) if enough else max(trials, key=lambda t: t.kept or 0.0)
-    notes += [*said, *calibrated, *meter.probe.notes]
+    enough = [trials[-1]] if recipe else [trial for trial in trials if trial.meets(keep)]
+    chosen = min(enough, key=lambda t: t.bytes) if enough else max(trials, key=lambda t: t.kept or 0.0)
+    notes += [*said, *calibrated, *(_no_closer(trials) if recipe else []), *meter.probe.notes]
     fused = Fused(out, sources, meter.probe, meter.scores, whole, trials, chosen, keep, notes, recipe=recipe)
-    if not chosen.meets(keep) and not force:
-        raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, bits)]), fused)
+    if chosen.meets(keep) or force:
+        _write_fused(fused, loaded, dequantize, overwrite, tell)
+        return fused
+    raise LostTooMuch("\n".join([*fused.lines(), _too_little(fused, bits)]), fused)
+
+
+def _write_fused(
+    fused: Fused, loaded: Loaded, dequantize: bool, overwrite: bool, tell: Callable[[str], object]
+) -> None:
+    """Write the model that was chosen, which a recipe has fused already."""
     tell("writing")
-    check_space(out, chosen.bytes)
-    if recipe is None:
-        fuse_layers(loaded.model, dequantize=dequantize, forms=chosen.forms)
-        loaded = replace(loaded, config=_fused_config(loaded, chosen.forms, dequantize))
-    _write(out, loaded, sources[0], loaded.config, overwrite)
+    check_space(fused.out, fused.chosen.bytes)
+    if fused.recipe is None:
+        fuse_layers(loaded.model, dequantize=dequantize, forms=fused.chosen.forms)
+        loaded = replace(loaded, config=_fused_config(loaded, fused.chosen.forms, dequantize))
+    _write(fused.out, loaded, fused.adapters[0], loaded.config, overwrite)
     fused.written, fused.bytes = True, weight_bytes(loaded.model)
-    return fused
+
+
+def _judged(
+    meter: Meter,
+    adapted: list[mx.array],
+    whole: Gap,
+    tell: Callable[[str], object],
+    name: str,
+    form: Loaded,
+    forms: _Forms,
+    size: int | None = None,
+) -> Trial:
+    """Measure a form of the adapted model; `size`: bytes of its weights, if they are not as it holds them now."""
+    tell(f"measuring {name}")
+    gap = meter.gap(adapted, Meter(form, meter.probe).read())
+    kept = min(1.0, max(0.0, 1.0 - gap.divergence / whole.divergence)) if whole.divergence > 0 else None
+    return Trial(name, weight_bytes(form.model) if size is None else size, gap, kept, forms)
 
 
 def _check_precision(loaded: Loaded, recipe: str | None, aware: int | None, asked: bool) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm
-import numpy as np
 import pytest
 
 import mlxft
-from mlxft.errors import ConfigError, ExportError
-from mlxft.exports.fuse import Fused, LostTooMuch, Meter, fuse_sources
+from mlxft.errors import ConfigError
+from mlxft.exports.fuse import Fused, Meter, fuse_sources
 from mlxft.model.layers import QUANTIZED
 
 Recipe = Callable[..., dict[str, Any]]
@@ -43,8 +40,17 @@ def check(fused: Fused, run: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize(("recipe_name", "found"), [("mixed", {4, 5}), ("awq", {4}), ("gptq", {4, 6}), ("dwq", {4})])
 def test_each(recipe_name: str, found: set[int], recipe: Recipe, tmp_path: Path) -> None:
-    run, lines = train(recipe()), []
-    state = np.random.get_state()[1].copy()
-    fused = fuse_sources(run, tmp_path / "out", recipe=recipe_name, keep=0.5, tell=lines.append)
+    run = train(recipe())
+    fused = fuse_sources(run, tmp_path / "out", recipe=recipe_name, keep=0.5)
     assert set(check(fused, run).values()) == found
-    print("\n".join(fused.lines())); print(lines)
+    assert [trial.name for trial in fused.trials][:2] == ["float", "plain 4 bits"]
+
+
+def test_what_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    run = train(recipe())
+    with pytest.raises(ConfigError, match="--dequantize writes float"):
+        fuse_sources(run, tmp_path / "out", recipe="dwq", dequantize=True)
+    with pytest.raises(ConfigError, match="gptq takes 2, 4, 8 bits"):
+        fuse_sources(run, tmp_path / "out", recipe="gptq", bits=5)
+    with pytest.raises(ConfigError, match="--rows is what a --recipe calibrates on"):
+        fuse_sources(run, tmp_path / "out", rows="rows.jsonl")
