@@ -47,7 +47,7 @@ from mlxft.text import echo, json_text, make_console
 @click.option(
     "--rows",
     metavar="FILE",
-    help="File of rows that --recipe calibrates on, or train for the recipe's training rows (default: built-in text).",
+    help="File of rows that --recipe calibrates on, or train for the run's training rows (default: built-in text).",
 )
 @click.option(
     "--probe",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 import mlxft
 from mlxft.config import Config
@@ -809,18 +809,23 @@ def _check_recipe(recipe: str | None, rows: str | None, bits: int | None, dequan
         raise ConfigError(f"--recipe {recipe} --bits {bits}: {recipe} takes {known} bits; {bits} bits: {able}")
 
 
+def _others(recipe: str) -> str:
+    return " or ".join(name for name in _RECIPES if name != recipe)
+
+
 class _Progress(io.TextIOBase):
     """Gives what a tool prints, and how far its bars are, to `tell`."""
 
     def __init__(self, name: str, tell: Callable[[str], object]) -> None:
-        self._name, self._tell = name, tell
+        self._name, self._tell, self._streams = name, tell, (sys.stdout, sys.stderr)
         # A rich console on stderr, which `tell` may update, still writes there.
         self.rich_proxied_file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     def write(self, text: str) -> int:
         for line in re.split(r"[\r\n]+", text):
             if (said := line.split("|")[0].strip()) and not said.startswith("\x1b"):
-                self._tell(f"{self._name}: {said}")
+                with contextlib.redirect_stdout(self._streams[0]), contextlib.redirect_stderr(self._streams[1]):
+                    self._tell(f"{self._name}: {said}")
         return len(text)
 
 
@@ -834,10 +839,9 @@ def _tool(recipe: str, tell: Callable[[str], object]) -> Iterator[None]:
     except MlxftError:
         raise
     except Exception as error:  # they raise nearly anything about an architecture that they do not know
-        others = " or ".join(name for name in _RECIPES if name != recipe)
         raise ExportError(
-            f"--recipe {recipe}: mlx-lm's tool failed on this model ({brief(error)}); try --recipe {others}, or leave "
-            "--recipe out"
+            f"--recipe {recipe}: mlx-lm's tool failed on this model ({brief(error)}); try --recipe {_others(recipe)}, "
+            "or leave --recipe out"
         ) from error
     finally:
         np.random.set_state(state)
@@ -898,10 +902,9 @@ def _awq(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) -
 
     kind = loaded.config["model_type"]
     if kind not in AWQ_MODEL_CONFIGS:
-        others = " or ".join(name for name in _RECIPES if name != "awq")
+        known = ", ".join(AWQ_MODEL_CONFIGS)
         raise ExportError(
-            f"--recipe awq: mlx-lm's tool takes {', '.join(AWQ_MODEL_CONFIGS)}, and this model is {kind}; try --recipe "
-            f"{others}"
+            f"--recipe awq: mlx-lm's tool takes {known}, and this model is {kind}; try --recipe {_others('awq')}"
         )
     student = copy_sharing_arrays(loaded)
     awq_quantize(student.model, segments, AWQ_MODEL_CONFIGS[kind], size, bits, embed_bits=max(4, bits))
@@ -912,7 +915,14 @@ def _gptq(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) 
     from mlx_lm.quant.gptq import gptq_quantize
 
     student = copy_sharing_arrays(loaded)
+    kinds = {path: value.dtype for path, value in tree_flatten(student.model.parameters())}
+    student.model.set_dtype(mx.float32)  # sums of squares, which half precision loses
     gptq_quantize(student.model, segments, bits, size, max(6, bits), size, batch_size=batch)
+    values = {path: value for path, value in tree_flatten(student.model.parameters()) if value.dtype == mx.float32}
+    back = [
+        (path, v.astype(kinds.get(path) or kinds[f"{path.rpartition('.')[0]}.weight"])) for path, v in values.items()
+    ]
+    student.model.update(tree_unflatten(back))
     return student
 
 
@@ -982,6 +992,8 @@ def _follow(
         student = run(loaded, segments, bits, size, max(1, _BATCH // segments.shape[1]))
         mx.eval(student.model.parameters())
     trials.append(judge_packed(f"{recipe}, ", student))
+    if not math.isfinite(trials[-1].gap.divergence):
+        raise ExportError(f"--recipe {recipe}: its model computes NaN; try --recipe {_others(recipe)}")
     return replace(student, config=_quantised_config(student.model, loaded.config, bits, size)), trials
 
 
