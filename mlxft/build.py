@@ -191,9 +191,10 @@ def _continue_adapter(config: Config, loaded: Loaded) -> LoRASpec:
     wrong = [k for k, v in mine.items() if k in given and getattr(config.tune, k) not in (None, v)]
     wrong += [k for k in ("targets", "layers", "alpha", "rslora", "train") if k in given]
     if wrong:
+        rounded = f", quantize_aware {spec.quantize_aware}" if spec.quantize_aware is not None else ""
         raise ConfigError(
             f"model.adapter: {folder} has rank {spec.rank}, scale {spec.scale:g}, dropout {spec.dropout:g}, method "
-            f"{mine['method']} and its own targets; leave out tune.{', tune.'.join(wrong)}"
+            f"{mine['method']}{rounded} and its own targets; leave out tune.{', tune.'.join(wrong)}"
         )
     return spec
 

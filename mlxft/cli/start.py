@@ -13,7 +13,7 @@ from mlxft.text import echo
 
 
 @click.command()
-@click.argument("data", required=False)
+@click.argument("data", nargs=-1, metavar="[DATA]")
 @click.option("--from", "theirs", type=PathArg(dir_okay=False), help="Configuration of another tool.")
 @click.option("--objective", help="Objective (default: the one that takes the rows).")
 @click.option(
@@ -24,7 +24,7 @@ from mlxft.text import echo
 @click.option("--out", type=PathArg(dir_okay=False), default="mlxft.yaml", show_default=True, help="Recipe to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the recipe if it exists.")
 @click.option("--yes", "-y", is_flag=True, help="Ask nothing, and take what is proposed.")
-def init(data: str | None, theirs: Path | None, out: Path, overwrite: bool, yes: bool, **chosen: Any) -> None:
+def init(data: tuple[str, ...], theirs: Path | None, out: Path, overwrite: bool, yes: bool, **chosen: Any) -> None:
     """Look at the rows in DATA and write a recipe for them, with the reason for each setting.
 
     In a terminal it asks what it proposes; elsewhere, and with --yes, it takes that. Nothing is downloaded.
@@ -40,16 +40,18 @@ def init(data: str | None, theirs: Path | None, out: Path, overwrite: bool, yes:
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists already; --overwrite replaces it, --out writes another file")
     if theirs is not None:
-        if data is not None or any(chosen.values()):
+        if data or any(chosen.values()):
             raise click.UsageError("--from takes everything from that file; change the recipe afterwards")
         _convert(theirs, out)
         return
     asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
-    if data is None and asks:
-        data = click.prompt("File, folder or hub data set (hf:org/name) with your rows")
-    if data is None:
+    if not data and asks:
+        data = (click.prompt("File, folder or hub data set (hf:org/name) with your rows"),)
+    if not data:
         raise click.UsageError("give DATA, the file with your rows; or --from FILE")
-    _propose(data, out, asks, **chosen)
+    if len(data) > 1:
+        raise click.UsageError("give one DATA; several files are named by a pattern in quotes: 'rows/*.csv'")
+    _propose(data[0], out, asks, **chosen)
 
 
 def _convert(theirs: Path, out: Path) -> None:

@@ -691,6 +691,10 @@ def write_gguf(
     said.insert(0, f"wrote {out} ({out.stat().st_size / 1e6:,.1f} MB, {len(tensors)} tensors, {form.kind})")
     if form.kind in _PACKED and form.kind != "q8_0" and form.is_direct:
         said.append(f"every matrix is {form.kind}; llama.cpp's quantiser keeps some finer: {HOW}")
+    widths = sorted({t.shape[-1] for t in tensors if t.name.startswith("blk.") and len(t.shape) > 1})
+    if not form.is_direct and ("_k" in form.kind or form.kind == "iq4_xs") and any(width % 256 for width in widths):
+        uneven = ", ".join(str(width) for width in widths if width % 256)
+        said.append(f"{form.kind} packs 256 weights at a time: llama.cpp keeps rows of {uneven} in larger types")
     if fidelity is not None:
         tell("measuring in llama.cpp")
         said += fidelity.lines(out, form.kind)

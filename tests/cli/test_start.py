@@ -174,6 +174,7 @@ def test_model_and_rows_by_position(given: tuple[str, ...], way: str, rows: str,
     for command in ("train", "check"):
         found = mlxft(command, *given)
         assert (found.code, way in found.err) == (2, True), found.err
+    assert "a pattern in quotes" in mlxft("init", rows, "more.csv").err, "what a shell makes of *.csv"
 
 
 def test_init_proposes_what_judged_rows_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def test_floats_go_through_the_quantiser(tiny_model_dir: Path, quantiser: Path, 
     assert "q4_k_m" in said[0]
     assert any(line.startswith("importance matrix of ") and "in 2 rows" in line for line in said)
     assert any("not measured" in line for line in said)
+    assert "q4_k_m packs 256 weights at a time: llama.cpp keeps rows of 32, 64 in larger types" in said
     assert [p.name for p in out.parent.iterdir()] == ["a.gguf"]
     weighed = read_importance(quantiser.with_name("called.matrix"))
     assert len(weighed) == 14
