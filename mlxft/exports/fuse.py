@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import math
 import random
@@ -59,7 +58,17 @@ from mlxft.model.heads import (
     read_scores,
     without_head,
 )
-from mlxft.model.layers import FLOAT, QUANTIZED, LowRank, WeightForm, dense_weight, form_of, plain_layer, shift
+from mlxft.model.layers import (
+    FLOAT,
+    QUANTIZED,
+    LowRank,
+    WeightForm,
+    dense_weight,
+    form_of,
+    plain_layer,
+    quantization_of,
+    shift,
+)
 from mlxft.model.load import (
     Loaded,
     base_fingerprint,
@@ -289,7 +298,7 @@ def find_probe(
     file: str | None,
     scores: bool = False,
     budget: int = _TOKENS,
-    option: str | None = None,
+    option: str = "--probe",
 ) -> Probe:
     """Return rows to compute something on: built-in text, a file's rows, or the runs' own.
 
@@ -300,7 +309,7 @@ def find_probe(
         file: a file, "valid" or "train" for the runs' validation or training rows; None for the built-in text.
         scores: take completions to be scored instead of texts.
         budget: number of tokens.
-        option: what names the rows, for messages; default: --probe, or --imatrix for training rows.
+        option: what names the rows, for messages.
     Raises:
         ConfigError, DataError: the file is missing, or has no usable row.
     """
@@ -320,11 +329,10 @@ def find_probe(
     for config in configs:
         if examples := _held_out(config, tokenizer) if file == _VALID else _learnt(config, tokenizer):
             found += _encode(examples, tokenizer, config, scores, budget // len(configs))
-    usual, what = {_VALID: (f"--probe {_VALID}", "validation"), _TRAIN: ("--imatrix", "training")}[file]
-    option = option or usual
+    what = {_VALID: "validation", _TRAIN: "training"}[file]
     if not found:
         seen = f"the run has no {what} rows" if configs else "no run is known here"
-        raise ConfigError(f"{option}: {seen}; name a file of rows, or leave the option out")
+        raise ConfigError(f"{option} {file}: {seen}; name a file of rows, or leave the option out")
     return Probe(found, f"{what} rows")
 
 
@@ -849,12 +857,11 @@ def _tool(recipe: str, tell: Callable[[str], object]) -> Iterator[None]:
 
 def _segments(configs: Sequence[Config], loaded: Loaded, rows: str | None, probe: Probe) -> tuple[mx.array, list[str]]:
     """Return ids (N, T) to calibrate on, none of them of a row that is measured, and a note about them."""
-    option = f"--rows {rows}"
-    found = find_probe(configs, loaded.tokenizer, rows, budget=_CALIBRATION, option=option)
+    found = find_probe(configs, loaded.tokenizer, rows, budget=_CALIBRATION, option="--rows")
     measured = {row.ids.tobytes() for row in probe.rows}
     ids = [row.ids for row in found.rows if row.ids.tobytes() not in measured]
     if not ids:
-        raise ConfigError(f"{option}: all its rows are measured on; name other rows there, or others with --probe")
+        raise ConfigError(f"--rows {rows}: all its rows are measured on; name other rows there, or others with --probe")
     left = len(found.rows) - len(ids)
     whole = np.concatenate(ids)
     width = min(_SEGMENT, context_of(loaded.config) or _SEGMENT, len(whole))
@@ -944,20 +951,6 @@ def _dwq(loaded: Loaded, segments: mx.array, bits: int, size: int, batch: int) -
     return student
 
 
-def _quantised_config(model: nn.Module, config: dict[str, Any], bits: int, size: int) -> dict[str, Any]:
-    """Return a float model's config.json for its quantised form, each layer as it is where it is not as most."""
-    usual = {"group_size": size, "bits": bits, "mode": "affine"}
-    layers: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        if "scales" in module:
-            own = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-            layers |= {path: own} if own != usual else {}
-        elif hasattr(module, "to_quantized"):
-            layers[path] = False
-    quantization = {**usual, **layers}
-    return {**config, "quantization": quantization, "quantization_config": quantization}
-
-
 def _follow(
     recipe: str,
     loaded: Loaded,
@@ -974,7 +967,7 @@ def _follow(
         The quantised model, and as trials the float one, plainly rounded to `bits`, and by the recipe.
     """
     forms = fuse_layers(loaded.model, dequantize=True)
-    loaded = replace(loaded, config=_fused_config(loaded, forms, True))
+    loaded = replace(loaded, config=_fused_config(loaded))
     trials = [judge("float", loaded, forms)]
 
     def judge_packed(name: str, packed: Loaded) -> Trial:
@@ -994,7 +987,7 @@ def _follow(
     trials.append(judge_packed(f"{recipe}, ", student))
     if not math.isfinite(trials[-1].gap.divergence):
         raise ExportError(f"--recipe {recipe}: its model computes NaN; try --recipe {_others(recipe)}")
-    return replace(student, config=_quantised_config(student.model, loaded.config, bits, size)), trials
+    return replace(student, config=_fused_config(replace(student, config=loaded.config))), trials
 
 
 # --- fuse -------------------------------------------------------------------------------------------------------------
@@ -1105,33 +1098,13 @@ def fuse_layers(
     return forms
 
 
-def _fused_config(loaded: Loaded, forms: _Forms, dequantize: bool) -> dict[str, Any]:
-    """Return the fused model's config.json, with the quantisation of each layer as mlx-lm reads it.
-
-    Args:
-        loaded: with its layers fused.
-    """
-    config = copy.deepcopy(loaded.config)
-    if dequantize:
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
+def _fused_config(loaded: Loaded) -> dict[str, Any]:
+    """Return the config.json of a model whose layers are fused, with the quantisation of each as mlx-lm reads it."""
+    config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
+    if not any(isinstance(m, QUANTIZED) for m in loaded.model.modules()):
         return config
-    quantization = config.get("quantization")
-    if not quantization and (found := [form for form in forms.values() if form.bits]):
-        # Trained quantisation-aware on a float base, whose other layers stay float.
-        quantization = config["quantization"] = {k: getattr(found[0], k) for k in ("group_size", "bits", "mode")}
-        quantization |= {path: False for path, m in loaded.model.named_modules() if hasattr(m, "to_quantized")}
-    if quantization:
-        for path, form in forms.items():
-            own = quantization.get(path)
-            before = own if isinstance(own, dict) else {**quantization, "bits": 0} if own is False else quantization
-            was = WeightForm(before["bits"], before["group_size"], before.get("mode", "affine"))
-            if form.same or form == was or (form.bits == was.bits == 0):
-                continue
-            own = {"group_size": form.group_size, "bits": form.bits, "mode": form.mode}
-            quantization[path] = own if form.bits else False
-        config["quantization_config"] = quantization
-    return config
+    quantization = quantization_of(loaded.model, loaded.config.get("quantization"))
+    return {**config, "quantization": quantization, "quantization_config": quantization}
 
 
 def fuse_sources(
@@ -1223,7 +1196,7 @@ def _write_fused(
     check_space(fused.out, fused.chosen.bytes)
     if fused.recipe is None:
         fuse_layers(loaded.model, dequantize=dequantize, forms=fused.chosen.forms)
-        loaded = replace(loaded, config=_fused_config(loaded, fused.chosen.forms, dequantize))
+        loaded = replace(loaded, config=_fused_config(loaded))
     _write(fused.out, loaded, fused.adapters[0], loaded.config, overwrite)
     fused.written, fused.bytes = True, weight_bytes(loaded.model)
 
@@ -1278,10 +1251,10 @@ def _name(forms: _Forms) -> str:
 
 def _too_little(fused: Fused, bits: int | None) -> str:
     """Say what to do if too little is kept."""
-    if FLOAT in fused.chosen.forms.values():
-        way = "so small an update is lost in the type of the weights: train it longer or at a higher rate, or --force"
-    elif fused.recipe:
+    if fused.recipe:
         way = "try more --bits or another --recipe, leave --recipe out, or write it anyway with --force"
+    elif FLOAT in fused.chosen.forms.values():
+        way = "so small an update is lost in the type of the weights: train it longer or at a higher rate, or --force"
     else:
         way = f"leave {f'--bits {bits}' if bits else '--keep'} out, --dequantize, or write it anyway with --force"
     kept = f"{fused.chosen.kept or 0.0:.1%} of the adaptation is kept, --keep asks for {fused.keep:.1%}"

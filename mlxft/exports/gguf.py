@@ -713,7 +713,7 @@ def _looked_at(
         tell("measuring the model in float")
         fidelity = Fidelity(loaded, find_probe(configs, loaded.tokenizer, form.probe))
     if form.imatrix:
-        rows = find_probe(configs, loaded.tokenizer, form.imatrix, budget=_IMPORTANT)
+        rows = find_probe(configs, loaded.tokenizer, form.imatrix, budget=_IMPORTANT, option="--imatrix")
         tokens = sum(len(row.ids) for row in rows.rows)
         get = gguf.getter(loaded.config, _args(loaded.model))
         names = lambda path: arch.tensors(f"{path}.weight", get("num_hidden_layers"))  # noqa: E731

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from mlxft.errors import ModelError
 from mlxft.model.folder import ModelConfig, check_schema
+from mlxft.model.layers import WeightForm, pack_codes, quantization_of
 from mlxft.text import parse_json
 
 # --- gguf header ------------------------------------------------------------------------------------------------------
@@ -40,14 +41,6 @@ _STRING, _ARRAY = 8, 9
 # Most bytes of a string or of an array's numbers, and most strings of an array: a broken file may claim petabytes.
 _MOST = 1 << 24
 _MOST_DIMENSIONS = 4  # of a tensor in ggml
-
-
-class PackedForm(NamedTuple):
-    """How MLX packs a layer's weights."""
-
-    bits: int
-    group_size: int
-    mode: str = "affine"
 
 
 class Entry(NamedTuple):
@@ -70,7 +63,7 @@ class Entry(NamedTuple):
         """Return its numbers, unpacked; raises as `parts`."""
         return self.parts()["weight"]
 
-    def parts(self, form: PackedForm | None = None) -> dict[str, mx.array]:
+    def parts(self, form: WeightForm | None = None) -> dict[str, mx.array]:
         """Read a tensor as the parameters of a layer: weight, and if it is packed scales and biases.
 
         It is read some rows at a time, so that little more than what is returned is in memory.
@@ -98,7 +91,7 @@ class Entry(NamedTuple):
             mx.eval(out)
         return {part: value.reshape(*self.shape[:-1], -1) for part, value in out.items()}
 
-    def outline(self, form: PackedForm | None = None) -> dict[str, mx.array]:
+    def outline(self, form: WeightForm | None = None) -> dict[str, mx.array]:
         """Return what `parts` returns as lazy zeros; nothing is read."""
         zeros = mx.zeros(self.shape, self.dtype)
         return {"weight": zeros} if form is None else pack_parts(zeros, form, self.dtype)
@@ -1204,7 +1197,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ModelError(f"{path}: {text}; download it again") from error
 
 
-def _unpacked(kind: str, data: Any, form: PackedForm | None, dtype: mx.Dtype) -> dict[str, mx.array]:
+def _unpacked(kind: str, data: Any, form: WeightForm | None, dtype: mx.Dtype) -> dict[str, mx.array]:
     """Return rows of bytes (n, bytes) as floats, or packed; in the type's own form, codes stay what they are."""
     if kind == "MXFP4" and form == _own_form(kind):
         return _microscaled(data)
@@ -1236,7 +1229,7 @@ def _check_finite(kind: str, *values: mx.array) -> None:
         raise ValueError(f"broken: a tensor in {kind} has values that are not finite")
 
 
-def pack_parts(value: mx.array, form: PackedForm, dtype: mx.Dtype) -> dict[str, mx.array]:
+def pack_parts(value: mx.array, form: WeightForm, dtype: mx.Dtype) -> dict[str, mx.array]:
     """Quantise floats to the parameters of a packed layer, with scales and biases in `dtype`."""
     weight, *scales = mx.quantize(value, form.group_size, form.bits, mode=form.mode)
     affine = form.mode == "affine"
@@ -1267,32 +1260,22 @@ def _affine(kind: str, data: Any) -> tuple[mx.array, mx.array, mx.array]:
         codes = blocks[:, 2:] ^ 128
     elif bits == 5:
         codes = codes | high << 4
-    packed = _packed(codes.reshape(rows, -1), bits)
+    packed = pack_codes(mx.array(codes.reshape(rows, -1)), bits)
     return packed, mx.array(scales.reshape(rows, -1)), mx.array(biases.reshape(rows, -1))
-
-
-def _packed(codes: Any, bits: int) -> mx.array:
-    """Return codes (n, width) of 4, 5 or 8 bits as MLX stores them: a stream of bits, the lowest first, in uint32."""
-    if bits == 4:
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    elif bits == 5:
-        stream = codes[..., None] >> np.arange(5, dtype=np.uint8) & 1
-        codes = np.packbits(stream.reshape(len(codes), -1), axis=-1, bitorder="little")
-    return mx.array(np.ascontiguousarray(codes).view(np.uint32))
 
 
 def _microscaled(data: Any) -> dict[str, mx.array]:
     """Return rows of MXFP4 blocks (a scale, 16 bytes of codes) as MLX's form of the same name."""
     blocks = data.reshape(len(data), -1, 17)
     codes = (blocks[:, :, None, 1:] >> np.array([0, 4], np.uint8).reshape(2, 1) & 15).reshape(len(data), -1)
-    return {"weight": _packed(codes, 4), "scales": mx.array(np.ascontiguousarray(blocks[:, :, 0]))}
+    return {"weight": pack_codes(mx.array(codes), 4), "scales": mx.array(np.ascontiguousarray(blocks[:, :, 0]))}
 
 
-def _own_form(kind: str) -> PackedForm | None:
+def _own_form(kind: str) -> WeightForm | None:
     """Return the form in which MLX holds a type as it is, if it has one."""
     if kind == "MXFP4":
-        return PackedForm(4, _GROUP, "mxfp4")
-    return PackedForm(_AFFINE[kind], _GROUP) if kind in _AFFINE else None
+        return WeightForm(4, _GROUP, "mxfp4")
+    return WeightForm(_AFFINE[kind], _GROUP) if kind in _AFFINE else None
 
 
 def _bits(kind: str) -> int:
@@ -1375,7 +1358,7 @@ def own_dtype(file: GgufFile) -> Any:
 
 def _chooser(
     file: GgufFile, model: nn.Module, bits: int | None, group_size: int | None
-) -> Callable[[str, Entry], PackedForm | None]:
+) -> Callable[[str, Entry], WeightForm | None]:
     """Return which tensors are packed, and how; see `model_from_gguf`."""
     sizes: Counter[int] = Counter()
     for entry in file.tensors.values():
@@ -1383,17 +1366,17 @@ def _chooser(
     modules, rule = dict(model.named_modules()), getattr(model, "quant_predicate", None)
     as_it_is = bits is None or (sizes.most_common(1)[0][0] == bits and group_size in (None, _GROUP))
 
-    def form(path: str, entry: Entry) -> PackedForm | None:
+    def form(path: str, entry: Entry) -> WeightForm | None:
         group = _GROUP if as_it_is else group_size or 64
         if bits == 0 or not hasattr(modules[path], "to_quantized") or entry.shape[-1] % group:
             return None
         if as_it_is:
             own, needed = _own_form(entry.kind), _bits(entry.kind)
-            return own or (PackedForm(max(needed, bits), _GROUP) if bits and needed < 16 else None)
+            return own or (WeightForm(max(needed, bits), _GROUP) if bits and needed < 16 else None)
         chosen: Any = True if rule is None else rule(path, modules[path])
         if isinstance(chosen, dict):
-            return PackedForm(chosen["bits"], chosen["group_size"], chosen.get("mode", "affine"))
-        return PackedForm(bits or 4, group) if chosen else None
+            return WeightForm(chosen["bits"], chosen["group_size"], chosen.get("mode", "affine"))
+        return WeightForm(bits or 4, group) if chosen else None
 
     return form
 
@@ -1414,7 +1397,7 @@ def model_from_gguf(
     check_schema(ModelConfig, settings, file.path)
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(settings))
-    choose, layers = _chooser(file, model, bits, group_size), dict[str, PackedForm | None]()
+    choose, layers = _chooser(file, model, bits, group_size), dict[str, WeightForm | None]()
 
     def read(path: str, entry: Entry) -> dict[str, mx.array]:
         layers.setdefault(path, choose(path, entry))  # one form for all tensors of a joined layer
@@ -1423,13 +1406,10 @@ def model_from_gguf(
     tensors = weights(file, settings, model, read, outline)
     if hasattr(model, "sanitize"):
         tensors = model.sanitize(tensors)
-    if kinds := Counter(own for own in layers.values() if own is not None):
-        # As in any MLX folder, the most common form is on top, and other layers are listed by name.
-        most = max(kinds, key=lambda own: (own.bits == bits, kinds[own]))._asdict()
-        able = {path for path, layer in model.named_modules() if hasattr(layer, "to_quantized")}
-        forms = {path: own._asdict() if own else False for path, own in layers.items() if path in able}
-        nn.quantize(model, class_predicate=lambda path, _: forms.get(path, False))
-        settings["quantization"] = most | {path: own for path, own in forms.items() if own != most}
+    if packed := {path: own.settings for path, own in layers.items() if own is not None}:
+        nn.quantize(model, class_predicate=lambda path, _: packed.get(path, False))
+        usual = [form for form in packed.values() if form["bits"] == bits] or [*packed.values()]
+        settings["quantization"] = quantization_of(model, max(usual, key=usual.count))
     try:
         model.load_weights(list(tensors.items()), strict=True)
     except ValueError as error:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -158,6 +158,11 @@ class WeightForm:
     mode: str = "affine"
     same: bool = False
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What mlx's functions and a config.json say of it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
     def layer(self, adapted: LowRank) -> nn.Module:
         """Return the plain layer with an adapted weight in this form; nothing is computed yet."""
         base = adapted.base
@@ -194,7 +199,7 @@ class WeightForm:
         # Not quite 0 or 1, so that a number without an update, exact to some 1e-6 of a step, is never changed.
         noise = mx.random.uniform(2.0**-16, 1 - 2.0**-16, numbers.shape, key=mx.random.key(0))
         found = mx.clip(mx.floor(mx.where(wider, again, numbers + noise)), 0, most)
-        packed = _packed(found.reshape(*base.scales.shape[:-1], -1), self.bits)
+        packed = pack_codes(found.reshape(*base.scales.shape[:-1], -1), self.bits)
         return packed, new_scales.squeeze(-1), new_biases.squeeze(-1)
 
 
@@ -214,7 +219,27 @@ def form_of(base: nn.Module, bits: int | None = None) -> WeightForm | None:
     return next((WeightForm(bits, size) for size in groups if width % size == 0), None)
 
 
-def _packed(numbers: mx.array, bits: int) -> mx.array:
+def quantization_of(model: nn.Module, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the `quantization` of a model's config.json: the form that most layers have, and by name those of others.
+
+    Args:
+        known: what a config.json says of the model before it was changed, whose order and usual form are kept.
+    """
+    able = {path: m for path, m in model.named_modules() if isinstance(m, QUANTIZED) or hasattr(m, "to_quantized")}
+    forms: dict[str, dict[str, Any] | Literal[False]] = {
+        path: own.settings if (own := form_of(m)) and own.bits else False for path, m in able.items()
+    }
+    packed = [form for form in forms.values() if form is not False]
+    found: dict[str, Any] = {**(known or max(packed, key=packed.count))}
+    usual = {"mode": "affine"} | {key: value for key, value in found.items() if key in ("group_size", "bits", "mode")}
+    for path, form in forms.items():
+        said = found.get(path, usual)
+        if form != (usual | said if isinstance(said, dict) else said and usual):
+            found[path] = form
+    return found
+
+
+def pack_codes(numbers: mx.array, bits: int) -> mx.array:
     """Pack numbers (..., N) below 2^bits as MLX does: one after the other in the bits of uint32 words."""
     kind = mx.uint32 if bits <= 4 else mx.uint64
     eights = numbers.astype(kind).reshape(*numbers.shape[:-1], -1, 8)
