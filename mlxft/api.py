@@ -397,7 +397,7 @@ def save_adapter(model: Loaded, folder: str | Path, *, overwrite: bool = False) 
     from mlx.utils import tree_flatten
 
     from mlxft.files import flush, save_arrays, text_writer
-    from mlxft.model.adapters import adapter_texts, attached_spec, trainable_weights
+    from mlxft.model.adapters import adapter_arrays, adapter_texts, attached_spec, trained_weights
     from mlxft.model.folder import check_destination, replace_folder
     from mlxft.model.heads import adapter_metadata, head_of
     from mlxft.model.layers import LEAVES, LowRank
@@ -409,13 +409,14 @@ def save_adapter(model: Loaded, folder: str | Path, *, overwrite: bool = False) 
     out = Path(folder)
     check_destination(out, overwrite, "adapter")
     leaves = {f"{path}.{leaf}" for path in layers for leaf in LEAVES}
-    weights = {n: v for n, v in tree_flatten(model.model.parameters()) if n in leaves} | trainable_weights(model.model)
+    weights = {n: v for n, v in tree_flatten(model.model.parameters()) if n in leaves} | trained_weights(model.model)
     base = {"model": full_path(model.source), "fingerprint": model.fingerprint, **model.options}
     about = {"base": base, "versions": versions()}
     with replace_folder(out, "adapter") as part:
         for name, text in adapter_texts(model, attached_spec(layers), about).items():
             (part / name).parent.mkdir(exist_ok=True)
             text_writer(text)(part / name)
-        save_arrays(part / "adapters.safetensors", weights, adapter_metadata(None))
-        flush(part / "adapters.safetensors")
+        for name, arrays in adapter_arrays(weights).items():
+            save_arrays(part / name, arrays, adapter_metadata(None))
+            flush(part / name)
     return out

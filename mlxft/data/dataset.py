@@ -50,8 +50,10 @@ from mlxft.data.formats import (
     Labelled,
     Message,
     Pair,
+    Prompt,
     Ranked,
     Text,
+    convert,
     labels_of,
     pick_shots,
     recognise,
@@ -1793,3 +1795,101 @@ def load_encoded(config: Config, tokenizer: Any, *, mix: bool = False) -> Encode
         return encode_rows(examples, tokenizer, **options, cache=data.cache and not block, block=block)
 
     return EncodedSplits(*encode_sources(config, tokenizer, encode_some, Encoded))
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+# A few rows to compute something on: to compare models, or to see what a layer's inputs are like.
+
+_LONGEST = 256  # tokens of a row, so that no single row is the whole sample
+
+
+def built_in_examples(scores: bool) -> list[Example]:
+    """Return the package's own rows: questions with completions, and reviews; for scores, pairs."""
+    folder = Path(__file__).parents[1] / "demo"
+    if scores:
+        return convert(read_rows(str(folder / "pairs.jsonl"), "valid"), "preference")
+    examples: list[Example] = []
+    lines = [(folder / name).read_text("utf-8").splitlines()[:60] for name in ("rows.jsonl", "reviews.jsonl")]
+    for i, (chat, review) in enumerate(zip(*(map(parse_json, part) for part in lines)), 1):
+        examples.append(Example(f"rows.jsonl:{i}", Completion(*(turn["content"] for turn in chat["messages"]))))
+        examples.append(Example(f"reviews.jsonl:{i}", Text(review["review"])))
+    return examples
+
+
+def sample_rows(
+    examples: Sequence[Example], tokenizer: Any, config: Config | None, scores: bool, budget: int
+) -> list[Encoded]:
+    """Return randomly chosen rows, the same each time, of at most `budget` tokens together."""
+    order = list(examples)
+    random.Random(0).shuffle(order)
+    chat = config is None or config.data.template == "auto"
+    train_on = "all" if config is None else config.data.train_on or "assistant"
+    found: list[Encoded] = []
+    problem: DataError | None = None
+    spent = 0
+    for example in order:
+        try:
+            rows = _scored(example, tokenizer, chat) if scores else _written(example, tokenizer, chat, train_on)
+            for row in (_shortened(row, scores) for row in rows):
+                if row.trained.any() and (not found or spent + len(row.ids) <= budget):
+                    found.append(row)
+                    spent += len(row.ids)
+        except DataError as error:
+            problem = error
+        if spent >= budget - 16:
+            break
+    if not found:
+        raise problem or DataError("no row has a token that a model would predict")
+    return found
+
+
+def _shortened(row: Encoded, scores: bool) -> Encoded:
+    """Keep at most _LONGEST tokens, around the first compared one; of a completion to be scored, the last ones."""
+    if len(row.ids) <= _LONGEST:
+        return row
+    first = int(np.argmax(row.trained))
+    start = len(row.ids) - _LONGEST if scores else max(0, min(first - _LONGEST // 2, len(row.ids) - _LONGEST))
+    trained = row.trained[start : start + _LONGEST].copy()
+    trained[0] = False
+    return Encoded(row.ids[start : start + _LONGEST], trained, row.where)
+
+
+def _written(example: Example, tokenizer: Any, chat: bool, train_on: str) -> Iterator[Encoded]:
+    """Yield what the model would write: trained tokens of a text, a pair's chosen completion, or a whole prompt."""
+    where, item = example
+    if isinstance(item, Prompt):
+        given = item.prompt
+        if isinstance(given, str):
+            text = given
+        elif tokenizer.has_chat_template:
+            text = prompt_text(given, tokenizer, where=where)
+        else:
+            text = "\n".join(str(turn.get("content")) for turn in given)
+        yield from encode(Text(text), tokenizer, where, "all")
+    elif isinstance(item, (Conversation, Completion, Text)):
+        yield from encode(item, tokenizer, where, train_on, chat)
+    else:
+        yield next(_scored(example, tokenizer, chat))
+
+
+def _scored(example: Example, tokenizer: Any, chat: bool) -> Iterator[Encoded]:
+    """Yield completions as they are scored, each after its prompt."""
+    where, item = example
+    item = item.pairs[0] if isinstance(item, Ranked) else item
+    if isinstance(item, (Text, Prompt)):
+        raise DataError(f"{where}: has no completion to score")
+    prompt: Any = item.messages[:-1] if isinstance(item, Conversation) else item.prompt
+    completions: list[Any]
+    if isinstance(item, Conversation):
+        completions = [item.messages[-1]]
+    else:
+        completions = [item.chosen, item.rejected] if isinstance(item, Pair) else [item.completion]
+    for completion in completions:
+        row = encode_completion(prompt, completion, tokenizer, where, getattr(item, "tools", None), chat)
+        ids = np.concatenate([row.prompt, row.reply])
+        yield Encoded(ids, np.arange(len(ids)) >= max(1, len(row.prompt)), where)
+
+
+def sample_texts(tokenizer: Any, budget: int = 1024) -> list[list[int]]:
+    """Return the ids of some built-in texts, of at most `budget` tokens together."""
+    return [row.ids.tolist() for row in sample_rows(built_in_examples(False), tokenizer, None, False, budget)]

@@ -19,9 +19,9 @@ import numpy as np
 
 from mlxft.data.dataset import Encoded
 from mlxft.errors import ExportError, missing_extra
-from mlxft.exports.fuse import Meter, Probe, Standin, standing_in, unpacked
+from mlxft.exports.fuse import Meter, Probe
 from mlxft.model.gguf import read_gguf_header
-from mlxft.model.layers import LINEAR, SWITCH, LowRank
+from mlxft.model.layers import LINEAR, SWITCH, LowRank, Recorder, Standin, standing_in, unpacked
 from mlxft.model.load import Loaded
 
 # --- quantiser --------------------------------------------------------------------------------------------------------
@@ -129,21 +129,6 @@ class Importance(NamedTuple):
     counts: np.ndarray[Any, Any]
 
 
-class _Recorder(nn.Module):
-    """Stands in for a layer, and shows its inputs, and the experts that get them, to a function."""
-
-    def __init__(self, layer: nn.Module, see: Callable[..., None]) -> None:
-        super().__init__()
-        self._layer, self._see = lambda: layer, see
-
-    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        self._see(x, *args)
-        return self._layer()(x, *args, **options)
-
-    def __getattr__(self, key: str) -> Any:
-        return getattr(self._layer(), key)
-
-
 class _Sums:
     """Adds up squared inputs (..., D), each for the experts that get it: indices (...), if the layer has experts."""
 
@@ -179,7 +164,7 @@ def find_importance(
                 continue
             if isinstance(inner, LINEAR + SWITCH + (Standin,)) and any(n.startswith("blk.") for n in names(path)):
                 found[path] = _Sums(inner.num_experts if hasattr(inner, "num_experts") else 1)
-                recorders[path] = _Recorder(layer, found[path].see)
+                recorders[path] = Recorder(layer, found[path].see)
         with standing_in(model, recorders):
             for i, row in enumerate(rows, 1):
                 tell(f"importance matrix: row {i} of {len(rows)}")
