@@ -257,14 +257,18 @@ def _trained_for(sources: Sequence[_Source]) -> tuple[int | None, list[str]]:
     return aware, [said.format(aware)] if aware else []
 
 
-def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> list[LowRank]:
+def _attach_sources(loaded: Loaded, sources: Sequence[_Source], rounds: bool) -> list[LowRank]:
+    """Put what is fused onto its base, and return its layers, which know their inputs if they are to be rounded."""
     fingerprint = base_fingerprint(loaded)
     if _alone(sources):
         load_adapter(loaded.model, sources[0].folder, fingerprint)
     else:
         merge_adapters(loaded.model, [(s.folder, s.weight) for s in sources], fingerprint)
     loaded.model.eval()
-    return list(low_rank_of(loaded.model).values())
+    layers = list(low_rank_of(loaded.model).values())
+    if rounds and any(isinstance(layer.base, QUANTIZED) for layer in layers):
+        measure_inputs(loaded.model, sample_texts(loaded.tokenizer))
+    return layers
 
 
 # --- probe ------------------------------------------------------------------------------------------------------------
@@ -1010,14 +1014,11 @@ def fuse_sources(
     segments, calibrated = _segments(configs, loaded, rows, meter.probe) if recipe else (None, [])
     tell("measuring the base")
     before = meter.read()
-    layers = _attach_sources(loaded, sources)
+    layers = _attach_sources(loaded, sources, rounds=not (recipe or dequantize))
     tell("measuring the adapted model")
     adapted = meter.read()
     whole = meter.gap(adapted, before)
     del before
-    if not (recipe or dequantize):
-        tell("measuring the inputs of the adapted layers")
-        measure_inputs(loaded.model, sample_texts(loaded.tokenizer))
 
     judge = partial(_judged, meter, adapted, whole, tell)
 

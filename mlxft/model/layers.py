@@ -696,18 +696,18 @@ def measure_inputs(model: nn.Module, rows: Iterable[list[int]]) -> None:
         rows: ids of some texts.
     """
     layers = {path: m for path, m in low_rank_of(model).items() if bias_group(m)}
-    unknown = {path: m for path, m in layers.items() if INPUTS not in m or not mx.any(m[INPUTS]).item()}
-    if not unknown:
+    sketches = {path: _Sketch() for path, m in layers.items() if INPUTS not in m or not mx.any(m[INPUTS]).item()}
+    if not sketches:
         return
-    sketches = {path: _Sketch() for path in unknown}
     with probing(model), unpacked(model):
         modules = dict(model.named_modules())
         with standing_in(model, {path: Recorder(modules[path], sketch.see) for path, sketch in sketches.items()}):
             for ids in rows:
                 mx.eval(model(mx.array(ids)[None]))
-    for path, layer in unknown.items():
-        layer[INPUTS] = sketches[path].directions(cast(int, bias_group(layer)))
-        layer.freeze(recurse=False, keys=[INPUTS])
+    for path, sketch in sketches.items():
+        if sketch.random.size > 1:  # or the model never calls the layer
+            layers[path][INPUTS] = sketch.directions(cast(int, bias_group(layers[path])))
+            layers[path].freeze(recurse=False, keys=[INPUTS])
 
 
 # --- routers ----------------------------------------------------------------------------------------------------------
