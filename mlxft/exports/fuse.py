@@ -82,7 +82,7 @@ from mlxft.model.load import (
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run, runs_there
-from mlxft.text import home_path, parse_json
+from mlxft.text import aligned, home_path, parse_json
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 # Runs and adapter folders to fuse, each with a weight, and the base that they share.
@@ -1037,15 +1037,12 @@ class Fused:
             f"measured on {what} ({self.probe.source}); from the adapted model to its base:",
             f"{whole} {self.whole.agreement:.1%}",
         ]
-        rows = [(" ", "fused layers", "weights", unit, "kept", same)]
+        rows = [("  fused layers", "weights", unit, "kept", same)]
         for trial in sorted(self.trials, key=lambda t: t.bytes):
             gap, kept = trial.gap, "-" if trial.kept is None else f"{trial.kept:.1%}"
             found = (f"{trial.bytes / 1e6:,.1f} MB", f"{gap.divergence:.3g}", kept, f"{gap.agreement:.1%}")
-            rows.append(("*" if trial is self.chosen else " ", trial.name, *found))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for mark, name, *cells in rows:
-            numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:]))
-            lines.append(f"{mark} {name.ljust(widths[1])}  {numbers}".rstrip())
+            rows.append((f"{'*' if trial is self.chosen else ' '} {trial.name}", *found))
+        lines += aligned(rows)
         if self.chosen.kept is None:
             lines.append("the adapter changes nothing on these rows: there is nothing to keep")
         return lines

@@ -23,6 +23,7 @@ from mlxft.exports.fuse import Meter, Probe, Standin, standing_in, unpacked
 from mlxft.model.gguf import read_gguf_header
 from mlxft.model.layers import LINEAR, SWITCH, LowRank
 from mlxft.model.load import Loaded
+from mlxft.text import aligned
 
 # --- quantiser --------------------------------------------------------------------------------------------------------
 # llama-quantize of llama.cpp, or the same function in the library of llama-cpp-python.
@@ -49,7 +50,7 @@ def find_quantiser() -> list[str] | None:
     return [sys.executable, "-c", code]
 
 
-def quantise(source: Path, out: Path, kind: str, matrix: Path | None, tell: Callable[[str], object]) -> None:
+def quantise(source: Path, kind: str, matrix: Path | None, tell: Callable[[str], object], out: Path) -> None:
     """Write `source`, a .gguf of floats, as `out` in another type; all files are in one folder.
 
     Args:
@@ -243,7 +244,7 @@ def logits_of(file: Path, longest: int) -> Callable[[Sequence[int]], np.ndarray[
 
 
 class Fidelity:
-    """What a model predicts in float on probe rows, for the fidelity of a file written from it.
+    """What a model predicts in float on probe rows, for the fidelity of files written from it.
 
     Args:
         loaded: the model, with its adapter if it has one.
@@ -257,15 +258,35 @@ class Fidelity:
         with standing_in(loaded.model, low_rank):
             self._whole = self._meter.gap(self._own, self._meter.read()) if low_rank else None
 
-    def lines(self, file: Path, kind: str) -> list[str]:
-        """Measure a file in llama.cpp, and return what was found as `mlxft fuse` says it."""
-        probe = self._meter.probe
-        gap = self._meter.gap(self._own, self._meter.read_from(logits_of(file, max(len(r.ids) for r in probe.rows))))
-        kept = ""
+    def measure(self, file: Path) -> dict[str, float]:
+        """Measure a file in llama.cpp; `kept` is the share of the adaptation, if there is one."""
+        longest = max(len(row.ids) for row in self._meter.probe.rows)
+        gap = self._meter.gap(self._own, self._meter.read_from(logits_of(file, longest)))
+        found = {"kl": gap.divergence, "agreement": gap.agreement}
         if self._whole is not None and self._whole.divergence > 0:
-            kept = f", kept {min(1.0, max(0.0, 1 - gap.divergence / self._whole.divergence)):.1%} of the adaptation"
-        return [
-            f"measured in llama.cpp on {probe.tokens:,} tokens ({probe.source}), against the model in float:",
-            f"{kind}: KL a token {gap.divergence:.3g}{kept}, same likeliest token {gap.agreement:.1%}",
-            *probe.notes,
-        ]
+            found["kept"] = min(1.0, max(0.0, 1 - gap.divergence / self._whole.divergence))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what files are compared on, and what there is to keep, as `mlxft fuse` has it."""
+        probe, whole = self._meter.probe, self._whole
+        out: dict[str, Any] = {"source": probe.source, "rows": len(probe.rows), "tokens": probe.tokens}
+        base = {"adapted_to_base": whole.divergence, "agreement_base": whole.agreement} if whole else {}
+        return {"probe": out, **base}
+
+    def lines(self, files: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return a table of files: `type`, `bytes` and what `measure` found."""
+        probe, whole = self._meter.probe, self._whole
+        what = f"measured in llama.cpp on {probe.tokens:,} tokens ({probe.source})"
+        said = [f"{what}, against the model in float:"]
+        if whole is not None:
+            said = [
+                f"{what}; from the adapted model in float to its base:",
+                f"KL a token {whole.divergence:.3g}, same likeliest token {whole.agreement:.1%}",
+            ]
+        rows = [("type", "file", "KL a token", "kept", "same likeliest token")]
+        for file in files:
+            kept = f"{file['kept']:.1%}" if "kept" in file else "-"
+            size = f"{file['bytes'] / 1e6:,.1f} MB"
+            rows.append((file["type"], size, f"{file['kl']:.3g}", kept, f"{file['agreement']:.1%}"))
+        return [*said, *aligned(rows), *probe.notes]

@@ -9,9 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxft.cli.export import export
 from mlxft.errors import ConfigError, ExportError, ModelError
-from mlxft.exports.gguf import _FILE_TYPES, export_gguf
+from mlxft.exports.gguf import export_gguf
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -126,9 +125,3 @@ def test_numbers_too_large_for_f16(tiny_model: Any, tiny_model_dir: Path, tmp_pa
     with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight: .*too large for f16, use bf16"):
         export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="f16")
     export_gguf(tmp_path / "m", tmp_path / "a.gguf", kind="bf16")
-
-
-def test_the_command_offers_the_types_that_are_written() -> None:
-    """The command has a list of its own, since that of the package would import MLX for `mlxft --help`."""
-    (kind,) = (option for option in export.params if option.name == "kind")
-    assert set(kind.type.choices) == set(_FILE_TYPES)  # type: ignore[attr-defined]

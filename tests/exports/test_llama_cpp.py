@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gguf import GGUFReader
 
+from mlxft.cli.export import export
 from mlxft.data.dataset import Encoded
 from mlxft.errors import ConfigError, ExportError
 from mlxft.exports import llama_cpp
@@ -149,10 +152,11 @@ def test_importance_is_the_mean_square_of_inputs(
     assert isinstance(layer.self_attn.q_proj, LoRALinear)
 
 
-def test_a_file_is_measured_in_llama_cpp(
+@pytest.mark.usefixtures("quantiser")
+def test_types_are_measured_in_llama_cpp(
     tiny_model_dir: Path, tmp_path: Path, save_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for llama-cpp-python that computes what the file says with mlxft."""
+    """A stand-in for llama-cpp-python that computes what the file says with mlxft; f16 is what q4_k_m is made from."""
 
     class Llama:
         def __init__(self, file: str, n_ctx: int, **_: Any) -> None:
@@ -169,12 +173,24 @@ def test_a_file_is_measured_in_llama_cpp(
     with pytest.raises(ExportError, match=r"pip install 'mlxft\[llama-cpp\]'"):
         export_gguf(tmp_path / "adapter", tmp_path / "a.gguf", kind="f32", measure=True)
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
-    lines = [
-        export_gguf(tmp_path / "adapter", tmp_path / f"{kind}.gguf", kind=kind, measure=True)[-1]
-        for kind in ("f32", "q8_0")
-    ]
-    gaps = [float(line.split("KL a token ")[1].split(",")[0]) for line in lines]
-    assert 0 <= gaps[0] < 1e-6 < gaps[1]
-    assert "kept 100.0% of the adaptation" in lines[0]
+    out, kinds = tmp_path / "out" / "a.gguf", ("q8_0", "f32", "q4_k_m")
+    types = [part for kind in kinds for part in ("--type", kind)]
+    asked = [str(tmp_path / "adapter"), str(out), "--format", "gguf", *types, "--measure", "--json"]
+    done = CliRunner().invoke(export, asked, catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert sorted(p.name for p in out.parent.iterdir()) == sorted(f"a-{kind}.gguf" for kind in kinds)
+    assert [(f["type"], f["path"]) for f in told["files"]] == [(k, str(out.with_name(f"a-{k}.gguf"))) for k in kinds]
+    gaps = {f["type"]: f["kl"] for f in told["files"]}
+    assert 0 <= gaps["f32"] < 1e-6 < gaps["q8_0"]
+    assert told["files"][1]["kept"] == pytest.approx(1, abs=1e-4)
+    assert told["adapted_to_base"] > 0 < told["probe"]["tokens"]
+    at = next(i for i, line in enumerate(told["said"]) if line.startswith("type "))
+    assert told["said"][at].endswith("  KL a token    kept  same likeliest token")
+    assert [line.split()[0] for line in told["said"][at + 1 : at + 4]] == [*kinds]
+    alone = export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="q8_0")
+    assert (tmp_path / "b.gguf").read_bytes() == out.with_name("a-q8_0.gguf").read_bytes()
+    assert "kl" not in alone.figures["files"][0]
+    with pytest.raises(ExportError, match="holds one .gguf file, not q8_0, f32"):
+        export_ollama(tmp_path / "adapter", tmp_path / "o", kind=kinds[:2])
     with pytest.raises(ConfigError, match="no run is known here"):
-        export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="f32", measure=True, probe="valid")
+        export_gguf(tmp_path / "adapter", tmp_path / "c.gguf", kind="f32", measure=True, probe="valid")
