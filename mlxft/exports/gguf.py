@@ -30,7 +30,7 @@ from mlxft.exports.llama_cpp import (
     quantise,
     write_importance,
 )
-from mlxft.files import check_file, is_stream, note, temporary, write_beside
+from mlxft.files import check_file, explained, is_stream, note, temporary, write_beside
 from mlxft.model import gguf
 from mlxft.model.adapters import read_adapter_config, trainable_weights
 from mlxft.model.folder import check_space, check_unused, foreign
@@ -695,6 +695,12 @@ class _Content(NamedTuple):
     def bytes(self) -> int:
         return sum(t.bytes for t in self.tensors)
 
+    @property
+    def uneven(self) -> list[int]:
+        """Lengths of rows that K types, which pack 256 weights at a time, have no place for."""
+        widths = {t.shape[-1] for t in self.tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+        return sorted(width for width in widths if width % 256)
+
     def fill(self, file: Path) -> None:
         """Write the file. The model that it is read from is used up."""
         # The rope's tensors first, as llama.cpp's converter writes them.
@@ -741,8 +747,11 @@ def write_gguf(
     floats = [_SOURCE] if quantised and _SOURCE not in direct else []
     planned = {kind: _content(run, loaded, kind, form) for kind in [*direct, *floats]}
     plan, out = next(iter(planned.values())), next(iter(files.values()))
-    bits = sum(int(next(c for c in kind if c.isdigit())) + 1 for kind in quantised)
-    check_space(out, sum(p.bytes for p in planned.values()) + (planned[_SOURCE].bytes * bits // 16 if bits else 0))
+    need = sum(content.bytes for content in planned.values())
+    for kind in quantised:
+        bits = int(next(c for c in kind if c.isdigit())) + (3 if plan.uneven else 1)
+        need += planned[_SOURCE].bytes * min(bits, 16) // 16
+    check_space(out, need)
     matrix, fidelity, figures = _looked_at(run, loaded, plan.arch, form, tell)
     opened = [loaded]  # each file uses a model up
 
@@ -781,8 +790,7 @@ def _about_kinds(plan: _Content, direct: Sequence[str], quantised: Sequence[str]
     said = []
     if coarse := [kind for kind in direct if kind in _PACKED and kind != "q8_0"]:
         said.append(f"every matrix is {' or '.join(coarse)}; llama.cpp's quantiser keeps some finer: {HOW}")
-    widths = sorted({t.shape[-1] for t in plan.tensors if t.name.startswith("blk.") and len(t.shape) > 1})
-    uneven = ", ".join(str(width) for width in widths if width % 256)
+    uneven = ", ".join(map(str, plan.uneven))
     if uneven and (wide := [kind for kind in quantised if "_k" in kind or kind == "iq4_xs"]):
         packs = "packs" if len(wide) == 1 else "pack"
         said.append(
@@ -797,7 +805,8 @@ def _failing(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointError) as error:
-        raise ExportError(f"{out}: writing failed, nothing is left of it: {error.__cause__ or error}") from error
+        reason = error.__cause__ or explained(error, out.parent)
+        raise ExportError(f"{out}: writing failed, nothing is left of it: {reason}") from error
 
 
 def _looked_at(
@@ -831,7 +840,7 @@ def _quantised(
     matrix: tuple[dict[str, Importance], int],
     tell: Callable[[str], object],
 ) -> None:
-    """Let llama.cpp quantise `source` to each file; without one, floats beside them, of which nothing is left."""
+    """Let llama.cpp quantise `source` to each file; without one, floats beside them, which are removed."""
     out = next(iter(files.values()))
     floats, weighed = (temporary(out.with_name(f"{what}-{out.name}")) for what in ("floats", "imatrix"))
     try:

@@ -20,6 +20,7 @@ import numpy as np
 from mlxft.data.dataset import Encoded
 from mlxft.errors import ExportError, missing_extra
 from mlxft.exports.fuse import Meter, Probe, Standin, standing_in, unpacked
+from mlxft.files import explained
 from mlxft.model.gguf import read_gguf_header
 from mlxft.model.layers import LINEAR, SWITCH, LowRank
 from mlxft.model.load import Loaded
@@ -58,6 +59,7 @@ def quantise(source: Path, kind: str, matrix: Path | None, tell: Callable[[str],
         matrix: file of an importance matrix.
     Raises:
         ExportError: there is no quantiser, or it failed.
+        OSError: it failed because the disk is full.
     """
     command = find_quantiser()
     if command is None:
@@ -73,14 +75,18 @@ def quantise(source: Path, kind: str, matrix: Path | None, tell: Callable[[str],
     with subprocess.Popen(command, cwd=source.parent, text=True, errors="replace", **pipes) as process:
         try:
             for line in process.stdout or ():
-                last = [*last, line.strip()][-_LAST:]
-                if found := _TENSOR.search(line):
+                found = _TENSOR.search(line)
+                kept = last[:-1] if found and last and _TENSOR.search(last[-1]) else last
+                last = [*kept, " ".join(line.split())][-_LAST:]
+                if found:
                     tell(f"llama.cpp quantises tensor {found[1]} of {found[2]}")
         except BaseException:
             process.kill()
             raise
     if process.returncode != 0:
-        raise ExportError(f"llama.cpp failed to write {kind} (exit code {process.returncode}): {' | '.join(last)}")
+        failed = f"llama.cpp failed to write {kind} (exit code {process.returncode}): {' | '.join(filter(None, last))}"
+        reason = explained(OSError(failed), out.parent)
+        raise reason if reason.args != (failed,) else ExportError(failed)
 
 
 def library() -> Any:

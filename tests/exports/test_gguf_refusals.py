@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import mlx.core as mx
 import pytest
 
 from mlxft.errors import ConfigError, ExportError, ModelError
+from mlxft.exports.fuse import convert_model
 from mlxft.exports.gguf import export_gguf
+from mlxft.exports.ollama import export_ollama
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -111,6 +115,26 @@ def test_what_stands_there_is_safe(tiny_model_dir: Path, tmp_path: Path, monkeyp
     with pytest.raises(ExportError, match=r"needs about 0\.05 GB, 0\.01 GB are free"):
         export_gguf(tiny_model_dir, tmp_path / "e.gguf", kind="f16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "c.gguf", "d.gguf"]
+
+
+def test_nothing_is_left_of_what_cannot_grow(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A limit on the size of files ends writing amid the weights, as a full disk does."""
+    ways: list[Callable[[Path], object]] = [
+        partial(export_gguf, tiny_model_dir, kind="f16"),
+        partial(export_ollama, tiny_model_dir, kind="q8_0"),
+        partial(convert_model, str(tiny_model_dir)),
+    ]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        for way in ways:
+            with pytest.raises(
+                ExportError, match=r"out\S*: writing failed, nothing is left of it: .*a limit on the size"
+            ):
+                way(tmp_path / "out.gguf")
+            assert not any(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _full(*_: Any) -> None:

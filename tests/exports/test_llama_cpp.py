@@ -100,7 +100,19 @@ def test_nothing_is_left_of_a_failure(
     with pytest.raises(KeyboardInterrupt):
         export_gguf(tiny_model_dir, out, kind="q4_k_m", tell=interrupted)
     assert not any(out.parent.iterdir())
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=48 << 20))
+    free = 1 << 40
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+
+    def fills(text: str) -> None:
+        nonlocal free
+        free = 0 if "tensor" in text else free
+
+    with pytest.raises(
+        ExportError, match=r"a\.gguf: writing failed, nothing is left of it: .*No space.* \(0 bytes are"
+    ):
+        export_gguf(tiny_model_dir, out, kind="q6_k", tell=fills)
+    assert not any(out.parent.iterdir())
+    free = 48 << 20
     with pytest.raises(ExportError, match="are free on its disk"):
         export_gguf(tiny_model_dir, out, kind="q4_k_m")
 
@@ -190,7 +202,7 @@ def test_types_are_measured_in_llama_cpp(
     alone = export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="q8_0")
     assert (tmp_path / "b.gguf").read_bytes() == out.with_name("a-q8_0.gguf").read_bytes()
     assert "kl" not in alone.figures["files"][0]
-    with pytest.raises(ExportError, match="holds one .gguf file, not q8_0, f32"):
+    with pytest.raises(ExportError, match=r"holds one \.gguf file, not q8_0, f32"):
         export_ollama(tmp_path / "adapter", tmp_path / "o", kind=kinds[:2])
     with pytest.raises(ConfigError, match="no run is known here"):
         export_gguf(tmp_path / "adapter", tmp_path / "c.gguf", kind="f32", measure=True, probe="valid")
