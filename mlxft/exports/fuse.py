@@ -8,10 +8,11 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from mlxft.data.formats import (
     suggest_format,
     with_usual_names,
 )
-from mlxft.data.sources import Problem, read_rows
+from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.errors import ConfigError, DataError, ExportError, MlxftError, ModelError
 from mlxft.files import save_arrays
 from mlxft.model.adapters import (
@@ -270,6 +271,7 @@ def _attach_sources(loaded: Loaded, sources: Sequence[_Source]) -> list[LowRank]
 _TOKENS = 512  # of all probe rows together: enough to compare precisions, quick to compute
 # Instead of a file: the validation or training rows that the runs' recipes name.
 _VALID, _TRAIN = "valid", "train"
+_STREAMED = 4096  # rows that are read of a stream
 _LONGEST = 256  # tokens of a row, so that no single row is the whole probe
 
 
@@ -348,14 +350,20 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     spec = valid_source(data)
     if spec is None:
         return []
+    return _converted(read_rows(spec, "valid"), config, tokenizer)
+
+
+def _converted(rows: Iterable[Row | Problem], config: Config, tokenizer: Any) -> list[Example]:
+    """Return rows in a run's format."""
+    data = config.data
     skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
-    return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
+    return convert(rows, data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
 def _learnt(config: Config, tokenizer: Any) -> list[Example]:
-    """Return a run's training rows, those of data.train."""
+    """Return a run's training rows, those of data.train; of a stream, which may not fit in memory, the first ones."""
     if config.data.stream:
-        raise ConfigError("the run streams its training rows (data.stream): name a file of some rows instead")
+        return _converted(islice(read_rows(config.data.train, "train"), _STREAMED), config, tokenizer)
     return load_splits(config.data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
 
 
