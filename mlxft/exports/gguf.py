@@ -22,6 +22,7 @@ from mlxft.errors import CheckpointError, ConfigError, ExportError
 from mlxft.exports.fuse import find_probe, recipe_of
 from mlxft.exports.llama_cpp import (
     HOW,
+    KEPT,
     QUANTISED,
     Fidelity,
     Importance,
@@ -431,7 +432,7 @@ def _end_of_turn(tokenizer: Any) -> int | None:
 _BLOCK = 32  # numbers that share a scale in packed kinds
 # Bytes of a block in the packed kinds that the gguf package writes; of a number in the others.
 _PACKED = {"q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18}
-_KEPT = "mxfp4"  # gpt-oss' experts, which stay what they are
+_KEPT = KEPT.lower()
 _BLOCKS = {**_PACKED, _KEPT: 17}
 _FLOATS = {"f32": 4, "f16": 2, "bf16": 2}
 _FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, **QUANTISED}  # general.file_type
@@ -722,8 +723,7 @@ def _content(run: Path, loaded: Loaded, kind: str, form: GgufForm) -> _Content:
         tensors, own, said = _adapter_tensors(run, loaded, arch, kind)
         return _Content(arch, metadata | own, tensors, said)
     get = gguf.getter(loaded.config, _args(loaded.model))
-    keep = kind != "f32" and all(map(_is_direct, form.kinds))
-    tensors, said = _model_tensors(loaded.model, arch, get, kind, keep)
+    tensors, said = _model_tensors(loaded.model, arch, get, kind)
     rows = next(t.shape[0] for t in tensors if t.name == "token_embd.weight")
     own = {f"{arch.name}.vocab_size": rows, **_settings(arch, get), **vocabulary(loaded.tokenizer, rows, arch.name)}
     return _Content(arch, metadata | own, tensors, said + _notes(loaded, own, tensors))
@@ -909,9 +909,9 @@ def _fitting_name(name: str, tokenizer: Any) -> str:
 
 
 def _model_tensors(
-    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str, keep: bool
+    model: nn.Module, arch: gguf.Architecture, get: gguf.Get, kind: str
 ) -> tuple[list[_Tensor], list[str]]:
-    """Return all tensors of a model in llama.cpp's names and layout, and notes; with `keep`, MXFP4 stays what it is."""
+    """Return all tensors of a model in llama.cpp's names and layout, and notes. But for f32, MXFP4 stays what it is."""
     modules = dict(model.named_modules())
     packed = sum(isinstance(m, QUANTIZED) for m in modules.values())
     adapted = sum(isinstance(m, LowRank) for m in model.modules())
@@ -930,7 +930,7 @@ def _model_tensors(
                     "use f16 or bf16"
                 )
             base = modules[ours.rpartition(".")[0]]
-            if keep and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
+            if kind != "f32" and name.endswith("_exps.weight") and getattr(base, "mode", None) == _KEPT:
                 tensors.append(_Tensor(name, stored, _KEPT, partial(_kept, base)))
             else:
                 tensors.append(_Tensor(name, stored, own, partial(read, at, own)))

@@ -34,13 +34,14 @@ from mlxft.text import aligned
 # Type -> its number in llama.h (llama_ftype).
 QUANTISED = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q3_k_m": 12, "q2_k": 10}
 QUANTISED |= {"iq4_nl": 25, "iq4_xs": 30, "q5_1": 9, "q5_0": 8, "q4_1": 3, "q4_0": 2}
+KEPT = "MXFP4"  # of gpt-oss' experts, which stay what they are
 HOW = "brew install llama.cpp, or pip install 'mlxft[llama-cpp]'"
 _TENSOR = re.compile(r"\[ *(\d+)/ *(\d+)\]")
 _LAST = 5  # lines of a failed quantiser that are shown
 
 
 def find_quantiser() -> list[str] | None:
-    """Return the command that quantises a file: SOURCE OUT TYPE [MATRIX]; None if llama.cpp is not here."""
+    """Return the command that quantises a file: SOURCE OUT TYPE MATRIX KEPT; None if llama.cpp is not here."""
     if tool := shutil.which("llama-quantize"):
         return [tool]
     if importlib.util.find_spec("llama_cpp") is None:
@@ -54,6 +55,8 @@ def find_quantiser() -> list[str] | None:
 def quantise(source: Path, kind: str, matrix: Path | None, tell: Callable[[str], object], out: Path) -> None:
     """Write `source`, a .gguf of floats, as `out` in another type; all files are in one folder.
 
+    Tensors in MXFP4 are copied: llama.cpp would refuse to quantise them again.
+
     Args:
         kind: a key of QUANTISED.
         matrix: file of an importance matrix.
@@ -66,18 +69,21 @@ def quantise(source: Path, kind: str, matrix: Path | None, tell: Callable[[str],
         raise ExportError(f"type {kind!r} needs llama.cpp's quantiser: {HOW}")
     # By names in their folder: llama-quantize records the matrix's path in the file, which goes to others.
     files = [source.name, out.name, kind.upper()]
+    names = [re.escape(name) for name, entry in read_gguf_header(source)[1].items() if entry.kind == KEPT]
+    kept = f"^({'|'.join(names)})$" if names else ""
     if len(command) == 1:
-        command += [*(["--imatrix", matrix.name] if matrix else []), *files]
+        options = (("--imatrix", matrix.name if matrix else ""), ("--tensor-type", kept and f"{kept}={KEPT}"))
+        command += [part for name, value in options if value for part in (name, value)] + files
     else:
-        command += [*files, *([matrix.name] if matrix else [])]
+        command += [*files, matrix.name if matrix else "", kept]
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     last: list[str] = []
     with subprocess.Popen(command, cwd=source.parent, text=True, errors="replace", **pipes) as process:
         try:
             for line in process.stdout or ():
                 found = _TENSOR.search(line)
-                kept = last[:-1] if found and last and _TENSOR.search(last[-1]) else last
-                last = [*kept, " ".join(line.split())][-_LAST:]
+                before = last[:-1] if found and last and _TENSOR.search(last[-1]) else last
+                last = [*before, " ".join(line.split())][-_LAST:]
                 if found:
                     tell(f"llama.cpp quantises tensor {found[1]} of {found[2]}")
         except BaseException:
@@ -103,18 +109,24 @@ def library() -> Any:
         raise ExportError(f"llama-cpp-python's library cannot be loaded: {error}") from error
 
 
-def quantise_here(source: str, out: str, kind: str, matrix: str = "") -> None:
+def quantise_here(source: str, out: str, kind: str, matrix: str, kept: str) -> None:
     """Quantise by llama-cpp-python's library in this process, which exits with llama.cpp's code."""
+    from gguf import GGMLQuantizationType
+
     llama = library()
     options = llama.llama_model_quantize_default_params()
     options.ftype = QUANTISED[kind.lower()]
     if matrix:
-        kept = [(name.encode(), np.ascontiguousarray(value)) for name, value in read_importance(Path(matrix)).items()]
-        rows = (llama.llama_model_imatrix_data * (len(kept) + 1))()  # a row of zeros ends it
-        for row, (name, value) in zip(rows, kept):
+        held = [(name.encode(), np.ascontiguousarray(value)) for name, value in read_importance(Path(matrix)).items()]
+        rows = (llama.llama_model_imatrix_data * (len(held) + 1))()  # a row of zeros ends it
+        for row, (name, value) in zip(rows, held):
             row.name, row.size = name, value.size
             row.data = value.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         options.imatrix = rows
+    if kept:
+        forms = (llama.llama_model_tensor_override * 2)()  # without a pattern, the second ends them
+        forms[0].pattern, forms[0].type = kept.encode(), int(GGMLQuantizationType[KEPT])
+        options.tt_overrides = forms
     sys.exit(int(llama.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options))))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFReader
 
+import mlxft
 from mlxft.cli.export import export
 from mlxft.data.dataset import Encoded
 from mlxft.errors import ConfigError, ExportError
@@ -25,14 +27,16 @@ from mlxft.exports.ollama import export_ollama
 from mlxft.model.gguf import ARCHITECTURES, MODEL_TYPES
 from mlxft.model.layers import LoRALinear
 from mlxft.model.load import load
+from tests.exports.test_gguf_families import family_dir
+from tests.exports.test_gguf_out import repack
 
 # Writes what it was called with beside the files, and copies the floats.
 QUANTISER = """#!{python}
 import pathlib, shutil, sys
 pathlib.Path("{log}").write_text(" ".join(sys.argv[1:]))
 *options, source, out, kind = sys.argv[1:]
-if options:
-    shutil.copy(options[1], "{log}.matrix")
+if "--imatrix" in options:
+    shutil.copy(options[options.index("--imatrix") + 1], "{log}.matrix")
 print("[   1/   1] output.weight - ...", flush=True)
 if kind == "Q6_K":
     sys.exit("failed to quantize: no such thing")
@@ -83,6 +87,33 @@ def test_floats_go_through_the_quantiser(tiny_model_dir: Path, quantiser: Path, 
     folder = tmp_path / "ollama"
     assert "q4_k_m" in export_ollama(tiny_model_dir, folder, kind="q4_k_m")[0]
     assert sorted(p.name for p in folder.iterdir()) == [".mlxft.json", "Modelfile", "model.gguf"]
+
+
+@pytest.mark.usefixtures("quantiser")
+def test_the_first_rows_of_a_stream_are_weighed(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXFT_CACHE", str(tmp_path / "cache"))
+    run = mlxft.train(recipe(**{"data.stream": True, "data.format": "auto", "run.steps": 1})).dir
+    monkeypatch.setattr("mlxft.exports.fuse._STREAMED", 6)
+    said = export_gguf(run, tmp_path / "a.gguf", kind="q4_k_m", imatrix="train")
+    assert any(line.startswith("importance matrix of ") and "in 6 rows (training rows)" in line for line in said)
+
+
+def test_mxfp4_is_kept(tmp_path: Path, quantiser: Path) -> None:
+    """llama.cpp refuses to quantise it again, unless it is named as the type that its tensors are to have."""
+    folder = family_dir(tmp_path / "m", "gpt_oss", hidden_size=64, intermediate_size=64)
+    export_gguf(folder, tmp_path / "a.gguf", kind="f32")
+    repack(tmp_path / "a.gguf", tmp_path / "b.gguf", "MXFP4")
+    said = export_gguf(tmp_path / "b.gguf", tmp_path / "c.gguf", kind="q4_k_m")
+    option, given, *_ = quantiser.read_text().split()
+    pattern, _, form = given.rpartition("=")
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(tmp_path / "c.gguf").tensors}
+    assert (option, form) == ("--tensor-type", "MXFP4")
+    assert {name for name in kinds if re.search(pattern, name)} == {n for n in kinds if n.endswith("_exps.weight")}
+    assert {kinds[name] for name in kinds if re.search(pattern, name)} == {"MXFP4"}
+    assert kinds["blk.0.attn_q.weight"] == "F16"
+    assert "6 layers of experts stay in mxfp4" in said
 
 
 def test_nothing_is_left_of_a_failure(
