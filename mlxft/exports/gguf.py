@@ -553,7 +553,14 @@ def _adapter_tensors(
         raise ExportError("--lora: the adapter's scale is 0, so it does nothing, and llama.cpp would read 0 as 1")
     assert not scales | ranks, "an adapter has one scale and one rank"
     metadata = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(scale * rank)}
-    return tensors, metadata, [f"use it on the base: llama-cli -m BASE.gguf --lora FILE ({len(tensors) // 2} layers)"]
+    base = loaded.path.name if loaded.path is not None and loaded.path.suffix == ".gguf" else "BASE.gguf"
+    said = [f"use it on the base: llama-cli -m {base} --lora FILE ({len(tensors) // 2} layers)"]
+    if any(layer.form is not None for layer in modules.values() if isinstance(layer, LowRank)):
+        said.append(
+            "trained with rounded weights (tune.quantize_aware), as llama.cpp does not round them with --lora: the "
+            "model that was trained is written without --lora"
+        )
+    return tensors, metadata, said
 
 
 def _pairs(
@@ -681,6 +688,8 @@ def export_gguf(
     done = write_gguf(run, model, loaded, files, wanted, tell)
     for file in files.values():
         note(file)
+    if len(files) == 1 and not wanted.lora:
+        done.append(f"next: llama-cli -m {out}")
     return done
 
 
@@ -746,33 +755,34 @@ def write_gguf(
     quantised = [kind for kind in files if kind not in direct]
     floats = [_SOURCE] if quantised and _SOURCE not in direct else []
     planned = {kind: _content(run, loaded, kind, form) for kind in [*direct, *floats]}
-    plan, out = next(iter(planned.values())), next(iter(files.values()))
+    plan, out = [*planned.values()][-1], next(iter(files.values()))
     need = sum(content.bytes for content in planned.values())
     for kind in quantised:
         bits = int(next(c for c in kind if c.isdigit())) + (3 if plan.uneven else 1)
         need += planned[_SOURCE].bytes * min(bits, 16) // 16
     check_space(out, need)
     matrix, fidelity, figures = _looked_at(run, loaded, plan.arch, form, tell)
-    opened = [loaded]  # each file uses a model up
+    alone = _beside_the_base(loaded) if any(kind not in _FLOATS for kind in files) else []
+    first = iter([True])  # each file uses a model up
 
     def fill(kind: str, file: Path) -> None:
         tell(f"writing {kind}")
-        _content(run, opened.pop() if opened else open_model(run, model), kind, form).fill(file)
+        content = planned[kind] if next(first, False) else _content(run, open_model(run, model), kind, form)
+        content.fill(file)
 
     for kind in direct:
         with _failing(files[kind]):
             write_beside(files[kind], partial(fill, kind))
     if quantised:
         _quantised({kind: files[kind] for kind in quantised}, files.get(_SOURCE), partial(fill, _SOURCE), matrix, tell)
-    sizes = {kind: file.stat().st_size for kind, file in files.items()}
-    wrote = [
-        f"wrote {file} ({sizes[kind] / 1e6:,.1f} MB, {len(plan.tensors)} tensors, {kind})"
-        for kind, file in files.items()
-    ]
     found: list[dict[str, Any]] = [
-        {"path": str(file), "type": kind, "bytes": sizes[kind]} for kind, file in files.items()
+        {"path": str(file), "type": kind, "bytes": file.stat().st_size} for kind, file in files.items()
     ]
-    said = [*plan.said, *_about_kinds(plan, direct, quantised)]
+    said = [
+        f"wrote {file['path']} ({file['bytes'] / 1e6:,.1f} MB, {len(plan.tensors)} tensors, {file['type']})"
+        for file in found
+    ]
+    said += [*plan.said, *_about_kinds(plan, direct, quantised)]
     if seen := figures.get("imatrix"):
         said.append(f"importance matrix of {seen['tokens']:,} tokens in {seen['rows']:,} rows ({seen['source']})")
     if fidelity is not None:
@@ -782,7 +792,16 @@ def write_gguf(
         said += fidelity.lines(found)
     elif any(kind not in _FLOATS for kind in files):
         said.append("what the type costs is not measured: --measure does, in llama-cpp-python (mlxft[llama-cpp])")
-    return Exported([*wrote, *said], {"files": found, **figures})
+    return Exported(said + alone, {"files": found, **figures})
+
+
+def _beside_the_base(loaded: Loaded) -> list[str]:
+    """Say that an adapter on a .gguf file loses nothing if it stays an adapter."""
+    low_rank = [m for m in loaded.model.modules() if isinstance(m, LowRank)]
+    plain = all(isinstance(m, LoRALinear | LoRASwitchLinear) and m.form is None and "m" not in m for m in low_rank)
+    if not low_rank or not plain or loaded.path is None or loaded.path.suffix != ".gguf":
+        return []
+    return [f"the base is a .gguf file, {loaded.path.name}: the adapter alone (--lora), used beside it, is not rounded"]
 
 
 def _about_kinds(plan: _Content, direct: Sequence[str], quantised: Sequence[str]) -> list[str]:

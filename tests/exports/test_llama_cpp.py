@@ -63,7 +63,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda _: None)
 
 
-def test_floats_go_through_the_quantiser(tiny_model_dir: Path, quantiser: Path, tmp_path: Path) -> None:
+def test_floats_go_through_the_quantiser(
+    tiny_model_dir: Path, quantiser: Path, tmp_path: Path, save_adapter: Any
+) -> None:
     told: list[str] = []
     out = tmp_path / "out" / "a.gguf"
     (tmp_path / "rows.jsonl").write_text(ROWS)
@@ -87,6 +89,9 @@ def test_floats_go_through_the_quantiser(tiny_model_dir: Path, quantiser: Path, 
     folder = tmp_path / "ollama"
     assert "q4_k_m" in export_ollama(tiny_model_dir, folder, kind="q4_k_m")[0]
     assert sorted(p.name for p in folder.iterdir()) == [".mlxft.json", "Modelfile", "model.gguf"]
+    save_adapter(out, tmp_path / "adapter")
+    said = export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="q4_k_m")
+    assert any("a.gguf: the adapter alone (--lora), used beside it, is not rounded" in line for line in said)
 
 
 @pytest.mark.usefixtures("quantiser")
