@@ -146,7 +146,7 @@ def export(
     out: str | Path,
     *,
     format: Literal["peft", "seq-cls", "gguf", "ollama"],
-    type: str = "f16",
+    type: str | Sequence[str] = "f16",
     lora: bool = False,
     model: str | None = None,
     overwrite: bool = False,
@@ -157,12 +157,14 @@ def export(
     Args:
         format: peft: an adapter for PEFT; seq-cls: a reward model for transformers; gguf: one file for llama.cpp;
             ollama: a folder with such a file and a Modelfile.
-        type: of the matrices, for gguf and ollama: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and others.
+        type: of the matrices, for gguf and ollama: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0 and others. With
+            several, which gguf takes, NAME.gguf stands for NAME-TYPE.gguf of each.
         lora: for gguf, the adapter alone.
         model: the base, where the adapter does not say or it has moved.
         options: for gguf and ollama, as the options of `mlxft export`: imatrix, measure, probe.
     Returns:
-        What there is to say of it, a sentence each.
+        What there is to say of it, a sentence each. For gguf and ollama, the list's attribute `figures` holds the files
+        and what was measured, as `mlxft export --json` prints them.
     """
     source, to = Path(_path(run)), Path(out)
     common: dict[str, Any] = {"model": model, "overwrite": overwrite}

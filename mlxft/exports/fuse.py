@@ -7,10 +7,11 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from mlxft.data.formats import (
     suggest_format,
     with_usual_names,
 )
-from mlxft.data.sources import Problem, read_rows
+from mlxft.data.sources import Problem, Row, read_rows
 from mlxft.errors import ConfigError, DataError, ExportError, MlxftError, ModelError
 from mlxft.files import save_arrays
 from mlxft.model.adapters import (
@@ -87,7 +88,7 @@ from mlxft.model.load import (
 from mlxft.model.logits import Split, chunk_size
 from mlxft.objectives.rewards import reads_chat
 from mlxft.runs import find_adapter, open_run, runs_there
-from mlxft.text import home_path
+from mlxft.text import aligned, home_path
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 # Runs and adapter folders to fuse, each with a weight, and the base that they share.
@@ -279,6 +280,7 @@ def _attach_sources(loaded: Loaded, sources: Sequence[_Source], rounds: bool) ->
 _TOKENS = 512  # of all probe rows together: enough to compare precisions, quick to compute
 # Instead of a file: the validation or training rows that the runs' recipes name.
 _VALID, _TRAIN = "valid", "train"
+_STREAMED = 4096  # rows that are read of a stream
 
 
 @dataclass(frozen=True)
@@ -358,14 +360,20 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     spec = valid_source(data)
     if spec is None:
         return []
+    return _converted(read_rows(spec, "valid"), config, tokenizer)
+
+
+def _converted(rows: Iterable[Row | Problem], config: Config, tokenizer: Any) -> list[Example]:
+    """Return rows in a run's format."""
+    data = config.data
     skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
-    return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
+    return convert(rows, data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
 def _learnt(config: Config, tokenizer: Any) -> list[Example]:
-    """Return a run's training rows, those of data.train."""
+    """Return a run's training rows, those of data.train; of a stream, which may not fit in memory, the first ones."""
     if config.data.stream:
-        raise ConfigError("the run streams its training rows (data.stream): name a file of some rows instead")
+        return _converted(islice(read_rows(config.data.train, "train"), _STREAMED), config, tokenizer)
     return load_splits(config.data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
 
 
@@ -894,15 +902,12 @@ class Fused:
             f"measured on {what} ({self.probe.source}); from the adapted model to its base:",
             f"{whole} {self.whole.agreement:.1%}",
         ]
-        rows = [(" ", "fused layers", "weights", unit, "kept", same)]
+        rows = [("  fused layers", "weights", unit, "kept", same)]
         for trial in sorted(self.trials, key=lambda t: t.bytes):
             gap, kept = trial.gap, "-" if trial.kept is None else f"{trial.kept:.1%}"
             found = (f"{trial.bytes / 1e6:,.1f} MB", f"{gap.divergence:.3g}", kept, f"{gap.agreement:.1%}")
-            rows.append(("*" if trial is self.chosen else " ", trial.name, *found))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for mark, name, *cells in rows:
-            numbers = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[2:]))
-            lines.append(f"{mark} {name.ljust(widths[1])}  {numbers}".rstrip())
+            rows.append((f"{'*' if trial is self.chosen else ' '} {trial.name}", *found))
+        lines += aligned(rows)
         if self.chosen.kept is None:
             lines.append("the adapter changes nothing on these rows: there is nothing to keep")
         return lines
