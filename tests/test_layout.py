@@ -76,7 +76,7 @@ BUDGET = {
     "study": (17, 7410),
     # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: families; fuse.py: recipes.
     # gguf.py: several types at once, their figures for --json, what an adapter beside its base saves.
-    "exports": (7, 4320),
+    "exports": (7, 4170),
     "studio": (3, 1340),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.
