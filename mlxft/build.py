@@ -90,7 +90,7 @@ def make_objective(config: Config, tokenizer: Any) -> Objective:
     """
     if config.data.date is not None:
         set_day(tokenizer, config.data.date)
-    config = with_format(config) if config.data.format == "auto" else config
+    config = with_format(config) if "auto" in config.data.formats.values() else config
     objective: Objective = objective_class(config.objective)(config, tokenizer)
     if config.batch.pack and not objective.summary().packed:
         raise ConfigError(f"batch.pack: objective {config.objective} does not pack rows; leave it out")
@@ -444,9 +444,7 @@ def settled(config: Config, resume: bool) -> Config:
             config = _with(config, "batch", tokens=stored.batch.tokens, rows=stored.batch.rows)
         if config.run.steps is None and config.run.epochs is None:
             config = _with(config, "run", steps=stored.run.steps, epochs=stored.run.epochs)
-        now, then = config.data, stored.data
-        if now.format in ("auto", then.format) and now.fields.items() <= then.fields.items():
-            config = _with(config, "data", format=then.format, fields=then.fields)
+        config = config.model_copy(update={"data": config.data.as_begun(stored.data)})
     config = with_format(config)
     if config.data.date is None:
         config = _with(config, "data", date=(stored and stored.data.date) or date.today())

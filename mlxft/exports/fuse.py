@@ -314,7 +314,7 @@ def find_probe(
         ConfigError, DataError: the file is missing, or has no usable row.
     """
     if file is None:
-        held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
+        held = [(c.data.held_out or c.data.sources["train"]).path for c in configs if c.data.valid]
         hint = (
             [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(map(str, held))})"]
             if held
@@ -345,11 +345,12 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     data = config.data
     if isinstance(data.valid, float):
         return load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)[1]
-    spec = valid_source(data)
-    if spec is None:
+    source = valid_source(data)
+    if source is None:
         return []
     skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
-    return convert(read_rows(spec, "valid"), data.format, data.fields, skipped, chat=_chats(config, tokenizer))
+    read = data.of(source)
+    return convert(read_rows(source.path, "valid"), read.format, read.fields, skipped, chat=_chats(config, tokenizer))
 
 
 def _learnt(config: Config, tokenizer: Any) -> list[Example]:

@@ -518,10 +518,13 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
     objective = _objective_of(raw)
     kto = "kto" in (raw.get("stage"), raw.get("rl"))
     about = named[0][1]
-    if made.tool == "LLaMA-Factory":
-        form, fields = _columns_there(about, objective, kto, raw.get("stage") == "pt")
-    else:
-        form, fields = _fields_there(about, objective, kto)
+    read = {
+        path: _columns_there(about, objective, kto, raw.get("stage") == "pt")
+        if made.tool == "LLaMA-Factory"
+        else _fields_there(about, objective, kto)
+        for path, about in named
+    }
+    form, fields = read[named[0][0]]
     if isinstance(kind := about.get("type"), dict):
         made.settings["data.template"] = "none"
         made.taken.append("type of the rows -> data.fields, and data.template: none, as it makes plain text of them")
@@ -533,15 +536,20 @@ def _take_data(made: Converted, raw: dict[str, Any], sources: list[Any] | None, 
         made.left.append(f"names within turns ({', '.join(sorted(map(str, odd)))}): rename them to role and content")
     if form:
         made.settings["data.format"] = form
-    made.left += [
-        f"type of {path}: data.mix is read as data.train is" for path, about in named[1:] if about.get("type")
-    ]
-    if fields := {ours: theirs for ours, theirs in fields.items() if theirs and theirs != ours}:
-        made.settings["data.fields"] = fields
+    made.settings |= {f"data.{name}": mapped for name, mapped in _renamed(fields).items()}
     made.taken.append(f"rows -> data.train: {named[0][0]}")
     if named[1:]:
-        made.settings["data.mix"] = {f"more{i}": {"path": path} for i, (path, _) in enumerate(named[1:], 1)}
+        made.settings["data.mix"] = {
+            f"more{i}": {"path": path} | ({"format": read[path][0]} if read[path][0] else {}) | _renamed(read[path][1])
+            for i, (path, _) in enumerate(named[1:], 1)
+        }
         made.taken.append(f"{counted(len(named) - 1, 'more sources')} -> data.mix")
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting `fields` with those that have other names in the rows, if there are some."""
+    found = {ours: theirs for ours, theirs in fields.items() if theirs and theirs != ours}
+    return {"fields": found} if found else {}
 
 
 _SPEAKERS = ("human", "gpt", "user", "assistant", "system", "observation", "tool", "function_call", "function")
