@@ -382,9 +382,9 @@ class DataSettings(Settings):
     )
     valid: Paths | float | SourceSettings | None = Field(
         None,
-        description="Validation rows, given like train, or a share of the training rows to split off, e.g. 0.05; in a "
-        "folder of data.train a validation file is found by its name. {path: ..., format: ..., fields: ...} reads them "
-        "in another way than the training rows.",
+        description="Validation rows, given like train, or a share of the training rows to split off, e.g. 0.05; a "
+        "validation file in a folder of data.train, or a sheet in its workbook, is found by its name. {path: ..., "
+        "format: ..., fields: ...} reads them in another way than the training rows.",
     )
     mix: dict[str, MixedSettings] = Field(
         default_factory=dict,

@@ -65,10 +65,10 @@ from mlxft.data.sources import (
     Problem,
     Row,
     find_files,
-    find_split,
     read_rows,
     report_lines,
     source_hash,
+    split_in,
 )
 from mlxft.errors import CheckpointError, ConfigError, DataError, nearest
 from mlxft.files import write_beside
@@ -1681,24 +1681,23 @@ def _of_source(at: str, folder: Paths = "") -> Iterator[None]:
 
     Args:
         at: data (data.train), data.mix.NAME or data.valid.
-        folder: of data.train with the validation rows, which data.valid does not name.
+        folder: data.train that has the validation rows, too, so that data.valid does not name them.
     """
     setting = {"data": "data.train", "data.valid": at}.get(at, f"{at}.path")
     try:
         yield
     except (ConfigError, DataError) as e:
         text = re.sub(r"\bdata\.(?=(?:format|fields)\b)", f"{at}.", str(e))
+        text = re.sub(r"(?<!yaml )\bdata\.train=", f"{setting}=", text)
         text += f"\nwith these write data.valid={folder}, too" if folder and f"{at}.format" in text else ""
         in_config = isinstance(e, ConfigError) or at != "data"
         raise type(e)(f"{setting}: {text}" if in_config else text) from e
 
 
 def valid_source(data: DataSettings) -> SourceSettings | None:
-    """Return the source of validation rows: data.valid, or the folder of data.train if it has some; else None."""
-    spec = data.train
-    if data.valid is None and isinstance(spec, str) and Path(spec).is_dir() and find_split(Path(spec), "valid"):
-        return SourceSettings(path=spec)
-    return data.held_out
+    """Return the source of validation rows: data.valid, or data.train if it has some of its own; else None."""
+    own = data.valid is None and split_in(data.train, "valid")
+    return SourceSettings(path=data.train) if own else data.held_out
 
 
 def load_splits(

@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 # Splits with the names that files and hub data sets give them.
-SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 REPORTED = 20  # problems in a message
 _DEEPEST = 100
 _SPARSE = ("tools", "functions", "tool_calls", "function_call")
@@ -373,11 +373,16 @@ def _read_jsonl(source: File, split: str, notes: list[str]) -> Iterator[Row | Pr
 def _read_json(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
     """Return the rows of an array, of an object that wraps them, or of one object a line."""
     first, several = _first_line(source.path)
-    if several and first.startswith(b"{"):
-        with suppress(ValueError, RecursionError):
-            read_json(first.decode())
-            return _read_jsonl(source, split, notes)
-    return _read_values(source, split, notes)
+    lines = several and first.startswith(b"{") and not _wraps(source)
+    return (_read_jsonl if lines else _read_values)(source, split, notes)
+
+
+def _wraps(source: File) -> bool:
+    """Return whether a file seems to be one object, which may wrap the rows: its first line is not a whole object."""
+    first, several = _first_line(source.path)
+    with suppress(ValueError, RecursionError):
+        return first.startswith(b"{") and not (several and read_json(first.decode()))
+    return first.startswith(b"{")
 
 
 class _AtLine(ValueError):
@@ -493,14 +498,8 @@ def _unwrapped(value: dict[str, Any], source: File, split: str, notes: list[str]
     if source.part and source.part not in lists:
         has = f"it has {', '.join(lists)}" if lists else "it has none"
         raise DataError(f"{name}: no list of rows {source.part!r}{nearest(source.part, lists)}; {has}")
-    key = source.part or next((alias for alias in SPLITS[split] if alias in lists), "")
-    if not key and len(lists) > 1:
-        ways = " or ".join(shlex.quote(f"data.train={source.path}:{key}") for key in lists)
-        raise DataError(f"{name}: has {len(lists)} lists of rows; name one: {ways}")
-    if key or lists:
-        key = key or next(iter(lists))
-        if others := [name for name in lists if name != key]:
-            notes.append(f"{name}: {key} is read, and not {', '.join(others)}")
+    if lists:
+        key = source.part or _part_of(list(lists), source, split, notes)
         rows = [asked for row in lists[key] for asked in (_asked_of(row) or [row])]
         yield from (_object(row, f"{name}:{key}[{i}]") for i, row in enumerate(rows))
         return
@@ -523,14 +522,50 @@ def _unwrapped(value: dict[str, Any], source: File, split: str, notes: list[str]
         yield Row(f"{name}[0]", value)
 
 
-def lists_in(source: str) -> list[str]:
-    """Return the names of the lists of rows in a .json file that names some as splits, else nothing."""
-    path = home_path(source)
-    if path.suffix.lower() != ".json" or not path.is_file() or not _first_line(path)[0].startswith(b"{"):
-        return []
-    with suppress(ValueError, RecursionError):
-        found = read_json(path.read_text("utf-8-sig"))
-        return [key for key, rows in found.items() if _are_rows(rows)]
+def _part_of(names: Sequence[str], source: File, split: str, notes: list[str]) -> str:
+    """Return the name of the list or sheet with the rows of a split: the one that is called so, or the only one.
+
+    Raises:
+        DataError: there are several.
+    """
+    called = _called(names, split)
+    if not called and len(names) > 1:
+        ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in names)
+        what = "sheets" if source.kind in _SHEETS else "lists"
+        raise DataError(f"{source.name}: {len(names)} {what} have rows; name one: {ways}")
+    if len(names) > 1:
+        notes.append(f"{source.name}: of {', '.join(names)}, {called} is read")
+    return called or names[0]
+
+
+def _called(names: Iterable[str], split: str) -> str:
+    return next((name for alias in SPLITS[split] for name in names if name.strip().casefold() == alias), "")
+
+
+def split_in(spec: Paths, split: str) -> str:
+    """Return a source's own rows of a split: a folder's file, or the list or sheet of a file that has one for training.
+
+    "" if there is none.
+    """
+    path = home_path(spec) if isinstance(spec, str) else Path()
+    if not isinstance(spec, str) or not path.exists():
+        return ""
+    if path.is_dir():
+        return str(find_split(path, split) or "")
+    seen = path.stat()
+    names = _parts_in(File(path, "", path.name), (seen.st_mtime_ns, seen.st_size))
+    name = _called(names, split) if _called(names, "train") else ""
+    return f"{spec}:{name}" if name else ""
+
+
+@functools.lru_cache(maxsize=16)
+def _parts_in(source: File, seen: tuple[int, int]) -> list[str]:
+    """Return the names of a .json file's lists of rows, or of a spreadsheet's visible sheets; `seen`: its state."""
+    with suppress(ValueError, RecursionError, OSError, DataError, ConfigError):
+        if source.kind in _SHEETS:
+            return list(_sheets(source))
+        if source.kind == ".json" and _wraps(source):
+            return [key for key, rows in read_json(source.path.read_text("utf-8-sig")).items() if _are_rows(rows)]
     return []
 
 
@@ -899,6 +934,22 @@ def _in_encoding(source: File, likely: Sequence[str]) -> Problem:
 
 
 def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | Problem]:
+    sheets = _sheets(source)
+    own = _called(sheets, split)  # though it is empty: no other sheet stands for it
+    filled = [name for name, rows in sheets.items() if name == own or sum(map(bool, map(_filled, rows))) > 1]
+    name = source.part or _part_of(filled or list(sheets)[:1] or [""], source, split, notes)
+    if len(filled) == 1 < len(sheets):
+        notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
+    place = f"{source.name}:{name}" if source.part else source.name
+    cells = sheets.get(name, [])
+    for row, column in _without_values(source.path, name):
+        if row < len(cells) and column < len(cells[row]) and not cells[row][column]:
+            cells[row][column] = "#VALUE!"
+    yield from _table([(f"{place}:{i}", row) for i, row in enumerate(cells, 1)], source, notes)
+
+
+def _sheets(source: File) -> dict[str, list[list[str]]]:
+    """Return the cells of the visible sheets by name, or of the sheet that is named."""
     try:
         import python_calamine as calamine
     except ImportError as exc:
@@ -910,24 +961,11 @@ def _read_sheets(source: File, split: str, notes: list[str]) -> Iterator[Row | P
                 hint = nearest(source.part, book.sheet_names)
                 raise DataError(f"{source.name}: no sheet {source.part!r}{hint}; it has {', '.join(book.sheet_names)}")
             names = [source.part] if source.part else shown
-            sheets = {name: _cells_of(book.get_sheet_by_name(name)) for name in names}
+            return {name: _cells_of(book.get_sheet_by_name(name)) for name in names}
     except DataError:
         raise
     except (calamine.CalamineError, OSError, ValueError) as exc:
         raise DataError(f"{source.name}: not a readable spreadsheet: {' '.join(str(exc).split())[:300]}") from exc
-    filled = [name for name, rows in sheets.items() if sum(map(bool, map(_filled, rows))) > 1]
-    if len(filled) > 1:
-        ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in filled)
-        raise DataError(f"{source.name}: {len(filled)} sheets have rows; name one: {ways}")
-    name = filled[0] if filled else source.part or next(iter(sheets), "")
-    if len(sheets) > 1:
-        notes.append(f"{source.name}: sheet {name} is read, the only one with rows")
-    place = f"{source.name}:{name}" if source.part else source.name
-    cells = sheets.get(name, [])
-    for row, column in _without_values(source.path, name):
-        if row < len(cells) and column < len(cells[row]) and not cells[row][column]:
-            cells[row][column] = "#VALUE!"
-    yield from _table([(f"{place}:{i}", row) for i, row in enumerate(cells, 1)], source, notes)
 
 
 def _without_values(path: Path, sheet: str) -> Iterator[tuple[int, int]]:

@@ -33,11 +33,10 @@ from mlxft.data.sources import (
     SPLITS,
     Problem,
     Row,
-    find_split,
-    lists_in,
     plain_name,
     read_rows,
     report_lines,
+    split_in,
 )
 from mlxft.errors import ConfigError, DataError, ModelError
 from mlxft.foreign import UNSEEN, is_hub_id, tool_of, translate_all
@@ -134,7 +133,6 @@ def look(source: str) -> Look:
     texts = [_text_of(item) for _, item in examples]
     lengths = sorted(map(len, texts))
     completions = [wanted_completion(item) for _, item in examples]
-    folder = home_path(source)
     seen = Counter(json.dumps(row.data, sort_keys=True, default=str) for row in read if isinstance(row, Row))
     return Look(
         source=source,
@@ -151,7 +149,7 @@ def look(source: str) -> Look:
         ],
         wrong=len(skipped),
         problems=[f"{problem.where}: {problem.text}" for problem in skipped[:3]],
-        valid=find_split(folder, "valid") is not None if folder.is_dir() else _other_list(source),
+        valid=bool(split_in(source, "valid")) or split_in(source, "test"),
         notes=[
             *notes,
             *found.notes,
@@ -159,12 +157,6 @@ def look(source: str) -> Look:
             *_ratings(columns, read),
         ],
     )
-
-
-def _other_list(source: str) -> str:
-    """Return the name of the validation rows, else the test rows, in a .json file that has its rows by splits."""
-    lists = lists_in(source)
-    return next((f"{source}:{n}" for n in (*SPLITS["valid"], *SPLITS["test"]) if n in lists and "train" in lists), "")
 
 
 def _ratings(columns: Columns, rows: Sequence[Row | Problem]) -> list[str]:

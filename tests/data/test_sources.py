@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from spreadsheets import xlsx
 
-from mlxft.data.sources import Problem, Row, find_split, read_rows
+from mlxft.config import DataSettings, SourceSettings
+from mlxft.data.dataset import load_splits, valid_source
+from mlxft.data.sources import SPLITS, Problem, Row, find_split, read_rows, split_in
 from mlxft.errors import ConfigError, DataError
 
 ROWS = [{"text": "one"}, {"text": "café, 東京"}, {"text": 'a "quoted"\nline'}]
@@ -509,9 +511,34 @@ def test_several_sheets_and_lists_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no sheet 'Tow' \(did you mean Two\?\)"):
         rows_of(f"{path}:Tow")
     (tmp_path / "a.json").write_text(json.dumps({"easy": [{"q": "1"}], "hard": [{"q": "2"}]}))
-    with pytest.raises(DataError, match=r"2 lists of rows; name one: data\.train=.*a\.json:easy or"):
+    with pytest.raises(DataError, match=r"2 lists have rows; name one: data\.train=.*a\.json:easy or"):
         rows_of(tmp_path / "a.json")
     assert rows_of(f"{tmp_path / 'a.json'}:hard") == [Row("a.json:hard[0]", {"q": "2"})]
+
+
+def test_sheets_and_lists_that_are_named_for_splits_are_a_folders_files(tmp_path: Path) -> None:
+    pytest.importorskip("python_calamine")
+    book, lists = tmp_path / "a.xlsx", tmp_path / "a.json"
+    names = {"Train": "1", " validation": "2", "test": "3"}
+    xlsx(book, {name: [["q"], [q]] for name, q in names.items()} | {"Notes": [["x"], ["y"]]})
+    lists.write_text(json.dumps({name: [{"q": q}] for name, q in names.items()}))
+    for path in (book, lists):
+        for split, q in zip(SPLITS, names.values()):
+            notes: list[str] = []
+            assert [row.data for row in read_rows(str(path), split, notes) if isinstance(row, Row)] == [{"q": q}]
+            assert list(names)[int(q) - 1] + " is read" in notes[0]
+        data = DataSettings(train=str(path), format="text", fields={"text": "q"})
+        assert valid_source(data) == SourceSettings(path=str(path))
+        assert [example.item.text for example in load_splits(data, 0).valid] == ["2"]  # type: ignore[union-attr]
+        assert split_in(str(path), "test") == f"{path}:test"
+    # A sheet that is called so and is empty has no other in its place; without rows to train on none is meant so.
+    xlsx(book, {"train": [["q"], ["1"]], "valid": [["q"]]})
+    with pytest.raises(DataError, match="no rows"):
+        list(read_rows(str(book), "valid"))
+    xlsx(book, {"valid": [["q"], ["1"]], "Other": [["q"], ["2"]]})
+    assert not split_in(str(book), "valid")
+    with pytest.raises(DataError, match=r"2 sheets have rows; name one: data\.train=\S+:valid or"):
+        list(read_rows(str(book), "train"))
 
 
 def test_merged_cells_dates_numbers_and_formulas_are_what_they_show(tmp_path: Path) -> None:

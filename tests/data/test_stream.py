@@ -589,7 +589,9 @@ def test_each_source_is_read_by_its_own_format_and_fields(
     assert taken(memory, 30) == taken(stream, 30)
     assert rows_of(memory, valid=True) == rows_of(stream, valid=True)
     assert memory.summary().counts["rows"] == 35
-    assert tiny_tokenizer.decode(rows_of(memory, valid=True)[3][0]).removesuffix("<|im_end|>").endswith("the 3: is of it")
+    assert (
+        tiny_tokenizer.decode(rows_of(memory, valid=True)[3][0]).removesuffix("<|im_end|>").endswith("the 3: is of it")
+    )
 
 
 def test_a_source_that_is_read_wrong_names_its_own_settings(
