@@ -72,11 +72,12 @@ BUDGET = {
     "trainer": (5, 1860),  # ranks add up steps and validations, share an optimiser, report and align; notebooks
     # sample and eval play episodes, and share their work over ranks; catalogue.py: open models and what they take;
     # compare.py: several models over one base; serve.py: OpenAI's API over them; start.py: mlxft init.
+    # compare.py: what is in memory for the studio's playground, too.
     # start.py: how LLaMA-Factory and Axolotl name columns, whole, of each source; ratings and test rows are said.
-    "study": (17, 7420),
+    "study": (17, 7460),
     # llama_cpp.py: its quantiser, importance matrices and the comparison with it; gguf.py: families; fuse.py: recipes.
     "exports": (7, 4200),
-    "studio": (3, 1340),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
+    "studio": (3, 1310),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.
     "cli": (7, 2560),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes

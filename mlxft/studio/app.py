@@ -573,7 +573,7 @@ def run_studio(work: Workplace, port: int | None, browse: bool) -> None:
             if browse and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 webbrowser.open(address)
             # Imported here: two threads that import one package can lock each other out.
-            for name in ("mlxft.objectives.sft", "mlxft.study.label", "mlxft.model.adapters"):
+            for name in ("mlxft.objectives.sft", "mlxft.study.label", "mlxft.study.compare"):
                 importlib.import_module(name)
             asyncio.run(_serve(_Server(config), studio, listening))
     running = [run.name for run in work.runs() if run.status == "running"]

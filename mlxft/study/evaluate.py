@@ -1145,8 +1145,8 @@ def base_of(model: str, adapter: str | None = None) -> tuple[str, dict[str, Any]
             options.pop("fingerprint", None)
             return stated_name(str(name)), {**options, "chat_template": template_of(own)}
     elif is_run(folder):
-        run = open_run(folder)
-        return run.config.model.path, {"chat_template": kept_template(folder, run.config.model.chat_template)}
+        m = open_run(folder).config.model
+        return m.path, {"dtype": m.dtype, "chat_template": kept_template(folder, m.chat_template)}
     raise ConfigError(f"base: {model} does not name its base; give the base's own name")
 
 
