@@ -21,7 +21,7 @@ from contextlib import suppress
 from datetime import date, datetime, time
 from glob import glob
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO, TypeAlias
 from xml.etree import ElementTree
@@ -888,19 +888,14 @@ def _text_lines(source: File, notes: list[str]) -> list[str | Problem]:
             except UnicodeDecodeError as exc:
                 lines.append(Problem(f"{source.name}:{number}", _not_utf8(exc)))
         return lines
-    tried = {name: raw.decode(name, "replace") for name in ("cp1252", "mac_roman")}
-    name, text = max(tried.items(), key=lambda item: sum((c in _WESTERN) - (not c.isascii()) for c in item[1]))
-    signs = [c for c in text if not c.isascii()]
-    # Words of accented letters alone, and signs that Western texts do not have, are those of another encoding.
-    if 10 * sum(c not in _WESTERN for c in signs) > len(signs) or 3 * len(_ALIEN.findall(text)) > len(signs):
+    name = likely[0].lower().replace("-", "_") if likely else ""
+    if name not in _READ or (len(likely) > 1 and "MAC-ROMAN" in likely):
         return [_in_encoding(source, likely)]
     notes.append(f"{source.name}: is not UTF-8 and read as {name}; look at a row with accents")
-    return list(io.StringIO(text, newline=""))
+    return list(io.StringIO(raw.decode(name, "replace"), newline=""))
 
 
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-_WESTERN = frozenset("äöüÄÖÜßéèêëàâáãåæçíîïìñóôòõøœúùûýÿÉÈÊÀÁÅÆÇÍÑÓÔØÚ'’‘“”„–—…€£°§«»¿¡·•±½²®™©\xa0")
-_ALIEN = re.compile(r"(?<=[À-ÿ])[À-ÿ](?=[À-ÿ])")
 
 
 def _head(path: Path) -> bytes:
@@ -916,13 +911,89 @@ def _encodings(raw: bytes, least: int = 1) -> list[str] | None:
     """
     decoded = [line.decode("utf-8-sig", "replace") for line in raw.splitlines() if not line.isascii()]
     damaged = least if raw.startswith(_UTF_16) else sum("\ufffd" in line for line in decoded)
-    if 2 * damaged <= len(decoded) or damaged < least or re.search(b"\xed[\xa0-\xbf][\x80-\xbf]", raw):
+    if 2 * damaged <= len(decoded) or damaged < least:
         return None
-    from charset_normalizer import from_bytes
+    with suppress(UnicodeDecodeError):
+        return None if raw.decode("utf-8-sig", "surrogatepass") else []  # UTF-8 with halves of characters
+    if raw.startswith(_UTF_16):
+        return ["UTF-16"]
+    start = raw[: 1 << 16]
+    start = start[: start.rfind(b"\n") + 1] or start  # no character is cut
+    odds: dict[str, tuple[float, bool, str]] = {}  # by text, since several encodings may give the same
+    for encodings, letters in _alphabets():
+        for name in encodings.split():
+            with suppress(UnicodeDecodeError):
+                text = start.decode(name)
+                # Few texts with kana are Chinese.
+                odd = _oddness(text, letters), letters is not _alphabets()[-1][1] or _KANA.isdisjoint(text), name
+                odds[text] = min(odds.get(text, odd), odd, key=lambda found: found[:2])
+    ranked = sorted(odds.values(), key=lambda found: found[:2])
+    names = [name for odd, _, name in ranked if odd <= min(_MOST_ODD, ranked[0][0] + 0.02)]
+    if not names:
+        from charset_normalizer import from_bytes
 
-    found = from_bytes(raw[: 1 << 16])
-    names = {"euc_jis_2004": "euc_jp", "cp1125": "cp866"}
-    return [names.get(each.encoding, each.encoding).upper().replace("_", "-") for each in found][:2]
+        names = [each.encoding for each in from_bytes(start) if each.encoding not in _READ]
+    return [name.upper().replace("_", "-") for name in names[:2]]
+
+
+# Which encoding a short text has, its letters show: those of one language, small within words. (charset-normalizer,
+# which knows more encodings, takes Hungarian for French and EUC-JP for Korean where a file has a few rows.)
+_READ = ("cp1252", "mac_roman")
+_MOST_ODD = 0.1  # share of the letters that the language does not have
+_INNER = "‚“”„…€£§°«»‹›¿¡•®™©×²±½"  # signs that do not stand within words
+_SIGNS = frozenset(f"{_INNER}’‘–—·\xa0") | {chr(c) for c in (*range(0x3000, 0x3040), *range(0xFF01, 0xFF5F))}
+_WESTERN = "äöüß éèêëàâæçîïôœùûüÿ áéíñóúü ãáâàçéêíóôúü àèéìíòóùú áéëïíóöüú åäöé æøåéó àçèéíïòóúü"
+_CYRILLIC = (
+    "абвгдеёжзийклмнопрстуфхцчшщъыьэюя абвгґдеєжзиіїйклмнопрстуфхцчшщьюя абвгдеёжзійклмнопрстуўфхцчшыьэюя "
+    "абвгдђежзијклљмнњопрстћуфхцчџшѓќѕ"
+)
+# Encodings, and the letters of each language that is written in them; of those that fit as well the first is taken.
+_LETTERS = (
+    ("cp1252", _WESTERN),
+    ("cp1250 iso8859_2", "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíľňóôšťúýž áéíóöőúüű ăâîșşțţ čćđšž"),
+    ("cp1254", "çğıöşüâîi"),
+    ("mac_roman cp850", _WESTERN),
+    ("cp1255", "".join(map(chr, range(0x5D0, 0x5EB)))),
+    ("cp1251 koi8_r koi8_u cp866 iso8859_5 mac_cyrillic", _CYRILLIC),
+    ("cp1253 iso8859_7", "αβγδεζηθικλμνξοπρστυφχψωςάέήίόύώϊϋΐΰ"),
+    ("cp1256", "".join(map(chr, range(0x60C, 0x670)))),
+    ("cp1257", "ąčęėįšųūž āčēģīķļņšūž äõöüšž"),
+)
+_THAI = frozenset(map(chr, range(0xE01, 0xE5C)))
+_RARE = frozenset("ðýþ")  # Icelandic; a few of them alone are Turkish or Croatian in another encoding
+_KANA = frozenset(map(chr, range(0x3041, 0x3100)))
+
+
+@functools.cache
+def _alphabets() -> list[tuple[str, list[frozenset[str]]]]:
+    """Return encodings, and the letters of their languages; of East Asian ones the usual characters."""
+
+    def usual(encoding: str, first: int, last: int) -> frozenset[str]:
+        codes = (bytes([a, b]) for a in range(first, last + 1) for b in (*range(0x40, 0x7F), *range(0xA1, 0xFF)))
+        return frozenset("".join(code.decode(encoding, "ignore") for code in codes)) - frozenset(map(chr, range(128)))
+
+    return [
+        *((encodings, list(map(frozenset, letters.split()))) for encodings, letters in _LETTERS),
+        ("cp949", [usual("euc_kr", 0xB0, 0xC8)]),
+        ("gb18030", [usual("gb2312", 0xB0, 0xD7)]),
+        ("cp950", [usual("big5", 0xA4, 0xC6)]),
+        ("cp874", [_THAI]),
+        ("cp932 euc_jp", [usual("euc_jp", 0xB0, 0xCF) | _KANA]),
+    ]
+
+
+def _oddness(text: str, alphabets: Sequence[frozenset[str]]) -> float:
+    """Return the share of a text's letters, without ASCII, that no single alphabet has, or not so within a word."""
+    text = re.sub("õe", "", text, flags=re.IGNORECASE)  # Portuguese; õ alone is Hungarian in another encoding
+    seen = Counter(c.lower()[0] for c in text if not c.isascii() and c not in _SIGNS)
+    odd: float = min(sum(n for c, n in seen.items() if c not in letters) for letters in alphabets)
+    together = _RARE.union(*alphabets)  # of several languages
+    odd = min(odd, sum(n for c, n in seen.items() if c not in together) + 0.06 * seen.total())
+    odd += len(re.findall(rf"(?<=[^\W\d_])[{_INNER}](?=[^\W\d_])|(?<=\w)[¿¡]|(?<=[a-z])±", text))
+    odd += len(re.findall(r"(?<=[A-Za-z])[\u0370-\u1fff]|[\u0370-\u1fff](?=[A-Za-z])", text))
+    odd += sum(after.isupper() and before.islower() and not after.isascii() for before, after in pairwise(text))
+    capitals = sum(c.isupper() - c.islower() for c in text if not c.isascii()) > 0
+    return odd / max(1, seen.total()) + 0.05 * capitals
 
 
 def _in_encoding(source: File, likely: Sequence[str]) -> Problem:
