@@ -109,10 +109,20 @@ def _of_files(files: Sequence[File], split: str, notes: list[str]) -> Iterator[R
 def _reader(file: File, notes: list[str]) -> _Read:
     """Return what reads a file: by its suffix, but for a table that is a spreadsheet by its content, or is none."""
     kind, book = file.kind, _head(file.path)[:8].startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
+    if kind == ".txt" and _has_tabs(file.path):
+        notes.append(f"{file.name}: is a table by its tabs, and is read as .csv")
+        return _read_csv
     if kind != ".parquet" and book != (kind in _SHEETS):
         kind = ".xlsx" if book else ".csv"
         notes.append(f"{file.name}: is {'a spreadsheet' if book else 'a text'} by its content, and is read as {kind}")
     return READERS[kind]
+
+
+def _has_tabs(path: Path) -> bool:
+    """Return whether all lines of a text have as many tabs, as spreadsheet programs and Anki save a table."""
+    lines = [line for line in _head(path).split(b"\n")[:50] if line.strip(b"\r\0 ") and not line.startswith(b"#")]
+    tabs = {line.count(b"\t") for line in lines[:-1] or lines}
+    return len(lines) > 1 and len(tabs) == 1 and tabs != {0}
 
 
 def find_files(spec: Paths, split: str) -> list[File]:
@@ -608,15 +618,67 @@ def exported_chat(row: Mapping[str, Any]) -> dict[str, Any] | None:
         said = [_chatgpt_turn(node.get("message")) for node in _branch(nodes, row.get("current_node"))]
     else:
         return None
+    return _conversation([(role, text) for role, text in said if role in ("user", "assistant")])
+
+
+def _conversation(said: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return a row of `messages`, those of one role joined, from a prompt on to the last completion."""
     turns: list[dict[str, str]] = []
     for role, text in said:
-        if not text.strip() or role not in ("user", "assistant") or (role == "assistant" and not turns):
+        if not text.strip() or (role == "assistant" and not any(turn["role"] == "user" for turn in turns)):
             continue
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] += f"\n\n{text}"
         else:
             turns.append({"role": role, "content": text})
-    return {"messages": turns[:-1] if turns and turns[-1]["role"] == "user" else turns}
+    while turns and turns[-1]["role"] != "assistant":
+        turns.pop()
+    return {"messages": turns}
+
+
+# Who speaks in a conversation -> the role.
+SPOKEN = {
+    **dict.fromkeys(("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"), "assistant"),
+    "system": "system",
+}
+_OF = tuple(
+    f"{name}{end}"
+    for end in ("_id", "")
+    for name in ("conversation", "conv", "dialog", "dialogue", "thread", "session", "chat", "ticket")
+)
+_BY = ("role", "speaker", "sender", "author", "from", "author_type", "sender_type")
+_SAYS = ("content", "text", "message", "body", "utterance")
+
+
+def _turn_columns(row: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the columns of a row that say in which conversation it is a turn, who speaks and what; else None."""
+    names = {plain_name(name): name for name in row}
+    of, by, says = (next((names[name] for name in usual if name in names), "") for usual in (_OF, _BY, _SAYS))
+    turn = of and by and says and isinstance(row[of], str | int) and isinstance(row[says], str)
+    return (of, by, says) if turn and str(row[by]).strip().casefold() in SPOKEN else None
+
+
+def _turn_rows(rows: Sequence[Row | Problem], notes: list[str]) -> Sequence[Row | Problem]:
+    """Join rows that are turns, as a help desk exports them, into conversations; return other rows as they are."""
+    found = [row for row in rows if isinstance(row, Row)]
+    columns = {_turn_columns(row.data) for row in found}
+    if len(columns) > 1 or not (named := columns.pop()):
+        return rows
+    of, by, says = named
+    talks: dict[Any, list[Row]] = {}
+    for row in found:
+        talks.setdefault(row.data[of], []).append(row)
+    if len(talks) == len(found):
+        return rows
+    chats = (
+        Row(turns[0].where, _conversation([(SPOKEN[t.data[by].strip().casefold()], t.data[says]) for t in turns]))
+        for turns in talks.values()
+    )
+    whole = [chat for chat in chats if chat.data["messages"]]
+    count = f"{len(found):,} rows are joined to {counted(len(whole), 'conversations')}"
+    notes.append(f"{count}: {of} says which, {by} who speaks, and {says} what")
+    return [*(row for row in rows if isinstance(row, Problem)), *whole]
 
 
 _TREE = {"message_id", "parent_id", "role", "text"}
@@ -625,10 +687,14 @@ _TREE = {"message_id", "parent_id", "role", "text"}
 def _threads(rows: Iterator[Row | Problem], notes: list[str]) -> Iterator[Row | Problem]:
     """Join rows that are messages of trees, as OpenAssistant publishes them, into conversations: each best branch."""
     first = next(rows, None)
-    if first is None or isinstance(first, Problem) or not first.data.keys() >= _TREE:
-        yield from rows if first is None else chain([first], rows)
+    rows = rows if first is None else chain([first], rows)
+    if first is None or isinstance(first, Problem):
+        yield from rows
         return
-    found = [row for row in chain([first], rows) if isinstance(row, Row)]
+    if not first.data.keys() >= _TREE:
+        yield from _turn_rows(list(rows), notes) if _turn_columns(first.data) else rows
+        return
+    found = [row for row in rows if isinstance(row, Row)]
     replies: dict[Any, list[Row]] = {}
     for row in found:
         replies.setdefault(row.data.get("parent_id"), []).append(row)
@@ -681,14 +747,14 @@ _Cells: TypeAlias = tuple[str, list[str]]  # a row of a table, with its place
 _DELIMITERS = ",;\t|"
 _TITLES = 20  # rows above a header
 _USUAL = {
-    "prompt": "prompt question query instruction request problem user human q ask input user_message user_input "
+    "prompt": "prompt question front query instruction request problem user human q ask input user_message user_input "
     "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
     "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
-    "completion": "completion answer response output reply assistant target solution a bot gpt summary highlights "
+    "completion": "completion answer back response output reply assistant target solution a bot gpt summary highlights "
     "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
     "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
     "input": "input context passage kontext contexte contexto",
-    "system": "system system_prompt system_message",
+    "system": "system system_prompt system_message system_instruction",
     "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
     "turns": "messages message conversations conversation dialog dialogue dialogs chat chats turns contents",
     "chosen": "chosen preferred better accepted winner win chosen_response good_response response_chosen "
@@ -801,6 +867,11 @@ def _read_csv(source: File, split: str, notes: list[str]) -> Iterator[Row | Prob
     start, delimiter = 0, ""
     if texts and (named := re.fullmatch(r"sep=(.)\s*", texts[0])):  # as Excel writes and reads it
         start, delimiter = 1, named[1]
+    elif texts and (named := re.fullmatch(r"#separator:(.+?)\s*", texts[0])):  # a deck of Anki
+        delimiter = _ANKI.get(named[1].casefold(), named[1][0])
+        about = next((i for i, text in enumerate(texts) if not text.startswith("#")), len(texts))
+        own = next((text[len("#columns:") :] for text in texts[:about] if text.startswith("#columns:")), "")
+        start, texts[about - 1] = about - 1, own or delimiter.join(_CARD[: texts[about].count(delimiter) + 1]) + "\n"
     # The stdlib's limit of 128 KiB a field is less than a long document; it is one for the whole process.
     limit = csv.field_size_limit(_MAX_CSV_FIELD)
     try:
@@ -814,6 +885,8 @@ def _read_csv(source: File, split: str, notes: list[str]) -> Iterator[Row | Prob
     yield from _table(rows, source, notes)
 
 
+_ANKI = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "colon": ":", "space": " "}
+_CARD = ("Front", "Back", "Tags")
 _SNIFFED = 2000  # lines that show the delimiter
 
 
