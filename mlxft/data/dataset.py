@@ -1590,12 +1590,12 @@ def _check_all(conversion: Conversion, data: DataSettings, spec: Paths, split: s
         way = f"{count} do not fit; data.bad_rows: drop leaves them out"
         given = any(one.startswith(("hf:", "python:")) for one in ([spec] if isinstance(spec, str) else spec))
         files = [] if given else find_files(spec, split)
-        odd = [file.path for file in files if not _any_fits(data, "data", str(file.path), split)]
-        if len(files) > 1 and odd:
-            name = re.sub(r"\W", "_", odd[0].stem)
-            way = f"{counted(len(odd), 'files have')} other columns: {', '.join(path.name for path in odd[:_NAMED])}"
+        odd = [f for f in files if len(files) > 1 and not _any_fits(data, "data", f.spec, split)]
+        if odd:
+            way = f"{counted(len(odd), 'files have')} other columns: {', '.join(file.name for file in odd[:_NAMED])}"
             if split == "train":
-                way += f"; a file with a format and fields of its own is a source: data.mix.{name}.path={odd[0]}"
+                name = re.sub(r"\W", "_", odd[0].path.stem)
+                way += f"; a file with a format and fields of its own is a source: data.mix.{name}.path={odd[0].spec}"
         raise DataError(f"{e}\n{way}") from e
 
 

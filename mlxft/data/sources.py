@@ -70,6 +70,11 @@ class File(NamedTuple):
         """Return its suffix."""
         return self.path.suffix.lower()
 
+    @property
+    def spec(self) -> str:
+        """Return how a recipe names it."""
+        return f"{self.path}:{self.part}" if self.part else str(self.path)
+
 
 _Read: TypeAlias = Callable[[File, str, list[str]], "Iterator[Row | Problem]"]
 

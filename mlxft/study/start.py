@@ -626,8 +626,8 @@ def _agree(made: Converted, known: list[str]) -> None:
     if "report.project" in found and "report.to" not in found:
         found["report.to"] = ["wandb"]
     if isinstance(found.get("data.valid"), list):
-        first = found["data.valid"][0] if found["data.valid"] else {}
-        found["data.valid"] = _source_of(first) if isinstance(first, dict) else str(first)
+        named = [_source_of(each) if isinstance(each, dict) else str(each) for each in found.pop("data.valid")]
+        found |= {"data.valid": named if named[1:] else named[0]} if named else {}
     for keep, other in (("run.steps", "run.epochs"), ("batch.rows", "batch.tokens"), ("tune.scale", "tune.alpha")):
         if keep in found and other in found:
             made.left.append(f"{other}: {keep} is there, too, and decides")
