@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from typing import Any, NamedTuple, TypeAlias
 
-from mlxft.data.sources import USUAL_NAMES, Problem, Row, plain_name, read_json, report_lines, type_name
+from mlxft.data.sources import SPOKEN, USUAL_NAMES, Problem, Row, plain_name, read_json, report_lines, type_name
 from mlxft.errors import ConfigError, DataError, half_character, nearest
 
 # --- template ---------------------------------------------------------------------------------------------------------
@@ -173,11 +173,6 @@ _ORDER = {
     "user": (("nothing", *_OPENERS, "assistant"), "user and assistant take turns"),
     "assistant": (("user", "tool"), "an assistant turn follows a user or tool turn"),
     "tool": (("tool",), "a tool turn follows an assistant turn with tool_calls, or another tool turn"),
-}
-_SPOKEN = {
-    **dict.fromkeys(("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"), "assistant"),
-    "system": "system",
 }
 _SHAREGPT = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -651,19 +646,45 @@ def _shp(row: Fields, chat: bool, names: Fields) -> Published | None:
 
 
 _WHO = ("role", "from", "speaker", "author", "sender", "user")
-_WHAT = ("content", "value", "text", "message", "utterance")
+_WHAT = ("content", "value", "text", "message", "body", "utterance")
 
 
 def _other_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
     """Read a conversation in one of the less usual forms: other keys, pairs of texts, or texts by turns."""
     if "messages" in names:
         return None
-    for column in sorted(USUAL_NAMES["turns"] | {"data"}):
+    for column in sorted(USUAL_NAMES["turns"] | {"data", "comments"}):
         given = row.get(column)
         usual = isinstance(given, list) and all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in given)
         if not usual and _kind(given) != "sharegpt" and (turns := _turns_of(given)):
-            return Published(f"turns are in {column}", (column,), {"messages": turns})
+            told = next((n for n in ("systemInstruction", "system_instruction") if isinstance(row.get(n), dict)), "")
+            system = [{"role": "system", "content": _text_of_parts(row[told])}] if told else []
+            return Published(f"turns are in {column}", (column, *filter(None, [told])), {"messages": system + turns})
     return None
+
+
+def _text_of_parts(turn: Fields) -> str:
+    """Return the text of a turn as Gemini has it."""
+    return "".join(p["text"] for p in turn.get("parts") or [] if isinstance(p, dict) and isinstance(p.get("text"), str))
+
+
+def _logged(row: Fields, chat: bool, names: Fields) -> Published | None:
+    """Read a request to an API for chats, and its response, as a log has them."""
+    request, response = row.get("request"), row.get("response")
+    if "messages" in names or not isinstance(request, dict) or not isinstance(response, dict):
+        return None
+    asked, choices, parts = request.get("messages"), response.get("choices"), response.get("content")
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict):  # of OpenAI
+        said = choices[0].get("message")
+    else:  # of Anthropic
+        texts = [p.get("text") or "" for p in parts if isinstance(p, dict)] if isinstance(parts, list) else []
+        said = {"role": "assistant", "content": "\n\n".join(texts)} if any(texts) else None
+    if not isinstance(asked, list) or not isinstance(said, dict):
+        return None
+    system = [{"role": "system", "content": request["system"]}] if isinstance(request.get("system"), str) else []
+    tools = {"tools": request["tools"]} if request.get("tools") else {}
+    says = "a log: messages of request, then the message of response"
+    return Published(says, ("request", "response"), {"messages": [*system, *asked, said], **tools})
 
 
 def _judged_turns(row: Fields, chat: bool, names: Fields) -> Published | None:
@@ -691,10 +712,10 @@ def _turns_of(value: Any) -> list[Message]:
         if not isinstance(turn, dict):
             return []
         who = next((key for key in _WHO if isinstance(turn.get(key), str)), None)
-        if isinstance(parts := turn.get("parts"), list):  # as Gemini has them
-            turn = {**turn, "content": "".join(p["text"] for p in parts if isinstance(p, dict) and "text" in p)}
+        if isinstance(turn.get("parts"), list):  # as Gemini has them
+            turn = {**turn, "content": _text_of_parts(turn)}
         what = next((key for key in _WHAT if isinstance(turn.get(key), str)), None)
-        if who and what and (role := _SPOKEN.get(turn[who].strip().casefold())):
+        if who and what and (role := SPOKEN.get(turn[who].strip().casefold())):
             if turns and turns[-1]["role"] == role:
                 turns[-1]["content"] += f"\n\n{turn[what]}"
             else:
@@ -779,7 +800,7 @@ LAYOUTS: dict[str, tuple[Callable[[Fields, bool, Fields], Published | None], ...
     "unpaired": (_judged_turns, _asking),
     "prompts": (_asking, _questions),
     "prompt-completion": (_first_answer,),
-    "messages": (_other_turns,),
+    "messages": (_logged, _other_turns),
 }
 """The layouts of each format, the most specific first."""
 

@@ -20,7 +20,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlxft.config import Config
+from mlxft.config import Config, DataSettings
 from mlxft.data.dataset import (
     Encoded,
     built_in_examples,
@@ -324,7 +324,7 @@ def find_probe(
         ConfigError, DataError: the file is missing, or has no usable row.
     """
     if file is None:
-        held = [c.data.valid if isinstance(c.data.valid, str) else c.data.train for c in configs if c.data.valid]
+        held = [(c.data.held_out or c.data.sources["train"]).path for c in configs if c.data.valid]
         hint = (
             [f"--probe {_VALID} measures on the run's own validation rows (of {', '.join(map(str, held))})"]
             if held
@@ -357,24 +357,24 @@ def _held_out(config: Config, tokenizer: Any) -> list[Example]:
     data = config.data
     if isinstance(data.valid, float):
         return load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)[1]
-    spec = valid_source(data)
-    if spec is None:
+    source = valid_source(data)
+    if source is None:
         return []
-    return _converted(read_rows(spec, "valid"), config, tokenizer)
+    return _converted(read_rows(source.path, "valid"), data.of(source), config, tokenizer)
 
 
-def _converted(rows: Iterable[Row | Problem], config: Config, tokenizer: Any) -> list[Example]:
-    """Return rows in a run's format."""
-    data = config.data
+def _converted(rows: Iterable[Row | Problem], data: DataSettings, config: Config, tokenizer: Any) -> list[Example]:
     skipped: list[Problem] | None = [] if data.bad_rows == "drop" else None
     return convert(rows, data.format, data.fields, skipped, chat=_chats(config, tokenizer))
 
 
 def _learnt(config: Config, tokenizer: Any) -> list[Example]:
     """Return a run's training rows, those of data.train; of a stream, which may not fit in memory, the first ones."""
-    if config.data.stream:
-        return _converted(islice(read_rows(config.data.train, "train"), _STREAMED), config, tokenizer)
-    return load_splits(config.data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
+    data = config.data
+    if data.stream:
+        firsts = [(islice(read_rows(s.path, "train"), _STREAMED), data.of(s)) for s in data.sources.values()]
+        return [example for rows, read in firsts for example in _converted(rows, read, config, tokenizer)]
+    return load_splits(data, config.run.seed, tokenizer=tokenizer, mix=True)[0]
 
 
 def _file_examples(file: str, config: Config | None, chat: bool) -> list[Example]:

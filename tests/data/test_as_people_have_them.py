@@ -206,6 +206,51 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     # exports
     "conversations.json": (lambda p: p.write_text(json.dumps([chatgpt(i) for i in range(3)])), QA),
     "claude.json": (lambda p: p.write_text(json.dumps([claude(i) for i in range(3)])), QA),
+    "turns.csv": (
+        lambda p: p.write_text(
+            "conversation_id,time,role,message\n"
+            + "".join(
+                f"{i},1,customer,{q}\n{i},2,agent,{a}\n{i},3,customer,Thanks\n" for i, (q, a) in enumerate(zip(Q, A))
+            )
+        ),
+        QA,
+    ),
+    "tickets.json": (
+        lambda p: p.write_text(
+            json.dumps(
+                {"tickets": [{"id": i, "comments": turns(i, "author", "body", "customer", "agent")} for i in range(3)]}
+            )
+        ),
+        QA,
+    ),
+    "logs.jsonl": (
+        lambda p: jsonl(
+            p,
+            lambda i: {
+                "request": {"model": "m", "messages": turns(i)[:1]},
+                "response": {"choices": [{"index": 0, "message": turns(i)[1]}]},
+            },
+        ),
+        QA,
+    ),
+    "vertex.jsonl": (
+        lambda p: jsonl(
+            p,
+            lambda i: {
+                "systemInstruction": {"parts": [{"text": "Be brief."}]},
+                "contents": [{"role": r, "parts": [{"text": t}]} for r, t in (("user", Q[i]), ("model", A[i]))],
+            },
+        ),
+        "system: Be brief. | user: {q} | assistant: {a}",
+    ),
+    "anki.txt": (
+        lambda p: p.write_text("#separator:tab\n#html:false\n" + "".join(map("{}\t{}\n".format, Q, A))),
+        "prompt: {q} | completion: {a}",
+    ),
+    "excel-tabs.txt": (
+        lambda p: table(p, ["Question", "Answer"], "\t", "utf-16"),
+        "prompt: {q} | completion: {a}",
+    ),
     # texts
     "book.md": (lambda p: p.write_text(f"# Title\n\n{Q[0]}\n"), "text: # Title\n\n{q}"),
     # what needs a word of the user: one error with settings, of which the first works
