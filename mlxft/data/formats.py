@@ -198,8 +198,8 @@ def flag_at(value: Any, at: str) -> bool:
     raise DataError(f"{at} is {value!r}; expected true or false")
 
 
-_GOOD = {"true", "1", "+1", "up", "thumbsup", "👍", "yes", "like", "liked", "good"}
-_BAD = {"false", "0", "-1", "down", "thumbsdown", "👎", "no", "dislike", "disliked", "bad"}
+_GOOD = {"true", "accept", "accepted", "1", "+1", "up", "thumbsup", "👍", "yes", "like", "liked", "good"}
+_BAD = {"false", "reject", "rejected", "0", "-1", "down", "thumbsdown", "👎", "no", "dislike", "disliked", "bad"}
 
 
 def _is_flag(value: Any) -> bool:
@@ -265,7 +265,7 @@ def _content(message: Message, at: str) -> str:
     if isinstance(content, list):
         texts = []
         for i, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text":
+            if not isinstance(part, dict) or (part.get("type") != "text" and part.keys() != {"text"}):  # Bedrock's
                 kind = repr(part.get("type")) if isinstance(part, dict) else type_name(part)
                 raise DataError(
                     f"{at}.content[{i}] is {kind}; expected {{'type': 'text', 'text': ...}}: only text is trained"
@@ -476,7 +476,8 @@ def read_sharegpt(row: dict[str, Any]) -> Conversation:
 
 def system_turn(row: Mapping[str, Any]) -> list[Message]:
     """Return the system turn of a row's `system` field; none where it is missing, null or empty."""
-    text = string_at(row.get("system") or "", "system", empty=True)
+    given = row.get("system") or ""
+    text = string_at(_content({"content": given}, "system") if isinstance(given, list) else given, "system", empty=True)
     return [{"role": "system", "content": text}] if text.strip() else []
 
 

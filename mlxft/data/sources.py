@@ -156,7 +156,9 @@ def find_files(spec: Paths, split: str) -> list[File]:
         raise ConfigError(f"{spec}: no such file{neighbour(path)}")
     file = _file(path, part)
     if path.suffix.lower() not in READERS:
-        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; known are {', '.join(READERS)}")
+        way = _CONVERTED.get(path.suffix.lower(), "").format(*map(shlex.quote, (spec, str(path.with_suffix("")))))
+        known = f"known are {', '.join(READERS)}"
+        raise ConfigError(f"{spec}: unknown kind of file {path.suffix!r}; {known}{way and f'; {way}'}")
     if part and path.suffix.lower() not in _PARTS:
         raise ConfigError(f"{spec}: a {path.suffix} file has no parts; name it as {path}")
     return [file]
@@ -345,7 +347,11 @@ def _not_utf8(exc: UnicodeDecodeError, what: str = "the line") -> str:
 
 
 def _not_json(exc: ValueError | RecursionError) -> str:
-    return f"not valid JSON: {f'{exc.msg} at column {exc.colno}' if isinstance(exc, json.JSONDecodeError) else exc}"
+    if not isinstance(exc, json.JSONDecodeError):
+        return f"not valid JSON: {exc}"
+    single = exc.doc[exc.pos : exc.pos + 1] == "'"
+    hint = "; JSON has double quotes (in Python, write rows with json.dumps, not str)" if single else ""
+    return f"not valid JSON: {exc.msg} at column {exc.colno}{hint}"
 
 
 # --- json -------------------------------------------------------------------------------------------------------------
@@ -435,7 +441,7 @@ class _Values:
     def skip(self, sign: str) -> None:
         """Leave out the next character that is not white space; raise ValueError unless it is `sign`."""
         if self.sign() != sign:
-            self._refuse(f"expected {sign!r}", self._at)
+            self.refuse(f"expected {sign!r}")
         self._at += 1
 
     def value(self) -> Any:
@@ -451,10 +457,11 @@ class _Values:
                     return found
             except json.JSONDecodeError as exc:
                 if not self._more(size):
-                    self._refuse(exc.msg, exc.pos)
+                    self.refuse(exc.msg, exc.pos)
             size *= 2  # so that a large value is tried a few times only
 
-    def _refuse(self, text: str, at: int) -> NoReturn:
+    def refuse(self, text: str, at: int | None = None) -> NoReturn:
+        at = self._at if at is None else at
         column = at - self._text.rfind("\n", 0, at)
         raise _AtLine(f"not valid JSON: {text} at column {column}", self._line + self._text.count("\n", 0, at))
 
@@ -471,6 +478,8 @@ def _read_values(source: File, split: str, notes: list[str]) -> Iterator[Row | P
             while values.sign() not in ("", "]"):
                 if array and index:
                     values.skip(",")
+                    if values.sign() == "]":
+                        values.refuse("a comma before ] (remove it)")
                 value = values.value()
                 if array or index or values.sign() or not isinstance(value, dict):
                     yield _object(value, f"{name}[{index}]")
@@ -547,7 +556,8 @@ def _part_of(names: Sequence[str], source: File, split: str, notes: list[str]) -
     if not called and len(names) > 1:
         ways = " or ".join(shlex.quote(f"data.train={source.path}:{name}") for name in names)
         what = "sheets" if source.kind in _SHEETS else "lists"
-        raise DataError(f"{source.name}: {len(names)} {what} have rows; name one: {ways}")
+        whole = shlex.quote(f"data.train=[{', '.join(f'{source.path}:{name}' for name in names)}]")
+        raise DataError(f"{source.name}: {len(names)} {what} have rows; name one: {ways}; or all of them: {whole}")
     if len(names) > 1:
         notes.append(f"{source.name}: of {', '.join(names)}, {called} is read")
     return called or names[0]
@@ -642,9 +652,17 @@ def _conversation(said: Iterable[tuple[str, str]]) -> dict[str, Any]:
 
 
 # Who speaks in a conversation -> the role.
+_USERS = (
+    *("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"),
+    *("end-user", "end user", "end_user", "visitor", "guest", "caller", "requester", "buyer"),
+)
+_ASSISTANTS = (
+    *("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"),
+    *("operator", "support", "support agent", "admin", "representative", "seller"),
+)
 SPOKEN = {
-    **dict.fromkeys(("human", "user", "prompter", "customer", "client", "patient", "question", "instruction"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "bot", "chatbot", "ai", "agent", "model", "doctor", "answer"), "assistant"),
+    **dict.fromkeys(_USERS, "user"),
+    **dict.fromkeys(_ASSISTANTS, "assistant"),
     "system": "system",
 }
 _OF = tuple(
@@ -652,7 +670,8 @@ _OF = tuple(
     for end in ("_id", "")
     for name in ("conversation", "conv", "dialog", "dialogue", "thread", "session", "chat", "ticket")
 )
-_BY = ("role", "speaker", "sender", "author", "from", "author_type", "sender_type")
+SPEAKER = ("role", "speaker", "sender", "author_role", "author_type", "sender_role", "sender_type")
+_BY = (*SPEAKER, "author", "from")
 _SAYS = ("content", "text", "message", "body", "utterance")
 
 
@@ -1258,6 +1277,21 @@ READERS: dict[str, _Read] = {
     ".tsv": _read_csv,
     **dict.fromkeys(_SHEETS, _read_sheets),
     **dict.fromkeys((".txt", ".md"), _read_text),
+}
+# What makes a file of another kind readable: {0} is the file, {1} its name without the suffix.
+_CONVERTED = {
+    **dict.fromkeys(
+        (".html", ".htm", ".docx", ".doc", ".rtf", ".odt", ".webarchive"),
+        "make a text of it: textutil -convert txt {0}, or: pandoc {0} -t plain -o {1}.txt",
+    ),
+    ".epub": "make a text of it: pandoc {0} -t plain -o {1}.txt",
+    ".pdf": "make a text of it: pdftotext {0} {1}.txt",
+    ".gz": "unpack it: gunzip -k {0}, and name {1}",
+    ".bz2": "unpack it: bunzip2 -k {0}, and name {1}",
+    ".zst": "unpack it: zstd -d {0}, and name {1}",
+    ".zip": "unpack it: unzip {0} -d {1}, and name a file of {1}",
+    **dict.fromkeys((".yaml", ".yml", ".py", ".pkl", ".arrow"), "write its rows as .jsonl, an object a line"),
+    ".numbers": "export it from Numbers as CSV",
 }
 _TEXTS = (".txt", ".md")
 _PARTS = (*_SHEETS, ".json")  # a part of such a file can be named
