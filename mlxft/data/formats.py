@@ -15,7 +15,17 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice, product
 from typing import Any, NamedTuple, TypeAlias
 
-from mlxft.data.sources import SPOKEN, USUAL_NAMES, Problem, Row, plain_name, read_json, report_lines, type_name
+from mlxft.data.sources import (
+    SPEAKERS,
+    SPOKEN,
+    USUAL_NAMES,
+    Problem,
+    Row,
+    plain_name,
+    read_json,
+    report_lines,
+    type_name,
+)
 from mlxft.errors import ConfigError, DataError, half_character, nearest
 
 # --- template ---------------------------------------------------------------------------------------------------------
@@ -1402,6 +1412,8 @@ class _Table:
         turns, pairs, texts = self._turns(), self._pairs(), self._texts()
         if pairs and not self.single and "unpaired" not in self.formats and any(map(self._rates, self._labels())):
             return []  # some of the completions are bad
+        if pairs and all(c and _last_role(c.values[0]) in _ASKING for c in map(self.column, map(_turns_in, turns))):
+            turns = []  # what is trained is in another column
         if turns:
             inside = "".join(
                 str(c.values[0]) for c in self.common if c.kind in ("turns", "sharegpt", "objects", "texts")
@@ -1444,6 +1456,23 @@ class _Table:
             return [(format, {"prompt": name}) for name in ends or self.names("prompt")]
         return []
 
+    def verdicts(self) -> dict[str, list[str]]:
+        """Return Prodigy's column of decisions on rows, and which there are."""
+        seen = {c.name: sorted(set(map(str, c.values))) for c in self.common if c.kind == "text"}
+        return {"answer": seen["answer"]} if "answer" in seen and self.column("_input_hash") else {}
+
+    def speakers(self) -> dict[str, list[str]]:
+        """Return the columns that say who speaks, and who does."""
+        said = {c.name: sorted(set(c.values)) for c in self.common if c.plain in SPEAKERS and c.kind == "text"}
+        return {name: who for name, who in said.items() if 2 <= len(who) <= max(2, len(self.rows) / 2)}
+
+    def choices(self, name: str) -> list[str]:
+        """Return the columns of lists of texts of which a column's values are the numbers or letters."""
+        values = {str(value) for c in self.columns if c.name == name.strip("{}") for value in c.values}
+        if not values or not all(re.fullmatch(r"\d|[A-Ha-h]", value) for value in values):
+            return []
+        return [c.name for c in self.common if c.plain in ("choices", "options") and c.kind == "texts"]
+
     def _labels(self) -> list[str]:
         """Return the columns that say of completions whether they are good."""
         found = [(name, self.column(name)) for name in self.names("label", _TEXTUAL)]
@@ -1479,8 +1508,11 @@ class _Table:
         ours = ("instruction", "output") if only or {"instruction", "output"} & self.given.keys() else ("", "")
         asks = self.names("prompt", ("text", "turns"), ours[0])
         says = self.names("completion", (*_TEXTUAL, "turns", "object"), ours[1])
-        inputs = self.names("input", ours="input", sparse=True)
-        asks = [name for name in asks if name not in inputs] or asks
+        inputs = self.names("input", ("text", "turns"), "input", sparse=True)
+        asks, says = (
+            [name for name in asks if name not in inputs] or asks,
+            [n for n in says if n not in self.verdicts()],
+        )
         common = [column.name for column in self.common]
         asks = asks or [name for name in inputs if name in common] or self.names("text") or self.names("turns")
         exact = [p for p in (("prompt", "completion"), ("instruction", "output")) if {*p} <= {*common}]
@@ -1554,9 +1586,15 @@ class _Table:
         return "\n".join([*lines, *([f"  ... and {len(self.columns) - _NAMED} more"] if self.columns[_NAMED:] else [])])
 
 
+def _turns_in(reading: _Reading) -> str:
+    format, fields = reading
+    name = "messages" if format == "messages" else "conversations"
+    return fields.get(name, name)
+
+
 def _last_role(turns: Any) -> Any:
     turns = read_json(turns) if isinstance(turns, str) else turns
-    return turns[-1].get("role")
+    return turns[-1].get("role") if isinstance(turns, list) else None
 
 
 def _within(part: Any, whole: str) -> bool:
@@ -1604,12 +1642,14 @@ def recognise(
         known = "\n".join(f"  {format}: {', '.join(FORMATS[format].fields)}" for format in formats)
         raise ConfigError(f"data.fields: no format has all of {', '.join(given)}; the fields are\n{known}")
     readings = list({as_settings(*reading): reading for reading in table.readings()}.values())
+    if len(formats) > 1 and (doubt := _doubt(table, readings, name or _file_of(first))):
+        raise DataError(doubt)
     if len(readings) == 1:
         format, named = readings[0][0], given | {o: t for o, t in readings[0][1].items() if o != t}
         found = {name: named[name] for name in FORMATS[format].fields if name in named}
         said = f", data.fields: {written}" if (written := _in_yaml(found)) else ""
         return Recognised(format, found, [f"rows are read as data.format: {format}{said}"])
-    name = name or re.sub(r"(:\d+|\[\d+\])\Z", "", first[0].where)
+    name = name or _file_of(first)
     wanted = formats[0] if len(formats) == 1 else ""
     if readings:
         options = "\n".join(f"  {as_settings(*reading)}" for reading in readings[:_OPTIONS])
@@ -1628,9 +1668,43 @@ def recognise(
             ways = [way, *(f"or {way}" for way in ways)]
     names = [column.name for column in table.columns]
     if any(name.endswith((".", "?", "!")) for name in names) or len(" ".join(names).split()) >= 3 * len(names):
-        ways.insert(0, "if these names are a row, write a line with the columns' names above it: question,answer")
+        line = ["question", "answer", *(f"column{i}" for i in range(3, len(names) + 1))]
+        above = f"write a line with the columns' names above it: {','.join(line)}"
+        ways.insert(0, f"if these names are a row, {above} (with the file's own delimiter)")
     ways = ways or [_needed(formats)]
     raise DataError("\n".join([f"{name}: {what}", *ways, _seen(table)]))
+
+
+def _file_of(rows: Sequence[Row | Problem]) -> str:
+    return re.sub(r"(:\d+|\[\d+\])\Z", "", rows[0].where)
+
+
+def _doubt(table: _Table, readings: Sequence[_Reading], name: str) -> str:
+    """Return why rows are hardly meant as they can be read, and the settings that read them; "" if nothing is odd.
+
+    Some are rejected, each is a turn of a conversation, or the completion is the number of a choice that is not shown.
+    """
+    why, way = "", "or train each row alone"
+    if not readings or "unpaired" in table.formats:
+        return ""
+    for column, seen in table.verdicts().items():
+        if seen != ["accept"]:
+            keep = f"jq -c 'select(.{column} == \"accept\")' {shlex.quote(name)} > accepted.jsonl"
+            why, way = f"{column} says {' or '.join(seen)} of a row; keep what is accepted: {keep}", "or train all rows"
+    if {format for format, _ in readings} == {"text"}:
+        for column, who in table.speakers().items():
+            said = f"{', '.join(map(str, who[:_OPTIONS]))}{' ...' if len(who) > _OPTIONS else ''}"
+            make = "make a row of each conversation, or call them user and assistant, with a column conversation_id"
+            why = f"{column} says who speaks ({said}); {make}"
+    for format, fields in readings:
+        if (lists := table.choices(fields.get("completion", ""))) and format == "prompt-completion":
+            asked = fields["prompt"] if is_template(fields["prompt"]) else f"{{{fields['prompt']}}}"
+            shown = {**fields, "prompt": f"{asked}\n{{{lists[0]}}}"}
+            why, way = f"the completion is the number of one of {lists[0]}", "show them to the model, or do not"
+            readings = [(format, shown), (format, fields)]
+            break
+    options = "\n".join(f"  {as_settings(*reading)}" for reading in readings[:_OPTIONS])
+    return why and f"{name}: {why}\n{way}\n{options}\n{_seen(table)}"
 
 
 def with_usual_names(rows: Sequence[Row | Problem], formats: Sequence[str]) -> list[Row | Problem]:

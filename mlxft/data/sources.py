@@ -670,8 +670,9 @@ _OF = tuple(
     for end in ("_id", "")
     for name in ("conversation", "conv", "dialog", "dialogue", "thread", "session", "chat", "ticket")
 )
-SPEAKER = ("role", "speaker", "sender", "author_role", "author_type", "sender_role", "sender_type")
-_BY = (*SPEAKER, "author", "from")
+_TALKERS = {*_USERS, *_ASSISTANTS} - {"question", "answer"}  # their turns are parts of conversations
+SPEAKERS = ("role", "speaker", "sender", "author_role", "author_type", "sender_role", "sender_type")
+_BY = (*SPEAKERS, "author", "from")
 _SAYS = ("content", "text", "message", "body", "utterance")
 
 
@@ -775,8 +776,9 @@ _USUAL = {
     "user_prompt user_query input_messages patient customer client frage anfrage eingabe aufgabe anweisung pregunta "
     "consulta entrada instruccion demande requete consigne domanda pergunta vraag вопрос 问题 指令 質問",
     "completion": "completion answer back response output reply assistant target solution a bot gpt summary highlights "
-    "model_output model_response doctor agent expert assistant_response assistant_message antwort ausgabe loesung "
-    "losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord ответ 回答 答案 输出",
+    "ideal expected_output model_output model_response doctor agent expert assistant_response assistant_message "
+    "antwort ausgabe loesung losung zusammenfassung respuesta salida reponse sortie resume risposta resposta antwoord "
+    "ответ 回答 答案 输出",
     "input": "input context passage kontext contexte contexto",
     "system": "system system_prompt system_message system_instruction",
     "text": "text content document body article passage page_content paragraph story texte texto inhalt testo",
@@ -1187,12 +1189,46 @@ def _read_text(source: File, split: str, notes: list[str]) -> Iterator[Row | Pro
         yield from bad
         return
     text = "".join(map(str, lines)).replace("\r\n", "\n").strip()
+    if asked := _asked_in(text):
+        yield from (Row(f"{source.name}:{line}", row) for line, row in asked)
+        notes.append(
+            f"{source.name}: each question with its answer is a row; data.format: text trains both as they stand"
+        )
+        return
+    talkers = [mark[1] for mark in _MARK.finditer(text) if plain_name(mark[1]) in _TALKERS]
+    if len(talkers) >= 4 and len(set(talkers)) == 2:
+        seen = " and ".join(f"{name}:" for name in talkers[:2])
+        notes.append(f"{source.name}: has turns of {seen}, and is read as a text; for a chat, write rows of messages")
     pieces = _pieces(text)
     for i, piece in enumerate(pieces):
         yield Row(source.name if len(pieces) == 1 else f"{source.name}[{i}]", {"text": piece})
     if len(pieces) > 1:
         count = f"{len(text):,} characters in {len(pieces):,} rows"
         notes.append(f"{source.name}: {count}, cut between paragraphs, each of at most {_PIECE:,} characters")
+
+
+_MARK = re.compile(r"^[ \t]*(?:[#>*_-]+[ \t]*)*([^\W\d_]+)[ .]?\d*(?:\*\*|__)?[:：](?:\*\*|__)?[ \t]*", re.MULTILINE)
+_AFTER = re.compile(r"(?:\n+(?:#+ .*|[-*_]{3,}[ \t]*))+\Z")  # headings and rules before the next question
+
+
+def _asked_in(text: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return the questions and answers of a text that is made of them (`Q: ... A: ...`), each pair with its line."""
+    found = [(mark, plain_name(mark[1])) for mark in _MARK.finditer(text)]
+    asks, says = ([m for m in found if m[1] in USUAL_NAMES[side] - _TALKERS] for side in ("prompt", "completion"))
+    marks = sorted([*asks, *says], key=lambda m: m[0].start())
+    alternate = len(asks) == len(says) > 1 and marks[::2] == asks and len({name for _, name in marks}) == 2
+    if not alternate or text[: marks[0][0].start()].strip().count("\n") > 2:
+        return []
+    ends = [*(mark.start() for mark, _ in marks[1:]), len(text)]
+    rows = []
+    for i in range(0, len(marks), 2):
+        start = marks[i][0].start()
+        parts = [text[mark.end() : end].strip() for (mark, _), end in zip(marks[i : i + 2], ends[i : i + 2])]
+        prompt, completion = (p[:-2].rstrip() if p[-2:] in ("**", "__") and p.count(p[-2:]) % 2 else p for p in parts)
+        whole = _AFTER.sub("", text[start : ends[i + 1]].strip())
+        row = {"prompt": prompt, "completion": _AFTER.sub("", completion), "text": whole}
+        rows.append((text.count("\n", 0, start) + 1, row))
+    return rows if all(all(row.values()) for _, row in rows) else []
 
 
 def _pieces(text: str) -> list[str]:

@@ -156,6 +156,13 @@ def test_unknown_suffix_and_split(tmp_path: Path) -> None:
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(ConfigError, match=r"'\.doc'; known are \.jsonl, \.json, \.csv, \.parquet"):
         read_rows(str(tmp_path / "a.doc"), "train")
+    for name, way in (
+        ("a b.docx", r"textutil -convert txt '.*a b\.docx'"),
+        ("a.jsonl.gz", r"gunzip .*name .*a\.jsonl$"),
+    ):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(ConfigError, match=way):
+            read_rows(str(tmp_path / name), "train")
     with pytest.raises(ConfigError, match="did you mean train"):
         read_rows(str(tmp_path), "trian")
 
