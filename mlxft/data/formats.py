@@ -1467,7 +1467,7 @@ class _Table:
         return {name: who for name, who in said.items() if 2 <= len(who) <= max(2, len(self.rows) / 2)}
 
     def choices(self, name: str) -> list[str]:
-        """Return the columns of lists of texts of which a column's values are the numbers or letters."""
+        """Return the columns of lists of texts, where a column has the numbers or letters of their entries."""
         values = {str(value) for c in self.columns if c.name == name.strip("{}") for value in c.values}
         if not values or not all(re.fullmatch(r"\d|[A-Ha-h]", value) for value in values):
             return []
