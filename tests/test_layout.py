@@ -64,7 +64,7 @@ BUDGET = {
     # dataset.py: each source is recognised by itself; sources.py: sheets and lists that are named for splits;
     # the alphabets that show which encoding a short text has; turns of conversations a row each, logs of an API, decks.
     # questions and answers in a text; rows that can be read and are hardly meant so; other kinds of files.
-    "data": (5, 6084),  # judged conversations; dataset.py: samples of rows, which fuse had
+    "data": (5, 6085),  # judged conversations; dataset.py: samples of rows, which fuse had
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange. gguf.py: a table of 20 families, with their
     # settings and layouts, files in parts; tensors read by rows, packed as they are. layers.py: rounding in training.
@@ -85,7 +85,7 @@ BUDGET = {
     "studio": (3, 1310),  # a web server on the loopback device: its gate, pages, runs as processes, charts as SVG
     "demo": (4, 350),  # recipes.py: the recipes of configs/ as they are installed
     # export: --type of llama.cpp, --imatrix, --measure; the shell completes runs and settings.
-    "cli": (7, 2560),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
+    "cli": (7, 2567),  # distill-cache, --environment, launch; eval and sample by ranks; serve, compare, models, recipes
 }
 MOST_FILES = 97  # doors: foreign.py, study/start.py, cli/start.py, what serves, compares and lists models; studio
 # Modules that one other module imports. The list may only shrink: such a module belongs into its importer unless it is

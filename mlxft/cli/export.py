@@ -41,7 +41,7 @@ from mlxft.text import echo, json_text, make_console
 @click.option("--dequantize", is_flag=True, help="Write float weights, although the base is quantised.")
 @click.option(
     "--recipe",
-    type=click.Choice(["mixed", "awq", "gptq", "dwq"]),
+    type=click.Choice(["mixed", "awq", "gptq", "dwq"], case_sensitive=False),
     help="Quantise the whole fused model by one of mlx-lm's tools.",
 )
 @click.option(
@@ -182,13 +182,17 @@ _TYPES = (
 @click.argument("run", type=PathArg(run=True))
 @click.argument("out", type=PathArg())
 @click.option(
-    "--format", "form", required=True, type=click.Choice(["peft", "seq-cls", "gguf", "ollama"]), help="Format of OUT."
+    "--format",
+    "form",
+    required=True,
+    type=click.Choice(["peft", "seq-cls", "gguf", "ollama"], case_sensitive=False),
+    help="Format of OUT.",
 )
 @click.option(
     "--type",
     "kinds",
     multiple=True,
-    type=click.Choice(_TYPES),
+    type=click.Choice(_TYPES, case_sensitive=False),  # llama.cpp writes Q4_K_M
     help="With gguf and ollama: type of the matrices, by llama.cpp's quantiser below 8 bits; with gguf, can be given "
     "several times, for OUT-TYPE.gguf of each.  [default: f16]",
 )

@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 # Splits with the names that files and hub data sets give them.
-SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
 REPORTED = 20  # problems in a message
 _DEEPEST = 100
 _SPARSE = ("tools", "functions", "tool_calls", "function_call")
@@ -86,7 +86,7 @@ def read_rows(spec: Paths, split: str, notes: list[str] | None = None) -> Iterat
         spec: a file (read whole, whatever the split), with the part of it that is meant (`faq.xlsx:Sheet2`,
             `rows.json:items`) where it has several; a pattern such as `rows/*.csv`; a folder with {split}.jsonl or
             another kind of file, or of texts; `hf:org/name[:config][:split]`; or a list of these.
-        split: "train", "valid" or "test"; "valid" has the names validation, val and dev, too.
+        split: "train", "valid" or "test"; "valid" has the names validation, val, dev and eval, too.
         notes: notes on how files are read are appended as they are.
     Raises:
         ConfigError: there is no such file or split, or its kind is unknown. Raised at once.
@@ -564,7 +564,8 @@ def _part_of(names: Sequence[str], source: File, split: str, notes: list[str]) -
 
 
 def _called(names: Iterable[str], split: str) -> str:
-    return next((name for alias in SPLITS[split] for name in names if name.strip().casefold() == alias), "")
+    plain = {name: re.sub(r"_(set|data|dataset|split|rows)\Z", "", plain_name(name)) for name in names}
+    return next((name for alias in SPLITS[split] for name, called in plain.items() if called == alias), "")
 
 
 def split_in(spec: Paths, split: str) -> str:

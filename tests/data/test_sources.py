@@ -122,7 +122,7 @@ def test_csv_field_longer_than_the_libraries_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["train.jsonl", "valid.json", "validation.csv", "val.jsonl", "dev.jsonl", "test.jsonl"]
+    "name", ["train.jsonl", "valid.json", "validation.csv", "val.jsonl", "dev.jsonl", "eval.jsonl", "test.jsonl"]
 )
 def test_folder_answers_to_its_splits(tmp_path: Path, name: str) -> None:
     write(tmp_path / name)
@@ -579,7 +579,7 @@ def test_western_texts_are_read(tmp_path: Path, text: str, encodings: str) -> No
 def test_sheets_and_lists_that_are_named_for_splits_are_a_folders_files(tmp_path: Path) -> None:
     pytest.importorskip("python_calamine")
     book, lists = tmp_path / "a.xlsx", tmp_path / "a.json"
-    names = {"Train": "1", " validation": "2", "test": "3"}
+    names = {"Train set": "1", " validation": "2", "test": "3"}
     xlsx(book, {name: [["q"], [q]] for name, q in names.items()} | {"Notes": [["x"], ["y"]]})
     lists.write_text(json.dumps({name: [{"q": q}] for name, q in names.items()}))
     for path in (book, lists):
