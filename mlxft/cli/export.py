@@ -258,7 +258,7 @@ def export(
             options["tell"] = lambda message: status.update(Text(message))
         options |= {"type": kinds or "f16", "lora": lora, "model": model, "overwrite": overwrite}
         lines = write(run, out, format=form, **options)  # type: ignore[arg-type]
-    types = {"type": ",".join(kinds) or "f16"} if form in ("gguf", "ollama") else {}
+    types = {"type": ",".join(dict.fromkeys(kinds)) or "f16"} if form in ("gguf", "ollama") else {}
     report = {"out": str(out), "format": form, **types, **getattr(lines, "figures", {}), "said": lines}
     echo(json_text(report) if as_json else "\n".join(lines))
 

@@ -679,6 +679,8 @@ def export_gguf(
         ModelError: the model is missing, or the adapter has another base.
     """
     wanted = GgufForm.of(kind, **form)
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out}: the file's name must end in .gguf, which other programs expect; try {out}.gguf")
     files = wanted.files(out)
     for file in files.values():
         _check_output(file, overwrite)
@@ -878,8 +880,6 @@ def _quantised(
 
 
 def _check_output(out: Path, overwrite: bool) -> None:
-    if out.suffix != ".gguf":
-        raise ConfigError(f"{out}: the file's name must end in .gguf, which other programs expect; try {out}.gguf")
     check_file(out, overwrite, "OUT")
     if is_stream(out):
         raise ConfigError(f"{out}: is a device or a pipe, which a .gguf cannot be written to; give a file's name")

@@ -49,7 +49,7 @@ from mlxft.model.layers import (
 )
 from mlxft.model.load import TEMPLATE_FILE, Loaded, base_fingerprint, chat_template_files, fits_base, stated_name
 from mlxft.model.load import load as load_model
-from mlxft.text import home_path
+from mlxft.text import counted, home_path
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 # What is trained: low-rank adapters, whole weights or chosen modules; and adapters on disk.
@@ -608,7 +608,13 @@ def load_trained(model: nn.Module, weights: dict[str, mx.array], origin: str) ->
     for n, w in weights.items():
         if n in there and w.shape != there[n].shape:
             problems.append(f"{n}: shape {tuple(w.shape)}, the model's is {tuple(there[n].shape)}")
-    problems += [f"{n}: not in the file" for n in sorted(adapted - set(weights))]
+    missing = sorted(adapted - set(weights))
+    if missing and not problems and all(n.rpartition(".")[2] == INPUTS for n in missing):
+        raise ModelError(
+            f"{origin}: without {_INPUTS_FILE}, by which the weights of {counted(len(missing), 'layers')} are rounded, "
+            "this is not the model that was trained; copy that file from where it was trained, or train again"
+        )
+    problems += [f"{n}: not in the file" for n in missing]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise ModelError(f"{origin} does not fit this model:\n  " + "\n  ".join(problems[:10]) + more)

@@ -223,9 +223,10 @@ def test_types_are_measured_in_llama_cpp(
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
     out, kinds = tmp_path / "out" / "a.gguf", ("q8_0", "f32", "q4_k_m")
     types = [part for kind in kinds for part in ("--type", kind)]
-    asked = [str(tmp_path / "adapter"), str(out), "--format", "gguf", *types, "--measure", "--json"]
+    asked = [str(tmp_path / "adapter"), str(out), "--format", "gguf", *types, *types, "--measure", "--json"]
     done = CliRunner().invoke(export, asked, catch_exceptions=False)
     told = json.loads(done.stdout)
+    assert told["type"] == ",".join(kinds)
     assert sorted(p.name for p in out.parent.iterdir()) == sorted(f"a-{kind}.gguf" for kind in kinds)
     assert [(f["type"], f["path"]) for f in told["files"]] == [(k, str(out.with_name(f"a-{k}.gguf"))) for k in kinds]
     gaps = {f["type"]: f["kl"] for f in told["files"]}
@@ -238,6 +239,8 @@ def test_types_are_measured_in_llama_cpp(
     alone = export_gguf(tmp_path / "adapter", tmp_path / "b.gguf", kind="q8_0")
     assert (tmp_path / "b.gguf").read_bytes() == out.with_name("a-q8_0.gguf").read_bytes()
     assert "kl" not in alone.figures["files"][0]
+    with pytest.raises(ConfigError, match=r"try .*/c\.gguf"):
+        export_gguf(tmp_path / "adapter", tmp_path / "c", kind=kinds)
     with pytest.raises(ExportError, match=r"holds one \.gguf file, not q8_0, f32"):
         export_ollama(tmp_path / "adapter", tmp_path / "o", kind=kinds[:2])
     with pytest.raises(ConfigError, match="no run is known here"):
