@@ -1208,8 +1208,8 @@ def _read_text(source: File, split: str, notes: list[str]) -> Iterator[Row | Pro
         notes.append(f"{source.name}: {count}, cut between paragraphs, each of at most {_PIECE:,} characters")
 
 
-_MARK = re.compile(r"^[ \t]*(?:[#>*_-]+[ \t]*)*([^\W\d_]+)[ .]?\d*(?:\*\*|__)?[:：](?:\*\*|__)?[ \t]*", re.MULTILINE)
-_AFTER = re.compile(r"(?:\n+(?:#+ .*|[-*_]{3,}[ \t]*))+\Z")  # headings and rules before the next question
+_MARK = re.compile(r"^[ \t#>*_-]*([^\W\d_]+)[ .]?\d*(?:\*\*|__)?[:：](?:\*\*|__)?[ \t]*", re.MULTILINE)
+_ABOVE = re.compile(r"\s*(?:#+ .*|[-*_]{3,}\s*)?")  # a heading or a rule above the next question
 
 
 def _asked_in(text: str) -> list[tuple[int, dict[str, Any]]]:
@@ -1221,14 +1221,18 @@ def _asked_in(text: str) -> list[tuple[int, dict[str, Any]]]:
     if not alternate or text[: marks[0][0].start()].strip().count("\n") > 2:
         return []
     ends = [*(mark.start() for mark, _ in marks[1:]), len(text)]
-    rows = []
-    for i in range(0, len(marks), 2):
-        start = marks[i][0].start()
-        parts = [text[mark.end() : end].strip() for (mark, _), end in zip(marks[i : i + 2], ends[i : i + 2])]
-        prompt, completion = (p[:-2].rstrip() if p[-2:] in ("**", "__") and p.count(p[-2:]) % 2 else p for p in parts)
-        whole = _AFTER.sub("", text[start : ends[i + 1]].strip())
-        row = {"prompt": prompt, "completion": _AFTER.sub("", completion), "text": whole}
-        rows.append((text.count("\n", 0, start) + 1, row))
+    rows, line, before = [], 1, 0
+    for (ask, _), (say, _), end in zip(marks[::2], marks[1::2], ends[1::2]):
+        line, before = line + text.count("\n", before, ask.start()), ask.start()
+        prompt = text[ask.end() : say.start()].strip()
+        if prompt[-2:] in ("**", "__") and prompt.count(prompt[-2:]) % 2:  # it began before the mark
+            prompt = prompt[:-2].rstrip()
+        said = text[say.start() : end].split("\n")
+        while len(said) > 1 and _ABOVE.fullmatch(said[-1]):
+            said.pop()
+        answer = "\n".join(said).rstrip()
+        completion = answer[len(say[0]) :].strip()
+        rows.append((line, {"prompt": prompt, "completion": completion, "text": text[before : say.start()] + answer}))
     return rows if all(all(row.values()) for _, row in rows) else []
 
 

@@ -265,7 +265,9 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     # texts
     "book.md": (lambda p: p.write_text(f"# Title\n\n{Q[0]}\n"), "text: # Title\n\n{q}"),
     "faq.md": (
-        lambda p: p.write_text("# FAQ\n\n" + "\n## More\n\n".join(map("**Q: {}**\n\nA: {}\n".format, Q, A))),
+        lambda p: p.write_text(
+            f"# FAQ\n{'-' * 9999}\n" + "\n## More\n\n".join(map("**Q: {}**\n\nA: {}\n".format, Q, A))
+        ),
         "prompt: {q} | completion: {a}",
     ),
     "faq-windows.txt": (
