@@ -114,8 +114,8 @@ def _of_files(files: Sequence[File], split: str, notes: list[str]) -> Iterator[R
 def _reader(file: File, notes: list[str]) -> _Read:
     """Return what reads a file: by its suffix, but for a table that is a spreadsheet by its content, or is none."""
     kind, book = file.kind, _head(file.path)[:8].startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
-    if kind == ".txt" and _has_tabs(file.path):
-        notes.append(f"{file.name}: is a table by its tabs, and is read as .csv")
+    if kind == ".txt" and _is_table(file.path):
+        notes.append(f"{file.name}: is a table by its columns, and is read as .csv")
         return _read_csv
     if kind != ".parquet" and book != (kind in _SHEETS):
         kind = ".xlsx" if book else ".csv"
@@ -123,11 +123,13 @@ def _reader(file: File, notes: list[str]) -> _Read:
     return READERS[kind]
 
 
-def _has_tabs(path: Path) -> bool:
-    """Return whether all lines of a text have as many tabs, as spreadsheet programs and Anki save a table."""
+def _is_table(path: Path) -> bool:
+    """Return whether lines have as many tabs, as spreadsheet programs and Anki write them, or below usual names."""
     lines = [line for line in _head(path).split(b"\n")[:50] if line.strip(b"\r\0 ") and not line.startswith(b"#")]
     tabs = {line.count(b"\t") for line in lines[:-1] or lines}
-    return len(lines) > 1 and len(tabs) == 1 and tabs != {0}
+    names = [plain_name(part) for part in re.split(r"[,;|]", lines[0].decode(errors="ignore"))] if lines else []
+    named = len(names) > 1 and {*names} <= _KNOWN
+    return len(lines) > 1 and (named or (len(tabs) == 1 and tabs != {0}))
 
 
 def find_files(spec: Paths, split: str) -> list[File]:
