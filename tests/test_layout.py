@@ -64,7 +64,7 @@ BUDGET = {
     # dataset.py: each source is recognised by itself; sources.py: sheets and lists that are named for splits;
     # the alphabets that show which encoding a short text has; turns of conversations a row each, logs of an API, decks.
     # questions and answers in a text; rows that can be read and are hardly meant so; other kinds of files.
-    "data": (5, 6085),  # judged conversations; dataset.py: samples of rows, which fuse had
+    "data": (5, 6097),  # judged conversations; dataset.py: samples of rows, which fuse had
     # logits.py: divergences; sampling.py: conversations with kept caches; layers.py: noise on embeddings; frozen.py.
     # shard.py, a base cut over ranks, and arrays that ranks exchange. gguf.py: a table of 20 families, with their
     # settings and layouts, files in parts; tensors read by rows, packed as they are. layers.py: rounding in training.

@@ -1412,8 +1412,8 @@ class _Table:
         turns, pairs, texts = self._turns(), self._pairs(), self._texts()
         if pairs and not self.single and "unpaired" not in self.formats and any(map(self._rates, self._labels())):
             return []  # some of the completions are bad
-        if pairs and all(c and _last_role(c.values[0]) in _ASKING for c in map(self.column, map(_turns_in, turns))):
-            turns = []  # what is trained is in another column
+        if pairs:  # which may be made of a column with what is asked, and one with what is said
+            turns = [t for t in turns if (c := self.column(_turns_in(t))) is None or _is_whole(c.values[0])]
         if turns:
             inside = "".join(
                 str(c.values[0]) for c in self.common if c.kind in ("turns", "sharegpt", "objects", "texts")
@@ -1595,6 +1595,12 @@ def _turns_in(reading: _Reading) -> str:
 def _last_role(turns: Any) -> Any:
     turns = read_json(turns) if isinstance(turns, str) else turns
     return turns[-1].get("role") if isinstance(turns, list) else None
+
+
+def _is_whole(turns: Any) -> bool:
+    """Return whether turns begin with a prompt and end with a completion, as far as their roles are known."""
+    turns = read_json(turns) if isinstance(turns, str) else turns
+    return _last_role(turns) not in _ASKING and (not isinstance(turns, list) or turns[0].get("role") != "assistant")
 
 
 def _within(part: Any, whole: str) -> bool:

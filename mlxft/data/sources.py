@@ -114,8 +114,8 @@ def _of_files(files: Sequence[File], split: str, notes: list[str]) -> Iterator[R
 def _reader(file: File, notes: list[str]) -> _Read:
     """Return what reads a file: by its suffix, but for a table that is a spreadsheet by its content, or is none."""
     kind, book = file.kind, _head(file.path)[:8].startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
-    if kind == ".txt" and _has_tabs(file.path):
-        notes.append(f"{file.name}: is a table by its tabs, and is read as .csv")
+    if kind == ".txt" and _is_table(file.path):
+        notes.append(f"{file.name}: is a table by its columns, and is read as .csv")
         return _read_csv
     if kind != ".parquet" and book != (kind in _SHEETS):
         kind = ".xlsx" if book else ".csv"
@@ -123,11 +123,13 @@ def _reader(file: File, notes: list[str]) -> _Read:
     return READERS[kind]
 
 
-def _has_tabs(path: Path) -> bool:
-    """Return whether all lines of a text have as many tabs, as spreadsheet programs and Anki save a table."""
+def _is_table(path: Path) -> bool:
+    """Return whether lines have as many tabs, as spreadsheet programs and Anki write them, or below usual names."""
     lines = [line for line in _head(path).split(b"\n")[:50] if line.strip(b"\r\0 ") and not line.startswith(b"#")]
     tabs = {line.count(b"\t") for line in lines[:-1] or lines}
-    return len(lines) > 1 and len(tabs) == 1 and tabs != {0}
+    names = [plain_name(part) for part in re.split(r"[,;|]", lines[0].decode(errors="ignore"))] if lines else []
+    named = len(names) > 1 and {*names} <= _KNOWN
+    return len(lines) > 1 and (named or (len(tabs) == 1 and tabs != {0}))
 
 
 def find_files(spec: Paths, split: str) -> list[File]:
@@ -1208,8 +1210,8 @@ def _read_text(source: File, split: str, notes: list[str]) -> Iterator[Row | Pro
         notes.append(f"{source.name}: {count}, cut between paragraphs, each of at most {_PIECE:,} characters")
 
 
-_MARK = re.compile(r"^[ \t]*(?:[#>*_-]+[ \t]*)*([^\W\d_]+)[ .]?\d*(?:\*\*|__)?[:：](?:\*\*|__)?[ \t]*", re.MULTILINE)
-_AFTER = re.compile(r"(?:\n+(?:#+ .*|[-*_]{3,}[ \t]*))+\Z")  # headings and rules before the next question
+_MARK = re.compile(r"^[ \t#>*_-]*([^\W\d_]+)[ .]?\d*(?:\*\*|__)?[:：](?:\*\*|__)?[ \t]*", re.MULTILINE)
+_ABOVE = re.compile(r"\s*(?:#+ .*|[-*_]{3,}\s*)?")  # a heading or a rule above the next question
 
 
 def _asked_in(text: str) -> list[tuple[int, dict[str, Any]]]:
@@ -1221,14 +1223,18 @@ def _asked_in(text: str) -> list[tuple[int, dict[str, Any]]]:
     if not alternate or text[: marks[0][0].start()].strip().count("\n") > 2:
         return []
     ends = [*(mark.start() for mark, _ in marks[1:]), len(text)]
-    rows = []
-    for i in range(0, len(marks), 2):
-        start = marks[i][0].start()
-        parts = [text[mark.end() : end].strip() for (mark, _), end in zip(marks[i : i + 2], ends[i : i + 2])]
-        prompt, completion = (p[:-2].rstrip() if p[-2:] in ("**", "__") and p.count(p[-2:]) % 2 else p for p in parts)
-        whole = _AFTER.sub("", text[start : ends[i + 1]].strip())
-        row = {"prompt": prompt, "completion": _AFTER.sub("", completion), "text": whole}
-        rows.append((text.count("\n", 0, start) + 1, row))
+    rows, line, before = [], 1, 0
+    for (ask, _), (say, _), end in zip(marks[::2], marks[1::2], ends[1::2]):
+        line, before = line + text.count("\n", before, ask.start()), ask.start()
+        prompt = text[ask.end() : say.start()].strip()
+        if prompt[-2:] in ("**", "__") and prompt.count(prompt[-2:]) % 2:  # it began before the mark
+            prompt = prompt[:-2].rstrip()
+        said = text[say.start() : end].split("\n")
+        while len(said) > 1 and _ABOVE.fullmatch(said[-1]):
+            said.pop()
+        answer = "\n".join(said).rstrip()
+        completion = answer[len(say[0]) :].strip()
+        rows.append((line, {"prompt": prompt, "completion": completion, "text": text[before : say.start()] + answer}))
     return rows if all(all(row.values()) for _, row in rows) else []
 
 

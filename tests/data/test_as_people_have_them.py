@@ -147,6 +147,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"system: Be brief. | {QA}",
     ),
     "openai-evals.jsonl": (lambda p: jsonl(p, lambda i: {"input": turns(i)[:1], "ideal": A[i]}), QA),
+    "asked-and-said.jsonl": (lambda p: jsonl(p, lambda i: {"input": turns(i)[:1], "output": turns(i)[1:]}), QA),
     # json by other shapes
     "wrapped.json": (
         lambda p: p.write_text(
@@ -258,6 +259,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: p.write_text("#separator:tab\n#html:false\n" + "".join(map("{}\t{}\n".format, Q, A))),
         "prompt: {q} | completion: {a}",
     ),
+    "semicolons.txt": (lambda p: table(p, ["Frage", "Antwort"], ";"), "prompt: {q} | completion: {a}"),
     "excel-tabs.txt": (
         lambda p: table(p, ["Question", "Answer"], "\t", "utf-16"),
         "prompt: {q} | completion: {a}",
@@ -265,7 +267,9 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     # texts
     "book.md": (lambda p: p.write_text(f"# Title\n\n{Q[0]}\n"), "text: # Title\n\n{q}"),
     "faq.md": (
-        lambda p: p.write_text("# FAQ\n\n" + "\n## More\n\n".join(map("**Q: {}**\n\nA: {}\n".format, Q, A))),
+        lambda p: p.write_text(
+            f"# FAQ\n{'-' * 9999}\n" + "\n## More\n\n".join(map("**Q: {}**\n\nA: {}\n".format, Q, A))
+        ),
         "prompt: {q} | completion: {a}",
     ),
     "faq-windows.txt": (
